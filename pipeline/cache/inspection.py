@@ -1,0 +1,112 @@
+"""Show what a cache holds: the contract, the totals, and the first rows with their soft labels as text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache.reader import Cache
+from pipeline.records import CachedExample
+from pipeline.softlabels import rows as positions_of
+from pipeline.softlabels import served_temperature, target
+
+
+def totals(cache: Cache) -> dict[str, dict[str, float]]:
+    """Rows, positions, tokens, bytes and bytes a position of each split."""
+    out: dict[str, dict[str, float]] = {}
+    for split in cache.splits:
+        shards = cache.manifest.split_shards(split)
+        total: dict[str, float] = {
+            key: sum(getattr(s, key) for s in shards) for key in ("rows", "positions", "tokens", "bytes")
+        }
+        total["shards"] = len(shards)
+        total["bytes_per_position"] = round(total["bytes"] / max(total["positions"], 1), 1)
+        out[split] = total
+    return out
+
+
+def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: int) -> Iterator[str]:
+    """The lines of `softlabel inspect`."""
+    contract = cache.manifest.contract
+    teacher, source = contract.teacher, contract.source
+    yield f"cache_id    {cache.manifest.cache_id}"
+    yield f"task        {contract.task}, {contract.num_classes} classes" + (
+        f" ({', '.join(contract.label_names[:8])})" if contract.label_names else ""
+    )
+    yield f"teacher     {teacher.name} ({teacher.architecture}, {teacher.num_parameters / 1e6:.1f}M parameters, {teacher.dtype}, weights {teacher.weights_sha256[:12]})"
+    yield f"tokenizer   {contract.tokenizer.vocabulary_size} tokens, sha256 {contract.tokenizer.sha256[:12]}"
+    yield f"source      {source.name}" + (f", revision {source.revision}" if source.revision else "")
+    yield f"rows of     at most {contract.tokenization.max_length} tokens" + (
+        ", packed" if contract.tokenization.packing else ""
+    )
+    yield f"encoding    {_encoding(contract.encoding)}"
+    probe = cache.manifest.probe
+    if probe is not None:
+        yield f"alignment   {probe.verdict}: weight of the hard label {probe.previous:.4f} before, {probe.aligned:.4f} here, {probe.following:.4f} after ({probe.positions} positions)"
+    if cache.manifest.bad_rows:
+        yield f"set aside   {cache.manifest.bad_rows} rows, listed in reports/bad-rows.tsv"
+    yield ""
+    yield f"{'split':<14}{'shards':>8}{'rows':>12}{'positions':>14}{'bytes':>16}{'bytes/position':>16}"
+    for name, total in totals(cache).items():
+        yield f"{name:<14}{total['shards']:>8,}{total['rows']:>12,}{total['positions']:>14,}{total['bytes']:>16,}{total['bytes_per_position']:>16,.1f}"
+    chosen = split or cache.splits[0]
+    for row in itertools.islice(cache.dataset(chosen), rows):
+        yield ""
+        yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}, {row.example.num_tokens} tokens"
+        yield from _classes(cache, row, top) if row.example.supervised is None else _tokens(cache, row, tokens, top)
+
+
+def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
+    names = cache.manifest.contract.label_names or ()
+    text = (
+        row.example.text
+        if row.example.text is not None
+        else str(cache.tokenizer.decode(row.example.input_ids.tolist()))
+    )
+    yield f"  {_short(' '.join(text.split()), 160)}"
+    label = "none" if row.example.label is None else names[row.example.label]
+    believed = "  ".join(f"{names[i]} {weight:.1%}" for i, weight in _best(row, 0, top))
+    yield f"  label {label}; teacher: {believed}"
+
+
+def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator[str]:
+    """A line a supervised position: what stands there, what comes next, what the teacher expected."""
+    assert row.example.supervised is not None
+    ids = row.example.input_ids.tolist()
+
+    def decode(tokens: list[int]) -> str:
+        return str(cache.tokenizer.decode(tokens))
+
+    yield f"  {_short(decode(ids), 240)!r}"
+    mean_entropy = row.teacher_entropy_sum / max(len(row.soft), 1)
+    kept = (row.soft.top_offsets.diff() + row.soft.tail_offsets.diff()).float()
+    yield f"  teacher: {row.teacher_nll_sum / max(len(row.soft), 1):.2f} nats a token, entropy {mean_entropy:.2f}; {float(kept.mean()):.1f} classes kept a position"
+    yield f"  {'position':>8}  {'next token':<18}{'kept':>6}  soft labels"
+    for n, position in enumerate(np.flatnonzero(row.example.supervised)[:tokens].tolist()):
+        believed = "  ".join(f"{decode([i])!r} {weight:.1%}" for i, weight in _best(row, n, top))
+        yield f"  {position:>8}  {decode([ids[position + 1]])!r:<18}{int(kept[n]):>6}  {believed}"
+
+
+def _best(row: CachedExample, n: int, top: int) -> list[tuple[int, float]]:
+    goal = target(positions_of(row.soft, n, n + 1), served_temperature(row.soft.encoding))
+    order = goal.weights.argsort(descending=True, stable=True)[:top]
+    return [(int(goal.ids[i]), float(goal.weights[i])) for i in order]
+
+
+def _encoding(encoding: Any) -> str:
+    knobs = {
+        "k": "k",
+        "p": "p",
+        "sample_size": "sample size",
+        "temperature": "temperature",
+        "temperatures": "temperatures",
+    }
+    found = [f"{label} {getattr(encoding, name)}" for name, label in knobs.items() if hasattr(encoding, name)]
+    return ", ".join([encoding.kind, *found])
+
+
+def _short(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -1,0 +1,233 @@
+"""Open a cache, and read its rows back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.data import Dataset
+
+from pipeline.cache.codec import unpack
+from pipeline.cache.manifest import Layout, load_manifest
+from pipeline.cache.schema import describe, soft_columns
+from pipeline.errors import CacheError, IntegrityError
+from pipeline.records import CachedExample, Manifest, Shard, SoftLabels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache. `root` and `manifest` say which; everything else is read when it is asked for."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, url: str | Path, *, verify: Literal["quick", "full", "none"] = "quick") -> Cache:
+        """Open a cache directory.
+
+        Args:
+            verify: `quick` checks the manifest, and that each shard is there, of its size and its columns; `full` reads every byte.
+
+        Raises:
+            CacheError: no finished cache there.
+            IntegrityError: it is not what its manifest says.
+        """
+        if "://" in str(url):
+            raise CacheError(f"{url}: caches are read from local directories; copy it there first")
+        cache = cls(Path(url), load_manifest(Path(url)))
+        if verify != "none":
+            cache.check_files()
+        if verify == "full":
+            cache.verify()
+        return cache
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return self.manifest.splits
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that made the token ids."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.root / "tokenizer")
+        return tokenizer
+
+    def verify(self) -> None:
+        """Read every byte and compare it with the manifest.
+
+        Raises:
+            IntegrityError: names the first file (and row group) that differs.
+        """
+        from pipeline.cache.verify import verify
+
+        verify(self.root).raise_first()
+
+    def dataset(self, split: str) -> CacheDataset:
+        """The rows of a split, for `torch.utils.data.DataLoader`.
+
+        Raises:
+            CacheError: there is no such split.
+        """
+        shards = self.manifest.split_shards(split)
+        if not shards:
+            raise CacheError(f"{self.root}: no split {split!r}; the cache has {', '.join(self.splits) or 'none'}")
+        return CacheDataset(self.root, self.manifest, shards)
+
+    def soft_labels(self, row: Mapping[str, Any]) -> SoftLabels:
+        """The soft labels of one row as another reader gives it: a mapping of this cache's columns (lists or arrays)."""
+        contract = self.manifest.contract
+        types = soft_columns(contract.encoding, contract.num_classes)
+        columns = {name: pa.array([list(row[name])], type=kind) for name, kind in types.items()}
+        others = {"source_row": 0, "piece": 0, "content_hash": 0, "teacher_nll_sum": 0.0, "teacher_entropy_sum": 0.0}
+        columns.update({name: pa.array([value]) for name, value in others.items()})
+        columns["input_ids"] = pa.array([[]], type=pa.list_(pa.int32()))
+        table = pa.table(columns)
+        return unpack(table, contract.encoding, contract.num_classes)[0].soft
+
+    def check_files(self) -> None:
+        """What can be checked without reading the data: shards present, their sizes, rows and columns; no others there.
+
+        Raises:
+            IntegrityError: names the file.
+        """
+        layout = Layout(self.root)
+        for shard in self.manifest.shards:
+            check_shard_file(layout.shard(shard.name), shard, self.manifest)
+        extra = sorted(
+            {p.name for p in layout.data.glob("*.parquet")} - {f"{s.name}.parquet" for s in self.manifest.shards}
+        )
+        if extra:
+            raise IntegrityError(f"{layout.data / extra[0]}: is not in manifest.json; move it out of the cache")
+
+
+def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.ParquetFile:
+    """Presence, size, row groups and columns of one shard, without its data.
+
+    Raises:
+        IntegrityError: what differs from the manifest.
+    """
+    remedy = 'run "softlabel verify", then cache again'
+    if not path.is_file() or path.is_symlink():
+        raise IntegrityError(f"{path}: expected a shard that manifest.json lists, found no such file; {remedy}")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise IntegrityError(
+            f"{path}: size differs from manifest.json (expected {shard.bytes} bytes, found {size}); {remedy}"
+        )
+    file = open_shard(path)
+    groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
+    if groups != shard.row_groups:
+        raise IntegrityError(
+            f"{path}: row groups differ from manifest.json (expected {shard.row_groups}, found {groups}); {remedy}"
+        )
+    found = describe(file.schema_arrow)
+    expected = dict(manifest.contract.columns)
+    if found != expected:
+        name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
+        raise IntegrityError(
+            f"{path}: column {name} differs from manifest.json (expected {expected.get(name)}, found {found.get(name)}); {remedy}"
+        )
+    return file
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file with page checksums verified and extension types off.
+
+    Raises:
+        IntegrityError: it is no Parquet file.
+    """
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True, arrow_extensions_enabled=False)
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"{path}: is not a Parquet file: {_first_line(error)}") from None
+
+
+def read_row_group(file: pq.ParquetFile, path: Path, group: int) -> pa.Table:
+    """One row group, its page checksums verified.
+
+    Raises:
+        IntegrityError: bytes were changed; names the file and the row group.
+    """
+    try:
+        return file.read_row_group(group)
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(
+            f"{path}: row group {group} is damaged: {_first_line(error)}; cache this shard again"
+        ) from None
+
+
+class CacheDataset(Dataset[CachedExample]):
+    """Rows of one split by number. A row group is decoded once and kept while its neighbours are asked for.
+
+    Memory is bounded by `window` row groups, not by the cache. Picklable: each DataLoader worker opens its own files.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, shards: tuple[Shard, ...], *, window: int = 8) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.window = window
+        """Row groups held at once: the order of training draws from as many at a time."""
+        self.groups = [(shard.name, i) for shard in shards for i in range(len(shard.row_groups))]
+        self.starts = np.cumsum([0, *(rows for shard in shards for rows in shard.row_groups)])
+        """(groups + 1,): the first row of each row group."""
+        self._decoded: OrderedDict[int, list[CachedExample]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> CachedExample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self._rows(group)[index - int(self.starts[group])]
+
+    def __iter__(self) -> Iterator[CachedExample]:
+        return (self[i] for i in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoded": OrderedDict()}
+
+    def column(self, name: str) -> np.ndarray:
+        """One plain column of the whole split, (rows,)."""
+        names = list(dict.fromkeys(name for name, _ in self.groups))
+        parts = [open_shard(self._path(shard)).read(columns=[name]).column(0) for shard in names]
+        return np.concatenate([part.to_numpy() for part in parts]) if parts else np.zeros(0)
+
+    def lengths(self) -> np.ndarray:
+        """(rows,) int64: tokens of each row, from the offsets of `input_ids` alone."""
+        import pyarrow.compute as pc
+
+        names = list(dict.fromkeys(name for name, _ in self.groups))
+        parts = [pc.list_value_length(open_shard(self._path(s)).read(columns=["input_ids"]).column(0)) for s in names]
+        return np.concatenate([part.to_numpy() for part in parts]).astype(np.int64)
+
+    def _rows(self, group: int) -> list[CachedExample]:
+        if group not in self._decoded:
+            while len(self._decoded) >= self.window:
+                self._decoded.popitem(last=False)
+            name, i = self.groups[group]
+            path = self._path(name)
+            contract = self.manifest.contract
+            table = read_row_group(open_shard(path), path, i)
+            self._decoded[group] = unpack(table, contract.encoding, contract.num_classes)
+        self._decoded.move_to_end(group)
+        return self._decoded[group]
+
+    def _path(self, name: str) -> Path:
+        return Layout(self.root).shard(name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

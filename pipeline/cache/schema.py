@@ -1,0 +1,81 @@
+"""The columns of a cache, format 1: plain Parquet types only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from pipeline.errors import MisuseError
+from pipeline.records import Encoding, Full, Sampled
+
+FORMAT_VERSION = 1
+
+#: From here on `logits` are float16: a classifier's few keep float32, a vocabulary's would be twice the bytes for nothing.
+_NARROW_FROM = 4096
+
+
+def cache_schema(
+    encoding: Encoding,
+    num_classes: int,
+    *,
+    token_classes: bool,
+    token_type_ids: bool = False,
+    text: bool = False,
+    text_pair: bool = False,
+    documents: bool = False,
+    kept: Mapping[str, pa.DataType] | None = None,
+) -> pa.Schema:
+    """The Arrow schema of every shard of a cache.
+
+    Args:
+        token_classes: class i is token i: `supervised` and `text_bytes` instead of `label`.
+        documents: rows are packed from isolated documents.
+        kept: name and type of the columns copied from the source.
+
+    Raises:
+        MisuseError: a kept column has the name of one of ours.
+    """
+    columns: dict[str, pa.DataType] = {"source_row": pa.int64(), "piece": pa.int32(), "content_hash": pa.uint64()}
+    if text:
+        columns["text"] = pa.string()
+        if text_pair:
+            columns["text_pair"] = pa.string()
+    columns["input_ids"] = pa.list_(pa.int32())
+    if token_type_ids:
+        columns["token_type_ids"] = pa.list_(pa.int32())
+    if token_classes:
+        columns["supervised"] = pa.list_(pa.bool_())
+        columns["text_bytes"] = pa.int32()
+        if documents:
+            columns["document_lengths"] = pa.list_(pa.int32())
+    else:
+        columns["label"] = pa.int32()
+    columns.update(soft_columns(encoding, num_classes))
+    columns["teacher_nll_sum"] = pa.float32()
+    columns["teacher_entropy_sum"] = pa.float32()
+    for name, kind in (kept or {}).items():
+        if name in columns:
+            raise MisuseError(f"--keep-column {name}: a cache has a column of this name already; rename the source's")
+        columns[name] = kind
+    return pa.schema(list(columns.items()))
+
+
+def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]:
+    """The columns that hold the soft labels themselves."""
+    if isinstance(encoding, Full):
+        return {"logits": pa.list_(pa.float32() if num_classes < _NARROW_FROM else pa.float16())}
+    ids = pa.list_(pa.uint16() if num_classes <= 1 << 16 else pa.uint32())
+    columns = {"top_count": ids, "top_ids": ids, "top_logprobs": pa.list_(pa.float16())}
+    if isinstance(encoding, Sampled):
+        return {**columns, "tail_count": ids, "tail_ids": ids}
+    return {**columns, "log_residuals": pa.list_(pa.float16())}
+
+
+def describe(schema: pa.Schema) -> dict[str, str]:
+    """Name -> type of each column, as the manifest holds them."""
+    return {field.name: _type_name(field.type) for field in schema}
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return f"list<{kind.value_type}>" if pa.types.is_list(kind) else str(kind)

@@ -1,0 +1,148 @@
+"""Check every byte of a cache against its manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from transformers import AutoTokenizer
+
+from pipeline.cache.manifest import Layout, load_manifest
+from pipeline.cache.reader import check_shard_file, read_row_group
+from pipeline.cache.writer import file_sha256
+from pipeline.errors import IntegrityError
+from pipeline.models import tokenizer_info
+from pipeline.records import Contract, Manifest, Sampled, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was read, and what was wrong with it."""
+
+    cache_id: str
+    shards: int
+    rows: int
+    positions: int
+    bytes: int
+    problems: tuple[str, ...]
+
+    def raise_first(self) -> None:
+        """Raise `IntegrityError` for the first problem, if there is one."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise IntegrityError(self.problems[0] + more)
+
+
+def verify(root: Path) -> Verification:
+    """Hashes, sizes, columns, page checksums, counts and ranges of every shard; the tokenizer; the shard table.
+
+    Raises:
+        CacheError: there is no finished cache.
+        IntegrityError: the manifest itself is damaged.
+    """
+    manifest = load_manifest(root)
+    layout = Layout(root)
+    problems = []
+    for shard in manifest.shards:
+        try:
+            _verify_shard(layout.shard(shard.name), shard, manifest)
+        except IntegrityError as error:
+            problems.append(str(error))
+    listed = {f"{shard.name}.parquet" for shard in manifest.shards}
+    extra = [path for path in sorted(layout.data.glob("*.parquet")) if path.name not in listed]
+    problems += [f"{path}: is not in manifest.json; move it out of the cache" for path in extra]
+    found = tokenizer_info(AutoTokenizer.from_pretrained(layout.tokenizer)).sha256
+    if found != manifest.contract.tokenizer.sha256:
+        problems.append(
+            f"{layout.tokenizer}: differs from manifest.json (expected {manifest.contract.tokenizer.sha256[:12]}..., found {found[:12]}...)"
+        )
+    return Verification(
+        manifest.cache_id,
+        len(manifest.shards),
+        sum(shard.rows for shard in manifest.shards),
+        sum(shard.positions for shard in manifest.shards),
+        sum(shard.bytes for shard in manifest.shards),
+        tuple(problems),
+    )
+
+
+def _verify_shard(path: Path, shard: Shard, manifest: Manifest) -> None:
+    """Raise `IntegrityError` for the first thing that is wrong with one shard."""
+    file = check_shard_file(path, shard, manifest)
+    found = file_sha256(path)
+    positions = tokens = 0
+    for group in range(len(shard.row_groups)):  # before the hash: page checksums name the row group
+        table = read_row_group(file, path, group)
+        where = f"{path}: row group {group}"
+        positions += _check_soft_labels(table, manifest.contract, where)
+        tokens += len(_flat(table, "input_ids"))
+    if found != shard.sha256:
+        raise IntegrityError(
+            f"{path}: sha256 differs from manifest.json (expected {shard.sha256[:12]}..., found {found[:12]}...); cache this shard again"
+        )
+    for what, expected, counted in (("positions", shard.positions, positions), ("tokens", shard.tokens, tokens)):
+        if expected != counted:
+            raise IntegrityError(f"{path}: {what} differ from manifest.json (expected {expected}, found {counted})")
+
+
+def _check_soft_labels(table: pa.Table, contract: Contract, where: str) -> int:
+    """Counts, class ids and probabilities of one row group. Returns its positions."""
+    positions = int(_flat(table, "supervised").sum()) if "supervised" in table.column_names else table.num_rows
+    if "logits" in table.column_names:
+        _expect(
+            len(_flat(table, "logits")) == positions * contract.num_classes,
+            where,
+            f"logits: expected {contract.num_classes} a position",
+        )
+        return positions
+    counts, ids, logprobs = (_flat(table, name) for name in ("top_count", "top_ids", "top_logprobs"))
+    _expect(len(counts) == positions, where, f"top_count: expected one a position ({positions}), found {len(counts)}")
+    _expect(
+        int(counts.sum()) == len(ids) == len(logprobs),
+        where,
+        "top_ids and top_logprobs: expected as many as top_count says",
+    )
+    _expect(bool((counts > 0).all()), where, "top_count: expected at least 1")
+    _expect(
+        not len(ids) or int(ids.max()) < contract.num_classes, where, f"top_ids: expected below {contract.num_classes}"
+    )
+    mass = (
+        np.add.reduceat(np.exp(logprobs.astype(np.float64)), np.cumsum(counts.astype(np.int64)) - counts)
+        if len(ids)
+        else np.zeros(0)
+    )
+    if isinstance(contract.encoding, Sampled):
+        tail_counts, tail_ids = _flat(table, "tail_count"), _flat(table, "tail_ids")
+        _expect(
+            len(tail_counts) == positions,
+            where,
+            f"tail_count: expected one a position ({positions}), found {len(tail_counts)}",
+        )
+        _expect(int(tail_counts.sum()) == len(tail_ids), where, "tail_ids: expected as many as tail_count says")
+        _expect(
+            not len(tail_ids) or int(tail_ids.max()) < contract.num_classes,
+            where,
+            f"tail_ids: expected below {contract.num_classes}",
+        )
+        step = 1 / contract.encoding.sample_size
+        mass = mass + tail_counts * step
+        _expect(bool((np.abs(mass - 1) <= step + 0.01).all()), where, f"weights: expected to sum to 1 +- {step:.3g}")
+    else:
+        grid = len(contract.encoding.temperatures) if hasattr(contract.encoding, "temperatures") else 0
+        residuals = _flat(table, "log_residuals")
+        _expect(len(residuals) == positions * grid, where, f"log_residuals: expected {grid} a position")
+        _expect(bool((mass <= 1.01).all()), where, "top_logprobs: expected a mass of at most 1")
+    return positions
+
+
+def _flat(table: pa.Table, name: str) -> np.ndarray:
+    """All values of a list column, one after another."""
+    flat: np.ndarray = table.column(name).combine_chunks().values.to_numpy(zero_copy_only=False)
+    return flat
+
+
+def _expect(condition: bool, where: str, what: str) -> None:
+    if not condition:
+        raise IntegrityError(f"{where}: {what}")

@@ -1,0 +1,58 @@
+"""What a capture sets out to make: ranges of source rows, cut by a rule that depends on the source and the settings only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.records import Encoding, Full, Sampled, ShardPlan, TopK
+from pipeline.sources import Source
+
+_TARGET_BYTES = 128 << 20
+_MOST_ROWS = 10_000
+
+
+def plan_shards(source: Source, rows_per_shard: int) -> tuple[ShardPlan, ...]:
+    """Cut every split into shards of so many source rows."""
+    return tuple(
+        ShardPlan(f"{split}-{number:05d}", split, start, min(start + rows_per_shard, len(rows)))
+        for split, rows in source.splits.items()
+        for number, start in enumerate(range(0, len(rows), rows_per_shard))
+    )
+
+
+def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: int, token_classes: bool) -> int:
+    """Source rows whose shard stays around 128 MB, at a guess from above of the bytes a position."""
+    if isinstance(encoding, Full):
+        per_position = 4 * num_classes
+    elif isinstance(encoding, Sampled):
+        per_position = int(2 * encoding.sample_size)
+    else:
+        per_position = 4 * encoding.k if isinstance(encoding, TopK) else 256
+    row_bytes = max_length * (4 + per_position) if token_classes else 4 * max_length + per_position
+    return max(1, min(_MOST_ROWS, _TARGET_BYTES // row_bytes))
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
+    """Group rows of similar length: (row numbers, padded length) of each forward pass.
+
+    The longest come first, so that what does not fit in memory shows at once. Padded, a batch has at most `batch_tokens` tokens, or one row.
+    """
+    batches: list[tuple[list[int], int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1][0]) + 1) * batches[-1][1] <= batch_tokens:
+            batches[-1][0].append(row)
+        else:
+            batches.append(([row], lengths[row]))
+    return batches
+
+
+def library_versions() -> dict[str, str]:
+    """What must be equal for equal bytes."""
+    found = {}
+    for name in ("soft-label-pipeline", "torch", "transformers", "tokenizers", "pyarrow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,210 @@
+"""Students and their teacher on one split of a cache. The teacher's numbers come from the cache: it is not loaded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pipeline.cache import Cache
+from pipeline.cache.commit import write_text
+from pipeline.cache.manifest import dump
+from pipeline.config import EvaluateConfig
+from pipeline.errors import CacheError, MisuseError
+from pipeline.metrics import agreement, bootstrap_ratio
+from pipeline.models import LoadedModel, longest_input, tokenizer_info
+from pipeline.models.scoring import score
+from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions, Tokenization
+from pipeline.softlabels import served_temperature
+from pipeline.tasks import Task, get_task
+from pipeline.training.collate import Collator, from_tensors, teacher_argmax, to_tensors
+from pipeline.training.losses import forward_kl
+from pipeline.training.run import check_fit, load_student
+
+
+def run(config: EvaluateConfig) -> EvaluationReport:
+    """`softlabel evaluate`: the report, also kept as `evaluation.json` where an output directory is given."""
+    students = dict(_name(student) for student in config.student)
+    if len(students) < len(config.student):
+        raise MisuseError("--student: two students have the same name; give NAME=DIR")
+    report = evaluate(config.cache, students, split=config.split, batch_size=config.batch_size)
+    if config.output is not None:
+        write_text(Path(config.output, "evaluation.json"), dump(report))
+    return report
+
+
+def evaluate(
+    cache: Cache | str | Path,
+    students: Mapping[str, str | Path | PreTrainedModel],
+    *,
+    split: str = "test",
+    batch_size: int = 32,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Compare students with their teacher.
+
+    Args:
+        students: name -> directory, hub name, or live model (with the cache's tokenizer).
+        seed: of the bootstrap.
+
+    Returns:
+        Metrics of the teacher and of each student; for each student also agreement with the teacher, KL(teacher || student) in nats a
+        position (for `top-k` and `top-p` over the kept classes and one bucket, a lower bound; for `sampled` an unbiased estimate), the
+        teacher's size over the student's, and retention with its 95% interval.
+
+    Raises:
+        PipelineError: a student that does not fit, a split that is not there.
+    """
+    opened = cache if isinstance(cache, Cache) else Cache.open(cache)
+    contract = opened.manifest.contract
+    task = get_task(contract.task)
+    rows = opened.dataset(split)
+    teacher_predictions = _teacher_predictions(task, iter(rows))
+    if not (teacher_predictions.labels != NO_LABEL).any():
+        raise CacheError(
+            f"{opened.root}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
+        )
+    teacher = ModelEvaluation(
+        name="teacher",
+        num_parameters=contract.teacher.num_parameters,
+        metrics=task.metrics(teacher_predictions, contract.num_classes),
+    )
+    lines = []
+    for name, student in students.items():
+        if isinstance(student, str | Path):
+            loaded = load_student(contract, str(student))
+        else:
+            loaded = LoadedModel(student.eval(), opened.tokenizer, name)
+            check_fit(task, contract, loaded)
+        predictions = _predict(opened, task, loaded, name, split, batch_size)
+        lines.append(_line(task, contract.num_classes, name, loaded, teacher, predictions, teacher_predictions, seed))
+    return EvaluationReport(
+        cache_id=opened.manifest.cache_id,
+        task=task.name,
+        split=split,
+        rows=len(rows),
+        positions=len(teacher_predictions.labels),
+        main_metric=task.main_metric,
+        teacher=teacher,
+        students=tuple(lines),
+        temperature=served_temperature(contract.encoding),
+    )
+
+
+def _line(
+    task: Task,
+    num_classes: int,
+    name: str,
+    loaded: LoadedModel,
+    teacher: ModelEvaluation,
+    predictions: Predictions,
+    teacher_predictions: Predictions,
+    seed: int,
+) -> ModelEvaluation:
+    metrics = task.metrics(predictions, num_classes)
+    num_parameters = sum(p.numel() for p in loaded.model.parameters())
+    ours, theirs = metrics[task.main_metric], teacher.metrics[task.main_metric]
+    scores, weights = task.row_scores(predictions)
+    teacher_scores, _ = task.row_scores(teacher_predictions)
+    return ModelEvaluation(
+        name=name,
+        num_parameters=num_parameters,
+        metrics=metrics,
+        agreement=agreement(predictions.predicted, predictions.teacher_predicted),
+        kl=float(predictions.row_kl.sum() / len(predictions.labels)),
+        size_ratio=teacher.num_parameters / num_parameters,
+        retention=_ratio(ours, theirs) if task.higher_is_better else _ratio(theirs, ours),
+        retention_interval=bootstrap_ratio(
+            scores[weights > 0], teacher_scores[weights > 0], seed=seed, inverse=not task.higher_is_better
+        ),
+    )
+
+
+def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: str, batch_size: int) -> Predictions:
+    """One pass of a student over a split."""
+    contract = cache.manifest.contract
+    own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
+    longest = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
+    temperature = served_temperature(contract.encoding)
+    collator = Collator(
+        task, student.tokenizer, temperature, retokenize=Tokenization(longest) if own_tokenizer else None
+    )
+    model = student.model
+    parts, labels, owners, kl = [], [], [], []
+    teacher: list[np.ndarray] = []
+    done = 0
+    dataset = cache.dataset(split)
+    with tqdm(total=len(dataset), unit="row", desc=f"evaluate {name}", disable=None) as progress:
+        for rows in _batches(iter(dataset), batch_size):
+            tensors = send_to_device(to_tensors(collator.collate([(row, True) for row in rows])), model.device)
+            batch = from_tensors(tensors, contract.num_classes)
+            with torch.inference_mode():
+                logits = task.gather_logits(model, batch.inputs, batch.supervised)[:, : contract.num_classes].float()
+                divergence = forward_kl(logits, batch.target, temperature=temperature).double().cpu().numpy()
+            parts.append(score(logits, batch.labels))
+            labels.append(batch.labels.cpu().numpy())
+            teacher.extend(teacher_argmax(row.soft)[0].numpy() for row in rows)
+            counts = [len(row.soft) for row in rows]
+            owner = np.repeat(np.arange(len(rows)), counts)
+            kl.append(np.bincount(owner, weights=divergence, minlength=len(rows)))
+            owners.append(owner + done)
+            done += len(rows)
+            progress.update(len(rows))
+    return Predictions(
+        labels=np.concatenate(labels),
+        predicted=np.concatenate([part.predicted for part in parts]),
+        confidence=np.concatenate([part.confidence for part in parts]),
+        nll=np.concatenate([part.nll for part in parts]),
+        teacher_predicted=np.concatenate(teacher),
+        rows=np.concatenate(owners),
+        row_kl=np.concatenate(kl),
+        row_text_bytes=np.array([row.example.text_bytes for row in dataset]),
+    )
+
+
+def _teacher_predictions(task: Task, rows: Iterator[CachedExample]) -> Predictions:
+    """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution."""
+    labels, predicted, confidence, nll, owners, text_bytes = [], [], [], [], [], []
+    for i, row in enumerate(rows):
+        truth = task.hard_labels(row.example)
+        best, peak = teacher_argmax(row.soft)
+        labels.append(truth)
+        predicted.append(best.numpy())
+        confidence.append(peak.double().exp().numpy())
+        known = truth >= 0
+        each = row.teacher_nll_sum / known.sum() if known.any() else np.nan
+        nll.append(np.where(known, each, np.nan))
+        owners.append(np.full(len(truth), i))
+        text_bytes.append(row.example.text_bytes)
+    argmax = np.concatenate(predicted)
+    return Predictions(
+        labels=np.concatenate(labels),
+        predicted=argmax,
+        confidence=np.concatenate(confidence),
+        nll=np.concatenate(nll),
+        teacher_predicted=argmax,
+        rows=np.concatenate(owners),
+        row_kl=np.zeros(len(text_bytes)),
+        row_text_bytes=np.array(text_bytes),
+    )
+
+
+def _batches(rows: Iterator[CachedExample], size: int) -> Iterator[Sequence[CachedExample]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else float("nan")
+
+
+def _name(student: str) -> tuple[str, str]:
+    """`NAME=DIR`, or the directory's own name."""
+    name, separator, path = student.partition("=")
+    return (name, path) if separator else (Path(student).name, student)

@@ -1,0 +1,53 @@
+"""An evaluation as a table for the terminal, with a line on what each column means."""
+
+from __future__ import annotations
+
+from pipeline.records import EvaluationReport, ModelEvaluation
+
+_MEANING = {
+    "accuracy": "share of right answers (language models: of next tokens)",
+    "macro_f1": "F1, the mean over classes",
+    "loss": "mean negative log-likelihood of the truth, nats",
+    "perplexity": "exp(loss)",
+    "bits_per_byte": "loss in bits a byte of text, comparable between tokenizers",
+    "ece": "expected calibration error: how far confidence is from being right",
+}
+
+
+def format_table(report: EvaluationReport) -> str:
+    """The report as text: a line a model, the teacher first."""
+    metrics = list(report.teacher.metrics)
+    header = ["", "parameters", "size", *metrics, "agreement", "KL", "retention", "95% interval"]
+    lines = [header, *(_cells(line, metrics) for line in (report.teacher, *report.students))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    table = "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
+    )
+    notes = [f"{name}: {_MEANING[name]}" for name in metrics if name in _MEANING]
+    notes += [
+        "size: the teacher's parameters over the model's",
+        "agreement: share of positions where the model's most likely class is the teacher's",
+        f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a position",
+        f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over rows",
+    ]
+    title = f"{report.task}, split {report.split}: {report.rows} rows, {report.positions} positions"
+    return f"{title}\n\n{table}\n\n" + "\n".join(f"  {note}" for note in notes)
+
+
+def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:
+    interval = line.retention_interval
+    return [
+        line.name,
+        f"{line.num_parameters / 1e6:.1f}M" if line.num_parameters >= 1e5 else f"{line.num_parameters}",
+        "" if line.size_ratio is None else f"{line.size_ratio:.1f}x",
+        *(_metric(name, line.metrics[name]) for name in metrics),
+        "" if line.agreement is None else f"{line.agreement:.1%}",
+        "" if line.kl is None else f"{line.kl:.3f}",
+        "" if line.retention is None else f"{line.retention:.1%}",
+        "" if interval is None else f"{interval.low:.1%} to {interval.high:.1%}",
+    ]
+
+
+def _metric(name: str, value: float) -> str:
+    return f"{value:.1%}" if name in ("accuracy", "macro_f1", "ece") else f"{value:.3f}"

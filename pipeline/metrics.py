@@ -1,0 +1,221 @@
+"""Pure functions over predictions: numpy arrays in, floats out. Nothing here knows a model, a task or a cache.
+
+Nan means "cannot be said": no labelled position, no text, too few rows. It is never an error, so that one metric
+without an answer does not cost the other ones. torchmetrics and scipy load on first use (4 seconds).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pipeline.records import NO_LABEL, Interval
+
+#: Elements of one chunk of bootstrap indices: 8 MB each for the indices and for every array they gather.
+RESAMPLE_CHUNK = 1 << 20
+
+_UNKNOWN = Interval(math.nan, math.nan)
+
+
+# ------------------------------------------------------------------------------------------- against the hard labels
+
+
+def accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Share of labelled positions whose prediction is the label.
+
+    Args:
+        labels: (N,) integers, -100 where unknown.
+        predicted: (N,) integers.
+
+    Returns:
+        In [0, 1]; nan where nothing is labelled.
+    """
+    known = labels != NO_LABEL
+    return agreement(labels[known], predicted[known])
+
+
+def macro_f1(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int) -> float:
+    """Mean over classes of the F1 score, every class counting the same.
+
+    Args:
+        labels: (N,) integers in [0, num_classes), -100 where unknown.
+        predicted: (N,) integers in [0, num_classes).
+        num_classes: V, at least 2. Time and memory are O(V): meant for classifiers, not vocabularies.
+
+    Returns:
+        In [0, 1]; nan where nothing is labelled. A class that is neither a label nor predicted at a labelled position
+        is left out of the mean; one that is only a label, or only predicted, counts as 0. torchmetrics and scikit-learn
+        agree on both.
+    """
+    import torch
+    from torchmetrics.functional.classification import multiclass_f1_score
+
+    known = labels != NO_LABEL
+    if not known.any():
+        return math.nan
+    predictions, targets = (torch.from_numpy(values[known].astype(np.int64)) for values in (predicted, labels))
+    return float(multiclass_f1_score(predictions, targets, num_classes=num_classes, average="macro"))
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, num_bins: int = 15) -> float:
+    """How far the probability of the predicted class is from how often it is right, averaged over positions.
+
+    Args:
+        confidence: (N,) float, the probability of the predicted class. Labelled positions only: without a label nothing
+            is correct or wrong.
+        correct: (N,) bool, whether the prediction is the label.
+        num_bins: bins of equal width over [0, 1]; a confidence of exactly 1 has a bin to itself.
+
+    Returns:
+        In [0, 1]; nan where there is no position, or where a confidence is nan.
+
+    Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning", top label, L1 norm.
+    """
+    import torch
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    if confidence.size == 0 or np.isnan(confidence).any():
+        return math.nan
+    # One value above 1 makes torchmetrics take all of them for logits, and exp() of a log-probability may pass 1 by an
+    # ulp. float64, since its bins count in the type of the confidences.
+    top = torch.from_numpy(np.clip(confidence, 0.0, 1.0, dtype=np.float64))
+    return float(binary_calibration_error(top, torch.from_numpy(correct.astype(np.int64)), n_bins=num_bins, norm="l1"))
+
+
+def mean_nll(nll: np.ndarray) -> float:
+    """Mean negative log-likelihood of the hard labels.
+
+    Args:
+        nll: (N,) float, nats; nan where there is no label.
+
+    Returns:
+        Nats per labelled position; nan where nothing is labelled.
+    """
+    known = nll[~np.isnan(nll)]
+    return float(known.mean(dtype=np.float64)) if known.size else math.nan
+
+
+def perplexity(mean_nll: float) -> float:
+    """Exp of a mean negative log-likelihood in nats; inf where that passes the largest float."""
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf
+
+
+def bits_per_byte(nll_sum: float, text_bytes: int) -> float:
+    """Negative log-likelihood per byte of text, which compares models whose tokenizers differ.
+
+    Args:
+        nll_sum: nats, summed over the positions that predict the text.
+        text_bytes: UTF-8 bytes of that text.
+
+    Returns:
+        Bits per byte; nan where there is no text.
+    """
+    return nll_sum / math.log(2) / text_bytes if text_bytes else math.nan
+
+
+# ----------------------------------------------------------------------------------------------- against the teacher
+
+
+def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
+    """Share of positions, labelled or not, where model and teacher predict the same class.
+
+    Args:
+        predicted: (N,) integers.
+        teacher_predicted: (N,) integers.
+
+    Returns:
+        In [0, 1]; nan where there is no position.
+    """
+    return float((predicted == teacher_predicted).mean()) if predicted.size else math.nan
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def bootstrap_ratio(
+    student_row_scores: np.ndarray,
+    teacher_row_scores: np.ndarray,
+    row_weights: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    inverse: bool = False,
+) -> Interval:
+    """Interval of 95% confidence of a student's score over its teacher's, both taken over all positions of a split.
+
+    Rows are resampled, not positions, since positions of one row depend on each other; both models are scored on the
+    same rows, so that what makes a row hard for both cancels.
+
+    Args:
+        student_row_scores: (R,) float, not negative: the sum over the row's positions of what the metric averages
+            (correct predictions, nats). Nan in a row of both models: the row has no label and is left out.
+        teacher_row_scores: (R,) float, the same for the teacher.
+        row_weights: (R,) float, needed where the scores are means over a row rather than sums: its number of positions.
+        seed: of the resampling.
+        resamples: how many times R rows are drawn with replacement.
+        inverse: teacher over student, for a metric that is better when smaller.
+
+    Returns:
+        The 2.5% and 97.5% percentiles of sum(student) / sum(teacher) over the resamples; exactly (1, 1) for equal
+        scores. Nan for fewer than two rows, and where only one of the models has a nan. A resample with a zero
+        denominator counts as inf, and not at all where its numerator is zero too.
+
+    Raises:
+        ValueError: the arrays differ in shape.
+
+    Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13. The percentile interval, because the
+    bias-corrected one (BCa) costs O(R^2) and is undefined for equal models. Memory does not grow with `resamples`
+    beyond their ratios.
+    """
+    from scipy import stats
+
+    weights = np.ones(student_row_scores.shape) if row_weights is None else row_weights
+    if not student_row_scores.shape == teacher_row_scores.shape == weights.shape:
+        raise ValueError(f"shapes differ: {student_row_scores.shape}, {teacher_row_scores.shape}, {weights.shape}")
+    labelled = ~(np.isnan(student_row_scores) & np.isnan(teacher_row_scores))
+    pair = (teacher_row_scores, student_row_scores) if inverse else (student_row_scores, teacher_row_scores)
+    numerators, denominators = (scores[labelled].astype(np.float64) * weights[labelled] for scores in pair)
+    if numerators.size < 2 or np.isnan(numerators.sum() + denominators.sum()):
+        return _UNKNOWN
+    result = stats.bootstrap(
+        (numerators, denominators),
+        lambda *samples, axis: np.stack([sample.sum(axis=axis) for sample in samples]),  # (2, batch)
+        n_resamples=resamples,
+        batch=max(1, RESAMPLE_CHUNK // numerators.size),
+        vectorized=True,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    sums = result.bootstrap_distribution  # (2, resamples); the ratio is taken here, where 0 / 0 can be left out
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = sums[0] / sums[1]
+    ratios = ratios[~np.isnan(ratios)]
+    if not ratios.size:
+        return _UNKNOWN
+    # An order statistic: interpolation between a number and inf would be nan.
+    low, high = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf")
+    return Interval(float(low), float(high))
+
+
+def paired_mean_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of paired differences: of two methods over the same seeds, say.
+
+    Args:
+        differences: (n,) float, one per pair, taken as independent and roughly normal.
+        confidence: in (0, 1).
+
+    Returns:
+        Mean plus and minus t_{n-1} standard errors; nan for fewer than two pairs.
+    """
+    from scipy import stats
+
+    if differences.size < 2:
+        return _UNKNOWN
+    mean = float(differences.mean(dtype=np.float64))
+    half = float(stats.t.ppf((1 + confidence) / 2, differences.size - 1) * stats.sem(differences.astype(np.float64)))
+    return Interval(mean - half, mean + half)

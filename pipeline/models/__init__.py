@@ -1,0 +1,15 @@
+"""Load a model or adapter by name or path, fingerprint it, fine-tune a teacher, make a student."""
+
+from pipeline.models.fingerprint import model_info, public_name, tokenizer_info
+from pipeline.models.load import LoadedModel, load_model, load_tokenizer, longest_input, pad_id
+
+__all__ = [
+    "LoadedModel",
+    "load_model",
+    "load_tokenizer",
+    "longest_input",
+    "model_info",
+    "pad_id",
+    "public_name",
+    "tokenizer_info",
+]

@@ -1,0 +1,70 @@
+"""TrainingArguments from our few flags and the config's `training:` section, and progress on standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from pipeline.errors import ConfigError
+
+
+def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> TrainingArguments:
+    """`ours`, overridden by `extra`: any field of `transformers.TrainingArguments`.
+
+    Raises:
+        ConfigError: an unknown field (the nearest is suggested), or a value that transformers refuses.
+    """
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    for key in extra:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"training: unknown key {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "; expected a field of TrainingArguments")
+            )
+    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 20, "dataloader_pin_memory": False}
+    try:
+        return TrainingArguments(output_dir=output, **{**quiet, **ours, **extra})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training: {' '.join(str(error).split())}") from None
+
+
+def show_progress(trainer: Trainer, description: str) -> None:
+    """A bar on standard error in place of Trainer's own, which prints its logs to standard output."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Progress(description))
+
+
+class _Progress(TrainerCallback):
+    """One bar over the optimizer steps; the newest loss beside it."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, on the first rank only."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", desc=self.description, disable=None
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step further."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The newest losses."""
+        if self.bar is not None and logs:
+            self.bar.set_postfix({key: f"{value:.3f}" for key, value in logs.items() if key.endswith("loss")})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()

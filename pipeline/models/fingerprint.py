@@ -1,0 +1,74 @@
+"""What identifies a model and a tokenizer: hashes of content, never of paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.models.load import LoadedModel
+from pipeline.records import ModelInfo, TokenizerInfo
+
+
+def model_info(loaded: LoadedModel) -> ModelInfo:
+    """Name, weights and precision of a loaded model."""
+    model: Any = loaded.model
+    adapter = hasattr(model, "peft_config")
+    base = model.get_base_model() if adapter else model
+    weights = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "modules_to_save" not in k}
+    added = {k: v for k, v in model.state_dict().items() if k not in weights} if adapter else {}
+    return ModelInfo(
+        name=public_name(loaded.name),
+        revision=loaded.revision,
+        architecture=type(base).__name__,
+        weights_sha256=_hash_tensors(weights),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=str(base.dtype).removeprefix("torch."),
+        attn_implementation=getattr(base.config, "_attn_implementation", None),
+        quantization=loaded.quantization,
+        adapter_sha256=_hash_tensors(added) if added else None,
+    )
+
+
+def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
+    """Hashes of what makes the token ids, and of the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:  # set by each call, and not part of what the tokenizer is
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    content = json.dumps([rules, special], sort_keys=True)
+    template = tokenizer.chat_template
+    ids = {name.removesuffix("_token"): tokenizer.convert_tokens_to_ids(token) for name, token in special.items()}
+    return TokenizerInfo(
+        sha256=hashlib.sha256(content.encode()).hexdigest(),
+        chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        vocabulary_size=len(tokenizer),
+        special_ids={name: i for name, i in ids.items() if isinstance(i, int)},
+    )
+
+
+def public_name(name: str) -> str:
+    """A name that may be shared: hub names and relative paths as they are, of an absolute path only its last part."""
+    path = Path(name)
+    if not path.is_absolute() and ".." not in path.parts:
+        return name
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path.name
+
+
+def _hash_tensors(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""A student from its teacher: a smaller config with random weights, or chosen layers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from pipeline.config import InitStudentConfig
+from pipeline.errors import MisuseError, ModelError
+from pipeline.models.load import load_model, load_tokenizer
+from pipeline.tasks import TASKS
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The size of a student with random weights; everything else is scaled from the teacher's config."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+
+
+def run(config: InitStudentConfig) -> Path:
+    """`softlabel init-student`."""
+    shape = None
+    if not config.layer:
+        shape = Shape(config.num_layers or 0, config.hidden_size or 0, config.num_heads or 0)
+    return init_student(config.teacher, config.output, layers=config.layer or None, config=shape, seed=config.seed)
+
+
+def init_student(
+    teacher: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    config: Shape | PreTrainedConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a student as an ordinary model directory, with the teacher's tokenizer.
+
+    Args:
+        teacher: a name, a path or a live model (then with its `tokenizer`).
+        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them.
+        config: a shape, or a whole config of any architecture, for a student with random weights.
+
+    Returns:
+        The directory.
+
+    Raises:
+        MisuseError: both or neither of `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide.
+        ModelError: the teacher cannot be loaded, or its layers cannot be found.
+    """
+    if (layers is None) == (config is None):
+        raise MisuseError("init_student: give either layers=... or config=...")
+    if isinstance(teacher, str | Path):
+        tokenizer = tokenizer or load_tokenizer(str(teacher))
+    elif tokenizer is None:
+        raise MisuseError("init_student: a live teacher needs its tokenizer=...")
+    if layers is not None:
+        model = teacher if isinstance(teacher, PreTrainedModel) else _load(str(teacher))
+        student = _copy_layers(model, layers)
+    else:
+        assert config is not None
+        base = teacher.config if isinstance(teacher, PreTrainedModel) else _load_config(str(teacher))
+        set_seed(seed)
+        student = _class_of(base)(_scale(base, config) if isinstance(config, Shape) else config)
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as draft:
+        student.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        path.mkdir(exist_ok=True)
+        for file in sorted(
+            Path(draft).iterdir(), key=lambda f: f.name == "config.json"
+        ):  # the file that makes it a model comes last
+            os.replace(file, path / file.name)
+    return path
+
+
+def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A model of the same class with fewer layers, weights copied."""
+    total = teacher.config.get_text_config().num_hidden_layers
+    for layer in layers:
+        if not 0 <= layer < total:
+            raise MisuseError(f"--layer {layer}: the teacher has layers 0 to {total - 1}")
+    config = _resized(teacher.config, list(layers))
+    prefix = _layer_list(teacher, total)
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
+    weights = teacher.state_dict()
+    chosen = {}
+    for name, tensor in weights.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            chosen[name] = tensor
+            continue
+        for new, old in enumerate(layers):
+            if old == int(match[1]):
+                chosen[f"{prefix}.{new}.{match[2]}"] = tensor
+    student: Any = type(teacher)(config)
+    student.to(teacher.dtype).load_state_dict(chosen)
+    result: PreTrainedModel = student
+    return result
+
+
+def _layer_list(model: nn.Module, total: int) -> str:
+    """The name of the module list that holds the layers."""
+    found: list[str] = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__}: found no list of {total} layers to choose from; use --num-layers, --hidden-size, --num-heads"
+        )
+    return min(found, key=lambda name: name.count("."))
+
+
+def _resized(config: Any, layers: list[int]) -> PreTrainedConfig:
+    """The config of chosen layers; per-layer settings go with them."""
+    smaller: Any = copy.deepcopy(config)
+    text = smaller.get_text_config()
+    total = text.num_hidden_layers
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        values = getattr(text, name, None)
+        if isinstance(values, list) and len(values) == total:
+            setattr(text, name, [values[i] for i in layers])
+    text.num_hidden_layers = len(layers)
+    result: PreTrainedConfig = smaller
+    return result
+
+
+def _scale(config: Any, shape: Shape) -> PreTrainedConfig:
+    """The teacher's config at another size: feed-forward width and key-value heads keep their ratio."""
+    if min(shape.num_layers, shape.hidden_size, shape.num_heads) < 1:
+        raise MisuseError(f"--num-layers, --hidden-size, --num-heads: expected at least 1 each, found {shape}")
+    if shape.hidden_size % shape.num_heads:
+        raise MisuseError(f"--hidden-size {shape.hidden_size}: expected a multiple of --num-heads {shape.num_heads}")
+    text = config.get_text_config()
+    width, heads, total = text.hidden_size, text.num_attention_heads, text.num_hidden_layers
+    smaller: Any = _resized(config, [i % total for i in range(shape.num_layers)])
+    new = smaller.get_text_config()
+    for name in ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "word_embed_proj_dim", "embedding_size"):
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            setattr(new, name, max(1, value * shape.hidden_size // width))
+    if isinstance(getattr(text, "num_key_value_heads", None), int):
+        kv = max(1, shape.num_heads * text.num_key_value_heads // heads)
+        new.num_key_value_heads = next(n for n in range(kv, 0, -1) if shape.num_heads % n == 0)
+    if isinstance(getattr(text, "head_dim", None), int):
+        new.head_dim = shape.hidden_size // shape.num_heads
+    if isinstance(getattr(text, "query_pre_attn_scalar", None), int | float):
+        new.query_pre_attn_scalar = shape.hidden_size // shape.num_heads
+    new.hidden_size = shape.hidden_size
+    new.num_attention_heads = shape.num_heads
+    result: PreTrainedConfig = smaller
+    return result
+
+
+def _class_of(config: Any) -> Any:
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ModelError(
+            f"the teacher's config names no architecture of transformers (found {name!r}), so its kind of head is unknown"
+        )
+    return found
+
+
+def _load_config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _load(name: str) -> PreTrainedModel:
+    """The teacher with the head that its config names."""
+    architecture = (_load_config(name).architectures or [""])[0]
+    for task in TASKS.values():
+        if any(cls.__name__ == architecture for cls in _classes(task.auto_class)):
+            return load_model(task, name).model
+    raise ModelError(
+        f"{name}: expected a model of the task {' or '.join(TASKS)}, found the architecture {architecture!r}"
+    )
+
+
+def _classes(auto_class: Any) -> list[type]:
+    return [
+        cls for entry in auto_class._model_mapping.values() for cls in (entry if isinstance(entry, tuple) else (entry,))
+    ]

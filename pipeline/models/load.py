@@ -1,0 +1,186 @@
+"""A model and its tokenizer from a hub name, a directory, a PEFT adapter directory or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError, ModelError
+from pipeline.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in evaluation mode with the tokenizer that stands beside it."""
+
+    model: PreTrainedModel
+    """Or a `peft.PeftModel` around one."""
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None = None
+    quantization: str | None = None
+
+
+def load_model(
+    task: Task,
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    label_names: tuple[str, ...] | None = None,
+    new_head: bool = False,
+    trainable: bool = False,
+) -> LoadedModel:
+    """Load weights with the task's head.
+
+    Args:
+        name: hub name, directory, PEFT adapter directory, or GGUF file (`dir/file.gguf`, `org/name/file.gguf`).
+        label_names: names of the classes of a new classification head.
+        new_head: a head that the checkpoint lacks is initialised; otherwise that is an error, for its logits would be noise.
+        trainable: a PEFT adapter is loaded to be trained further.
+
+    Raises:
+        ModelError: nothing loadable there, or weights are missing.
+        MisuseError: a dtype that does not exist.
+    """
+    adapter = _adapter_config(name)
+    base = str(adapter["base_model_name_or_path"]) if adapter else name
+    source, kwargs = _locate(base)
+    kwargs.update(revision=None if adapter else revision, trust_remote_code=trust_remote_code)
+    config = _from_pretrained(AutoConfig, source, base, **kwargs)
+    if label_names is not None:
+        config.num_labels = len(label_names)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {label: i for i, label in enumerate(label_names)}
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "config": config, "output_loading_info": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        options["device_map"] = device_map
+    if quantization is not None or "gguf_file" in kwargs:
+        options["quantization_config"] = _quantization(quantization)
+    model, info = _from_pretrained(task.auto_class, source, base, **kwargs, **options)
+    missing = sorted(info["missing_keys"])
+    if missing and not new_head and not adapter:
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} weights that {type(model).__name__} needs ({', '.join(missing[:3])}, ...), so its logits "
+            f'would be noise; fine-tune it first with "softlabel train-teacher"'
+        )
+    if adapter:
+        model = _with_adapter(model, name, trainable=trainable)
+    tokenizer = load_tokenizer(
+        name if adapter and (Path(name) / "tokenizer_config.json").exists() else base,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if model.config.pad_token_id is None:  # decoder-only classifiers find a row's end by it
+        model.config.pad_token_id = pad_id(tokenizer)
+    if device_map is None and quantization is None:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.config.use_cache = False
+    model.eval()
+    return LoadedModel(model, tokenizer, name, revision or getattr(config, "_commit_hash", None), quantization)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. `chat_template`: a file with a Jinja template that replaces its own.
+
+    Raises:
+        ModelError: there is none, or the template cannot be read.
+    """
+    source, kwargs = _locate(name)
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
+        AutoTokenizer, source, name, revision=revision, trust_remote_code=trust_remote_code, **kwargs
+    )
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ModelError(f"--chat-template {chat_template}: cannot be read ({error.strerror})") from None
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with. It is masked, so any does where the tokenizer names none."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest row in tokens that the model has positions for."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
+    if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "data2vec-text"):
+        limit -= (config.pad_token_id or 0) + 1  # their positions start after the padding index
+    return int(min(limit, tokenizer.model_max_length))
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes for a name: its first argument, and `gguf_file` where it is one."""
+    if name.endswith(".gguf"):
+        parent, _, file = name.rpartition("/")
+        return parent or ".", {"gguf_file": file}
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ModelError(f"{name}: no such directory; expected a model directory or a hub name (org/name)")
+    return name, {}
+
+
+def _adapter_config(name: str) -> Mapping[str, Any] | None:
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _with_adapter(model: PreTrainedModel, name: str, *, trainable: bool) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ModelError(f"{name}: is a PEFT adapter; pip install 'soft-label-pipeline[lm]' to use it") from None
+    return PeftModel.from_pretrained(model, name, is_trainable=trainable)
+
+
+def _quantization(kind: str | None) -> Any:
+    if kind is None:
+        from transformers import GgufConfig
+
+        return GgufConfig(dequantize=True)
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit")
+
+
+def _dtype(name: str) -> Any:
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise MisuseError(f"--dtype {name}: expected auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {reason.strip()}") from error

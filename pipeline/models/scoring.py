@@ -1,0 +1,29 @@
+"""What a model's logits say of its own prediction and of the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.records import NO_LABEL
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """(N,) each."""
+
+    predicted: np.ndarray
+    confidence: np.ndarray
+    nll: np.ndarray
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """(N, V) logits, (N,) labels -> argmax, its probability, and the negative log-likelihood of the label (nan where there is none)."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    best, predicted = logprobs.max(-1)
+    nll = -logprobs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    nll = nll.masked_fill(labels == NO_LABEL, torch.nan)
+    return Scores(predicted.cpu().numpy(), best.double().exp().cpu().numpy(), nll.double().cpu().numpy())

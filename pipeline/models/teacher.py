@@ -1,0 +1,159 @@
+"""Fine-tune a teacher on the hard labels of the task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from pipeline.config import TrainTeacherConfig
+from pipeline.errors import BadRowError, MisuseError, SourceError
+from pipeline.models.arguments import show_progress, training_arguments
+from pipeline.models.load import LoadedModel, load_model, load_tokenizer, longest_input, pad_id
+from pipeline.models.scoring import score
+from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
+from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
+from pipeline.tasks import Task, get_task
+
+
+def run(config: TrainTeacherConfig) -> dict[str, float]:
+    """`softlabel train-teacher`: fine-tune, save an ordinary model directory, measure on the held-out split.
+
+    Returns:
+        The task's metrics on `validation`, or else on `test`; empty where the source has neither. Kept as `metrics.json`.
+
+    Raises:
+        PipelineError: see the subclasses.
+    """
+    task = get_task(config.task)
+    task.check_columns(config.data.columns, config.data.tokenization(2))
+    if Path(config.output).resolve() == Path(config.model).resolve():
+        raise MisuseError(f"--output {config.output}: is the pretrained model's own directory; use another")
+    source = load_source(config.data, label_required=not task.classes_are_tokens)
+    names = None if task.classes_are_tokens else label_names(source)
+    teacher = load_model(
+        task, config.model, dtype="float32", label_names=names, new_head=not task.classes_are_tokens, trainable=True
+    )
+    if config.data.chat_template is not None:
+        tokenizer = load_tokenizer(config.model, chat_template=config.data.chat_template)
+        teacher = LoadedModel(teacher.model, tokenizer, teacher.name)
+    settings = config.data.tokenization(
+        config.data.max_length or min(longest_input(teacher.model, teacher.tokenizer), task.default_max_length)
+    )
+    labels = None if names is None else LabelMap.for_names(source, names)
+    train, held_out = _split_names(source)
+    rows = _read(task, source, train, labels, teacher.tokenizer, settings)
+    args = training_arguments(
+        config.output,
+        config.training,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        seed=config.seed,
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+    collator = _Collator(task, teacher.tokenizer)
+    trainer = Trainer(model=teacher.model, args=args, data_collator=collator, train_dataset=_Rows(rows))
+    show_progress(trainer, "train-teacher")
+    trainer.train()
+    trainer.save_model(config.output)
+    teacher.tokenizer.save_pretrained(config.output)
+    metrics: dict[str, float] = {}
+    if held_out is not None:
+        measured = _read(task, source, held_out, labels, teacher.tokenizer, settings)
+        metrics = measure(task, teacher, measured, config.batch_size)
+    content = {"split": held_out, "rows": len(rows), "metrics": metrics}
+    Path(config.output, "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return metrics
+
+
+def measure(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], batch_size: int) -> dict[str, float]:
+    """The task's metrics of a model on labelled rows."""
+    model = loaded.model.eval()
+    parts, labels, owners = [], [], []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer))
+        truth = torch.from_numpy(np.concatenate([task.hard_labels(row) for row in batch]))
+        with torch.inference_mode():
+            moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            logits = task.gather_logits(model, moved, None if supervised is None else supervised.to(model.device))
+        parts.append(score(logits.cpu(), truth))
+        labels.append(truth.numpy())
+        owners.append(np.repeat(np.arange(start, start + len(batch)), [row.num_positions for row in batch]))
+    predicted = np.concatenate([part.predicted for part in parts])
+    predictions = Predictions(
+        labels=np.concatenate(labels),
+        predicted=predicted,
+        confidence=np.concatenate([part.confidence for part in parts]),
+        nll=np.concatenate([part.nll for part in parts]),
+        teacher_predicted=predicted,
+        rows=np.concatenate(owners),
+        row_kl=np.zeros(len(rows)),
+        row_text_bytes=np.array([row.text_bytes for row in rows]),
+    )
+    return task.metrics(predictions, task.num_classes(model, loaded.tokenizer))
+
+
+@dataclass(frozen=True)
+class _Rows(Dataset[TokenizedExample]):
+    rows: Sequence[TokenizedExample]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return self.rows[index]
+
+
+@dataclass(frozen=True, slots=True)
+class _Collator:
+    """Inputs, and `labels` where the model's own loss looks for them: one a row, or shifted by one token."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+        inputs, supervised = self.task.collate(rows, pad_id(self.tokenizer))
+        labels = torch.from_numpy(np.concatenate([self.task.hard_labels(row) for row in rows]))
+        if supervised is None:
+            return {**inputs, "labels": labels}
+        tokens = torch.full(supervised.shape, NO_LABEL)
+        tokens[:, 1:][supervised[:, :-1]] = labels  # what position t predicts stands at t + 1
+        return {**inputs, "labels": tokens}
+
+
+def _split_names(source: Source) -> tuple[str, str | None]:
+    if "train" not in source.splits:
+        raise SourceError(f"{source.name}: expected a split `train` to fine-tune on, found {', '.join(source.splits)}")
+    return "train", next((name for name in ("validation", "test") if name in source.splits), None)
+
+
+def _read(
+    task: Task, source: Source, split: str, labels: LabelMap | None, tokenizer: Any, settings: Tokenization
+) -> list[TokenizedExample]:
+    """The labelled rows of a split as tokens."""
+    examples = read_examples(source, split, 0, len(source.splits[split]), labels)
+    rows: list[TokenizedExample] = []
+    for item in task.tokenize(examples, split, tokenizer, settings):
+        if isinstance(item, BadRow):
+            raise BadRowError(
+                f"{source.name}: split {split}, row {item.source_row}: {item.reason}; mend or remove the row"
+            )
+        if (task.hard_labels(item) != NO_LABEL).any():
+            rows.append(item)
+    if not rows:
+        raise SourceError(
+            f"{source.name}: split {split} has no labelled row to learn from; name the column with --label-column"
+        )
+    return rows

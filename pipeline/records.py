@@ -1,0 +1,476 @@
+"""Every in-memory type, in the order in which data flows through them.
+
+    source -> Example -> TokenizedExample -> teacher -> SoftLabels -> shard -> Manifest        capture
+    Manifest -> shard -> CachedExample -> StudentBatch -> loss -> student -> EvaluationReport  training
+
+Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V classes, G temperatures.
+
+Row n of a `SoftLabels` is the prediction *made at* supervised position n. A sequence classifier makes one per example.
+A causal language model makes one per supervised token position t, and it predicts token t + 1: the hard label of
+position t is `input_ids[t + 1]`. The last token of a row and the last token of a document are never supervised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:  # records are read by `--help`, which must not wait for torch
+    from torch import Tensor
+
+#: What the losses and `transformers` skip: a position without a hard label.
+NO_LABEL = -100
+
+Scalar = str | int | float | bool | None
+
+
+# ------------------------------------------------------------------------------------------------ source -> tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which column of a data set holds what. `None`: there is no such column."""
+
+    text: str | None = "text"
+    text_pair: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    input_ids: str | None = None
+    labels: str | None = None
+    label: str | None = "label"
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a source, columns mapped, not tokenized. Exactly one of the four inputs is set."""
+
+    source_row: int
+    text: str | None = None
+    text_pair: str | None = None
+    messages: tuple[Message, ...] | None = None
+    prompt_completion: tuple[str, str] | None = None
+    input_ids: tuple[int, ...] | None = None
+    token_labels: tuple[int, ...] | None = None
+    """Pre-tokenized rows only: -100 where a token is not to be learnt, aligned with `input_ids` (not shifted)."""
+    label: int | None = None
+    kept: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself."""
+
+    max_length: int
+    packing: bool = False
+    isolate_documents: bool = False
+    """Packed rows only: attention and positions start anew at every document."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """One row of a cache before the teacher has seen it: a text, a piece of a long one, or several packed."""
+
+    source_row: int
+    piece: int
+    input_ids: np.ndarray
+    """(T,) int32."""
+    supervised: np.ndarray | None = None
+    """(T,) bool: the positions that carry soft labels. None: the task has one position per example."""
+    token_type_ids: np.ndarray | None = None
+    label: int | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    document_lengths: np.ndarray | None = None
+    """Lengths in tokens of the isolated documents that the row is packed from, int32; None: attention is not cut."""
+    text_bytes: int = 0
+    """UTF-8 bytes of the text that the supervised positions predict."""
+    kept: Mapping[str, Scalar] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """N of this row."""
+        return 1 if self.supervised is None else int(self.supervised.sum())
+
+
+# ---------------------------------------------------------------------------------------------------- soft labels
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """All V log-probabilities of every position. The default for classifiers."""
+
+    kind: Literal["full"] = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The k largest, and the exact mass outside them at each temperature of a grid."""
+
+    k: int
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
+    kind: Literal["top-k"] = "top-k"
+
+
+@dataclass(frozen=True, slots=True)
+class TopP:
+    """The fewest classes whose mass reaches p, and the exact mass outside them at each temperature of a grid."""
+
+    p: float
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
+    kind: Literal["top-p"] = "top-p"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Every class of at least 1/c exactly, an unbiased sample of the rest at weight 1/c (c = `sample_size`).
+
+    The default for language models: E[target] = q, at about c classes or fewer a position. On 2,048 positions of a 135M-parameter
+    model, c = 25 keeps 13 classes and adds less noise than 50 draws with replacement, which keep 19.
+    """
+
+    sample_size: float = 25.0
+    temperature: float = 1.0
+    kind: Literal["sampled"] = "sampled"
+
+
+Encoding = Full | TopK | TopP | Sampled
+
+
+@dataclass(frozen=True, slots=True)
+class SoftLabels:
+    """What a teacher believes at N positions: top + tail + log-residuals. Ragged: position n owns `[offsets[n]:offsets[n + 1]]`."""
+
+    encoding: Encoding
+    num_classes: int
+    top_offsets: Tensor
+    """(N + 1,) int64."""
+    top_ids: Tensor
+    """(sum K,) int64, by falling probability (`full`: by id)."""
+    top_logprobs: Tensor
+    """(sum K,) float32, nats, of softmax(z), or of softmax(z / T) for `sampled`."""
+    tail_offsets: Tensor
+    """(N + 1,) int64."""
+    tail_ids: Tensor
+    """(sum K,) int64, rising. Each has the weight 1 / sample_size."""
+    log_residuals: Tensor
+    """(N, G) float32, nats: log of the mass outside the top at each temperature of the grid. G = 0 for `full`, `sampled`."""
+
+    def __len__(self) -> int:
+        return self.top_offsets.numel() - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """What the full logits say and the kept classes do not, per position, nats."""
+
+    nll: Tensor
+    """(N,) float32, -log softmax(z)[hard label]; 0 where there is no hard label."""
+    entropy: Tensor
+    """(N,) float32, of the distribution whose log-probabilities are kept (T = 1, or the T of `sampled`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The distribution a student is trained towards at N positions: ragged weights, and one bucket for the rest."""
+
+    num_classes: int
+    offsets: Tensor
+    """(N + 1,) int64."""
+    ids: Tensor
+    """(sum K,) int64."""
+    weights: Tensor
+    """(sum K,) float: probabilities, or unbiased estimates of them (then they need not sum to 1)."""
+    log_residual: Tensor | None
+    """(N,) float, log of the teacher's mass outside `ids`; None: there is none to match."""
+    negative_entropy: Tensor
+    """(N,) float, nats: sum_i q_i log q_i of each position, which turns a cross-entropy into a KL (`sampled`: the mean over the row)."""
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+
+# ----------------------------------------------------------------------------------------------- the cache on disk
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model made the logits, and everything about its loading that changes one."""
+
+    name: str
+    revision: str | None
+    architecture: str
+    weights_sha256: str
+    num_parameters: int
+    dtype: str
+    attn_implementation: str | None
+    quantization: str | None = None
+    adapter_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """Which tokenizer made the token ids."""
+
+    sha256: str
+    """Of vocabulary, merges, normalisation and special tokens: all that makes two tokenizers give the same ids."""
+    chat_template_sha256: str | None
+    vocabulary_size: int
+    special_ids: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """Which data set was read, and how."""
+
+    name: str
+    config: str | None
+    revision: str | None
+    columns: Columns
+    fingerprints: Mapping[str, str]
+    """Split -> SHA-256 over the columns that were read."""
+    holdout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """Everything that decides what a cache holds. Two captures of one contract may share a directory."""
+
+    task: str
+    encoding: Encoding
+    num_classes: int
+    """V of the soft labels: classes beyond the tokenizer's vocabulary (padded embedding rows) are not part of it."""
+    label_names: tuple[str, ...] | None
+    teacher: ModelInfo
+    tokenizer: TokenizerInfo
+    source: SourceInfo
+    tokenization: Tokenization
+    store_text: bool
+    batch_tokens: int
+    seed: int
+    versions: Mapping[str, str]
+    columns: Mapping[str, str]
+    """Name and type of each column of the shards."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One shard: the source rows `[start, stop)` of a split."""
+
+    name: str
+    split: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A source row that was set aside."""
+
+    split: str
+    source_row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One line of the shard table."""
+
+    name: str
+    split: str
+    rows: int
+    positions: int
+    tokens: int
+    bytes: int
+    sha256: str
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one finished shard leaves beside it: proof of work, and where it was made."""
+
+    shard: Shard
+    plan: ShardPlan
+    batches: tuple[tuple[int, int], ...]
+    """The batch plan: rows and padded length of each forward pass."""
+    device: str
+    seconds: float
+    forward_seconds: float
+    bad_rows: tuple[BadRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentProbe:
+    """Mean target weight of the hard label `shift` positions further, over the same positions. Shift 0 must win."""
+
+    positions: int
+    previous: float
+    aligned: float
+    following: float
+    verdict: Literal["aligned", "misaligned", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The contract and the shard table. `cache_id` is the SHA-256 over both."""
+
+    format_version: int
+    cache_id: str
+    contract: Contract
+    shards: tuple[Shard, ...]
+    bad_rows: int = 0
+    probe: AlignmentProbe | None = None
+
+    def split_shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of one split, in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, in order of first appearance."""
+        return tuple(dict.fromkeys(shard.split for shard in self.shards))
+
+
+# ---------------------------------------------------------------------------------------------- cache -> student
+
+
+@dataclass(frozen=True, slots=True)
+class CachedExample:
+    """One row of a cache: what the teacher saw, and what it said."""
+
+    example: TokenizedExample
+    soft: SoftLabels
+    teacher_nll_sum: float
+    teacher_entropy_sum: float
+    content_hash: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudentBatch:
+    """B rows, collated. N counts supervised positions of all rows, in row order."""
+
+    inputs: dict[str, Tensor]
+    """What the student's `forward` takes; the first dimension is B."""
+    supervised: Tensor | None
+    """(B, T) bool: where the N positions are. None: one position a row."""
+    labels: Tensor
+    """(N,) int64 hard labels, -100 where there is none."""
+    target: Target
+    weights: Tensor
+    """(N,) float: how much each position counts; 0 for the rows that fill up the last step of several ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """A loss and its parts, each a sum over positions of nats at the scale of cross-entropy."""
+
+    total: Tensor
+    """() the weighted mean that is minimised."""
+    hard_sum: Tensor
+    """() sum of cross-entropies with the hard labels."""
+    soft_sum: Tensor
+    """() sum of T^2-scaled divergences from the teacher."""
+    num_hard: Tensor
+    """() how many positions have a hard label."""
+    num_soft: Tensor
+    """() how many positions count."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a training run leaves: kept beside the student as `distillation.json`."""
+
+    output: str
+    cache_id: str
+    steps: int
+    seconds: float
+    hard_loss: float | None
+    """Mean of the last logging interval, nats; None where there was no hard label."""
+    soft_loss: float | None
+    num_parameters: int
+    num_trainable: int
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What one model predicted at N positions, and what the teacher and the truth say there."""
+
+    labels: np.ndarray
+    """(N,) int64, -100 where unknown."""
+    predicted: np.ndarray
+    """(N,) int64, the argmax."""
+    confidence: np.ndarray
+    """(N,) float64, the probability of the argmax."""
+    nll: np.ndarray
+    """(N,) float64, nats; nan where there is no label."""
+    teacher_predicted: np.ndarray
+    """(N,) int64."""
+    rows: np.ndarray
+    """(N,) int64: the row of the split that each position belongs to. Intervals resample rows, since positions of one row depend on each other."""
+    row_kl: np.ndarray
+    """(R,) float64: the sum over the row's positions of KL(teacher || model), nats."""
+    row_text_bytes: np.ndarray
+    """(R,) int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An interval of 95% confidence."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEvaluation:
+    """One line of the table."""
+
+    name: str
+    num_parameters: int
+    metrics: Mapping[str, float]
+    agreement: float | None = None
+    kl: float | None = None
+    size_ratio: float | None = None
+    """The teacher's parameters over this model's."""
+    retention: float | None = None
+    """This model's main metric over the teacher's (for a loss-like metric the teacher's over this model's)."""
+    retention_interval: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """Students and their teacher on one split of one cache."""
+
+    cache_id: str
+    task: str
+    split: str
+    rows: int
+    positions: int
+    main_metric: str
+    teacher: ModelEvaluation
+    students: tuple[ModelEvaluation, ...]
+    temperature: float = 1.0
+    """At which KL and agreement are taken: 1, or the one of a `sampled` cache."""

@@ -1,0 +1,79 @@
+"""Slices and joins of SoftLabels: positions are rows, and each owns a run of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.records import Encoding, SoftLabels
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    """(N,) counts -> (N + 1,) offsets, int64."""
+    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets
+
+
+def owners(offsets: Tensor) -> Tensor:
+    """(N + 1,) offsets -> (sum K,) the position that owns each class, int64."""
+    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
+
+
+def empty(encoding: Encoding, num_classes: int) -> SoftLabels:
+    """Soft labels of no position."""
+    none = torch.zeros(0, dtype=torch.int64)
+    start = torch.zeros(1, dtype=torch.int64)
+    grid = len(getattr(encoding, "temperatures", ()))
+    return SoftLabels(encoding, num_classes, start, none, torch.zeros(0), start, none, torch.zeros(0, grid))
+
+
+def rows(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
+    """Positions `[start, stop)`; a view wherever tensors allow."""
+    top, tail = soft.top_offsets[start : stop + 1], soft.tail_offsets[start : stop + 1]
+    return replace(
+        soft,
+        top_offsets=top - top[0],
+        top_ids=soft.top_ids[top[0] : top[-1]],
+        top_logprobs=soft.top_logprobs[top[0] : top[-1]],
+        tail_offsets=tail - tail[0],
+        tail_ids=soft.tail_ids[tail[0] : tail[-1]],
+        log_residuals=soft.log_residuals[start:stop],
+    )
+
+
+def take(soft: SoftLabels, positions: Tensor) -> SoftLabels:
+    """Chosen positions, in the order given. (M,) int64 -> M positions."""
+    top, tail = _gather(soft.top_offsets, positions), _gather(soft.tail_offsets, positions)
+    return replace(
+        soft,
+        top_offsets=offsets_of(soft.top_offsets.diff()[positions]),
+        top_ids=soft.top_ids[top],
+        top_logprobs=soft.top_logprobs[top],
+        tail_offsets=offsets_of(soft.tail_offsets.diff()[positions]),
+        tail_ids=soft.tail_ids[tail],
+        log_residuals=soft.log_residuals[positions],
+    )
+
+
+def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
+    """Positions of all parts, one after another. The parts share encoding and V; there is at least one."""
+    return replace(
+        parts[0],
+        top_offsets=offsets_of(torch.cat([part.top_offsets.diff() for part in parts])),
+        top_ids=torch.cat([part.top_ids for part in parts]),
+        top_logprobs=torch.cat([part.top_logprobs for part in parts]),
+        tail_offsets=offsets_of(torch.cat([part.tail_offsets.diff() for part in parts])),
+        tail_ids=torch.cat([part.tail_ids for part in parts]),
+        log_residuals=torch.cat([part.log_residuals for part in parts]),
+    )
+
+
+def _gather(offsets: Tensor, positions: Tensor) -> Tensor:
+    """Indices of the classes that the chosen positions own."""
+    counts = offsets.diff()[positions]
+    starts = torch.repeat_interleave(offsets[positions] - offsets_of(counts)[:-1], counts)
+    return starts + torch.arange(int(counts.sum()))

@@ -1,0 +1,23 @@
+"""What differs between tasks, one module each, behind one protocol. Nothing else in the code branches on the task."""
+
+from pipeline.errors import ConfigError
+from pipeline.tasks.causal_lm import CausalLM
+from pipeline.tasks.protocol import Task
+from pipeline.tasks.sequence_classification import SequenceClassification
+
+TASKS: dict[str, Task] = {task.name: task for task in (SequenceClassification(), CausalLM())}
+
+
+def get_task(name: str) -> Task:
+    """The task of a name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    try:
+        return TASKS[name]
+    except KeyError:
+        raise ConfigError(f"task {name!r}: expected one of {', '.join(TASKS)}") from None
+
+
+__all__ = ["TASKS", "Task", "get_task"]

@@ -1,0 +1,248 @@
+"""The next token at every supervised position: V = vocabulary, class i is token i."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError
+from pipeline.metrics import accuracy, bits_per_byte, expected_calibration_error, mean_nll, perplexity
+from pipeline.records import (
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    Predictions,
+    Sampled,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.tasks.documents import Document, read_documents
+from pipeline.tasks.protocol import attention_mask, pad
+
+
+@dataclass(frozen=True, slots=True)
+class CausalLM:
+    """See `Task`."""
+
+    name: str = "causal-lm"
+    auto_class: Any = AutoModelForCausalLM
+    classes_are_tokens: bool = True
+    default_encoding: Encoding = Sampled()
+    default_temperature: float = 1.0
+    default_max_length: int = 1024
+    default_batch_tokens: int = 2048
+    main_metric: str = "loss"
+    higher_is_better: bool = False
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Pairs of texts are for classifiers; a packed row has no one value of a kept column."""
+        if columns.text_pair is not None:
+            raise MisuseError(
+                f"--text-pair-column is for classifiers; --task {self.name} takes --prompt-column and --completion-column"
+            )
+        if tokenization.packing and columns.keep:
+            raise MisuseError("--keep-column does not go with --packing: a packed row holds several source rows")
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The tokenizer's vocabulary. Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and in training."""
+        inner: Any = model
+        head = inner.get_output_embeddings()
+        rows = inner.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+        return int(min(len(tokenizer), rows))
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Documents are cut into pieces of `max_length` tokens, or with packing joined by EOS first.
+
+        A piece starts with the last token of the one before, so that every token but a document's first is predicted once.
+        """
+        if settings.packing:
+            yield from _pack(read_documents(examples, split, tokenizer), tokenizer.eos_token_id, settings)
+            return
+        for document in read_documents(examples, split, tokenizer):
+            if isinstance(document, BadRow):
+                yield document
+                continue
+            text = document.example.text is not None or document.example.input_ids is not None
+            if not text and len(document.input_ids) > settings.max_length:
+                document = _truncate(document, split, settings.max_length)
+                if isinstance(document, BadRow):
+                    yield document
+                    continue
+            yield from _cut(document, settings.max_length)
+
+    def hard_labels(self, example: TokenizedExample) -> np.ndarray:
+        """(N,): the token after each supervised position."""
+        assert example.supervised is not None
+        return example.input_ids[np.flatnonzero(example.supervised) + 1].astype(np.int64)
+
+    def collate(
+        self, examples: Sequence[TokenizedExample], pad_id: int, length: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Padded on the right. Isolated documents: positions start anew at each, which `transformers` reads as a block mask."""
+        ids = [example.input_ids for example in examples]
+        inputs = {"input_ids": pad(ids, pad_id, length)}
+        supervised = pad(
+            [e.supervised.astype(np.int64) for e in examples if e.supervised is not None], 0, length
+        ).bool()
+        if examples[0].document_lengths is None:
+            inputs["attention_mask"] = attention_mask(ids, length)
+        else:
+            width = inputs["input_ids"].shape[1]
+            inputs["position_ids"] = torch.stack([_positions(example, width) for example in examples])
+        return inputs, supervised
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """The output matrix sees the supervised positions only, so (B, T, V) never exists.
+
+        A forward pre-hook on the output embeddings selects them; the model's own code does the rest (biases, soft-caps, scales), so no
+        architecture is a special case.
+        """
+        assert supervised is not None
+        inner: Any = model.module if hasattr(model, "module") else model
+        head = inner.get_output_embeddings()
+
+        def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][supervised].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, N, H)
+
+        if head is None:
+            logits: Tensor = model(**inputs).logits[supervised]
+            return logits
+        hook = head.register_forward_pre_hook(select)
+        try:
+            logits = model(**inputs).logits  # (1, N, V)
+        finally:
+            hook.remove()
+        return logits[0]
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Loss, perplexity, bits per byte, next-token accuracy and calibration."""
+        loss = mean_nll(predictions.nll)
+        correct = predictions.predicted == predictions.labels
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "bits_per_byte": bits_per_byte(float(predictions.nll.sum()), int(predictions.row_text_bytes.sum())),
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "ece": expected_calibration_error(predictions.confidence, correct),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Negative log-likelihoods, and positions."""
+        rows = len(predictions.row_text_bytes)
+        return (
+            np.bincount(predictions.rows, weights=predictions.nll, minlength=rows),
+            np.bincount(predictions.rows, minlength=rows).astype(np.float64),
+        )
+
+
+def _truncate(document: Document, split: str, longest: int) -> Document | BadRow:
+    """Chats and prompts: a later piece would have lost its prompt."""
+    if not document.predicted[:longest].any():
+        reason = f"no token to predict is left within --max-length {longest}, of {len(document.input_ids)} tokens"
+        return BadRow(split, document.example.source_row, reason)
+    return Document(
+        document.example, document.input_ids[:longest], document.predicted[:longest], document.num_bytes[:longest]
+    )
+
+
+def _cut(document: Document, longest: int) -> Iterator[TokenizedExample]:
+    piece = 0
+    for start in range(0, len(document.input_ids) - 1, longest - 1):
+        part = slice(start, start + longest)
+        predicted = document.predicted[part]
+        if predicted[1:].any():
+            yield _row(document.example, piece, document.input_ids[part], predicted, document.num_bytes[part], None)
+            piece += 1
+
+
+def _pack(
+    documents: Iterable[Document | BadRow], eos_id: int | None, settings: Tokenization
+) -> Iterator[TokenizedExample | BadRow]:
+    """Fill rows of `max_length` with documents, EOS after each; what does not fit goes on in the next row."""
+    if eos_id is None:
+        raise MisuseError("--packing puts EOS between documents, and the tokenizer has none; cache without --packing")
+    open_row: list[Document] = []
+    pieces: Counter[int] = Counter()
+    room = settings.max_length
+
+    def close() -> Iterator[TokenizedExample]:
+        predicted = np.concatenate([part.predicted for part in open_row])
+        if predicted[1:].any():
+            first = open_row[0].example
+            lengths = np.asarray([len(part.input_ids) for part in open_row], dtype=np.int32)
+            yield _row(
+                first,
+                pieces[first.source_row],
+                np.concatenate([part.input_ids for part in open_row]),
+                predicted,
+                np.concatenate([part.num_bytes for part in open_row]),
+                lengths if settings.isolate_documents else None,
+            )
+            pieces[first.source_row] += 1
+
+    for document in documents:
+        if isinstance(document, BadRow):
+            yield document
+            continue
+        closed = Document(
+            document.example,
+            np.append(document.input_ids, np.int32(eos_id)),
+            np.append(document.predicted, True),
+            np.append(document.num_bytes, 0),
+        )
+        start = 0
+        while len(closed.input_ids) - start > 1:
+            part = slice(start, start + room)
+            predicted = closed.predicted[part].copy()
+            predicted[0] = False  # the first token of a document, or one that the row before has predicted
+            open_row.append(Document(closed.example, closed.input_ids[part], predicted, closed.num_bytes[part]))
+            room -= len(predicted)
+            start += len(predicted) - 1
+            if room < 2:  # one token more would predict nothing
+                yield from close()
+                open_row.clear()
+                room = settings.max_length
+    if open_row:
+        yield from close()
+
+
+def _row(
+    example: Example,
+    piece: int,
+    ids: np.ndarray,
+    predicted: np.ndarray,
+    num_bytes: np.ndarray,
+    lengths: np.ndarray | None,
+) -> TokenizedExample:
+    """`predicted` speaks of tokens, `supervised` of the positions before them."""
+    supervised = np.append(predicted[1:], False)
+    return TokenizedExample(
+        source_row=example.source_row,
+        piece=piece,
+        input_ids=ids.astype(np.int32),
+        supervised=supervised,
+        document_lengths=lengths,
+        text_bytes=int(num_bytes[1:][predicted[1:]].sum()),
+        kept=example.kept,
+    )
+
+
+def _positions(example: TokenizedExample, width: int) -> Tensor:
+    """(T,): 0, 1, 2, ... anew at every document, and at the padding."""
+    assert example.document_lengths is not None
+    lengths = [*example.document_lengths.tolist(), width - example.num_tokens]
+    return torch.cat([torch.arange(length) for length in lengths])

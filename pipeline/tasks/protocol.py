@@ -1,0 +1,99 @@
+"""What a task is: N supervised positions a row, each with a distribution over V classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.records import BadRow, Columns, Encoding, Example, Predictions, Tokenization, TokenizedExample
+
+
+class Task(Protocol):
+    """The protocol; implementations hold no state."""
+
+    @property
+    def name(self) -> str:
+        """As `--task` names it."""
+
+    @property
+    def auto_class(self) -> Any:
+        """The `transformers.AutoModelFor...` that loads a model with this task's head."""
+
+    @property
+    def classes_are_tokens(self) -> bool:
+        """Whether class i is token i: then teacher and student share a tokenizer, and hard labels are in `input_ids`."""
+
+    @property
+    def default_encoding(self) -> Encoding:
+        """What is kept where the user does not say."""
+
+    @property
+    def default_temperature(self) -> float:
+        """What students train at where neither the user nor the encoding says."""
+
+    @property
+    def default_max_length(self) -> int:
+        """Longest row in tokens, where the model would take longer ones and the user does not say."""
+
+    @property
+    def default_batch_tokens(self) -> int:
+        """Tokens in a forward pass of the teacher: what keeps (N, V) logits at some hundred megabytes."""
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that retention is taken of."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """The direction of the main metric."""
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Raise `MisuseError` for inputs that the task cannot use."""
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """V of the soft labels that a model makes. Raises `ModelError` where it makes none."""
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Examples of one shard -> rows of the cache, in order, with the supervised positions marked."""
+
+    def hard_labels(self, example: TokenizedExample) -> np.ndarray:
+        """(N,) int64: the hard label of each supervised position, -100 where there is none."""
+
+    def collate(
+        self, examples: Sequence[TokenizedExample], pad_id: int, length: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Rows -> what a model's `forward` takes, (B, T) each, and the (B, T) mask of supervised positions (None: one a row)."""
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """One forward pass -> (N, V) logits at the supervised positions."""
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """The columns of the evaluation table; has the main metric among them."""
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """(R,) sums and (R,) weights, whose ratio of totals is the main metric: what the bootstrap resamples."""
+
+
+def pad(rows: Sequence[np.ndarray], value: int, length: int | None = None) -> Tensor:
+    """Ragged integer rows -> (B, T) int64, filled on the right with `value` up to `length` or the longest row."""
+    width = length or max(len(row) for row in rows)
+    out = np.full((len(rows), width), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return torch.from_numpy(out)
+
+
+def attention_mask(rows: Sequence[np.ndarray], length: int | None = None) -> Tensor:
+    """(B, T) int64: 1 on tokens, 0 on padding."""
+    return pad([np.ones(len(row), dtype=np.int64) for row in rows], 0, length)

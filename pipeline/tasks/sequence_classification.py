@@ -1,0 +1,142 @@
+"""One class for a text or a pair of texts: N = 1 position a row, V = number of labels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError, ModelError
+from pipeline.metrics import accuracy, expected_calibration_error, macro_f1, mean_nll
+from pipeline.records import (
+    NO_LABEL,
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    Full,
+    Predictions,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.tasks.protocol import attention_mask, pad
+
+_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceClassification:
+    """See `Task`."""
+
+    name: str = "sequence-classification"
+    auto_class: Any = AutoModelForSequenceClassification
+    classes_are_tokens: bool = False
+    default_encoding: Encoding = Full()
+    default_temperature: float = 2.0
+    default_max_length: int = 512
+    default_batch_tokens: int = 8192
+    main_metric: str = "accuracy"
+    higher_is_better: bool = True
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Only texts and pairs of texts are classified."""
+        if columns.text is None:
+            raise MisuseError(
+                f"--task {self.name} reads --text-column (and --text-pair-column); chats, prompts and token ids are for causal-lm"
+            )
+        if tokenization.packing:
+            raise MisuseError(f"--packing is for language models; --task {self.name} has one text a row")
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The number of labels; one label is a regression, and several at once are not one distribution."""
+        config: Any = model.config
+        if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+            kind = config.problem_type or "regression"
+            raise ModelError(
+                f"{config.name_or_path or 'the model'}: expected a classifier of at least 2 exclusive labels, found {config.num_labels} ({kind})"
+            )
+        return int(config.num_labels)
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Texts longer than `max_length` are truncated, as `transformers` does."""
+        for chunk in _batched(examples):
+            good = [item for item in chunk if isinstance(item, Example)]
+            tokens = iter(self._tokenize_texts(good, tokenizer, settings.max_length)) if good else iter(())
+            for item in chunk:
+                yield item if isinstance(item, BadRow) else next(tokens)
+
+    def _tokenize_texts(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Iterator[TokenizedExample]:
+        paired = examples[0].text_pair is not None
+        encoded = tokenizer(
+            [e.text or "" for e in examples],
+            [e.text_pair or "" for e in examples] if paired else None,
+            truncation=True,
+            max_length=max_length,
+        )
+        types = encoded.get("token_type_ids")
+        for i, example in enumerate(examples):
+            yield TokenizedExample(
+                source_row=example.source_row,
+                piece=0,
+                input_ids=np.asarray(encoded["input_ids"][i], dtype=np.int32),
+                token_type_ids=None if types is None else np.asarray(types[i], dtype=np.int32),
+                label=example.label,
+                text=example.text,
+                text_pair=example.text_pair,
+                kept=example.kept,
+            )
+
+    def hard_labels(self, example: TokenizedExample) -> np.ndarray:
+        """(1,): the label."""
+        return np.array([NO_LABEL if example.label is None else example.label], dtype=np.int64)
+
+    def collate(
+        self, examples: Sequence[TokenizedExample], pad_id: int, length: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Padded on the right."""
+        ids = [example.input_ids for example in examples]
+        inputs = {"input_ids": pad(ids, pad_id, length), "attention_mask": attention_mask(ids, length)}
+        types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
+        if types:
+            inputs["token_type_ids"] = pad(types, 0, length)
+        return inputs, None
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(B, V): one position a row."""
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Accuracy, macro-F1, loss and calibration, over the labelled rows."""
+        known = predictions.labels != NO_LABEL
+        correct = predictions.predicted[known] == predictions.labels[known]
+        return {
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "macro_f1": macro_f1(predictions.labels, predictions.predicted, num_classes=num_classes),
+            "loss": mean_nll(predictions.nll),
+            "ece": expected_calibration_error(predictions.confidence[known], correct),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Right answers, and labelled rows."""
+        known = predictions.labels != NO_LABEL
+        return (predictions.predicted == predictions.labels).astype(np.float64), known.astype(np.float64)
+
+
+def _batched(items: Iterable[Example | BadRow]) -> Iterator[tuple[Example | BadRow, ...]]:
+    iterator = iter(items)
+    while chunk := tuple(itertools.islice(iterator, _BATCH)):
+        yield chunk

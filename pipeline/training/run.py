@@ -1,0 +1,214 @@
+"""The recipe of stage 2. It opens the cache and the student, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from pipeline.cache import Cache
+from pipeline.cache.commit import write_text
+from pipeline.cache.manifest import dump
+from pipeline.config import Loss, TrainStudentConfig
+from pipeline.errors import ContractError, MisuseError
+from pipeline.models import LoadedModel, load_model, longest_input, tokenizer_info
+from pipeline.models.arguments import show_progress, training_arguments
+from pipeline.records import Contract, TrainResult
+from pipeline.tasks import Task, get_task
+from pipeline.training.trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: TrainStudentConfig) -> TrainResult:
+    """`softlabel train-student`."""
+    cache = Cache.open(config.cache)
+    if Path(config.output).resolve() == Path(config.student).resolve():
+        raise MisuseError(
+            f"--output {config.output}: is the student's own directory, which training would overwrite; use another"
+        )
+    args = training_arguments(
+        config.output,
+        config.training,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        seed=config.seed,
+        save_total_limit=2,
+    )
+    student = load_student(cache.manifest.contract, config.student, trust_remote_code=config.trust_remote_code)
+    return fit(
+        cache,
+        student,
+        args,
+        loss=config.loss,
+        split=config.split,
+        teacher_labels=config.hard_labels == "teacher",
+        resume=config.resume,
+        settings=dataclasses.asdict(config),
+    )
+
+
+def train_student(
+    cache: Cache | str | Path,
+    student: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    loss: Loss = Loss(),  # noqa: B008 - frozen
+    args: TrainingArguments | None = None,
+    split: str = "train",
+) -> TrainResult:
+    """Train a student from a cache.
+
+    Args:
+        student: a name, a path, or a live model (with the cache's tokenizer).
+        args: as for `transformers.Trainer`; its `output_dir` gives way to `output`.
+
+    Raises:
+        PipelineError: see the subclasses.
+    """
+    opened = cache if isinstance(cache, Cache) else Cache.open(cache)
+    contract = opened.manifest.contract
+    if isinstance(student, str | Path):
+        loaded = load_student(contract, str(student))
+    else:
+        loaded = LoadedModel(student, opened.tokenizer, type(student).__name__)
+        check_fit(get_task(contract.task), contract, loaded)
+    if args is None:
+        args = training_arguments(str(output), {}, save_total_limit=2)
+    args.output_dir = str(output)
+    return fit(opened, loaded, args, loss=loss, split=split)
+
+
+def fit(
+    cache: Cache,
+    student: LoadedModel,
+    args: TrainingArguments,
+    *,
+    loss: Loss,
+    split: str = "train",
+    teacher_labels: bool = False,
+    resume: bool = False,
+    settings: Any = None,
+) -> TrainResult:
+    """Train, save an ordinary model directory, and say beside it what it was made from."""
+    contract = cache.manifest.contract
+    output = Path(str(args.output_dir))
+    own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
+    started = time.monotonic()
+    trainer = DistillationTrainer(
+        student.model,
+        args,
+        cache=cache,
+        loss=loss,
+        split=split,
+        teacher_labels=teacher_labels,
+        student_tokenizer=student.tokenizer if own_tokenizer else None,
+        max_length=min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer)),
+    )
+    show_progress(trainer, f"train-student {output.name}")
+    trainer.train(resume_from_checkpoint=_checkpoint(output) if resume else None)
+    trainer.save_model(str(output))
+    student.tokenizer.save_pretrained(str(output))
+    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    result = TrainResult(
+        output=str(output),
+        cache_id=cache.manifest.cache_id,
+        steps=trainer.state.global_step,
+        seconds=round(time.monotonic() - started, 1),
+        hard_loss=last.get("hard_loss"),
+        soft_loss=last.get("soft_loss"),
+        num_parameters=sum(p.numel() for p in student.model.parameters()),
+        num_trainable=sum(p.numel() for p in student.model.parameters() if p.requires_grad),
+    )
+    if args.should_save:
+        write_text(output / "distillation.json", dump(result))
+    return result
+
+
+def load_student(contract: Contract, name: str, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Load a student and check that it fits the cache. A checkpoint without a head gets a new one.
+
+    Raises:
+        ContractError: another number of labels, another order of them, or another tokenizer.
+        ModelError: nothing loadable there.
+    """
+    task = get_task(contract.task)
+    names = None if contract.label_names is None else _agreed_labels(contract.label_names, name, trust_remote_code)
+    student = load_model(
+        task,
+        name,
+        dtype="float32",
+        label_names=names,
+        new_head=not task.classes_are_tokens,
+        trainable=True,
+        trust_remote_code=trust_remote_code,
+    )
+    check_fit(task, contract, student)
+    return student
+
+
+def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
+    """Refuse a student that does not fit the cache.
+
+    Raises:
+        ContractError: names what differs.
+    """
+    same_tokenizer = tokenizer_info(student.tokenizer).sha256 == contract.tokenizer.sha256
+    if task.classes_are_tokens and not same_tokenizer:
+        raise ContractError(
+            f"{student.name}: the student's tokenizer is not the cache's (expected {contract.tokenizer.vocabulary_size} tokens, sha256 "
+            f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); soft labels of tokens need the teacher's tokenizer: use a student of its family, or softlabel init-student"
+        )
+    if not same_tokenizer and not contract.store_text:
+        raise ContractError(
+            f"{student.name}: the student has another tokenizer, and the cache holds no texts to tokenize anew; cache again with --store-text"
+        )
+    found = task.num_classes(student.model, student.tokenizer)
+    if found < contract.num_classes or (not task.classes_are_tokens and found != contract.num_classes):
+        raise ContractError(f"{student.name}: expected {contract.num_classes} classes, as the cache has, found {found}")
+    longest = longest_input(student.model, student.tokenizer)
+    if same_tokenizer and longest < contract.tokenization.max_length:
+        raise ContractError(
+            f"{student.name}: takes at most {longest} tokens, and the cache has rows of up to {contract.tokenization.max_length}; cache again with --max-length {longest}"
+        )
+
+
+def _agreed_labels(expected: tuple[str, ...], name: str, trust_remote_code: bool) -> tuple[str, ...]:
+    """The cache's labels, if those that the student names already are the same."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return expected  # load_model says what is wrong
+    trained = any("Classification" in architecture for architecture in config.architectures or ())
+    found = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    generic = found == tuple(f"LABEL_{i}" for i in range(len(found)))
+    if not trained:
+        return expected
+    if len(found) != len(expected):
+        raise ContractError(
+            f"{name}: expected {len(expected)} labels, as the cache has ({', '.join(expected[:5])}), found {len(found)} ({', '.join(found[:5])})"
+        )
+    if not generic and found != expected:
+        i = next(i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1])
+        raise ContractError(
+            f"{name}: label {i}: expected {expected[i]!r}, as in the cache, found {found[i]!r}; the soft labels would be read in another order"
+        )
+    return expected
+
+
+def _checkpoint(output: Path) -> str | None:
+    """The newest checkpoint, or None to start anew."""
+    if not output.is_dir():
+        return None
+    found = get_last_checkpoint(str(output))
+    if found is None:
+        logger.warning("%s: no checkpoint to resume from; starting anew", output)
+        return None
+    return str(found)

@@ -1,0 +1,110 @@
+"""`softlabel run`: every stage of a configuration file in order, those that are done skipped.
+
+A stage is done when its output is there and was made from the same settings and the same inputs. Inputs are compared by
+content (a cache by its manifest), so a retrained teacher makes the stages after it run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import STAGES, ConfigFile, resolve
+from pipeline.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_STATE = ".stage.json"
+#: Written last by each stage: the output is whole when it is there.
+_PROOF = {
+    "train-teacher": "metrics.json",
+    "cache-logits": "manifest.json",
+    "init-student": "config.json",
+    "train-student": "distillation.json",
+    "evaluate": "evaluation.json",
+}
+#: Settings that name what a stage reads.
+_INPUTS = ("dataset", "model", "teacher", "cache", "student", "chat_template")
+
+
+def stage_configs(
+    file: ConfigFile, stages: tuple[str, ...] = (), through: str | None = None
+) -> Iterator[tuple[str, Any]]:
+    """The stages to run, in order, each with its configuration; a stage with several sections comes several times.
+
+    Raises:
+        ConfigError: a stage that the file does not have.
+        PipelineError: a section that is wrong: before anything has run.
+    """
+    for name in (*stages, *([through] if through else [])):
+        if name not in file.sections:
+            raise ConfigError(f"{file.path}: no section {name!r}; it has {', '.join(file.sections) or 'none'}")
+    order = list(STAGES)
+    last = len(order) if through is None else order.index(through) + 1
+    for name in order[:last]:
+        if name in file.sections and (not stages or name in stages):
+            for section in file.sections[name]:
+                yield name, resolve(STAGES[name], file, section, {})
+
+
+def run(
+    file: ConfigFile,
+    runners: dict[str, Callable[[Any], None]],
+    stages: tuple[str, ...] = (),
+    through: str | None = None,
+) -> None:
+    """Run what is not done. `runners`: stage -> a function that runs it and prints its result.
+
+    Raises:
+        PipelineError: of the stage that failed; the stages before it stay done.
+    """
+    for name, config in list(stage_configs(file, stages, through)):
+        output = Path(config.output) if config.output is not None else None
+        state = json.dumps({"stage": name, "key": _key(config)}) + "\n"
+        if output is not None and _is_done(output, name, state):
+            logger.info("%s: %s is up to date", name, output)
+            continue
+        logger.info("%s: %s", name, output or "")
+        if output is not None:
+            (output / _STATE).unlink(missing_ok=True)
+        runners[name](config)
+        if output is not None:
+            (output / _STATE).write_text(state, encoding="utf-8")
+
+
+def _is_done(output: Path, stage: str, state: str) -> bool:
+    path = output / _STATE
+    return (output / _PROOF[stage]).is_file() and path.is_file() and path.read_text(encoding="utf-8") == state
+
+
+def _key(config: Any) -> str:
+    """SHA-256 over the settings and over what they name."""
+    settings = dataclasses.asdict(config)
+    found = {}
+    for name, value in {**settings, **settings.get("data", {})}.items():
+        if name in _INPUTS and value is not None:
+            names = value if isinstance(value, list | tuple) else [value]
+            found[name] = [_content(Path(str(item).partition("=")[2] or str(item))) for item in names]
+    return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file, of a cache's manifest, or of the files of a directory; a hub name stands for itself."""
+    if (path / "manifest.json").is_file():
+        path = path / "manifest.json"
+    if path.is_file():
+        return _file(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix != ".py")
+        return hashlib.sha256("".join(f"{p.name} {_file(p)}\n" for p in files).encode()).hexdigest()
+    return str(path)
+
+
+def _file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

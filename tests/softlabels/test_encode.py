@@ -1,0 +1,203 @@
+"""Encodings against float64, and the target that they yield."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import EncodingError
+from pipeline.records import Full, Sampled, TopK, TopP
+from pipeline.softlabels import concatenate, encode, rows, take, target, teacher_scores
+
+ENCODINGS = [Full(), TopK(5), TopP(0.8), Sampled(12.0)]
+
+
+def logits_of(count: int, classes: int, *, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def dense(goal, residual_as_class: bool = False) -> torch.Tensor:
+    out = torch.zeros(len(goal), goal.num_classes, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(goal)), goal.offsets.diff())
+    out[owner, goal.ids] = goal.weights.double()
+    return out
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_full_serves_any_temperature(temperature):
+    logits = logits_of(7, 41)
+    goal = target(encode(logits, Full()), temperature)
+    torch.testing.assert_close(dense(goal), torch.softmax(logits / temperature, -1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", [TopK(5), TopK(41), TopP(0.8), TopP(1.0)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_top_is_exact_on_the_grid(encoding, temperature):
+    logits = logits_of(9, 41)
+    soft = encode(logits, encoding)
+    goal = target(soft, temperature)
+    q = torch.softmax(logits / temperature, -1)
+    found = dense(goal)
+    kept = found > 0
+    torch.testing.assert_close(found[kept], q[kept], atol=1e-6, rtol=1e-5)
+    assert goal.log_residual is not None
+    torch.testing.assert_close(goal.log_residual.exp().double(), q.masked_fill(kept, 0).sum(-1), atol=1e-7, rtol=1e-5)
+    assert (found.argmax(-1) == logits.argmax(-1)).all()
+
+
+def test_top_p_keeps_the_fewest_classes_that_reach_p():
+    logits = logits_of(20, 41)
+    soft = encode(logits, TopP(0.8))
+    ordered = torch.softmax(logits, -1).sort(-1, descending=True).values.cumsum(-1)
+    expected = (ordered < 0.8).sum(-1) + 1
+    assert soft.top_offsets.diff().tolist() == expected.tolist()
+
+
+def test_residual_mass_equals_float64_from_near_one_to_tiny():
+    """The log-sum-exp over what is outside keeps its relative precision; 1 - sum(p) would be 0 from about 1e-8 on."""
+    shift = torch.linspace(-1, 34, 60, dtype=torch.float64)
+    logits = logits_of(60, 1271, spread=0.5)
+    logits[:, :5] += shift[:, None]
+    soft = encode(logits, TopK(5, (1.0,)))
+    outside = logits.scatter(1, soft.top_ids.reshape(60, 5), -torch.inf)
+    expected = torch.logsumexp(outside, -1) - torch.logsumexp(logits, -1)
+    assert float(expected.exp().max()) > 0.98
+    assert float(expected.exp().min()) < 1e-12
+    found = soft.log_residuals[:, 0].double()
+    torch.testing.assert_close(found.exp(), expected.exp(), rtol=1e-5, atol=0)
+    narrowed = soft.log_residuals[:, 0].half().double()
+    assert ((narrowed - expected).abs() <= 2.0**-11 * expected.abs() + 1e-6).all()
+
+
+def test_sampled_top_is_exact_and_argmax_always_kept():
+    logits = logits_of(50, 1271, spread=0.1)  # nearly uniform: no class reaches 1/c
+    soft = encode(logits, Sampled(12.0), generator=torch.Generator().manual_seed(0))
+    assert soft.top_offsets.diff().tolist() == [1] * 50
+    assert (soft.top_ids == logits.argmax(-1)).all()
+    q = torch.softmax(logits, -1)
+    torch.testing.assert_close(soft.top_logprobs.double(), q.max(-1).values.log(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_sampled_weights_sum_to_one_within_one_step(spread):
+    logits = logits_of(200, 401, spread=spread)
+    goal = target(encode(logits, Sampled(12.0), generator=torch.Generator().manual_seed(0)), 1.0)
+    sums = dense(goal).sum(-1)
+    assert ((sums - 1).abs() <= 1 / 12 + 1e-6).all()
+
+
+def test_sampled_takes_its_temperature():
+    logits = logits_of(6, 41)
+    soft = encode(logits, Sampled(1e6, temperature=2.0))  # c so large that every class is in the top
+    torch.testing.assert_close(dense(target(soft, 2.0)), torch.softmax(logits / 2, -1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
+@pytest.mark.parametrize("classes", [2, 41])
+def test_classes_of_probability_zero_are_never_kept_as_more(encoding, classes):
+    logits = logits_of(5, classes)
+    logits[:, 0] = -torch.inf
+    logits[3, 1:] = -torch.inf
+    logits[3, classes - 1] = 2.0  # one certain class
+    goal = target(encode(logits, encoding), 1.0)
+    found = dense(goal)
+    assert (found[:, 0] == 0).all()
+    assert found[3].tolist() == [0.0] * (classes - 1) + [1.0]
+    assert not torch.isnan(goal.negative_entropy).any()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
+@pytest.mark.parametrize(("value", "what"), [(torch.nan, "NaN"), (torch.inf, r"\+inf")])
+def test_logits_that_are_no_distribution_are_refused(encoding, value, what):
+    logits = logits_of(4, 9)
+    logits[2, 3] = value
+    with pytest.raises(EncodingError, match=f"position 2: .*{what}"):
+        encode(logits, encoding)
+
+
+def test_no_finite_logit_is_refused():
+    with pytest.raises(EncodingError, match=r"position 1: .*no finite logit"):
+        encode(torch.tensor([[0.0, 1.0], [-torch.inf, -torch.inf]]), TopK(1))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "temperature", "served"),
+    [(TopK(3), 3.0, "1, 2, 4"), (Sampled(9.0), 2.0, "serves 1"), (TopP(0.5, (2.0,)), 1.0, "serves 2")],
+)
+def test_a_temperature_that_is_not_served_is_refused(encoding, temperature, served):
+    with pytest.raises(EncodingError, match=served):
+        target(encode(logits_of(2, 9), encoding), temperature)
+
+
+def test_tail_policies():
+    logits = logits_of(6, 41)
+    soft, q = encode(logits, TopK(5)), torch.softmax(logits, -1)
+    kept = torch.zeros_like(q).scatter(1, soft.top_ids.reshape(6, 5), 1.0).bool()
+    top = q.masked_fill(~kept, 0)
+    torch.testing.assert_close(dense(target(soft, 1.0, tail="ignore")), top, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        dense(target(soft, 1.0, tail="renormalize")), top / top.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5
+    )
+    assert target(soft, 1.0, tail="ignore").log_residual is None
+    assert target(soft, 1.0, tail="renormalize").log_residual is None
+
+
+def test_teacher_scores_against_torch():
+    logits, labels = logits_of(9, 41), torch.tensor([0, 1, 2, -100, 40, 5, 6, 7, -100])
+    scores = teacher_scores(logits, labels)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+    torch.testing.assert_close(scores.nll.double(), expected, atol=1e-5, rtol=1e-5)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(scores.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
+    softened = torch.distributions.Categorical(logits=logits / 2).entropy()
+    torch.testing.assert_close(
+        teacher_scores(logits, labels, temperature=2.0).entropy.double(), softened, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
+def test_positions_do_not_depend_on_each_other(encoding):
+    logits, uniforms = (
+        logits_of(11, 41),
+        torch.rand(11, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+    )
+    whole = encode(logits, encoding, uniforms=uniforms)
+    parts = concatenate([encode(logits[a:b], encoding, uniforms=uniforms[a:b]) for a, b in ((0, 4), (4, 4), (4, 11))])
+    for name in ("top_offsets", "top_ids", "top_logprobs", "tail_offsets", "tail_ids", "log_residuals"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    chosen = take(whole, torch.tensor([7, 2]))
+    assert torch.equal(chosen.top_ids, torch.cat([rows(whole, 7, 8).top_ids, rows(whole, 2, 3).top_ids]))
+    assert torch.equal(chosen.tail_ids, torch.cat([rows(whole, 7, 8).tail_ids, rows(whole, 2, 3).tail_ids]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 60),
+    st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
+    st.integers(0, 2**20),
+    st.sampled_from([Full(), TopK(1), TopK(7), TopP(0.01), TopP(0.9), Sampled(1.0), Sampled(7.5), Sampled(64.0)]),
+)
+def test_any_logits_give_a_distribution(count, classes, spread, seed, encoding):
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(np.round(rng.normal(size=(count, classes)), 1) * spread)  # rounded: ties
+    logits[torch.from_numpy(rng.random((count, classes)) < 0.2)] = -torch.inf
+    logits[:, rng.integers(classes)] = 0.0
+    soft = encode(logits, encoding, uniforms=torch.from_numpy(rng.random(count)))
+    assert len(soft) == count
+    goal = target(soft, 1.0)
+    assert (goal.weights >= 0).all()
+    for n in range(count):
+        ids = goal.ids[goal.offsets[n] : goal.offsets[n + 1]].tolist()
+        assert ids
+        assert len(set(ids)) == len(ids)
+        assert min(ids) >= 0
+        assert max(ids) < classes
+        assert torch.isfinite(logits[n, ids]).all() or isinstance(encoding, Full)
+        assert logits[n].max() in logits[n, ids]
+    mass = dense(goal).sum(-1) + (0 if goal.log_residual is None else goal.log_residual.exp().double())
+    slack = 1 / encoding.sample_size if isinstance(encoding, Sampled) else 0.0
+    assert ((mass - 1).abs() <= slack + 1e-5).all()

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_f1_score,
+)
+
+from pipeline import metrics
+from pipeline.metrics import (
+    accuracy,
+    agreement,
+    bits_per_byte,
+    bootstrap_ratio,
+    expected_calibration_error,
+    macro_f1,
+    mean_nll,
+    paired_mean_interval,
+    perplexity,
+)
+from pipeline.records import NO_LABEL, Interval
+
+EMPTY = np.array([], dtype=np.int64)
+UNLABELLED = np.full(3, NO_LABEL)
+
+
+def classified(seed: int, num_rows: int = 200, num_classes: int = 7) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, a quarter of them unknown, and predictions that are right more often than chance; (N,) each."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, num_classes, num_rows)
+    predicted = np.where(rng.random(num_rows) < 0.6, labels, rng.integers(0, num_classes, num_rows))
+    return np.where(rng.random(num_rows) < 0.25, NO_LABEL, labels), predicted
+
+
+def is_unknown(interval: Interval) -> bool:
+    return math.isnan(interval.low) and math.isnan(interval.high)
+
+
+def coverage_bounds(simulations: int) -> tuple[int, int]:
+    """How often an interval of 95% covers, at the 0.1% and 99.9% quantiles of the binomial."""
+    low, high = stats.binom.ppf([0.001, 0.999], simulations, 0.95)
+    return int(low), int(high)
+
+
+# ------------------------------------------------------------------------------------------- against the hard labels
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_classes", [7, 11])  # 11: the last four occur nowhere
+def test_scores_of_classes_are_those_of_torchmetrics(seed: int, num_classes: int) -> None:
+    labels, predicted = classified(seed)
+    tensors = torch.from_numpy(predicted), torch.from_numpy(labels)
+    micro = multiclass_accuracy(*tensors, num_classes=num_classes, average="micro", ignore_index=NO_LABEL)
+    macro = multiclass_f1_score(*tensors, num_classes=num_classes, average="macro", ignore_index=NO_LABEL)
+    assert accuracy(labels, predicted) == pytest.approx(float(micro), abs=1e-6)
+    assert macro_f1(labels, predicted, num_classes=num_classes) == pytest.approx(float(macro), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_classes", [7, 11])
+def test_scores_of_classes_are_those_of_scikit_learn(seed: int, num_classes: int) -> None:
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    labels, predicted = classified(seed)
+    pair = labels[labels != NO_LABEL], predicted[labels != NO_LABEL]
+    macro = sklearn_metrics.f1_score(*pair, average="macro")
+    assert accuracy(labels, predicted) == pytest.approx(sklearn_metrics.accuracy_score(*pair), abs=1e-12)
+    assert macro_f1(labels, predicted, num_classes=num_classes) == pytest.approx(macro, abs=1e-6)
+
+
+def test_macro_f1_leaves_out_what_occurs_nowhere_and_counts_the_rest() -> None:
+    perfect = np.array([0, 1])
+    assert macro_f1(perfect, perfect, num_classes=5) == 1.0
+    assert macro_f1(np.array([0, 0, 1]), np.array([0, 0, 2]), num_classes=5) == pytest.approx(1 / 3)  # classes 0, 1, 2
+    assert macro_f1(np.array([0, NO_LABEL]), np.array([0, 3]), num_classes=5) == 1.0  # 3 only where nothing is known
+
+
+def test_without_a_label_nothing_can_be_said() -> None:
+    for labels in (EMPTY, UNLABELLED):
+        predicted = np.zeros_like(labels)
+        assert math.isnan(accuracy(labels, predicted))
+        assert math.isnan(macro_f1(labels, predicted, num_classes=4))
+    assert math.isnan(expected_calibration_error(np.array([]), np.array([], dtype=bool)))
+    assert math.isnan(mean_nll(np.array([])))
+    assert math.isnan(mean_nll(np.array([np.nan, np.nan])))
+    assert math.isnan(perplexity(math.nan))
+    assert math.isnan(agreement(EMPTY, EMPTY))
+
+
+def test_one_row() -> None:
+    one = np.array([2])
+    assert accuracy(one, one) == 1.0
+    assert macro_f1(one, one, num_classes=4) == 1.0
+    assert expected_calibration_error(np.array([0.75]), np.array([True])) == pytest.approx(0.25)
+    assert mean_nll(np.array([0.5])) == 0.5
+
+
+@pytest.mark.parametrize("num_bins", [1, 15, 40])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_calibration_error_is_that_of_all_classes(num_bins: int, temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(500, 5)))
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    probabilities = (logits / temperature).softmax(-1)
+    confidence, predicted = probabilities.max(-1)
+    found = expected_calibration_error(confidence.numpy(), (predicted == labels).numpy(), num_bins=num_bins)
+    reference = multiclass_calibration_error(probabilities, labels, num_classes=5, n_bins=num_bins, norm="l1")
+    assert found == pytest.approx(float(reference), abs=1e-6)
+
+
+def test_calibration_error_of_known_cases() -> None:
+    assert expected_calibration_error(np.full(4, 0.75), np.array([True, True, True, False])) == pytest.approx(0.0)
+    assert expected_calibration_error(np.ones(4), np.zeros(4, dtype=bool)) == 1.0
+    # float32, where exp() passed 1: torchmetrics alone would take both for logits
+    over = np.array([np.nextafter(np.float32(1), np.float32(2)), 0.5], dtype=np.float32)
+    assert expected_calibration_error(over, np.array([True, True])) == pytest.approx(0.25)
+    assert math.isnan(expected_calibration_error(np.array([np.nan, 0.5]), np.array([True, True])))
+
+
+def test_likelihoods() -> None:
+    assert mean_nll(np.array([1.0, np.nan, 3.0])) == 2.0
+    assert mean_nll(np.full(100_000, 0.1, dtype=np.float32)) == pytest.approx(float(np.float32(0.1)), rel=1e-9)
+    assert perplexity(math.log(50.0)) == pytest.approx(50.0)
+    assert perplexity(1e4) == math.inf
+    assert perplexity(math.inf) == math.inf
+    assert bits_per_byte(80 * math.log(2), 10) == pytest.approx(8.0)
+    assert math.isnan(bits_per_byte(0.0, 0))
+
+
+def test_agreement_counts_every_position() -> None:
+    assert agreement(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_a_student_equal_to_its_teacher_is_one_exactly() -> None:
+    scores = np.random.default_rng(0).random(37)
+    assert bootstrap_ratio(scores, scores) == Interval(1.0, 1.0)
+    assert bootstrap_ratio(scores, scores, scores, inverse=True) == Interval(1.0, 1.0)
+    rare = np.array([0, 0, 0, 1])  # a third of the resamples are 0 / 0
+    assert bootstrap_ratio(rare, rare) == Interval(1.0, 1.0)
+
+
+def test_the_ratio_is_resampled_as_scipy_does() -> None:
+    rng = np.random.default_rng(3)
+    student, teacher = rng.random(80), rng.random(80)
+
+    def ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(numerator.sum(axis=axis) / denominator.sum(axis=axis))
+
+    reference = stats.bootstrap(
+        (student, teacher), ratio, n_resamples=2000, paired=True, method="percentile", rng=np.random.default_rng(5)
+    ).confidence_interval
+    found = bootstrap_ratio(student, teacher, seed=5)
+    assert found.low == pytest.approx(reference.low, abs=2e-3)  # scipy interpolates between order statistics
+    assert found.high == pytest.approx(reference.high, abs=2e-3)
+    assert found.low < student.sum() / teacher.sum() < found.high
+
+
+def test_the_inverse_is_the_ratio_of_the_roles_exchanged() -> None:
+    rng = np.random.default_rng(4)
+    student, teacher = rng.random(50), rng.random(50)
+    assert bootstrap_ratio(student, teacher, inverse=True) == bootstrap_ratio(teacher, student)
+
+
+def test_weights_turn_means_into_sums() -> None:
+    rng = np.random.default_rng(6)
+    lengths = rng.integers(1, 30, 60)
+    student, teacher = rng.random(60), rng.random(60)
+    expected = bootstrap_ratio(student * lengths, teacher * lengths)
+    assert bootstrap_ratio(student, teacher, lengths) == expected
+    assert bootstrap_ratio(student, teacher) != expected
+
+
+def test_chunks_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    student, teacher = rng.random(41), rng.random(41)
+    whole = bootstrap_ratio(student, teacher, resamples=101)
+    for chunk in (1, 41 * 10):  # fewer elements than rows: one resample at a time
+        monkeypatch.setattr(metrics, "RESAMPLE_CHUNK", chunk)
+        assert bootstrap_ratio(student, teacher, resamples=101) == whole
+    assert bootstrap_ratio(student, teacher, resamples=101, seed=1) != whole
+
+
+def test_rows_without_a_label_are_left_out() -> None:
+    rng = np.random.default_rng(8)
+    student, teacher, weights = rng.random((3, 30))
+    gaps = [0, 7, 29]
+    whole = bootstrap_ratio(*(np.delete(values, gaps) for values in (student, teacher, weights)))
+    student[gaps] = teacher[gaps] = np.nan
+    assert bootstrap_ratio(student, teacher, weights) == whole
+    student[3] = np.nan  # a model that broke is not a row without a label
+    assert is_unknown(bootstrap_ratio(student, teacher, weights))
+
+
+def test_too_little_for_a_ratio() -> None:
+    nothing = np.array([])
+    assert is_unknown(bootstrap_ratio(nothing, nothing))
+    assert is_unknown(bootstrap_ratio(np.ones(1), np.ones(1)))
+    assert is_unknown(bootstrap_ratio(np.full(5, np.nan), np.full(5, np.nan)))
+    assert is_unknown(bootstrap_ratio(np.zeros(5), np.zeros(5)))
+    assert bootstrap_ratio(np.ones(5), np.zeros(5)) == Interval(math.inf, math.inf)
+    assert bootstrap_ratio(np.zeros(5), np.ones(5)) == Interval(0.0, 0.0)
+    assert bootstrap_ratio(np.ones(4), np.array([0.0, 0.0, 0.0, 1.0])).high == math.inf
+
+
+def test_arrays_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        bootstrap_ratio(np.ones(5), np.ones(1))
+    with pytest.raises(ValueError, match="shape"):
+        bootstrap_ratio(np.ones(5), np.ones(5), np.ones(1))
+
+
+def right_answers(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+    """Correct predictions of rows with 1 to 20 positions, and a difficulty that both models share. Truth: 0.8 / 0.9."""
+    lengths = rng.integers(1, 21, 150)
+    difficulty = rng.uniform(-0.1, 0.1, 150)
+    return rng.binomial(lengths, 0.8 + difficulty), rng.binomial(lengths, 0.9 + difficulty), 0.8 / 0.9
+
+
+def losses(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+    """Skewed losses in nats, per row, that depend on each other. Truth: 1.25."""
+    shared = rng.gamma(2.0, 1.0, 150)
+    return shared + rng.gamma(0.5, 1.0, 150), shared, 1.25
+
+
+@pytest.mark.parametrize("draw", [right_answers, losses])
+def test_the_ratio_lies_in_its_interval_95_times_in_100(
+    draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray, float]],
+) -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        student, teacher, truth = draw(rng)
+        interval = bootstrap_ratio(student, teacher, seed=seed, resamples=500)
+        covered += interval.low <= truth <= interval.high
+    low, high = coverage_bounds(200)
+    assert low <= covered <= high
+
+
+def test_the_mean_of_differences_is_that_of_scipy() -> None:
+    differences = np.random.default_rng(9).normal(0.3, 1.0, 6)
+    for confidence in (0.95, 0.8):
+        reference = stats.ttest_1samp(differences, 0.0).confidence_interval(confidence)
+        found = paired_mean_interval(differences, confidence)
+        assert (found.low, found.high) == pytest.approx((reference.low, reference.high), rel=1e-12)
+
+
+def test_the_mean_lies_in_its_interval_95_times_in_100() -> None:
+    samples = np.random.default_rng(10).normal(0.3, 2.0, (400, 3))
+    intervals = [paired_mean_interval(sample) for sample in samples]
+    low, high = coverage_bounds(400)
+    assert low <= sum(interval.low <= 0.3 <= interval.high for interval in intervals) <= high
+
+
+def test_too_few_differences() -> None:
+    assert is_unknown(paired_mean_interval(np.array([])))
+    assert is_unknown(paired_mean_interval(np.array([1.0])))
+    assert is_unknown(paired_mean_interval(np.array([1.0, np.nan])))
+    assert paired_mean_interval(np.array([0.5, 0.5])) == Interval(0.5, 0.5)
