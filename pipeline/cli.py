@@ -139,7 +139,7 @@ def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
 )
 def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
     from pipeline.cache.inspection import totals
-    from pipeline.capture import run
+    from pipeline.capture.run import run
 
     cache = run(config)
     click.echo(f"cache: {config.output}  cache_id {cache.manifest.cache_id[:16]}")
@@ -168,7 +168,7 @@ def _init_student(config: cfg.InitStudentConfig) -> None:
     "softlabel train-student --cache runs/cache --student runs/student-init --output runs/student",
 )
 def _train_student(config: cfg.TrainStudentConfig) -> None:
-    from pipeline.training import run
+    from pipeline.training.run import run
 
     _echo_training(run(config))
 
@@ -188,7 +188,7 @@ def _echo_training(result: TrainResult) -> None:
     "softlabel evaluate --cache runs/cache --student runs/student --student control=runs/control",
 )
 def _evaluate(config: cfg.EvaluateConfig) -> None:
-    from pipeline.evaluation import run
+    from pipeline.evaluation.run import run
 
     _echo_report(run(config), config)
 

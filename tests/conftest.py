@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 WORDS = [
     "the",

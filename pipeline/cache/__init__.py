@@ -2,6 +2,6 @@
 
 from pipeline.cache.manifest import Layout, Plan
 from pipeline.cache.reader import Cache, CacheDataset
-from pipeline.cache.verify import Verification, verify
+from pipeline.cache.verification import Verification, verify
 
 __all__ = ["Cache", "CacheDataset", "Layout", "Plan", "Verification", "verify"]

@@ -70,7 +70,7 @@ class Cache:
         Raises:
             IntegrityError: names the first file (and row group) that differs.
         """
-        from pipeline.cache.verify import verify
+        from pipeline.cache.verification import verify
 
         verify(self.root).raise_first()
 

@@ -34,6 +34,7 @@ class CausalLM:
 
     name: str = "causal-lm"
     auto_class: Any = AutoModelForCausalLM
+    peft_type: str = "CAUSAL_LM"
     classes_are_tokens: bool = True
     default_encoding: Encoding = Sampled()
     default_temperature: float = 1.0
@@ -119,11 +120,11 @@ class CausalLM:
             return (args[0][supervised].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, N, H)
 
         if head is None:
-            logits: Tensor = model(**inputs).logits[supervised]
+            logits: Tensor = model(**inputs, use_cache=False).logits[supervised]
             return logits
         hook = head.register_forward_pre_hook(select)
         try:
-            logits = model(**inputs).logits  # (1, N, V)
+            logits = model(**inputs, use_cache=False).logits  # (1, N, V)
         finally:
             hook.remove()
         return logits[0]

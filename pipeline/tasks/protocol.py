@@ -25,6 +25,10 @@ class Task(Protocol):
         """The `transformers.AutoModelFor...` that loads a model with this task's head."""
 
     @property
+    def peft_type(self) -> str:
+        """The task as PEFT names it."""
+
+    @property
     def classes_are_tokens(self) -> bool:
         """Whether class i is token i: then teacher and student share a tokenizer, and hard labels are in `input_ids`."""
 

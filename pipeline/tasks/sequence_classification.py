@@ -35,6 +35,7 @@ class SequenceClassification:
 
     name: str = "sequence-classification"
     auto_class: Any = AutoModelForSequenceClassification
+    peft_type: str = "SEQ_CLS"
     classes_are_tokens: bool = False
     default_encoding: Encoding = Full()
     default_temperature: float = 2.0

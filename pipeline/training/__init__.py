@@ -1,7 +1,7 @@
 """Stage 2: train a student from a cache, without the teacher."""
 
 from pipeline.training.losses import distillation_loss
-from pipeline.training.run import run, train_student
+from pipeline.training.run import train_student
 from pipeline.training.trainer import DistillationTrainer
 
-__all__ = ["DistillationTrainer", "distillation_loss", "run", "train_student"]
+__all__ = ["DistillationTrainer", "distillation_loss", "train_student"]

@@ -15,7 +15,7 @@ from pipeline.cache import Cache
 from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import dump
 from pipeline.config import Loss, TrainStudentConfig
-from pipeline.errors import ContractError, MisuseError
+from pipeline.errors import ContractError, MisuseError, ModelError
 from pipeline.models import LoadedModel, load_model, longest_input, tokenizer_info
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.records import Contract, TrainResult
@@ -43,6 +43,8 @@ def run(config: TrainStudentConfig) -> TrainResult:
         save_total_limit=2,
     )
     student = load_student(cache.manifest.contract, config.student, trust_remote_code=config.trust_remote_code)
+    if config.lora_r is not None:
+        student = add_adapter(get_task(cache.manifest.contract.task), student, config)
     return fit(
         cache,
         student,
@@ -152,6 +154,30 @@ def load_student(contract: Contract, name: str, *, trust_remote_code: bool = Fal
     )
     check_fit(task, contract, student)
     return student
+
+
+def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) -> LoadedModel:
+    """The student with a new LoRA adapter (Hu et al., 2021) around it, which alone is trained; a new head is trained with it.
+
+    Raises:
+        ModelError: PEFT is not installed, or does not know the modules.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ModelError("--lora-r needs PEFT: pip install 'soft-label-pipeline[lm]'") from None
+    rank = config.lora_r or 0
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=config.lora_alpha or 2 * rank,
+        target_modules=list(config.lora_target) or None,
+        task_type=task.peft_type,
+    )
+    try:
+        adapted: Any = get_peft_model(student.model, settings)
+    except ValueError as error:
+        raise ModelError(f"--lora-target: {' '.join(str(error).split())}") from None
+    return dataclasses.replace(student, model=adapted)
 
 
 def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:

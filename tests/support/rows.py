@@ -12,6 +12,7 @@ from pipeline.cache.build import begin, finish, record
 from pipeline.cache.codec import content_hash
 from pipeline.cache.schema import cache_schema, describe
 from pipeline.cache.writer import write_shard
+from pipeline.models import tokenizer_info
 from pipeline.records import (
     CachedExample,
     Columns,
@@ -25,7 +26,6 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
-from pipeline.models import tokenizer_info
 from pipeline.softlabels import encode
 
 

@@ -1,0 +1,274 @@
+"""Bring your own logits: a cache from rows that some other program has labelled (vLLM, an ensemble, another framework)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.cache import Cache, Layout, Plan
+from pipeline.cache.build import begin, finish, record
+from pipeline.cache.codec import content_hash
+from pipeline.cache.schema import cache_schema, describe
+from pipeline.cache.writer import write_shard
+from pipeline.capture.plan import library_versions
+from pipeline.errors import BadRowError, EncodingError, MisuseError
+from pipeline.models import tokenizer_info
+from pipeline.records import (
+    NO_LABEL,
+    CachedExample,
+    Columns,
+    Contract,
+    Encoding,
+    ModelInfo,
+    Receipt,
+    ShardPlan,
+    SoftLabels,
+    SourceInfo,
+    TeacherScores,
+    Tokenization,
+    TokenizedExample,
+    TopK,
+)
+from pipeline.softlabels import counter_uniforms, default_temperature, encode, teacher_scores
+from pipeline.softlabels.ragged import offsets_of
+from pipeline.tasks import Task, get_task
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """Tokens, and what a teacher predicts at their supervised positions: dense logits or ready soft labels."""
+
+    input_ids: Sequence[int] | np.ndarray
+    logits: Tensor | np.ndarray | None = None
+    """(N, V) float, row n made at supervised position n."""
+    soft_labels: SoftLabels | None = None
+    """N positions; with `scores`, where they are known."""
+    scores: TeacherScores | None = None
+    supervised: Sequence[bool] | np.ndarray | None = None
+    """(T,) bool, token tasks. Default: every position but the last."""
+    label: int | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    token_type_ids: Sequence[int] | np.ndarray | None = None
+    text_bytes: int = 0
+    split: str = "train"
+
+
+def write_cache(
+    rows: Iterable[LabelledRow],
+    output: str | Path,
+    *,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    teacher: str | ModelInfo,
+    num_classes: int | None = None,
+    label_names: tuple[str, ...] | None = None,
+    max_length: int | None = None,
+    source: str = "in-memory",
+    rows_per_shard: int = 1000,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Cache:
+    """Write a cache from labelled rows, as they come.
+
+    Args:
+        rows: in any number; the rows of a split come one after another. Nothing but one shard is held in memory.
+        encoding: what is kept of dense logits; of ready soft labels, the encoding that they have.
+        teacher: who made the logits: a name, or all that is known.
+        num_classes: V; default: the tokenizer's vocabulary (token tasks), or the number of label names.
+        max_length: the longest row; default: the tokenizer's `model_max_length`.
+
+    Returns:
+        The finished cache. An iterator cannot be wound forward: a run that was stopped starts anew.
+
+    Raises:
+        MisuseError: no number of classes.
+        BadRowError: a row whose parts do not fit each other; names its number.
+        CacheError: see its subclasses; the soft labels may be out of step with the tokens.
+    """
+    chosen = get_task(task)
+    classes = num_classes or (len(tokenizer) if chosen.classes_are_tokens else len(label_names or ()))
+    if classes < 2:
+        raise MisuseError("write_cache: give label_names=..., or num_classes=... of at least 2")
+    if not chosen.classes_are_tokens and label_names is None:
+        label_names = tuple(f"LABEL_{i}" for i in range(classes))
+    iterator = iter(rows)
+    first = next(iterator, None)
+    if first is None:
+        raise MisuseError("write_cache: expected rows, found none")
+    schema = cache_schema(
+        encoding,
+        classes,
+        token_classes=chosen.classes_are_tokens,
+        token_type_ids=first.token_type_ids is not None,
+        text=first.text is not None and not chosen.classes_are_tokens,
+        text_pair=first.text_pair is not None,
+    )
+    info = (
+        teacher
+        if isinstance(teacher, ModelInfo)
+        else ModelInfo(teacher, None, "unknown", "unknown", 0, "unknown", None)
+    )
+    contract = Contract(
+        task=task,
+        encoding=encoding,
+        num_classes=classes,
+        label_names=None if chosen.classes_are_tokens else label_names,
+        teacher=info,
+        tokenizer=tokenizer_info(tokenizer),
+        source=SourceInfo(source, None, None, Columns(text=None, label=None), {}),
+        tokenization=Tokenization(max_length or int(min(tokenizer.model_max_length, 1 << 30))),
+        store_text=first.text is not None,
+        batch_tokens=0,
+        seed=seed,
+        versions=library_versions(),
+        columns=describe(schema),
+    )
+    layout = begin(Path(output), Plan(contract, ()), tokenizer, overwrite=overwrite)
+    if layout.manifest.is_file():
+        raise MisuseError(f"{output}: holds a finished cache; use another output, or overwrite=True")
+    _drop_shards(layout)
+    plans = []
+    for split, numbered in _by_split(itertools.chain([first], iterator)):
+        for number in itertools.count():
+            part = list(itertools.islice(numbered, rows_per_shard))
+            if not part:
+                break
+            plan = ShardPlan(f"{split}-{number:05d}", split, part[0][0], part[-1][0] + 1)
+            cached = [_cached(chosen, row, i, contract, seed) for i, row in part]
+            written = write_shard(layout.shard(plan.name), plan, cached, schema)
+            record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0))
+            plans.append(plan)
+    return finish(layout, Plan(contract, tuple(plans)))
+
+
+def top_soft_labels(
+    ids: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]], num_classes: int, *, k: int
+) -> SoftLabels:
+    """Soft labels from top log-probabilities alone, as inference servers return them.
+
+    Args:
+        ids: N lists of class ids, by falling probability.
+        logprobs: N lists of their log-probabilities at T = 1, nats.
+
+    Returns:
+        N positions of `TopK(k, (1.0,))`. The mass outside is 1 - sum(p) in float64, all that is known of it: where the server rounds, it is as
+        exact as that rounding.
+
+    Raises:
+        EncodingError: an id twice or out of range, or a mass above 1.
+    """
+    counts = torch.tensor([len(row) for row in ids])
+    flat_ids = torch.tensor([i for row in ids for i in row], dtype=torch.int64)
+    flat = torch.tensor([value for row in logprobs for value in row], dtype=torch.float64)
+    for n, row in enumerate(ids):
+        if not row or len(set(row)) != len(row) or min(row) < 0 or max(row) >= num_classes:
+            raise EncodingError(
+                f"position {n}: expected distinct class ids of 0 to {num_classes - 1}, found {list(row)[:8]}"
+            )
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    mass = torch.zeros(len(counts), dtype=torch.float64).index_add(0, owner, flat.exp())
+    if bool((mass > 1.01).any()):
+        n = int((mass > 1.01).nonzero()[0])
+        raise EncodingError(
+            f"position {n}: expected log-probabilities of a mass of at most 1, found {float(mass[n]):.3f}"
+        )
+    return SoftLabels(
+        TopK(k, (1.0,)),
+        num_classes,
+        top_offsets=offsets_of(counts),
+        top_ids=flat_ids,
+        top_logprobs=flat.float(),
+        tail_offsets=torch.zeros(len(counts) + 1, dtype=torch.int64),
+        tail_ids=torch.zeros(0, dtype=torch.int64),
+        log_residuals=torch.log((1 - mass).clamp_min(0.0)).float().unsqueeze(-1),
+    )
+
+
+def _by_split(rows: Iterable[LabelledRow]) -> Iterator[tuple[str, Iterator[tuple[int, LabelledRow]]]]:
+    seen: set[str] = set()
+    for split, group in itertools.groupby(rows, key=lambda row: row.split):
+        if split in seen:
+            raise BadRowError(
+                f"rows of split {split!r}: expected one after another, found them in two places; sort the rows by split"
+            )
+        seen.add(split)
+        yield split, enumerate(group)
+
+
+def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed: int) -> CachedExample:
+    """One row with its soft labels, its parts checked against each other."""
+    ids = np.asarray(row.input_ids, dtype=np.int32)
+    supervised = None
+    if task.classes_are_tokens:
+        default = np.arange(len(ids)) < len(ids) - 1
+        supervised = default if row.supervised is None else np.asarray(row.supervised, dtype=bool)
+        if len(supervised) != len(ids) or not supervised.any() or supervised[-1]:
+            raise BadRowError(
+                f"row {number}: supervised: expected {len(ids)} flags, one or more of them set and the last not"
+            )
+    example = TokenizedExample(
+        source_row=number,
+        piece=0,
+        input_ids=ids,
+        supervised=supervised,
+        token_type_ids=None if row.token_type_ids is None else np.asarray(row.token_type_ids, dtype=np.int32),
+        label=row.label,
+        text=row.text,
+        text_pair=row.text_pair,
+        text_bytes=row.text_bytes,
+    )
+    labels = torch.from_numpy(task.hard_labels(example))
+    if row.logits is not None:
+        logits = torch.as_tensor(row.logits)[:, : contract.num_classes]
+        _check(
+            number,
+            tuple(logits.shape) == (example.num_positions, contract.num_classes),
+            f"logits of shape {(example.num_positions, contract.num_classes)}",
+            tuple(logits.shape),
+        )
+        uniforms = counter_uniforms(seed, row.split, number, 0, np.arange(len(logits)))
+        try:
+            soft = encode(logits, contract.encoding, uniforms=uniforms)
+        except EncodingError as error:
+            raise BadRowError(f"row {number}: {error}") from None
+        scores = teacher_scores(logits, labels, temperature=default_temperature(contract.encoding, 1.0))
+    elif row.soft_labels is not None:
+        soft = row.soft_labels
+        _check(
+            number, len(soft) == example.num_positions, f"soft labels of {example.num_positions} positions", len(soft)
+        )
+        _check(number, soft.encoding == contract.encoding, str(contract.encoding), soft.encoding)
+        scores = row.scores or _scores_of_top(soft, labels)
+    else:
+        raise BadRowError(f"row {number}: expected logits or soft_labels, found neither")
+    sums = float(scores.nll.double().sum()), float(scores.entropy.double().sum())
+    return CachedExample(example, soft, *sums, content_hash(example))
+
+
+def _scores_of_top(soft: SoftLabels, labels: Tensor) -> TeacherScores:
+    """What the kept classes say: nan where the hard label is not among them; the entropy is not known."""
+    owner = torch.repeat_interleave(torch.arange(len(soft)), soft.top_offsets.diff())
+    nll = torch.full((len(soft),), torch.nan)
+    hit = soft.top_ids == labels[owner]
+    nll[owner[hit]] = -soft.top_logprobs[hit]
+    return TeacherScores(nll.masked_fill(labels == NO_LABEL, 0.0), torch.full((len(soft),), torch.nan))
+
+
+def _check(number: int, condition: bool, expected: str, found: object) -> None:
+    if not condition:
+        raise BadRowError(f"row {number}: expected {expected}, found {found}")
+
+
+def _drop_shards(layout: Layout) -> None:
+    """What a stopped run has left; nothing of it can be taken over."""
+    for path in [*layout.data.glob("*.parquet"), *(p for p in layout.plan.parent.glob("*.json") if p != layout.plan)]:
+        path.unlink()

@@ -1,0 +1,16 @@
+"""Find and load a data set, map its columns, hold out a test split, read rows as examples."""
+
+from pipeline.sources.content import fingerprints
+from pipeline.sources.labels import LabelMap, label_names
+from pipeline.sources.rows import read_examples
+from pipeline.sources.source import Source, from_datasets, load_source
+
+__all__ = [
+    "LabelMap",
+    "Source",
+    "fingerprints",
+    "from_datasets",
+    "label_names",
+    "load_source",
+    "read_examples",
+]

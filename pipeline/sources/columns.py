@@ -1,0 +1,162 @@
+"""Which column plays which role, and whether its type can."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import MisuseError, SourceError
+from pipeline.records import Columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Field of `Columns` -> the flag that names it. The inputs: what a model reads.
+_INPUT_FLAGS = {
+    "text": "--text-column",
+    "text_pair": "--text-pair-column",
+    "messages": "--messages-column",
+    "prompt": "--prompt-column",
+    "completion": "--completion-column",
+    "input_ids": "--input-ids-column",
+    "labels": "--labels-column",
+}
+_TEXT_ROLES = ("text", "text_pair", "prompt", "completion")
+_SCALARS = ("text", "integers", "floats", "booleans", "class labels", "nulls")
+
+
+def one_input(columns: Columns) -> Columns:
+    """The same columns with `text` only where nothing else is the input, and each kept column once.
+
+    Raises:
+        MisuseError: no input, two of them, or half of one.
+    """
+    if (columns.prompt is None) != (columns.completion is None):
+        raise MisuseError("--prompt-column and --completion-column go together; give both or neither")
+    if columns.labels is not None and columns.input_ids is None:
+        raise MisuseError("--labels-column goes with --input-ids-column; for class labels use --label-column")
+    others = [name for name in (columns.messages, columns.prompt, columns.input_ids) if name is not None]
+    if columns.text_pair is not None and (others or columns.text is None):
+        raise MisuseError("--text-pair-column goes with --text-column, and with no other kind of input")
+    if len(others) > 1:
+        raise MisuseError(f"one kind of input at a time: found the columns {', '.join(others)}")
+    if not others and columns.text is None:
+        raise MisuseError("no input: name a column with --text-column, or with one of the flags for other inputs")
+    text = None if others else columns.text
+    return dataclasses.replace(columns, text=text, keep=tuple(dict.fromkeys(columns.keep)))
+
+
+def input_roles(columns: Columns) -> dict[str, str]:
+    """Role -> column of what a model reads, in a fixed order: the inputs, without class labels and kept columns."""
+    found = {role: getattr(columns, role) for role in _INPUT_FLAGS}
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def used_roles(columns: Columns) -> dict[str, str]:
+    """Role -> column of all that is read: the inputs, the class label, and `keep:NAME` for each kept column."""
+    label = {} if columns.label is None else {"label": columns.label}
+    return {**input_roles(columns), **label, **{f"keep:{name}": name for name in columns.keep}}
+
+
+def check_inputs(where: str, dataset: Dataset, columns: Columns) -> None:
+    """Check that the input columns are there and that their types can be what they are named for.
+
+    Raises:
+        SourceError: a missing column, or a type that no row can be read from. `where` begins the message.
+    """
+    for role, name in input_roles(columns).items():
+        _require(where, dataset, name, _INPUT_FLAGS[role])
+        found = describe(dataset.features[name])
+        if role in _TEXT_ROLES:
+            _check_text(where, role, name, found)
+        elif role == "messages":
+            _check_messages(where, name, dataset.features[name], found)
+        elif found != "lists of integers":
+            raise SourceError(
+                f"{where}: column {name!r} ({_INPUT_FLAGS[role]}): expected lists of integers, found {found}; name another column"
+            )
+
+
+def check_kept(where: str, dataset: Dataset, columns: Columns) -> None:
+    """Check that the kept columns are there and hold one plain value a row.
+
+    Raises:
+        SourceError: a missing column, or one of lists, structs, dates or bytes.
+    """
+    for name in columns.keep:
+        _require(where, dataset, name, "--keep-column")
+        found = describe(dataset.features[name])
+        if found not in _SCALARS:
+            raise SourceError(
+                f"{where}: column {name!r} (--keep-column): expected text, numbers or booleans, found {found}; drop the flag, or convert the column"
+            )
+
+
+def check_label(where: str, dataset: Dataset, name: str) -> None:
+    """Check that a label column, where there is one, holds one name or class id a row.
+
+    Raises:
+        SourceError: a column of lists, structs or mixed types.
+    """
+    if name in dataset.column_names:
+        found = describe(dataset.features[name])
+        if found not in _SCALARS:
+            raise SourceError(
+                f"{where}: column {name!r} (--label-column): expected one name or class id a row, found {found}; name another column"
+            )
+
+
+def describe(feature: Any) -> str:
+    """What a column of this type holds, in words: `text`, `integers`, `lists of integers`, `structs of role, content`."""
+    import datasets
+
+    if isinstance(feature, datasets.Value):
+        dtype = feature.dtype
+        if dtype in ("string", "large_string", "string_view"):
+            return "text"
+        names = {"int": "integers", "uint": "integers", "float": "floats", "bool": "booleans", "null": "nulls"}
+        return names.get(dtype.rstrip("0123456789"), f"{dtype} values")
+    if isinstance(feature, datasets.ClassLabel):
+        return "class labels"
+    if isinstance(feature, datasets.Json):
+        return "values of mixed types"
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return f"lists of {describe(feature.feature)}"
+    if isinstance(feature, list) and feature:
+        return f"lists of {describe(feature[0])}"
+    if isinstance(feature, dict):
+        return f"structs of {', '.join(feature)}"
+    return f"{type(feature).__name__} values"
+
+
+def _require(where: str, dataset: Dataset, name: str, flag: str) -> None:
+    if name not in dataset.column_names:
+        raise SourceError(
+            f"{where}: no column {name!r}; found {', '.join(dataset.column_names)}; name the right one with {flag}"
+        )
+
+
+def _check_text(where: str, role: str, name: str, found: str) -> None:
+    if found == "text":
+        return
+    flag = _INPUT_FLAGS[role]
+    if role in ("prompt", "completion") and found.startswith("lists of structs"):
+        hint = "chats are read from one column of whole conversations, named by --messages-column"
+    elif found == "nulls":
+        hint = "every row is empty; name another column"
+    else:
+        hint = "convert it to text, or name another column"
+    raise SourceError(f"{where}: column {name!r} ({flag}): expected text, found {found}; {hint}")
+
+
+def _check_messages(where: str, name: str, feature: Any, found: str) -> None:
+    """A chat is a list of {role, content}; where rows differ in type, each row is checked when it is read."""
+    if found in ("values of mixed types", "lists of values of mixed types"):
+        return
+    turn: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+    if isinstance(turn, dict) and {"role", "content"} <= set(turn):
+        return
+    hint = "rename from and value to role and content" if isinstance(turn, dict) and "from" in turn else ""
+    raise SourceError(
+        f"{where}: column {name!r} (--messages-column): expected lists of {{role, content}}, found {found}; {hint or 'name another column'}"
+    )

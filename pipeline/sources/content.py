@@ -1,0 +1,81 @@
+"""What rows hold, hashed: the fingerprint of a split, and which rows are held out.
+
+A row is hashed as one line of JSON over the values of its roles. Names of columns, files, chunks and batches play no part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.records import Columns
+from pipeline.sources.batches import Row, read_rows
+from pipeline.sources.columns import input_roles, used_roles
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from pipeline.sources.source import Source
+
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, default=repr)
+
+
+def fingerprints(source: Source) -> dict[str, str]:
+    """Split -> SHA-256 over the values of every column that is read, in row order, each with its role.
+
+    Equal contents have equal fingerprints, whatever the file format, the path and the columns that are not read. The
+    names of a `ClassLabel` count, since its values mean nothing without them.
+    """
+    roles = used_roles(source.columns)
+    return {split: _fingerprint(dataset, roles) for split, dataset in source.splits.items()}
+
+
+def held_out(dataset: Dataset, columns: Columns, share: float) -> np.ndarray:
+    """Which rows belong to the test split.
+
+    A row's side depends on its inputs alone: added rows move no other row, equal inputs stay together, and a larger
+    share keeps what a smaller one held out.
+
+    Returns:
+        (rows,) bool.
+    """
+    roles = input_roles(columns)
+    limit = share * 2.0**64
+    sides = (_position(row, roles) < limit for row in read_rows(dataset, list(roles.values())))
+    return np.fromiter(sides, dtype=np.bool_, count=len(dataset))
+
+
+def _fingerprint(dataset: Dataset, roles: dict[str, str]) -> str:
+    names = {role: getattr(dataset.features.get(name), "names", None) for role, name in roles.items()}
+    digest = hashlib.sha256(_line(names.items()))
+    for row in read_rows(dataset, list(roles.values())):
+        digest.update(_line(_content(row, roles)))
+    return digest.hexdigest()
+
+
+def _position(row: Row, roles: dict[str, str]) -> int:
+    """Where the row lies in [0, 2^64)."""
+    digest = hashlib.blake2b(_line(_content(row, roles)), digest_size=8, person=b"hold-out")
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _content(row: Row, roles: dict[str, str]) -> list[object]:
+    return [_turns(row.get(name)) if role == "messages" else row.get(name) for role, name in roles.items()]
+
+
+def _turns(messages: object) -> object:
+    """What is read of a chat, however its structs are laid out."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        [turn.get("role"), turn.get("content"), bool(turn.get("tool_calls"))] if isinstance(turn, dict) else turn
+        for turn in messages
+    ]
+
+
+def _line(values: Iterable[object]) -> bytes:
+    return _JSON.encode(list(values)).encode("utf-8", "surrogatepass") + b"\n"

@@ -1,0 +1,217 @@
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import DataConfig
+from pipeline.errors import MisuseError, SourceError
+from pipeline.records import Example
+from pipeline.sources import Source, fingerprints, load_source, read_examples
+from pipeline.sources.files import find_files, looks_like_path
+
+ROWS = [{"text": "one", "label": "a"}, {"text": "two, or 2", "label": None}, {"text": "dreißig", "label": "b"}]
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def texts(source: Source, split: str = "train") -> list[str | None]:
+    examples = read_examples(source, split, 0, len(source.splits[split]), None)
+    return [example.text for example in examples if isinstance(example, Example)]
+
+
+def write(path: Path) -> Path:
+    """ROWS in the format that the suffix says."""
+    if path.suffix.lower() == ".jsonl":
+        return jsonl(path, ROWS)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif path.suffix == ".csv":
+        path.write_text('text,label\none,a\n"two, or 2",\ndreißig,b\n', encoding="utf-8")
+    elif path.suffix == ".gz":
+        inner = write(path.with_suffix(""))
+        path.write_bytes(gzip.compress(inner.read_bytes()))
+        inner.unlink()
+    else:
+        path.write_text("one\ntwo, or 2\ndreißig\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["d.jsonl", "d.json", "d.csv", "d.parquet", "d.txt", "d.jsonl.gz", "d.csv.gz", "d.txt.gz", "D.JSONL"]
+)
+def test_each_format_is_the_split_train(tmp_path: Path, name: str) -> None:
+    source = load_source(DataConfig(dataset=str(write(tmp_path / name))))
+    assert (source.name, source.config, source.revision, list(source.splits)) == (name, None, None, ["train"])
+    assert texts(source) == ["one", "two, or 2", "dreißig"]
+
+
+def test_formats_with_equal_rows_have_equal_fingerprints(tmp_path: Path) -> None:
+    names = ["d.jsonl", "d.json", "d.csv", "d.parquet", "d.jsonl.gz"]
+    found = {fingerprints(load_source(DataConfig(dataset=str(write(tmp_path / name)))))["train"] for name in names}
+    assert len(found) == 1
+
+
+def test_csv_words_for_missing_are_words(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("text,label\nNA,None\nnull,1\n", encoding="utf-8")
+    assert texts(load_source(DataConfig(dataset=str(tmp_path / "d.csv")))) == ["NA", "null"]
+
+
+def test_directory_has_one_file_per_split(tmp_path: Path) -> None:
+    jsonl(tmp_path / "extra.jsonl", ROWS)
+    jsonl(tmp_path / "test.jsonl", ROWS[:1])
+    write(tmp_path / "validation.csv")
+    jsonl(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "README.md").write_text("# read me")
+    (tmp_path / "prepare.py").write_text("raise SystemExit")
+    (tmp_path / "LICENSE.txt").write_text("free")
+    (tmp_path / "label_names.json").write_text('{"0": "a"}')
+    (tmp_path / ".hidden.jsonl").write_text("no")
+    (tmp_path / "teacher").mkdir()
+    jsonl(tmp_path / "teacher" / "vocabulary.jsonl", ROWS)
+    source = load_source(DataConfig(dataset=str(tmp_path)))
+    assert {split: len(part) for split, part in source.splits.items()} == {
+        "train": 3,
+        "validation": 3,
+        "test": 1,
+        "extra": 3,
+    }
+
+
+def test_text_files_alone_are_splits(tmp_path: Path) -> None:
+    for name in ("train", "books"):
+        write(tmp_path / f"{name}.txt")
+    assert list(find_files(tmp_path)) == ["train", "books"]
+
+
+def test_two_files_for_one_split(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "train.csv")
+    with pytest.raises(SourceError, match=r"two files for the split train: train\.csv and train\.jsonl; remove one"):
+        find_files(tmp_path)
+
+
+def test_a_split_name_that_is_none(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train-00000-of-00002.jsonl", ROWS)
+    with pytest.raises(SourceError, match=r"'train-00000-of-00002' cannot be a split.*join the parts"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jsonl", "missing.jsonl: no such file or directory; expected a .jsonl"),
+        ("./missing", "missing: no such file or directory"),
+        ("../missing", "missing: no such file or directory"),
+        ("~/missing-folder", "missing-folder: no such file or directory"),
+        ("/nowhere/missing", "/nowhere/missing: no such file or directory"),
+        ("a/b/c", "a/b/c: no such file or directory"),
+        ("https://me:secret@host/a.jsonl", r"https://\*\*\*@host/a.jsonl: expected a local path or a hub name"),
+    ],
+)
+def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("looked it up"))
+    with pytest.raises(SourceError, match=message) as caught:
+        load_source(DataConfig(dataset=name))
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_looks_like_a_path() -> None:
+    assert all(looks_like_path(name) for name in ("a.csv", "x.jsonl.gz", "./a", "../a", "~/a", "/a", "a/b/c", "A.TXT"))
+    assert not any(looks_like_path(name) for name in ("imdb", "org/name", "org/name-v1.5", "hf://datasets/org/name"))
+
+
+def test_unknown_kind_of_file_and_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "d.xlsx").write_bytes(b"PK")
+    with pytest.raises(SourceError, match=r"unknown kind of file; expected a \.jsonl"):
+        find_files(tmp_path / "d.xlsx")
+    with pytest.raises(SourceError, match=r"no data file there; expected a \.jsonl"):
+        find_files(tmp_path)
+    (tmp_path / "d.parquet.gz").write_bytes(b"")
+    with pytest.raises(SourceError, match="unknown kind of file"):
+        find_files(tmp_path / "d.parquet.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "d.jsonl",
+            b'{"text": "a"}\nnonsense\n',
+            "cannot be read as jsonl: line 2, column 1: Expecting value; mend the file",
+        ),
+        ("d.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: .*surrogates not allowed"),
+        ("d.jsonl", b'{"text": "a"}\n[1]\n', "line 2: expected an object, found list"),
+        ("d.jsonl.gz", b"not gzip", "cannot be read as jsonl: "),
+        ("d.csv", b'text,label\n"a,b\n', "cannot be read as csv: "),
+        ("d.txt", b"a\n\xff\n", "cannot be read as txt: .*codec can't decode"),
+        ("d.parquet", b"PAR1....", "cannot be read as parquet: "),
+        ("d.jsonl", b"", "d.jsonl: no rows; expected at least one$"),
+        ("d.json", b"[]", "d.json: no rows; expected at least one$"),
+        ("d.csv", b"text,label\n", "d.csv: no rows; expected at least one$"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str, capfd: Any) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message) as caught:
+        load_source(DataConfig(dataset=str(tmp_path / name)))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: Any) -> None:
+    load_source(DataConfig(dataset=str(write(tmp_path / "d.jsonl"))))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_edited_file_is_read_anew_though_its_time_is_the_same(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", [{"text": "old"}])
+    os.utime(path, (1_000_000, 1_000_000))
+    assert texts(load_source(DataConfig(dataset=str(path)))) == ["old"]
+    jsonl(path, [{"text": "new"}])
+    os.utime(path, (1_000_000, 1_000_000))
+    assert texts(load_source(DataConfig(dataset=str(path)))) == ["new"]
+
+
+def test_signs_of_patterns_in_a_path_are_plain_signs(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]*"
+    folder.mkdir()
+    assert texts(load_source(DataConfig(dataset=str(write(folder / "d.jsonl")))))[0] == "one"
+
+
+def test_the_name_is_never_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data" / "news"
+    folder.mkdir(parents=True)
+    jsonl(folder / "train.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, name in {
+        "data/news": "data/news",
+        "./data/news/": "data/news",
+        "data/news/train.jsonl": "data/news/train.jsonl",
+        str(folder): "news",
+        "~/data/news": "news",
+        "data/../data/news": "news",
+    }.items():
+        assert load_source(DataConfig(dataset=given)).name == name
+    monkeypatch.chdir(folder)
+    assert load_source(DataConfig(dataset=".")).name == "news"
+
+
+def test_hub_flags_do_not_go_with_a_path(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "d.jsonl"))
+    for config in (DataConfig(dataset=path, dataset_config="x"), DataConfig(dataset=path, dataset_revision="main")):
+        with pytest.raises(MisuseError, match="go with a hub data set, found a local path"):
+            load_source(config)
