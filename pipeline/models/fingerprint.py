@@ -20,8 +20,9 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
     model: Any = loaded.model
     adapter = hasattr(model, "peft_config")
     base = model.get_base_model() if adapter else model
-    weights = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "modules_to_save" not in k}
-    added = {k: v for k, v in model.state_dict().items() if k not in weights} if adapter else {}
+    tensors = model.state_dict()
+    added = {k: v for k, v in tensors.items() if adapter and ("lora_" in k or "modules_to_save" in k)}
+    weights = {_plain_name(k): v for k, v in tensors.items() if k not in added}
     return ModelInfo(
         name=public_name(loaded.name),
         revision=loaded.revision,
@@ -63,6 +64,11 @@ def public_name(name: str) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return path.name
+
+
+def _plain_name(name: str) -> str:
+    """The name that a weight has without PEFT around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _hash_tensors(tensors: dict[str, Tensor]) -> str:

@@ -149,7 +149,15 @@ def _scale(config: Any, shape: Shape) -> PreTrainedConfig:
     width, heads, total = text.hidden_size, text.num_attention_heads, text.num_hidden_layers
     smaller: Any = _resized(config, [i % total for i in range(shape.num_layers)])
     new = smaller.get_text_config()
-    for name in ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "word_embed_proj_dim", "embedding_size"):
+    for name in (
+        "intermediate_size",
+        "ffn_dim",
+        "hidden_dim",
+        "n_inner",
+        "word_embed_proj_dim",
+        "embedding_size",
+        "pooler_hidden_size",
+    ):
         value = getattr(text, name, None)
         if isinstance(value, int):
             setattr(new, name, max(1, value * shape.hidden_size // width))

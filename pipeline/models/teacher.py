@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from pipeline.config import TrainTeacherConfig
 from pipeline.errors import BadRowError, MisuseError, SourceError
@@ -39,6 +39,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         raise MisuseError(f"--output {config.output}: is the pretrained model's own directory; use another")
     source = load_source(config.data, label_required=not task.classes_are_tokens)
     names = None if task.classes_are_tokens else label_names(source)
+    set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task, config.model, dtype="float32", label_names=names, new_head=not task.classes_are_tokens, trainable=True
     )

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline.cache import Cache
@@ -42,6 +42,7 @@ def run(config: TrainStudentConfig) -> TrainResult:
         seed=config.seed,
         save_total_limit=2,
     )
+    set_seed(config.seed)  # a new head or adapter is random too
     student = load_student(cache.manifest.contract, config.student, trust_remote_code=config.trust_remote_code)
     if config.lora_r is not None:
         student = add_adapter(get_task(cache.manifest.contract.task), student, config)

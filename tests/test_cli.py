@@ -1,0 +1,203 @@
+"""The command line: the whole way through on tiny models, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from tests.conftest import tiny_model
+
+
+@pytest.fixture
+def project(tmp_path, bert_tokenizer, topics, save_teacher, monkeypatch):
+    """A directory with data, a pretrained model and a configuration, as the demo's."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for split, rows in topics.items():
+        rows.to_json(f"data/{split}.jsonl")
+    save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
+    student = {"cache": "runs/cache", "student": "runs/init", "max_steps": 3, "batch_size": 8}
+    config = {
+        "task": "sequence-classification",
+        "data": {"dataset": "data"},
+        "train-teacher": {"model": "pretrained", "output": "runs/teacher", "max_steps": 3},
+        "cache-logits": {"teacher": "runs/teacher", "output": "runs/cache", "rows_per_shard": 50},
+        "init-student": {
+            "teacher": "runs/teacher",
+            "output": "runs/init",
+            "num_layers": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+        },
+        "train-student": [
+            {**student, "output": "runs/a"},
+            {**student, "output": "runs/b", "hard_labels": "teacher", "soft_weight": 0},
+        ],
+        "evaluate": {"cache": "runs/cache", "student": ["runs/a", "control=runs/b"], "output": "runs"},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return config
+
+
+def call(*args: str):
+    return CliRunner().invoke(main, list(args), catch_exceptions=False)
+
+
+def test_run_makes_everything_then_nothing_then_what_changed(project, caplog):
+    done = call("run", "run.yaml")
+    assert done.exit_code == 0, done.output
+    assert "control" in done.output
+    assert json.loads(Path("runs/evaluation.json").read_text())["students"][1]["name"] == "control"
+    times = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.*") if path.is_file()}
+    caplog.clear()
+    assert call("run", "run.yaml").exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert caplog.text.count("is up to date") == 6
+    project["train-student"][1]["max_steps"] = 4
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    caplog.clear()
+    assert call("run", "run.yaml").exit_code == 0
+    assert caplog.text.count("is up to date") == 4  # student b and the evaluation are made again
+    assert json.loads(Path("runs/b/distillation.json").read_text())["steps"] == 4
+
+
+def test_run_through_a_stage_and_a_stage_by_name(project):
+    assert call("run", "run.yaml", "--through", "cache-logits").exit_code == 0
+    assert Path("runs/cache/manifest.json").exists()
+    assert not Path("runs/init").exists()
+    assert call("run", "run.yaml", "init-student").exit_code == 0
+    assert Path("runs/init/config.json").exists()
+    del project["evaluate"]
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    failed = call("run", "run.yaml", "evaluate")
+    assert failed.exit_code == 1
+    assert "no section 'evaluate'" in failed.stderr
+
+
+def test_the_commands_one_by_one(project):
+    for command in ("train-teacher", "cache-logits", "init-student", "train-student"):
+        done = call(command, "--config", "run.yaml")
+        assert done.exit_code == 0, done.output
+    done = call("evaluate", "--config", "run.yaml", "--json")
+    assert json.loads(done.stdout)["teacher"]["name"] == "teacher"
+    done = call("verify", "--cache", "runs/cache")
+    assert done.exit_code == 0
+    assert "whole. 3 shards, 120 rows" in done.stdout
+    done = call("inspect", "--cache", "runs/cache", "--rows", "1")
+    for expected in (
+        "task        sequence-classification, 3 classes",
+        "encoding    full",
+        "train",
+        "teacher: ",
+        "label ",
+    ):
+        assert expected in done.stdout
+    totals = json.loads(call("inspect", "--cache", "runs/cache", "--json").stdout)["totals"]
+    assert totals["train"]["rows"] == 90
+
+
+def test_verify_fails_on_a_damaged_cache(project):
+    call("run", "run.yaml", "--through", "cache-logits")
+    path = Path("runs/cache/data/train-00000.parquet")
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    done = call("verify", "--cache", "runs/cache")
+    assert done.exit_code == 1
+    assert "train-00000.parquet" in done.stderr
+
+
+def test_language_models_are_inspected_as_tokens(tmp_path, lm_tokenizer, documents, save_teacher):
+    path = save_teacher(tiny_model("llama", len(lm_tokenizer), spread=4.0), lm_tokenizer)
+    for split, rows in documents.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        rows.to_json(tmp_path / "data" / f"{split}.jsonl")
+    done = call(
+        "cache-logits",
+        "--task",
+        "causal-lm",
+        "--teacher",
+        str(path),
+        "--dataset",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "c"),
+    )
+    assert done.exit_code == 0, done.output
+    done = call("inspect", "--cache", str(tmp_path / "c"), "--rows", "1", "--tokens", "3")
+    assert "next token" in done.stdout
+    assert "classes kept a position" in done.stdout
+    assert "alignment" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (("--dataset", "nowhere.jsonl"), 1, "nowhere.jsonl"),
+        (("--text-column", "body"), 1, "--text-column"),
+        (("--teacher", "./nowhere"), 1, "no such directory"),
+        (("--top-k", "3", "--encoding", "full"), 2, "--top-k is a knob of --encoding top-k"),
+        (("--max-length", "1000"), 2, "at most 64 tokens"),
+        (("--split", "dev"), 1, "no split 'dev'"),
+        (("--output", "s3://bucket/x"), 1, "local directories"),
+        (("--dtype", "float7"), 2, "--dtype float7"),
+        (("--task", "translation"), 2, "translation"),
+        (("--rows-per-shard", "0"), 2, "--rows-per-shard"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(project, change, code, message):
+    assert call("train-teacher", "--config", "run.yaml").exit_code == 0
+    done = call("cache-logits", "--config", "run.yaml", *change)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert len([line for line in done.stderr.splitlines() if line.startswith("Error")]) == 1
+    assert not Path("runs/cache").exists()
+
+
+def test_a_text_column_of_numbers(project):
+    Path("numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
+    call("train-teacher", "--config", "run.yaml")
+    done = call("cache-logits", "--config", "run.yaml", "--dataset", "numbers.jsonl")
+    assert done.exit_code == 1
+    assert "text" in done.stderr
+
+
+def test_labels_that_the_teacher_does_not_know(project):
+    call("train-teacher", "--config", "run.yaml")
+    Path("other.jsonl").write_text('{"text": "the cat", "label": "weather"}\n')
+    done = call("cache-logits", "--config", "run.yaml", "--dataset", "other.jsonl")
+    assert done.exit_code == 1
+    assert "'weather'" in done.stderr
+
+
+def test_an_empty_data_set(project):
+    Path("empty.jsonl").write_text("")
+    done = call("train-teacher", "--config", "run.yaml", "--dataset", "empty.jsonl")
+    assert done.exit_code == 1
+    assert "empty.jsonl" in done.stderr
+
+
+def test_help_is_fast_and_imports_no_torch():
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", "pipeline", "--help"], check=True, capture_output=True)
+        times.append(time.monotonic() - started)
+    bare = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import numpy, click"], check=True, capture_output=True)
+        bare.append(time.monotonic() - started)
+    assert min(times) < 4 * min(bare)
+    code = "import sys; from click.testing import CliRunner; from pipeline.cli import main; CliRunner().invoke(main, ['train-student', '--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,340 @@
+"""Stage 2: a student learns from the cache alone, in an order that does not depend on how it is dealt."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+
+import pipeline as softlabel
+from pipeline.cache import Cache
+from pipeline.config import TrainStudentConfig
+from pipeline.errors import CacheError, ContractError, EncodingError, MisuseError, ModelError, TrainingError
+from pipeline.models.arguments import training_arguments
+from pipeline.records import Full, Sampled, TopK
+from pipeline.training.collate import Collator, TrainingRows
+from pipeline.training.order import BatchOrder
+from pipeline.training.run import run
+from tests.conftest import tiny_model
+from tests.support.rows import build_cache
+
+NAMES = {0: "business", 1: "sport", 2: "film"}
+
+
+@pytest.fixture
+def teacher(bert_tokenizer, save_teacher):
+    model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
+    model.config.id2label, model.config.label2id = NAMES, {name: i for i, name in NAMES.items()}
+    return save_teacher(model, bert_tokenizer)
+
+
+@pytest.fixture
+def cache(tmp_path, teacher, topics) -> Cache:
+    return softlabel.cache_logits(
+        str(teacher), topics, tmp_path / "cache", task="sequence-classification", rows_per_shard=25
+    )
+
+
+@pytest.fixture
+def lm_cache(tmp_path, lm_tokenizer, documents, save_teacher) -> Cache:
+    path = save_teacher(tiny_model("llama", len(lm_tokenizer), spread=4.0), lm_tokenizer, "lm-teacher")
+    return softlabel.cache_logits(str(path), documents, tmp_path / "lm-cache", task="causal-lm", max_length=32)
+
+
+def student_of(teacher: Path, output: Path) -> Path:
+    return softlabel.init_student(teacher, output, config=softlabel.Shape(1, 16, 2))
+
+
+def config(cache: Cache, student: Path, output: Path, **settings) -> TrainStudentConfig:
+    settings = {"max_steps": 5, "batch_size": 8, "learning_rate": 1e-3, **settings}
+    return TrainStudentConfig(cache=str(cache.root), student=str(student), output=str(output), **settings)
+
+
+def test_a_student_trains_with_the_teacher_deleted_and_opens_nothing_else(tmp_path, cache, teacher, monkeypatch):
+    student = student_of(teacher, tmp_path / "init")
+    shutil.rmtree(teacher)
+    opened: list[str] = []
+    plain_open = builtins.open
+
+    def watch(file, *args, **kwargs):
+        opened.append(str(file))
+        return plain_open(file, *args, **kwargs)
+
+    loaded = []
+    for auto in (AutoModelForSequenceClassification, AutoModelForCausalLM):
+        plain = auto.from_pretrained
+        monkeypatch.setattr(
+            auto,
+            "from_pretrained",
+            lambda name, *a, _plain=plain, **k: loaded.append(str(name)) or _plain(name, *a, **k),
+        )
+    monkeypatch.setattr(builtins, "open", watch)
+    result = run(config(cache, student, tmp_path / "out"))
+    assert loaded == [str(student)]
+    assert not [name for name in opened if str(teacher) + "/" in name]
+    assert result.steps == 5
+    assert result.cache_id == cache.manifest.cache_id
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert again.config.num_labels == 3
+    assert json.loads((tmp_path / "out" / "distillation.json").read_text())["cache_id"] == cache.manifest.cache_id
+
+
+def test_importing_training_does_not_import_capture():
+    code = "import sys, pipeline.training; print([m for m in sys.modules if m.startswith('pipeline.capture')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_student_comes_close_to_its_teacher(tmp_path, cache, teacher):
+    """A copy of the teacher's shape, soft labels alone: KL falls to a small part of where it began."""
+    student = softlabel.init_student(teacher, tmp_path / "init", config=softlabel.Shape(2, 32, 2))
+    before = softlabel.evaluate(cache, {"s": student}, split="train").students[0].kl
+    run(
+        config(
+            cache,
+            student,
+            tmp_path / "out",
+            hard_weight=0.0,
+            soft_weight=1.0,
+            temperature=1.0,
+            max_steps=150,
+            learning_rate=3e-3,
+            batch_size=30,
+        )
+    )
+    after = softlabel.evaluate(cache, {"s": tmp_path / "out"}, split="train").students[0].kl
+    assert after < 0.2 * before
+
+
+def test_labels_alone_train_on_the_labelled_rows_alone(tmp_path, cache, teacher):
+    student = student_of(teacher, tmp_path / "init")
+    from pipeline.training.trainer import DistillationTrainer
+
+    model = AutoModelForSequenceClassification.from_pretrained(student)
+    args = training_arguments(str(tmp_path / "out"), {})
+    trainer = DistillationTrainer(model, args, cache=cache, loss=softlabel.Loss(1.0, 0.0))
+    rows = [i for batch in trainer.get_train_dataloader().batch_sampler for i in batch]
+    labels = [row.example.label for row in cache.dataset("train")]
+    assert sorted(rows) == [i for i, label in enumerate(labels) if label is not None]
+    everything = DistillationTrainer(model, args, cache=cache, loss=softlabel.Loss(0.5, 0.5))
+    assert len([i for batch in everything.get_train_dataloader().batch_sampler for i in batch]) == 90
+
+
+def test_the_teachers_hard_labels_stand_for_the_datas(cache):
+    rows = [(row, True) for row in cache.dataset("train")]
+    from pipeline.tasks import get_task
+
+    batch = Collator(get_task("sequence-classification"), cache.tokenizer, 1.0, teacher_labels=True).collate(rows)
+    expected = [int(row.soft.top_ids[row.soft.top_logprobs.argmax()]) for row, _ in rows]
+    assert batch.labels.tolist() == expected
+
+
+def test_a_student_with_another_tokenizer_trains_from_the_stored_text(tmp_path, cache, lm_tokenizer, save_teacher):
+    model = tiny_model("gpt2", len(lm_tokenizer), num_labels=3)
+    student = save_teacher(model, lm_tokenizer, "other")
+    result = run(config(cache, student, tmp_path / "out"))
+    assert result.steps == 5
+    report = softlabel.evaluate(cache, {"other": tmp_path / "out"})
+    assert 0 <= report.students[0].metrics["accuracy"] <= 1
+    rows = [(row, True) for row in cache.dataset("test")]
+    from pipeline.records import Tokenization
+    from pipeline.tasks import get_task
+
+    batch = Collator(get_task("sequence-classification"), lm_tokenizer, 1.0, retokenize=Tokenization(64)).collate(rows)
+    assert (
+        batch.inputs["input_ids"][0][: len(lm_tokenizer(rows[0][0].example.text)["input_ids"])].tolist()
+        == lm_tokenizer(rows[0][0].example.text)["input_ids"]
+    )
+
+
+@pytest.mark.parametrize("encoding", [Sampled(8.0), TopK(6), Full()], ids=lambda e: e.kind)
+def test_language_model_students_train_from_every_encoding(tmp_path, lm_tokenizer, documents, save_teacher, encoding):
+    path = save_teacher(tiny_model("llama", len(lm_tokenizer), spread=4.0), lm_tokenizer)
+    cache = softlabel.cache_logits(
+        str(path), documents, tmp_path / "c", task="causal-lm", max_length=32, encoding=encoding
+    )
+    student = softlabel.init_student(path, tmp_path / "init", layers=[0, 3])
+    before = softlabel.evaluate(cache, {"s": student}).students[0]
+    run(config(cache, student, tmp_path / "out", hard_weight=0.0, soft_weight=1.0, max_steps=60, learning_rate=3e-3))
+    after = softlabel.evaluate(cache, {"s": tmp_path / "out"}).students[0]
+    assert after.kl < 0.8 * before.kl
+
+
+def test_a_lora_student_and_a_full_student_train_from_one_cache(tmp_path, lm_cache, documents):
+    from peft import PeftModel
+
+    teacher = tmp_path / "lm-teacher"
+    student = softlabel.init_student(teacher, tmp_path / "init", layers=[0, 1])
+    full = run(config(lm_cache, student, tmp_path / "full"))
+    lora = run(config(lm_cache, student, tmp_path / "lora", lora_r=4))
+    assert full.num_trainable == full.num_parameters
+    assert 0 < lora.num_trainable < 0.2 * lora.num_parameters
+    base = AutoModelForCausalLM.from_pretrained(student)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "lora")
+    report = softlabel.evaluate(lm_cache, {"lora": tmp_path / "lora", "full": tmp_path / "full"})
+    assert np.isfinite(report.students[0].kl)
+    further = run(config(lm_cache, tmp_path / "lora", tmp_path / "lora2"))  # an adapter is a student too
+    assert further.num_trainable == lora.num_trainable
+    assert adapted.peft_config["default"].r == 4
+
+
+def test_a_peft_adapter_is_a_teacher_too(tmp_path, lm_cache, documents):
+    teacher = tmp_path / "lm-teacher"
+    run(config(lm_cache, teacher, tmp_path / "adapter", lora_r=4, learning_rate=1e-2))
+    cache = softlabel.cache_logits(
+        str(tmp_path / "adapter"), documents["test"], tmp_path / "c2", task="causal-lm", max_length=32, encoding=Full()
+    )
+    assert cache.manifest.contract.teacher.adapter_sha256 is not None
+    assert cache.manifest.contract.teacher.weights_sha256 == lm_cache.manifest.contract.teacher.weights_sha256
+
+
+def test_gradient_accumulation_and_batch_size_give_the_same_steps(tmp_path, cache, teacher):
+    """Unequal counts of labels in the parts: one batch of 8, or four of 2 accumulated, end with the same weights."""
+    student = student_of(teacher, tmp_path / "init")
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    text = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**text, **still}))
+    whole = run(config(cache, student, tmp_path / "whole", batch_size=8, training={"optim": "sgd"}))
+    parts = run(
+        config(
+            cache,
+            student,
+            tmp_path / "parts",
+            batch_size=2,
+            training={"optim": "sgd", "gradient_accumulation_steps": 4},
+        )
+    )
+    assert whole.steps == parts.steps
+    one, other = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, cache, teacher):
+    student = student_of(teacher, tmp_path / "init")
+    settings = {"max_steps": 14, "training": {"save_steps": 4, "lr_scheduler_type": "constant"}}
+    run(config(cache, student, tmp_path / "whole", **settings))
+    run(config(cache, student, tmp_path / "parts", **{**settings, "max_steps": 8}))
+    done = run(config(cache, student, tmp_path / "parts", resume=True, **settings))
+    assert done.steps == 14
+    one, other = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")
+    )
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+# ------------------------------------------------------------------------------------------------------- the order
+
+
+@pytest.fixture
+def rows(tmp_path, lm_tokenizer):
+    return build_cache(tmp_path / "rows", lm_tokenizer, encoding=TopK(2), per_shard=37, shards=3).dataset("train")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_global_order_is_the_same_for_any_number_of_ranks(rows, world_size):
+    alone = BatchOrder(rows, 8, seed=3)
+    alone.set_epoch(2)
+    expected = [i for batch in alone for i in batch]
+    assert sorted(expected) == list(range(len(rows)))
+    ranks = []
+    for rank in range(world_size):
+        order = BatchOrder(rows, 8 // world_size, seed=3, rank=rank, world_size=world_size)
+        order.set_epoch(2)
+        ranks.append(list(order))
+        assert len(ranks[-1]) == len(order)
+    assert len({len(batches) for batches in ranks}) == 1
+    found = [i for step in zip(*ranks, strict=True) for batch in step for i in batch if i >= 0]
+    assert found == expected
+
+
+def test_the_order_depends_on_seed_and_epoch(rows):
+    orders = set()
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        order = BatchOrder(rows, 8, seed=seed)
+        order.set_epoch(epoch)
+        orders.add(tuple(order.rows().tolist()))
+        assert order.rows().tolist() == order.rows().tolist()
+    assert len(orders) == 3
+
+
+def test_a_filler_row_weighs_nothing(rows):
+    from pipeline.tasks import get_task
+
+    collator = Collator(get_task("causal-lm"), Cache.open(rows.root).tokenizer, 1.0)
+    batch = collator.collate([TrainingRows(rows)[3], TrainingRows(rows)[~3]])
+    half = len(batch.labels) // 2
+    assert batch.weights.tolist() == [1.0] * half + [0.0] * half
+    assert (batch.labels[half:] == -100).all()
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_students_that_do_not_fit_are_refused(tmp_path, cache, lm_cache, bert_tokenizer, lm_tokenizer, save_teacher):
+    other = tiny_model("bert", len(bert_tokenizer), num_labels=4)
+    with pytest.raises(ContractError, match=r"expected 3 labels.*found 4"):
+        run(config(cache, save_teacher(other, bert_tokenizer, "four"), tmp_path / "o"))
+    swapped = tiny_model("bert", len(bert_tokenizer), num_labels=3)
+    swapped.config.id2label = {0: "sport", 1: "business", 2: "film"}
+    with pytest.raises(ContractError, match=r"label 0: expected 'business'.*found 'sport'"):
+        run(config(cache, save_teacher(swapped, bert_tokenizer, "swapped"), tmp_path / "o"))
+    gpt = tiny_model("gpt2", len(bert_tokenizer))
+    with pytest.raises(ContractError, match="tokenizer is not the cache's"):
+        run(config(lm_cache, save_teacher(gpt, bert_tokenizer, "gpt"), tmp_path / "o"))
+    short = tiny_model("gpt2", len(lm_tokenizer), n_positions=20)
+    with pytest.raises(ContractError, match=r"at most 20 tokens.*up to 32"):
+        run(config(lm_cache, save_teacher(short, lm_tokenizer, "short"), tmp_path / "o"))
+    small = tiny_model("gpt2", len(lm_tokenizer) - 9)
+    with pytest.raises(ContractError, match="expected 320 classes"):
+        run(config(lm_cache, save_teacher(small, lm_tokenizer, "small"), tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"split": "dev"}, CacheError, "no split 'dev'"),
+        ({"student": "./nothing/here"}, ModelError, "no such directory"),
+        ({"training": {"weight_decai": 0.1}}, softlabel.PipelineError, "did you mean 'weight_decay'"),
+        ({"lora_r": 2, "lora_target": ("nothing",)}, ModelError, "--lora-target"),
+        ({"learning_rate": 1e30, "training": {"max_grad_norm": 0}}, TrainingError, "step .*expected a finite loss"),
+    ],
+)
+def test_bad_settings(tmp_path, cache, teacher, settings, error, message):
+    student = settings.pop("student", None) or student_of(teacher, tmp_path / "init")
+    with pytest.raises(error, match=message):
+        run(config(cache, student, tmp_path / "o", **{"max_steps": 30, **settings}))
+
+
+def test_a_temperature_that_the_cache_does_not_serve(tmp_path, lm_cache):
+    student = softlabel.init_student(tmp_path / "lm-teacher", tmp_path / "init", layers=[0])
+    with pytest.raises(EncodingError, match="--temperature 2: a cache with encoding sampled serves 1"):
+        run(config(lm_cache, student, tmp_path / "o", temperature=2.0))
+
+
+def test_training_does_not_overwrite_its_own_student(tmp_path, cache, teacher):
+    student = student_of(teacher, tmp_path / "init")
+    with pytest.raises(MisuseError, match="the student's own directory"):
+        run(config(cache, student, student))
+
+
+def test_live_objects_train_without_a_file_named(tmp_path, cache, bert_tokenizer):
+    model = tiny_model("bert", len(bert_tokenizer), num_labels=3)
+    args = TrainingArguments(output_dir=str(tmp_path / "x"), max_steps=2, report_to="none", disable_tqdm=True)
+    result = softlabel.train_student(
+        cache, model, tmp_path / "out", loss=softlabel.Loss(0.2, 0.8, temperature=3.0), args=args
+    )
+    assert result.steps == 2
+    assert not (tmp_path / "x").exists()
