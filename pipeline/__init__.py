@@ -14,11 +14,12 @@ from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
-    from pipeline.capture import cache_logits
+    from pipeline.capture import LabelledRow, cache_logits, top_soft_labels, write_cache
     from pipeline.config import Loss
     from pipeline.evaluation import evaluate
     from pipeline.models.initialize import Shape, init_student
     from pipeline.records import Columns, Full, Sampled, TopK, TopP
+    from pipeline.sharing import import_responses
     from pipeline.softlabels import encode
     from pipeline.training import DistillationTrainer, distillation_loss, train_student
 
@@ -27,6 +28,7 @@ _EXPORTS = {
     "Columns": "pipeline.records",
     "DistillationTrainer": "pipeline.training",
     "Full": "pipeline.records",
+    "LabelledRow": "pipeline.capture",
     "Loss": "pipeline.config",
     "Sampled": "pipeline.records",
     "Shape": "pipeline.models.initialize",
@@ -36,8 +38,11 @@ _EXPORTS = {
     "distillation_loss": "pipeline.training",
     "encode": "pipeline.softlabels",
     "evaluate": "pipeline.evaluation",
+    "import_responses": "pipeline.sharing",
     "init_student": "pipeline.models.initialize",
+    "top_soft_labels": "pipeline.capture",
     "train_student": "pipeline.training",
+    "write_cache": "pipeline.capture",
 }
 
 __all__ = [
@@ -45,6 +50,7 @@ __all__ = [
     "Columns",
     "DistillationTrainer",
     "Full",
+    "LabelledRow",
     "Loss",
     "PipelineError",
     "Sampled",
@@ -55,8 +61,11 @@ __all__ = [
     "distillation_loss",
     "encode",
     "evaluate",
+    "import_responses",
     "init_student",
+    "top_soft_labels",
     "train_student",
+    "write_cache",
 ]
 
 

@@ -19,11 +19,12 @@ from pipeline import config as cfg
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
+    from pipeline.cache import Cache
     from pipeline.records import EvaluationReport, TrainResult
 
 
 #: Command -> what it does with its configuration; `run` calls the same.
-_FUNCTIONS: dict[str, Callable[[Any], None]] = {}
+FUNCTIONS: dict[str, Callable[[Any], None]] = {}
 
 
 class _Group(click.Group):
@@ -60,7 +61,7 @@ def _command(name: str, config_type: type, example: str) -> Callable[[Callable[[
             sections = (file.sections.get(name) if file is not None else None) or ({},)
             resolved_sections: list[Any] = [cfg.resolve(config_type, file, section, given) for section in sections]
             for resolved in resolved_sections:
-                _quiet_libraries()
+                quiet_libraries()
                 function(resolved)
 
         summary = (config_type.__doc__ or "").strip()
@@ -77,7 +78,7 @@ def _command(name: str, config_type: type, example: str) -> Callable[[Callable[[
         hints = {**typing.get_type_hints(cfg.DataConfig), **typing.get_type_hints(config_type)}
         command.params.extend(_option(field, hints[field.name]) for field in cfg.cli_fields(config_type))
         main.add_command(command)
-        _FUNCTIONS[name] = function
+        FUNCTIONS[name] = function
         return function
 
     return decorate
@@ -107,7 +108,7 @@ def _option(field: Any, hint: Any) -> click.Option:
     return click.Option([flag], type=kind, **options)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their bars and reports would mix with ours; errors still show."""
     import datasets
     import transformers
@@ -138,11 +139,15 @@ def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
     "softlabel cache-logits --task sequence-classification --teacher runs/teacher --dataset data/bbc --output runs/cache",
 )
 def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
-    from pipeline.cache.inspection import totals
     from pipeline.capture.run import run
 
-    cache = run(config)
-    click.echo(f"cache: {config.output}  cache_id {cache.manifest.cache_id[:16]}")
+    _echo_cache(run(config), config.output)
+
+
+def _echo_cache(cache: Cache, output: str) -> None:
+    from pipeline.cache.inspection import totals
+
+    click.echo(f"cache: {output}  cache_id {cache.manifest.cache_id[:16]}")
     for split, total in totals(cache).items():
         click.echo(
             f"  {split}: {total['rows']:,} rows, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"
@@ -239,6 +244,17 @@ def _inspect(config: cfg.InspectConfig) -> None:
         click.echo(line)
 
 
+@_command(
+    "import",
+    cfg.ImportConfig,
+    "softlabel import --input responses.jsonl --tokenizer Qwen/Qwen3-8B --teacher Qwen/Qwen3-8B --top-k 20 --output runs/cache",
+)
+def _import(config: cfg.ImportConfig) -> None:
+    from pipeline.sharing.importers import run
+
+    _echo_cache(run(config), config.output)
+
+
 @main.command("run", short_help="Run every stage of a configuration file in order.")
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("stages", nargs=-1, type=click.Choice(list(cfg.STAGES)))
@@ -254,8 +270,8 @@ def _run(config: str, stages: tuple[str, ...], through: str | None) -> None:
     """
     from pipeline.workflow import run
 
-    _quiet_libraries()
-    run(cfg.load_config(config), _FUNCTIONS, stages, through)
+    quiet_libraries()
+    run(cfg.load_config(config), FUNCTIONS, stages, through)
 
 
 if __name__ == "__main__":

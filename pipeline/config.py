@@ -372,6 +372,29 @@ class InspectConfig:
     json: bool = option("Print the contract, totals and shard table as JSON.", False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportConfig:
+    """Make a cache of what vLLM or an OpenAI-compatible server has returned."""
+
+    input: tuple[str, ...] = option("JSON-lines file with one response a line; repeat for several.")
+    output: str = option("Directory of the cache.")
+    tokenizer: str = option("Name or path of the teacher's tokenizer.")
+    teacher: str = option("Name of the teacher, for the manifest.")
+    top_k: int = option("Log-probabilities to keep of each position: as many as the server returned.", 20)
+    split: str = option("Split that the rows become.", "train")
+    position_zero: Literal["auto", "empty", "filled"] = option(
+        "Whether the first entry is empty, each speaking of its own token (vLLM, OpenAI), or filled, speaking of the next. auto finds out.",
+        "auto",
+    )
+    max_length: int | None = option("Longest row in tokens, for the manifest. Default: the tokenizer's.", None)
+    overwrite: bool = option("Delete what the output directory holds and start anew.", False)
+
+    def __post_init__(self) -> None:
+        _check_positive("--top-k", self.top_k)
+        if not self.input:
+            raise MisuseError("--input: expected at least one file")
+
+
 #: What `run` runs, in this order.
 STAGES: dict[str, type] = {
     "train-teacher": TrainTeacherConfig,
@@ -382,7 +405,7 @@ STAGES: dict[str, type] = {
 }
 
 #: Every command that a YAML file may have a section for.
-SECTIONS: dict[str, type] = {**STAGES, "verify": VerifyConfig, "inspect": InspectConfig}
+SECTIONS: dict[str, type] = {**STAGES, "verify": VerifyConfig, "inspect": InspectConfig, "import": ImportConfig}
 
 
 # -------------------------------------------------------------------------------------------------------- the file

@@ -1,0 +1,149 @@
+"""Bring your own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pipeline as softlabel
+from pipeline.cache import verify
+from pipeline.errors import BadRowError, ContractError, EncodingError, MisuseError
+from pipeline.records import Full, Sampled, TopK
+from pipeline.softlabels import encode, teacher_scores
+
+
+def token_rows(count: int = 30, classes: int = 320, shift: int = 0):
+    generator = torch.Generator().manual_seed(0)
+    for n in range(count):
+        ids = torch.randint(2, 12, (40,), generator=generator)  # few words, as in real text
+        logits = torch.randn(39, classes, generator=generator)
+        logits[torch.arange(39), ids[1:]] += 6.0
+        yield softlabel.LabelledRow(ids.roll(shift).tolist(), logits=logits, split="train" if n < 25 else "test")
+
+
+@pytest.mark.parametrize("encoding", [Full(), TopK(4), Sampled(10.0)], ids=lambda e: e.kind)
+def test_dense_logits_are_encoded_as_they_come(tmp_path, lm_tokenizer, encoding):
+    cache = softlabel.write_cache(
+        token_rows(),
+        tmp_path / "c",
+        task="causal-lm",
+        tokenizer=lm_tokenizer,
+        encoding=encoding,
+        teacher="ensemble",
+        rows_per_shard=10,
+    )
+    assert verify(cache.root).problems == ()
+    assert cache.splits == ("train", "test")
+    assert cache.manifest.probe.verdict == "aligned"
+    for row, given in zip(cache.dataset("train"), token_rows(25), strict=True):
+        assert row.example.input_ids.tolist() == given.input_ids
+        labels = torch.tensor(given.input_ids[1:])
+        assert row.teacher_nll_sum == pytest.approx(float(teacher_scores(given.logits, labels).nll.sum()), rel=1e-4)
+    if encoding == TopK(4):
+        torch.testing.assert_close(row.soft.top_ids, encode(given.logits, encoding).top_ids)
+
+
+def test_soft_labels_are_taken_as_they_are(tmp_path, lm_tokenizer):
+    rows = [softlabel.LabelledRow(r.input_ids, soft_labels=encode(r.logits, TopK(3))) for r in token_rows(4)]
+    cache = softlabel.write_cache(
+        rows, tmp_path / "c", task="causal-lm", tokenizer=lm_tokenizer, encoding=TopK(3), teacher="t"
+    )
+    assert torch.equal(cache.dataset("train")[2].soft.top_ids, rows[2].soft_labels.top_ids)
+
+
+def test_classifiers_too(tmp_path, bert_tokenizer):
+    texts = ["the cat sat", "the dog ran", "a bird flew"]
+    rows = [
+        softlabel.LabelledRow(bert_tokenizer(t)["input_ids"], logits=torch.randn(1, 2), label=i % 2, text=t)
+        for i, t in enumerate(texts)
+    ]
+    cache = softlabel.write_cache(
+        rows,
+        tmp_path / "c",
+        task="sequence-classification",
+        tokenizer=bert_tokenizer,
+        encoding=Full(),
+        teacher="t",
+        label_names=("no", "yes"),
+    )
+    assert [row.example.text for row in cache.dataset("train")] == texts
+    assert [row.example.label for row in cache.dataset("train")] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_logits_that_are_off_by_one_are_refused(tmp_path, lm_tokenizer, shift):
+    with pytest.raises(ContractError, match="out of step with their tokens"):
+        softlabel.write_cache(
+            token_rows(60, shift=shift),
+            tmp_path / "c",
+            task="causal-lm",
+            tokenizer=lm_tokenizer,
+            encoding=TopK(320),
+            teacher="t",
+        )
+    assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+def test_a_stopped_run_starts_anew_and_a_finished_cache_stays(tmp_path, lm_tokenizer):
+    def stops():
+        yield from token_rows(12)
+        raise KeyboardInterrupt
+
+    settings = {
+        "task": "causal-lm",
+        "tokenizer": lm_tokenizer,
+        "encoding": TopK(4),
+        "teacher": "t",
+        "rows_per_shard": 5,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        softlabel.write_cache(stops(), tmp_path / "c", **settings)
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    cache = softlabel.write_cache(token_rows(7), tmp_path / "c", **settings)
+    assert len(cache.dataset("train")) == 7
+    assert verify(cache.root).problems == ()
+    with pytest.raises(MisuseError, match="finished cache"):
+        softlabel.write_cache(token_rows(7), tmp_path / "c", **settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (softlabel.LabelledRow([1, 2, 3]), "row 0: expected logits or soft_labels"),
+        (
+            softlabel.LabelledRow([1, 2, 3], logits=torch.zeros(3, 320)),
+            r"row 0: expected logits of shape \(2, 320\), found \(3, 320\)",
+        ),
+        (
+            softlabel.LabelledRow([1, 2, 3], logits=torch.full((2, 320), torch.nan)),
+            "row 0: position 0: expected finite logits, found NaN",
+        ),
+        (softlabel.LabelledRow([1, 2, 3], logits=torch.zeros(3, 320), supervised=[True] * 3), "row 0: supervised"),
+        (softlabel.LabelledRow([1, 2, 3], soft_labels=encode(torch.zeros(2, 320), TopK(5))), "row 0: expected TopK"),
+    ],
+)
+def test_rows_whose_parts_do_not_fit(tmp_path, lm_tokenizer, row, message):
+    with pytest.raises(BadRowError, match=message):
+        softlabel.write_cache(
+            [row], tmp_path / "c", task="causal-lm", tokenizer=lm_tokenizer, encoding=TopK(4), teacher="t"
+        )
+
+
+def test_no_rows_and_no_classes(tmp_path, lm_tokenizer):
+    with pytest.raises(MisuseError, match="found none"):
+        softlabel.write_cache(
+            [], tmp_path / "c", task="causal-lm", tokenizer=lm_tokenizer, encoding=TopK(4), teacher="t"
+        )
+    with pytest.raises(MisuseError, match="label_names"):
+        softlabel.write_cache(
+            [], tmp_path / "c", task="sequence-classification", tokenizer=lm_tokenizer, encoding=Full(), teacher="t"
+        )
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs"),
+    [([[1, 1]], [[-1.0, -1.0]]), ([[1, 9]], [[-1.0, -1.0]]), ([[1, 2]], [[0.0, -0.1]]), ([[]], [[]])],
+)
+def test_top_log_probabilities_that_are_no_distribution(ids, logprobs):
+    with pytest.raises(EncodingError, match="position 0"):
+        softlabel.top_soft_labels(ids, logprobs, 9, k=2)
