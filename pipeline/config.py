@@ -156,6 +156,9 @@ class CacheLogitsConfig:
         "Temperature(s) that students may train at; repeatable for top-k and top-p (default 1, 2, 4), one for sampled (default 1).",
         (),
     )
+    store_entropy: bool = option(
+        "Store the teacher's entropy at each position too (2 bytes), not only its sum over the row.", False
+    )
     output: str = option("Directory of the cache.")
     overwrite: bool = option("Delete what the output directory holds and start anew.", False)
     rows_per_shard: int | None = option(

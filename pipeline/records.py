@@ -363,6 +363,8 @@ class CachedExample:
     teacher_nll_sum: float
     teacher_entropy_sum: float
     content_hash: int
+    entropy: Tensor | None = None
+    """(N,) float32, nats: of each position, where it was stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,6 +463,15 @@ class ModelEvaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Continuation:
+    """How each model goes on from one prompt, greedily."""
+
+    prompt: str
+    texts: Mapping[str, str]
+    """Model name -> text."""
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """Students and their teacher on one split of one cache."""
 
@@ -474,3 +485,4 @@ class EvaluationReport:
     students: tuple[ModelEvaluation, ...]
     temperature: float = 1.0
     """At which KL and agreement are taken: 1, or the one of a `sampled` cache."""
+    continuations: tuple[Continuation, ...] = ()

@@ -77,6 +77,7 @@ _READERS: dict[str, Callable[[CachedExample], Any]] = {
     "tail_count": lambda row: row.soft.tail_offsets.diff().numpy(),
     "tail_ids": lambda row: row.soft.tail_ids.numpy(),
     "log_residuals": lambda row: row.soft.log_residuals.flatten().numpy(),
+    "entropy": lambda row: None if row.entropy is None else row.entropy.numpy(),
     "teacher_nll_sum": lambda row: row.teacher_nll_sum,
     "teacher_entropy_sum": lambda row: row.teacher_entropy_sum,
 }
@@ -125,7 +126,9 @@ def _unpack_row(
         if isinstance(encoding, Full)
         else _unpack_top(read, encoding, num_classes)
     )
-    return CachedExample(example, soft, read("teacher_nll_sum"), read("teacher_entropy_sum"), read("content_hash"))
+    entropy = None if "entropy" not in columns else torch.from_numpy(read("entropy"))
+    sums = read("teacher_nll_sum"), read("teacher_entropy_sum")
+    return CachedExample(example, soft, *sums, read("content_hash"), entropy)
 
 
 def _unpack_full(logits: np.ndarray, num_classes: int) -> SoftLabels:

@@ -24,6 +24,7 @@ def cache_schema(
     text: bool = False,
     text_pair: bool = False,
     documents: bool = False,
+    entropy: bool = False,
     kept: Mapping[str, pa.DataType] | None = None,
 ) -> pa.Schema:
     """The Arrow schema of every shard of a cache.
@@ -54,6 +55,8 @@ def cache_schema(
     columns.update(soft_columns(encoding, num_classes))
     columns["teacher_nll_sum"] = pa.float32()
     columns["teacher_entropy_sum"] = pa.float32()
+    if entropy:
+        columns["entropy"] = pa.list_(pa.float16())
     for name, kind in (kept or {}).items():
         if name in columns:
             raise MisuseError(f"--keep-column {name}: a cache has a column of this name already; rename the source's")

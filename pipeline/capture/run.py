@@ -63,6 +63,7 @@ def run(config: CacheLogitsConfig) -> Cache:
         encoding=config.resolve_encoding(task.default_encoding.kind),
         tokenization=config.data.tokenization(_max_length(task, teacher, tokenizer, config.data.max_length)),
         store_text=config.data.store_text,
+        store_entropy=config.store_entropy,
         batch_tokens=config.batch_tokens or task.default_batch_tokens,
         rows_per_shard=config.rows_per_shard,
         seed=config.seed,
@@ -91,7 +92,7 @@ def cache_logits(
         dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path that `softlabel cache-logits --dataset` takes.
         task: `sequence-classification` or `causal-lm`.
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
-        settings: packing, isolate_documents, store_text, batch_tokens, rows_per_shard, on_bad_row, overwrite.
+        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, on_bad_row, overwrite.
 
     Returns:
         The finished cache. Called again with the same arguments it goes on where it was stopped.
@@ -136,6 +137,7 @@ def capture(
     batch_tokens: int,
     seed: int,
     store_text: bool = True,
+    store_entropy: bool = False,
     rows_per_shard: int | None = None,
     on_bad_row: Any = "stop",
     overwrite: bool = False,
@@ -152,6 +154,7 @@ def capture(
         text=store_text and not task.classes_are_tokens,
         text_pair=source.columns.text_pair is not None,
         documents=tokenization.isolate_documents,
+        entropy=store_entropy,
         kept=_kept_types(source),
     )
     contract = Contract(

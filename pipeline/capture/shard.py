@@ -128,7 +128,8 @@ def label_rows(job: Job, examples: Sequence[TokenizedExample], logits: Tensor, s
     for example in examples:
         stop = start + example.num_positions
         sums = float(nll[start:stop].sum()), float(entropy[start:stop].sum())
-        out.append(CachedExample(example, rows(soft, start, stop), *sums, content_hash(example)))
+        each = entropy[start:stop].float() if "entropy" in job.plan.contract.columns else None
+        out.append(CachedExample(example, rows(soft, start, stop), *sums, content_hash(example), each))
         start = stop
     return out
 

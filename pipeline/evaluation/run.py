@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import dump
 from pipeline.config import EvaluateConfig
 from pipeline.errors import CacheError, MisuseError
+from pipeline.evaluation.continuations import continue_prompts
 from pipeline.metrics import agreement, bootstrap_ratio
 from pipeline.models import LoadedModel, longest_input, tokenizer_info
 from pipeline.models.scoring import score
@@ -34,6 +36,9 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     if len(students) < len(config.student):
         raise MisuseError("--student: two students have the same name; give NAME=DIR")
     report = evaluate(config.cache, students, split=config.split, batch_size=config.batch_size)
+    if config.prompt:
+        models = students if config.teacher is None else {"teacher": config.teacher, **students}
+        report = dataclasses.replace(report, continuations=continue_prompts(config.cache, models, config.prompt))
     if config.output is not None:
         write_text(Path(config.output, "evaluation.json"), dump(report))
     return report

@@ -32,7 +32,12 @@ def format_table(report: EvaluationReport) -> str:
         f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over rows",
     ]
     title = f"{report.task}, split {report.split}: {report.rows} rows, {report.positions} positions"
-    return f"{title}\n\n{table}\n\n" + "\n".join(f"  {note}" for note in notes)
+    parts = [title, table, "\n".join(f"  {note}" for note in notes)]
+    for continuation in report.continuations:
+        width = max(map(len, continuation.texts))
+        spoken = [f"  {name.ljust(width)}  {' '.join(text.split())}" for name, text in continuation.texts.items()]
+        parts.append("\n".join([f"{continuation.prompt!r} goes on:", *spoken]))
+    return "\n\n".join(parts)
 
 
 def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:

@@ -70,9 +70,16 @@ class Collator:
         if self.teacher_labels:
             labels, _ = teacher_argmax(soft)
         weights = torch.repeat_interleave(torch.tensor([float(counts_in) for _, counts_in in rows]), counts)
-        entropy = torch.tensor([row.teacher_entropy_sum / max(len(row.soft), 1) for row in cached])
-        goal = target(soft, self.temperature, tail=self.tail, entropy=torch.repeat_interleave(entropy, counts))
+        entropy = torch.cat([_entropy(row) for row in cached])
+        goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)
         return StudentBatch(inputs, supervised, labels.masked_fill(weights == 0, NO_LABEL), goal, weights)
+
+
+def _entropy(row: CachedExample) -> Tensor:
+    """(N,) nats: of each position, or the row's mean where only its sum was stored."""
+    if row.entropy is not None:
+        return row.entropy
+    return torch.full((len(row.soft),), row.teacher_entropy_sum / max(len(row.soft), 1))
 
 
 def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,8 @@ def fit(
     show_progress(trainer, f"train-student {output.name}")
     trainer.train(resume_from_checkpoint=_checkpoint(output) if resume else None)
     trainer.save_model(str(output))
-    student.tokenizer.save_pretrained(str(output))
+    if args.should_save:
+        student.tokenizer.save_pretrained(str(output))
     last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     result = TrainResult(
         output=str(output),

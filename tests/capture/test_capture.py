@@ -387,3 +387,21 @@ def test_no_local_path_and_no_secret_stands_in_what_is_shared(
         assert str(tmp_path) not in text, path
         assert "hf_secret" not in text, path
     assert json.loads((cache.root / "manifest.json").read_text())["contract"]["teacher"]["name"] == "teacher"
+
+
+def test_entropy_of_each_position_on_request(tmp_path, lm_tokenizer, documents):
+    model = tiny_model("llama", len(lm_tokenizer), spread=3.0)
+    cache = softlabel.cache_logits(
+        model,
+        documents["test"],
+        tmp_path / "c",
+        task="causal-lm",
+        tokenizer=lm_tokenizer,
+        max_length=48,
+        store_entropy=True,
+    )
+    for row in cache.dataset("train"):
+        logits = own_logits(model, lm_tokenizer, row)
+        expected = torch.distributions.Categorical(logits=logits).entropy()
+        torch.testing.assert_close(row.entropy, expected, atol=1e-3, rtol=2e-3)
+        assert row.teacher_entropy_sum == pytest.approx(float(row.entropy.sum()), rel=1e-3)

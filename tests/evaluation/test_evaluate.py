@@ -122,3 +122,18 @@ def test_a_split_without_labels(tmp_path, classifier, topics):
     )
     with pytest.raises(CacheError, match="no hard label to evaluate against"):
         softlabel.evaluate(cache, {"s": classifier}, split="train")
+
+
+def test_continuations_of_every_model(tmp_path, lm_tokenizer, documents, save_teacher, classifier, cache):
+    path = save_teacher(tiny_model("llama", len(lm_tokenizer), spread=4.0), lm_tokenizer, "lm")
+    lm_cache = softlabel.cache_logits(str(path), documents, tmp_path / "c", task="causal-lm", max_length=32)
+    config = EvaluateConfig(
+        cache=str(lm_cache.root), student=(f"copy={path}",), prompt=("the cat", "a"), teacher=str(path)
+    )
+    report = run(config)
+    assert [c.prompt for c in report.continuations] == ["the cat", "a"]
+    for continuation in report.continuations:
+        assert continuation.texts["copy"] == continuation.texts["teacher"]
+    assert "'the cat' goes on:" in format_table(report)
+    with pytest.raises(MisuseError, match="--prompt is for language models"):
+        run(EvaluateConfig(cache=str(cache.root), student=(f"copy={classifier}",), prompt=("the",)))
