@@ -66,15 +66,13 @@ def teacher_scores(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
     Returns:
         (N,) and (N,) float32, nats, on the CPU.
     """
-    logprobs = torch.log_softmax(logits.float(), -1)
-    known = labels != NO_LABEL
-    picked = logprobs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    nll = torch.where(known, -picked, torch.zeros_like(picked))
-    if temperature != 1.0:
-        logprobs = torch.log_softmax(logits.float() / temperature, -1)
-    probabilities = logprobs.exp()
-    entropy = -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)  # 0 log 0 = 0
-    return TeacherScores(nll.cpu(), entropy.cpu())
+    centred = logits.float() - logits.float().amax(-1, keepdim=True)
+    picked = centred.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    nll = torch.where(labels != NO_LABEL, torch.logsumexp(centred, -1) - picked, 0.0)
+    softened = centred if temperature == 1.0 else centred / temperature
+    lowest = torch.finfo(softened.dtype).min  # 0 * -inf would be nan, and 0 log 0 is 0
+    mean = torch.linalg.vecdot(torch.softmax(softened, -1), softened.clamp_min(lowest))
+    return TeacherScores(nll.cpu(), (torch.logsumexp(softened, -1) - mean).cpu())
 
 
 def _encode_full(logits: Tensor, encoding: Encoding) -> SoftLabels:
@@ -126,23 +124,24 @@ def _log_share(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def _encode_sampled(logits: Tensor, encoding: Sampled, uniforms: Tensor) -> SoftLabels:
-    num_classes = logits.shape[1]
-    q = torch.softmax(logits.double().cpu() / encoding.temperature, -1)  # (N, V)
-    top = q >= 1 / encoding.sample_size
-    top.scatter_(1, q.argmax(-1, keepdim=True), True)
-    tail = sample_tail(q.masked_fill(top, 0.0), uniforms, sample_size=encoding.sample_size)
-    position, ids = top.nonzero(as_tuple=True)
-    probabilities = q[top]
+    count, num_classes = logits.shape
+    q = torch.softmax(logits.float() / encoding.temperature, -1).cpu()  # (N, V)
+    likely = q >= 1 / encoding.sample_size
+    likely.scatter_(1, q.argmax(-1, keepdim=True), True)
+    position, ids = likely.nonzero(as_tuple=True)
+    probabilities = q[position, ids]
+    q[position, ids] = 0.0  # what is left is the tail
+    tail_position, tail_ids = sample_tail(q, uniforms, sample_size=encoding.sample_size)
     # By position, then by falling probability: two stable sorts, the last one is the primary key.
     order = torch.argsort(probabilities, descending=True, stable=True)
     order = order[torch.argsort(position[order], stable=True)]
     return SoftLabels(
         encoding,
         num_classes,
-        top_offsets=offsets_of(top.sum(-1)),
+        top_offsets=offsets_of(torch.bincount(position, minlength=count)),
         top_ids=ids[order],
-        top_logprobs=probabilities[order].log().float(),
-        tail_offsets=offsets_of(tail.sum(-1)),
-        tail_ids=tail.nonzero(as_tuple=True)[1],
-        log_residuals=torch.zeros(len(logits), 0),
+        top_logprobs=probabilities[order].log(),
+        tail_offsets=offsets_of(torch.bincount(tail_position, minlength=count)),
+        tail_ids=tail_ids,
+        log_residuals=torch.zeros(count, 0),
     )
