@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from pipeline.sources.columns import check_label
 
 if TYPE_CHECKING:
     from pipeline.sources.source import Source
+
+logger = logging.getLogger(__name__)
 
 #: Larger numbers are row ids or prices, not classes.
 _MAX_CLASSES = 100_000
@@ -46,6 +49,11 @@ class LabelMap:
             found = getattr(dataset.features[column], "names", None)
             if found is not None and set(found) <= set(names):
                 class_names[split] = tuple(found)
+            elif found is not None and names != tuple(f"LABEL_{i}" for i in range(len(names))):
+                logger.warning(
+                    "%s: split %s: the data's labels (%s) are not the model's (%s); they are matched by number: make sure that the order is the same",
+                    *(source.name, split, ", ".join(found[:5]), ", ".join(names[:5])),
+                )
         return cls(source.name, {name: i for i, name in enumerate(names)}, class_names)
 
     def class_id(self, value: object, *, split: str, row: int) -> int | None:
