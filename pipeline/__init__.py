@@ -15,10 +15,9 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from pipeline.cache import Cache
     from pipeline.capture import LabelledRow, cache_logits, top_soft_labels, write_cache
-    from pipeline.config import Loss
     from pipeline.evaluation import evaluate
     from pipeline.models.initialize import Shape, init_student
-    from pipeline.records import Columns, Full, Sampled, TopK, TopP
+    from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP
     from pipeline.sharing import import_responses
     from pipeline.softlabels import encode
     from pipeline.training import DistillationTrainer, distillation_loss, train_student
@@ -29,7 +28,7 @@ _EXPORTS = {
     "DistillationTrainer": "pipeline.training",
     "Full": "pipeline.records",
     "LabelledRow": "pipeline.capture",
-    "Loss": "pipeline.config",
+    "Loss": "pipeline.records",
     "Sampled": "pipeline.records",
     "Shape": "pipeline.models.initialize",
     "TopK": "pipeline.records",

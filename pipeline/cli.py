@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import config as cfg
-from pipeline.errors import PipelineError
+from pipeline.errors import IntegrityError, MisuseError, PipelineError
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
@@ -59,6 +59,10 @@ def _command(name: str, config_type: type, example: str) -> Callable[[Callable[[
             file = cfg.load_config(config) if config is not None else None
             given = {key: value for key, value in flags.items() if value is not None and value != ()}
             sections = (file.sections.get(name) if file is not None else None) or ({},)
+            if len(sections) > 1 and "output" in given:
+                raise MisuseError(
+                    f"--output: {config} has {len(sections)} {name} sections, which would overwrite each other; name the output in each"
+                )
             resolved_sections: list[Any] = [cfg.resolve(config_type, file, section, given) for section in sections]
             for resolved in resolved_sections:
                 quiet_libraries()
@@ -210,6 +214,18 @@ def _echo_report(report: EvaluationReport, config: cfg.EvaluateConfig) -> None:
         click.echo(f"\nkept in {Path(config.output, 'evaluation.json')}")
 
 
+def _show_evaluation(config: cfg.EvaluateConfig) -> None:
+    """The report that is kept already."""
+    from pipeline.cache.manifest import parse
+    from pipeline.records import EvaluationReport
+
+    if config.output is not None:
+        try:
+            _echo_report(parse(EvaluationReport, Path(config.output, "evaluation.json")), config)
+        except IntegrityError:  # a figure that was no number is null in it
+            click.echo(f"kept in {Path(config.output, 'evaluation.json')}")
+
+
 @_command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache")
 def _verify(config: cfg.VerifyConfig) -> None:
     from pipeline.cache import verify
@@ -259,7 +275,10 @@ def _import(config: cfg.ImportConfig) -> None:
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("stages", nargs=-1, type=click.Choice(list(cfg.STAGES)))
 @click.option("--through", type=click.Choice(list(cfg.STAGES)), help="Stop after this stage.")
-def _run(config: str, stages: tuple[str, ...], through: str | None) -> None:
+@click.option(
+    "--overwrite", is_flag=True, help="Make a cache anew where the one that is there has other settings or inputs."
+)
+def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool) -> None:
     """Run every stage of a configuration file in order, or the STAGES named.
 
     A stage whose output was made from the same settings and inputs is skipped.
@@ -271,7 +290,7 @@ def _run(config: str, stages: tuple[str, ...], through: str | None) -> None:
     from pipeline.workflow import run
 
     quiet_libraries()
-    run(cfg.load_config(config), FUNCTIONS, stages, through)
+    run(cfg.load_config(config), FUNCTIONS, stages, through, overwrite=overwrite, shown={"evaluate": _show_evaluation})
 
 
 if __name__ == "__main__":

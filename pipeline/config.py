@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.errors import ConfigError, MisuseError
-from pipeline.records import Columns, Encoding, Full, Sampled, Tokenization, TopK, TopP
+from pipeline.records import Columns, Divergence, Encoding, Full, Loss, Sampled, Tokenization, TopK, TopP
 
 TaskName = Literal["sequence-classification", "causal-lm"]
 ConfigType = TypeVar("ConfigType")
@@ -256,33 +256,6 @@ class InitStudentConfig:
             raise MisuseError("give --layer (repeatable), or all of --num-layers, --hidden-size, --num-heads")
 
 
-Divergence = Literal["forward-kl"]
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """hard_weight * cross-entropy(labels) + soft_weight * T^2 * KL(teacher_T || student_T)."""
-
-    hard_weight: float = 0.5
-    soft_weight: float = 0.5
-    temperature: float | None = None
-    """None: the one of a `sampled` cache, 2 for classes, 1 for tokens."""
-    divergence: Divergence = "forward-kl"
-    tail: Literal["ghost", "renormalize", "ignore"] = "ghost"
-
-    def __post_init__(self) -> None:
-        if not (
-            0 <= self.hard_weight < math.inf
-            and 0 <= self.soft_weight < math.inf
-            and self.hard_weight + self.soft_weight
-        ):
-            raise MisuseError(
-                f"--hard-weight and --soft-weight: expected not negative and not both 0, found {self.hard_weight} and {self.soft_weight}"
-            )
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise MisuseError(f"--temperature: expected above 0, found {self.temperature}")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStudentConfig:
     """Train a student from a cache, without the teacher."""
@@ -342,7 +315,7 @@ class EvaluateConfig:
     output: str | None = option("Directory for evaluation.json. Default: none is written.", None)
     prompt: tuple[str, ...] = option("Language models: text that each model continues; repeat for several.", ())
     teacher: str | None = option("With --prompt: the teacher, to continue it too. Nothing else uses it.", None)
-    batch_size: int = option("Rows per forward pass.", 32)
+    batch_size: int | None = option("Rows per forward pass. Default: 32 (classification), 4 (language models).", None)
     json: bool = option("Print JSON instead of a table.", False)
 
     def __post_init__(self) -> None:
@@ -389,7 +362,7 @@ class ImportConfig:
         "Whether the first entry is empty, each speaking of its own token (vLLM, OpenAI), or filled, speaking of the next. auto finds out.",
         "auto",
     )
-    max_length: int | None = option("Longest row in tokens, for the manifest. Default: the tokenizer's.", None)
+    max_length: int | None = option("Longest row in tokens that is allowed. Default: the longest that comes.", None)
     overwrite: bool = option("Delete what the output directory holds and start anew.", False)
 
     def __post_init__(self) -> None:

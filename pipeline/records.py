@@ -12,11 +12,14 @@ position t is `input_ids[t + 1]`. The last token of a row and the last token of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from pipeline.errors import MisuseError
 
 if TYPE_CHECKING:  # records are read by `--help`, which must not wait for torch
     from torch import Tensor
@@ -353,6 +356,32 @@ class Manifest:
 
 # ---------------------------------------------------------------------------------------------- cache -> student
 
+Divergence = Literal["forward-kl"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """hard_weight * cross-entropy(labels) + soft_weight * T^2 * KL(teacher_T || student_T)."""
+
+    hard_weight: float = 0.5
+    soft_weight: float = 0.5
+    temperature: float | None = None
+    """None: the one of a `sampled` cache, 2 for classes, 1 for tokens."""
+    divergence: Divergence = "forward-kl"
+    tail: Literal["ghost", "renormalize", "ignore"] = "ghost"
+
+    def __post_init__(self) -> None:
+        if not (
+            0 <= self.hard_weight < math.inf
+            and 0 <= self.soft_weight < math.inf
+            and self.hard_weight + self.soft_weight
+        ):
+            raise MisuseError(
+                f"--hard-weight and --soft-weight: expected not negative and not both 0, found {self.hard_weight} and {self.soft_weight}"
+            )
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise MisuseError(f"--temperature: expected above 0, found {self.temperature}")
+
 
 @dataclass(frozen=True, slots=True)
 class CachedExample:
@@ -404,10 +433,13 @@ class TrainResult:
 
     output: str
     cache_id: str
+    loss: Loss
+    learning_rate: float
+    seed: int
     steps: int
     seconds: float
     hard_loss: float | None
-    """Mean of the last logging interval, nats; None where there was no hard label."""
+    """Mean since the losses were last logged, nats; None where there was no hard label."""
     soft_loss: float | None
     num_parameters: int
     num_trainable: int

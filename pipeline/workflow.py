@@ -1,7 +1,8 @@
 """`softlabel run`: every stage of a configuration file in order, those that are done skipped.
 
 A stage is done when its output is there and was made from the same settings and the same inputs. Inputs are compared by
-content (a cache by its manifest), so a retrained teacher makes the stages after it run again.
+content (a cache by its manifest), so a changed input makes the stages after it run again. A cache is never deleted unasked: where one of
+other settings or of another teacher is there, the run stops and names the first difference; `--overwrite` makes it anew.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache import Layout
 from pipeline.config import STAGES, ConfigFile, resolve
 from pipeline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_STATE = ".stage.json"
 #: Written last by each stage: the output is whole when it is there.
 _PROOF = {
     "train-teacher": "metrics.json",
@@ -54,32 +55,53 @@ def stage_configs(
 
 def run(
     file: ConfigFile,
-    runners: dict[str, Callable[[Any], None]],
+    runners: Mapping[str, Callable[[Any], None]],
     stages: tuple[str, ...] = (),
     through: str | None = None,
+    *,
+    overwrite: bool = False,
+    shown: Mapping[str, Callable[[Any], None]] | None = None,
 ) -> None:
-    """Run what is not done. `runners`: stage -> a function that runs it and prints its result.
+    """Run what is not done.
+
+    Args:
+        runners: stage -> a function that runs it and prints its result.
+        overwrite: a cache of other settings or inputs gives way; without it that is an error, since a cache may have cost days.
+        shown: stage -> a function that prints the result of one that is done.
 
     Raises:
         PipelineError: of the stage that failed; the stages before it stay done.
     """
     for name, config in list(stage_configs(file, stages, through)):
         output = Path(config.output) if config.output is not None else None
-        state = json.dumps({"stage": name, "key": _key(config)}) + "\n"
-        if output is not None and _is_done(output, name, state):
+        key = _key(config)
+        if output is not None and _is_done(output, name, key):
             logger.info("%s: %s is up to date", name, output)
+            if shown is not None and name in shown:
+                shown[name](config)
             continue
         logger.info("%s: %s", name, output or "")
-        if output is not None:
-            (output / _STATE).unlink(missing_ok=True)
+        if overwrite and name == "cache-logits" and Layout(Path(config.output)).plan.exists():
+            config = dataclasses.replace(config, overwrite=True)
         runners[name](config)
         if output is not None:
-            (output / _STATE).write_text(state, encoding="utf-8")
+            _mark(output, name).write_text(_state(output, name, key), encoding="utf-8")
 
 
-def _is_done(output: Path, stage: str, state: str) -> bool:
-    path = output / _STATE
-    return (output / _PROOF[stage]).is_file() and path.is_file() and path.read_text(encoding="utf-8") == state
+def _mark(output: Path, stage: str) -> Path:
+    return output / f".stage-{stage}.json"
+
+
+def _state(output: Path, stage: str, key: str) -> str:
+    """The settings and inputs of a stage, and what it made: a command run by hand since then makes it stale."""
+    return json.dumps({"key": key, "output": _file(output / _PROOF[stage])}) + "\n"
+
+
+def _is_done(output: Path, stage: str, key: str) -> bool:
+    mark = _mark(output, stage)
+    if not (mark.is_file() and (output / _PROOF[stage]).is_file()):
+        return False
+    return mark.read_text(encoding="utf-8") == _state(output, stage, key)
 
 
 def _key(config: Any) -> str:
@@ -88,8 +110,9 @@ def _key(config: Any) -> str:
     found = {}
     for name, value in {**settings, **settings.get("data", {})}.items():
         if name in _INPUTS and value is not None:
-            names = value if isinstance(value, list | tuple) else [value]
-            found[name] = [_content(Path(str(item).partition("=")[2] or str(item))) for item in names]
+            names = [item.partition("=")[2] or item for item in value] if isinstance(value, tuple) else [value]
+            found[name] = [_content(Path(item)) for item in names]
+    settings.pop("overwrite", None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -100,7 +123,11 @@ def _content(path: Path) -> str:
     if path.is_file():
         return _file(path)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix != ".py")
+        files = sorted(
+            p
+            for p in path.iterdir()
+            if p.is_file() and not p.name.startswith(".") and p.suffix not in (".py", ".yaml", ".md")
+        )
         return hashlib.sha256("".join(f"{p.name} {_file(p)}\n" for p in files).encode()).hexdigest()
     return str(path)
 

@@ -201,3 +201,63 @@ def test_help_is_fast_and_imports_no_torch():
     code = "import sys; from click.testing import CliRunner; from pipeline.cli import main; CliRunner().invoke(main, ['train-student', '--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_retrained_teacher_stops_run_until_the_cache_may_give_way(project):
+    assert call("run", "run.yaml").exit_code == 0
+    project["train-teacher"]["max_steps"] = 5
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    stopped = call("run", "run.yaml")
+    assert stopped.exit_code == 1
+    assert "weights_sha256" in stopped.stderr
+    assert "--overwrite" in stopped.stderr
+    assert call("verify", "--cache", "runs/cache").exit_code == 0
+    assert call("run", "run.yaml", "--overwrite").exit_code == 0
+
+
+def test_what_was_made_by_hand_since_is_made_again(project, caplog):
+    assert call("run", "run.yaml").exit_code == 0
+    section = project["train-student"][0]
+    command = [
+        "train-student",
+        "--cache",
+        "runs/cache",
+        "--student",
+        "runs/init",
+        "--output",
+        section["output"],
+        "--max-steps",
+        "2",
+    ]
+    assert call(*command).exit_code == 0
+    caplog.clear()
+    again = call("run", "run.yaml")
+    assert again.exit_code == 0
+    assert json.loads(Path("runs/a/distillation.json").read_text())["steps"] == 3
+
+
+def test_one_output_for_several_sections_is_a_mistake(project):
+    done = call("train-student", "--config", "run.yaml", "--output", "runs/x")
+    assert done.exit_code == 2
+    assert "2 train-student sections" in done.stderr
+
+
+def test_a_damaged_shard_is_made_again_by_the_same_command(project):
+    call("run", "run.yaml", "--through", "cache-logits")
+    path = Path("runs/cache/data/train-00001.parquet")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes(9))
+    assert call("verify", "--cache", "runs/cache").exit_code == 1
+    assert call("cache-logits", "--config", "run.yaml").exit_code == 0
+    assert path.read_bytes() == whole
+    assert call("verify", "--cache", "runs/cache").exit_code == 0
+
+
+def test_kept_columns_of_a_csv_come_back(project):
+    Path("rows.csv").write_text("name,text,label\na,the cat,film\nb,the dog,sport\n")
+    call("train-teacher", "--config", "run.yaml")
+    done = call(
+        "cache-logits", "--config", "run.yaml", "--dataset", "rows.csv", "--keep-column", "name", "--output", "runs/csv"
+    )
+    assert done.exit_code == 0, done.output
+    assert call("verify", "--cache", "runs/csv").exit_code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from pipeline.cache.writer import file_sha256
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import Manifest, Receipt, ShardPlan
 
+logger = logging.getLogger(__name__)
+
 
 def begin(root: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase, *, overwrite: bool = False) -> Layout:
     """Make the directory of a cache, or join a capture of the same plan that is there.
@@ -30,7 +33,7 @@ def begin(root: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase, *, overwri
         raise CacheError(f"{root}: expected a directory, found a file")
     if overwrite:
         _clear(layout)
-    if not layout.plan.exists() and root.exists() and any(root.iterdir()):
+    if not layout.plan.exists() and _holds_files(root):
         raise CacheError(f"{root}: holds files that are no cache; use an empty or a new directory")
     if not create_exclusively(layout.plan, dump(plan)):
         check_same_contract(plan, parse(Plan, layout.plan), root)
@@ -79,6 +82,12 @@ def finish(layout: Layout, plan: Plan) -> Cache:
     bad_rows = tuple(bad for receipt in receipts for bad in receipt.bad_rows)
     draft = Cache(layout.root, make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=None))
     probe = probe_alignment(row for split in draft.splits for row in draft.dataset(split))
+    if probe is not None and probe.verdict == "inconclusive":
+        logger.warning(
+            "%s: whether the soft labels are in step with their tokens cannot be told from %d positions",
+            layout.root,
+            probe.positions,
+        )
     if probe is not None and probe.verdict == "misaligned":
         raise ContractError(
             f"{layout.root}: the soft labels are out of step with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
@@ -102,9 +111,14 @@ def _commit(layout: Layout, manifest: Manifest) -> None:
             )
 
 
+def _holds_files(root: Path) -> bool:
+    """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
+    return root.exists() and any(p.is_file() and not p.name.startswith(".") for p in root.rglob("*"))
+
+
 def _clear(layout: Layout) -> None:
     """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else."""
-    if not layout.root.exists() or not any(layout.root.iterdir()):
+    if not _holds_files(layout.root):
         return
     if not layout.plan.exists() and not layout.manifest.exists():
         raise CacheError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def sweep(directory: Path) -> None:
     for orphan in directory.glob(f"{_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):
             if _is_orphan(orphan):
-                orphan.unlink()
+                shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
 
 
 def _is_orphan(path: Path) -> bool:

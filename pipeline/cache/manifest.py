@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard,
 Record = TypeVar("Record")
 
 #: Shard names are file names, not paths: nothing in a manifest can point out of the cache.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,8 @@ class Plan:
 
 
 def dump(record: Any) -> str:
-    """A record as indented JSON; equal records give equal text."""
-    return json.dumps(TypeAdapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False) + "\n"
+    """A record as indented JSON; equal records give equal text. JSON has no NaN: it becomes null."""
+    return json.dumps(_without_nan(_plain(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def parse(kind: type[Record], path: Path) -> Record:
@@ -119,7 +120,7 @@ def load_manifest(root: Path) -> Manifest:
         )
     manifest = parse(Manifest, layout.manifest)
     for shard in manifest.shards:
-        if not _NAME.fullmatch(shard.name):
+        if not NAME.fullmatch(shard.name):
             raise IntegrityError(f"{layout.manifest}: shard name: expected a plain file name, found {shard.name!r}")
     expected = cache_id(manifest.contract, manifest.shards)
     if manifest.cache_id != expected:
@@ -161,6 +162,14 @@ def check_same_contract(expected: Plan, found: Plan, root: Path) -> None:
 
 def _plain(record: Any) -> Any:
     return TypeAdapter(type(record)).dump_python(record, mode="json") if dataclasses.is_dataclass(record) else record
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+REMEDY = 'the same "softlabel cache-logits" again makes it anew; a copy: fetch it again'
+
+
 @dataclass(frozen=True)
 class Cache:
     """A finished cache. `root` and `manifest` say which; everything else is read when it is asked for."""
@@ -61,7 +64,9 @@ class Cache:
         """The tokenizer that made the token ids."""
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.root / "tokenizer")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.root / "tokenizer", trust_remote_code=False
+        )
         return tokenizer
 
     def verify(self) -> None:
@@ -118,26 +123,25 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
     Raises:
         IntegrityError: what differs from the manifest.
     """
-    remedy = 'run "softlabel verify", then cache again'
-    if not path.is_file() or path.is_symlink():
-        raise IntegrityError(f"{path}: expected a shard that manifest.json lists, found no such file; {remedy}")
+    if not path.is_file() or path.is_symlink() or path.parent.is_symlink():
+        raise IntegrityError(f"{path}: expected a shard that manifest.json lists, found no such file; {REMEDY}")
     size = path.stat().st_size
     if size != shard.bytes:
         raise IntegrityError(
-            f"{path}: size differs from manifest.json (expected {shard.bytes} bytes, found {size}); {remedy}"
+            f"{path}: size differs from manifest.json (expected {shard.bytes} bytes, found {size}); {REMEDY}"
         )
     file = open_shard(path)
     groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
     if groups != shard.row_groups:
         raise IntegrityError(
-            f"{path}: row groups differ from manifest.json (expected {shard.row_groups}, found {groups}); {remedy}"
+            f"{path}: row groups differ from manifest.json (expected {shard.row_groups}, found {groups}); {REMEDY}"
         )
     found = describe(file.schema_arrow)
     expected = dict(manifest.contract.columns)
     if found != expected:
         name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
         raise IntegrityError(
-            f"{path}: column {name} differs from manifest.json (expected {expected.get(name)}, found {found.get(name)}); {remedy}"
+            f"{path}: column {name} differs from manifest.json (expected {expected.get(name)}, found {found.get(name)}); {REMEDY}"
         )
     return file
 
@@ -163,9 +167,7 @@ def read_row_group(file: pq.ParquetFile, path: Path, group: int) -> pa.Table:
     try:
         return file.read_row_group(group)
     except (pa.ArrowException, OSError) as error:
-        raise IntegrityError(
-            f"{path}: row group {group} is damaged: {_first_line(error)}; cache this shard again"
-        ) from None
+        raise IntegrityError(f"{path}: row group {group} is damaged: {_first_line(error)}; {REMEDY}") from None
 
 
 class CacheDataset(Dataset[CachedExample]):
@@ -202,16 +204,8 @@ class CacheDataset(Dataset[CachedExample]):
     def column(self, name: str) -> np.ndarray:
         """One plain column of the whole split, (rows,)."""
         names = list(dict.fromkeys(name for name, _ in self.groups))
-        parts = [open_shard(self._path(shard)).read(columns=[name]).column(0) for shard in names]
+        parts = [_read_column(self._path(shard), name) for shard in names]
         return np.concatenate([part.to_numpy() for part in parts]) if parts else np.zeros(0)
-
-    def lengths(self) -> np.ndarray:
-        """(rows,) int64: tokens of each row, from the offsets of `input_ids` alone."""
-        import pyarrow.compute as pc
-
-        names = list(dict.fromkeys(name for name, _ in self.groups))
-        parts = [pc.list_value_length(open_shard(self._path(s)).read(columns=["input_ids"]).column(0)) for s in names]
-        return np.concatenate([part.to_numpy() for part in parts]).astype(np.int64)
 
     def _rows(self, group: int) -> list[CachedExample]:
         if group not in self._decoded:
@@ -227,6 +221,13 @@ class CacheDataset(Dataset[CachedExample]):
 
     def _path(self, name: str) -> Path:
         return Layout(self.root).shard(name)
+
+
+def _read_column(path: Path, name: str) -> pa.ChunkedArray:
+    try:
+        return open_shard(path).read(columns=[name]).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"{path}: column {name} is damaged: {_first_line(error)}; {REMEDY}") from None
 
 
 def _first_line(error: Exception) -> str:

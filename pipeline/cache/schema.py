@@ -69,9 +69,10 @@ def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]
     if isinstance(encoding, Full):
         return {"logits": pa.list_(pa.float32() if num_classes < _NARROW_FROM else pa.float16())}
     ids = pa.list_(pa.uint16() if num_classes <= 1 << 16 else pa.uint32())
-    columns = {"top_count": ids, "top_ids": ids, "top_logprobs": pa.list_(pa.float16())}
+    counts = pa.list_(pa.uint16() if num_classes < 1 << 16 else pa.uint32())
+    columns = {"top_count": counts, "top_ids": ids, "top_logprobs": pa.list_(pa.float16())}
     if isinstance(encoding, Sampled):
-        return {**columns, "tail_count": ids, "tail_ids": ids}
+        return {**columns, "tail_count": counts, "tail_ids": ids}
     return {**columns, "log_residuals": pa.list_(pa.float16())}
 
 

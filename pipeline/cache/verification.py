@@ -10,7 +10,7 @@ import pyarrow as pa
 from transformers import AutoTokenizer
 
 from pipeline.cache.manifest import Layout, load_manifest
-from pipeline.cache.reader import check_shard_file, read_row_group
+from pipeline.cache.reader import REMEDY, check_shard_file, read_row_group
 from pipeline.cache.writer import file_sha256
 from pipeline.errors import IntegrityError
 from pipeline.models import tokenizer_info
@@ -53,11 +53,7 @@ def verify(root: Path) -> Verification:
     listed = {f"{shard.name}.parquet" for shard in manifest.shards}
     extra = [path for path in sorted(layout.data.glob("*.parquet")) if path.name not in listed]
     problems += [f"{path}: is not in manifest.json; move it out of the cache" for path in extra]
-    found = tokenizer_info(AutoTokenizer.from_pretrained(layout.tokenizer)).sha256
-    if found != manifest.contract.tokenizer.sha256:
-        problems.append(
-            f"{layout.tokenizer}: differs from manifest.json (expected {manifest.contract.tokenizer.sha256[:12]}..., found {found[:12]}...)"
-        )
+    problems += _tokenizer_problems(layout, manifest.contract)
     return Verification(
         manifest.cache_id,
         len(manifest.shards),
@@ -65,6 +61,21 @@ def verify(root: Path) -> Verification:
         sum(shard.positions for shard in manifest.shards),
         sum(shard.bytes for shard in manifest.shards),
         tuple(problems),
+    )
+
+
+def _tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
+    if not layout.tokenizer.is_dir():
+        return [f"{layout.tokenizer}: expected the tokenizer's files, found no such directory"]
+    try:
+        found = tokenizer_info(AutoTokenizer.from_pretrained(layout.tokenizer, trust_remote_code=False)).sha256
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{layout.tokenizer}: cannot be loaded: {' '.join(str(error).split())[:200]}"]
+    expected = contract.tokenizer.sha256
+    return (
+        []
+        if found == expected
+        else [f"{layout.tokenizer}: differs from manifest.json (expected {expected[:12]}..., found {found[:12]}...)"]
     )
 
 
@@ -80,7 +91,7 @@ def _verify_shard(path: Path, shard: Shard, manifest: Manifest) -> None:
         tokens += len(_flat(table, "input_ids"))
     if found != shard.sha256:
         raise IntegrityError(
-            f"{path}: sha256 differs from manifest.json (expected {shard.sha256[:12]}..., found {found[:12]}...); cache this shard again"
+            f"{path}: sha256 differs from manifest.json (expected {shard.sha256[:12]}..., found {found[:12]}...); {REMEDY}"
         )
     for what, expected, counted in (("positions", shard.positions, positions), ("tokens", shard.tokens, tokens)):
         if expected != counted:

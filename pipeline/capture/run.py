@@ -17,8 +17,16 @@ from pipeline.cache.schema import cache_schema, describe
 from pipeline.capture.plan import default_rows_per_shard, library_versions, plan_shards
 from pipeline.capture.shard import Job, capture_shard, forward, read_shard
 from pipeline.config import CacheLogitsConfig, DataConfig
-from pipeline.errors import CacheError, MisuseError, ModelError
-from pipeline.models import LoadedModel, load_model, load_tokenizer, longest_input, model_info, tokenizer_info
+from pipeline.errors import CacheError, MisuseError, ModelError, SourceError
+from pipeline.models import (
+    LoadedModel,
+    choose_max_length,
+    load_model,
+    model_info,
+    pad_id,
+    set_chat_template,
+    tokenizer_info,
+)
 from pipeline.records import Columns, Contract, Encoding, Full, SourceInfo, Tokenization
 from pipeline.sources import LabelMap, Source, fingerprints, from_datasets, load_source
 from pipeline.tasks import Task, get_task
@@ -50,10 +58,7 @@ def run(config: CacheLogitsConfig) -> Cache:
         trust_remote_code=config.trust_remote_code,
     )
     tokenizer = teacher.tokenizer
-    if config.data.chat_template is not None:
-        tokenizer = load_tokenizer(
-            config.teacher, revision=config.teacher_revision, chat_template=config.data.chat_template
-        )
+    set_chat_template(tokenizer, config.data.chat_template)
     return capture(
         task,
         source,
@@ -61,7 +66,7 @@ def run(config: CacheLogitsConfig) -> Cache:
         tokenizer,
         Path(config.output),
         encoding=config.resolve_encoding(task.default_encoding.kind),
-        tokenization=config.data.tokenization(_max_length(task, teacher, tokenizer, config.data.max_length)),
+        tokenization=config.data.tokenization(choose_max_length(task, teacher, tokenizer, config.data.max_length)),
         store_text=config.data.store_text,
         store_entropy=config.store_entropy,
         batch_tokens=config.batch_tokens or task.default_batch_tokens,
@@ -108,10 +113,12 @@ def cache_logits(
         if tokenizer is None:
             raise MisuseError("cache_logits: a live model needs its tokenizer=...")
         teacher.eval()
+        if teacher.config.pad_token_id is None:  # decoder-only classifiers find a row's end by it
+            teacher.config.pad_token_id = pad_id(tokenizer)
         loaded = LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
     tokenizer = tokenizer or loaded.tokenizer
     tokenization = Tokenization(
-        max_length=_max_length(chosen, loaded, tokenizer, max_length),
+        max_length=choose_max_length(chosen, loaded, tokenizer, max_length),
         packing=settings.pop("packing", False),
         isolate_documents=settings.pop("isolate_documents", False),
     )
@@ -181,11 +188,13 @@ def capture(
     plan = Plan(contract, plan_shards(source, per_shard))
     labels = None if label_names is None else LabelMap.for_names(source, label_names)
     layout = begin(output, plan, tokenizer, overwrite=overwrite)
-    if layout.manifest.is_file():
+    job = Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
+    waiting = [
+        shard for shard in plan.shards if finished(layout, shard) is None
+    ]  # damaged ones of a finished cache too
+    if not waiting and layout.manifest.is_file():
         logger.info("%s is finished already; nothing to do", output)
         return Cache.open(output)
-    job = Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
-    waiting = [shard for shard in plan.shards if finished(layout, shard) is None]
     if waiting:
         check_head(job)
     with tqdm(
@@ -221,8 +230,11 @@ def check_head(job: Job) -> None:
     plain = plain[:, : job.plan.contract.num_classes].float()
     found = forward(job, [shortest]).float()
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    worst = float((plain - found).abs().max() / plain.abs().max().clamp_min(1.0))
-    if worst > tolerance:
+    finite = plain.isfinite()  # logits that are not are told row by row, later
+    if not bool(finite.any()):
+        return
+    worst = float((plain - found)[finite].abs().max() / plain[finite].abs().max().clamp_min(1.0))
+    if not worst <= tolerance:
         raise ModelError(
             f"{job.teacher.name}: logits of the supervised positions alone differ from the model's own by {worst:.2g} (expected at most {tolerance:g}); this architecture "
             "cannot be cached safely: please report it"
@@ -245,24 +257,28 @@ def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_lengt
         )
 
 
-def _max_length(task: Task, teacher: LoadedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
-    longest = longest_input(teacher.model, tokenizer)
-    if asked is None:
-        return min(longest, task.default_max_length)
-    if asked > longest:
-        raise MisuseError(f"--max-length {asked}: {teacher.name} takes at most {longest} tokens")
-    return asked
-
-
 def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
     config: Any = model.config
     return tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def _kept_types(source: Source) -> dict[str, pa.DataType]:
-    """The Arrow type of each column to keep, as the first split has it."""
-    schema = next(iter(source.splits.values())).features.arrow_schema
-    return {name: schema.field(name).type for name in source.columns.keep}
+    """The Arrow type of each column to keep, as Parquet gives it back.
+
+    Raises:
+        SourceError: two splits have another type for one column.
+    """
+    kept: dict[str, pa.DataType] = {}
+    for split, rows in source.splits.items():
+        for name in source.columns.keep:
+            kind = rows.features.arrow_schema.field(name).type
+            if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+                kind = pa.string()
+            if kept.setdefault(name, kind) != kind:
+                raise SourceError(
+                    f"{source.name}: split {split}: column {name}: expected {kept[name]}, as in the splits before, found {kind}"
+                )
+    return kept
 
 
 def _named_source(name: str, columns: Columns) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.cache import Cache, Layout, Plan
 from pipeline.cache.build import begin, finish, record
 from pipeline.cache.codec import content_hash
+from pipeline.cache.manifest import NAME
 from pipeline.cache.schema import cache_schema, describe
 from pipeline.cache.writer import write_shard
 from pipeline.capture.plan import library_versions
@@ -84,7 +86,7 @@ def write_cache(
         encoding: what is kept of dense logits; of ready soft labels, the encoding that they have.
         teacher: who made the logits: a name, or all that is known.
         num_classes: V; default: the tokenizer's vocabulary (token tasks), or the number of label names.
-        max_length: the longest row; default: the tokenizer's `model_max_length`.
+        max_length: the longest row that is allowed; default: the longest that comes.
 
     Returns:
         The finished cache. An iterator cannot be wound forward: a run that was stopped starts anew.
@@ -125,7 +127,7 @@ def write_cache(
         teacher=info,
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(source, None, None, Columns(text=None, label=None), {}),
-        tokenization=Tokenization(max_length or int(min(tokenizer.model_max_length, 1 << 30))),
+        tokenization=Tokenization(max_length or 0),
         store_text=first.text is not None,
         batch_tokens=0,
         seed=seed,
@@ -136,7 +138,7 @@ def write_cache(
     if layout.manifest.is_file():
         raise MisuseError(f"{output}: holds a finished cache; use another output, or overwrite=True")
     _drop_shards(layout)
-    plans = []
+    plans, longest = [], 2
     for split, numbered in _by_split(itertools.chain([first], iterator)):
         for number in itertools.count():
             part = list(itertools.islice(numbered, rows_per_shard))
@@ -144,9 +146,15 @@ def write_cache(
                 break
             plan = ShardPlan(f"{split}-{number:05d}", split, part[0][0], part[-1][0] + 1)
             cached = [_cached(chosen, row, i, contract, seed) for i, row in part]
+            longest = max(longest, *(row.example.num_tokens for row in cached))
+            if max_length is not None and longest > max_length:
+                raise BadRowError(
+                    f"rows {plan.start} to {plan.stop - 1}: expected at most {max_length} tokens, found {longest}; set max_length"
+                )
             written = write_shard(layout.shard(plan.name), plan, cached, schema)
             record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0))
             plans.append(plan)
+    contract = dataclasses.replace(contract, tokenization=Tokenization(max_length or longest))
     return finish(layout, Plan(contract, tuple(plans)))
 
 
@@ -189,13 +197,18 @@ def top_soft_labels(
         top_logprobs=flat.float(),
         tail_offsets=torch.zeros(len(counts) + 1, dtype=torch.int64),
         tail_ids=torch.zeros(0, dtype=torch.int64),
-        log_residuals=torch.log((1 - mass).clamp_min(0.0)).float().unsqueeze(-1),
+        log_residuals=torch.log((1 - mass).clamp_min(0.0))
+        .float()
+        .masked_fill(counts == num_classes, -torch.inf)
+        .unsqueeze(-1),
     )
 
 
 def _by_split(rows: Iterable[LabelledRow]) -> Iterator[tuple[str, Iterator[tuple[int, LabelledRow]]]]:
     seen: set[str] = set()
     for split, group in itertools.groupby(rows, key=lambda row: row.split):
+        if not NAME.fullmatch(split):
+            raise MisuseError(f"split {split!r}: expected letters, digits, _, . and - only")
         if split in seen:
             raise BadRowError(
                 f"rows of split {split!r}: expected one after another, found them in two places; sort the rows by split"
@@ -227,8 +240,24 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
         text_bytes=row.text_bytes,
     )
     labels = torch.from_numpy(task.hard_labels(example))
+    tokens = contract.tokenizer.vocabulary_size
+    _check(
+        number,
+        len(ids) > 0 and ids.min() >= 0 and ids.max() < tokens,
+        f"token ids of 0 to {tokens - 1}",
+        ids[:8].tolist(),
+    )
+    known = labels[labels != NO_LABEL]
+    _check(
+        number,
+        bool(((known >= 0) & (known < contract.num_classes)).all()),
+        f"labels of 0 to {contract.num_classes - 1}",
+        known[:8].tolist(),
+    )
     if row.logits is not None:
-        logits = torch.as_tensor(row.logits)[:, : contract.num_classes]
+        logits = torch.as_tensor(row.logits)
+        _check(number, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
+        logits = logits[:, : contract.num_classes]
         _check(
             number,
             tuple(logits.shape) == (example.num_positions, contract.num_classes),
@@ -247,6 +276,7 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
             number, len(soft) == example.num_positions, f"soft labels of {example.num_positions} positions", len(soft)
         )
         _check(number, soft.encoding == contract.encoding, str(contract.encoding), soft.encoding)
+        _check(number, soft.num_classes == contract.num_classes, f"{contract.num_classes} classes", soft.num_classes)
         scores = row.scores or _scores_of_top(soft, labels)
     else:
         raise BadRowError(f"row {number}: expected logits or soft_labels, found neither")

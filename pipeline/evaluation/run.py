@@ -23,7 +23,7 @@ from pipeline.metrics import agreement, bootstrap_ratio
 from pipeline.models import LoadedModel, longest_input, tokenizer_info
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions, Tokenization
-from pipeline.softlabels import served_temperature
+from pipeline.softlabels import default_temperature, served_temperature
 from pipeline.tasks import Task, get_task
 from pipeline.training.collate import Collator, from_tensors, teacher_argmax, to_tensors
 from pipeline.training.losses import forward_kl
@@ -49,13 +49,14 @@ def evaluate(
     students: Mapping[str, str | Path | PreTrainedModel],
     *,
     split: str = "test",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> EvaluationReport:
     """Compare students with their teacher.
 
     Args:
         students: name -> directory, hub name, or live model (with the cache's tokenizer).
+        batch_size: rows in a forward pass; default: the task's.
         seed: of the bootstrap.
 
     Returns:
@@ -70,7 +71,7 @@ def evaluate(
     contract = opened.manifest.contract
     task = get_task(contract.task)
     rows = opened.dataset(split)
-    teacher_predictions = _teacher_predictions(task, iter(rows))
+    teacher_predictions = _teacher_predictions(task, iter(rows), default_temperature(contract.encoding, 1.0))
     if not (teacher_predictions.labels != NO_LABEL).any():
         raise CacheError(
             f"{opened.root}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
@@ -83,11 +84,11 @@ def evaluate(
     lines = []
     for name, student in students.items():
         if isinstance(student, str | Path):
-            loaded = load_student(contract, str(student))
+            loaded = load_student(contract, str(student), new_head=False)
         else:
             loaded = LoadedModel(student.eval(), opened.tokenizer, name)
             check_fit(task, contract, loaded)
-        predictions = _predict(opened, task, loaded, name, split, batch_size)
+        predictions = _predict(opened, task, loaded, name, split, batch_size or task.default_eval_rows)
         lines.append(_line(task, contract.num_classes, name, loaded, teacher, predictions, teacher_predictions, seed))
     return EvaluationReport(
         cache_id=opened.manifest.cache_id,
@@ -123,7 +124,7 @@ def _line(
         metrics=metrics,
         agreement=agreement(predictions.predicted, predictions.teacher_predicted),
         kl=float(predictions.row_kl.sum() / len(predictions.labels)),
-        size_ratio=teacher.num_parameters / num_parameters,
+        size_ratio=teacher.num_parameters / num_parameters if teacher.num_parameters else None,
         retention=_ratio(ours, theirs) if task.higher_is_better else _ratio(theirs, ours),
         retention_interval=bootstrap_ratio(
             scores[weights > 0], teacher_scores[weights > 0], seed=seed, inverse=not task.higher_is_better
@@ -173,15 +174,18 @@ def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: s
     )
 
 
-def _teacher_predictions(task: Task, rows: Iterator[CachedExample]) -> Predictions:
-    """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution."""
+def _teacher_predictions(task: Task, rows: Iterator[CachedExample], temperature: float) -> Predictions:
+    """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution.
+
+    `temperature`: of the kept probabilities; its confidence is known at 1 only (else nan), as the students' is taken.
+    """
     labels, predicted, confidence, nll, owners, text_bytes = [], [], [], [], [], []
     for i, row in enumerate(rows):
         truth = task.hard_labels(row.example)
         best, peak = teacher_argmax(row.soft)
         labels.append(truth)
         predicted.append(best.numpy())
-        confidence.append(peak.double().exp().numpy())
+        confidence.append(peak.double().exp().numpy() if temperature == 1 else np.full(len(truth), np.nan))
         known = truth >= 0
         each = row.teacher_nll_sum / known.sum() if known.any() else np.nan
         nll.append(np.where(known, each, np.nan))
@@ -212,4 +216,4 @@ def _ratio(a: float, b: float) -> float:
 def _name(student: str) -> tuple[str, str]:
     """`NAME=DIR`, or the directory's own name."""
     name, separator, path = student.partition("=")
-    return (name, path) if separator else (Path(student).name, student)
+    return (Path(student).name, student) if not separator or Path(student).exists() else (name, path)

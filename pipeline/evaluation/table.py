@@ -44,7 +44,7 @@ def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:
     interval = line.retention_interval
     return [
         line.name,
-        f"{line.num_parameters / 1e6:.1f}M" if line.num_parameters >= 1e5 else f"{line.num_parameters}",
+        f"{line.num_parameters / 1e6:.1f}M" if line.num_parameters >= 1e5 else f"{line.num_parameters or ''}",
         "" if line.size_ratio is None else f"{line.size_ratio:.1f}x",
         *(_metric(name, line.metrics[name]) for name in metrics),
         "" if line.agreement is None else f"{line.agreement:.1%}",

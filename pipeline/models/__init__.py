@@ -1,15 +1,25 @@
 """Load a model or adapter by name or path, fingerprint it, fine-tune a teacher, make a student."""
 
 from pipeline.models.fingerprint import model_info, public_name, tokenizer_info
-from pipeline.models.load import LoadedModel, load_model, load_tokenizer, longest_input, pad_id
+from pipeline.models.load import (
+    LoadedModel,
+    choose_max_length,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    set_chat_template,
+)
 
 __all__ = [
     "LoadedModel",
+    "choose_max_length",
     "load_model",
     "load_tokenizer",
     "longest_input",
     "model_info",
     "pad_id",
     "public_name",
+    "set_chat_template",
     "tokenizer_info",
 ]

@@ -52,7 +52,7 @@ def init_student(
     Args:
         teacher: a name, a path or a live model (then with its `tokenizer`).
         layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them.
-        config: a shape, or a whole config of any architecture, for a student with random weights.
+        config: a shape, or a whole config (whose `architectures` names the class), for a student with random weights.
 
     Returns:
         The directory.
@@ -64,6 +64,12 @@ def init_student(
     if (layers is None) == (config is None):
         raise MisuseError("init_student: give either layers=... or config=...")
     if isinstance(teacher, str | Path):
+        if Path(output).resolve() == Path(teacher).resolve():
+            raise MisuseError(f"--output {output}: is the teacher's own directory; use another")
+        if Path(teacher, "adapter_config.json").is_file():
+            raise ModelError(
+                f"{teacher}: is an adapter, which has no layers of its own; merge it into its base model first (PEFT: merge_and_unload)"
+            )
         tokenizer = tokenizer or load_tokenizer(str(teacher))
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
@@ -74,7 +80,7 @@ def init_student(
         assert config is not None
         base = teacher.config if isinstance(teacher, PreTrainedModel) else _load_config(str(teacher))
         set_seed(seed)
-        student = _class_of(base)(_scale(base, config) if isinstance(config, Shape) else config)
+        student = _class_of(base)(_scale(base, config)) if isinstance(config, Shape) else _class_of(config)(config)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as draft:

@@ -74,7 +74,9 @@ def load_model(
         options["quantization_config"] = _quantization(quantization)
     model, info = _from_pretrained(task.auto_class, source, base, **kwargs, **options)
     missing = sorted(info["missing_keys"])
-    if missing and not new_head and not adapter:
+    if new_head or adapter:  # only what stands outside the base model may be new
+        missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if missing:
         raise ModelError(
             f"{name}: the checkpoint lacks {len(missing)} weights that {type(model).__name__} needs ({', '.join(missing[:3])}, ...), so its logits "
             f'would be noise; fine-tune it first with "softlabel train-teacher"'
@@ -86,8 +88,9 @@ def load_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    if model.config.pad_token_id is None:  # decoder-only classifiers find a row's end by it
-        model.config.pad_token_id = pad_id(tokenizer)
+    model.config.pad_token_id = pad_id(
+        tokenizer
+    )  # what rows are padded with; decoder-only classifiers find their end by it
     if device_map is None and quantization is None:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.config.use_cache = False
@@ -96,23 +99,32 @@ def load_model(
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, chat_template: str | None = None
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. `chat_template`: a file with a Jinja template that replaces its own.
+    """The tokenizer beside a model.
 
     Raises:
-        ModelError: there is none, or the template cannot be read.
+        ModelError: there is none.
     """
     source, kwargs = _locate(name)
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(
         AutoTokenizer, source, name, revision=revision, trust_remote_code=trust_remote_code, **kwargs
     )
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(f"--chat-template {chat_template}: cannot be read ({error.strerror})") from None
     return tokenizer
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> None:
+    """Replace a tokenizer's chat template by the Jinja template in a file; None leaves it.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    if file is None:
+        return
+    try:
+        tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"--chat-template {file}: cannot be read ({error})") from None
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -121,6 +133,20 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(candidate, int):
             return candidate
     return 0
+
+
+def choose_max_length(task: Task, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
+    """The longest row in tokens: what was asked for, or the task's default within what the model takes.
+
+    Raises:
+        MisuseError: more was asked for than the model takes.
+    """
+    longest = longest_input(loaded.model, tokenizer)
+    if asked is None:
+        return min(longest, task.default_max_length)
+    if asked > longest:
+        raise MisuseError(f"--max-length {asked}: {loaded.name} takes at most {longest} tokens")
+    return asked
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -137,6 +163,8 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if name.endswith(".gguf"):
         parent, _, file = name.rpartition("/")
         return parent or ".", {"gguf_file": file}
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ModelError(f"{name}: no such directory; expected a model directory or a hub name (org/name)")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from pipeline.config import TrainTeacherConfig
 from pipeline.errors import BadRowError, MisuseError, SourceError
 from pipeline.models.arguments import show_progress, training_arguments
-from pipeline.models.load import LoadedModel, load_model, load_tokenizer, longest_input, pad_id
+from pipeline.models.load import LoadedModel, choose_max_length, load_model, pad_id, set_chat_template
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
@@ -43,12 +43,8 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     teacher = load_model(
         task, config.model, dtype="float32", label_names=names, new_head=not task.classes_are_tokens, trainable=True
     )
-    if config.data.chat_template is not None:
-        tokenizer = load_tokenizer(config.model, chat_template=config.data.chat_template)
-        teacher = LoadedModel(teacher.model, tokenizer, teacher.name)
-    settings = config.data.tokenization(
-        config.data.max_length or min(longest_input(teacher.model, teacher.tokenizer), task.default_max_length)
-    )
+    set_chat_template(teacher.tokenizer, config.data.chat_template)
+    settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
     labels = None if names is None else LabelMap.for_names(source, names)
     train, held_out = _split_names(source)
     rows = _read(task, source, train, labels, teacher.tokenizer, settings)

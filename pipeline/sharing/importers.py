@@ -121,8 +121,8 @@ def _read(files: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) -> It
                     if line.strip():
                         where = f"{Path(file).name} line {number}"
                         yield where, _parse(where, line, tokenizer)
-        except OSError as error:
-            raise SourceError(f"{file}: cannot be read ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{file}: cannot be read ({error})") from None
 
 
 def _parse(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> Response:

@@ -40,7 +40,7 @@ def read_response(line: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     logprobs = record.get("logprobs")
     if isinstance(record.get("prompt_logprobs"), list):
         entries = [_vllm_entry(entry) for entry in record["prompt_logprobs"]]
-        return Response(_prompt_ids(record, tokenizer), 0, entries)
+        return _aligned(_prompt_ids(record, tokenizer), entries)
     if isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
         return _chat(record, logprobs["content"], tokenizer)
     if isinstance(logprobs, Mapping) and isinstance(logprobs.get("top_logprobs"), list):
@@ -52,9 +52,17 @@ def read_response(line: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
         for token, value, entry in zip(ids, logprobs.get("token_logprobs") or [], entries, strict=False):
             if entry is not None and value is not None:
                 entry.setdefault(int(token), float(value))
-        return Response([int(i) for i in ids], 0, entries)
+        return _aligned([int(i) for i in ids], entries)
     found = ", ".join(sorted(map(str, record))) or "nothing"
     raise SourceError(f"expected prompt_logprobs, logprobs.top_logprobs or logprobs.content, found {found}")
+
+
+def _aligned(ids: list[int], entries: list[dict[int, float] | None]) -> Response:
+    if len(ids) != len(entries):
+        raise SourceError(
+            f"expected an entry for each of {len(ids)} tokens, found {len(entries)}; ask the server for prompt_token_ids with return_token_ids"
+        )
+    return Response(ids, 0, entries)
 
 
 def _vllm_entry(entry: Any) -> dict[int, float] | None:

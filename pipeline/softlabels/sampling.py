@@ -58,5 +58,6 @@ def sample_tail(tail: Tensor, uniforms: Tensor, *, sample_size: float) -> tuple[
     inside[:, -1:] = last  # the block's end as its neighbour sees it, whatever the rounding of the two sums
     before = torch.cat([first, inside[:, :-1]], 1)
     u = uniforms[position, None]
-    hit, offset = (torch.floor(inside - u) > torch.floor(before - u)).nonzero(as_tuple=True)
+    possible = blocks[position, block] > 0  # rounding at a block's end could else hit a class that is not in the tail
+    hit, offset = ((torch.floor(inside - u) > torch.floor(before - u)) & possible).nonzero(as_tuple=True)
     return position[hit], block[hit] * _BLOCK + offset

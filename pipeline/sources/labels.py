@@ -49,6 +49,11 @@ class LabelMap:
             found = getattr(dataset.features[column], "names", None)
             if found is not None and set(found) <= set(names):
                 class_names[split] = tuple(found)
+            elif found is not None and len(found) != len(names):
+                raise SourceError(
+                    f"{source.name}: split {split}: expected the model's {len(names)} labels ({', '.join(names[:5])}), found {len(found)} ({', '.join(found[:5])}); "
+                    "rename the data's labels to the model's"
+                )
             elif found is not None and names != tuple(f"LABEL_{i}" for i in range(len(names))):
                 logger.warning(
                     "%s: split %s: the data's labels (%s) are not the model's (%s); they are matched by number: make sure that the order is the same",

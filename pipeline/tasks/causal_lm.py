@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError
-from pipeline.metrics import accuracy, bits_per_byte, expected_calibration_error, mean_nll, perplexity
+from pipeline.metrics import accuracy, bits_per_byte, expected_calibration_error, perplexity
 from pipeline.records import (
     BadRow,
     Columns,
@@ -40,6 +40,7 @@ class CausalLM:
     default_temperature: float = 1.0
     default_max_length: int = 1024
     default_batch_tokens: int = 2048
+    default_eval_rows: int = 4
     main_metric: str = "loss"
     higher_is_better: bool = False
 
@@ -68,22 +69,21 @@ class CausalLM:
     ) -> Iterator[TokenizedExample | BadRow]:
         """Documents are cut into pieces of `max_length` tokens, or with packing joined by EOS first.
 
-        A piece starts with the last token of the one before, so that every token but a document's first is predicted once.
+        A piece starts with the last token of the one before, so that every token but a document's first is predicted once. Chats, prompts and rows with
+        labels of their own are truncated instead: a later piece would have lost its prompt.
         """
         if settings.packing:
-            yield from _pack(read_documents(examples, split, tokenizer), tokenizer.eos_token_id, settings)
+            yield from _pack(read_documents(examples, split, tokenizer), split, tokenizer.eos_token_id, settings)
             return
         for document in read_documents(examples, split, tokenizer):
             if isinstance(document, BadRow):
                 yield document
                 continue
-            text = document.example.text is not None or document.example.input_ids is not None
-            if not text and len(document.input_ids) > settings.max_length:
-                document = _truncate(document, split, settings.max_length)
-                if isinstance(document, BadRow):
-                    yield document
-                    continue
-            yield from _cut(document, settings.max_length)
+            fitted = document if document.may_be_cut else _truncate(document, split, settings.max_length)
+            if isinstance(fitted, BadRow):
+                yield fitted
+            else:
+                yield from _cut(fitted, settings.max_length)
 
     def hard_labels(self, example: TokenizedExample) -> np.ndarray:
         """(N,): the token after each supervised position."""
@@ -131,7 +131,9 @@ class CausalLM:
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Loss, perplexity, bits per byte, next-token accuracy and calibration."""
-        loss = mean_nll(predictions.nll)
+        loss = float(
+            predictions.nll.mean()
+        )  # every position has a label; nan where a cache does not know its likelihood
         correct = predictions.predicted == predictions.labels
         return {
             "loss": loss,
@@ -151,13 +153,13 @@ class CausalLM:
 
 
 def _truncate(document: Document, split: str, longest: int) -> Document | BadRow:
-    """Chats and prompts: a later piece would have lost its prompt."""
+    """The first `longest` tokens, if they leave anything to predict."""
+    if len(document.input_ids) <= longest:
+        return document
     if not document.predicted[:longest].any():
         reason = f"no token to predict is left within --max-length {longest}, of {len(document.input_ids)} tokens"
         return BadRow(split, document.example.source_row, reason)
-    return Document(
-        document.example, document.input_ids[:longest], document.predicted[:longest], document.num_bytes[:longest]
-    )
+    return document.part(0, longest)
 
 
 def _cut(document: Document, longest: int) -> Iterator[TokenizedExample]:
@@ -171,9 +173,9 @@ def _cut(document: Document, longest: int) -> Iterator[TokenizedExample]:
 
 
 def _pack(
-    documents: Iterable[Document | BadRow], eos_id: int | None, settings: Tokenization
+    documents: Iterable[Document | BadRow], split: str, eos_id: int | None, settings: Tokenization
 ) -> Iterator[TokenizedExample | BadRow]:
-    """Fill rows of `max_length` with documents, EOS after each; what does not fit goes on in the next row."""
+    """Fill rows of `max_length` with documents, EOS after each. A text that does not fit goes on in the next row; what may not be cut starts there."""
     if eos_id is None:
         raise MisuseError("--packing puts EOS between documents, and the tokenizer has none; cache without --packing")
     open_row: list[Document] = []
@@ -199,20 +201,23 @@ def _pack(
         if isinstance(document, BadRow):
             yield document
             continue
-        closed = Document(
-            document.example,
-            np.append(document.input_ids, np.int32(eos_id)),
-            np.append(document.predicted, True),
-            np.append(document.num_bytes, 0),
-        )
+        closed = document.with_eos(eos_id)
+        if not closed.may_be_cut:
+            fitted = _truncate(closed, split, settings.max_length)
+            if isinstance(fitted, BadRow):
+                yield fitted
+                continue
+            closed = fitted
+            if len(closed.input_ids) > room:
+                yield from close()
+                open_row.clear()
+                room = settings.max_length
         start = 0
         while len(closed.input_ids) - start > 1:
-            part = slice(start, start + room)
-            predicted = closed.predicted[part].copy()
-            predicted[0] = False  # the first token of a document, or one that the row before has predicted
-            open_row.append(Document(closed.example, closed.input_ids[part], predicted, closed.num_bytes[part]))
-            room -= len(predicted)
-            start += len(predicted) - 1
+            part = closed.part(start, start + room)
+            open_row.append(part)
+            room -= len(part.input_ids)
+            start += len(part.input_ids) - 1
             if room < 2:  # one token more would predict nothing
                 yield from close()
                 open_row.clear()

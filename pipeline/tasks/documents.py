@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +26,29 @@ class Document:
     num_bytes: np.ndarray
     """(T,) int64."""
 
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether every token is to be predicted, so that a later piece has lost nothing but context."""
+        example = self.example
+        return example.text is not None or (example.input_ids is not None and example.token_labels is None)
+
+    def part(self, start: int, stop: int) -> Document:
+        """Tokens `[start, stop)`; the first of them has been predicted before, or never is."""
+        predicted = self.predicted[start:stop].copy()
+        predicted[:1] = False
+        return Document(self.example, self.input_ids[start:stop], predicted, self.num_bytes[start:stop])
+
+    def with_eos(self, eos_id: int) -> Document:
+        """Closed by EOS, which is to be predicted where all of the text is."""
+        if self.input_ids[-1] == eos_id:
+            return self
+        return Document(
+            self.example,
+            np.append(self.input_ids, np.int32(eos_id)),
+            np.append(self.predicted, self.may_be_cut),
+            np.append(self.num_bytes, 0),
+        )
+
 
 def read_documents(
     examples: Iterable[Example | BadRow], split: str, tokenizer: PreTrainedTokenizerBase
@@ -38,7 +62,18 @@ def read_documents(
         if isinstance(example, BadRow):
             yield example
             continue
-        document = _tokenize(example, tokenizer)
+        try:
+            document = _tokenize(example, tokenizer)
+        except jinja2.TemplateError as error:  # a template that wants turns to alternate, for one
+            yield BadRow(split, example.source_row, f"the chat template refuses it: {error}")
+            continue
+        if len(document.input_ids) and int(document.input_ids.max()) >= len(tokenizer):
+            yield BadRow(
+                split,
+                example.source_row,
+                f"expected token ids below {len(tokenizer)}, found {int(document.input_ids.max())}",
+            )
+            continue
         if len(document.input_ids) < 2:
             yield BadRow(split, example.source_row, f"expected at least 2 tokens, found {len(document.input_ids)}")
         elif not document.predicted.any():

@@ -49,6 +49,10 @@ class Task(Protocol):
         """Tokens in a forward pass of the teacher: what keeps (N, V) logits at some hundred megabytes."""
 
     @property
+    def default_eval_rows(self) -> int:
+        """Rows in a forward pass of an evaluation."""
+
+    @property
     def main_metric(self) -> str:
         """The metric that retention is taken of."""
 

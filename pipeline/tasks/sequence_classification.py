@@ -41,6 +41,7 @@ class SequenceClassification:
     default_temperature: float = 2.0
     default_max_length: int = 512
     default_batch_tokens: int = 8192
+    default_eval_rows: int = 32
     main_metric: str = "accuracy"
     higher_is_better: bool = True
 

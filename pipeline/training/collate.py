@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,8 @@ def _entropy(row: CachedExample) -> Tensor:
     """(N,) nats: of each position, or the row's mean where only its sum was stored."""
     if row.entropy is not None:
         return row.entropy
-    return torch.full((len(row.soft),), row.teacher_entropy_sum / max(len(row.soft), 1))
+    mean = row.teacher_entropy_sum / max(len(row.soft), 1)
+    return torch.full((len(row.soft),), 0.0 if math.isnan(mean) else mean)  # unknown: KL up to a constant
 
 
 def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.config import Loss
 from pipeline.errors import ContractError, TrainingError
-from pipeline.records import NO_LABEL, LossTerms, Target
+from pipeline.records import NO_LABEL, Loss, LossTerms, Target
 
 
 def distillation_loss(

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline.cache import Cache
 from pipeline.cache.commit import write_text
-from pipeline.cache.manifest import dump
-from pipeline.config import Loss, TrainStudentConfig
+from pipeline.cache.manifest import differences, dump, parse
+from pipeline.config import TrainStudentConfig
 from pipeline.errors import ContractError, MisuseError, ModelError
 from pipeline.models import LoadedModel, load_model, longest_input, tokenizer_info
 from pipeline.models.arguments import show_progress, training_arguments
-from pipeline.records import Contract, TrainResult
+from pipeline.records import Contract, Loss, TrainResult
 from pipeline.tasks import Task, get_task
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
+
+_ORIGIN = "origin.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """What decides the loss of a run: its checkpoints are of no use to another."""
+
+    cache_id: str
+    loss: Loss
+    split: str
+    teacher_labels: bool
 
 
 def run(config: TrainStudentConfig) -> TrainResult:
@@ -54,7 +67,6 @@ def run(config: TrainStudentConfig) -> TrainResult:
         split=config.split,
         teacher_labels=config.hard_labels == "teacher",
         resume=config.resume,
-        settings=dataclasses.asdict(config),
     )
 
 
@@ -78,13 +90,14 @@ def train_student(
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
+    if args is None:
+        args = training_arguments(str(output), {}, save_total_limit=2)
+    set_seed(args.seed)  # a new head is random too
     if isinstance(student, str | Path):
         loaded = load_student(contract, str(student))
     else:
         loaded = LoadedModel(student, opened.tokenizer, type(student).__name__)
         check_fit(get_task(contract.task), contract, loaded)
-    if args is None:
-        args = training_arguments(str(output), {}, save_total_limit=2)
     args.output_dir = str(output)
     return fit(opened, loaded, args, loss=loss, split=split)
 
@@ -98,32 +111,42 @@ def fit(
     split: str = "train",
     teacher_labels: bool = False,
     resume: bool = False,
-    settings: Any = None,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from."""
     contract = cache.manifest.contract
     output = Path(str(args.output_dir))
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     started = time.monotonic()
+    origin = Origin(cache.manifest.cache_id, loss, split, teacher_labels)
     trainer = DistillationTrainer(
         student.model,
         args,
         cache=cache,
         loss=loss,
         split=split,
+        eval_split=next((name for name in ("validation", "test") if name in cache.splits), None),
         teacher_labels=teacher_labels,
         student_tokenizer=student.tokenizer if own_tokenizer else None,
         max_length=min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer)),
     )
     show_progress(trainer, f"train-student {output.name}")
-    trainer.train(resume_from_checkpoint=_checkpoint(output) if resume else None)
+    checkpoint = _checkpoint(output, origin) if resume else None
+    if args.should_save:
+        if checkpoint is None:
+            _clear(output)
+        write_text(output / _ORIGIN, dump(origin))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
     if args.should_save:
         student.tokenizer.save_pretrained(str(output))
-    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    logged = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    last = {**logged, **trainer.drain_losses()}
     result = TrainResult(
         output=str(output),
         cache_id=cache.manifest.cache_id,
+        loss=dataclasses.replace(loss, temperature=trainer.temperature),
+        learning_rate=args.learning_rate,
+        seed=args.seed,
         steps=trainer.state.global_step,
         seconds=round(time.monotonic() - started, 1),
         hard_loss=last.get("hard_loss"),
@@ -136,8 +159,10 @@ def fit(
     return result
 
 
-def load_student(contract: Contract, name: str, *, trust_remote_code: bool = False) -> LoadedModel:
-    """Load a student and check that it fits the cache. A checkpoint without a head gets a new one.
+def load_student(
+    contract: Contract, name: str, *, new_head: bool = True, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a student and check that it fits the cache. `new_head`: a classifier's checkpoint without a head gets a new one.
 
     Raises:
         ContractError: another number of labels, another order of them, or another tokenizer.
@@ -150,7 +175,7 @@ def load_student(contract: Contract, name: str, *, trust_remote_code: bool = Fal
         name,
         dtype="float32",
         label_names=names,
-        new_head=not task.classes_are_tokens,
+        new_head=new_head and not task.classes_are_tokens,
         trainable=True,
         trust_remote_code=trust_remote_code,
     )
@@ -231,12 +256,38 @@ def _agreed_labels(expected: tuple[str, ...], name: str, trust_remote_code: bool
     return expected
 
 
-def _checkpoint(output: Path) -> str | None:
-    """The newest checkpoint, or None to start anew."""
-    if not output.is_dir():
-        return None
-    found = get_last_checkpoint(str(output))
-    if found is None:
-        logger.warning("%s: no checkpoint to resume from; starting anew", output)
-        return None
-    return str(found)
+def _checkpoint(output: Path, origin: Origin) -> str | None:
+    """The newest whole checkpoint, or None to start anew. Trainer writes a checkpoint's state last.
+
+    Raises:
+        ContractError: the checkpoints are of another cache, split or loss.
+    """
+    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    if found and (output / _ORIGIN).is_file():
+        first = next(differences(parse(Origin, output / _ORIGIN), origin), None)
+        if first is not None:
+            raise ContractError(
+                f"{output}: --resume: the checkpoints are of another run: {first}; use another --output, or train anew without --resume"
+            )
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, ValueError):
+            logger.warning("%s: was not written to its end; going back to the one before", path)
+    logger.warning("%s: no whole checkpoint to resume from; starting anew", output)
+    return None
+
+
+def _clear(output: Path) -> None:
+    """Remove what another run has left: an old adapter or checkpoint beside a new model would be loaded in its place."""
+    for pattern in (
+        "checkpoint-*",
+        "adapter_*",
+        "model*.safetensors*",
+        "pytorch_model*",
+        "config.json",
+        "distillation.json",
+    ):
+        for path in output.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.config import Loss
 from pipeline.errors import TrainingError
-from pipeline.records import NO_LABEL, LossTerms, Tokenization
-from pipeline.softlabels import check_temperature, default_temperature
+from pipeline.records import NO_LABEL, Loss, LossTerms, Tokenization
+from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
 from pipeline.training.collate import Collator, TrainingRows, from_tensors
 from pipeline.training.losses import distillation_loss
 from pipeline.training.order import BatchOrder
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
@@ -63,7 +64,7 @@ class DistillationTrainer(Trainer):
         if loss.soft_weight:
             check_temperature(contract.encoding, self.temperature)
         else:  # the target is made all the same, to be logged: at a temperature that there is
-            self.temperature = default_temperature(contract.encoding, 1.0)
+            self.temperature = served_temperature(contract.encoding)
         settings = contract.tokenization
         self.collator = Collator(
             task=self.task,
@@ -74,6 +75,13 @@ class DistillationTrainer(Trainer):
             teacher_labels=teacher_labels,
         )
         args.remove_unused_columns = False
+        if args.n_gpu > 1:
+            logger.warning(
+                "one process uses one GPU; for all %d start it with torchrun --nproc_per_node %d",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            args._n_gpu = 1  # DataParallel would split ragged targets
         self.keep = self._rows_that_teach(cache.dataset(split), teacher_labels)
         self._terms: list[list[float]] = []
         super().__init__(
@@ -174,7 +182,7 @@ class DistillationTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """The loss of one batch of the evaluation split."""
-        with torch.no_grad(), contextlib.nullcontext():
+        with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
@@ -188,13 +196,17 @@ class DistillationTrainer(Trainer):
     def _remember(self, terms: LossTerms) -> None:
         self._terms.append([float(x) for x in (terms.hard_sum, terms.num_hard, terms.soft_sum, terms.num_soft)])
 
+    def drain_losses(self) -> dict[str, float]:
+        """Means of the terms since they were last logged, on this rank; a term without a position is left out."""
+        if not self._terms:
+            return {}
+        hard, num_hard, soft, num_soft = np.asarray(self._terms).sum(0)
+        self._terms.clear()
+        losses = {"hard_loss": float(hard / num_hard)} if num_hard else {}
+        return {**losses, "soft_loss": float(soft / num_soft)} if num_soft and self.loss.soft_weight else losses
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Each term by itself, nats at the scale of cross-entropy, beside Trainer's own logs."""
-        if self._terms and "loss" in logs:
-            hard, num_hard, soft, num_soft = np.asarray(self._terms).sum(0)
-            self._terms.clear()
-            if num_hard:
-                logs["hard_loss"] = hard / num_hard
-            if num_soft and self.loss.soft_weight:
-                logs["soft_loss"] = soft / num_soft
+        if "loss" in logs:
+            logs.update(self.drain_losses())
         super().log(logs, *args, **kwargs)

@@ -137,3 +137,9 @@ def test_continuations_of_every_model(tmp_path, lm_tokenizer, documents, save_te
     assert "'the cat' goes on:" in format_table(report)
     with pytest.raises(MisuseError, match="--prompt is for language models"):
         run(EvaluateConfig(cache=str(cache.root), student=(f"copy={classifier}",), prompt=("the",)))
+
+
+def test_a_student_without_a_trained_head_is_not_measured(tmp_path, cache, bert_tokenizer, save_teacher):
+    headless = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=3).bert, bert_tokenizer, "headless")
+    with pytest.raises(softlabel.PipelineError, match="lacks 2 weights"):
+        softlabel.evaluate(cache, {"s": headless})

@@ -65,6 +65,9 @@ def test_init_student_refuses_what_cannot_be(tmp_path, lm_tokenizer, save_teache
         softlabel.init_student(teacher, tmp_path / "s", tokenizer=lm_tokenizer)
     with pytest.raises(ModelError, match="no such directory"):
         softlabel.init_student("./not/here", tmp_path / "s", layers=[0])
+    own = save_teacher(teacher, lm_tokenizer, "own")
+    with pytest.raises(MisuseError, match="the teacher's own directory"):
+        softlabel.init_student(own, own, layers=[0])
     assert not (tmp_path / "s").exists()
 
 

@@ -147,6 +147,30 @@ def test_a_prompt_longer_than_the_row_leaves_nothing_to_learn(lm_tokenizer):
     assert "--max-length 20" in found[0].reason
 
 
+def test_packed_prompts_keep_their_completion_and_end_once(lm_tokenizer):
+    pairs = [("the cat ", "sat on"), ("old and new ", "river"), ("the dog ", "ran home and then flew")]
+    examples = [Example(i, prompt_completion=pair) for i, pair in enumerate(pairs)]
+    rows = list(LM.tokenize(examples, "train", lm_tokenizer, Tokenization(24, packing=True)))
+    found = "".join(lm_tokenizer.decode(predicted_tokens(row)) for row in rows)
+    assert found == "sat on<eos>river<eos>ran home and then flew<eos>"
+    for row in rows:  # a row starts with a prompt, never inside a completion
+        assert lm_tokenizer.decode(row.input_ids.tolist()).startswith(tuple(prompt for prompt, _ in pairs))
+    long = Example(9, prompt_completion=("the cat sat on the mat and then ran home " * 5, "yes"))
+    assert isinstance(next(iter(LM.tokenize([long], "train", lm_tokenizer, Tokenization(24, packing=True)))), BadRow)
+
+
+def test_a_template_that_refuses_a_chat_and_ids_of_another_tokenizer_are_bad_rows(lm_tokenizer):
+    tokenizer = _with_template("{% generation %}{{ raise_exception('roles must alternate') }}{% endgeneration %}")
+    found = list(
+        LM.tokenize([Example(4, messages=(Message("assistant", "sat"),))], "train", tokenizer, Tokenization(24))
+    )
+    assert isinstance(found[0], BadRow)
+    assert "roles must alternate" in found[0].reason
+    found = list(LM.tokenize([Example(5, input_ids=(7, 9000))], "train", lm_tokenizer, Tokenization(24)))
+    assert isinstance(found[0], BadRow)
+    assert "9000" in found[0].reason
+
+
 def test_pretokenized_rows_learn_where_the_label_is_not_minus_100(lm_tokenizer):
     ids, labels = (5, 6, 7, 8, 9), (-100, -100, 7, -100, 9)
     row = next(

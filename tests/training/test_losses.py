@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.config import Loss
 from pipeline.errors import ContractError, TrainingError
-from pipeline.records import Full, Sampled, TopK
+from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.softlabels import encode, target, teacher_scores
 from pipeline.training import distillation_loss
 from pipeline.training.losses import forward_kl

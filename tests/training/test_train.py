@@ -338,3 +338,62 @@ def test_live_objects_train_without_a_file_named(tmp_path, cache, bert_tokenizer
     )
     assert result.steps == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_a_torn_checkpoint_falls_back_to_the_whole_one_before(tmp_path, cache, teacher):
+    student = student_of(teacher, tmp_path / "init")
+    settings = {"max_steps": 12, "training": {"save_steps": 4, "lr_scheduler_type": "constant"}}
+    run(config(cache, student, tmp_path / "whole", **settings))
+    run(config(cache, student, tmp_path / "parts", **{**settings, "max_steps": 8}))
+    (tmp_path / "parts" / "checkpoint-8" / "trainer_state.json").write_text('{"half')
+    done = run(config(cache, student, tmp_path / "parts", resume=True, **settings))
+    assert done.steps == 12
+    one, other = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")
+    )
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_resumed_run_on_another_cache_or_loss_is_refused(tmp_path, cache, teacher, topics):
+    student = student_of(teacher, tmp_path / "init")
+    settings = {"max_steps": 4, "training": {"save_steps": 2}}
+    run(config(cache, student, tmp_path / "o", **settings))
+    other = softlabel.cache_logits(
+        str(teacher), topics, tmp_path / "other", task="sequence-classification", encoding=TopK(2)
+    )
+    with pytest.raises(ContractError, match="cache_id"):
+        run(config(other, student, tmp_path / "o", resume=True, **settings))
+    with pytest.raises(ContractError, match=r"loss\.soft_weight"):
+        run(config(cache, student, tmp_path / "o", resume=True, soft_weight=0.9, **settings))
+
+
+def test_training_anew_leaves_nothing_of_the_run_before(tmp_path, lm_cache):
+    student = softlabel.init_student(tmp_path / "lm-teacher", tmp_path / "init", layers=[0, 1])
+    run(config(lm_cache, student, tmp_path / "o", lora_r=4, training={"save_steps": 2}))
+    run(config(lm_cache, student, tmp_path / "o"))
+    left = {path.name for path in (tmp_path / "o").iterdir()}
+    assert not [name for name in left if name.startswith(("adapter", "checkpoint-4", "checkpoint-2"))]
+    assert softlabel.evaluate(lm_cache, {"s": tmp_path / "o"}).students[0].num_parameters > 0
+
+
+def test_evaluation_during_training_is_trainers(tmp_path, cache, teacher):
+    student = student_of(teacher, tmp_path / "init")
+    training = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+    }
+    run(config(cache, student, tmp_path / "o", max_steps=6, training=training))
+    state = json.loads((tmp_path / "o" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4, 6]
+    assert state["best_metric"] == min(entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)
+
+
+def test_labels_alone_train_from_a_grid_without_temperature_one(tmp_path, teacher, topics):
+    cache = softlabel.cache_logits(
+        str(teacher), topics, tmp_path / "c", task="sequence-classification", encoding=TopK(2, (2.0, 4.0))
+    )
+    student = student_of(teacher, tmp_path / "init")
+    assert run(config(cache, student, tmp_path / "o", hard_weight=1.0, soft_weight=0.0)).soft_loss is None
