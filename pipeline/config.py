@@ -7,6 +7,8 @@ A file has `task:` and `data:` at the top, shared by all commands, and a section
     data: {dataset: data/bbc}
     cache-logits: {teacher: runs/teacher, output: runs/cache}
 
+The commands stand on one page, longer than others, because the file's keys and their help are read together.
+
 Precedence: flag, then the command's section, then the shared part, then the default. Unknown keys are errors.
 """
 

@@ -1,4 +1,4 @@
-"""Every in-memory type, in the order in which data flows through them.
+"""Every in-memory type, in the order in which data flows through them: one page, longer than others, so that there is one to read first.
 
     source -> Example -> TokenizedExample -> teacher -> SoftLabels -> shard -> Manifest        capture
     Manifest -> shard -> CachedExample -> StudentBatch -> loss -> student -> EvaluationReport  training

@@ -8,10 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -71,6 +72,17 @@ TOPICS = {
     "sport": ["goal", "match", "team"],
     "film": ["film", "star", "court"],
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Everything that `datasets` writes goes to a folder of the test run."""
+    folder = tmp_path_factory.mktemp("arrow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads")
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield folder
 
 
 def sentence(rng: random.Random, words: int, topic: str | None = None) -> str:

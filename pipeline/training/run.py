@@ -112,9 +112,18 @@ def fit(
     teacher_labels: bool = False,
     resume: bool = False,
 ) -> TrainResult:
-    """Train, save an ordinary model directory, and say beside it what it was made from."""
+    """Train, save an ordinary model directory, and say beside it what it was made from.
+
+    Raises:
+        MisuseError: the output directory holds a model that was not made here.
+        PipelineError: see the trainer.
+    """
     contract = cache.manifest.contract
     output = Path(str(args.output_dir))
+    if (output / "config.json").is_file() and not (output / _ORIGIN).is_file():
+        raise MisuseError(
+            f"--output {output}: holds a model that train-student has not made, and would be overwritten; use another"
+        )
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     started = time.monotonic()
     origin = Origin(cache.manifest.cache_id, loss, split, teacher_labels)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.records import NO_LABEL, Loss, LossTerms, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
@@ -52,6 +52,7 @@ class DistillationTrainer(Trainer):
             trainer_kwargs: as `transformers.Trainer` takes them.
 
         Raises:
+            ConfigError: `torch_compile`, which is not supported.
             EncodingError: the cache does not serve this temperature.
             CacheError: no such split.
             TrainingError: no row of the split can teach anything.
@@ -74,6 +75,12 @@ class DistillationTrainer(Trainer):
             retokenize=None if student_tokenizer is None else Tokenization(max_length or settings.max_length),
             teacher_labels=teacher_labels,
         )
+        if (
+            args.torch_compile
+        ):  # compiled code does not see that the hook which selects positions is another one in each step
+            raise ConfigError(
+                "training: torch_compile: is not supported, a compiled student would be trained on the wrong positions; leave it out"
+            )
         args.remove_unused_columns = False
         if args.n_gpu > 1:
             logger.warning(

@@ -308,6 +308,7 @@ def test_students_that_do_not_fit_are_refused(tmp_path, cache, lm_cache, bert_to
         ({"split": "dev"}, CacheError, "no split 'dev'"),
         ({"student": "./nothing/here"}, ModelError, "no such directory"),
         ({"training": {"weight_decai": 0.1}}, softlabel.PipelineError, "did you mean 'weight_decay'"),
+        ({"training": {"torch_compile": True}}, softlabel.PipelineError, "torch_compile"),
         ({"lora_r": 2, "lora_target": ("nothing",)}, ModelError, "--lora-target"),
         ({"learning_rate": 1e30, "training": {"max_grad_norm": 0}}, TrainingError, "step .*expected a finite loss"),
     ],
@@ -328,6 +329,14 @@ def test_training_does_not_overwrite_its_own_student(tmp_path, cache, teacher):
     student = student_of(teacher, tmp_path / "init")
     with pytest.raises(MisuseError, match="the student's own directory"):
         run(config(cache, student, student))
+
+
+def test_training_overwrites_no_model_that_it_has_not_made(tmp_path, cache, teacher):
+    student = student_of(teacher, tmp_path / "init")
+    before = (teacher / "model.safetensors").read_bytes()
+    with pytest.raises(MisuseError, match="has not made"):
+        run(config(cache, student, teacher))
+    assert (teacher / "model.safetensors").read_bytes() == before
 
 
 def test_live_objects_train_without_a_file_named(tmp_path, cache, bert_tokenizer):
