@@ -37,6 +37,7 @@ def main(config: str, seeds: int, output: str) -> None:
     run_stages(file, FUNCTIONS, through="cache-logits")
     shape = Shape(2, 128, 2)
     accuracy: dict[str, list[float]] = {}
+    loss: dict[str, list[float]] = {}
     retention: list[float] = []
     teacher = 0.0
     for seed in range(seeds):
@@ -53,30 +54,38 @@ def main(config: str, seeds: int, output: str) -> None:
         teacher = report.teacher.metrics["accuracy"]
         for line in report.students:
             accuracy.setdefault(line.name, []).append(line.metrics["accuracy"])
+            loss.setdefault(line.name, []).append(line.metrics["loss"])
         retention.append(report.students[0].metrics["accuracy"] / teacher)
-        click.echo(
-            f"seed {seed}: " + ", ".join(f"{line.name} {line.metrics['accuracy']:.1%}" for line in report.students)
-        )
-    print_summary(teacher, accuracy, retention)
-    Path(output, "students.json").write_text(
-        json.dumps({"teacher": teacher, "accuracy": accuracy, "retention": retention}, indent=1) + "\n"
-    )
+        figures = [
+            f"{line.name} {line.metrics['accuracy']:.1%} (loss {line.metrics['loss']:.3f})" for line in report.students
+        ]
+        click.echo(f"seed {seed}: {', '.join(figures)}")
+    print_summary(teacher, accuracy, loss, retention)
+    figures_kept = {"teacher": teacher, "accuracy": accuracy, "loss": loss, "retention": retention}
+    Path(output, "students.json").write_text(json.dumps(figures_kept, indent=1) + "\n")
 
 
-def print_summary(teacher: float, accuracy: dict[str, list[float]], retention: list[float]) -> None:
-    """Means over the seeds, and the gains over each control, in points of accuracy."""
-    click.echo(f"\nteacher {teacher:.1%}; test accuracy, mean over {len(retention)} seeds:")
-    for name, values in accuracy.items():
-        click.echo(f"  {name:<24} {np.mean(values):.1%}")
+def print_summary(
+    teacher: float, accuracy: dict[str, list[float]], loss: dict[str, list[float]], retention: list[float]
+) -> None:
+    """Means over the seeds, and the gains over each control: points of accuracy, nats of test loss."""
+    click.echo(f"\nteacher {teacher:.1%}; on the test split, mean over {len(retention)} seeds:")
+    for name in accuracy:
+        click.echo(f"  {name:<24} accuracy {np.mean(accuracy[name]):.1%}  loss {np.mean(loss[name]):.3f}")
     student, *controls = accuracy
     for control in controls:
-        gain = np.subtract(accuracy[student], accuracy[control])
-        interval = paired_mean_interval(gain)
+        points = np.subtract(accuracy[student], accuracy[control]) * 100
+        nats = np.subtract(loss[control], loss[student])
         click.echo(
-            f"gain over {control}: {gain.mean() * 100:+.1f} points, 95% interval {interval.low * 100:+.1f} to {interval.high * 100:+.1f}"
+            f"gain over {control}: {_interval(points, '+.1f')} points of accuracy, {_interval(nats, '+.3f')} nats"
         )
-    interval = paired_mean_interval(np.asarray(retention))
-    click.echo(f"retention: {np.mean(retention):.1%}, 95% interval {interval.low:.1%} to {interval.high:.1%}")
+    click.echo(f"retention: {_interval(np.asarray(retention), '.1%')}")
+
+
+def _interval(values: np.ndarray, form: str) -> str:
+    """Mean, and the paired t interval over the seeds."""
+    interval = paired_mean_interval(values)
+    return f"{values.mean():{form}} (95% interval {interval.low:{form}} to {interval.high:{form}})"
 
 
 if __name__ == "__main__":

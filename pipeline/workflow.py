@@ -110,7 +110,11 @@ def _key(config: Any) -> str:
     found = {}
     for name, value in {**settings, **settings.get("data", {})}.items():
         if name in _INPUTS and value is not None:
-            names = [item.partition("=")[2] or item for item in value] if isinstance(value, tuple) else [value]
+            names = (
+                [item if Path(item).exists() else item.partition("=")[2] or item for item in value]
+                if isinstance(value, tuple)
+                else [value]
+            )
             found[name] = [_content(Path(item)) for item in names]
     settings.pop("overwrite", None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()

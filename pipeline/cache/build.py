@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.card import make_card
 from pipeline.cache.commit import create_exclusively, sweep, write_text
-from pipeline.cache.manifest import Layout, Plan, check_same_contract, dump, load_receipt, make_manifest, parse
+from pipeline.cache.manifest import (
+    Layout,
+    Plan,
+    check_same_contract,
+    dump,
+    load_manifest,
+    load_receipt,
+    make_manifest,
+    parse,
+)
 from pipeline.cache.probe import probe_alignment
 from pipeline.cache.reader import Cache
 from pipeline.cache.writer import file_sha256
@@ -56,6 +65,15 @@ def finished(layout: Layout, plan: ShardPlan) -> Receipt | None:
     if receipt.shard.rows == 0:
         return receipt
     return receipt if path.is_file() and file_sha256(path) == receipt.shard.sha256 else None
+
+
+def is_finished(layout: Layout, plan: Plan) -> bool:
+    """Whether the manifest is there and lists what the receipts say."""
+    if not layout.manifest.is_file():
+        return False
+    receipts = [load_receipt(layout, shard.name) for shard in plan.shards]
+    made = tuple(receipt.shard for receipt in receipts if receipt is not None and receipt.shard.rows)
+    return None not in receipts and load_manifest(layout.root).shards == made
 
 
 def record(layout: Layout, receipt: Receipt) -> None:

@@ -123,7 +123,11 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
     Raises:
         IntegrityError: what differs from the manifest.
     """
-    if not path.is_file() or path.is_symlink() or path.parent.is_symlink():
+    if path.is_symlink() or path.parent.is_symlink():
+        raise IntegrityError(
+            f"{path}: is a symbolic link, which may point anywhere; copy the cache's files themselves (cp -rL)"
+        )
+    if not path.is_file():
         raise IntegrityError(f"{path}: expected a shard that manifest.json lists, found no such file; {REMEDY}")
     size = path.stat().st_size
     if size != shard.bytes:

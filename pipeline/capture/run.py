@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Plan
-from pipeline.cache.build import begin, finish, finished
+from pipeline.cache.build import begin, finish, finished, is_finished
 from pipeline.cache.schema import cache_schema, describe
 from pipeline.capture.plan import default_rows_per_shard, library_versions, plan_shards
 from pipeline.capture.shard import Job, capture_shard, forward, read_shard
@@ -20,6 +20,7 @@ from pipeline.config import CacheLogitsConfig, DataConfig
 from pipeline.errors import CacheError, MisuseError, ModelError, SourceError
 from pipeline.models import (
     LoadedModel,
+    check_isolation,
     choose_max_length,
     load_model,
     model_info,
@@ -78,7 +79,7 @@ def run(config: CacheLogitsConfig) -> Cache:
 
 
 def cache_logits(
-    teacher: str | PreTrainedModel,
+    teacher: str | Path | PreTrainedModel,
     dataset: Any,
     output: str | Path,
     *,
@@ -107,8 +108,8 @@ def cache_logits(
     """
     chosen = get_task(task)
     _check_output(str(output))
-    if isinstance(teacher, str):
-        loaded = load_model(chosen, teacher)
+    if isinstance(teacher, str | Path):
+        loaded = load_model(chosen, str(teacher))
     else:
         if tokenizer is None:
             raise MisuseError("cache_logits: a live model needs its tokenizer=...")
@@ -123,7 +124,9 @@ def cache_logits(
         isolate_documents=settings.pop("isolate_documents", False),
     )
     chosen.check_columns(columns, tokenization)
-    source = _named_source(dataset, columns) if isinstance(dataset, str) else from_datasets(dataset, columns)
+    source = (
+        _named_source(str(dataset), columns) if isinstance(dataset, str | Path) else from_datasets(dataset, columns)
+    )
     settings = {
         "batch_tokens": chosen.default_batch_tokens,
         "encoding": encoding or chosen.default_encoding,
@@ -151,6 +154,7 @@ def capture(
 ) -> Cache:
     """Plan, make every shard that is not there yet, commit."""
     num_classes = task.num_classes(teacher.model, tokenizer)
+    check_isolation(teacher.model, tokenization)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
     label_names = None if task.classes_are_tokens else _label_names(teacher.model)
     schema = cache_schema(
@@ -192,9 +196,14 @@ def capture(
     waiting = [
         shard for shard in plan.shards if finished(layout, shard) is None
     ]  # damaged ones of a finished cache too
-    if not waiting and layout.manifest.is_file():
+    if not waiting and is_finished(layout, plan):
         logger.info("%s is finished already; nothing to do", output)
         return Cache.open(output)
+    if (
+        layout.manifest.is_file()
+    ):  # on another device a shard made anew is as valid, with other bytes: then it is another cache
+        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", output, len(waiting))
+        layout.manifest.unlink()
     if waiting:
         check_head(job)
     with tqdm(

@@ -255,7 +255,7 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
         known[:8].tolist(),
     )
     if row.logits is not None:
-        logits = torch.as_tensor(row.logits)
+        logits = torch.as_tensor(row.logits).detach().cpu()
         _check(number, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
         logits = logits[:, : contract.num_classes]
         _check(

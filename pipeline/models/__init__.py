@@ -2,7 +2,9 @@
 
 from pipeline.models.fingerprint import model_info, public_name, tokenizer_info
 from pipeline.models.load import (
+    LABELS,
     LoadedModel,
+    check_isolation,
     choose_max_length,
     load_model,
     load_tokenizer,
@@ -12,7 +14,9 @@ from pipeline.models.load import (
 )
 
 __all__ = [
+    "LABELS",
     "LoadedModel",
+    "check_isolation",
     "choose_max_length",
     "load_model",
     "load_tokenizer",

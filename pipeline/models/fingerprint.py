@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.errors import ModelError
 from pipeline.models.load import LoadedModel
 from pipeline.records import ModelInfo, TokenizerInfo
 
 
 def model_info(loaded: LoadedModel) -> ModelInfo:
-    """Name, weights and precision of a loaded model."""
+    """Name, weights and precision of a loaded model.
+
+    Raises:
+        ModelError: weights are offloaded, so there is nothing to hash.
+    """
     model: Any = loaded.model
     adapter = hasattr(model, "peft_config")
     base = model.get_base_model() if adapter else model
     tensors = model.state_dict()
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ModelError(
+            f"{loaded.name}: does not fit on the devices (some weights are offloaded); use --quantization, --dtype bfloat16 or more memory"
+        )
     added = {k: v for k, v in tensors.items() if adapter and ("lora_" in k or "modules_to_save" in k)}
     weights = {_plain_name(k): v for k, v in tensors.items() if k not in added}
     return ModelInfo(

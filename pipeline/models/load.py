@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError, ModelError
+from pipeline.records import Tokenization
 from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
+
+_UNLOADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+
+#: Beside a classifier's adapter: its label names, which the base model's config does not have.
+LABELS = "labels.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,8 @@ def load_model(
     """
     adapter = _adapter_config(name)
     base = str(adapter["base_model_name_or_path"]) if adapter else name
+    if adapter and label_names is None and (Path(name) / LABELS).is_file():
+        label_names = tuple(json.loads((Path(name) / LABELS).read_text(encoding="utf-8")))
     source, kwargs = _locate(base)
     kwargs.update(revision=None if adapter else revision, trust_remote_code=trust_remote_code)
     config = _from_pretrained(AutoConfig, source, base, **kwargs)
@@ -135,6 +145,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def check_isolation(model: Any, tokenization: Tokenization) -> None:
+    """Refuse an attention that would cross the documents of packed rows.
+
+    Raises:
+        MisuseError: flash attention, which `transformers` isolates in batches of one row only.
+    """
+    if tokenization.isolate_documents and "flash" in str(getattr(model.config, "_attn_implementation", "")):
+        raise MisuseError(
+            "--isolate-documents needs the attention implementation sdpa or eager: flash attention isolates documents in batches of one row only"
+        )
+
+
 def choose_max_length(task: Task, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
     """The longest row in tokens: what was asked for, or the task's default within what the model takes.
 
@@ -184,7 +206,10 @@ def _with_adapter(model: PreTrainedModel, name: str, *, trainable: bool) -> Any:
         from peft import PeftModel
     except ImportError:
         raise ModelError(f"{name}: is a PEFT adapter; pip install 'soft-label-pipeline[lm]' to use it") from None
-    return PeftModel.from_pretrained(model, name, is_trainable=trainable)
+    try:
+        return PeftModel.from_pretrained(model, name, is_trainable=trainable)
+    except _UNLOADABLE as error:
+        raise ModelError(f"{name}: the adapter does not fit its base model: {_first_line(error)}") from error
 
 
 def _quantization(kind: str | None) -> Any:
@@ -209,6 +234,9 @@ def _dtype(name: str) -> Any:
 def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {reason.strip()}") from error
+    except _UNLOADABLE as error:
+        raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

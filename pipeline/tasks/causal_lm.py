@@ -117,11 +117,11 @@ class CausalLM:
         head = inner.get_output_embeddings()
 
         def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0][supervised].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, N, H)
+            return (args[0][supervised.to(args[0].device)].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, N, H)
 
         if head is None:
-            logits: Tensor = model(**inputs, use_cache=False).logits[supervised]
-            return logits
+            logits: Tensor = model(**inputs, use_cache=False).logits
+            return logits[supervised.to(logits.device)]
         hook = head.register_forward_pre_hook(select)
         try:
             logits = model(**inputs, use_cache=False).logits  # (1, N, V)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +18,15 @@ from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import differences, dump, parse
 from pipeline.config import TrainStudentConfig
 from pipeline.errors import ContractError, MisuseError, ModelError
-from pipeline.models import LoadedModel, load_model, longest_input, tokenizer_info
+from pipeline.models import (
+    LABELS,
+    LoadedModel,
+    check_isolation,
+    load_model,
+    longest_input,
+    model_info,
+    tokenizer_info,
+)
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.records import Contract, Loss, TrainResult
 from pipeline.tasks import Task, get_task
@@ -36,15 +45,15 @@ class Origin:
     loss: Loss
     split: str
     teacher_labels: bool
+    student_sha256: str
+    """Of the weights before the first step."""
+    adapter_sha256: str | None
 
 
 def run(config: TrainStudentConfig) -> TrainResult:
     """`softlabel train-student`."""
     cache = Cache.open(config.cache)
-    if Path(config.output).resolve() == Path(config.student).resolve():
-        raise MisuseError(
-            f"--output {config.output}: is the student's own directory, which training would overwrite; use another"
-        )
+    _check_apart(config.output, config.student)
     args = training_arguments(
         config.output,
         config.training,
@@ -94,6 +103,7 @@ def train_student(
         args = training_arguments(str(output), {}, save_total_limit=2)
     set_seed(args.seed)  # a new head is random too
     if isinstance(student, str | Path):
+        _check_apart(output, student)
         loaded = load_student(contract, str(student))
     else:
         loaded = LoadedModel(student, opened.tokenizer, type(student).__name__)
@@ -120,13 +130,14 @@ def fit(
     """
     contract = cache.manifest.contract
     output = Path(str(args.output_dir))
-    if (output / "config.json").is_file() and not (output / _ORIGIN).is_file():
+    if not (output / _ORIGIN).is_file() and any(_of_a_model(output)):
         raise MisuseError(
             f"--output {output}: holds a model that train-student has not made, and would be overwritten; use another"
         )
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     started = time.monotonic()
-    origin = Origin(cache.manifest.cache_id, loss, split, teacher_labels)
+    info = model_info(student)
+    origin = Origin(cache.manifest.cache_id, loss, split, teacher_labels, info.weights_sha256, info.adapter_sha256)
     trainer = DistillationTrainer(
         student.model,
         args,
@@ -148,6 +159,8 @@ def fit(
     trainer.save_model(str(output))
     if args.should_save:
         student.tokenizer.save_pretrained(str(output))
+        if info.adapter_sha256 is not None and contract.label_names is not None:
+            write_text(output / LABELS, json.dumps(contract.label_names) + "\n")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     last = {**logged, **trainer.drain_losses()}
     result = TrainResult(
@@ -235,6 +248,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
     found = task.num_classes(student.model, student.tokenizer)
     if found < contract.num_classes or (not task.classes_are_tokens and found != contract.num_classes):
         raise ContractError(f"{student.name}: expected {contract.num_classes} classes, as the cache has, found {found}")
+    check_isolation(student.model, contract.tokenization)
     longest = longest_input(student.model, student.tokenizer)
     if same_tokenizer and longest < contract.tokenization.max_length:
         raise ContractError(
@@ -271,7 +285,7 @@ def _checkpoint(output: Path, origin: Origin) -> str | None:
     Raises:
         ContractError: the checkpoints are of another cache, split or loss.
     """
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = sorted(_checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     if found and (output / _ORIGIN).is_file():
         first = next(differences(parse(Origin, output / _ORIGIN), origin), None)
         if first is not None:
@@ -288,15 +302,24 @@ def _checkpoint(output: Path, origin: Origin) -> str | None:
     return None
 
 
+def _check_apart(output: str | Path, student: str | Path) -> None:
+    """Refuse to train a student into its own directory, or into the one whose checkpoint it is."""
+    start, end = Path(student).resolve(), Path(output).resolve()
+    if start.exists() and (start == end or end in start.parents):
+        raise MisuseError(f"--output {output}: holds the student itself, which training would overwrite; use another")
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def _of_a_model(output: Path) -> list[Path]:
+    """What of a directory is a model's or a training run's."""
+    patterns = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json", "distillation.json", LABELS)
+    return [*_checkpoints(output), *(path for pattern in patterns for path in output.glob(pattern))]
+
+
 def _clear(output: Path) -> None:
     """Remove what another run has left: an old adapter or checkpoint beside a new model would be loaded in its place."""
-    for pattern in (
-        "checkpoint-*",
-        "adapter_*",
-        "model*.safetensors*",
-        "pytorch_model*",
-        "config.json",
-        "distillation.json",
-    ):
-        for path in output.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _of_a_model(output):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -327,7 +327,7 @@ def test_a_temperature_that_the_cache_does_not_serve(tmp_path, lm_cache):
 
 def test_training_does_not_overwrite_its_own_student(tmp_path, cache, teacher):
     student = student_of(teacher, tmp_path / "init")
-    with pytest.raises(MisuseError, match="the student's own directory"):
+    with pytest.raises(MisuseError, match="holds the student itself"):
         run(config(cache, student, student))
 
 
