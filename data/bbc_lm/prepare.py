@@ -26,13 +26,13 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
     help="Folder to write to.",
 )
 @click.option(
-    "--train-articles", type=click.IntRange(1), default=48, show_default=True, help="Number of training articles."
+    "--train-articles", type=click.IntRange(1), default=40, show_default=True, help="Number of training articles."
 )
-@click.option("--test-articles", type=click.IntRange(1), default=20, show_default=True, help="Number of test articles.")
+@click.option("--test-articles", type=click.IntRange(1), default=16, show_default=True, help="Number of test articles.")
 def main(output: Path, train_articles: int, test_articles: int) -> None:
     """Write the BBC articles and the teacher that the language-model demo runs on.
 
-    Example: python -m data.bbc_lm.prepare --train-articles 48 --test-articles 20
+    Example: python -m data.bbc_lm.prepare --train-articles 40 --test-articles 16
     """
     split = split_articles(load_articles())
     write_part(output / "train.jsonl", split.train, num_articles=train_articles)
