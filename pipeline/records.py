@@ -439,7 +439,7 @@ class TrainResult:
     steps: int
     seconds: float
     hard_loss: float | None
-    """Mean since the losses were last logged, nats; None where there was no hard label."""
+    """Mean since the losses were last logged, nats; None where there was no hard label, or no weight on them."""
     soft_loss: float | None
     num_parameters: int
     num_trainable: int

@@ -204,12 +204,12 @@ class DistillationTrainer(Trainer):
         self._terms.append([float(x) for x in (terms.hard_sum, terms.num_hard, terms.soft_sum, terms.num_soft)])
 
     def drain_losses(self) -> dict[str, float]:
-        """Means of the terms since they were last logged, on this rank; a term without a position is left out."""
+        """Means of the terms since they were last logged, on this rank; a term without a position or a weight is left out."""
         if not self._terms:
             return {}
         hard, num_hard, soft, num_soft = np.asarray(self._terms).sum(0)
         self._terms.clear()
-        losses = {"hard_loss": float(hard / num_hard)} if num_hard else {}
+        losses = {"hard_loss": float(hard / num_hard)} if num_hard and self.loss.hard_weight else {}
         return {**losses, "soft_loss": float(soft / num_soft)} if num_soft and self.loss.soft_weight else losses
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
