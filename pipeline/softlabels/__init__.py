@@ -1,7 +1,7 @@
 """The mathematics: logits -> SoftLabels (`encode`) -> a target distribution (`target`). Pure functions over tensors."""
 
 from pipeline.softlabels.encode import encode, teacher_scores
-from pipeline.softlabels.ragged import concatenate, empty, rows, take
+from pipeline.softlabels.ragged import concatenate, empty, rows
 from pipeline.softlabels.sampling import counter_uniforms, sample_tail
 from pipeline.softlabels.target import check_temperature, default_temperature, served_temperature, target
 
@@ -15,7 +15,6 @@ __all__ = [
     "rows",
     "sample_tail",
     "served_temperature",
-    "take",
     "target",
     "teacher_scores",
 ]

@@ -45,20 +45,6 @@ def rows(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
     )
 
 
-def take(soft: SoftLabels, positions: Tensor) -> SoftLabels:
-    """Chosen positions, in the order given. (M,) int64 -> M positions."""
-    top, tail = _gather(soft.top_offsets, positions), _gather(soft.tail_offsets, positions)
-    return replace(
-        soft,
-        top_offsets=offsets_of(soft.top_offsets.diff()[positions]),
-        top_ids=soft.top_ids[top],
-        top_logprobs=soft.top_logprobs[top],
-        tail_offsets=offsets_of(soft.tail_offsets.diff()[positions]),
-        tail_ids=soft.tail_ids[tail],
-        log_residuals=soft.log_residuals[positions],
-    )
-
-
 def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
     """Positions of all parts, one after another. The parts share encoding and V; there is at least one."""
     return replace(
@@ -70,10 +56,3 @@ def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
         tail_ids=torch.cat([part.tail_ids for part in parts]),
         log_residuals=torch.cat([part.log_residuals for part in parts]),
     )
-
-
-def _gather(offsets: Tensor, positions: Tensor) -> Tensor:
-    """Indices of the classes that the chosen positions own."""
-    counts = offsets.diff()[positions]
-    starts = torch.repeat_interleave(offsets[positions] - offsets_of(counts)[:-1], counts)
-    return starts + torch.arange(int(counts.sum()))
