@@ -23,7 +23,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.errors import ConfigError, MisuseError
-from pipeline.records import Columns, Divergence, Encoding, Full, Loss, Sampled, Tokenization, TopK, TopP
+from pipeline.records import (
+    Columns,
+    Divergence,
+    Encoding,
+    Full,
+    Loss,
+    PositionWeights,
+    Sampled,
+    Schedule,
+    Tokenization,
+    TopK,
+    TopP,
+)
 
 TaskName = Literal["sequence-classification", "causal-lm"]
 ConfigType = TypeVar("ConfigType")
@@ -277,6 +289,19 @@ class TrainStudentConfig:
     tail_policy: Literal["ghost", "renormalize", "ignore"] = option(
         "The teacher's mass outside the kept classes (top-k, top-p).", "ghost"
     )
+    mixture: float | None = option(
+        "The teacher's share in what jensen-shannon (default 0.5) and skewed-kl (default 0.1) compare with.", None
+    )
+    weight_schedule: Schedule = option(
+        "How the two weights go to their end values over the run: linear, cosine; warmup-stable-decay rises from 0 in the first tenth and falls in the last fifth.",
+        "constant",
+    )
+    hard_weight_end: float | None = option("Hard weight at the end of the schedule.", None)
+    soft_weight_end: float | None = option("Soft weight at the end of the schedule.", None)
+    position_weights: PositionWeights = option(
+        "Soft term: count positions equally, or by how certain or uncertain the teacher is there (language models: cache with --store-entropy).",
+        "equal",
+    )
     hard_labels: Literal["data", "teacher"] = option(
         "Whose hard labels: the data's, or the teacher's most likely class (a control).", "data"
     )
@@ -284,6 +309,16 @@ class TrainStudentConfig:
     max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
     learning_rate: float = option("Peak learning rate.", 5e-5)
     batch_size: int = option("Rows per device and step.", 16)
+    batch_tokens: int | None = option(
+        "Group rows by length, and end a batch where it would pass so many tokens, padding included; --batch-size stays the most rows.",
+        None,
+    )
+    eval_split: str | None = option(
+        "Split to evaluate on during training (training: {eval_strategy: ...}). Default: validation.", None
+    )
+    early_stopping: int | None = option(
+        "Stop after so many evaluations without a better metric_for_best_model (default loss), and keep the best.", None
+    )
     seed: int = option("Seed of order and dropout.", 0)
     resume: bool = option("Go on from the newest whole checkpoint in the output directory.", False)
     lora_r: int | None = option("Train a LoRA adapter of this rank instead of all weights.", None)
@@ -297,6 +332,8 @@ class TrainStudentConfig:
     def __post_init__(self) -> None:
         self.loss  # noqa: B018 - checks the weights and the temperature
         _check_positive("--batch-size", self.batch_size)
+        _check_positive("--batch-tokens", self.batch_tokens)
+        _check_positive("--early-stopping", self.early_stopping)
         _check_positive("--lora-r", self.lora_r)
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_target):
             raise MisuseError("--lora-alpha and --lora-target go with --lora-r")
@@ -304,7 +341,18 @@ class TrainStudentConfig:
     @property
     def loss(self) -> Loss:
         """The loss that the flags describe."""
-        return Loss(self.hard_weight, self.soft_weight, self.temperature, self.divergence, self.tail_policy)
+        return Loss(
+            hard_weight=self.hard_weight,
+            soft_weight=self.soft_weight,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            tail=self.tail_policy,
+            mixture=self.mixture,
+            schedule=self.weight_schedule,
+            hard_weight_end=self.hard_weight_end,
+            soft_weight_end=self.soft_weight_end,
+            position_weights=self.position_weights,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -356,12 +356,14 @@ class Manifest:
 
 # ---------------------------------------------------------------------------------------------- cache -> student
 
-Divergence = Literal["forward-kl"]
+Divergence = Literal["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "total-variation", "logit-mse"]
+Schedule = Literal["constant", "linear", "cosine", "warmup-stable-decay"]
+PositionWeights = Literal["equal", "certainty", "uncertainty"]
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """hard_weight * cross-entropy(labels) + soft_weight * T^2 * KL(teacher_T || student_T)."""
+    """hard_weight * cross-entropy(labels) + soft_weight * T^2 * divergence(teacher_T, student_T)."""
 
     hard_weight: float = 0.5
     soft_weight: float = 0.5
@@ -369,18 +371,43 @@ class Loss:
     """None: the one of a `sampled` cache, 2 for classes, 1 for tokens."""
     divergence: Divergence = "forward-kl"
     tail: Literal["ghost", "renormalize", "ignore"] = "ghost"
+    mixture: float | None = None
+    """The teacher's share in what `jensen-shannon` (None: 0.5) and `skewed-kl` (None: 0.1) compare with."""
+    schedule: Schedule = "constant"
+    """How the two weights go from their values to the end values over the run."""
+    hard_weight_end: float | None = None
+    soft_weight_end: float | None = None
+    """None: `warmup-stable-decay` ends at 0, the others where they began."""
+    position_weights: PositionWeights = "equal"
+    """Soft term: by 1 - H / log V of the teacher (`certainty`) or by H / log V (`uncertainty`), H its entropy at the position."""
 
     def __post_init__(self) -> None:
-        if not (
-            0 <= self.hard_weight < math.inf
-            and 0 <= self.soft_weight < math.inf
-            and self.hard_weight + self.soft_weight
-        ):
-            raise MisuseError(
-                f"--hard-weight and --soft-weight: expected not negative and not both 0, found {self.hard_weight} and {self.soft_weight}"
-            )
+        weights = {
+            "--hard-weight": self.hard_weight,
+            "--soft-weight": self.soft_weight,
+            "--hard-weight-end": self.hard_weight_end or 0.0,
+            "--soft-weight-end": self.soft_weight_end or 0.0,
+        }
+        for flag, value in weights.items():
+            if not 0 <= value < math.inf:
+                raise MisuseError(f"{flag}: expected at least 0, found {value}")
+        if not any(weights.values()):
+            raise MisuseError("--hard-weight and --soft-weight: expected one of them above 0, found 0 and 0")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise MisuseError(f"--temperature: expected above 0, found {self.temperature}")
+        if self.mixture is not None and self.divergence not in ("jensen-shannon", "skewed-kl"):
+            raise MisuseError(
+                f"--mixture goes with --divergence jensen-shannon or skewed-kl, found --divergence {self.divergence}"
+            )
+        if self.mixture is not None and not 0 < self.mixture < 1:
+            raise MisuseError(f"--mixture: expected between 0 and 1, found {self.mixture}")
+        ends = (self.hard_weight_end, self.soft_weight_end)
+        if self.schedule == "constant" and ends != (None, None):
+            raise MisuseError("--hard-weight-end and --soft-weight-end go with --weight-schedule linear or another")
+        if self.schedule in ("linear", "cosine") and ends == (None, None):
+            raise MisuseError(
+                f"--weight-schedule {self.schedule} needs --hard-weight-end or --soft-weight-end: where to go"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +436,14 @@ class StudentBatch:
     target: Target
     weights: Tensor
     """(N,) float: how much each position counts; 0 for the rows that fill up the last step of several ranks."""
+    soft_weights: Tensor
+    """(N,) float: `weights`, times what the teacher's entropy makes of the position in the soft term."""
+    source_rows: Tensor
+    """(B,) int64: which rows of the source these are, for messages."""
+    teacher_predicted: Tensor | None = None
+    """(N,) int64, for evaluation: the teacher's most likely class."""
+    text_bytes: Tensor | None = None
+    """(B,) int64, for evaluation: of the rows that count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
@@ -79,8 +80,11 @@ class Cache:
 
         verify(self.root).raise_first()
 
-    def dataset(self, split: str) -> CacheDataset:
+    def dataset(self, split: str, *, window: int = 8) -> CacheDataset:
         """The rows of a split, for `torch.utils.data.DataLoader`.
+
+        Args:
+            window: row groups that are held decoded at once.
 
         Raises:
             CacheError: there is no such split.
@@ -88,7 +92,7 @@ class Cache:
         shards = self.manifest.split_shards(split)
         if not shards:
             raise CacheError(f"{self.root}: no split {split!r}; the cache has {', '.join(self.splits) or 'none'}")
-        return CacheDataset(self.root, self.manifest, shards)
+        return CacheDataset(self.root, self.manifest, shards, window=window)
 
     def soft_labels(self, row: Mapping[str, Any]) -> SoftLabels:
         """The soft labels of one row as another reader gives it: a mapping of this cache's columns (lists or arrays)."""
@@ -162,20 +166,20 @@ def open_shard(path: Path) -> pq.ParquetFile:
         raise IntegrityError(f"{path}: is not a Parquet file: {_first_line(error)}") from None
 
 
-def read_row_group(file: pq.ParquetFile, path: Path, group: int) -> pa.Table:
-    """One row group, its page checksums verified.
+def read_row_group(file: pq.ParquetFile, path: Path, group: int, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """One row group, or some columns of it, the page checksums verified.
 
     Raises:
         IntegrityError: bytes were changed; names the file and the row group.
     """
     try:
-        return file.read_row_group(group)
+        return file.read_row_group(group, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"{path}: row group {group} is damaged: {_first_line(error)}; {REMEDY}") from None
 
 
 class CacheDataset(Dataset[CachedExample]):
-    """Rows of one split by number. A row group is decoded once and kept while its neighbours are asked for.
+    """Rows of one split by number. A row group is decoded once, and dropped when as many rows were read as it has.
 
     Memory is bounded by `window` row groups, not by the cache. Picklable: each DataLoader worker opens its own files.
     """
@@ -184,11 +188,13 @@ class CacheDataset(Dataset[CachedExample]):
         self.root = root
         self.manifest = manifest
         self.window = window
-        """Row groups held at once: the order of training draws from as many at a time."""
+        """Row groups held at once: as many as the order of reading draws from."""
         self.groups = [(shard.name, i) for shard in shards for i in range(len(shard.row_groups))]
         self.starts = np.cumsum([0, *(rows for shard in shards for rows in shard.row_groups)])
         """(groups + 1,): the first row of each row group."""
         self._decoded: OrderedDict[int, list[CachedExample]] = OrderedDict()
+        self._left: dict[int, int] = {}
+        """Rows of each decoded row group that were not read yet."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -197,19 +203,32 @@ class CacheDataset(Dataset[CachedExample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self._rows(group)[index - int(self.starts[group])]
+        row = self._rows(group)[index - int(self.starts[group])]
+        self._left[group] -= 1
+        if not self._left[group]:
+            del self._decoded[group]
+        return row
 
     def __iter__(self) -> Iterator[CachedExample]:
         return (self[i] for i in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": OrderedDict()}
+        return {**self.__dict__, "_decoded": OrderedDict(), "_left": {}}
 
     def column(self, name: str) -> np.ndarray:
         """One plain column of the whole split, (rows,)."""
         names = list(dict.fromkeys(name for name, _ in self.groups))
         parts = [_read_column(self._path(shard), name) for shard in names]
         return np.concatenate([part.to_numpy() for part in parts]) if parts else np.zeros(0)
+
+    def num_tokens(self) -> np.ndarray:
+        """(rows,) int64: the length of each row of the whole split. Reads the token ids, a row group at a time."""
+        parts = []
+        for name, group in self.groups:
+            path = self._path(name)
+            ids = read_row_group(open_shard(path), path, group, columns=["input_ids"]).column(0)
+            parts.append(pc.list_value_length(ids).to_numpy().astype(np.int64))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def _rows(self, group: int) -> list[CachedExample]:
         if group not in self._decoded:
@@ -220,6 +239,7 @@ class CacheDataset(Dataset[CachedExample]):
             contract = self.manifest.contract
             table = read_row_group(open_shard(path), path, i)
             self._decoded[group] = unpack(table, contract.encoding, contract.num_classes)
+            self._left[group] = table.num_rows
         self._decoded.move_to_end(group)
         return self._decoded[group]
 

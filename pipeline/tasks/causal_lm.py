@@ -113,8 +113,7 @@ class CausalLM:
         architecture is a special case.
         """
         assert supervised is not None
-        inner: Any = model.module if hasattr(model, "module") else model
-        head = inner.get_output_embeddings()
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
         def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0][supervised.to(args[0].device)].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, N, H)

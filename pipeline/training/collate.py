@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from pipeline.records import (
     NO_LABEL,
     CachedExample,
     Example,
+    Full,
+    PositionWeights,
     SoftLabels,
     StudentBatch,
     Target,
@@ -53,6 +55,9 @@ class Collator:
     """Where the student's tokenizer is not the cache's: tokenize the stored text anew."""
     teacher_labels: bool = False
     """The teacher's most likely class stands for the hard label."""
+    position_weights: PositionWeights = "equal"
+    for_evaluation: bool = False
+    """Say also what the teacher predicts."""
 
     def __call__(self, rows: Sequence[tuple[CachedExample, bool]]) -> dict[str, Any]:
         """As `torch.utils.data.DataLoader` calls it."""
@@ -73,7 +78,27 @@ class Collator:
         weights = torch.repeat_interleave(torch.tensor([float(counts_in) for _, counts_in in rows]), counts)
         entropy = torch.cat([_entropy(row) for row in cached])
         goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)
-        return StudentBatch(inputs, supervised, labels.masked_fill(weights == 0, NO_LABEL), goal, weights)
+        return StudentBatch(
+            inputs=inputs,
+            supervised=supervised,
+            labels=labels.masked_fill(weights == 0, NO_LABEL),
+            target=goal,
+            weights=weights,
+            soft_weights=weights
+            * self._position_weights(-goal.negative_entropy if isinstance(soft.encoding, Full) else entropy, goal),
+            source_rows=torch.tensor([row.example.source_row for row in cached]),
+            teacher_predicted=teacher_argmax(soft)[0] if self.for_evaluation else None,
+            text_bytes=torch.tensor([row.example.text_bytes * counts_in for row, counts_in in rows])
+            if self.for_evaluation
+            else None,
+        )
+
+    def _position_weights(self, entropy: Tensor, goal: Target) -> Tensor:
+        """(N,) in [0, 1]: what the teacher's entropy, as a share of the largest possible, makes of each position."""
+        if self.position_weights == "equal":
+            return torch.ones_like(entropy)
+        share = (entropy / math.log(goal.num_classes)).clamp(0, 1)
+        return share if self.position_weights == "uncertainty" else 1 - share
 
 
 def _entropy(row: CachedExample) -> Tensor:
@@ -102,6 +127,8 @@ def to_tensors(batch: StudentBatch) -> dict[str, Any]:
         "inputs": batch.inputs,
         "labels": batch.labels,
         "weights": batch.weights,
+        "soft_weights": batch.soft_weights,
+        "source_rows": batch.source_rows,
         "target": {
             "offsets": goal.offsets,
             "ids": goal.ids,
@@ -109,25 +136,24 @@ def to_tensors(batch: StudentBatch) -> dict[str, Any]:
             "negative_entropy": goal.negative_entropy,
         },
     }
-    if batch.supervised is not None:
-        tensors["supervised"] = batch.supervised
+    for name in ("supervised", "teacher_predicted", "text_bytes"):
+        if getattr(batch, name) is not None:
+            tensors[name] = getattr(batch, name)
     if goal.log_residual is not None:
         tensors["target"]["log_residual"] = goal.log_residual
     return tensors
 
 
-def from_tensors(tensors: dict[str, Any], num_classes: int) -> StudentBatch:
+def from_tensors(tensors: Mapping[str, Any], num_classes: int) -> StudentBatch:
     """The inverse of `to_tensors`."""
-    goal = Target(
-        num_classes=num_classes,
-        log_residual=tensors["target"].get("log_residual"),
-        **_without(tensors["target"], "log_residual"),
-    )
-    return StudentBatch(tensors["inputs"], tensors.get("supervised"), tensors["labels"], goal, tensors["weights"])
+    parts = {"supervised": None, **tensors, "target": target_from_tensors(tensors["target"], num_classes)}
+    return StudentBatch(**parts)
 
 
-def _without(mapping: dict[str, Tensor], key: str) -> dict[str, Tensor]:
-    return {name: value for name, value in mapping.items() if name != key}
+def target_from_tensors(tensors: Mapping[str, Tensor], num_classes: int) -> Target:
+    """The target's part of it."""
+    parts = dict(tensors)
+    return Target(num_classes=num_classes, log_residual=parts.pop("log_residual", None), **parts)
 
 
 def _tokenize_anew(

@@ -1,4 +1,4 @@
-"""Hard and soft losses, dense: the reference that faster ones are tested against."""
+"""Hard and soft losses, dense: the reference that the fused ones are tested against."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 from pipeline.errors import ContractError, TrainingError
 from pipeline.records import NO_LABEL, Loss, LossTerms, Target
+from pipeline.training.divergences import divergence, forward_kl, scale_of
+
+__all__ = ["check_labels", "distillation_loss", "forward_kl"]
 
 
 def distillation_loss(
@@ -15,24 +18,29 @@ def distillation_loss(
     *,
     labels: Tensor | None = None,
     loss: Loss,
+    loss_weights: tuple[float, float] | None = None,
     temperature: float | None = None,
     weights: Tensor | None = None,
+    soft_weights: Tensor | None = None,
     num_hard: Tensor | float | None = None,
     num_soft: Tensor | float | None = None,
 ) -> LossTerms:
-    """hard_weight * mean CE(labels) + soft_weight * T^2 * mean KL(teacher_T || student_T)   (Hinton, Vinyals and Dean, 2015).
+    """hard_weight * mean CE(labels) + soft_weight * T^2 * mean D(teacher_T, student_T)   (Hinton, Vinyals and Dean, 2015).
 
-    T^2 undoes the 1/T^2 by which softening shrinks the gradient, so that the two terms stay in proportion when T changes.
+    T^2 undoes the 1/T^2 by which softening shrinks the gradient, so that the two terms stay in proportion when T changes; see `divergences` for
+    the factor of each.
 
     Args:
         student_logits: (N, V') float with V' >= V; columns beyond V (padded vocabularies) are cut off.
         target: the teacher at `temperature`, N positions over V classes.
         labels: (N,) int64, -100 where there is none.
+        loss_weights: hard and soft weight at this step of a schedule; default: those of `loss`.
         temperature: at which `target` was made; default `loss.temperature`, or 1.
-        weights: (N,) float, how much each position counts. Default 1.
+        weights: (N,) float, how much each position counts; 0 leaves its hard label out too. Default 1.
+        soft_weights: (N,) float, the same for the soft term, where it is not `weights`.
         num_hard: what the hard sum is divided by; default: the labelled positions here. With several ranks or accumulated batches, the
             count over all of them.
-        num_soft: the same for the soft sum; default: the sum of `weights`.
+        num_soft: the same for the soft sum; default: the sum of `soft_weights`.
 
     Returns:
         The loss to minimise and its parts.
@@ -44,58 +52,27 @@ def distillation_loss(
     if student_logits.shape[-1] < target.num_classes:
         raise ContractError(f"the student has {student_logits.shape[-1]} classes, the cache {target.num_classes}")
     temperature = temperature or loss.temperature or 1.0
-    logits = (
-        student_logits[..., : target.num_classes].float()
-        if student_logits.dtype != torch.float64
-        else student_logits[..., : target.num_classes]
-    )
-    weights = (
-        torch.ones(len(target), dtype=logits.dtype, device=logits.device)
-        if weights is None
-        else weights.to(logits.dtype)
-    )
+    logits = student_logits[..., : target.num_classes]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    weights = logits.new_ones(len(target)) if weights is None else weights.to(logits.dtype)
+    soft_weights = weights if soft_weights is None else soft_weights.to(logits.dtype)
+    loss_weights = loss_weights or (loss.hard_weight, loss.soft_weight)
     zero = logits[:0].sum()  # keeps the graph when a term has no position
     hard_sum, hard_count = zero, zero.detach()
     if labels is not None:
         check_labels(labels, target.num_classes)
         known = (labels != NO_LABEL) & (weights > 0)
         hard_count = known.sum()
-        if loss.hard_weight and bool(known.any()):
+        if loss_weights[0] and bool(known.any()):
             hard_sum = torch.nn.functional.cross_entropy(logits[known], labels[known], reduction="sum")
     soft_sum = zero
-    if loss.soft_weight:
-        soft_sum = (weights * forward_kl(logits, target, temperature=temperature)).sum() * temperature**2
-    soft_count = weights.sum().detach()
-    total = loss.hard_weight * _mean(hard_sum, hard_count if num_hard is None else num_hard)
-    total = total + loss.soft_weight * _mean(soft_sum, soft_count if num_soft is None else num_soft)
+    if loss_weights[1]:
+        each = divergence(logits, target, kind=loss.divergence, temperature=temperature, mixture=loss.mixture)
+        soft_sum = (soft_weights * each).sum() * scale_of(loss.divergence, temperature)
+    soft_count = soft_weights.sum().detach()
+    total = loss_weights[0] * _mean(hard_sum, hard_count if num_hard is None else num_hard)
+    total = total + loss_weights[1] * _mean(soft_sum, soft_count if num_soft is None else num_soft)
     return LossTerms(total, hard_sum.detach(), soft_sum.detach(), hard_count, soft_count)
-
-
-def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
-    """KL(target || softmax(logits / T)) of each position, over the kept classes and one bucket for the rest.
-
-    Args:
-        logits: (N, V) float.
-
-    Returns:
-        (N,) nats, not scaled by T^2.
-
-    The student's normaliser is the log-sum-exp over all V, and its mass outside the kept classes a log-sum-exp over what is outside: log(1 - sum) in
-    float32 gives infinite losses where the student is nearly sure.
-    """
-    scaled = logits / temperature
-    owner = torch.repeat_interleave(torch.arange(len(target), device=logits.device), target.offsets.diff())
-    normaliser = torch.logsumexp(scaled, -1)  # (N,)
-    logprobs = scaled[owner, target.ids] - normaliser[owner]  # (sum K,)
-    weights = target.weights.to(logits.dtype)
-    divergence = target.negative_entropy.to(logits.dtype).index_add(0, owner, -weights * logprobs)
-    if target.log_residual is None:
-        return divergence
-    rest = target.log_residual.to(logits.dtype).exp()
-    some = (rest > 0).nonzero().squeeze(-1)  # where nothing is outside, the log-sum-exp over nothing has no gradient
-    outside = scaled.masked_fill(_kept(target, owner, scaled.shape), -torch.inf)[some]
-    log_outside = torch.logsumexp(outside, -1) - normaliser[some]
-    return divergence.index_add(0, some, -rest[some] * log_outside)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
@@ -109,12 +86,6 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise TrainingError(
             f"hard label: expected 0 to {num_classes - 1} (or {NO_LABEL} for none), found {int(labels[wrong][0])}"
         )
-
-
-def _kept(target: Target, owner: Tensor, shape: torch.Size) -> Tensor:
-    kept = torch.zeros(shape, dtype=torch.bool, device=owner.device)
-    kept[owner, target.ids] = True
-    return kept
 
 
 def _mean(total: Tensor, count: Tensor | float) -> Tensor:

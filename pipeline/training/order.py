@@ -1,22 +1,33 @@
-"""The order of training: a function of (seed, epoch, cache_id) alone, the same for any number of ranks and workers."""
+"""The order of training: a function of (seed, epoch, cache_id) and the batch size alone, the same for any number of ranks and workers.
+
+Row groups are shuffled and dealt to lanes. A lane takes a window of its row groups at a time and shuffles the rows in it; lanes are interleaved, a
+row of each in turn. The sequence is cut into global batches, and a rank takes from each the rows of the lanes it owns, so that ranks decode
+different row groups, and hold no more than the open windows of their lanes.
+
+With a token budget, a lane's window is sorted by length first and cut into batches, so that padding is small; then a lane gives a batch in turn,
+and each rank takes one. Windows are then the same in every epoch, and so is the number of batches, as Trainer takes for granted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from pipeline.cache import CacheDataset
 
+#: Row groups that a lane mixes at once, and the most lanes there are. Their product is what one rank alone holds decoded.
+WINDOW = 4
+LANES = 16
 
-class BatchOrder(Sampler[list[int]]):
-    """Batches of row numbers for one rank.
+Batch = list[int]
+Item = tuple[int, Batch]
+"""The lane, and what it gives in one turn: a row, or a batch of rows."""
 
-    Row groups are shuffled, and rows within windows of as many row groups as the reader holds, so every row group is decoded once an epoch. The
-    sequence of all ranks together is cut into global batches, and each rank takes its part of each. A rank that would have no row in the
-    last one gets `~row`: a row that weighs nothing.
-    """
+
+class BatchOrder(Sampler[Batch]):
+    """Batches of row numbers for one rank. `~row` is a row that weighs nothing: the share of a rank that would have none in the last step."""
 
     def __init__(
         self,
@@ -26,19 +37,30 @@ class BatchOrder(Sampler[list[int]]):
         seed: int,
         shuffle: bool = True,
         keep: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
+        batch_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`keep`: (rows,) bool, the rows to train on; None: all."""
+        """What is ordered, and for whom.
+
+        Args:
+            batch_size: rows of a rank's batch; with `batch_tokens` the most.
+            keep: (rows,) bool, the rows to train on; None: all.
+            lengths: (rows,) tokens of each row, for `batch_tokens`.
+            batch_tokens: tokens of a rank's batch, padding included.
+        """
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.keep = keep
+        self.lengths = lengths
+        self.batch_tokens = batch_tokens if shuffle else None
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.num_rows = len(dataset) if keep is None else int(keep.sum())
+        self._length: int | None = None
 
     @property
     def batch_sampler(self) -> BatchOrder:
@@ -50,25 +72,118 @@ class BatchOrder(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.num_rows // (self.batch_size * self.world_size))
+        if self._length is None:
+            if self.batch_tokens is None:
+                rows = len(self.dataset) if self.keep is None else int(self.keep.sum())
+                self._length = -(-rows // (self.batch_size * self.world_size))
+            else:
+                self._length = -(-sum(1 for _ in self.items()) // self.world_size)
+        return self._length
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rows = self.rows()
-        for start in range(0, len(rows), self.batch_size * self.world_size):
-            mine = start + self.rank * self.batch_size
-            batch = rows[mine : mine + self.batch_size].tolist()
-            yield batch or [~int(rows[start])]
+    def __iter__(self) -> Iterator[Batch]:
+        for step in self.steps():
+            mine = step[self.rank]
+            yield mine or [~next(row for batch in step for row in batch)]
 
-    def rows(self) -> np.ndarray:
-        """(num_rows,): the global sequence of this epoch."""
-        starts = self.dataset.starts
+    def steps(self) -> Iterator[list[Batch]]:
+        """What each rank gets in each step."""
+        share = self.batch_size if self.batch_tokens is None else 1  # items of a rank in a step
+        for items in _cut(self.items(), share * self.world_size):
+            dealt = deal([lane for lane, _ in items], share, self.world_size)
+            yield [[row for i in mine for row in items[i][1]] for mine in dealt]
+
+    def items(self) -> Iterator[Item]:
+        """The global sequence of this epoch: the lanes in turn, until the last has nothing left."""
+        lanes = list(enumerate(self._lane(groups) for groups in self._lanes()))
+        while lanes:
+            alive = []
+            for number, lane in lanes:
+                item = next(lane, None)
+                if item is not None:
+                    yield number, item
+                    alive.append((number, lane))
+            lanes = alive
+
+    def _lanes(self) -> list[np.ndarray]:
+        """The row groups of each lane, in its order."""
+        count = len(self.dataset.starts) - 1
         if not self.shuffle:
-            sequence = np.arange(len(self.dataset))
+            return [np.arange(count)]
+        groups = self._rng(0 if self.batch_tokens else self.epoch).permutation(count)
+        lanes = min(LANES, max(1, count // WINDOW))
+        return [groups[lane::lanes] for lane in range(lanes)]
+
+    def _lane(self, groups: np.ndarray) -> Iterator[Batch]:
+        """What one lane gives."""
+        if not len(groups):
+            return
+        windows = [groups[i : i + WINDOW] for i in range(0, len(groups), WINDOW)]
+        rng = self._rng(self.epoch, int(groups[0]))
+        if self.shuffle:
+            windows = [windows[i] for i in rng.permutation(len(windows))]
+        starts = self.dataset.starts
+        for window in windows:
+            rows = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in window])
+            if self.keep is not None:
+                rows = rows[self.keep[rows]]
+            if self.shuffle:
+                rows = rng.permutation(rows)
+            if self.batch_tokens is None:
+                yield from ([int(row)] for row in rows)
+                continue
+            assert self.lengths is not None
+            batches = by_length(rows, self.lengths[rows], self.batch_size, self.batch_tokens)
+            yield from (batches[i] for i in rng.permutation(len(batches)))
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key, int(self.dataset.manifest.cache_id[:16], 16)])
+
+
+def by_length(rows: np.ndarray, lengths: np.ndarray, most_rows: int, most_tokens: int) -> list[Batch]:
+    """Rows of similar length together: batches of at most so many rows, and so many tokens with padding, or of one row."""
+    batches: list[Batch] = []
+    longest = 0
+    for i in np.argsort(-lengths, kind="stable"):
+        if batches and len(batches[-1]) < most_rows and (len(batches[-1]) + 1) * longest <= most_tokens:
+            batches[-1].append(int(rows[i]))
         else:
-            rng = np.random.default_rng([self.seed, self.epoch, int(self.dataset.manifest.cache_id[:16], 16)])
-            groups = rng.permutation(len(starts) - 1)
-            windows = [groups[i : i + self.dataset.window] for i in range(0, len(groups), self.dataset.window)]
-            sequence = np.concatenate(
-                [rng.permutation(np.concatenate([np.arange(starts[g], starts[g + 1]) for g in w])) for w in windows]
-            )
-        return sequence if self.keep is None else sequence[self.keep[sequence]]
+            batches.append([int(rows[i])])
+            longest = int(lengths[i])
+    return batches
+
+
+def deal(lanes: Sequence[int], share: int, world_size: int) -> list[list[int]]:
+    """Deal items to ranks, at most `share` each: those of its own lanes first, then what others cannot hold.
+
+    Args:
+        lanes: the lane of each item; rank r owns the lanes l with l mod world_size = r.
+
+    Returns:
+        For each rank the numbers of its items, rising.
+    """
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    over = []
+    for i, lane in enumerate(lanes):
+        hand = hands[lane % world_size]
+        if len(hand) < share:
+            hand.append(i)
+        else:
+            over.append(i)
+    fair = -(-len(lanes) // world_size)  # a short last step is shared out too
+    for hand in hands:
+        while len(hand) > fair:
+            over.append(hand.pop())
+    for i in over:
+        min(hands, key=len).append(i)
+    return [sorted(hand) for hand in hands]
+
+
+def _cut(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
 from pipeline.cache.commit import write_text
@@ -36,6 +36,14 @@ logger = logging.getLogger(__name__)
 
 _ORIGIN = "origin.json"
 
+#: What early stopping needs, where the `training:` section does not say otherwise.
+EARLY_STOPPING = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
@@ -45,6 +53,10 @@ class Origin:
     loss: Loss
     split: str
     teacher_labels: bool
+    seed: int
+    rows_per_step: int
+    """Over all ranks and accumulated batches: the order of the rows is cut by it."""
+    batch_tokens: int | None
     student_sha256: str
     """Of the weights before the first step."""
     adapter_sha256: str | None
@@ -63,6 +75,7 @@ def run(config: TrainStudentConfig) -> TrainResult:
         per_device_train_batch_size=config.batch_size,
         seed=config.seed,
         save_total_limit=2,
+        **({} if config.early_stopping is None else EARLY_STOPPING),
     )
     set_seed(config.seed)  # a new head or adapter is random too
     student = load_student(cache.manifest.contract, config.student, trust_remote_code=config.trust_remote_code)
@@ -74,7 +87,10 @@ def run(config: TrainStudentConfig) -> TrainResult:
         args,
         loss=config.loss,
         split=config.split,
+        eval_split=config.eval_split,
         teacher_labels=config.hard_labels == "teacher",
+        batch_tokens=config.batch_tokens,
+        early_stopping=config.early_stopping,
         resume=config.resume,
     )
 
@@ -119,7 +135,10 @@ def fit(
     *,
     loss: Loss,
     split: str = "train",
+    eval_split: str | None = None,
     teacher_labels: bool = False,
+    batch_tokens: int | None = None,
+    early_stopping: int | None = None,
     resume: bool = False,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from.
@@ -137,18 +156,31 @@ def fit(
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     started = time.monotonic()
     info = model_info(student)
-    origin = Origin(cache.manifest.cache_id, loss, split, teacher_labels, info.weights_sha256, info.adapter_sha256)
+    origin = Origin(
+        cache_id=cache.manifest.cache_id,
+        loss=loss,
+        split=split,
+        teacher_labels=teacher_labels,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        rows_per_step=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        batch_tokens=batch_tokens,
+        student_sha256=info.weights_sha256,
+        adapter_sha256=info.adapter_sha256,
+    )
     trainer = DistillationTrainer(
         student.model,
         args,
         cache=cache,
         loss=loss,
         split=split,
-        eval_split=next((name for name in ("validation", "test") if name in cache.splits), None),
+        eval_split=eval_split,
         teacher_labels=teacher_labels,
+        batch_tokens=batch_tokens,
         student_tokenizer=student.tokenizer if own_tokenizer else None,
         max_length=min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer)),
     )
+    if early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping))
     show_progress(trainer, f"train-student {output.name}")
     checkpoint = _checkpoint(output, origin) if resume else None
     if args.should_save:

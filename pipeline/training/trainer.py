@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.errors import ConfigError, TrainingError
-from pipeline.records import NO_LABEL, Loss, LossTerms, Tokenization
+from pipeline.errors import EncodingError, MisuseError, TrainingError
+from pipeline.metrics import agreement
+from pipeline.records import NO_LABEL, Full, Loss, Predictions, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
-from pipeline.training.collate import Collator, TrainingRows, from_tensors
-from pipeline.training.losses import distillation_loss
-from pipeline.training.order import BatchOrder
+from pipeline.training.collate import Collator, TrainingRows
+from pipeline.training.divergences import check_divergence
+from pipeline.training.forward import GIVEN, attach_loss
+from pipeline.training.order import LANES, WINDOW, BatchOrder
+from pipeline.training.prefetch import PrefetchLoader
+from pipeline.training.schedule import weights_at
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,7 @@ class DistillationTrainer(Trainer):
         split: str = "train",
         eval_split: str | None = None,
         teacher_labels: bool = False,
+        batch_tokens: int | None = None,
         student_tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         **trainer_kwargs: Any,
@@ -47,13 +56,14 @@ class DistillationTrainer(Trainer):
         """Set up; the cache is opened already.
 
         Args:
+            eval_split: what is evaluated during training. Default: `validation`, where there is one.
             teacher_labels: the teacher's most likely class stands for the hard label.
+            batch_tokens: group rows by length, and end a batch where it would pass so many tokens, padding included.
             student_tokenizer: where it is not the cache's: the stored text is tokenized anew, up to `max_length`.
             trainer_kwargs: as `transformers.Trainer` takes them.
 
         Raises:
-            ConfigError: `torch_compile`, which is not supported.
-            EncodingError: the cache does not serve this temperature.
+            EncodingError: the cache does not serve this temperature, this divergence or these position weights.
             CacheError: no such split.
             TrainingError: no row of the split can teach anything.
         """
@@ -62,10 +72,12 @@ class DistillationTrainer(Trainer):
         self.loss = loss
         self.task = get_task(contract.task)
         self.temperature = loss.temperature or default_temperature(contract.encoding, self.task.default_temperature)
-        if loss.soft_weight:
+        if loss.soft_weight or loss.soft_weight_end:
             check_temperature(contract.encoding, self.temperature)
+            check_divergence(contract.encoding, loss)
         else:  # the target is made all the same, to be logged: at a temperature that there is
             self.temperature = served_temperature(contract.encoding)
+        self._check_entropy(contract.encoding, contract.columns)
         settings = contract.tokenization
         self.collator = Collator(
             task=self.task,
@@ -74,13 +86,9 @@ class DistillationTrainer(Trainer):
             tail=loss.tail,
             retokenize=None if student_tokenizer is None else Tokenization(max_length or settings.max_length),
             teacher_labels=teacher_labels,
+            position_weights=loss.position_weights,
         )
-        if (
-            args.torch_compile
-        ):  # compiled code does not see that the hook which selects positions is another one in each step
-            raise ConfigError(
-                "training: torch_compile: is not supported, a compiled student would be trained on the wrong positions; leave it out"
-            )
+        self.batch_tokens = batch_tokens
         args.remove_unused_columns = False
         if args.n_gpu > 1:
             logger.warning(
@@ -89,21 +97,39 @@ class DistillationTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1  # DataParallel would split ragged targets
-        self.keep = self._rows_that_teach(cache.dataset(split), teacher_labels)
-        self._terms: list[list[float]] = []
+        rows = cache.dataset(split, window=WINDOW * -(-LANES // args.world_size))
+        self.keep = self._rows_that_teach(rows, teacher_labels)
+        if eval_split is None and "validation" in cache.splits:
+            eval_split = "validation"
+        if eval_split is None and str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+            raise MisuseError(
+                f"eval_strategy {args.eval_strategy}: the cache has no split `validation` to evaluate on during training (it has {', '.join(cache.splits)}); "
+                "name one with --eval-split"
+            )
+        self._totals = np.zeros(4)
+        attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)
         super().__init__(
             model=model,
             args=args,
             data_collator=self.collator,
-            train_dataset=TrainingRows(cache.dataset(split)),
+            train_dataset=TrainingRows(rows),
             eval_dataset=None if eval_split is None else TrainingRows(cache.dataset(eval_split)),
             **trainer_kwargs,
         )
         self.loss_is_scaled_for_ga = True
 
+    def _check_entropy(self, encoding: Any, columns: Mapping[str, str]) -> None:
+        known = isinstance(encoding, Full) or "entropy" in columns or not self.task.classes_are_tokens
+        if self.loss.position_weights != "equal" and not known:
+            raise EncodingError(
+                f"--position-weights {self.loss.position_weights}: needs the teacher's entropy at each position, and this cache holds sums over rows; "
+                "cache again with --store-entropy"
+            )
+
     def _rows_that_teach(self, dataset: CacheDataset, teacher_labels: bool) -> np.ndarray | None:
         """With labels alone, unlabelled rows would be steps without a gradient: they are left out. None: every row counts."""
-        if self.loss.soft_weight or teacher_labels or self.task.classes_are_tokens:
+        soft = self.loss.soft_weight or self.loss.soft_weight_end
+        if soft or teacher_labels or self.task.classes_are_tokens:
             return None
         labelled = ~np.isnan(dataset.column("label").astype(np.float64))
         if not labelled.any():
@@ -116,38 +142,44 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Whole batches are dealt to ranks by the order itself; accelerate would slice dimension 0 of ragged targets."""
-        return self._loader(self.train_dataset, self._train_batch_size, shuffle=True, keep=self.keep)
+        return self._loader(self.train_dataset, self._train_batch_size, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The rows in order."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(chosen, self.args.eval_batch_size, shuffle=False, keep=None)
+        return self._loader(chosen, self.args.eval_batch_size, shuffle=False)
 
-    def _loader(self, rows: Any, batch_size: int, *, shuffle: bool, keep: np.ndarray | None) -> DataLoader[Any]:
+    def _loader(self, rows: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+        budget = self.batch_tokens if shuffle else None
         order = BatchOrder(
             rows.dataset,
             batch_size,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             shuffle=shuffle,
-            keep=keep,
+            keep=self.keep if shuffle else None,
+            lengths=None if budget is None else rows.dataset.num_tokens(),
+            batch_tokens=budget,
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )
+        evaluated = dataclasses.replace(self.collator, teacher_labels=False, for_evaluation=True)
         workers = self.args.dataloader_num_workers
-        return DataLoader(
+        kind = DataLoader if workers else PrefetchLoader
+        return kind(
             rows,
             batch_sampler=order,
-            collate_fn=self.data_collator,
+            collate_fn=self.collator if shuffle else evaluated,
             num_workers=workers,
+            generator=torch.Generator(),  # the loader draws from it, and dropout must not depend on when
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """(2,): labelled positions and positions, over the accumulated batches and all ranks. Trainer's own counts hard labels only."""
+        """(2,): labelled positions and weights of the soft term, over the accumulated batches and all ranks. Trainer's own counts hard labels only."""
         hard = sum(int((batch["labels"] != NO_LABEL).sum()) for batch in batch_samples)
-        soft = sum(float(batch["weights"].sum()) for batch in batch_samples)
+        soft = sum(float(batch["soft_weights"].sum()) for batch in batch_samples)
         counts = torch.tensor([[float(hard), soft]], device=device)
         return self.accelerator.gather(counts).sum(0) if self.args.world_size > 1 else counts[0]
 
@@ -159,39 +191,88 @@ class DistillationTrainer(Trainer):
         """One batch of the weighted mean. Ranks average their gradients, hence the factor of world_size.
 
         Raises:
-            TrainingError: the loss is not finite; the last checkpoint stays as it is.
+            TrainingError: the loss is not finite, or no position of the step counts; the last checkpoint stays as it is.
         """
-        batch = from_tensors(inputs, self.cache.manifest.contract.num_classes)
-        logits = self.task.gather_logits(model, batch.inputs, batch.supervised)
-        counts = (None, None) if num_items_in_batch is None else num_items_in_batch
-        terms = distillation_loss(
-            logits,
-            batch.target,
-            labels=batch.labels,
-            loss=self.loss,
-            temperature=self.temperature,
-            weights=batch.weights,
-            num_hard=counts[0],
-            num_soft=counts[1],
-        )
-        if not torch.isfinite(terms.total):
+        progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
+        weights = weights_at(self.loss, min(progress, 1.0))
+        given = {name: inputs[name] for name in GIVEN if name in inputs}
+        given["loss_weights"] = torch.tensor(weights)
+        if num_items_in_batch is not None:
+            given["counts"] = num_items_in_batch
+            if not bool((num_items_in_batch * torch.tensor(weights, device=num_items_in_batch.device)).any()):
+                raise TrainingError(
+                    f"{self._where(inputs)}: no position with a weight, hard or soft, so that there is nothing to learn from; "
+                    "give a larger --batch-size, or a --soft-weight"
+                )
+        found = model(**inputs["inputs"], distillation=given)
+        if not torch.isfinite(found["total"]):
             raise TrainingError(
-                f"step {self.state.global_step + 1}: expected a finite loss, found {terms.total.item()} (hard {float(terms.hard_sum):.4g}, "
-                f"soft {float(terms.soft_sum):.4g}); lower --learning-rate, then go on from the last checkpoint with --resume"
+                f"{self._where(inputs)}: expected a finite loss, found {float(found['total'].detach())} (hard {float(found['hard_sum']):.4g}, "
+                f"soft {float(found['soft_sum']):.4g}); lower --learning-rate, then go on from the last checkpoint with --resume"
             )
         if model.training:
-            self._remember(terms)
+            self._totals += [float(found[name]) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")]
         scale = self.args.world_size if num_items_in_batch is not None and model.training else 1
-        total = terms.total * scale
-        return (total, {"loss": total.detach()}) if return_outputs else total
+        total = found["total"] * scale
+        return (total, found) if return_outputs else total
 
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """The loss of one batch of the evaluation split."""
-        with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+    def _where(self, inputs: Mapping[str, Any]) -> str:
+        rows = inputs["source_rows"].tolist()
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        return f"step {self.state.global_step + 1}, source rows {', '.join(map(str, rows[:8]))}{more}"
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The student on a split of the cache: the loss that is minimised, the task's metrics, agreement with the teacher and the divergence from it.
+
+        Trainer's own loop gathers logits; here each position leaves four numbers, and ranks may hold unequal numbers of them. The task's own `loss` (the
+        negative log-likelihood) is called `nll`.
+        """
+        plain: Any = self.model
+        model: Any = self._wrap_model(plain, training=False)
+        if len(self.accelerator._models) == 0 and model is plain:  # not trained before: not prepared yet
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        parts: list[dict[str, np.ndarray]] = []
+        for batch in dataloader:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                _, found = self.compute_loss(model, self._prepare_inputs(batch), return_outputs=True)
+            parts.append(_scores(batch, found))
+        gathered = gather_object(parts) if self.args.world_size > 1 else parts
+        merged = {name: np.concatenate([part[name] for part in gathered]) for name in gathered[0]}
+        metrics = self._metrics(merged)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        rows: Any = dataloader.dataset
+        return EvalLoopOutput(np.zeros(0), None, named, len(rows))
+
+    def _metrics(self, found: Mapping[str, np.ndarray]) -> dict[str, float]:
+        known = found["weights"] > 0
+        predictions = Predictions(
+            labels=found["labels"][known],
+            predicted=found["predicted"][known],
+            confidence=found["confidence"][known],
+            nll=found["nll"][known],
+            teacher_predicted=found["teacher_predicted"][known],
+            rows=np.zeros(int(known.sum()), dtype=np.int64),
+            row_kl=np.zeros(1),
+            row_text_bytes=found["text_bytes"].sum(keepdims=True),
+        )
+        sums = {name: float(found[name].sum()) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
+        hard = self.loss.hard_weight * sums["hard_sum"] / sums["num_hard"] if sums["num_hard"] else 0.0
+        soft = self.loss.soft_weight * sums["soft_sum"] / sums["num_soft"] if sums["num_soft"] else 0.0
+        metrics = {"loss": hard + soft}
+        if (predictions.labels != NO_LABEL).any():
+            measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
+            metrics.update({("nll" if name == "loss" else name): value for name, value in measured.items()})
+        metrics["agreement"] = agreement(predictions.predicted, predictions.teacher_predicted)
+        metrics["divergence"] = float(found["divergence"][known].mean())
+        return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate, from the part of the batch that the model sees."""
@@ -200,20 +281,35 @@ class DistillationTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------------- log
 
-    def _remember(self, terms: LossTerms) -> None:
-        self._terms.append([float(x) for x in (terms.hard_sum, terms.num_hard, terms.soft_sum, terms.num_soft)])
-
     def drain_losses(self) -> dict[str, float]:
         """Means of the terms since they were last logged, on this rank; a term without a position or a weight is left out."""
-        if not self._terms:
-            return {}
-        hard, num_hard, soft, num_soft = np.asarray(self._terms).sum(0)
-        self._terms.clear()
-        losses = {"hard_loss": float(hard / num_hard)} if num_hard and self.loss.hard_weight else {}
-        return {**losses, "soft_loss": float(soft / num_soft)} if num_soft and self.loss.soft_weight else losses
+        hard, num_hard, soft, num_soft = self._totals
+        self._totals = np.zeros(4)
+        losses = {}
+        if num_hard and (self.loss.hard_weight or self.loss.hard_weight_end):
+            losses["hard_loss"] = float(hard / num_hard)
+        if num_soft and (self.loss.soft_weight or self.loss.soft_weight_end):
+            losses["soft_loss"] = float(soft / num_soft)
+        return losses
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Each term by itself, nats at the scale of cross-entropy, beside Trainer's own logs."""
         if "loss" in logs:
             logs.update(self.drain_losses())
+            if self.loss.schedule != "constant":
+                progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
+                logs["hard_weight"], logs["soft_weight"] = weights_at(self.loss, progress)
         super().log(logs, *args, **kwargs)
+
+
+def _scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """What one batch of an evaluation leaves, on the CPU."""
+    names = ("predicted", "confidence", "nll", "divergence")
+    scores = {name: found[name].double().cpu().numpy() for name in names}
+    sums = {name: np.asarray([float(found[name])]) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
+    return {
+        **scores,
+        **sums,
+        "predicted": found["predicted"].cpu().numpy(),
+        **{name: batch[name].numpy() for name in ("labels", "weights", "teacher_predicted", "text_bytes")},
+    }

@@ -21,7 +21,6 @@ from pipeline.errors import CacheError, ContractError, EncodingError, MisuseErro
 from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Sampled, TopK
 from pipeline.training.collate import Collator, TrainingRows
-from pipeline.training.order import BatchOrder
 from pipeline.training.run import run
 from tests.conftest import tiny_model
 from tests.support.rows import build_cache
@@ -242,33 +241,6 @@ def rows(tmp_path, lm_tokenizer):
     return build_cache(tmp_path / "rows", lm_tokenizer, encoding=TopK(2), per_shard=37, shards=3).dataset("train")
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_global_order_is_the_same_for_any_number_of_ranks(rows, world_size):
-    alone = BatchOrder(rows, 8, seed=3)
-    alone.set_epoch(2)
-    expected = [i for batch in alone for i in batch]
-    assert sorted(expected) == list(range(len(rows)))
-    ranks = []
-    for rank in range(world_size):
-        order = BatchOrder(rows, 8 // world_size, seed=3, rank=rank, world_size=world_size)
-        order.set_epoch(2)
-        ranks.append(list(order))
-        assert len(ranks[-1]) == len(order)
-    assert len({len(batches) for batches in ranks}) == 1
-    found = [i for step in zip(*ranks, strict=True) for batch in step for i in batch if i >= 0]
-    assert found == expected
-
-
-def test_the_order_depends_on_seed_and_epoch(rows):
-    orders = set()
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        order = BatchOrder(rows, 8, seed=seed)
-        order.set_epoch(epoch)
-        orders.add(tuple(order.rows().tolist()))
-        assert order.rows().tolist() == order.rows().tolist()
-    assert len(orders) == 3
-
-
 def test_a_filler_row_weighs_nothing(rows):
     from pipeline.tasks import get_task
 
@@ -308,7 +280,6 @@ def test_students_that_do_not_fit_are_refused(tmp_path, cache, lm_cache, bert_to
         ({"split": "dev"}, CacheError, "no split 'dev'"),
         ({"student": "./nothing/here"}, ModelError, "no such directory"),
         ({"training": {"weight_decai": 0.1}}, softlabel.PipelineError, "did you mean 'weight_decay'"),
-        ({"training": {"torch_compile": True}}, softlabel.PipelineError, "torch_compile"),
         ({"lora_r": 2, "lora_target": ("nothing",)}, ModelError, "--lora-target"),
         ({"learning_rate": 1e30, "training": {"max_grad_norm": 0}}, TrainingError, "step .*expected a finite loss"),
     ],
@@ -394,7 +365,9 @@ def test_evaluation_during_training_is_trainers(tmp_path, cache, teacher):
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
     }
-    run(config(cache, student, tmp_path / "o", max_steps=6, training=training))
+    with pytest.raises(MisuseError, match=r"no split `validation`.*--eval-split"):
+        run(config(cache, student, tmp_path / "o", training=training))
+    run(config(cache, student, tmp_path / "o", max_steps=6, eval_split="test", training=training))
     state = json.loads((tmp_path / "o" / "checkpoint-6" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4, 6]
     assert state["best_metric"] == min(entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)

@@ -1,0 +1,162 @@
+"""How far a student's distribution is from the teacher's, position by position: dense in the student, ragged in the teacher.
+
+A distribution is compared over *buckets*: the kept classes, and one for all others where the teacher's mass outside the top is known (ghost). Over
+buckets q of the teacher and p of the student, both at temperature T:
+
+| kind | D(q, p) | factor | source |
+|---|---|---|---|
+| forward-kl | sum q log(q / p) | T^2 | Hinton, Vinyals and Dean, 2015 |
+| reverse-kl | sum p log(p / q) | T^2 | Gu et al. (MiniLLM), 2024 |
+| jensen-shannon | b KL(q, m) + (1 - b) KL(p, m), m = b q + (1 - b) p | T^2 | Agarwal et al. (GKD), 2024 |
+| skewed-kl | KL(q, a q + (1 - a) p) | T^2 | Ko et al. (DistiLLM), 2024 |
+| total-variation | 1/2 sum abs(q - p) | T | Wen et al., 2023 |
+| logit-mse | mean over V of the squared difference of mean-centred logits | 1 | Ba and Caruana, 2014; Kim et al., 2021 |
+
+The factor undoes by how much softening shrinks the gradient, so that the term keeps its proportion to the cross-entropy when T changes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import EncodingError, MisuseError
+from pipeline.records import Divergence, Encoding, Full, Loss, Sampled, Target
+
+#: The power of T that a term is scaled by.
+_POWER: dict[Divergence, int] = {
+    "forward-kl": 2,
+    "reverse-kl": 2,
+    "jensen-shannon": 2,
+    "skewed-kl": 2,
+    "total-variation": 1,
+    "logit-mse": 0,
+}
+
+#: The teacher's share in the mixture, where the user does not say.
+_MIXTURE: dict[Divergence, float] = {"jensen-shannon": 0.5, "skewed-kl": 0.1}
+
+
+def check_divergence(encoding: Encoding, loss: Loss) -> None:
+    """Refuse a divergence that an encoding cannot serve.
+
+    Raises:
+        EncodingError: not linear in q for `sampled`, logits for what holds none; names the encodings that serve it.
+        MisuseError: a tail policy that leaves the divergence undefined.
+    """
+    kind = loss.divergence
+    if isinstance(encoding, Sampled) and kind != "forward-kl":
+        raise EncodingError(
+            f"--divergence {kind}: is not linear in the teacher's probabilities, so that an unbiased sample of them (encoding sampled) gives a biased value; "
+            "use forward-kl, or cache again with --encoding top-k or full"
+        )
+    if kind == "logit-mse" and not isinstance(encoding, Full):
+        raise EncodingError(
+            f"--divergence logit-mse: needs the logit of every class, which encoding {encoding.kind} does not keep; cache again with --encoding full, "
+            "or use forward-kl with a high --temperature, whose limit it is"
+        )
+    if kind != "forward-kl" and loss.tail != "ghost":
+        raise MisuseError(
+            f"--tail-policy {loss.tail}: goes with --divergence forward-kl; {kind} compares whole distributions, use ghost"
+        )
+
+
+def scale_of(kind: Divergence, temperature: float) -> float:
+    """The factor of T that a divergence is multiplied by."""
+    return float(temperature ** _POWER[kind])
+
+
+def divergence(
+    logits: Tensor, target: Target, *, kind: Divergence = "forward-kl", temperature: float, mixture: float | None = None
+) -> Tensor:
+    """D(teacher, student) of each position.
+
+    Args:
+        logits: (N, V) float.
+        target: the teacher at `temperature`, over the same V classes.
+        mixture: the teacher's share b or a; default 0.5 for jensen-shannon, 0.1 for skewed-kl.
+
+    Returns:
+        (N,) nats (total variation: a probability; logit-mse: squared nats), not scaled by a power of T.
+
+    The student's normaliser is the log-sum-exp over all V, and its mass outside the kept classes a log-sum-exp over what is outside: log(1 - sum) in
+    float32 gives infinite losses where the student is nearly sure.
+    """
+    if kind == "forward-kl":
+        return forward_kl(logits, target, temperature=temperature)
+    if kind == "logit-mse":
+        return _logit_mse(logits, target, temperature)
+    log_p, log_outside = _log_buckets(logits / temperature, target)
+    owner = owners(target)
+    share = _MIXTURE.get(kind, 0.5) if mixture is None else mixture
+    terms = _pointwise(kind, target.weights.to(log_p.dtype), log_p, share)
+    total = torch.zeros(len(target), dtype=log_p.dtype, device=log_p.device).index_add(0, owner, terms)
+    if target.log_residual is None or log_outside is None:
+        return total
+    some, log_out = log_outside
+    rest = target.log_residual.to(log_p.dtype).exp()[some]
+    return total.index_add(0, some, _pointwise(kind, rest, log_out, share))
+
+
+def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
+    """KL(target || softmax(logits / T)) of each position, (N,) nats, not scaled by T^2. See `divergence`."""
+    log_p, log_outside = _log_buckets(logits / temperature, target)
+    weights = target.weights.to(log_p.dtype)
+    total = target.negative_entropy.to(log_p.dtype).index_add(0, owners(target), -weights * log_p)
+    if target.log_residual is None or log_outside is None:
+        return total
+    some, log_out = log_outside
+    rest = target.log_residual.to(log_p.dtype).exp()[some]
+    return total.index_add(0, some, -rest * log_out)
+
+
+def owners(target: Target) -> Tensor:
+    """(sum K,) the position of each kept class."""
+    count = torch.arange(len(target), device=target.offsets.device)
+    return torch.repeat_interleave(count, target.offsets.diff(), output_size=target.ids.numel())
+
+
+def _log_buckets(scaled: Tensor, target: Target) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The student's log-mass in each bucket: (sum K,) of the kept, and for the positions that have any other: (M,) which, (M,) log-mass."""
+    owner = owners(target)
+    normaliser = torch.logsumexp(scaled, -1)  # (N,)
+    kept = scaled[owner, target.ids] - normaliser[owner]
+    if target.log_residual is None:
+        return kept, None
+    counts = target.offsets.diff()
+    # Where the teacher has no mass outside, or nothing is outside, a log-sum-exp over nothing would have no gradient.
+    some = ((counts < scaled.shape[1]) & (target.log_residual > -torch.inf)).nonzero().squeeze(-1)
+    mask = torch.zeros(scaled.shape, dtype=torch.bool, device=scaled.device)
+    mask[owner, target.ids] = True
+    outside = scaled.masked_fill(mask, -torch.inf)[some]
+    return kept, (some, torch.logsumexp(outside, -1) - normaliser[some])
+
+
+def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float) -> Tensor:
+    """What one bucket adds. A teacher's probability below the smallest float counts as that, so that a ratio to it stays finite."""
+    log_q = q.clamp_min(torch.finfo(torch.float32).tiny).log()
+    p = log_p.exp()
+    if kind == "reverse-kl":
+        return p * (log_p - log_q)
+    if kind == "total-variation":
+        return (q - p).abs() / 2
+    log_mixed = torch.logaddexp(log_q + math.log(share), log_p + math.log1p(-share))
+    to_mixture = q * (log_q - log_mixed)
+    if kind == "skewed-kl":
+        return to_mixture
+    return share * to_mixture + (1 - share) * p * (log_p - log_mixed)
+
+
+def _logit_mse(logits: Tensor, target: Target, temperature: float) -> Tensor:
+    """`full` only. A class that the teacher gives no probability at all has no logit to match, and is left out of the mean."""
+    teacher = temperature * target.weights.to(logits.dtype).reshape(logits.shape).log()  # the logits up to a constant
+    finite = teacher.isfinite()
+    count = finite.sum(-1).clamp_min(1)
+
+    def centred(values: Tensor) -> Tensor:
+        some = values.where(finite, 0.0)
+        return (some - (some.sum(-1) / count)[:, None]).where(finite, 0.0)
+
+    return (centred(logits) - centred(teacher)).square().sum(-1) / count

@@ -1,0 +1,188 @@
+"""The loss inside the student's `forward`, on the innermost instance, before anything wraps it.
+
+There DDP, FSDP, autocast, PEFT and `torch.compile` see an ordinary forward pass that returns a loss: calling the base model around a wrapper
+let two ranks drift apart by 0.04 in three steps without an error, and ran float32 under bf16. Without `distillation=` the model's own forward runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.records import Loss
+from pipeline.tasks import Task
+from pipeline.training.collate import target_from_tensors
+from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
+from pipeline.training.losses import distillation_loss
+
+logger = logging.getLogger(__name__)
+
+#: How far the fused logits may be from the model's own, relative to the largest: rounding of the precision.
+_SMALL, _LARGE = 2.0**-10, 1e4  # where scale * tanh is a straight line, and where it is flat
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+#: What of a batch `distillation=` takes; beside it `counts` and `loss_weights`.
+GIVEN = ("supervised", "labels", "weights", "soft_weights", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    task: Task
+    num_classes: int
+    loss: Loss
+    temperature: float
+    transform: tuple[float, float] | None
+    """Scale and cap after the output matrix; None: the dense path."""
+
+
+def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, temperature: float) -> bool:
+    """Replace `forward` of the innermost model by one that also takes `distillation=` and then returns losses.
+
+    Args:
+        model: a student of the task, PEFT adapters around it or not, not yet wrapped by anything else.
+
+    Returns:
+        Whether the fused path is taken. It is for language models whose output embedding is a plain linear layer over the base model's hidden
+        states, and whose logits are those of the model's own code in a trial on four tokens.
+    """
+    inner = innermost(model)
+    original = inner.forward
+    transform, reason = (None, "") if not task.classes_are_tokens else _read_transform(inner)
+    if task.classes_are_tokens and transform is None:
+        logger.warning(
+            "%s: %s; the loss is taken over dense logits, (positions, %d) at once",
+            type(inner).__name__,
+            reason,
+            num_classes,
+        )
+    settings = _Settings(task, num_classes, loss, temperature, transform)
+
+    @functools.wraps(type(inner).forward)
+    def forward(self: Any, *args: Any, distillation: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
+        if distillation is None:
+            return original(*args, **inputs)
+        given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in its own defaults
+        if settings.transform is None:
+            logits = task.gather_logits(_Plain(self, original), given, distillation.get("supervised"))
+            return _dense(logits, distillation, settings, scores=not self.training)
+        hidden = self.base_model(**given, use_cache=False).last_hidden_state
+        rows = hidden[distillation["supervised"].to(hidden.device)]  # (B, T, H) -> (N, H)
+        head = self.get_output_embeddings()
+        return _fused(
+            rows, Head(head.weight, head.bias, *settings.transform), distillation, settings, scores=not self.training
+        )
+
+    inner.forward = types.MethodType(forward, inner)
+    return transform is not None
+
+
+def innermost(model: Any) -> Any:
+    """The `transformers` model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class _Plain(nn.Module):
+    """A model's own forward as a task calls it. It holds the model without owning its parameters."""
+
+    def __init__(self, model: Any, forward: Any) -> None:
+        super().__init__()
+        self.get_output_embeddings = model.get_output_embeddings
+        self.forward = forward
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _fused(
+    hidden: Tensor, head: Head, given: Mapping[str, Any], settings: _Settings, *, scores: bool
+) -> dict[str, Tensor]:
+    target = target_from_tensors(given["target"], settings.num_classes)
+    terms = fused_loss(hidden, head, target, loss=settings.loss, temperature=settings.temperature, **_counts(given))
+    found = _as_dict(terms)
+    if scores:
+        more = fused_scores(
+            hidden, head, target, labels=given["labels"], loss=settings.loss, temperature=settings.temperature
+        )
+        found.update(_as_dict(more))
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _dense(logits: Tensor, given: Mapping[str, Any], settings: _Settings, *, scores: bool) -> dict[str, Tensor]:
+    target = target_from_tensors(given["target"], settings.num_classes)
+    terms = distillation_loss(logits, target, loss=settings.loss, temperature=settings.temperature, **_counts(given))
+    found = _as_dict(terms)
+    if scores:
+        cut = logits[:, : settings.num_classes].float()
+        more = scores_of(cut, target, given["labels"], loss=settings.loss, temperature=settings.temperature)
+        found.update(_as_dict(more))
+    return found
+
+
+def _counts(given: Mapping[str, Any]) -> dict[str, Any]:
+    counts, weights = given.get("counts"), given.get("loss_weights")
+    return {
+        "labels": given["labels"],
+        "weights": given["weights"],
+        "soft_weights": given["soft_weights"],
+        "loss_weights": None if weights is None else (float(weights[0]), float(weights[1])),
+        "num_hard": None if counts is None else counts[0],
+        "num_soft": None if counts is None else counts[1],
+    }
+
+
+def _as_dict(record: Any) -> dict[str, Tensor]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+@torch.no_grad()
+def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
+    """What the model's own code does to the output of its output matrix, found by putting numbers through it.
+
+    Returns:
+        (scale, cap) and no reason; or None and the reason why the logits cannot be made from hidden states and matrix alone.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None, f"the output embedding is a {type(head).__name__}, not a plain linear layer"
+    if head.weight.is_meta:
+        return None, "the output embedding is not in memory"
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(4, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        plain = model(**inputs, use_cache=False).logits  # (1, 4, V')
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        scale = _after_head(model, head, inputs, _SMALL) / _SMALL
+        limit = _after_head(model, head, inputs, _LARGE)
+        cap = math.inf if math.isclose(limit, scale * _LARGE, rel_tol=1e-2) else abs(limit)
+        scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-3) else scale
+        found = Head(head.weight, head.bias, scale, cap).logits(hidden)
+        worst = float((found - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
+    finally:
+        model.train(training)
+    tolerance = _TOLERANCE.get(plain.dtype, 3e-2)
+    if not worst <= tolerance:
+        return (
+            None,
+            f"its logits are not its output matrix times its hidden states (they differ by {worst:.2g} of the largest)",
+        )
+    return (scale, cap), ""
+
+
+def _after_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor], value: float) -> float:
+    """What becomes of one number that the output matrix gives."""
+    hook = head.register_forward_hook(lambda _module, _args, output: torch.full_like(output, value))
+    try:
+        return float(model(**inputs, use_cache=False).logits.flatten()[0])
+    finally:
+        hook.remove()

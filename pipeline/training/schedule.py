@@ -1,0 +1,31 @@
+"""The weights of the two losses over a training run."""
+
+from __future__ import annotations
+
+import math
+
+from pipeline.records import Loss, Schedule
+
+#: Of a warmup-stable-decay run: the share in which a weight rises from 0, and the share in which it falls to its end.
+_WARMUP, _DECAY = 0.1, 0.2
+
+
+def weights_at(loss: Loss, progress: float) -> tuple[float, float]:
+    """(hard, soft) weight after this share of the optimizer steps, in [0, 1]."""
+    return (
+        _value(loss.schedule, loss.hard_weight, loss.hard_weight_end, progress),
+        _value(loss.schedule, loss.soft_weight, loss.soft_weight_end, progress),
+    )
+
+
+def _value(schedule: Schedule, start: float, end: float | None, progress: float) -> float:
+    """One weight. A constant weight is the schedule whose end is its start."""
+    if schedule == "constant":
+        return start
+    if schedule == "warmup-stable-decay":
+        if progress < _WARMUP:
+            return start * progress / _WARMUP
+        share = max(0.0, (progress - (1 - _DECAY)) / _DECAY)
+        return start + ((end or 0.0) - start) * share
+    share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + ((start if end is None else end) - start) * share

@@ -1,0 +1,215 @@
+"""The fused loss against dense PyTorch in float64: value and gradients of hidden states, matrix and bias, at awkward sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.errors import TrainingError
+from pipeline.records import Full, Loss, Sampled, Target, TopK
+from pipeline.softlabels import encode, target
+from pipeline.training import distillation_loss
+from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
+
+ENCODINGS = {"full": Full(), "top-k": TopK(5, (1.0, 2.0)), "sampled": Sampled(6.0)}
+
+
+def wide(goal: Target) -> Target:
+    """In float64, so that what is compared is the loss and not the rounding of its target."""
+    parts = {name: getattr(goal, name) for name in ("offsets", "ids")}
+    rest = None if goal.log_residual is None else goal.log_residual.double()
+    return Target(
+        goal.num_classes,
+        log_residual=rest,
+        weights=goal.weights.double(),
+        negative_entropy=goal.negative_entropy.double(),
+        **parts,
+    )
+
+
+def make(
+    count: int, classes: int, encoding, temperature: float, *, padded: int = 0, bias: bool = False, spread: float = 1.0
+):
+    generator = torch.Generator().manual_seed(count + classes)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    goal = wide(target(encode(draw(count, classes) * 2, encoding, generator=generator), temperature))
+    hidden, weight = draw(count, 7).requires_grad_(), (draw(classes + padded, 7) * spread).requires_grad_()
+    offset = draw(classes + padded).requires_grad_() if bias else None
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    labels[::3] = -100
+    weights = torch.ones(count, dtype=torch.float64)
+    if count > 4:
+        weights[-1] = 0.0
+    return hidden, weight, offset, goal, labels, weights
+
+
+def assert_equal_to_dense(
+    hidden, weight, offset, goal, labels, weights, loss, temperature, *, scale=1.0, cap=math.inf, **counts
+):
+    head = Head(weight, offset, scale, cap)
+    leaves = [leaf for leaf in (hidden, weight, offset) if leaf is not None]
+    soft_weights = weights * torch.linspace(0.5, 1.5, len(weights), dtype=torch.float64)
+    shared = {
+        "labels": labels,
+        "loss": loss,
+        "temperature": temperature,
+        "weights": weights,
+        "soft_weights": soft_weights,
+        **counts,
+    }
+    dense = distillation_loss(head.logits(hidden), goal, **shared)
+    expected = torch.autograd.grad(dense.total, leaves, allow_unused=True)
+    for chunk in (1, 4, 1000):
+        fused = fused_loss(hidden, head, goal, chunk_positions=chunk, **shared)
+        for name in ("total", "num_hard", "num_soft"):
+            torch.testing.assert_close(
+                getattr(fused, name), getattr(dense, name), rtol=1e-9, atol=1e-10, check_dtype=False
+            )
+        found = torch.autograd.grad(fused.total, leaves)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("count", [1, 13])
+@pytest.mark.parametrize("classes", [2, 41, 401, 1271])
+@pytest.mark.parametrize("kind", list(ENCODINGS))
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (0.0, 1.0), (1.0, 0.0)])
+def test_value_and_gradients_are_the_dense_ones(count, classes, kind, weights):
+    assert_equal_to_dense(*make(count, classes, ENCODINGS[kind], 1.0, bias=True), Loss(*weights), 1.0)
+
+
+@pytest.mark.parametrize("kind", ["full", "top-k"])
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "total-variation"])
+def test_every_divergence_at_another_temperature(kind, divergence):
+    assert_equal_to_dense(*make(9, 41, ENCODINGS[kind], 2.0), Loss(0.4, 0.6, divergence=divergence), 2.0)
+
+
+@pytest.mark.parametrize("kind", list(ENCODINGS))
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, math.inf), (1.0, 3.0), (2.0, 5.0)])
+def test_scales_and_soft_caps(kind, scale, cap):
+    assert_equal_to_dense(*make(9, 41, ENCODINGS[kind], 1.0), Loss(0.4, 0.6), 1.0, scale=scale, cap=cap)
+
+
+def test_padded_rows_of_the_matrix_get_no_gradient():
+    hidden, weight, offset, goal, labels, weights = make(9, 41, ENCODINGS["sampled"], 1.0, padded=7, bias=True)
+    assert_equal_to_dense(hidden, weight, offset, goal, labels, weights, Loss(0.4, 0.6), 1.0)
+
+
+def test_counts_of_a_larger_batch():
+    assert_equal_to_dense(
+        *make(9, 41, ENCODINGS["top-k"], 2.0),
+        Loss(0.4, 0.6),
+        2.0,
+        num_hard=torch.tensor(20.0),
+        num_soft=torch.tensor(30.0),
+    )
+
+
+def test_a_student_that_is_nearly_sure_has_finite_gradients():
+    """Its mass outside the kept classes is below the smallest float; the loss is large, and finite."""
+    goal = target(encode(torch.zeros(2, 41), TopK(5, (1.0,))), 1.0)
+    hidden = torch.full((2, 3), 50.0, requires_grad=True)
+    weight = torch.zeros(41, 3)
+    weight[int(goal.ids[0])] = 3.0
+    weight.requires_grad_()
+    labels = torch.tensor([7, -100])
+    terms = fused_loss(
+        hidden,
+        Head(weight),
+        goal,
+        labels=labels,
+        loss=Loss(),
+        temperature=1.0,
+        weights=torch.ones(2),
+        soft_weights=torch.ones(2),
+    )
+    terms.total.backward()
+    assert float(terms.soft_sum) > 100
+    assert torch.isfinite(terms.total)
+    assert torch.isfinite(hidden.grad).all()
+    assert torch.isfinite(weight.grad).all()
+    assert float(weight.grad.abs().max()) > 0
+
+
+def test_everything_masked_is_a_loss_of_zero_with_a_gradient_of_zero():
+    hidden, weight, _, goal, labels, weights = make(5, 41, ENCODINGS["sampled"], 1.0)
+    nothing = torch.zeros_like(weights)
+    terms = fused_loss(
+        hidden, Head(weight), goal, labels=labels, loss=Loss(), temperature=1.0, weights=nothing, soft_weights=nothing
+    )
+    assert float(terms.total.detach()) == 0.0
+    assert not any(bool(g.any()) for g in torch.autograd.grad(terms.total, [hidden, weight]))
+
+
+def test_no_position_at_all():
+    hidden, weight, _, _, _, _ = make(5, 41, ENCODINGS["sampled"], 1.0)
+    empty = encode(torch.zeros(0, 41), ENCODINGS["sampled"])
+    none = torch.zeros(0)
+    terms = fused_loss(
+        hidden[:0],
+        Head(weight),
+        target(empty, 1.0),
+        labels=none.long(),
+        loss=Loss(),
+        temperature=1.0,
+        weights=none,
+        soft_weights=none,
+    )
+    assert float(terms.total.detach()) == 0.0
+    assert not bool(torch.autograd.grad(terms.total, weight)[0].any())
+
+
+def test_a_frozen_matrix_gets_no_gradient_and_costs_none():
+    hidden, weight, _, goal, labels, weights = make(9, 41, ENCODINGS["sampled"], 1.0)
+    frozen = weight.detach()
+    shared = {"labels": labels, "loss": Loss(), "temperature": 1.0, "weights": weights, "soft_weights": weights}
+    found = torch.autograd.grad(fused_loss(hidden, Head(frozen), goal, **shared).total, hidden)[0]
+    expected = torch.autograd.grad(fused_loss(hidden, Head(weight), goal, **shared).total, hidden)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_label_that_is_no_class_is_refused():
+    hidden, weight, _, goal, labels, weights = make(5, 41, ENCODINGS["sampled"], 1.0)
+    labels[1] = 41
+    with pytest.raises(TrainingError, match="expected 0 to 40"):
+        fused_loss(
+            hidden,
+            Head(weight),
+            goal,
+            labels=labels,
+            loss=Loss(),
+            temperature=1.0,
+            weights=weights,
+            soft_weights=weights,
+        )
+
+
+def test_under_autocast_the_matrix_products_are_bfloat16_and_the_loss_float32():
+    hidden, weight, _, goal, labels, weights = make(9, 401, ENCODINGS["sampled"], 1.0)
+    narrow = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    shared = {"labels": labels, "loss": Loss(), "temperature": 1.0, "weights": weights, "soft_weights": weights}
+    exact = fused_loss(hidden, Head(weight), goal, **shared).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fused_loss(narrow[0], Head(narrow[1]), goal, **shared).total
+    found.backward()
+    assert found.dtype == torch.float32
+    assert narrow[1].grad.dtype == torch.float32
+    assert 0 < abs(float(found.detach()) - float(exact.detach())) < 0.05  # not float32 all the way, and near
+    torch.testing.assert_close(narrow[1].grad.double(), torch.autograd.grad(exact, weight)[0], rtol=0.1, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", list(ENCODINGS))
+def test_scores_are_those_of_the_logits(kind):
+    hidden, weight, offset, goal, labels, _ = make(13, 41, ENCODINGS[kind], 1.0, bias=True)
+    head = Head(weight, offset)
+    found = fused_scores(hidden, head, goal, labels=labels, loss=Loss(), temperature=1.0)
+    expected = scores_of(head.logits(hidden), goal, labels, loss=Loss(), temperature=1.0)
+    for name in ("predicted", "confidence", "nll", "divergence"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), equal_nan=True, check_dtype=False, rtol=1e-5, atol=1e-5
+        )
