@@ -280,6 +280,12 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
     found = task.num_classes(student.model, student.tokenizer)
     if found < contract.num_classes or (not task.classes_are_tokens and found != contract.num_classes):
         raise ContractError(f"{student.name}: expected {contract.num_classes} classes, as the cache has, found {found}")
+    embedding: Any = student.model.get_input_embeddings()
+    if task.classes_are_tokens and embedding.num_embeddings < contract.num_classes:
+        raise ContractError(
+            f"{student.name}: has an input embedding of {embedding.num_embeddings} tokens, expected at least {contract.num_classes}, as its output and the cache have; "
+            "resize_token_embeddings makes both of one size"
+        )
     check_isolation(student.model, contract.tokenization)
     longest = longest_input(student.model, student.tokenizer)
     if same_tokenizer and longest < contract.tokenization.max_length:

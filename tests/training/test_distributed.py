@@ -18,17 +18,50 @@ import hashlib, json, os, sys, torch
 torch.set_num_threads(1)
 import pipeline as softlabel
 from pipeline.models.arguments import training_arguments
-from transformers import AutoModelForSequenceClassification
-cache, student, output, batch = sys.argv[1:]
-args = training_arguments(output, {"logging_steps": 1}, max_steps=12, per_device_train_batch_size=int(batch), learning_rate=1e-3, save_strategy="no", use_cpu=True)
-model = AutoModelForSequenceClassification.from_pretrained(student)
-trainer = softlabel.DistillationTrainer(model, args, cache=softlabel.Cache.open(cache), loss=softlabel.Loss(0.5, 0.5, temperature=2.0))
+from pipeline.tasks import get_task
+cache, student, output, batch, extra = sys.argv[1:]
+cache = softlabel.Cache.open(cache)
+settings = {"max_steps": 12, "per_device_train_batch_size": int(batch), "learning_rate": 1e-3, "save_strategy": "no", "use_cpu": True}
+args = training_arguments(output, {"logging_steps": 1, **settings, **json.loads(extra)})
+model = get_task(cache.manifest.contract.task).auto_class.from_pretrained(student)
+trainer = softlabel.DistillationTrainer(model, args, cache=cache, loss=softlabel.Loss(0.5, 0.5))
+digests = []
+class Watch(__import__("transformers").TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        digests.append(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest())
+trainer.add_callback(Watch())
 trainer.train()
-digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+found = {"world_size": args.world_size, "digests": digests, "losses": losses, "metrics": trainer.evaluate()}
 with open(f"{output}-{args.process_index}.json", "w") as file:
-    json.dump({"world_size": args.world_size, "digest": digest, "losses": losses}, file)
+    json.dump(found, file)
 """
+
+
+def train(tmp_path: Path, cache: Path, ranks: int, batch: int, **extra) -> list[dict]:
+    """What each rank says of its run."""
+    output = tmp_path / f"out-{ranks}-{len(extra)}"
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    arguments = [str(cache), str(tmp_path / "student"), str(output), str(batch), json.dumps(extra)]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(Path(f"{output}-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def assert_alike(found: list[dict], expected: dict) -> None:
+    assert [rank["world_size"] for rank in found] == [len(found)] * len(found)
+    assert all(rank["digests"] == found[0]["digests"] for rank in found)  # equal to the last bit after every step
+    assert len(found[0]["digests"]) == 12
+    assert found[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for name in ("eval_loss", "eval_accuracy", "eval_agreement", "eval_divergence"):
+        assert found[0]["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -36,6 +69,7 @@ def test_two_ranks_train_as_one(tmp_path, bert_tokenizer, topics):
     """Global batches of 8 over 90 rows, every fifth without a label: the ranks hold unequal counts, and the last step a filler."""
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
     model.config.id2label = {0: "business", 1: "sport", 2: "film"}
+    topics["validation"] = topics["test"]
     cache = softlabel.cache_logits(
         model, topics, tmp_path / "cache", task="sequence-classification", tokenizer=bert_tokenizer
     )
@@ -43,28 +77,19 @@ def test_two_ranks_train_as_one(tmp_path, bert_tokenizer, topics):
         "bert", len(bert_tokenizer), num_labels=3, seed=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     student.save_pretrained(tmp_path / "student")
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+    assert_alike(train(tmp_path, cache.root, 2, 4), train(tmp_path, cache.root, 1, 8)[0])
 
-    def train(ranks: int, batch: int) -> list[dict]:
-        output = tmp_path / f"out{ranks}"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-        command = [
-            sys.executable,
-            *launcher,
-            str(script),
-            str(cache.root),
-            str(tmp_path / "student"),
-            str(output),
-            str(batch),
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads(Path(f"{output}-{rank}.json").read_text()) for rank in range(ranks)]
 
-    one = train(1, 8)[0]
-    two = train(2, 4)
-    assert [rank["world_size"] for rank in two] == [2, 2]
-    assert two[0]["digest"] == two[1]["digest"]
-    assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
+@pytest.mark.slow
+def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
+    """The fused loss; rows of 3 to 60 words, so that the ranks hold unequal numbers of positions."""
+    documents["validation"] = documents["test"]
+    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+    cache = softlabel.cache_logits(
+        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+    )
+    tiny_model("llama", len(lm_tokenizer), seed=1, spread=2.0, num_hidden_layers=1).save_pretrained(
+        tmp_path / "student"
+    )
+    alone = train(tmp_path, cache.root, 1, 4, gradient_accumulation_steps=2)[0]
+    assert_alike(train(tmp_path, cache.root, 2, 4), alone)

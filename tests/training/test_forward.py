@@ -25,7 +25,9 @@ KINDS = ["gpt2", "llama", "qwen3", "gemma2", "cohere", "opt", "gpt_neox", "mixtr
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, lm_tokenizer) -> Cache:
-    return build_cache(tmp_path_factory.mktemp("forward"), lm_tokenizer, encoding=Sampled(6.0), per_shard=12, shards=1)
+    return build_cache(
+        tmp_path_factory.mktemp("forward"), lm_tokenizer, encoding=Sampled(6.0), classes=320, per_shard=12, shards=1
+    )
 
 
 def batch_of(cache: Cache, count: int = 6, **settings):

@@ -1,0 +1,192 @@
+"""What Trainer's users expect: metrics from the cache, early stopping, schedules, clear ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pipeline as softlabel
+from pipeline.config import TrainStudentConfig
+from pipeline.errors import EncodingError, MisuseError, TrainingError
+from pipeline.models.arguments import training_arguments
+from pipeline.records import Full, Loss, Sampled, TopK
+from pipeline.tasks import get_task
+from pipeline.training.collate import Collator
+from pipeline.training.run import run
+from pipeline.training.schedule import weights_at
+from tests.conftest import tiny_model
+from tests.support.rows import token_row
+
+
+@pytest.fixture
+def cache(tmp_path, lm_tokenizer, documents, save_teacher):
+    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+    save_teacher(teacher, lm_tokenizer, "teacher")
+    documents["validation"] = documents["test"]
+    return softlabel.cache_logits(
+        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+    )
+
+
+def config(cache, tmp_path: Path, **settings) -> TrainStudentConfig:
+    student = tmp_path / "student"
+    if not student.exists():
+        softlabel.init_student(tmp_path / "teacher", student, layers=[0, 3])
+    settings = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "output": str(tmp_path / "out"), **settings}
+    return TrainStudentConfig(cache=str(cache.root), student=str(student), **settings)
+
+
+def history(output: Path) -> list[dict]:
+    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return json.loads((newest / "trainer_state.json").read_text())["log_history"]
+
+
+def test_metrics_during_training_are_those_of_an_evaluation(tmp_path, cache):
+    training = {"eval_strategy": "steps", "eval_steps": 6, "save_steps": 6, "per_device_eval_batch_size": 3}
+    run(config(cache, tmp_path, training=training))
+    found = next(entry for entry in history(tmp_path / "out") if "eval_loss" in entry)
+    report = softlabel.evaluate(cache, {"s": tmp_path / "out"}, split="validation").students[0]
+    assert found["eval_nll"] == pytest.approx(report.metrics["loss"], rel=1e-5)
+    assert found["eval_accuracy"] == pytest.approx(report.metrics["accuracy"])
+    assert found["eval_bits_per_byte"] == pytest.approx(report.metrics["bits_per_byte"], rel=1e-5)
+    assert found["eval_agreement"] == pytest.approx(report.agreement)
+    assert found["eval_divergence"] == pytest.approx(report.kl, rel=1e-4)
+    expected = 0.5 * found["eval_nll"] + 0.5 * found["eval_divergence"]
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_early_stopping_keeps_the_best(tmp_path, cache):
+    """A learning rate that ruins the student after a good first epoch: the run ends early, with the weights of its best evaluation."""
+    settings = {"max_steps": -1, "epochs": 12, "learning_rate": 0.05, "early_stopping": 2}
+    result = run(config(cache, tmp_path, training={"lr_scheduler_type": "constant"}, **settings))
+    entries = [entry for entry in history(tmp_path / "out") if "eval_loss" in entry]
+    losses = [entry["eval_loss"] for entry in entries]
+    assert len(losses) < 12
+    assert result.steps == entries[-1]["step"]
+    assert int(np.argmin(losses)) == len(losses) - 3
+    report = softlabel.evaluate(cache, {"s": tmp_path / "out"}, split="validation").students[0]
+    best = entries[int(np.argmin(losses))]
+    assert report.metrics["loss"] == pytest.approx(best["eval_nll"], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_and_keeps_the_checkpoint(tmp_path, cache):
+    run(config(cache, tmp_path, max_steps=4, training={"save_steps": 2}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    args = training_arguments(str(tmp_path / "nan"), {}, max_steps=2, per_device_train_batch_size=4)
+    with pytest.raises(
+        TrainingError, match=r"step 1, source rows \d+, \d+, \d+, \d+: expected a finite loss, found nan"
+    ):
+        softlabel.DistillationTrainer(model, args, cache=cache, loss=Loss()).train()
+    assert (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").is_file()
+
+
+def test_weights_follow_their_schedule_and_are_logged(tmp_path, cache):
+    settings = {"hard_weight": 1.0, "soft_weight": 0.0, "hard_weight_end": 0.0, "soft_weight_end": 1.0}
+    run(config(cache, tmp_path, weight_schedule="linear", training={"logging_steps": 1, "save_steps": 6}, **settings))
+    entries = [entry for entry in history(tmp_path / "out") if "soft_weight" in entry]
+    assert [entry["soft_weight"] for entry in entries] == pytest.approx([i / 6 for i in range(1, 7)])
+    for entry in entries:
+        mixed = entry["hard_weight"] * entry["hard_loss"] + entry["soft_weight"] * entry.get("soft_loss", 0.0)
+        assert entry["loss"] == pytest.approx(mixed, rel=1e-4)
+
+
+def test_schedules():
+    linear = Loss(1.0, 0.2, schedule="linear", hard_weight_end=0.0)
+    assert weights_at(linear, 0.25) == pytest.approx((0.75, 0.2))
+    cosine = Loss(0.0, 1.0, schedule="cosine", soft_weight_end=0.5)
+    assert [weights_at(cosine, t)[1] for t in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.75, 0.5])
+    stable = Loss(0.0, 1.0, schedule="warmup-stable-decay")
+    assert [weights_at(stable, t)[1] for t in (0.0, 0.05, 0.1, 0.5, 0.8, 0.9, 1.0)] == pytest.approx(
+        [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
+    )
+    assert weights_at(Loss(0.3, 0.7), 0.9) == (0.3, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "linear"}, "--weight-schedule linear needs"),
+        ({"soft_weight_end": 0.5}, "--weight-schedule"),
+        ({"hard_weight": 0.0, "soft_weight": 0.0}, "expected one of them above 0"),
+        ({"soft_weight": -1.0}, "--soft-weight: expected at least 0, found -1"),
+        ({"divergence": "skewed-kl", "mixture": 1.0}, "--mixture: expected between 0 and 1"),
+    ],
+)
+def test_bad_losses(settings, message):
+    with pytest.raises(MisuseError, match=message):
+        Loss(**settings)
+
+
+def test_rows_of_similar_length_with_a_token_budget(tmp_path, cache):
+    args = training_arguments(str(tmp_path / "o"), {}, per_device_train_batch_size=16, num_train_epochs=2)
+    model = tiny_model("llama", len(cache.tokenizer))
+    trainer = softlabel.DistillationTrainer(model, args, cache=cache, loss=Loss(), batch_tokens=96)
+    shapes = [tuple(batch["inputs"]["input_ids"].shape) for batch in trainer.get_train_dataloader()]
+    assert all(rows * length <= 96 for rows, length in shapes)
+    assert sum(rows for rows, _ in shapes) == len(cache.dataset("train"))
+    trainer.train()
+    assert trainer.state.global_step == 2 * len(shapes)
+
+
+@pytest.mark.parametrize("encoding", [Full(), TopK(4), Sampled(6.0)])
+def test_positions_count_by_the_teachers_certainty(lm_tokenizer, encoding):
+    row = token_row(0, encoding, 41)
+    row = dataclasses.replace(row, entropy=torch.linspace(0.0, 3.0, len(row.soft)))
+    task = get_task("causal-lm")
+    found = {
+        kind: Collator(task, lm_tokenizer, 1.0, position_weights=kind).collate([(row, True), (row, False)]).soft_weights
+        for kind in ("equal", "certainty", "uncertainty")
+    }
+    count = len(row.soft)
+    assert found["equal"].tolist() == [1.0] * count + [0.0] * count
+    entropy = row.entropy
+    if isinstance(encoding, Full):  # all is there to take it from
+        entropy = -(row.soft.top_logprobs.exp() * row.soft.top_logprobs).reshape(count, -1).sum(-1)
+    share = entropy / np.log(41)
+    torch.testing.assert_close(found["uncertainty"][:count], share, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found["certainty"][:count], 1 - share, rtol=1e-3, atol=1e-4)
+    assert not found["certainty"][count:].any()
+
+
+def test_position_weights_need_the_entropy_of_each_position(tmp_path, cache):
+    with pytest.raises(EncodingError, match=r"--position-weights certainty.*--store-entropy"):
+        run(config(cache, tmp_path, position_weights="certainty"))
+
+
+def test_tensorboard_gets_both_losses(tmp_path, cache):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training = {"report_to": "tensorboard", "logging_steps": 2}
+    run(config(cache, tmp_path, training=training))
+    events = EventAccumulator(str(next((tmp_path / "out").rglob("events*")).parent)).Reload()
+    assert {"train/hard_loss", "train/soft_loss"} <= set(events.Tags()["scalars"])
+
+
+def test_a_student_whose_embedding_is_smaller_than_the_vocabulary_is_refused(tmp_path, cache):
+    """Tied matrices that the checkpoint does not have in one size."""
+    model = AutoModelForCausalLM.from_pretrained(config(cache, tmp_path).student)
+    model.model.embed_tokens = torch.nn.Embedding(100, 32)
+    model.config.tie_word_embeddings = False
+    with pytest.raises(softlabel.PipelineError, match=r"input embedding of 100 tokens.*expected at least 320"):
+        softlabel.train_student(cache, model, tmp_path / "o")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # of the compiler
+def test_a_compiled_student_learns_what_a_plain_one_learns(tmp_path, cache):
+    plain = run(config(cache, tmp_path))
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    result = run(config(cache, tmp_path, output=str(tmp_path / "compiled"), training=compiled))
+    assert result.soft_loss == pytest.approx(plain.soft_loss, rel=1e-4)
+    assert result.hard_loss == pytest.approx(plain.hard_loss, rel=1e-4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "compiled")
