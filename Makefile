@@ -94,6 +94,10 @@ check: lint test ## all that must pass before a commit
 bench: $(STAMP) $(BBC) ## measure students against each other and the teacher
 	$(PY) -m benchmarks.students
 
+.PHONY: bench-training
+bench-training: $(STAMP) ## time and memory of a distillation step beside plain cross-entropy
+	$(PY) -m benchmarks.training
+
 .PHONY: clean
 clean: ## remove runs, build output and tool caches
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

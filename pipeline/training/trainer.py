@@ -191,7 +191,7 @@ class DistillationTrainer(Trainer):
         """One batch of the weighted mean. Ranks average their gradients, hence the factor of world_size.
 
         Raises:
-            TrainingError: the loss is not finite, or no position of the step counts; the last checkpoint stays as it is.
+            TrainingError: a label that is no class, a loss that is not finite, or no position that counts; the last checkpoint stays as it is.
         """
         progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
         weights = weights_at(self.loss, min(progress, 1.0))
@@ -204,7 +204,10 @@ class DistillationTrainer(Trainer):
                     f"{self._where(inputs)}: no position with a weight, hard or soft, so that there is nothing to learn from; "
                     "give a larger --batch-size, or a --soft-weight"
                 )
-        found = model(**inputs["inputs"], distillation=given)
+        try:
+            found = model(**inputs["inputs"], distillation=given)
+        except TrainingError as error:
+            raise TrainingError(f"{self._where(inputs)}: {error}") from None
         if not torch.isfinite(found["total"]):
             raise TrainingError(
                 f"{self._where(inputs)}: expected a finite loss, found {float(found['total'].detach())} (hard {float(found['hard_sum']):.4g}, "

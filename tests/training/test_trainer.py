@@ -88,6 +88,37 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_keeps_the_checkpoint(tmp_p
     assert (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").is_file()
 
 
+def trainer_of(cache, tmp_path: Path, **training):
+    args = training_arguments(
+        str(tmp_path / "o"), training, max_steps=2, per_device_train_batch_size=4, save_strategy="no"
+    )
+    return softlabel.DistillationTrainer(tiny_model("llama", len(cache.tokenizer)), args, cache=cache, loss=Loss())
+
+
+def test_a_label_that_is_no_class_names_the_rows(tmp_path, cache):
+    trainer = trainer_of(cache, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["labels"][3] = 320
+    with pytest.raises(TrainingError, match=r"step 1, source rows .*: hard label: expected 0 to 319 .*found 320"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_a_step_without_a_position_that_counts_is_refused(tmp_path, cache):
+    trainer = trainer_of(cache, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(TrainingError, match=r"source rows .*nothing to learn from"):
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.zeros(2))
+
+
+def test_trainers_bfloat16_reaches_the_layers(tmp_path, cache):
+    trainer = trainer_of(cache, tmp_path, bf16=True, use_cpu=True)
+    seen = []
+    trainer.model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
 def test_weights_follow_their_schedule_and_are_logged(tmp_path, cache):
     settings = {"hard_weight": 1.0, "soft_weight": 0.0, "hard_weight_end": 0.0, "soft_weight_end": 1.0}
     run(config(cache, tmp_path, weight_schedule="linear", training={"logging_steps": 1, "save_steps": 6}, **settings))
