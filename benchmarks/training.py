@@ -237,7 +237,7 @@ class Runs:
         found: dict[tuple[str, str, int, int], dict[str, list[float]]] = {
             way: {"seconds": [], "bytes": []} for way in ways
         }
-        for repeat in range(self.repeats):
+        for _repeat in range(self.repeats):
             for way in ways:
                 steps = 1 if way[0] == "online" else self.steps  # slow, and far from any limit
                 result = self._run("--measure", *map(str, way), str(steps))

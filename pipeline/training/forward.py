@@ -168,6 +168,8 @@ def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
         scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-3) else scale
         found = Head(head.weight, head.bias, scale, cap).logits(hidden)
         worst = float((found - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        return None, f"a trial of its base model failed ({' '.join(str(error).split())[:120]})"
     finally:
         model.train(training)
     tolerance = _TOLERANCE.get(plain.dtype, 3e-2)
