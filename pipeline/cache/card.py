@@ -35,6 +35,11 @@ rows = load_dataset("path/of/this/directory", split="{first_split}")
 One row is one example; list columns hold its supervised positions one after another.
 {columns}
 
+The kept classes and their weights at each position of a row, with NumPy alone:
+
+```python
+{code}```
+
 `manifest.json` holds the contract (teacher, tokenizer, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums;
 `softlabel verify --cache DIR` does, and so does `pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)`.
 
@@ -44,15 +49,40 @@ One row is one example; list columns hold its supervised positions one after ano
 """
 
 _ENCODING = {
-    "full": "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T.",
+    "full": (
+        "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T.",
+        """import numpy as np
+
+logits = np.asarray(row["logits"], dtype=np.float64).reshape(-1, {num_classes})
+q = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+positions = [(range({num_classes}), weights) for weights in q]
+""",
+    ),
     "top": (
         "`top_count[n]` classes are kept at position n; `top_ids` and `top_logprobs` (nats, of softmax(z)) hold them one position after another, by falling\n"
         "probability. `log_residuals` holds, for each position, the log of the mass outside them at temperature(s) {grid}. At such a T the exact distribution is\n"
-        "q_T(i) = (1 - exp(log_residual_T)) * softmax over the kept classes of (top_logprobs / T)."
+        "q_T(i) = (1 - exp(log_residual_T)) * softmax over the kept classes of (top_logprobs / T).",
+        """import numpy as np
+
+cuts = np.cumsum(row["top_count"])[:-1]
+kept = zip(np.split(row["top_ids"], cuts), np.split(row["top_logprobs"], cuts))
+positions = [(ids, np.exp(np.float64(logprobs))) for ids, logprobs in kept]  # at T = 1
+""",
     ),
     "sampled": (
-        "`top_count[n]` classes are kept exactly at position n: `top_ids`, `top_logprobs` (nats, of softmax(z / {temperature:g})). `tail_count[n]` more are an unbiased sample of the\n"
-        "rest: each of `tail_ids` has the weight 1/{size:g}. The expectation of these weights is the teacher's distribution; they sum to 1 +- 1/{size:g}."
+        "`top_count[n]` classes are kept for certain at position n: `top_ids`, by falling probability, and their weights `top_weights`, whole numbers of 1/{steps}. `tail_count[n]`\n"
+        "more are an unbiased sample of the rest, each of weight 1/{size:g}: `tail_gaps` holds the first of a position, then the distance from each to the next. The expectation\n"
+        "of these weights is the teacher's distribution softmax(z / {temperature:g}); they sum to 1 +- 1/{size:g} + 1/{steps}.",
+        """import numpy as np
+
+top, tail = np.cumsum(row["top_count"])[:-1], np.cumsum(row["tail_count"])[:-1]
+ids, weights = np.split(row["top_ids"], top), np.split(np.asarray(row["top_weights"]) / {steps}, top)
+sample = [np.cumsum(gaps) for gaps in np.split(np.asarray(row["tail_gaps"], dtype=np.int64), tail)]
+positions = [
+    (np.concatenate([i, s]).astype(np.int64), np.concatenate([w, np.full(len(s), 1 / {size:g})]))
+    for i, w, s in zip(ids, weights, sample)
+]
+""",
     ),
 }
 
@@ -62,14 +92,18 @@ def make_card(manifest: Manifest) -> str:
     contract = manifest.contract
     encoding = contract.encoding
     if isinstance(encoding, Full):
-        name, columns = "full", _ENCODING["full"]
+        name, (columns, code) = "full", _ENCODING["full"]
     elif isinstance(encoding, Sampled):
         name = f"sampled, sample size {encoding.sample_size:g}, temperature {encoding.temperature:g}"
-        columns = _ENCODING["sampled"].format(temperature=encoding.temperature, size=encoding.sample_size)
+        columns, code = (
+            part.format(temperature=encoding.temperature, size=encoding.sample_size, steps=encoding.steps)
+            for part in _ENCODING["sampled"]
+        )
     else:
         grid = ", ".join(f"{t:g}" for t in encoding.temperatures)
         knob = getattr(encoding, "k", None) or getattr(encoding, "p", None)
-        name, columns = f"{encoding.kind} {knob}, temperatures {grid}", _ENCODING["top"].format(grid=grid)
+        name, columns = f"{encoding.kind} {knob}, temperatures {grid}", _ENCODING["top"][0].format(grid=grid)
+        code = _ENCODING["top"][1]
     totals = {
         key: sum(getattr(shard, key) for shard in manifest.shards) for key in ("rows", "positions", "tokens", "bytes")
     }
@@ -101,6 +135,7 @@ def make_card(manifest: Manifest) -> str:
         bad_rows=manifest.bad_rows,
         cache_id=manifest.cache_id,
         columns=columns,
+        code=code.format(num_classes=contract.num_classes) if isinstance(encoding, Full) else code,
         rows=totals["rows"],
         positions=totals["positions"],
         tokens=totals["tokens"],

@@ -1,6 +1,7 @@
 """`pack` and `unpack`, side by side: rows of the cache <-> Arrow columns.
 
-List columns hold the positions of a row one after another. `unpack(pack(rows))` is `rows`, up to the float16 of what is narrowed.
+List columns hold the positions of a row one after another. `unpack(pack(rows))` is `rows`, up to the float16 of what is stored in it; the rows of a
+`sampled` cache come back as they are, once they are narrow (`softlabels.narrow`).
 """
 
 from __future__ import annotations
@@ -58,6 +59,37 @@ def _logits(row: CachedExample) -> np.ndarray:
     return (logprobs - logprobs.amax(-1, keepdim=True)).flatten().numpy()
 
 
+def _top_weights(row: CachedExample) -> np.ndarray:
+    """(sum K,): the weights in whole numbers of 1/steps, which they are already where the row is narrow."""
+    assert isinstance(row.soft.encoding, Sampled)
+    weights: np.ndarray = (row.soft.top_logprobs.double().exp() * row.soft.encoding.steps).round().numpy()
+    return weights
+
+
+def _tail_gaps(row: CachedExample) -> np.ndarray:
+    """(sum K,): of each position the first class, then from each to the next: small numbers, which take fewer bytes."""
+    ids = row.soft.tail_ids.numpy()
+    gaps = np.diff(ids, prepend=0)
+    starts = _starts(row.soft.tail_offsets.numpy())
+    gaps[starts] = ids[starts]
+    return gaps
+
+
+def tail_ids(gaps: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(K,) gaps, (N + 1,) offsets of the positions -> (K,) classes: the inverse of `_tail_gaps`."""
+    sums = np.cumsum(gaps, dtype=np.int64)
+    starts = _starts(offsets)
+    counts = np.diff(offsets)
+    ids: np.ndarray = sums - np.repeat(sums[starts] - gaps[starts], counts[counts > 0])
+    return ids
+
+
+def _starts(offsets: np.ndarray) -> np.ndarray:
+    """Where the first class stands of each position that has any."""
+    starts: np.ndarray = offsets[:-1][np.diff(offsets) > 0]
+    return starts
+
+
 _READERS: dict[str, Callable[[CachedExample], Any]] = {
     "source_row": lambda row: row.example.source_row,
     "piece": lambda row: row.example.piece,
@@ -74,8 +106,9 @@ _READERS: dict[str, Callable[[CachedExample], Any]] = {
     "top_count": lambda row: row.soft.top_offsets.diff().numpy(),
     "top_ids": lambda row: row.soft.top_ids.numpy(),
     "top_logprobs": lambda row: row.soft.top_logprobs.numpy(),
+    "top_weights": _top_weights,
     "tail_count": lambda row: row.soft.tail_offsets.diff().numpy(),
-    "tail_ids": lambda row: row.soft.tail_ids.numpy(),
+    "tail_gaps": _tail_gaps,
     "log_residuals": lambda row: row.soft.log_residuals.flatten().numpy(),
     "entropy": lambda row: None if row.entropy is None else row.entropy.numpy(),
     "teacher_nll_sum": lambda row: row.teacher_nll_sum,
@@ -147,18 +180,25 @@ def _unpack_full(logits: np.ndarray, num_classes: int) -> SoftLabels:
 
 
 def _unpack_top(read: Callable[[str], Any], encoding: Encoding, num_classes: int) -> SoftLabels:
-    top_counts = read("top_count")
-    count = len(top_counts)
-    sampled = isinstance(encoding, Sampled)
-    residuals = torch.zeros(count, 0) if sampled else torch.from_numpy(read("log_residuals")).reshape(count, -1)
+    top_offsets = _offsets(read("top_count"))
+    count = len(top_offsets) - 1
+    if isinstance(encoding, Sampled):
+        tail_offsets = _offsets(read("tail_count"))
+        sample = torch.from_numpy(tail_ids(read("tail_gaps"), tail_offsets.numpy()))
+        logprobs = (torch.from_numpy(read("top_weights")).double() / encoding.steps).log().float()
+        residuals = torch.zeros(count, 0)
+    else:
+        tail_offsets, sample = torch.zeros(count + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        logprobs = torch.from_numpy(read("top_logprobs"))
+        residuals = torch.from_numpy(read("log_residuals")).reshape(count, -1)
     return SoftLabels(
         encoding,
         num_classes,
-        top_offsets=_offsets(top_counts),
+        top_offsets=top_offsets,
         top_ids=torch.from_numpy(read("top_ids")),
-        top_logprobs=torch.from_numpy(read("top_logprobs")),
-        tail_offsets=_offsets(read("tail_count") if sampled else np.zeros(count, dtype=np.int64)),
-        tail_ids=torch.from_numpy(read("tail_ids")) if sampled else torch.zeros(0, dtype=torch.int64),
+        top_logprobs=logprobs,
+        tail_offsets=tail_offsets,
+        tail_ids=sample,
         log_residuals=residuals,
     )
 

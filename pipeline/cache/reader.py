@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+#: What PyArrow raises on damaged files; a flipped bit in a column's name is a UnicodeDecodeError.
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+
 REMEDY = 'the same "softlabel cache-logits" again makes it anew; a copy: fetch it again'
 
 
@@ -162,7 +165,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
     """
     try:
         return pq.ParquetFile(path, page_checksum_verification=True, arrow_extensions_enabled=False)
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise IntegrityError(f"{path}: is not a Parquet file: {_first_line(error)}") from None
 
 
@@ -174,7 +177,7 @@ def read_row_group(file: pq.ParquetFile, path: Path, group: int, *, columns: Seq
     """
     try:
         return file.read_row_group(group, columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise IntegrityError(f"{path}: row group {group} is damaged: {_first_line(error)}; {REMEDY}") from None
 
 
@@ -250,7 +253,7 @@ class CacheDataset(Dataset[CachedExample]):
 def _read_column(path: Path, name: str) -> pa.ChunkedArray:
     try:
         return open_shard(path).read(columns=[name]).column(0)
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise IntegrityError(f"{path}: column {name} is damaged: {_first_line(error)}; {REMEDY}") from None
 
 

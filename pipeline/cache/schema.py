@@ -70,10 +70,29 @@ def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]
         return {"logits": pa.list_(pa.float32() if num_classes < _NARROW_FROM else pa.float16())}
     ids = pa.list_(pa.uint16() if num_classes <= 1 << 16 else pa.uint32())
     counts = pa.list_(pa.uint16() if num_classes < 1 << 16 else pa.uint32())
-    columns = {"top_count": counts, "top_ids": ids, "top_logprobs": pa.list_(pa.float16())}
+    columns = {"top_count": counts, "top_ids": ids}
     if isinstance(encoding, Sampled):
-        return {**columns, "tail_count": counts, "tail_ids": ids}
-    return {**columns, "log_residuals": pa.list_(pa.float16())}
+        return {**columns, "top_weights": pa.list_(pa.uint16()), "tail_count": counts, "tail_gaps": ids}
+    return {**columns, "top_logprobs": pa.list_(pa.float16()), "log_residuals": pa.list_(pa.float16())}
+
+
+def parquet_encodings(schema: pa.Schema) -> tuple[list[str], dict[str, str]]:
+    """How Parquet stores the columns: (those with a dictionary, column path -> encoding of others).
+
+    Lists of integers go in byte planes: a small integer is an INT32 in Parquet, and zstd would pay for its zeros. Not floats, whose planes DuckDB
+    does not read. Only what comes from the source, and may repeat, has a dictionary.
+    """
+    dictionary, planes = [], {}
+    for field in schema:
+        if pa.types.is_list(field.type):
+            if pa.types.is_integer(field.type.value_type):
+                planes[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT"
+        elif field.name not in _OURS:
+            dictionary.append(field.name)
+    return dictionary, planes
+
+
+_OURS = ("source_row", "piece", "content_hash", "text_bytes", "label", "teacher_nll_sum", "teacher_entropy_sum")
 
 
 def describe(schema: pa.Schema) -> dict[str, str]:

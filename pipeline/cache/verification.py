@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoTokenizer
 
+from pipeline.cache.codec import tail_ids
 from pipeline.cache.manifest import Layout, load_manifest
 from pipeline.cache.reader import REMEDY, check_shard_file, read_row_group
 from pipeline.cache.writer import file_sha256
@@ -108,44 +109,39 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str) -> int:
             f"logits: expected {contract.num_classes} a position",
         )
         return positions
-    counts, ids, logprobs = (_flat(table, name) for name in ("top_count", "top_ids", "top_logprobs"))
+    encoding = contract.encoding
+    values = "top_weights" if isinstance(encoding, Sampled) else "top_logprobs"
+    counts, ids, kept = _flat(table, "top_count").astype(np.int64), _flat(table, "top_ids"), _flat(table, values)
     _expect(len(counts) == positions, where, f"top_count: expected one a position ({positions}), found {len(counts)}")
     _expect(
-        int(counts.sum()) == len(ids) == len(logprobs),
-        where,
-        "top_ids and top_logprobs: expected as many as top_count says",
+        int(counts.sum()) == len(ids) == len(kept), where, f"top_ids and {values}: expected as many as top_count says"
     )
     _expect(bool((counts > 0).all()), where, "top_count: expected at least 1")
-    _expect(
-        not len(ids) or int(ids.max()) < contract.num_classes, where, f"top_ids: expected below {contract.num_classes}"
-    )
-    mass = (
-        np.add.reduceat(np.exp(logprobs.astype(np.float64)), np.cumsum(counts.astype(np.int64)) - counts)
-        if len(ids)
-        else np.zeros(0)
-    )
-    if isinstance(contract.encoding, Sampled):
-        tail_counts, tail_ids = _flat(table, "tail_count"), _flat(table, "tail_ids")
+    _expect_classes(ids, contract.num_classes, where, "top_ids")
+    weights = kept / encoding.steps if isinstance(encoding, Sampled) else np.exp(kept.astype(np.float64))
+    mass = np.add.reduceat(weights, np.cumsum(counts) - counts) if len(ids) else np.zeros(0)
+    if isinstance(encoding, Sampled):
+        tail_counts, gaps = _flat(table, "tail_count").astype(np.int64), _flat(table, "tail_gaps")
         _expect(
             len(tail_counts) == positions,
             where,
             f"tail_count: expected one a position ({positions}), found {len(tail_counts)}",
         )
-        _expect(int(tail_counts.sum()) == len(tail_ids), where, "tail_ids: expected as many as tail_count says")
-        _expect(
-            not len(tail_ids) or int(tail_ids.max()) < contract.num_classes,
-            where,
-            f"tail_ids: expected below {contract.num_classes}",
-        )
-        step = 1 / contract.encoding.sample_size
-        mass = mass + tail_counts * step
-        _expect(bool((np.abs(mass - 1) <= step + 0.01).all()), where, f"weights: expected to sum to 1 +- {step:.3g}")
+        _expect(int(tail_counts.sum()) == len(gaps), where, "tail_gaps: expected as many as tail_count says")
+        _expect_classes(tail_ids(gaps, np.append(0, np.cumsum(tail_counts))), contract.num_classes, where, "tail_gaps")
+        slack = 1 / encoding.sample_size + 1 / encoding.steps + 1e-6
+        mass = mass + tail_counts / encoding.sample_size
+        _expect(bool((np.abs(mass - 1) <= slack).all()), where, f"weights: expected to sum to 1 +- {slack:.3g}")
     else:
-        grid = len(contract.encoding.temperatures) if hasattr(contract.encoding, "temperatures") else 0
+        grid = len(encoding.temperatures) if hasattr(encoding, "temperatures") else 0
         residuals = _flat(table, "log_residuals")
         _expect(len(residuals) == positions * grid, where, f"log_residuals: expected {grid} a position")
         _expect(bool((mass <= 1.01).all()), where, "top_logprobs: expected a mass of at most 1")
     return positions
+
+
+def _expect_classes(ids: np.ndarray, num_classes: int, where: str, name: str) -> None:
+    _expect(not len(ids) or int(ids.max()) < num_classes, where, f"{name}: expected below {num_classes}")
 
 
 def _flat(table: pa.Table, name: str) -> np.ndarray:

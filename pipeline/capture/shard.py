@@ -20,12 +20,9 @@ from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError
 from pipeline.models import LoadedModel, pad_id
 from pipeline.records import BadRow, CachedExample, Receipt, Shard, ShardPlan, TokenizedExample
-from pipeline.softlabels import concatenate, counter_uniforms, default_temperature, encode, rows, teacher_scores
+from pipeline.softlabels import counter_uniforms, encode_and_score, narrow, rows
 from pipeline.sources import LabelMap, Source, read_examples
 from pipeline.tasks import Task
-
-#: Positions encoded at a time: float64 copies of (N, V) then stay at some hundred megabytes.
-_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +115,9 @@ def label_rows(job: Job, examples: Sequence[TokenizedExample], logits: Tensor, s
     encoding, seed = job.plan.contract.encoding, job.plan.contract.seed
     labels = torch.from_numpy(np.concatenate([job.task.hard_labels(example) for example in examples])).to(logits.device)
     uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
-    parts = [slice(start, start + _CHUNK) for start in range(0, len(logits), _CHUNK)]
-    soft = concatenate([encode(logits[part], encoding, uniforms=uniforms[part]) for part in parts])
-    scores = [
-        teacher_scores(logits[part], labels[part], temperature=default_temperature(encoding, 1.0)) for part in parts
-    ]
-    nll, entropy = (torch.cat([getattr(score, name) for score in scores]).double() for name in ("nll", "entropy"))
+    soft, scores = encode_and_score(logits, labels, encoding, uniforms=uniforms)
+    soft = narrow(soft, uniforms)
+    nll, entropy = scores.nll.double(), scores.entropy.double()
     out, start = [], 0
     for example in examples:
         stop = start + example.num_positions

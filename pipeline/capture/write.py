@@ -38,7 +38,7 @@ from pipeline.records import (
     TokenizedExample,
     TopK,
 )
-from pipeline.softlabels import counter_uniforms, default_temperature, encode, teacher_scores
+from pipeline.softlabels import counter_uniforms, encode_and_score, narrow
 from pipeline.softlabels.ragged import offsets_of
 from pipeline.tasks import Task, get_task
 
@@ -266,10 +266,10 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
         )
         uniforms = counter_uniforms(seed, row.split, number, 0, np.arange(len(logits)))
         try:
-            soft = encode(logits, contract.encoding, uniforms=uniforms)
+            soft, scores = encode_and_score(logits, labels, contract.encoding, uniforms=uniforms)
         except EncodingError as error:
             raise BadRowError(f"row {number}: {error}") from None
-        scores = teacher_scores(logits, labels, temperature=default_temperature(contract.encoding, 1.0))
+        soft = narrow(soft, uniforms)
     elif row.soft_labels is not None:
         soft = row.soft_labels
         _check(

@@ -1,7 +1,9 @@
 """The mathematics: logits -> SoftLabels (`encode`) -> a target distribution (`target`). Pure functions over tensors."""
 
-from pipeline.softlabels.encode import encode, teacher_scores
+from pipeline.softlabels.encode import encode, encode_and_score, teacher_scores
+from pipeline.softlabels.narrow import narrow
 from pipeline.softlabels.ragged import concatenate, empty, rows
+from pipeline.softlabels.residual import log_residual_bounds
 from pipeline.softlabels.sampling import counter_uniforms, sample_tail
 from pipeline.softlabels.target import check_temperature, default_temperature, served_temperature, target
 
@@ -12,6 +14,9 @@ __all__ = [
     "default_temperature",
     "empty",
     "encode",
+    "encode_and_score",
+    "log_residual_bounds",
+    "narrow",
     "rows",
     "sample_tail",
     "served_temperature",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from pipeline.errors import EncodingError
-from pipeline.records import NO_LABEL, Encoding, Full, Sampled, SoftLabels, TeacherScores, TopK
-from pipeline.softlabels.ragged import empty, offsets_of
+from pipeline.records import NO_LABEL, Encoding, Full, Sampled, SoftLabels, TeacherScores, TopK, TopP
+from pipeline.softlabels.blocks import BLOCK, Blocks, Workspace, block_sums, chunk_positions, in_blocks
+from pipeline.softlabels.ragged import offsets_of
 from pipeline.softlabels.sampling import sample_tail
+
+#: Probabilities below this have lost digits in float32: such a residual is taken by log-sum-exp in float64.
+_TINY = 1e-30
+#: Classes that top-p looks at first; more where they do not reach p.
+_FIRST_CLASSES = 256
 
 
 def encode(
@@ -21,38 +29,31 @@ def encode(
         uniforms: (N,) float64 in [0, 1), for `sampled`; drawn from `generator` (or torch's own) where it is None.
 
     Returns:
-        N positions, on the CPU.
+        N positions, on the CPU, as exact as float32; `narrow` rounds them as they are stored.
 
     Raises:
         EncodingError: a row with NaN, +inf or no finite logit.
     """
-    check_finite(logits)
-    count, num_classes = logits.shape
-    if count == 0:
-        return empty(encoding, num_classes)
-    if isinstance(encoding, Full):
-        return _encode_full(logits, encoding)
-    if isinstance(encoding, Sampled):
-        if uniforms is None:
-            uniforms = torch.rand(count, generator=generator, dtype=torch.float64)
-        return _encode_sampled(logits, encoding, uniforms)
-    return _encode_top(logits, encoding)
+    if uniforms is None:
+        uniforms = torch.rand(len(logits), generator=generator, dtype=torch.float64)
+    return _encode(logits, None, encoding, uniforms)[0]
 
 
-def check_finite(logits: Tensor) -> None:
-    """Refuse rows that are no distribution.
+def encode_and_score(
+    logits: Tensor, labels: Tensor, encoding: Encoding, uniforms: Tensor
+) -> tuple[SoftLabels, TeacherScores]:
+    """`encode` and `teacher_scores` in one pass: what they share is made once.
+
+    Args:
+        labels: (N,) int64, -100 where there is none.
+
+    Returns:
+        N positions, and their scores; the entropy is of the distribution whose log-probabilities are kept (T = 1, or the T of `sampled`).
 
     Raises:
-        EncodingError: names the first bad row and what is wrong with it.
+        EncodingError: a row with NaN, +inf or no finite logit.
     """
-    bad = ~torch.isfinite(logits.amax(-1))  # NaN and +inf propagate through the maximum; all -inf leaves -inf
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        values = logits[row]
-        what = (
-            "NaN" if bool(values.isnan().any()) else "+inf" if bool((values == torch.inf).any()) else "no finite logit"
-        )
-        raise EncodingError(f"position {row}: expected finite logits, found {what}")
+    return _encode(logits, labels, encoding, uniforms)
 
 
 def teacher_scores(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> TeacherScores:
@@ -66,82 +67,189 @@ def teacher_scores(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
     Returns:
         (N,) and (N,) float32, nats, on the CPU.
     """
-    centred = logits.float() - logits.float().amax(-1, keepdim=True)
-    picked = centred.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    nll = torch.where(labels != NO_LABEL, torch.logsumexp(centred, -1) - picked, 0.0)
-    softened = centred if temperature == 1.0 else centred / temperature
-    lowest = torch.finfo(softened.dtype).min  # 0 * -inf would be nan, and 0 log 0 is 0
-    mean = torch.linalg.vecdot(torch.softmax(softened, -1), softened.clamp_min(lowest))
-    return TeacherScores(nll.cpu(), (torch.logsumexp(softened, -1) - mean).cpu())
+    parts = []
+    step, workspace = chunk_positions(logits.device), Workspace()
+    for start in range(0, len(logits), step):
+        blocks = Blocks.of(logits[start : start + step], workspace)
+        parts.append(_score(blocks, blocks.probabilities(temperature), labels[start : start + step], temperature))
+    return _join_scores(parts)
 
 
-def _encode_full(logits: Tensor, encoding: Encoding) -> SoftLabels:
+# ------------------------------------------------------------------------------------------------------- all chunks
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of one chunk of n positions, numbered from 0."""
+
+    owner: Tensor
+    """(K,) int64: the position of each class of the top, rising."""
+    ids: Tensor
+    """(K,) int64; of one position by falling probability."""
+    logprobs: Tensor
+    """(K,) float64."""
+    tail_owner: Tensor | None = None
+    tail_ids: Tensor | None = None
+    log_residuals: Tensor | None = None
+    """(n, G) float64."""
+
+
+def _encode(
+    logits: Tensor, labels: Tensor | None, encoding: Encoding, uniforms: Tensor
+) -> tuple[SoftLabels, TeacherScores]:
+    """Some positions at a time, so that what is made of them stays in the CPU's caches."""
     count, num_classes = logits.shape
-    nothing = empty(encoding, num_classes)
+    step, workspace = chunk_positions(logits.device), Workspace()
+    kept: list[tuple[int, _Kept]] = []
+    scores = []
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        blocks = Blocks.of(logits[part], workspace)
+        _check_finite(blocks, start)
+        temperature = encoding.temperature if isinstance(encoding, Sampled) else 1.0
+        q = blocks.probabilities(temperature)
+        if labels is not None:
+            scores.append(_score(blocks, q, labels[part], temperature))
+        if isinstance(encoding, Full):
+            found = _full(q, blocks, num_classes)
+        elif isinstance(encoding, Sampled):
+            found = _sampled(q, blocks, encoding, uniforms[part])
+        else:
+            found = _top(q, blocks, encoding, num_classes)
+        kept.append((start, found))
+    return _join(kept, encoding, count, num_classes), _join_scores(scores)
+
+
+def _join(parts: list[tuple[int, _Kept]], encoding: Encoding, count: int, num_classes: int) -> SoftLabels:
+    def joined(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        values = [getattr(part, name) + (start if "owner" in name else 0) for start, part in parts if len(part.owner)]
+        return torch.cat([torch.zeros(0, dtype=dtype), *(v.to("cpu", dtype) for v in values)])
+
+    sampled = isinstance(encoding, Sampled)
+    grid = len(getattr(encoding, "temperatures", ()))
+    tail_owner = joined("tail_owner") if sampled else torch.zeros(0, dtype=torch.int64)
+    residuals = [part.log_residuals.float().cpu() for _, part in parts if part.log_residuals is not None]
     return SoftLabels(
         encoding,
         num_classes,
-        top_offsets=torch.arange(count + 1) * num_classes,
-        top_ids=torch.arange(num_classes).repeat(count),
-        top_logprobs=torch.log_softmax(logits.float(), -1).cpu().flatten(),
-        tail_offsets=torch.zeros(count + 1, dtype=torch.int64),
-        tail_ids=nothing.tail_ids,
-        log_residuals=torch.zeros(count, 0),
+        top_offsets=offsets_of(torch.bincount(joined("owner"), minlength=count)),
+        top_ids=joined("ids"),
+        top_logprobs=joined("logprobs", torch.float32),
+        tail_offsets=offsets_of(torch.bincount(tail_owner, minlength=count)),
+        tail_ids=joined("tail_ids") if sampled else torch.zeros(0, dtype=torch.int64),
+        log_residuals=torch.cat([torch.zeros(0, grid), *residuals]) if grid else torch.zeros(count, 0),
     )
 
 
-def _encode_top(logits: Tensor, encoding: Encoding) -> SoftLabels:
-    """`top-k` and `top-p`. The residual is a log-sum-exp over the classes outside, never 1 - sum: 1e-12 is exact too."""
-    assert not isinstance(encoding, Full | Sampled)
-    num_classes = logits.shape[1]
-    centred = logits.float() - logits.float().amax(-1, keepdim=True)  # (N, V)
+def _join_scores(parts: list[TeacherScores]) -> TeacherScores:
+    return TeacherScores(
+        *(torch.cat([torch.zeros(0), *(getattr(p, name) for p in parts)]) for name in ("nll", "entropy"))
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- one chunk
+
+
+def _full(q: Tensor, blocks: Blocks, num_classes: int) -> _Kept:
+    count = len(q)
+    log_sum = torch.logsumexp(blocks.logits, -1, keepdim=True)
+    logprobs = (blocks.logits - log_sum)[:, :num_classes]
+    ids = torch.arange(num_classes).repeat(count)
+    return _Kept(torch.arange(count).repeat_interleave(num_classes), ids, logprobs.flatten())
+
+
+def _sampled(q: Tensor, blocks: Blocks, encoding: Sampled, uniforms: Tensor) -> _Kept:
+    """The top: what reaches 1/c, and the argmax. The tail: a sample of the rest. `q` (N, V') is overwritten."""
+    c = encoding.sample_size
+    parts = in_blocks(q)  # (N, M, 64)
+    sums = block_sums(q)  # (N, M)
+    best_block = blocks.best // BLOCK
+    best_q = q.gather(1, blocks.best[:, None])
+    # The blocks that may hold any of the top: their peak reaches 1/c, but for rounding.
+    relative = ((blocks.peaks - blocks.peak[:, None]) / encoding.temperature).exp_()
+    reaching = relative >= 0.9999 / c / best_q
+    reaching.scatter_(1, best_block[:, None], True)
+    position, block = reaching.nonzero(as_tuple=True)
+    candidates = parts[position, block]  # (H, 64)
+    is_best = torch.zeros_like(candidates, dtype=torch.bool)
+    home = (block == best_block[position]).nonzero().squeeze(-1)  # (N,): of each position the block of its argmax
+    is_best[home, blocks.best % BLOCK] = True
+    likely = (candidates >= 1 / c) | is_best
+    hit, offset = likely.nonzero(as_tuple=True)
+    owner, ids, found = position[hit], block[hit] * BLOCK + offset, candidates[hit, offset].double()
+    # By position, then by falling probability; of equals, the argmax first.
+    order = torch.argsort(4.0 * owner - found - is_best[hit, offset].double(), stable=True)
+    candidates.masked_fill_(likely, 0.0)
+    parts[position, block] = candidates
+    sums[position, block] = candidates.double().sum(-1)
+    tail_owner, tail_ids = sample_tail(parts, sums, c, uniforms.to(q.device))
+    return _Kept(owner[order], ids[order], found[order].log(), tail_owner, tail_ids)
+
+
+def _top(q: Tensor, blocks: Blocks, encoding: TopK | TopP, num_classes: int) -> _Kept:
+    """The residual is a sum over the classes outside, never 1 - sum: 1e-12 is exact too. `q` (N, V') is overwritten."""
     if isinstance(encoding, TopK):
-        values, ids = centred.topk(min(encoding.k, num_classes), dim=-1)  # (N, K), by falling logit
+        values, ids = blocks.largest(min(encoding.k, num_classes))  # (N, K), by falling logit
         kept = values > -torch.inf
     else:
-        values, ids = centred.sort(dim=-1, descending=True, stable=True)
-        probabilities = torch.softmax(values, -1, dtype=torch.float64)
-        kept = (probabilities.cumsum(-1) - probabilities < encoding.p) & (values > -torch.inf)
-    outside = centred.scatter(1, ids, torch.where(kept, -torch.inf, values))  # (N, V)
-    grid = [_log_share(outside / t, centred / t) for t in encoding.temperatures]
-    count = kept.sum(-1)
-    logprobs = values - torch.logsumexp(centred, -1, keepdim=True)
-    return SoftLabels(
-        encoding,
-        num_classes,
-        top_offsets=offsets_of(count.cpu()),
-        top_ids=ids[kept].cpu(),
-        top_logprobs=logprobs[kept].cpu(),
-        tail_offsets=torch.zeros(len(logits) + 1, dtype=torch.int64),
-        tail_ids=torch.zeros(0, dtype=torch.int64),
-        log_residuals=torch.stack(grid, -1).cpu(),
-    )
+        values, ids, kept = _until(blocks, encoding.p, q)
+    best = q.gather(1, ids[:, :1]).double()
+    logprobs = best.log() + (values - blocks.peak[:, None]).double()
+    residuals = []
+    for temperature in encoding.temperatures:  # each overwrites q
+        weights = blocks.probabilities(temperature)
+        found = weights.gather(1, ids)
+        weights.scatter_(1, ids, found.masked_fill(kept, 0.0))
+        outside = block_sums(weights).sum(-1)  # (N,)
+        inside = found.masked_fill(~kept, 0.0).double().sum(-1)
+        residual = outside.log() - (inside + outside).log()
+        lost = ((outside < _TINY) & (kept.sum(-1) < num_classes)).nonzero().squeeze(-1)
+        if len(lost):
+            residual[lost] = _log_residual(blocks, ids, kept, lost, temperature)
+        residuals.append(residual)
+    owner = torch.arange(len(q), device=q.device).repeat_interleave(kept.sum(-1))
+    return _Kept(owner, ids[kept], logprobs[kept], log_residuals=torch.stack(residuals, -1))
 
 
-def _log_share(part: Tensor, whole: Tensor) -> Tensor:
-    """(N, V), (N, V) -> (N,): log of the share of exp(part) in exp(whole)."""
-    return torch.logsumexp(part, -1) - torch.logsumexp(whole, -1)
+def _until(blocks: Blocks, p: float, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fewest classes that reach p: (N, K) logits, falling, their classes, and which of the K they are."""
+    k, most = _FIRST_CLASSES, blocks.logits.shape[1]
+    while True:
+        values, ids = blocks.largest(min(k, most))
+        probabilities = q.gather(1, ids).double()
+        kept = (probabilities.cumsum(-1) - probabilities < p) & (values > -torch.inf)
+        if k >= most or not bool(kept[:, -1].any()):
+            return values, ids, kept
+        k *= 8
 
 
-def _encode_sampled(logits: Tensor, encoding: Sampled, uniforms: Tensor) -> SoftLabels:
-    count, num_classes = logits.shape
-    q = torch.softmax(logits.float() / encoding.temperature, -1).cpu()  # (N, V)
-    likely = q >= 1 / encoding.sample_size
-    likely.scatter_(1, q.argmax(-1, keepdim=True), True)
-    position, ids = likely.nonzero(as_tuple=True)
-    probabilities = q[position, ids]
-    q[position, ids] = 0.0  # what is left is the tail
-    tail_position, tail_ids = sample_tail(q, uniforms, sample_size=encoding.sample_size)
-    # By position, then by falling probability: two stable sorts, the last one is the primary key.
-    order = torch.argsort(probabilities, descending=True, stable=True)
-    order = order[torch.argsort(position[order], stable=True)]
-    return SoftLabels(
-        encoding,
-        num_classes,
-        top_offsets=offsets_of(torch.bincount(position, minlength=count)),
-        top_ids=ids[order],
-        top_logprobs=probabilities[order].log(),
-        tail_offsets=offsets_of(torch.bincount(tail_position, minlength=count)),
-        tail_ids=tail_ids,
-        log_residuals=torch.zeros(count, 0),
-    )
+def _log_residual(blocks: Blocks, ids: Tensor, kept: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """(R,) float64: log of the mass outside the kept classes, by log-sum-exp, of some positions."""
+    scaled = blocks.logits[rows].double() / temperature
+    outside = scaled.scatter(1, ids[rows], scaled.gather(1, ids[rows]).masked_fill(kept[rows], -torch.inf))
+    return torch.logsumexp(outside, -1) - torch.logsumexp(scaled, -1)
+
+
+def _score(blocks: Blocks, q: Tensor, labels: Tensor, temperature: float) -> TeacherScores:
+    """Scores of one chunk; `q` is softmax(z / T).
+
+    With s = (z - peak) / T, the entropy is log(sum of exp(s)) - E[s], and the first is -log of the largest probability.
+    """
+    log_sum = -q.gather(1, blocks.best[:, None]).double().log().squeeze(-1)
+    entropy = log_sum - (blocks.mean(q) - blocks.peak.double()) / temperature
+    if temperature != 1.0:
+        log_sum = torch.logsumexp(blocks.logits - blocks.peak[:, None], -1).double()
+    picked = blocks.logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).double() - blocks.peak.double()
+    nll = torch.where(labels != NO_LABEL, log_sum - picked, 0.0)
+    return TeacherScores(nll.float().cpu(), entropy.float().cpu())
+
+
+def _check_finite(blocks: Blocks, start: int) -> None:
+    """Refuse rows that are no distribution: NaN and +inf propagate through the peak; all -inf leaves -inf."""
+    bad = ~torch.isfinite(blocks.peak)
+    if not bool(bad.any()):
+        return
+    row = int(bad.nonzero()[0])
+    values = blocks.logits[row]
+    what = "NaN" if bool(values.isnan().any()) else "+inf" if bool((values == torch.inf).any()) else "no finite logit"
+    raise EncodingError(f"position {start + row}: expected finite logits, found {what}")

@@ -23,6 +23,17 @@ def owners(offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
 
 
+def segment_logsumexp(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """(sum K,) values -> (N,) log-sum-exp of each position's own."""
+    peak = torch.full((count,), -torch.inf, dtype=values.dtype, device=values.device).scatter_reduce(
+        0, owner, values, "amax"
+    )
+    total = torch.zeros(count, dtype=values.dtype, device=values.device).scatter_add(
+        0, owner, (values - peak[owner]).exp()
+    )
+    return peak + total.log()
+
+
 def empty(encoding: Encoding, num_classes: int) -> SoftLabels:
     """Soft labels of no position."""
     none = torch.zeros(0, dtype=torch.int64)

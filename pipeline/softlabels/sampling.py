@@ -1,4 +1,4 @@
-"""Systematic Poisson sampling of a distribution's tail, and the counter hash that seeds it."""
+"""Systematic Poisson sampling of a distribution's tail, unbiased rounding of its top, and the counter hash that seeds both."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import hashlib
 import numpy as np
 import torch
 from torch import Tensor
-
-#: Classes whose probabilities are summed at once: only the blocks that are hit are looked into.
-_BLOCK = 64
 
 
 def counter_uniforms(seed: int, split: str, source_row: int, piece: int, positions: np.ndarray) -> Tensor:
@@ -30,34 +27,60 @@ def counter_uniforms(seed: int, split: str, source_row: int, piece: int, positio
     return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def sample_tail(tail: Tensor, uniforms: Tensor, *, sample_size: float) -> tuple[Tensor, Tensor]:
-    """Keep each class of the tail with probability c * q_i, by systematic sampling.
+def sample_tail(blocks: Tensor, sums: Tensor, sample_size: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep each class of the tail with probability pi_i = c * q_i, by systematic sampling.
 
     Args:
-        tail: (N, V) float, the probabilities; 0 for the classes that are in the top.
-        uniforms: (N,) float64 in [0, 1).
+        blocks: (N, M, B) float, q_i: the tail's probabilities in blocks of B; 0 for the classes that are in the top.
+        sums: (N, M) float64, of each block.
         sample_size: c; every probability in the tail is below 1/c.
+        uniforms: (N,) float64 in [0, 1).
 
     Returns:
-        (M,) and (M,) int64: positions, rising, and the classes kept there, rising within a position. Class i is kept with probability
-        c * q_i exactly, and the number kept is the sum of c * q_i rounded up or down.
+        (H,) and (H,) int64: positions, rising, and the classes kept there, rising within a position. The number kept at a position is the sum of
+        its pi_i rounded up or down.
 
-    With C_i the running sum of pi_i = c * q_i in id order, class i is kept when the half-open interval (C_(i-1) - u, C_i - u] holds an
+    With C_i the running sum of pi_i in id order, class i is kept when the half-open interval (C_(i-1) - u, C_i - u] holds an
     integer: when floor(C_i - u) exceeds floor(C_(i-1) - u). As u runs over [0, 1) that happens on a set of length pi_i. The sum is in float64: in
-    float32 it drifts by whole units over 100,000 classes. It is taken over blocks first, and inside those only that an integer falls in.
+    float32 it drifts by whole units over 100,000 classes. It is taken over blocks first, and inside those only that an integer falls in; there
+    each class has its share of the block's sum, so that the rounding of the sum falls on no single one.
     """
-    count, num_classes = tail.shape
-    padded = torch.nn.functional.pad(tail, (0, -num_classes % _BLOCK)) if num_classes % _BLOCK else tail
-    blocks = padded.view(count, -1, _BLOCK)  # (N, V / block, block)
-    ends = torch.cumsum(blocks.sum(-1, dtype=torch.float64) * sample_size, 1)  # (N, V / block)
-    starts = torch.nn.functional.pad(ends, (1, 0))[:, :-1]
+    size = blocks.shape[-1]
+    ends = torch.cumsum(sums * sample_size, 1)  # (N, M)
     u = uniforms[:, None]
-    position, block = (torch.floor(ends - u) > torch.floor(starts - u)).nonzero(as_tuple=True)  # (H,): the blocks hit
-    first, last = starts[position, block, None], ends[position, block, None]
-    inside = first + torch.cumsum(blocks[position, block].double() * sample_size, 1)  # (H, block)
-    inside[:, -1:] = last  # the block's end as its neighbour sees it, whatever the rounding of the two sums
+    marks = torch.floor(ends - u)
+    crossed = torch.diff(marks, dim=1, prepend=torch.floor(-u)) > 0
+    position, block = crossed.nonzero(as_tuple=True)  # (H',): the blocks hit
+    last = ends[position, block, None]
+    first = torch.where(block[:, None] > 0, ends[position, (block - 1).clamp_min(0), None], 0.0)
+    inside = torch.cumsum(blocks[position, block].double(), 1)  # (H', B)
+    inside = first + inside * ((last - first) / inside[:, -1:])
+    inside[:, -1:] = last  # the block's end as its neighbour sees it
     before = torch.cat([first, inside[:, :-1]], 1)
     u = uniforms[position, None]
     possible = blocks[position, block] > 0  # rounding at a block's end could else hit a class that is not in the tail
     hit, offset = ((torch.floor(inside - u) > torch.floor(before - u)) & possible).nonzero(as_tuple=True)
-    return position[hit], block[hit] * _BLOCK + offset
+    return position[hit], block[hit] * size + offset
+
+
+def round_unbiased(values: Tensor, owner: Tensor, uniforms: Tensor) -> Tensor:
+    """Whole numbers whose expectation is `values`, and whose sum at each position is the sum of its values rounded up or down.
+
+    Args:
+        values: (K,) float64, not negative; the positions one after another.
+        owner: (K,) int64, the position of each, rising.
+        uniforms: (N,) float64 in [0, 1), one a position.
+
+    Returns:
+        (K,) int64: floor(S_i - u) - floor(S_(i-1) - u) with S the running sum of a position: systematic rounding, as `sample_tail` keeps.
+    """
+    total = torch.cumsum(values, 0)
+    start = torch.zeros(len(uniforms), dtype=torch.float64)
+    start.index_add_(0, owner, values)
+    start = torch.cumsum(start, 0) - start  # (N,): the sum of all positions before
+    end = total - start[owner] - uniforms[owner]
+    marks = torch.floor(end)
+    is_first = torch.ones_like(owner, dtype=torch.bool)
+    is_first[1:] = owner[1:] != owner[:-1]
+    before = torch.where(is_first, torch.floor(-uniforms)[owner], torch.roll(marks, 1))
+    return (marks - before).long()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.errors import EncodingError
 from pipeline.records import Encoding, Full, Sampled, SoftLabels, Target
-from pipeline.softlabels.ragged import offsets_of, owners
+from pipeline.softlabels.ragged import offsets_of, owners, segment_logsumexp
+from pipeline.softlabels.residual import log_residual_at
 
 
 def default_temperature(encoding: Encoding, otherwise: float) -> float:
@@ -33,12 +34,19 @@ def check_temperature(encoding: Encoding, temperature: float) -> None:
     """
     if isinstance(encoding, Full):
         return
-    served = (encoding.temperature,) if isinstance(encoding, Sampled) else encoding.temperatures
-    if not any(math.isclose(temperature, t) for t in served):
-        listed = ", ".join(f"{t:g}" for t in served)
+    if isinstance(encoding, Sampled):
+        if not math.isclose(temperature, encoding.temperature):
+            raise EncodingError(
+                f"--temperature {temperature:g}: a cache with encoding sampled serves {encoding.temperature:g}, chosen at capture; train at it, or cache again with "
+                f"--encoding sampled --temperature {temperature:g}, or with --encoding full or top-k"
+            )
+        return
+    low, high = min(encoding.temperatures), max(encoding.temperatures)
+    if not low * (1 - 1e-9) <= temperature <= high * (1 + 1e-9):
+        served = f"{low:g} to {high:g}" if low < high else f"{low:g}"
         raise EncodingError(
-            f"--temperature {temperature:g}: a cache with encoding {encoding.kind} serves {listed}; train at one of these, "
-            f"or cache again with --encoding full, or with --encoding top-k --temperature {temperature:g}"
+            f"--temperature {temperature:g}: a cache with encoding {encoding.kind} and this grid serves {served}; train inside it, "
+            f"or cache again with --encoding full, or with --encoding {encoding.kind} --temperature {temperature:g}"
         )
 
 
@@ -52,7 +60,8 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
             is known up to that constant.
 
     Returns:
-        N ragged distributions, float32. On the grid q_T(i) = (1 - r_T) * softmax over the top of (logprob_i / T).
+        N ragged distributions, float32: q_T(i) = (1 - r_T) * softmax over the top of (logprob_i / T). r_T is exact on the grid, and interpolated
+        between its points (see `residual`).
 
     Raises:
         EncodingError: the encoding does not serve this temperature.
@@ -62,16 +71,13 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
         return _sampled_target(soft, soft.encoding, entropy)
     scaled = soft.top_logprobs / temperature
     owner = owners(soft.top_offsets)
-    log_weights = scaled - _segment_logsumexp(scaled, owner, len(soft))[owner]  # (sum K,), each position sums to 1
+    log_weights = scaled - segment_logsumexp(scaled, owner, len(soft))[owner]  # (sum K,), each position sums to 1
     log_residual = None
-    if not isinstance(soft.encoding, Full):
-        grid = soft.encoding.temperatures
-        point = next(i for i, t in enumerate(grid) if math.isclose(t, temperature))
-        if tail != "renormalize":
-            inside = torch.log1p(-soft.log_residuals[:, point].exp().clamp(max=1.0))
-            log_weights = log_weights + inside[owner]
-        if tail == "ghost":
-            log_residual = soft.log_residuals[:, point]
+    if not isinstance(soft.encoding, Full) and tail != "renormalize":
+        outside = log_residual_at(soft, temperature)
+        inside = torch.log1p(-outside.exp().clamp(max=1.0))
+        log_weights = log_weights + inside[owner]
+        log_residual = outside if tail == "ghost" else None
     weights = log_weights.exp()
     negative_entropy = torch.zeros(len(soft)).index_add(0, owner, _xlogx(weights, log_weights))
     if log_residual is not None:
@@ -87,13 +93,6 @@ def _sampled_target(soft: SoftLabels, encoding: Sampled, entropy: Tensor | None)
     negative_entropy = torch.zeros(len(soft)) if entropy is None else -entropy
     ids = torch.cat([soft.top_ids, soft.tail_ids])[order]
     return Target(soft.num_classes, offsets_of(counts), ids, weights[order], None, negative_entropy)
-
-
-def _segment_logsumexp(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """(sum K,) values -> (N,) log-sum-exp of each position's own."""
-    peak = torch.full((count,), -torch.inf, dtype=values.dtype).scatter_reduce(0, owner, values, "amax")
-    total = torch.zeros(count, dtype=values.dtype).scatter_add(0, owner, (values - peak[owner]).exp())
-    return peak + total.log()
 
 
 def _xlogx(x: Tensor, log_x: Tensor) -> Tensor:

@@ -111,13 +111,11 @@ def _entropy(row: CachedExample) -> Tensor:
 
 def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:
     """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability."""
-    owner = torch.repeat_interleave(torch.arange(len(soft)), soft.top_offsets.diff())
-    peak = torch.full((len(soft),), -torch.inf).scatter_reduce(0, owner, soft.top_logprobs, "amax")
-    hits = (soft.top_logprobs == peak[owner]).nonzero().squeeze(-1)
-    first = torch.full((len(soft),), len(soft.top_ids)).scatter_reduce(
-        0, owner[hits], hits, "amin"
-    )  # of ties, the first
-    return soft.top_ids[first], peak
+    if isinstance(soft.encoding, Full):
+        logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
+        return ids, logprobs
+    first = soft.top_offsets[:-1]  # by falling probability, before any rounding
+    return soft.top_ids[first], soft.top_logprobs[first]
 
 
 def to_tensors(batch: StudentBatch) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 
 import duckdb
@@ -18,7 +19,7 @@ from pipeline.cache.build import begin
 from pipeline.cache.commit import create_exclusively, sweep, write_atomically
 from pipeline.cache.manifest import Layout
 from pipeline.errors import CacheError, ContractError, IntegrityError
-from pipeline.records import Full, Sampled, ShardPlan, TopK
+from pipeline.records import Full, Sampled, ShardPlan, TopK, TopP
 from pipeline.softlabels import target
 from tests.support.rows import build_cache, make_plan, token_row
 
@@ -64,11 +65,30 @@ def test_datasets_reads_the_directory_as_it_is(tmp_path, lm_tokenizer, encoding,
 
 
 def test_duckdb_decodes_a_sampled_cache_with_the_cards_rule(cache):
-    """Weights are exp(top_logprobs), and 1/6 for each of the tail: their sum over the cache, in SQL alone."""
-    sql = f"select sum(list_sum(list_transform(top_logprobs, lambda x: exp(x::double)))) + sum(len(tail_ids)) / 6.0 from '{cache.root}/data/*.parquet'"
+    """Weights are whole numbers of 1/20, and 1/6 for each of the tail: their sum over the cache, in SQL alone."""
+    sql = f"select sum(list_sum(top_weights)) / 20.0 + sum(len(tail_gaps)) / 6.0 from '{cache.root}/data/*.parquet'"
     found = duckdb.sql(sql).fetchall()[0][0]
     expected = sum(float(target(row.soft, 1.0).weights.double().sum()) for row in cache.dataset("train"))
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("encoding", [Full(), TopK(4), TopP(0.7), Sampled(6.0)], ids=lambda e: e.kind)
+def test_the_cards_own_lines_decode_a_row_with_numpy_alone(tmp_path, lm_tokenizer, encoding):
+    """The code block of the card is run as it stands, on rows that DuckDB has read."""
+    cache = build_cache(tmp_path / "cache", lm_tokenizer, encoding=encoding)
+    card = (cache.root / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "import numpy" in block)
+    names = [*cache.manifest.contract.columns]
+    read = duckdb.sql(f"select * from '{cache.root}/data/*.parquet' order by source_row").fetchall()
+    for row, ours in zip(read[:10], cache.dataset("train"), strict=False):
+        scope: dict = {"row": dict(zip(names, row, strict=True))}
+        exec(code, scope)
+        goal = target(ours.soft, 1.0)
+        assert len(scope["positions"]) == len(goal)
+        for n, (ids, weights) in enumerate(scope["positions"]):
+            part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
+            assert list(ids) == goal.ids[part].tolist()
+            np.testing.assert_allclose(weights, goal.weights[part].numpy(), rtol=2e-3, atol=1e-7)
 
 
 def test_duckdb_reads_every_column(cache):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import EncodingError
 from pipeline.records import Full, Sampled, TopK, TopP
-from pipeline.softlabels import concatenate, encode, target, teacher_scores
+from pipeline.softlabels import concatenate, encode, encode_and_score, narrow, target, teacher_scores
 
 ENCODINGS = [Full(), TopK(5), TopP(0.8), Sampled(12.0)]
 
@@ -54,6 +54,25 @@ def test_top_p_keeps_the_fewest_classes_that_reach_p():
     ordered = torch.softmax(logits, -1).sort(-1, descending=True).values.cumsum(-1)
     expected = (ordered < 0.8).sum(-1) + 1
     assert soft.top_offsets.diff().tolist() == expected.tolist()
+
+
+def test_residual_mass_below_the_smallest_float_is_kept_as_its_logarithm():
+    logits = torch.full((3, 200), -300.0)
+    logits[:, :4] = torch.tensor([0.0, -1.0, -2.0, -3.0])
+    soft = encode(logits, TopK(4))
+    for point, temperature in enumerate((1.0, 2.0, 4.0)):
+        scaled = logits.double() / temperature
+        expected = torch.logsumexp(scaled[:, 4:], -1) - torch.logsumexp(scaled, -1)
+        torch.testing.assert_close(soft.log_residuals[:, point].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("classes", [41, 401, 5000])
+@pytest.mark.parametrize("k", [1, 7, 100])
+def test_the_k_largest_by_blocks_are_the_k_largest(classes, k):
+    logits = logits_of(40, classes)
+    expected = logits.topk(min(k, classes), dim=-1)
+    soft = encode(logits, TopK(k))
+    assert torch.equal(soft.top_ids.reshape(40, -1), expected.indices)
 
 
 def test_residual_mass_equals_float64_from_near_one_to_tiny():
@@ -125,7 +144,7 @@ def test_no_finite_logit_is_refused():
 
 @pytest.mark.parametrize(
     ("encoding", "temperature", "served"),
-    [(TopK(3), 3.0, "1, 2, 4"), (Sampled(9.0), 2.0, "serves 1"), (TopP(0.5, (2.0,)), 1.0, "serves 2")],
+    [(TopK(3), 5.0, "serves 1 to 4"), (Sampled(9.0), 2.0, "serves 1, "), (TopP(0.5, (2.0,)), 1.0, "serves 2;")],
 )
 def test_a_temperature_that_is_not_served_is_refused(encoding, temperature, served):
     with pytest.raises(EncodingError, match=served):
@@ -158,22 +177,64 @@ def test_teacher_scores_against_torch():
     )
 
 
+@pytest.mark.parametrize(
+    "encoding", [*ENCODINGS, Sampled(12.0, 2.0)], ids=lambda e: f"{e.kind}-{getattr(e, 'temperature', 1)}"
+)
+def test_scores_made_with_the_encoding_are_those_made_alone(encoding):
+    logits, labels = logits_of(9, 141), torch.tensor([0, 1, 2, -100, 40, 5, 6, 7, -100])
+    logits[2, 3:] = -torch.inf
+    _, found = encode_and_score(logits, labels, encoding, torch.rand(9, dtype=torch.float64))
+    expected = teacher_scores(logits, labels, temperature=getattr(encoding, "temperature", 1.0))
+    torch.testing.assert_close(found.nll, expected.nll)
+    torch.testing.assert_close(found.entropy, expected.entropy)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
 def test_positions_do_not_depend_on_each_other(encoding):
     logits, uniforms = (
-        logits_of(11, 41),
-        torch.rand(11, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+        logits_of(70, 141),
+        torch.rand(70, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
     )
     whole = encode(logits, encoding, uniforms=uniforms)
-    parts = concatenate([encode(logits[a:b], encoding, uniforms=uniforms[a:b]) for a, b in ((0, 4), (4, 4), (4, 11))])
+    ends = ((0, 4), (4, 4), (4, 70))
+    parts = concatenate([encode(logits[a:b], encoding, uniforms=uniforms[a:b]) for a, b in ends])
     for name in ("top_offsets", "top_ids", "top_logprobs", "tail_offsets", "tail_ids", "log_residuals"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("encoding", [*ENCODINGS, TopP(0.9999)], ids=lambda e: e.kind)
+def test_extremes_of_narrow_types(dtype, encoding):
+    """The largest float16, the smallest, and -inf; V that fills no whole block."""
+    logits = torch.zeros(4, 131, dtype=dtype)
+    logits[0, 5], logits[1], logits[2, ::2] = 65504.0, -65504.0, 6e-8
+    logits[3, 1:] = -torch.inf
+    soft = encode(logits, encoding, uniforms=torch.full((4,), 0.3, dtype=torch.float64))
+    goal = target(soft, 1.0)
+    assert torch.isfinite(goal.weights).all()
+    assert not torch.isnan(goal.negative_entropy).any()
+    q = torch.softmax(logits.double(), -1)
+    if isinstance(encoding, Full | TopK):
+        found = dense(goal)
+        torch.testing.assert_close(found[found > 0], q[found > 0], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("encoding", [TopK(50), TopP(0.3), Sampled(25.0)], ids=lambda e: e.kind)
+def test_a_vocabulary_of_300_000(encoding):
+    logits = logits_of(3, 300_000, spread=2.5).float()
+    soft = encode(logits, encoding, uniforms=torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    goal, q = target(soft, 1.0), torch.softmax(logits.double(), -1)
+    owner = torch.repeat_interleave(torch.arange(3), soft.top_offsets.diff())
+    torch.testing.assert_close(soft.top_logprobs.double(), q[owner, soft.top_ids].log(), atol=1e-5, rtol=1e-5)
+    assert (soft.top_ids[soft.top_offsets[:-1]] == logits.argmax(-1)).all()
+    mass = dense(goal).sum(-1) + (0 if goal.log_residual is None else goal.log_residual.exp().double())
+    assert ((mass - 1).abs() <= (1 / 25 if isinstance(encoding, Sampled) else 0) + 1e-5).all()
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 4),
-    st.integers(1, 60),
+    st.integers(1, 200),
     st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
     st.integers(0, 2**20),
     st.sampled_from([Full(), TopK(1), TopK(7), TopP(0.01), TopP(0.9), Sampled(1.0), Sampled(7.5), Sampled(64.0)]),
@@ -198,3 +259,9 @@ def test_any_logits_give_a_distribution(count, classes, spread, seed, encoding):
     mass = dense(goal).sum(-1) + (0 if goal.log_residual is None else goal.log_residual.exp().double())
     slack = 1 / encoding.sample_size if isinstance(encoding, Sampled) else 0.0
     assert ((mass - 1).abs() <= slack + 1e-5).all()
+    if isinstance(encoding, Sampled):  # as stored
+        narrowed = narrow(soft, torch.from_numpy(rng.random(count)))
+        whole = narrowed.top_logprobs.double().exp() * encoding.steps
+        assert ((whole - whole.round()).abs() < 1e-3).all()
+        assert ((whole / encoding.steps - soft.top_logprobs.double().exp()).abs() <= 1 / encoding.steps + 1e-6).all()
+        assert ((dense(target(narrowed, 1.0)).sum(-1) - 1).abs() <= slack + 1 / encoding.steps + 1e-5).all()

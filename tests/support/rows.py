@@ -26,7 +26,7 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
-from pipeline.softlabels import encode
+from pipeline.softlabels import encode, narrow
 
 
 def token_row(
@@ -41,7 +41,8 @@ def token_row(
     logits = torch.from_numpy(rng.normal(size=(count, classes)) * 2)
     if known:
         logits[torch.arange(count), torch.from_numpy(ids[np.flatnonzero(supervised) + 1].astype(np.int64))] += 3.0
-    soft = encode(logits, encoding, uniforms=torch.from_numpy(rng.random(count)))
+    uniforms = torch.from_numpy(rng.random(count))
+    soft = narrow(encode(logits, encoding, uniforms=uniforms), uniforms)
     example = TokenizedExample(
         source_row=number,
         piece=0,
@@ -64,7 +65,8 @@ def class_row(number: int, encoding: Encoding, classes: int, *, seed: int = 0) -
         label=None if number % 3 == 2 else int(rng.integers(classes)),
         text=f"text {number} \u00e9\U0001f600",
     )
-    soft = encode(logits, encoding, uniforms=torch.from_numpy(rng.random(1)))
+    uniforms = torch.from_numpy(rng.random(1))
+    soft = narrow(encode(logits, encoding, uniforms=uniforms), uniforms)
     return CachedExample(example, soft, float(rng.random()), float(rng.random()), content_hash(example))
 
 
