@@ -38,7 +38,7 @@ check_python = $(if $(filter yes,$(shell { $(BASE) -c '$(IS_NEW_ENOUGH)'; } 2>/d
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: install
 install: $(STAMP) ## create the virtual environment and install into it
@@ -97,6 +97,10 @@ bench: $(STAMP) $(BBC) ## measure students against each other and the teacher
 .PHONY: bench-training
 bench-training: $(STAMP) ## time and memory of a distillation step beside plain cross-entropy
 	$(PY) -m benchmarks.training
+
+.PHONY: bench-encodings
+bench-encodings: $(STAMP) $(LM) ## bytes against noise and bias of each encoding, and what students learn from them
+	$(PY) -m benchmarks.encodings
 
 .PHONY: clean
 clean: ## remove runs, build output and tool caches

@@ -161,6 +161,19 @@ def _echo_cache(cache: Cache, output: str) -> None:
 
 
 @_command(
+    "estimate",
+    cfg.EstimateConfig,
+    "softlabel estimate --task causal-lm --teacher runs/teacher --dataset data/corpus --budget 100GB --write-config runs/capture.yaml",
+)
+def _estimate(config: cfg.EstimateConfig) -> None:
+    from pipeline.cache.manifest import dump
+    from pipeline.capture.estimate import format_estimate, run
+
+    found = run(config)
+    click.echo(dump(found) if config.json else format_estimate(found), nl=not config.json)
+
+
+@_command(
     "init-student",
     cfg.InitStudentConfig,
     "softlabel init-student --teacher runs/teacher --num-layers 2 --hidden-size 128 --num-heads 2 --output runs/student-init",

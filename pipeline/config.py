@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,6 +250,60 @@ def make_encoding(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateConfig:
+    """Say what each encoding would cost and lose, from a pilot; no cache is written."""
+
+    task: TaskName = option("What the teacher predicts.")
+    data: DataConfig
+    teacher: str = option("Name or path of the teacher.")
+    teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
+    dtype: str = option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
+    attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
+    device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
+    quantization: Literal["4bit", "8bit"] | None = option("Load the teacher with bitsandbytes.", None)
+    trust_remote_code: bool = option("Run code that comes with the teacher.", False)
+    batch_tokens: int | None = option("Tokens in a forward pass, as cache-logits will take.", None)
+    positions: int = option("Positions of the pilot.", 2048)
+    temperature: float = option("Temperature of the noise figures and of a sampled cache.", 1.0)
+    target_noise: float | None = option(
+        "Choose the fewest bytes whose noise is at most this share of one drawn label's (of sampled and full, which have no bias).",
+        None,
+    )
+    budget: str | None = option("Choose the least noise that fits, as 500MB or 100GB (of sampled and full).", None)
+    scale: float | None = option("Project to so many tokens, as 1e12.", None)
+    gpus: int = option("With --scale: GPUs that share the work.", 1)
+    write_config: str | None = option("Write a YAML file with the chosen encoding, for softlabel cache-logits.", None)
+    seed: int = option("Seed of the pilot.", 0)
+    json: bool = option("Print JSON.", False)
+
+    def __post_init__(self) -> None:
+        _check_positive("--positions", self.positions)
+        _check_positive("--gpus", self.gpus)
+        if self.target_noise is not None and self.budget is not None:
+            raise MisuseError("--target-noise and --budget each choose an encoding: give one of them")
+        if self.target_noise is not None and not 0 < self.target_noise < math.inf:
+            raise MisuseError(f"--target-noise: expected above 0, found {self.target_noise}")
+        if not 0 < self.temperature < math.inf:
+            raise MisuseError(f"--temperature: expected above 0, found {self.temperature}")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise MisuseError(f"--scale: expected above 0 tokens, found {self.scale}")
+        if self.budget is not None:
+            parse_bytes("--budget", self.budget)
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """A size as people write it: 500MB, 1.5 TB; decimal units.
+
+    Raises:
+        MisuseError: no number, or another unit.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGTP]?)B?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise MisuseError(f"{flag}: expected a size as 500MB or 100GB, found {text!r}")
+    return int(float(found[1]) * 1000 ** " KMGTP".index(found[2].upper() or " "))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InitStudentConfig:
     """Make a student: a smaller config with random weights, or chosen layers of the teacher."""
 
@@ -431,7 +486,13 @@ STAGES: dict[str, type] = {
 }
 
 #: Every command that a YAML file may have a section for.
-SECTIONS: dict[str, type] = {**STAGES, "verify": VerifyConfig, "inspect": InspectConfig, "import": ImportConfig}
+SECTIONS: dict[str, type] = {
+    **STAGES,
+    "estimate": EstimateConfig,
+    "verify": VerifyConfig,
+    "inspect": InspectConfig,
+    "import": ImportConfig,
+}
 
 
 # -------------------------------------------------------------------------------------------------------- the file

@@ -220,6 +220,65 @@ class Target:
         return self.offsets.numel() - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How faithful an encoding's target is, measured on a sample of positions with all V logits at hand; `softlabels.fidelity` has the formulas."""
+
+    positions: int
+    kept: float
+    """Classes a position."""
+    kept_mass: Mapping[str, float]
+    """Temperature -> the teacher's mass on the classes that are kept for certain."""
+    kl: float | None
+    """Nats a position, KL(teacher || target); None where the target gives classes of the teacher no mass."""
+    noise: float
+    noise_share: float
+    """The noise over that of one hard label drawn from the teacher."""
+    bias: float
+    angle: float
+    """Degrees, between the gradients with this target and with the whole distribution."""
+    norm_ratio: float
+    """Of the lengths of those gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatedEncoding:
+    """What one encoding would cost and lose."""
+
+    encoding: Encoding
+    bytes_per_position: float
+    """Of all columns, in Parquet."""
+    total_bytes: int
+    num_shards: int
+    hours: float
+    """Of one device like the pilot's: the teacher's pass and the encoding after it."""
+    overhead: float
+    """Seconds of encoding over those of the teacher's pass."""
+    decoded_per_second: float
+    """Positions that one thread reads back."""
+    fidelity: Fidelity | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What `softlabel estimate` found out; the totals are the pilot's, scaled up by source rows."""
+
+    teacher: str
+    source: str
+    temperature: float
+    pilot_rows: int
+    pilot_positions: int
+    rows: int
+    """Of all splits."""
+    tokens: int
+    positions: int
+    tokens_per_second: float
+    encodings: tuple[EstimatedEncoding, ...]
+    chosen: Encoding | None = None
+    scale_tokens: float | None = None
+    gpus: int = 1
+
+
 # ----------------------------------------------------------------------------------------------- the cache on disk
 
 
@@ -330,6 +389,8 @@ class Receipt:
     seconds: float
     forward_seconds: float
     bad_rows: tuple[BadRow, ...] = ()
+    fidelity: Fidelity | None = None
+    """The first shard's: of a sample of its positions."""
 
 
 @dataclass(frozen=True, slots=True)

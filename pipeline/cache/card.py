@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from pipeline.records import Full, Manifest, Sampled
+from pipeline.records import Fidelity, Full, Manifest, Sampled
 
 _BODY = """
 # Soft labels of {teacher}
@@ -40,7 +40,7 @@ The kept classes and their weights at each position of a row, with NumPy alone:
 ```python
 {code}```
 
-`manifest.json` holds the contract (teacher, tokenizer, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums;
+{fidelity}`manifest.json` holds the contract (teacher, tokenizer, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums;
 `softlabel verify --cache DIR` does, and so does `pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)`.
 
 ## Training from it
@@ -87,7 +87,7 @@ positions = [
 }
 
 
-def make_card(manifest: Manifest) -> str:
+def make_card(manifest: Manifest, fidelity: Fidelity | None = None) -> str:
     """The card's text."""
     contract = manifest.contract
     encoding = contract.encoding
@@ -135,9 +135,26 @@ def make_card(manifest: Manifest) -> str:
         bad_rows=manifest.bad_rows,
         cache_id=manifest.cache_id,
         columns=columns,
+        fidelity="" if fidelity is None else _fidelity(fidelity),
         code=code.format(num_classes=contract.num_classes) if isinstance(encoding, Full) else code,
         rows=totals["rows"],
         positions=totals["positions"],
         tokens=totals["tokens"],
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _fidelity(found: Fidelity) -> str:
+    masses = ", ".join(f"{mass:.1%} at T = {t}" for t, mass in found.kept_mass.items())
+    lines = {
+        "classes kept a position": f"{found.kept:.1f}",
+        "teacher's mass on those kept for certain": masses,
+        "noise of the target, as a share of that of one label drawn from the teacher": f"{found.noise_share:.2%}",
+        "bias (squared, in the unit of the noise) over noise": f"{found.bias / found.noise:.1%}"
+        if found.noise
+        else "0",
+        "angle between the gradients with this target and with all classes": f"{found.angle:.1f} degrees",
+        "KL(teacher, target), the rest spread evenly": "-" if found.kl is None else f"{found.kl:.4f} nats",
+    }
+    rows = "".join(f"| {name} | {value} |\n" for name, value in lines.items())
+    return f"Fidelity, measured at capture on {found.positions} positions (`reports/fidelity.json`):\n\n| | |\n|---|---|\n{rows}\n"

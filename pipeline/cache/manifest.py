@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.cache.schema import FORMAT_VERSION
+from pipeline.cache.schema import FORMAT_VERSION, soft_columns
 from pipeline.errors import CacheError, ContractError, IntegrityError
 from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
 
@@ -122,6 +122,12 @@ def load_manifest(root: Path) -> Manifest:
     for shard in manifest.shards:
         if not NAME.fullmatch(shard.name):
             raise IntegrityError(f"{layout.manifest}: shard name: expected a plain file name, found {shard.name!r}")
+    contract = manifest.contract
+    for name in soft_columns(contract.encoding, contract.num_classes):
+        if name not in contract.columns:
+            raise IntegrityError(
+                f"{layout.manifest}: columns: expected {name}, as encoding {contract.encoding.kind} has, found {', '.join(contract.columns)}; cache again with this release"
+            )
     expected = cache_id(manifest.contract, manifest.shards)
     if manifest.cache_id != expected:
         raise IntegrityError(

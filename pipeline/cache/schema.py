@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -76,20 +77,27 @@ def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]
     return {**columns, "top_logprobs": pa.list_(pa.float16()), "log_residuals": pa.list_(pa.float16())}
 
 
-def parquet_encodings(schema: pa.Schema) -> tuple[list[str], dict[str, str]]:
-    """How Parquet stores the columns: (those with a dictionary, column path -> encoding of others).
+def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
+    """How Parquet stores the columns, as `pyarrow.parquet.ParquetWriter` takes it.
 
-    Lists of integers go in byte planes: a small integer is an INT32 in Parquet, and zstd would pay for its zeros. Not floats, whose planes DuckDB
-    does not read. Only what comes from the source, and may repeat, has a dictionary.
+    Lists of integers go in byte planes: a small integer is an INT32 in Parquet, and zstd would pay for its zeros. Level 16 takes 5% off them, at 3 us a
+    position; level 9 takes nothing off. Not floats, whose planes DuckDB does not read, and which no level makes smaller. Only what comes from the source,
+    and may repeat, has a dictionary.
     """
-    dictionary, planes = [], {}
+    dictionary, planes, levels = [], {}, {}
     for field in schema:
-        if pa.types.is_list(field.type):
-            if pa.types.is_integer(field.type.value_type):
-                planes[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT"
-        elif field.name not in _OURS:
+        path = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        levels[path] = 3
+        if pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type):
+            planes[path], levels[path] = "BYTE_STREAM_SPLIT", 16
+        elif not pa.types.is_list(field.type) and field.name not in _OURS:
             dictionary.append(field.name)
-    return dictionary, planes
+    return {
+        "compression": "zstd",
+        "compression_level": levels,
+        "use_dictionary": dictionary,
+        "column_encoding": planes,
+    }
 
 
 _OURS = ("source_row", "piece", "content_hash", "text_bytes", "label", "teacher_nll_sum", "teacher_entropy_sum")

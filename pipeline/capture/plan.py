@@ -7,9 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pipeline.records import Encoding, Full, Sampled, ShardPlan, TopK
 from pipeline.sources import Source
+from pipeline.tasks import Task
 
 _TARGET_BYTES = 128 << 20
 _MOST_ROWS = 10_000
+#: Above this, one row of `full` language-model logits is refused.
+MAX_ROW_BYTES = 64 << 20
 
 
 def plan_shards(source: Source, rows_per_shard: int) -> tuple[ShardPlan, ...]:
@@ -31,6 +34,11 @@ def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: 
         per_position = 4 * encoding.k if isinstance(encoding, TopK) else 256
     row_bytes = max_length * (4 + per_position) if token_classes else 4 * max_length + per_position
     return max(1, min(_MOST_ROWS, _TARGET_BYTES // row_bytes))
+
+
+def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:
+    """Whether `full` is refused: a row of a language model's float16 logits would pass 64 MB."""
+    return task.classes_are_tokens and 2 * num_classes * max_length > MAX_ROW_BYTES
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:

@@ -14,7 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.cache import Cache, Plan
 from pipeline.cache.build import begin, finish, finished, is_finished
 from pipeline.cache.schema import cache_schema, describe
-from pipeline.capture.plan import default_rows_per_shard, library_versions, plan_shards
+from pipeline.capture.plan import (
+    MAX_ROW_BYTES,
+    default_rows_per_shard,
+    full_row_is_too_large,
+    library_versions,
+    plan_shards,
+)
 from pipeline.capture.shard import Job, capture_shard, forward, read_shard
 from pipeline.config import CacheLogitsConfig, DataConfig
 from pipeline.errors import CacheError, MisuseError, ModelError, SourceError
@@ -33,9 +39,6 @@ from pipeline.sources import LabelMap, Source, fingerprints, from_datasets, load
 from pipeline.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
-
-#: Above this, one row of `full` language-model logits is refused.
-_MAX_ROW_BYTES = 64 << 20
 
 
 def run(config: CacheLogitsConfig) -> Cache:
@@ -258,10 +261,9 @@ def _check_output(output: str) -> None:
 
 
 def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_length: int) -> None:
-    row_bytes = 2 * num_classes * max_length
-    if task.classes_are_tokens and isinstance(encoding, Full) and row_bytes > _MAX_ROW_BYTES:
+    if isinstance(encoding, Full) and full_row_is_too_large(task, num_classes, max_length):
         raise MisuseError(
-            f"--encoding full: a row of {max_length} tokens over {num_classes} classes takes {row_bytes >> 20} MB, expected at most {_MAX_ROW_BYTES >> 20}; "
+            f"--encoding full: a row of {max_length} tokens over {num_classes} classes takes {2 * num_classes * max_length >> 20} MB, expected at most {MAX_ROW_BYTES >> 20}; "
             "use --encoding sampled (unbiased, some 25 bytes a position) or top-k, or a smaller --max-length"
         )
 

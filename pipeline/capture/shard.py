@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,23 @@ from pipeline.cache.writer import write_shard
 from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError
 from pipeline.models import LoadedModel, pad_id
-from pipeline.records import BadRow, CachedExample, Receipt, Shard, ShardPlan, TokenizedExample
-from pipeline.softlabels import counter_uniforms, encode_and_score, narrow, rows
+from pipeline.records import BadRow, CachedExample, Encoding, Receipt, Shard, ShardPlan, TokenizedExample
+from pipeline.softlabels import (
+    counter_uniforms,
+    encode,
+    encode_and_score,
+    narrow,
+    rows,
+    served_temperature,
+    target,
+)
+from pipeline.softlabels.fidelity import FidelityMeter, Reference, spread
 from pipeline.sources import LabelMap, Source, read_examples
 from pipeline.tasks import Task
+
+#: Positions whose fidelity is measured: in all, and of one batch.
+_MEASURED, _MEASURED_OF_BATCH = 512, 64
+_FEW_CLASSES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +61,10 @@ def capture_shard(job: Job, shard: ShardPlan) -> Receipt:
         CacheError: the shard cannot be written.
     """
     started = time.monotonic()
+    contract = job.plan.contract
     examples, bad = read_shard(job, shard)
-    batches = plan_batches([example.num_tokens for example in examples], job.plan.contract.batch_tokens)
+    batches = plan_batches([example.num_tokens for example in examples], contract.batch_tokens)
+    meter = FidelityMeter() if shard == job.plan.shards[0] else None
     cached: dict[int, CachedExample] = {}
     forward_seconds = 0.0
     for members, length in batches:
@@ -63,8 +79,19 @@ def capture_shard(job: Job, shard: ShardPlan) -> Receipt:
             logits = _without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
             part = [examples[i] for i in members]
+        if meter is not None and members:
+            _measure(job, meter, part, logits, shard.split)
         if members:
-            cached.update(zip(members, label_rows(job, part, logits, shard.split), strict=True))
+            made = label_rows(
+                job.task,
+                part,
+                logits,
+                contract.encoding,
+                split=shard.split,
+                seed=contract.seed,
+                store_entropy="entropy" in contract.columns,
+            )
+            cached.update(zip(members, made, strict=True))
     in_order = [cached[i] for i in sorted(cached)]
     written = _write(job, shard, in_order)
     receipt = Receipt(
@@ -75,6 +102,7 @@ def capture_shard(job: Job, shard: ShardPlan) -> Receipt:
         seconds=round(time.monotonic() - started, 3),
         forward_seconds=round(forward_seconds, 3),
         bad_rows=tuple(sorted(bad, key=lambda row: row.source_row)),
+        fidelity=None if meter is None else meter.result(),
     )
     record(job.layout, receipt)
     return receipt
@@ -99,33 +127,82 @@ def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list
 
 
 def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Tensor:
-    """One pass of the teacher: (N, V) logits of the supervised positions, padded classes cut off."""
-    model = job.teacher.model
-    inputs, supervised = job.task.collate(examples, pad_id(job.tokenizer), length)
+    """One pass of the job's teacher."""
+    return teacher_logits(job.task, job.teacher, job.tokenizer, examples, job.plan.contract.num_classes, length)
+
+
+def teacher_logits(
+    task: Task,
+    teacher: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TokenizedExample],
+    num_classes: int,
+    length: int | None = None,
+) -> Tensor:
+    """One pass of a teacher: (N, V) logits of the supervised positions, padded classes cut off.
+
+    Args:
+        length: to which rows are padded; default: the longest.
+    """
+    model = teacher.model
+    inputs, supervised = task.collate(examples, pad_id(tokenizer), length)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if supervised is not None:
         supervised = supervised.to(model.device)
     with torch.inference_mode():
-        logits = job.task.gather_logits(model, inputs, supervised)
-    return logits[:, : job.plan.contract.num_classes]
+        logits = task.gather_logits(model, inputs, supervised)
+    return logits[:, :num_classes]
 
 
-def label_rows(job: Job, examples: Sequence[TokenizedExample], logits: Tensor, split: str) -> list[CachedExample]:
-    """(N, V) logits of several rows -> the rows with their soft labels."""
-    encoding, seed = job.plan.contract.encoding, job.plan.contract.seed
-    labels = torch.from_numpy(np.concatenate([job.task.hard_labels(example) for example in examples])).to(logits.device)
+def label_rows(
+    task: Task,
+    examples: Sequence[TokenizedExample],
+    logits: Tensor,
+    encoding: Encoding,
+    *,
+    split: str,
+    seed: int,
+    store_entropy: bool = False,
+) -> list[CachedExample]:
+    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored."""
+    labels = torch.from_numpy(np.concatenate([task.hard_labels(example) for example in examples])).to(logits.device)
     uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
-    soft, scores = encode_and_score(logits, labels, encoding, uniforms=uniforms)
+    soft, scores = encode_and_score(logits, labels, encoding, uniforms)
     soft = narrow(soft, uniforms)
     nll, entropy = scores.nll.double(), scores.entropy.double()
     out, start = [], 0
     for example in examples:
         stop = start + example.num_positions
         sums = float(nll[start:stop].sum()), float(entropy[start:stop].sum())
-        each = entropy[start:stop].float() if "entropy" in job.plan.contract.columns else None
+        each = entropy[start:stop].float() if store_entropy else None
         out.append(CachedExample(example, rows(soft, start, stop), *sums, content_hash(example), each))
         start = stop
     return out
+
+
+def _measure(job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Tensor, split: str) -> None:
+    """Add some positions of a batch to the measurement, until there are enough."""
+    matrix = output_matrix(job.teacher.model, job.plan.contract.num_classes)
+    if matrix is None or meter.positions >= _MEASURED:
+        return
+    encoding = job.plan.contract.encoding
+    chosen = torch.tensor(spread(len(logits), _MEASURED_OF_BATCH))
+    uniforms = torch.cat([_uniforms(example, split, job.plan.contract.seed) for example in examples])[chosen]
+    picked = logits[chosen.to(logits.device)]
+    soft = narrow(encode(picked, encoding, uniforms=uniforms), uniforms)
+    temperature = served_temperature(encoding)
+    reference = Reference.of(picked, matrix, temperature=temperature)
+    meter.add(reference, target(soft, temperature), soft)
+
+
+def output_matrix(model: Any, num_classes: int) -> Tensor | None:
+    """(V, H): what hidden states are multiplied with; the identity for few classes; None where there is no such matrix in memory."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta:
+        matrix: Tensor = weight.detach()[:num_classes]
+        return matrix
+    return torch.eye(num_classes, device=model.device) if num_classes <= _FEW_CLASSES else None
 
 
 def device_name(teacher: LoadedModel) -> str:

@@ -1,0 +1,413 @@
+"""`softlabel estimate`: what each encoding would cost and lose, from a pilot over a few rows of the data set. It writes no cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pipeline.cache.codec import unpack
+from pipeline.cache.commit import write_text
+from pipeline.cache.reader import open_shard
+from pipeline.cache.schema import cache_schema
+from pipeline.cache.writer import write_shard
+from pipeline.capture.plan import default_rows_per_shard, full_row_is_too_large, plan_batches
+from pipeline.capture.shard import label_rows, output_matrix, teacher_logits
+from pipeline.config import EstimateConfig, parse_bytes
+from pipeline.errors import MisuseError, SourceError
+from pipeline.models import LoadedModel, choose_max_length, load_model, set_chat_template
+from pipeline.records import (
+    BadRow,
+    CachedExample,
+    Encoding,
+    Estimate,
+    EstimatedEncoding,
+    Full,
+    Sampled,
+    ShardPlan,
+    Tokenization,
+    TokenizedExample,
+    TopK,
+    TopP,
+)
+from pipeline.softlabels import encode, narrow, target
+from pipeline.softlabels.fidelity import FidelityMeter, Reference, spread
+from pipeline.sources import LabelMap, Source, load_source, read_examples
+from pipeline.tasks import Task, get_task
+
+#: The choices that are compared, where they have fewer classes than V.
+SAMPLE_SIZES = (6.0, 8.0, 12.0, 17.0, 25.0, 35.0, 50.0, 70.0, 100.0, 200.0)
+TOP_KS = (12, 50, 128)
+TOP_PS = (0.9, 0.98)
+#: Runs of neighbouring rows that a pilot reads, evenly spaced over the split.
+_RUNS = 8
+_FEW_CLASSES = 4096
+#: Positions of a batch that fidelity is measured at.
+_MEASURED_OF_BATCH = 256
+
+
+def run(config: EstimateConfig) -> Estimate:
+    """The pilot and what it says; with `--write-config` also a YAML file.
+
+    Raises:
+        PipelineError: see the subclasses.
+    """
+    task = get_task(config.task)
+    task.check_columns(config.data.columns, config.data.tokenization(2))
+    source = load_source(config.data)
+    teacher = load_model(
+        task,
+        config.teacher,
+        revision=config.teacher_revision,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
+    set_chat_template(teacher.tokenizer, config.data.chat_template)
+    length = choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length)
+    found = estimate(
+        task,
+        source,
+        teacher,
+        tokenization=config.data.tokenization(length),
+        store_text=config.data.store_text,
+        batch_tokens=config.batch_tokens or task.default_batch_tokens,
+        positions=config.positions,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    found = dataclasses.replace(found, chosen=_choose(found, config), scale_tokens=config.scale, gpus=config.gpus)
+    if config.write_config is not None:
+        _write_config(config, found)
+    return found
+
+
+def estimate(
+    task: Task,
+    source: Source,
+    teacher: LoadedModel,
+    *,
+    tokenization: Tokenization,
+    store_text: bool = True,
+    batch_tokens: int,
+    positions: int = 2048,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Estimate:
+    """Run the teacher over about so many positions and encode them in every way."""
+    num_classes = task.num_classes(teacher.model, teacher.tokenizer)
+    matrix = output_matrix(teacher.model, num_classes)
+    split = next(iter(source.splits))
+    examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions)
+    pilots = [_Pilot(encoding) for encoding in _encodings(task, num_classes, tokenization.max_length, temperature)]
+    generator = torch.Generator().manual_seed(seed)
+    forward_seconds = 0.0
+    shortest = min(examples, key=lambda example: example.num_tokens)
+    teacher_logits(task, teacher, teacher.tokenizer, [shortest], num_classes)  # the first pass warms up
+    batches = plan_batches([example.num_tokens for example in examples], batch_tokens)
+    for members, width in tqdm(batches, desc="estimate", unit="batch", disable=None):
+        part = [examples[i] for i in members]
+        started = time.perf_counter()
+        logits = teacher_logits(task, teacher, teacher.tokenizer, part, num_classes, width)
+        forward_seconds += time.perf_counter() - started
+        picked = logits[torch.tensor(spread(len(logits), _MEASURED_OF_BATCH), device=logits.device)]
+        uniforms = torch.rand(len(picked), generator=generator, dtype=torch.float64)
+        reference = None if matrix is None else Reference.of(picked, matrix, temperature=temperature, seed=seed)
+        for pilot in pilots:
+            # All classes of all rows would fill the memory: one row of each batch stands for them.
+            some = part[:1] if isinstance(pilot.encoding, Full) and num_classes > _FEW_CLASSES else part
+            positions_taken = sum(example.num_positions for example in some)
+            started = time.perf_counter()
+            made = label_rows(task, some, logits[:positions_taken], pilot.encoding, split=split, seed=seed)
+            pilot.seconds += time.perf_counter() - started
+            pilot.positions += positions_taken
+            pilot.rows += zip(members, made, strict=False)
+            if reference is not None:
+                soft = narrow(encode(picked, pilot.encoding, uniforms=uniforms), uniforms)
+                pilot.meter.add(reference, target(soft, temperature), soft)
+    counted = sum(example.num_positions for example in examples)
+    tokens = sum(example.num_tokens for example in examples)
+    total_rows = sum(len(part) for part in source.splits.values())
+    scale = total_rows / source_rows
+    lines = []
+    for pilot in pilots:
+        size, decoded = _bytes_and_decoding(task, pilot.in_order(), pilot.encoding, num_classes, store_text)
+        per_shard = default_rows_per_shard(
+            pilot.encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
+        )
+        seconds = pilot.seconds / pilot.positions * counted
+        lines.append(
+            EstimatedEncoding(
+                encoding=pilot.encoding,
+                bytes_per_position=size / pilot.positions,
+                total_bytes=int(size / pilot.positions * counted * scale),
+                num_shards=sum(math.ceil(len(part) / per_shard) for part in source.splits.values()),
+                hours=(forward_seconds + seconds) * scale / 3600,
+                overhead=seconds / forward_seconds,
+                decoded_per_second=pilot.positions / decoded,
+                fidelity=pilot.meter.result(),
+            )
+        )
+    return Estimate(
+        teacher=teacher.name,
+        source=source.name,
+        temperature=temperature,
+        pilot_rows=source_rows,
+        pilot_positions=counted,
+        rows=total_rows,
+        tokens=int(tokens * scale),
+        positions=int(counted * scale),
+        tokens_per_second=tokens / forward_seconds,
+        encodings=tuple(lines),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the pilot
+
+
+def _pilot_rows(
+    task: Task, source: Source, teacher: LoadedModel, split: str, settings: Tokenization, positions: int
+) -> tuple[list[TokenizedExample], int]:
+    """Rows with about so many positions, from evenly spaced runs of neighbours, and how many source rows they are.
+
+    Raises:
+        SourceError: no row of them can be used.
+    """
+    count = len(source.splits[split])
+    labels = None
+    if not task.classes_are_tokens:
+        config: Any = teacher.model.config
+        labels = LabelMap.for_names(source, tuple(str(config.id2label[i]) for i in range(config.num_labels)))
+    examples: list[TokenizedExample] = []
+    used = 0
+    starts = sorted({count * i // _RUNS for i in range(_RUNS)})
+    for start, stop in itertools.pairwise([*starts, count]):
+        quota, last, end = positions / len(starts), -1, stop
+        found = read_examples(source, split, start, stop, labels)
+        for item in task.tokenize(found, split, teacher.tokenizer, settings):
+            if isinstance(item, BadRow):
+                continue
+            if quota <= 0 and item.source_row != last:  # all pieces of a row, or none
+                end = item.source_row
+                break
+            examples.append(item)
+            quota -= item.num_positions
+            last = item.source_row
+        used += end - start
+    if not examples:
+        raise SourceError(
+            f"{source.name}: split {split}: no usable row in the pilot; see softlabel cache-logits --on-bad-row skip"
+        )
+    return examples, used
+
+
+def _encodings(task: Task, num_classes: int, max_length: int, temperature: float) -> list[Encoding]:
+    grid = tuple(sorted({1.0, 2.0, 4.0, temperature}))
+    found: list[Encoding] = [Sampled(c, temperature) for c in SAMPLE_SIZES if c < num_classes]
+    found += [TopK(k, grid) for k in TOP_KS if k < num_classes]
+    found += [TopP(p, grid) for p in TOP_PS]
+    if not full_row_is_too_large(task, num_classes, max_length):
+        found.append(Full())
+    return found
+
+
+@dataclasses.dataclass(slots=True)
+class _Pilot:
+    """What one encoding has made so far."""
+
+    encoding: Encoding
+    rows: list[tuple[int, CachedExample]] = dataclasses.field(default_factory=list)
+    """Each with its place among the pilot's rows."""
+    positions: int = 0
+    seconds: float = 0.0
+    meter: FidelityMeter = dataclasses.field(default_factory=FidelityMeter)
+
+    def in_order(self) -> list[CachedExample]:
+        """The rows as a shard would hold them."""
+        return [row for _, row in sorted(self.rows, key=lambda pair: pair[0])]
+
+
+def _bytes_and_decoding(
+    task: Task,
+    rows: Sequence[CachedExample],
+    encoding: Encoding,
+    num_classes: int,
+    store_text: bool,
+) -> tuple[int, float]:
+    """Bytes of all columns in Parquet, and the seconds that one thread takes to read the rows back."""
+    schema = cache_schema(
+        encoding,
+        num_classes,
+        token_classes=task.classes_are_tokens,
+        token_type_ids=rows[0].example.token_type_ids is not None,
+        text=store_text and not task.classes_are_tokens,
+        text_pair=rows[0].example.text_pair is not None,
+        documents=rows[0].example.document_lengths is not None,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pilot.parquet"
+        write_shard(path, ShardPlan("pilot", "train", 0, len(rows)), rows, schema)
+        file = open_shard(path)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        size = sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
+        started = time.perf_counter()
+        unpack(file.read(use_threads=False), encoding, num_classes)
+        return size, time.perf_counter() - started
+
+
+# --------------------------------------------------------------------------------------------------------- the choice
+
+
+def _choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
+    """What `--target-noise` or `--budget` asks for, of the encodings without bias, which more data does not mend.
+
+    Raises:
+        MisuseError: none of those compared reaches it; says what the nearest does.
+    """
+    if config.target_noise is None and config.budget is None:
+        return None
+    known = [
+        (line.fidelity.noise_share, line)
+        for line in found.encodings
+        if isinstance(line.encoding, Sampled | Full) and line.fidelity is not None
+    ]
+    if not known:
+        raise MisuseError("--target-noise, --budget: the teacher has no output matrix in memory to tell the noise by")
+    if config.target_noise is not None:
+        fitting = [line for noise, line in known if noise <= config.target_noise]
+        if not fitting:
+            noise, best = min(known, key=lambda pair: pair[0])
+            raise MisuseError(
+                f"--target-noise {config.target_noise:g}: the least noise of those compared is {noise:.4f} ({describe(best.encoding)}); ask for more"
+            )
+        return min(fitting, key=lambda line: line.bytes_per_position).encoding
+    budget = parse_bytes("--budget", config.budget or "")
+    affordable = [(noise, line) for noise, line in known if line.total_bytes <= budget]
+    if not affordable:
+        least = min((line for _, line in known), key=lambda line: line.total_bytes)
+        raise MisuseError(
+            f"--budget {config.budget}: the smallest of those compared takes {human(least.total_bytes)} ({describe(least.encoding)}); allow more, or cache fewer rows"
+        )
+    return min(affordable, key=lambda pair: pair[0])[1].encoding
+
+
+def _write_config(config: EstimateConfig, found: Estimate) -> None:
+    """The stage `cache-logits` of a YAML file, ready to run but for its output's name.
+
+    Raises:
+        MisuseError: nothing was chosen, or the file is there.
+    """
+    import yaml
+
+    if found.chosen is None:
+        raise MisuseError("--write-config goes with --target-noise or --budget, which choose the encoding")
+    path = Path(config.write_config or "")
+    if path.exists():
+        raise MisuseError(f"--write-config {path}: is there already; remove it, or name another file")
+    defaults = {f.name: f.default for f in dataclasses.fields(type(config.data))}
+    data = {
+        f.name: getattr(config.data, f.name)
+        for f in dataclasses.fields(config.data)
+        if getattr(config.data, f.name) != defaults[f.name]
+    }
+    capture = {
+        name: getattr(config, name)
+        for name in ("teacher", "teacher_revision", "attn_implementation", "device_map", "quantization", "batch_tokens")
+        if getattr(config, name) is not None
+    }
+    encoding = found.chosen
+    knobs = {"k": "top_k", "p": "top_p", "sample_size": "sample_size"}
+    capture.update(dtype=config.dtype, encoding=encoding.kind, output="runs/cache")
+    capture.update({key: getattr(encoding, name) for name, key in knobs.items() if hasattr(encoding, name)})
+    if not isinstance(encoding, Full):
+        capture["temperature"] = list(getattr(encoding, "temperatures", [getattr(encoding, "temperature", 1.0)]))
+    content = {
+        "task": config.task,
+        "data": {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()},
+        "cache-logits": capture,
+    }
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def describe(encoding: Encoding) -> str:
+    """`sampled c = 25`, `top-k 50`, ..."""
+    if isinstance(encoding, Sampled):
+        return f"sampled c = {encoding.sample_size:g}"
+    if isinstance(encoding, TopK):
+        return f"top-k {encoding.k}"
+    return f"top-p {encoding.p:g}" if isinstance(encoding, TopP) else "full"
+
+
+def human(size: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} PB"
+
+
+def format_estimate(found: Estimate) -> str:
+    """The table, what its columns mean, and the projection."""
+    return "\n".join(_lines(found))
+
+
+def _lines(found: Estimate) -> Iterator[str]:
+    yield (
+        f"{found.teacher} on {found.source}: about {found.rows:,} rows, {found.tokens:,} tokens, {found.positions:,} positions, from a pilot of {found.pilot_rows} rows and "
+        f"{found.pilot_positions:,} positions; the teacher's pass: {found.tokens_per_second:,.0f} tokens a second here"
+    )
+    yield ""
+    yield (
+        f"{'encoding':<18}{'kept':>7}{'B/position':>12}{'total':>10}{'shards':>8}{'hours':>9}{'overhead':>10}{'noise':>9}{'bias':>9}{'KL':>9}"
+        f"{'angle':>8}  mass kept at T = 1, 2, 4"
+    )
+    for line in found.encodings:
+        chosen = "  <- chosen" if line.encoding == found.chosen else ""
+        yield _line(line) + chosen
+    yield ""
+    yield "noise     of the target in a student's gradient, as a share of what one label drawn from the teacher has; it averages away with more data"
+    yield "bias      the same of what does not average away"
+    yield "overhead  of encoding, over the teacher's pass; not overlapped with it here"
+    if found.scale_tokens is not None:
+        yield ""
+        yield from _projection(found, found.scale_tokens)
+
+
+def _line(line: EstimatedEncoding) -> str:
+    cost = f"{line.bytes_per_position:>12.1f}{human(line.total_bytes):>10}{line.num_shards:>8,}{line.hours:>9.3g}{line.overhead:>10.1%}"
+    if line.fidelity is None:
+        return f"{describe(line.encoding):<18}{'-':>7}{cost}"
+    f = line.fidelity
+    one_draw = f.noise / f.noise_share if f.noise_share else math.inf
+    kl = "-" if f.kl is None else f"{f.kl:.4f}"
+    masses = "  ".join(f"{mass:.3f}" for mass in f.kept_mass.values())
+    return f"{describe(line.encoding):<18}{f.kept:>7.1f}{cost}{f.noise_share:>9.2%}{f.bias / one_draw:>9.3%}{kl:>9}{f.angle:>7.1f}\N{DEGREE SIGN}  {masses}"
+
+
+def _projection(found: Estimate, tokens: float) -> Iterator[str]:
+    share = found.positions / max(found.tokens, 1)
+    yield f"At {tokens:.3g} tokens on {found.gpus} device(s) like this one ({share:.0%} of the tokens supervised, as in the pilot; shards of 128 MB):"
+    for line in found.encodings:
+        size = tokens * share * line.bytes_per_position
+        hours = tokens / found.tokens_per_second * (1 + line.overhead) / 3600
+        rate = found.gpus * found.tokens_per_second * share
+        cores = rate / line.decoded_per_second
+        yield (
+            f"  {describe(line.encoding):<18}{human(size):>10}{math.ceil(size / (128 << 20)):>12,} shards{hours:>12,.0f} device-hours"
+            f"{hours / found.gpus / 24:>10,.1f} days; students at the teacher's rate read {human(rate * line.bytes_per_position)}/s, decoded by {cores:.2g} core(s)"
+        )
+    yield "Assumed: the teacher's rate as measured here, encoding not overlapped with it, and a student no faster than its teacher's forward pass."

@@ -1,0 +1,148 @@
+"""What an encoding's target keeps of the teacher, and what noise and bias it adds to the gradient of a student: measured where all V logits are at hand.
+
+With q the teacher, t the target and p a student, (V,) each, W the output matrix (V, H) and g(t) = W'(p - t) the gradient of the loss with respect to
+the student's hidden state at one position:
+
+    noise   E |W'(t - q)|^2, over positions and samples: what the target adds to the variance of g
+    bias    |E W'(t - q)|^2: what no amount of data averages away
+    angle   between g(t) and g(q), of all positions of the sample as one vector; beside it |g(t)| / |g(q)|
+
+The student is the teacher with standard normal noise on its logits: half a nat away from it or so, as a student is that has learnt something. The ghost
+bucket has no classes of its own: in the gradient its mass stands where the student puts its own outside the top, so that t has r p_i / sum p there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.records import Fidelity, SoftLabels, Target
+from pipeline.softlabels.ragged import owners
+
+#: At which the mass of the kept classes is told.
+TEMPERATURES = (1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The whole distributions at n positions, at one temperature, and what of them every target is compared with."""
+
+    logits: Tensor
+    """(n, V) float32."""
+    logprobs: Tensor
+    """(n, V) of the teacher."""
+    student: Tensor
+    """(n, V) probabilities."""
+    matrix: Tensor
+    """(V, H) float32; the identity where the noise on the probabilities themselves is meant."""
+    teacher_out: Tensor
+    """(n, H): W'q."""
+    student_out: Tensor
+    """(n, H): W'p."""
+    one_draw: Tensor
+    """(n,) float64: E |W'(e_y - q)|^2 for a label y drawn from q: the noise of one hard label."""
+
+    @classmethod
+    def of(cls, logits: Tensor, matrix: Tensor, *, temperature: float = 1.0, seed: int = 0) -> Reference:
+        """(n, V) logits of the teacher, (V, H)."""
+        logits, matrix = logits.float(), matrix.float()
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        q, p = logprobs.exp(), torch.softmax((logits + noise) / temperature, -1)
+        out = q @ matrix
+        norms = matrix.double().square().sum(-1)
+        one_draw = q.double() @ norms - out.double().square().sum(-1)
+        return cls(logits, logprobs, p, matrix, out, p @ matrix, one_draw)
+
+
+class FidelityMeter:
+    """Sums over positions of one encoding; `result` gives the means."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self._sums: dict[str, float] = {}
+        self._drift: Tensor | float = 0.0
+        self._has_kl = True
+
+    def add(self, reference: Reference, target: Target, soft: SoftLabels | None = None) -> None:
+        """The target at the positions of the reference, on the CPU; `soft`: what it was made of, whose top is then told too."""
+        device = reference.logits.device
+        owner, ids = owners(target.offsets).to(device), target.ids.to(device)
+        weights = target.weights.to(device)
+        count = len(target)
+
+        def out(values: Tensor) -> Tensor:
+            return torch.zeros_like(reference.teacher_out).index_add(0, owner, values[:, None] * reference.matrix[ids])
+
+        made = out(weights)  # (n, H): W't
+        self._has_kl &= target.log_residual is not None or len(ids) == reference.logits.numel()
+        if target.log_residual is not None:
+            rest = target.log_residual.to(device).exp()
+            p = reference.student[owner, ids]
+            outside = (1 - torch.zeros(count, device=device).index_add(0, owner, p)).clamp_min(1e-12)
+            made = made + (rest / outside)[:, None] * (reference.student_out - out(p))
+        if self._has_kl:
+            self._add("kl", self._kl(reference, target, owner, ids, weights))
+        error = (made - reference.teacher_out).double()
+        ours, theirs = (reference.student_out - made).double(), (reference.student_out - reference.teacher_out).double()
+        self._add("noise", error.square().sum(-1))
+        self._add("one_draw", reference.one_draw)
+        self._add("product", (ours * theirs).sum(-1))
+        self._add("ours", ours.square().sum(-1))
+        self._add("theirs", theirs.square().sum(-1))
+        self._drift = self._drift + error.sum(0).cpu()
+        self.positions += count
+        self._sums["kept"] = self._sums.get("kept", 0.0) + len(ids)
+        if soft is not None:
+            top_owner, top = owners(soft.top_offsets).to(device), soft.top_ids.to(device)
+            for t in TEMPERATURES:
+                logprobs = reference.logits[top_owner, top] / t - torch.logsumexp(reference.logits / t, -1)[top_owner]
+                self._add(f"mass {t:g}", logprobs.exp())
+
+    def _kl(self, reference: Reference, target: Target, owner: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """(n,) KL(teacher || target), the bucket's mass spread evenly over its classes."""
+        count, num_classes = reference.logits.shape
+        log_even = torch.full((count,), -torch.inf, device=owner.device)
+        if target.log_residual is not None:
+            classes = num_classes - torch.bincount(owner, minlength=count)
+            log_even = target.log_residual.to(owner.device) - classes.clamp_min(1).log()
+        log_target = log_even[:, None].expand(-1, num_classes).clone()
+        log_target[owner, ids] = weights.log()
+        q = reference.logprobs.exp()
+        return (q * (reference.logprobs - log_target)).nan_to_num(nan=0.0, posinf=0.0).double().sum(-1)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
+
+    def result(self) -> Fidelity | None:
+        """The means; None where no position was added."""
+        n = self.positions
+        if n == 0:
+            return None
+        sums = self._sums
+        # |sum|^2 holds each position's own square, which is noise: without it the estimate of the squared mean is unbiased.
+        drift = float(torch.as_tensor(self._drift).square().sum())
+        bias = (drift - sums["noise"]) / (n * (n - 1)) if n > 1 else math.nan
+        cosine = sums["product"] / math.sqrt(max(sums["ours"] * sums["theirs"], 1e-300))
+        return Fidelity(
+            positions=n,
+            kept=sums["kept"] / n,
+            kept_mass={f"{t:g}": sums[f"mass {t:g}"] / n for t in TEMPERATURES if f"mass {t:g}" in sums},
+            kl=max(sums["kl"] / n, 0.0) if self._has_kl else None,
+            noise=sums["noise"] / n,
+            noise_share=sums["noise"] / sums["one_draw"] if sums["one_draw"] > 0 else 0.0,
+            bias=max(bias, 0.0),
+            angle=math.degrees(math.acos(max(-1.0, min(1.0, cosine)))),
+            norm_ratio=math.sqrt(sums["ours"] / sums["theirs"]) if sums["theirs"] > 0 else 1.0,
+        )
+
+
+def spread(count: int, most: int) -> Sequence[int]:
+    """At most so many of `count` positions, evenly spaced."""
+    step = max(1, -(-count // most))
+    return range(0, count, step)
