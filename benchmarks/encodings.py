@@ -4,7 +4,7 @@
 
 The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` prepares both).
 
-The curve: 4,096 positions, all ways on the same logits. Noise and bias are those of `pipeline.softlabels.fidelity`, as a share of the noise of one label
+The curve: at least 4,096 positions, all ways on the same logits. Noise and bias are those of `pipeline.softlabels.fidelity`, as a share of the noise of one label
 drawn from the teacher. Bytes are those of the soft labels' columns in Parquet, as this project writes them; draws with replacement are counted at 3 bytes
 a class, as published for them (Anshumann et al., 2025).
 
@@ -32,12 +32,14 @@ import torch
 from torch import Tensor
 
 import pipeline as softlabel
-from pipeline.cache.schema import soft_columns
+from pipeline.cache.codec import pack
+from pipeline.cache.schema import parquet_settings, soft_columns
 from pipeline.capture.plan import plan_batches
 from pipeline.capture.shard import label_rows, output_matrix, teacher_logits
 from pipeline.models import LoadedModel, load_model
 from pipeline.models.arguments import training_arguments
 from pipeline.records import (
+    CachedExample,
     Columns,
     Encoding,
     Fidelity,
@@ -50,7 +52,7 @@ from pipeline.records import (
     TopP,
 )
 from pipeline.softlabels import concatenate, target
-from pipeline.softlabels.fidelity import FidelityMeter, Reference
+from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference
 from pipeline.sources import from_datasets, read_examples
 from pipeline.tasks import get_task
 
@@ -66,15 +68,16 @@ LENGTH = 256
 def measure_curve(folder: Path, positions: int) -> list[dict[str, Any]]:
     """One line for each way, and a picture."""
     teacher = load_model(get_task("causal-lm"), str(DATA / "smollm2"))
-    examples = list(itertools.islice(_rows(teacher, 512), positions // 511 + 1))
+    examples = list(itertools.islice(_rows(teacher, 512), -(-positions // 511)))
     ways: list[tuple[str, Encoding, str]] = [(f"sampled c = {c:g}", Sampled(c), "") for c in SAMPLE_SIZES]
     for k in (12, 50, 128):
         ways += [(f"top-{k}, {name}", TopK(k, (1.0,)), tail) for name, tail in TAILS.items()]
     ways += [(f"top-p {p:g}, ghost", TopP(p, (1.0,)), "ghost") for p in (0.9, 0.98)]
     meters = {name: FidelityMeter() for name, _, _ in ways} | {f"{n} draws": FidelityMeter() for n in DRAWS}
-    kept: dict[Encoding, list[tuple[int, softlabel.records.CachedExample]]] = {}
+    kept: dict[Encoding, list[tuple[int, CachedExample]]] = {}
     matrix = output_matrix(teacher.model, len(teacher.tokenizer))
     assert matrix is not None
+    projection = Projection.of(matrix)
     generator = torch.Generator().manual_seed(0)
     for members, width in plan_batches([e.num_tokens for e in examples], 2048):
         part = [examples[i] for i in members]
@@ -83,7 +86,7 @@ def measure_curve(folder: Path, positions: int) -> list[dict[str, Any]]:
             made = label_rows(get_task("causal-lm"), part, logits, encoding, split="train", seed=0)
             kept.setdefault(encoding, []).extend(zip(members, made, strict=True))
         for start in range(0, len(logits), 256):
-            reference = Reference.of(logits[start : start + 256], matrix, seed=start)
+            reference = Reference.of(logits[start : start + 256], projection, seed=start)
             for name, encoding, tail in ways:
                 soft = _cut(concatenate([row.soft for _, row in kept[encoding][-len(part) :]]), start, start + 256)
                 meters[name].add(reference, target(soft, 1.0, tail=tail or "ghost"), soft)
@@ -117,10 +120,6 @@ def drawn(q: Tensor, count: int, generator: torch.Generator) -> Target:
 
 def soft_bytes(rows: list[SoftLabels], encoding: Encoding, num_classes: int) -> tuple[int, float]:
     """Of the soft labels' columns alone: bytes in Parquet, and the order-0 entropy of their values in bytes."""
-    from pipeline.cache.codec import pack
-    from pipeline.cache.schema import parquet_settings
-    from pipeline.records import CachedExample
-
     schema = pa.schema(list(soft_columns(encoding, num_classes).items()))
     nothing = TokenizedExample(0, 0, np.zeros(0, dtype=np.int32))
     table = pack([CachedExample(nothing, soft, 0.0, 0.0, 0) for soft in rows], schema)
@@ -147,7 +146,7 @@ def _line(name: str, found: Fidelity | None, size: float, entropy: float | None)
         "noise": found.noise,
         "noise_share": found.noise_share,
         "bias": found.bias,
-        "bias_share": found.bias / one_draw,
+        "bias_share": (found.bias or 0.0) / one_draw,
         "angle": found.angle,
         "norm_ratio": found.norm_ratio,
         "mass": found.kept_mass.get("1"),

@@ -201,13 +201,13 @@ def measure_reader(classes: int, rows: int, folder: Path) -> dict[str, float]:
     import torch
 
     from pipeline.training.collate import Collator, TrainingRows
-    from pipeline.training.order import LANES, WINDOW, BatchOrder
+    from pipeline.training.order import OPEN, BatchOrder
 
     torch.set_num_threads(1)
     cache = make_cache(folder, "sampled", classes, rows)
     from pipeline.tasks import get_task
 
-    data = cache.dataset("train", window=LANES * WINDOW)
+    data = cache.dataset("train", window=OPEN)
     collator = Collator(get_task("causal-lm"), cache.tokenizer, 1.0)
     rates = []
     for _ in range(5):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -192,7 +193,9 @@ def _init_student(config: cfg.InitStudentConfig) -> None:
 def _train_student(config: cfg.TrainStudentConfig) -> None:
     from pipeline.training.run import run
 
-    _echo_training(run(config))
+    result = run(config)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
+        _echo_training(result)
 
 
 def _echo_training(result: TrainResult) -> None:

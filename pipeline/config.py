@@ -281,6 +281,8 @@ class EstimateConfig:
         _check_positive("--gpus", self.gpus)
         if self.target_noise is not None and self.budget is not None:
             raise MisuseError("--target-noise and --budget each choose an encoding: give one of them")
+        if self.write_config is not None and self.target_noise is None and self.budget is None:
+            raise MisuseError("--write-config goes with --target-noise or --budget, which choose the encoding")
         if self.target_noise is not None and not 0 < self.target_noise < math.inf:
             raise MisuseError(f"--target-noise: expected above 0, found {self.target_noise}")
         if not 0 < self.temperature < math.inf:

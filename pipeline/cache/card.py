@@ -151,8 +151,8 @@ def _fidelity(found: Fidelity) -> str:
         "teacher's mass on those kept for certain": masses,
         "noise of the target, as a share of that of one label drawn from the teacher": f"{found.noise_share:.2%}",
         "bias (squared, in the unit of the noise) over noise": f"{found.bias / found.noise:.1%}"
-        if found.noise
-        else "0",
+        if found.noise and found.bias is not None
+        else "-",
         "angle between the gradients with this target and with all classes": f"{found.angle:.1f} degrees",
         "KL(teacher, target), the rest spread evenly": "-" if found.kl is None else f"{found.kl:.4f} nats",
     }

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.cache.schema import FORMAT_VERSION, soft_columns
-from pipeline.errors import CacheError, ContractError, IntegrityError
+from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
 from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
 
 Record = TypeVar("Record")
@@ -80,6 +80,8 @@ def parse(kind: type[Record], path: Path) -> Record:
     """
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
+    except MisuseError as error:
+        raise IntegrityError(f"{path}: not a {kind.__name__.lower()} of this format: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -128,7 +128,11 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str) -> int:
             f"tail_count: expected one a position ({positions}), found {len(tail_counts)}",
         )
         _expect(int(tail_counts.sum()) == len(gaps), where, "tail_gaps: expected as many as tail_count says")
-        _expect_classes(tail_ids(gaps, np.append(0, np.cumsum(tail_counts))), contract.num_classes, where, "tail_gaps")
+        ends = np.append(0, np.cumsum(tail_counts))
+        inner = np.ones(len(gaps), dtype=bool)
+        inner[ends[:-1][tail_counts > 0]] = False  # the first of a position may be class 0
+        _expect(bool((gaps[inner] > 0).all()), where, "tail_gaps: expected each class once")
+        _expect_classes(tail_ids(gaps, ends), contract.num_classes, where, "tail_gaps")
         slack = 1 / encoding.sample_size + 1 / encoding.steps + 1e-6
         mass = mass + tail_counts / encoding.sample_size
         _expect(bool((np.abs(mass - 1) <= slack).all()), where, f"weights: expected to sum to 1 +- {slack:.3g}")

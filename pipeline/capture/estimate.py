@@ -7,10 +7,11 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from tqdm import tqdm
 
@@ -19,8 +20,8 @@ from pipeline.cache.commit import write_text
 from pipeline.cache.reader import open_shard
 from pipeline.cache.schema import cache_schema
 from pipeline.cache.writer import write_shard
-from pipeline.capture.plan import default_rows_per_shard, full_row_is_too_large, plan_batches
-from pipeline.capture.shard import label_rows, output_matrix, teacher_logits
+from pipeline.capture.plan import default_rows_per_shard, full_row_is_too_large, kept_types, plan_batches
+from pipeline.capture.shard import broken_rows, label_rows, output_matrix, synchronize, teacher_logits, without
 from pipeline.config import EstimateConfig, parse_bytes
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models import LoadedModel, choose_max_length, load_model, set_chat_template
@@ -30,6 +31,7 @@ from pipeline.records import (
     Encoding,
     Estimate,
     EstimatedEncoding,
+    Example,
     Full,
     Sampled,
     ShardPlan,
@@ -39,7 +41,7 @@ from pipeline.records import (
     TopP,
 )
 from pipeline.softlabels import encode, narrow, target
-from pipeline.softlabels.fidelity import FidelityMeter, Reference, spread
+from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 from pipeline.sources import LabelMap, Source, load_source, read_examples
 from pipeline.tasks import Task, get_task
 
@@ -62,6 +64,8 @@ def run(config: EstimateConfig) -> Estimate:
     """
     task = get_task(config.task)
     task.check_columns(config.data.columns, config.data.tokenization(2))
+    if config.write_config is not None and Path(config.write_config).exists():
+        raise MisuseError(f"--write-config {config.write_config}: is there already; remove it, or name another file")
     source = load_source(config.data)
     teacher = load_model(
         task,
@@ -107,6 +111,7 @@ def estimate(
     """Run the teacher over about so many positions and encode them in every way."""
     num_classes = task.num_classes(teacher.model, teacher.tokenizer)
     matrix = output_matrix(teacher.model, num_classes)
+    projection = None
     split = next(iter(source.splits))
     examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions)
     pilots = [_Pilot(encoding) for encoding in _encodings(task, num_classes, tokenization.max_length, temperature)]
@@ -119,16 +124,28 @@ def estimate(
         part = [examples[i] for i in members]
         started = time.perf_counter()
         logits = teacher_logits(task, teacher, teacher.tokenizer, part, num_classes, width)
+        synchronize(logits)
         forward_seconds += time.perf_counter() - started
+        broken = broken_rows(part, logits, split)
+        if broken:  # cache-logits will stop at these, or set them aside
+            logits = without(broken, part, logits)
+            members = [row for i, row in enumerate(members) if i not in broken]
+            part = [examples[i] for i in members]
+            if not part:
+                continue
         picked = logits[torch.tensor(spread(len(logits), _MEASURED_OF_BATCH), device=logits.device)]
         uniforms = torch.rand(len(picked), generator=generator, dtype=torch.float64)
-        reference = None if matrix is None else Reference.of(picked, matrix, temperature=temperature, seed=seed)
+        reference = None
+        if matrix is not None:
+            projection = projection or Projection.of(matrix, logits.device)
+            reference = Reference.of(picked, projection, temperature=temperature, seed=seed + members[0])
         for pilot in pilots:
             # All classes of all rows would fill the memory: one row of each batch stands for them.
             some = part[:1] if isinstance(pilot.encoding, Full) and num_classes > _FEW_CLASSES else part
             positions_taken = sum(example.num_positions for example in some)
             started = time.perf_counter()
             made = label_rows(task, some, logits[:positions_taken], pilot.encoding, split=split, seed=seed)
+            synchronize(logits)
             pilot.seconds += time.perf_counter() - started
             pilot.positions += positions_taken
             pilot.rows += zip(members, made, strict=False)
@@ -139,9 +156,12 @@ def estimate(
     tokens = sum(example.num_tokens for example in examples)
     total_rows = sum(len(part) for part in source.splits.values())
     scale = total_rows / source_rows
+    if not pilots[0].rows:
+        raise SourceError(f"{source.name}: split {split}: the teacher's logits are not finite on any row of the pilot")
+    kept = kept_types(source)
     lines = []
     for pilot in pilots:
-        size, decoded = _bytes_and_decoding(task, pilot.in_order(), pilot.encoding, num_classes, store_text)
+        size, decoded = _bytes_and_decoding(task, pilot.in_order(), pilot.encoding, num_classes, store_text, kept)
         per_shard = default_rows_per_shard(
             pilot.encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
         )
@@ -188,22 +208,24 @@ def _pilot_rows(
     if not task.classes_are_tokens:
         config: Any = teacher.model.config
         labels = LabelMap.for_names(source, tuple(str(config.id2label[i]) for i in range(config.num_labels)))
+    runs = max(1, min(_RUNS, positions // settings.max_length, count))
+    starts = [count * i // runs for i in range(runs)]
+    unpacked = dataclasses.replace(settings, packing=False, isolate_documents=False)
     examples: list[TokenizedExample] = []
     used = 0
-    starts = sorted({count * i // _RUNS for i in range(_RUNS)})
     for start, stop in itertools.pairwise([*starts, count]):
-        quota, last, end = positions / len(starts), -1, stop
-        found = read_examples(source, split, start, stop, labels)
-        for item in task.tokenize(found, split, teacher.tokenizer, settings):
-            if isinstance(item, BadRow):
-                continue
-            if quota <= 0 and item.source_row != last:  # all pieces of a row, or none
-                end = item.source_row
+        # Whole source rows, as many as have the positions, and then exactly those: a packed row would end in the middle of one.
+        taken: list[Example | BadRow] = []
+        quota = positions / runs
+        for item in read_examples(source, split, start, stop, labels):
+            pieces = task.tokenize([item], split, teacher.tokenizer, unpacked)
+            quota -= sum(piece.num_positions for piece in pieces if isinstance(piece, TokenizedExample))
+            taken.append(item)
+            if quota <= 0:
                 break
-            examples.append(item)
-            quota -= item.num_positions
-            last = item.source_row
-        used += end - start
+        used += len(taken)
+        made = task.tokenize(taken, split, teacher.tokenizer, settings)
+        examples += [item for item in made if isinstance(item, TokenizedExample)]
     if not examples:
         raise SourceError(
             f"{source.name}: split {split}: no usable row in the pilot; see softlabel cache-logits --on-bad-row skip"
@@ -243,6 +265,7 @@ def _bytes_and_decoding(
     encoding: Encoding,
     num_classes: int,
     store_text: bool,
+    kept: Mapping[str, pa.DataType],
 ) -> tuple[int, float]:
     """Bytes of all columns in Parquet, and the seconds that one thread takes to read the rows back."""
     schema = cache_schema(
@@ -253,6 +276,7 @@ def _bytes_and_decoding(
         text=store_text and not task.classes_are_tokens,
         text_pair=rows[0].example.text_pair is not None,
         documents=rows[0].example.document_lengths is not None,
+        kept=kept,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pilot.parquet"
@@ -302,18 +326,10 @@ def _choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
 
 
 def _write_config(config: EstimateConfig, found: Estimate) -> None:
-    """The stage `cache-logits` of a YAML file, ready to run but for its output's name.
-
-    Raises:
-        MisuseError: nothing was chosen, or the file is there.
-    """
+    """The stage `cache-logits` of a YAML file, ready to run."""
     import yaml
 
-    if found.chosen is None:
-        raise MisuseError("--write-config goes with --target-noise or --budget, which choose the encoding")
-    path = Path(config.write_config or "")
-    if path.exists():
-        raise MisuseError(f"--write-config {path}: is there already; remove it, or name another file")
+    assert found.chosen is not None
     defaults = {f.name: f.default for f in dataclasses.fields(type(config.data))}
     data = {
         f.name: getattr(config.data, f.name)
@@ -325,6 +341,8 @@ def _write_config(config: EstimateConfig, found: Estimate) -> None:
         for name in ("teacher", "teacher_revision", "attn_implementation", "device_map", "quantization", "batch_tokens")
         if getattr(config, name) is not None
     }
+    if config.trust_remote_code:
+        capture["trust_remote_code"] = True
     encoding = found.chosen
     knobs = {"k": "top_k", "p": "top_p", "sample_size": "sample_size"}
     capture.update(dtype=config.dtype, encoding=encoding.kind, output="runs/cache")
@@ -336,7 +354,7 @@ def _write_config(config: EstimateConfig, found: Estimate) -> None:
         "data": {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()},
         "cache-logits": capture,
     }
-    write_text(path, yaml.safe_dump(content, sort_keys=False))
+    write_text(Path(config.write_config or ""), yaml.safe_dump(content, sort_keys=False))
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -353,11 +371,11 @@ def describe(encoding: Encoding) -> str:
 
 def human(size: float) -> str:
     """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} PB"
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    unit = 0
+    while size >= 999.5 and unit < len(units) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.3g} {units[unit]}" if size < 999.5 else f"{size:,.0f} {units[unit]}"
 
 
 def format_estimate(found: Estimate) -> str:
@@ -394,8 +412,9 @@ def _line(line: EstimatedEncoding) -> str:
     f = line.fidelity
     one_draw = f.noise / f.noise_share if f.noise_share else math.inf
     kl = "-" if f.kl is None else f"{f.kl:.4f}"
+    bias = "-" if f.bias is None else f"{f.bias / one_draw:.3%}"
     masses = "  ".join(f"{mass:.3f}" for mass in f.kept_mass.values())
-    return f"{describe(line.encoding):<18}{f.kept:>7.1f}{cost}{f.noise_share:>9.2%}{f.bias / one_draw:>9.3%}{kl:>9}{f.angle:>7.1f}\N{DEGREE SIGN}  {masses}"
+    return f"{describe(line.encoding):<18}{f.kept:>7.1f}{cost}{f.noise_share:>9.2%}{bias:>9}{kl:>9}{f.angle:>7.1f}\N{DEGREE SIGN}  {masses}"
 
 
 def _projection(found: Estimate, tokens: float) -> Iterator[str]:

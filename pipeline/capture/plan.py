@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+import pyarrow as pa
+
+from pipeline.errors import SourceError
 from pipeline.records import Encoding, Full, Sampled, ShardPlan, TopK
 from pipeline.sources import Source
 from pipeline.tasks import Task
@@ -34,6 +37,25 @@ def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: 
         per_position = 4 * encoding.k if isinstance(encoding, TopK) else 256
     row_bytes = max_length * (4 + per_position) if token_classes else 4 * max_length + per_position
     return max(1, min(_MOST_ROWS, _TARGET_BYTES // row_bytes))
+
+
+def kept_types(source: Source) -> dict[str, pa.DataType]:
+    """The Arrow type of each column to keep, as Parquet gives it back.
+
+    Raises:
+        SourceError: two splits have another type for one column.
+    """
+    kept: dict[str, pa.DataType] = {}
+    for split, rows in source.splits.items():
+        for name in source.columns.keep:
+            kind = rows.features.arrow_schema.field(name).type
+            if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+                kind = pa.string()
+            if kept.setdefault(name, kind) != kind:
+                raise SourceError(
+                    f"{source.name}: split {split}: column {name}: expected {kept[name]}, as in the splits before, found {kind}"
+                )
+    return kept
 
 
 def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,12 +17,13 @@ from pipeline.capture.plan import (
     MAX_ROW_BYTES,
     default_rows_per_shard,
     full_row_is_too_large,
+    kept_types,
     library_versions,
     plan_shards,
 )
 from pipeline.capture.shard import Job, capture_shard, forward, read_shard
 from pipeline.config import CacheLogitsConfig, DataConfig
-from pipeline.errors import CacheError, MisuseError, ModelError, SourceError
+from pipeline.errors import CacheError, MisuseError, ModelError
 from pipeline.models import (
     LoadedModel,
     check_isolation,
@@ -169,7 +169,7 @@ def capture(
         text_pair=source.columns.text_pair is not None,
         documents=tokenization.isolate_documents,
         entropy=store_entropy,
-        kept=_kept_types(source),
+        kept=kept_types(source),
     )
     contract = Contract(
         task=task.name,
@@ -271,25 +271,6 @@ def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_lengt
 def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
     config: Any = model.config
     return tuple(str(config.id2label[i]) for i in range(config.num_labels))
-
-
-def _kept_types(source: Source) -> dict[str, pa.DataType]:
-    """The Arrow type of each column to keep, as Parquet gives it back.
-
-    Raises:
-        SourceError: two splits have another type for one column.
-    """
-    kept: dict[str, pa.DataType] = {}
-    for split, rows in source.splits.items():
-        for name in source.columns.keep:
-            kind = rows.features.arrow_schema.field(name).type
-            if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-                kind = pa.string()
-            if kept.setdefault(name, kind) != kind:
-                raise SourceError(
-                    f"{source.name}: split {split}: column {name}: expected {kept[name]}, as in the splits before, found {kind}"
-                )
-    return kept
 
 
 def _named_source(name: str, columns: Columns) -> Source:

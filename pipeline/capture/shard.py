@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -30,9 +31,11 @@ from pipeline.softlabels import (
     served_temperature,
     target,
 )
-from pipeline.softlabels.fidelity import FidelityMeter, Reference, spread
+from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 from pipeline.sources import LabelMap, Source, read_examples
 from pipeline.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 #: Positions whose fidelity is measured: in all, and of one batch.
 _MEASURED, _MEASURED_OF_BATCH = 512, 64
@@ -67,20 +70,22 @@ def capture_shard(job: Job, shard: ShardPlan) -> Receipt:
     meter = FidelityMeter() if shard == job.plan.shards[0] else None
     cached: dict[int, CachedExample] = {}
     forward_seconds = 0.0
-    for members, length in batches:
+    measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
+    for number, (members, length) in enumerate(batches):
         part = [examples[i] for i in members]
         forward_started = time.monotonic()
         logits = forward(job, part, length)
+        synchronize(logits)
         forward_seconds += time.monotonic() - forward_started
-        broken = _broken_rows(part, logits, shard.split)
+        broken = broken_rows(part, logits, shard.split)
         if broken:
             bad.extend(broken.values())
             _stop_unless_skipped(job, bad)
-            logits = _without(broken, part, logits)
+            logits = without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
             part = [examples[i] for i in members]
-        if meter is not None and members:
-            _measure(job, meter, part, logits, shard.split)
+        if meter is not None and members and number in measured:
+            _measure(job, meter, part, logits, shard.split, seed=number)
         if members:
             made = label_rows(
                 job.task,
@@ -180,10 +185,12 @@ def label_rows(
     return out
 
 
-def _measure(job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Tensor, split: str) -> None:
-    """Add some positions of a batch to the measurement, until there are enough."""
+def _measure(
+    job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Tensor, split: str, *, seed: int
+) -> None:
+    """Add some positions of a batch to the measurement. It is a report: for want of memory it is left out, and the capture goes on."""
     matrix = output_matrix(job.teacher.model, job.plan.contract.num_classes)
-    if matrix is None or meter.positions >= _MEASURED:
+    if matrix is None:
         return
     encoding = job.plan.contract.encoding
     chosen = torch.tensor(spread(len(logits), _MEASURED_OF_BATCH))
@@ -191,8 +198,17 @@ def _measure(job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample
     picked = logits[chosen.to(logits.device)]
     soft = narrow(encode(picked, encoding, uniforms=uniforms), uniforms)
     temperature = served_temperature(encoding)
-    reference = Reference.of(picked, matrix, temperature=temperature)
-    meter.add(reference, target(soft, temperature), soft)
+    try:
+        projection = Projection.of(matrix, picked.device)
+        meter.add(Reference.of(picked, projection, temperature=temperature, seed=seed), target(soft, temperature), soft)
+    except torch.OutOfMemoryError:
+        logger.warning("fidelity is not measured: the output matrix in float32 does not fit beside the teacher")
+
+
+def synchronize(logits: Tensor) -> None:
+    """Wait until they are there: a GPU answers before it has done anything, and the clock would stop too early."""
+    if logits.device.type == "cuda":
+        torch.cuda.synchronize(logits.device)
 
 
 def output_matrix(model: Any, num_classes: int) -> Tensor | None:
@@ -216,7 +232,7 @@ def _uniforms(example: TokenizedExample, split: str, seed: int) -> Tensor:
     return counter_uniforms(seed, split, example.source_row, example.piece, positions)
 
 
-def _broken_rows(examples: Sequence[TokenizedExample], logits: Tensor, split: str) -> dict[int, BadRow]:
+def broken_rows(examples: Sequence[TokenizedExample], logits: Tensor, split: str) -> dict[int, BadRow]:
     """Rows with a position whose logits are no distribution."""
     peak = logits.amax(-1)
     good = torch.isfinite(peak).tolist()
@@ -232,7 +248,7 @@ def _broken_rows(examples: Sequence[TokenizedExample], logits: Tensor, split: st
     return found
 
 
-def _without(broken: Container[int], examples: Sequence[TokenizedExample], logits: Tensor) -> Tensor:
+def without(broken: Container[int], examples: Sequence[TokenizedExample], logits: Tensor) -> Tensor:
     """The logits of the other rows."""
     keep = [i not in broken for i, example in enumerate(examples) for _ in range(example.num_positions)]
     return logits[torch.tensor(keep, device=logits.device)]

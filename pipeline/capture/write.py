@@ -271,7 +271,7 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
             raise BadRowError(f"row {number}: {error}") from None
         soft = narrow(soft, uniforms)
     elif row.soft_labels is not None:
-        soft = row.soft_labels
+        soft = narrow(row.soft_labels, counter_uniforms(seed, row.split, number, 0, np.arange(len(row.soft_labels))))
         _check(
             number, len(soft) == example.num_positions, f"soft labels of {example.num_positions} positions", len(soft)
         )

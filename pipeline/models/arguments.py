@@ -11,6 +11,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from pipeline.errors import ConfigError
 
+#: Of the metrics that an evaluation gives; the others are losses, divergences and errors.
+_GREATER_IS_BETTER = ("accuracy", "macro_f1", "agreement")
+
 
 def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> TrainingArguments:
     """`ours`, overridden by `extra`: any field of `transformers.TrainingArguments`.
@@ -26,6 +29,10 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
                 f"training: unknown key {key!r}"
                 + (f"; did you mean {near[0]!r}?" if near else "; expected a field of TrainingArguments")
             )
+    given = {**ours, **extra}
+    metric = str(given.get("metric_for_best_model") or "").removeprefix("eval_")
+    if metric and "greater_is_better" not in given:  # transformers takes all for that but what ends in "loss"
+        ours["greater_is_better"] = metric in _GREATER_IS_BETTER
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 20, "dataloader_pin_memory": False}
     try:
         return TrainingArguments(output_dir=output, **{**quiet, **ours, **extra})

@@ -70,8 +70,9 @@ def teacher_scores(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
     parts = []
     step, workspace = chunk_positions(logits.device), Workspace()
     for start in range(0, len(logits), step):
-        blocks = Blocks.of(logits[start : start + step], workspace)
-        parts.append(_score(blocks, blocks.probabilities(temperature), labels[start : start + step], temperature))
+        blocks = Blocks.of(logits[start : start + step].detach(), workspace)
+        q = blocks.probabilities(temperature)
+        parts.append(_score(blocks, q, block_sums(q).sum(-1), labels[start : start + step], temperature))
     return _join_scores(parts)
 
 
@@ -104,16 +105,17 @@ def _encode(
     scores = []
     for start in range(0, count, step):
         part = slice(start, start + step)
-        blocks = Blocks.of(logits[part], workspace)
+        blocks = Blocks.of(logits[part].detach(), workspace)
         _check_finite(blocks, start)
         temperature = encoding.temperature if isinstance(encoding, Sampled) else 1.0
         q = blocks.probabilities(temperature)
+        sums = block_sums(q)
         if labels is not None:
-            scores.append(_score(blocks, q, labels[part], temperature))
+            scores.append(_score(blocks, q, sums.sum(-1), labels[part], temperature))
         if isinstance(encoding, Full):
-            found = _full(q, blocks, num_classes)
+            found = _full(blocks, num_classes)
         elif isinstance(encoding, Sampled):
-            found = _sampled(q, blocks, encoding, uniforms[part])
+            found = _sampled(q, sums, blocks, encoding, uniforms[part])
         else:
             found = _top(q, blocks, encoding, num_classes)
         kept.append((start, found))
@@ -150,19 +152,19 @@ def _join_scores(parts: list[TeacherScores]) -> TeacherScores:
 # -------------------------------------------------------------------------------------------------------- one chunk
 
 
-def _full(q: Tensor, blocks: Blocks, num_classes: int) -> _Kept:
-    count = len(q)
+def _full(blocks: Blocks, num_classes: int) -> _Kept:
+    count = len(blocks.logits)
     log_sum = torch.logsumexp(blocks.logits, -1, keepdim=True)
     logprobs = (blocks.logits - log_sum)[:, :num_classes]
     ids = torch.arange(num_classes).repeat(count)
     return _Kept(torch.arange(count).repeat_interleave(num_classes), ids, logprobs.flatten())
 
 
-def _sampled(q: Tensor, blocks: Blocks, encoding: Sampled, uniforms: Tensor) -> _Kept:
-    """The top: what reaches 1/c, and the argmax. The tail: a sample of the rest. `q` (N, V') is overwritten."""
+def _sampled(q: Tensor, sums: Tensor, blocks: Blocks, encoding: Sampled, uniforms: Tensor) -> _Kept:
+    """The top: what reaches 1/c, and the argmax. The tail: a sample of the rest. `q` (N, V') and `sums` (N, M) are overwritten."""
     c = encoding.sample_size
     parts = in_blocks(q)  # (N, M, 64)
-    sums = block_sums(q)  # (N, M)
+    total = sums.sum(-1)  # (N,): 1, but for what float32 has lost over thousands of classes
     best_block = blocks.best // BLOCK
     best_q = q.gather(1, blocks.best[:, None])
     # The blocks that may hold any of the top: their peak reaches 1/c, but for rounding.
@@ -174,15 +176,16 @@ def _sampled(q: Tensor, blocks: Blocks, encoding: Sampled, uniforms: Tensor) -> 
     is_best = torch.zeros_like(candidates, dtype=torch.bool)
     home = (block == best_block[position]).nonzero().squeeze(-1)  # (N,): of each position the block of its argmax
     is_best[home, blocks.best % BLOCK] = True
-    likely = (candidates >= 1 / c) | is_best
+    likely = (candidates >= (total / c)[position, None]) | is_best
     hit, offset = likely.nonzero(as_tuple=True)
-    owner, ids, found = position[hit], block[hit] * BLOCK + offset, candidates[hit, offset].double()
+    owner, ids = position[hit], block[hit] * BLOCK + offset
+    found = candidates[hit, offset].double() / total[owner]
     # By position, then by falling probability; of equals, the argmax first.
     order = torch.argsort(4.0 * owner - found - is_best[hit, offset].double(), stable=True)
     candidates.masked_fill_(likely, 0.0)
     parts[position, block] = candidates
     sums[position, block] = candidates.double().sum(-1)
-    tail_owner, tail_ids = sample_tail(parts, sums, c, uniforms.to(q.device))
+    tail_owner, tail_ids = sample_tail(parts, sums, c / total, uniforms.to(q.device))
     return _Kept(owner[order], ids[order], found[order].log(), tail_owner, tail_ids)
 
 
@@ -230,13 +233,13 @@ def _log_residual(blocks: Blocks, ids: Tensor, kept: Tensor, rows: Tensor, tempe
     return torch.logsumexp(outside, -1) - torch.logsumexp(scaled, -1)
 
 
-def _score(blocks: Blocks, q: Tensor, labels: Tensor, temperature: float) -> TeacherScores:
-    """Scores of one chunk; `q` is softmax(z / T).
+def _score(blocks: Blocks, q: Tensor, total: Tensor, labels: Tensor, temperature: float) -> TeacherScores:
+    """Scores of one chunk; `q` is softmax(z / T), `total` (N,) its sum, 1 but for what float32 has lost.
 
     With s = (z - peak) / T, the entropy is log(sum of exp(s)) - E[s], and the first is -log of the largest probability.
     """
-    log_sum = -q.gather(1, blocks.best[:, None]).double().log().squeeze(-1)
-    entropy = log_sum - (blocks.mean(q) - blocks.peak.double()) / temperature
+    log_sum = total.log() - q.gather(1, blocks.best[:, None]).double().log().squeeze(-1)
+    entropy = log_sum - (blocks.mean(q) / total - blocks.peak.double()) / temperature
     if temperature != 1.0:
         log_sum = torch.logsumexp(blocks.logits - blocks.peak[:, None], -1).double()
     picked = blocks.logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).double() - blocks.peak.double()

@@ -28,6 +28,22 @@ TEMPERATURES = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """The output matrix in float32, made once: it may be gigabytes."""
+
+    matrix: Tensor
+    """(V, H); the identity where the noise on the probabilities themselves is meant."""
+    norms: Tensor
+    """(V,) float64: the squared length of each class's row."""
+
+    @classmethod
+    def of(cls, matrix: Tensor, device: torch.device | None = None) -> Projection:
+        """(V, H) of any float type, to be held on the device of the logits."""
+        wide = matrix.detach().to(device=device or matrix.device, dtype=torch.float32)
+        return cls(wide, torch.cat([part.double().square().sum(-1) for part in torch.split(wide, 4096)]))
+
+
+@dataclass(frozen=True, slots=True)
 class Reference:
     """The whole distributions at n positions, at one temperature, and what of them every target is compared with."""
 
@@ -38,7 +54,7 @@ class Reference:
     student: Tensor
     """(n, V) probabilities."""
     matrix: Tensor
-    """(V, H) float32; the identity where the noise on the probabilities themselves is meant."""
+    """(V, H) float32."""
     teacher_out: Tensor
     """(n, H): W'q."""
     student_out: Tensor
@@ -47,16 +63,15 @@ class Reference:
     """(n,) float64: E |W'(e_y - q)|^2 for a label y drawn from q: the noise of one hard label."""
 
     @classmethod
-    def of(cls, logits: Tensor, matrix: Tensor, *, temperature: float = 1.0, seed: int = 0) -> Reference:
-        """(n, V) logits of the teacher, (V, H)."""
-        logits, matrix = logits.float(), matrix.float()
+    def of(cls, logits: Tensor, projection: Projection, *, temperature: float = 1.0, seed: int = 0) -> Reference:
+        """(n, V) logits of the teacher; `seed`: of the student's noise, another for every chunk."""
+        logits, matrix = logits.detach().float(), projection.matrix
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(logits.shape, generator=generator).to(logits.device)
         logprobs = torch.log_softmax(logits / temperature, -1)
         q, p = logprobs.exp(), torch.softmax((logits + noise) / temperature, -1)
         out = q @ matrix
-        norms = matrix.double().square().sum(-1)
-        one_draw = q.double() @ norms - out.double().square().sum(-1)
+        one_draw = q.double() @ projection.norms - out.double().square().sum(-1)
         return cls(logits, logprobs, p, matrix, out, p @ matrix, one_draw)
 
 
@@ -72,20 +87,21 @@ class FidelityMeter:
     def add(self, reference: Reference, target: Target, soft: SoftLabels | None = None) -> None:
         """The target at the positions of the reference, on the CPU; `soft`: what it was made of, whose top is then told too."""
         device = reference.logits.device
-        owner, ids = owners(target.offsets).to(device), target.ids.to(device)
+        offsets, owner, ids = target.offsets.to(device), owners(target.offsets).to(device), target.ids.to(device)
         weights = target.weights.to(device)
-        count = len(target)
 
         def out(values: Tensor) -> Tensor:
-            return torch.zeros_like(reference.teacher_out).index_add(0, owner, values[:, None] * reference.matrix[ids])
+            return torch.nn.functional.embedding_bag(
+                ids, reference.matrix, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+            )
 
         made = out(weights)  # (n, H): W't
         self._has_kl &= target.log_residual is not None or len(ids) == reference.logits.numel()
         if target.log_residual is not None:
             rest = target.log_residual.to(device).exp()
-            p = reference.student[owner, ids]
-            outside = (1 - torch.zeros(count, device=device).index_add(0, owner, p)).clamp_min(1e-12)
-            made = made + (rest / outside)[:, None] * (reference.student_out - out(p))
+            outside = reference.student.index_put((owner, ids), torch.zeros((), device=device))  # never 1 - sum
+            share = rest / outside.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            made = made + share[:, None] * (outside @ reference.matrix)
         if self._has_kl:
             self._add("kl", self._kl(reference, target, owner, ids, weights))
         error = (made - reference.teacher_out).double()
@@ -96,7 +112,7 @@ class FidelityMeter:
         self._add("ours", ours.square().sum(-1))
         self._add("theirs", theirs.square().sum(-1))
         self._drift = self._drift + error.sum(0).cpu()
-        self.positions += count
+        self.positions += len(target)
         self._sums["kept"] = self._sums.get("kept", 0.0) + len(ids)
         if soft is not None:
             top_owner, top = owners(soft.top_offsets).to(device), soft.top_ids.to(device)
@@ -114,7 +130,7 @@ class FidelityMeter:
         log_target = log_even[:, None].expand(-1, num_classes).clone()
         log_target[owner, ids] = weights.log()
         q = reference.logprobs.exp()
-        return (q * (reference.logprobs - log_target)).nan_to_num(nan=0.0, posinf=0.0).double().sum(-1)
+        return (q * (reference.logprobs - log_target)).masked_fill(q == 0, 0.0).double().sum(-1)
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
@@ -127,7 +143,7 @@ class FidelityMeter:
         sums = self._sums
         # |sum|^2 holds each position's own square, which is noise: without it the estimate of the squared mean is unbiased.
         drift = float(torch.as_tensor(self._drift).square().sum())
-        bias = (drift - sums["noise"]) / (n * (n - 1)) if n > 1 else math.nan
+        bias = max((drift - sums["noise"]) / (n * (n - 1)), 0.0) if n > 1 else None
         cosine = sums["product"] / math.sqrt(max(sums["ours"] * sums["theirs"], 1e-300))
         return Fidelity(
             positions=n,
@@ -136,7 +152,7 @@ class FidelityMeter:
             kl=max(sums["kl"] / n, 0.0) if self._has_kl else None,
             noise=sums["noise"] / n,
             noise_share=sums["noise"] / sums["one_draw"] if sums["one_draw"] > 0 else 0.0,
-            bias=max(bias, 0.0),
+            bias=bias,
             angle=math.degrees(math.acos(max(-1.0, min(1.0, cosine)))),
             norm_ratio=math.sqrt(sums["ours"] / sums["theirs"]) if sums["theirs"] > 0 else 1.0,
         )

@@ -49,7 +49,7 @@ def _grid(soft: SoftLabels) -> Sequence[float]:
 
 def _outside(soft: SoftLabels, grid: Sequence[float], b: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(N,) float64 each: A(b) estimated, bounded from below and from above, and B(b)."""
-    order = sorted(range(len(grid)), key=lambda i: -grid[i])
+    order = sorted({t: i for i, t in enumerate(grid)}.values(), key=lambda i: -grid[i])  # a temperature may stand twice
     points = [1 / grid[i] for i in order]  # rising
     owner = owners(soft.top_offsets)
     logprobs = soft.top_logprobs.double()

@@ -27,13 +27,13 @@ def counter_uniforms(seed: int, split: str, source_row: int, piece: int, positio
     return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def sample_tail(blocks: Tensor, sums: Tensor, sample_size: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def sample_tail(blocks: Tensor, sums: Tensor, sample_size: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Keep each class of the tail with probability pi_i = c * q_i, by systematic sampling.
 
     Args:
         blocks: (N, M, B) float, q_i: the tail's probabilities in blocks of B; 0 for the classes that are in the top.
         sums: (N, M) float64, of each block.
-        sample_size: c; every probability in the tail is below 1/c.
+        sample_size: (N,) float64, c over the sum of all q_i, which is 1 but for rounding; every c * q_i in the tail is below 1.
         uniforms: (N,) float64 in [0, 1).
 
     Returns:
@@ -46,7 +46,7 @@ def sample_tail(blocks: Tensor, sums: Tensor, sample_size: float, uniforms: Tens
     each class has its share of the block's sum, so that the rounding of the sum falls on no single one.
     """
     size = blocks.shape[-1]
-    ends = torch.cumsum(sums * sample_size, 1)  # (N, M)
+    ends = torch.cumsum(sums * sample_size[:, None], 1)  # (N, M)
     u = uniforms[:, None]
     marks = torch.floor(ends - u)
     crossed = torch.diff(marks, dim=1, prepend=torch.floor(-u)) > 0

@@ -19,7 +19,7 @@ def default_temperature(encoding: Encoding, otherwise: float) -> float:
 
 
 def served_temperature(encoding: Encoding) -> float:
-    """The temperature to look at a cache with: 1 where it is served, else the one nearest to it."""
+    """The temperature to look at a cache with: 1, or the one nearest to it of those that are known without interpolation."""
     if isinstance(encoding, Full):
         return 1.0
     grid = (encoding.temperature,) if isinstance(encoding, Sampled) else encoding.temperatures

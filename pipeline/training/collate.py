@@ -110,7 +110,7 @@ def _entropy(row: CachedExample) -> Tensor:
 
 
 def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:
-    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability."""
+    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded)."""
     if isinstance(soft.encoding, Full):
         logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
         return ids, logprobs

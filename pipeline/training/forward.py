@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import TrainingError
 from pipeline.records import Loss
 from pipeline.tasks import Task
 from pipeline.training.collate import target_from_tensors
@@ -78,6 +79,11 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
         hidden = self.base_model(**given, use_cache=False).last_hidden_state
         rows = hidden[distillation["supervised"].to(hidden.device)]  # (B, T, H) -> (N, H)
         head = self.get_output_embeddings()
+        if hasattr(head.weight, "full_tensor"):  # a DTensor: only a part of it is in memory here
+            raise TrainingError(
+                "FSDP has put the output embedding into a unit of its own, where the fused loss cannot read it; "
+                "name only the layers in transformer_layer_cls_to_wrap, so that it stays in the root unit"
+            )
         return _fused(
             rows, Head(head.weight, head.bias, *settings.transform), distillation, settings, scores=not self.training
         )
@@ -168,7 +174,7 @@ def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
         scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-3) else scale
         found = Head(head.weight, head.bias, scale, cap).logits(hidden)
         worst = float((found - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # foreign code: whatever it is, the dense path is there
         return None, f"a trial of its base model failed ({' '.join(str(error).split())[:120]})"
     finally:
         model.train(training)

@@ -23,6 +23,8 @@ from pipeline.training.losses import check_labels
 
 #: Bytes of one chunk's float32 logits: large enough for the matrix products, small enough to be nothing beside the model.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+#: But at least so many positions: each chunk reads and writes the gradient of the whole output matrix once.
+_LEAST_POSITIONS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ def fused_loss(
         temperature=temperature,
         chunk=chunk_positions or _chunk_positions(target.num_classes, hidden.device.type),
         dtype=_matmul_dtype(hidden),
+        needs_grad=torch.is_grad_enabled(),
     )
     total, hard_sum, soft_sum = _FusedLoss.apply(hidden, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
     return LossTerms(total, hard_sum, soft_sum, hard_count, soft_count)
@@ -146,6 +149,7 @@ class _Job:
     temperature: float
     chunk: int
     dtype: torch.dtype
+    needs_grad: bool
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -155,7 +159,8 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Inside, gradients are always off, and `needs_input_grad` does not know whether they were on outside.
+        needs_hidden, needs_weight, needs_bias = (needed and job.needs_grad for needed in ctx.needs_input_grad[:3])
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         num_classes = job.target.num_classes
         with torch.autocast(hidden.device.type, enabled=False):
@@ -334,7 +339,7 @@ def _slice(target: Target, start: int, stop: int) -> Target:
 
 
 def _chunk_positions(num_classes: int, device: str) -> int:
-    return max(1, _CHUNK_BYTES.get(device, 256 << 20) // (4 * num_classes))
+    return max(_LEAST_POSITIONS, _CHUNK_BYTES.get(device, 256 << 20) // (4 * num_classes))
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:

@@ -17,13 +17,27 @@ from torch.utils.data import Sampler
 
 from pipeline.cache import CacheDataset
 
-#: Row groups that a lane mixes at once, and the most lanes there are. Their product is what one rank alone holds decoded.
-WINDOW = 4
-LANES = 16
+#: Row groups that are open at once: what one rank alone holds decoded.
+OPEN = 64
+#: Of these, how many a lane mixes: with a token budget several, so that it has rows of like length to choose from.
+_WINDOW, _WINDOW_BY_LENGTH = 1, 4
 
 Batch = list[int]
 Item = tuple[int, Batch]
 """The lane, and what it gives in one turn: a row, or a batch of rows."""
+
+
+def open_groups(world_size: int, batch_tokens: int | None = None) -> int:
+    """Row groups that a rank holds decoded.
+
+    Where the lanes cannot be shared out evenly, a rank also gets rows of others' lanes: it then holds all that are open, so as to decode none twice.
+    """
+    lanes = OPEN // _window(batch_tokens)
+    return OPEN // world_size if lanes % world_size == 0 else OPEN + OPEN // 4
+
+
+def _window(batch_tokens: int | None) -> int:
+    return _WINDOW if batch_tokens is None else _WINDOW_BY_LENGTH
 
 
 class BatchOrder(Sampler[Batch]):
@@ -110,14 +124,16 @@ class BatchOrder(Sampler[Batch]):
         if not self.shuffle:
             return [np.arange(count)]
         groups = self._rng(0 if self.batch_tokens else self.epoch).permutation(count)
-        lanes = min(LANES, max(1, count // WINDOW))
+        window = _window(self.batch_tokens)
+        lanes = min(OPEN // window, max(1, count // window))
         return [groups[lane::lanes] for lane in range(lanes)]
 
     def _lane(self, groups: np.ndarray) -> Iterator[Batch]:
         """What one lane gives."""
         if not len(groups):
             return
-        windows = [groups[i : i + WINDOW] for i in range(0, len(groups), WINDOW)]
+        size = _window(self.batch_tokens)
+        windows = [groups[i : i + size] for i in range(0, len(groups), size)]
         rng = self._rng(self.epoch, int(groups[0]))
         if self.shuffle:
             windows = [windows[i] for i in rng.permutation(len(windows))]

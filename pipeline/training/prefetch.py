@@ -4,54 +4,52 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import TypeVar
 
-from torch.utils.data import DataLoader
+Item = TypeVar("Item")
 
 #: Batches made ahead: enough to hide a row group that has to be decoded.
 _AHEAD = 4
 
 
-class PrefetchLoader(DataLoader[Any]):
-    """A `DataLoader` without worker processes whose batches are made by one thread, a few ahead.
+def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """The same items, made by one thread, a few ahead.
 
     PyArrow, NumPy and torch release the interpreter for most of it; a process would copy every batch. An exception in the thread is raised where
-    its batch was due. The thread ends with the iteration, finished or not.
+    its item was due. The thread starts with the first item asked for, and ends with the iteration, finished or closed.
     """
+    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(_AHEAD)
+    stopped = threading.Event()
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch returns its own iterator class
-        ready: queue.Queue[tuple[bool, Any]] = queue.Queue(_AHEAD)
-        stopped = threading.Event()
-
-        def put(item: tuple[bool, Any]) -> bool:
-            while not stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-                return True
-            return False
-
-        def work() -> None:
+    def put(item: Item | None, error: BaseException | None) -> bool:
+        while not stopped.is_set():
             try:
-                for batch in super(PrefetchLoader, self).__iter__():
-                    if not put((True, batch)):
-                        return
-                put((False, None))
-            except BaseException as error:  # handed over, whatever it is
-                put((False, error))
+                ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
 
-        thread = threading.Thread(target=work, name="prefetch", daemon=True)
-        thread.start()
+    def work() -> None:
         try:
-            while True:
-                more, item = ready.get()
-                if not more:
-                    if item is not None:
-                        raise item
+            for item in items:
+                if not put(item, None):
                     return
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
+            put(None, StopIteration())
+        except BaseException as error:  # handed over, whatever it is
+            put(None, error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]  # without an error there is an item
+    finally:
+        stopped.set()
+        thread.join()

@@ -42,6 +42,7 @@ EARLY_STOPPING = {
     "save_strategy": "epoch",
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
+    "restore_callback_states_from_checkpoint": True,  # how many evaluations have been without a better one
 }
 
 
@@ -54,6 +55,8 @@ class Origin:
     split: str
     teacher_labels: bool
     seed: int
+    learning_rate: float
+    """A resumed optimizer keeps the one that it was saved with."""
     rows_per_step: int
     """Over all ranks and accumulated batches: the order of the rows is cut by it."""
     batch_tokens: int | None
@@ -162,6 +165,7 @@ def fit(
         split=split,
         teacher_labels=teacher_labels,
         seed=args.data_seed if args.data_seed is not None else args.seed,
+        learning_rate=args.learning_rate,
         rows_per_step=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         batch_tokens=batch_tokens,
         student_sha256=info.weights_sha256,

@@ -10,6 +10,17 @@ from pipeline.records import Loss, Schedule
 _WARMUP, _DECAY = 0.1, 0.2
 
 
+def weights_of_step(loss: Loss, step: int, num_steps: int) -> tuple[float, float]:
+    """(hard, soft) weight of a step, counted from 0: the schedule at its middle, so that a weight that goes from or to 0 is never 0."""
+    return weights_at(loss, min((step + 0.5) / max(num_steps, 1), 1.0))
+
+
+def weights_of_evaluation(loss: Loss) -> tuple[float, float]:
+    """The same at every evaluation of a run, so that they can be compared: those the schedule starts from, or where both are 0 ends at."""
+    start = (loss.hard_weight, loss.soft_weight)
+    return start if any(start) else weights_at(loss, 1.0)
+
+
 def weights_at(loss: Loss, progress: float) -> tuple[float, float]:
     """(hard, soft) weight after this share of the optimizer steps, in [0, 1]."""
     return (

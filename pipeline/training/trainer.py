@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from pipeline.tasks import get_task
 from pipeline.training.collate import Collator, TrainingRows
 from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, attach_loss
-from pipeline.training.order import LANES, WINDOW, BatchOrder
-from pipeline.training.prefetch import PrefetchLoader
-from pipeline.training.schedule import weights_at
+from pipeline.training.order import BatchOrder, open_groups
+from pipeline.training.prefetch import prefetch
+from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class DistillationTrainer(Trainer):
             position_weights=loss.position_weights,
         )
         self.batch_tokens = batch_tokens
+        _refuse_unused(args, trainer_kwargs)
         args.remove_unused_columns = False
         if args.n_gpu > 1:
             logger.warning(
@@ -97,7 +99,7 @@ class DistillationTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1  # DataParallel would split ragged targets
-        rows = cache.dataset(split, window=WINDOW * -(-LANES // args.world_size))
+        rows = cache.dataset(split, window=open_groups(args.world_size, batch_tokens))
         self.keep = self._rows_that_teach(rows, teacher_labels)
         if eval_split is None and "validation" in cache.splits:
             eval_split = "validation"
@@ -107,7 +109,9 @@ class DistillationTrainer(Trainer):
                 "name one with --eval-split"
             )
         self._totals = np.zeros(4)
-        attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)
+        self._where_last = ""
+        self._epoch: Iterator[Any] | None = None
+        self._ahead: Generator[Any, None, None] = prefetch(iter(()))
         super().__init__(
             model=model,
             args=args,
@@ -117,6 +121,8 @@ class DistillationTrainer(Trainer):
             **trainer_kwargs,
         )
         self.loss_is_scaled_for_ga = True
+        # Where Trainer has put the model: the trial of its head may need the GPU.
+        attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)
 
     def _check_entropy(self, encoding: Any, columns: Mapping[str, str]) -> None:
         known = isinstance(encoding, Full) or "entropy" in columns or not self.task.classes_are_tokens
@@ -147,7 +153,12 @@ class DistillationTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The rows in order."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(chosen, self.args.eval_batch_size, shuffle=False)
+        rows = TrainingRows(chosen) if isinstance(chosen, CacheDataset) else chosen
+        return self._loader(rows, self.args.eval_batch_size, shuffle=False)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As in an evaluation: `predict(cache.dataset("test"))` gives its metrics."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _loader(self, rows: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
         budget = self.batch_tokens if shuffle else None
@@ -164,8 +175,7 @@ class DistillationTrainer(Trainer):
         )
         evaluated = dataclasses.replace(self.collator, teacher_labels=False, for_evaluation=True)
         workers = self.args.dataloader_num_workers
-        kind = DataLoader if workers else PrefetchLoader
-        return kind(
+        return DataLoader(
             rows,
             batch_sampler=order,
             collate_fn=self.collator if shuffle else evaluated,
@@ -175,6 +185,23 @@ class DistillationTrainer(Trainer):
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; the thread that decodes ahead ends with it."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._ahead.close()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The next batches, made ahead by a thread: also in a resumed epoch, whose loader is not the one that we gave."""
+        if self.args.dataloader_num_workers == 0 and epoch_iterator is not self._epoch:
+            self._ahead.close()
+            self._epoch, self._ahead = epoch_iterator, prefetch(epoch_iterator)
+        return super().get_batch_samples(self._epoch_of(epoch_iterator), num_batches, device)
+
+    def _epoch_of(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
+        return epoch_iterator if self.args.dataloader_num_workers else self._ahead
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """(2,): labelled positions and weights of the soft term, over the accumulated batches and all ranks. Trainer's own counts hard labels only."""
@@ -193,8 +220,8 @@ class DistillationTrainer(Trainer):
         Raises:
             TrainingError: a label that is no class, a loss that is not finite, or no position that counts; the last checkpoint stays as it is.
         """
-        progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
-        weights = weights_at(self.loss, min(progress, 1.0))
+        # Outside training both terms are wanted, each by itself: `_metrics` weighs them.
+        weights = weights_of_step(self.loss, *self._steps()) if model.training else (1.0, 1.0)
         given = {name: inputs[name] for name in GIVEN if name in inputs}
         given["loss_weights"] = torch.tensor(weights)
         if num_items_in_batch is not None:
@@ -211,13 +238,31 @@ class DistillationTrainer(Trainer):
         if not torch.isfinite(found["total"]):
             raise TrainingError(
                 f"{self._where(inputs)}: expected a finite loss, found {float(found['total'].detach())} (hard {float(found['hard_sum']):.4g}, "
-                f"soft {float(found['soft_sum']):.4g}); lower --learning-rate, then go on from the last checkpoint with --resume"
+                f"soft {float(found['soft_sum']):.4g}); the checkpoints before are whole; train anew with a lower --learning-rate"
             )
         if model.training:
+            self._where_last = self._where(inputs)
             self._totals += [float(found[name]) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")]
         scale = self.args.world_size if num_items_in_batch is not None and model.training else 1
         total = found["total"] * scale
         return (total, found) if return_outputs else total
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Stop before a gradient that is not finite ruins the weights; with float16, its scaler skips such a step by itself.
+
+        Raises:
+            TrainingError: names the rows and the step.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"{self._where_last}: expected a finite gradient, found a norm of {float(norm)}; the checkpoints before are whole; "
+                "train anew with a lower --learning-rate"
+            )
+        return norm
+
+    def _steps(self) -> tuple[int, int]:
+        return self.state.global_step, self.state.max_steps
 
     def _where(self, inputs: Mapping[str, Any]) -> str:
         rows = inputs["source_rows"].tolist()
@@ -242,8 +287,11 @@ class DistillationTrainer(Trainer):
         if len(self.accelerator._models) == 0 and model is plain:  # not trained before: not prepared yet
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
+        schedule_free = getattr(self.optimizer, "eval", None)  # such optimizers keep other weights for evaluation
+        if callable(schedule_free):
+            schedule_free()
         parts: list[dict[str, np.ndarray]] = []
-        for batch in dataloader:
+        for batch in dataloader if self.args.dataloader_num_workers else prefetch(iter(dataloader)):
             with torch.no_grad(), self.compute_loss_context_manager():
                 _, found = self.compute_loss(model, self._prepare_inputs(batch), return_outputs=True)
             parts.append(_scores(batch, found))
@@ -267,8 +315,9 @@ class DistillationTrainer(Trainer):
             row_text_bytes=found["text_bytes"].sum(keepdims=True),
         )
         sums = {name: float(found[name].sum()) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
-        hard = self.loss.hard_weight * sums["hard_sum"] / sums["num_hard"] if sums["num_hard"] else 0.0
-        soft = self.loss.soft_weight * sums["soft_sum"] / sums["num_soft"] if sums["num_soft"] else 0.0
+        hard_weight, soft_weight = weights_of_evaluation(self.loss)
+        hard = hard_weight * sums["hard_sum"] / sums["num_hard"] if sums["num_hard"] else 0.0
+        soft = soft_weight * sums["soft_sum"] / sums["num_soft"] if sums["num_soft"] else 0.0
         metrics = {"loss": hard + soft}
         if (predictions.labels != NO_LABEL).any():
             measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
@@ -285,8 +334,11 @@ class DistillationTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------------- log
 
     def drain_losses(self) -> dict[str, float]:
-        """Means of the terms since they were last logged, on this rank; a term without a position or a weight is left out."""
-        hard, num_hard, soft, num_soft = self._totals
+        """Means of the terms since they were last logged, over all ranks, which all call this; a term without a position or a weight is left out."""
+        totals = torch.tensor(self._totals[None], device=self.args.device, dtype=torch.float32)
+        if self.args.world_size > 1:
+            totals = self.accelerator.gather(totals)
+        hard, num_hard, soft, num_soft = totals.double().sum(0).tolist()
         self._totals = np.zeros(4)
         losses = {}
         if num_hard and (self.loss.hard_weight or self.loss.hard_weight_end):
@@ -300,9 +352,33 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.drain_losses())
             if self.loss.schedule != "constant":
-                progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
-                logs["hard_weight"], logs["soft_weight"] = weights_at(self.loss, progress)
+                step, num_steps = self._steps()
+                logs["hard_weight"], logs["soft_weight"] = weights_of_step(self.loss, max(step - 1, 0), num_steps)
         super().log(logs, *args, **kwargs)
+
+
+def _refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) -> None:
+    """Refuse settings of Trainer that mean nothing here, rather than ignore them.
+
+    Raises:
+        MisuseError: names the first, and what to do instead.
+    """
+    instead = {
+        "label_smoothing_factor": "the hard loss is the plain cross-entropy; soft labels smooth it",
+        "dataloader_drop_last": "the last step is filled up with rows of weight 0",
+        "use_liger_kernel": "it replaces the forward pass that holds the fused loss",
+        "include_num_input_tokens_seen": "the manifest has the number of tokens",
+        "prediction_loss_only": "metrics are cheap here; leave eval_strategy at no to have none",
+        "bf16_full_eval": "evaluation runs as training does, under bf16",
+        "fp16_full_eval": "evaluation runs as training does, under fp16",
+    }
+    for name, reason in instead.items():
+        if getattr(args, name, None) not in (None, False, 0, 0.0, "no"):
+            raise MisuseError(f"training: {name}: has no effect on distillation ({reason}); leave it out")
+    if trainer_kwargs.get("compute_metrics") is not None:
+        raise MisuseError(
+            "compute_metrics: logits are not gathered here; the metrics of the task, agreement and divergence are given"
+        )
 
 
 def _scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -335,7 +335,7 @@ def test_a_teacher_without_a_trained_head_is_refused(tmp_path, bert_tokenizer, t
 
 
 def test_full_logits_of_long_rows_over_a_large_vocabulary_are_refused(tmp_path, lm_tokenizer, documents, monkeypatch):
-    monkeypatch.setattr("pipeline.capture.run._MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr("pipeline.capture.plan.MAX_ROW_BYTES", 1000)
     model = tiny_model("llama", len(lm_tokenizer))
     with pytest.raises(MisuseError, match="--encoding full: a row of 48 tokens"):
         softlabel.cache_logits(
@@ -405,3 +405,20 @@ def test_entropy_of_each_position_on_request(tmp_path, lm_tokenizer, documents):
         expected = torch.distributions.Categorical(logits=logits).entropy()
         torch.testing.assert_close(row.entropy, expected, atol=1e-3, rtol=2e-3)
         assert row.teacher_entropy_sum == pytest.approx(float(row.entropy.sum()), rel=1e-3)
+
+
+def test_one_row_in_the_first_shard_is_enough(tmp_path, bert_tokenizer, topics):
+    """Of one measured position the bias is not known: the receipt is written and read all the same."""
+    model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
+    model.config.id2label = {0: "business", 1: "sport", 2: "film"}
+    cache = softlabel.cache_logits(
+        model,
+        topics["train"].select(range(3)),
+        tmp_path / "cache",
+        task="sequence-classification",
+        tokenizer=bert_tokenizer,
+        rows_per_shard=1,
+    )
+    report = json.loads((cache.root / "reports" / "fidelity.json").read_text())
+    assert report["positions"] == 1
+    assert report["bias"] is None

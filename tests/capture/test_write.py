@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,3 +148,19 @@ def test_no_rows_and_no_classes(tmp_path, lm_tokenizer):
 def test_top_log_probabilities_that_are_no_distribution(ids, logprobs):
     with pytest.raises(EncodingError, match="position 0"):
         softlabel.top_soft_labels(ids, logprobs, 9, k=2)
+
+
+def test_ready_labels_of_sampled_are_rounded_without_bias(tmp_path, lm_tokenizer):
+    """An exact top of 0.044 must not become 0.05 in every row."""
+    logits = torch.full((1, 320), -20.0)
+    logits[0, :3] = torch.tensor([0.9, 0.044, 0.056]).log()
+    rows = (
+        softlabel.LabelledRow(input_ids=[1, 2], soft_labels=softlabel.encode(logits, Sampled(25.0))) for _ in range(600)
+    )
+    cache = softlabel.write_cache(
+        rows, tmp_path / "c", task="causal-lm", tokenizer=lm_tokenizer, encoding=Sampled(25.0), teacher="t"
+    )
+    weights = np.asarray([float(row.soft.top_logprobs[-1].exp()) for row in cache.dataset("train")])
+    q = float(torch.softmax(logits, -1)[0, 1])
+    assert set(np.round(weights * 80).astype(int)) == {3, 4}
+    assert abs(weights.mean() - q) < 4 * weights.std() / np.sqrt(len(weights))

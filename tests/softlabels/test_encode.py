@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import EncodingError
+from pipeline.errors import EncodingError, MisuseError
 from pipeline.records import Full, Sampled, TopK, TopP
 from pipeline.softlabels import concatenate, encode, encode_and_score, narrow, target, teacher_scores
 
@@ -180,13 +180,33 @@ def test_teacher_scores_against_torch():
 @pytest.mark.parametrize(
     "encoding", [*ENCODINGS, Sampled(12.0, 2.0)], ids=lambda e: f"{e.kind}-{getattr(e, 'temperature', 1)}"
 )
-def test_scores_made_with_the_encoding_are_those_made_alone(encoding):
+def test_scores_made_with_the_encoding_are_the_teachers(encoding):
+    """Against float64: V that fills no block, classes of probability 0, logits far from 0, and a temperature."""
     logits, labels = logits_of(9, 141), torch.tensor([0, 1, 2, -100, 40, 5, 6, 7, -100])
     logits[2, 3:] = -torch.inf
-    _, found = encode_and_score(logits, labels, encoding, torch.rand(9, dtype=torch.float64))
-    expected = teacher_scores(logits, labels, temperature=getattr(encoding, "temperature", 1.0))
-    torch.testing.assert_close(found.nll, expected.nll)
-    torch.testing.assert_close(found.entropy, expected.entropy)
+    logits[4] -= 1000.0
+    t = getattr(encoding, "temperature", 1.0)
+    _, found = encode_and_score(logits.float(), labels, encoding, torch.rand(9, dtype=torch.float64))
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+    entropy = torch.distributions.Categorical(logits=logits / t).entropy()
+    for scores in (found, teacher_scores(logits.float(), labels, temperature=t)):
+        torch.testing.assert_close(scores.nll.double(), nll, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(scores.entropy.double(), entropy, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
+def test_logits_of_a_model_in_training_are_encoded_too(encoding):
+    soft = encode(logits_of(3, 41).requires_grad_(), encoding)
+    assert not soft.top_logprobs.requires_grad
+
+
+@pytest.mark.parametrize("steps", [-1, 70_000])
+def test_impossible_settings_of_sampled_are_refused(steps):
+    with pytest.raises(MisuseError, match="steps: expected 1 to 65535"):
+        Sampled(25.0, steps=steps)
+    for size in (0.0, -3.0, float("inf"), float("nan")):
+        with pytest.raises(MisuseError, match="sample_size: expected at least 1"):
+            Sampled(size)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.records import Full, Sampled, Target, TopK
 from pipeline.softlabels import encode, target
-from pipeline.softlabels.fidelity import FidelityMeter, Reference, spread
+from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 
 N, V, H = 400, 157, 12
 
@@ -34,7 +34,7 @@ def measured(logits, matrix, encoding, *, tail="ghost", seed=0):
             encoding,
             uniforms=torch.rand(len(logits), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))[part],
         )
-        meter.add(Reference.of(logits[part], matrix), target(piece, 1.0, tail=tail), piece)
+        meter.add(Reference.of(logits[part], Projection.of(matrix)), target(piece, 1.0, tail=tail), piece)
     result = meter.result()
     assert result is not None
     return result, soft
@@ -59,7 +59,7 @@ def test_top_k_against_dense_float64(logits, matrix, tail):
     goal = q.masked_fill(~kept, 0.0)
     parts = []
     for start in range(0, N, 150):
-        parts.append(Reference.of(logits[start : start + 150], matrix).student)
+        parts.append(Reference.of(logits[start : start + 150], Projection.of(matrix)).student)
     p = torch.cat(parts).double()
     if tail == "renormalize":
         goal = goal / goal.sum(-1, keepdim=True)
@@ -97,7 +97,7 @@ def test_one_drawn_label_has_the_noise_that_shares_are_taken_of(logits, matrix):
     generator = torch.Generator().manual_seed(5)
     q = torch.softmax(logits, -1)
     meter = FidelityMeter()
-    reference = Reference.of(logits, matrix)
+    reference = Reference.of(logits, Projection.of(matrix))
     offsets = torch.arange(N + 1)
     shares = []
     for _ in range(40):

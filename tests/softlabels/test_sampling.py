@@ -19,7 +19,9 @@ def kept_classes(tail: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """(N, V) bool."""
     kept = torch.zeros(tail.shape, dtype=torch.bool)
     blocks = in_blocks(torch.nn.functional.pad(tail, (0, -tail.shape[1] % BLOCK)))
-    kept[sample_tail(blocks, blocks.double().sum(-1), C, uniforms)] = True
+    kept[sample_tail(blocks, blocks.double().sum(-1), torch.full((len(tail),), C, dtype=torch.float64), uniforms)] = (
+        True
+    )
     return kept
 
 
@@ -120,5 +122,7 @@ def test_what_rounding_takes_from_a_blocks_sum_falls_on_all_its_classes_in_propo
     low, length = float(tail[0, 0, :63].sum()) * C * off, 1e-9 * C * off
     shares = (-50.0, -0.5, 0.1, 0.5, 0.9)
     uniforms = torch.tensor([low + length * share for share in shares], dtype=torch.float64)
-    position, ids = sample_tail(tail.expand(5, -1, -1), sums.expand(5, -1), C, uniforms)
+    position, ids = sample_tail(
+        tail.expand(5, -1, -1), sums.expand(5, -1), torch.full((5,), C, dtype=torch.float64), uniforms
+    )
     assert position[ids == 63].tolist() == [2, 3, 4]

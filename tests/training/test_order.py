@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +14,8 @@ from torch.utils.data import DataLoader
 from pipeline.cache import reader
 from pipeline.records import TopK
 from pipeline.training.collate import TrainingRows
-from pipeline.training.order import LANES, WINDOW, BatchOrder, by_length, deal
-from pipeline.training.prefetch import PrefetchLoader
+from pipeline.training.order import OPEN, BatchOrder, by_length, deal, open_groups
+from pipeline.training.prefetch import prefetch
 from tests.support.rows import build_cache
 
 
@@ -105,7 +108,7 @@ def test_no_more_row_groups_are_open_than_windows_hold():
     held: set[int] = set()
     for i, group in enumerate(sequence):
         held.add(group)
-        assert len(held) <= LANES * WINDOW
+        assert len(held) <= OPEN
         if last[group] == i:
             held.remove(group)
 
@@ -172,7 +175,7 @@ def test_without_shuffling_rows_stand_in_order():
 @pytest.fixture
 def cached(tmp_path, lm_tokenizer):
     return build_cache(tmp_path / "rows", lm_tokenizer, encoding=TopK(2), per_shard=10, shards=12).dataset(
-        "train", window=LANES * WINDOW
+        "train", window=OPEN
     )
 
 
@@ -183,11 +186,11 @@ def source_rows(rows) -> list[int]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_sequence_does_not_depend_on_workers(cached, workers):
     expected = [cached[i].example.source_row for batch in BatchOrder(cached, 8, seed=0) for i in batch]
-    kind = DataLoader if workers else PrefetchLoader
-    loader = kind(
+    loader = DataLoader(
         TrainingRows(cached), batch_sampler=BatchOrder(cached, 8, seed=0), collate_fn=source_rows, num_workers=workers
     )
     assert [i for batch in loader for i in batch] == expected
+    assert [i for batch in prefetch(iter(loader)) for i in batch] == expected
 
 
 def test_twenty_resume_points_lose_and_repeat_nothing(cached):
@@ -195,21 +198,21 @@ def test_twenty_resume_points_lose_and_repeat_nothing(cached):
     from accelerate import skip_first_batches
 
     def loader():
-        return PrefetchLoader(TrainingRows(cached), batch_sampler=BatchOrder(cached, 5, seed=7), collate_fn=source_rows)
+        return DataLoader(TrainingRows(cached), batch_sampler=BatchOrder(cached, 5, seed=7), collate_fn=source_rows)
 
     whole = list(loader())
     assert len(whole) == 24
     for point in range(1, 21):
-        assert whole[:point] + list(skip_first_batches(loader(), point)) == whole
+        assert whole[:point] + list(prefetch(iter(skip_first_batches(loader(), point)))) == whole
 
 
 def test_a_row_group_is_decoded_once_an_epoch_and_dropped_when_it_is_done(cached, monkeypatch):
     decoded = []
     monkeypatch.setattr(reader, "unpack", lambda *args, _plain=reader.unpack: decoded.append(1) or _plain(*args))
-    loader = PrefetchLoader(TrainingRows(cached), batch_sampler=BatchOrder(cached, 5, seed=7), collate_fn=source_rows)
+    loader = DataLoader(TrainingRows(cached), batch_sampler=BatchOrder(cached, 5, seed=7), collate_fn=source_rows)
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)
-        assert len(list(loader)) == 24
+        assert len(list(prefetch(iter(loader)))) == 24
     assert len(decoded) == 2 * 12
     assert not cached._decoded
 
@@ -222,9 +225,40 @@ def test_an_error_while_prefetching_is_raised_where_its_batch_was_due(cached):
         return len(rows)
 
     refuse_the_second.seen = 0
-    batches = iter(
-        PrefetchLoader(TrainingRows(cached), batch_sampler=BatchOrder(cached, 5, seed=7), collate_fn=refuse_the_second)
-    )
+    order = BatchOrder(cached, 5, seed=7)
+    batches = prefetch(iter(DataLoader(TrainingRows(cached), batch_sampler=order, collate_fn=refuse_the_second)))
     assert next(batches) == 5
     with pytest.raises(ValueError, match="broken"):
         next(batches)
+
+
+def test_the_thread_ends_when_the_iteration_is_closed():
+    before = threading.active_count()
+    endless = prefetch(itertools.count())
+    assert [next(endless) for _ in range(3)] == [0, 1, 2]
+    assert threading.active_count() == before + 1
+    endless.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6, 24, 100])
+def test_no_rank_decodes_a_row_group_twice(world_size):
+    """Also where the lanes cannot be shared out evenly and ranks get rows of others' lanes. Counted with a stand-in for decoding."""
+    rows = rows_of(*[16] * 320)
+    for rank in {0, world_size - 1}:
+        held: OrderedDict[int, int] = OrderedDict()
+        decoded = 0
+        for batch in BatchOrder(rows, 8, seed=0, rank=rank, world_size=world_size):
+            for row in batch:
+                group = max(row, ~row) // 16
+                if group not in held:
+                    decoded += 1
+                    if len(held) >= open_groups(world_size):
+                        held.popitem(last=False)
+                    held[group] = 16
+                held.move_to_end(group)
+                held[group] -= 1
+                if not held[group]:
+                    del held[group]
+        most = 320 // world_size if 64 % world_size == 0 else 320
+        assert decoded <= most + 4

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import pipeline as softlabel
 from pipeline.config import TrainStudentConfig
@@ -76,16 +77,118 @@ def test_early_stopping_keeps_the_best(tmp_path, cache):
 
 
 def test_a_loss_that_is_not_finite_names_the_rows_and_keeps_the_checkpoint(tmp_path, cache):
-    run(config(cache, tmp_path, max_steps=4, training={"save_steps": 2}))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
-    args = training_arguments(str(tmp_path / "nan"), {}, max_steps=2, per_device_train_batch_size=4)
+    model = AutoModelForCausalLM.from_pretrained(config(cache, tmp_path).student)
+    args = training_arguments(str(tmp_path / "o"), {"save_steps": 2}, max_steps=6, per_device_train_batch_size=4)
+    trainer = softlabel.DistillationTrainer(model, args, cache=cache, loss=Loss())
+
+    class Ruin(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(float("nan"))
+
+    trainer.add_callback(Ruin())
     with pytest.raises(
-        TrainingError, match=r"step 1, source rows \d+, \d+, \d+, \d+: expected a finite loss, found nan"
+        TrainingError, match=r"step 5, source rows \d+, \d+, \d+, \d+: expected a finite loss, found nan"
     ):
-        softlabel.DistillationTrainer(model, args, cache=cache, loss=Loss()).train()
-    assert (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").is_file()
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "o").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "checkpoint-4")
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_ruins_the_weights(tmp_path, cache):
+    trainer = trainer_of(cache, tmp_path)
+    trainer.model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(TrainingError, match=r"step 1, source rows .*: expected a finite gradient"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("nll", False), ("divergence", False), ("accuracy", True), ("eval_agreement", True), ("loss", False)],
+)
+def test_the_best_model_is_the_best_by_its_metric(tmp_path, metric, greater):
+    args = training_arguments(str(tmp_path), {"metric_for_best_model": metric}, max_steps=1)
+    assert args.greater_is_better is greater
+    args = training_arguments(str(tmp_path), {"metric_for_best_model": metric, "greater_is_better": not greater})
+    assert args.greater_is_better is not greater
+
+
+@pytest.mark.parametrize("ends", [(1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0.0)])
+def test_evaluations_under_a_schedule_can_be_compared(tmp_path, cache, ends):
+    """Weights that go to or from 0: every evaluation takes the same ones, also after the last step, and no term is lost."""
+    hard, soft, hard_end, soft_end = ends
+    loss = Loss(hard, soft, schedule="cosine", hard_weight_end=hard_end, soft_weight_end=soft_end)
+    args = training_arguments(str(tmp_path / "o"), {"save_strategy": "no"}, max_steps=3, per_device_train_batch_size=4)
+    trainer = softlabel.DistillationTrainer(tiny_model("llama", len(cache.tokenizer)), args, cache=cache, loss=loss)
+    for _ in range(2):
+        found = trainer.evaluate()
+        expected = found["eval_nll"] if hard else found["eval_divergence"]
+        assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        assert found["eval_loss"] > 0
+        trainer.train()
+
+
+def test_a_schedule_that_ends_at_nothing_reaches_its_end(tmp_path, cache):
+    loss = Loss(0.0, 1.0, schedule="cosine", soft_weight_end=0.0)
+    args = training_arguments(str(tmp_path / "o"), {"save_strategy": "no"}, max_steps=3, per_device_train_batch_size=4)
+    trainer = softlabel.DistillationTrainer(tiny_model("llama", len(cache.tokenizer)), args, cache=cache, loss=loss)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_predict_and_other_splits(tmp_path, cache):
+    trainer = trainer_of(cache, tmp_path)
+    found = trainer.predict(cache.dataset("test")).metrics
+    assert found["test_nll"] == pytest.approx(trainer.evaluate(cache.dataset("test"))["eval_nll"])
+
+
+@pytest.mark.parametrize("training", [{"label_smoothing_factor": 0.1}, {"dataloader_drop_last": True}])
+def test_settings_that_would_do_nothing_are_refused(tmp_path, cache, training):
+    with pytest.raises(MisuseError, match=f"training: {next(iter(training))}: has no effect"):
+        trainer_of(cache, tmp_path, **training)
+
+
+def test_an_evaluation_makes_no_gradient(tmp_path, cache, monkeypatch):
+    from pipeline.training import fused
+
+    seen = []
+    plain = fused._chunk
+    monkeypatch.setattr(
+        fused, "_chunk", lambda *args, needs_grad: seen.append(needs_grad) or plain(*args, needs_grad=needs_grad)
+    )
+    trainer = trainer_of(cache, tmp_path)
+    trainer.evaluate()
+    assert seen
+    assert not any(seen)
+    trainer.train()
+    assert any(seen)
+
+
+def test_no_such_evaluation_split(tmp_path, cache):
+    with pytest.raises(softlabel.PipelineError, match=r"no split 'dev'; the cache has train, test, validation"):
+        run(config(cache, tmp_path, eval_split="dev", training={"eval_strategy": "epoch"}))
+
+
+def test_early_stopping_goes_on_counting_after_a_resume(tmp_path, cache):
+    """Killed after two evaluations without a better one, and resumed: the third ends the run, as it would have."""
+    settings = {"max_steps": -1, "epochs": 12, "learning_rate": 0.05, "early_stopping": 3}
+    training = {"lr_scheduler_type": "constant", "save_total_limit": 20}
+    whole = run(config(cache, tmp_path, training=training, **settings))
+    saved = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    assert len(saved) >= 4
+    shutil.rmtree(saved[-1])
+    resumed = run(config(cache, tmp_path, training=training, resume=True, **settings))
+    assert resumed.steps == whole.steps
+
+
+def test_a_resumed_run_of_another_learning_rate_is_refused(tmp_path, cache):
+    """The optimizer's state holds the old one, which would go on."""
+    run(config(cache, tmp_path, max_steps=2, training={"save_steps": 2}))
+    with pytest.raises(softlabel.PipelineError, match=r"learning_rate: expected 0.001, found 0.0001"):
+        run(config(cache, tmp_path, max_steps=4, learning_rate=1e-4, resume=True))
 
 
 def trainer_of(cache, tmp_path: Path, **training):
@@ -123,7 +226,7 @@ def test_weights_follow_their_schedule_and_are_logged(tmp_path, cache):
     settings = {"hard_weight": 1.0, "soft_weight": 0.0, "hard_weight_end": 0.0, "soft_weight_end": 1.0}
     run(config(cache, tmp_path, weight_schedule="linear", training={"logging_steps": 1, "save_steps": 6}, **settings))
     entries = [entry for entry in history(tmp_path / "out") if "soft_weight" in entry]
-    assert [entry["soft_weight"] for entry in entries] == pytest.approx([i / 6 for i in range(1, 7)])
+    assert [entry["soft_weight"] for entry in entries] == pytest.approx([(i + 0.5) / 6 for i in range(6)])
     for entry in entries:
         mixed = entry["hard_weight"] * entry["hard_loss"] + entry["soft_weight"] * entry.get("soft_loss", 0.0)
         assert entry["loss"] == pytest.approx(mixed, rel=1e-4)
