@@ -236,12 +236,10 @@ WAYS: dict[str, tuple[str, softlabel.Loss]] = {
     "top-50, ghost": ("top-50", softlabel.Loss(0.0, 1.0, temperature=1.0)),
     "50 draws": ("draws-50", softlabel.Loss(0.0, 1.0, temperature=1.0)),
     "sampled c = 25": ("sampled-25", softlabel.Loss(0.0, 1.0, temperature=1.0)),
-    "sampled c = 8": ("sampled-8", softlabel.Loss(0.0, 1.0, temperature=1.0)),
 }
 ENCODINGS: dict[str, Encoding] = {
     "full": softlabel.Full(),
     "sampled-25": Sampled(25.0),
-    "sampled-8": Sampled(8.0),
     "top-12": TopK(12, (1.0,)),
     "top-50": TopK(50, (1.0,)),
 }
@@ -307,7 +305,7 @@ def train(folder: Path, way: str, seed: int, epochs: float) -> dict[str, float]:
         {"warmup_steps": 0.1, "save_strategy": "no", "data_seed": seed},
         num_train_epochs=epochs,
         learning_rate=3e-4,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         seed=seed,
     )
     softlabel.train_student(make_cache(folder, name), start, output, loss=loss, args=args)
@@ -364,7 +362,7 @@ def cache_bytes(folder: Path, name: str) -> float:
 @click.option("--output", default="runs/bench-encodings", show_default=True, help="Where caches and figures go.")
 @click.option("--positions", default=4096, show_default=True, help="Positions of the curve.")
 @click.option("--seeds", default=3, show_default=True, help="Students of each way.")
-@click.option("--epochs", default=2.0, show_default=True, help="Passes over the training articles.")
+@click.option("--epochs", default=1.0, show_default=True, help="Passes over the training articles.")
 @click.option("--only", type=click.Choice(["curve", "training"]), help="One part of it.")
 def main(output: str, positions: int, seeds: int, epochs: float, only: str | None) -> None:
     """Bytes, noise and bias of each way to keep soft labels, and what students learn from them."""

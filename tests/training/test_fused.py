@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import TrainingError
-from pipeline.records import Full, Loss, Sampled, Target, TopK
+from pipeline.records import Full, Loss, Sampled, Target, TopK, TopP
 from pipeline.softlabels import encode, target
 from pipeline.training import distillation_loss
 from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
@@ -30,14 +30,22 @@ def wide(goal: Target) -> Target:
 
 
 def make(
-    count: int, classes: int, encoding, temperature: float, *, padded: int = 0, bias: bool = False, spread: float = 1.0
+    count: int,
+    classes: int,
+    encoding,
+    temperature: float,
+    *,
+    padded: int = 0,
+    bias: bool = False,
+    spread: float = 1.0,
+    tail: str = "ghost",
 ):
     generator = torch.Generator().manual_seed(count + classes)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    goal = wide(target(encode(draw(count, classes) * 2, encoding, generator=generator), temperature))
+    goal = wide(target(encode(draw(count, classes) * 2, encoding, generator=generator), temperature, tail=tail))
     hidden, weight = draw(count, 7).requires_grad_(), (draw(classes + padded, 7) * spread).requires_grad_()
     offset = draw(classes + padded).requires_grad_() if bias else None
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -66,7 +74,8 @@ def assert_equal_to_dense(
     expected = torch.autograd.grad(dense.total, leaves, allow_unused=True)
     for chunk in (1, 4, 1000):
         fused = fused_loss(hidden, head, goal, chunk_positions=chunk, **shared)
-        for name in ("total", "num_hard", "num_soft"):
+        terms = [name for name, weight in (("hard_sum", loss.hard_weight), ("soft_sum", loss.soft_weight)) if weight]
+        for name in ("total", "num_hard", "num_soft", *terms):
             torch.testing.assert_close(
                 getattr(fused, name), getattr(dense, name), rtol=1e-9, atol=1e-10, check_dtype=False
             )
@@ -87,6 +96,18 @@ def test_value_and_gradients_are_the_dense_ones(count, classes, kind, weights):
 @pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "total-variation"])
 def test_every_divergence_at_another_temperature(kind, divergence):
     assert_equal_to_dense(*make(9, 41, ENCODINGS[kind], 2.0), Loss(0.4, 0.6, divergence=divergence), 2.0)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "renormalize", "ignore"])
+@pytest.mark.parametrize("encoding", [TopK(5, (1.0, 2.0)), TopP(0.7, (1.0, 2.0))])
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0])
+def test_every_tail_policy(encoding, tail, temperature):
+    parts = make(9, 41, encoding, temperature, tail=tail)
+    assert_equal_to_dense(*parts, Loss(0.4, 0.6, tail=tail), temperature)
+
+
+def test_logit_mse():
+    assert_equal_to_dense(*make(9, 41, Full(), 1.0), Loss(0.4, 0.6, divergence="logit-mse"), 1.0)
 
 
 @pytest.mark.parametrize("kind", list(ENCODINGS))

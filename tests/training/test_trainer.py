@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import pipeline as softlabel
@@ -324,3 +329,66 @@ def test_a_compiled_student_learns_what_a_plain_one_learns(tmp_path, cache):
     assert result.soft_loss == pytest.approx(plain.soft_loss, rel=1e-4)
     assert result.hard_loss == pytest.approx(plain.hard_loss, rel=1e-4)
     AutoModelForCausalLM.from_pretrained(tmp_path / "compiled")
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from pipeline.cli import main
+from pipeline.training.trainer import DistillationTrainer
+plain = DistillationTrainer.compute_loss
+def compute_loss(self, *args, **kwargs):
+    if self.state.global_step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *args, **kwargs)
+DistillationTrainer.compute_loss = compute_loss
+main(["train-student", "--config", sys.argv[1]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra", [{"batch_tokens": 96}, {"training": {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}}]
+)
+def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tmp_path, cache, extra):
+    """SIGKILL inside the eighth step, in the second epoch; batches by tokens, or accumulated from a worker process."""
+    training = {"save_steps": 3, "lr_scheduler_type": "cosine", **extra.get("training", {})}
+    settings = {**extra, "max_steps": 12, "batch_size": 4, "training": training}
+    whole = config(cache, tmp_path, output=str(tmp_path / "whole"), **settings)
+    run(whole)
+    file = tmp_path / "run.yaml"
+    names = ("cache", "student", "max_steps", "batch_size", "batch_tokens", "learning_rate", "training")
+    section = {name: getattr(whole, name) for name in names if getattr(whole, name) is not None}
+    file.write_text(yaml.safe_dump({"train-student": {**section, "output": str(tmp_path / "killed")}}))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(file)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    resumed = run(dataclasses.replace(whole, output=str(tmp_path / "killed"), resume=True))
+    assert resumed.steps == 12
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path, cache):
+    plain = config(cache, tmp_path)
+    command = ["train-student", "--cache", plain.cache, "--student", plain.student, "--output", plain.output]
+    file = tmp_path / "run.yaml"
+    file.write_text("train-student: {max_steps: 4, batch_size: 4, training: {save_steps: 2, use_cpu: true}}")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipeline"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    for steps, extra in ((4, []), (6, ["--resume", "--max-steps", "6"])):
+        done = subprocess.run(
+            [*launch, *command, "--config", str(file), *extra], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("student: ") == 1
+        assert f"{steps} steps" in done.stdout
+        AutoModelForCausalLM.from_pretrained(plain.output)
