@@ -177,7 +177,8 @@ def _echo_cache(cache: Cache, output: str) -> None:
 )
 def _estimate(config: cfg.EstimateConfig) -> None:
     from pipeline.cache.manifest import dump
-    from pipeline.capture.estimate import format_estimate, run
+    from pipeline.capture.estimate import run
+    from pipeline.capture.estimate_table import format_estimate
 
     found = run(config)
     click.echo(dump(found) if config.json else format_estimate(found), nl=not config.json)

@@ -22,7 +22,7 @@ from pipeline.capture.plan import (
     plan_shards,
 )
 from pipeline.capture.shard import Job, capture_shard, forward, read_shard
-from pipeline.config import CacheLogitsConfig, DataConfig
+from pipeline.config import CacheLogitsConfig, DataConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError, ModelError
 from pipeline.models import (
     LoadedModel,
@@ -51,18 +51,8 @@ def run(config: CacheLogitsConfig) -> Cache:
     _check_output(config.output)
     task.check_columns(config.data.columns, config.data.tokenization(2))
     source = load_source(config.data)
-    teacher = load_model(
-        task,
-        config.teacher,
-        revision=config.teacher_revision,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        device_map=config.device_map,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
-    )
+    teacher = load_teacher(task, config)
     tokenizer = teacher.tokenizer
-    set_chat_template(tokenizer, config.data.chat_template)
     return capture(
         task,
         source,
@@ -79,6 +69,22 @@ def run(config: CacheLogitsConfig) -> Cache:
         on_bad_row=config.on_bad_row,
         overwrite=config.overwrite,
     )
+
+
+def load_teacher(task: Task, config: CacheLogitsConfig | EstimateConfig) -> LoadedModel:
+    """The teacher that the flags name, with the chat template that they give it."""
+    teacher = load_model(
+        task,
+        config.teacher,
+        revision=config.teacher_revision,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
+    set_chat_template(teacher.tokenizer, config.data.chat_template)
+    return teacher
 
 
 def cache_logits(
