@@ -254,10 +254,10 @@ def _show_evaluation(config: cfg.EvaluateConfig) -> None:
 
 @_command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache")
 def _verify(config: cfg.VerifyConfig) -> None:
-    from pipeline.cache import verify
+    from pipeline.cache import drop_broken, verify
     from pipeline.cache.manifest import dump
 
-    found = verify(Path(config.cache))
+    found = verify(Path(config.cache), quick=config.quick)
     if config.json:
         click.echo(dump(found), nl=False)
     elif not found.problems:
@@ -266,6 +266,9 @@ def _verify(config: cfg.VerifyConfig) -> None:
         )
     for problem in found.problems:
         click.echo(f"Error: {problem}", err=True)
+    if config.repair and found.broken:
+        drop_broken(Path(config.cache), found)
+        click.echo(f"dropped {', '.join(found.broken)}; run the same softlabel cache-logits again", err=True)
     if found.problems:
         click.get_current_context().exit(1)
 

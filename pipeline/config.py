@@ -440,6 +440,8 @@ class VerifyConfig:
     """Check every byte of a cache against its manifest."""
 
     cache: str = option("Directory of the cache.")
+    quick: bool = option("Only hashes, sizes, columns and the counts in the footers: nothing is decoded.", False)
+    repair: bool = option("Drop broken shards, so that the same cache-logits command makes them again.", False)
     json: bool = option("Print JSON.", False)
 
 

@@ -2,6 +2,6 @@
 
 from pipeline.cache.manifest import Layout, Plan
 from pipeline.cache.reader import Cache, CacheDataset
-from pipeline.cache.verification import Verification, verify
+from pipeline.cache.verification import Verification, drop_broken, verify
 
-__all__ = ["Cache", "CacheDataset", "Layout", "Plan", "Verification", "verify"]
+__all__ = ["Cache", "CacheDataset", "Layout", "Plan", "Verification", "drop_broken", "verify"]

@@ -50,6 +50,9 @@ def _pack_column(rows: Sequence[CachedExample], field: pa.Field) -> pa.Array:
     np.cumsum([len(value) for value in values], out=offsets[1:])
     flat = np.concatenate(values) if values else np.zeros(0)
     dtype = field.type.value_type.to_pandas_dtype()
+    if dtype == np.float16:  # a log-probability below -65504 is a probability of 0 either way; -inf stays -inf
+        lowest = np.finfo(np.float16).min
+        flat = np.where(np.isneginf(flat), flat, np.maximum(flat, lowest))
     return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(dtype), type=field.type.value_type), type=field.type)
 
 

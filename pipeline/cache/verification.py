@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +13,9 @@ from transformers import AutoTokenizer
 
 from pipeline.cache.codec import tail_ids
 from pipeline.cache.manifest import Layout, load_manifest
-from pipeline.cache.reader import REMEDY, check_shard_file, read_row_group
+from pipeline.cache.reader import REMEDY, check_shard_file, open_shard, read_row_group
 from pipeline.cache.writer import file_sha256
-from pipeline.errors import IntegrityError
+from pipeline.errors import CacheError, IntegrityError
 from pipeline.models import tokenizer_info
 from pipeline.records import Contract, Manifest, Sampled, Shard
 
@@ -28,6 +30,8 @@ class Verification:
     positions: int
     bytes: int
     problems: tuple[str, ...]
+    broken: tuple[str, ...] = ()
+    """Names of the shards that are not what the manifest says."""
 
     def raise_first(self) -> None:
         """Raise `IntegrityError` for the first problem, if there is one."""
@@ -36,8 +40,13 @@ class Verification:
             raise IntegrityError(self.problems[0] + more)
 
 
-def verify(root: Path) -> Verification:
+def verify(root: Path, *, quick: bool = False) -> Verification:
     """Hashes, sizes, columns, page checksums, counts and ranges of every shard; the tokenizer; the shard table.
+
+    Args:
+        quick: only what needs no decoding: hashes, sizes, columns and the counts in the footers.
+
+    Row groups are read by as many threads as there are processors.
 
     Raises:
         CacheError: there is no finished cache.
@@ -45,15 +54,12 @@ def verify(root: Path) -> Verification:
     """
     manifest = load_manifest(root)
     layout = Layout(root)
-    problems = []
-    for shard in manifest.shards:
-        try:
-            _verify_shard(layout.shard(shard.name), shard, manifest)
-        except IntegrityError as error:
-            problems.append(str(error))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [_ShardCheck(pool, layout.shard(shard.name), shard, manifest, quick) for shard in manifest.shards]
+        broken = {check.shard.name: problem for check in found if (problem := check.problem()) is not None}
     listed = {f"{shard.name}.parquet" for shard in manifest.shards}
     extra = [path for path in sorted(layout.data.glob("*.parquet")) if path.name not in listed]
-    problems += [f"{path}: is not in manifest.json; move it out of the cache" for path in extra]
+    problems = [*broken.values(), *(f"{path}: is not in manifest.json; move it out of the cache" for path in extra)]
     problems += _tokenizer_problems(layout, manifest.contract)
     return Verification(
         manifest.cache_id,
@@ -62,7 +68,72 @@ def verify(root: Path) -> Verification:
         sum(shard.positions for shard in manifest.shards),
         sum(shard.bytes for shard in manifest.shards),
         tuple(problems),
+        tuple(broken),
     )
+
+
+def drop_broken(root: Path, found: Verification) -> None:
+    """Remove broken shards and what says that they are finished; the manifest first, so that what is left is an unfinished cache.
+
+    Raises:
+        CacheError: the plan of the capture is not there, so that nothing could make them again.
+    """
+    layout = Layout(root)
+    if not found.broken:
+        return
+    if not layout.plan.is_file():
+        raise CacheError(
+            f"{root}: receipts/plan.json is missing, so that no capture could make the broken shards again; fetch them again from where the cache came from"
+        )
+    layout.manifest.unlink()
+    for name in found.broken:
+        layout.receipt(name).unlink(missing_ok=True)
+        layout.shard(name).unlink(missing_ok=True)
+
+
+class _ShardCheck:
+    """One shard's checks, begun in a pool of threads."""
+
+    def __init__(self, pool: Executor, path: Path, shard: Shard, manifest: Manifest, quick: bool) -> None:
+        self.shard = shard
+        self._path = path
+        self._first: str | None = None
+        self._groups: list[Future[tuple[int, int]]] = []
+        try:
+            check_shard_file(path, shard, manifest)
+        except IntegrityError as error:
+            self._first = str(error)
+            return
+        self._sha256 = pool.submit(file_sha256, path)
+        if not quick:
+            self._groups = [
+                pool.submit(_verify_row_group, path, group, manifest.contract) for group in range(len(shard.row_groups))
+            ]
+        self._quick = quick
+
+    def problem(self) -> str | None:
+        """The first thing that is wrong. Row groups come before the hash: their page checksums say where it is."""
+        if self._first is not None:
+            return self._first
+        try:
+            counts = [group.result() for group in self._groups]
+        except IntegrityError as error:
+            return str(error)
+        shard, found = self.shard, self._sha256.result()
+        if found != shard.sha256:
+            return f"{self._path}: sha256 differs from manifest.json (expected {shard.sha256[:12]}..., found {found[:12]}...); {REMEDY}"
+        for i, what in enumerate(("positions", "tokens")):
+            expected, counted = getattr(shard, what), sum(count[i] for count in counts)
+            if not self._quick and expected != counted:
+                return f"{self._path}: {what} differ from manifest.json (expected {expected}, found {counted})"
+        return None
+
+
+def _verify_row_group(path: Path, group: int, contract: Contract) -> tuple[int, int]:
+    """Positions and tokens of one row group; raises `IntegrityError` for the first thing that is wrong with it."""
+    table = read_row_group(open_shard(path), path, group)
+    positions = _check_soft_labels(table, contract, f"{path}: row group {group}")
+    return positions, len(_flat(table, "input_ids"))
 
 
 def _tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
@@ -78,25 +149,6 @@ def _tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
         if found == expected
         else [f"{layout.tokenizer}: differs from manifest.json (expected {expected[:12]}..., found {found[:12]}...)"]
     )
-
-
-def _verify_shard(path: Path, shard: Shard, manifest: Manifest) -> None:
-    """Raise `IntegrityError` for the first thing that is wrong with one shard."""
-    file = check_shard_file(path, shard, manifest)
-    found = file_sha256(path)
-    positions = tokens = 0
-    for group in range(len(shard.row_groups)):  # before the hash: page checksums name the row group
-        table = read_row_group(file, path, group)
-        where = f"{path}: row group {group}"
-        positions += _check_soft_labels(table, manifest.contract, where)
-        tokens += len(_flat(table, "input_ids"))
-    if found != shard.sha256:
-        raise IntegrityError(
-            f"{path}: sha256 differs from manifest.json (expected {shard.sha256[:12]}..., found {found[:12]}...); {REMEDY}"
-        )
-    for what, expected, counted in (("positions", shard.positions, positions), ("tokens", shard.tokens, tokens)):
-        if expected != counted:
-            raise IntegrityError(f"{path}: {what} differ from manifest.json (expected {expected}, found {counted})")
 
 
 def _check_soft_labels(table: pa.Table, contract: Contract, where: str) -> int:

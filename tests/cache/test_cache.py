@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import load_dataset
 
 from pipeline.cache import Cache, verify
 from pipeline.cache.build import begin
 from pipeline.cache.commit import create_exclusively, sweep, write_atomically
 from pipeline.cache.manifest import Layout
+from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, IntegrityError
 from pipeline.records import Full, Sampled, ShardPlan, TopK, TopP
 from pipeline.softlabels import target
@@ -102,6 +104,42 @@ def test_verify_finds_a_whole_cache_whole(cache):
     assert found.problems == ()
     assert (found.shards, found.rows) == (2, 60)
     Cache.open(cache.root, verify="full")
+
+
+def test_a_quick_verification_reads_hashes_and_counts(cache, monkeypatch):
+    monkeypatch.setattr("pipeline.cache.verification.read_row_group", None)  # would be called to decode
+    assert verify(cache.root, quick=True).problems == ()
+    path = Layout(cache.root).shard("train-00001")
+    path.write_bytes(path.read_bytes()[:-200] + bytes(200))
+    (problem,) = verify(cache.root, quick=True).problems
+    assert str(path) in problem
+
+
+def test_repair_drops_broken_shards_and_nothing_else(cache):
+    layout = Layout(cache.root)
+    damaged = bytearray(layout.shard("train-00001").read_bytes())
+    damaged[200] ^= 4
+    layout.shard("train-00001").write_bytes(damaged)
+    whole = layout.shard("train-00000").read_bytes()
+    done = CliRunner().invoke(main, ["verify", "--cache", str(cache.root), "--repair"])
+    assert done.exit_code == 1
+    assert "train-00001.parquet: row group 0" in done.output
+    assert "dropped train-00001" in done.output
+    assert not layout.shard("train-00001").exists()
+    assert layout.shard("train-00000").read_bytes() == whole
+    with pytest.raises(CacheError, match="was not finished"):
+        Cache.open(cache.root)
+
+
+def test_repair_without_a_plan_keeps_everything(cache):
+    layout = Layout(cache.root)
+    layout.plan.unlink()
+    layout.shard("train-00001").write_bytes(b"no Parquet")
+    done = CliRunner().invoke(main, ["verify", "--cache", str(cache.root), "--repair"])
+    assert done.exit_code == 1
+    assert "fetch them again" in done.output
+    assert layout.manifest.is_file()
+    assert layout.shard("train-00001").exists()
 
 
 def test_every_bit_flip_is_found_and_names_its_file(cache):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pipeline.cache.codec import content_hash, pack, unpack
 from pipeline.cache.schema import cache_schema
 from pipeline.errors import MisuseError
-from pipeline.records import Full, Sampled, TopK, TopP
+from pipeline.records import CachedExample, Full, Sampled, TokenizedExample, TopK, TopP
+from pipeline.softlabels import encode, narrow
 from tests.support.rows import class_row, token_row
 
 ENCODINGS = [Full(), TopK(4), TopK(1000), TopP(0.7), Sampled(6.0)]
@@ -53,6 +54,34 @@ def test_token_rows_come_back(lengths, classes, encoding, seed):
     assert len(found) == len(rows)
     for one, other in zip(found, rows, strict=True):
         assert_same_row(one, other)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([1, 2, 7, 65_536, 300_000]),
+    st.sampled_from(ENCODINGS),
+    st.sampled_from([0.0, 1.0, 100.0]),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.integers(0, 2**16),
+)
+def test_any_logits_come_back(classes, encoding, spread, dtype, seed):
+    """Ties, classes of probability 0, the largest and smallest float16, one class, more classes than two bytes count."""
+    if classes > 1000 and encoding in (Full(), TopK(1000), TopP(0.7)):
+        return
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(np.round(rng.normal(size=(3, classes)), 1) * spread).to(dtype)
+    logits[torch.from_numpy(rng.random((3, classes)) < 0.3)] = -torch.inf
+    logits[:, -1] = torch.tensor([65504.0, 6e-8, -65504.0])
+    uniforms = torch.from_numpy(rng.random(3))
+    soft = narrow(encode(logits, encoding, uniforms=uniforms), uniforms)
+    example = TokenizedExample(0, 0, np.arange(4, dtype=np.int32), supervised=np.asarray([True, True, True, False]))
+    row = CachedExample(example, soft, 1.0, 2.0, content_hash(example))
+    schema = cache_schema(encoding, classes, token_classes=True)
+    (found,) = unpack(pack([row], schema), encoding, classes)
+    for name in ("top_offsets", "top_ids", "tail_offsets", "tail_ids"):
+        assert torch.equal(getattr(found.soft, name), getattr(soft, name)), name
+    probabilities = found.soft.top_logprobs.exp(), soft.top_logprobs.exp()
+    torch.testing.assert_close(*probabilities, atol=1e-4, rtol=2e-3)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)

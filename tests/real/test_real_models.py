@@ -12,7 +12,7 @@ from datasets import load_dataset
 
 import pipeline as softlabel
 from pipeline.models import load_model, model_info
-from pipeline.softlabels import target
+from pipeline.softlabels import encode, log_residual_bounds, target
 from pipeline.tasks import get_task
 
 pytestmark = pytest.mark.real
@@ -76,3 +76,24 @@ def test_minilm_is_a_teacher_once_it_has_a_head():
         get_task("sequence-classification"), str(ROOT / "bbc" / "minilm"), label_names=("a", "b"), new_head=True
     )
     assert get_task("sequence-classification").num_classes(loaded.model, loaded.tokenizer) == 2
+
+
+@pytest.mark.parametrize("grid", [(1.0, 2.0, 4.0), (1.0, 1.5, 2.0, 3.0, 4.0)])
+def test_temperatures_between_the_grids_points_on_real_logits(articles, grid):
+    """The true mass outside the top lies within the bounds at every position, and the target's is as near as the README says."""
+    teacher = load_model(get_task("causal-lm"), str(ROOT / "bbc_lm" / "smollm2"))
+    ids = torch.tensor([teacher.tokenizer(articles[0]["text"])["input_ids"][:512]])
+    with torch.inference_mode():
+        logits = teacher.model(input_ids=ids).logits[0].float()
+    soft = encode(logits, softlabel.TopK(50, grid))
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, soft.top_ids.reshape(-1, 50), True)
+    most = 0.06 if len(grid) == 3 else 0.01
+    for temperature in (1.1, 1.25, 1.7, 2.5, 3.5):
+        scaled = logits.double() / temperature
+        true = torch.logsumexp(scaled.masked_fill(kept, -torch.inf), -1) - torch.logsumexp(scaled, -1)
+        low, high = log_residual_bounds(soft, temperature)
+        assert (low <= true + 1e-4).all()
+        assert (true <= high + 1e-4).all()
+        found = target(soft, temperature).log_residual
+        assert found is not None
+        assert float((found.exp() - true.exp()).abs().max()) < most
