@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -28,17 +29,34 @@ if TYPE_CHECKING:
 FUNCTIONS: dict[str, Callable[[Any], None]] = {}
 
 
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: temporary files are removed on the way out, as on Ctrl-C."""
+
+
 class _Group(click.Group):
-    """Turns a `PipelineError` into one line on standard error and its exit code."""
+    """Turns a `PipelineError`, Ctrl-C or SIGTERM into one line on standard error and its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except PipelineError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, _Terminated) as stop:
+            code = 130 if isinstance(stop, KeyboardInterrupt) else 143  # 128 + the signal's number
+            click.echo(
+                "Error: interrupted; what was finished is kept: run the same command again to go on (train-student: with --resume)",
+                err=True,
+            )
+            ctx.exit(code)
         finally:
+            signal.signal(signal.SIGTERM, before)
             _leave_ranks()
+
+
+def _terminate(_number: int, _frame: Any) -> None:
+    raise _Terminated
 
 
 def _leave_ranks() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -206,7 +205,7 @@ def test_a_finished_cache_is_not_made_again_and_another_contract_is_refused(tmp_
 
 
 KILLED = """
-import sys, os, signal
+import sys, os, signal, time
 import pipeline.capture.run as run
 whole = run.capture_shard
 done = []
@@ -215,7 +214,8 @@ def capture_shard(job, shard):
         # in the middle of the second shard's write
         import pipeline.capture.shard as module, pyarrow.parquet as pq
         def die(self, table, **kwargs):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGNAL)
+            time.sleep(60)
         pq.ParquetWriter.write_table = die
     done.append(shard)
     return whole(job, shard)
@@ -225,7 +225,8 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_tokenizer, topics, save_teacher):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_tokenizer, topics, save_teacher, name):
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3)
     model.config.id2label = {0: "business", 1: "sport", 2: "film"}
     model.config.label2id = {"business": 0, "sport": 1, "film": 2}
@@ -242,12 +243,18 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_to
 
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *command("killed")], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", KILLED.replace("SIGNAL", name), *command("killed")],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.returncode == {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}[name], killed.stderr
+    if name != "SIGKILL":
+        assert killed.stderr.splitlines()[-1].startswith("Error: interrupted; what was finished is kept")
+        assert "Traceback" not in killed.stderr
     assert not (tmp_path / "killed" / "manifest.json").exists()
     assert len(list((tmp_path / "killed" / "data").glob("[a-z]*.parquet"))) == 1
-    assert len(list((tmp_path / "killed" / "data").glob(".tmp-*"))) == 1
+    assert len(list((tmp_path / "killed" / "data").glob(".tmp-*"))) == (name == "SIGKILL")
     with pytest.raises(CacheError, match="was not finished"):
         Cache.open(tmp_path / "killed")
     receipt = tmp_path / "killed" / "receipts" / "train-00000.json"
