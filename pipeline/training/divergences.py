@@ -103,7 +103,7 @@ def divergence(
 def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
     """KL(target || softmax(logits / T)) of each position, (N,) nats, not scaled by T^2. See `divergence`."""
     scaled = logits / temperature
-    if target.ids.numel() == logits.numel() and target.log_residual is None:  # every class, in order: no need to gather
+    if _has_every_class_in_order(target, logits):  # no need to gather
         log_q = torch.log_softmax(scaled, -1)
         weights = target.weights.to(log_q.dtype).view_as(log_q)
         return target.negative_entropy.to(log_q.dtype) - (weights * log_q).sum(-1)
@@ -115,6 +115,12 @@ def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
     some, log_out = log_outside
     rest = target.log_residual.to(log_p.dtype).exp()[some]
     return total.index_add(0, some, -rest * log_out)
+
+
+def _has_every_class_in_order(target: Target, logits: Tensor) -> bool:
+    if target.ids.numel() != logits.numel() or target.log_residual is not None:
+        return False
+    return bool((target.ids.view_as(logits) == torch.arange(logits.shape[-1], device=target.ids.device)).all())
 
 
 def owners(target: Target) -> Tensor:
