@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 
-from pipeline.records import AlignmentProbe, CachedExample
+from pipeline.records import AlignmentProbe, CachedExample, Full
 from pipeline.softlabels import served_temperature, target
 
 _POSITIONS = 20_000
@@ -54,13 +55,17 @@ def _weights(row: CachedExample) -> np.ndarray:
     """(N, 3): the target weight of the tokens at shift -1, 0 and +1, where all three exist."""
     assert row.example.supervised is not None
     positions = np.flatnonzero(row.example.supervised)
+    tokens = row.example.input_ids
+    neighbours = [np.clip(positions + 1 + shift, 0, len(tokens) - 1) for shift in (-1, 0, 1)]
+    if isinstance(row.soft.encoding, Full):
+        wanted = torch.from_numpy(np.stack([tokens[index] for index in neighbours], 1).astype(np.int64))
+        dense = row.soft.top_logprobs.view(len(row.soft), -1).gather(1, wanted).exp().double().numpy()
+        return np.asarray(dense[positions + 2 < len(tokens)])
     goal = target(row.soft, served_temperature(row.soft.encoding), tail="ignore")
     owner = np.repeat(np.arange(len(goal)), goal.offsets.diff().numpy())
     ids, weights = goal.ids.numpy(), goal.weights.numpy()
     out = np.zeros((len(positions), 3))
-    tokens = row.example.input_ids
-    for column, shift in enumerate((-1, 0, 1)):
-        index = np.clip(positions + 1 + shift, 0, len(tokens) - 1)
+    for column, index in enumerate(neighbours):
         hit = ids == tokens[index][owner]
         out[owner[hit], column] = weights[hit]
     return out[positions + 2 < len(tokens)]
