@@ -145,7 +145,9 @@ class TopP:
 class Sampled:
     """Every class of at least 1/c exactly, an unbiased sample of the rest at weight 1/c (c = `sample_size`).
 
-    The default for language models: E[target] = q, at about c classes or fewer a position.
+    The default for language models: E[target] = q, at about c classes or fewer a position. c = 25 because there 24 bytes a position hold 1.4% of the
+    noise of one drawn label, less than 50 draws with replacement do in 61 (`make bench-encodings`): students learn as much from either. Half the bytes
+    have four times the noise; twice the bytes save only noise that more text averages away as well.
     """
 
     sample_size: float = 25.0
