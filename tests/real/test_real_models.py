@@ -66,7 +66,7 @@ def test_smollm2_cached_is_smollm2_dense(tmp_path, articles):
         goal = target(row.soft, 1.0)
         owner = torch.repeat_interleave(torch.arange(len(goal)), goal.offsets.diff())
         mass = torch.zeros(len(goal)).index_add(0, owner, goal.weights)
-        assert (mass - 1).abs().max() <= 1 / 25 + 1e-3
+        assert (mass - 1).abs().max() <= 1 / 25 + 1 / 80 + 1e-5  # the top as it is stored, in whole numbers of 1/80
 
 
 def test_minilm_is_a_teacher_once_it_has_a_head():
