@@ -15,14 +15,13 @@ from pipeline.config import (
     DataConfig,
     EvaluateConfig,
     InitStudentConfig,
-    Loss,
     TrainStudentConfig,
     load_config,
     make_encoding,
     resolve,
 )
 from pipeline.errors import ConfigError, MisuseError
-from pipeline.records import Columns, Full, Sampled, Tokenization, TopK, TopP
+from pipeline.records import Columns, Full, Loss, Sampled, Tokenization, TopK, TopP
 
 CAPTURE: dict[str, Any] = {"task": "causal-lm", "teacher": "t", "output": "o", "dataset": "d"}
 STUDENT: dict[str, Any] = {"cache": "c", "student": "s", "output": "o"}

@@ -1,0 +1,59 @@
+"""verify, inspect, import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline import config as cfg
+from pipeline.cli.commands import command
+from pipeline.cli.echo import echo_cache
+
+
+@command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache")
+def _verify(config: cfg.VerifyConfig) -> None:
+    from pipeline.cache import drop_broken, verify
+    from pipeline.cache.manifest import dump
+
+    found = verify(Path(config.cache), quick=config.quick)
+    if config.json:
+        click.echo(dump(found), nl=False)
+    elif not found.problems:
+        click.echo(
+            f"{config.cache}: whole. {found.shards} shards, {found.rows:,} rows, {found.positions:,} positions, {found.bytes:,} bytes; cache_id {found.cache_id[:16]}"
+        )
+    for problem in found.problems:
+        click.echo(f"Error: {problem}", err=True)
+    if config.repair and found.broken:
+        drop_broken(Path(config.cache), found)
+        click.echo(f"dropped {', '.join(found.broken)}; run the same softlabel cache-logits again", err=True)
+    if found.problems:
+        click.get_current_context().exit(1)
+
+
+@command("inspect", cfg.InspectConfig, "softlabel inspect --cache runs/cache --rows 3")
+def _inspect(config: cfg.InspectConfig) -> None:
+    import json
+
+    from pipeline.cache import Cache
+    from pipeline.cache.inspection import describe, totals
+    from pipeline.cache.manifest import dump
+
+    cache = Cache.open(config.cache)
+    if config.json:
+        click.echo(json.dumps({"totals": totals(cache), "manifest": json.loads(dump(cache.manifest))}, indent=1))
+        return
+    for line in describe(cache, split=config.split, rows=config.rows, tokens=config.tokens, top=config.top):
+        click.echo(line)
+
+
+@command(
+    "import",
+    cfg.ImportConfig,
+    "softlabel import --input responses.jsonl --tokenizer Qwen/Qwen3-8B --teacher Qwen/Qwen3-8B --top-k 20 --output runs/cache",
+)
+def _import(config: cfg.ImportConfig) -> None:
+    from pipeline.sharing.importers import run
+
+    echo_cache(run(config), config.output)

@@ -1,0 +1,46 @@
+"""train-teacher, cache-logits, estimate."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline import config as cfg
+from pipeline.cli.commands import command
+from pipeline.cli.echo import echo_cache
+
+
+@command(
+    "train-teacher",
+    cfg.TrainTeacherConfig,
+    "softlabel train-teacher --task sequence-classification --model bert-base-uncased --dataset data/bbc --output runs/teacher",
+)
+def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
+    from pipeline.models.teacher import run
+
+    metrics = run(config)
+    click.echo(f"teacher: {config.output}" + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
+
+
+@command(
+    "cache-logits",
+    cfg.CacheLogitsConfig,
+    "softlabel cache-logits --task sequence-classification --teacher runs/teacher --dataset data/bbc --output runs/cache",
+)
+def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
+    from pipeline.capture.run import run
+
+    echo_cache(run(config), config.output)
+
+
+@command(
+    "estimate",
+    cfg.EstimateConfig,
+    "softlabel estimate --task causal-lm --teacher runs/teacher --dataset data/corpus --budget 100GB --write-config runs/capture.yaml",
+)
+def _estimate(config: cfg.EstimateConfig) -> None:
+    from pipeline.cache.manifest import dump
+    from pipeline.capture.estimate import run
+    from pipeline.capture.estimate_table import format_estimate
+
+    found = run(config)
+    click.echo(dump(found) if config.json else format_estimate(found), nl=not config.json)

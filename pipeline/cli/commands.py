@@ -1,0 +1,143 @@
+"""What every command is: flags from the fields of its configuration, errors as one line and an exit code.
+
+Heavy libraries are imported inside the commands, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pipeline import config as cfg
+from pipeline.errors import MisuseError, PipelineError
+
+#: Command -> what it does with its configuration; `run` calls the same.
+FUNCTIONS: dict[str, Callable[[Any], None]] = {}
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: temporary files are removed on the way out, as on Ctrl-C."""
+
+
+class _Group(click.Group):
+    """Turns a `PipelineError`, Ctrl-C or SIGTERM into one line on standard error and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        before = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except PipelineError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, _Terminated) as stop:
+            code = 130 if isinstance(stop, KeyboardInterrupt) else 143  # 128 + the signal's number
+            click.echo(
+                "Error: interrupted; what was finished is kept: run the same command again to go on (train-student: with --resume)",
+                err=True,
+            )
+            ctx.exit(code)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            _leave_ranks()
+
+
+def _terminate(_number: int, _frame: Any) -> None:
+    raise _Terminated
+
+
+def _leave_ranks() -> None:
+    """Under torchrun, end the process group: a rank that just exits may be aborted by its threads (seen with gloo, in one run of three)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="soft-label-pipeline")
+def main() -> None:
+    """Run a teacher once, cache its soft labels, train students from the cache.
+
+    \b
+    Example: every stage of the demo, in order
+        softlabel run data/bbc/demo.yaml
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+def command(name: str, config_type: type, example: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """A command whose flags are the fields of its configuration; `--config` fills what no flag gives."""
+
+    def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        def callback(config: str | None, **flags: Any) -> None:
+            file = cfg.load_config(config) if config is not None else None
+            given = {key: value for key, value in flags.items() if value is not None and value != ()}
+            sections = (file.sections.get(name) if file is not None else None) or ({},)
+            if len(sections) > 1 and "output" in given:
+                raise MisuseError(
+                    f"--output: {config} has {len(sections)} {name} sections, which would overwrite each other; name the output in each"
+                )
+            resolved_sections: list[Any] = [cfg.resolve(config_type, file, section, given) for section in sections]
+            for resolved in resolved_sections:
+                quiet_libraries()
+                function(resolved)
+
+        summary = (config_type.__doc__ or "").strip()
+        command = click.Command(
+            name, callback=callback, help=f"{summary}\n\n\b\nExample:\n    {example}", short_help=summary
+        )
+        command.params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(dir_okay=False),
+                help="YAML file with a section for this command; flags override it.",
+            )
+        )
+        hints = {**typing.get_type_hints(cfg.DataConfig), **typing.get_type_hints(config_type)}
+        command.params.extend(_option(field, hints[field.name]) for field in cfg.cli_fields(config_type))
+        main.add_command(command)
+        FUNCTIONS[name] = function
+        return function
+
+    return decorate
+
+
+def _option(field: Any, hint: Any) -> click.Option:
+    """One flag of one field. Its default stays in the dataclass; here it is only shown."""
+    flag = "--" + field.name.replace("_", "-")
+    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
+    origin = typing.get_origin(hint)
+    shown = (
+        None
+        if field.default in (None, ()) or isinstance(field.default, bool) or field.default is dataclasses.MISSING
+        else str(field.default)
+    )
+    options: dict[str, Any] = {"help": field.metadata["help"], "default": None, "show_default": shown}
+    if hint is bool:
+        return click.Option(
+            [f"{flag}/--no-{field.name.replace('_', '-')}"],
+            **{**options, "show_default": "on" if field.default else "off"},
+        )
+    if origin is tuple:
+        return click.Option([flag], type=arguments[0], multiple=True, **options)
+    while typing.get_origin(hint) is not typing.Literal and arguments:
+        hint, arguments = arguments[0], [a for a in typing.get_args(arguments[0]) if a is not type(None)]
+    kind = click.Choice(arguments) if typing.get_origin(hint) is typing.Literal else hint
+    return click.Option([flag], type=kind, **options)
+
+
+def quiet_libraries() -> None:
+    """Their bars and reports would mix with ours; errors still show."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

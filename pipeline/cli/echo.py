@@ -1,0 +1,23 @@
+"""What several commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.cache import Cache
+
+
+def echo_cache(cache: Cache, output: str) -> None:
+    """The size of each split of a cache."""
+    from pipeline.cache.inspection import totals
+
+    click.echo(f"cache: {output}  cache_id {cache.manifest.cache_id[:16]}")
+    for split, total in totals(cache).items():
+        click.echo(
+            f"  {split}: {total['rows']:,} rows, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"
+        )
+    if cache.manifest.bad_rows:
+        click.echo(f"  {cache.manifest.bad_rows} rows set aside, listed in reports/bad-rows.tsv")

@@ -1,0 +1,50 @@
+"""How good a student is: evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline import config as cfg
+from pipeline.cli.commands import command
+from pipeline.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from pipeline.records import EvaluationReport
+
+
+@command(
+    "evaluate",
+    cfg.EvaluateConfig,
+    "softlabel evaluate --cache runs/cache --student runs/student --student control=runs/control",
+)
+def _evaluate(config: cfg.EvaluateConfig) -> None:
+    from pipeline.evaluation.run import run
+
+    _echo_report(run(config), config)
+
+
+def _echo_report(report: EvaluationReport, config: cfg.EvaluateConfig) -> None:
+    from pipeline.cache.manifest import dump
+    from pipeline.evaluation import format_table
+
+    if config.json:
+        click.echo(dump(report), nl=False)
+        return
+    click.echo(format_table(report))
+    if config.output is not None:
+        click.echo(f"\nkept in {Path(config.output, 'evaluation.json')}")
+
+
+def show_evaluation(config: cfg.EvaluateConfig) -> None:
+    """The report that is kept already."""
+    from pipeline.cache.manifest import parse
+    from pipeline.records import EvaluationReport
+
+    if config.output is not None:
+        try:
+            _echo_report(parse(EvaluationReport, Path(config.output, "evaluation.json")), config)
+        except IntegrityError:  # a figure that was no number is null in it
+            click.echo(f"kept in {Path(config.output, 'evaluation.json')}")

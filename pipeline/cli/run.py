@@ -1,0 +1,31 @@
+"""run: the stages of a file."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline import config as cfg
+from pipeline.cli.commands import FUNCTIONS, main, quiet_libraries
+from pipeline.cli.evaluation import show_evaluation
+
+
+@main.command("run", short_help="Run every stage of a configuration file in order.")
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.argument("stages", nargs=-1, type=click.Choice(list(cfg.STAGES)))
+@click.option("--through", type=click.Choice(list(cfg.STAGES)), help="Stop after this stage.")
+@click.option(
+    "--overwrite", is_flag=True, help="Make a cache anew where the one that is there has other settings or inputs."
+)
+def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool) -> None:
+    """Run every stage of a configuration file in order, or the STAGES named.
+
+    A stage whose output was made from the same settings and inputs is skipped.
+
+    \b
+    Example:
+        softlabel run data/bbc/demo.yaml --through cache-logits
+    """
+    from pipeline.workflow import run
+
+    quiet_libraries()
+    run(cfg.load_config(config), FUNCTIONS, stages, through, overwrite=overwrite, shown={"evaluate": show_evaluation})

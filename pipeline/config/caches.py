@@ -1,0 +1,54 @@
+"""The commands on a cache that is there, or comes from elsewhere: verify, inspect, import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.options import check_positive, option
+from pipeline.errors import MisuseError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyConfig:
+    """Check every byte of a cache against its manifest."""
+
+    cache: str = option("Directory of the cache.")
+    quick: bool = option("Only hashes, sizes, columns and the counts in the footers: nothing is decoded.", False)
+    repair: bool = option("Drop broken shards, so that the same cache-logits command makes them again.", False)
+    json: bool = option("Print JSON.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectConfig:
+    """Show what a cache holds."""
+
+    cache: str = option("Directory of the cache.")
+    split: str | None = option("Split of the rows to show. Default: the first.", None)
+    rows: int = option("How many rows to show.", 2)
+    tokens: int = option("How many tokens of each row to show (language models).", 24)
+    top: int = option("How many soft labels to show for each position.", 4)
+    json: bool = option("Print the contract, totals and shard table as JSON.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportConfig:
+    """Make a cache of what vLLM or an OpenAI-compatible server has returned."""
+
+    input: tuple[str, ...] = option("JSON-lines file with one response a line; repeat for several.")
+    output: str = option("Directory of the cache.")
+    tokenizer: str = option("Name or path of the teacher's tokenizer.")
+    teacher: str = option("Name of the teacher, for the manifest.")
+    top_k: int = option("Log-probabilities to keep of each position: as many as the server returned.", 20)
+    split: str = option("Split that the rows become.", "train")
+    position_zero: Literal["auto", "empty", "filled"] = option(
+        "Whether the first entry is empty, each speaking of its own token (vLLM, OpenAI), or filled, speaking of the next. auto finds out.",
+        "auto",
+    )
+    max_length: int | None = option("Longest row in tokens that is allowed. Default: the longest that comes.", None)
+    overwrite: bool = option("Delete what the output directory holds and start anew.", False)
+
+    def __post_init__(self) -> None:
+        check_positive("--top-k", self.top_k)
+        if not self.input:
+            raise MisuseError("--input: expected at least one file")

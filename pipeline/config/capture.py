@@ -1,0 +1,178 @@
+"""The teacher's commands: train-teacher, cache-logits, estimate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config.data import DataConfig
+from pipeline.config.options import TaskName, check_positive, option, parse_bytes
+from pipeline.errors import MisuseError
+from pipeline.records import Encoding, Full, Sampled, TopK, TopP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainTeacherConfig:
+    """Fine-tune a teacher on the task's hard labels."""
+
+    task: TaskName = option("What is learnt.")
+    data: DataConfig
+    model: str = option("Name or path of the pretrained model.")
+    output: str = option("Directory of the fine-tuned model.")
+    epochs: float = option("Passes over the labelled rows.", 3.0)
+    max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
+    learning_rate: float = option("Peak learning rate.", 5e-5)
+    batch_size: int = option("Rows per device and step.", 16)
+    seed: int = option("Seed of initialisation and order.", 0)
+    training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
+
+    def __post_init__(self) -> None:
+        check_positive("--batch-size", self.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLogitsConfig:
+    """Run the teacher once over a data set and write its soft labels."""
+
+    task: TaskName = option("What the teacher predicts.")
+    data: DataConfig
+    teacher: str = option("Name or path of the teacher; a PEFT adapter directory or a GGUF file is one too.")
+    teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
+    dtype: str = option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
+    attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
+    device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
+    quantization: Literal["4bit", "8bit"] | None = option("Load the teacher with bitsandbytes.", None)
+    trust_remote_code: bool = option("Run code that comes with the teacher. Never set by a cache or a manifest.", False)
+    encoding: Literal["full", "top-k", "top-p", "sampled"] | None = option(
+        "What is kept of each distribution. Default: full for classifiers, sampled for language models.", None
+    )
+    top_k: int | None = option("Classes to keep with --encoding top-k.", None)
+    top_p: float | None = option("Mass to keep with --encoding top-p.", None)
+    sample_size: float | None = option(
+        "c of --encoding sampled: about how many classes to keep where the teacher is unsure.", None
+    )
+    temperature: tuple[float, ...] = option(
+        "Temperature(s) that students may train at; repeatable for top-k and top-p (default 1, 2, 4), one for sampled (default 1).",
+        (),
+    )
+    store_entropy: bool = option(
+        "Store the teacher's entropy at each position too (2 bytes), not only its sum over the row.", False
+    )
+    output: str = option("Directory of the cache.")
+    overwrite: bool = option("Delete what the output directory holds and start anew.", False)
+    rows_per_shard: int | None = option(
+        "Source rows in a shard; a killed run repeats at most one. Default: shards of about 128 MB.", None
+    )
+    batch_tokens: int | None = option(
+        "Tokens in a forward pass, padding included. Default: 8192 (classification), 2048 (language models).", None
+    )
+    seed: int = option("Seed of the sampled encoding.", 0)
+    on_bad_row: Literal["stop", "skip"] = option(
+        "What to do with a row whose logits are not finite or whose text is empty.", "stop"
+    )
+
+    def __post_init__(self) -> None:
+        if self.encoding or self._named_by_knob():
+            self.resolve_encoding("full")
+        check_positive("--rows-per-shard", self.rows_per_shard)
+        check_positive("--batch-tokens", self.batch_tokens)
+
+    def _named_by_knob(self) -> str | None:
+        knobs = {"top-k": self.top_k, "top-p": self.top_p, "sampled": self.sample_size}
+        return next((kind for kind, value in knobs.items() if value is not None), None)
+
+    def resolve_encoding(self, default_kind: str) -> Encoding:
+        """The encoding that the flags name, or the task's default kind.
+
+        Raises:
+            MisuseError: a knob of another encoding, or a value out of range.
+        """
+        kind = self.encoding or self._named_by_knob() or default_kind
+        for flag, value, owner in (
+            ("--top-k", self.top_k, "top-k"),
+            ("--top-p", self.top_p, "top-p"),
+            ("--sample-size", self.sample_size, "sampled"),
+        ):
+            if value is not None and kind != owner:
+                raise MisuseError(
+                    f"{flag} is a knob of --encoding {owner}, found --encoding {kind}; drop one of the two"
+                )
+        return make_encoding(kind, self.top_k, self.top_p, self.sample_size, self.temperature)
+
+
+def make_encoding(
+    kind: str, top_k: int | None, top_p: float | None, sample_size: float | None, temperatures: tuple[float, ...]
+) -> Encoding:
+    """The encoding of one name and its knobs, checked.
+
+    Raises:
+        MisuseError: a missing or impossible knob.
+    """
+    if not all(0 < t < math.inf for t in temperatures):
+        raise MisuseError(f"--temperature: expected above 0, found {', '.join(map(str, temperatures))}")
+    grid = tuple(sorted(set(temperatures))) or (1.0, 2.0, 4.0)
+    if kind == "full":
+        if temperatures:
+            raise MisuseError(
+                "--temperature at capture goes with top-k, top-p and sampled; full serves any temperature"
+            )
+        return Full()
+    if kind == "top-k":
+        if top_k is None or top_k < 1:
+            raise MisuseError(f"--encoding top-k needs --top-k of at least 1, found {top_k}")
+        return TopK(top_k, grid)
+    if kind == "top-p":
+        if top_p is None or not 0 < top_p <= 1:
+            raise MisuseError(f"--encoding top-p needs --top-p in (0, 1], found {top_p}")
+        return TopP(top_p, grid)
+    if len(temperatures) > 1:
+        raise MisuseError("--encoding sampled serves exactly one --temperature; use top-k, top-p or full for several")
+    size = Sampled().sample_size if sample_size is None else sample_size
+    if not 1 <= size < math.inf:
+        raise MisuseError(f"--sample-size: expected at least 1, found {size}")
+    return Sampled(size, temperatures[0] if temperatures else 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateConfig:
+    """Say what each encoding would cost and lose, from a pilot; no cache is written."""
+
+    task: TaskName = option("What the teacher predicts.")
+    data: DataConfig
+    teacher: str = option("Name or path of the teacher.")
+    teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
+    dtype: str = option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
+    attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
+    device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
+    quantization: Literal["4bit", "8bit"] | None = option("Load the teacher with bitsandbytes.", None)
+    trust_remote_code: bool = option("Run code that comes with the teacher.", False)
+    batch_tokens: int | None = option("Tokens in a forward pass, as cache-logits will take.", None)
+    positions: int = option("Positions of the pilot.", 2048)
+    temperature: float = option("Temperature of the noise figures and of a sampled cache.", 1.0)
+    target_noise: float | None = option(
+        "Choose the fewest bytes whose noise is at most this share of one drawn label's (of sampled and full, which have no bias).",
+        None,
+    )
+    budget: str | None = option("Choose the least noise that fits, as 500MB or 100GB (of sampled and full).", None)
+    scale: float | None = option("Project to so many tokens, as 1e12.", None)
+    gpus: int = option("With --scale: GPUs that share the work.", 1)
+    write_config: str | None = option("Write a YAML file with the chosen encoding, for softlabel cache-logits.", None)
+    seed: int = option("Seed of the pilot.", 0)
+    json: bool = option("Print JSON.", False)
+
+    def __post_init__(self) -> None:
+        check_positive("--positions", self.positions)
+        check_positive("--gpus", self.gpus)
+        if self.target_noise is not None and self.budget is not None:
+            raise MisuseError("--target-noise and --budget each choose an encoding: give one of them")
+        if self.write_config is not None and self.target_noise is None and self.budget is None:
+            raise MisuseError("--write-config goes with --target-noise or --budget, which choose the encoding")
+        if self.target_noise is not None and not 0 < self.target_noise < math.inf:
+            raise MisuseError(f"--target-noise: expected above 0, found {self.target_noise}")
+        if not 0 < self.temperature < math.inf:
+            raise MisuseError(f"--temperature: expected above 0, found {self.temperature}")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise MisuseError(f"--scale: expected above 0 tokens, found {self.scale}")
+        if self.budget is not None:
+            parse_bytes("--budget", self.budget)

@@ -1,0 +1,146 @@
+"""The YAML file, and how it, the flags and the defaults become one configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.config.data import DataConfig
+from pipeline.config.sections import SECTIONS
+from pipeline.errors import ConfigError, MisuseError
+
+ConfigType = TypeVar("ConfigType")
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A parsed YAML file: the shared part, and for each stage a list of sections (several students, for one)."""
+
+    path: str
+    shared: Mapping[str, Any]
+    sections: Mapping[str, tuple[Mapping[str, Any], ...]]
+
+
+def load_config(path: str | Path) -> ConfigFile:
+    """Read a YAML file and check every key in it.
+
+    Raises:
+        ConfigError: no such file, no YAML, or an unknown key (the nearest one is suggested).
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a YAML file with a section per command") from None
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping with a section per command, found {type(content).__name__}")
+    shared: dict[str, Any] = {}
+    sections: dict[str, tuple[Mapping[str, Any], ...]] = {}
+    for key, value in content.items():
+        _check_key(path, "", key, ["task", "data", *SECTIONS])
+        if key == "task":
+            shared["task"] = value
+        elif key == "data":
+            shared["data"] = _checked_section(path, "data", value, DataConfig)
+        else:
+            parts = value if isinstance(value, list) else [value]
+            sections[key] = tuple(_checked_section(path, key, part, SECTIONS[key]) for part in parts)
+    return ConfigFile(str(path), shared, sections)
+
+
+def resolve(
+    config_type: type[ConfigType], file: ConfigFile | None, section: Mapping[str, Any], flags: Mapping[str, Any]
+) -> ConfigType:
+    """The command's configuration from flags, its section and the shared part, in that order of precedence.
+
+    Args:
+        config_type: one of the dataclasses of this module.
+        file: the YAML file, for its shared part.
+        section: the command's part of the file.
+        flags: only what was given on the command line, by field name (those of `DataConfig` beside the others).
+
+    Raises:
+        MisuseError: a required option is missing, or options contradict each other.
+        ConfigError: a value of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    values: dict[str, Any] = {}
+    names = {f.name for f in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    if file is not None and "task" in names and "task" in file.shared:
+        values["task"] = file.shared["task"]
+    values.update(section)
+    if "data" in names:
+        shared_data = file.shared.get("data", {}) if file is not None else {}
+        values["data"] = {**shared_data, **section.get("data", {})}
+        data_names = {f.name for f in dataclasses.fields(DataConfig)}
+        values["data"].update({k: v for k, v in flags.items() if k in data_names and k not in names})
+    values.update({k: v for k, v in flags.items() if k in names})
+    where = f"{file.path}: " if file is not None else ""
+    for owner, given in ((config_type, values), (DataConfig, values.get("data"))):
+        if given is None:
+            continue
+        missing = [_flag(f) for f in dataclasses.fields(owner) if _required(f) and f.name not in given]  # type: ignore[arg-type]
+        if missing:
+            raise MisuseError(f"{where}missing {', '.join(missing)}; give the flag, or the key in --config FILE.yaml")
+    try:
+        return TypeAdapter(config_type).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
+        raise ConfigError(f"{where}{key.replace('_', '-') or config_type.__name__}: {first['msg']}{found}") from None
+
+
+def cli_fields(config_type: type) -> Iterator[dataclasses.Field[Any]]:
+    """The fields that become flags: those of the command, and of its data section."""
+    for item in dataclasses.fields(config_type):
+        if item.name == "data":
+            yield from dataclasses.fields(DataConfig)
+        elif item.name != "training":
+            yield item
+
+
+def _required(item: dataclasses.Field[Any]) -> bool:
+    return item.name != "data" and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def _flag(item: dataclasses.Field[Any]) -> str:
+    return "--" + item.name.replace("_", "-")
+
+
+def _checked_section(path: str | Path, name: str, value: Any, config_type: type) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {name}: expected a mapping, found {value!r}")
+    known = [f.name for f in dataclasses.fields(config_type)]
+    section = {}
+    for key, item in value.items():
+        field_name = str(key).replace("-", "_")
+        _check_key(path, f"{name}: ", field_name, known)
+        if field_name in section:
+            raise ConfigError(f"{path}: {name}: {field_name} is given twice")
+        section[field_name] = (
+            _checked_section(path, f"{name}: data", item, DataConfig) if field_name == "data" else item
+        )
+    for listed in (f.name for f in dataclasses.fields(config_type) if str(f.type).startswith("tuple[")):
+        value = section.get(listed, ())
+        if not isinstance(value, list | tuple):
+            section[listed] = [] if value is None else [value]
+    return section
+
+
+def _check_key(path: str | Path, where: str, key: Any, known: list[str]) -> None:
+    if key in known:
+        return
+    near = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
+    raise ConfigError(f"{path}: {where}unknown key {key!r}{hint}")

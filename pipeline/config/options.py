@@ -1,0 +1,42 @@
+"""What every command's dataclass is made of: options with their help text, and checks of their values."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import field
+from typing import Any, Literal
+
+from pipeline.errors import MisuseError
+
+TaskName = Literal["sequence-classification", "causal-lm"]
+
+
+def option(text: str, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with its help text."""
+    metadata = {"help": text}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_positive(flag: str, value: int | None) -> None:
+    """A count is at least 1, where it is given.
+
+    Raises:
+        MisuseError: it is not.
+    """
+    if value is not None and value < 1:
+        raise MisuseError(f"{flag}: expected at least 1, found {value}")
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """A size as people write it: 500MB, 1.5 TB; decimal units.
+
+    Raises:
+        MisuseError: no number, or another unit.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGTP]?)B?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise MisuseError(f"{flag}: expected a size as 500MB or 100GB, found {text!r}")
+    return int(float(found[1]) * 1000 ** " KMGTP".index(found[2].upper() or " "))

@@ -1,0 +1,26 @@
+"""Which commands a file may have sections for."""
+
+from __future__ import annotations
+
+from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
+from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
+from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.training import InitStudentConfig, TrainStudentConfig
+
+#: What `run` runs, in this order.
+STAGES: dict[str, type] = {
+    "train-teacher": TrainTeacherConfig,
+    "cache-logits": CacheLogitsConfig,
+    "init-student": InitStudentConfig,
+    "train-student": TrainStudentConfig,
+    "evaluate": EvaluateConfig,
+}
+
+#: Every command that a YAML file may have a section for.
+SECTIONS: dict[str, type] = {
+    **STAGES,
+    "estimate": EstimateConfig,
+    "verify": VerifyConfig,
+    "inspect": InspectConfig,
+    "import": ImportConfig,
+}

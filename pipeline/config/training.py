@@ -1,0 +1,117 @@
+"""The student's commands: init-student, train-student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config.options import check_positive, option
+from pipeline.errors import MisuseError
+from pipeline.records import Divergence, Loss, PositionWeights, Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitStudentConfig:
+    """Make a student: a smaller config with random weights, or chosen layers of the teacher."""
+
+    teacher: str = option("Name or path of the teacher, whose architecture and tokenizer the student takes.")
+    output: str = option("Directory of the student.")
+    layer: tuple[int, ...] = option("Layer of the teacher to copy, from 0; repeat for several.", ())
+    num_layers: int | None = option("Layers of a student with random weights.", None)
+    hidden_size: int | None = option("Width of a student with random weights.", None)
+    num_heads: int | None = option("Attention heads of a student with random weights.", None)
+    seed: int = option("Seed of the random weights.", 0)
+
+    def __post_init__(self) -> None:
+        shape = (self.num_layers, self.hidden_size, self.num_heads)
+        if self.layer and any(value is not None for value in shape):
+            raise MisuseError(
+                "--layer copies layers of the teacher; --num-layers, --hidden-size, --num-heads make new ones: use one or the other"
+            )
+        if not self.layer and any(value is None for value in shape):
+            raise MisuseError("give --layer (repeatable), or all of --num-layers, --hidden-size, --num-heads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainStudentConfig:
+    """Train a student from a cache, without the teacher."""
+
+    cache: str = option("Directory of the cache.")
+    student: str = option("Name or path of the student; a PEFT adapter directory is one too.")
+    output: str = option("Directory of the trained student.")
+    split: str = option("Split to train on.", "train")
+    hard_weight: float = option(
+        "Weight of the cross-entropy with the hard labels. The two weights need not sum to 1.", 0.5
+    )
+    soft_weight: float = option("Weight of the T^2-scaled divergence from the teacher; 0 trains on labels alone.", 0.5)
+    temperature: float | None = option(
+        "Softens both distributions. Default: a sampled cache's own, else 2 for classes and 1 for tokens.", None
+    )
+    divergence: Divergence = option("What is minimised between teacher and student.", "forward-kl")
+    tail_policy: Literal["ghost", "renormalize", "ignore"] = option(
+        "The teacher's mass outside the kept classes (top-k, top-p).", "ghost"
+    )
+    mixture: float | None = option(
+        "The teacher's share in what jensen-shannon (default 0.5) and skewed-kl (default 0.1) compare with.", None
+    )
+    weight_schedule: Schedule = option(
+        "How the two weights go to their end values over the run: linear, cosine; warmup-stable-decay rises from 0 in the first tenth and falls in the last fifth.",
+        "constant",
+    )
+    hard_weight_end: float | None = option("Hard weight at the end of the schedule.", None)
+    soft_weight_end: float | None = option("Soft weight at the end of the schedule.", None)
+    position_weights: PositionWeights = option(
+        "Soft term: count positions equally, or by how certain or uncertain the teacher is there (language models: cache with --store-entropy).",
+        "equal",
+    )
+    hard_labels: Literal["data", "teacher"] = option(
+        "Whose hard labels: the data's, or the teacher's most likely class (a control).", "data"
+    )
+    epochs: float = option("Passes over the split.", 3.0)
+    max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
+    learning_rate: float = option("Peak learning rate.", 5e-5)
+    batch_size: int = option("Rows per device and step.", 16)
+    batch_tokens: int | None = option(
+        "Group rows by length, and end a batch where it would pass so many tokens, padding included; --batch-size stays the most rows.",
+        None,
+    )
+    eval_split: str | None = option(
+        "Split to evaluate on during training (training: {eval_strategy: ...}). Default: validation.", None
+    )
+    early_stopping: int | None = option(
+        "Stop after so many evaluations without a better metric_for_best_model (default loss), and keep the best.", None
+    )
+    seed: int = option("Seed of order and dropout.", 0)
+    resume: bool = option("Go on from the newest whole checkpoint in the output directory.", False)
+    lora_r: int | None = option("Train a LoRA adapter of this rank instead of all weights.", None)
+    lora_alpha: int | None = option("LoRA scale. Default: twice the rank.", None)
+    lora_target: tuple[str, ...] = option(
+        "Module to adapt; repeat for several. Default: PEFT's for the architecture.", ()
+    )
+    trust_remote_code: bool = option("Run code that comes with the student.", False)
+    training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
+
+    def __post_init__(self) -> None:
+        self.loss  # noqa: B018 - checks the weights and the temperature
+        check_positive("--batch-size", self.batch_size)
+        check_positive("--batch-tokens", self.batch_tokens)
+        check_positive("--early-stopping", self.early_stopping)
+        check_positive("--lora-r", self.lora_r)
+        if self.lora_r is None and (self.lora_alpha is not None or self.lora_target):
+            raise MisuseError("--lora-alpha and --lora-target go with --lora-r")
+
+    @property
+    def loss(self) -> Loss:
+        """The loss that the flags describe."""
+        return Loss(
+            hard_weight=self.hard_weight,
+            soft_weight=self.soft_weight,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            tail=self.tail_policy,
+            mixture=self.mixture,
+            schedule=self.weight_schedule,
+            hard_weight_end=self.hard_weight_end,
+            soft_weight_end=self.soft_weight_end,
+            position_weights=self.position_weights,
+        )
