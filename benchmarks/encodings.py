@@ -35,8 +35,9 @@ from transformers import AutoModelForCausalLM
 import pipeline as softlabel
 from pipeline.cache.codec import pack
 from pipeline.cache.schema import parquet_settings, soft_columns
+from pipeline.capture.forward import output_matrix, teacher_logits
 from pipeline.capture.plan import plan_batches
-from pipeline.capture.shard import label_rows, output_matrix, teacher_logits
+from pipeline.capture.shard import label_rows
 from pipeline.models import LoadedModel, load_model
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.records import (
@@ -401,7 +402,7 @@ def cache_bytes(folder: Path, name: str) -> float:
 @click.option("--only", type=click.Choice(["curve", "training"]), help="One part of it.")
 def main(output: str, positions: int, seeds: int, only: str | None) -> None:
     """Bytes, noise and bias of each way to keep soft labels, and what students learn from them."""
-    from pipeline.cli import quiet_libraries
+    from pipeline.models.quiet import quiet_libraries
 
     quiet_libraries()
     folder = Path(output)

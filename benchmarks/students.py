@@ -15,11 +15,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipeline.cli import FUNCTIONS, quiet_libraries
+from pipeline.cli import FUNCTIONS
 from pipeline.config import TrainStudentConfig, load_config, resolve
 from pipeline.evaluation import evaluate
 from pipeline.metrics import paired_mean_interval
 from pipeline.models.initialize import Shape, init_student
+from pipeline.models.quiet import quiet_libraries
 from pipeline.training.run import run as train
 from pipeline.workflow import run as run_stages
 

@@ -99,7 +99,7 @@ def measure(way: str, student: str, classes: int, rows: int, steps: int, folder:
     import torch
     from transformers import TrainerCallback
 
-    from pipeline.cli import quiet_libraries
+    from pipeline.models.quiet import quiet_libraries
 
     quiet_libraries()
     cache = make_cache(folder, way, classes, rows * (steps + 1))

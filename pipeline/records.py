@@ -308,6 +308,8 @@ class ModelInfo:
     attn_implementation: str | None
     quantization: str | None = None
     adapter_sha256: str | None = None
+    compiler: str | None = None
+    """The backend of `torch.compile`; None: not compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +334,8 @@ class SourceInfo:
     fingerprints: Mapping[str, str]
     """Split -> SHA-256 over the columns that were read."""
     holdout: float = 0.0
+    rows: tuple[int, int | None] | None = None
+    """`--rows`: the rows `[start, stop)` of each split, which alone were read; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +422,14 @@ class AlignmentProbe:
 
 
 @dataclass(frozen=True, slots=True)
+class Ancestor:
+    """A cache that this one was made from."""
+
+    cache_id: str
+    operation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The contract and the shard table. `cache_id` is the SHA-256 over both."""
 
@@ -427,6 +439,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     bad_rows: int = 0
     probe: AlignmentProbe | None = None
+    ancestry: tuple[Ancestor, ...] = ()
 
     def split_shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of one split, in order."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.card import make_card
-from pipeline.cache.commit import create_exclusively, sweep, write_text
+from pipeline.cache.commit import create_exclusively, sweep, temporary_name, write_text
 from pipeline.cache.manifest import (
     Layout,
     Plan,
@@ -21,50 +21,90 @@ from pipeline.cache.manifest import (
     make_manifest,
     parse,
 )
-from pipeline.cache.probe import probe_alignment
+from pipeline.cache.outbox import Outbox
+from pipeline.cache.probe import first_shards, probe_alignment
 from pipeline.cache.reader import Cache
+from pipeline.cache.urls import is_url
 from pipeline.cache.writer import file_sha256
 from pipeline.errors import CacheError, ContractError
-from pipeline.records import Manifest, Receipt, ShardPlan
+from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
 
 logger = logging.getLogger(__name__)
 
 
-def begin(root: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase, *, overwrite: bool = False) -> Layout:
+def open_layout(output: str | Path) -> Layout:
+    """Where a cache is to be made: a directory, or a URL that fsspec opens.
+
+    Raises:
+        CacheError: no such file system.
+    """
+    if not is_url(str(output)):
+        return Layout(Path(output))
+    outbox = Outbox(str(output))
+    return Layout(outbox.staging, outbox)
+
+
+def begin(
+    output: str | Path | Layout, plan: Plan, tokenizer: PreTrainedTokenizerBase, *, overwrite: bool = False
+) -> Layout:
     """Make the directory of a cache, or join a capture of the same plan that is there.
 
     Raises:
         ContractError: the directory holds another capture.
         CacheError: it holds something else, or cannot be written.
     """
-    layout = Layout(root)
+    layout = output if isinstance(output, Layout) else open_layout(output)
+    root = layout.root
     if root.exists() and not root.is_dir():
         raise CacheError(f"{root}: expected a directory, found a file")
     if overwrite:
-        _clear(layout)
-    if not layout.plan.exists() and _holds_files(root):
-        raise CacheError(f"{root}: holds files that are no cache; use an empty or a new directory")
-    if not create_exclusively(layout.plan, dump(plan)):
-        check_same_contract(plan, parse(Plan, layout.plan), root)
+        clear(layout)
+    found = current_plan(layout)
+    if found is None and _holds_files(layout):
+        raise CacheError(f"{layout.name}: holds files that are no cache; use an empty or a new directory")
+    if plan.parent is not None and found != plan:
+        _replace_plan(layout, plan)
+    elif not _create(layout, layout.plan, dump(plan)):
+        check_same_contract(plan, current_plan(layout) or plan, layout.name)
     for directory in (layout.data, layout.plan.parent, root):
         directory.mkdir(exist_ok=True)
         sweep(directory)
+    if layout.outbox is not None:
+        layout.outbox.fetch_receipts()
+        layout.outbox.fetch("manifest.json")
     if not layout.tokenizer.exists():
-        draft = root / f".tmp-{os.getpid()}-tokenizer"
+        draft = root / temporary_name("tokenizer")
         tokenizer.save_pretrained(str(draft))
-        os.replace(draft, layout.tokenizer)
+        try:
+            os.replace(draft, layout.tokenizer)
+        except OSError:  # another worker was first
+            shutil.rmtree(draft)
     return layout
 
 
+def current_plan(layout: Layout) -> Plan | None:
+    """The plan of the capture that is there, finished or not."""
+    if layout.outbox is not None:
+        layout.outbox.fetch("receipts/plan.json")
+    return parse(Plan, layout.plan) if layout.plan.is_file() else None
+
+
 def finished(layout: Layout, plan: ShardPlan) -> Receipt | None:
-    """The receipt of a shard that is whole on disk; None where it is still to be made."""
+    """The receipt of a shard that is whole; None where it is still to be made.
+
+    A local shard is hashed. One behind a URL was sent whole, so that its size tells.
+    """
     receipt = load_receipt(layout, plan.name)
-    path = layout.shard(plan.name)
     if receipt is None or receipt.plan != plan:
         return None
     if receipt.shard.rows == 0:
         return receipt
-    return receipt if path.is_file() and file_sha256(path) == receipt.shard.sha256 else None
+    path = layout.shard(plan.name)
+    if layout.outbox is not None:
+        whole = layout.outbox.size(f"data/{path.name}") == receipt.shard.bytes
+    else:
+        whole = path.is_file() and file_sha256(path) == receipt.shard.sha256
+    return receipt if whole else None
 
 
 def is_finished(layout: Layout, plan: Plan) -> bool:
@@ -78,7 +118,20 @@ def is_finished(layout: Layout, plan: Plan) -> bool:
 
 def record(layout: Layout, receipt: Receipt) -> None:
     """Say that a shard is done: it counts from here on."""
-    write_text(layout.receipt(receipt.plan.name), dump(receipt))
+    name = receipt.plan.name
+    write_text(layout.receipt(name), dump(receipt))
+    if layout.outbox is not None:
+        if receipt.shard.rows:
+            layout.outbox.send(f"data/{name}.parquet")
+            layout.shard(name).unlink()
+        layout.outbox.send(f"receipts/{name}.json")
+
+
+def missing(layout: Layout, plan: Plan) -> list[str]:
+    """Names of the shards that have no receipt."""
+    if layout.outbox is not None:
+        layout.outbox.fetch_receipts()
+    return [shard.name for shard in plan.shards if not layout.receipt(shard.name).is_file()]
 
 
 def finish(layout: Layout, plan: Plan) -> Cache:
@@ -88,63 +141,134 @@ def finish(layout: Layout, plan: Plan) -> Cache:
         CacheError: no row was cached, or a shard is missing.
         ContractError: the soft labels are out of step with their tokens.
     """
-    receipts = []
-    for shard in plan.shards:
-        receipt = load_receipt(layout, shard.name)
-        if receipt is None:
-            raise CacheError(f"{layout.root}: shard {shard.name} is missing; run the same command again")
-        receipts.append(receipt)
+    absent = missing(layout, plan)
+    if absent:
+        raise CacheError(f"{layout.name}: shard {absent[0]} is missing; run the same command again")
+    receipts = [receipt for shard in plan.shards if (receipt := load_receipt(layout, shard.name)) is not None]
     shards = tuple(receipt.shard for receipt in receipts if receipt.shard.rows)
     if not shards:
-        raise CacheError(f"{layout.root}: no row could be cached; every one of them was set aside")
+        raise CacheError(f"{layout.name}: no row could be cached; every one of them was set aside")
     bad_rows = tuple(bad for receipt in receipts for bad in receipt.bad_rows)
-    draft = Cache(layout.root, make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=None))
-    probe = probe_alignment(row for split in draft.splits for row in draft.dataset(split))
-    if probe is not None and probe.verdict == "inconclusive":
-        logger.warning(
-            "%s: whether the soft labels are in step with their tokens cannot be told from %d positions",
-            layout.root,
-            probe.positions,
-        )
-    if probe is not None and probe.verdict == "misaligned":
-        raise ContractError(
-            f"{layout.root}: the soft labels are out of step with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
-            f"{probe.aligned:.4f}, {probe.following:.4f}, expected the middle one to be largest; shift the logits by one"
-        )
+    probe = _probe(layout, plan.contract, shards)
     if bad_rows:
         lines = "".join(f"{bad.split}\t{bad.source_row}\t{bad.reason}\n" for bad in bad_rows)
         write_text(layout.root / "reports" / "bad-rows.tsv", lines)
-    manifest = make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=probe)
+    manifest = make_manifest(
+        plan.contract, shards, bad_rows=len(bad_rows), probe=probe, ancestry=_ancestry(layout, plan)
+    )
     fidelity = next((receipt.fidelity for receipt in receipts if receipt.fidelity is not None), None)
     if fidelity is not None:
         write_text(layout.root / "reports" / "fidelity.json", dump(fidelity))
     write_text(layout.root / "README.md", make_card(manifest, fidelity))
-    _commit(layout, manifest)
-    return Cache.open(layout.root)
+    if layout.outbox is not None:
+        beside = [
+            path
+            for part in (layout.tokenizer, layout.root / "reports")
+            for path in sorted(part.rglob("*"))
+            if path.is_file()
+        ]
+        for path in [*beside, layout.root / "README.md"]:
+            layout.outbox.send(path.relative_to(layout.root).as_posix())
+    _commit(layout, plan, manifest)
+    return opened(layout)
 
 
-def _commit(layout: Layout, manifest: Manifest) -> None:
-    if not create_exclusively(layout.manifest, dump(manifest)):
-        other = parse(Manifest, layout.manifest)
-        if other.cache_id != manifest.cache_id:
-            raise ContractError(
-                f"{layout.root}: another writer has finished a cache here (cache_id {other.cache_id[:12]}...); use another --output"
-            )
+def opened(layout: Layout) -> Cache:
+    """The cache that is finished there."""
+    return Cache.open(layout.root) if layout.outbox is None else Cache(layout.root, load_manifest(layout.root))
 
 
-def _holds_files(root: Path) -> bool:
-    """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
-    return root.exists() and any(p.is_file() and not p.name.startswith(".") for p in root.rglob("*"))
-
-
-def _clear(layout: Layout) -> None:
-    """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else."""
-    if not _holds_files(layout.root):
-        return
-    if not layout.plan.exists() and not layout.manifest.exists():
-        raise CacheError(
-            f"{layout.root}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
+def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> AlignmentProbe | None:
+    """The alignment probe over the first shards, as many as it reads."""
+    first = first_shards(shards)
+    if layout.outbox is not None:
+        for shard in first:
+            layout.outbox.fetch(f"data/{shard.name}.parquet")
+    draft = Cache(layout.root, make_manifest(contract, first, bad_rows=0, probe=None))
+    probe = probe_alignment(row for split in draft.splits for row in draft.dataset(split))
+    if layout.outbox is not None:
+        for shard in first:
+            layout.shard(shard.name).unlink()
+    if probe is not None and probe.verdict == "inconclusive":
+        logger.warning(
+            "%s: whether the soft labels are in step with their tokens cannot be told from %d positions",
+            layout.name,
+            probe.positions,
         )
+    if probe is not None and probe.verdict == "misaligned":
+        raise ContractError(
+            f"{layout.name}: the soft labels are out of step with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
+            f"{probe.aligned:.4f}, {probe.following:.4f}, expected the middle one to be largest; shift the logits by one"
+        )
+    return probe
+
+
+def _ancestry(layout: Layout, plan: Plan) -> tuple[Ancestor, ...]:
+    if plan.parent is None:
+        return ()
+    found = load_manifest(layout.root)
+    before = found.ancestry if found.cache_id == plan.parent.cache_id else found.ancestry[:-1]
+    return (*before, Ancestor(plan.parent.cache_id, "append"))
+
+
+def _commit(layout: Layout, plan: Plan, manifest: Manifest) -> None:
+    if plan.parent is not None:
+        # Of two appends to one cache the first to create this file wins; the manifest of the parent stands until it is replaced.
+        claim = layout.plan.parent / f"append-{plan.parent.cache_id[:16]}.txt"
+        create_exclusively(claim, manifest.cache_id)
+        if claim.read_text(encoding="utf-8") == manifest.cache_id:
+            write_text(layout.manifest, dump(manifest))
+            return
+    elif _create(layout, layout.manifest, dump(manifest)):
+        return
+    if layout.outbox is not None:
+        layout.outbox.fetch("manifest.json")
+    other = parse(Manifest, layout.manifest)
+    if other.cache_id != manifest.cache_id:
+        raise ContractError(
+            f"{layout.name}: another writer has finished a cache here (cache_id {other.cache_id[:12]}...); use another --output"
+        )
+
+
+def _create(layout: Layout, path: Path, text: str) -> bool:
+    if layout.outbox is None:
+        return create_exclusively(path, text)
+    created = layout.outbox.create(path.relative_to(layout.root).as_posix(), text)
+    if created:
+        write_text(path, text)
+    return created
+
+
+def _replace_plan(layout: Layout, plan: Plan) -> None:
+    if layout.outbox is not None:
+        raise CacheError(f"{layout.name}: --append goes with a local directory; pull the cache, append, and push it")
+    write_text(layout.plan, dump(plan))
+
+
+def _holds_files(layout: Layout) -> bool:
+    """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
+    if layout.outbox is not None:
+        return not layout.outbox.is_empty()
+    return layout.root.exists() and any(p.is_file() and not p.name.startswith(".") for p in layout.root.rglob("*"))
+
+
+def clear(layout: Layout) -> None:
+    """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else.
+
+    Raises:
+        CacheError: files are there that are no cache.
+    """
+    if not _holds_files(layout):
+        return
+    outbox = layout.outbox
+    if outbox is not None:
+        outbox.fetch("manifest.json")
+    if current_plan(layout) is None and not layout.manifest.exists():
+        raise CacheError(
+            f"{layout.name}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
+        )
+    if outbox is not None:
+        outbox.clear(("manifest.json", "data", "tokenizer", "reports", "receipts", "README.md"))
     layout.manifest.unlink(missing_ok=True)
     for part in (layout.data, layout.tokenizer, layout.root / "reports", layout.plan.parent):
         shutil.rmtree(part, ignore_errors=True)

@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.errors import CacheError
 
 _PREFIX = ".tmp-"
+#: Whether a process on another machine lives cannot be seen from here: after a day it does not write any more.
+_FOREIGN_SECONDS = 24 * 3600
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -57,20 +62,33 @@ def sweep(directory: Path) -> None:
                 shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
 
 
+def temporary_name(name: str) -> str:
+    """What a file is called while it is written: the machine and the process stand in it."""
+    return f"{_PREFIX}{_host()}-{os.getpid()}-{name}"
+
+
 def _is_orphan(path: Path) -> bool:
-    """Whether the process that wrote it is gone (its number stands in the name)."""
+    """Whether the process that wrote it is gone."""
+    host, _, rest = path.name.removeprefix(_PREFIX).partition("-")
+    number = rest.partition("-")[0]
+    if host != _host() or not number.isdigit():
+        return time.time() - path.stat().st_mtime > _FOREIGN_SECONDS
     try:
-        os.kill(int(path.name.removeprefix(_PREFIX).partition("-")[0]), 0)
-    except (ValueError, ProcessLookupError):
+        os.kill(int(number), 0)
+    except ProcessLookupError:
         return True
     except PermissionError:
         return False
-    return int(path.name.removeprefix(_PREFIX).partition("-")[0]) == os.getpid()
+    return int(number) == os.getpid()
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -7,16 +7,19 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.cache.schema import FORMAT_VERSION, soft_columns
 from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
-from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
+from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
+
+if TYPE_CHECKING:
+    from pipeline.cache.outbox import Outbox
 
 Record = TypeVar("Record")
 
@@ -29,6 +32,13 @@ class Layout:
     """Where each file of a cache stands."""
 
     root: Path
+    outbox: Outbox | None = None
+    """Of a cache that is made behind a URL: what sends its files there; `root` is where they are made."""
+
+    @property
+    def name(self) -> str:
+        """As messages name the cache."""
+        return self.outbox.url if self.outbox is not None else str(self.root)
 
     @property
     def manifest(self) -> Path:
@@ -60,11 +70,21 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """The finished cache that new rows are appended to."""
+
+    cache_id: str
+    rows: Mapping[str, int]
+    """Split -> the source row after its last one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a capture sets out to make, fixed before its first shard."""
 
     contract: Contract
     shards: tuple[ShardPlan, ...]
+    parent: Parent | None = None
 
 
 def dump(record: Any) -> str:
@@ -89,10 +109,15 @@ def parse(kind: type[Record], path: Path) -> Record:
 
 
 def make_manifest(
-    contract: Contract, shards: tuple[Shard, ...], *, bad_rows: int, probe: AlignmentProbe | None
+    contract: Contract,
+    shards: tuple[Shard, ...],
+    *,
+    bad_rows: int,
+    probe: AlignmentProbe | None,
+    ancestry: tuple[Ancestor, ...] = (),
 ) -> Manifest:
     """The manifest of finished shards, with its cache_id."""
-    return Manifest(FORMAT_VERSION, cache_id(contract, shards), contract, shards, bad_rows, probe)
+    return Manifest(FORMAT_VERSION, cache_id(contract, shards), contract, shards, bad_rows, probe, ancestry)
 
 
 def cache_id(contract: Contract, shards: tuple[Shard, ...]) -> str:
@@ -138,6 +163,16 @@ def load_manifest(root: Path) -> Manifest:
     return manifest
 
 
+def strangers(layout: Layout, manifest: Manifest) -> list[Path]:
+    """Shards that the cache does not list. Those that are being appended to it are none."""
+    listed = {shard.name for shard in manifest.shards}
+    if layout.plan.is_file():
+        plan = parse(Plan, layout.plan)
+        if plan.parent is not None and plan.parent.cache_id == manifest.cache_id:
+            listed |= {shard.name for shard in plan.shards}
+    return [path for path in sorted(layout.data.glob("*.parquet")) if path.stem not in listed]
+
+
 def load_receipt(layout: Layout, name: str) -> Receipt | None:
     """The receipt of a finished shard, or None."""
     path = layout.receipt(name)
@@ -155,7 +190,7 @@ def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: expected {_short(expected)}, found {_short(found)}"
 
 
-def check_same_contract(expected: Plan, found: Plan, root: Path) -> None:
+def check_same_contract(expected: Plan, found: Plan, where: str) -> None:
     """Refuse to mix two captures.
 
     Raises:
@@ -163,8 +198,10 @@ def check_same_contract(expected: Plan, found: Plan, root: Path) -> None:
     """
     first = next(differences(found, expected), None)
     if first is not None:
+        grown = first.startswith(("contract.source.fingerprints", "contract.source.rows", "shards"))
+        hint = ", --append where the data set has only gained rows" if grown else ""
         raise ContractError(
-            f"{root}: holds another capture: {first}; use another --output, the same settings as before, or --overwrite to start anew"
+            f"{where}: holds another capture: {first}; use another --output, the same settings as before{hint}, or --overwrite to start anew"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from pipeline.records import AlignmentProbe, CachedExample, Full
+from pipeline.records import AlignmentProbe, CachedExample, Full, Shard
 from pipeline.softlabels import served_temperature, target
 
 _POSITIONS = 20_000
@@ -49,6 +49,16 @@ def probe_alignment(rows: Iterable[CachedExample]) -> AlignmentProbe | None:
     else:
         verdict = "inconclusive"
     return AlignmentProbe(seen, previous, aligned, following, verdict)  # type: ignore[arg-type]
+
+
+def first_shards(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """As many shards as the probe reads."""
+    found: list[Shard] = []
+    for shard in shards:
+        if sum(other.positions for other in found) >= _POSITIONS:
+            break
+        found.append(shard)
+    return tuple(found)
 
 
 def _weights(row: CachedExample) -> np.ndarray:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from pipeline.cache.codec import unpack
-from pipeline.cache.manifest import Layout, load_manifest
+from pipeline.cache.manifest import Layout, load_manifest, strangers
 from pipeline.cache.schema import describe, soft_columns
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import CachedExample, Manifest, Shard, SoftLabels
@@ -117,11 +117,9 @@ class Cache:
         layout = Layout(self.root)
         for shard in self.manifest.shards:
             check_shard_file(layout.shard(shard.name), shard, self.manifest)
-        extra = sorted(
-            {p.name for p in layout.data.glob("*.parquet")} - {f"{s.name}.parquet" for s in self.manifest.shards}
-        )
+        extra = strangers(layout, self.manifest)
         if extra:
-            raise IntegrityError(f"{layout.data / extra[0]}: is not in manifest.json; move it out of the cache")
+            raise IntegrityError(f"{extra[0]}: is not in manifest.json; move it out of the cache")
 
 
 def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.ParquetFile:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from transformers import AutoTokenizer
 
 from pipeline.cache.codec import tail_ids
-from pipeline.cache.manifest import Layout, load_manifest
+from pipeline.cache.manifest import Layout, load_manifest, strangers
 from pipeline.cache.reader import REMEDY, check_shard_file, open_shard, read_row_group
 from pipeline.cache.writer import file_sha256
 from pipeline.errors import CacheError, IntegrityError
@@ -57,8 +57,7 @@ def verify(root: Path, *, quick: bool = False) -> Verification:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [_ShardCheck(pool, layout.shard(shard.name), shard, manifest, quick) for shard in manifest.shards]
         broken = {check.shard.name: problem for check in found if (problem := check.problem()) is not None}
-    listed = {f"{shard.name}.parquet" for shard in manifest.shards}
-    extra = [path for path in sorted(layout.data.glob("*.parquet")) if path.name not in listed]
+    extra = strangers(layout, manifest)
     problems = [*broken.values(), *(f"{path}: is not in manifest.json; move it out of the cache" for path in extra)]
     problems += _tokenizer_problems(layout, manifest.contract)
     return Verification(

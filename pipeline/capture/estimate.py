@@ -21,9 +21,10 @@ from pipeline.cache.reader import open_shard
 from pipeline.cache.schema import cache_schema
 from pipeline.cache.writer import write_shard
 from pipeline.capture.estimate_table import describe, human
+from pipeline.capture.forward import broken_rows, output_matrix, synchronize, teacher_logits, without
+from pipeline.capture.job import load_teacher
 from pipeline.capture.plan import default_rows_per_shard, full_row_is_too_large, kept_types, plan_batches
-from pipeline.capture.run import load_teacher
-from pipeline.capture.shard import broken_rows, label_rows, output_matrix, synchronize, teacher_logits, without
+from pipeline.capture.shard import label_rows
 from pipeline.config import EstimateConfig, parse_bytes
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models import LoadedModel, choose_max_length

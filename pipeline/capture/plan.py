@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import pyarrow as pa
@@ -18,12 +19,37 @@ _MOST_ROWS = 10_000
 MAX_ROW_BYTES = 64 << 20
 
 
-def plan_shards(source: Source, rows_per_shard: int) -> tuple[ShardPlan, ...]:
-    """Cut every split into shards of so many source rows."""
+Ranges = Mapping[str, tuple[int, int]]
+
+
+def ranges_of(source: Source, rows: tuple[int, int | None] | None = None) -> Ranges:
+    """The source rows `[start, stop)` of each split that a capture reads; of a split that is shorter, what it has.
+
+    Raises:
+        SourceError: no split has such rows.
+    """
+    start, stop = rows or (0, None)
+    found = {split: (min(start, len(data)), min(stop or len(data), len(data))) for split, data in source.splits.items()}
+    found = {split: (first, last) for split, (first, last) in found.items() if first < last}
+    if not found:
+        longest = max(len(data) for data in source.splits.values())
+        raise SourceError(
+            f"{source.name}: --rows {start}:{stop or ''}: no split has such rows; the longest has {longest:,}"
+        )
+    return found
+
+
+def plan_shards(ranges: Ranges, rows_per_shard: int, *, after: Sequence[ShardPlan] = ()) -> tuple[ShardPlan, ...]:
+    """Cut the rows of every split into shards of so many.
+
+    Args:
+        after: shards that are there already; their numbers are not given again.
+    """
+    taken = Counter(shard.split for shard in after)
     return tuple(
-        ShardPlan(f"{split}-{number:05d}", split, start, min(start + rows_per_shard, len(rows)))
-        for split, rows in source.splits.items()
-        for number, start in enumerate(range(0, len(rows), rows_per_shard))
+        ShardPlan(f"{split}-{number:05d}", split, first, min(first + rows_per_shard, stop))
+        for split, (start, stop) in ranges.items()
+        for number, first in enumerate(range(start, stop, rows_per_shard), start=taken[split])
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,81 +11,38 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.cache import Cache, Plan
-from pipeline.cache.build import begin, finish, finished, is_finished
-from pipeline.cache.schema import cache_schema, describe
-from pipeline.capture.plan import (
-    MAX_ROW_BYTES,
-    default_rows_per_shard,
-    full_row_is_too_large,
-    kept_types,
-    library_versions,
-    plan_shards,
-)
-from pipeline.capture.shard import Job, capture_shard, forward, read_shard
-from pipeline.config import CacheLogitsConfig, DataConfig, EstimateConfig
-from pipeline.errors import CacheError, MisuseError, ModelError
-from pipeline.models import (
-    LoadedModel,
-    check_isolation,
-    choose_max_length,
-    load_model,
-    model_info,
-    pad_id,
-    set_chat_template,
-    tokenizer_info,
-)
-from pipeline.records import Columns, Contract, Encoding, Full, SourceInfo, Tokenization
-from pipeline.sources import LabelMap, Source, fingerprints, from_datasets, load_source
-from pipeline.tasks import Task, get_task
+from pipeline.cache import Cache, Layout, Plan
+from pipeline.cache.build import finish, finished, is_finished, missing, open_layout, opened
+from pipeline.capture.job import Job, make_job, prepare
+from pipeline.capture.shard import capture_shards, forward, read_shard
+from pipeline.config import CacheLogitsConfig, DataConfig
+from pipeline.errors import MisuseError, ModelError
+from pipeline.models import LoadedModel, choose_max_length, load_model, pad_id
+from pipeline.records import Columns, Encoding, Receipt, ShardPlan, Tokenization
+from pipeline.sources import Source, from_datasets, load_source
+from pipeline.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: CacheLogitsConfig) -> Cache:
-    """`softlabel cache-logits`.
+def run(config: CacheLogitsConfig) -> Cache | None:
+    """`softlabel cache-logits`: with the engine that the flags name.
+
+    Returns:
+        The finished cache; None: this part of it is done, and others are not.
 
     Raises:
         PipelineError: see the subclasses; nothing is half-written, and the same command goes on where it stopped.
     """
-    task = get_task(config.task)
-    _check_output(config.output)
-    task.check_columns(config.data.columns, config.data.tokenization(2))
-    source = load_source(config.data)
-    teacher = load_teacher(task, config)
-    tokenizer = teacher.tokenizer
-    return capture(
-        task,
-        source,
-        teacher,
-        tokenizer,
-        Path(config.output),
-        encoding=config.resolve_encoding(task.default_encoding.kind),
-        tokenization=config.data.tokenization(choose_max_length(task, teacher, tokenizer, config.data.max_length)),
-        store_text=config.data.store_text,
-        store_entropy=config.store_entropy,
-        batch_tokens=config.batch_tokens or task.default_batch_tokens,
-        rows_per_shard=config.rows_per_shard,
-        seed=config.seed,
-        on_bad_row=config.on_bad_row,
-        overwrite=config.overwrite,
-    )
+    if config.engine == "ray":
+        from pipeline.capture.on_ray import run_on_ray
 
+        return run_on_ray(config)
+    if config.num_workers is not None:
+        from pipeline.capture.workers import run_workers
 
-def load_teacher(task: Task, config: CacheLogitsConfig | EstimateConfig) -> LoadedModel:
-    """The teacher that the flags name, with the chat template that they give it."""
-    teacher = load_model(
-        task,
-        config.teacher,
-        revision=config.teacher_revision,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        device_map=config.device_map,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
-    )
-    set_chat_template(teacher.tokenizer, config.data.chat_template)
-    return teacher
+        return run_workers(config, config.num_workers)
+    return capture(prepare(config), part=config.parsed_part)
 
 
 def cache_logits(
@@ -107,7 +65,7 @@ def cache_logits(
         dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path that `softlabel cache-logits --dataset` takes.
         task: `sequence-classification` or `causal-lm`.
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
-        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, on_bad_row, overwrite.
+        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append.
 
     Returns:
         The finished cache. Called again with the same arguments it goes on where it was stopped.
@@ -116,7 +74,6 @@ def cache_logits(
         PipelineError: see the subclasses.
     """
     chosen = get_task(task)
-    _check_output(str(output))
     if isinstance(teacher, str | Path):
         loaded = load_model(chosen, str(teacher))
     else:
@@ -141,88 +98,67 @@ def cache_logits(
         "encoding": encoding or chosen.default_encoding,
         **settings,
     }
-    return capture(chosen, source, loaded, tokenizer, Path(output), tokenization=tokenization, seed=seed, **settings)
+    job = make_job(
+        chosen, source, loaded, tokenizer, open_layout(output), tokenization=tokenization, seed=seed, **settings
+    )
+    cache = capture(job)
+    assert cache is not None  # no part was left out
+    return cache
 
 
-def capture(
-    task: Task,
-    source: Source,
-    teacher: LoadedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output: Path,
-    *,
-    encoding: Encoding,
-    tokenization: Tokenization,
-    batch_tokens: int,
-    seed: int,
-    store_text: bool = True,
-    store_entropy: bool = False,
-    rows_per_shard: int | None = None,
-    on_bad_row: Any = "stop",
-    overwrite: bool = False,
-) -> Cache:
-    """Plan, make every shard that is not there yet, commit."""
-    num_classes = task.num_classes(teacher.model, tokenizer)
-    check_isolation(teacher.model, tokenization)
-    _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
-    label_names = None if task.classes_are_tokens else _label_names(teacher.model)
-    schema = cache_schema(
-        encoding,
-        num_classes,
-        token_classes=task.classes_are_tokens,
-        token_type_ids="token_type_ids" in tokenizer.model_input_names and not task.classes_are_tokens,
-        text=store_text and not task.classes_are_tokens,
-        text_pair=source.columns.text_pair is not None,
-        documents=tokenization.isolate_documents,
-        entropy=store_entropy,
-        kept=kept_types(source),
-    )
-    contract = Contract(
-        task=task.name,
-        encoding=encoding,
-        num_classes=num_classes,
-        label_names=label_names,
-        teacher=model_info(teacher),
-        tokenizer=tokenizer_info(tokenizer),
-        source=SourceInfo(
-            source.name, source.config, source.revision, source.columns, fingerprints(source), source.holdout
-        ),
-        tokenization=tokenization,
-        store_text=store_text,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        versions=library_versions(),
-        columns=describe(schema),
-        on_bad_row=on_bad_row,
-    )
-    per_shard = rows_per_shard or default_rows_per_shard(
-        encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
-    )
-    plan = Plan(contract, plan_shards(source, per_shard))
-    labels = None if label_names is None else LabelMap.for_names(source, label_names)
-    layout = begin(output, plan, tokenizer, overwrite=overwrite)
-    job = Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
-    waiting = [
-        shard for shard in plan.shards if finished(layout, shard) is None
-    ]  # damaged ones of a finished cache too
-    if not waiting and is_finished(layout, plan):
-        logger.info("%s is finished already; nothing to do", output)
-        return Cache.open(output)
-    if (
-        layout.manifest.is_file()
-    ):  # on another device a shard made anew is as valid, with other bytes: then it is another cache
-        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", output, len(waiting))
-        layout.manifest.unlink()
+def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
+    """Make every shard (of a part) that is not there yet, in this process; commit where none is missing then."""
+    waiting = outstanding(job.layout, job.plan, part)
+    if not waiting and is_finished(job.layout, job.plan):
+        return already(job.layout)
     if waiting:
         check_head(job)
-    with tqdm(
-        total=sum(s.stop - s.start for s in plan.shards), unit="row", desc="cache-logits", disable=None
-    ) as progress:
-        progress.update(sum(s.stop - s.start for s in plan.shards) - sum(s.stop - s.start for s in waiting))
-        for shard in waiting:
-            capture_shard(job, shard)
-            progress.update(shard.stop - shard.start)
+    with progress_bar(job.plan, waiting, part) as bar:
+        capture_shards(job, waiting, lambda receipt: advance(bar, receipt))
+    return finish_when_whole(job.layout, job.plan)
+
+
+def outstanding(layout: Layout, plan: Plan, part: tuple[int, int] | None = None) -> list[ShardPlan]:
+    """The shards of a part that are still to be made, damaged ones of a finished cache too."""
+    waiting = [shard for shard in shards_of(plan, part) if finished(layout, shard) is None]
+    if waiting and plan.parent is None and layout.manifest.is_file():
+        # On another device a shard made anew is as valid, with other bytes: then it is another cache.
+        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", layout.name, len(waiting))
+        layout.manifest.unlink()
+    return waiting
+
+
+def shards_of(plan: Plan, part: tuple[int, int] | None) -> Sequence[ShardPlan]:
+    """Part I of N: every N-th shard from I on."""
+    return plan.shards if part is None else plan.shards[part[0] :: part[1]]
+
+
+def already(layout: Layout) -> Cache:
+    """The cache that was finished before."""
+    logger.info("%s is finished already; nothing to do", layout.name)
+    return opened(layout)
+
+
+def finish_when_whole(layout: Layout, plan: Plan) -> Cache | None:
+    """Commit, where no shard is missing: whoever finds all receipts does it."""
+    absent = missing(layout, plan)
+    if absent:
+        logger.info(
+            "%s: %d of %d shards are still to be made, by other parts", layout.name, len(absent), len(plan.shards)
+        )
+        return None
     return finish(layout, plan)
+
+
+def progress_bar(plan: Plan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None) -> tqdm[Any]:
+    """Source rows, those of finished shards counted already."""
+    total, left = (sum(shard.stop - shard.start for shard in shards) for shards in (shards_of(plan, part), waiting))
+    return tqdm(total=total, initial=total - left, unit="row", desc="cache-logits", disable=None)
+
+
+def advance(bar: tqdm[Any], receipt: Receipt) -> None:
+    """One shard further."""
+    bar.update(receipt.plan.stop - receipt.plan.start)
 
 
 def check_head(job: Job) -> None:
@@ -257,26 +193,6 @@ def check_head(job: Job) -> None:
             f"{job.teacher.name}: logits of the supervised positions alone differ from the model's own by {worst:.2g} (expected at most {tolerance:g}); this architecture "
             "cannot be cached safely: please report it"
         )
-
-
-def _check_output(output: str) -> None:
-    if "://" in output:
-        raise CacheError(
-            f"--output {output}: caches are written to local directories; copy the finished one from there"
-        )
-
-
-def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_length: int) -> None:
-    if isinstance(encoding, Full) and full_row_is_too_large(task, num_classes, max_length):
-        raise MisuseError(
-            f"--encoding full: a row of {max_length} tokens over {num_classes} classes takes {2 * num_classes * max_length >> 20} MB, expected at most {MAX_ROW_BYTES >> 20}; "
-            "use --encoding sampled (unbiased, some 25 bytes a position) or top-k, or a smaller --max-length"
-        )
-
-
-def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
-    config: Any = model.config
-    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def _named_source(name: str, columns: Columns) -> Source:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.build import record
 from pipeline.cache.codec import content_hash
-from pipeline.cache.manifest import Layout, Plan
 from pipeline.cache.writer import write_shard
+from pipeline.capture.forward import broken_rows, device_name, output_matrix, synchronize, teacher_logits, without
+from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
-from pipeline.errors import BadRowError
-from pipeline.models import LoadedModel, pad_id
+from pipeline.errors import BadRowError, ModelError
 from pipeline.records import BadRow, CachedExample, Encoding, Receipt, Shard, ShardPlan, TokenizedExample
 from pipeline.softlabels import (
     counter_uniforms,
@@ -32,85 +30,143 @@ from pipeline.softlabels import (
     target,
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
-from pipeline.sources import LabelMap, Source, read_examples
+from pipeline.sources import read_examples
 from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
 #: Positions whose fidelity is measured: in all, and of one batch.
 _MEASURED, _MEASURED_OF_BATCH = 512, 64
-_FEW_CLASSES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """All that `capture_shard` needs beside the number of the shard: fixed before the first, the same in every worker."""
+def capture_shards(job: Job, shards: Iterable[ShardPlan], done: Callable[[Receipt], None]) -> None:
+    """Make shards one after another, knowing nothing of the others.
 
-    task: Task
-    source: Source
-    labels: LabelMap | None
-    teacher: LoadedModel
-    tokenizer: PreTrainedTokenizerBase
-    plan: Plan
-    schema: pa.Schema
-    layout: Layout
+    While the teacher runs, the shard after is tokenised, and the batch before is encoded. On a GPU that costs no time; on a CPU it takes turns
+    with the teacher, on the processors that a forward pass leaves idle.
 
-
-def capture_shard(job: Job, shard: ShardPlan) -> Receipt:
-    """Make one shard, knowing nothing of the others.
+    Args:
+        done: called with each receipt, once it is on disk; in another thread.
 
     Raises:
         BadRowError: a row cannot be cached, and the contract says stop.
-        CacheError: the shard cannot be written.
+        CacheError: a shard cannot be written.
+        ModelError: out of memory.
     """
-    started = time.monotonic()
-    contract = job.plan.contract
-    examples, bad = read_shard(job, shard)
-    batches = plan_batches([example.num_tokens for example in examples], contract.batch_tokens)
-    meter = FidelityMeter() if shard == job.plan.shards[0] else None
-    cached: dict[int, CachedExample] = {}
-    forward_seconds = 0.0
-    measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
+    waiting = iter(shards)
+    reader, encoder = ThreadPoolExecutor(1, "tokenise"), ThreadPoolExecutor(1, "encode")
+    try:
+        ahead = reader.submit(_read_next, job, waiting)
+        written: Future[None] | None = None
+        while (tokens := ahead.result()) is not None:
+            ahead = reader.submit(_read_next, job, waiting)
+            written = _predict(job, tokens, encoder, done, behind=written)
+        if written is not None:
+            written.result()
+    finally:
+        for pool in (reader, encoder):
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A shard before the teacher has seen it."""
+
+    shard: ShardPlan
+    examples: list[TokenizedExample]
+    bad: list[BadRow]
+
+
+def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> _Tokens | None:
+    shard = next(waiting, None)
+    return None if shard is None else _Tokens(shard, *read_shard(job, shard))
+
+
+def _predict(
+    job: Job,
+    tokens: _Tokens,
+    encoder: ThreadPoolExecutor,
+    done: Callable[[Receipt], None],
+    *,
+    behind: Future[None] | None,
+) -> Future[None]:
+    """Run the teacher over one shard; encoding and writing are left to the encoder, which is at most one batch `behind`."""
+    batches = plan_batches([example.num_tokens for example in tokens.examples], job.plan.contract.batch_tokens)
+    labels = _ShardLabels(job, tokens, batches)
     for number, (members, length) in enumerate(batches):
-        part = [examples[i] for i in members]
-        forward_started = time.monotonic()
-        logits = forward(job, part, length)
-        synchronize(logits)
-        forward_seconds += time.monotonic() - forward_started
-        broken = broken_rows(part, logits, shard.split)
+        started = time.monotonic()
+        try:
+            logits = forward(job, [tokens.examples[i] for i in members], length)
+            synchronize(logits)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"out of memory in a batch of {len(members)} rows of {length} tokens; the batches are part of what makes the bytes the same, so start anew: "
+                f"--batch-tokens {max(job.plan.contract.batch_tokens // 2, 1)} --overwrite"
+            ) from None
+        labels.forward_seconds += time.monotonic() - started
+        if behind is not None:
+            behind.result()
+        behind = encoder.submit(labels.add, number, members, logits)
+        del logits
+    if behind is not None:
+        behind.result()
+    return encoder.submit(labels.write, done)
+
+
+class _ShardLabels:
+    """The soft labels of one shard, as its batches come in; used by one thread."""
+
+    def __init__(self, job: Job, tokens: _Tokens, batches: list[tuple[list[int], int]]) -> None:
+        self.forward_seconds = 0.0
+        self._started = time.monotonic()
+        self._job, self._tokens, self._batches = job, tokens, batches
+        self._cached: dict[int, CachedExample] = {}
+        self._meter = FidelityMeter() if tokens.shard == job.plan.shards[0] else None
+        self._measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
+
+    def add(self, number: int, members: list[int], logits: Tensor) -> None:
+        """Encode one batch: (N, V) logits of the rows `members`."""
+        job, split = self._job, self._tokens.shard.split
+        contract = job.plan.contract
+        part = [self._tokens.examples[i] for i in members]
+        broken = broken_rows(part, logits, split)
         if broken:
-            bad.extend(broken.values())
-            _stop_unless_skipped(job, bad)
+            self._tokens.bad.extend(broken.values())
+            _stop_unless_skipped(job, self._tokens.bad)
             logits = without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
-            part = [examples[i] for i in members]
-        if meter is not None and members and number in measured:
-            _measure(job, meter, part, logits, shard.split, seed=number)
-        if members:
-            made = label_rows(
-                job.task,
-                part,
-                logits,
-                contract.encoding,
-                split=shard.split,
-                seed=contract.seed,
-                store_entropy="entropy" in contract.columns,
-            )
-            cached.update(zip(members, made, strict=True))
-    in_order = [cached[i] for i in sorted(cached)]
-    written = _write(job, shard, in_order)
-    receipt = Receipt(
-        shard=written,
-        plan=shard,
-        batches=tuple((len(members), length) for members, length in batches),
-        device=device_name(job.teacher),
-        seconds=round(time.monotonic() - started, 3),
-        forward_seconds=round(forward_seconds, 3),
-        bad_rows=tuple(sorted(bad, key=lambda row: row.source_row)),
-        fidelity=None if meter is None else meter.result(),
-    )
-    record(job.layout, receipt)
-    return receipt
+            part = [self._tokens.examples[i] for i in members]
+        if not members:
+            return
+        if self._meter is not None and number in self._measured:
+            _measure(job, self._meter, part, logits, split, seed=number)
+        made = label_rows(
+            job.task,
+            part,
+            logits,
+            contract.encoding,
+            split=split,
+            seed=contract.seed,
+            store_entropy="entropy" in contract.columns,
+        )
+        self._cached.update(zip(members, made, strict=True))
+
+    def write(self, done: Callable[[Receipt], None]) -> None:
+        """Write the shard, then its receipt: it counts from there on."""
+        job, tokens = self._job, self._tokens
+        written = _write(job, tokens.shard, [self._cached[i] for i in sorted(self._cached)])
+        receipt = Receipt(
+            shard=written,
+            plan=tokens.shard,
+            batches=tuple((len(members), length) for members, length in self._batches),
+            device=device_name(job.teacher),
+            seconds=round(time.monotonic() - self._started, 3),
+            forward_seconds=round(self.forward_seconds, 3),
+            bad_rows=tuple(sorted(tokens.bad, key=lambda row: row.source_row)),
+            fidelity=None if self._meter is None else self._meter.result(),
+        )
+        record(job.layout, receipt)
+        done(receipt)
 
 
 def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list[BadRow]]:
@@ -134,29 +190,6 @@ def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list
 def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Tensor:
     """One pass of the job's teacher."""
     return teacher_logits(job.task, job.teacher, job.tokenizer, examples, job.plan.contract.num_classes, length)
-
-
-def teacher_logits(
-    task: Task,
-    teacher: LoadedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[TokenizedExample],
-    num_classes: int,
-    length: int | None = None,
-) -> Tensor:
-    """One pass of a teacher: (N, V) logits of the supervised positions, padded classes cut off.
-
-    Args:
-        length: to which rows are padded; default: the longest.
-    """
-    model = teacher.model
-    inputs, supervised = task.collate(examples, pad_id(tokenizer), length)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    if supervised is not None:
-        supervised = supervised.to(model.device)
-    with torch.inference_mode():
-        logits = task.gather_logits(model, inputs, supervised)
-    return logits[:, :num_classes]
 
 
 def label_rows(
@@ -205,53 +238,9 @@ def _measure(
         logger.warning("fidelity is not measured: the output matrix in float32 does not fit beside the teacher")
 
 
-def synchronize(logits: Tensor) -> None:
-    """Wait until they are there: a GPU answers before it has done anything, and the clock would stop too early."""
-    if logits.device.type == "cuda":
-        torch.cuda.synchronize(logits.device)
-
-
-def output_matrix(model: Any, num_classes: int) -> Tensor | None:
-    """(V, H): what hidden states are multiplied with; the identity for few classes; None where there is no such matrix in memory."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
-    if weight is not None and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta:
-        matrix: Tensor = weight.detach()[:num_classes]
-        return matrix
-    return torch.eye(num_classes, device=model.device) if num_classes <= _FEW_CLASSES else None
-
-
-def device_name(teacher: LoadedModel) -> str:
-    """The device model, as the receipt names it."""
-    device = teacher.model.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def _uniforms(example: TokenizedExample, split: str, seed: int) -> Tensor:
     positions = np.zeros(1, dtype=np.int64) if example.supervised is None else np.flatnonzero(example.supervised)
     return counter_uniforms(seed, split, example.source_row, example.piece, positions)
-
-
-def broken_rows(examples: Sequence[TokenizedExample], logits: Tensor, split: str) -> dict[int, BadRow]:
-    """Rows with a position whose logits are no distribution."""
-    peak = logits.amax(-1)
-    good = torch.isfinite(peak).tolist()
-    if all(good):
-        return {}
-    found, start = {}, 0
-    for i, example in enumerate(examples):
-        stop = start + example.num_positions
-        if not all(good[start:stop]):
-            value = float(peak[start:stop][~torch.isfinite(peak[start:stop])][0])
-            found[i] = BadRow(split, example.source_row, f"expected finite logits, found {value}")
-        start = stop
-    return found
-
-
-def without(broken: Container[int], examples: Sequence[TokenizedExample], logits: Tensor) -> Tensor:
-    """The logits of the other rows."""
-    keep = [i not in broken for i, example in enumerate(examples) for _ in range(example.num_positions)]
-    return logits[torch.tensor(keep, device=logits.device)]
 
 
 def _stop_unless_skipped(job: Job, bad: Sequence[BadRow]) -> None:

@@ -29,7 +29,11 @@ def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
 def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
     from pipeline.capture.run import run
 
-    echo_cache(run(config), config.output)
+    cache = run(config)
+    if cache is None:
+        click.echo(f"part {config.part} of {config.output} is done; whoever makes the last shard finishes the cache")
+    else:
+        echo_cache(cache, config.output)
 
 
 @command(

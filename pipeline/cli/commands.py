@@ -85,6 +85,8 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
                     f"--output: {config} has {len(sections)} {name} sections, which would overwrite each other; name the output in each"
                 )
             resolved_sections: list[Any] = [cfg.resolve(config_type, file, section, given) for section in sections]
+            from pipeline.models.quiet import quiet_libraries
+
             for resolved in resolved_sections:
                 quiet_libraries()
                 function(resolved)
@@ -131,13 +133,3 @@ def _option(field: Any, hint: Any) -> click.Option:
         hint, arguments = arguments[0], [a for a in typing.get_args(arguments[0]) if a is not type(None)]
     kind = click.Choice(arguments) if typing.get_origin(hint) is typing.Literal else hint
     return click.Option([flag], type=kind, **options)
-
-
-def quiet_libraries() -> None:
-    """Their bars and reports would mix with ours; errors still show."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

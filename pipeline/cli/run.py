@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline import config as cfg
-from pipeline.cli.commands import FUNCTIONS, main, quiet_libraries
+from pipeline.cli.commands import FUNCTIONS, main
 from pipeline.cli.evaluation import show_evaluation
 
 
@@ -25,6 +25,7 @@ def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: b
     Example:
         softlabel run data/bbc/demo.yaml --through cache-logits
     """
+    from pipeline.models.quiet import quiet_libraries
     from pipeline.workflow import run
 
     quiet_libraries()

@@ -43,6 +43,7 @@ class CacheLogitsConfig:
     attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
     device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
     quantization: Literal["4bit", "8bit"] | None = option("Load the teacher with bitsandbytes.", None)
+    torch_compile: str | None = option("Compile the teacher with this backend of torch.compile, as inductor.", None)
     trust_remote_code: bool = option("Run code that comes with the teacher. Never set by a cache or a manifest.", False)
     encoding: Literal["full", "top-k", "top-p", "sampled"] | None = option(
         "What is kept of each distribution. Default: full for classifiers, sampled for language models.", None
@@ -59,13 +60,31 @@ class CacheLogitsConfig:
     store_entropy: bool = option(
         "Store the teacher's entropy at each position too (2 bytes), not only its sum over the row.", False
     )
-    output: str = option("Directory of the cache.")
+    output: str = option("Directory of the cache, or a URL that fsspec opens, as s3://bucket/cache.")
     overwrite: bool = option("Delete what the output directory holds and start anew.", False)
+    append: bool = option("Add the rows that the data set has gained to a finished cache, as new shards.", False)
+    rows: str | None = option("Cache only the rows A:B of each split (from 0, B excluded).", None)
     rows_per_shard: int | None = option(
         "Source rows in a shard; a killed run repeats at most one. Default: shards of about 128 MB.", None
     )
     batch_tokens: int | None = option(
         "Tokens in a forward pass, padding included. Default: 8192 (classification), 2048 (language models).", None
+    )
+    auto_batch_tokens: bool = option(
+        "Find out before the first shard how many tokens in a forward pass are fastest, and keep to it.", False
+    )
+    engine: Literal["local", "ray"] = option(
+        "Who runs the workers: this machine, or Ray (an existing cluster, else a local one).", "local"
+    )
+    num_workers: int | None = option(
+        "Processes that share the shards. Default: this one; with Ray one for each GPU, or for each machine without.",
+        None,
+    )
+    gpus_per_worker: int | None = option(
+        "GPUs of each worker; several hold one teacher together. Default: 1, where there are any.", None
+    )
+    part: str | None = option(
+        "Make part I of N (from 0), as 0/8: for arrays of jobs. Whoever makes the last shard finishes the cache.", None
     )
     seed: int = option("Seed of the sampled encoding.", 0)
     on_bad_row: Literal["stop", "skip"] = option(
@@ -77,6 +96,42 @@ class CacheLogitsConfig:
             self.resolve_encoding("full")
         check_positive("--rows-per-shard", self.rows_per_shard)
         check_positive("--batch-tokens", self.batch_tokens)
+        check_positive("--num-workers", self.num_workers)
+        check_positive("--gpus-per-worker", self.gpus_per_worker)
+        if self.auto_batch_tokens and self.batch_tokens is not None:
+            raise MisuseError("--batch-tokens and --auto-batch-tokens: give one of them")
+        if self.gpus_per_worker is not None and self.num_workers is None and self.engine == "local":
+            raise MisuseError(
+                "--gpus-per-worker goes with --num-workers or --engine ray; one process takes --device-map auto"
+            )
+        if self.append and self.overwrite:
+            raise MisuseError("--append adds to a cache and --overwrite deletes it: give one of them")
+        if self.part is not None and self.engine == "ray":
+            raise MisuseError(
+                "--part is for arrays of jobs that know nothing of each other; --engine ray shares the shards itself"
+            )
+        self.row_range  # noqa: B018 - checks it
+        self.parsed_part  # noqa: B018 - checks it
+
+    @property
+    def row_range(self) -> tuple[int, int | None] | None:
+        """`--rows A:B`, `A:` or `:B`."""
+        if self.rows is None:
+            return None
+        start, colon, stop = self.rows.partition(":")
+        if colon and (start + stop).isdigit() and (not stop or int(start or 0) < int(stop)):
+            return int(start or 0), int(stop) if stop else None
+        raise MisuseError(f"--rows: expected A:B with A below B, as 0:1000 or 1000:, found {self.rows!r}")
+
+    @property
+    def parsed_part(self) -> tuple[int, int] | None:
+        """`--part I/N`: I and N."""
+        if self.part is None:
+            return None
+        number, slash, count = self.part.partition("/")
+        if slash and number.isdigit() and count.isdigit() and int(number) < int(count):
+            return int(number), int(count)
+        raise MisuseError(f"--part: expected I/N with I from 0 to N - 1, as 0/8, found {self.part!r}")
 
     def _named_by_knob(self) -> str | None:
         knobs = {"top-k": self.top_k, "top-p": self.top_p, "sampled": self.sample_size}
@@ -146,6 +201,7 @@ class EstimateConfig:
     attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
     device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
     quantization: Literal["4bit", "8bit"] | None = option("Load the teacher with bitsandbytes.", None)
+    torch_compile: str | None = option("Compile the teacher with this backend of torch.compile, as inductor.", None)
     trust_remote_code: bool = option("Run code that comes with the teacher.", False)
     batch_tokens: int | None = option("Tokens in a forward pass, as cache-logits will take.", None)
     positions: int = option("Positions of the pilot.", 2048)

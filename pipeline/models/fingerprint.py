@@ -42,6 +42,7 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
         attn_implementation=getattr(base.config, "_attn_implementation", None),
         quantization=loaded.quantization,
         adapter_sha256=_hash_tensors(added) if added else None,
+        compiler=loaded.compiler,
     )
 
 

@@ -36,6 +36,7 @@ class LoadedModel:
     name: str
     revision: str | None = None
     quantization: str | None = None
+    compiler: str | None = None
 
 
 def load_model(
@@ -51,6 +52,7 @@ def load_model(
     label_names: tuple[str, ...] | None = None,
     new_head: bool = False,
     trainable: bool = False,
+    compiler: str | None = None,
 ) -> LoadedModel:
     """Load weights with the task's head.
 
@@ -59,10 +61,11 @@ def load_model(
         label_names: names of the classes of a new classification head.
         new_head: a head that the checkpoint lacks is initialised; otherwise that is an error, for its logits would be noise.
         trainable: a PEFT adapter is loaded to be trained further.
+        compiler: backend of `torch.compile` for all but the head.
 
     Raises:
         ModelError: nothing loadable there, or weights are missing.
-        MisuseError: a dtype that does not exist.
+        MisuseError: a dtype or a compiler that does not exist.
     """
     adapter = _adapter_config(name)
     base = str(adapter["base_model_name_or_path"]) if adapter else name
@@ -105,7 +108,11 @@ def load_model(
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.config.use_cache = False
     model.eval()
-    return LoadedModel(model, tokenizer, name, revision or getattr(config, "_commit_hash", None), quantization)
+    if compiler is not None:
+        _compile(model, compiler)
+    return LoadedModel(
+        model, tokenizer, name, revision or getattr(config, "_commit_hash", None), quantization, compiler
+    )
 
 
 def load_tokenizer(
@@ -210,6 +217,14 @@ def _with_adapter(model: PreTrainedModel, name: str, *, trainable: bool) -> Any:
         return PeftModel.from_pretrained(model, name, is_trainable=trainable)
     except _UNLOADABLE as error:
         raise ModelError(f"{name}: the adapter does not fit its base model: {_first_line(error)}") from error
+
+
+def _compile(model: Any, backend: str) -> None:
+    """Compile the body, whose shapes are those of the batch; the head is left alone, since it runs on any number of positions."""
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise MisuseError(f"--torch-compile {backend}: expected one of {', '.join(torch.compiler.list_backends())}")
+    body = model.get_base_model().base_model if hasattr(model, "peft_config") else model.base_model
+    body.compile(backend=backend, dynamic=True)
 
 
 def _quantization(kind: str | None) -> Any:

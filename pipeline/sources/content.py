@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,14 +24,18 @@ if TYPE_CHECKING:
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, default=repr)
 
 
-def fingerprints(source: Source) -> dict[str, str]:
+def fingerprints(source: Source, ranges: Mapping[str, tuple[int, int]] | None = None) -> dict[str, str]:
     """Split -> SHA-256 over the values of every column that is read, in row order, each with its role.
+
+    Args:
+        ranges: split -> the rows `[start, stop)` that count; default: all rows of all splits.
 
     Equal contents have equal fingerprints, whatever the file format, the path and the columns that are not read. The
     names of a `ClassLabel` count, since its values mean nothing without them.
     """
     roles = used_roles(source.columns)
-    return {split: _fingerprint(dataset, roles) for split, dataset in source.splits.items()}
+    ranges = ranges if ranges is not None else {split: (0, len(dataset)) for split, dataset in source.splits.items()}
+    return {split: _fingerprint(source.splits[split], roles, *rows) for split, rows in ranges.items()}
 
 
 def held_out(dataset: Dataset, columns: Columns, share: float) -> np.ndarray:
@@ -49,10 +53,10 @@ def held_out(dataset: Dataset, columns: Columns, share: float) -> np.ndarray:
     return np.fromiter(sides, dtype=np.bool_, count=len(dataset))
 
 
-def _fingerprint(dataset: Dataset, roles: dict[str, str]) -> str:
+def _fingerprint(dataset: Dataset, roles: dict[str, str], start: int, stop: int) -> str:
     names = {role: getattr(dataset.features.get(name), "names", None) for role, name in roles.items()}
     digest = hashlib.sha256(_line(names.items()))
-    for row in read_rows(dataset, list(roles.values())):
+    for row in read_rows(dataset, list(roles.values()), start, stop):
         digest.update(_line(_content(row, roles)))
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -17,7 +18,7 @@ from datasets import load_dataset
 
 from pipeline.cache import Cache, verify
 from pipeline.cache.build import begin
-from pipeline.cache.commit import create_exclusively, sweep, write_atomically
+from pipeline.cache.commit import create_exclusively, sweep, temporary_name, write_atomically
 from pipeline.cache.manifest import Layout
 from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, IntegrityError
@@ -266,12 +267,17 @@ def test_of_two_writers_one_creates(tmp_path):
 
 
 def test_orphans_of_dead_processes_are_swept(tmp_path):
-    (tmp_path / ".tmp-999999999-train-00000.parquet").write_text("half")
-    (tmp_path / ".tmp-1-train-00001.parquet").write_text("somebody is at it")
-    (tmp_path / ".tmp-999999999-tokenizer").mkdir()
-    (tmp_path / ".tmp-999999999-tokenizer" / "tokenizer.json").write_text("half")
+    mine = temporary_name("x").removesuffix(f"{os.getpid()}-x")
+    (tmp_path / f"{mine}999999999-train-00000.parquet").write_text("half")
+    (tmp_path / f"{mine}1-train-00001.parquet").write_text("somebody is at it")
+    (tmp_path / f"{mine}999999999-tokenizer").mkdir()
+    (tmp_path / f"{mine}999999999-tokenizer" / "tokenizer.json").write_text("half")
+    (tmp_path / ".tmp-elsewhere-999999999-new").write_text("a machine that we cannot see into")
+    (tmp_path / ".tmp-elsewhere-999999999-old").write_text("half")
+    os.utime(tmp_path / ".tmp-elsewhere-999999999-old", (0, 0))
     sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".tmp-1-train-00001.parquet"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([f"{mine}1-train-00001.parquet", ".tmp-elsewhere-999999999-new"])
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 1])

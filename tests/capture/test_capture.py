@@ -206,20 +206,20 @@ def test_a_finished_cache_is_not_made_again_and_another_contract_is_refused(tmp_
 
 KILLED = """
 import sys, os, signal, time
-import pipeline.capture.run as run
-whole = run.capture_shard
+import pipeline.capture.shard as module, pyarrow.parquet as pq
+whole = module.write_shard
 done = []
-def capture_shard(job, shard):
+def write_shard(*args):
     if len(done) == 1:
         # in the middle of the second shard's write
-        import pipeline.capture.shard as module, pyarrow.parquet as pq
         def die(self, table, **kwargs):
             os.kill(os.getpid(), signal.SIGNAL)
-            time.sleep(60)
+            time.sleep(1)
+            raise OSError("stopped")
         pq.ParquetWriter.write_table = die
-    done.append(shard)
-    return whole(job, shard)
-run.capture_shard = capture_shard
+    done.append(args)
+    return whole(*args)
+module.write_shard = write_shard
 from pipeline.cli import main
 main(sys.argv[1:])
 """

@@ -1,0 +1,72 @@
+"""New rows for a finished cache: new shards under the same contract."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from pipeline.cache import Layout, Plan
+from pipeline.cache.manifest import Parent, differences, load_manifest
+from pipeline.capture.plan import plan_shards
+from pipeline.errors import ContractError
+from pipeline.records import Contract, ShardPlan
+from pipeline.sources import Source, fingerprints
+
+
+def appended(layout: Layout, found: Plan, wanted: Plan, source: Source, rows_per_shard: int) -> Plan:
+    """The plan of a cache that grows: the shards that are there, and those of the rows behind them.
+
+    Args:
+        found: the plan that lies in the directory.
+        wanted: what a capture of the whole source would be.
+
+    Returns:
+        `wanted` itself where nothing was finished yet; `found` where there is nothing to append.
+
+    Raises:
+        ContractError: another setting, or the rows that were cached are others now.
+    """
+    if not layout.manifest.is_file():
+        return wanted
+    manifest = load_manifest(layout.root)
+    parent = found.parent
+    if parent is None or parent.cache_id != manifest.cache_id:  # not an append that was stopped
+        parent = Parent(manifest.cache_id, _ends(found.shards))
+    there = tuple(shard for shard in found.shards if shard.stop <= parent.rows.get(shard.split, 0))
+    _check_prefix(layout, manifest.contract, wanted.contract, source, there)
+    starts = {shard.split: shard.start for shard in reversed(wanted.shards)}
+    new = {split: (parent.rows.get(split, starts[split]), stop) for split, stop in _ends(wanted.shards).items()}
+    more = plan_shards(new, rows_per_shard, after=there)
+    return Plan(wanted.contract, (*there, *more), parent) if more else found
+
+
+def _check_prefix(
+    layout: Layout, cached: Contract, wanted: Contract, source: Source, there: Sequence[ShardPlan]
+) -> None:
+    """All settings are equal, and the rows that were cached are still the first."""
+    begun = (wanted.source.rows or (0, None))[0], (cached.source.rows or (0, None))[0]
+    same = dataclasses.replace(
+        wanted,
+        source=dataclasses.replace(wanted.source, fingerprints=cached.source.fingerprints, rows=cached.source.rows),
+    )
+    first = next(differences(cached, same), None)
+    if first is None and begun[0] != begun[1]:
+        first = f"source.rows: expected to begin at {begun[1]}, found {begun[0]}"
+    if first is not None:
+        raise ContractError(f"{layout.name}: --append: {first}; new rows need the settings of the first ones")
+    starts = {shard.split: shard.start for shard in reversed(there)}
+    for split, stop in _ends(there).items():
+        rows = len(source.splits.get(split, ()))
+        if (
+            rows < stop
+            or fingerprints(source, {split: (starts[split], stop)})[split] != cached.source.fingerprints[split]
+        ):
+            raise ContractError(
+                f"{layout.name}: --append: split {split}: expected the {stop - starts[split]:,} rows that were cached to come first, unchanged, found others "
+                f"({rows:,} rows in all); cache the new data set into another --output"
+            )
+
+
+def _ends(shards: Sequence[ShardPlan]) -> dict[str, int]:
+    """Split -> the source row after its last one."""
+    return {shard.split: shard.stop for shard in shards}

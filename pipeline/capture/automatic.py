@@ -1,0 +1,86 @@
+"""How many tokens a forward pass takes: found once, before the first shard, and then part of the plan."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import psutil
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.capture.forward import synchronize, teacher_logits
+from pipeline.errors import ModelError
+from pipeline.models import LoadedModel, pad_id
+from pipeline.records import Tokenization, TokenizedExample
+from pipeline.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+#: A batch twice as large is worth its memory where it is faster by this much.
+_GAIN = 1.05
+_REPEATS = 3
+_MOST_TOKENS = 1 << 20
+#: Logits of a batch may take this share of what is free: there are two of them, and what the model needs besides.
+_SHARE = 8
+
+
+def fastest_batch_tokens(
+    task: Task,
+    teacher: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_classes: int,
+    tokenization: Tokenization,
+) -> int:
+    """Tokens in a batch of rows of the greatest length, doubled until it is no faster, or until memory ends.
+
+    On a CPU memory does not end with an error: there a batch's logits stay below an eighth of what is free.
+
+    Raises:
+        ModelError: not even one row fits.
+    """
+    length = tokenization.max_length
+    best, best_speed = 0, 0.0
+    tokens = max(length, 256)
+    while tokens <= _MOST_TOKENS and 4 * tokens * num_classes * _SHARE <= _free(teacher.model.device):
+        rows = [_row(task, tokenizer, length)] * max(1, tokens // length)
+        try:
+            speed = len(rows) * length / _seconds(task, teacher, tokenizer, rows, num_classes)
+        except torch.OutOfMemoryError:
+            break
+        if speed < _GAIN * best_speed:
+            break
+        best, best_speed = tokens, speed
+        tokens *= 2
+    if teacher.model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not best:
+        raise ModelError(
+            f"{teacher.name}: out of memory with one row of {length} tokens; use a smaller --max-length or --dtype bfloat16"
+        )
+    logger.info("batches of %d tokens: %.0f tokens a second", best, best_speed)
+    return best
+
+
+def _row(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> TokenizedExample:
+    ids = np.full(length, pad_id(tokenizer), dtype=np.int32)
+    supervised = np.arange(length) < length - 1 if task.classes_are_tokens else None
+    types = np.zeros(length, dtype=np.int32) if "token_type_ids" in tokenizer.model_input_names else None
+    return TokenizedExample(0, 0, ids, supervised, types)
+
+
+def _seconds(
+    task: Task, teacher: LoadedModel, tokenizer: PreTrainedTokenizerBase, rows: list[TokenizedExample], num_classes: int
+) -> float:
+    """The fastest of a few passes: the first warms up."""
+    found = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        synchronize(teacher_logits(task, teacher, tokenizer, rows, num_classes))
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _free(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)

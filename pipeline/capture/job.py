@@ -1,0 +1,200 @@
+"""What a capture is to do, all of it fixed before its first shard: by any worker from the same settings, to the same end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.cache import Layout, Plan
+from pipeline.cache.build import begin, clear, current_plan, open_layout
+from pipeline.cache.schema import cache_schema, describe
+from pipeline.capture.append import appended
+from pipeline.capture.automatic import fastest_batch_tokens
+from pipeline.capture.plan import (
+    MAX_ROW_BYTES,
+    default_rows_per_shard,
+    full_row_is_too_large,
+    kept_types,
+    library_versions,
+    plan_shards,
+    ranges_of,
+)
+from pipeline.config import CacheLogitsConfig, EstimateConfig
+from pipeline.errors import MisuseError
+from pipeline.models import (
+    LoadedModel,
+    check_isolation,
+    choose_max_length,
+    load_model,
+    model_info,
+    set_chat_template,
+    tokenizer_info,
+)
+from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
+from pipeline.sources import LabelMap, Source, fingerprints, load_source
+from pipeline.tasks import Task, get_task
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that `capture_shards` needs beside the shards: fixed before the first, the same in every worker."""
+
+    task: Task
+    source: Source
+    labels: LabelMap | None
+    teacher: LoadedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    schema: pa.Schema
+    layout: Layout
+
+
+def prepare(config: CacheLogitsConfig) -> Job:
+    """What the flags of `softlabel cache-logits` come to; the output is begun, or joined.
+
+    Raises:
+        PipelineError: see the subclasses.
+    """
+    task = get_task(config.task)
+    task.check_columns(config.data.columns, config.data.tokenization(2))
+    layout = open_layout(config.output)
+    source = load_source(config.data)
+    teacher = load_teacher(task, config)
+    length = choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length)
+    return make_job(
+        task,
+        source,
+        teacher,
+        teacher.tokenizer,
+        layout,
+        encoding=config.resolve_encoding(task.default_encoding.kind),
+        tokenization=config.data.tokenization(length),
+        store_text=config.data.store_text,
+        store_entropy=config.store_entropy,
+        batch_tokens=config.batch_tokens or (None if config.auto_batch_tokens else task.default_batch_tokens),
+        rows_per_shard=config.rows_per_shard,
+        rows=config.row_range,
+        seed=config.seed,
+        on_bad_row=config.on_bad_row,
+        overwrite=config.overwrite,
+        append=config.append,
+    )
+
+
+def load_teacher(task: Task, config: CacheLogitsConfig | EstimateConfig) -> LoadedModel:
+    """The teacher that the flags name, with the chat template that they give it."""
+    teacher = load_model(
+        task,
+        config.teacher,
+        revision=config.teacher_revision,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+        compiler=config.torch_compile,
+    )
+    set_chat_template(teacher.tokenizer, config.data.chat_template)
+    return teacher
+
+
+def make_job(
+    task: Task,
+    source: Source,
+    teacher: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    *,
+    encoding: Encoding,
+    tokenization: Tokenization,
+    batch_tokens: int | None,
+    seed: int,
+    store_text: bool = True,
+    store_entropy: bool = False,
+    rows_per_shard: int | None = None,
+    rows: tuple[int, int | None] | None = None,
+    on_bad_row: Any = "stop",
+    overwrite: bool = False,
+    append: bool = False,
+) -> Job:
+    """Contract, plan and output of one capture.
+
+    Args:
+        batch_tokens: None: as many as are fastest here; a capture that is joined has chosen already.
+        rows: the source rows `[start, stop)` of each split; None: all.
+        append: a finished cache of the first rows grows by those that it has not.
+    """
+    num_classes = task.num_classes(teacher.model, tokenizer)
+    check_isolation(teacher.model, tokenization)
+    _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
+    label_names = None if task.classes_are_tokens else _label_names(teacher.model)
+    schema = cache_schema(
+        encoding,
+        num_classes,
+        token_classes=task.classes_are_tokens,
+        token_type_ids="token_type_ids" in tokenizer.model_input_names and not task.classes_are_tokens,
+        text=store_text and not task.classes_are_tokens,
+        text_pair=source.columns.text_pair is not None,
+        documents=tokenization.isolate_documents,
+        entropy=store_entropy,
+        kept=kept_types(source),
+    )
+    ranges = ranges_of(source, rows)
+    if overwrite:
+        clear(layout)
+    found = current_plan(layout)
+    if batch_tokens is None:
+        batch_tokens = (
+            found.contract.batch_tokens
+            if found is not None
+            else fastest_batch_tokens(task, teacher, tokenizer, num_classes, tokenization)
+        )
+    contract = Contract(
+        task=task.name,
+        encoding=encoding,
+        num_classes=num_classes,
+        label_names=label_names,
+        teacher=model_info(teacher),
+        tokenizer=tokenizer_info(tokenizer),
+        source=SourceInfo(
+            source.name,
+            source.config,
+            source.revision,
+            source.columns,
+            fingerprints(source, ranges),
+            source.holdout,
+            rows,
+        ),
+        tokenization=tokenization,
+        store_text=store_text,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        versions=library_versions(),
+        columns=describe(schema),
+        on_bad_row=on_bad_row,
+    )
+    per_shard = rows_per_shard or default_rows_per_shard(
+        encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
+    )
+    plan = Plan(contract, plan_shards(ranges, per_shard))
+    if append and found is not None:
+        plan = appended(layout, found, plan, source, per_shard)
+    labels = None if label_names is None else LabelMap.for_names(source, label_names)
+    layout = begin(layout, plan, tokenizer)
+    return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
+
+
+def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_length: int) -> None:
+    if isinstance(encoding, Full) and full_row_is_too_large(task, num_classes, max_length):
+        raise MisuseError(
+            f"--encoding full: a row of {max_length} tokens over {num_classes} classes takes {2 * num_classes * max_length >> 20} MB, expected at most {MAX_ROW_BYTES >> 20}; "
+            "use --encoding sampled (unbiased, some 25 bytes a position) or top-k, or a smaller --max-length"
+        )
+
+
+def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
+    config: Any = model.config
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))

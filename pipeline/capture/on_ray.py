@@ -1,0 +1,207 @@
+"""Ray as the scheduler of a capture: one actor for each GPU, or for each share of the CPUs.
+
+Ray starts workers, restarts them and says how far they are. It never writes our Parquet (its tensors become an extension type), and exactly-once comes
+from our receipts, not from its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache import Cache
+from pipeline.cache.build import clear, current_plan, is_finished, open_layout
+from pipeline.capture.deal import Deal
+from pipeline.capture.run import already, finish_when_whole, outstanding, progress_bar
+from pipeline.config import CacheLogitsConfig
+from pipeline.errors import CacheError, MisuseError, PipelineError
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_TO_WARN = 30.0
+_OBJECT_STORE_BYTES = 80 << 20  # only names of shards pass through it
+
+
+def run_on_ray(config: CacheLogitsConfig) -> Cache | None:
+    """Share the shards among actors on the cluster of RAY_ADDRESS, the one that runs here, or a new local one.
+
+    Every machine needs this package, the teacher and the data set under the names given, and the output: a shared directory or a URL.
+
+    Raises:
+        PipelineError: what a worker met; the others are stopped, and what was finished is kept.
+    """
+    try:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+    except ImportError:
+        raise MisuseError("--engine ray needs Ray; pip install 'soft-label-pipeline[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(ray)
+    try:
+        return _run(ray, config)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Share:
+    """What each worker is given."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
+def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
+    layout = open_layout(config.output)
+    if config.overwrite:
+        clear(layout)
+        config = dataclasses.replace(config, overwrite=False)
+    share = _share(ray, config)
+    if share.gpus > 1 and config.device_map is None:
+        config = dataclasses.replace(config, device_map="auto")
+    actor_class = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus)(ShardWorker)
+    actors = {0: actor_class.remote(config, os.getcwd(), share.cpus)}
+    speaking = {actors[0].ready.remote(): 0}
+    try:
+        _wait(ray, speaking, share)
+        for reference in list(speaking):
+            _answer(ray, reference)
+        plan = current_plan(layout)
+        assert plan is not None  # the first worker has written it
+        waiting = outstanding(layout, plan)
+        if not waiting and is_finished(layout, plan):
+            return already(layout)
+        for number in range(1, min(share.workers, len(waiting))):
+            actors[number] = actor_class.remote(config, os.getcwd(), share.cpus)
+            speaking[actors[number].ready.remote()] = number
+        deal = Deal(waiting)
+        sizes = {shard.name: shard.stop - shard.start for shard in waiting}
+        with progress_bar(plan, waiting) as bar:
+            while not deal.is_over:
+                for reference in _wait(ray, speaking, share):
+                    number = speaking.pop(reference)
+                    try:
+                        made = _answer(ray, reference)
+                    except ray.exceptions.RayActorError as error:
+                        how = str(error).strip().splitlines()[0]
+                        logger.warning("worker %d has died; its shards go to another", number)
+                        deal.lost(number, how)
+                        actors[number] = actor_class.remote(config, os.getcwd(), share.cpus)
+                        speaking[actors[number].ready.remote()] = number
+                        continue
+                    if made is not None:
+                        deal.done(number, made)
+                        bar.update(sizes[made])
+                    for name in deal.to(number):
+                        actors[number].give.remote(name)
+                    if deal.in_hand(number):
+                        speaking[actors[number].made.remote()] = number
+    finally:
+        for actor in actors.values():
+            ray.kill(actor)
+    return finish_when_whole(layout, plan)
+
+
+class ShardWorker:
+    """A Ray actor: it makes the shards that it is given, one after another."""
+
+    def __init__(self, config: CacheLogitsConfig, directory: str, threads: int) -> None:
+        self._config, self._directory, self._threads = config, directory, threads
+        self._given: queue.Queue[str] = queue.Queue()
+        self._made: queue.Queue[str | BaseException] = queue.Queue()
+
+    def ready(self) -> None:
+        """Load the teacher and join the capture. Relative paths are those of the command."""
+        import torch
+
+        from pipeline.capture.job import prepare
+        from pipeline.capture.run import check_head
+        from pipeline.models.quiet import quiet_libraries
+
+        if Path(self._directory).is_dir():
+            os.chdir(self._directory)
+        quiet_libraries()
+        torch.set_num_threads(self._threads)
+        job = prepare(self._config)
+        check_head(job)
+        threading.Thread(target=self._work, args=(job,), daemon=True).start()
+
+    def give(self, name: str) -> None:
+        """One more shard to make."""
+        self._given.put(name)
+
+    def made(self) -> str:
+        """The name of the next shard that is done."""
+        found = self._made.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _work(self, job: Any) -> None:
+        from pipeline.capture.shard import capture_shards
+
+        shards = {shard.name: shard for shard in job.plan.shards}
+        given = (shards[name] for name in iter(self._given.get, ""))
+        try:
+            capture_shards(job, given, lambda receipt: self._made.put(receipt.plan.name))
+        except BaseException as error:
+            self._made.put(error)
+
+
+def _connect(ray: Any) -> None:
+    """To an existing cluster, or to a local one that lives as long as we do."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+
+
+def _share(ray: Any, config: CacheLogitsConfig) -> _Share:
+    """How many workers, and how much of the cluster each claims: never so much that none could start.
+
+    Raises:
+        MisuseError: more was asked for than there is.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
+    each = config.gpus_per_worker or (1 if gpus else 0)
+    count = config.num_workers or (gpus // each if each else len(nodes))
+    if count == 0 or (count * each > gpus and each) or count > cpus:
+        raise MisuseError(
+            f"--engine ray: {config.num_workers or 'each'} workers of {each} GPUs and at least 1 CPU each, found {gpus} GPUs and {cpus} CPUs in the cluster"
+        )
+    smallest = int(min(node.get("CPU", 0) for node in nodes if node.get("CPU", 0) >= 1))
+    on_one = -(-count // len(nodes))
+    return _Share(count, max(1, smallest // on_one), each)
+
+
+def _wait(ray: Any, speaking: dict[Any, int], share: _Share) -> list[Any]:
+    """The next answers; says so once in a while where the cluster has no room for a worker."""
+    while True:
+        ready, _ = ray.wait(list(speaking), num_returns=1, timeout=_SECONDS_TO_WARN)
+        if ready:
+            return list(ready)
+        free = ray.available_resources()
+        if free.get("CPU", 0) < share.cpus or free.get("GPU", 0) < share.gpus:
+            logger.debug("waiting for workers, or for room: each claims %d CPUs and %d GPUs", share.cpus, share.gpus)
+
+
+def _answer(ray: Any, reference: Any) -> str | None:
+    """What a worker has answered; its `PipelineError` as our own."""
+    try:
+        found = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, PipelineError):
+            raise cause from None
+        raise CacheError(f"a Ray worker met {str(error).strip().splitlines()[-1]}; what was finished is kept") from None
+    return None if found is None else str(found)

@@ -1,0 +1,193 @@
+"""Local processes that share the shards of one capture, each with a teacher of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from pipeline.cache import Cache
+from pipeline.cache.build import clear, current_plan, is_finished, open_layout
+from pipeline.capture.deal import Deal
+from pipeline.capture.job import Job, prepare
+from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar
+from pipeline.capture.shard import capture_shards
+from pipeline.config import CacheLogitsConfig
+from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.models.quiet import quiet_libraries
+from pipeline.records import ShardPlan
+
+logger = logging.getLogger(__name__)
+
+_SPAWN = multiprocessing.get_context("spawn")
+_SECONDS_TO_STOP = 10
+
+
+@dataclass(slots=True)
+class _Worker:
+    number: int
+    process: BaseProcess
+    connection: Connection
+
+
+def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
+    """Share the shards (of a part) among `count` processes. The first one makes the plan; the others start when it is known.
+
+    Raises:
+        PipelineError: what a worker met; the others are stopped, and what was finished is kept.
+    """
+    layout = open_layout(config.output)
+    if config.overwrite:
+        clear(layout)
+        config = dataclasses.replace(config, overwrite=False)
+    devices = _devices(config, count)
+    threads = max(1, torch.get_num_threads() // count)
+    workers = [_start(0, config, devices, threads)]
+    try:
+        _expect_ready(workers[0])
+        plan = current_plan(layout)
+        assert plan is not None  # the first worker has written it
+        waiting = outstanding(layout, plan, config.parsed_part)
+        if not waiting and is_finished(layout, plan):
+            return already(layout)
+        workers += [_start(number, config, devices, threads) for number in range(1, min(count, len(waiting)))]
+        deal = Deal(waiting)
+        sizes = {shard.name: shard.stop - shard.start for shard in waiting}
+        _give(deal, workers[0])
+        with progress_bar(plan, waiting, config.parsed_part) as bar:
+            while not deal.is_over:
+                for worker in _next_to_speak(workers):
+                    message = _receive(worker)
+                    if message is None:
+                        how = f"exit code {worker.process.exitcode}"
+                        logger.warning("worker %d has died (%s); its shards go to another", worker.number, how)
+                        deal.lost(worker.number, how)
+                        workers[worker.number] = _start(worker.number, config, devices, threads)
+                        continue
+                    if message.error is not None:
+                        raise message.error
+                    if message.made is not None:
+                        deal.done(worker.number, message.made)
+                        bar.update(sizes[message.made])
+                    _give(deal, worker)
+    finally:
+        _stop(workers)
+    return finish_when_whole(layout, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What a worker says: it is ready, has made a shard, or has met an error."""
+
+    made: str | None = None
+    error: PipelineError | None = None
+
+
+def _work(config: CacheLogitsConfig, connection: Connection, threads: int) -> None:
+    """A worker's life. It ends with its parent, in the middle of a shard too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    try:
+        job = prepare(config)
+        check_head(job)
+        connection.send(_Message())
+        capture_shards(job, _given(job, connection), lambda receipt: connection.send(_Message(made=receipt.plan.name)))
+    except PipelineError as error:
+        connection.send(_Message(error=error))
+    os._exit(0)  # the thread that waits for shards would not end
+
+
+def _given(job: Job, connection: Connection) -> Iterator[ShardPlan]:
+    shards = {shard.name: shard for shard in job.plan.shards}
+    while True:
+        try:
+            yield shards[connection.recv()]
+        except EOFError:
+            os._exit(1)
+
+
+def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: int) -> _Worker:
+    ours, theirs = _SPAWN.Pipe()
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]  # a new process takes the environment as it is now
+        if "," in devices[number] and config.device_map is None:
+            config = dataclasses.replace(config, device_map="auto")
+    try:
+        process = _SPAWN.Process(target=_work, args=(config, theirs, threads), name=f"softlabel-{number}", daemon=True)
+        process.start()
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif devices:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+    theirs.close()
+    return _Worker(number, process, ours)
+
+
+def _devices(config: CacheLogitsConfig, count: int) -> list[str]:
+    """What each worker sees of the GPUs, as CUDA_VISIBLE_DEVICES; empty: there are none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = (
+        [d for d in visible.split(",") if d]
+        if visible is not None
+        else list(map(str, range(torch.cuda.device_count())))
+    )
+    each = config.gpus_per_worker or (1 if found and torch.cuda.is_available() else 0)
+    if each * count > len(found):
+        raise MisuseError(
+            f"--num-workers {count} with --gpus-per-worker {each}: expected {count * each} GPUs, found {len(found)}"
+        )
+    return [",".join(found[i * each : (i + 1) * each]) for i in range(count)] if each else []
+
+
+def _expect_ready(worker: _Worker) -> None:
+    message = _receive(worker)
+    if message is None:
+        raise CacheError(f"the first worker has died at the start (exit code {worker.process.exitcode})")
+    if message.error is not None:
+        raise message.error
+
+
+def _give(deal: Deal, worker: _Worker) -> None:
+    for name in deal.to(worker.number):
+        worker.connection.send(name)
+
+
+def _next_to_speak(workers: list[_Worker]) -> list[_Worker]:
+    """Workers with a message; one that has died says so by the end of its connection."""
+    ready: list[Any] = wait([worker.connection for worker in workers])
+    return [worker for worker in workers if worker.connection in ready]
+
+
+def _receive(worker: _Worker) -> _Message | None:
+    """The next message; None: the worker is gone."""
+    try:
+        message = worker.connection.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        return None
+    assert isinstance(message, _Message)
+    return message
+
+
+def _stop(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.connection.close()
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join(_SECONDS_TO_STOP)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()

@@ -1,0 +1,175 @@
+"""The same bytes from every engine, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.cache import Layout, verify
+from pipeline.cache.manifest import load_receipt
+from pipeline.capture.deal import Deal
+from pipeline.capture.run import run
+from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.records import ShardPlan
+from tests.support.captures import config, hashes  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
+    serial = run(config("serial"))
+    assert len(serial.manifest.shards) == 9
+    workers = run(config("workers", num_workers=2))
+    assert run(config("parts", part="0/2")) is None
+    assert not (tmp_path / "parts" / "manifest.json").exists()
+    parts = run(config("parts", part="1/2"))
+    assert hashes(workers) == hashes(serial) == hashes(parts)
+    assert workers.manifest == serial.manifest == parts.manifest
+    assert verify(parts.root).problems == ()
+    assert run(config("parts", part="0/2")).manifest == serial.manifest  # again: finished already
+
+
+def test_a_worker_that_dies_is_replaced(config, tmp_path, monkeypatch):
+    """The first process to begin its eighth batch is killed; the mark keeps the others alive."""
+    monkeypatch.setenv("SOFTLABEL_TEST_MARK", str(tmp_path / "mark"))
+    monkeypatch.setattr("pipeline.capture.workers._work", _work_and_die)
+    found = run(config("workers", num_workers=2))
+    assert (tmp_path / "mark").exists()
+    assert hashes(found) == hashes(run(config("serial")))
+
+
+def _work_and_die(settings, connection, threads):
+    from pipeline.capture import shard, workers
+
+    whole, seen = shard.forward, []
+
+    def forward(job, *args):
+        seen.append(job)
+        if len(seen) == 8:
+            try:
+                os.close(os.open(os.environ["SOFTLABEL_TEST_MARK"], os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return whole(job, *args)
+
+    shard.forward = forward
+    workers._work(settings, connection, threads)
+
+
+def test_what_a_worker_meets_is_told_in_one_line(config):
+    with pytest.raises(PipelineError, match=r"no column 'texts'"):
+        run(config("workers", num_workers=2, text_column="texts"))
+
+
+def test_shards_of_a_dead_worker_go_to_another_and_the_third_death_stops():
+    deal = Deal([ShardPlan(f"train-{i:05d}", "train", i, i + 1) for i in range(5)])
+    assert deal.to(0) == ["train-00000", "train-00001"]
+    assert deal.to(0) == []
+    assert deal.to(1) == ["train-00002", "train-00003"]
+    deal.done(0, "train-00000")
+    assert deal.to(0) == ["train-00004"]
+    for _ in range(2):
+        deal.lost(0, "exit code -9")
+        assert deal.to(0) == ["train-00001", "train-00004"]
+    assert not deal.is_over
+    with pytest.raises(CacheError, match="3 workers have died at train-00001"):
+        deal.lost(0, "exit code -9")
+
+
+def test_more_gpus_than_there_are_is_a_line(config):
+    with pytest.raises(MisuseError, match="expected 4 GPUs, found 0"):
+        run(config("workers", num_workers=2, gpus_per_worker=2))
+
+
+def test_a_killed_run_loses_one_shard_at_most(config, tmp_path):
+    """Killed while the fourth shard is encoded: three are there, and are not made again."""
+    settings = config("killed")
+    code = f"""
+import os, signal
+from pipeline.capture import shard
+from pipeline.capture.run import run
+whole = shard.label_rows
+def label_rows(*args, **kwargs):
+    if len(os.listdir({str(tmp_path / "killed" / "receipts")!r})) == 4:  # the plan and three receipts
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args, **kwargs)
+shard.label_rows = label_rows
+run(CacheLogitsConfig(task="causal-lm", data=DataConfig(dataset={settings.data.dataset!r}, max_length=64), teacher={settings.teacher!r},
+    output={settings.output!r}, rows_per_shard=6, batch_tokens=256))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == -signal.SIGKILL
+    layout = Layout(tmp_path / "killed")
+    stamps = {p: p.stat().st_mtime_ns for p in layout.data.glob("[a-z]*.parquet")}
+    assert len(stamps) == 3
+    assert hashes(run(settings)) == hashes(run(config("serial")))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert load_receipt(layout, "train-00003") is not None
+
+
+# ------------------------------------------------------------------------------------------------------------- Ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A local cluster of two CPUs that runs this code."""
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80 << 20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}},
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_three_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_path):
+    serial = run(config("serial"))
+    output = tmp_path / "ray"
+    killed: list[tuple[int, set[str]]] = []
+
+    def receipts() -> set[str]:
+        return {path.stem for path in (output / "receipts").glob("*.json")} - {"plan"}
+
+    def kill() -> None:
+        """Each time that a shard has just been finished, a worker dies in the next one."""
+        while len(killed) < 3:
+            workers = [
+                p for p in psutil.process_iter(["cmdline"]) if "ShardWorker" in " ".join(p.info["cmdline"] or [])
+            ]
+            dead = {pid for pid, _ in killed}
+            alive = [p for p in workers if p.pid not in dead]
+            if alive and len(receipts()) > len(killed):
+                alive[0].kill()
+                killed.append((alive[0].pid, receipts()))
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    found = run(config("ray", engine="ray", num_workers=2))
+    assert len(killed) == 3
+    assert all(len(made) < 9 for _, made in killed)  # there was work left to be lost
+    assert hashes(found) == hashes(serial)
+    assert verify(found.root).problems == ()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, cluster):
+    with pytest.raises(PipelineError, match=r"no column 'texts'"):
+        run(config("ray", engine="ray", text_column="texts"))
+    with pytest.raises(MisuseError, match="3 workers of 0 GPUs and at least 1 CPU each, found 0 GPUs and 2 CPUs"):
+        run(config("ray", engine="ray", num_workers=3))
