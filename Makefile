@@ -75,7 +75,7 @@ train-student: $(STAMP) $(CONFIG_DATA) ## stage 2 of CONFIG: train the student f
 
 .PHONY: test
 test: $(STAMP) ## the tests: fast, offline, no real model
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 .PHONY: test-real
 test-real: $(STAMP) $(BBC) $(LM) ## the tests that need the demos' real models
@@ -101,6 +101,10 @@ bench-training: $(STAMP) ## time and memory of a distillation step beside plain 
 .PHONY: bench-encodings
 bench-encodings: $(STAMP) $(LM) ## bytes against noise and bias of each encoding, and what students learn from them
 	$(PY) -m benchmarks.encodings
+
+.PHONY: bench-capture
+bench-capture: $(STAMP) $(BBC) $(LM) ## stage 1 beside the teacher's bare forward pass: speed, memory, workers
+	$(PY) -m benchmarks.capture
 
 .PHONY: clean
 clean: ## remove runs, build output and tool caches

@@ -5,7 +5,9 @@ What is there already is known from the receipts there, so that any number of ma
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,9 @@ from pipeline.cache.urls import open_filesystem
 from pipeline.errors import CacheError
 from pipeline.sources.loading import reason, redact
 
+#: Object stores have no directories; s3fs would make a bucket for one.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "hf"}
+
 
 class Outbox:
     """Sends the files of one cache to a URL. Credentials are the environment's, as the file system of the URL reads them."""
@@ -21,12 +26,9 @@ class Outbox:
     def __init__(self, url: str) -> None:
         self.url = redact(url)
         self._filesystem, self._root = open_filesystem(url)
-        self._staging = tempfile.TemporaryDirectory(prefix="softlabel-")
-
-    @property
-    def staging(self) -> Path:
-        """The local directory; it is gone when the process ends."""
-        return Path(self._staging.name)
+        self.staging = Path(tempfile.mkdtemp(prefix="softlabel-"))
+        """The local directory; it goes with this object, at the latest with the process."""
+        weakref.finalize(self, shutil.rmtree, self.staging, ignore_errors=True)
 
     def create(self, name: str, text: str) -> bool:
         """Create a file whole, unless it is there: a conditional put, so that of two racing writers one gets True.
@@ -37,7 +39,7 @@ class Outbox:
         with self._told(name):
             if self._filesystem.exists(path):
                 return False
-            self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._make_directory_of(path)
             try:
                 self._filesystem.pipe_file(path, text.encode(), mode="create")
             except FileExistsError:
@@ -79,7 +81,7 @@ class Outbox:
         """
         local = self.staging / name
         with self._told(name):
-            self._filesystem.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
+            self._make_directory_of(f"{self._root}/{name}")
             self._filesystem.put_file(str(local), f"{self._root}/{name}")
         found = self.size(name)
         if found != local.stat().st_size:
@@ -99,6 +101,11 @@ class Outbox:
                 if self._filesystem.exists(path):
                     self._filesystem.rm(path, recursive=True)
         self._filesystem.invalidate_cache()
+
+    def _make_directory_of(self, path: str) -> None:
+        protocol = self._filesystem.protocol
+        if not _OBJECT_STORES & set((protocol,) if isinstance(protocol, str) else protocol):
+            self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def _names(self, directory: str) -> list[str]:
         self._filesystem.invalidate_cache()

@@ -18,7 +18,7 @@ from pipeline.cache.writer import write_shard
 from pipeline.capture.forward import broken_rows, device_name, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
-from pipeline.errors import BadRowError, ModelError
+from pipeline.errors import BadRowError, EncodingError, ModelError
 from pipeline.records import BadRow, CachedExample, Encoding, Receipt, Shard, ShardPlan, TokenizedExample
 from pipeline.softlabels import (
     counter_uniforms,
@@ -126,30 +126,35 @@ class _ShardLabels:
 
     def add(self, number: int, members: list[int], logits: Tensor) -> None:
         """Encode one batch: (N, V) logits of the rows `members`."""
-        job, split = self._job, self._tokens.shard.split
-        contract = job.plan.contract
+        split = self._tokens.shard.split
         part = [self._tokens.examples[i] for i in members]
-        broken = broken_rows(part, logits, split)
-        if broken:
+        try:
+            made = self._label(part, logits)
+        except EncodingError:  # looked for only now: it takes a pass over all logits
+            broken = broken_rows(part, logits, split)
+            if not broken:
+                raise
             self._tokens.bad.extend(broken.values())
-            _stop_unless_skipped(job, self._tokens.bad)
+            _stop_unless_skipped(self._job, self._tokens.bad)
             logits = without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
             part = [self._tokens.examples[i] for i in members]
-        if not members:
-            return
-        if self._meter is not None and number in self._measured:
-            _measure(job, self._meter, part, logits, split, seed=number)
-        made = label_rows(
-            job.task,
+            made = self._label(part, logits) if part else []
+        self._cached.update(zip(members, made, strict=True))
+        if self._meter is not None and part and number in self._measured:
+            _measure(self._job, self._meter, part, logits, split, seed=number)
+
+    def _label(self, part: list[TokenizedExample], logits: Tensor) -> list[CachedExample]:
+        contract = self._job.plan.contract
+        return label_rows(
+            self._job.task,
             part,
             logits,
             contract.encoding,
-            split=split,
+            split=self._tokens.shard.split,
             seed=contract.seed,
             store_entropy="entropy" in contract.columns,
         )
-        self._cached.update(zip(members, made, strict=True))
 
     def write(self, done: Callable[[Receipt], None]) -> None:
         """Write the shard, then its receipt: it counts from there on."""

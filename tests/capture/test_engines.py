@@ -98,6 +98,7 @@ def test_a_killed_run_loses_one_shard_at_most(config, tmp_path):
 import os, signal
 from pipeline.capture import shard
 from pipeline.capture.run import run
+from pipeline.config import CacheLogitsConfig, DataConfig
 whole = shard.label_rows
 def label_rows(*args, **kwargs):
     if len(os.listdir({str(tmp_path / "killed" / "receipts")!r})) == 4:  # the plan and three receipts

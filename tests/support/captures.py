@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.cache import Cache
+from pipeline.cache.urls import is_url
 from pipeline.config import CacheLogitsConfig, DataConfig
 from tests.conftest import tiny_model
 
@@ -23,7 +24,12 @@ def config(tmp_path, lm_tokenizer, documents, save_teacher):
             task="causal-lm",
             data=DataConfig(dataset=str(data), max_length=64, text_column=text_column),
             teacher=str(teacher),
-            **{"output": str(tmp_path / output), "rows_per_shard": 6, "batch_tokens": 256, **settings},
+            **{
+                "output": output if is_url(output) else str(tmp_path / output),
+                "rows_per_shard": 6,
+                "batch_tokens": 256,
+                **settings,
+            },
         )
 
     return make
