@@ -68,9 +68,10 @@ def test_metrics_during_training_are_those_of_an_evaluation(tmp_path, cache):
 
 
 def test_early_stopping_keeps_the_best(tmp_path, cache):
-    """A learning rate that ruins the student after a good first epoch: the run ends early, with the weights of its best evaluation."""
-    settings = {"max_steps": -1, "epochs": 12, "learning_rate": 0.05, "early_stopping": 2}
-    result = run(config(cache, tmp_path, training={"lr_scheduler_type": "constant"}, **settings))
+    """A learning rate that grows until it ruins the student: the run ends early, with the weights of its best evaluation."""
+    settings = {"max_steps": -1, "epochs": 12, "learning_rate": 20.0, "early_stopping": 2}
+    growing = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 400}
+    result = run(config(cache, tmp_path, training=growing, **settings))
     entries = [entry for entry in history(tmp_path / "out") if "eval_loss" in entry]
     losses = [entry["eval_loss"] for entry in entries]
     assert len(losses) < 12
