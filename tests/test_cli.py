@@ -147,7 +147,7 @@ def test_language_models_are_inspected_as_tokens(tmp_path, lm_tokenizer, documen
         (("--top-k", "3", "--encoding", "full"), 2, "--top-k is a knob of --encoding top-k"),
         (("--max-length", "1000"), 2, "at most 64 tokens"),
         (("--split", "dev"), 1, "no split 'dev'"),
-        (("--output", "s3://bucket/x"), 1, "local directories"),
+        (("--output", "nowhere://bucket/x"), 1, "cannot be opened"),
         (("--dtype", "float7"), 2, "--dtype float7"),
         (("--task", "translation"), 2, "translation"),
         (("--rows-per-shard", "0"), 2, "--rows-per-shard"),
