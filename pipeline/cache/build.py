@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.card import make_card
-from pipeline.cache.commit import create_exclusively, sweep, write_text
+from pipeline.cache.claims import finished, is_claimed, sweep_claims
+from pipeline.cache.commit import create_exclusively, full_disk, sweep, temporary_path, write_directory, write_text
 from pipeline.cache.manifest import (
     Layout,
     Plan,
@@ -23,7 +25,8 @@ from pipeline.cache.manifest import (
 )
 from pipeline.cache.probe import probe_alignment
 from pipeline.cache.reader import Cache
-from pipeline.cache.writer import file_sha256
+from pipeline.cache.sanity import contract_problem
+from pipeline.cache.tokenizer_files import without_code
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import Manifest, Receipt, ShardPlan
 
@@ -34,37 +37,32 @@ def begin(root: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase, *, overwri
     """Make the directory of a cache, or join a capture of the same plan that is there.
 
     Raises:
-        ContractError: the directory holds another capture.
+        ContractError: the directory holds another capture, or the contract is one that no reader would take.
         CacheError: it holds something else, or cannot be written.
     """
     layout = Layout(root)
+    problem = contract_problem(plan.contract)
+    if problem is not None:
+        raise ContractError(f"{root}: no cache of these settings could be read: {problem}")
     if root.exists() and not root.is_dir():
         raise CacheError(f"{root}: expected a directory, found a file")
     if overwrite:
         _clear(layout)
-    if not layout.plan.exists() and _holds_files(root):
+    # In this order: a racing capture's first file is its plan.
+    if _holds_files(root) and not layout.plan.exists():
         raise CacheError(f"{root}: holds files that are no cache; use an empty or a new directory")
     if not create_exclusively(layout.plan, dump(plan)):
         check_same_contract(plan, parse(Plan, layout.plan), root)
-    for directory in (layout.data, layout.plan.parent, root):
-        directory.mkdir(exist_ok=True)
-        sweep(directory)
+    try:
+        for directory in (layout.data, layout.plan.parent, root):
+            directory.mkdir(exist_ok=True)
+            sweep(directory)
+        sweep(layout.root / "reports")
+    except OSError as error:
+        raise full_disk(root, error) from error
     if not layout.tokenizer.exists():
-        draft = root / f".tmp-{os.getpid()}-tokenizer"
-        tokenizer.save_pretrained(str(draft))
-        os.replace(draft, layout.tokenizer)
+        write_directory(layout.tokenizer, lambda draft: _save(tokenizer, draft, layout.tokenizer))
     return layout
-
-
-def finished(layout: Layout, plan: ShardPlan) -> Receipt | None:
-    """The receipt of a shard that is whole on disk; None where it is still to be made."""
-    receipt = load_receipt(layout, plan.name)
-    path = layout.shard(plan.name)
-    if receipt is None or receipt.plan != plan:
-        return None
-    if receipt.shard.rows == 0:
-        return receipt
-    return receipt if path.is_file() and file_sha256(path) == receipt.shard.sha256 else None
 
 
 def is_finished(layout: Layout, plan: Plan) -> bool:
@@ -74,6 +72,20 @@ def is_finished(layout: Layout, plan: Plan) -> bool:
     receipts = [load_receipt(layout, shard.name) for shard in plan.shards]
     made = tuple(receipt.shard for receipt in receipts if receipt is not None and receipt.shard.rows)
     return None not in receipts and load_manifest(layout.root).shards == made
+
+
+def withdraw(layout: Layout, waiting: Sequence[ShardPlan]) -> None:
+    """Take back the manifest of a cache with damaged shards, which are to be made anew.
+
+    A manifest is written when every shard is whole: one that is not, while there is a manifest, was damaged since. (A shard of `waiting` may be whole by now,
+    made by a capture beside this one that has finished the cache.)
+    """
+    if not layout.manifest.is_file():
+        return
+    damaged = [shard for shard in waiting if finished(layout, shard) is None]
+    if damaged:  # on another device a shard made anew is as valid, with other bytes: then it is another cache
+        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", layout.root, len(damaged))
+        layout.manifest.unlink(missing_ok=True)
 
 
 def record(layout: Layout, receipt: Receipt) -> None:
@@ -99,6 +111,7 @@ def finish(layout: Layout, plan: Plan) -> Cache:
         raise CacheError(f"{layout.root}: no row could be cached; every one of them was set aside")
     bad_rows = tuple(bad for receipt in receipts for bad in receipt.bad_rows)
     draft = Cache(layout.root, make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=None))
+    draft.check_files()
     probe = probe_alignment(row for split in draft.splits for row in draft.dataset(split))
     if probe is not None and probe.verdict == "inconclusive":
         logger.warning(
@@ -119,6 +132,7 @@ def finish(layout: Layout, plan: Plan) -> Cache:
     if fidelity is not None:
         write_text(layout.root / "reports" / "fidelity.json", dump(fidelity))
     write_text(layout.root / "README.md", make_card(manifest, fidelity))
+    sweep_claims(layout)
     _commit(layout, manifest)
     return Cache.open(layout.root)
 
@@ -141,11 +155,31 @@ def _clear(layout: Layout) -> None:
     """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else."""
     if not _holds_files(layout.root):
         return
-    if not layout.plan.exists() and not layout.manifest.exists():
+    half_cleared = any(layout.root.glob(".tmp-*-receipts/plan.json"))  # by a killed command
+    if not layout.plan.exists() and not layout.manifest.exists() and not half_cleared:
         raise CacheError(
             f"{layout.root}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
         )
+    away = temporary_path(layout.plan.parent)
+    if layout.plan.parent.is_dir():
+        # Out of the way first: a capture that goes on here finds no place for its next claim, and one that holds a claim holds it under the new name too.
+        os.replace(layout.plan.parent, away)
+        if is_claimed(away):
+            os.replace(away, layout.plan.parent)
+            raise CacheError(
+                f"{layout.root}: --overwrite: another process is writing this cache; end it first, or use another --output"
+            )
     layout.manifest.unlink(missing_ok=True)
-    for part in (layout.data, layout.tokenizer, layout.root / "reports", layout.plan.parent):
+    for part in (layout.data, layout.tokenizer, layout.root / "reports", away):
         shutil.rmtree(part, ignore_errors=True)
     (layout.root / "README.md").unlink(missing_ok=True)
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, draft: Path, path: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(draft))
+        without_code(draft)
+    except OSError:
+        raise
+    except Exception as error:  # the Rust half of a tokenizer has no class of errors of its own
+        raise full_disk(path, error) from error

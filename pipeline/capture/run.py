@@ -11,7 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Plan
-from pipeline.cache.build import begin, finish, finished, is_finished
+from pipeline.cache.build import begin, finish, is_finished, withdraw
+from pipeline.cache.claims import claimed, finished
 from pipeline.cache.schema import cache_schema, describe
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
@@ -208,18 +209,14 @@ def capture(
     if not waiting and is_finished(layout, plan):
         logger.info("%s is finished already; nothing to do", output)
         return Cache.open(output)
-    if (
-        layout.manifest.is_file()
-    ):  # on another device a shard made anew is as valid, with other bytes: then it is another cache
-        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", output, len(waiting))
-        layout.manifest.unlink()
+    withdraw(layout, waiting)
     if waiting:
         check_head(job)
     with tqdm(
         total=sum(s.stop - s.start for s in plan.shards), unit="row", desc="cache-logits", disable=None
     ) as progress:
         progress.update(sum(s.stop - s.start for s in plan.shards) - sum(s.stop - s.start for s in waiting))
-        for shard in waiting:
+        for shard in claimed(layout, plan, waiting):
             capture_shard(job, shard)
             progress.update(shard.stop - shard.start)
     return finish(layout, plan)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.build import record
 from pipeline.cache.codec import content_hash
+from pipeline.cache.crash import reached
 from pipeline.cache.manifest import Layout, Plan
 from pipeline.cache.writer import write_shard
 from pipeline.capture.plan import plan_batches
@@ -98,6 +99,7 @@ def capture_shard(job: Job, shard: ShardPlan) -> Receipt:
             )
             cached.update(zip(members, made, strict=True))
     in_order = [cached[i] for i in sorted(cached)]
+    reached("shard:encoded")
     written = _write(job, shard, in_order)
     receipt = Receipt(
         shard=written,
