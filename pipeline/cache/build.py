@@ -148,7 +148,10 @@ def _commit(layout: Layout, manifest: Manifest) -> None:
 
 def _holds_files(root: Path) -> bool:
     """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
-    return root.exists() and any(p.is_file() and not p.name.startswith(".") for p in root.rglob("*"))
+    return any(
+        path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        for path in root.rglob("*")
+    )
 
 
 def _clear(layout: Layout) -> None:
