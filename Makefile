@@ -81,6 +81,10 @@ test: $(STAMP) ## the tests: fast, offline, no real model
 test-real: $(STAMP) $(BBC) $(LM) ## the tests that need the demos' real models
 	$(PY) -m pytest -m real
 
+.PHONY: test-faults
+test-faults: $(STAMP) ## kills, flipped bits, cut files and races in full, with a table of what became of the cache
+	$(PY) -m benchmarks.faults
+
 .PHONY: lint
 lint: $(STAMP) ## formatting, lint rules and types
 	$(PY) -m ruff format --check .

@@ -392,6 +392,8 @@ class Shard:
     sha256: str
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+    footer_sha256: str = ""
+    """Of what Parquet says of columns and pages, which its page checksums do not cover: checked whenever a shard is opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +442,8 @@ class Manifest:
     bad_rows: int = 0
     probe: AlignmentProbe | None = None
     ancestry: tuple[Ancestor, ...] = ()
+    sha256: str = ""
+    """Of all of the above: what the `cache_id` does not cover may be damaged too."""
 
     def split_shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of one split, in order."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.card import make_card
-from pipeline.cache.commit import create_exclusively, sweep, temporary_name, write_text
+from pipeline.cache.claims import finished, is_claimed, sweep_claims
+from pipeline.cache.commit import create_exclusively, full_disk, sweep, temporary_path, write_directory, write_text
 from pipeline.cache.manifest import (
     Layout,
     Plan,
@@ -24,8 +26,9 @@ from pipeline.cache.manifest import (
 from pipeline.cache.outbox import Outbox
 from pipeline.cache.probe import first_shards, probe_alignment
 from pipeline.cache.reader import Cache
+from pipeline.cache.sanity import contract_problem
+from pipeline.cache.tokenizer_files import without_code
 from pipeline.cache.urls import is_url
-from pipeline.cache.writer import file_sha256
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
 
@@ -50,35 +53,39 @@ def begin(
     """Make the directory of a cache, or join a capture of the same plan that is there.
 
     Raises:
-        ContractError: the directory holds another capture.
+        ContractError: the directory holds another capture, or the contract is one that no reader would take.
         CacheError: it holds something else, or cannot be written.
     """
     layout = output if isinstance(output, Layout) else open_layout(output)
     root = layout.root
+    problem = contract_problem(plan.contract)
+    if problem is not None:
+        raise ContractError(f"{layout.name}: no cache of these settings could be read: {problem}")
     if root.exists() and not root.is_dir():
         raise CacheError(f"{root}: expected a directory, found a file")
     if overwrite:
         clear(layout)
+    # In this order: a racing capture's first file is its plan.
+    holds_files = _holds_files(layout)
     found = current_plan(layout)
-    if found is None and _holds_files(layout):
+    if holds_files and found is None:
         raise CacheError(f"{layout.name}: holds files that are no cache; use an empty or a new directory")
     if plan.parent is not None and found != plan:
         _replace_plan(layout, plan)
     elif not _create(layout, layout.plan, dump(plan)):
         check_same_contract(plan, current_plan(layout) or plan, layout.name)
-    for directory in (layout.data, layout.plan.parent, root):
-        directory.mkdir(exist_ok=True)
-        sweep(directory)
+    try:
+        for directory in (layout.data, layout.plan.parent, root):
+            directory.mkdir(exist_ok=True)
+            sweep(directory)
+        sweep(layout.root / "reports")
+    except OSError as error:
+        raise full_disk(root, error) from error
     if layout.outbox is not None:
         layout.outbox.fetch_receipts()
         layout.outbox.fetch("manifest.json")
     if not layout.tokenizer.exists():
-        draft = root / temporary_name("tokenizer")
-        tokenizer.save_pretrained(str(draft))
-        try:
-            os.replace(draft, layout.tokenizer)
-        except OSError:  # another worker was first
-            shutil.rmtree(draft)
+        write_directory(layout.tokenizer, lambda draft: _save(tokenizer, draft, layout.tokenizer))
     return layout
 
 
@@ -89,24 +96,6 @@ def current_plan(layout: Layout) -> Plan | None:
     return parse(Plan, layout.plan) if layout.plan.is_file() else None
 
 
-def finished(layout: Layout, plan: ShardPlan) -> Receipt | None:
-    """The receipt of a shard that is whole; None where it is still to be made.
-
-    A local shard is hashed. One behind a URL was sent whole, so that its size tells.
-    """
-    receipt = load_receipt(layout, plan.name)
-    if receipt is None or receipt.plan != plan:
-        return None
-    if receipt.shard.rows == 0:
-        return receipt
-    path = layout.shard(plan.name)
-    if layout.outbox is not None:
-        whole = layout.outbox.size(f"data/{path.name}") == receipt.shard.bytes
-    else:
-        whole = path.is_file() and file_sha256(path) == receipt.shard.sha256
-    return receipt if whole else None
-
-
 def is_finished(layout: Layout, plan: Plan) -> bool:
     """Whether the manifest is there and lists what the receipts say."""
     if not layout.manifest.is_file():
@@ -114,6 +103,20 @@ def is_finished(layout: Layout, plan: Plan) -> bool:
     receipts = [load_receipt(layout, shard.name) for shard in plan.shards]
     made = tuple(receipt.shard for receipt in receipts if receipt is not None and receipt.shard.rows)
     return None not in receipts and load_manifest(layout.root).shards == made
+
+
+def withdraw(layout: Layout, waiting: Sequence[ShardPlan]) -> None:
+    """Take back the manifest of a cache with damaged shards, which are to be made anew.
+
+    A manifest is written when every shard is whole: one that is not, while there is a manifest, was damaged since. (A shard of `waiting` may be whole by now,
+    made by a capture beside this one that has finished the cache.)
+    """
+    if not layout.manifest.is_file():
+        return
+    damaged = [shard for shard in waiting if finished(layout, shard) is None]
+    if damaged:  # on another device a shard made anew is as valid, with other bytes: then it is another cache
+        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", layout.name, len(damaged))
+        layout.manifest.unlink(missing_ok=True)
 
 
 def record(layout: Layout, receipt: Receipt) -> None:
@@ -169,6 +172,7 @@ def finish(layout: Layout, plan: Plan) -> Cache:
         ]
         for path in [*beside, layout.root / "README.md"]:
             layout.outbox.send(path.relative_to(layout.root).as_posix())
+    sweep_claims(layout, plan)
     _commit(layout, plan, manifest)
     return opened(layout)
 
@@ -181,7 +185,9 @@ def opened(layout: Layout) -> Cache:
 def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> AlignmentProbe | None:
     """The alignment probe over the first shards, as many as it reads."""
     first = first_shards(shards)
-    if layout.outbox is not None:
+    if layout.outbox is None:
+        Cache(layout.root, make_manifest(contract, shards, bad_rows=0, probe=None)).check_files()
+    else:
         for shard in first:
             layout.outbox.fetch(f"data/{shard.name}.parquet")
     draft = Cache(layout.root, make_manifest(contract, first, bad_rows=0, probe=None))
@@ -249,27 +255,51 @@ def _holds_files(layout: Layout) -> bool:
     """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
     if layout.outbox is not None:
         return not layout.outbox.is_empty()
-    return layout.root.exists() and any(p.is_file() and not p.name.startswith(".") for p in layout.root.rglob("*"))
+    return any(
+        path.is_file() and not any(part.startswith(".") for part in path.relative_to(layout.root).parts)
+        for path in layout.root.rglob("*")
+    )
 
 
 def clear(layout: Layout) -> None:
     """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else.
 
     Raises:
-        CacheError: files are there that are no cache.
+        CacheError: files are there that are no cache, or another process is writing them.
     """
     if not _holds_files(layout):
         return
     outbox = layout.outbox
     if outbox is not None:
         outbox.fetch("manifest.json")
-    if current_plan(layout) is None and not layout.manifest.exists():
+        outbox.fetch("receipts/plan.json")
+    half_cleared = any(layout.root.glob(".tmp-*-receipts/plan.json"))  # by a killed command
+    if not layout.plan.exists() and not layout.manifest.exists() and not half_cleared:
         raise CacheError(
             f"{layout.name}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
         )
     if outbox is not None:
         outbox.clear(("manifest.json", "data", "tokenizer", "reports", "receipts", "README.md"))
+    away = temporary_path(layout.plan.parent)
+    if layout.plan.parent.is_dir():
+        # Out of the way first: a capture that goes on here finds no place for its next claim, and one that holds a claim holds it under the new name too.
+        os.replace(layout.plan.parent, away)
+        if is_claimed(away):
+            os.replace(away, layout.plan.parent)
+            raise CacheError(
+                f"{layout.name}: --overwrite: another process is writing this cache; end it first, or use another --output"
+            )
     layout.manifest.unlink(missing_ok=True)
-    for part in (layout.data, layout.tokenizer, layout.root / "reports", layout.plan.parent):
+    for part in (layout.data, layout.tokenizer, layout.root / "reports", away):
         shutil.rmtree(part, ignore_errors=True)
     (layout.root / "README.md").unlink(missing_ok=True)
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, draft: Path, path: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(draft))
+        without_code(draft)
+    except OSError:
+        raise
+    except Exception as error:  # the Rust half of a tokenizer has no class of errors of its own
+        raise full_disk(path, error) from error

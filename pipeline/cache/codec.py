@@ -19,8 +19,13 @@ from pipeline.records import CachedExample, Encoding, Full, Sampled, SoftLabels,
 
 def content_hash(example: TokenizedExample) -> int:
     """Identity by content: a 64-bit hash of the token ids and the label."""
-    digest = hashlib.blake2b(example.input_ids.astype("<i4").tobytes(), digest_size=8)
-    digest.update(str(example.label).encode())
+    return hash_tokens(example.input_ids, example.label)
+
+
+def hash_tokens(input_ids: np.ndarray, label: int | None) -> int:
+    """`content_hash` of a row's parts."""
+    digest = hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=8)
+    digest.update(str(label).encode())
     return int.from_bytes(digest.digest(), "little")
 
 

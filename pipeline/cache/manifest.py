@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.cache.schema import FORMAT_VERSION, soft_columns
+from pipeline.cache.sanity import NAME, manifest_problem
+from pipeline.cache.schema import FORMAT_VERSION
+from pipeline.cache.strict_json import read_json
 from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
 from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
 
@@ -23,8 +24,19 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
-#: Shard names are file names, not paths: nothing in a manifest can point out of the cache.
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+__all__ = [
+    "NAME",
+    "Layout",
+    "Plan",
+    "cache_id",
+    "check_same_contract",
+    "differences",
+    "dump",
+    "load_manifest",
+    "load_receipt",
+    "make_manifest",
+    "parse",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +110,12 @@ def parse(kind: type[Record], path: Path) -> Record:
     Raises:
         IntegrityError: the file is not JSON of this kind.
     """
+    return _parse(kind, path, read_json(path)[0])
+
+
+def _parse(kind: type[Record], path: Path, data: bytes) -> Record:
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return TypeAdapter(kind).validate_json(data)
     except MisuseError as error:
         raise IntegrityError(f"{path}: not a {kind.__name__.lower()} of this format: {error}") from None
     except ValidationError as error:
@@ -117,12 +133,21 @@ def make_manifest(
     ancestry: tuple[Ancestor, ...] = (),
 ) -> Manifest:
     """The manifest of finished shards, with its cache_id."""
-    return Manifest(FORMAT_VERSION, cache_id(contract, shards), contract, shards, bad_rows, probe, ancestry)
+    manifest = Manifest(FORMAT_VERSION, cache_id(contract, shards), contract, shards, bad_rows, probe, ancestry)
+    return dataclasses.replace(manifest, sha256=_own_sha256(manifest))
 
 
 def cache_id(contract: Contract, shards: tuple[Shard, ...]) -> str:
     """SHA-256 over the contract and the shard table, as canonical JSON."""
     content = [_plain(contract), [_plain(shard) for shard in shards]]
+    return _sha256(content)
+
+
+def _own_sha256(manifest: Manifest) -> str:
+    return _sha256(_without_nan(_plain(dataclasses.replace(manifest, sha256=""))))
+
+
+def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -134,32 +159,34 @@ def load_manifest(root: Path) -> Manifest:
         IntegrityError: another format version, an id that does not fit, a name that is no file name.
     """
     layout = Layout(root)
-    if not layout.manifest.is_file():
+    if not layout.manifest.is_file() and not layout.manifest.is_symlink():
         if layout.plan.is_file():
             raise CacheError(
                 f'{root}: the capture was not finished; run the same "softlabel cache-logits" again to go on with it'
             )
         raise CacheError(f"{root}: no cache here (manifest.json is missing)")
-    version = _format_version(layout.manifest)
+    data, content = read_json(layout.manifest)
+    version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise IntegrityError(
-            f"{layout.manifest}: format version: expected {FORMAT_VERSION}, found {version}; use the release that wrote it"
+            f"{layout.manifest}: format version: expected {FORMAT_VERSION}, found {_short(version)}; use the release that wrote it"
         )
-    manifest = parse(Manifest, layout.manifest)
-    for shard in manifest.shards:
-        if not NAME.fullmatch(shard.name):
-            raise IntegrityError(f"{layout.manifest}: shard name: expected a plain file name, found {shard.name!r}")
-    contract = manifest.contract
-    for name in soft_columns(contract.encoding, contract.num_classes):
-        if name not in contract.columns:
-            raise IntegrityError(
-                f"{layout.manifest}: columns: expected {name}, as encoding {contract.encoding.kind} has, found {', '.join(contract.columns)}; cache again with this release"
-            )
+    manifest = _parse(Manifest, layout.manifest, data)
+    problem = manifest_problem(manifest)
+    if problem is not None:
+        raise IntegrityError(f"{layout.manifest}: {problem}")
     expected = cache_id(manifest.contract, manifest.shards)
     if manifest.cache_id != expected:
         raise IntegrityError(
             f"{layout.manifest}: cache_id: expected {expected[:12]}..., found {manifest.cache_id[:12]}...; the manifest was edited"
         )
+    if manifest.sha256 != _own_sha256(manifest):
+        raise IntegrityError(
+            f"{layout.manifest}: sha256: expected {_own_sha256(manifest)[:12]}..., found {manifest.sha256[:12] or 'none'}...; it was damaged or edited, or an older release "
+            "wrote it: fetch it again, or cache again"
+        )
+    if data != dump(manifest).encode():
+        raise IntegrityError(f"{layout.manifest}: is not written as a capture writes it; it was damaged or edited")
     return manifest
 
 
@@ -174,9 +201,18 @@ def strangers(layout: Layout, manifest: Manifest) -> list[Path]:
 
 
 def load_receipt(layout: Layout, name: str) -> Receipt | None:
-    """The receipt of a finished shard, or None."""
+    """The receipt of a finished shard, or None.
+
+    Raises:
+        IntegrityError: it is no receipt, or that of another shard.
+    """
     path = layout.receipt(name)
-    return parse(Receipt, path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    receipt = parse(Receipt, path)
+    if receipt.plan.name != name or receipt.shard.name != name:
+        raise IntegrityError(f"{path}: expected the receipt of {name}, found that of {receipt.shard.name[:80]!r}")
+    return receipt
 
 
 def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
@@ -220,11 +256,3 @@ def _without_nan(value: Any) -> Any:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _format_version(path: Path) -> Any:
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{path}: not JSON: {error}") from None
-    return content.get("format_version") if isinstance(content, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from pipeline.cache.codec import unpack
+from pipeline.cache.contents import check_contents
 from pipeline.cache.manifest import Layout, load_manifest, strangers
+from pipeline.cache.pages import check_row_group, check_types, read_footer
 from pipeline.cache.schema import describe, soft_columns
+from pipeline.cache.tokenizer_files import load_cached_tokenizer
+from pipeline.cache.writer import footer_sha256
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import CachedExample, Manifest, Shard, SoftLabels
 
@@ -27,6 +32,14 @@ if TYPE_CHECKING:
 
 #: What PyArrow raises on damaged files; a flipped bit in a column's name is a UnicodeDecodeError.
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+_COPY = "copy the cache's files themselves (cp -rL)"
+
+#: Suffixes of pickles, and of code.
+_PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".py", ".pyc", ".so")
+
+#: Of a footer: the longest string, the most items in a list, and how deep a schema is.
+_MOST_THRIFT_STRING, _MOST_THRIFT_ITEMS, _MOST_DEPTH = 16 << 20, 100_000, 8
 
 REMEDY = 'the same "softlabel cache-logits" again makes it anew; a copy: fetch it again'
 
@@ -66,12 +79,7 @@ class Cache:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that made the token ids."""
-        from transformers import AutoTokenizer
-
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.root / "tokenizer", trust_remote_code=False
-        )
-        return tokenizer
+        return load_cached_tokenizer(self.root / "tokenizer")
 
     def verify(self) -> None:
         """Read every byte and compare it with the manifest.
@@ -115,6 +123,7 @@ class Cache:
             IntegrityError: names the file.
         """
         layout = Layout(self.root)
+        check_beside(self.root)
         for shard in self.manifest.shards:
             check_shard_file(layout.shard(shard.name), shard, self.manifest)
         extra = strangers(layout, self.manifest)
@@ -129,9 +138,7 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
         IntegrityError: what differs from the manifest.
     """
     if path.is_symlink() or path.parent.is_symlink():
-        raise IntegrityError(
-            f"{path}: is a symbolic link, which may point anywhere; copy the cache's files themselves (cp -rL)"
-        )
+        raise IntegrityError(f"{path}: is a symbolic link, which may point anywhere; {_COPY}")
     if not path.is_file():
         raise IntegrityError(f"{path}: expected a shard that manifest.json lists, found no such file; {REMEDY}")
     size = path.stat().st_size
@@ -140,6 +147,9 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
             f"{path}: size differs from manifest.json (expected {shard.bytes} bytes, found {size}); {REMEDY}"
         )
     file = open_shard(path)
+    if footer_sha256(path) != shard.footer_sha256:
+        raise IntegrityError(f"{path}: footer differs from manifest.json; {REMEDY}")
+    check_types(file, path)
     groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
     if groups != shard.row_groups:
         raise IntegrityError(
@@ -156,24 +166,33 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """Open a Parquet file with page checksums verified and extension types off.
+    """Open a Parquet file with page checksums verified, extension types off, and its footer bounded.
 
     Raises:
         IntegrityError: it is no Parquet file.
     """
+    read_footer(path)
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True, arrow_extensions_enabled=False)
+        return pq.ParquetFile(
+            path,
+            page_checksum_verification=True,
+            arrow_extensions_enabled=False,
+            thrift_string_size_limit=_MOST_THRIFT_STRING,
+            thrift_container_size_limit=_MOST_THRIFT_ITEMS,
+            schema_depth_limit=_MOST_DEPTH,
+        )
     except _DAMAGE as error:
         raise IntegrityError(f"{path}: is not a Parquet file: {_first_line(error)}") from None
 
 
 def read_row_group(file: pq.ParquetFile, path: Path, group: int, *, columns: Sequence[str] | None = None) -> pa.Table:
-    """One row group, or some columns of it, the page checksums verified.
+    """One row group, or some columns of it, the page checksums verified, its size in memory bounded before anything is decoded.
 
     Raises:
         IntegrityError: bytes were changed; names the file and the row group.
     """
     try:
+        check_row_group(file, path, group, columns)
         return file.read_row_group(group, columns=columns)
     except _DAMAGE as error:
         raise IntegrityError(f"{path}: row group {group} is damaged: {_first_line(error)}; {REMEDY}") from None
@@ -218,9 +237,11 @@ class CacheDataset(Dataset[CachedExample]):
 
     def column(self, name: str) -> np.ndarray:
         """One plain column of the whole split, (rows,)."""
-        names = list(dict.fromkeys(name for name, _ in self.groups))
-        parts = [_read_column(self._path(shard), name) for shard in names]
-        return np.concatenate([part.to_numpy() for part in parts]) if parts else np.zeros(0)
+        parts = []
+        for shard, group in self.groups:
+            path = self._path(shard)
+            parts.append(read_row_group(open_shard(path), path, group, columns=[name]).column(0).to_numpy())
+        return np.concatenate(parts) if parts else np.zeros(0)
 
     def num_tokens(self) -> np.ndarray:
         """(rows,) int64: the length of each row of the whole split. Reads the token ids, a row group at a time."""
@@ -239,6 +260,7 @@ class CacheDataset(Dataset[CachedExample]):
             path = self._path(name)
             contract = self.manifest.contract
             table = read_row_group(open_shard(path), path, i)
+            check_contents(table, contract, f"{path}: row group {i}")
             self._decoded[group] = unpack(table, contract.encoding, contract.num_classes)
             self._left[group] = table.num_rows
         self._decoded.move_to_end(group)
@@ -248,11 +270,22 @@ class CacheDataset(Dataset[CachedExample]):
         return Layout(self.root).shard(name)
 
 
-def _read_column(path: Path, name: str) -> pa.ChunkedArray:
-    try:
-        return open_shard(path).read(columns=[name]).column(0)
-    except _DAMAGE as error:
-        raise IntegrityError(f"{path}: column {name} is damaged: {_first_line(error)}; {REMEDY}") from None
+def check_beside(root: Path) -> None:
+    """Refuse what some other tool might unpickle or run, and links.
+
+    Raises:
+        IntegrityError: names the file.
+    """
+    for folder in (root, root / "data", root / "reports", root / "receipts", root / "tokenizer"):
+        if folder != root and folder.is_symlink():
+            raise IntegrityError(f"{folder}: is a symbolic link, which may point anywhere; {_COPY}")
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if entry.is_symlink():
+                raise IntegrityError(f"{folder / entry.name}: is a symbolic link, which may point anywhere; {_COPY}")
+            if Path(entry.name).suffix.lower() in _PICKLED:
+                raise IntegrityError(
+                    f"{folder / entry.name}: is of a kind that runs code when it is opened, and no part of a cache; move it out"
+                )
 
 
 def _first_line(error: Exception) -> str:

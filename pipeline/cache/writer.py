@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.codec import pack
 from pipeline.cache.commit import write_atomically
+from pipeline.cache.crash import reached
+from pipeline.cache.pages import read_footer
 from pipeline.cache.schema import parquet_settings
 from pipeline.records import CachedExample, Shard, ShardPlan
 
@@ -42,6 +44,7 @@ def write_shard(path: Path, plan: ShardPlan, rows: Sequence[CachedExample], sche
         ) as writer:
             for group in groups:
                 writer.write_table(pack(group, schema), row_group_size=len(group))
+                reached("shard:row-group")
 
     write_atomically(path, write)
     return Shard(
@@ -53,6 +56,7 @@ def write_shard(path: Path, plan: ShardPlan, rows: Sequence[CachedExample], sche
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
         row_groups=tuple(len(group) for group in groups),
+        footer_sha256=footer_sha256(path),
     )
 
 
@@ -60,6 +64,15 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def footer_sha256(path: Path) -> str:
+    """SHA-256 of a Parquet file's footer, hexadecimal.
+
+    Raises:
+        IntegrityError: it has none.
+    """
+    return hashlib.sha256(read_footer(path)).hexdigest()
 
 
 def _row_groups(rows: Sequence[CachedExample]) -> Iterator[Sequence[CachedExample]]:
@@ -75,5 +88,7 @@ def _row_groups(rows: Sequence[CachedExample]) -> Iterator[Sequence[CachedExampl
 
 def _memory(row: CachedExample) -> int:
     """Roughly the bytes of a row once read back: what bounds the memory of a training run."""
-    soft = row.soft
-    return 8 * row.example.num_tokens + 8 * (len(soft.top_ids) + len(soft.tail_ids)) + 4 * soft.log_residuals.numel()
+    soft, example = row.soft, row.example
+    texts = [example.text, example.text_pair, *example.kept.values()]
+    text = sum(len(value) for value in texts if isinstance(value, str))
+    return 8 * example.num_tokens + 8 * (len(soft.top_ids) + len(soft.tail_ids)) + 4 * soft.log_residuals.numel() + text

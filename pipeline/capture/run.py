@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Layout, Plan
-from pipeline.cache.build import finish, finished, is_finished, missing, open_layout, opened
+from pipeline.cache.build import finish, is_finished, missing, open_layout, opened, withdraw
+from pipeline.cache.claims import Claims, finished
 from pipeline.capture.job import Job, make_job, prepare
 from pipeline.capture.shard import capture_shards, forward, read_shard
 from pipeline.config import CacheLogitsConfig, DataConfig
@@ -113,18 +114,21 @@ def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
         return already(job.layout)
     if waiting:
         check_head(job)
-    with progress_bar(job.plan, waiting, part) as bar:
-        capture_shards(job, waiting, lambda receipt: advance(bar, receipt))
+    with progress_bar(job.plan, waiting, part) as bar, Claims(job.layout, job.plan) as claims:
+
+        def done(receipt: Receipt) -> None:
+            claims.release(receipt.plan.name)
+            bar.update(receipt.plan.stop - receipt.plan.start)
+
+        capture_shards(job, claims.take(waiting), done)
     return finish_when_whole(job.layout, job.plan)
 
 
 def outstanding(layout: Layout, plan: Plan, part: tuple[int, int] | None = None) -> list[ShardPlan]:
     """The shards of a part that are still to be made, damaged ones of a finished cache too."""
     waiting = [shard for shard in shards_of(plan, part) if finished(layout, shard) is None]
-    if waiting and plan.parent is None and layout.manifest.is_file():
-        # On another device a shard made anew is as valid, with other bytes: then it is another cache.
-        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", layout.name, len(waiting))
-        layout.manifest.unlink()
+    if plan.parent is None:
+        withdraw(layout, waiting)
     return waiting
 
 
@@ -154,11 +158,6 @@ def progress_bar(plan: Plan, waiting: Sequence[ShardPlan], part: tuple[int, int]
     """Source rows, those of finished shards counted already."""
     total, left = (sum(shard.stop - shard.start for shard in shards) for shards in (shards_of(plan, part), waiting))
     return tqdm(total=total, initial=total - left, unit="row", desc="cache-logits", disable=None)
-
-
-def advance(bar: tqdm[Any], receipt: Receipt) -> None:
-    """One shard further."""
-    bar.update(receipt.plan.stop - receipt.plan.start)
 
 
 def check_head(job: Job) -> None:

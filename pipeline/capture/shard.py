@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.cache.build import record
 from pipeline.cache.codec import content_hash
+from pipeline.cache.crash import reached
 from pipeline.cache.writer import write_shard
 from pipeline.capture.forward import broken_rows, device_name, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import Job
@@ -159,6 +160,7 @@ class _ShardLabels:
     def write(self, done: Callable[[Receipt], None]) -> None:
         """Write the shard, then its receipt: it counts from there on."""
         job, tokens = self._job, self._tokens
+        reached("shard:encoded")
         written = _write(job, tokens.shard, [self._cached[i] for i in sorted(self._cached)])
         receipt = Receipt(
             shard=written,

@@ -17,6 +17,7 @@ import torch
 
 from pipeline.cache import Cache
 from pipeline.cache.build import clear, current_plan, is_finished, open_layout
+from pipeline.cache.claims import Claims
 from pipeline.capture.deal import Deal
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar
@@ -24,7 +25,7 @@ from pipeline.capture.shard import capture_shards
 from pipeline.config import CacheLogitsConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.models.quiet import quiet_libraries
-from pipeline.records import ShardPlan
+from pipeline.records import Receipt, ShardPlan
 
 logger = logging.getLogger(__name__)
 
@@ -102,19 +103,28 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int) -> No
         job = prepare(config)
         check_head(job)
         connection.send(_Message())
-        capture_shards(job, _given(job, connection), lambda receipt: connection.send(_Message(made=receipt.plan.name)))
+        claims = Claims(job.layout, job.plan)
+
+        def done(receipt: Receipt) -> None:
+            claims.release(receipt.plan.name)
+            connection.send(_Message(made=receipt.plan.name))
+
+        capture_shards(job, _given(job, connection, claims), done)
     except PipelineError as error:
         connection.send(_Message(error=error))
     os._exit(0)  # the thread that waits for shards would not end
 
 
-def _given(job: Job, connection: Connection) -> Iterator[ShardPlan]:
+def _given(job: Job, connection: Connection, claims: Claims) -> Iterator[ShardPlan]:
+    """The shards that the parent names. A claim says that this cache is being written; where another capture holds it, the shard is made all the same."""
     shards = {shard.name: shard for shard in job.plan.shards}
     while True:
         try:
-            yield shards[connection.recv()]
+            name = connection.recv()
         except EOFError:
             os._exit(1)
+        claims.hold(name)
+        yield shards[name]
 
 
 def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: int) -> _Worker:

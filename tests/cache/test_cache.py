@@ -18,7 +18,7 @@ from datasets import load_dataset
 
 from pipeline.cache import Cache, verify
 from pipeline.cache.build import begin
-from pipeline.cache.commit import create_exclusively, sweep, temporary_name, write_atomically
+from pipeline.cache.commit import create_exclusively, sweep, temporary_path, write_atomically
 from pipeline.cache.manifest import Layout
 from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, IntegrityError
@@ -267,17 +267,18 @@ def test_of_two_writers_one_creates(tmp_path):
 
 
 def test_orphans_of_dead_processes_are_swept(tmp_path):
-    mine = temporary_name("x").removesuffix(f"{os.getpid()}-x")
-    (tmp_path / f"{mine}999999999-train-00000.parquet").write_text("half")
-    (tmp_path / f"{mine}1-train-00001.parquet").write_text("somebody is at it")
-    (tmp_path / f"{mine}999999999-tokenizer").mkdir()
-    (tmp_path / f"{mine}999999999-tokenizer" / "tokenizer.json").write_text("half")
-    (tmp_path / ".tmp-elsewhere-999999999-new").write_text("a machine that we cannot see into")
-    (tmp_path / ".tmp-elsewhere-999999999-old").write_text("half")
-    os.utime(tmp_path / ".tmp-elsewhere-999999999-old", (0, 0))
+    """Of another machine on a shared disk nobody knows whether a process lives, so its files stay for a week."""
+    _, ours, name = temporary_path(tmp_path / "x").name.removeprefix(".tmp-").split("-")
+    assert name == "x"
+    living = {f".tmp-1-{ours}-train-00001.parquet", ".tmp-999999999-00000000-train-00002.parquet"}
+    dead = {f".tmp-999999999-{ours}-train-00000.parquet", f".tmp-{10**30}-{ours}-a", ".tmp-999999999-00000000-old"}
+    for file in living | dead:
+        (tmp_path / file).write_text("half")
+    os.utime(tmp_path / ".tmp-999999999-00000000-old", (0, 0))
+    (tmp_path / f".tmp-999999999-{ours}-tokenizer").mkdir()
+    (tmp_path / f".tmp-999999999-{ours}-tokenizer" / "tokenizer.json").write_text("half")
     sweep(tmp_path)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == sorted([f"{mine}1-train-00001.parquet", ".tmp-elsewhere-999999999-new"])
+    assert {path.name for path in tmp_path.iterdir()} == living
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 1])

@@ -1,0 +1,198 @@
+"""Two captures of one plan in one directory share the work: a shard belongs to the process that holds its claim.
+
+A claim is a lock (`flock`) on a small file in `receipts/`, so that the claim of a killed process is free at once. It saves work and keeps two devices
+from writing one shard in turns; that a cache is whole does not depend on it (shards and receipts have their names only when they are whole, and of two
+manifests one wins). On a disk without locks every process takes every shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pipeline.cache.commit import full_disk
+from pipeline.cache.manifest import Layout, Plan, check_same_contract, load_receipt, parse
+from pipeline.cache.writer import file_sha256
+from pipeline.errors import ContractError
+from pipeline.records import Receipt, ShardPlan
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = ".claim-"
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+class Claims:
+    """The claims that one process holds. A context: at its end they are free."""
+
+    def __init__(self, layout: Layout, plan: Plan) -> None:
+        self._layout, self._plan = layout, plan
+        self._held: dict[str, int] = {}
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._held):
+            self.release(name)
+
+    def take(self, shards: Iterable[ShardPlan], *, wait: bool = True) -> Iterator[ShardPlan]:
+        """The shards that this process is to make, one after another, each held until it is released.
+
+        Args:
+            wait: what others are making comes last, and is waited for; with False it is left to them.
+
+        Those that others have finished meanwhile are left out.
+
+        Raises:
+            ContractError: another capture has taken the directory (`--overwrite`).
+        """
+        ours = _plan_file(self._layout)
+        check_same_contract(self._plan, parse(Plan, self._layout.plan), self._layout.name)
+        taken: list[ShardPlan] = []
+        for shard in shards:
+            if not self.hold(shard.name):
+                taken.append(shard)
+                continue
+            _check_plan_file(self._layout, ours)
+            if finished(self._layout, shard) is None:
+                yield shard
+            else:
+                self.release(shard.name)
+        for shard in taken if wait else ():
+            self.hold(shard.name, wait=True)
+            _check_plan_file(self._layout, ours)
+            if finished(self._layout, shard) is None:
+                yield shard
+            else:
+                self.release(shard.name)
+        _check_plan_file(self._layout, ours)
+
+    def hold(self, name: str, *, wait: bool = False) -> bool:
+        """Take the claim of one shard. Gives whether it is ours: always, with `wait`.
+
+        Raises:
+            ContractError: the directory's capture is gone.
+            CacheError: it cannot be written.
+        """
+        handle = _lock(_path(self._layout, name), wait)
+        if handle is not None:
+            self._held[name] = handle
+        return handle is not None
+
+    def release(self, name: str) -> None:
+        """Let go of the claim of one shard, where it is held."""
+        handle = self._held.pop(name, None)
+        if handle is not None:
+            _path(self._layout, name).unlink(
+                missing_ok=True
+            )  # before the lock is free: who gets it then sees that the name is gone
+            os.close(handle)
+
+
+def is_claimed(directory: Path) -> bool:
+    """Whether a live process holds a claim in a directory of receipts."""
+    for path in directory.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(path, os.O_RDWR)
+            try:
+                if not _try_lock(handle):
+                    return True
+            finally:
+                os.close(handle)
+    return False
+
+
+def sweep_claims(layout: Layout, plan: Plan) -> None:
+    """Remove the claims of killed processes."""
+    with Claims(layout, plan) as claims:
+        for path in layout.plan.parent.glob(f"{_PREFIX}*"):
+            claims.hold(path.name.removeprefix(_PREFIX))
+
+
+def finished(layout: Layout, plan: ShardPlan) -> Receipt | None:
+    """The receipt of a shard that is whole; None where it is still to be made.
+
+    A local shard is hashed. One behind a URL was sent whole, so that its size tells.
+    """
+    receipt = load_receipt(layout, plan.name)
+    if receipt is None or receipt.plan != plan:
+        return None
+    if receipt.shard.rows == 0:
+        return receipt
+    path = layout.shard(plan.name)
+    if layout.outbox is not None:
+        whole = layout.outbox.size(f"data/{path.name}") == receipt.shard.bytes
+    else:
+        whole = path.is_file() and file_sha256(path) == receipt.shard.sha256
+    return receipt if whole else None
+
+
+def _path(layout: Layout, name: str) -> Path:
+    return layout.receipt(name).with_name(f"{_PREFIX}{name}")
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """An open file with the lock on it; None where another has it. Looks again and again rather than blocks, so that Ctrl-C is heard everywhere."""
+    told = False
+    while True:
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        except FileNotFoundError:
+            raise ContractError(
+                f"{path.parent.parent}: the capture that was going on here is gone; another command has removed it (--overwrite)"
+            ) from None
+        except OSError as error:
+            raise full_disk(path, error) from error
+        if _try_lock(handle):
+            if _same_file(handle, path):
+                return handle
+            os.close(handle)
+            continue
+        os.close(handle)
+        if not wait:
+            return None
+        if not told:
+            logger.info("%s: another process is making it; waiting", path.name.removeprefix(_PREFIX))
+            told = True
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return True  # a disk without locks
+        raise
+    return True
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _plan_file(layout: Layout) -> tuple[int, int] | None:
+    try:
+        found = layout.plan.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _check_plan_file(layout: Layout, ours: tuple[int, int] | None) -> None:
+    if _plan_file(layout) != ours:
+        raise ContractError(
+            f"{layout.name}: another capture has begun here (--overwrite), and its plan has replaced this one's; use another --output"
+        )

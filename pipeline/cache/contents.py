@@ -1,0 +1,178 @@
+"""Do the columns of a row group fit each other and the contract? Looked at before any row is handed on.
+
+Training takes ids as indices and counts as cuts, so a wrong one would be another row's soft labels, or the end of the process on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.cache.codec import tail_ids
+from pipeline.errors import IntegrityError
+from pipeline.records import Contract, Full, Sampled
+
+#: Columns that may be empty in a row; those of the source may too.
+_NULLABLE = ("label",)
+#: What float16 may round a probability of 1 up to, nats.
+_SLACK = 1e-2
+
+
+def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
+    """Check nulls, lengths, counts and ranges of every row.
+
+    Returns:
+        The supervised positions.
+
+    Raises:
+        IntegrityError: names `where` and the column.
+    """
+    check = _Check(where)
+    ours = [name for name in table.column_names if name in _CHECKED]
+    if not table.num_rows:
+        return 0
+    lists = {name: _list(table, name, check) for name in ours if pa.types.is_list(table.schema.field(name).type)}
+    for name in ours:
+        if name not in lists and name not in _NULLABLE:
+            check(table.column(name).null_count == 0, f"{name}: expected a value in every row")
+    tokens = lists["input_ids"]
+    longest = contract.tokenization.max_length
+    check(bool((tokens.counts > 0).all()), "input_ids: expected at least one token in every row")
+    check(not longest or int(tokens.counts.max()) <= longest, f"input_ids: expected at most {longest} tokens in a row")
+    check.range(tokens.values, contract.tokenizer.vocabulary_size, "input_ids")
+    if "token_type_ids" in lists:
+        check.same(lists["token_type_ids"].counts, tokens.counts, "token_type_ids: expected one for each token")
+        check.range(lists["token_type_ids"].values, 1 << 16, "token_type_ids")
+    positions = np.ones(table.num_rows, dtype=np.int64)
+    if "supervised" in lists:
+        flags = lists["supervised"]
+        check.same(flags.counts, tokens.counts, "supervised: expected one flag for each token")
+        check(not flags.values[flags.ends - 1].any(), "supervised: expected the last token of a row not to be")
+        positions = flags.sums()
+    if "document_lengths" in lists:
+        documents = lists["document_lengths"]
+        check(bool((documents.values > 0).all()), "document_lengths: expected at least 1")
+        check.same(documents.sums(), tokens.counts, "document_lengths: expected the tokens of the row in all")
+    if "label" in ours:
+        labels = table.column("label").drop_null().to_numpy()
+        check.range(labels, contract.num_classes, "label")
+    if "text_bytes" in ours:
+        check(int(table.column("text_bytes").to_numpy().min()) >= 0, "text_bytes: expected at least 0")
+    if "entropy" in lists:
+        check.same(lists["entropy"].counts, positions, "entropy: expected one a position")
+    if isinstance(contract.encoding, Full):
+        logits = lists["logits"]
+        check.same(
+            logits.counts, positions * contract.num_classes, f"logits: expected {contract.num_classes} a position"
+        )
+        check(
+            not bool((logits.values.max(initial=-np.inf) > _SLACK) | np.isnan(logits.values.max(initial=-np.inf))),
+            "logits: expected at most 0",
+        )
+    else:
+        _check_kept(check, lists, contract, positions)
+    return int(positions.sum())
+
+
+def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, positions: np.ndarray) -> None:
+    encoding, classes = contract.encoding, contract.num_classes
+    values = lists["top_weights" if isinstance(encoding, Sampled) else "top_logprobs"]
+    counts, ids = lists["top_count"], lists["top_ids"]
+    check.same(counts.counts, positions, "top_count: expected one a position")
+    check(bool((counts.values > 0).all()), "top_count: expected at least 1")
+    check.same(ids.counts, counts.sums(), "top_ids: expected as many as top_count says")
+    check.same(values.counts, ids.counts, f"{values.name}: expected as many as top_count says")
+    check.range(ids.values, classes, "top_ids")
+    if isinstance(encoding, Sampled):
+        check.range(values.values, encoding.steps + 1, "top_weights")
+        tails, gaps = lists["tail_count"], lists["tail_gaps"]
+        check.same(tails.counts, positions, "tail_count: expected one a position")
+        check.same(gaps.counts, tails.sums(), "tail_gaps: expected as many as tail_count says")
+        check.range(tail_ids(gaps.values, np.append(0, np.cumsum(tails.values, dtype=np.int64))), classes, "tail_gaps")
+        return
+    grid = len(getattr(encoding, "temperatures", ()))
+    residuals = lists["log_residuals"]
+    check.same(residuals.counts, positions * grid, f"log_residuals: expected {grid} a position")
+    for name in ("top_logprobs", "log_residuals"):
+        check(_are_log_probabilities(lists[name].values), f"{name}: expected log-probabilities, at most 0")
+
+
+_CHECKED = (
+    *(
+        "source_row",
+        "piece",
+        "content_hash",
+        "input_ids",
+        "token_type_ids",
+        "supervised",
+        "text_bytes",
+        "document_lengths",
+    ),
+    *("label", "logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps"),
+    *("log_residuals", "entropy", "teacher_nll_sum", "teacher_entropy_sum"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    """One list column, flat."""
+
+    name: str
+    counts: np.ndarray
+    """(rows,) int64."""
+    values: np.ndarray
+
+    @property
+    def ends(self) -> np.ndarray:
+        """(rows,): where each row ends in the values."""
+        ends: np.ndarray = np.cumsum(self.counts)
+        return ends
+
+    def sums(self) -> np.ndarray:
+        """(rows,) int64."""
+        total = np.append(0, np.cumsum(self.values, dtype=np.int64))
+        sums: np.ndarray = total[self.ends] - total[self.ends - self.counts]
+        return sums
+
+
+def _list(table: pa.Table, name: str, check: _Check) -> _List:
+    array = table.column(name).combine_chunks()
+    offsets = array.offsets.to_numpy()
+    values = array.values[offsets[0] : offsets[-1]]
+    check(array.null_count == 0 and values.null_count == 0, f"{name}: expected a value everywhere, found nulls")
+    return _List(name, np.diff(offsets).astype(np.int64), values.to_numpy(zero_copy_only=False))
+
+
+def _are_log_probabilities(values: np.ndarray) -> bool:
+    """Whether none is NaN or above 0, but for rounding. Of float16 by its bits, which are compared faster."""
+    if values.dtype != np.float16:
+        return not bool((values > _SLACK).any() or np.isnan(values).any())
+    bits = values.view(np.uint16)
+    most = int(np.float16(_SLACK).view(np.uint16))
+    positive, negative = bits < 0x8000, bits & 0x7FFF
+    return not bool(((negative > 0x7C00) | (positive & (bits > most))).any())
+
+
+class _Check:
+    """Raises where a condition does not hold."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __call__(self, condition: bool, what: str) -> None:
+        if not condition:
+            raise IntegrityError(f"{self._where}: {what}")
+
+    def same(self, found: np.ndarray, expected: np.ndarray, what: str) -> None:
+        """Both hold a number for each row."""
+        if not np.array_equal(found, expected):
+            row = int(np.flatnonzero(found != expected)[0])
+            self(False, f"{what} (row {row} of the group: expected {expected[row]}, found {found[row]})")
+
+    def range(self, values: np.ndarray, stop: int, name: str) -> None:
+        """Whole numbers of 0 to stop - 1."""
+        if len(values):
+            low, high = int(values.min()), int(values.max())
+            self(low >= 0 and high < stop, f"{name}: expected 0 to {stop - 1}, found {low if low < 0 else high}")

@@ -1,0 +1,226 @@
+"""What a Parquet file says of its pages, before anything is decoded: a few kilobytes can claim to be gigabytes.
+
+The footer's own sums may lie, and so they do not bound what decoding takes. The header in front of each page is what the decoder goes by: its sizes bound
+what is decompressed, its count of values what they become. Headers are Thrift's compact protocol (https://parquet.apache.org/docs/file-format/); pyarrow
+does not show them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import IntegrityError
+
+#: Of one row group, decoded. The writer's have 16 MB, or one row; the largest row that a capture makes has 64.
+MOST_BYTES = 256 << 20
+_MOST_FOOTER = 16 << 20
+_MOST_PAGES = 10_000
+_HEADER_WINDOW = 1 << 16
+#: Of a value in memory, with its two levels; byte strings are bounded by what is decompressed.
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
+_LEVELS = 4
+
+
+def read_footer(path: Path) -> bytes:
+    """The footer of a Parquet file, which no page checksum covers.
+
+    Raises:
+        IntegrityError: there is none, or it is larger than any of ours.
+    """
+    with path.open("rb") as handle:
+        size = handle.seek(0, 2)
+        handle.seek(max(size - 8, 0))
+        tail = handle.read(8)
+        if size < 12 or tail[4:] != b"PAR1":
+            raise IntegrityError(f"{path}: is not a Parquet file: it does not end as one")
+        (length,) = struct.unpack("<I", tail[:4])
+        if length > min(size - 12, _MOST_FOOTER):
+            raise IntegrityError(
+                f"{path}: footer: expected at most {min(size - 12, _MOST_FOOTER)} bytes, found {length}"
+            )
+        handle.seek(size - 8 - length)
+        return handle.read(length)
+
+
+def check_types(file: pq.ParquetFile, path: Path) -> None:
+    """Refuse physical types, nesting and Arrow types that no cache has.
+
+    Raises:
+        IntegrityError: names the column.
+    """
+    if b"ARROW:schema" in (file.metadata.metadata or {}):
+        raise IntegrityError(
+            f"{path}: holds an Arrow schema of its own, which no cache does; it may name extension types"
+        )
+    for i in range(len(file.schema)):
+        column = file.schema.column(i)
+        known = column.physical_type in _WIDTHS or column.physical_type == "BYTE_ARRAY" or _is_half(column)
+        if not known or column.max_repetition_level > 1 or column.max_definition_level > 3:
+            raise IntegrityError(
+                f"{path}: column {column.path}: expected a number, a text or a list of numbers, found {column.physical_type}, nested {column.max_repetition_level} deep"
+            )
+
+
+def check_row_group(file: pq.ParquetFile, path: Path, group: int, columns: Sequence[str] | None = None) -> None:
+    """Refuse a row group that would take more memory than any of ours.
+
+    Args:
+        columns: those that are to be read; default: all.
+
+    Raises:
+        IntegrityError: names the file, the row group and the column.
+    """
+    total = 0
+    metadata = file.metadata.row_group(group)
+    with path.open("rb") as handle:
+        for i in range(metadata.num_columns):
+            chunk = metadata.column(i)
+            if columns is not None and chunk.path_in_schema.partition(".")[0] not in columns:
+                continue
+            where = f"{path}: row group {group}: column {chunk.path_in_schema}"
+            pages = _read_pages(handle, chunk, where)
+            if pages.values != chunk.num_values:
+                raise IntegrityError(
+                    f"{where}: values differ between pages and footer (expected {chunk.num_values}, found {pages.values})"
+                )
+            total += _decoded_bytes(pages, file.schema.column(i), path, group, where)
+            if total > MOST_BYTES:
+                raise IntegrityError(
+                    f"{where}: would take more than {MOST_BYTES >> 20} MB of memory with those before it"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """The sums over one column chunk's pages."""
+
+    values: int
+    bytes: int
+    """Decompressed."""
+    dictionary_bytes: int
+
+
+def _read_pages(handle: BinaryIO, chunk: Any, where: str) -> _Pages:
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
+        start = chunk.dictionary_page_offset
+    end = start + chunk.total_compressed_size
+    if start < 4 or chunk.total_compressed_size < 0 or end > handle.seek(0, 2):
+        raise IntegrityError(f"{where}: stands outside of the file")
+    values = decompressed = dictionary = 0
+    for _ in range(_MOST_PAGES):
+        if start >= end:
+            return _Pages(values, decompressed, dictionary)
+        handle.seek(start)
+        header = _Header(handle.read(min(_HEADER_WINDOW, end - start)), where)
+        fields = header.read_struct()
+        size, compressed = fields.get(2), fields.get(3)
+        if not isinstance(size, int) or not isinstance(compressed, int) or size < 0 or compressed < 0:
+            raise IntegrityError(f"{where}: page header: expected sizes, found {size!r} and {compressed!r}")
+        decompressed += size
+        data = fields.get(5) or fields.get(8)
+        if isinstance(data, dict):
+            count = data.get(1)
+            if not isinstance(count, int) or count < 0:
+                raise IntegrityError(f"{where}: page header: expected a count of values, found {count!r}")
+            values += count
+        elif fields.get(7) is not None:
+            dictionary += size
+        start += header.position + compressed
+    raise IntegrityError(f"{where}: expected at most {_MOST_PAGES} pages")
+
+
+def _decoded_bytes(pages: _Pages, column: Any, path: Path, group: int, where: str) -> int:
+    if column.physical_type != "BYTE_ARRAY":
+        width = int(_WIDTHS.get(column.physical_type, column.length))
+        return max(pages.bytes, pages.values * (width + _LEVELS))
+    if pages.values * pages.dictionary_bytes <= MOST_BYTES:
+        return pages.bytes + pages.values * (pages.dictionary_bytes + _LEVELS)
+    if pages.bytes > MOST_BYTES:
+        return pages.bytes
+    # One text of the dictionary may stand for a thousand: count what they are, without writing them out.
+    try:
+        coded = (
+            pq.ParquetFile(path, read_dictionary=[column.path]).read_row_group(group, columns=[column.path]).column(0)
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"{where}: is damaged: {str(error).splitlines()[0][:200]}") from None
+    total = pages.bytes
+    for part in coded.chunks:
+        lengths = pa.compute.binary_length(part.dictionary)
+        total += pa.compute.sum(lengths.take(part.indices)).as_py() or 0
+    return int(total)
+
+
+def _is_half(column: Any) -> bool:
+    return bool(column.physical_type == "FIXED_LEN_BYTE_ARRAY" and column.length == 2)
+
+
+class _Header:
+    """One struct of Thrift's compact protocol: field number -> integer or struct; what else there is, is stepped over."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        self._data = data
+        self._where = where
+        self.position = 0
+
+    def read_struct(self, depth: int = 0) -> dict[int, Any]:
+        """The fields up to the struct's end."""
+        if depth > 4:
+            raise self._damaged()
+        found: dict[int, Any] = {}
+        number = 0
+        while kind := self._byte():
+            number = number + (kind >> 4) if kind >> 4 else self._zigzag()
+            found[number] = self._value(kind & 15, depth)
+        return found
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in (1, 2):  # true, false
+            return kind == 1
+        if kind == 3:
+            return self._byte()
+        if kind in (4, 5, 6):
+            return self._zigzag()
+        if kind == 7:
+            return self._skip(8)
+        if kind == 8:
+            return self._skip(self._varint())
+        if kind == 12:
+            return self.read_struct(depth + 1)
+        raise self._damaged()
+
+    def _byte(self) -> int:
+        if self.position >= len(self._data):
+            raise self._damaged()
+        self.position += 1
+        return self._data[self.position - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while shift < 70:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+        raise self._damaged()
+
+    def _zigzag(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
+
+    def _skip(self, count: int) -> None:
+        if count > len(self._data) - self.position:
+            raise self._damaged()
+        self.position += count
+
+    def _damaged(self) -> IntegrityError:
+        return IntegrityError(f"{self._where}: a page header is damaged")

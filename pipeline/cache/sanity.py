@@ -1,0 +1,130 @@
+"""Is a manifest one that a capture could have written? Hashes say that it is whole, not that it means well."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.cache.schema import cache_schema, describe
+from pipeline.errors import PipelineError
+from pipeline.records import Contract, Full, Manifest, Sampled, Shard, TopK
+from pipeline.tasks import get_task
+
+#: Shard names are file names, not paths: nothing in a manifest can point out of the cache.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+#: More classes, tokens or rows than any cache has: what is larger would end as an overflow somewhere.
+_MOST_CLASSES, _MOST = 1 << 24, 1 << 48
+_KEPT = re.compile(r"null|bool|string|u?int(8|16|32|64)|halffloat|float|double")
+_MOST_STRING = 10_000
+
+
+def contract_problem(contract: Contract) -> str | None:
+    """What is wrong with a contract by itself, as `path: expected ..., found ...`; None: nothing."""
+    return next(_of_contract(contract), None)
+
+
+def manifest_problem(manifest: Manifest) -> str | None:
+    """What is wrong with a contract and its shard table; None: nothing."""
+    problem = contract_problem(manifest.contract)
+    return problem or next(_of_shards(manifest.shards), None) or next(_of_rest(manifest), None)
+
+
+def _of_contract(contract: Contract) -> Iterator[str]:
+    for where, text in _strings(dataclasses.asdict(contract)):
+        if len(text) > _MOST_STRING or any(unicodedata.category(c) == "Cc" for c in text):
+            yield f"{where}: expected text without control characters, found {text[:60]!r}"
+    try:
+        task = get_task(contract.task)
+    except PipelineError as error:
+        yield str(error)
+        return
+    classes, encoding = contract.num_classes, contract.encoding
+    if not 2 <= classes <= _MOST_CLASSES:
+        yield f"num_classes: expected 2 to {_MOST_CLASSES}, found {classes}"
+    names = contract.label_names
+    if (names is None) != task.classes_are_tokens or (names is not None and len(names) != classes):
+        yield f"label_names: expected {'none' if task.classes_are_tokens else classes}, found {names if names is None else len(names)}"
+    vocabulary = contract.tokenizer.vocabulary_size
+    if not 1 <= vocabulary <= _MOST_CLASSES:
+        yield f"tokenizer.vocabulary_size: expected 1 to {_MOST_CLASSES}, found {vocabulary}"
+    if task.classes_are_tokens and classes > vocabulary:
+        yield f"num_classes: expected at most the {vocabulary} tokens of the tokenizer, found {classes}"
+    for name, token in contract.tokenizer.special_ids.items():
+        if not 0 <= token < vocabulary:
+            yield f"tokenizer.special_ids.{name}: expected 0 to {vocabulary - 1}, found {token}"
+    if not 0 <= contract.tokenization.max_length <= _MOST_CLASSES:
+        yield f"tokenization.max_length: expected 0 to {_MOST_CLASSES}, found {contract.tokenization.max_length}"
+    if not isinstance(encoding, Full | Sampled):
+        grid = encoding.temperatures
+        if not grid or len(grid) > 64 or not all(0 < t < math.inf for t in grid):
+            yield f"encoding.temperatures: expected 1 to 64 above 0, found {grid[:8]}"
+        if not (encoding.k >= 1 if isinstance(encoding, TopK) else 0 < encoding.p <= 1):
+            yield f"encoding: expected k of at least 1 or p in (0, 1], found {encoding}"
+    yield from _of_columns(contract, task.classes_are_tokens)
+
+
+def _of_columns(contract: Contract, token_classes: bool) -> Iterator[str]:
+    """The columns are those of the encoding and the task, each of its one type, and kept ones of plain types."""
+    found = contract.columns
+    schema = cache_schema(
+        contract.encoding,
+        contract.num_classes,
+        token_classes=token_classes,
+        token_type_ids="token_type_ids" in found,
+        text="text" in found,
+        text_pair="text_pair" in found,
+        documents="document_lengths" in found,
+        entropy="entropy" in found,
+    )
+    expected = describe(schema)
+    for name, kind in expected.items():
+        if name not in found:
+            yield f"columns: expected {name}, as encoding {contract.encoding.kind} has, found {', '.join(found)}; cache again with this release"
+        elif found[name] != kind:
+            yield f"columns.{name}: expected {kind}, found {found[name]}"
+    for name, kind in found.items():
+        if name not in expected and (not _KEPT.fullmatch(kind) or not name):
+            yield f"columns.{name}: expected a text, a number or a boolean, found {kind}"
+
+
+def _of_shards(shards: tuple[Shard, ...]) -> Iterator[str]:
+    seen: set[str] = set()
+    if not shards:
+        yield "shards: expected at least one, found none"
+    for i, shard in enumerate(shards):
+        for what, text in (("name", shard.name), ("split", shard.split)):
+            if not NAME.fullmatch(text):
+                yield f"shards.{i}: shard {what}: expected a plain file name, found {text[:200]!r}"
+        if shard.name.lower() in seen:
+            yield f"shards.{i}: shard name: expected each once, found {shard.name!r} again"
+        seen.add(shard.name.lower())
+        for hashed in (shard.sha256, shard.footer_sha256):
+            if not _SHA256.fullmatch(hashed):
+                yield f"shards.{i}: sha256: expected 64 hexadecimal digits, found {hashed[:80]!r}"
+        for name in ("rows", "positions", "tokens", "bytes"):
+            if not 1 <= getattr(shard, name) < _MOST:
+                yield f"shards.{i}.{name}: expected at least 1, found {getattr(shard, name)}"
+        if min(shard.row_groups, default=0) < 1 or sum(shard.row_groups) != shard.rows:
+            yield f"shards.{i}.row_groups: expected {shard.rows} rows in all, found {sum(shard.row_groups)}"
+
+
+def _of_rest(manifest: Manifest) -> Iterator[str]:
+    if not 0 <= manifest.bad_rows < _MOST:
+        yield f"bad_rows: expected at least 0, found {manifest.bad_rows}"
+
+
+def _strings(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(str(key), f"{where}.{key[:40]}" if where else str(key)[:40])
+            yield from _strings(item, f"{where}.{key[:40]}" if where else str(key)[:40])
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _strings(item, f"{where}.{i}")
