@@ -60,7 +60,7 @@ def verify(root: Path, *, quick: bool = False) -> Verification:
     listed = {f"{shard.name}.parquet" for shard in manifest.shards}
     extra = [path for path in sorted(layout.data.glob("*.parquet")) if path.name not in listed]
     problems = [*broken.values(), *(f"{path}: is not in manifest.json; move it out of the cache" for path in extra)]
-    problems += _tokenizer_problems(layout, manifest.contract)
+    problems += tokenizer_problems(layout, manifest.contract)
     return Verification(
         manifest.cache_id,
         len(manifest.shards),
@@ -136,7 +136,8 @@ def _verify_row_group(path: Path, group: int, contract: Contract) -> tuple[int, 
     return positions, len(_flat(table, "input_ids"))
 
 
-def _tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
+def tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
+    """What is wrong with the tokenizer's files; nothing where they are the manifest's."""
     if not layout.tokenizer.is_dir():
         return [f"{layout.tokenizer}: expected the tokenizer's files, found no such directory"]
     try:

@@ -40,3 +40,18 @@ def parse_bytes(flag: str, text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise MisuseError(f"{flag}: expected a size as 500MB or 100GB, found {text!r}")
     return int(float(found[1]) * 1000 ** " KMGTP".index(found[2].upper() or " "))
+
+
+def cache_dir_option() -> Any:
+    """Where shards of caches behind URLs are kept."""
+    return option(
+        "A cache behind a URL: directory for what is fetched of it. Default: softlabel in the user's cache directory.",
+        None,
+    )
+
+
+def cache_bytes_option() -> Any:
+    """How much of them."""
+    return option(
+        "A cache behind a URL: keep at most so much of what was fetched; what was used longest ago goes first.", "20GB"
+    )
