@@ -280,17 +280,20 @@ class CacheDataset(Dataset[CachedExample]):
         """Which row group a row is in."""
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of the whole split, in the order given, a row group at a time."""
+        for group in range(len(self.groups)):
+            yield self._read(group, columns).select(columns)
+
     def column(self, name: str) -> np.ndarray:
-        """One plain column of the whole split, (rows,). Reads that column alone, a row group at a time."""
-        parts = [self._read(group, [name]).column(0).to_numpy() for group in range(len(self.groups))]
+        """One plain column of the whole split, (rows,). Reads that column alone."""
+        parts = [table.column(0).to_numpy() for table in self.tables([name])]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def num_tokens(self) -> np.ndarray:
         """(rows,) int64: the length of each row of the whole split. Reads the token ids, a row group at a time."""
-        parts = []
-        for group in range(len(self.groups)):
-            ids = self._read(group, ["input_ids"]).column(0)
-            parts.append(pc.list_value_length(ids).to_numpy().astype(np.int64))
+        lengths = (pc.list_value_length(table.column(0)) for table in self.tables(["input_ids"]))
+        parts = [length.to_numpy().astype(np.int64) for length in lengths]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def _rows(self, group: int) -> list[CachedExample]:
