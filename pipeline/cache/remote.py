@@ -6,13 +6,14 @@ one request; its page checksums are verified when it is decoded, and the SHA-256
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import queue
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.manifest import NAME, Layout, load_manifest
 from pipeline.cache.store import DEFAULT_BYTES, Store, default_directory
-from pipeline.cache.transfer import patiently
-from pipeline.cache.urls import open_filesystem
+from pipeline.cache.transfer import patiently, read_range
+from pipeline.cache.urls import open_filesystem, pinned
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import Manifest, Shard
 from pipeline.sources.loading import redact
@@ -96,10 +97,7 @@ class Remote:
 
         def request() -> bytes:
             filesystem, path = open_filesystem(self.url)
-            data = bytes(filesystem.cat_file(f"{path}/data/{shard.name}.parquet", start=start, end=stop))
-            if len(data) != stop - start:
-                raise OSError(f"expected {stop - start} bytes from {start} on, found {len(data)}")
-            return data
+            return read_range(filesystem, f"{path}/data/{shard.name}.parquet", start, stop)
 
         try:
             data = patiently(where, request)
@@ -236,28 +234,25 @@ def open_remote(url: str, cache_dir: Path | None = None, cache_bytes: int = DEFA
         IntegrityError: the manifest, the tokenizer or a shard's size is not what it should be.
     """
     directory = cache_dir or default_directory()
-    shown = redact(url).rstrip("/")
+    url = pinned(url)
     draft = directory / f"opening-{os.getpid()}-{threading.get_ident()}"
     try:
         draft.mkdir(parents=True, exist_ok=True)
-        _fetch_small(url, "manifest.json", draft)
-        manifest = load_manifest(draft)
+        manifest = fetch_manifest(url, draft)
         mirror = directory / manifest.cache_id[:32]
         mirror.mkdir(exist_ok=True)
         if not (mirror / "tokenizer").is_dir():
-            _fetch_tokenizer(url, draft, manifest)
+            fetch_tokenizer(url, draft, manifest)
             if not (mirror / "tokenizer").is_dir():
                 os.replace(draft / "tokenizer", mirror / "tokenizer")
         os.replace(draft / "manifest.json", mirror / "manifest.json")
-    except CacheError as error:
-        raise type(error)(str(error).replace(str(draft), shown)) from None
     except OSError as error:
         raise CacheError(
             f"{directory}: cannot be written ({error.strerror or error}); name another --cache-dir"
         ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    _check_sizes(url, manifest)
+    check_sizes(url, manifest)
     return mirror, Remote(url, manifest, Store(directory, cache_bytes))
 
 
@@ -297,28 +292,59 @@ def read_small(url: str, name: str) -> bytes:
     return patiently(f"{redact(url)}/{name}", lambda: bytes(filesystem.cat_file(f"{path}/{name}")))
 
 
+def fetch_manifest(url: str, folder: Path) -> Manifest:
+    """Read a cache's manifest, and keep it in a folder.
+
+    Raises:
+        CacheError: no finished cache there.
+        IntegrityError: the manifest is not one.
+    """
+    _fetch_small(url, "manifest.json", folder)
+    with _named(url, folder):
+        return load_manifest(folder)
+
+
+def fetch_tokenizer(url: str, folder: Path, manifest: Manifest) -> None:
+    """Fetch the tokenizer's files into a folder, and compare them with the manifest.
+
+    Raises:
+        IntegrityError: they make another tokenizer.
+    """
+    from pipeline.cache.verification import tokenizer_problems
+
+    for name in list_files(url, "tokenizer"):
+        _fetch_small(url, f"tokenizer/{name}", folder)
+    with _named(url, folder):
+        problems = tokenizer_problems(Layout(folder), manifest.contract)
+        if problems:
+            raise IntegrityError(problems[0])
+
+
 def _fetch_small(url: str, name: str, folder: Path) -> None:
     try:
         data = read_small(url, name)
     except FileNotFoundError:
         raise CacheError(f"{redact(url)}: no cache here ({name} is missing)") from None
     path = folder / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 
 
-def _fetch_tokenizer(url: str, draft: Path, manifest: Manifest) -> None:
-    from pipeline.cache.verification import tokenizer_problems
+@contextlib.contextmanager
+def _named(url: str, folder: Path) -> Iterator[None]:
+    """Errors about files in a folder name the URL that they came from."""
+    try:
+        yield
+    except CacheError as error:
+        raise type(error)(str(error).replace(str(folder), redact(url))) from None
 
-    for name in list_files(url, "tokenizer"):
-        _fetch_small(url, f"tokenizer/{name}", draft)
-    problems = tokenizer_problems(Layout(draft), manifest.contract)
-    if problems:
-        raise IntegrityError(problems[0])
 
+def check_sizes(url: str, manifest: Manifest) -> None:
+    """Each shard there and of its size, and no others, by one listing.
 
-def _check_sizes(url: str, manifest: Manifest) -> None:
-    """Each shard there and of its size, and no others, by one listing."""
+    Raises:
+        IntegrityError: names the first that differs.
+    """
     found = list_files(url, "data")
     shown = f"{redact(url).rstrip('/')}/data"
     for shard in manifest.shards:

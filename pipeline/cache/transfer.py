@@ -7,10 +7,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import CacheError, PipelineError
 from pipeline.sources.loading import reason
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 Result = TypeVar("Result")
 
@@ -57,11 +60,33 @@ def patiently(where: str, request: Callable[[], Result], *, timeout: float | Non
     raise AssertionError("the last attempt returns or raises")
 
 
-def is_final(error: BaseException) -> bool:
+def read_range(filesystem: AbstractFileSystem, path: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file, and no more of it from the network: the hub's file system would read ahead.
+
+    Raises:
+        OSError: fewer came.
+    """
+    settings = {"cache_type": "none"} if "hf" in protocols(filesystem) else {}
+    data = bytes(filesystem.cat_file(path, start=start, end=stop, **settings))
+    if len(data) != stop - start:
+        raise OSError(f"expected {stop - start} bytes from {start} on, found {len(data)}")
+    return data
+
+
+def protocols(filesystem: AbstractFileSystem) -> tuple[str, ...]:
+    """The schemes of a file system's URLs."""
+    return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
+
+
+def is_final(error: BaseException | None) -> bool:
     """Whether the same request would fail in the same way: the file is not there, access is denied, the request is wrong."""
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-    return isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES or refused
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+        refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+        if refused or isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _within(seconds: float, request: Callable[[], Result]) -> Result:

@@ -20,6 +20,11 @@ def option(text: str, default: Any = dataclasses.MISSING) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def flag_name(field_name: str) -> str:
+    """The flag and the YAML key of a field: `top_k` is `top-k`; a word of Python's has an underscore at its end, `from_` is `from`."""
+    return field_name.rstrip("_").replace("_", "-")
+
+
 def check_positive(flag: str, value: int | None) -> None:
     """A count is at least 1, where it is given.
 
