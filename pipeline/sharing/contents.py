@@ -85,13 +85,13 @@ def check_shareable(name: str, path: Path) -> None:
         raise CacheError(
             f"{path}: holds what looks like a token, a password or a signed URL; take it out before it is published"
         )
-    home = str(Path.home())
-    if len(home) > 1 and f"{home}/" in text:
-        raise CacheError(f"{path}: holds a path of this machine (below {home}); take it out before it is published")
     if path.suffix == ".json":
         for value in _strings(json.loads(text)):
             if _ABSOLUTE.fullmatch(value):
                 raise CacheError(f"{path}: holds a path of this machine ({value}); take it out before it is published")
+    home = str(Path.home())
+    if len(home) > 1 and f"{home}/" in text:
+        raise CacheError(f"{path}: holds a path of this machine (below {home}); take it out before it is published")
 
 
 def _files(root: Path, folder: str) -> Iterator[tuple[str, Path]]:

@@ -18,7 +18,7 @@ from pipeline.cache.transfer import TIMEOUT, patiently, protocols
 from pipeline.cache.urls import open_filesystem
 from pipeline.errors import CacheError, ContractError
 from pipeline.sharing.contents import Contents
-from pipeline.sources.loading import redact
+from pipeline.sources.loading import reason, redact
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -139,7 +139,7 @@ class _Store:
                 raise
             return True
 
-        return self._try(name, request)
+        return self._write(name, request)
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -157,7 +157,15 @@ class _Store:
             else:
                 filesystem.put_file(str(local), path)
 
-        self._try(name, request, timeout=max(TIMEOUT, local.stat().st_size / _SLOWEST))
+        self._write(name, request, timeout=max(TIMEOUT, local.stat().st_size / _SLOWEST))
+
+    def _write(
+        self, name: str, request: Callable[[AbstractFileSystem, str], Result], timeout: float | None = None
+    ) -> Result:
+        try:
+            return self._try(name, request, timeout)
+        except FileNotFoundError as error:  # no such bucket, for one
+            raise CacheError(f"{self}/{name}: cannot be written: {reason(error)}") from None
 
     def _try(
         self, name: str, request: Callable[[AbstractFileSystem, str], Result], timeout: float | None = None
