@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pipeline.models.initialize import Shape, init_student
     from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP
     from pipeline.sharing import import_responses
+    from pipeline.sharing.pull import pull
+    from pipeline.sharing.push import push
     from pipeline.softlabels import encode
     from pipeline.training import DistillationTrainer, distillation_loss, train_student
 
@@ -39,6 +41,8 @@ _EXPORTS = {
     "evaluate": "pipeline.evaluation",
     "import_responses": "pipeline.sharing",
     "init_student": "pipeline.models.initialize",
+    "pull": "pipeline.sharing.pull",
+    "push": "pipeline.sharing.push",
     "top_soft_labels": "pipeline.capture",
     "train_student": "pipeline.training",
     "write_cache": "pipeline.capture",
@@ -62,6 +66,8 @@ __all__ = [
     "evaluate",
     "import_responses",
     "init_student",
+    "pull",
+    "push",
     "top_soft_labels",
     "train_student",
     "write_cache",

@@ -425,7 +425,7 @@ class AlignmentProbe:
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """A cache that this one was made from."""
+    """A cache that another was made from, and how."""
 
     cache_id: str
     operation: str
@@ -442,6 +442,7 @@ class Manifest:
     bad_rows: int = 0
     probe: AlignmentProbe | None = None
     ancestry: tuple[Ancestor, ...] = ()
+    """Oldest first; not part of the cache_id."""
     sha256: str = ""
     """Of all of the above: what the `cache_id` does not cover may be damaged too."""
 

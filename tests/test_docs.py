@@ -31,7 +31,7 @@ def test_a_command_has_help_an_example_and_a_place_in_the_readme(name):
 def test_every_setting_is_a_flag(name):
     flags = {option.lstrip("-") for parameter in main.commands[name].params for option in parameter.opts}
     for field in cfg.cli_fields(cfg.SECTIONS[name]):
-        assert field.name.replace("_", "-") in flags
+        assert cfg.flag_name(field.name) in flags
     assert dataclasses.is_dataclass(cfg.SECTIONS[name])
 
 

@@ -1,4 +1,4 @@
-"""The on-disk contract: schema, codec, manifest, commit protocol, writer, reader, verify, alignment probe, card."""
+"""The on-disk contract: schema, codec, manifest, commit protocol, writer, reader (local and behind URLs), verify, alignment probe, card."""
 
 from pipeline.cache.manifest import Layout, Plan
 from pipeline.cache.reader import Cache, CacheDataset

@@ -1,16 +1,26 @@
-"""README.md of a cache: a dataset card whose front matter lets `datasets.load_dataset` read the directory as it is."""
+"""README.md of a cache: a dataset card whose front matter lets `datasets.load_dataset` read the directory as it is.
+
+Made from the manifest and from what `reports/` says; the same manifest and reports give the same bytes.
+"""
 
 from __future__ import annotations
 
-import yaml
+import re
 
-from pipeline.records import Fidelity, Full, Manifest, Sampled
+import pyarrow as pa
+
+from pipeline.cache.mass import KeptMasses
+from pipeline.cache.provenance import origin
+from pipeline.cache.recipes import kept_mass_sql, recipe
+from pipeline.cache.urls import is_url
+from pipeline.records import Contract, Fidelity, Manifest
+from pipeline.sources.loading import redact
+from pipeline.tasks import get_task
 
 _BODY = """
 # Soft labels of {teacher}
 
-What the teacher `{teacher}` ({architecture}, {parameters:,} parameters, {dtype}) predicts on `{source}`, made by
-soft-label-pipeline: a cache to train students from, without the teacher.
+What the teacher `{teacher}` predicts on `{source}`, made by soft-label-pipeline: a cache to train students from, without the teacher.
 
 | | |
 |---|---|
@@ -22,126 +32,261 @@ soft-label-pipeline: a cache to train students from, without the teacher.
 | supervised positions | {positions:,} |
 | tokens | {tokens:,} |
 | bytes a position (all columns) | {per_position:.1f} |
-| rows set aside | {bad_rows} |
 | cache_id | `{cache_id}` |
+
+## What it was made from
+
+| | |
+|---|---|
+{made_from}
+## Rows and positions
+
+One row is one example; list columns hold its supervised positions one after another. {alignment}
+
+{columns}
+
+{fidelity}{mass}## Training from it
+
+    softlabel train-student --cache {location} --student STUDENT --output OUT
+
+A cache behind a URL is read as it is needed; nothing has to be downloaded first.
 
 ## Reading it
 
+With `datasets`:
+
 ```python
 from datasets import load_dataset
-rows = load_dataset("path/of/this/directory", split="{first_split}")
+rows = load_dataset("{dataset}", split="{first_split}")
 ```
 
-One row is one example; list columns hold its supervised positions one after another.
-{columns}
-
-The kept classes and their weights at each position of a row, with NumPy alone:
+{duckdb}The kept classes and their weights at each position of a row, with NumPy alone:
 
 ```python
 {code}```
 
-{fidelity}`manifest.json` holds the contract (teacher, tokenizer, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums;
-`softlabel verify --cache DIR` does, and so does `pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)`.
+## Verifying it
 
-## Training from it
+    softlabel verify --cache DIR
 
-    softlabel train-student --cache DIR --student STUDENT --output OUT
+{pull}`manifest.json` holds the contract (teacher, tokenizer, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums; `softlabel` always
+does, and so does `pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)`.
+
+## Licence
+
+{licence}
+
+## Known gaps
+
+{gaps}
+
+## How it was made
+
+{origin}
 """
 
-_ENCODING = {
-    "full": (
-        "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T.",
-        """import numpy as np
 
-logits = np.asarray(row["logits"], dtype=np.float64).reshape(-1, {num_classes})
-q = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-positions = [(range({num_classes}), weights) for weights in q]
-""",
-    ),
-    "top": (
-        "`top_count[n]` classes are kept at position n; `top_ids` and `top_logprobs` (nats, of softmax(z)) hold them one position after another, by falling\n"
-        "probability. `log_residuals` holds, for each position, the log of the mass outside them at temperature(s) {grid}. At such a T the exact distribution is\n"
-        "q_T(i) = (1 - exp(log_residual_T)) * softmax over the kept classes of (top_logprobs / T).",
-        """import numpy as np
+def make_card(
+    manifest: Manifest,
+    fidelity: Fidelity | None = None,
+    *,
+    license: str | None = None,
+    location: str = "DIR",
+    masses: KeptMasses | None = None,
+    picture: bool = False,
+) -> str:
+    """The card's text.
 
-cuts = np.cumsum(row["top_count"])[:-1]
-kept = zip(np.split(row["top_ids"], cuts), np.split(row["top_logprobs"], cuts))
-positions = [(ids, np.exp(np.float64(logprobs))) for ids, logprobs in kept]  # at T = 1
-""",
-    ),
-    "sampled": (
-        "`top_count[n]` classes are kept for certain at position n: `top_ids`, by falling probability, and their weights `top_weights`, whole numbers of 1/{steps}. `tail_count[n]`\n"
-        "more are an unbiased sample of the rest, each of weight 1/{size:g}: `tail_gaps` holds the first of a position, then the distance from each to the next. The expectation\n"
-        "of these weights is the teacher's distribution softmax(z / {temperature:g}); they sum to 1 +- 1/{size:g} + 1/{steps}.",
-        """import numpy as np
-
-top, tail = np.cumsum(row["top_count"])[:-1], np.cumsum(row["tail_count"])[:-1]
-ids, weights = np.split(row["top_ids"], top), np.split(np.asarray(row["top_weights"]) / {steps}, top)
-sample = [np.cumsum(gaps) for gaps in np.split(np.asarray(row["tail_gaps"], dtype=np.int64), tail)]
-positions = [
-    (np.concatenate([i, s]).astype(np.int64), np.concatenate([w, np.full(len(s), 1 / {size:g})]))
-    for i, w, s in zip(ids, weights, sample)
-]
-""",
-    ),
-}
-
-
-def make_card(manifest: Manifest, fidelity: Fidelity | None = None) -> str:
-    """The card's text."""
+    Args:
+        license: as the hub names it.
+        location: where readers find the cache: what they give to `--cache`.
+        masses: the kept mass of each split.
+        picture: there is a `reports/kept-mass.png`.
+    """
     contract = manifest.contract
-    encoding = contract.encoding
-    if isinstance(encoding, Full):
-        name, (columns, code) = "full", _ENCODING["full"]
-    elif isinstance(encoding, Sampled):
-        name = f"sampled, sample size {encoding.sample_size:g}, temperature {encoding.temperature:g}"
-        columns, code = (
-            part.format(temperature=encoding.temperature, size=encoding.sample_size, steps=encoding.steps)
-            for part in _ENCODING["sampled"]
-        )
-    else:
-        grid = ", ".join(f"{t:g}" for t in encoding.temperatures)
-        knob = getattr(encoding, "k", None) or getattr(encoding, "p", None)
-        name, columns = f"{encoding.kind} {knob}, temperatures {grid}", _ENCODING["top"][0].format(grid=grid)
-        code = _ENCODING["top"][1]
+    found = recipe(contract)
     totals = {
         key: sum(getattr(shard, key) for shard in manifest.shards) for key in ("rows", "positions", "tokens", "bytes")
     }
-    front = {
-        "pretty_name": f"Soft labels of {contract.teacher.name}",
-        "tags": ["soft-labels", "knowledge-distillation", contract.task],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [
-                    {"split": split, "path": [f"data/{s.name}.parquet" for s in manifest.split_shards(split)]}
-                    for split in manifest.splits
-                ],
-            }
-        ],
-    }
+    sql = kept_mass_sql(manifest)
     body = _BODY.format(
-        teacher=contract.teacher.name,
-        architecture=contract.teacher.architecture,
-        parameters=contract.teacher.num_parameters,
-        dtype=contract.teacher.dtype,
-        source=contract.source.name,
+        teacher=_plain(contract.teacher.name),
+        source=_plain(contract.source.name),
         task=contract.task,
-        encoding=name,
+        encoding=found.name,
         num_classes=contract.num_classes,
         splits=", ".join(manifest.splits),
         first_split=manifest.splits[0],
         per_position=totals["bytes"] / max(totals["positions"], 1),
-        bad_rows=manifest.bad_rows,
         cache_id=manifest.cache_id,
-        columns=columns,
+        made_from=_made_from(contract),
+        alignment=_alignment(manifest),
+        columns=found.columns,
         fidelity="" if fidelity is None else _fidelity(fidelity),
-        code=code.format(num_classes=contract.num_classes) if isinstance(encoding, Full) else code,
+        mass="" if masses is None else _masses(masses, picture),
+        location=location,
+        dataset=location.removeprefix("hf://datasets/") if location.startswith("hf://") else "DIR",
+        pull=f"`softlabel pull --from {location} --output DIR` fetches a copy, and verifies it. "
+        if is_url(location)
+        else "",
+        duckdb="" if sql is None else _DUCKDB.format(sql=sql),
+        code=found.numpy,
+        licence=_licence(license),
+        gaps=_gaps(manifest),
+        origin=origin(manifest),
         rows=totals["rows"],
         positions=totals["positions"],
         tokens=totals["tokens"],
     )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+    return _with_front_matter(manifest, license, body)
+
+
+def card_license(text: str) -> str | None:
+    """The licence that a card states."""
+    from huggingface_hub import DatasetCard
+
+    found: object = DatasetCard(text, ignore_metadata_errors=True).data.get("license")
+    return found if isinstance(found, str) else None
+
+
+_DUCKDB = """With DuckDB, the mean mass that is kept for certain, by split (in the cache's directory):
+
+```sql
+{sql}```
+
+"""
+
+
+def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> str:
+    """The card through the hub's own classes, which check and order its front matter."""
+    import datasets
+    from datasets.info import DatasetInfosDict
+    from datasets.splits import SplitDict
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    contract = manifest.contract
+    teacher, source = contract.teacher, contract.source
+    shards = {split: manifest.split_shards(split) for split in manifest.splits}
+    files = [
+        {"split": split, "path": [f"data/{shard.name}.parquet" for shard in part]} for split, part in shards.items()
+    ]
+    data = DatasetCardData(
+        pretty_name=f"Soft labels of {_plain(teacher.name)}",
+        license=license,
+        task_categories=[get_task(contract.task).hub_category],
+        size_categories=[_size(sum(shard.rows for shard in manifest.shards))],
+        source_datasets=None if source.revision is None else [source.name],
+        base_model=None if teacher.revision is None else teacher.name,  # what has no revision is not on the hub
+        tags=["soft-labels", "knowledge-distillation", contract.task],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    schema = _schema(contract)
+    if schema is not None:
+        splits = SplitDict(
+            {
+                split: datasets.SplitInfo(
+                    split,
+                    num_bytes=sum(shard.bytes for shard in part),  # in Parquet: that of Arrow is not known
+                    num_examples=sum(shard.rows for shard in part),
+                )
+                for split, part in shards.items()
+            }
+        )
+        size = sum(shard.bytes for shard in manifest.shards)
+        features = datasets.Features.from_arrow_schema(schema)
+        info = datasets.DatasetInfo(features=features, splits=splits, download_size=size, dataset_size=size)
+        DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _schema(contract: Contract) -> pa.Schema | None:
+    """The columns' Arrow types from their names; None where a column of the source has one without a plain name."""
+    try:
+        return pa.schema([(name, _type(kind)) for name, kind in contract.columns.items()])
+    except ValueError:
+        return None
+
+
+def _type(name: str) -> pa.DataType:
+    inner = re.fullmatch(r"list<(.*)>", name)
+    return pa.type_for_alias(name) if inner is None else pa.list_(_type(inner[1]))
+
+
+def _size(rows: int) -> str:
+    """The hub's name for a number of rows."""
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    if rows < 1000:
+        return "n<1K"
+    power = len(str(rows)) - 4
+    return f"{names[power]}<n<{names[power + 1]}" if power < len(names) - 1 else "n>1T"
+
+
+def _made_from(contract: Contract) -> str:
+    teacher, tokenizer, source = contract.teacher, contract.tokenizer, contract.source
+    settings = [teacher.architecture, f"{teacher.num_parameters:,} parameters", teacher.dtype]
+    settings += [f"{teacher.attn_implementation} attention"] * (teacher.attn_implementation is not None)
+    settings += [str(teacher.quantization)] * (teacher.quantization is not None)
+    template = tokenizer.chat_template_sha256
+    lines = {
+        "teacher": f"`{_plain(teacher.name)}`, revision {_revision(teacher.revision)}: {', '.join(settings)}",
+        "weights, SHA-256": f"`{teacher.weights_sha256}`",
+        **({} if teacher.adapter_sha256 is None else {"adapter, SHA-256": f"`{teacher.adapter_sha256}`"}),
+        "tokenizer": f"`tokenizer/`, {tokenizer.vocabulary_size:,} tokens, SHA-256 `{tokenizer.sha256}`"
+        + ("" if template is None else f", chat template `{template}`"),
+        "source": f"`{_plain(source.name)}`"
+        + ("" if source.config is None else f", configuration {_plain(source.config)}")
+        + f", revision {_revision(source.revision)}",
+        **{f"{split}, SHA-256 of its columns": f"`{value}`" for split, value in source.fingerprints.items()},
+    }
+    return "".join(f"| {name} | {value} |\n" for name, value in lines.items())
+
+
+def _revision(revision: str | None) -> str:
+    return "unknown (not from the hub)" if revision is None else f"`{revision}`"
+
+
+def _alignment(manifest: Manifest) -> str:
+    if "supervised" not in manifest.contract.columns:
+        return (
+            "The soft labels of a row are what the teacher predicts for the whole of it, the classes those of `label`."
+        )
+    text = (
+        "`supervised` marks the positions of `input_ids` that carry soft labels: the n-th of them has the n-th soft labels, which are\n"
+        "the prediction made *at* that position, of the token after it."
+    )
+    probe = manifest.probe
+    if probe is None:
+        return text
+    return (
+        f"{text} The alignment probe found the mean weight of the token before, at and after the\n"
+        f"expected one to be {probe.previous:.4f}, {probe.aligned:.4f} and {probe.following:.4f} over {probe.positions:,} positions: {probe.verdict}."
+    )
+
+
+def _masses(masses: KeptMasses, picture: bool) -> str:
+    rows = "".join(f"| {split} | {mass.positions:,} | {mass.mean:.4f} |\n" for split, mass in masses.splits.items())
+    plot = "![kept mass](reports/kept-mass.png)\n\n" if picture else ""
+    return (
+        "The teacher's mass on the classes that are kept for certain:\n\n"
+        f"| split | positions | mean |\n|---|---|---|\n{rows}\n{plot}"
+    )
+
+
+def _licence(license: str | None) -> str:
+    if license is None:
+        return "None is stated. The terms of the teacher and of the source apply."
+    return f"{license}, as stated by whoever published it. The terms of the teacher and of the source apply beside it."
+
+
+def _gaps(manifest: Manifest) -> str:
+    if not manifest.bad_rows:
+        return "None: every row of the source that was read is here."
+    return f"{manifest.bad_rows:,} rows were set aside: `reports/bad-rows.tsv` has split, row and reason of each."
+
+
+def _plain(text: str) -> str:
+    """A name for a line of Markdown, without credentials."""
+    return re.sub(r"[`|\s]+", " ", redact(text))
 
 
 def _fidelity(found: Fidelity) -> str:
@@ -157,4 +302,4 @@ def _fidelity(found: Fidelity) -> str:
         "KL(teacher, target), the rest spread evenly": "-" if found.kl is None else f"{found.kl:.4f} nats",
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in lines.items())
-    return f"Fidelity, measured at capture on {found.positions} positions (`reports/fidelity.json`):\n\n| | |\n|---|---|\n{rows}\n"
+    return f"## Fidelity\n\nMeasured at capture on {found.positions} positions (`reports/fidelity.json`):\n\n| | |\n|---|---|\n{rows}\n"

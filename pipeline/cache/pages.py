@@ -7,11 +7,13 @@ does not show them.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,13 +30,21 @@ _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
 _LEVELS = 4
 
 
-def read_footer(path: Path) -> bytes:
+#: A shard: its path, or what stands for it behind a URL.
+ShardFile = Path | io.RawIOBase
+
+
+def _opened(path: ShardFile) -> contextlib.AbstractContextManager[BinaryIO]:
+    return path.open("rb") if isinstance(path, Path) else contextlib.nullcontext(cast(BinaryIO, path))
+
+
+def read_footer(path: ShardFile) -> bytes:
     """The footer of a Parquet file, which no page checksum covers.
 
     Raises:
         IntegrityError: there is none, or it is larger than any of ours.
     """
-    with path.open("rb") as handle:
+    with _opened(path) as handle:
         size = handle.seek(0, 2)
         handle.seek(max(size - 8, 0))
         tail = handle.read(8)
@@ -49,7 +59,7 @@ def read_footer(path: Path) -> bytes:
         return handle.read(length)
 
 
-def check_types(file: pq.ParquetFile, path: Path) -> None:
+def check_types(file: pq.ParquetFile, path: ShardFile) -> None:
     """Refuse physical types, nesting and Arrow types that no cache has.
 
     Raises:
@@ -68,7 +78,7 @@ def check_types(file: pq.ParquetFile, path: Path) -> None:
             )
 
 
-def check_row_group(file: pq.ParquetFile, path: Path, group: int, columns: Sequence[str] | None = None) -> None:
+def check_row_group(file: pq.ParquetFile, path: ShardFile, group: int, columns: Sequence[str] | None = None) -> None:
     """Refuse a row group that would take more memory than any of ours.
 
     Args:
@@ -79,7 +89,7 @@ def check_row_group(file: pq.ParquetFile, path: Path, group: int, columns: Seque
     """
     total = 0
     metadata = file.metadata.row_group(group)
-    with path.open("rb") as handle:
+    with _opened(path) as handle:
         for i in range(metadata.num_columns):
             chunk = metadata.column(i)
             if columns is not None and chunk.path_in_schema.partition(".")[0] not in columns:
@@ -137,7 +147,7 @@ def _read_pages(handle: BinaryIO, chunk: Any, where: str) -> _Pages:
     raise IntegrityError(f"{where}: expected at most {_MOST_PAGES} pages")
 
 
-def _decoded_bytes(pages: _Pages, column: Any, path: Path, group: int, where: str) -> int:
+def _decoded_bytes(pages: _Pages, column: Any, path: ShardFile, group: int, where: str) -> int:
     if column.physical_type != "BYTE_ARRAY":
         width = int(_WIDTHS.get(column.physical_type, column.length))
         return max(pages.bytes, pages.values * (width + _LEVELS))

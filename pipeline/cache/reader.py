@@ -20,8 +20,11 @@ from pipeline.cache.codec import unpack
 from pipeline.cache.contents import check_contents
 from pipeline.cache.manifest import Layout, load_manifest, strangers
 from pipeline.cache.pages import check_row_group, check_types, read_footer
+from pipeline.cache.remote import Remote, RemoteShard, open_remote
 from pipeline.cache.schema import describe, soft_columns
+from pipeline.cache.store import DEFAULT_BYTES
 from pipeline.cache.tokenizer_files import load_cached_tokenizer
+from pipeline.cache.urls import is_url
 from pipeline.cache.writer import footer_sha256
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import CachedExample, Manifest, Shard, SoftLabels
@@ -49,27 +52,49 @@ class Cache:
     """A finished cache. `root` and `manifest` say which; everything else is read when it is asked for."""
 
     root: Path
+    """Of a cache behind a URL: a directory with its manifest and tokenizer."""
     manifest: Manifest
+    remote: Remote | None = None
+    """Where the shards of a cache behind a URL are."""
 
     @classmethod
-    def open(cls, url: str | Path, *, verify: Literal["quick", "full", "none"] = "quick") -> Cache:
-        """Open a cache directory.
+    def open(
+        cls,
+        url: str | Path,
+        *,
+        verify: Literal["quick", "full", "none"] = "quick",
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_BYTES,
+    ) -> Cache:
+        """Open a cache directory, or a cache behind any URL that fsspec opens: its shards are fetched as they are read.
 
         Args:
-            verify: `quick` checks the manifest, and that each shard is there, of its size and its columns; `full` reads every byte.
+            verify: `quick` checks the manifest, and that each shard is there, of its size and its columns (behind a URL: the columns when it is first
+                read); `full` reads every byte.
+            cache_dir: where what is fetched is kept. Default: `softlabel` in the user's cache directory.
+            cache_bytes: of fetched shards that are kept there, at most.
 
         Raises:
             CacheError: no finished cache there.
             IntegrityError: it is not what its manifest says.
         """
-        if "://" in str(url):
-            raise CacheError(f"{url}: caches are read from local directories; copy it there first")
+        if is_url(str(url)):
+            root, remote = open_remote(str(url), None if cache_dir is None else Path(cache_dir), cache_bytes)
+            found = cls(root, load_manifest(root), remote)
+            if verify == "full":
+                found.verify()
+            return found
         cache = cls(Path(url), load_manifest(Path(url)))
         if verify != "none":
             cache.check_files()
         if verify == "full":
             cache.verify()
         return cache
+
+    @property
+    def where(self) -> str:
+        """Its directory, or its URL without credentials."""
+        return str(self.root if self.remote is None else self.remote)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -86,7 +111,12 @@ class Cache:
 
         Raises:
             IntegrityError: names the first file (and row group) that differs.
+            CacheError: it is behind a URL.
         """
+        if self.remote is not None:
+            raise CacheError(
+                f"{self.where}: every byte of a cache behind a URL is verified by fetching it: softlabel pull --from {self.where} --output DIR"
+            )
         from pipeline.cache.verification import verify
 
         verify(self.root).raise_first()
@@ -102,8 +132,8 @@ class Cache:
         """
         shards = self.manifest.split_shards(split)
         if not shards:
-            raise CacheError(f"{self.root}: no split {split!r}; the cache has {', '.join(self.splits) or 'none'}")
-        return CacheDataset(self.root, self.manifest, shards, window=window)
+            raise CacheError(f"{self.where}: no split {split!r}; the cache has {', '.join(self.splits) or 'none'}")
+        return CacheDataset(self.root, self.manifest, shards, window=window, remote=self.remote)
 
     def soft_labels(self, row: Mapping[str, Any]) -> SoftLabels:
         """The soft labels of one row as another reader gives it: a mapping of this cache's columns (lists or arrays)."""
@@ -147,6 +177,16 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
             f"{path}: size differs from manifest.json (expected {shard.bytes} bytes, found {size}); {REMEDY}"
         )
     file = open_shard(path)
+    check_footer(file, path, shard, manifest)
+    return file
+
+
+def check_footer(file: pq.ParquetFile, path: Path | RemoteShard, shard: Shard, manifest: Manifest) -> None:
+    """Row groups and columns of an open shard.
+
+    Raises:
+        IntegrityError: what differs from the manifest.
+    """
     if footer_sha256(path) != shard.footer_sha256:
         raise IntegrityError(f"{path}: footer differs from manifest.json; {REMEDY}")
     check_types(file, path)
@@ -162,10 +202,9 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
         raise IntegrityError(
             f"{path}: column {name} differs from manifest.json (expected {expected.get(name)}, found {found.get(name)}); {REMEDY}"
         )
-    return file
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
+def open_shard(path: Path | RemoteShard) -> pq.ParquetFile:
     """Open a Parquet file with page checksums verified, extension types off, and its footer bounded.
 
     Raises:
@@ -185,12 +224,17 @@ def open_shard(path: Path) -> pq.ParquetFile:
         raise IntegrityError(f"{path}: is not a Parquet file: {_first_line(error)}") from None
 
 
-def read_row_group(file: pq.ParquetFile, path: Path, group: int, *, columns: Sequence[str] | None = None) -> pa.Table:
+def read_row_group(
+    file: pq.ParquetFile, path: Path | RemoteShard, group: int, *, columns: Sequence[str] | None = None
+) -> pa.Table:
     """One row group, or some columns of it, the page checksums verified, its size in memory bounded before anything is decoded.
 
     Raises:
         IntegrityError: bytes were changed; names the file and the row group.
+        CacheError: behind a URL, the network failed.
     """
+    if isinstance(path, RemoteShard):
+        path.load(file.metadata, group, columns)
     try:
         check_row_group(file, path, group, columns)
         return file.read_row_group(group, columns=columns)
@@ -204,9 +248,18 @@ class CacheDataset(Dataset[CachedExample]):
     Memory is bounded by `window` row groups, not by the cache. Picklable: each DataLoader worker opens its own files.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, shards: tuple[Shard, ...], *, window: int = 8) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        shards: tuple[Shard, ...],
+        *,
+        window: int = 8,
+        remote: Remote | None = None,
+    ) -> None:
         self.root = root
         self.manifest = manifest
+        self.remote = remote
         self.window = window
         """Row groups held at once: as many as the order of reading draws from."""
         self.groups = [(shard.name, i) for shard in shards for i in range(len(shard.row_groups))]
@@ -215,6 +268,9 @@ class CacheDataset(Dataset[CachedExample]):
         self._decoded: OrderedDict[int, list[CachedExample]] = OrderedDict()
         self._left: dict[int, int] = {}
         """Rows of each decoded row group that were not read yet."""
+        self.upcoming: Sequence[int] = ()
+        """Row groups that are read next. Behind a URL they are fetched ahead, from when the first of them is decoded: what is only skipped is not."""
+        self._announced: set[int] = set()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -222,7 +278,7 @@ class CacheDataset(Dataset[CachedExample]):
     def __getitem__(self, index: int) -> CachedExample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        group = self.group_of(index)
         row = self._rows(group)[index - int(self.starts[group])]
         self._left[group] -= 1
         if not self._left[group]:
@@ -230,44 +286,73 @@ class CacheDataset(Dataset[CachedExample]):
         return row
 
     def __iter__(self) -> Iterator[CachedExample]:
-        return (self[i] for i in range(len(self)))
+        for group in range(len(self.groups)):
+            self.upcoming = range(group, min(group + 3, len(self.groups)))
+            yield from (self[row] for row in range(int(self.starts[group]), int(self.starts[group + 1])))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoded": OrderedDict(), "_left": {}}
 
+    def group_of(self, index: int) -> int:
+        """Which row group a row is in."""
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of the whole split, in the order given, a row group at a time."""
+        for group in range(len(self.groups)):
+            yield self._read(group, columns).select(columns)
+
     def column(self, name: str) -> np.ndarray:
-        """One plain column of the whole split, (rows,)."""
-        parts = []
-        for shard, group in self.groups:
-            path = self._path(shard)
-            parts.append(read_row_group(open_shard(path), path, group, columns=[name]).column(0).to_numpy())
+        """One plain column of the whole split, (rows,). Reads that column alone."""
+        parts = [table.column(0).to_numpy() for table in self.tables([name])]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def num_tokens(self) -> np.ndarray:
         """(rows,) int64: the length of each row of the whole split. Reads the token ids, a row group at a time."""
-        parts = []
-        for name, group in self.groups:
-            path = self._path(name)
-            ids = read_row_group(open_shard(path), path, group, columns=["input_ids"]).column(0)
-            parts.append(pc.list_value_length(ids).to_numpy().astype(np.int64))
+        lengths = (pc.list_value_length(table.column(0)) for table in self.tables(["input_ids"]))
+        parts = [length.to_numpy().astype(np.int64) for length in lengths]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def _rows(self, group: int) -> list[CachedExample]:
         if group not in self._decoded:
             while len(self._decoded) >= self.window:
                 self._decoded.popitem(last=False)
-            name, i = self.groups[group]
-            path = self._path(name)
+            self._announce()
             contract = self.manifest.contract
-            table = read_row_group(open_shard(path), path, i)
-            check_contents(table, contract, f"{path}: row group {i}")
+            table = self._read(group)
+            self._announced.discard(group)
+            name, i = self.groups[group]
+            shard = Layout(self.root).shard(name) if self.remote is None else self.remote.shard(name)
+            check_contents(table, contract, f"{shard}: row group {i}")
             self._decoded[group] = unpack(table, contract.encoding, contract.num_classes)
             self._left[group] = table.num_rows
         self._decoded.move_to_end(group)
         return self._decoded[group]
 
-    def _path(self, name: str) -> Path:
-        return Layout(self.root).shard(name)
+    def _announce(self) -> None:
+        if self.remote is None:
+            return
+        for group in self.upcoming:
+            if group not in self._announced and group not in self._decoded:
+                self._announced.add(group)
+                self.remote.announce(*self.groups[group])
+
+    def _read(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A row group, from its file or from behind a URL."""
+        name, i = self.groups[group]
+        if self.remote is None:
+            path = Layout(self.root).shard(name)
+            return read_row_group(open_shard(path), path, i, columns=columns)
+        try:
+            return self._fetch(self.remote.shard(name), i, columns)
+        except IntegrityError:  # damaged in the store, or on the way: once more, from the network
+            self.remote.forget(self.remote.shards[name])
+            return self._fetch(self.remote.shard(name), i, columns)
+
+    def _fetch(self, shard: RemoteShard, group: int, columns: Sequence[str] | None) -> pa.Table:
+        file = open_shard(shard)
+        check_footer(file, shard, shard.record, self.manifest)
+        return read_row_group(file, shard, group, columns=columns)
 
 
 def check_beside(root: Path) -> None:

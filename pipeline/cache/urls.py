@@ -32,3 +32,28 @@ def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         hint = "; pip install s3fs" if url.startswith("s3://") and isinstance(error, ImportError) else ""
         raise CacheError(f"{redact(url)}: cannot be opened: {reason(error)}{hint}") from None
     return filesystem, str(path).rstrip("/")
+
+
+def pinned(url: str) -> str:
+    """The URL of one commit, where it names a branch of the hub: what is read of it does not change while it is read.
+
+    Raises:
+        CacheError: there is no such repository or revision.
+    """
+    if not url.startswith("hf://"):
+        return url
+    from huggingface_hub import HfApi
+
+    from pipeline.cache.transfer import patiently
+
+    filesystem, path = open_filesystem(url)
+    filesystem.invalidate_cache()
+    try:
+        found = patiently(redact(url), lambda: filesystem.resolve_path(path))
+        info = patiently(
+            redact(url),
+            lambda: HfApi().repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision),
+        )
+    except FileNotFoundError as error:
+        raise CacheError(f"{redact(url)}: no cache here: {reason(error)}") from None
+    return f"hf://{found.repo_type}s/{found.repo_id}@{info.sha}/{found.path_in_repo}".rstrip("/")

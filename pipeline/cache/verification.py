@@ -64,7 +64,7 @@ def verify(root: Path, *, quick: bool = False) -> Verification:
         check_beside(root)
     except IntegrityError as error:
         problems.append(str(error))
-    problems += _tokenizer_problems(layout, manifest.contract)
+    problems += tokenizer_problems(layout, manifest.contract)
     return Verification(
         manifest.cache_id,
         len(manifest.shards),
@@ -140,7 +140,10 @@ def _verify_row_group(path: Path, group: int, contract: Contract) -> tuple[int, 
     return positions, len(_flat(table, "input_ids"))
 
 
-def _tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
+def tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
+    """What is wrong with the tokenizer's files; nothing where they are the manifest's."""
+    if not layout.tokenizer.is_dir():
+        return [f"{layout.tokenizer}: expected the tokenizer's files, found no such directory"]
     try:
         found = tokenizer_info(load_cached_tokenizer(layout.tokenizer)).sha256
     except IntegrityError as error:

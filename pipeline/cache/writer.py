@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.cache.codec import pack
 from pipeline.cache.commit import write_atomically
 from pipeline.cache.crash import reached
-from pipeline.cache.pages import read_footer
+from pipeline.cache.pages import ShardFile, read_footer
 from pipeline.cache.schema import parquet_settings
 from pipeline.records import CachedExample, Shard, ShardPlan
 
@@ -66,7 +66,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def footer_sha256(path: Path) -> str:
+def footer_sha256(path: ShardFile) -> str:
     """SHA-256 of a Parquet file's footer, hexadecimal.
 
     Raises:

@@ -13,9 +13,12 @@ from pipeline.cli.echo import echo_cache
 
 @command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache")
 def _verify(config: cfg.VerifyConfig) -> None:
-    from pipeline.cache import drop_broken, verify
+    from pipeline.cache import Cache, drop_broken, verify
     from pipeline.cache.manifest import dump
+    from pipeline.cache.urls import is_url
 
+    if is_url(config.cache):
+        Cache.open(config.cache, verify="full")  # says how
     found = verify(Path(config.cache), quick=config.quick)
     if config.json:
         click.echo(dump(found), nl=False)
@@ -40,7 +43,11 @@ def _inspect(config: cfg.InspectConfig) -> None:
     from pipeline.cache.inspection import describe, totals
     from pipeline.cache.manifest import dump
 
-    cache = Cache.open(config.cache)
+    cache = Cache.open(
+        config.cache,
+        cache_dir=config.cache_dir,
+        cache_bytes=cfg.parse_bytes("--cache-bytes", config.cache_bytes),
+    )
     if config.json:
         click.echo(json.dumps({"totals": totals(cache), "manifest": json.loads(dump(cache.manifest))}, indent=1))
         return

@@ -113,7 +113,7 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
 
 def _option(field: Any, hint: Any) -> click.Option:
     """One flag of one field. Its default stays in the dataclass; here it is only shown."""
-    flag = "--" + field.name.replace("_", "-")
+    flag = "--" + cfg.flag_name(field.name)
     arguments = [a for a in typing.get_args(hint) if a is not type(None)]
     origin = typing.get_origin(hint)
     shown = (
@@ -124,12 +124,12 @@ def _option(field: Any, hint: Any) -> click.Option:
     options: dict[str, Any] = {"help": field.metadata["help"], "default": None, "show_default": shown}
     if hint is bool:
         return click.Option(
-            [f"{flag}/--no-{field.name.replace('_', '-')}"],
+            [field.name, f"{flag}/--no-{cfg.flag_name(field.name)}"],
             **{**options, "show_default": "on" if field.default else "off"},
         )
     if origin is tuple:
-        return click.Option([flag], type=arguments[0], multiple=True, **options)
+        return click.Option([field.name, flag], type=arguments[0], multiple=True, **options)
     while typing.get_origin(hint) is not typing.Literal and arguments:
         hint, arguments = arguments[0], [a for a in typing.get_args(arguments[0]) if a is not type(None)]
     kind = click.Choice(arguments) if typing.get_origin(hint) is typing.Literal else hint
-    return click.Option([flag], type=kind, **options)
+    return click.Option([field.name, flag], type=kind, **options)

@@ -15,8 +15,9 @@ from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeac
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
-from pipeline.config.options import parse_bytes
+from pipeline.config.options import flag_name, parse_bytes
 from pipeline.config.sections import SECTIONS, STAGES
+from pipeline.config.sharing import PullConfig, PushConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
 __all__ = [
@@ -30,10 +31,13 @@ __all__ = [
     "ImportConfig",
     "InitStudentConfig",
     "InspectConfig",
+    "PullConfig",
+    "PushConfig",
     "TrainStudentConfig",
     "TrainTeacherConfig",
     "VerifyConfig",
     "cli_fields",
+    "flag_name",
     "load_config",
     "make_encoding",
     "parse_bytes",

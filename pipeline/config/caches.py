@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.options import check_positive, option
+from pipeline.config.options import cache_bytes_option, cache_dir_option, check_positive, option, parse_bytes
 from pipeline.errors import MisuseError
 
 
@@ -23,12 +23,17 @@ class VerifyConfig:
 class InspectConfig:
     """Show what a cache holds."""
 
-    cache: str = option("Directory of the cache.")
+    cache: str = option("Directory or URL of the cache.")
     split: str | None = option("Split of the rows to show. Default: the first.", None)
     rows: int = option("How many rows to show.", 2)
     tokens: int = option("How many tokens of each row to show (language models).", 24)
     top: int = option("How many soft labels to show for each position.", 4)
+    cache_dir: str | None = cache_dir_option()
+    cache_bytes: str = cache_bytes_option()
     json: bool = option("Print the contract, totals and shard table as JSON.", False)
+
+    def __post_init__(self) -> None:
+        parse_bytes("--cache-bytes", self.cache_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

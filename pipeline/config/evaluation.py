@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.options import check_positive, option
+from pipeline.config.options import cache_bytes_option, cache_dir_option, check_positive, option, parse_bytes
 from pipeline.errors import MisuseError
 
 
@@ -12,19 +12,22 @@ from pipeline.errors import MisuseError
 class EvaluateConfig:
     """Compare students with their teacher, from the cache alone."""
 
-    cache: str = option("Directory of the cache.")
+    cache: str = option("Directory or URL of the cache.")
     student: tuple[str, ...] = option("Student directory, or NAME=DIR; repeat for several.")
     split: str = option("Split to evaluate on.", "test")
     output: str | None = option("Directory for evaluation.json. Default: none is written.", None)
     prompt: tuple[str, ...] = option("Language models: text that each model continues; repeat for several.", ())
     teacher: str | None = option("With --prompt: the teacher, to continue it too. Nothing else uses it.", None)
     batch_size: int | None = option("Rows per forward pass. Default: 32 (classification), 4 (language models).", None)
+    cache_dir: str | None = cache_dir_option()
+    cache_bytes: str = cache_bytes_option()
     json: bool = option("Print JSON instead of a table.", False)
 
     def __post_init__(self) -> None:
         if not self.student:
             raise MisuseError("--student: expected at least one directory")
         check_positive("--batch-size", self.batch_size)
+        parse_bytes("--cache-bytes", self.cache_bytes)
         if self.teacher is not None and not self.prompt:
             raise MisuseError(
                 "--teacher goes with --prompt: it is only loaded to continue texts; its metrics come from the cache"

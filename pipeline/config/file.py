@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config.data import DataConfig
+from pipeline.config.options import flag_name
 from pipeline.config.sections import SECTIONS
 from pipeline.errors import ConfigError, MisuseError
 
@@ -113,7 +114,7 @@ def _required(item: dataclasses.Field[Any]) -> bool:
 
 
 def _flag(item: dataclasses.Field[Any]) -> str:
-    return "--" + item.name.replace("_", "-")
+    return "--" + flag_name(item.name)
 
 
 def _checked_section(path: str | Path, name: str, value: Any, config_type: type) -> dict[str, Any]:
@@ -121,11 +122,12 @@ def _checked_section(path: str | Path, name: str, value: Any, config_type: type)
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: {name}: expected a mapping, found {value!r}")
-    known = [f.name for f in dataclasses.fields(config_type)]
+    known = {flag_name(f.name).replace("-", "_"): f.name for f in dataclasses.fields(config_type)}
     section = {}
     for key, item in value.items():
         field_name = str(key).replace("-", "_")
-        _check_key(path, f"{name}: ", field_name, known)
+        _check_key(path, f"{name}: ", field_name, list(known))
+        field_name = known[field_name]
         if field_name in section:
             raise ConfigError(f"{path}: {name}: {field_name} is given twice")
         section[field_name] = (

@@ -20,6 +20,11 @@ def option(text: str, default: Any = dataclasses.MISSING) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def flag_name(field_name: str) -> str:
+    """The flag and the YAML key of a field: `top_k` is `top-k`; a word of Python's has an underscore at its end, `from_` is `from`."""
+    return field_name.rstrip("_").replace("_", "-")
+
+
 def check_positive(flag: str, value: int | None) -> None:
     """A count is at least 1, where it is given.
 
@@ -40,3 +45,18 @@ def parse_bytes(flag: str, text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise MisuseError(f"{flag}: expected a size as 500MB or 100GB, found {text!r}")
     return int(float(found[1]) * 1000 ** " KMGTP".index(found[2].upper() or " "))
+
+
+def cache_dir_option() -> Any:
+    """Where shards of caches behind URLs are kept."""
+    return option(
+        "A cache behind a URL: directory for what is fetched of it. Default: softlabel in the user's cache directory.",
+        None,
+    )
+
+
+def cache_bytes_option() -> Any:
+    """How much of them."""
+    return option(
+        "A cache behind a URL: keep at most so much of what was fetched; what was used longest ago goes first.", "20GB"
+    )

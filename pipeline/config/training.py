@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.config.options import check_positive, option
+from pipeline.config.options import cache_bytes_option, cache_dir_option, check_positive, option, parse_bytes
 from pipeline.errors import MisuseError
 from pipeline.records import Divergence, Loss, PositionWeights, Schedule
 
@@ -36,7 +36,7 @@ class InitStudentConfig:
 class TrainStudentConfig:
     """Train a student from a cache, without the teacher."""
 
-    cache: str = option("Directory of the cache.")
+    cache: str = option("Directory or URL of the cache.")
     student: str = option("Name or path of the student; a PEFT adapter directory is one too.")
     output: str = option("Directory of the trained student.")
     split: str = option("Split to train on.", "train")
@@ -89,6 +89,8 @@ class TrainStudentConfig:
         "Module to adapt; repeat for several. Default: PEFT's for the architecture.", ()
     )
     trust_remote_code: bool = option("Run code that comes with the student.", False)
+    cache_dir: str | None = cache_dir_option()
+    cache_bytes: str = cache_bytes_option()
     training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ class TrainStudentConfig:
         check_positive("--batch-tokens", self.batch_tokens)
         check_positive("--early-stopping", self.early_stopping)
         check_positive("--lora-r", self.lora_r)
+        parse_bytes("--cache-bytes", self.cache_bytes)
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_target):
             raise MisuseError("--lora-alpha and --lora-target go with --lora-r")
 

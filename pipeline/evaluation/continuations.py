@@ -16,7 +16,7 @@ from pipeline.tasks import get_task
 
 
 def continue_prompts(
-    cache: str | Path, models: Mapping[str, str | Path], prompts: Sequence[str], *, max_new_tokens: int = 32
+    cache: Cache, models: Mapping[str, str | Path], prompts: Sequence[str], *, max_new_tokens: int = 32
 ) -> tuple[Continuation, ...]:
     """Greedy continuations, one model in memory at a time.
 
@@ -27,7 +27,7 @@ def continue_prompts(
         MisuseError: the cache is of a task that generates nothing.
         ModelError: a model that cannot be loaded.
     """
-    task = get_task(Cache.open(cache).manifest.contract.task)
+    task = get_task(cache.manifest.contract.task)
     if not task.classes_are_tokens:
         raise MisuseError(f"--prompt is for language models; the cache is of the task {task.name}")
     texts: list[dict[str, str]] = [{} for _ in prompts]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pipeline.cache import Cache
 from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import dump
-from pipeline.config import EvaluateConfig
+from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.errors import CacheError, MisuseError
 from pipeline.evaluation.continuations import continue_prompts
 from pipeline.metrics import agreement, bootstrap_ratio
@@ -35,10 +35,13 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     students = dict(_name(student) for student in config.student)
     if len(students) < len(config.student):
         raise MisuseError("--student: two students have the same name; give NAME=DIR")
-    report = evaluate(config.cache, students, split=config.split, batch_size=config.batch_size)
+    cache = Cache.open(
+        config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
+    )
+    report = evaluate(cache, students, split=config.split, batch_size=config.batch_size)
     if config.prompt:
         models = students if config.teacher is None else {"teacher": config.teacher, **students}
-        report = dataclasses.replace(report, continuations=continue_prompts(config.cache, models, config.prompt))
+        report = dataclasses.replace(report, continuations=continue_prompts(cache, models, config.prompt))
     if config.output is not None:
         write_text(Path(config.output, "evaluation.json"), dump(report))
     return report
@@ -74,7 +77,7 @@ def evaluate(
     teacher_predictions = _teacher_predictions(task, iter(rows), default_temperature(contract.encoding, 1.0))
     if not (teacher_predictions.labels != NO_LABEL).any():
         raise CacheError(
-            f"{opened.root}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
+            f"{opened.where}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
         )
     teacher = ModelEvaluation(
         name="teacher",

@@ -1,4 +1,4 @@
-"""Caches that come from elsewhere: importers of what inference servers return."""
+"""Caches that go elsewhere and come from there: push, pull, importers of what inference servers return."""
 
 from pipeline.sharing.importers import import_responses
 

@@ -35,6 +35,7 @@ class CausalLM:
     name: str = "causal-lm"
     auto_class: Any = AutoModelForCausalLM
     peft_type: str = "CAUSAL_LM"
+    hub_category: str = "text-generation"
     classes_are_tokens: bool = True
     default_encoding: Encoding = Sampled()
     default_temperature: float = 1.0

@@ -29,6 +29,10 @@ class Task(Protocol):
         """The task as PEFT names it."""
 
     @property
+    def hub_category(self) -> str:
+        """The task as the hub's search names it."""
+
+    @property
     def classes_are_tokens(self) -> bool:
         """Whether class i is token i: then teacher and student share a tokenizer, and hard labels are in `input_ids`."""
 

@@ -36,6 +36,7 @@ class SequenceClassification:
     name: str = "sequence-classification"
     auto_class: Any = AutoModelForSequenceClassification
     peft_type: str = "SEQ_CLS"
+    hub_category: str = "text-classification"
     classes_are_tokens: bool = False
     default_encoding: Encoding = Full()
     default_temperature: float = 2.0

@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from pipeline.cache import CacheDataset
+from pipeline.training.ahead import look_ahead
 
 #: Row groups that are open at once: what one rank alone holds decoded.
 OPEN = 64
@@ -95,9 +96,8 @@ class BatchOrder(Sampler[Batch]):
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in self.steps():
-            mine = step[self.rank]
-            yield mine or [~next(row for batch in step for row in batch)]
+        batches = (step[self.rank] or [~next(row for batch in step for row in batch)] for step in self.steps())
+        return batches if self.dataset.remote is None else look_ahead(batches, self.dataset)
 
     def steps(self) -> Iterator[list[Batch]]:
         """What each rank gets in each step."""

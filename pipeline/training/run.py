@@ -16,7 +16,7 @@ from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedModel, Tra
 from pipeline.cache import Cache
 from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import differences, dump, parse
-from pipeline.config import TrainStudentConfig
+from pipeline.config import TrainStudentConfig, parse_bytes
 from pipeline.errors import ContractError, MisuseError, ModelError
 from pipeline.models import (
     LABELS,
@@ -67,7 +67,9 @@ class Origin:
 
 def run(config: TrainStudentConfig) -> TrainResult:
     """`softlabel train-student`."""
-    cache = Cache.open(config.cache)
+    cache = Cache.open(
+        config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
+    )
     _check_apart(config.output, config.student)
     args = training_arguments(
         config.output,

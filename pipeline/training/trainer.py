@@ -140,7 +140,7 @@ class DistillationTrainer(Trainer):
         labelled = ~np.isnan(dataset.column("label").astype(np.float64))
         if not labelled.any():
             raise TrainingError(
-                f"{self.cache.root}: --soft-weight 0 trains on hard labels, and no row has one; give --soft-weight, or --hard-labels teacher"
+                f"{self.cache.where}: --soft-weight 0 trains on hard labels, and no row has one; give --soft-weight, or --hard-labels teacher"
             )
         return labelled
 

@@ -213,8 +213,8 @@ def test_a_cache_without_its_tokenizer(cache):
 def test_what_is_no_cache(tmp_path):
     with pytest.raises(CacheError, match="no cache here"):
         Cache.open(tmp_path)
-    with pytest.raises(CacheError, match="local directories"):
-        Cache.open("s3://bucket/cache")
+    with pytest.raises(CacheError, match=r"no cache here \(manifest.json is missing"):
+        Cache.open(f"file://{tmp_path}/nothing", cache_dir=tmp_path / "fetched")
 
 
 def test_an_unfinished_capture_says_so(tmp_path, lm_tokenizer):

@@ -101,12 +101,17 @@ def build_cache(
     tokens: bool = True,
     per_shard: int = 30,
     shards: int = 2,
+    splits: tuple[str, ...] = ("train",),
 ):
-    """A finished cache of `shards` shards."""
+    """A finished cache of `shards` shards in each split."""
     import pyarrow as pa
 
     encoding = encoding or Sampled(6.0)
-    plans = tuple(ShardPlan(f"train-{i:05d}", "train", i * per_shard, (i + 1) * per_shard) for i in range(shards))
+    plans = tuple(
+        ShardPlan(f"{split}-{i:05d}", split, i * per_shard, (i + 1) * per_shard)
+        for split in splits
+        for i in range(shards)
+    )
     plan, schema = make_plan(
         tokenizer, encoding, classes, plans, tokens=tokens, kept={"id": pa.string()} if tokens else None
     )

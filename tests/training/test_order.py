@@ -27,7 +27,7 @@ class Rows(SimpleNamespace):
 
 
 def rows_of(*sizes: int) -> Rows:
-    return Rows(starts=np.cumsum([0, *sizes]), manifest=SimpleNamespace(cache_id="a" * 64))
+    return Rows(starts=np.cumsum([0, *sizes]), manifest=SimpleNamespace(cache_id="a" * 64), remote=None)
 
 
 LARGE = [37, 5, 64, 64, 64, 1] * 40

@@ -1,0 +1,73 @@
+"""How a cache was made, as a command that would make it again."""
+
+from __future__ import annotations
+
+import shlex
+
+from pipeline.records import Contract, Full, Manifest, Sampled, TopK, TopP
+
+
+def origin(manifest: Manifest) -> str:
+    """Markdown: the command, or what is known where it was none; and the caches that it was made from."""
+    contract = manifest.contract
+    if contract.batch_tokens == 0:
+        text = "Written by `write_cache` or `softlabel import`, from soft labels that were made elsewhere."
+    elif contract.source.name == "in-memory":
+        text = f"Made by `cache_logits` from Python, of data in memory; the settings are those of\n\n    {command(contract)}"
+    else:
+        text = f"    {command(contract)}"
+    if manifest.ancestry:
+        steps = "".join(f"{i}. `{a.operation}` of `{a.cache_id}`\n" for i, a in enumerate(manifest.ancestry, start=1))
+        text += f"\n\nThen:\n\n{steps.rstrip()}"
+    return text
+
+
+def command(contract: Contract) -> str:
+    """`softlabel cache-logits` with every setting that is not a default, and those whose default depends on the models."""
+    teacher, source, columns = contract.teacher, contract.source, contract.source.columns
+    flags: list[tuple[str, object]] = [
+        ("--task", contract.task),
+        ("--teacher", teacher.name),
+        ("--teacher-revision", teacher.revision),
+        ("--dtype", teacher.dtype),
+        ("--attn-implementation", teacher.attn_implementation),
+        ("--quantization", teacher.quantization),
+        ("--dataset", source.name),
+        ("--dataset-config", source.config),
+        ("--dataset-revision", source.revision),
+        *(("--split", split) for split in source.fingerprints),
+        ("--holdout", source.holdout or None),
+        ("--text-column", columns.text if columns.text != "text" else None),
+        ("--text-pair-column", columns.text_pair),
+        ("--messages-column", columns.messages),
+        ("--prompt-column", columns.prompt),
+        ("--completion-column", columns.completion),
+        ("--input-ids-column", columns.input_ids),
+        ("--labels-column", columns.labels),
+        ("--label-column", columns.label if columns.label != "label" else None),
+        *(("--keep-column", name) for name in columns.keep),
+        ("--max-length", contract.tokenization.max_length),
+        *_encoding(contract),
+        ("--batch-tokens", contract.batch_tokens),
+        ("--seed", contract.seed),
+        ("--on-bad-row", contract.on_bad_row if contract.on_bad_row != "stop" else None),
+    ]
+    words = ["softlabel", "cache-logits"]
+    for flag, value in flags:
+        if value is not None:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    words += ["--packing"] * contract.tokenization.packing
+    words += ["--isolate-documents"] * contract.tokenization.isolate_documents
+    words += ["--store-entropy"] * ("entropy" in contract.columns)
+    return shlex.join([*words, "--output", "DIR"])
+
+
+def _encoding(contract: Contract) -> list[tuple[str, object]]:
+    encoding = contract.encoding
+    flags: list[tuple[str, object]] = [("--encoding", encoding.kind)]
+    if isinstance(encoding, Full):
+        return flags
+    if isinstance(encoding, Sampled):
+        return [*flags, ("--sample-size", encoding.sample_size), ("--temperature", encoding.temperature)]
+    knob = {TopK: ("--top-k", getattr(encoding, "k", None)), TopP: ("--top-p", getattr(encoding, "p", None))}
+    return [*flags, knob[type(encoding)], *(("--temperature", t) for t in encoding.temperatures)]

@@ -1,0 +1,106 @@
+"""What the card says of reading a cache: the columns of its encoding, and code that readers can paste. Tests run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.records import Contract, Encoding, Full, Manifest, Sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one encoding is read."""
+
+    name: str
+    """The encoding with its parameters."""
+    columns: str
+    """What its columns hold."""
+    numpy: str
+    """Code that makes `positions`, a list of (classes, weights), of a mapping `row`."""
+    kept_mass: str | None
+    """SQL: the mass of a row on the classes that are kept for certain, summed over its positions. None: it is all of it."""
+
+
+def recipe(contract: Contract) -> Recipe:
+    """The recipe of a cache's encoding."""
+    encoding: Encoding = contract.encoding
+    if isinstance(encoding, Full):
+        return Recipe("full", _FULL, _FULL_NUMPY.format(num_classes=contract.num_classes), None)
+    if isinstance(encoding, Sampled):
+        values = {"temperature": encoding.temperature, "size": encoding.sample_size, "steps": encoding.steps}
+        return Recipe(
+            f"sampled, sample size {encoding.sample_size:g}, temperature {encoding.temperature:g}",
+            _SAMPLED.format(**values),
+            _SAMPLED_NUMPY.format(**values),
+            f"list_sum(top_weights) / {encoding.steps}.0",
+        )
+    grid = ", ".join(f"{t:g}" for t in encoding.temperatures)
+    knob = getattr(encoding, "k", None) or getattr(encoding, "p", None)
+    return Recipe(
+        f"{encoding.kind} {knob}, temperatures {grid}",
+        _TOP.format(grid=grid),
+        _TOP_NUMPY,
+        "list_sum([exp(x::double) for x in top_logprobs])",
+    )
+
+
+def kept_mass_sql(manifest: Manifest) -> str | None:
+    """A DuckDB query, run in the cache's directory: the mean mass of each split on the classes that are kept for certain."""
+    mass = recipe(manifest.contract).kept_mass
+    positions = "len(top_count)"
+    if mass is None:
+        return None
+    files = {
+        split: [f"data/{shard.name}.parquet" for shard in manifest.split_shards(split)] for split in manifest.splits
+    }
+    numbered = all(shard.name.startswith(f"{shard.split}-") for shard in manifest.shards)
+    several = len({name.rpartition("-")[0] for name in (shard.name for shard in manifest.shards)}) == len(files)
+    if numbered and several:  # as a capture names them
+        split = "regexp_extract(parse_filename(filename), '(.*)-[^-]*', 1)"
+    else:
+        cases = " ".join(
+            f"when parse_filename(filename) in ({', '.join(repr(name.rpartition('/')[2]) for name in names)}) then '{split}'"
+            for split, names in files.items()
+        )
+        split = f"case {cases} end"
+    return (
+        f"select {split} as split, sum({mass}) / sum({positions}) as kept_mass\n"
+        "from read_parquet('data/*.parquet', filename = true) group by split order by split;\n"
+    )
+
+
+_FULL = "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T."
+_FULL_NUMPY = """import numpy as np
+
+logits = np.asarray(row["logits"], dtype=np.float64).reshape(-1, {num_classes})
+q = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+positions = [(range({num_classes}), weights) for weights in q]
+"""
+
+_TOP = (
+    "`top_count[n]` classes are kept at position n; `top_ids` and `top_logprobs` (nats, of softmax(z)) hold them one position after another, by falling\n"
+    "probability. `log_residuals` holds, for each position, the log of the mass outside them at temperature(s) {grid}. At such a T the exact distribution is\n"
+    "q_T(i) = (1 - exp(log_residual_T)) * softmax over the kept classes of (top_logprobs / T)."
+)
+_TOP_NUMPY = """import numpy as np
+
+cuts = np.cumsum(row["top_count"])[:-1]
+kept = zip(np.split(row["top_ids"], cuts), np.split(row["top_logprobs"], cuts))
+positions = [(ids, np.exp(np.float64(logprobs))) for ids, logprobs in kept]  # at T = 1
+"""
+
+_SAMPLED = (
+    "`top_count[n]` classes are kept for certain at position n: `top_ids`, by falling probability, and their weights `top_weights`, whole numbers of 1/{steps}. `tail_count[n]`\n"
+    "more are an unbiased sample of the rest, each of weight 1/{size:g}: `tail_gaps` holds the first of a position, then the distance from each to the next. The expectation\n"
+    "of these weights is the teacher's distribution softmax(z / {temperature:g}); they sum to 1 +- 1/{size:g} + 1/{steps}."
+)
+_SAMPLED_NUMPY = """import numpy as np
+
+top, tail = np.cumsum(row["top_count"])[:-1], np.cumsum(row["tail_count"])[:-1]
+ids, weights = np.split(row["top_ids"], top), np.split(np.asarray(row["top_weights"]) / {steps}, top)
+sample = [np.cumsum(gaps) for gaps in np.split(np.asarray(row["tail_gaps"], dtype=np.int64), tail)]
+positions = [
+    (np.concatenate([i, s]).astype(np.int64), np.concatenate([w, np.full(len(s), 1 / {size:g})]))
+    for i, w, s in zip(ids, weights, sample)
+]
+"""

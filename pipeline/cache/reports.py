@@ -1,0 +1,34 @@
+"""What is said about a finished cache beside its data: the card, and the mass that it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.cache.card import make_card
+from pipeline.cache.commit import write_text
+from pipeline.cache.manifest import dump, parse
+from pipeline.cache.mass import draw, kept_masses
+from pipeline.cache.reader import Cache
+from pipeline.records import Fidelity
+
+
+def write_reports(cache: Cache, folder: Path, *, license: str | None = None, location: str = "DIR") -> None:
+    """Write `README.md`, and `reports/kept-mass.json` and `.png` where mass is left out, into a folder: the cache's own or another.
+
+    Args:
+        license: as the hub names it.
+        location: where readers will find the cache.
+
+    Raises:
+        CacheError: the folder cannot be written.
+        IntegrityError: a row group is damaged, or `reports/fidelity.json`.
+    """
+    kept = cache.root / "reports" / "fidelity.json"
+    fidelity = parse(Fidelity, kept) if kept.is_file() else None
+    masses = kept_masses(cache)
+    picture = False
+    if masses is not None:
+        write_text(folder / "reports" / "kept-mass.json", dump(masses))
+        picture = draw(masses, folder / "reports" / "kept-mass.png")
+    card = make_card(cache.manifest, fidelity, license=license, location=location, masses=masses, picture=picture)
+    write_text(folder / "README.md", card)

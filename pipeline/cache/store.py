@@ -1,0 +1,91 @@
+"""What was fetched of caches behind URLs, kept on this machine, bounded in bytes: what was used longest ago goes first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+
+from pipeline.cache.commit import write_atomically
+
+#: After a clean-up this share of the bound is used, so that the next one is not due at once.
+_KEPT = 0.9
+
+DEFAULT_BYTES = 20_000_000_000
+
+
+def default_directory() -> Path:
+    """`softlabel` in the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softlabel"
+
+
+class Store:
+    """Pieces of files by name. Several processes may share a directory; a name always stands for the same bytes."""
+
+    def __init__(self, directory: Path, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self._used: int | None = None
+        """An estimate between two looks at the directory: other processes write too."""
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> bytes | None:
+        """A piece, or None. It counts as used now."""
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+            os.utime(path, ns=(now := time.time_ns(), now))  # finer than the clock that the kernel would take
+        except FileNotFoundError:
+            return None
+        return data
+
+    def holds(self, name: str) -> bool:
+        """Whether a piece is there."""
+        return self._path(name).is_file()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Keep a piece, and make room.
+
+        Raises:
+            CacheError: the disk is full, or the directory cannot be written.
+        """
+        write_atomically(self._path(name), lambda temporary: _write(temporary, data))
+        with self._lock:
+            self._used = self._clean() if self._used is None else self._used + len(data)
+            if self._used > self.max_bytes:
+                self._used = self._clean()
+
+    def drop(self, name: str) -> None:
+        """Forget a piece."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / name
+
+    def _clean(self) -> int:
+        """Remove pieces until the rest is within the bound. Returns the bytes of the rest."""
+        found = []
+        for path in self.directory.glob("*/pieces/*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process cleans up too
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        used = sum(size for _, size, _ in found)
+        if used > self.max_bytes:
+            for _, size, path in sorted(found):
+                if used <= _KEPT * self.max_bytes:
+                    break
+                path.unlink(missing_ok=True)
+                used -= size
+        return used
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"directory": self.directory, "max_bytes": self.max_bytes}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -1,0 +1,136 @@
+"""Publish to the Hugging Face hub: files first, each by itself, then one commit that others can pin."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from pipeline.cache.transfer import patiently
+from pipeline.errors import CacheError, ContractError, MisuseError
+from pipeline.sharing.contents import Contents
+from pipeline.sources.loading import reason
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+#: One upload of a shard may take so long; the hub's library has time-outs of its own for each request in it.
+_UPLOAD_SECONDS = 3600.0
+
+
+def repository(url: str) -> str:
+    """ORG/NAME of a hub URL.
+
+    Raises:
+        MisuseError: it names something else.
+    """
+    found = re.fullmatch(r"hf://datasets/([\w.\-]+/[\w.\-]+)/?", url)
+    if found is None:
+        raise MisuseError(f"--to: expected hf://datasets/ORG/NAME (a branch goes into --revision), found {url!r}")
+    return found[1]
+
+
+def push_to_hub(
+    contents: Contents, repo_id: str, *, public: bool, revision: str | None, message: str
+) -> tuple[str, int]:
+    """Upload what is not there yet, and commit all of it at once, on the state that was found at the beginning.
+
+    Args:
+        public: who can read a new repository: everyone, or its owners.
+        revision: a branch; it is made where there is none. None: main.
+
+    Returns:
+        The commit, and the bytes of the shards that were sent.
+
+    Raises:
+        ContractError: somebody else has committed meanwhile.
+        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not asked for.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    where = f"hf://datasets/{repo_id}"
+    branch = revision or "main"
+    parent, there = _begin(api, where, repo_id, public=public, branch=branch)
+    manifest = {"manifest.json": contents.manifest}
+    additions: list[CommitOperationAdd] = []
+    sent = 0
+    total = sum(path.stat().st_size for path in contents.shards.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="push", disable=None) as progress:
+        for name, path in {**contents.shards, **contents.others, **manifest}.items():
+            if there.get(name) not in _hashes(contents, name, path):
+                addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+                if name in contents.shards:
+                    _upload(api, f"{where}/{name}", repo_id, addition, branch)
+                    sent += path.stat().st_size
+                additions.append(addition)
+            progress.update(path.stat().st_size if name in contents.shards else 0)
+    names = {*contents.shards, *contents.others, *manifest}
+    stale = [name for name in there if name not in names and not name.startswith(".")]
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in stale]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions, *deletions]
+    if not operations:
+        return parent, 0
+    try:
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            repo_type="dataset",
+            revision=branch,
+            parent_commit=parent,
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code in (409, 412):
+            raise ContractError(
+                f"{where}: somebody else has committed to {branch} since {parent[:12]}; what was uploaded is kept: look at it, then run the same command again"
+            ) from None
+        raise CacheError(f"{where}: {reason(error)}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CacheError(f"{where}: {reason(error)}; run the same command again") from None
+    return str(commit.oid), sent
+
+
+def _begin(api: HfApi, where: str, repo_id: str, *, public: bool, branch: str) -> tuple[str, dict[str, str]]:
+    """The commit to build on, and the SHA-256 (large files) or Git hash of each file in it. A new repository is made where there is none."""
+    from huggingface_hub.hf_api import RepoFile
+
+    settings: dict[str, Any] = {"repo_type": "dataset", "exist_ok": True}
+    patiently(where, lambda: api.create_repo(repo_id, private=not public, **settings))
+    if branch != "main":
+        patiently(where, lambda: api.create_branch(repo_id, branch=branch, **settings))
+    info = patiently(where, lambda: api.repo_info(repo_id, repo_type="dataset", revision=branch))
+    if not info.private and not public:
+        raise CacheError(f"{where}: is public: everyone could read this cache; say --public, or use another repository")
+    if info.private and public:
+        logger.warning("%s: is private, and stays so: its owner changes that on the hub", where)
+    tree = patiently(
+        where, lambda: list(api.list_repo_tree(repo_id, recursive=True, repo_type="dataset", revision=info.sha))
+    )
+    files = [item for item in tree if isinstance(item, RepoFile)]
+    return str(info.sha), {item.path: item.lfs.sha256 if item.lfs else item.blob_id for item in files}
+
+
+def _upload(api: HfApi, where: str, repo_id: str, addition: Any, branch: str) -> None:
+    """Send one shard to the hub's storage; it belongs to no commit yet, and is there when the same push goes on."""
+    patiently(
+        where,
+        lambda: api.preupload_lfs_files(repo_id, [addition], repo_type="dataset", revision=branch),
+        timeout=_UPLOAD_SECONDS,
+    )
+
+
+def _hashes(contents: Contents, name: str, path: Path) -> set[str]:
+    """What the hub may know a file by: its SHA-256, or its hash in Git where it is small."""
+    if name in contents.sha256:
+        return {contents.sha256[name]}
+    data = path.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return {blob.hexdigest(), hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,196 @@
+"""Publish to an S3-compatible store, or whatever fsspec opens: shards first, the manifest last, by a conditional put."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
+
+from pipeline.cache.remote import list_files
+from pipeline.cache.transfer import TIMEOUT, patiently, protocols
+from pipeline.cache.urls import open_filesystem
+from pipeline.errors import CacheError, ContractError
+from pipeline.sharing.contents import Contents
+from pipeline.sources.loading import reason, redact
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+#: Says whose unfinished push lies there, so that the same cache's can go on and another's cannot begin.
+_MARK = ".push.json"
+#: Files on the way at once.
+_PARALLEL = 4
+#: Bytes a second that an upload must at least have.
+_SLOWEST = 100_000
+#: Stores of objects, which have no directories to make.
+_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2"}
+
+
+def push_to_store(contents: Contents, url: str) -> int:
+    """Send what is not there yet. Returns the bytes of the shards that were sent.
+
+    A shard is there if the same cache's earlier push has left it with its size: stores show no half-written object.
+
+    Raises:
+        ContractError: another cache is there, or is being pushed there.
+        CacheError: the store cannot be written.
+    """
+    url = url.rstrip("/")
+    store = _Store(url)
+    text = contents.manifest.read_bytes()
+    there = store.cache_id("manifest.json")
+    if there is None and not store.create(_MARK, json.dumps({"cache_id": contents.cache_id}).encode()):
+        there_too = store.cache_id(_MARK)
+        if there_too != contents.cache_id:
+            raise ContractError(
+                f"{store}: another cache is being pushed there (cache_id {str(there_too)[:12]}...); use another URL, or remove {_MARK} if nobody is"
+            )
+    if there not in (None, contents.cache_id):
+        raise ContractError(
+            f"{store}: holds another cache (cache_id {str(there)[:12]}..., not {contents.cache_id[:12]}...); use another URL"
+        )
+    sizes = list_files(url, "data")
+    names = {name.rpartition("/")[2] for name in contents.shards}
+    extra = sorted(name for name in sizes if name not in names and name.endswith(".parquet"))
+    if extra:
+        raise CacheError(f"{store}/data/{extra[0]}: is no part of this cache; use another URL")
+    missing = {
+        name: path
+        for name, path in contents.shards.items()
+        if sizes.get(name.rpartition("/")[2]) != path.stat().st_size
+    }
+    if len(missing) < len(contents.shards):
+        logger.info("%s: %d of %d shards are there", store, len(contents.shards) - len(missing), len(contents.shards))
+    store.put_all(missing, "push")
+    store.put_all(contents.others)
+    if not store.create("manifest.json", text):
+        there = store.cache_id("manifest.json")
+        if there != contents.cache_id:
+            raise ContractError(
+                f"{store}: another writer has finished a cache there (cache_id {str(there)[:12]}...); use another URL"
+            )
+    store.remove(_MARK)
+    return sum(path.stat().st_size for path in missing.values())
+
+
+class _Store:
+    """A directory behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._filesystem, self._path = open_filesystem(url)
+        self._filesystem.invalidate_cache()
+
+    def __str__(self) -> str:
+        return redact(self._url)
+
+    def put_all(self, files: dict[str, Path], what: str | None = None) -> None:
+        """Send files, several at once; `what` names the progress bar, if there is to be one."""
+        total = sum(path.stat().st_size for path in files.values())
+        with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None if what else True) as progress:
+
+            def send(item: tuple[str, Path]) -> None:
+                name, path = item
+                self._put(name, path)
+                progress.update(path.stat().st_size)
+
+            in_parallel(send, list(files.items()), _PARALLEL)
+
+    def cache_id(self, name: str) -> str | None:
+        """The cache_id in a JSON file; None where there is no such file."""
+        try:
+            content = json.loads(self._try(name, lambda fs, path: fs.cat_file(path)))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise CacheError(
+                f"{self}/{name}: is no JSON, so that what is there cannot be told; use another URL"
+            ) from None
+        return str(content.get("cache_id")) if isinstance(content, dict) else ""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless it is there, by the store's own condition where it has one."""
+
+        def request(filesystem: AbstractFileSystem, path: str) -> bool:
+            self._make_parent(path)
+            try:
+                if _is_local(filesystem):
+                    with open(path, "xb") as handle:
+                        handle.write(data)
+                else:
+                    filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # S3: the condition of the put was not met
+                    return False
+                raise
+            return True
+
+        return self._write(name, request)
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        try:
+            self._try(name, lambda fs, path: fs.rm_file(path))
+        except FileNotFoundError:
+            return
+
+    def _put(self, name: str, local: Path) -> None:
+        def request(filesystem: AbstractFileSystem, path: str) -> None:
+            self._make_parent(path)
+            if _is_local(filesystem):  # whose put is not atomic
+                filesystem.put_file(str(local), f"{path}.part")
+                os.replace(f"{path}.part", path)
+            else:
+                filesystem.put_file(str(local), path)
+
+        self._write(name, request, timeout=max(TIMEOUT, local.stat().st_size / _SLOWEST))
+
+    def _write(
+        self, name: str, request: Callable[[AbstractFileSystem, str], Result], timeout: float | None = None
+    ) -> Result:
+        try:
+            return self._try(name, request, timeout)
+        except FileNotFoundError as error:  # no such bucket, for one
+            raise CacheError(f"{self}/{name}: cannot be written: {reason(error)}") from None
+
+    def _try(
+        self, name: str, request: Callable[[AbstractFileSystem, str], Result], timeout: float | None = None
+    ) -> Result:
+        path = f"{self._path}/{name}"
+        return patiently(f"{self}/{name}", lambda: request(self._filesystem, path), timeout=timeout)
+
+    def _make_parent(self, path: str) -> None:
+        if not _OBJECTS & set(protocols(self._filesystem)):
+            self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+
+def in_parallel(work: Callable[[Item], None], items: list[Item], threads: int) -> None:
+    """Do it for every item; the first error stops what has not begun, and is raised."""
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _is_local(filesystem: AbstractFileSystem) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(filesystem, LocalFileSystem)
