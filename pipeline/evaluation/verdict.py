@@ -1,0 +1,101 @@
+"""The answer in one sentence, with its interval and the controls beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pipeline.evaluation.quality import difference, retention
+from pipeline.evaluation.report_records import GapShare, Measured, Verdict
+from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.subjects import Subject
+from pipeline.tasks import Task
+
+
+def headline(task: Task, subjects: Sequence[Subject], split: str | None) -> tuple[Subject, str]:
+    """The student that the answer is about, and how it was chosen: never on the rows that are reported."""
+    students = [subject for subject in subjects if subject.model.role == "student"]
+    if len(students) == 1:
+        return students[0], "the only student"
+    ranked = [student for student in students if student.chosen_by is not None]
+    if split is None or len(ranked) < len(students):
+        return students[0], "the first student named"
+    best = (max if task.higher_is_better else min)(ranked, key=lambda s: s.chosen_by or 0.0)
+    return best, f"the best of {len(students)} students on the split {split}"
+
+
+def verdict(
+    task: Task, student: Subject, chosen: str, subjects: Sequence[Subject], shares: Sequence[GapShare], scores: Scores
+) -> Verdict:
+    """Whether the student performs as well as its teacher: `no` where the whole interval of the difference lies below 0, `better` where it lies above."""
+    metric = task.main_metric
+    gain = difference(task, scores, student.name, student.teacher.name, metric)
+    interval = gain.interval
+    answer: Literal["yes", "no", "better", "unknown"] = "yes"
+    if interval is None:
+        answer = "unknown"
+    elif interval.high < 0:
+        answer = "no"
+    elif interval.low > 0:
+        answer = "better"
+    kept = retention(task, scores, student.name, student.teacher.name)
+    ours, theirs = scores[student.name, metric].mean, scores[student.teacher.name, metric].mean
+    teacher_parameters = student.teacher.cache.manifest.contract.teacher.num_parameters
+    size = (
+        f", with {student.model.num_parameters / teacher_parameters:.1%} of its parameters"
+        if teacher_parameters
+        else ""
+    )
+    opening = {
+        "yes": "Yes, as far as these rows can tell",
+        "no": "Not quite" if kept.value >= 0.95 else "No",
+        "better": "Yes, and better",
+        "unknown": "That cannot be said",
+    }[answer]
+    sentence = (
+        f"{opening}: {student.name} keeps {with_interval(kept, share=True)} of its teacher's {metric} "
+        f"({number(metric, ours)} against {number(metric, theirs)}{size}; {uncertainty(kept, len(student.seen))})."
+    )
+    controls = [subject for subject in subjects if subject.model.role == "control"]
+    if controls:
+        each = "; ".join(
+            f"{control.name} keeps {with_interval(retention(task, scores, control.name, control.teacher.name), share=True)}"
+            for control in controls
+        )
+        sentence += f" Controls: {each}."
+    closed = [
+        f"{with_interval(item.share, share=True)} of the gap from {item.control} to the teacher"
+        for item in shares
+        if item.student == student.name and item.metric == metric and item.share is not None
+    ]
+    if closed:
+        sentence += f" Distillation closed {' and '.join(closed)}."
+    return Verdict(student.name, chosen, answer, sentence)
+
+
+def uncertainty(found: Measured, num_seeds: int) -> str:
+    """What an interval speaks of, in words."""
+    if found.interval is None:
+        return "no interval"
+    if found.both is not None:
+        return f"95% interval over rows and {num_seeds} seeds"
+    return "95% interval over rows; " + (
+        "one seed, so that it says nothing of others" if num_seeds == 1 else f"mean over {num_seeds} seeds"
+    )
+
+
+def number(metric: str, value: float) -> str:
+    """A metric as it is read: shares in percent, the others in their unit."""
+    if value != value:
+        return "-"
+    return f"{value:.1%}" if metric in ("accuracy", "macro_f1", "ece", "agreement") else f"{value:.3f}"
+
+
+def with_interval(found: Measured, *, share: bool = False, metric: str = "") -> str:
+    """A figure and its interval."""
+    if found.value != found.value:
+        return "-"
+    name = "accuracy" if share else metric
+    text = number(name, found.value)
+    interval = found.interval
+    return text if interval is None else f"{text} ({number(name, interval.low)} to {number(name, interval.high)})"
