@@ -14,9 +14,8 @@ from pipeline.evaluation.verdict import number
 
 _WIDTH = 5.0
 _DPI = 144
-
-#: Okabe and Ito's colours, which colour-blind readers tell apart; grey is the teacher's.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800", "#8c6bb1")
+_FEWEST = 5
+"""Predictions in a bin of a reliability diagram that are enough for a point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +25,22 @@ class Style:
     ink: str
     faint: str
     paper: str
+    colours: tuple[str, ...]
+    """After Okabe and Ito, whose colours colour-blind readers tell apart; the teacher's is the ink's."""
 
 
-LIGHT = Style("#1f2328", "#d0d7de", "#ffffff")
-DARK = Style("#e6edf3", "#3d444d", "#151b23")
+LIGHT = Style(
+    "#1f2328",
+    "#d0d7de",
+    "#ffffff",
+    ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#a89600", "#8c6bb1"),
+)
+DARK = Style(
+    "#e6edf3",
+    "#3d444d",
+    "#151b23",
+    ("#56b4e9", "#e69f00", "#2fc494", "#e19ac6", "#ff8a4d", "#9fd3f5", "#f0e442", "#b79be0"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +115,13 @@ def draw_quality(report: Report, style: Style) -> Any:
             (teacher.name, teacher.metrics.get(metric), style.ink, "D") for teacher in report.teachers
         ]
         rows += [
-            (line.name, line.metrics[metric], _colour(report, line.name), "o" if line.role == "student" else "s")
+            (line.name, line.metrics[metric], _colour(report, style, line.name), "o" if line.role == "student" else "s")
             for line in lines
         ]
         for y, (_, found, colour, marker) in enumerate(rows):
             _point(axis, found, y, colour, marker)
         axis.set_yticks(range(len(rows)), [row[0] for row in rows])
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlabel(metric if metric == "accuracy" else f"{metric}, nats" if metric == "loss" else metric)
         _percent(axis.xaxis, metric)
     return figure
@@ -120,9 +131,9 @@ def draw_fidelity(report: Report, style: Style) -> Any:
     """Three shares of each model: agreement where the teacher is right, where it is wrong, and errors of the teacher that it mends."""
     lines = report.closeness
     parts = (
-        ("agrees where the teacher is right", "on_right", _COLOURS[0]),
-        ("agrees where the teacher errs: copies the mistake", "on_errors", _COLOURS[4]),
-        ("is right where the teacher errs", "mended", _COLOURS[2]),
+        ("agrees where the teacher is right", "on_right", style.colours[0]),
+        ("agrees where the teacher errs: copies the mistake", "on_errors", style.colours[4]),
+        ("is right where the teacher errs", "mended", style.colours[2]),
     )
     figure, (axis,) = _axes(1, 0.55 * len(lines) + 1.35, style)
     for i, (label, field, colour) in enumerate(parts):
@@ -148,12 +159,14 @@ def draw_reliability(report: Report, style: Style) -> Any:
     figure, axes = _axes(rows, 2.35 * rows + 0.35, style, columns=columns, share=True)
     for axis, line in zip(axes, plain, strict=False):
         axis.plot([0, 1], [0, 1], color=style.ink, alpha=0.4, linewidth=1, linestyle="--")
-        colour = style.ink if line.name.startswith("teacher") else _colour(report, line.name)
+        colour = _colour(report, style, line.name) or style.ink
         _curve(axis, line.bins, colour, "-", "o", "as trained")
         other = scaled.get(f"{line.name}, scaled")
         if other is not None and other.bins:
             _curve(axis, other.bins, colour, ":", "x", "with temperature scaling")
-        axis.set_title(f"{line.name}\nECE {line.ece:.1%}" + ("" if other is None else f", scaled {other.ece:.1%}"))
+        axis.set_title(
+            f"{line.name}\nECE {line.ece:.1%}" + ("" if other is None else f", scaled {other.ece:.1%}"), fontsize=9
+        )
         axis.set_aspect("equal")
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1)
@@ -169,7 +182,13 @@ def draw_reliability(report: Report, style: Style) -> Any:
 def draw_pareto(report: Report, style: Style) -> Any:
     """The main metric against the number of parameters; the line joins what nothing smaller is better than."""
     points: list[tuple[int, Measured, str, str, str]] = [
-        (model.num_parameters, _metric_of(report, model.name), model.name, _colour(report, model.name), model.role)
+        (
+            model.num_parameters,
+            _metric_of(report, model.name),
+            model.name,
+            _colour(report, style, model.name),
+            model.role,
+        )
         for model in report.models
     ]
     points += [
@@ -177,10 +196,15 @@ def draw_pareto(report: Report, style: Style) -> Any:
         for t in report.teachers
         if t.num_parameters
     ]
+    from matplotlib.ticker import LogLocator
+
     points = [point for point in points if math.isfinite(point[1].value)]
     figure, (axis,) = _axes(1, 3.4, style)
     axis.set_xscale("log")
-    for x, found, name, colour, role in points:
+    beside: dict[int, int] = {}
+    for size, found, name, colour, role in points:
+        x = size * 1.03 ** beside.get(size, 0)  # models of one size stand beside each other
+        beside[size] = beside.get(size, 0) + 1
         interval = found.interval
         if interval is not None:
             axis.plot([x, x], [interval.low, interval.high], color=colour, linewidth=1.5, alpha=0.6)
@@ -191,6 +215,7 @@ def draw_pareto(report: Report, style: Style) -> Any:
     axis.set_xlabel("parameters")
     axis.set_ylabel(report.main_metric)
     axis.margins(x=0.12)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(_count)
     axis.xaxis.set_minor_formatter(lambda *_: "")
     _percent(axis.yaxis, report.main_metric)
@@ -235,7 +260,13 @@ def draw_training(report: Report, style: Style) -> Any:
             for i, run in enumerate(model.runs):
                 points = [(entry["step"], entry[name]) for entry in run.history if name in entry]
                 if points:
-                    _trace(axis, points, _colour(report, model.name), None if model.name in labelled else model.name, i)
+                    _trace(
+                        axis,
+                        points,
+                        _colour(report, style, model.name),
+                        None if model.name in labelled else model.name,
+                        i,
+                    )
                     labelled.add(model.name)
         if name.endswith("loss") and _positive(axis):
             axis.set_yscale("log")
@@ -256,12 +287,12 @@ def draw_determinants(report: Report, style: Style) -> Any:
     for axis, item in zip(axes, report.determinants, strict=True):
         for y, level in enumerate(item.levels):
             axis.plot(
-                [level.low, level.high], [y, y], color=_COLOURS[0], alpha=0.4, linewidth=3, solid_capstyle="round"
+                [level.low, level.high], [y, y], color=style.colours[0], alpha=0.4, linewidth=3, solid_capstyle="round"
             )
-            axis.plot([level.mean], [y], "o", color=_COLOURS[0], markersize=6)
+            axis.plot([level.mean], [y], "o", color=style.colours[0], markersize=6)
         axis.set_yticks(range(len(item.levels)), [_wrap(level.value) for level in item.levels])
         axis.set_ylim(len(item.levels) - 0.5, -0.5)
-        axis.set_title(item.factor)
+        axis.set_title(item.factor, fontsize=9)
         _percent(axis.xaxis, report.main_metric)
     axes[-1].set_xlabel(report.main_metric)
     return figure
@@ -317,9 +348,10 @@ def _point(axis: Any, found: Measured | None, y: float, colour: str, marker: str
 
 
 def _curve(axis: Any, bins: Sequence[Bin], colour: str, line: str, marker: str, label: str) -> None:
+    firm = [item for item in bins if item.count >= _FEWEST]
     axis.plot(
-        [item.confidence for item in bins],
-        [item.accuracy for item in bins],
+        [item.confidence for item in firm],
+        [item.accuracy for item in firm],
         color=colour,
         linestyle=line,
         marker=marker,
@@ -360,9 +392,10 @@ def _wrap(text: str) -> str:
     return text.replace(", ", ",\n", 1) if len(text) > 26 else text
 
 
-def _colour(report: Report, name: str) -> str:
+def _colour(report: Report, style: Style, name: str) -> str:
+    """'' for a teacher."""
     names = [model.name for model in report.models]
-    return _COLOURS[names.index(name) % len(_COLOURS)]
+    return style.colours[names.index(name) % len(style.colours)] if name in names else ""
 
 
 def _metric_of(report: Report, name: str) -> Measured:

@@ -304,6 +304,15 @@ class Verdict:
     """How, in words."""
     answer: Literal["yes", "no", "better", "unknown"]
     sentence: str
+    controls: str
+    """What they keep; '' without controls."""
+    gap: str
+    """How much of the way from each control to the teacher the student goes; '' where that is not defined."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return " ".join(part for part in (self.sentence, self.controls, self.gap) if part)
 
 
 @dataclass(frozen=True, slots=True)

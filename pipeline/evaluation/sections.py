@@ -142,7 +142,7 @@ def _quality(report: Report) -> Section:
         )
     if report.comparisons:
         tables.append(_comparison_table(report))
-    return Section("quality", "Quality", (_made_by(report),), tuple(tables), ("quality", "pareto"))
+    return Section("quality", "Quality", (), (*tables, _who(report)), ("quality", "pareto"))
 
 
 def _comparison_table(report: Report) -> Table:
@@ -187,11 +187,9 @@ def _difference(metric: str, found: Measured) -> str:
     )
 
 
-def _made_by(report: Report) -> str:
-    said = [
-        f"{model.name}: {model.architecture}, trained on {model.made_by}" for model in report.models if model.made_by
-    ]
-    return "; ".join(said) + "." if said else ""
+def _who(report: Report) -> Table:
+    rows = [(model.name, model.role, model.architecture, model.made_by or "-") for model in report.models]
+    return Table("Who is who", ("", "", "architecture", "trained on"), tuple(rows))
 
 
 def _fidelity(report: Report) -> Section:
@@ -229,26 +227,18 @@ def _fidelity(report: Report) -> Section:
 
 
 def _slice_tables(report: Report) -> list[Table]:
-    header = (
-        report.slice_kind.partition(",")[0],
-        "positions",
-        "teacher",
-        *(line.name for line in report.slices[0].models),
-    )
+    names = tuple(line.name for line in report.slices[0].models)
     tables = []
-    for field, caption, form in (
-        ("accuracy", "Accuracy", ".1%"),
-        ("agreement", "Agreement", ".1%"),
-        ("kl", "KL, nats", ".3f"),
-    ):
+    for field, caption in (("accuracy", "Accuracy"), ("agreement", "Agreement"), ("kl", "KL, nats,")):
+        of_teacher = field == "accuracy"
         rows = []
         for item in report.slices:
             values = [getattr(line, field) for line in item.models]
-            teacher = f"{item.teacher_accuracy:.1%}" if field == "accuracy" else ""
-            rows.append(
-                (item.name, f"{item.positions:,}", teacher, *("-" if v is None else f"{v:{form}}" for v in values))
-            )
+            shown = ["-" if value is None else number(field, value) for value in values]
+            teacher = [number(field, item.teacher_accuracy)] if of_teacher else []
+            rows.append((item.name, f"{item.positions:,}", *teacher, *shown))
         if any(getattr(line, field) is not None for line in report.slices[0].models):
+            header = (report.slice_kind.partition(",")[0], "positions", *(["teacher"] if of_teacher else []), *names)
             tables.append(Table(f"{caption} by {report.slice_kind}", header, tuple(rows)))
     return tables
 
@@ -267,7 +257,7 @@ def _calibration(report: Report) -> Section:
     table = Table("How far the probabilities can be believed", ("", "temperature", "ECE", "Brier", "NLL"), tuple(rows))
     text = (
         f"Temperature scaling divides the logits by one number, {report.calibration}; the predictions stay as they are. "
-        "In the diagrams: points by bins of confidence, bars how many predictions stand there, dotted with temperature scaling.",
+        "In the diagrams: points by bins of confidence with at least 5 predictions, bars how many stand there, dotted with temperature scaling.",
     )
     return Section("calibration", "Calibration", text, (table,), ("reliability",))
 

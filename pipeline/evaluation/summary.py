@@ -10,7 +10,7 @@ from pipeline.evaluation.sections import Table, quality_table
 
 def summary(report: Report) -> str:
     """A few lines; the rest stands in the page."""
-    answer = textwrap.fill(report.verdict.sentence, 110, break_long_words=False, break_on_hyphens=False)
+    answer = textwrap.fill(report.verdict.text, 110, break_long_words=False, break_on_hyphens=False)
     return f"{answer}\n\n{plain_table(quality_table(report))}"
 
 

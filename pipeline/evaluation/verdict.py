@@ -56,21 +56,21 @@ def verdict(
         f"{opening}: {student.name} keeps {with_interval(kept, share=True)} of its teacher's {metric} "
         f"({number(metric, ours)} against {number(metric, theirs)}{size}; {uncertainty(kept, len(student.seen))})."
     )
+    beside = ""
     controls = [subject for subject in subjects if subject.model.role == "control"]
     if controls:
         each = "; ".join(
             f"{control.name} keeps {with_interval(retention(task, scores, control.name, control.teacher.name), share=True)}"
             for control in controls
         )
-        sentence += f" Controls: {each}."
+        beside = f"Controls: {each}."
     closed = [
         f"{with_interval(item.share, share=True)} of the gap from {item.control} to the teacher"
         for item in shares
         if item.student == student.name and item.metric == metric and item.share is not None
     ]
-    if closed:
-        sentence += f" Distillation closed {' and '.join(closed)}."
-    return Verdict(student.name, chosen, answer, sentence)
+    gap = f"Distillation closed {' and '.join(closed)}." if closed else ""
+    return Verdict(student.name, chosen, answer, sentence, beside, gap)
 
 
 def uncertainty(found: Measured, num_seeds: int) -> str:
