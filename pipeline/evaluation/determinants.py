@@ -15,6 +15,7 @@ from pipeline.tasks import Task
 ARCHITECTURE = "Does the student's architecture decide?"
 TEACHER = "Does the quality of the teacher decide?"
 BALANCE = "Does the balance of the hyperparameters decide?"
+QUESTIONS = (ARCHITECTURE, TEACHER, BALANCE)
 
 
 def determinants(task: Task, subjects: Sequence[Subject], scores: Scores) -> tuple[Determinant, ...]:

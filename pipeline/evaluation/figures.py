@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import MisuseError
-from pipeline.evaluation.report_records import Bin, Measured, Model, Report
-from pipeline.evaluation.verdict import number
+from pipeline.evaluation.canvas import DARK, LIGHT, Style, add_legend, make_axes, percent, png, short_count
+from pipeline.evaluation.report_records import Bin, Measured, Report
 
-_WIDTH = 5.0
-_DPI = 144
 _FEWEST = 5
 """Predictions in a bin of a reliability diagram that are enough for a point."""
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """What a light and a dark page differ in."""
-
-    ink: str
-    faint: str
-    paper: str
-    colours: tuple[str, ...]
-    """After Okabe and Ito, whose colours colour-blind readers tell apart; the teacher's is the ink's."""
-
-
-LIGHT = Style(
-    "#1f2328",
-    "#d0d7de",
-    "#ffffff",
-    ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#a89600", "#8c6bb1"),
-)
-DARK = Style(
-    "#e6edf3",
-    "#3d444d",
-    "#151b23",
-    ("#56b4e9", "#e69f00", "#2fc494", "#e19ac6", "#ff8a4d", "#9fd3f5", "#f0e442", "#b79be0"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +64,7 @@ def draw_all(report: Report) -> tuple[Picture, ...]:
     ]
     found = []
     for name, title, alt, draw in wanted:
-        images = [_png(draw(report, style), style) for style in (LIGHT, DARK)]
+        images = [png(draw(report, style), style) for style in (LIGHT, DARK)]
         if images[0] is not None and images[1] is not None:
             found.append(Picture(name, title, alt, images[0], images[1]))
     return tuple(found)
@@ -104,7 +76,7 @@ def draw_quality(report: Report, style: Style) -> Any:
     lines = [line for line in report.quality if not line.scaled]
     metrics = [m for m in metrics if all(m in line.metrics for line in lines)]
     count = len(lines) + len(report.teachers)
-    figure, axes = _axes(len(metrics), (0.34 * count + 0.75) * len(metrics), style)
+    figure, axes = make_axes(len(metrics), (0.34 * count + 0.75) * len(metrics), style)
     for axis, metric in zip(axes, metrics, strict=True):
         first = report.teachers[0].metrics.get(metric)
         if first is not None and math.isfinite(first.value):
@@ -123,7 +95,7 @@ def draw_quality(report: Report, style: Style) -> Any:
         axis.set_yticks(range(len(rows)), [row[0] for row in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlabel(metric if metric == "accuracy" else f"{metric}, nats" if metric == "loss" else metric)
-        _percent(axis.xaxis, metric)
+        percent(axis.xaxis, metric)
     return figure
 
 
@@ -135,7 +107,7 @@ def draw_fidelity(report: Report, style: Style) -> Any:
         ("agrees where the teacher errs: copies the mistake", "on_errors", style.colours[4]),
         ("is right where the teacher errs", "mended", style.colours[2]),
     )
-    figure, (axis,) = _axes(1, 0.55 * len(lines) + 1.35, style)
+    figure, (axis,) = make_axes(1, 0.55 * len(lines) + 1.35, style)
     for i, (label, field, colour) in enumerate(parts):
         values = [getattr(line, field) for line in lines]
         where = [y + (i - 1) * 0.26 for y in range(len(lines))]
@@ -143,8 +115,8 @@ def draw_fidelity(report: Report, style: Style) -> Any:
     axis.set_yticks(range(len(lines)), [line.name for line in lines])
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
-    _percent(axis.xaxis, "accuracy")
-    _legend(figure, axis, style, columns=1)
+    percent(axis.xaxis, "accuracy")
+    add_legend(figure, axis, style, columns=1)
     return figure
 
 
@@ -156,7 +128,7 @@ def draw_reliability(report: Report, style: Style) -> Any:
     scaled = {line.name: line for line in report.calibrations if line.temperature is not None}
     columns = min(2, len(plain))
     rows = math.ceil(len(plain) / columns)
-    figure, axes = _axes(rows, 2.35 * rows + 0.35, style, columns=columns, share=True)
+    figure, axes = make_axes(rows, 2.35 * rows + 0.35, style, columns=columns, share=True)
     for axis, line in zip(axes, plain, strict=False):
         axis.plot([0, 1], [0, 1], color=style.ink, alpha=0.4, linewidth=1, linestyle="--")
         colour = _colour(report, style, line.name) or style.ink
@@ -170,8 +142,8 @@ def draw_reliability(report: Report, style: Style) -> Any:
         axis.set_aspect("equal")
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1)
-        _percent(axis.xaxis, "accuracy")
-        _percent(axis.yaxis, "accuracy")
+        percent(axis.xaxis, "accuracy")
+        percent(axis.yaxis, "accuracy")
     for axis in axes[len(plain) :]:
         axis.set_visible(False)
     figure.supxlabel("confidence", color=style.ink, fontsize=9)
@@ -199,7 +171,7 @@ def draw_pareto(report: Report, style: Style) -> Any:
     from matplotlib.ticker import LogLocator
 
     points = [point for point in points if math.isfinite(point[1].value)]
-    figure, (axis,) = _axes(1, 3.4, style)
+    figure, (axis,) = make_axes(1, 3.4, style)
     axis.set_xscale("log")
     beside: dict[int, int] = {}
     for size, found, name, colour, role in points:
@@ -216,12 +188,12 @@ def draw_pareto(report: Report, style: Style) -> Any:
     axis.set_ylabel(report.main_metric)
     axis.margins(x=0.12)
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(_count)
+    axis.xaxis.set_major_formatter(short_count)
     axis.xaxis.set_minor_formatter(lambda *_: "")
-    _percent(axis.yaxis, report.main_metric)
+    percent(axis.yaxis, report.main_metric)
     if not report.higher_is_better:
         axis.invert_yaxis()
-    _legend(figure, axis, style, columns=2)
+    add_legend(figure, axis, style, columns=2)
     return figure
 
 
@@ -253,7 +225,7 @@ def draw_training(report: Report, style: Style) -> Any:
     ]
     if not panels:
         return None
-    figure, axes = _axes(len(panels), 1.55 * len(panels) + 0.9, style)
+    figure, axes = make_axes(len(panels), 1.55 * len(panels) + 0.9, style)
     labelled: set[str] = set()
     for axis, (name, label) in zip(axes, panels, strict=True):
         for model in report.models:
@@ -272,9 +244,9 @@ def draw_training(report: Report, style: Style) -> Any:
             axis.set_yscale("log")
             axis.yaxis.set_minor_formatter(lambda *_: "")
         axis.set_ylabel(label)
-        _percent(axis.yaxis, name.removeprefix("eval_"))
+        percent(axis.yaxis, name.removeprefix("eval_"))
     axes[-1].set_xlabel("step")
-    _legend(figure, axes, style, columns=2)
+    add_legend(figure, axes, style, columns=2)
     return figure
 
 
@@ -283,7 +255,7 @@ def draw_determinants(report: Report, style: Style) -> Any:
     if not report.determinants:
         return None
     heights = [0.32 * len(item.levels) + 0.8 for item in report.determinants]
-    figure, axes = _axes(len(heights), sum(heights), style, heights=heights)
+    figure, axes = make_axes(len(heights), sum(heights), style, heights=heights)
     for axis, item in zip(axes, report.determinants, strict=True):
         for y, level in enumerate(item.levels):
             axis.plot(
@@ -293,50 +265,12 @@ def draw_determinants(report: Report, style: Style) -> Any:
         axis.set_yticks(range(len(item.levels)), [_wrap(level.value) for level in item.levels])
         axis.set_ylim(len(item.levels) - 0.5, -0.5)
         axis.set_title(item.factor, fontsize=9)
-        _percent(axis.xaxis, report.main_metric)
+        percent(axis.xaxis, report.main_metric)
     axes[-1].set_xlabel(report.main_metric)
     return figure
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
-
-
-def _axes(
-    rows: int,
-    height: float,
-    style: Style,
-    *,
-    columns: int = 1,
-    share: bool = False,
-    heights: Sequence[float] | None = None,
-) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(_WIDTH, height), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share, height_ratios=heights)
-    axes = list(grid.ravel())
-    figure.set_facecolor(style.paper)
-    for axis in axes:
-        axis.set_facecolor(style.paper)
-        axis.tick_params(colors=style.ink, labelsize=8, length=2)
-        axis.grid(color=style.faint, linewidth=0.5)
-        axis.set_axisbelow(True)
-        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
-            text.set_color(style.ink)
-            text.set_fontsize(9)
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(style.faint)
-    return figure, axes
-
-
-def _legend(figure: Any, axes: Any, style: Style, *, columns: int) -> None:
-    many = axes if isinstance(axes, list) else [axes]
-    handles = [handle for axis in many for handle in axis.get_legend_handles_labels()[0]]
-    labels = [label for axis in many for label in axis.get_legend_handles_labels()[1]]
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, labelcolor=style.ink
-    )
 
 
 def _point(axis: Any, found: Measured | None, y: float, colour: str, marker: str) -> None:
@@ -376,18 +310,6 @@ def _positive(axis: Any) -> bool:
     return all(value > 0 for line in axis.get_lines() for value in line.get_ydata())
 
 
-def _percent(axis: Any, metric: str) -> None:
-    if number(metric, 0.5).endswith("%"):
-        axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
-
-
-def _count(value: float, _: object) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
-
-
 def _wrap(text: str) -> str:
     return text.replace(", ", ",\n", 1) if len(text) > 26 else text
 
@@ -400,18 +322,3 @@ def _colour(report: Report, style: Style, name: str) -> str:
 
 def _metric_of(report: Report, name: str) -> Measured:
     return next(line for line in report.quality if line.name == name).metrics[report.main_metric]
-
-
-def _png(figure: Any, style: Style) -> bytes | None:
-    if figure is None:
-        return None
-    from PIL import Image  # comes with matplotlib
-
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=_DPI, facecolor=style.paper)
-    # A palette takes a third of the bytes, and nothing here has more than a few colours.
-    Image.open(drawn).convert("RGB").quantize(96).save(small, format="PNG", optimize=True)
-    return small.getvalue()
-
-
-__all__ = ["DARK", "LIGHT", "Model", "Picture", "Style", "draw_all", "pareto_front"]

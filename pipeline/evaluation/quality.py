@@ -16,6 +16,12 @@ from pipeline.evaluation.subjects import Subject, Teacher, same_seeds
 from pipeline.metrics import paired_mean_interval
 from pipeline.tasks import Task
 
+#: Differences below this share of the teacher's metric are rounding, not quality.
+NEGLIGIBLE = 1e-4
+
+_FEW = 4
+"""Students that are each compared with every control."""
+
 
 def compared_metrics(task: Task, scores: Scores) -> tuple[str, ...]:
     """The main metric, then the other one of accuracy and loss."""
@@ -81,18 +87,20 @@ def comparisons(
 ) -> tuple[Comparison, ...]:
     """Each student with its teacher and with every control, and the headline student with the other students; p-values adjusted together.
 
-    In loss also with every control after temperature scaling, which changes no prediction.
+    In loss also with every control after temperature scaling, which changes no prediction. Of many students only the headline one meets the controls:
+    the more is tested, the less each test can find.
     """
     students = [subject for subject in subjects if subject.model.role == "student"]
     controls = [subject for subject in subjects if subject.model.role == "control"]
     found = []
     for metric in compared_metrics(task, scores):
         for student in students:
-            others: list[Subject] = [*controls, *(students if student is headline else ())]
+            met = controls if student is headline or len(students) <= _FEW else []
+            others: list[Subject] = [*met, *(students if student is headline else ())]
             found.append(_against_teacher(task, student, metric, scores, seed))
             found += [_pair(task, student, other, metric, scores, seed) for other in others if other is not student]
             if metric == "loss":
-                found += [_pair(task, student, control, metric, scores, seed, scaled=True) for control in controls]
+                found += [_pair(task, student, control, metric, scores, seed, scaled=True) for control in met]
     adjusted = holm([item.p_value for item in found])
     return tuple(dataclasses.replace(item, p_adjusted=p) for item, p in zip(found, adjusted, strict=True))
 
@@ -116,7 +124,8 @@ def gap_share(task: Task, student: Subject, control: Subject, metric: str, score
     behind = scores[names[2], metric].resampled - scores[names[1], metric].resampled
     if not is_higher(task, metric):
         behind = -behind
-    if not np.isfinite(behind).all() or np.quantile(behind, 0.025) <= 0:
+    least = NEGLIGIBLE * abs(scores[names[2], metric].mean)
+    if not np.isfinite(behind).all() or np.quantile(behind, 0.025) <= least:
         return None
     return scores.combined(lambda s, c, t: (s - c) / (t - c), names, metric, paired=same_seeds(student, control))
 
@@ -137,6 +146,11 @@ def _metrics(
     if scores.has(name, "brier"):
         found["brier"] = scores.measured(name, "brier")
     return found
+
+
+def _apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Differences row by row, what is rounding taken for none."""
+    return np.where(np.abs(first - second) <= NEGLIGIBLE * np.abs(second), 0.0, first - second)
 
 
 def _against_teacher(task: Task, student: Subject, metric: str, scores: Scores, seed: int) -> Comparison:
@@ -173,7 +187,7 @@ def _compare(
     elif not np.array_equal(a.weights, b.weights):  # a ratio whose denominators differ: no sum over rows to flip
         test, p = "none", math.nan
     else:
-        test, p = "sign flips over rows", paired_permutation(a.rows - b.rows, seed=seed)
+        test, p = "sign flips over rows", paired_permutation(_apart(a.rows, b.rows), seed=seed)
     seeds = None
     if paired and (len(a.by_seed) > 1 or len(b.by_seed) > 1):
         seeds = paired_t(a.by_seed - b.by_seed)

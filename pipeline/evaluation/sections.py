@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.evaluation.report_records import BreakEven, Cost, Measured, Quality, Report, Spread, TeacherLine
-from pipeline.evaluation.verdict import number, uncertainty, with_interval
+from pipeline.evaluation.determinants import QUESTIONS
+from pipeline.evaluation.forms import number, p_value, parameters, size, spread_text, uncertainty, with_interval
+from pipeline.evaluation.report_records import BreakEven, Cost, Measured, Quality, Report, TeacherLine
 
 MEANING = {
     "accuracy": "share of right answers (language models: of next tokens)",
@@ -328,10 +329,10 @@ def _cost(report: Report) -> Section:
 
 def _measured_cost(cost: Cost) -> tuple[str, ...]:
     return (
-        _spread(cost.latency, 1000, ".1f"),
-        _spread(cost.throughput, 1, ",.0f"),
-        _spread(cost.speedup, 1, ".1f", "x"),
-        _spread(cost.speedup_batched, 1, ".1f", "x"),
+        spread_text(cost.latency, 1000, ".1f"),
+        spread_text(cost.throughput, 1, ",.0f"),
+        spread_text(cost.speedup, 1, ".1f", "x"),
+        spread_text(cost.speedup_batched, 1, ".1f", "x"),
         "-" if cost.peak_bytes is None else size(cost.peak_bytes),
         "-" if cost.joules_per_thousand is None else f"{cost.joules_per_thousand:.1f}",
     )
@@ -359,8 +360,10 @@ def _training(report: Report) -> Section | None:
 
 
 def _determinants(report: Report) -> Section | None:
-    if not report.determinants:
+    if sum(model.role == "student" for model in report.models) < 2:
         return None
+    answered = {item.question for item in report.determinants}
+    open_questions = " ".join(question for question in QUESTIONS if question not in answered)
     metric = report.main_metric
     tables = []
     for item in report.determinants:
@@ -378,6 +381,7 @@ def _determinants(report: Report) -> Section | None:
         tables.append(Table(caption, (item.factor, "students", metric, "range", "retention"), tuple(rows)))
     text = (
         "Means over the students that share a value, whatever else they differ in: main effects where every combination was trained, to be read with care where not.",
+        f"Not answered here, since all students are alike in it: {open_questions}" if open_questions else "",
     )
     return Section("determinants", "What decides?", text, tuple(tables), ("determinants",))
 
@@ -391,34 +395,3 @@ def _how(report: Report) -> Section:
         "Intervals resample rows, all models together, since positions of one row depend on each other and a row that is hard is hard for all.",
     )
     return Section("how", "How this was measured", text)
-
-
-# ------------------------------------------------------------------------------------------------------------ forms
-
-
-def parameters(count: int) -> str:
-    """As 4.4M."""
-    if not count:
-        return "-"
-    return f"{count / 1e6:,.1f}M" if count >= 1e5 else f"{count:,}"
-
-
-def size(count: int) -> str:
-    """Bytes as 17.6 MB; decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
-
-
-def p_value(value: float) -> str:
-    """As 0.031, or < 0.001."""
-    if math.isnan(value):
-        return "-"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _spread(found: Spread | None, scale: float, form: str, unit: str = "") -> str:
-    if found is None:
-        return "-"
-    return f"{scale * found.median:{form}}{unit} ({scale * found.low:{form}} to {scale * found.high:{form}})"

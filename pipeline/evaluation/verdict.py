@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pipeline.evaluation.quality import difference, retention
-from pipeline.evaluation.report_records import GapShare, Measured, Verdict
+from pipeline.evaluation.forms import number, uncertainty, with_interval
+from pipeline.evaluation.quality import NEGLIGIBLE, difference, retention
+from pipeline.evaluation.report_records import GapShare, Verdict
 from pipeline.evaluation.scores import Scores
 from pipeline.evaluation.subjects import Subject
 from pipeline.tasks import Task
@@ -31,12 +32,13 @@ def verdict(
     metric = task.main_metric
     gain = difference(task, scores, student.name, student.teacher.name, metric)
     interval = gain.interval
+    least = NEGLIGIBLE * abs(scores[student.teacher.name, metric].mean)
     answer: Literal["yes", "no", "better", "unknown"] = "yes"
     if interval is None:
         answer = "unknown"
-    elif interval.high < 0:
+    elif interval.high < -least:
         answer = "no"
-    elif interval.low > 0:
+    elif interval.low > least:
         answer = "better"
     kept = retention(task, scores, student.name, student.teacher.name)
     ours, theirs = scores[student.name, metric].mean, scores[student.teacher.name, metric].mean
@@ -71,31 +73,3 @@ def verdict(
     ]
     gap = f"Distillation closed {' and '.join(closed)}." if closed else ""
     return Verdict(student.name, chosen, answer, sentence, beside, gap)
-
-
-def uncertainty(found: Measured, num_seeds: int) -> str:
-    """What an interval speaks of, in words."""
-    if found.interval is None:
-        return "no interval"
-    if found.both is not None:
-        return f"95% interval over rows and {num_seeds} seeds"
-    return "95% interval over rows; " + (
-        "one seed, so that it says nothing of others" if num_seeds == 1 else f"mean over {num_seeds} seeds"
-    )
-
-
-def number(metric: str, value: float) -> str:
-    """A metric as it is read: shares in percent, the others in their unit."""
-    if value != value:
-        return "-"
-    return f"{value:.1%}" if metric in ("accuracy", "macro_f1", "ece", "agreement") else f"{value:.3f}"
-
-
-def with_interval(found: Measured, *, share: bool = False, metric: str = "") -> str:
-    """A figure and its interval."""
-    if found.value != found.value:
-        return "-"
-    name = "accuracy" if share else metric
-    text = number(name, found.value)
-    interval = found.interval
-    return text if interval is None else f"{text} ({number(name, interval.low)} to {number(name, interval.high)})"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import Dataset, DatasetDict
 from scipy.spatial.distance import jensenshannon
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import pipeline as softlabel
 from pipeline.cache.manifest import dump, parse
+from pipeline.cli import main
 from pipeline.config import ReportConfig, TrainStudentConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.evaluation.observation import observe_teacher
@@ -66,8 +69,8 @@ def test_the_teacher_as_its_own_student(setting, tmp_path):
     assert close.js.value == pytest.approx(0, abs=1e-6)
     assert found.verdict.answer == "yes"
     assert "copy keeps 100.0% (100.0% to 100.0%) of its teacher's accuracy" in found.verdict.sentence
-    test = next(c for c in found.comparisons if (c.second, c.metric) == ("teacher", "accuracy"))
-    assert (test.p_value, test.p_adjusted) == (1, 1)
+    tests = [c for c in found.comparisons if c.second == "teacher"]
+    assert {c.metric: (c.p_value, c.p_adjusted) for c in tests} == {"accuracy": (1, 1), "loss": (1, 1)}
     assert all(share.share.value == pytest.approx(1) for share in found.gap_shares if share.share is not None)
 
 
@@ -173,6 +176,7 @@ def test_seeds_determinants_curves_and_costs_of_training(setting, tmp_path):
     students.append(f"b={trained(cache, start, tmp_path / 'b', temperature=4.0, divergence='reverse-kl')}")
     labels = [f"labels={trained(cache, start, tmp_path / f'l{i}', seed=i, soft_weight=0)}" for i in (0, 1)]
     found = report(configured(cache, tmp_path / "out", student=tuple(students), control=tuple(labels)))
+    assert (tmp_path / "a0" / "trainer_state.json").is_file()
     a, _, control = found.models
     assert [run.seed for run in a.runs] == [0, 1]
     assert a.made_by == "0.5 forward-kl at T = 2 + 0.5 hard labels"
@@ -202,6 +206,12 @@ def test_seeds_determinants_curves_and_costs_of_training(setting, tmp_path):
     assert pair.test == "sign flips over rows"
     assert pair.p_seeds is not None
     out = tmp_path / "out"
+    text = (out / "report.md").read_text()
+    assert "Does the balance of the hyperparameters decide? By temperature" in text
+    assert (
+        "all students are alike in it: Does the student's architecture decide? Does the quality of the teacher decide?"
+        in text
+    )
     assert {path.name for path in out.iterdir()} == {
         "report.html",
         "report.md",
@@ -352,6 +362,43 @@ def test_a_split_without_labels(tmp_path, setting, topics):
     )
     with pytest.raises(CacheError, match="no hard label to report against"):
         report(configured(cache, tmp_path / "out", student=(other,), split="train"))
+
+
+def test_of_many_students_one_meets_the_controls(setting, tmp_path):
+    """Every one meets its teacher; p-values are adjusted over all tests."""
+    cache, teacher, other = setting
+    names = tuple(f"s{i}={tmp_path / f's{i}'}" for i in range(5))
+    for name in names:
+        Path(name.partition("=")[2]).symlink_to(other)
+    found = report(configured(cache, tmp_path / "out", student=names, control=(f"c={teacher}",)))
+    assert {(c.first, c.second) for c in found.comparisons if c.metric == "accuracy"} == {
+        *((f"s{i}", "teacher") for i in range(5)),
+        ("s0", "c"),
+        *(("s0", f"s{i}") for i in range(1, 5)),
+    }
+    assert ("s0", "c, scaled") in {(c.first, c.second) for c in found.comparisons if c.metric == "loss"}
+    assert all(c.p_adjusted >= c.p_value for c in found.comparisons)
+
+
+def test_the_command(setting, tmp_path):
+    cache, teacher, other = setting
+    args = ["report", "--cache", str(cache.root), "--student", f"s={other}", "--control", f"c={teacher}"]
+    args += ["--rounds", "0", "--output", str(tmp_path / "out"), "--resamples", "200"]
+    done = CliRunner().invoke(main, args, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert " ".join(done.stdout.split()).startswith("No: s keeps")
+    assert "s, scaled" in done.stdout
+    assert "report.html" in done.stdout
+    printed = CliRunner().invoke(main, [*args, "--json"], catch_exceptions=False).stdout
+    assert json.loads(printed)["verdict"]["answer"] == "no"
+    assert CliRunner().invoke(main, [*args, "--resamples", "1"]).exit_code == 2
+
+
+def test_without_matplotlib(setting, tmp_path, monkeypatch):
+    cache, _, other = setting
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MisuseError, match=r"soft-label-pipeline\[report\]"):
+        report(configured(cache, tmp_path / "out", student=(f"s={other}",)))
 
 
 def test_json_has_no_nan(setting, tmp_path):
