@@ -177,3 +177,12 @@ def test_all_rows_right_is_no_certainty():
     found = proportion(30, 30)
     assert found.high == 1
     assert found.low == pytest.approx(0.025 ** (1 / 30))
+
+
+def test_the_interval_over_both_adds_the_variances():
+    resampled, seeds = np.random.default_rng(0).normal(size=3000), [0.0, 1.0, 3.5]
+    found = measured(1.5, resampled, seeds).both
+    of_rows, of_seeds = resampled.var(ddof=1), np.var(seeds, ddof=1) / 3
+    freedom = (of_rows + of_seeds) ** 2 / (of_seeds**2 / 2)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(of_rows + of_seeds)
+    assert (found.low, found.high) == pytest.approx((1.5 - half, 1.5 + half))
