@@ -65,6 +65,10 @@ demo: $(STAMP) $(CONFIG_DATA) ## classification from teacher to report; CONFIG=F
 demo-lm: $(STAMP) $(LM) ## the same for a language model
 	$(SOFTLABEL) run data/bbc_lm/demo.yaml
 
+.PHONY: report
+report: demo ## the demo's answer over 3 seeds: runs/report/report.html
+	$(PY) -m benchmarks.report --config $(CONFIG)
+
 .PHONY: cache-logits
 cache-logits: $(STAMP) $(CONFIG_DATA) ## stage 1 of CONFIG: run the teacher once and cache its soft labels
 	$(SOFTLABEL) run $(CONFIG) --through cache-logits
@@ -84,6 +88,10 @@ test-real: $(STAMP) $(BBC) $(LM) ## the tests that need the demos' real models
 .PHONY: test-faults
 test-faults: $(STAMP) ## kills, flipped bits, cut files and races in full, with a table of what became of the cache
 	$(PY) -m benchmarks.faults
+
+.PHONY: test-browser
+test-browser: $(STAMP) ## the report in a browser: needs chromium and chromedriver
+	$(PY) -m pytest -m browser
 
 .PHONY: lint
 lint: $(STAMP) ## formatting, lint rules and types

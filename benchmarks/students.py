@@ -15,8 +15,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from pipeline.cache import Cache
 from pipeline.cli import FUNCTIONS
-from pipeline.config import TrainStudentConfig, load_config, resolve
+from pipeline.config import ConfigFile, InitStudentConfig, TrainStudentConfig, load_config, resolve
 from pipeline.evaluation import evaluate
 from pipeline.metrics import paired_mean_interval
 from pipeline.models.initialize import Shape, init_student
@@ -36,21 +37,12 @@ def main(config: str, seeds: int, output: str) -> None:
     quiet_libraries()
     file = load_config(config)
     run_stages(file, FUNCTIONS, through="cache-logits")
-    shape = Shape(2, 128, 2)
     accuracy: dict[str, list[float]] = {}
     loss: dict[str, list[float]] = {}
     retention: list[float] = []
     teacher = 0.0
     for seed in range(seeds):
-        start = init_student(
-            str(file.sections["cache-logits"][0]["teacher"]), f"{output}/init-{seed}", config=shape, seed=seed
-        )
-        students = {}
-        for section in file.sections["train-student"]:
-            plain: TrainStudentConfig = resolve(TrainStudentConfig, file, section, {})
-            name = Path(plain.output).name
-            students[name] = f"{output}/{name}-{seed}"
-            train(dataclasses.replace(plain, student=str(start), output=students[name], seed=seed))
+        students = trained_students(file, output, seed)
         report = evaluate(str(file.sections["cache-logits"][0]["output"]), students)
         teacher = report.teacher.metrics["accuracy"]
         for line in report.students:
@@ -64,6 +56,30 @@ def main(config: str, seeds: int, output: str) -> None:
     print_summary(teacher, accuracy, loss, retention)
     figures_kept = {"teacher": teacher, "accuracy": accuracy, "loss": loss, "retention": retention}
     Path(output, "students.json").write_text(json.dumps(figures_kept, indent=1) + "\n")
+
+
+def trained_students(file: ConfigFile, output: str, seed: int) -> dict[str, str]:
+    """The file's students with another seed of initial weights and order: name -> directory. What is trained already is not trained again."""
+    shape: InitStudentConfig = resolve(InitStudentConfig, file, file.sections["init-student"][0], {})
+    start = f"{output}/init-{seed}"
+    init_student(
+        shape.teacher,
+        start,
+        config=Shape(shape.num_layers or 0, shape.hidden_size or 0, shape.num_heads or 0),
+        seed=seed,
+    )
+    students = {}
+    for section in file.sections["train-student"]:
+        plain: TrainStudentConfig = resolve(TrainStudentConfig, file, section, {})
+        name = Path(plain.output).name
+        students[name] = f"{output}/{name}-{seed}"
+        config = dataclasses.replace(plain, student=start, output=students[name], seed=seed)
+        made_from = json.dumps([dataclasses.asdict(config), Cache.open(config.cache).manifest.cache_id])
+        mark = Path(f"{students[name]}.json")
+        if not mark.is_file() or mark.read_text() != made_from:
+            train(config)
+            mark.write_text(made_from)
+    return students
 
 
 def print_summary(

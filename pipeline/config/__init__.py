@@ -16,6 +16,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
 from pipeline.config.options import flag_name, parse_bytes
+from pipeline.config.report import ReportConfig
 from pipeline.config.sections import SECTIONS, STAGES
 from pipeline.config.sharing import PullConfig, PushConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
@@ -33,6 +34,7 @@ __all__ = [
     "InspectConfig",
     "PullConfig",
     "PushConfig",
+    "ReportConfig",
     "TrainStudentConfig",
     "TrainTeacherConfig",
     "VerifyConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
 from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.report import ReportConfig
 from pipeline.config.sharing import PullConfig, PushConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
@@ -26,4 +27,5 @@ SECTIONS: dict[str, type] = {
     "import": ImportConfig,
     "push": PushConfig,
     "pull": PullConfig,
+    "report": ReportConfig,
 }

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pipeline.cache import Cache
@@ -19,20 +16,21 @@ from pipeline.cache.manifest import dump
 from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.errors import CacheError, MisuseError
 from pipeline.evaluation.continuations import continue_prompts
+from pipeline.evaluation.passes import logits_by_batch
 from pipeline.metrics import agreement, bootstrap_ratio
-from pipeline.models import LoadedModel, longest_input, tokenizer_info
+from pipeline.models import LoadedModel
 from pipeline.models.scoring import score
-from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions, Tokenization
+from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions
 from pipeline.softlabels import default_temperature, served_temperature
 from pipeline.tasks import Task, get_task
-from pipeline.training.collate import Collator, from_tensors, teacher_argmax, to_tensors
+from pipeline.training.collate import teacher_argmax
 from pipeline.training.losses import forward_kl
 from pipeline.training.run import check_fit, load_student
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
     """`softlabel evaluate`: the report, also kept as `evaluation.json` where an output directory is given."""
-    students = dict(_name(student) for student in config.student)
+    students = dict(named(student) for student in config.student)
     if len(students) < len(config.student):
         raise MisuseError("--student: two students have the same name; give NAME=DIR")
     cache = Cache.open(
@@ -74,7 +72,7 @@ def evaluate(
     contract = opened.manifest.contract
     task = get_task(contract.task)
     rows = opened.dataset(split)
-    teacher_predictions = _teacher_predictions(task, iter(rows), default_temperature(contract.encoding, 1.0))
+    teacher_predictions = predictions_of_teacher(task, iter(rows), default_temperature(contract.encoding, 1.0))
     if not (teacher_predictions.labels != NO_LABEL).any():
         raise CacheError(
             f"{opened.where}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
@@ -137,34 +135,21 @@ def _line(
 
 def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: str, batch_size: int) -> Predictions:
     """One pass of a student over a split."""
-    contract = cache.manifest.contract
-    own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
-    longest = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
-    temperature = served_temperature(contract.encoding)
-    collator = Collator(
-        task, student.tokenizer, temperature, retokenize=Tokenization(longest) if own_tokenizer else None
-    )
-    model = student.model
+    temperature = served_temperature(cache.manifest.contract.encoding)
     parts, labels, owners, kl = [], [], [], []
     teacher: list[np.ndarray] = []
     done = 0
-    dataset = cache.dataset(split)
-    with tqdm(total=len(dataset), unit="row", desc=f"evaluate {name}", disable=None) as progress:
-        for rows in _batches(iter(dataset), batch_size):
-            tensors = send_to_device(to_tensors(collator.collate([(row, True) for row in rows])), model.device)
-            batch = from_tensors(tensors, contract.num_classes)
-            with torch.inference_mode():
-                logits = task.gather_logits(model, batch.inputs, batch.supervised)[:, : contract.num_classes].float()
-                divergence = forward_kl(logits, batch.target, temperature=temperature).double().cpu().numpy()
-            parts.append(score(logits, batch.labels))
-            labels.append(batch.labels.cpu().numpy())
-            teacher.extend(teacher_argmax(row.soft)[0].numpy() for row in rows)
-            counts = [len(row.soft) for row in rows]
-            owner = np.repeat(np.arange(len(rows)), counts)
-            kl.append(np.bincount(owner, weights=divergence, minlength=len(rows)))
-            owners.append(owner + done)
-            done += len(rows)
-            progress.update(len(rows))
+    for rows, batch, logits in logits_by_batch(cache, task, student, split, batch_size, f"evaluate {name}"):
+        with torch.inference_mode():
+            divergence = forward_kl(logits, batch.target, temperature=temperature).double().cpu().numpy()
+        parts.append(score(logits, batch.labels))
+        labels.append(batch.labels.cpu().numpy())
+        teacher.extend(teacher_argmax(row.soft)[0].numpy() for row in rows)
+        counts = [len(row.soft) for row in rows]
+        owner = np.repeat(np.arange(len(rows)), counts)
+        kl.append(np.bincount(owner, weights=divergence, minlength=len(rows)))
+        owners.append(owner + done)
+        done += len(rows)
     return Predictions(
         labels=np.concatenate(labels),
         predicted=np.concatenate([part.predicted for part in parts]),
@@ -173,11 +158,11 @@ def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: s
         teacher_predicted=np.concatenate(teacher),
         rows=np.concatenate(owners),
         row_kl=np.concatenate(kl),
-        row_text_bytes=np.array([row.example.text_bytes for row in dataset]),
+        row_text_bytes=np.array([row.example.text_bytes for row in cache.dataset(split)]),
     )
 
 
-def _teacher_predictions(task: Task, rows: Iterator[CachedExample], temperature: float) -> Predictions:
+def predictions_of_teacher(task: Task, rows: Iterator[CachedExample], temperature: float) -> Predictions:
     """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution.
 
     `temperature`: of the kept probabilities; its confidence is known at 1 only (else nan), as the students' is taken.
@@ -207,16 +192,11 @@ def _teacher_predictions(task: Task, rows: Iterator[CachedExample], temperature:
     )
 
 
-def _batches(rows: Iterator[CachedExample], size: int) -> Iterator[Sequence[CachedExample]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
-
-
 def _ratio(a: float, b: float) -> float:
     return a / b if b else float("nan")
 
 
-def _name(student: str) -> tuple[str, str]:
+def named(student: str) -> tuple[str, str]:
     """`NAME=DIR`, or the directory's own name."""
     name, separator, path = student.partition("=")
     return (Path(student).name, student) if not separator or Path(student).exists() else (name, path)

@@ -34,7 +34,8 @@ from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
-_ORIGIN = "origin.json"
+#: What a run was, written before its first step; `trainer_state.json` beside it has the log.
+ORIGIN = "origin.json"
 
 #: What early stopping needs, where the `training:` section does not say otherwise.
 EARLY_STOPPING = {
@@ -154,7 +155,7 @@ def fit(
     """
     contract = cache.manifest.contract
     output = Path(str(args.output_dir))
-    if not (output / _ORIGIN).is_file() and any(_of_a_model(output)):
+    if not (output / ORIGIN).is_file() and any(_of_a_model(output)):
         raise MisuseError(
             f"--output {output}: holds a model that train-student has not made, and would be overwritten; use another"
         )
@@ -192,9 +193,10 @@ def fit(
     if args.should_save:
         if checkpoint is None:
             _clear(output)
-        write_text(output / _ORIGIN, dump(origin))
+        write_text(output / ORIGIN, dump(origin))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
+    trainer.save_state()
     if args.should_save:
         student.tokenizer.save_pretrained(str(output))
         if info.adapter_sha256 is not None and contract.label_names is not None:
@@ -330,8 +332,8 @@ def _checkpoint(output: Path, origin: Origin) -> str | None:
         ContractError: the checkpoints are of another cache, split or loss.
     """
     found = sorted(_checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    if found and (output / _ORIGIN).is_file():
-        first = next(differences(parse(Origin, output / _ORIGIN), origin), None)
+    if found and (output / ORIGIN).is_file():
+        first = next(differences(parse(Origin, output / ORIGIN), origin), None)
         if first is not None:
             raise ContractError(
                 f"{output}: --resume: the checkpoints are of another run: {first}; use another --output, or train anew without --resume"

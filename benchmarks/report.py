@@ -1,0 +1,56 @@
+"""The demo's answer, over several seeds: `softlabel report` with everything measured, and its picture for the README.
+
+    make report           (or: python -m benchmarks.report --seeds 3)
+
+Seed 0 is the demo's own; the others are trained as `benchmarks.students` trains them, which may have done so already. The first student of the
+file is the student, the others are its controls.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from benchmarks.students import trained_students
+from pipeline.cli import FUNCTIONS
+from pipeline.config import ReportConfig, load_config
+from pipeline.evaluation.report import report
+from pipeline.evaluation.summary import summary
+from pipeline.models.quiet import quiet_libraries
+from pipeline.workflow import run as run_stages
+
+
+@click.command()
+@click.option("--config", default="data/bbc/demo.yaml", show_default=True, help="Run file of the demo.")
+@click.option("--seeds", default=3, type=click.IntRange(1), show_default=True, help="How many seeds.")
+@click.option(
+    "--students", default="runs/bench-students", show_default=True, help="Where the other seeds' students go."
+)
+@click.option("--output", default="runs/report", show_default=True, help="Where the report goes.")
+@click.option("--picture", default="benchmarks/report.png", show_default=True, help="Where its picture goes.")
+def main(config: str, seeds: int, students: str, output: str, picture: str) -> None:
+    """Train what is missing, report, and copy the picture."""
+    quiet_libraries()
+    file = load_config(config)
+    run_stages(file, FUNCTIONS, through="train-student")
+    named = [(Path(str(section["output"])).name, str(section["output"])) for section in file.sections["train-student"]]
+    for seed in range(1, seeds):
+        named += trained_students(file, students, seed).items()
+    first = named[0][0]
+    found = report(
+        ReportConfig(
+            cache=(str(file.sections["cache-logits"][0]["output"]),),
+            teacher=str(file.sections["cache-logits"][0]["teacher"]),
+            student=tuple(f"{name}={directory}" for name, directory in named if name == first),
+            control=tuple(f"{name}={directory}" for name, directory in named if name != first),
+            output=output,
+        )
+    )
+    shutil.copyfile(Path(output, "quality.png"), picture)
+    click.echo(f"{summary(found)}\n\nkept in {output}/report.html; its picture in {picture}")
+
+
+if __name__ == "__main__":
+    main()

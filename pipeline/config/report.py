@@ -1,0 +1,65 @@
+"""The command that answers the question: report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config.options import check_positive, option
+from pipeline.errors import MisuseError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """Answer whether students perform as well as their teacher: one page with intervals, controls and costs."""
+
+    cache: tuple[str, ...] = option(
+        "Directory of the cache; repeat where students were trained from several: their rows are the same, their teachers differ."
+    )
+    student: tuple[str, ...] = option(
+        "Student directory, or NAME=DIR; repeat for several. The same NAME again is another seed of that student."
+    )
+    control: tuple[str, ...] = option("As --student: what students are compared with.", ())
+    teacher: str | None = option(
+        "Directory of the (first cache's) teacher, to measure its speed and memory; its metrics come from the cache.",
+        None,
+    )
+    split: str = option("Split to report on.", "test")
+    calibration_split: str | None = option(
+        "Split that temperatures are fitted on and the headline student is chosen on. Default: validation, where there is one; without it temperatures are fitted crosswise on halves of --split.",
+        None,
+    )
+    output: str = option("Directory for report.html, report.json, report.md and the figures.")
+    batch_size: int | None = option("Rows per forward pass. Default: 32 (classification), 4 (language models).", None)
+    rounds: int = option(
+        "Rounds of the speed measurement, models taking turns in each; 0: measure no speed, memory and energy.", 10
+    )
+    threads: int | None = option("Threads of the speed measurement. Default: as many as PyTorch takes.", None)
+    watts: float = option(
+        "Power of one busy core, for the energy where the machine's meter (RAPL) cannot be read.", 10.0
+    )
+    resamples: int = option("Resamples of each bootstrap.", 2000)
+    seed: int = option("Seed of the bootstrap and of the permutation tests.", 0)
+    examples: int = option("Rows or positions to show where student and teacher differ most; 0: none.", 5)
+    json: bool = option("Print report.json instead of a table.", False)
+
+    def __post_init__(self) -> None:
+        for name in ("cache", "student", "control"):  # from Python, one may be given by itself
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        if not self.cache:
+            raise MisuseError("--cache: expected at least one directory")
+        if not self.student:
+            raise MisuseError("--student: expected at least one directory")
+        check_positive("--batch-size", self.batch_size)
+        check_positive("--threads", self.threads)
+        if self.resamples < 100:
+            raise MisuseError(f"--resamples: expected at least 100, found {self.resamples}")
+        if self.rounds < 0 or self.examples < 0:
+            raise MisuseError(f"--rounds and --examples: expected at least 0, found {self.rounds} and {self.examples}")
+        if not 0 < self.watts < math.inf:
+            raise MisuseError(f"--watts: expected above 0, found {self.watts}")
+        if self.calibration_split == self.split:
+            raise MisuseError(
+                f"--calibration-split {self.split}: is the split that is reported; temperatures fitted there would flatter it: name another, or none"
+            )

@@ -1,0 +1,170 @@
+"""One model in a process of its own, so that its memory is its own: `python -m pipeline.evaluation.cost_worker`, one JSON line in, one out.
+
+It loads the model, makes its batches, says so, and then runs what it is told to, so that whoever asks can let several models take turns. Tokenization
+is not part of what is timed: the batches are made before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to load and to run on: the first line."""
+
+    cache: str
+    model: str
+    split: str
+    rows: int
+    """Rows of the split to run on."""
+    batch_rows: int
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The first answer."""
+
+    num_parameters: int
+    device: str
+    threads: int
+    tokens: float
+    """Of the rows, on average."""
+    num_rows: int
+    before_bytes: int | None
+    """Resident memory before loading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The answer to `{"batched": bool}`: one turn."""
+
+    seconds: tuple[float, ...]
+    """Of each forward pass."""
+    rows: int
+    """In all of them."""
+    cpu_seconds: float
+    joules: float | None
+    """By the machine's meter, of everything that ran on it; None: it cannot be read."""
+    peak_bytes: int | None
+    """Most resident memory so far (on a GPU: of its memory)."""
+
+
+def main() -> None:
+    """Serve one model until standard input ends."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
+        order = Order(**json.loads(sys.stdin.readline()))
+        serve(order, answers)
+
+
+def serve(order: Order, answers: Any) -> None:
+    """Load, then take turns."""
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    if order.threads is not None:
+        torch.set_num_threads(order.threads)
+    from pipeline.cache import Cache
+    from pipeline.evaluation.passes import collator_of
+    from pipeline.tasks import get_task
+    from pipeline.training.run import load_student
+
+    cache = Cache.open(order.cache, verify="none")
+    contract = cache.manifest.contract
+    task = get_task(contract.task)
+    _forget_peak()
+    before = _memory("VmRSS")
+    loaded = load_student(contract, order.model, new_head=False)
+    model = loaded.model
+    if model.device.type == "cuda":
+        before = 0
+    dataset = cache.dataset(order.split)
+    rows = [dataset[i] for i in range(min(order.rows, len(dataset)))]
+    collate = collator_of(cache, task, loaded).collate
+
+    def batches(size: int) -> list[Any]:
+        return [collate([(row, True) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
+
+    kinds = {False: batches(1), True: batches(order.batch_rows)}
+    _say(
+        answers,
+        Ready(
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            device=str(model.device),
+            threads=torch.get_num_threads(),
+            tokens=sum(row.example.num_tokens for row in rows) / len(rows),
+            num_rows=len(rows),
+            before_bytes=before,
+        ),
+    )
+    for line in sys.stdin:
+        chosen = kinds[json.loads(line)["batched"]]
+        seconds = []
+        energy, processor = _meter(), time.process_time()
+        for batch in chosen:
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+            supervised = None if batch.supervised is None else batch.supervised.to(model.device)
+            started = time.perf_counter()
+            with torch.inference_mode():
+                task.gather_logits(model, inputs, supervised)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else _memory("VmHWM")
+        turn = Turn(tuple(seconds), len(rows), time.process_time() - processor, _spent(energy, _meter()), peak)
+        _say(answers, turn)
+
+
+def _say(answers: Any, answer: Ready | Turn) -> None:
+    answers.write(json.dumps(asdict(answer)) + "\n")
+    answers.flush()
+
+
+def _memory(field: str) -> int | None:
+    """A field of this process's own memory, bytes; `ru_maxrss` would start with the peak of the process that started this one."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def _forget_peak() -> None:
+    """The most memory so far is from importing libraries; count from here, where the system allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _meter() -> dict[str, tuple[int, int]]:
+    """Package -> microjoules so far and where they start anew, from RAPL; empty where it cannot be read."""
+    found = {}
+    for package in sorted(Path("/sys/class/powercap").glob("intel-rapl:*")):
+        if package.name.count(":") == 1:  # a whole package, not a part of one
+            try:
+                energy, limit = (int((package / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
+            except (OSError, ValueError):
+                return {}
+            found[package.name] = (energy, limit)
+    return found
+
+
+def _spent(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float | None:
+    """Joules between two readings of the meter."""
+    if not before or before.keys() != after.keys():
+        return None
+    return sum((after[name][0] - start) % (limit + 1) for name, (start, limit) in before.items()) / 1e6
+
+
+if __name__ == "__main__":
+    main()

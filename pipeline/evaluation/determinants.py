@@ -1,0 +1,81 @@
+"""What decides how good a student becomes: its architecture, its teacher, the balance of the hyperparameters. Answered where students differ in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pipeline.evaluation.quality import retention
+from pipeline.evaluation.report_records import Determinant, Level
+from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.subjects import Subject
+from pipeline.tasks import Task
+
+ARCHITECTURE = "Does the student's architecture decide?"
+TEACHER = "Does the quality of the teacher decide?"
+BALANCE = "Does the balance of the hyperparameters decide?"
+QUESTIONS = (ARCHITECTURE, TEACHER, BALANCE)
+
+
+def determinants(task: Task, subjects: Sequence[Subject], scores: Scores) -> tuple[Determinant, ...]:
+    """One table for each factor that has more than one value among the students; controls are no part of it.
+
+    A level's mean is over the students that share the value, whatever else they differ in: in a full grid that is the factor's main effect.
+    """
+    students = [subject for subject in subjects if subject.model.role == "student"]
+    factors: list[tuple[str, str, Callable[[Subject], str | None]]] = [
+        (ARCHITECTURE, "architecture", _architecture),
+        (TEACHER, "teacher", lambda s: _teacher(task, s, scores)),
+        (BALANCE, "temperature", lambda s: _loss(s, "temperature")),
+        (BALANCE, "soft : hard weight", _weights),
+        (BALANCE, "divergence", lambda s: _loss(s, "divergence")),
+        (BALANCE, "learning rate", _learning_rate),
+    ]
+    found = []
+    for question, factor, value_of in factors:
+        groups: dict[str, list[Subject]] = {}
+        for student in students:
+            value = value_of(student)
+            if value is not None:
+                groups.setdefault(value, []).append(student)
+        if len(groups) > 1:
+            levels = tuple(_level(task, value, members, scores) for value, members in groups.items())
+            means = [level.mean for level in levels]
+            found.append(Determinant(question, factor, levels, max(means) - min(means)))
+    return tuple(found)
+
+
+def _level(task: Task, value: str, members: Sequence[Subject], scores: Scores) -> Level:
+    means = [scores[member.name, task.main_metric].mean for member in members]
+    kept = [retention(task, scores, member.name, member.teacher.name).value for member in members]
+    names = tuple(member.name for member in members)
+    return Level(value, names, float(np.mean(means)), min(means), max(means), float(np.mean(kept)))
+
+
+def _architecture(subject: Subject) -> str:
+    return f"{subject.model.architecture}, {subject.model.num_parameters / 1e6:.1f}M"
+
+
+def _teacher(task: Task, subject: Subject, scores: Scores) -> str:
+    value = scores[subject.teacher.name, task.main_metric].mean
+    shown = f"{value:.1%}" if task.main_metric == "accuracy" else f"{value:.3f}"
+    return f"{subject.teacher.name}, {task.main_metric} {shown}"
+
+
+def _loss(subject: Subject, name: str) -> str | None:
+    loss = subject.model.runs[0].loss
+    if loss is None or not (loss.soft_weight or loss.soft_weight_end):
+        return None
+    value = getattr(loss, name)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _weights(subject: Subject) -> str | None:
+    loss = subject.model.runs[0].loss
+    return None if loss is None else f"{loss.soft_weight:g} : {loss.hard_weight:g}"
+
+
+def _learning_rate(subject: Subject) -> str | None:
+    rate = subject.model.runs[0].learning_rate
+    return None if rate is None else f"{rate:g}"

@@ -1,0 +1,151 @@
+"""Students against their teacher: agreement on its right answers and on its errors, divergences, by class or token frequency, and where they differ most."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow.compute as pc
+
+from pipeline.cache import Cache
+from pipeline.cache.reader import open_shard, read_row_group
+from pipeline.evaluation.observation import Observation, position_kl_is_known
+from pipeline.evaluation.report_records import Closeness, Example, Slice, SliceLine
+from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.subjects import Subject
+from pipeline.records import CachedExample
+from pipeline.tasks import Task
+
+#: Most slices that are shown: of more classes, the most frequent.
+_MOST_SLICES = 20
+_TEXT = 400
+_BANDS = (1, 10, 100, 1000)
+
+
+def closeness(subject: Subject, scores: Scores) -> Closeness:
+    """One model against its teacher; shares on right and wrong answers are means over seeds."""
+    teacher = subject.teacher.seen
+    wrong = teacher.labelled & ~teacher.right
+    return Closeness(
+        name=subject.name,
+        role=subject.model.role,
+        agreement=scores.measured(subject.name, "agreement"),
+        on_right=_over_seeds(subject.seen, "agrees", teacher.right),
+        on_errors=_over_seeds(subject.seen, "agrees", wrong),
+        mended=_over_seeds(subject.seen, "right", wrong),
+        kl=scores.measured(subject.name, "kl") if scores.has(subject.name, "kl") else None,
+        js=scores.measured(subject.name, "js") if scores.has(subject.name, "js") else None,
+    )
+
+
+def _over_seeds(seen: Sequence[Observation], what: str, where: np.ndarray) -> float:
+    return float(np.mean([getattr(one, what)[where].mean() for one in seen])) if where.any() else float("nan")
+
+
+def slices(
+    task: Task, subjects: Sequence[Subject], cache: Cache, teacher: Observation
+) -> tuple[str, tuple[Slice, ...]]:
+    """What the slices are, and every model on each: classes by their label; tokens by how often they stand in the training split."""
+    labels = teacher.predictions.labels
+    if task.classes_are_tokens:
+        kind, names, members = _token_bands(cache, labels)
+    else:
+        kind = "class"
+        classes, counts = np.unique(labels[teacher.labelled], return_counts=True)
+        kept = classes[np.argsort(-counts, kind="stable")][:_MOST_SLICES]
+        names = [class_name(cache, int(c)) for c in sorted(kept)]
+        members = [labels == c for c in sorted(kept)]
+    found = []
+    for name, where in zip(names, members, strict=True):
+        if where.any():
+            lines = tuple(_slice_line(subject, where) for subject in subjects)
+            found.append(Slice(name, int(where.sum()), float(teacher.right[where].mean()), lines))
+    return kind, tuple(found)
+
+
+def _slice_line(subject: Subject, where: np.ndarray) -> SliceLine:
+    known = position_kl_is_known(subject.teacher.cache.manifest.contract)
+    return SliceLine(
+        name=subject.name,
+        accuracy=_over_seeds(subject.seen, "right", where),
+        loss=float(np.mean([one.predictions.nll[where].mean() for one in subject.seen])),
+        agreement=_over_seeds(subject.seen, "agrees", where),
+        kl=float(np.mean([one.kl[where].mean() for one in subject.seen])) if known else None,
+    )
+
+
+def _token_bands(cache: Cache, labels: np.ndarray) -> tuple[str, list[str], list[np.ndarray]]:
+    split = "train" if "train" in cache.splits else cache.splits[0]
+    times = token_counts(cache, split)[np.maximum(labels, 0)]
+    edges = [0, *_BANDS, np.inf]
+    names = ["unseen", "1 to 9 times", "10 to 99 times", "100 to 999 times", "1,000 times or more"]
+    bands = [(labels >= 0) & (times >= low) & (times < high) for low, high in itertools.pairwise(edges)]
+    return f"next token, by how often it stands in the split {split}", names, bands
+
+
+def token_counts(cache: Cache, split: str) -> np.ndarray:
+    """(V,) int64: how often each token stands in a split. Reads the token ids, a row group at a time."""
+    counts = np.zeros(cache.manifest.contract.num_classes, dtype=np.int64)
+    dataset = cache.dataset(split)
+    for name, group in dataset.groups:
+        path = dataset.root / "data" / f"{name}.parquet"
+        ids = pc.list_flatten(read_row_group(open_shard(path), path, group, columns=["input_ids"]).column(0))
+        counts += np.bincount(ids.to_numpy(), minlength=len(counts))[: len(counts)]
+    return counts
+
+
+def class_name(cache: Cache, number: int) -> str:
+    """A label's name; a token as text, quoted; '' for none."""
+    names = cache.manifest.contract.label_names
+    if number < 0:
+        return ""
+    return names[number] if names is not None else repr(str(cache.tokenizer.decode([number])))
+
+
+def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Example, ...]:
+    """Where the first seed of a student is farthest from its teacher: by KL, or where that is not known by position, by what it gives to the teacher's choice."""
+    if not count:
+        return ()
+    seen, teacher, cache = subject.seen[0], subject.teacher.seen, subject.teacher.cache
+    distance = seen.kl if position_kl_is_known(cache.manifest.contract) else seen.surprise
+    worst = np.argsort(-distance, kind="stable")[:count]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(seen.predictions.rows, minlength=seen.num_rows))])
+    dataset = cache.dataset(split)
+    found = []
+    for position in worst.tolist():
+        number = int(seen.predictions.rows[position])
+        row = dataset[number]
+        believed = teacher.predictions.confidence[position]
+        choice = class_name(cache, int(teacher.predictions.predicted[position]))
+        answer = class_name(cache, int(seen.predictions.predicted[position]))
+        found.append(
+            Example(
+                student=subject.name,
+                source_row=row.example.source_row,
+                text=_text(task, cache, row, position - int(starts[number])),
+                truth=class_name(cache, int(seen.predictions.labels[position])),
+                teacher=choice if np.isnan(believed) else f"{choice} ({believed:.0%})",
+                answer=f"{answer} ({seen.predictions.confidence[position]:.0%})",
+                distance=float(distance[position]),
+            )
+        )
+    return tuple(found)
+
+
+def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | None:
+    """The row's text, or of tokens what stands before the position and its token; None where the cache was made to keep no texts."""
+    if not cache.manifest.contract.store_text:
+        return None
+    if not task.classes_are_tokens:
+        pair = [text for text in (row.example.text, row.example.text_pair) if text is not None]
+        return _short(" | ".join(pair)) if pair else None
+    assert row.example.supervised is not None
+    end = int(np.flatnonzero(row.example.supervised)[position]) + 1
+    before = str(cache.tokenizer.decode(row.example.input_ids[max(0, end - 40) : end].tolist()))
+    return f"... {_short(before)}"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _TEXT else text[: _TEXT - 3] + "..."

@@ -1,0 +1,64 @@
+"""Figures as they are read."""
+
+from __future__ import annotations
+
+import math
+
+from pipeline.evaluation.report_records import Measured, Spread
+
+
+def uncertainty(found: Measured, num_seeds: int) -> str:
+    """What an interval speaks of, in words."""
+    if found.interval is None:
+        return "no interval"
+    if found.both is not None:
+        return f"95% interval over rows and {num_seeds} seeds"
+    return "95% interval over rows; " + (
+        "one seed, so that it says nothing of others" if num_seeds == 1 else f"mean over {num_seeds} seeds"
+    )
+
+
+def number(metric: str, value: float) -> str:
+    """A metric as it is read: shares in percent, the others in their unit."""
+    if value != value:
+        return "-"
+    return f"{value:.1%}" if metric in ("accuracy", "macro_f1", "ece", "agreement") else f"{value:.3f}"
+
+
+def with_interval(found: Measured, *, share: bool = False, metric: str = "") -> str:
+    """A figure and its interval."""
+    if found.value != found.value:
+        return "-"
+    name = "accuracy" if share else metric
+    text = number(name, found.value)
+    interval = found.interval
+    return text if interval is None else f"{text} ({number(name, interval.low)} to {number(name, interval.high)})"
+
+
+def parameters(count: int) -> str:
+    """As 4.4M."""
+    if not count:
+        return "-"
+    return f"{count / 1e6:,.1f}M" if count >= 1e5 else f"{count:,}"
+
+
+def size(count: int) -> str:
+    """Bytes as 17.6 MB; decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def p_value(value: float) -> str:
+    """As 0.031, or < 0.001."""
+    if math.isnan(value):
+        return "-"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def spread_text(found: Spread | None, scale: float, form: str, unit: str = "") -> str:
+    """Median and quartiles, each times `scale`."""
+    if found is None:
+        return "-"
+    return f"{scale * found.median:{form}}{unit} ({scale * found.low:{form}} to {scale * found.high:{form}})"

@@ -1,0 +1,197 @@
+"""What one model says at every position of a split: all that the report is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import Cache
+from pipeline.evaluation.passes import logits_by_batch
+from pipeline.evaluation.run import predictions_of_teacher
+from pipeline.models import LoadedModel
+from pipeline.models.scoring import score
+from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
+from pipeline.softlabels import default_temperature, served_temperature, target
+from pipeline.tasks import Task
+from pipeline.training.collate import teacher_argmax
+from pipeline.training.divergences import divergence, forward_kl
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One model on one split."""
+
+    predictions: Predictions
+    brier: np.ndarray
+    """(N,) sum over classes of the squared distance to the truth; nan where there is no label, or where it is not known."""
+    kl: np.ndarray
+    """(N,) KL(teacher || model), nats: summed over a row it is right for every encoding, by itself only where `position_kl_is_known`."""
+    js: np.ndarray | None
+    """(N,) Jensen-Shannon divergence, nats; None: not defined for the encoding."""
+    surprise: np.ndarray
+    """(N,) -log of what the model gives to the teacher's most likely class, nats."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.predictions.row_text_bytes)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """(N,) bool."""
+        known: np.ndarray = self.predictions.labels != NO_LABEL
+        return known
+
+    @property
+    def right(self) -> np.ndarray:
+        """(N,) bool: labelled, and predicted so."""
+        same: np.ndarray = self.labelled & (self.predictions.predicted == self.predictions.labels)
+        return same
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """(N,) bool: predicts what the teacher predicts."""
+        same: np.ndarray = self.predictions.predicted == self.predictions.teacher_predicted
+        return same
+
+    def by_position(self) -> Mapping[str, np.ndarray]:
+        """(N,) each: what metrics are means of. Those of the truth are 0 where there is none."""
+        known = self.labelled
+        values = {
+            "accuracy": self.right.astype(np.float64),
+            "loss": np.where(known, self.predictions.nll, 0.0),
+            "brier": np.where(known, self.brier, 0.0),
+            "agreement": self.agrees.astype(np.float64),
+            "kl": self.kl,
+        }
+        return values if self.js is None else {**values, "js": self.js}
+
+    def row_sums(self, values: np.ndarray) -> np.ndarray:
+        """(N,) -> (R,)."""
+        return np.bincount(self.predictions.rows, weights=values, minlength=self.num_rows)
+
+    def row_weights(self, metric: str) -> np.ndarray:
+        """(R,) positions of each row that count: labelled ones, or all where the truth is not asked."""
+        known = np.ones(len(self.agrees)) if metric in ("agreement", "kl", "js") else self.labelled.astype(np.float64)
+        return self.row_sums(known)
+
+
+def position_kl_is_known(contract: Contract) -> bool:
+    """Whether KL is right position by position: for `sampled` that needs the teacher's entropy of each."""
+    return not isinstance(contract.encoding, Sampled) or "entropy" in contract.columns
+
+
+def divergence_note(contract: Contract) -> str:
+    """What KL and JS mean with an encoding, for readers."""
+    encoding = contract.encoding
+    at = f"at temperature {served_temperature(encoding):g}, nats a position"
+    if isinstance(encoding, Full):
+        return f"KL(teacher, model) and Jensen-Shannon divergence {at}, over all classes."
+    if isinstance(encoding, Sampled):
+        note = f"KL(teacher, model) {at}: an unbiased estimate, since it is linear in the teacher's probabilities. The Jensen-Shannon divergence is not, and is left out."
+        return note if position_kl_is_known(contract) else f"{note} KL by slice needs --store-entropy at capture."
+    return f"KL(teacher, model) and Jensen-Shannon divergence {at}, over the kept classes and one bucket for the others: lower bounds."
+
+
+def observe(
+    cache: Cache,
+    task: Task,
+    model: LoadedModel,
+    name: str,
+    split: str,
+    batch_size: int,
+    row_temperatures: np.ndarray | None = None,
+) -> tuple[Observation, Observation | None]:
+    """A student on a split, in one forward pass: as trained, and with temperature scaling.
+
+    Args:
+        row_temperatures: (R,) what each row's logits are divided by; None: the second is not wanted.
+    """
+    plain, scaled = _Parts(), _Parts()
+    labels, owners, teacher = [], [], []
+    text_bytes: list[int] = []
+    done = 0
+    for rows, batch, logits in logits_by_batch(cache, task, model, split, batch_size, f"report {name}"):
+        owner = done + np.repeat(np.arange(len(rows)), [len(row.soft) for row in rows])
+        best = torch.cat([teacher_argmax(row.soft)[0] for row in rows])
+        plain.add(cache, logits, batch.labels, batch.target, best)
+        if row_temperatures is not None:
+            divisor = torch.from_numpy(row_temperatures[owner]).to(logits)[:, None]
+            scaled.add(cache, logits / divisor, batch.labels, batch.target, best)
+        labels.append(batch.labels.cpu().numpy())
+        teacher.append(best.numpy())
+        owners.append(owner)
+        text_bytes.extend(row.example.text_bytes for row in rows)
+        done += len(rows)
+    known = (np.concatenate(labels), np.concatenate(teacher), np.concatenate(owners), np.asarray(text_bytes))
+    return plain.observation(*known), None if row_temperatures is None else scaled.observation(*known)
+
+
+def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
+    """The teacher on a split, from its cache alone."""
+    encoding = cache.manifest.contract.encoding
+    dataset = cache.dataset(split)
+    predictions = predictions_of_teacher(task, iter(dataset), default_temperature(encoding, 1.0))
+    positions = len(predictions.labels)
+    brier = np.full(positions, np.nan)
+    if isinstance(encoding, Full):
+        weights = torch.cat([target(row.soft, 1.0).weights.reshape(len(row.soft), -1) for row in dataset])
+        brier = brier_scores(weights, torch.from_numpy(predictions.labels))
+    zeros = np.zeros(positions)
+    surprise = -np.log(np.maximum(predictions.confidence, np.finfo(np.float64).tiny))
+    return Observation(predictions, brier, zeros, None if isinstance(encoding, Sampled) else zeros, surprise)
+
+
+def brier_scores(probabilities: Tensor, labels: Tensor) -> np.ndarray:
+    """(N, V), (N,) -> (N,) float64: sum over classes of (p - truth)^2, in [0, 2]; nan without a label (Brier 1950)."""
+    p = probabilities.double()
+    of_truth = p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    scores = p.square().sum(-1) - 2 * of_truth + 1
+    return scores.masked_fill(labels == NO_LABEL, torch.nan).cpu().numpy()
+
+
+class _Parts:
+    """The columns of an observation, batch by batch."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[np.ndarray]] = {}
+
+    @torch.inference_mode()
+    def add(self, cache: Cache, logits: Tensor, labels: Tensor, goal: Target, best: Tensor) -> None:
+        encoding = cache.manifest.contract.encoding
+        temperature = served_temperature(encoding)
+        scores = score(logits, labels)
+        logprobs = torch.log_softmax(logits, -1)
+        found = {
+            "predicted": scores.predicted,
+            "confidence": scores.confidence,
+            "nll": scores.nll,
+            "brier": brier_scores(logprobs.exp(), labels),
+            "kl": forward_kl(logits, goal, temperature=temperature).double().cpu().numpy(),
+            "surprise": -logprobs.gather(-1, best.to(logits.device)[:, None])[:, 0].double().cpu().numpy(),
+        }
+        if not isinstance(encoding, Sampled):
+            js = divergence(logits, goal, kind="jensen-shannon", temperature=temperature)
+            found["js"] = js.double().cpu().numpy()
+        for name, values in found.items():
+            self.columns.setdefault(name, []).append(values)
+
+    def observation(
+        self, labels: np.ndarray, teacher: np.ndarray, owners: np.ndarray, text_bytes: np.ndarray
+    ) -> Observation:
+        found = {name: np.concatenate(parts) for name, parts in self.columns.items()}
+        predictions = Predictions(
+            labels=labels,
+            predicted=found["predicted"],
+            confidence=found["confidence"],
+            nll=found["nll"],
+            teacher_predicted=teacher,
+            rows=owners,
+            row_kl=np.bincount(owners, weights=found["kl"], minlength=len(text_bytes)),
+            row_text_bytes=text_bytes,
+        )
+        return Observation(predictions, found["brier"], found["kl"], found.get("js"), found["surprise"])

@@ -1,0 +1,52 @@
+"""report.html and report.md from a report: Jinja templates, everything from data sets escaped."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipeline.evaluation.figures import Picture
+from pipeline.evaluation.report_records import Report
+from pipeline.evaluation.sections import sections
+
+#: What Markdown reads as markup.
+_MARKUP = re.compile(r"([\\`*_{}\[\]#|~!$])")
+
+
+def make_page(report: Report, pictures: Sequence[Picture]) -> str:
+    """One file that asks for no other: pictures as data URIs, no script, and a policy that forbids both."""
+    return _render("report.html.j2", report, pictures, autoescape=True)
+
+
+def make_markdown(report: Report, pictures: Sequence[Picture]) -> str:
+    """The same as Markdown, with the pictures beside it."""
+    return _render("report.md.j2", report, pictures, autoescape=False)
+
+
+def _render(template: str, report: Report, pictures: Sequence[Picture], *, autoescape: bool) -> str:
+    environment = Environment(
+        loader=PackageLoader("pipeline.evaluation"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["markdown"] = escape_markdown
+    named: dict[str, Any] = {picture.name: picture for picture in pictures}
+    text: str = environment.get_template(template).render(report=report, sections=sections(report), pictures=named)
+    return text
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: no markup, no HTML."""
+    return _MARKUP.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _data_uri(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode('ascii')}"

@@ -1,0 +1,61 @@
+"""One forward pass of a model over a split of a cache, batch by batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.cache import Cache
+from pipeline.models import LoadedModel, longest_input, tokenizer_info
+from pipeline.records import CachedExample, StudentBatch, Tokenization
+from pipeline.softlabels import served_temperature
+from pipeline.tasks import Task
+from pipeline.training.collate import Collator, from_tensors, to_tensors
+
+
+def logits_by_batch(
+    cache: Cache, task: Task, model: LoadedModel, split: str, batch_size: int, description: str
+) -> Iterator[tuple[Sequence[CachedExample], StudentBatch, Tensor]]:
+    """The rows of a split in order, with what the model makes of them.
+
+    Args:
+        batch_size: rows in a forward pass.
+        description: of the progress bar.
+
+    Yields:
+        rows; their batch, whose target is the teacher at `served_temperature`; (N, V) float32 logits.
+    """
+    num_classes = cache.manifest.contract.num_classes
+    collator = collator_of(cache, task, model)
+    dataset = cache.dataset(split)
+    with tqdm(total=len(dataset), unit="row", desc=description, disable=None) as progress:
+        for rows in _batches(iter(dataset), batch_size):
+            tensors = send_to_device(to_tensors(collator.collate([(row, True) for row in rows])), model.model.device)
+            batch = from_tensors(tensors, num_classes)
+            with torch.inference_mode():
+                logits = task.gather_logits(model.model, batch.inputs, batch.supervised)[:, :num_classes].float()
+            yield rows, batch, logits
+            progress.update(len(rows))
+
+
+def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
+    """What makes the model's batches: the cache's tokens, or its texts in the model's own."""
+    contract = cache.manifest.contract
+    own_tokenizer = tokenizer_info(model.tokenizer).sha256 != contract.tokenizer.sha256
+    longest = min(contract.tokenization.max_length, longest_input(model.model, model.tokenizer))
+    return Collator(
+        task,
+        model.tokenizer,
+        served_temperature(contract.encoding),
+        retokenize=Tokenization(longest) if own_tokenizer else None,
+    )
+
+
+def _batches(rows: Iterator[CachedExample], size: int) -> Iterator[Sequence[CachedExample]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch

@@ -1,0 +1,230 @@
+"""`softlabel report`: can the student perform as well as its teacher? The recipe, and the files it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache import Cache
+from pipeline.cache.commit import write_atomically, write_text
+from pipeline.cache.manifest import dump
+from pipeline.config import ReportConfig
+from pipeline.errors import CacheError, ContractError, MisuseError
+from pipeline.evaluation.calibration import calibration_line, calibration_split, fit_temperatures
+from pipeline.evaluation.cost import Candidate, break_even, measure_costs
+from pipeline.evaluation.determinants import determinants
+from pipeline.evaluation.fidelity import closeness, examples, slices
+from pipeline.evaluation.figures import Picture, draw_all
+from pipeline.evaluation.observation import Observation, divergence_note, observe, observe_teacher
+from pipeline.evaluation.page import make_markdown, make_page
+from pipeline.evaluation.quality import comparisons, gap_shares, quality_lines, teacher_line
+from pipeline.evaluation.report_records import Calibration, Cost, Machine, Model, Report
+from pipeline.evaluation.runs import Asked, asked_models, describe_model, provenance
+from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.subjects import Subject, Teacher
+from pipeline.evaluation.verdict import headline, verdict
+from pipeline.softlabels import served_temperature
+from pipeline.tasks import Task, get_task
+from pipeline.training.run import load_student
+
+
+def report(config: ReportConfig) -> Report:
+    """Compare students and controls with their teachers, and write the answer.
+
+    Returns:
+        What is also in `report.json`; beside it `report.html`, `report.md` and the figures.
+
+    Raises:
+        MisuseError: names that clash, matplotlib missing.
+        CacheError: a split that is not there or has no label; caches of other rows.
+        PipelineError: a student that does not fit its cache.
+    """
+    asked = asked_models(config.student, config.control)
+    teachers = open_teachers(config.cache, config.split)
+    first = next(iter(teachers.values()))
+    contract = first.cache.manifest.contract
+    task = get_task(contract.task)
+    fitted_on = calibration_split(first.cache, task, config.calibration_split, config.split)
+    subjects = [look(item, task, teachers, config, fitted_on) for item in asked]
+    scores = Scores(task, _observed(teachers.values(), subjects), resamples=config.resamples, seed=config.seed)
+    chosen, how = headline(task, subjects, fitted_on)
+    shares = gap_shares(task, subjects, scores)
+    slice_kind, sliced = slices(task, subjects, first.cache, first.seen)
+    costs, machine = _costs(config, teachers, subjects, task)
+    found = Report(
+        task=task.name,
+        split=config.split,
+        rows=first.seen.num_rows,
+        positions=len(first.seen.predictions.labels),
+        main_metric=task.main_metric,
+        higher_is_better=task.higher_is_better,
+        encoding=contract.encoding.kind,
+        temperature=served_temperature(contract.encoding),
+        calibration=(
+            f"fitted on the split {fitted_on}"
+            if fitted_on
+            else f"fitted crosswise: on half of the split {config.split} for the other half"
+        ),
+        verdict=verdict(task, chosen, how, subjects, shares, scores),
+        teachers=tuple(teacher_line(task, teacher, scores) for teacher in teachers.values()),
+        models=tuple(subject.model for subject in subjects),
+        quality=quality_lines(task, subjects, scores),
+        comparisons=comparisons(task, subjects, chosen, scores, seed=config.seed),
+        gap_shares=shares,
+        closeness=tuple(closeness(subject, scores) for subject in subjects),
+        divergence_note=divergence_note(contract),
+        slices=sliced,
+        slice_kind=slice_kind,
+        examples=examples(task, chosen, config.split, config.examples),
+        calibrations=_calibrations(teachers.values(), subjects, scores),
+        costs=costs,
+        machine=machine,
+        break_even=tuple(
+            item
+            for teacher in teachers.values()
+            if (item := break_even(teacher.name, teacher.cache, [run for s in subjects for run in s.model.runs]))
+        ),
+        determinants=determinants(task, subjects, scores),
+    )
+    write(found, draw_all(found), Path(config.output))
+    return found
+
+
+def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:
+    """cache_id -> its teacher on the split, seen through the cache. All caches hold the same rows there, with the same labels.
+
+    Raises:
+        CacheError: no such split, or no label in it.
+        ContractError: another task, or other rows.
+        MisuseError: a cache twice.
+    """
+    found: dict[str, Teacher] = {}
+    for i, path in enumerate(caches):
+        cache = Cache.open(path)
+        if cache.manifest.cache_id in found:
+            raise MisuseError(f"--cache {path}: is given twice")
+        task = get_task(cache.manifest.contract.task)
+        seen = observe_teacher(cache, task, split)
+        if not seen.labelled.any():
+            raise CacheError(
+                f"{path}: split {split} has no hard label to report against; choose another --split ({', '.join(cache.splits)})"
+            )
+        first = next(iter(found.values()), None)
+        if first is not None:
+            _check_same(first, cache, seen, path)
+        name = "teacher" if i == 0 else f"teacher {Path(path).name}"
+        if any(teacher.name == name for teacher in found.values()):
+            name = f"teacher {i + 1}"
+        found[cache.manifest.cache_id] = Teacher(name, cache, seen)
+    return found
+
+
+def look(
+    item: Asked, task: Task, teachers: Mapping[str, Teacher], config: ReportConfig, fitted_on: str | None
+) -> Subject:
+    """Every seed of one student or control, each loaded once: on the calibration split, then on the reported one."""
+    caches = {cache_id: teacher.cache for cache_id, teacher in teachers.items()}
+    runs = sorted(
+        ((provenance(directory, caches), directory) for directory in item.directories),
+        key=lambda pair: -1 if pair[0].seed is None else pair[0].seed,
+    )
+    own = teachers.get(runs[0][0].cache_id or "", next(iter(teachers.values())))
+    cache = own.cache
+    batch_size = config.batch_size or task.default_eval_rows
+    seen, scaled, fits = [], [], []
+    described, num_parameters = "", 0
+    for run, directory in runs:
+        label = item.name if len(runs) == 1 else f"{item.name} (seed {run.seed})"
+        loaded = load_student(cache.manifest.contract, directory, new_head=False)
+        described = describe_model(loaded.model)
+        num_parameters = sum(p.numel() for p in loaded.model.parameters())
+        fit = fit_temperatures(cache, task, loaded, label, config.split, fitted_on, batch_size)
+        plain, with_scaling = observe(cache, task, loaded, label, config.split, batch_size, fit.row_temperatures)
+        seen.append(plain)
+        scaled.extend([] if with_scaling is None else [with_scaling])
+        fits.append(fit)
+    by_choice = [fit.main_metric for fit in fits if fit.main_metric is not None]
+    return Subject(
+        model=Model(
+            name=item.name,
+            role=item.role,
+            architecture=described,
+            num_parameters=num_parameters,
+            cache_id=cache.manifest.cache_id,
+            runs=tuple(run for run, _ in runs),
+        ),
+        teacher=own,
+        seen=tuple(seen),
+        scaled=tuple(scaled),
+        temperatures=tuple(float(fit.row_temperatures.mean()) for fit in fits),
+        chosen_by=float(np.mean(by_choice)) if len(by_choice) == len(fits) else None,
+    )
+
+
+def write(found: Report, pictures: Sequence[Picture], output: Path) -> None:
+    """The page, the Markdown, the figures and, last, `report.json`."""
+    for picture in pictures:
+        _write_image(output / f"{picture.name}.png", picture.light)
+    write_text(output / "report.html", make_page(found, pictures))
+    write_text(output / "report.md", make_markdown(found, pictures))
+    write_text(output / "report.json", dump(found))
+
+
+def _write_image(path: Path, image: bytes) -> None:
+    write_atomically(path, lambda temporary: _fill(temporary, image))
+
+
+def _fill(path: Path, image: bytes) -> None:
+    path.write_bytes(image)
+
+
+def _check_same(first: Teacher, cache: Cache, seen: Observation, path: str) -> None:
+    expected, found = first.cache.manifest.contract, cache.manifest.contract
+    same = expected.task == found.task and expected.label_names == found.label_names
+    if not same or not np.array_equal(first.seen.predictions.labels, seen.predictions.labels):
+        raise ContractError(
+            f"{path}: holds other rows or labels than {first.cache.root} (expected {len(first.seen.predictions.labels)} positions of {expected.task}, "
+            f"found {len(seen.predictions.labels)} of {found.task}); students of several teachers are compared on the same rows: cache the same split with each"
+        )
+
+
+def _observed(teachers: Iterable[Teacher], subjects: Sequence[Subject]) -> dict[str, tuple[Observation, ...]]:
+    found: dict[str, tuple[Observation, ...]] = {teacher.name: (teacher.seen,) for teacher in teachers}
+    for subject in subjects:
+        found[subject.name] = subject.seen
+        found[subject.scaled_name] = subject.scaled
+    return found
+
+
+def _calibrations(teachers: Iterable[Teacher], subjects: Sequence[Subject], scores: Scores) -> tuple[Calibration, ...]:
+    lines = [calibration_line(teacher.name, (teacher.seen,), scores, None) for teacher in teachers]
+    for subject in subjects:
+        lines.append(calibration_line(subject.name, subject.seen, scores, None))
+        temperature = float(np.mean(subject.temperatures))
+        lines.append(calibration_line(subject.scaled_name, subject.scaled, scores, temperature))
+    return tuple(lines)
+
+
+def _costs(
+    config: ReportConfig, teachers: Mapping[str, Teacher], subjects: Sequence[Subject], task: Task
+) -> tuple[tuple[Cost, ...], Machine | None]:
+    """Of the first seed of each: seeds differ in their weights alone."""
+    first = next(iter(teachers.values()))
+    candidates = []
+    if config.teacher is not None:
+        count = first.cache.manifest.contract.teacher.num_parameters
+        candidates.append(Candidate("teacher", config.teacher, str(first.cache.root), count))
+    directories = {item.name: item.directories[0] for item in asked_models(config.student, config.control)}
+    candidates += [
+        Candidate(s.name, directories[s.name], str(s.teacher.cache.root), s.model.num_parameters) for s in subjects
+    ]
+    return measure_costs(
+        candidates,
+        config.split,
+        rounds=config.rounds,
+        batch_rows=config.batch_size or task.default_eval_rows,
+        threads=config.threads,
+        watts=config.watts,
+    )

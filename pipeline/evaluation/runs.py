@@ -1,0 +1,126 @@
+"""Which models a report is about, and what their directories say of how they were made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache import Cache
+from pipeline.cache.manifest import parse
+from pipeline.errors import MisuseError, PipelineError
+from pipeline.evaluation.report_records import Provenance, Role
+from pipeline.evaluation.run import named
+from pipeline.models import public_name
+from pipeline.records import TrainResult
+from pipeline.training.run import ORIGIN, Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One student or control as the user names it: a directory for each seed."""
+
+    name: str
+    role: Role
+    directories: tuple[str, ...]
+
+
+def asked_models(students: Sequence[str], controls: Sequence[str]) -> tuple[Asked, ...]:
+    """`NAME=DIR` grouped by name, in order; students first.
+
+    Raises:
+        MisuseError: a name that is both a student and a control, or `teacher`; a directory twice.
+    """
+    found: dict[str, tuple[Role, list[str]]] = {}
+    roles: list[tuple[Role, Sequence[str]]] = [("student", students), ("control", controls)]
+    for role, items in roles:
+        for item in items:
+            name, directory = named(item)
+            known, directories = found.setdefault(name, (role, []))
+            if known != role:
+                raise MisuseError(f"--control {item}: {name} is a student already; give it another NAME=DIR")
+            if directory in directories:
+                raise MisuseError(f"--{role} {item}: the directory is given twice; each is one seed")
+            directories.append(directory)
+    if "teacher" in found:
+        raise MisuseError("--student and --control: the name teacher is the teacher's; give NAME=DIR")
+    return tuple(Asked(name, role, tuple(directories)) for name, (role, directories) in found.items())
+
+
+def provenance(directory: str, caches: Mapping[str, Cache]) -> Provenance:
+    """What a model directory says of itself; files that are not there, or not ours, say nothing.
+
+    Args:
+        caches: cache_id -> cache, to know how many rows a pass has.
+    """
+    path = Path(directory)
+    result = _read(TrainResult, path / "distillation.json")
+    if result is None:
+        return Provenance(public_name(directory))
+    origin = _read(Origin, path / ORIGIN)
+    cache = caches.get(result.cache_id)
+    passes = None
+    if origin is not None and origin.batch_tokens is None and cache is not None:
+        rows = _rows_that_teach(cache, origin)
+        passes = result.steps * origin.rows_per_step / rows if rows else None
+    return Provenance(
+        directory=public_name(directory),
+        cache_id=result.cache_id,
+        loss=result.loss,
+        teacher_labels=None if origin is None else origin.teacher_labels,
+        seed=result.seed,
+        learning_rate=result.learning_rate,
+        steps=result.steps,
+        seconds=result.seconds,
+        passes=passes,
+        history=_history(path),
+    )
+
+
+def _rows_that_teach(cache: Cache, origin: Origin) -> int:
+    """Rows of the split in one pass: trained on labels alone, those that have one."""
+    labels_alone = not (origin.loss.soft_weight or origin.loss.soft_weight_end or origin.teacher_labels)
+    if labels_alone and cache.manifest.contract.columns.get("label", "").startswith("int"):
+        return int((~np.isnan(cache.dataset(origin.split).column("label").astype(np.float64))).sum())
+    return sum(shard.rows for shard in cache.manifest.split_shards(origin.split))
+
+
+def _read(kind: type[Any], path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return parse(kind, path)
+    except PipelineError:  # written by another version: it says nothing
+        return None
+
+
+def _history(path: Path) -> tuple[Mapping[str, float], ...]:
+    """Trainer's log: of the finished run, or of its newest checkpoint where an older version trained it."""
+    checkpoints = sorted(
+        path.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.rpartition("-")[2])
+    )
+    for file in (path / "trainer_state.json", *reversed(checkpoints)):
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return tuple(
+            {k: float(v) for k, v in entry.items() if isinstance(v, int | float) and math.isfinite(v)}
+            for entry in entries
+            if isinstance(entry, dict) and "step" in entry
+        )
+    return ()
+
+
+def describe_model(model: Any) -> str:
+    """Class, layers and width of a loaded model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = inner.config.get_text_config()
+    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    adapter = " with an adapter" if inner is not model else ""
+    return f"{type(inner).__name__}{adapter}" + (f", {layers} layers of {width}" if layers and width else "")

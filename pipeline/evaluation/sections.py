@@ -1,0 +1,397 @@
+"""A report as sections of text, tables and quotes: what the page, the Markdown and the terminal all show. Nothing here is escaped; the templates do that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.evaluation.determinants import QUESTIONS
+from pipeline.evaluation.forms import number, p_value, parameters, size, spread_text, uncertainty, with_interval
+from pipeline.evaluation.report_records import BreakEven, Cost, Measured, Quality, Report, TeacherLine
+
+MEANING = {
+    "accuracy": "share of right answers (language models: of next tokens)",
+    "macro_f1": "F1, the mean over classes",
+    "loss": "mean negative log-likelihood of the truth, nats",
+    "perplexity": "exp(loss)",
+    "bits_per_byte": "loss in bits a byte of text, comparable between tokenizers",
+    "ece": "expected calibration error, 15 bins: how far confidence is from being right",
+    "brier": "squared distance of the probabilities from the truth, 0 to 2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Text cells; the first column is a name, the others are figures."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A text from the data set, and what was said of it."""
+
+    title: str
+    text: str | None
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part of the page."""
+
+    anchor: str
+    title: str
+    text: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[str, ...] = ()
+    """Names of pictures; those that were not drawn are left out."""
+    quotes: tuple[Quote, ...] = ()
+
+
+def sections(report: Report) -> tuple[Section, ...]:
+    """Everything below the verdict, in order; sections without content are left out."""
+    found = [_quality(report), _fidelity(report), _calibration(report), _cost(report), _training(report)]
+    found += [_determinants(report), _how(report)]
+    return tuple(section for section in found if section is not None)
+
+
+def quality_table(report: Report) -> Table:
+    """The teacher, then every student and control, with and without temperature scaling."""
+    main, metrics = report.main_metric, [m for m in report.teachers[0].metrics if m != report.main_metric]
+    header = ("", "parameters", "seeds", main, "retention", *metrics)
+    rows = [_teacher_row(line, main, metrics) for line in report.teachers]
+    rows += [_quality_row(report, line, main, metrics) for line in report.quality]
+    notes = [f"{name}: {MEANING[name]}" for name in (main, *metrics) if name in MEANING]
+    kind = "over" if report.higher_is_better else "under"
+    notes.append(f"retention: {main} {kind} the teacher's, in percent")
+    notes.append(f"in brackets: {_of_intervals(report)}")
+    caption = f"{report.rows:,} rows, {report.positions:,} positions of the split {report.split}"
+    return Table(caption, header, tuple(rows), tuple(notes))
+
+
+def _of_intervals(report: Report) -> str:
+    several = [line for line in report.quality if line.num_seeds > 1]
+    if not several:
+        return "95% intervals by bootstrap over rows; one seed each, so that they say nothing of other seeds"
+    return (
+        "95% intervals over rows and seeds (bootstrap over rows and variance between seeds, added; t quantiles); "
+        "where there is one seed, by bootstrap over rows"
+    )
+
+
+def _teacher_row(line: TeacherLine, main: str, metrics: Sequence[str]) -> tuple[str, ...]:
+    return (
+        line.name,
+        parameters(line.num_parameters),
+        "",
+        with_interval(line.metrics[main], metric=main),
+        "",
+        *(_shown(line.metrics, name) for name in metrics),
+    )
+
+
+def _quality_row(report: Report, line: Quality, main: str, metrics: Sequence[str]) -> tuple[str, ...]:
+    model = next(m for m in report.models if line.name in (m.name, f"{m.name}, scaled"))
+    return (
+        line.name,
+        "" if line.scaled else parameters(model.num_parameters),
+        "" if line.scaled else str(line.num_seeds),
+        with_interval(line.metrics[main], metric=main),
+        with_interval(line.retention, share=True),
+        *(_shown(line.metrics, name) for name in metrics),
+    )
+
+
+def _shown(metrics: object, name: str) -> str:
+    assert isinstance(metrics, dict)
+    return with_interval(metrics[name], metric=name) if name in metrics else "-"
+
+
+def _quality(report: Report) -> Section:
+    tables = [quality_table(report)]
+    several = [line for line in report.quality if line.num_seeds > 1 and not line.scaled]
+    if several:
+        tables.append(
+            Table(
+                "Retention by what varies",
+                ("", "retention", "over rows", "over seeds", "over both", "seeds"),
+                tuple(
+                    (line.name, f"{line.retention.value:.1%}", *_three(line.retention), str(line.num_seeds))
+                    for line in several
+                ),
+                (
+                    "over rows: other rows of this kind, these students; over seeds: other seeds, these rows (Student's t); over both: variances added",
+                ),
+            )
+        )
+    if report.gap_shares:
+        tables.append(
+            Table(
+                "Share of the gap between control and teacher that the student closes",
+                ("", "over", "in", "share"),
+                tuple(
+                    (s.student, s.control, s.metric, "-" if s.share is None else with_interval(s.share, share=True))
+                    for s in report.gap_shares
+                ),
+                ("no figure: the control is not clearly behind the teacher, so that there is no gap to speak of",),
+            )
+        )
+    if report.comparisons:
+        tables.append(_comparison_table(report))
+    return Section("quality", "Quality", (), (*tables, _who(report)), ("quality", "pareto"))
+
+
+def _comparison_table(report: Report) -> Table:
+    rows = [
+        (
+            f"{item.first} - {item.second}",
+            item.metric,
+            _difference(item.metric, item.difference),
+            item.test,
+            p_value(item.p_value),
+            p_value(item.p_adjusted),
+            "" if item.p_seeds is None else p_value(item.p_seeds),
+        )
+        for item in report.comparisons
+    ]
+    return Table(
+        "Paired comparisons, on the same rows",
+        ("", "in", "gain", "test", "p", "p, Holm", "p over seeds"),
+        tuple(rows),
+        (
+            "gain: above 0, the first is better; points of accuracy, nats of loss",
+            "p, Holm: adjusted for the number of comparisons in this table; p over seeds: paired t-test, not adjusted",
+        ),
+    )
+
+
+def _three(found: Measured) -> tuple[str, ...]:
+    return tuple(
+        "-" if interval is None else f"{interval.low:.1%} to {interval.high:.1%}"
+        for interval in (found.rows, found.seeds, found.both)
+    )
+
+
+def _difference(metric: str, found: Measured) -> str:
+    points = number(metric, 0.5).endswith("%")
+    scale, form = (100, "+.1f") if points else (1, "+.3f")
+    if math.isnan(found.value):
+        return "-"
+    interval = found.interval
+    return f"{scale * found.value:{form}}" + (
+        "" if interval is None else f" ({scale * interval.low:{form}} to {scale * interval.high:{form}})"
+    )
+
+
+def _who(report: Report) -> Table:
+    rows = [(model.name, model.role, model.architecture, model.made_by or "-") for model in report.models]
+    return Table("Who is who", ("", "", "architecture", "trained on"), tuple(rows))
+
+
+def _fidelity(report: Report) -> Section:
+    rows = [
+        (
+            line.name,
+            with_interval(line.agreement, share=True),
+            number("agreement", line.on_right),
+            number("agreement", line.on_errors),
+            number("agreement", line.mended),
+            "-" if line.kl is None else with_interval(line.kl),
+            "-" if line.js is None else with_interval(line.js),
+        )
+        for line in report.closeness
+    ]
+    header = ("", "agreement", "where the teacher is right", "where it errs", "mends its errors", "KL", "JS")
+    tables = [Table("Agreement with the teacher", header, tuple(rows), (report.divergence_note,))]
+    if report.slices:
+        tables += _slice_tables(report)
+    quotes = tuple(
+        Quote(
+            f"source row {item.source_row}, {item.distance:.2f} nats apart",
+            item.text,
+            (("truth", item.truth or "not labelled"), ("teacher", item.teacher), (item.student, item.answer)),
+        )
+        for item in report.examples
+    )
+    hidden = any(item.text is None for item in report.examples)
+    text = ["Texts are not shown: the cache was made without them."] if hidden else []
+    if quotes:
+        text.append(f"At the end: where {report.examples[0].student} (first seed) and its teacher differ most.")
+    return Section(
+        "fidelity", "Fidelity: does it say what its teacher says?", tuple(text), tuple(tables), ("fidelity",), quotes
+    )
+
+
+def _slice_tables(report: Report) -> list[Table]:
+    names = tuple(line.name for line in report.slices[0].models)
+    tables = []
+    for field, caption in (("accuracy", "Accuracy"), ("agreement", "Agreement"), ("kl", "KL, nats,")):
+        of_teacher = field == "accuracy"
+        rows = []
+        for item in report.slices:
+            values = [getattr(line, field) for line in item.models]
+            shown = ["-" if value is None else number(field, value) for value in values]
+            teacher = [number(field, item.teacher_accuracy)] if of_teacher else []
+            rows.append((item.name, f"{item.positions:,}", *teacher, *shown))
+        if any(getattr(line, field) is not None for line in report.slices[0].models):
+            header = (report.slice_kind.partition(",")[0], "positions", *(["teacher"] if of_teacher else []), *names)
+            tables.append(Table(f"{caption} by {report.slice_kind}", header, tuple(rows)))
+    return tables
+
+
+def _calibration(report: Report) -> Section:
+    rows = [
+        (
+            line.name,
+            "" if line.temperature is None else f"{line.temperature:.2f}",
+            number("ece", line.ece),
+            "-" if line.brier is None else with_interval(line.brier),
+            with_interval(line.nll),
+        )
+        for line in report.calibrations
+    ]
+    table = Table("How far the probabilities can be believed", ("", "temperature", "ECE", "Brier", "NLL"), tuple(rows))
+    text = (
+        f"Temperature scaling divides the logits by one number, {report.calibration}; the predictions stay as they are. "
+        "In the diagrams: points by bins of confidence with at least 5 predictions, bars how many stand there, dotted with temperature scaling.",
+    )
+    return Section("calibration", "Calibration", text, (table,), ("reliability",))
+
+
+def _cost(report: Report) -> Section:
+    measured = report.machine is not None
+    header = ["", "parameters", "bytes on disk"]
+    if measured:
+        header += [
+            "one row, ms",
+            "rows a second",
+            "faster, one row",
+            "faster, batched",
+            "peak memory",
+            "J / 1,000",
+        ]
+    rows = [
+        (
+            cost.name,
+            parameters(cost.num_parameters),
+            "-" if cost.disk_bytes is None else size(cost.disk_bytes),
+            *(_measured_cost(cost) if measured else ()),
+        )
+        for cost in report.costs
+    ]
+    notes = []
+    if report.machine is not None:
+        machine = report.machine
+        notes = [
+            f"medians, in brackets the quartiles, of {machine.rounds} rounds after one to warm up; models take turns in each round, in processes of their own",
+            f"{machine.device}, {machine.threads} thread(s), float32; rows of {machine.tokens} tokens on average, one by one or {machine.batch_rows} in a batch; tokenization is not timed",
+            "faster: the teacher's seconds over the model's, round by round; peak memory: resident while it runs, above that of the process before it loaded the model",
+            f"J / 1,000: joules for 1,000 rows in batches, {machine.energy}",
+        ]
+    tables = [Table("Running a model", tuple(header), tuple(rows), tuple(notes))]
+    if report.break_even:
+        tables.append(
+            Table(
+                "The cache against a teacher in the loop",
+                ("", "bytes", "capture", "teacher, one pass", "pays for itself after", "passes made here", "saved"),
+                tuple(_break_even_row(item) for item in report.break_even),
+                (
+                    "of the training split; a pass is one epoch of one student, in each of which a teacher in the loop would run over every row again",
+                    "measured where the cache was made; decoding the cache, and the memory of a teacher in the loop, are left out",
+                ),
+            )
+        )
+    runs = [(model.name, run) for model in report.models for run in model.runs if run.steps is not None]
+    if runs:
+        tables.append(
+            Table(
+                "Training",
+                ("", "seed", "steps", "passes", "seconds"),
+                tuple(
+                    (
+                        name,
+                        str(run.seed),
+                        f"{run.steps:,}",
+                        "-" if run.passes is None else f"{run.passes:.1f}",
+                        "-" if run.seconds is None else f"{run.seconds:,.0f}",
+                    )
+                    for name, run in runs
+                ),
+            )
+        )
+    return Section("cost", "Cost", (), tuple(tables))
+
+
+def _measured_cost(cost: Cost) -> tuple[str, ...]:
+    return (
+        spread_text(cost.latency, 1000, ".1f"),
+        spread_text(cost.throughput, 1, ",.0f"),
+        spread_text(cost.speedup, 1, ".1f", "x"),
+        spread_text(cost.speedup_batched, 1, ".1f", "x"),
+        "-" if cost.peak_bytes is None else size(cost.peak_bytes),
+        "-" if cost.joules_per_thousand is None else f"{cost.joules_per_thousand:.1f}",
+    )
+
+
+def _break_even_row(item: BreakEven) -> tuple[str, ...]:
+    return (
+        item.cache,
+        size(item.cache_bytes),
+        f"{item.capture_seconds:.1f} s on {item.device}",
+        f"{item.pass_seconds:.1f} s",
+        f"{item.passes:.2f} passes",
+        "-" if item.passes_made is None else f"{item.passes_made:.1f}",
+        "-" if item.saved_seconds is None else f"{item.saved_seconds:,.0f} s",
+    )
+
+
+def _training(report: Report) -> Section | None:
+    if not any(run.history for model in report.models for run in model.runs):
+        return None
+    text = (
+        "Both terms of the loss at the scale of cross-entropy, as they were logged; paler lines are further seeds.",
+    )
+    return Section("training", "Training", text, (), ("training",))
+
+
+def _determinants(report: Report) -> Section | None:
+    if sum(model.role == "student" for model in report.models) < 2:
+        return None
+    answered = {item.question for item in report.determinants}
+    open_questions = " ".join(question for question in QUESTIONS if question not in answered)
+    metric = report.main_metric
+    tables = []
+    for item in report.determinants:
+        rows = [
+            (
+                level.value,
+                str(len(level.students)),
+                number(metric, level.mean),
+                f"{number(metric, level.low)} to {number(metric, level.high)}",
+                f"{level.retention:.1%}",
+            )
+            for level in item.levels
+        ]
+        caption = f"{item.question} By {item.factor}: {number(metric, item.spread)} between best and worst"
+        tables.append(Table(caption, (item.factor, "students", metric, "range", "retention"), tuple(rows)))
+    text = (
+        "Means over the students that share a value, whatever else they differ in: main effects where every combination was trained, to be read with care where not.",
+        f"Not answered here, since all students are alike in it: {open_questions}" if open_questions else "",
+    )
+    return Section("determinants", "What decides?", text, tuple(tables), ("determinants",))
+
+
+def _how(report: Report) -> Section:
+    caches = "; ".join(f"{t.name}: {t.cache}, cache {t.cache_id[:16]}" for t in report.teachers)
+    best = next(line for line in report.quality if line.name == report.verdict.student)
+    text = (
+        f"Task {report.task}, encoding {report.encoding}. {caches}. Teachers' figures come from the caches; no teacher was loaded for them.",
+        f"The answer is about {report.verdict.student}, {report.verdict.chosen}; {uncertainty(best.retention, best.num_seeds)}.",
+        "Intervals resample rows, all models together, since positions of one row depend on each other and a row that is hard is hard for all.",
+    )
+    return Section("how", "How this was measured", text)

@@ -1,0 +1,75 @@
+"""The answer in one sentence, with its interval and the controls beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pipeline.evaluation.forms import number, uncertainty, with_interval
+from pipeline.evaluation.quality import NEGLIGIBLE, difference, retention
+from pipeline.evaluation.report_records import GapShare, Verdict
+from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.subjects import Subject
+from pipeline.tasks import Task
+
+
+def headline(task: Task, subjects: Sequence[Subject], split: str | None) -> tuple[Subject, str]:
+    """The student that the answer is about, and how it was chosen: never on the rows that are reported."""
+    students = [subject for subject in subjects if subject.model.role == "student"]
+    if len(students) == 1:
+        return students[0], "the only student"
+    ranked = [student for student in students if student.chosen_by is not None]
+    if split is None or len(ranked) < len(students):
+        return students[0], "the first student named"
+    best = (max if task.higher_is_better else min)(ranked, key=lambda s: s.chosen_by or 0.0)
+    return best, f"the best of {len(students)} students on the split {split}"
+
+
+def verdict(
+    task: Task, student: Subject, chosen: str, subjects: Sequence[Subject], shares: Sequence[GapShare], scores: Scores
+) -> Verdict:
+    """Whether the student performs as well as its teacher: `no` where the whole interval of the difference lies below 0, `better` where it lies above."""
+    metric = task.main_metric
+    gain = difference(task, scores, student.name, student.teacher.name, metric)
+    interval = gain.interval
+    least = NEGLIGIBLE * abs(scores[student.teacher.name, metric].mean)
+    answer: Literal["yes", "no", "better", "unknown"] = "yes"
+    if interval is None:
+        answer = "unknown"
+    elif interval.high < -least:
+        answer = "no"
+    elif interval.low > least:
+        answer = "better"
+    kept = retention(task, scores, student.name, student.teacher.name)
+    ours, theirs = scores[student.name, metric].mean, scores[student.teacher.name, metric].mean
+    teacher_parameters = student.teacher.cache.manifest.contract.teacher.num_parameters
+    size = (
+        f", with {student.model.num_parameters / teacher_parameters:.1%} of its parameters"
+        if teacher_parameters
+        else ""
+    )
+    opening = {
+        "yes": "Yes, as far as these rows can tell",
+        "no": "Not quite" if kept.value >= 0.95 else "No",
+        "better": "Yes, and better",
+        "unknown": "That cannot be said",
+    }[answer]
+    sentence = (
+        f"{opening}: {student.name} keeps {with_interval(kept, share=True)} of its teacher's {metric} "
+        f"({number(metric, ours)} against {number(metric, theirs)}{size}; {uncertainty(kept, len(student.seen))})."
+    )
+    beside = ""
+    controls = [subject for subject in subjects if subject.model.role == "control"]
+    if controls:
+        each = "; ".join(
+            f"{control.name} keeps {with_interval(retention(task, scores, control.name, control.teacher.name), share=True)}"
+            for control in controls
+        )
+        beside = f"Controls: {each}."
+    closed = [
+        f"{with_interval(item.share, share=True)} of the gap from {item.control} to the teacher"
+        for item in shares
+        if item.student == student.name and item.metric == metric and item.share is not None
+    ]
+    gap = f"Distillation closed {' and '.join(closed)}." if closed else ""
+    return Verdict(student.name, chosen, answer, sentence, beside, gap)
