@@ -16,6 +16,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
 from pipeline.config.options import parse_bytes
+from pipeline.config.predict import PredictConfig
 from pipeline.config.sections import SECTIONS, STAGES
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
@@ -30,6 +31,7 @@ __all__ = [
     "ImportConfig",
     "InitStudentConfig",
     "InspectConfig",
+    "PredictConfig",
     "TrainStudentConfig",
     "TrainTeacherConfig",
     "VerifyConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
 from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.predict import PredictConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
 #: What `run` runs, in this order.
@@ -23,4 +24,5 @@ SECTIONS: dict[str, type] = {
     "verify": VerifyConfig,
     "inspect": InspectConfig,
     "import": ImportConfig,
+    "predict": PredictConfig,
 }

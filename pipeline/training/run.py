@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 import shutil
 import time
@@ -30,6 +31,7 @@ from pipeline.models import (
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.records import Contract, Loss, TrainResult
 from pipeline.tasks import Task, get_task
+from pipeline.training.card import CARD, make_card
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -65,9 +67,9 @@ class Origin:
     adapter_sha256: str | None
 
 
-def run(config: TrainStudentConfig) -> TrainResult:
-    """`softlabel train-student`."""
-    cache = Cache.open(config.cache)
+def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
+    """`softlabel train-student`. `cache`: the one that the configuration names, where it is open already."""
+    cache = cache or Cache.open(config.cache)
     _check_apart(config.output, config.student)
     args = training_arguments(
         config.output,
@@ -154,9 +156,10 @@ def fit(
     output = Path(str(args.output_dir))
     if not (output / _ORIGIN).is_file() and any(_of_a_model(output)):
         raise MisuseError(
-            f"--output {output}: holds a model that train-student has not made, and would be overwritten; use another"
+            f"--output {output}: holds a model or a model card that train-student has not made, and would be overwritten; use another"
         )
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
+    max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
     started = time.monotonic()
     info = model_info(student)
     origin = Origin(
@@ -181,7 +184,7 @@ def fit(
         teacher_labels=teacher_labels,
         batch_tokens=batch_tokens,
         student_tokenizer=student.tokenizer if own_tokenizer else None,
-        max_length=min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer)),
+        max_length=max_length,
     )
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
@@ -199,6 +202,7 @@ def fit(
             write_text(output / LABELS, json.dumps(contract.label_names) + "\n")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     last = {**logged, **trainer.drain_losses()}
+    metrics = _measure(trainer)
     result = TrainResult(
         output=str(output),
         cache_id=cache.manifest.cache_id,
@@ -211,10 +215,23 @@ def fit(
         soft_loss=last.get("soft_loss"),
         num_parameters=sum(p.numel() for p in student.model.parameters()),
         num_trainable=sum(p.numel() for p in student.model.parameters() if p.requires_grad),
+        max_length=max_length,
+        eval_split=trainer.eval_split,
+        metrics=metrics,
     )
     if args.should_save:
+        card = make_card(cache, student, result, split=split, teacher_labels=teacher_labels)
+        write_text(output / CARD, card)
         write_text(output / "distillation.json", dump(result))
     return result
+
+
+def _measure(trainer: DistillationTrainer) -> dict[str, float]:
+    """Metrics of the finished student on the split that is evaluated on during training, {} where there is none. All ranks call this."""
+    if trainer.eval_split is None:
+        return {}
+    found = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
+    return {name.removeprefix("eval_"): value for name, value in found.items() if math.isfinite(value)}
 
 
 def load_student(
@@ -357,7 +374,7 @@ def _checkpoints(output: Path) -> list[Path]:
 
 def _of_a_model(output: Path) -> list[Path]:
     """What of a directory is a model's or a training run's."""
-    patterns = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json", "distillation.json", LABELS)
+    patterns = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json", "distillation.json", LABELS, CARD)
     return [*_checkpoints(output), *(path for pattern in patterns for path in output.glob(pattern))]
 
 
