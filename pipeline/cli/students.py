@@ -1,4 +1,4 @@
-"""predict."""
+"""sweep, predict."""
 
 from __future__ import annotations
 
@@ -10,9 +10,32 @@ import click
 
 from pipeline import config as cfg
 from pipeline.cli.commands import command
+from pipeline.errors import TrainingError
 
 if TYPE_CHECKING:
     from pipeline.records import TextPrediction
+
+
+@command(
+    "sweep",
+    cfg.SweepConfig,
+    "softlabel sweep --cache runs/cache --teacher runs/teacher --shape 2x128x2 --shape 4x256x4 --temperature 1 --temperature 4 --output runs/sweep",
+)
+def _sweep(config: cfg.SweepConfig) -> None:
+    from pipeline.cache.manifest import dump
+    from pipeline.sweep import format_leaderboard, report, run
+
+    found = run(config)
+    click.echo(dump(found) if config.json else format_leaderboard(found), nl=not config.json)
+    table = report(config, found)
+    if table and not config.json:
+        click.echo(f"\n{table}")
+    if found.failed:
+        first = found.failed[0]
+        raise TrainingError(
+            f"{len(found.failed)} of {len(found.runs)} runs failed, the first of them {first.name}: {first.error}; the others are whole, "
+            f"and the same command tries the failed ones again"
+        )
 
 
 @command(

@@ -18,6 +18,7 @@ from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
 from pipeline.config.options import parse_bytes
 from pipeline.config.predict import PredictConfig
 from pipeline.config.sections import SECTIONS, STAGES
+from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "InitStudentConfig",
     "InspectConfig",
     "PredictConfig",
+    "SweepConfig",
     "TrainStudentConfig",
     "TrainTeacherConfig",
     "VerifyConfig",

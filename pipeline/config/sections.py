@@ -6,6 +6,7 @@ from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.predict import PredictConfig
+from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
 #: What `run` runs, in this order.
@@ -25,4 +26,5 @@ SECTIONS: dict[str, type] = {
     "inspect": InspectConfig,
     "import": ImportConfig,
     "predict": PredictConfig,
+    "sweep": SweepConfig,
 }

@@ -344,7 +344,7 @@ def _checkpoint(output: Path, origin: Origin) -> str | None:
     Raises:
         ContractError: the checkpoints are of another cache, split or loss.
     """
-    found = sorted(_checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = sorted(checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     if found and (output / _ORIGIN).is_file():
         first = next(differences(parse(Origin, output / _ORIGIN), origin), None)
         if first is not None:
@@ -368,14 +368,15 @@ def _check_apart(output: str | Path, student: str | Path) -> None:
         raise MisuseError(f"--output {output}: holds the student itself, which training would overwrite; use another")
 
 
-def _checkpoints(output: Path) -> list[Path]:
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints that a run has left, whole or torn, in no order."""
     return [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
 def _of_a_model(output: Path) -> list[Path]:
     """What of a directory is a model's or a training run's."""
     patterns = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json", "distillation.json", LABELS, CARD)
-    return [*_checkpoints(output), *(path for pattern in patterns for path in output.glob(pattern))]
+    return [*checkpoints(output), *(path for pattern in patterns for path in output.glob(pattern))]
 
 
 def _clear(output: Path) -> None:
