@@ -81,7 +81,7 @@ def make_report(
     teachers: Mapping[str, Mapping[str, float]],
     eval_split: str | None,
 ) -> SweepReport:
-    """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels."""
+    """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels; ties by the loss."""
     main = "nll" if task.main_metric == "loss" else task.main_metric
     measured = [run.result.metrics for run in runs if run.result is not None]
     known = set.intersection(*(set(metrics) for metrics in measured)) if measured else set()
@@ -91,7 +91,7 @@ def make_report(
     groups = [_group(name, [run for run in runs if run.group == name], chosen_by) for name in names]
     if chosen_by is not None:
         sign = -1 if higher else 1
-        groups.sort(key=lambda g: (not g.seeds, sign * g.metrics.get(chosen_by, 0.0)))
+        groups.sort(key=lambda g: (not g.seeds, sign * g.metrics.get(chosen_by, 0.0), g.metrics.get("nll", 0.0)))
     best = next((g.name for g in groups if g.role == "student" and g.seeds), None) if chosen_by else None
     return SweepReport(config, tuple(runs), tuple(groups), eval_split, chosen_by, higher, best, teachers)
 
@@ -113,24 +113,24 @@ def _group(name: str, runs: Sequence[SweepRun], chosen_by: str | None) -> SweepG
 
 
 def format_leaderboard(report: SweepReport) -> str:
-    """A line a group, the best first; the teachers above, on the same split."""
-    chosen_by = report.chosen_by
-    shown = [name for name in dict.fromkeys([chosen_by, "accuracy", "nll", "agreement", "divergence"]) if name]
+    """A line a group, the best first; the teachers above, on the same split. Divergences are left out: each is at its run's own temperature."""
+    shown = [name for name in dict.fromkeys([report.chosen_by, "accuracy", "nll", "agreement"]) if name]
     known = {name for group in report.groups for name in group.metrics}
     metrics = [name for name in shown if name in known]
-    header = ["", "", "parameters", "seeds", *metrics, *(["lowest to highest"] if _ranged(report) else []), "seconds"]
-    lines = [header, *(_teacher_cells(name, found, metrics, report) for name, found in report.teachers.items())]
+    titles = [*metrics[:1], *(["lowest to highest"] if _ranged(report) else []), *metrics[1:]]
+    lines = [["", "", "parameters", "seeds", *titles, "seconds"]]
+    lines += [_teacher_cells(name, found, metrics, report) for name, found in report.teachers.items()]
     lines += [_cells(group, metrics, report) for group in report.groups]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = "\n".join(
         "  ".join(
             [a.ljust(n) if i < 2 else a.rjust(n) for i, (a, n) in enumerate(zip(line, widths, strict=True))]
         ).rstrip()
         for line in lines
     )
-    students = sum(run.role == "student" for run in report.runs)
-    title = f"sweep: {len(report.runs)} runs ({students} students, {len(report.runs) - students} controls)"
-    return "\n\n".join([title, table, _notes(report)])
+    roles = [run.role for run in report.runs]
+    counted = ", ".join(f"{roles.count(role)} {role}{'s' * (roles.count(role) != 1)}" for role in dict.fromkeys(roles))
+    return "\n\n".join([f"sweep of {counted}", table, _notes(report)])
 
 
 def _notes(report: SweepReport) -> str:
@@ -141,7 +141,7 @@ def _notes(report: SweepReport) -> str:
         )
     direction = "highest" if report.higher_is_better else "lowest"
     notes = [
-        f"chosen on the split {report.eval_split}, by the {direction} {report.chosen_by}, the mean over seeds; never on {report.settings.report_split}",
+        f"chosen on the split {report.eval_split}, by the {direction} {report.chosen_by}, the mean over seeds (a tie: by the lowest nll); never on {report.settings.report_split}",
         "seconds: of training, the mean over seeds",
     ]
     if report.best is not None:
@@ -155,18 +155,16 @@ def _ranged(report: SweepReport) -> bool:
 
 
 def _cells(group: SweepGroup, metrics: Sequence[str], report: SweepReport) -> list[str]:
-    spread = group.range
-    between = (
-        "" if spread is None else f"{_value(report.chosen_by, spread.low)} to {_value(report.chosen_by, spread.high)}"
-    )
-    seeds = f"{len(group.seeds)}" + (f" of {len(group.seeds) + group.failed}" if group.failed else "")
+    values = [_value(name, group.metrics.get(name)) for name in metrics]
+    if _ranged(report):
+        spread, by = group.range, report.chosen_by
+        values.insert(1, "" if spread is None else f"{_value(by, spread.low)} to {_value(by, spread.high)}")
     return [
         "*" if group.name == report.best else "",
         group.name + (" (control)" if group.role == "control" else ""),
         f"{group.num_parameters / 1e6:.1f}M" if group.num_parameters >= 1e5 else f"{group.num_parameters or ''}",
-        seeds,
-        *(_value(name, group.metrics.get(name)) for name in metrics),
-        *([between] if _ranged(report) else []),
+        f"{len(group.seeds)}" + (f" of {len(group.seeds) + group.failed}" if group.failed else ""),
+        *values,
         f"{group.seconds:.0f}" if group.seeds else "failed",
     ]
 
@@ -174,7 +172,9 @@ def _cells(group: SweepGroup, metrics: Sequence[str], report: SweepReport) -> li
 def _teacher_cells(name: str, found: Mapping[str, float], metrics: Sequence[str], report: SweepReport) -> list[str]:
     title = "teacher" if len(report.teachers) == 1 else f"teacher of {name}"
     values = [_value(metric, found.get("loss" if metric == "nll" else metric)) for metric in metrics]
-    return ["", title, "", "", *values, *([""] if _ranged(report) else []), ""]
+    if _ranged(report):
+        values.insert(1, "")
+    return ["", title, "", "", *values, ""]
 
 
 def _value(name: str | None, value: float | None) -> str:

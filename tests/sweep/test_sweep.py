@@ -80,6 +80,7 @@ def test_the_grid_has_every_combination_once(tmp_path):
         "seed": (0, 1),
         "output": str(tmp_path),
     }
+    assert len(SweepConfig(**settings).losses) == 2 * 3 + 1
     runs = plan(SweepConfig(**settings), ["a", "b"])
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
@@ -130,15 +131,18 @@ def test_seeds_are_grouped_and_the_best_is_chosen_on_validation(tmp_path, cache,
         assert group.metrics["nll"] == pytest.approx(np.mean([line.metrics["loss"] for line in lines]), rel=1e-4)
         assert group.range.low == min(line.metrics["accuracy"] for line in lines)
         assert group.range.high == max(line.metrics["accuracy"] for line in lines)
-    means = [group.metrics["accuracy"] for group in found.groups]
-    assert means == sorted(means, reverse=True)
+    order = [(-group.metrics["accuracy"], group.metrics["nll"]) for group in found.groups]
+    assert order == sorted(order)
     students = [group for group in found.groups if group.role == "student"]
     assert found.best == students[0].name
     teacher_line = softlabel.evaluate(cache, {}, split="validation").teacher
     assert found.teachers == {"cache": teacher_line.metrics}
     text = format_leaderboard(found)
-    assert "8 runs (4 students, 4 controls)" in text
-    assert "chosen on the split validation, by the highest accuracy, the mean over seeds; never on test" in text
+    assert "sweep of 4 students, 4 controls" in text
+    assert (
+        "chosen on the split validation, by the highest accuracy, the mean over seeds (a tie: by the lowest nll); never on test"
+        in text
+    )
     starred = [line for line in text.splitlines() if line.startswith("*")]
     assert len(starred) == 1
     assert found.best in starred[0]
