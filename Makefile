@@ -77,6 +77,10 @@ cache-logits: $(STAMP) $(CONFIG_DATA) ## stage 1 of CONFIG: run the teacher once
 train-student: $(STAMP) $(CONFIG_DATA) ## stage 2 of CONFIG: train the student from the cache
 	$(SOFTLABEL) run $(CONFIG) --through train-student
 
+.PHONY: sweep
+sweep: cache-logits ## students of several sizes, temperatures and weights from the cache of CONFIG, and a leaderboard
+	$(SOFTLABEL) sweep --config $(CONFIG)
+
 .PHONY: test
 test: $(STAMP) ## the tests: fast, offline, no real model
 	$(PY) -m pytest -n auto --dist loadfile

@@ -580,6 +580,11 @@ class TrainResult:
     soft_loss: float | None
     num_parameters: int
     num_trainable: int
+    max_length: int | None = None
+    """Tokens of the longest row that the student may have seen: longer texts are to be cut to it."""
+    eval_split: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the finished student on `eval_split`, as evaluation during training gives them; empty where there is no such split."""
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -655,3 +660,14 @@ class EvaluationReport:
     temperature: float = 1.0
     """At which KL and agreement are taken: 1, or the temperature that the encoding knows nearest to it."""
     continuations: tuple[Continuation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrediction:
+    """What a model says of one text."""
+
+    text: str
+    labels: Mapping[str, float] = field(default_factory=dict)
+    """Classifiers: the likeliest labels and their probabilities, the likeliest first."""
+    continuation: str | None = None
+    """Language models: how they go on."""

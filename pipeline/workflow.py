@@ -115,12 +115,12 @@ def _key(config: Any) -> str:
                 if isinstance(value, tuple)
                 else [value]
             )
-            found[name] = [_content(Path(item)) for item in names]
+            found[name] = [content_of(Path(item)) for item in names]
     settings.pop("overwrite", None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _content(path: Path) -> str:
+def content_of(path: Path) -> str:
     """SHA-256 of a file, of a cache's manifest, or of the files of a directory; a hub name stands for itself."""
     if (path / "manifest.json").is_file():
         path = path / "manifest.json"

@@ -23,6 +23,7 @@ ORDER: list[set[str]] = [
     {"evaluation"},
     {"sharing"},
     {"workflow"},
+    {"sweep"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -53,6 +53,7 @@ def test_make_targets_stand_in_the_readme():
         "train-student",
         "bench",
         "report",
+        "sweep",
         "test-browser",
     ):
         assert f"make {target}" in README, target

@@ -1,6 +1,15 @@
 """click options -> configuration -> one call of the public API; nothing else."""
 
-from pipeline.cli import caches, capture, evaluation, report, run, sharing, training  # noqa: F401 - each adds its commands
+from pipeline.cli import (  # noqa: F401 - each adds its commands
+    caches,
+    capture,
+    evaluation,
+    report,
+    run,
+    sharing,
+    students,
+    training,
+)
 from pipeline.cli.commands import FUNCTIONS, main
 
 __all__ = ["FUNCTIONS", "main"]

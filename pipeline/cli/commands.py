@@ -128,7 +128,9 @@ def _option(field: Any, hint: Any) -> click.Option:
             **{**options, "show_default": "on" if field.default else "off"},
         )
     if origin is tuple:
-        return click.Option([field.name, flag], type=arguments[0], multiple=True, **options)
+        literal = typing.get_origin(arguments[0]) is typing.Literal
+        kind = click.Choice(typing.get_args(arguments[0])) if literal else arguments[0]
+        return click.Option([field.name, flag], type=kind, multiple=True, **options)
     while typing.get_origin(hint) is not typing.Literal and arguments:
         hint, arguments = arguments[0], [a for a in typing.get_args(arguments[0]) if a is not type(None)]
     kind = click.Choice(arguments) if typing.get_origin(hint) is typing.Literal else hint

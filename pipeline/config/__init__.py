@@ -16,9 +16,11 @@ from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
 from pipeline.config.options import flag_name, parse_bytes
+from pipeline.config.predict import PredictConfig
 from pipeline.config.report import ReportConfig
 from pipeline.config.sections import SECTIONS, STAGES
 from pipeline.config.sharing import PullConfig, PushConfig
+from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
 __all__ = [
@@ -32,9 +34,11 @@ __all__ = [
     "ImportConfig",
     "InitStudentConfig",
     "InspectConfig",
+    "PredictConfig",
     "PullConfig",
     "PushConfig",
     "ReportConfig",
+    "SweepConfig",
     "TrainStudentConfig",
     "TrainTeacherConfig",
     "VerifyConfig",

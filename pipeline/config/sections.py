@@ -5,8 +5,10 @@ from __future__ import annotations
 from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
 from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.predict import PredictConfig
 from pipeline.config.report import ReportConfig
 from pipeline.config.sharing import PullConfig, PushConfig
+from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 
 #: What `run` runs, in this order.
@@ -28,4 +30,6 @@ SECTIONS: dict[str, type] = {
     "push": PushConfig,
     "pull": PullConfig,
     "report": ReportConfig,
+    "predict": PredictConfig,
+    "sweep": SweepConfig,
 }

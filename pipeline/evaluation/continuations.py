@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from pipeline.cache import Cache
 from pipeline.errors import MisuseError
-from pipeline.models import load_model, pad_id
+from pipeline.models import load_model
+from pipeline.models.predict import continue_text
 from pipeline.records import Continuation
 from pipeline.tasks import get_task
 
@@ -33,18 +31,6 @@ def continue_prompts(
     texts: list[dict[str, str]] = [{} for _ in prompts]
     for name, path in models.items():
         loaded = load_model(task, str(path))
-        model: Any = loaded.model
         for prompt, found in zip(prompts, texts, strict=True):
-            inputs = loaded.tokenizer(prompt, return_tensors="pt").to(model.device)
-            inputs.pop("token_type_ids", None)
-            with torch.inference_mode():
-                ids = model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=pad_id(loaded.tokenizer),
-                )
-            after = ids[0, inputs["input_ids"].shape[1] :]
-            found[name] = str(loaded.tokenizer.decode(after, skip_special_tokens=True))
+            found[name] = continue_text(loaded, prompt, max_new_tokens)
     return tuple(Continuation(prompt, found) for prompt, found in zip(prompts, texts, strict=True))

@@ -13,12 +13,12 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from pipeline.config import InitStudentConfig
 from pipeline.errors import MisuseError, ModelError
-from pipeline.models.load import load_model, load_tokenizer
-from pipeline.tasks import TASKS
+from pipeline.models.detect import detect_task
+from pipeline.models.load import load_config, load_model, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,15 @@ def init_student(
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
     if layers is not None:
-        model = teacher if isinstance(teacher, PreTrainedModel) else _load(str(teacher))
+        model = (
+            teacher
+            if isinstance(teacher, PreTrainedModel)
+            else load_model(detect_task(str(teacher)), str(teacher)).model
+        )
         student = _copy_layers(model, layers)
     else:
         assert config is not None
-        base = teacher.config if isinstance(teacher, PreTrainedModel) else _load_config(str(teacher))
+        base = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
         set_seed(seed)
         student = _class_of(base)(_scale(base, config)) if isinstance(config, Shape) else _class_of(config)(config)
     path = Path(output)
@@ -188,27 +192,3 @@ def _class_of(config: Any) -> Any:
             f"the teacher's config names no architecture of transformers (found {name!r}), so its kind of head is unknown"
         )
     return found
-
-
-def _load_config(name: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def _load(name: str) -> PreTrainedModel:
-    """The teacher with the head that its config names."""
-    architecture = (_load_config(name).architectures or [""])[0]
-    for task in TASKS.values():
-        if any(cls.__name__ == architecture for cls in _classes(task.auto_class)):
-            return load_model(task, name).model
-    raise ModelError(
-        f"{name}: expected a model of the task {' or '.join(TASKS)}, found the architecture {architecture!r}"
-    )
-
-
-def _classes(auto_class: Any) -> list[type]:
-    return [
-        cls for entry in auto_class._model_mapping.values() for cls in (entry if isinstance(entry, tuple) else (entry,))
-    ]

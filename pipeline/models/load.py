@@ -67,7 +67,7 @@ def load_model(
         ModelError: nothing loadable there, or weights are missing.
         MisuseError: a dtype or a compiler that does not exist.
     """
-    adapter = _adapter_config(name)
+    adapter = adapter_config(name)
     base = str(adapter["base_model_name_or_path"]) if adapter else name
     if adapter and label_names is None and (Path(name) / LABELS).is_file():
         label_names = tuple(json.loads((Path(name) / LABELS).read_text(encoding="utf-8")))
@@ -200,7 +200,18 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def _adapter_config(name: str) -> Mapping[str, Any] | None:
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        ModelError: there is none.
+    """
+    source, kwargs = _locate(name)
+    return _from_pretrained(AutoConfig, source, name, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def adapter_config(name: str) -> Mapping[str, Any] | None:
+    """What a PEFT adapter directory says of itself; None where it is no such directory."""
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
         return None
@@ -250,7 +261,8 @@ def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> 
     try:
         return auto_class.from_pretrained(source, **kwargs)
     except _UNLOADABLE as error:
-        raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {_first_line(error)}") from error
+        where = "" if Path(source).exists() else "; there is no such directory here either"
+        raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {_first_line(error)}{where}") from error
 
 
 def _first_line(error: Exception) -> str:

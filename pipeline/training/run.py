@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 import shutil
 import time
@@ -30,6 +31,7 @@ from pipeline.models import (
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.records import Contract, Loss, TrainResult
 from pipeline.tasks import Task, get_task
+from pipeline.training.card import CARD, make_card
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -66,9 +68,9 @@ class Origin:
     adapter_sha256: str | None
 
 
-def run(config: TrainStudentConfig) -> TrainResult:
-    """`softlabel train-student`."""
-    cache = Cache.open(
+def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
+    """`softlabel train-student`. `cache`: the one that the configuration names, where it is open already."""
+    cache = cache or Cache.open(
         config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
     )
     _check_apart(config.output, config.student)
@@ -157,9 +159,10 @@ def fit(
     output = Path(str(args.output_dir))
     if not (output / ORIGIN).is_file() and any(_of_a_model(output)):
         raise MisuseError(
-            f"--output {output}: holds a model that train-student has not made, and would be overwritten; use another"
+            f"--output {output}: holds a model or a model card that train-student has not made, and would be overwritten; use another"
         )
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
+    max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
     started = time.monotonic()
     info = model_info(student)
     origin = Origin(
@@ -184,7 +187,7 @@ def fit(
         teacher_labels=teacher_labels,
         batch_tokens=batch_tokens,
         student_tokenizer=student.tokenizer if own_tokenizer else None,
-        max_length=min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer)),
+        max_length=max_length,
     )
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
@@ -203,6 +206,7 @@ def fit(
             write_text(output / LABELS, json.dumps(contract.label_names) + "\n")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     last = {**logged, **trainer.drain_losses()}
+    metrics = _measure(trainer)
     result = TrainResult(
         output=str(output),
         cache_id=cache.manifest.cache_id,
@@ -215,10 +219,23 @@ def fit(
         soft_loss=last.get("soft_loss"),
         num_parameters=sum(p.numel() for p in student.model.parameters()),
         num_trainable=sum(p.numel() for p in student.model.parameters() if p.requires_grad),
+        max_length=max_length,
+        eval_split=trainer.eval_split,
+        metrics=metrics,
     )
     if args.should_save:
+        card = make_card(cache, student, result, split=split, teacher_labels=teacher_labels)
+        write_text(output / CARD, card)
         write_text(output / "distillation.json", dump(result))
     return result
+
+
+def _measure(trainer: DistillationTrainer) -> dict[str, float]:
+    """Metrics of the finished student on the split that is evaluated on during training, {} where there is none. All ranks call this."""
+    if trainer.eval_split is None:
+        return {}
+    found = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
+    return {name.removeprefix("eval_"): value for name, value in found.items() if math.isfinite(value)}
 
 
 def load_student(
@@ -331,7 +348,7 @@ def _checkpoint(output: Path, origin: Origin) -> str | None:
     Raises:
         ContractError: the checkpoints are of another cache, split or loss.
     """
-    found = sorted(_checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = sorted(checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     if found and (output / ORIGIN).is_file():
         first = next(differences(parse(Origin, output / ORIGIN), origin), None)
         if first is not None:
@@ -355,14 +372,15 @@ def _check_apart(output: str | Path, student: str | Path) -> None:
         raise MisuseError(f"--output {output}: holds the student itself, which training would overwrite; use another")
 
 
-def _checkpoints(output: Path) -> list[Path]:
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints that a run has left, whole or torn, in no order."""
     return [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
 def _of_a_model(output: Path) -> list[Path]:
     """What of a directory is a model's or a training run's."""
-    patterns = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json", "distillation.json", LABELS)
-    return [*_checkpoints(output), *(path for pattern in patterns for path in output.glob(pattern))]
+    patterns = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json", "distillation.json", LABELS, CARD)
+    return [*checkpoints(output), *(path for pattern in patterns for path in output.glob(pattern))]
 
 
 def _clear(output: Path) -> None:

@@ -108,6 +108,7 @@ class DistillationTrainer(Trainer):
                 f"eval_strategy {args.eval_strategy}: the cache has no split `validation` to evaluate on during training (it has {', '.join(cache.splits)}); "
                 "name one with --eval-split"
             )
+        self.eval_split = eval_split
         self._totals = np.zeros(4)
         self._where_last = ""
         self._epoch: Iterator[Any] | None = None

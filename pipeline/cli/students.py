@@ -1,0 +1,65 @@
+"""sweep, predict."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline import config as cfg
+from pipeline.cli.commands import command
+from pipeline.errors import TrainingError
+
+if TYPE_CHECKING:
+    from pipeline.records import TextPrediction
+
+
+@command(
+    "sweep",
+    cfg.SweepConfig,
+    "softlabel sweep --cache runs/cache --teacher runs/teacher --shape 2x128x2 --shape 4x256x4 --temperature 1 --temperature 4 --output runs/sweep",
+)
+def _sweep(config: cfg.SweepConfig) -> None:
+    from pipeline.cache.manifest import dump
+    from pipeline.sweep import format_leaderboard, report, run
+
+    found = run(config)
+    click.echo(dump(found) if config.json else format_leaderboard(found), nl=not config.json)
+    table = report(config, found)
+    if table and not config.json:
+        click.echo(f"\n{table}")
+    if found.failed:
+        first = found.failed[0]
+        raise TrainingError(
+            f"{len(found.failed)} of {len(found.runs)} runs failed, the first of them {first.name}: {first.error}; the others are whole, "
+            f"and the same command tries the failed ones again"
+        )
+
+
+@command(
+    "predict",
+    cfg.PredictConfig,
+    'softlabel predict --model runs/bbc/student --text "The bank raised its profit forecast."',
+)
+def _predict(config: cfg.PredictConfig) -> None:
+    from pipeline.models.predict import run
+
+    for found in run(config):
+        click.echo(_as_json(found) if config.json else _shown(found))
+
+
+def _as_json(found: TextPrediction) -> str:
+    """One line, with what there is: labels or a continuation."""
+    known = {name: value for name, value in dataclasses.asdict(found).items() if value not in (None, {})}
+    return json.dumps(known, ensure_ascii=False)
+
+
+def _shown(found: TextPrediction) -> str:
+    """A text and, indented, what the model says of it."""
+    text = found.text if len(found.text) <= 80 else found.text[:77] + "..."
+    if found.continuation is not None:
+        return f"{text!r} goes on:\n  {' '.join(found.continuation.split())}"
+    width = max(map(len, found.labels))
+    return "\n".join([repr(text), *(f"  {label.ljust(width)}  {p:6.1%}" for label, p in found.labels.items())])

@@ -1,0 +1,136 @@
+"""The command that trains many students: sweep."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config.options import check_positive, option
+from pipeline.errors import MisuseError
+from pipeline.records import Divergence, Loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfig:
+    """Train every combination of students, losses and seeds from one cache or several, and rank them."""
+
+    cache: tuple[str, ...] = option(
+        "Directory of the cache, or NAME=DIR; repeat for several, whose rows are the same and whose teachers differ."
+    )
+    student: tuple[str, ...] = option("Name or path of a student to begin from, or NAME=DIR; repeat for several.", ())
+    teacher: str | None = option(
+        "With --shape and --layers: name or path of the teacher that students are made from.", None
+    )
+    shape: tuple[str, ...] = option(
+        "LAYERSxWIDTHxHEADS, as 2x128x2, of a student with random weights (others with each seed); repeat for several.",
+        (),
+    )
+    layers: tuple[str, ...] = option(
+        "I,J,...: layers of the teacher that a student copies, from 0; repeat for several.", ()
+    )
+    temperature: tuple[float, ...] = option(
+        "Temperature; repeat for several. Default: as train-student's, for the cache and task.", ()
+    )
+    weights: tuple[str, ...] = option(
+        "HARD/SOFT, as 0.1/0.9: the two weights of the loss; repeat for several. Default: 0.5/0.5.", ("0.5/0.5",)
+    )
+    divergence: tuple[Divergence, ...] = option(
+        "What is minimised between teacher and student; repeat for several. Default: forward-kl.", ("forward-kl",)
+    )
+    seed: tuple[int, ...] = option(
+        "Seed of random weights, order and dropout; repeat for several, which are grouped. Default: 0.", (0,)
+    )
+    controls: bool = option(
+        "Train each student also on the hard labels alone (on the first cache), and on the teacher's hard predictions.",
+        True,
+    )
+    split: str = option("Split to train on.", "train")
+    eval_split: str | None = option("Split that the best is chosen on. Default: validation.", None)
+    report_split: str = option("Split that is reported in the end; nothing is chosen on it.", "test")
+    tail_policy: Literal["ghost", "renormalize", "ignore"] = option(
+        "The teacher's mass outside the kept classes (top-k, top-p).", "ghost"
+    )
+    epochs: float = option("Passes over the split.", 3.0)
+    max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
+    learning_rate: float = option("Peak learning rate.", 5e-5)
+    batch_size: int = option("Rows per device and step.", 16)
+    batch_tokens: int | None = option("As train-student's: group rows by length, with so many tokens a batch.", None)
+    output: str = option("Directory of the students, sweep.json and the report.")
+    json: bool = option("Print sweep.json instead of a table.", False)
+    training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
+
+    def __post_init__(self) -> None:
+        if not self.cache:
+            raise MisuseError("--cache: expected at least one directory")
+        if not (self.student or self.shape or self.layers):
+            raise MisuseError("give a student: --student, or --shape or --layers with --teacher")
+        if (self.shape or self.layers) and self.teacher is None:
+            raise MisuseError("--shape and --layers need --teacher, which students are made from")
+        if self.teacher is not None and not (self.shape or self.layers):
+            raise MisuseError("--teacher goes with --shape and --layers; a --student is trained from the cache alone")
+        for name in ("weights", "divergence", "seed"):
+            if not getattr(self, name):
+                raise MisuseError(f"--{name}: expected at least one")
+        for text in self.shape:
+            parse_shape(text)
+        for text in self.layers:
+            parse_layers(text)
+        self.losses  # noqa: B018 - checks weights and temperatures
+        check_positive("--batch-size", self.batch_size)
+        check_positive("--batch-tokens", self.batch_tokens)
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """Every combination of weights, divergences and temperatures that is a loss of its own.
+
+        Without a soft term nothing else counts, and the temperature does not to the logits' squared distance: such combinations come once.
+        """
+        found = []
+        for text in self.weights:
+            hard, soft = parse_weights(text)
+            for kind in self.divergence:
+                for temperature in self.temperature or (None,):
+                    plain = Loss(hard, soft, temperature, kind, self.tail_policy)
+                    if not soft:  # the size of the only weight changes nothing that an optimizer with a step of its own would notice
+                        plain = Loss(1.0, 0.0)
+                    elif kind == "logit-mse":
+                        plain = Loss(hard, soft, 1.0, kind, self.tail_policy)
+                    found.append(plain)
+        return tuple(dict.fromkeys(found))
+
+
+def parse_weights(text: str) -> tuple[float, float]:
+    """`HARD/SOFT`.
+
+    Raises:
+        MisuseError: it is something else.
+    """
+    try:
+        hard, soft = map(float, text.split("/"))
+    except ValueError:
+        raise MisuseError(f"--weights: expected HARD/SOFT, as 0.1/0.9, found {text!r}") from None
+    return hard, soft
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """`LAYERSxWIDTHxHEADS`.
+
+    Raises:
+        MisuseError: it is something else.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise MisuseError(f"--shape: expected LAYERSxWIDTHxHEADS, as 2x128x2, found {text!r}")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`I,J,...`.
+
+    Raises:
+        MisuseError: it is something else.
+    """
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise MisuseError(f"--layers: expected numbers of layers, as 0,2,5, found {text!r}")
+    return tuple(map(int, text.split(",")))

@@ -1,0 +1,34 @@
+"""Which task a saved model is for, from its own configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.errors import ModelError
+from pipeline.models.load import adapter_config, load_config
+from pipeline.tasks import TASKS, Task
+
+
+def detect_task(name: str, *, trust_remote_code: bool = False) -> Task:
+    """The task whose head a model has: by its architecture, or by what an adapter says of itself.
+
+    Raises:
+        ModelError: nothing loadable there, or a head of another kind.
+    """
+    adapter = adapter_config(name)
+    if adapter is not None:
+        kind = adapter.get("task_type")
+        found = next((task for task in TASKS.values() if task.peft_type == kind), None)
+        what = f"an adapter of the type {kind!r}"
+    else:
+        architecture = (load_config(name, trust_remote_code=trust_remote_code).architectures or [""])[0]
+        found = next((task for task in TASKS.values() if architecture in _class_names(task.auto_class)), None)
+        what = f"the architecture {architecture!r}"
+    if found is None:
+        raise ModelError(f"{name}: expected a model of the task {' or '.join(TASKS)}, found {what}")
+    return found
+
+
+def _class_names(auto_class: Any) -> set[str]:
+    entries = auto_class._model_mapping.values()
+    return {cls.__name__ for entry in entries for cls in (entry if isinstance(entry, tuple) else (entry,))}

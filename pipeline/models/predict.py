@@ -1,0 +1,132 @@
+"""What a model says of a text: the classes that it finds likely, or how it goes on. A student can be tried with it from the shell."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import PredictConfig
+from pipeline.errors import MisuseError, SourceError
+from pipeline.models.detect import detect_task
+from pipeline.models.load import LoadedModel, load_model, longest_input, pad_id
+from pipeline.records import Example, TextPrediction, Tokenization, TokenizedExample
+from pipeline.tasks import Task
+
+
+def run(config: PredictConfig) -> Iterator[TextPrediction]:
+    """`softlabel predict`: each text of the command line, the file or standard input, in order."""
+    texts = _checked(config.text, "--text") if config.text else _read(config.input)
+    task = detect_task(config.model, trust_remote_code=config.trust_remote_code)
+    loaded = load_model(task, config.model, trust_remote_code=config.trust_remote_code)
+    longest = config.max_length or _trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
+    if task.classes_are_tokens:
+        for text in texts:
+            yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
+    else:
+        yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
+
+
+def classify(
+    task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int, batch_size: int
+) -> Iterator[TextPrediction]:
+    """The `top` most likely labels of each text with their probabilities, as an evaluation computes them.
+
+    Args:
+        max_length: tokens; longer texts are cut.
+
+    Raises:
+        ModelError: the model does not choose one of several labels.
+    """
+    model: Any = loaded.model
+    count = task.num_classes(model, loaded.tokenizer)
+    names = [str(model.config.id2label[i]) for i in range(count)]
+    for start in range(0, len(texts), batch_size):
+        chunk = texts[start : start + batch_size]
+        examples = [Example(source_row=i, text=text) for i, text in enumerate(chunk)]
+        rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
+        tokens = [row for row in rows if isinstance(row, TokenizedExample)]
+        inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer))
+        placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        with torch.inference_mode():
+            found = torch.softmax(task.gather_logits(model, placed, supervised).float(), -1).topk(min(top, count))
+        for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
+            yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
+
+
+def continue_text(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:
+    """What a language model adds to a text, greedily.
+
+    Raises:
+        MisuseError: text and new tokens together are longer than the model takes.
+    """
+    model: Any = loaded.model
+    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    count, longest = inputs["input_ids"].shape[1], longest_input(model, loaded.tokenizer)
+    if count + max_new_tokens > longest:
+        raise MisuseError(
+            f"{loaded.name}: takes at most {longest} tokens, found {count} of the text and {max_new_tokens} new ones; give a shorter text or fewer new tokens"
+        )
+    with torch.inference_mode():
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad_id(loaded.tokenizer),
+        )
+    return str(loaded.tokenizer.decode(ids[0, count:], skip_special_tokens=True))
+
+
+def _read(file: str | None) -> Sequence[str]:
+    """A text a line, from a file or standard input.
+
+    Raises:
+        SourceError: no such file, not UTF-8, or an empty line.
+        MisuseError: standard input is a terminal, on which nobody knows that a text is expected.
+    """
+    if file is None and sys.stdin.isatty():
+        raise MisuseError("missing a text; give --text, --input FILE, or a text a line on standard input")
+    name = file or "standard input"
+    try:
+        data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+    except OSError as error:
+        raise SourceError(
+            f"--input {file}: cannot be read ({error.strerror}); expected a file with a text a line"
+        ) from None
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise SourceError(f"{name}: line {line}: expected UTF-8, found the byte 0x{data[error.start]:02x}") from None
+    lines = content.split("\n")
+    return _checked([line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)], f"{name}: line")
+
+
+def _checked(texts: Sequence[str], where: str) -> Sequence[str]:
+    """Refuse what says nothing: a model would answer all the same.
+
+    Raises:
+        SourceError: no text, or an empty one.
+    """
+    if not texts:
+        raise SourceError(f"{where.removesuffix(': line')}: expected a text a line, found nothing")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise SourceError(f"{where} {number}: expected a text, found an empty one")
+    return texts
+
+
+def _trained_length(name: str) -> int | None:
+    """Tokens of the longest row that a student of ours was trained on, where it says so."""
+    try:
+        found = json.loads((Path(name) / "distillation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    length = found.get("max_length") if isinstance(found, dict) else None
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,0 +1,183 @@
+"""What a sweep found: every run, seeds grouped, ranked by a split that is not the one reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.config import SweepConfig
+from pipeline.records import Interval, Loss, TrainResult
+from pipeline.sweep.grid import Role
+from pipeline.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRun:
+    """One student of the sweep, trained or failed."""
+
+    name: str
+    group: str
+    role: Role
+    cache: str
+    cache_id: str
+    student: str
+    seed: int
+    loss: Loss
+    teacher_labels: bool
+    directory: str
+    """Below the sweep's output."""
+    result: TrainResult | None = None
+    """Settings, time and metrics; None where it failed."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepGroup:
+    """One line of the leaderboard: the runs that differ in their seed alone."""
+
+    name: str
+    role: Role
+    seeds: tuple[int, ...]
+    """Of the runs that came to their end."""
+    failed: int
+    num_parameters: int
+    metrics: Mapping[str, float]
+    """Means over the seeds, on the split that the choice is made on."""
+    range: Interval | None = None
+    """The lowest and highest of the seeds, of what the choice is made by."""
+    seconds: float = 0.0
+    """Mean training time."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What is kept as `sweep.json`."""
+
+    settings: SweepConfig
+    runs: tuple[SweepRun, ...]
+    groups: tuple[SweepGroup, ...]
+    """Best first, where there is something to choose by."""
+    eval_split: str | None
+    chosen_by: str | None
+    """The metric; None: there is no split to choose on, and nothing is chosen."""
+    higher_is_better: bool
+    best: str | None
+    """Name of the best group of students; controls are not chosen."""
+    teachers: Mapping[str, Mapping[str, float]]
+    """Cache name -> the teacher's metrics on that split, where it has labels."""
+
+    @property
+    def failed(self) -> tuple[SweepRun, ...]:
+        """The runs that did not come to their end."""
+        return tuple(run for run in self.runs if run.error is not None)
+
+
+def make_report(
+    config: SweepConfig,
+    task: Task,
+    runs: Sequence[SweepRun],
+    teachers: Mapping[str, Mapping[str, float]],
+    eval_split: str | None,
+) -> SweepReport:
+    """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels; ties by the loss."""
+    main = "nll" if task.main_metric == "loss" else task.main_metric
+    measured = [run.result.metrics for run in runs if run.result is not None]
+    known = set.intersection(*(set(metrics) for metrics in measured)) if measured else set()
+    chosen_by = next((name for name in (main, "agreement") if name in known), None)
+    higher = chosen_by == "agreement" or task.higher_is_better
+    names = list(dict.fromkeys(run.group for run in runs))
+    groups = [_group(name, [run for run in runs if run.group == name], chosen_by) for name in names]
+    if chosen_by is not None:
+        sign = -1 if higher else 1
+        groups.sort(key=lambda g: (not g.seeds, sign * g.metrics.get(chosen_by, 0.0), g.metrics.get("nll", 0.0)))
+    best = next((g.name for g in groups if g.role == "student" and g.seeds), None) if chosen_by else None
+    return SweepReport(config, tuple(runs), tuple(groups), eval_split, chosen_by, higher, best, teachers)
+
+
+def _group(name: str, runs: Sequence[SweepRun], chosen_by: str | None) -> SweepGroup:
+    results = [run.result for run in runs if run.result is not None]
+    keys = [key for key in (results[0].metrics if results else {}) if all(key in r.metrics for r in results)]
+    values = [result.metrics[chosen_by] for result in results] if chosen_by else []
+    return SweepGroup(
+        name=name,
+        role=runs[0].role,
+        seeds=tuple(run.seed for run in runs if run.result is not None),
+        failed=sum(run.error is not None for run in runs),
+        num_parameters=results[0].num_parameters if results else 0,
+        metrics={key: float(np.mean([result.metrics[key] for result in results])) for key in keys},
+        range=Interval(min(values), max(values)) if len(values) > 1 else None,
+        seconds=float(np.mean([result.seconds for result in results])) if results else 0.0,
+    )
+
+
+def format_leaderboard(report: SweepReport) -> str:
+    """A line a group, the best first; the teachers above, on the same split. Divergences are left out: each is at its run's own temperature."""
+    shown = [name for name in dict.fromkeys([report.chosen_by, "accuracy", "nll", "agreement"]) if name]
+    known = {name for group in report.groups for name in group.metrics}
+    metrics = [name for name in shown if name in known]
+    titles = [*metrics[:1], *(["lowest to highest"] if _ranged(report) else []), *metrics[1:]]
+    lines = [["", "", "parameters", "seeds", *titles, "seconds"]]
+    lines += [_teacher_cells(name, found, metrics, report) for name, found in report.teachers.items()]
+    lines += [_cells(group, metrics, report) for group in report.groups]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    table = "\n".join(
+        "  ".join(
+            [a.ljust(n) if i < 2 else a.rjust(n) for i, (a, n) in enumerate(zip(line, widths, strict=True))]
+        ).rstrip()
+        for line in lines
+    )
+    roles = [run.role for run in report.runs]
+    counted = ", ".join(f"{roles.count(role)} {role}{'s' * (roles.count(role) != 1)}" for role in dict.fromkeys(roles))
+    return "\n\n".join([f"sweep of {counted}", table, _notes(report)])
+
+
+def _notes(report: SweepReport) -> str:
+    if report.chosen_by is None:
+        return (
+            "  nothing is chosen: the cache has no split `validation` (or --eval-split) to choose on, and choosing on the split that is\n"
+            "  reported would flatter the choice"
+        )
+    direction = "highest" if report.higher_is_better else "lowest"
+    notes = [
+        f"chosen on the split {report.eval_split}, by the {direction} {report.chosen_by}, the mean over seeds (a tie: by the lowest nll); never on {report.settings.report_split}",
+        "seconds: of training, the mean over seeds",
+    ]
+    if report.best is not None:
+        directories = [run.directory for run in report.runs if run.group == report.best and run.result is not None]
+        notes.append(f"best: {report.best}, in {', '.join(directories)} of {report.settings.output}")
+    return "\n".join(f"  {note}" for note in notes)
+
+
+def _ranged(report: SweepReport) -> bool:
+    return any(group.range is not None for group in report.groups)
+
+
+def _cells(group: SweepGroup, metrics: Sequence[str], report: SweepReport) -> list[str]:
+    values = [_value(name, group.metrics.get(name)) for name in metrics]
+    if _ranged(report):
+        spread, by = group.range, report.chosen_by
+        values.insert(1, "" if spread is None else f"{_value(by, spread.low)} to {_value(by, spread.high)}")
+    return [
+        "*" if group.name == report.best else "",
+        group.name + (" (control)" if group.role == "control" else ""),
+        f"{group.num_parameters / 1e6:.1f}M" if group.num_parameters >= 1e5 else f"{group.num_parameters or ''}",
+        f"{len(group.seeds)}" + (f" of {len(group.seeds) + group.failed}" if group.failed else ""),
+        *values,
+        f"{group.seconds:.0f}" if group.seeds else "failed",
+    ]
+
+
+def _teacher_cells(name: str, found: Mapping[str, float], metrics: Sequence[str], report: SweepReport) -> list[str]:
+    title = "teacher" if len(report.teachers) == 1 else f"teacher of {name}"
+    values = [_value(metric, found.get("loss" if metric == "nll" else metric)) for metric in metrics]
+    if _ranged(report):
+        values.insert(1, "")
+    return ["", title, "", "", *values, ""]
+
+
+def _value(name: str | None, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1%}" if name in ("accuracy", "macro_f1", "agreement", "ece") else f"{value:.3f}"

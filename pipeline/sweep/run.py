@@ -1,0 +1,194 @@
+"""The recipe of a sweep: one process, each cache opened once, one run after the other; what is finished is not done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cache import Cache
+from pipeline.cache.commit import write_text
+from pipeline.cache.manifest import dump, parse
+from pipeline.config import SweepConfig, TrainStudentConfig
+from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.evaluation import evaluate, format_table
+from pipeline.models.initialize import init_student
+from pipeline.records import TrainResult
+from pipeline.sweep.grid import PlannedRun, Start, named_caches, plan, train_config
+from pipeline.sweep.leaderboard import SweepReport, SweepRun, make_report
+from pipeline.tasks import get_task
+from pipeline.training.run import checkpoints
+from pipeline.training.run import run as train
+from pipeline.workflow import content_of
+
+logger = logging.getLogger(__name__)
+
+#: What a directory was made from, and what is there since it was finished: written by the sweep beside the model.
+_MARK = ".sweep.json"
+#: What a training run writes last.
+_PROOF = "distillation.json"
+
+
+def run(config: SweepConfig) -> SweepReport:
+    """`softlabel sweep`, up to its report: every run that is not finished, in order; `sweep.json` is written after each.
+
+    Raises:
+        MisuseError: several ranks; two caches or students of one name.
+        CacheError: a cache that is not there, or has no such split. A run that fails is recorded instead.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MisuseError("sweep runs in one process; under torchrun, train its students with train-student")
+    caches = {name: Cache.open(path) for name, path in named_caches(config).items()}
+    eval_split = _check(config, caches)
+    runs = plan(config, list(caches))
+    task = get_task(next(iter(caches.values())).manifest.contract.task)
+    teachers = _teachers(caches, eval_split)
+    found: list[SweepRun] = []
+    for number, planned in enumerate(runs, start=1):
+        logger.info("sweep %d/%d: %s", number, len(runs), planned.name)
+        found.append(_run_one(config, planned, caches[planned.cache]))
+        write_text(Path(config.output, "sweep.json"), dump(make_report(config, task, found, teachers, eval_split)))
+        gc.collect()  # a trainer and its model refer to each other
+    return make_report(config, task, found, teachers, eval_split)
+
+
+def report(config: SweepConfig, found: SweepReport) -> str:
+    """What the sweep ends in: the evaluation of every student that was trained, on the split to report; seeds one by one.
+
+    Returns:
+        A table for each cache; also kept as `evaluation-CACHE.json`. Empty where no student was trained.
+    """
+    tables = []
+    for name, path in named_caches(config).items():
+        students = {
+            run.name: str(Path(config.output, run.directory))
+            for run in found.runs
+            if run.cache == name and run.result is not None
+        }
+        if students:
+            table = evaluate(path, students, split=config.report_split)
+            write_text(Path(config.output, f"evaluation-{name}.json"), dump(table))
+            tables.append(format_table(table))
+    return "\n\n".join(tables)
+
+
+def _check(config: SweepConfig, caches: Mapping[str, Cache]) -> str | None:
+    """The split to choose on, None where there is none. What would stop every run, or the report after them all, stops before the first.
+
+    Raises:
+        CacheError: a cache lacks a split.
+        MisuseError: the split to choose on is the one to report.
+    """
+    for name, cache in caches.items():
+        for flag, split in (
+            ("--split", config.split),
+            ("--eval-split", config.eval_split),
+            ("--report-split", config.report_split),
+        ):
+            if split is not None and split not in cache.splits:
+                raise CacheError(
+                    f"{cache.root}: no split {split!r} for {flag}; the cache {name} has {', '.join(cache.splits)}"
+                )
+    everywhere = all("validation" in cache.splits for cache in caches.values())
+    eval_split = config.eval_split or ("validation" if everywhere else None)
+    if eval_split == config.report_split:
+        raise MisuseError(
+            f"--report-split {config.report_split}: is the split that the best is chosen on, which would flatter it; report on another"
+        )
+    return eval_split
+
+
+def _teachers(caches: Mapping[str, Cache], eval_split: str | None) -> dict[str, Mapping[str, float]]:
+    """What the caches say of their teachers on the split to choose on; nothing where it has no labels."""
+    found: dict[str, Mapping[str, float]] = {}
+    for name, cache in caches.items():
+        if eval_split is not None:
+            try:
+                found[name] = evaluate(cache, {}, split=eval_split).teacher.metrics
+            except CacheError:
+                continue
+    return found
+
+
+def _run_one(config: SweepConfig, planned: PlannedRun, cache: Cache) -> SweepRun:
+    """Train one student, unless it is finished. What goes wrong in it alone is recorded."""
+    record = SweepRun(
+        name=planned.name,
+        group=planned.group,
+        role=planned.role,
+        cache=planned.cache,
+        cache_id=cache.manifest.cache_id,
+        student=planned.start.name,
+        seed=planned.seed,
+        loss=planned.loss,
+        teacher_labels=planned.teacher_labels,
+        directory=planned.directory.as_posix(),
+    )
+    try:
+        student = _begin(config, planned.start, planned.seed)
+        settings = train_config(config, planned, cache=str(cache.root), student=student)
+        result = _trained(settings, cache)
+    except (PipelineError, torch.OutOfMemoryError) as error:
+        logger.warning("%s: failed: %s", planned.name, error)
+        return dataclasses.replace(record, error=" ".join(str(error).split()))
+    return dataclasses.replace(record, result=dataclasses.replace(result, output=record.directory))
+
+
+def _begin(config: SweepConfig, start: Start, seed: int) -> str:
+    """Where a student begins. One with a shape has other weights with each seed; one of layers is the same for all."""
+    if start.path is not None:
+        return start.path
+    teacher = str(config.teacher)
+    directory = Path(config.output, "starts", f"{start.name}-seed{seed}" if start.shape else start.name)
+    key = _hash([content_of(Path(teacher)), dataclasses.asdict(start), seed if start.shape else None])
+    if not _is_finished(directory, key, "config.json"):
+        init_student(teacher, directory, config=start.shape, layers=start.layers or None, seed=seed)
+        _set_mark(directory, key, "config.json")
+    return str(directory)
+
+
+def _trained(settings: TrainStudentConfig, cache: Cache) -> TrainResult:
+    """The result of a run: of the one that is finished, of the one that was stopped and goes on, or of a new one."""
+    directory = Path(settings.output)
+    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("cache", "student", "output", "resume")}
+    key = _hash([plain, cache.manifest.cache_id, content_of(Path(settings.student))])
+    if _is_finished(directory, key, _PROOF):
+        logger.info("%s is finished", directory)
+        return parse(TrainResult, directory / _PROOF)
+    resume = _mark(directory) == {"key": key, "proof": None} and bool(checkpoints(directory))
+    _set_mark(directory, key)
+    result = train(dataclasses.replace(settings, resume=resume), cache)
+    for checkpoint in checkpoints(directory):  # three times the size of the student, and of no more use
+        shutil.rmtree(checkpoint)
+    _set_mark(directory, key, _PROOF)
+    return result
+
+
+def _is_finished(directory: Path, key: str, proof: str) -> bool:
+    """Whether it was made to its end from the same things, and not touched since."""
+    return (directory / proof).is_file() and _mark(directory) == {"key": key, "proof": content_of(directory / proof)}
+
+
+def _mark(directory: Path) -> Any:
+    try:
+        return json.loads((directory / _MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _set_mark(directory: Path, key: str, proof: str | None = None) -> None:
+    mark = {"key": key, "proof": None if proof is None else content_of(directory / proof)}
+    write_text(directory / _MARK, json.dumps(mark) + "\n")
+
+
+def _hash(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,238 @@
+"""README.md of a student: a model card of what it was made from, how good it is, and how it is used.
+
+Written once, at the end of training, from what training knows: the cache's manifest, the settings and the student's own metrics. Nothing edits it later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.modelcard import TASK_MAPPING
+
+from pipeline.cache import Cache
+from pipeline.models import LoadedModel, public_name
+from pipeline.records import Encoding, Loss, ModelInfo, SourceInfo, TrainResult
+from pipeline.tasks import get_task
+
+CARD = "README.md"
+
+_BODY = """
+# {title}
+
+{origin}
+
+| | |
+|---|---|
+| task | {task} |
+| labels | {labels} |
+| parameters | {parameters} |
+| teacher | {teacher} |
+| data set | `{source}`, split `{split}`: {rows:,} rows of at most {max_length} tokens |
+| cache_id | `{cache_id}` |
+| encoding of the cache | {encoding} |
+| began as | `{start}` |
+| loss | {loss} |
+| training | {steps:,} steps, learning rate {learning_rate:g}, seed {seed} |
+
+## How good it is
+
+{metrics}
+## Use
+
+{usage}
+Texts of more than {max_length} tokens are longer than any that it was trained on: cut them, as above, or do not rely on the result.
+
+## Intended use and limits
+
+It is meant for the task and the kind of texts that its teacher was meant for, where the teacher is too slow or too large. {repeats}What it does on texts of another kind or language than the data set's was not measured, nor was its safety.
+
+## Licences
+
+What it may be used for depends on all that it was made from:
+
+| what | licence |
+|---|---|
+{licences}
+"""
+
+_CLASSIFIER = """```python
+from transformers import pipeline
+
+classify = pipeline("{tag}", model="{folder}")
+print(classify("a text", truncation=True, max_length={max_length}))
+```
+"""
+
+_LANGUAGE_MODEL = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+inputs = tokenizer("A text", truncation=True, max_length={max_length}, return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+"""
+
+_ADAPTER = """It is an adapter (PEFT) of the model that it began as, which has to be where `adapter_config.json` says:
+
+    softlabel predict --model {folder} --text "a text" --max-length {max_length}
+"""
+
+_ORIGIN = {
+    "soft": "A student of `{teacher}`, trained by soft-label-pipeline from a cache of the teacher's soft labels; the teacher itself was not loaded.",
+    "hard": "A student of `{teacher}`, trained by soft-label-pipeline on the teacher's most likely classes, taken from a cache of its soft labels.",
+    "none": "A control beside students of `{teacher}`, trained by soft-label-pipeline on the hard labels of a cache alone: it has nothing from the teacher but its start.",
+}
+_REPEATS = "It was trained to repeat its teacher,\nmistakes and biases included, and is in general less accurate. "
+
+_UNKNOWN = "unknown: {where} names none; ask before you share or sell it"
+
+
+def make_card(cache: Cache, student: LoadedModel, result: TrainResult, *, split: str, teacher_labels: bool) -> str:
+    """The card's text, YAML front matter first. It holds no path of this machine: what is no hub name goes by the last part of its path.
+
+    Args:
+        student: the finished student; its name is where it began.
+        split: what it was trained on.
+        teacher_labels: the hard labels were the teacher's.
+    """
+    contract = cache.manifest.contract
+    teacher, source, start = _teacher(contract.teacher), _source(contract.source), _start(student)
+    adapter = hasattr(student.model, "peft_config")
+    folder = Path(result.output).resolve().name
+    model = student.model.get_base_model() if adapter else student.model  # type: ignore[operator]
+    tag = _pipeline_tag(type(model).__name__)
+    soft = result.loss.soft_weight or result.loss.soft_weight_end
+    learnt = "soft" if soft else "hard" if teacher_labels else "none"
+    cache_licence, start_licence = licence_of(cache.root), licence_of(Path(student.name))
+    parents = [name for name, on_hub in (start, teacher) if on_hub]
+    data = ModelCardData(
+        base_model=parents[0] if parents else None,
+        datasets=[source[0]] if source[1] else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=tag,
+        tags=["soft-labels", "knowledge-distillation", "soft-label-pipeline"],
+        teacher=teacher[0],
+        cache_id=result.cache_id,
+    )
+    template = _ADAPTER if adapter else _LANGUAGE_MODEL if get_task(contract.task).classes_are_tokens else _CLASSIFIER
+    licences = {
+        f"the teacher, `{teacher[0]}`": _UNKNOWN.format(where="the cache's manifest"),
+        f"the data set, `{source[0]}`": _UNKNOWN.format(where="the cache's manifest"),
+        "the cache": cache_licence or _UNKNOWN.format(where="its card"),
+        f"the model that it began as, `{start[0]}`": start_licence or _UNKNOWN.format(where="its card"),
+    }
+    body = _BODY.format(
+        title=folder,
+        origin=_ORIGIN[learnt].format(teacher=teacher[0]),
+        repeats="" if learnt == "none" else _REPEATS,
+        teacher=f"`{teacher[0]}` ({_of_teacher(contract.teacher)})",
+        task=contract.task,
+        labels="the tokens of its vocabulary" if contract.label_names is None else _labels(contract.label_names),
+        parameters=f"{result.num_parameters:,}"
+        + (
+            "" if result.num_trainable == result.num_parameters else f", of which {result.num_trainable:,} were trained"
+        ),
+        source=source[0],
+        split=split,
+        rows=sum(shard.rows for shard in cache.manifest.split_shards(split)),
+        max_length=result.max_length,
+        cache_id=result.cache_id,
+        encoding=_encoding(contract.encoding),
+        start=start[0],
+        loss=describe_loss(result.loss, teacher_labels=teacher_labels),
+        steps=result.steps,
+        learning_rate=result.learning_rate,
+        seed=result.seed,
+        metrics=_metrics(result),
+        usage=template.format(tag=tag, folder=folder, max_length=result.max_length),
+        licences="\n".join(f"| {what} | {licence} |" for what, licence in licences.items()),
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
+    """The loss as a formula in words."""
+    terms = []
+    if loss.hard_weight or loss.hard_weight_end:
+        terms.append(
+            f"{loss.hard_weight:g} * cross-entropy with {'the teacher' if teacher_labels else 'the data'}'s labels"
+        )
+    if loss.soft_weight or loss.soft_weight_end:
+        factor = {"logit-mse": "", "total-variation": "T * "}.get(loss.divergence, "T^2 * ")
+        at = "" if loss.divergence == "logit-mse" or loss.temperature is None else f" at T = {loss.temperature:g}"
+        terms.append(f"{loss.soft_weight:g} * {factor}{loss.divergence} from the teacher{at}")
+    schedule = "" if loss.schedule == "constant" else f" (weights change over the run: {loss.schedule})"
+    return " + ".join(terms) + schedule
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the card in a directory names, if there is a card and it names one."""
+    try:
+        name = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return _cell(str(name)) if name else None
+
+
+def _of_teacher(teacher: ModelInfo) -> str:
+    """What is known of it: of a teacher behind a server, not much."""
+    facts = [
+        ("unknown" not in teacher.architecture, teacher.architecture),
+        (teacher.num_parameters > 0, f"{teacher.num_parameters:,} parameters"),
+        (teacher.dtype != "unknown", teacher.dtype),
+        (teacher.weights_sha256 != "unknown", f"SHA-256 of the weights `{teacher.weights_sha256[:16]}`"),
+        (teacher.revision is not None, f"revision `{teacher.revision}`"),
+    ]
+    return ", ".join(text for known, text in facts if known) or "nothing more is known of it"
+
+
+def _teacher(teacher: ModelInfo) -> tuple[str, bool]:
+    """A name to show, and whether it is one of the hub: only what comes from there has a revision."""
+    return (teacher.name, True) if teacher.revision is not None else (PurePath(teacher.name).name, False)
+
+
+def _source(source: SourceInfo) -> tuple[str, bool]:
+    return (source.name, True) if source.revision is not None else (PurePath(source.name).name, False)
+
+
+def _start(student: LoadedModel) -> tuple[str, bool]:
+    name = public_name(student.name)
+    return (name, True) if student.revision is not None else (PurePath(name).name, False)
+
+
+def _pipeline_tag(architecture: str) -> str | None:
+    """The hub's name for what models of this class do; None where `transformers` has none."""
+    mapping: dict[str, Any] = dict(TASK_MAPPING)
+    return next((tag for tag, classes in mapping.items() if architecture in classes.values()), None)
+
+
+def _labels(names: tuple[str, ...], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(_cell(name) for name in names[:most]) + more
+
+
+def _encoding(encoding: Encoding) -> str:
+    knobs = {name: value for name, value in dataclasses.asdict(encoding).items() if name != "kind"}
+    shown = {k: ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value for k, value in knobs.items()}
+    return ", ".join([encoding.kind, *(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())])
+
+
+def _metrics(result: TrainResult) -> str:
+    if not result.metrics:
+        return "It was not measured in training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
+    lines = "".join(f"| {name} | {value:.4f} |\n" for name, value in result.metrics.items())
+    return (
+        f"At the end of training, on the cache's split `{result.eval_split}` (losses and divergences in nats; `nll` with the labels, `agreement` and `divergence` with the "
+        f"teacher):\n\n| metric | value |\n|---|---|\n{lines}"
+    )
+
+
+def _cell(text: str) -> str:
+    """A text of a data set inside a Markdown table: one line, nothing that ends the cell or is HTML."""
+    return re.sub(r"([|`<>\\*_\[\]])", r"\\\1", " ".join(text.split()))
