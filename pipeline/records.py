@@ -418,6 +418,14 @@ class AlignmentProbe:
 
 
 @dataclass(frozen=True, slots=True)
+class Ancestor:
+    """A cache that this one was made from, and how."""
+
+    cache_id: str
+    operation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The contract and the shard table. `cache_id` is the SHA-256 over both."""
 
@@ -427,6 +435,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     bad_rows: int = 0
     probe: AlignmentProbe | None = None
+    ancestry: tuple[Ancestor, ...] = ()
 
     def split_shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of one split, in order."""

@@ -114,7 +114,7 @@ def finish(layout: Layout, plan: Plan) -> Cache:
     if bad_rows:
         lines = "".join(f"{bad.split}\t{bad.source_row}\t{bad.reason}\n" for bad in bad_rows)
         write_text(layout.root / "reports" / "bad-rows.tsv", lines)
-    manifest = make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=probe)
+    manifest = make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=probe, ancestry=plan.ancestry)
     fidelity = next((receipt.fidelity for receipt in receipts if receipt.fidelity is not None), None)
     if fidelity is not None:
         write_text(layout.root / "reports" / "fidelity.json", dump(fidelity))

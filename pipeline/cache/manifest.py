@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.cache.schema import FORMAT_VERSION, soft_columns
 from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
-from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
+from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
 
 Record = TypeVar("Record")
 
@@ -65,6 +65,8 @@ class Plan:
 
     contract: Contract
     shards: tuple[ShardPlan, ...]
+    ancestry: tuple[Ancestor, ...] = ()
+    """The caches that it is made from, where it is made from caches."""
 
 
 def dump(record: Any) -> str:
@@ -89,10 +91,15 @@ def parse(kind: type[Record], path: Path) -> Record:
 
 
 def make_manifest(
-    contract: Contract, shards: tuple[Shard, ...], *, bad_rows: int, probe: AlignmentProbe | None
+    contract: Contract,
+    shards: tuple[Shard, ...],
+    *,
+    bad_rows: int,
+    probe: AlignmentProbe | None,
+    ancestry: tuple[Ancestor, ...] = (),
 ) -> Manifest:
     """The manifest of finished shards, with its cache_id."""
-    return Manifest(FORMAT_VERSION, cache_id(contract, shards), contract, shards, bad_rows, probe)
+    return Manifest(FORMAT_VERSION, cache_id(contract, shards), contract, shards, bad_rows, probe, ancestry)
 
 
 def cache_id(contract: Contract, shards: tuple[Shard, ...]) -> str:

@@ -18,18 +18,22 @@ from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
 from pipeline.config.options import parse_bytes
 from pipeline.config.sections import SECTIONS, STAGES
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
+from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 
 __all__ = [
     "SECTIONS",
     "STAGES",
     "CacheLogitsConfig",
     "ConfigFile",
+    "ConvertConfig",
     "DataConfig",
     "EstimateConfig",
     "EvaluateConfig",
+    "FilterConfig",
     "ImportConfig",
     "InitStudentConfig",
     "InspectConfig",
+    "MergeConfig",
     "TrainStudentConfig",
     "TrainTeacherConfig",
     "VerifyConfig",

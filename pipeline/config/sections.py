@@ -6,6 +6,7 @@ from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
+from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 
 #: What `run` runs, in this order.
 STAGES: dict[str, type] = {
@@ -23,4 +24,7 @@ SECTIONS: dict[str, type] = {
     "verify": VerifyConfig,
     "inspect": InspectConfig,
     "import": ImportConfig,
+    "merge": MergeConfig,
+    "filter": FilterConfig,
+    "convert": ConvertConfig,
 }
