@@ -81,6 +81,10 @@ test: $(STAMP) ## the tests: fast, offline, no real model
 test-real: $(STAMP) $(BBC) $(LM) ## the tests that need the demos' real models
 	$(PY) -m pytest -m real
 
+.PHONY: test-browser
+test-browser: $(STAMP) ## the tests that look at pages in a browser
+	$(PY) -m pytest -m browser
+
 .PHONY: lint
 lint: $(STAMP) ## formatting, lint rules and types
 	$(PY) -m ruff format --check .

@@ -25,10 +25,17 @@ class InspectConfig:
 
     cache: str = option("Directory of the cache.")
     split: str | None = option("Split of the rows to show. Default: the first.", None)
-    rows: int = option("How many rows to show.", 2)
-    tokens: int = option("How many tokens of each row to show (language models).", 24)
-    top: int = option("How many soft labels to show for each position.", 4)
+    rows: int | None = option("How many rows to show. Default: 2, on a page 6.", None)
+    tokens: int | None = option(
+        "How many tokens of each row to show (language models). Default: 24, on a page 160.", None
+    )
+    top: int | None = option("How many soft labels to show for each position. Default: 4, on a page 6.", None)
     json: bool = option("Print the contract, totals and shard table as JSON.", False)
+    html: str | None = option("Write a page of it, to be opened in a browser, to this file.", None)
+
+    def __post_init__(self) -> None:
+        if self.json and self.html is not None:
+            raise MisuseError("--html writes a page and --json prints: use one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
