@@ -556,6 +556,16 @@ class LossTerms:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedCache:
+    """One of several caches that a student learns from."""
+
+    cache_id: str
+    kind: Literal["teachers", "data"]
+    share: float | None
+    """Of the soft term, or of the rows of an epoch; None: every row once."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainResult:
     """What a training run leaves: kept beside the student as `distillation.json`."""
 
@@ -571,6 +581,8 @@ class TrainResult:
     soft_loss: float | None
     num_parameters: int
     num_trainable: int
+    mixed: tuple[MixedCache, ...] = ()
+    """Where there are several caches: all of them, the first included."""
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

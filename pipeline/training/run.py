@@ -28,8 +28,9 @@ from pipeline.models import (
     tokenizer_info,
 )
 from pipeline.models.arguments import show_progress, training_arguments
-from pipeline.records import Contract, Loss, TrainResult
+from pipeline.records import Contract, Loss, MixedCache, TrainResult
 from pipeline.tasks import Task, get_task
+from pipeline.training.mixing import Mixture, make_mixture
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,13 @@ class Origin:
     student_sha256: str
     """Of the weights before the first step."""
     adapter_sha256: str | None
+    mixed: tuple[MixedCache, ...] = ()
 
 
 def run(config: TrainStudentConfig) -> TrainResult:
     """`softlabel train-student`."""
-    cache = Cache.open(config.cache)
+    caches = [Cache.open(path) for path in config.cache]
+    cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     _check_apart(config.output, config.student)
     args = training_arguments(
         config.output,
@@ -82,6 +85,8 @@ def run(config: TrainStudentConfig) -> TrainResult:
     )
     set_seed(config.seed)  # a new head or adapter is random too
     student = load_student(cache.manifest.contract, config.student, trust_remote_code=config.trust_remote_code)
+    for other in caches[1:]:
+        check_fit(get_task(other.manifest.contract.task), other.manifest.contract, student)
     if config.lora_r is not None:
         student = add_adapter(get_task(cache.manifest.contract.task), student, config)
     return fit(
@@ -95,6 +100,7 @@ def run(config: TrainStudentConfig) -> TrainResult:
         batch_tokens=config.batch_tokens,
         early_stopping=config.early_stopping,
         resume=config.resume,
+        mixture=mixture,
     )
 
 
@@ -143,6 +149,7 @@ def fit(
     batch_tokens: int | None = None,
     early_stopping: int | None = None,
     resume: bool = False,
+    mixture: Mixture | None = None,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from.
 
@@ -170,6 +177,7 @@ def fit(
         batch_tokens=batch_tokens,
         student_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
+        mixed=_mixed(cache, mixture),
     )
     trainer = DistillationTrainer(
         student.model,
@@ -182,6 +190,7 @@ def fit(
         batch_tokens=batch_tokens,
         student_tokenizer=student.tokenizer if own_tokenizer else None,
         max_length=min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer)),
+        mixture=mixture,
     )
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
@@ -211,10 +220,22 @@ def fit(
         soft_loss=last.get("soft_loss"),
         num_parameters=sum(p.numel() for p in student.model.parameters()),
         num_trainable=sum(p.numel() for p in student.model.parameters() if p.requires_grad),
+        mixed=origin.mixed,
     )
     if args.should_save:
         write_text(output / "distillation.json", dump(result))
     return result
+
+
+def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:
+    """All caches of a mixture, the first included."""
+    if mixture is None:
+        return ()
+    shares = mixture.shares or (None,) * (1 + len(mixture.others))
+    return tuple(
+        MixedCache(each.manifest.cache_id, mixture.kind, share)
+        for each, share in zip((cache, *mixture.others), shares, strict=True)
+    )
 
 
 def load_student(

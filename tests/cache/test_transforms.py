@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -15,7 +17,9 @@ from click.testing import CliRunner
 from pipeline.cache import Cache, verify
 from pipeline.cache.build import begin, finish, record
 from pipeline.cache.manifest import Layout
+from pipeline.cache.schema import cache_schema
 from pipeline.cache.transforms import convert, filter_rows, merge, rewrite
+from pipeline.cache.transforms.condition import Condition
 from pipeline.cache.writer import write_shard
 from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, EncodingError, IntegrityError, MisuseError
@@ -216,6 +220,17 @@ def test_a_condition_is_data_and_reaches_nothing_else(tmp_path, lm_tokenizer, wh
     with pytest.raises(MisuseError, match="--where"):
         filter_rows(cache, tmp_path / "f", where=where.replace("{tmp}", str(tmp_path)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_the_readmes_recipes_are_conditions():
+    """Each row of its table, on columns as caches have them."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme[readme.index("| for | `--where` |") : readme.index("A validation split from the training rows")]
+    recipes = re.findall(r"^\|[^|]+\| `(.+)` \|$", table, re.MULTILINE)[1:]
+    assert len(recipes) == 6
+    schema = cache_schema(TopK(4), 41, token_classes=True, kept={"domain": pa.string(), "label": pa.int32()})
+    for recipe in recipes:
+        assert Condition(recipe, schema).keep(schema.empty_table()).tolist() == []
 
 
 def test_nothing_is_left_where_no_row_is(tmp_path, lm_tokenizer):
