@@ -20,11 +20,12 @@ from pipeline.cache.manifest import Layout
 from pipeline.cache.schema import cache_schema
 from pipeline.cache.transforms import convert, filter_rows, merge, rewrite
 from pipeline.cache.transforms.condition import Condition
+from pipeline.cache.transforms.convert import _uniforms
 from pipeline.cache.writer import write_shard
 from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, EncodingError, IntegrityError, MisuseError
 from pipeline.records import Full, ModelInfo, Receipt, Sampled, ShardPlan, SourceInfo, TopK
-from pipeline.softlabels import target
+from pipeline.softlabels import counter_uniforms, target
 from tests.support.rows import build_cache, make_plan, token_row
 
 
@@ -295,6 +296,17 @@ def test_a_sample_is_sampled_anew_and_verifies(tmp_path, lm_tokenizer):
     with pytest.raises(EncodingError, match="random sample"):
         convert(first, tmp_path / "x", encoding=TopK(2))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_sample_is_sampled_anew_with_numbers_of_its_own():
+    """Those of the first draw would bias it (tests/softlabels/test_convert.py); all logits take those of a capture, to give the same cache."""
+    row = token_row(3, Sampled(12.0), 41)
+    positions = np.flatnonzero(row.example.supervised)
+    drawn = counter_uniforms(0, "train", 3, 0, positions)
+    again = [_uniforms(row, Sampled(size), "train", 0) for size in (6.0, 3.0)]
+    assert not torch.isclose(again[0], drawn).any()
+    assert not torch.isclose(again[0], again[1]).any()
+    assert torch.equal(_uniforms(token_row(3, Full(), 41), Sampled(6.0), "train", 0), drawn)
 
 
 # ------------------------------------------------------------------------------------------------------ commands
