@@ -74,7 +74,7 @@ def trained_students(file: ConfigFile, output: str, seed: int) -> dict[str, str]
         name = Path(plain.output).name
         students[name] = f"{output}/{name}-{seed}"
         config = dataclasses.replace(plain, student=start, output=students[name], seed=seed)
-        made_from = json.dumps([dataclasses.asdict(config), Cache.open(config.cache).manifest.cache_id])
+        made_from = json.dumps([dataclasses.asdict(config), Cache.open(config.cache[0]).manifest.cache_id])
         mark = Path(f"{students[name]}.json")
         if not mark.is_file() or mark.read_text() != made_from:
             train(config)

@@ -425,7 +425,7 @@ class AlignmentProbe:
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """A cache that another was made from, and how."""
+    """A cache that this one was made from, and how."""
 
     cache_id: str
     operation: str
@@ -565,6 +565,16 @@ class LossTerms:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedCache:
+    """One of several caches that a student learns from."""
+
+    cache_id: str
+    kind: Literal["teachers", "data"]
+    share: float | None
+    """Of the soft term, or of the rows of an epoch; None: every row once."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainResult:
     """What a training run leaves: kept beside the student as `distillation.json`."""
 
@@ -585,6 +595,8 @@ class TrainResult:
     eval_split: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the finished student on `eval_split`, as evaluation during training gives them; empty where there is no such split."""
+    mixed: tuple[MixedCache, ...] = ()
+    """Where there are several caches: all of them, the first included."""
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

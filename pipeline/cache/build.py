@@ -211,7 +211,7 @@ def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> Ali
 
 def _ancestry(layout: Layout, plan: Plan) -> tuple[Ancestor, ...]:
     if plan.parent is None:
-        return ()
+        return plan.ancestry
     found = load_manifest(layout.root)
     before = found.ancestry if found.cache_id == plan.parent.cache_id else found.ancestry[:-1]
     return (*before, Ancestor(plan.parent.cache_id, "append"))

@@ -42,7 +42,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     yield f"rows of     at most {contract.tokenization.max_length} tokens" + (
         ", packed" if contract.tokenization.packing else ""
     )
-    yield f"encoding    {_encoding(contract.encoding)}"
+    yield f"encoding    {encoding_text(contract.encoding)}"
     probe = cache.manifest.probe
     if probe is not None:
         yield f"alignment   {probe.verdict}: weight of the hard label {probe.previous:.4f} before, {probe.aligned:.4f} here, {probe.following:.4f} after ({probe.positions} positions)"
@@ -97,7 +97,8 @@ def _best(row: CachedExample, n: int, top: int) -> list[tuple[int, float]]:
     return [(int(goal.ids[i]), float(goal.weights[i])) for i in order]
 
 
-def _encoding(encoding: Any) -> str:
+def encoding_text(encoding: Any) -> str:
+    """An encoding and its knobs, as people read it."""
     knobs = {
         "k": "k",
         "p": "p",

@@ -97,6 +97,8 @@ class Plan:
     contract: Contract
     shards: tuple[ShardPlan, ...]
     parent: Parent | None = None
+    ancestry: tuple[Ancestor, ...] = ()
+    """The caches that it is made from, where it is made from caches."""
 
 
 def dump(record: Any) -> str:

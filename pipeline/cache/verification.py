@@ -111,7 +111,7 @@ class _ShardCheck:
         self._sha256 = pool.submit(file_sha256, path)
         if not quick:
             self._groups = [
-                pool.submit(_verify_row_group, path, group, manifest.contract) for group in range(len(shard.row_groups))
+                pool.submit(_verify_row_group, path, group, manifest) for group in range(len(shard.row_groups))
             ]
         self._quick = quick
 
@@ -133,10 +133,12 @@ class _ShardCheck:
         return None
 
 
-def _verify_row_group(path: Path, group: int, contract: Contract) -> tuple[int, int]:
+def _verify_row_group(path: Path, group: int, manifest: Manifest) -> tuple[int, int]:
     """Positions and tokens of one row group; raises `IntegrityError` for the first thing that is wrong with it."""
     table = read_row_group(open_shard(path), path, group)
-    positions = _check_soft_labels(table, contract, f"{path}: row group {group}")
+    # A sample of a sample is off by the rounding of both.
+    draws = 1 + sum(each.operation.startswith("convert sampled") for each in manifest.ancestry)
+    positions = _check_soft_labels(table, manifest.contract, f"{path}: row group {group}", draws=draws)
     return positions, len(_flat(table, "input_ids"))
 
 
@@ -156,8 +158,8 @@ def tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
     )
 
 
-def _check_soft_labels(table: pa.Table, contract: Contract, where: str) -> int:
-    """What reading checks, and beyond it the content hashes and the mass of each position. Returns the positions of the row group."""
+def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws: int) -> int:
+    """What reading checks, and beyond it the content hashes and the mass of each position, over so many draws. Returns the positions of the row group."""
     positions = check_contents(table, contract, where)
     _check_hashes(table, where)
     if isinstance(contract.encoding, Full):
@@ -173,7 +175,7 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str) -> int:
         inner = np.ones(len(gaps), dtype=bool)
         inner[ends[:-1][tail_counts > 0]] = False  # the first of a position may be class 0
         _expect(bool((gaps[inner] > 0).all()), where, "tail_gaps: expected each class once")
-        slack = 1 / encoding.sample_size + 1 / encoding.steps + 1e-6
+        slack = draws * (1 / encoding.sample_size + 1 / encoding.steps) + 1e-6
         mass = mass + tail_counts / encoding.sample_size
         _expect(bool((np.abs(mass - 1) <= slack).all()), where, f"weights: expected to sum to 1 +- {slack:.3g}")
     else:

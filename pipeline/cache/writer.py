@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +31,20 @@ def write_shard(path: Path, plan: ShardPlan, rows: Sequence[CachedExample], sche
     Raises:
         CacheError: the disk is full, or the directory cannot be written.
     """
-    groups = list(_row_groups(rows))
+    return write_row_groups(path, plan, (pack(group, schema) for group in _row_groups(rows)), schema)
+
+
+def write_row_groups(path: Path, plan: ShardPlan, groups: Iterable[pa.Table], schema: pa.Schema) -> Shard:
+    """Write one shard from its row groups as they come, one in memory at a time; without any, no file.
+
+    Raises:
+        CacheError: the disk is full, or the directory cannot be written.
+    """
+    iterator = iter(groups)
+    first = next(iterator, None)
+    if first is None:
+        return Shard(plan.name, plan.split, 0, 0, 0, 0, "", ())
+    sizes: list[tuple[int, int, int]] = []
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(
@@ -42,22 +56,50 @@ def write_shard(path: Path, plan: ShardPlan, rows: Sequence[CachedExample], sche
             use_content_defined_chunking=True,
             store_schema=False,
         ) as writer:
-            for group in groups:
-                writer.write_table(pack(group, schema), row_group_size=len(group))
+            for group in itertools.chain([first], iterator):
+                writer.write_table(group, row_group_size=group.num_rows)
+                sizes.append((group.num_rows, _positions(group), _values(group, "input_ids")))
                 reached("shard:row-group")
 
     write_atomically(path, write)
+    rows, positions, tokens = (sum(size) for size in zip(*sizes, strict=True))
     return Shard(
         name=plan.name,
         split=plan.split,
-        rows=len(rows),
-        positions=sum(row.example.num_positions for row in rows),
-        tokens=sum(row.example.num_tokens for row in rows),
+        rows=rows,
+        positions=positions,
+        tokens=tokens,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
-        row_groups=tuple(len(group) for group in groups),
+        row_groups=tuple(rows for rows, _, _ in sizes),
         footer_sha256=footer_sha256(path),
     )
+
+
+def regroup(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in row groups of the usual size: what is left of some by a filter is put together."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        if table.num_rows == 0:
+            continue
+        rows, size = (sum(each) for each in zip(*((t.num_rows, t.nbytes) for t in [*waiting, table]), strict=True))
+        if waiting and (rows > _MAX_ROWS or size > _MAX_BYTES):
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting = []
+        waiting.append(table)
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _positions(table: pa.Table) -> int:
+    """Supervised positions; without such a column each row is one."""
+    if "supervised" not in table.column_names:
+        return int(table.num_rows)
+    return sum(int(chunk.flatten().true_count) for chunk in table.column("supervised").chunks)
+
+
+def _values(table: pa.Table, name: str) -> int:
+    return sum(len(chunk.flatten()) for chunk in table.column(name).chunks)
 
 
 def file_sha256(path: Path) -> str:

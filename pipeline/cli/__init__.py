@@ -9,6 +9,7 @@ from pipeline.cli import (  # noqa: F401 - each adds its commands
     sharing,
     students,
     training,
+    transforms,
 )
 from pipeline.cli.commands import FUNCTIONS, main
 

@@ -51,7 +51,15 @@ def _inspect(config: cfg.InspectConfig) -> None:
     if config.json:
         click.echo(json.dumps({"totals": totals(cache), "manifest": json.loads(dump(cache.manifest))}, indent=1))
         return
-    for line in describe(cache, split=config.split, rows=config.rows, tokens=config.tokens, top=config.top):
+    asked = {"rows": config.rows, "tokens": config.tokens, "top": config.top}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if config.html is not None:
+        from pipeline.cache.page import write_page
+
+        write_page(cache, Path(config.html), split=config.split, **given)
+        click.echo(f"page: {config.html}")
+        return
+    for line in describe(cache, split=config.split, **{"rows": 2, "tokens": 24, "top": 4, **given}):
         click.echo(line)
 
 

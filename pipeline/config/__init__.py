@@ -22,18 +22,22 @@ from pipeline.config.sections import SECTIONS, STAGES
 from pipeline.config.sharing import PullConfig, PushConfig
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
+from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 
 __all__ = [
     "SECTIONS",
     "STAGES",
     "CacheLogitsConfig",
     "ConfigFile",
+    "ConvertConfig",
     "DataConfig",
     "EstimateConfig",
     "EvaluateConfig",
+    "FilterConfig",
     "ImportConfig",
     "InitStudentConfig",
     "InspectConfig",
+    "MergeConfig",
     "PredictConfig",
     "PullConfig",
     "PushConfig",

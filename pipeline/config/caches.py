@@ -25,30 +25,42 @@ class InspectConfig:
 
     cache: str = option("Directory or URL of the cache.")
     split: str | None = option("Split of the rows to show. Default: the first.", None)
-    rows: int = option("How many rows to show.", 2)
-    tokens: int = option("How many tokens of each row to show (language models).", 24)
-    top: int = option("How many soft labels to show for each position.", 4)
+    rows: int | None = option("How many rows to show. Default: 2, on a page 6.", None)
+    tokens: int | None = option(
+        "How many tokens of each row to show (language models). Default: 24, on a page 160.", None
+    )
+    top: int | None = option("How many soft labels to show for each position. Default: 4, on a page 6.", None)
     cache_dir: str | None = cache_dir_option()
     cache_bytes: str = cache_bytes_option()
     json: bool = option("Print the contract, totals and shard table as JSON.", False)
+    html: str | None = option("Write a page of it, to be opened in a browser, to this file.", None)
 
     def __post_init__(self) -> None:
+        if self.json and self.html is not None:
+            raise MisuseError("--html writes a page and --json prints: use one of them")
         parse_bytes("--cache-bytes", self.cache_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportConfig:
-    """Make a cache of what vLLM or an OpenAI-compatible server has returned."""
+    """Make a cache of what a server has returned, or of a data set of top log-probabilities."""
 
-    input: tuple[str, ...] = option("JSON-lines file with one response a line; repeat for several.")
+    input: tuple[str, ...] = option(
+        "JSON-lines file with one response or row a line, Parquet file, or directory of Parquet files; repeat for several."
+    )
     output: str = option("Directory of the cache.")
     tokenizer: str = option("Name or path of the teacher's tokenizer.")
     teacher: str = option("Name of the teacher, for the manifest.")
-    top_k: int = option("Log-probabilities to keep of each position: as many as the server returned.", 20)
+    top_k: int | None = option(
+        "Log-probabilities to keep of each position. Default: 20 of a response, all of a row of a table.", None
+    )
     split: str = option("Split that the rows become.", "train")
     position_zero: Literal["auto", "empty", "filled"] = option(
         "Whether the first entry is empty, each speaking of its own token (vLLM, OpenAI), or filled, speaking of the next. auto finds out.",
         "auto",
+    )
+    compression_config: str | None = option(
+        "How DistillKit has packed its Parquet. Default: compression_config.yaml beside the first file.", None
     )
     max_length: int | None = option("Longest row in tokens that is allowed. Default: the longest that comes.", None)
     overwrite: bool = option("Delete what the output directory holds and start anew.", False)

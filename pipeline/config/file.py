@@ -84,6 +84,9 @@ def resolve(
         data_names = {f.name for f in dataclasses.fields(DataConfig)}
         values["data"].update({k: v for k, v in flags.items() if k in data_names and k not in names})
     values.update({k: v for k, v in flags.items() if k in names})
+    for listed in (f.name for f in dataclasses.fields(config_type) if str(f.type).startswith("tuple[")):  # type: ignore[arg-type]
+        if isinstance(values.get(listed), str):  # one, not in a list
+            values[listed] = [values[listed]]
     where = f"{file.path}: " if file is not None else ""
     for owner, given in ((config_type, values), (DataConfig, values.get("data"))):
         if given is None:

@@ -10,6 +10,7 @@ from pipeline.config.report import ReportConfig
 from pipeline.config.sharing import PullConfig, PushConfig
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
+from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 
 #: What `run` runs, in this order.
 STAGES: dict[str, type] = {
@@ -32,4 +33,7 @@ SECTIONS: dict[str, type] = {
     "report": ReportConfig,
     "predict": PredictConfig,
     "sweep": SweepConfig,
+    "merge": MergeConfig,
+    "filter": FilterConfig,
+    "convert": ConvertConfig,
 }

@@ -36,9 +36,20 @@ class InitStudentConfig:
 class TrainStudentConfig:
     """Train a student from a cache, without the teacher."""
 
-    cache: str = option("Directory or URL of the cache.")
+    cache: tuple[str, ...] = option("Directory or URL of the cache; repeat to mix several.")
     student: str = option("Name or path of the student; a PEFT adapter directory is one too.")
     output: str = option("Directory of the trained student.")
+    mix: Literal["teachers", "data"] | None = option(
+        "Several caches: of the same rows, labelled by several teachers, or of different data. Default: what --teacher-weight or --proportion says.",
+        None,
+    )
+    teacher_weight: tuple[float, ...] = option(
+        "Weight of a teacher in the soft term, in the order of --cache; repeat for each. Default: alike.", ()
+    )
+    proportion: tuple[float, ...] = option(
+        "Share of a cache in the rows of an epoch, in the order of --cache; repeat for each. Default: every row once.",
+        (),
+    )
     split: str = option("Split to train on.", "train")
     hard_weight: float = option(
         "Weight of the cross-entropy with the hard labels. The two weights need not sum to 1.", 0.5
@@ -94,7 +105,19 @@ class TrainStudentConfig:
     training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:
+        if isinstance(self.cache, str):  # one, as a script gives it
+            object.__setattr__(self, "cache", (self.cache,))
         self.loss  # noqa: B018 - checks the weights and the temperature
+        if not self.cache:
+            raise MisuseError("--cache: expected at least one")
+        if (self.mix or self.teacher_weight or self.proportion) and len(self.cache) < 2:
+            raise MisuseError("--mix, --teacher-weight and --proportion go with several --cache")
+        if self.teacher_weight and (self.proportion or self.mix == "data"):
+            raise MisuseError(
+                "--teacher-weight goes with --mix teachers, --proportion with --mix data: use one of them"
+            )
+        if self.proportion and self.mix == "teachers":
+            raise MisuseError("--proportion goes with --mix data; --mix teachers takes --teacher-weight")
         check_positive("--batch-size", self.batch_size)
         check_positive("--batch-tokens", self.batch_tokens)
         check_positive("--early-stopping", self.early_stopping)
@@ -102,6 +125,14 @@ class TrainStudentConfig:
         parse_bytes("--cache-bytes", self.cache_bytes)
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_target):
             raise MisuseError("--lora-alpha and --lora-target go with --lora-r")
+
+    @property
+    def mix_kind(self) -> Literal["teachers", "data"] | None:
+        """How several caches are mixed, said or implied."""
+        implied: Literal["teachers", "data"] | None = (
+            "teachers" if self.teacher_weight else "data" if self.proportion else None
+        )
+        return self.mix or implied
 
     @property
     def loss(self) -> Loss:

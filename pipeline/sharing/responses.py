@@ -45,10 +45,10 @@ def read_response(line: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
         return _chat(record, logprobs["content"], tokenizer)
     if isinstance(logprobs, Mapping) and isinstance(logprobs.get("top_logprobs"), list):
         entries = [
-            None if entry is None else {_token_id(t, tokenizer): float(v) for t, v in entry.items()}
+            None if entry is None else {token_id(t, tokenizer): float(v) for t, v in entry.items()}
             for entry in logprobs["top_logprobs"]
         ]
-        ids = record.get("prompt_token_ids") or [_token_id(token, tokenizer) for token in logprobs["tokens"]]
+        ids = record.get("prompt_token_ids") or [token_id(token, tokenizer) for token in logprobs["tokens"]]
         for token, value, entry in zip(ids, logprobs.get("token_logprobs") or [], entries, strict=False):
             if entry is not None and value is not None:
                 entry.setdefault(int(token), float(value))
@@ -94,19 +94,23 @@ def _chat(
         )
     given = record.get("token_ids")
     completion = (
-        [int(i) for i in given] if given is not None else [_token_id(part["token"], tokenizer) for part in content]
+        [int(i) for i in given] if given is not None else [token_id(part["token"], tokenizer) for part in content]
     )
     entries: list[dict[int, float] | None] = []
     for token, part in zip(completion, content, strict=True):
         entry = {
-            _token_id(other["token"], tokenizer): float(other["logprob"]) for other in part.get("top_logprobs") or []
+            token_id(other["token"], tokenizer): float(other["logprob"]) for other in part.get("top_logprobs") or []
         }
         entries.append({**entry, token: float(part["logprob"])})
     return Response([*(int(i) for i in prompt), *completion], len(prompt), entries)
 
 
-def _token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`token_id:123` as vLLM writes it, else the one token whose text this is."""
+def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a token: `token_id:123` as vLLM writes it, else the one token whose text this is.
+
+    Raises:
+        SourceError: several tokens have this text, or none.
+    """
     if token.startswith("token_id:"):
         return int(token.removeprefix("token_id:"))
     ids = _texts(tokenizer).get(token, ())

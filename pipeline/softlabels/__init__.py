@@ -1,5 +1,6 @@
 """The mathematics: logits -> SoftLabels (`encode`) -> a target distribution (`target`). Pure functions over tensors."""
 
+from pipeline.softlabels.convert import check_conversion, convert
 from pipeline.softlabels.encode import encode, encode_and_score, teacher_scores
 from pipeline.softlabels.narrow import narrow
 from pipeline.softlabels.ragged import concatenate, empty, rows
@@ -8,8 +9,10 @@ from pipeline.softlabels.sampling import counter_uniforms, sample_tail
 from pipeline.softlabels.target import check_temperature, default_temperature, served_temperature, target
 
 __all__ = [
+    "check_conversion",
     "check_temperature",
     "concatenate",
+    "convert",
     "counter_uniforms",
     "default_temperature",
     "empty",

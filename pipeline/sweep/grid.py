@@ -100,7 +100,7 @@ def starts(config: SweepConfig) -> tuple[Start, ...]:
 def train_config(config: SweepConfig, run: PlannedRun, *, cache: str, student: str) -> TrainStudentConfig:
     """One run as `train-student` takes it."""
     return TrainStudentConfig(
-        cache=cache,
+        cache=(cache,),
         student=student,
         output=str(Path(config.output, run.directory)),
         split=config.split,

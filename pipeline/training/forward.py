@@ -75,9 +75,10 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
         given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in its own defaults
         if settings.transform is None:
             logits = task.gather_logits(_Plain(self, original), given, distillation.get("supervised"))
-            return _dense(logits, distillation, settings, scores=not self.training)
+            return _dense(_for_each_teacher(logits, distillation), distillation, settings, scores=not self.training)
         hidden = self.base_model(**given, use_cache=False).last_hidden_state
         rows = hidden[distillation["supervised"].to(hidden.device)]  # (B, T, H) -> (N, H)
+        rows = _for_each_teacher(rows, distillation)
         head = self.get_output_embeddings()
         if hasattr(head.weight, "full_tensor"):  # a DTensor: only a part of it is in memory here
             raise TrainingError(
@@ -90,6 +91,12 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
 
     inner.forward = types.MethodType(forward, inner)
     return transform is not None
+
+
+def _for_each_teacher(rows: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """(N, H) -> (teachers * N, H): the positions stand in the target once for each teacher."""
+    positions = len(given["target"]["offsets"]) - 1
+    return rows if positions == len(rows) else rows.repeat(positions // max(len(rows), 1), 1)
 
 
 def innermost(model: Any) -> Any:

@@ -10,7 +10,7 @@ and each rank takes one. Windows are then the same in every epoch, and so is the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -51,7 +51,7 @@ class BatchOrder(Sampler[Batch]):
         *,
         seed: int,
         shuffle: bool = True,
-        keep: np.ndarray | None = None,
+        keep: np.ndarray | Callable[[int], np.ndarray] | None = None,
         lengths: np.ndarray | None = None,
         batch_tokens: int | None = None,
         rank: int = 0,
@@ -61,7 +61,7 @@ class BatchOrder(Sampler[Batch]):
 
         Args:
             batch_size: rows of a rank's batch; with `batch_tokens` the most.
-            keep: (rows,) bool, the rows to train on; None: all.
+            keep: (rows,) bool, the rows to train on, or what gives as many of them for each epoch; None: all.
             lengths: (rows,) tokens of each row, for `batch_tokens`.
             batch_tokens: tokens of a rank's batch, padding included.
         """
@@ -89,7 +89,8 @@ class BatchOrder(Sampler[Batch]):
     def __len__(self) -> int:
         if self._length is None:
             if self.batch_tokens is None:
-                rows = len(self.dataset) if self.keep is None else int(self.keep.sum())
+                keep = self._kept()
+                rows = len(self.dataset) if keep is None else int(keep.sum())
                 self._length = -(-rows // (self.batch_size * self.world_size))
             else:
                 self._length = -(-sum(1 for _ in self.items()) // self.world_size)
@@ -108,7 +109,8 @@ class BatchOrder(Sampler[Batch]):
 
     def items(self) -> Iterator[Item]:
         """The global sequence of this epoch: the lanes in turn, until the last has nothing left."""
-        lanes = list(enumerate(self._lane(groups) for groups in self._lanes()))
+        keep = self._kept()
+        lanes = list(enumerate(self._lane(groups, keep) for groups in self._lanes()))
         while lanes:
             alive = []
             for number, lane in lanes:
@@ -128,7 +130,11 @@ class BatchOrder(Sampler[Batch]):
         lanes = min(OPEN // window, max(1, count // window))
         return [groups[lane::lanes] for lane in range(lanes)]
 
-    def _lane(self, groups: np.ndarray) -> Iterator[Batch]:
+    def _kept(self) -> np.ndarray | None:
+        """The rows of this epoch."""
+        return self.keep(self.epoch) if callable(self.keep) else self.keep
+
+    def _lane(self, groups: np.ndarray, keep: np.ndarray | None) -> Iterator[Batch]:
         """What one lane gives."""
         if not len(groups):
             return
@@ -140,8 +146,8 @@ class BatchOrder(Sampler[Batch]):
         starts = self.dataset.starts
         for window in windows:
             rows = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in window])
-            if self.keep is not None:
-                rows = rows[self.keep[rows]]
+            if keep is not None:
+                rows = rows[keep[rows]]
             if self.shuffle:
                 rows = rng.permutation(rows)
             if self.batch_tokens is None:

@@ -29,9 +29,10 @@ from pipeline.models import (
     tokenizer_info,
 )
 from pipeline.models.arguments import show_progress, training_arguments
-from pipeline.records import Contract, Loss, TrainResult
+from pipeline.records import Contract, Loss, MixedCache, TrainResult
 from pipeline.tasks import Task, get_task
 from pipeline.training.card import CARD, make_card
+from pipeline.training.mixing import Mixture, make_mixture
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -66,13 +67,18 @@ class Origin:
     student_sha256: str
     """Of the weights before the first step."""
     adapter_sha256: str | None
+    mixed: tuple[MixedCache, ...] = ()
 
 
 def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
     """`softlabel train-student`. `cache`: the one that the configuration names, where it is open already."""
-    cache = cache or Cache.open(
-        config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
+    kept = parse_bytes("--cache-bytes", config.cache_bytes)
+    caches = (
+        [cache]
+        if cache is not None
+        else [Cache.open(path, cache_dir=config.cache_dir, cache_bytes=kept) for path in config.cache]
     )
+    cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     _check_apart(config.output, config.student)
     args = training_arguments(
         config.output,
@@ -87,6 +93,8 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
     )
     set_seed(config.seed)  # a new head or adapter is random too
     student = load_student(cache.manifest.contract, config.student, trust_remote_code=config.trust_remote_code)
+    for other in caches[1:]:
+        check_fit(get_task(other.manifest.contract.task), other.manifest.contract, student)
     if config.lora_r is not None:
         student = add_adapter(get_task(cache.manifest.contract.task), student, config)
     return fit(
@@ -100,6 +108,7 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
         batch_tokens=config.batch_tokens,
         early_stopping=config.early_stopping,
         resume=config.resume,
+        mixture=mixture,
     )
 
 
@@ -148,6 +157,7 @@ def fit(
     batch_tokens: int | None = None,
     early_stopping: int | None = None,
     resume: bool = False,
+    mixture: Mixture | None = None,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from.
 
@@ -176,6 +186,7 @@ def fit(
         batch_tokens=batch_tokens,
         student_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
+        mixed=_mixed(cache, mixture),
     )
     trainer = DistillationTrainer(
         student.model,
@@ -188,6 +199,7 @@ def fit(
         batch_tokens=batch_tokens,
         student_tokenizer=student.tokenizer if own_tokenizer else None,
         max_length=max_length,
+        mixture=mixture,
     )
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
@@ -222,6 +234,7 @@ def fit(
         max_length=max_length,
         eval_split=trainer.eval_split,
         metrics=metrics,
+        mixed=origin.mixed,
     )
     if args.should_save:
         card = make_card(cache, student, result, split=split, teacher_labels=teacher_labels)
@@ -236,6 +249,17 @@ def _measure(trainer: DistillationTrainer) -> dict[str, float]:
         return {}
     found = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
     return {name.removeprefix("eval_"): value for name, value in found.items() if math.isfinite(value)}
+
+
+def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:
+    """All caches of a mixture, the first included."""
+    if mixture is None:
+        return ()
+    shares = mixture.shares or (None,) * (1 + len(mixture.others))
+    return tuple(
+        MixedCache(each.manifest.cache_id, mixture.kind, share)
+        for each, share in zip((cache, *mixture.others), shares, strict=True)
+    )
 
 
 def load_student(

@@ -25,8 +25,10 @@ from pipeline.tasks import get_task
 from pipeline.training.collate import Collator, TrainingRows
 from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, attach_loss
+from pipeline.training.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
 from pipeline.training.order import BatchOrder, open_groups
 from pipeline.training.prefetch import prefetch
+from pipeline.training.refusals import refuse_unused
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class DistillationTrainer(Trainer):
         batch_tokens: int | None = None,
         student_tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
+        mixture: Mixture | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Set up; the cache is opened already.
@@ -61,6 +64,7 @@ class DistillationTrainer(Trainer):
             teacher_labels: the teacher's most likely class stands for the hard label.
             batch_tokens: group rows by length, and end a batch where it would pass so many tokens, padding included.
             student_tokenizer: where it is not the cache's: the stored text is tokenized anew, up to `max_length`.
+            mixture: more caches beside the first: teachers of the same rows, or more rows.
             trainer_kwargs: as `transformers.Trainer` takes them.
 
         Raises:
@@ -73,12 +77,16 @@ class DistillationTrainer(Trainer):
         self.loss = loss
         self.task = get_task(contract.task)
         self.temperature = loss.temperature or default_temperature(contract.encoding, self.task.default_temperature)
+        self.mixture = mixture
+        contracts = [each.manifest.contract for each in (cache, *(mixture.others if mixture is not None else ()))]
         if loss.soft_weight or loss.soft_weight_end:
-            check_temperature(contract.encoding, self.temperature)
-            check_divergence(contract.encoding, loss)
+            for each in contracts:
+                check_temperature(each.encoding, self.temperature)
+                check_divergence(each.encoding, loss)
         else:  # the target is made all the same, to be logged: at a temperature that there is
             self.temperature = served_temperature(contract.encoding)
-        self._check_entropy(contract.encoding, contract.columns)
+        for each in contracts:
+            self._check_entropy(each.encoding, each.columns)
         settings = contract.tokenization
         self.collator = Collator(
             task=self.task,
@@ -90,7 +98,7 @@ class DistillationTrainer(Trainer):
             position_weights=loss.position_weights,
         )
         self.batch_tokens = batch_tokens
-        _refuse_unused(args, trainer_kwargs)
+        refuse_unused(args, trainer_kwargs)
         args.remove_unused_columns = False
         if args.n_gpu > 1:
             logger.warning(
@@ -99,8 +107,15 @@ class DistillationTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1  # DataParallel would split ragged targets
-        rows = cache.dataset(split, window=open_groups(args.world_size, batch_tokens))
-        self.keep = self._rows_that_teach(rows, teacher_labels)
+        rows = self._rows(split, window=open_groups(args.world_size, batch_tokens))
+        self.keep: Any = self._rows_that_teach(rows, teacher_labels)
+        if isinstance(rows, JoinedDataset) and mixture is not None and mixture.shares is not None:
+            if batch_tokens is not None:
+                raise MisuseError(
+                    "--proportion does not go with --batch-tokens, whose batches would differ in number by epoch"
+                )
+            seed = args.data_seed if args.data_seed is not None else args.seed
+            self.keep = Proportions(tuple(map(int, rows.bounds)), mixture.shares, self.keep, seed)
         if eval_split is None and "validation" in cache.splits:
             eval_split = "validation"
         if eval_split is None and str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
@@ -118,12 +133,19 @@ class DistillationTrainer(Trainer):
             args=args,
             data_collator=self.collator,
             train_dataset=TrainingRows(rows),
-            eval_dataset=None if eval_split is None else TrainingRows(cache.dataset(eval_split)),
+            eval_dataset=None if eval_split is None else TrainingRows(self._rows(eval_split, window=8, evaluated=True)),
             **trainer_kwargs,
         )
         self.loss_is_scaled_for_ga = True
         # Where Trainer has put the model: the trial of its head may need the GPU.
         attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)
+
+    def _rows(self, split: str, *, window: int, evaluated: bool = False) -> Any:
+        """The rows of a split: of the one cache, of all teachers, or of all data. Data is evaluated on the first cache's."""
+        if self.mixture is None or (evaluated and self.mixture.kind == "data"):
+            return self.cache.dataset(split, window=window)
+        made = AlignedDataset if self.mixture.kind == "teachers" else JoinedDataset
+        return made((self.cache, *self.mixture.others), split, window=window)
 
     def _check_entropy(self, encoding: Any, columns: Mapping[str, str]) -> None:
         known = isinstance(encoding, Full) or "entropy" in columns or not self.task.classes_are_tokens
@@ -133,12 +155,12 @@ class DistillationTrainer(Trainer):
                 "cache again with --store-entropy"
             )
 
-    def _rows_that_teach(self, dataset: CacheDataset, teacher_labels: bool) -> np.ndarray | None:
+    def _rows_that_teach(self, dataset: Any, teacher_labels: bool) -> np.ndarray | None:
         """With labels alone, unlabelled rows would be steps without a gradient: they are left out. None: every row counts."""
         soft = self.loss.soft_weight or self.loss.soft_weight_end
         if soft or teacher_labels or self.task.classes_are_tokens:
             return None
-        labelled = ~np.isnan(dataset.column("label").astype(np.float64))
+        labelled: np.ndarray = ~np.isnan(dataset.column("label").astype(np.float64))
         if not labelled.any():
             raise TrainingError(
                 f"{self.cache.where}: --soft-weight 0 trains on hard labels, and no row has one; give --soft-weight, or --hard-labels teacher"
@@ -174,12 +196,16 @@ class DistillationTrainer(Trainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )
-        evaluated = dataclasses.replace(self.collator, teacher_labels=False, for_evaluation=True)
+        collate: Any = self.collator
+        if not shuffle:
+            collate = dataclasses.replace(self.collator, teacher_labels=False, for_evaluation=True)
+        if isinstance(rows.dataset, AlignedDataset) and self.mixture is not None and self.mixture.shares is not None:
+            collate = TeachersCollator(collate, self.mixture.shares)
         workers = self.args.dataloader_num_workers
         return DataLoader(
             rows,
             batch_sampler=order,
-            collate_fn=self.collator if shuffle else evaluated,
+            collate_fn=collate,
             num_workers=workers,
             generator=torch.Generator(),  # the loader draws from it, and dropout must not depend on when
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -356,30 +382,6 @@ class DistillationTrainer(Trainer):
                 step, num_steps = self._steps()
                 logs["hard_weight"], logs["soft_weight"] = weights_of_step(self.loss, max(step - 1, 0), num_steps)
         super().log(logs, *args, **kwargs)
-
-
-def _refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) -> None:
-    """Refuse settings of Trainer that mean nothing here, rather than ignore them.
-
-    Raises:
-        MisuseError: names the first, and what to do instead.
-    """
-    instead = {
-        "label_smoothing_factor": "the hard loss is the plain cross-entropy; soft labels smooth it",
-        "dataloader_drop_last": "the last step is filled up with rows of weight 0",
-        "use_liger_kernel": "it replaces the forward pass that holds the fused loss",
-        "include_num_input_tokens_seen": "the manifest has the number of tokens",
-        "prediction_loss_only": "metrics are cheap here; leave eval_strategy at no to have none",
-        "bf16_full_eval": "evaluation runs as training does, under bf16",
-        "fp16_full_eval": "evaluation runs as training does, under fp16",
-    }
-    for name, reason in instead.items():
-        if getattr(args, name, None) not in (None, False, 0, 0.0, "no"):
-            raise MisuseError(f"training: {name}: has no effect on distillation ({reason}); leave it out")
-    if trainer_kwargs.get("compute_metrics") is not None:
-        raise MisuseError(
-            "compute_metrics: logits are not gathered here; the metrics of the task, agreement and divergence are given"
-        )
 
 
 def _scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

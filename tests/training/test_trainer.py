@@ -380,7 +380,7 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tm
 @pytest.mark.slow
 def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path, cache):
     plain = config(cache, tmp_path)
-    command = ["train-student", "--cache", plain.cache, "--student", plain.student, "--output", plain.output]
+    command = ["train-student", "--cache", *plain.cache, "--student", plain.student, "--output", plain.output]
     file = tmp_path / "run.yaml"
     file.write_text("train-student: {max_steps: 4, batch_size: 4, training: {save_steps: 2, use_cpu: true}}")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipeline"]

@@ -1,0 +1,109 @@
+"""A cache -> the same rows in a smaller encoding, where that is honest (`softlabels.convert`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.cache.codec import pack, unpack
+from pipeline.cache.reader import Cache
+from pipeline.cache.schema import describe, soft_columns
+from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
+from pipeline.records import NO_LABEL, CachedExample, Encoding, Full, Sampled
+from pipeline.softlabels import check_conversion, concatenate, counter_uniforms, rows, teacher_scores
+from pipeline.softlabels import convert as convert_soft_labels
+
+
+def convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding, overwrite: bool = False) -> Cache:
+    """Write the rows of a cache in a smaller encoding.
+
+    `full` becomes what a capture with this encoding and the same seed would have kept, up to the rounding of the stored logits.
+
+    Returns:
+        The new cache; what is no soft label is copied as it is.
+
+    Raises:
+        EncodingError: the encoding cannot be made from what was kept; says why.
+        CacheError: see `rewrite`.
+    """
+    opened = cache if isinstance(cache, Cache) else Cache.open(cache)
+    contract = opened.manifest.contract
+    check_conversion(contract.encoding, encoding)
+    schema = _schema(shard_schema(opened), contract.encoding, encoding, contract.num_classes)
+    # What the new encoding changes: its own columns, and the entropy, which is that of the distribution whose probabilities are kept.
+    anew = isinstance(contract.encoding, Full) and isinstance(encoding, Sampled) and encoding.temperature != 1.0
+    changed = {*soft_columns(encoding, contract.num_classes), *(("teacher_entropy_sum", "entropy") if anew else ())}
+    changed_schema = pa.schema([field for field in schema if field.name in changed])
+
+    def change(piece: Piece) -> Iterable[pa.Table]:
+        for table in piece.row_groups():
+            cached = unpack(table, contract.encoding, contract.num_classes)
+            made = _convert(cached, encoding, piece.plan.split, contract.seed, entropy_anew=anew)
+            packed = pack(made, changed_schema)
+            yield pa.table(
+                [(packed if field.name in changed else table).column(field.name) for field in schema], schema=schema
+            )
+
+    return rewrite(
+        output,
+        plan_pieces([opened], opened.splits),
+        change,
+        contract=dataclasses.replace(contract, encoding=encoding, columns=describe(schema)),
+        schema=schema,
+        ancestors=ancestry([opened], f"convert {_name(contract.encoding)} to {_name(encoding)}"),
+        same_encoding=False,
+        overwrite=overwrite,
+        nothing=f"{opened.root}: has no rows",
+    )
+
+
+def _convert(
+    cached: Sequence[CachedExample], encoding: Encoding, split: str, seed: int, *, entropy_anew: bool
+) -> list[CachedExample]:
+    soft = concatenate([row.soft for row in cached])
+    uniforms = torch.cat([_uniforms(row, encoding, split, seed) for row in cached])
+    made = convert_soft_labels(soft, encoding, uniforms=uniforms)
+    entropy = None
+    if entropy_anew:
+        assert isinstance(encoding, Sampled)
+        none = torch.full((len(soft),), NO_LABEL)
+        logits = soft.top_logprobs.reshape(len(soft), soft.num_classes)
+        entropy = teacher_scores(logits, none, temperature=encoding.temperature).entropy
+    out, start = [], 0
+    for row in cached:
+        stop = start + len(row.soft)
+        fresh = dataclasses.replace(row, soft=rows(made, start, stop))
+        if entropy is not None:
+            part = entropy[start:stop]
+            fresh = dataclasses.replace(fresh, entropy=part, teacher_entropy_sum=float(part.double().sum()))
+        out.append(fresh)
+        start = stop
+    return out
+
+
+def _uniforms(row: CachedExample, encoding: Encoding, split: str, seed: int) -> Tensor:
+    """Of all logits those of a capture; of a sample others, independent of those that it was drawn with."""
+    example = row.example
+    positions = np.zeros(1, dtype=np.int64) if example.supervised is None else np.flatnonzero(example.supervised)
+    if isinstance(row.soft.encoding, Sampled) and isinstance(encoding, Sampled):
+        split = f"{split} sampled anew at {encoding.sample_size}"
+    return counter_uniforms(seed, split, example.source_row, example.piece, positions)
+
+
+def _schema(before: pa.Schema, source: Encoding, wanted: Encoding, num_classes: int) -> pa.Schema:
+    """The same columns, those of the soft labels in the place of those that were there."""
+    old, new = soft_columns(source, num_classes), soft_columns(wanted, num_classes)
+    first = next(i for i, name in enumerate(before.names) if name in old)
+    kept = [[field for field in part if field.name not in old] for part in (list(before)[:first], list(before)[first:])]
+    return pa.schema([*kept[0], *(pa.field(name, kind) for name, kind in new.items()), *kept[1]])
+
+
+def _name(encoding: Encoding) -> str:
+    knob = next((getattr(encoding, name) for name in ("k", "p", "sample_size") if hasattr(encoding, name)), None)
+    return encoding.kind if knob is None else f"{encoding.kind} {knob:g}"

@@ -1,0 +1,77 @@
+"""Some rows of a cache -> a cache: by a condition in SQL, by split, or both. Also how one samples and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.cache.manifest import NAME
+from pipeline.cache.reader import Cache
+from pipeline.cache.transforms.condition import Condition
+from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
+from pipeline.errors import CacheError, MisuseError
+
+
+def filter_rows(
+    cache: Cache | str | Path,
+    output: str | Path,
+    *,
+    where: str | None = None,
+    splits: Sequence[str] = (),
+    as_split: str | None = None,
+    overwrite: bool = False,
+) -> Cache:
+    """Keep the rows for which a condition is true.
+
+    Args:
+        where: SQL over the columns of a row, as DuckDB reads it; None: every row.
+        splits: which splits to keep; default: all.
+        as_split: the name that the one split gets.
+
+    Returns:
+        The new cache, with the rows as they were: a shard of which all rows stay is copied as bytes.
+
+    Raises:
+        MisuseError: no condition, or nothing to do.
+        CacheError: no such split, no row left; see `rewrite`.
+    """
+    opened = cache if isinstance(cache, Cache) else Cache.open(cache)
+    if where is None and not splits and as_split is None:
+        raise MisuseError("filter: give --where, --split or --as-split")
+    for split in splits:
+        if split not in opened.splits:
+            raise CacheError(f"{opened.root}: no split {split!r}; the cache has {', '.join(opened.splits)}")
+    chosen = list(dict.fromkeys(splits)) or list(opened.splits)
+    if as_split is not None and (len(chosen) != 1 or not NAME.fullmatch(as_split)):
+        raise MisuseError(
+            f"--as-split {as_split}: expected a plain name for one split, found {', '.join(chosen)}; name one with --split"
+        )
+    schema = shard_schema(opened)
+    condition = None if where is None else Condition(where, schema)
+
+    def change(piece: Piece) -> Iterable[pa.Table] | None:
+        if condition is None:
+            return None
+        masks = [condition.keep(table) for table in piece.row_groups()]
+        return None if all(mask.all() for mask in masks) else _masked(piece, masks)
+
+    what = ", ".join([*([] if where is None else [f"where {where}"]), *(f"split {name}" for name in splits)])
+    return rewrite(
+        output,
+        plan_pieces([opened], chosen, as_split=as_split),
+        change,
+        contract=opened.manifest.contract,
+        schema=schema,
+        ancestors=ancestry([opened], f"filter {what}".strip() + (f" as {as_split}" if as_split else "")),
+        overwrite=overwrite,
+        nothing=f"--where {where!r}: true of no row; nothing is written",
+    )
+
+
+def _masked(piece: Piece, masks: Sequence[np.ndarray]) -> Iterable[pa.Table]:
+    for table, mask in zip(piece.row_groups(), masks, strict=True):
+        if mask.any():
+            yield table.filter(pa.array(mask))

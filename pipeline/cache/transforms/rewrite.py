@@ -1,0 +1,184 @@
+"""What merge, filter and convert share: shards of caches -> shards of a new one, by the protocol of a capture.
+
+One row group is in memory at a time. A shard that does not change is copied as bytes. A run that was stopped goes on where it stopped, by its
+receipts; the manifest comes last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.cache.build import begin, finish, is_finished, record
+from pipeline.cache.claims import finished
+from pipeline.cache.commit import write_atomically
+from pipeline.cache.manifest import Layout, Plan, load_receipt, parse
+from pipeline.cache.reader import REMEDY, Cache, open_shard, read_row_group
+from pipeline.cache.writer import file_sha256, regroup, write_row_groups
+from pipeline.errors import CacheError, IntegrityError, MisuseError
+from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Receipt, Shard, ShardPlan
+
+#: A piece's row groups -> those of the new shard; None: the shard stays as it is.
+Change = Callable[["Piece"], Iterable[pa.Table] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One shard to be made, of one that is there."""
+
+    plan: ShardPlan
+    cache: Cache
+    shard: Shard
+
+    @property
+    def path(self) -> Path:
+        """The shard that is there."""
+        return Layout(self.cache.root).shard(self.shard.name)
+
+    def row_groups(self) -> Iterator[pa.Table]:
+        """Its row groups, one after another, page checksums verified."""
+        file = open_shard(self.path)
+        return (read_row_group(file, self.path, group) for group in range(len(self.shard.row_groups)))
+
+
+def plan_pieces(caches: Sequence[Cache], splits: Sequence[str], *, as_split: str | None = None) -> list[Piece]:
+    """The shards of some splits, one cache after another, numbered anew. The plan's rows count those of all caches."""
+    pieces = []
+    for split in splits:
+        number = start = 0
+        name = as_split or split
+        for cache in caches:
+            for shard in cache.manifest.split_shards(split):
+                plan = ShardPlan(f"{name}-{number:05d}", name, start, start + shard.rows)
+                pieces.append(Piece(plan, cache, shard))
+                number, start = number + 1, start + shard.rows
+    return pieces
+
+
+def shard_schema(cache: Cache) -> pa.Schema:
+    """The columns of a cache's shards."""
+    first = cache.manifest.shards[0]
+    return open_shard(Layout(cache.root).shard(first.name)).schema_arrow.remove_metadata()
+
+
+def ancestry(caches: Sequence[Cache], operation: str) -> tuple[Ancestor, ...]:
+    """The caches themselves, then theirs, each once."""
+    direct = [Ancestor(cache.manifest.cache_id, operation) for cache in caches]
+    return tuple(dict.fromkeys([*direct, *(each for cache in caches for each in cache.manifest.ancestry)]))
+
+
+def rewrite(
+    output: str | Path,
+    pieces: Sequence[Piece],
+    change: Change,
+    *,
+    contract: Contract,
+    schema: pa.Schema,
+    ancestors: tuple[Ancestor, ...],
+    same_encoding: bool = True,
+    overwrite: bool = False,
+    nothing: str,
+) -> Cache:
+    """Make the new cache.
+
+    Args:
+        same_encoding: what was measured at capture still holds.
+        nothing: the message where no row is left.
+
+    Returns:
+        The finished cache.
+
+    Raises:
+        CacheError: no row is left; the output is one of the inputs, or cannot be written.
+        IntegrityError: an input is not what its manifest says.
+    """
+    sources = list({piece.cache.root: piece.cache for piece in pieces}.values())
+    root = Path(output)
+    for cache in sources:
+        if cache.root.resolve() == root.resolve():
+            raise MisuseError(f"--output {root}: is the cache that is read; use another directory")
+    plan = Plan(contract, tuple(piece.plan for piece in pieces), ancestry=ancestors)
+    layout = begin(root, plan, sources[0].tokenizer, overwrite=overwrite)
+    if is_finished(layout, plan):
+        return Cache.open(root)
+    bad_rows = {cache.root: _bad_rows(cache) for cache in sources}
+    for number, piece in enumerate(pieces):
+        if finished(layout, piece.plan) is not None:
+            continue
+        started = time.monotonic()
+        tables = change(piece)
+        path = layout.shard(piece.plan.name)
+        if tables is None:
+            made = _copy(piece, path)
+        else:
+            names = schema.names
+            made = write_row_groups(path, piece.plan, (t.select(names).cast(schema) for t in regroup(tables)), schema)
+        before = load_receipt(Layout(piece.cache.root), piece.shard.name)
+        receipt = Receipt(
+            shard=made,
+            plan=piece.plan,
+            batches=(),
+            device="unknown" if before is None else before.device,
+            seconds=round(time.monotonic() - started, 3),
+            forward_seconds=0.0,
+            bad_rows=bad_rows[piece.cache.root] if _is_first(pieces, number) else (),
+            fidelity=_fidelity(sources[0]) if number == 0 and same_encoding else None,
+        )
+        record(layout, receipt)
+    if not any((load_receipt(layout, piece.plan.name) or _NONE).shard.rows for piece in pieces):
+        shutil.rmtree(root)  # it was empty, or ours, before
+        raise CacheError(nothing)
+    return finish(layout, plan)
+
+
+_NONE = Receipt(Shard("", "", 0, 0, 0, 0, "", ()), ShardPlan("", "", 0, 0), (), "", 0.0, 0.0)
+
+
+def _copy(piece: Piece, path: Path) -> Shard:
+    """The same bytes under another name."""
+    write_atomically(path, lambda temporary: _copy_file(piece.path, temporary))
+    shard = piece.shard
+    found = file_sha256(path)
+    if found != shard.sha256:
+        path.unlink()
+        raise IntegrityError(
+            f"{piece.path}: sha256 differs from manifest.json (expected {shard.sha256[:12]}..., found {found[:12]}...); {REMEDY}"
+        )
+    return Shard(
+        piece.plan.name,
+        piece.plan.split,
+        shard.rows,
+        shard.positions,
+        shard.tokens,
+        shard.bytes,
+        found,
+        shard.row_groups,
+    )
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _is_first(pieces: Sequence[Piece], number: int) -> bool:
+    """Whether a piece is the first of its cache."""
+    return all(piece.cache.root != pieces[number].cache.root for piece in pieces[:number])
+
+
+def _bad_rows(cache: Cache) -> tuple[BadRow, ...]:
+    """The rows that were set aside at capture, as its report lists them."""
+    path = cache.root / "reports" / "bad-rows.tsv"
+    if not path.is_file():
+        return ()
+    parts = [line.split("\t", 2) for line in path.read_text(encoding="utf-8").splitlines()]
+    return tuple(BadRow(part[0], int(part[1]), part[2]) for part in parts if len(part) == 3 and part[1].isdigit())
+
+
+def _fidelity(cache: Cache) -> Fidelity | None:
+    path = cache.root / "reports" / "fidelity.json"
+    return parse(Fidelity, path) if path.is_file() else None

@@ -1,0 +1,255 @@
+"""Several caches for one student: teachers of the same rows, or different data.
+
+Teachers: rows are paired by `content_hash`, and the soft term is sum_t w_t D(teacher t, student), each over what that teacher's cache keeps. That is exact
+for every encoding and divergence; for forward KL its gradient is that of the mixture of the teachers. Data: the rows of all caches in one order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.cache import Cache, CacheDataset
+from pipeline.errors import ContractError, MisuseError, TrainingError
+from pipeline.records import NO_LABEL, CachedExample, Manifest, StudentBatch, Target
+from pipeline.training.collate import Collator, to_tensors
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The caches beside the first, and what each counts, the first included."""
+
+    kind: Literal["teachers", "data"]
+    others: tuple[Cache, ...]
+    shares: tuple[float, ...] | None
+    """Sum to 1: weights of the teachers, or shares of the rows of an epoch. None: of data, every row once."""
+
+
+def make_mixture(
+    caches: Sequence[Cache], kind: Literal["teachers", "data"] | None, shares: Sequence[float]
+) -> Mixture | None:
+    """Check that caches fit each other, and what each is to count.
+
+    Args:
+        shares: as many as caches, in any unit; none: teachers count alike, of data every row is taken once.
+
+    Returns:
+        None for one cache.
+
+    Raises:
+        MisuseError: one share for each cache is wanted, or it is not said how to mix.
+        ContractError: names the first thing in which two caches differ.
+    """
+    if len(caches) < 2:
+        return None
+    if kind is None:
+        raise MisuseError(
+            "several --cache: say --mix teachers (the same rows, labelled by each) or --mix data (different rows)"
+        )
+    if shares and (len(shares) != len(caches) or not all(0 < share < float("inf") for share in shares)):
+        flag = "--teacher-weight" if kind == "teachers" else "--proportion"
+        raise MisuseError(
+            f"{flag}: expected {len(caches)} above 0, one for each --cache, found {', '.join(map(str, shares)) or 'none'}"
+        )
+    for other in caches[1:]:
+        _check_alike(caches[0], other, same_encoding=kind == "data")
+    given = list(shares) or ([1.0] * len(caches) if kind == "teachers" else [])
+    return Mixture(kind, tuple(caches[1:]), tuple(share / sum(given) for share in given) or None)
+
+
+def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
+    ours, theirs = first.manifest.contract, other.manifest.contract
+    pairs: list[tuple[str, Any, Any]] = [
+        ("task", ours.task, theirs.task),
+        ("number of classes", ours.num_classes, theirs.num_classes),
+        ("labels", ours.label_names, theirs.label_names),
+        ("tokenizer", ours.tokenizer.sha256, theirs.tokenizer.sha256),
+    ]
+    if same_encoding:
+        pairs.append(("encoding", ours.encoding, theirs.encoding))
+    for name, expected, found in pairs:
+        if expected != found:
+            raise ContractError(
+                f"{other.root}: {name}: expected {expected}, as {first.root} has, found {found}; one student cannot learn from both"
+            )
+
+
+class AlignedDataset(Dataset[tuple[CachedExample, ...]]):
+    """Rows of one cache, each with the rows of equal content of others: the order is that of the first."""
+
+    def __init__(self, caches: Sequence[Cache], split: str, *, window: int) -> None:
+        """Pair the rows of a split.
+
+        Raises:
+            CacheError: a cache has no such split.
+            ContractError: a cache lacks rows of the first.
+        """
+        self.first = caches[0].dataset(split, window=window)
+        self.starts, self.manifest, self.column, self.num_tokens = (
+            self.first.starts,
+            self.first.manifest,
+            self.first.column,
+            self.first.num_tokens,
+        )
+        wanted = self.first.column("content_hash")
+        self.others = [
+            (rows, _pair(wanted, rows, cache, split))
+            for cache in caches[1:]
+            for rows in (cache.dataset(split, window=2 * window),)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, index: int) -> tuple[CachedExample, ...]:
+        return (self.first[index], *(rows[int(where[index])] for rows, where in self.others))
+
+
+def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str) -> np.ndarray:
+    """(rows of the first,) int64: where each stands in the other."""
+    found = rows.column("content_hash")
+    order = np.argsort(found, kind="stable")
+    place = np.minimum(np.searchsorted(found[order], wanted), len(found) - 1)
+    where = order[place]
+    missing = np.flatnonzero(found[where] != wanted)
+    if len(missing):
+        raise ContractError(
+            f"{cache.root}: split {split}: expected each of the {len(wanted)} rows that the first cache has, found {len(missing)} missing (the first is row "
+            f"{missing[0]}); let every teacher label the same rows, or mix different rows with --mix data"
+        )
+    return np.asarray(where, dtype=np.int64)
+
+
+class JoinedDataset(Dataset[CachedExample]):
+    """Rows of several caches, one after another, as if they were one."""
+
+    def __init__(self, caches: Sequence[Cache], split: str, *, window: int) -> None:
+        self.parts = [cache.dataset(split, window=window) for cache in caches]
+        self.bounds = np.cumsum([0, *(len(part) for part in self.parts)])
+        """(caches + 1,): the first row of each."""
+        self.starts = np.concatenate(
+            [[0], *(part.starts[1:] + bound for part, bound in zip(self.parts, self.bounds, strict=False))]
+        )
+        ids = "".join(cache.manifest.cache_id for cache in caches)
+        joined = hashlib.sha256(ids.encode()).hexdigest()
+        self.manifest: Manifest = dataclasses.replace(caches[0].manifest, cache_id=joined)
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def __getitem__(self, index: int) -> CachedExample:
+        part = int(np.searchsorted(self.bounds, index, side="right")) - 1
+        return self.parts[part][index - int(self.bounds[part])]
+
+    def column(self, name: str) -> np.ndarray:
+        """One plain column of all rows."""
+        return np.concatenate([part.column(name) for part in self.parts])
+
+    def num_tokens(self) -> np.ndarray:
+        """(rows,) int64: the length of each row."""
+        return np.concatenate([part.num_tokens() for part in self.parts])
+
+
+@dataclass(frozen=True)
+class Proportions:
+    """Which rows an epoch takes so that each cache has its share: as many as there are without repeating one; the next epoch goes on with others."""
+
+    bounds: tuple[int, ...]
+    shares: tuple[float, ...]
+    keep: np.ndarray | None
+    seed: int
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """(rows,) bool; the number of rows is the same in every epoch."""
+        mask = np.zeros(self.bounds[-1], dtype=bool)
+        pools = []
+        for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
+            rows = np.arange(start, stop)
+            pools.append(rows if self.keep is None else rows[self.keep[rows]])
+        most = min(len(pool) / share for pool, share in zip(pools, self.shares, strict=True))
+        for number, (pool, share) in enumerate(zip(pools, self.shares, strict=True)):
+            count = min(len(pool), round(most * share))
+            if not count:
+                raise TrainingError(
+                    f"--proportion: cache {number + 1} would give no row to an epoch; give it a larger one"
+                )
+            order = np.random.default_rng([self.seed, number]).permutation(pool)
+            mask[order[(epoch * count + np.arange(count)) % len(order)]] = True
+        return mask
+
+
+@dataclass(frozen=True, slots=True)
+class TeachersCollator:
+    """Makes batches of rows that several teachers have labelled: the positions once for each teacher, hard labels with the first."""
+
+    collator: Collator
+    weights: tuple[float, ...]
+
+    def __call__(self, rows: Sequence[tuple[tuple[CachedExample, ...], bool]]) -> dict[str, Any]:
+        """As `torch.utils.data.DataLoader` calls it."""
+        return to_tensors(self.collate(rows))
+
+    def collate(self, rows: Sequence[tuple[tuple[CachedExample, ...], bool]]) -> StudentBatch:
+        """B rows.
+
+        Raises:
+            ContractError: teachers have labelled other positions of a row.
+        """
+        for examples, _ in rows:
+            example = examples[0].example
+            if any(not _same_positions(example.supervised, other.example.supervised) for other in examples[1:]):
+                raise ContractError(
+                    f"source row {example.source_row}: the teachers have labelled other positions of it than each other; cache it again with the same columns and template"
+                )
+        batches = [
+            self.collator.collate([(examples[t], counts) for examples, counts in rows])
+            for t in range(len(self.weights))
+        ]
+        first, rest = batches[0], batches[1:]
+        soft_weights = [weight * batch.soft_weights for weight, batch in zip(self.weights, batches, strict=True)]
+        return dataclasses.replace(
+            first,
+            labels=torch.cat([first.labels, *(torch.full_like(batch.labels, NO_LABEL) for batch in rest)]),
+            target=_stack([batch.target for batch in batches]),
+            weights=torch.cat([first.weights, *(torch.zeros_like(batch.weights) for batch in rest)]),
+            soft_weights=torch.cat(soft_weights),
+            teacher_predicted=None
+            if first.teacher_predicted is None
+            else torch.cat([batch.teacher_predicted for batch in batches if batch.teacher_predicted is not None]),
+        )
+
+
+def _same_positions(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return (one is None and other is None) or (one is not None and other is not None and np.array_equal(one, other))
+
+
+def _stack(targets: Sequence[Target]) -> Target:
+    """The positions of all targets, one teacher after another. A target without a bucket for the rest has one of no mass beside one that has."""
+    counts = torch.cat([target.offsets.diff() for target in targets])
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    residual: Tensor | None = None
+    if any(target.log_residual is not None for target in targets):
+        none = [torch.full((len(target),), -torch.inf) for target in targets]
+        residual = torch.cat(
+            [
+                empty if target.log_residual is None else target.log_residual
+                for target, empty in zip(targets, none, strict=True)
+            ]
+        )
+    return Target(
+        targets[0].num_classes,
+        offsets,
+        torch.cat([target.ids for target in targets]),
+        torch.cat([target.weights for target in targets]),
+        residual,
+        torch.cat([target.negative_entropy for target in targets]),
+    )
