@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.cache.alignment import check_alignment
 from pipeline.cache.card import make_card
 from pipeline.cache.claims import finished, is_claimed, sweep_claims
 from pipeline.cache.commit import create_exclusively, full_disk, sweep, temporary_path, write_directory, write_text
@@ -23,7 +24,6 @@ from pipeline.cache.manifest import (
     make_manifest,
     parse,
 )
-from pipeline.cache.probe import probe_alignment
 from pipeline.cache.reader import Cache
 from pipeline.cache.sanity import contract_problem
 from pipeline.cache.tokenizer_files import without_code
@@ -112,18 +112,7 @@ def finish(layout: Layout, plan: Plan) -> Cache:
     bad_rows = tuple(bad for receipt in receipts for bad in receipt.bad_rows)
     draft = Cache(layout.root, make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=None))
     draft.check_files()
-    probe = probe_alignment(row for split in draft.splits for row in draft.dataset(split))
-    if probe is not None and probe.verdict == "inconclusive":
-        logger.warning(
-            "%s: whether the soft labels are in step with their tokens cannot be told from %d positions",
-            layout.root,
-            probe.positions,
-        )
-    if probe is not None and probe.verdict == "misaligned":
-        raise ContractError(
-            f"{layout.root}: the soft labels are out of step with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
-            f"{probe.aligned:.4f}, {probe.following:.4f}, expected the middle one to be largest; shift the logits by one"
-        )
+    probe = check_alignment(draft)
     if bad_rows:
         lines = "".join(f"{bad.split}\t{bad.source_row}\t{bad.reason}\n" for bad in bad_rows)
         write_text(layout.root / "reports" / "bad-rows.tsv", lines)

@@ -23,6 +23,7 @@ from pipeline.capture.plan import (
     plan_shards,
 )
 from pipeline.capture.shard import Job, capture_shard, forward, read_shard
+from pipeline.capture.space import warn_of_full_disk
 from pipeline.config import CacheLogitsConfig, DataConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError, ModelError
 from pipeline.models import (
@@ -211,6 +212,7 @@ def capture(
         return Cache.open(output)
     withdraw(layout, waiting)
     if waiting:
+        warn_of_full_disk(job, waiting)
         check_head(job)
     with tqdm(
         total=sum(s.stop - s.start for s in plan.shards), unit="row", desc="cache-logits", disable=None

@@ -506,7 +506,7 @@ def _read(root: Path) -> None:
 
 
 def peak_kb() -> int:
-    """The most memory that this process has had. (What getrusage says begins with what the parent had.)"""
+    """The most memory that this process has had; what getrusage says begins with what the parent had."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
