@@ -106,6 +106,10 @@ bench-training: $(STAMP) ## time and memory of a distillation step beside plain 
 bench-encodings: $(STAMP) $(LM) ## bytes against noise and bias of each encoding, and what students learn from them
 	$(PY) -m benchmarks.encodings
 
+.PHONY: bench-verify
+bench-verify: $(STAMP) ## megabytes of cache that verify reads a second
+	$(PY) -m benchmarks.verifying
+
 .PHONY: clean
 clean: ## remove runs, build output and tool caches
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

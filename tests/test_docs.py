@@ -43,7 +43,17 @@ def test_every_export_is_there_and_documented():
 
 
 def test_make_targets_stand_in_the_readme():
-    for target in ("demo", "demo-lm", "test", "test-real", "check", "cache-logits", "train-student", "bench"):
+    for target in (
+        "demo",
+        "demo-lm",
+        "test",
+        "test-real",
+        "test-faults",
+        "check",
+        "cache-logits",
+        "train-student",
+        "bench",
+    ):
         assert f"make {target}" in README, target
 
 

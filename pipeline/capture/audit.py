@@ -277,8 +277,8 @@ class _Marks:
                 for logits in (together, alone)
             ]
             count = int(known.sum())
-            distance, floor = abs(row.teacher_nll_sum - sums[0]) / count, abs(sums[0] - sums[1]) / count
-            self._mark("negative log-likelihood, nats a position", distance, floor, 1e-6 * (1 + abs(sums[0])))
+            apart, floor = abs(row.teacher_nll_sum - sums[0]) / count, abs(sums[0] - sums[1]) / count
+            self._mark("negative log-likelihood, nats a position", apart, floor, 1e-6 * (1 + abs(sums[0])))
 
     def figures(self, slack: float) -> tuple[Figure, ...]:
         """The worst row of each mark, and each statistic over all positions."""
