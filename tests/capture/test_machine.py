@@ -7,6 +7,7 @@ what must follow; the invariants hold between all of them.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 from functools import cache as once
@@ -31,7 +32,9 @@ class _Killed(BaseException):
 @once
 def bench() -> Bench:
     """One tiny teacher for all runs."""
-    return make_bench(Path(tempfile.mkdtemp(prefix="machine-")))
+    folder = tempfile.mkdtemp(prefix="machine-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_bench(Path(folder))
 
 
 @once
