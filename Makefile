@@ -122,6 +122,10 @@ bench-encodings: $(STAMP) $(LM) ## bytes against noise and bias of each encoding
 bench-capture: $(STAMP) $(BBC) $(LM) ## stage 1 beside the teacher's bare forward pass: speed, memory, workers
 	$(PY) -m benchmarks.capture
 
+.PHONY: bench-verify
+bench-verify: $(STAMP) ## megabytes of cache that verify reads a second
+	$(PY) -m benchmarks.verifying
+
 .PHONY: clean
 clean: ## remove runs, build output and tool caches
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

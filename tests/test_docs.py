@@ -48,6 +48,7 @@ def test_make_targets_stand_in_the_readme():
         "demo-lm",
         "test",
         "test-real",
+        "test-faults",
         "check",
         "cache-logits",
         "train-student",

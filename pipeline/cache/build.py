@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.cache.alignment import check_alignment
 from pipeline.cache.card import make_card
 from pipeline.cache.claims import finished, is_claimed, sweep_claims
 from pipeline.cache.commit import create_exclusively, full_disk, sweep, temporary_path, write_directory, write_text
@@ -24,7 +25,7 @@ from pipeline.cache.manifest import (
     parse,
 )
 from pipeline.cache.outbox import Outbox
-from pipeline.cache.probe import first_shards, probe_alignment
+from pipeline.cache.probe import first_shards
 from pipeline.cache.reader import Cache
 from pipeline.cache.sanity import contract_problem
 from pipeline.cache.tokenizer_files import without_code
@@ -183,30 +184,20 @@ def opened(layout: Layout) -> Cache:
 
 
 def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> AlignmentProbe | None:
-    """The alignment probe over the first shards, as many as it reads."""
-    first = first_shards(shards)
+    """The alignment probe: over rows from all over the cache; behind a URL over its first shards, which are fetched for it."""
     if layout.outbox is None:
-        Cache(layout.root, make_manifest(contract, shards, bad_rows=0, probe=None)).check_files()
-    else:
-        for shard in first:
-            layout.outbox.fetch(f"data/{shard.name}.parquet")
-    draft = Cache(layout.root, make_manifest(contract, first, bad_rows=0, probe=None))
-    probe = probe_alignment(row for split in draft.splits for row in draft.dataset(split))
-    if layout.outbox is not None:
-        for shard in first:
-            layout.shard(shard.name).unlink()
-    if probe is not None and probe.verdict == "inconclusive":
-        logger.warning(
-            "%s: whether the soft labels are in step with their tokens cannot be told from %d positions",
-            layout.name,
-            probe.positions,
-        )
-    if probe is not None and probe.verdict == "misaligned":
-        raise ContractError(
-            f"{layout.name}: the soft labels are out of step with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
-            f"{probe.aligned:.4f}, {probe.following:.4f}, expected the middle one to be largest; shift the logits by one"
-        )
-    return probe
+        draft = Cache(layout.root, make_manifest(contract, shards, bad_rows=0, probe=None))
+        draft.check_files()
+        return check_alignment(draft, name=layout.name)
+    first = first_shards(shards)
+    for shard in first:
+        layout.outbox.fetch(f"data/{shard.name}.parquet")
+    found = check_alignment(
+        Cache(layout.root, make_manifest(contract, first, bad_rows=0, probe=None)), name=layout.name
+    )
+    for shard in first:
+        layout.shard(shard.name).unlink()
+    return found
 
 
 def _ancestry(layout: Layout, plan: Plan) -> tuple[Ancestor, ...]:

@@ -16,6 +16,7 @@ from pipeline.cache.build import finish, is_finished, missing, open_layout, open
 from pipeline.cache.claims import Claims, finished
 from pipeline.capture.job import Job, make_job, prepare
 from pipeline.capture.shard import capture_shards, forward, read_shard
+from pipeline.capture.space import warn_of_full_disk
 from pipeline.config import CacheLogitsConfig, DataConfig
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models import LoadedModel, choose_max_length, load_model, pad_id
@@ -113,6 +114,7 @@ def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
     if not waiting and is_finished(job.layout, job.plan):
         return already(job.layout)
     if waiting:
+        warn_of_full_disk(job, waiting)
         check_head(job)
     with progress_bar(job.plan, waiting, part) as bar, Claims(job.layout, job.plan) as claims:
 

@@ -17,11 +17,12 @@ import torch
 
 from pipeline.cache import Cache
 from pipeline.cache.build import clear, current_plan, is_finished, open_layout
-from pipeline.cache.claims import Claims
+from pipeline.cache.claims import Claims, finished
 from pipeline.capture.deal import Deal
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar
 from pipeline.capture.shard import capture_shards
+from pipeline.capture.space import warn_of_full_disk
 from pipeline.config import CacheLogitsConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.models.quiet import quiet_libraries
@@ -93,7 +94,7 @@ class _Message:
     error: PipelineError | None = None
 
 
-def _work(config: CacheLogitsConfig, connection: Connection, threads: int) -> None:
+def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_first: bool) -> None:
     """A worker's life. It ends with its parent, in the middle of a shard too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -102,6 +103,8 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int) -> No
     try:
         job = prepare(config)
         check_head(job)
+        if is_first:
+            warn_of_full_disk(job, [shard for shard in job.plan.shards if finished(job.layout, shard) is None])
         connection.send(_Message())
         claims = Claims(job.layout, job.plan)
 
@@ -135,7 +138,9 @@ def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: 
         if "," in devices[number] and config.device_map is None:
             config = dataclasses.replace(config, device_map="auto")
     try:
-        process = _SPAWN.Process(target=_work, args=(config, theirs, threads), name=f"softlabel-{number}", daemon=True)
+        process = _SPAWN.Process(
+            target=_work, args=(config, theirs, threads, number == 0), name=f"softlabel-{number}", daemon=True
+        )
         process.start()
     finally:
         if before is not None:

@@ -1,4 +1,4 @@
-"""verify, inspect, import."""
+"""verify, audit, inspect, import."""
 
 from __future__ import annotations
 
@@ -32,6 +32,21 @@ def _verify(config: cfg.VerifyConfig) -> None:
         drop_broken(Path(config.cache), found)
         click.echo(f"dropped {', '.join(found.broken)}; run the same softlabel cache-logits again", err=True)
     if found.problems:
+        click.get_current_context().exit(1)
+
+
+@command("audit", cfg.AuditConfig, "softlabel audit --cache runs/cache --teacher runs/teacher --rows 64")
+def _audit(config: cfg.AuditConfig) -> None:
+    from pipeline.cache.manifest import dump
+    from pipeline.capture.audit import describe, run
+
+    found = run(config)
+    click.echo(dump(found) if config.json else describe(found), nl=not config.json)
+    if found.verdict != "agrees":
+        click.echo(
+            f"Error: {config.cache}: is not what {config.teacher} says, beyond its own noise; make the cache again, or find out who changed it",
+            err=True,
+        )
         click.get_current_context().exit(1)
 
 

@@ -10,7 +10,7 @@ A file has `task:` and `data:` at the top, shared by all commands, and a section
 Precedence: flag, then the command's section, then the shared part, then the default. Unknown keys are errors.
 """
 
-from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
+from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig, make_encoding
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import EvaluateConfig
@@ -27,6 +27,7 @@ from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 __all__ = [
     "SECTIONS",
     "STAGES",
+    "AuditConfig",
     "CacheLogitsConfig",
     "ConfigFile",
     "ConvertConfig",

@@ -1,4 +1,4 @@
-"""The commands on a cache that is there, or comes from elsewhere: verify, inspect, import."""
+"""The commands on a cache that is there, or comes from elsewhere: verify, audit, inspect, import."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ class VerifyConfig:
     quick: bool = option("Only hashes, sizes, columns and the counts in the footers: nothing is decoded.", False)
     repair: bool = option("Drop broken shards, so that the same cache-logits command makes them again.", False)
     json: bool = option("Print JSON.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditConfig:
+    """Run the teacher again on some rows of a cache, and compare."""
+
+    cache: str = option("Directory of the cache.")
+    teacher: str = option("Name or path of the teacher that made it.")
+    teacher_revision: str | None = option("Revision of a teacher on the hub. Default: the manifest's.", None)
+    attn_implementation: str | None = option("Attention implementation, where this machine lacks the manifest's.", None)
+    device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
+    trust_remote_code: bool = option("Run code that comes with the teacher. Never set by a cache or a manifest.", False)
+    rows: int = option("How many rows, chosen at random.", 64)
+    seed: int = option("Seed of the choice.", 0)
+    json: bool = option("Print JSON.", False)
+
+    def __post_init__(self) -> None:
+        check_positive("--rows", self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config.caches import ImportConfig, InspectConfig, VerifyConfig
+from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.predict import PredictConfig
@@ -26,6 +26,7 @@ SECTIONS: dict[str, type] = {
     **STAGES,
     "estimate": EstimateConfig,
     "verify": VerifyConfig,
+    "audit": AuditConfig,
     "inspect": InspectConfig,
     "import": ImportConfig,
     "push": PushConfig,

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
+from pipeline.cache.alignment import check_alignment
 from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import differences, dump, parse
 from pipeline.config import TrainStudentConfig, parse_bytes
@@ -163,6 +164,7 @@ def fit(
 
     Raises:
         MisuseError: the output directory holds a model that was not made here.
+        ContractError: the soft labels are out of step with their tokens.
         PipelineError: see the trainer.
     """
     contract = cache.manifest.contract
@@ -171,6 +173,7 @@ def fit(
         raise MisuseError(
             f"--output {output}: holds a model or a model card that train-student has not made, and would be overwritten; use another"
         )
+    check_alignment(cache, [split])
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
     started = time.monotonic()

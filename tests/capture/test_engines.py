@@ -46,12 +46,12 @@ def test_a_worker_that_dies_is_replaced(config, tmp_path, monkeypatch):
     assert hashes(found) == hashes(run(config("serial")))
 
 
-def _work_and_die(settings, connection, threads):
+def _work_and_die(*args):
     from pipeline.capture import shard, workers
 
     whole, seen = shard.forward, []
 
-    def forward(job, *args):
+    def forward(job, *rest):
         seen.append(job)
         if len(seen) == 8:
             try:
@@ -60,10 +60,10 @@ def _work_and_die(settings, connection, threads):
                 pass
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return whole(job, *args)
+        return whole(job, *rest)
 
     shard.forward = forward
-    workers._work(settings, connection, threads)
+    workers._work(*args)
 
 
 def test_what_a_worker_meets_is_told_in_one_line(config):

@@ -266,13 +266,13 @@ def one_text_a_thousand_times(root: Path) -> None:
 
 
 @hostile
-def a_hundred_million_flags(root: Path) -> None:
+def sixty_million_flags(root: Path) -> None:
     """Runs of equal flags take no bytes in Parquet."""
 
     def change(table: pa.Table) -> pa.Table:
-        flags = pa.array(np.zeros(100_000_000 // 8, np.uint8)).buffers()[1]
-        values = pa.Array.from_buffers(pa.bool_(), 100_000_000, [None, flags])
-        offsets = np.full(len(table) + 1, 100_000_000, np.int32)
+        flags = pa.array(np.zeros(60_000_000 // 8, np.uint8)).buffers()[1]
+        values = pa.Array.from_buffers(pa.bool_(), 60_000_000, [None, flags])
+        offsets = np.full(len(table) + 1, 60_000_000, np.int32)
         offsets[0] = 0
         at = table.schema.get_field_index("supervised")
         return table.set_column(at, "supervised", pa.ListArray.from_arrays(offsets, values))

@@ -1,0 +1,109 @@
+"""Does a cache belong to its tokens and labels? Asked when it is made and before it is trained from, of the cache alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from pipeline.cache.codec import unpack
+from pipeline.cache.contents import check_contents
+from pipeline.cache.manifest import Layout
+from pipeline.cache.probe import probe_alignment
+from pipeline.cache.reader import Cache, open_shard, read_row_group
+from pipeline.errors import ContractError
+from pipeline.records import AlignmentProbe, CachedExample, Shard
+from pipeline.softlabels.fidelity import spread
+
+logger = logging.getLogger(__name__)
+
+#: What is looked at, spread over the shards: enough for the probe, and a second's work at most.
+_POSITIONS, _ROWS, _ROW_GROUPS, _FEW_ROW_GROUPS = 20_000, 4_000, 16, 256
+#: Labelled rows that agreement is judged by, and by how many standard errors it must pass chance.
+_ENOUGH_ROWS, _STANDARD_ERRORS = 30, 3.0
+
+
+def check_alignment(
+    cache: Cache, splits: Sequence[str] | None = None, *, name: str | None = None
+) -> AlignmentProbe | None:
+    """Probe rows from all over a cache; what cannot be told is a warning.
+
+    Args:
+        splits: default: all.
+        name: as messages name the cache; default: where it is.
+
+    Of a cache behind a URL the numbers in its manifest stand: to read rows from all over it would be to fetch them.
+
+    Returns:
+        What the probe found; None where classes are no tokens: there the teacher's most likely class is compared with the hard label instead, and agreement
+        that is not above chance is a warning.
+
+    Raises:
+        ContractError: the soft labels are out of step with their tokens.
+        IntegrityError: a row group that is read is damaged.
+    """
+    if cache.remote is not None:
+        return cache.manifest.probe
+    name = name or str(cache.root)
+    rows = list(spread_rows(cache, splits or cache.splits))
+    probe = probe_alignment(rows)
+    if probe is None:
+        _warn_of_chance(name, rows)
+        return None
+    if probe.verdict == "inconclusive":
+        logger.warning(
+            "%s: whether the soft labels are in step with their tokens cannot be told from %d positions",
+            name,
+            probe.positions,
+        )
+    if probe.verdict == "misaligned":
+        raise ContractError(
+            f"{name}: the soft labels are out of step with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
+            f"{probe.aligned:.4f}, {probe.following:.4f}, expected the middle one to be largest; shift the logits by one"
+        )
+    return probe
+
+
+def spread_rows(cache: Cache, splits: Sequence[str]) -> Iterator[CachedExample]:
+    """Rows from the beginnings of row groups that are evenly spaced over the splits; all rows of a small cache."""
+    shards = [shard for split in splits for shard in cache.manifest.split_shards(split)]
+    groups = [(shard, i) for shard in shards for i in range(len(shard.row_groups))]
+    few = sum(shard.positions for shard in shards) <= _POSITIONS and sum(shard.rows for shard in shards) <= _ROWS
+    chosen = groups if few and len(groups) <= _FEW_ROW_GROUPS else [groups[i] for i in spread(len(groups), _ROW_GROUPS)]
+    contract = cache.manifest.contract
+    for shard, group in chosen:
+        path = Layout(cache.root).shard(shard.name)
+        table = read_row_group(open_shard(path), path, group)
+        check_contents(table, contract, f"{path}: row group {group}")
+        rows = table.num_rows if few else _quota(shard, len(chosen))
+        yield from unpack(table.slice(0, rows), contract.encoding, contract.num_classes)
+
+
+def _quota(shard: Shard, groups: int) -> int:
+    """Rows of one of so many row groups."""
+    per_row = shard.positions / shard.rows
+    return max(1, min(math.ceil(_POSITIONS / groups / per_row), _ROWS // groups))
+
+
+def _warn_of_chance(name: str, rows: Sequence[CachedExample]) -> None:
+    """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same."""
+    pairs = [
+        (row.example.label, int(row.soft.top_ids[row.soft.top_logprobs.argmax()]))
+        for row in rows
+        if row.example.label is not None
+    ]
+    count = len(pairs)
+    if count < _ENOUGH_ROWS:
+        return
+    labels, predicted = Counter(label for label, _ in pairs), Counter(best for _, best in pairs)
+    chance = sum(labels[i] * predicted[i] for i in labels) / count**2
+    agreement = sum(label == best for label, best in pairs) / count
+    if chance < 1 and (agreement - chance) * math.sqrt(count) <= _STANDARD_ERRORS * math.sqrt(chance * (1 - chance)):
+        logger.warning(
+            "%s: the teacher's most likely class is the hard label in %.1f%% of %d rows, where chance makes it %.1f%%: is it trained, and are its labels in the data's order?",
+            name,
+            100 * agreement,
+            count,
+            100 * chance,
+        )

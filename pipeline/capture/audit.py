@@ -1,0 +1,319 @@
+"""`softlabel audit`: is a cache what its teacher says? Some rows are run again, and compared with what is stored.
+
+Float results change with the shape of a batch, so equal is no measure. The teacher is run twice, in batches and row by row; how far it is from itself is
+the floor, and the cache may be some times as far from it, and what storing rounds. What is random in `sampled`, its tail, is compared as a statistic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import Cache
+from pipeline.cache.commit import write_text
+from pipeline.cache.manifest import Layout, dump, load_receipt
+from pipeline.capture.forward import device_name, teacher_logits
+from pipeline.capture.plan import plan_batches
+from pipeline.config import AuditConfig
+from pipeline.errors import ContractError
+from pipeline.models import LoadedModel, load_model, model_info, tokenizer_info
+from pipeline.records import NO_LABEL, CachedExample, Contract, Encoding, Full, Sampled
+from pipeline.softlabels.ragged import owners
+from pipeline.tasks import Task, get_task
+
+#: How many times the floor a cache may be away from its teacher.
+_FLOORS = 8.0
+#: Least allowance in nats where another device made the shards: float32 of two devices differs more than that of two batch shapes.
+_OTHER_DEVICE = {"float32": 1e-3, "float16": 2e-2}
+_OTHER_DEVICE_HALF = 1e-1
+#: Log-probabilities below this are nobody's: their rounding would drown the rest.
+_LOWEST = -20.0
+_STANDARD_ERRORS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One comparison: the worst row's, or for a statistic that of all positions."""
+
+    what: str
+    found: float
+    """Between cache and teacher."""
+    floor: float
+    """Between the teacher and itself."""
+    limit: float
+
+    @property
+    def agrees(self) -> bool:
+        """Within the limit."""
+        return self.found <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What an audit found: kept in `reports/`."""
+
+    cache_id: str
+    teacher: str
+    time: str
+    """UTC."""
+    rows: int
+    positions: int
+    seed: int
+    device: str
+    made_on: tuple[str, ...]
+    """The devices of the shards."""
+    figures: tuple[Figure, ...]
+    verdict: Literal["agrees", "differs"]
+
+
+def run(config: AuditConfig) -> Audit:
+    """Audit, and keep the report beside the cache.
+
+    Raises:
+        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest names.
+        PipelineError: see the subclasses.
+    """
+    cache = Cache.open(config.cache)
+    contract = cache.manifest.contract
+    task = get_task(contract.task)
+    made_by = contract.teacher
+    teacher = load_model(
+        task,
+        config.teacher,
+        revision=config.teacher_revision or (made_by.revision if not Path(config.teacher).exists() else None),
+        dtype=made_by.dtype if made_by.dtype in ("float32", "bfloat16", "float16") else "auto",
+        attn_implementation=config.attn_implementation or made_by.attn_implementation,
+        device_map=config.device_map,
+        quantization=made_by.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
+    found = audit(cache, teacher, rows=config.rows, seed=config.seed)
+    stamp = found.time.replace("-", "").replace(":", "")
+    write_text(cache.root / "reports" / f"audit-{stamp}.json", dump(found))
+    return found
+
+
+def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) -> Audit:
+    """Compare some rows of a cache with a teacher. Writes nothing.
+
+    Raises:
+        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest names.
+    """
+    contract = cache.manifest.contract
+    _check_teacher(contract, teacher)
+    task = get_task(contract.task)
+    chosen = _choose(cache, rows, seed)
+    marks = _Marks(contract.encoding)
+    budget = contract.batch_tokens or task.default_batch_tokens
+    with torch.inference_mode():
+        for members, width in plan_batches([row.example.num_tokens for row in chosen], budget):
+            part = [chosen[i] for i in members]
+            together = _logits(task, teacher, part, contract, width)
+            start = 0
+            for row in part:
+                stop = start + row.example.num_positions
+                alone = _logits(task, teacher, [row], contract, None)
+                marks.add(row, together[start:stop], alone, torch.from_numpy(task.hard_labels(row.example)))
+                start = stop
+    device = device_name(teacher)
+    made_on = _devices(cache)
+    slack = 0.0 if set(made_on) <= {device} else _OTHER_DEVICE.get(contract.teacher.dtype, _OTHER_DEVICE_HALF)
+    figures = marks.figures(slack)
+    return Audit(
+        cache_id=cache.manifest.cache_id,
+        teacher=contract.teacher.name,
+        time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        rows=len(chosen),
+        positions=sum(row.example.num_positions for row in chosen),
+        seed=seed,
+        device=device,
+        made_on=made_on,
+        figures=figures,
+        verdict="agrees" if all(figure.agrees for figure in figures) else "differs",
+    )
+
+
+def describe(found: Audit) -> str:
+    """The figures as a table."""
+    width = max(len(figure.what) for figure in found.figures)
+    lines = [
+        f"{found.rows} rows, {found.positions} positions, on {found.device} (made on {', '.join(found.made_on)})",
+        f"{'':<{width}}  {'cache':>10}{'floor':>10}{'limit':>10}",
+    ]
+    lines += [
+        f"{figure.what:<{width}}  {figure.found:>10.2g}{figure.floor:>10.2g}{figure.limit:>10.2g}"
+        + ("" if figure.agrees else "  differs")
+        for figure in found.figures
+    ]
+    return "\n".join(
+        [
+            *lines,
+            f"verdict: the cache {found.verdict} with its teacher"
+            if found.verdict == "agrees"
+            else "verdict: the cache differs from its teacher",
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+def _check_teacher(contract: Contract, teacher: LoadedModel) -> None:
+    info, expected = model_info(teacher), contract.teacher
+    pairs = {
+        "weights": (expected.weights_sha256, info.weights_sha256),
+        "adapter": (expected.adapter_sha256, info.adapter_sha256),
+    }
+    if expected.weights_sha256 == "unknown":  # made elsewhere, and imported
+        pairs = {}
+    for what, (old, new) in pairs.items():
+        if old != new:
+            raise ContractError(
+                f"{teacher.name}: is not the teacher of this cache: {what}: expected sha256 {str(old)[:12]}..., found {str(new)[:12]}...; name the one that made it ({expected.name})"
+            )
+    tokens = tokenizer_info(teacher.tokenizer).sha256
+    if tokens != contract.tokenizer.sha256:
+        raise ContractError(
+            f"{teacher.name}: its tokenizer is not the cache's: expected sha256 {contract.tokenizer.sha256[:12]}..., found {tokens[:12]}..."
+        )
+
+
+def _choose(cache: Cache, rows: int, seed: int) -> list[CachedExample]:
+    """Rows at random over all splits, in order, so that each row group is read once."""
+    sets = [cache.dataset(split) for split in cache.splits]
+    ends = np.cumsum([len(part) for part in sets])
+    total = int(ends[-1])
+    numbers = np.sort(np.random.default_rng(seed).choice(total, min(rows, total), replace=False))
+    out = []
+    for number in numbers.tolist():
+        which = int(np.searchsorted(ends, number, side="right"))
+        out.append(sets[which][number - int(ends[which]) + len(sets[which])])
+    return out
+
+
+def _logits(
+    task: Task, teacher: LoadedModel, rows: Sequence[CachedExample], contract: Contract, width: int | None
+) -> Tensor:
+    """(N, V) float32, on the CPU."""
+    examples = [row.example for row in rows]
+    return teacher_logits(task, teacher, teacher.tokenizer, examples, contract.num_classes, width).float().cpu()
+
+
+def _devices(cache: Cache) -> tuple[str, ...]:
+    receipts = (load_receipt(Layout(cache.root), shard.name) for shard in cache.manifest.shards)
+    return tuple(sorted({receipt.device if receipt is not None else "unknown" for receipt in receipts}))
+
+
+# ------------------------------------------------------------------------------------------------------ the comparison
+
+
+@dataclass(slots=True)
+class _Marks:
+    """What each row has come to."""
+
+    encoding: Encoding
+    found: dict[str, list[float]] = field(default_factory=dict)
+    floor: dict[str, list[float]] = field(default_factory=dict)
+    rounding: dict[str, list[float]] = field(default_factory=dict)
+    statistics: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def add(self, row: CachedExample, together: Tensor, alone: Tensor, labels: Tensor) -> None:
+        """One row: its soft labels, and the (N, V) logits of two passes of the teacher."""
+        temperature = self.encoding.temperature if isinstance(self.encoding, Sampled) else 1.0
+        one, two = (torch.log_softmax(logits / temperature, -1) for logits in (together, alone))
+        soft = row.soft
+        at = (owners(soft.top_offsets), soft.top_ids)
+        if isinstance(self.encoding, Sampled):
+            weights, steps = soft.top_logprobs.exp(), self.encoding.steps
+            distance = ((weights - one[at].exp()).abs() - 1 / steps).clamp_min(0)
+            self._mark(
+                "weights of the top, beyond their rounding",
+                distance.max(),
+                (one[at].exp() - two[at].exp()).abs().max(),
+                1e-6,
+            )
+            self._add_statistics(row, one, labels)
+        else:
+            seen = soft.top_logprobs > _LOWEST
+            stored = soft.top_logprobs[seen]
+            first, second = one[at][seen], two[at][seen]
+            # float16 keeps 11 bits; float32 logits are exact but for the log-sum-exp of each pass.
+            narrow = 2.0**-11 if not isinstance(self.encoding, Full) or soft.num_classes >= 4096 else 2.0**-20
+            rounding = narrow * float(stored.abs().mean()) + 1e-6
+            self._mark(
+                "log-probabilities that are kept, nats",
+                (stored - first).abs().mean(),
+                (first - second).abs().mean(),
+                rounding,
+            )
+            self._mark(
+                "  the worst of a row",
+                (stored - first).abs().max(),
+                (first - second).abs().max(),
+                narrow * -_LOWEST + 1e-6,
+            )
+            for g, t in enumerate(getattr(self.encoding, "temperatures", ())):
+                kept = [torch.log_softmax(logits / t, -1) for logits in (together, alone)]
+                outside = [self._outside(p.exp(), at) for p in kept]
+                stored_mass = soft.log_residuals[:, g].exp()
+                self._mark(
+                    f"mass outside, T = {t:g}",
+                    (stored_mass - outside[0]).abs().max(),
+                    (outside[0] - outside[1]).abs().max(),
+                    5e-4,
+                )
+        known = labels != NO_LABEL
+        if bool(known.any()) and math.isfinite(row.teacher_nll_sum):
+            sums = [
+                -float(torch.log_softmax(logits, -1)[known].gather(1, labels[known, None]).double().sum())
+                for logits in (together, alone)
+            ]
+            count = int(known.sum())
+            apart, floor = abs(row.teacher_nll_sum - sums[0]) / count, abs(sums[0] - sums[1]) / count
+            self._mark("negative log-likelihood, nats a position", apart, floor, 1e-6 * (1 + abs(sums[0])))
+
+    def figures(self, slack: float) -> tuple[Figure, ...]:
+        """The worst row of each mark, and each statistic over all positions."""
+        out = []
+        for what, found in self.found.items():
+            floor = max(self.floor[what])
+            limit = _FLOORS * floor + max(self.rounding[what]) + slack
+            out.append(Figure(what, max(found), floor, limit))
+        for what, parts in self.statistics.items():
+            values = np.concatenate(parts)
+            error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            score = abs(float(values.mean())) / error if error > 0 else 0.0
+            out.append(Figure(f"{what}, standard errors from 0", score, 0.0, _STANDARD_ERRORS + slack))
+        return tuple(out)
+
+    def _mark(self, what: str, found: Tensor | float, floor: Tensor | float, rounding: float) -> None:
+        for kind, value in ((self.found, found), (self.floor, floor), (self.rounding, rounding)):
+            kind.setdefault(what, []).append(float(value))
+
+    def _add_statistics(self, row: CachedExample, logprobs: Tensor, labels: Tensor) -> None:
+        """Sums over classes that are linear in the target: unbiased, so their mean difference from the teacher's is 0 but for sampling."""
+        assert isinstance(self.encoding, Sampled)
+        soft, q = row.soft, logprobs.exp()
+        top, tail = owners(soft.top_offsets), owners(soft.tail_offsets)
+        values = {"log q under the target": logprobs.clamp_min(-30.0), "q under the target": q}
+        values["odd classes under the target"] = (torch.arange(q.shape[1]) % 2).expand_as(q)
+        for what, table in values.items():
+            total = torch.zeros(len(soft), dtype=torch.float64)
+            total.index_add_(0, top, soft.top_logprobs.double().exp() * table[top, soft.top_ids].double())
+            total.index_add_(0, tail, table[tail, soft.tail_ids].double() / self.encoding.sample_size)
+            expected = (q.double() * table.double()).sum(-1)
+            self.statistics.setdefault(what, []).append((total - expected).numpy())
+
+    @staticmethod
+    def _outside(q: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+        rest = q.clone()
+        rest[at] = 0.0
+        return rest.sum(-1)

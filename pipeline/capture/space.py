@@ -1,0 +1,77 @@
+"""Will the cache fit on the disk? Asked before the first shard, which may be days before the last."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+
+from pipeline.cache.manifest import load_receipt
+from pipeline.capture.job import Job
+from pipeline.records import Encoding, Full, Sampled, ShardPlan, TokenizedExample, TopK
+from pipeline.softlabels.fidelity import spread
+from pipeline.sources import read_examples
+
+logger = logging.getLogger(__name__)
+
+#: Source rows that are tokenized for the estimate, at most.
+_SAMPLE = 64
+#: Of a row beside its lists, and of a token.
+_ROW_BYTES, _TOKEN_BYTES = 40, 2
+
+
+def warn_of_full_disk(job: Job, waiting: Sequence[ShardPlan]) -> int:
+    """Say so when what is still to be made will probably not fit.
+
+    Returns:
+        The estimate in bytes: as the shards that are there, by source rows; where there are none, from the tokens of a few rows.
+    """
+    needed = int(_bytes_per_row(job) * sum(shard.stop - shard.start for shard in waiting))
+    if job.layout.outbox is not None:  # one shard at a time is held here
+        return needed
+    free = shutil.disk_usage(job.layout.root).free
+    if needed > free:
+        logger.warning(
+            "%s: about %.1f GB are to be written, and %.1f GB are free on this disk; free some, or use another --output "
+            "(a full disk stops the capture; what is finished stays, and the same command goes on)",
+            job.layout.root,
+            needed / 1e9,
+            free / 1e9,
+        )
+    return needed
+
+
+def _bytes_per_row(job: Job) -> float:
+    receipts = [load_receipt(job.layout, shard.name) for shard in job.plan.shards]
+    done = [receipt for receipt in receipts if receipt is not None]
+    if done:
+        rows = sum(receipt.plan.stop - receipt.plan.start for receipt in done)
+        return sum(receipt.shard.bytes for receipt in done) / max(rows, 1)
+    contract = job.plan.contract
+    per_position = bytes_per_position(contract.encoding, contract.num_classes) + 2 * ("entropy" in contract.columns)
+    total, rows = 0.0, 0
+    for shard, row in _sample(job.plan.shards):
+        found = read_examples(job.source, shard.split, row, row + 1, job.labels)
+        for item in job.task.tokenize(found, shard.split, job.tokenizer, contract.tokenization):
+            if isinstance(item, TokenizedExample):
+                text = len(item.text or "") + len(item.text_pair or "")
+                total += _ROW_BYTES + _TOKEN_BYTES * item.num_tokens + per_position * item.num_positions + text
+        rows += 1
+    return total / max(rows, 1)
+
+
+def bytes_per_position(encoding: Encoding, num_classes: int) -> float:
+    """About what a position takes in Parquet, as measured on language models; see the table of encodings in the README."""
+    if isinstance(encoding, Full):
+        return (4 if num_classes < 4096 else 2) * num_classes
+    if isinstance(encoding, Sampled):
+        return min(encoding.sample_size + 2.0, 3.0 * num_classes)
+    kept = encoding.k if isinstance(encoding, TopK) else 64
+    return 3.1 * min(kept, num_classes) + 2 * len(encoding.temperatures)
+
+
+def _sample(shards: Sequence[ShardPlan]) -> list[tuple[ShardPlan, int]]:
+    """Source rows, evenly spaced over the shards."""
+    chosen = [shards[i] for i in spread(len(shards), _SAMPLE)]
+    each = max(1, _SAMPLE // max(len(chosen), 1))
+    return [(shard, shard.start + offset) for shard in chosen for offset in spread(shard.stop - shard.start, each)]

@@ -1,0 +1,124 @@
+"""Every single setting of a contract: another value is another capture. Generated from the fields, so that a new one is not forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cache import Plan
+from pipeline.cache.build import begin
+from pipeline.cache.manifest import check_same_contract
+from pipeline.errors import ContractError, PipelineError
+from pipeline.records import (
+    Columns,
+    Contract,
+    Encoding,
+    Full,
+    ModelInfo,
+    Sampled,
+    ShardPlan,
+    SourceInfo,
+    Tokenization,
+    TokenizerInfo,
+    TopK,
+    TopP,
+)
+from tests.support.rows import build_cache, make_plan
+
+
+def contract(encoding: Encoding) -> Contract:
+    """A contract with something in every field that can be empty, and nothing in others."""
+    return Contract(
+        task="sequence-classification",
+        encoding=encoding,
+        num_classes=3,
+        label_names=("a", "b", "c"),
+        teacher=ModelInfo("t", None, "T", "0" * 64, 10, "float32", None),
+        tokenizer=TokenizerInfo("1" * 64, None, 50, {"pad": 0, "eos": 1}),
+        source=SourceInfo("s", None, None, Columns(), {"train": "2" * 64}),
+        tokenization=Tokenization(64),
+        store_text=True,
+        batch_tokens=100,
+        seed=0,
+        versions={"torch": "2"},
+        columns={"source_row": "int64"},
+    )
+
+
+def other(value: Any) -> Any:
+    """Another value of its type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, tuple):
+        return (*value[:-1], other(value[-1])) if value else ("x",)
+    return "x"  # None
+
+
+def mutations(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every record that differs in one leaf, and the leaf's path."""
+    for field in dataclasses.fields(record):
+        value, path = getattr(record, field.name), f"{where}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from ((p, dataclasses.replace(record, **{field.name: v})) for p, v in mutations(value, f"{path}."))
+        elif isinstance(value, Mapping):
+            for key in value:
+                yield f"{path}.{key}", dataclasses.replace(record, **{field.name: {**value, key: other(value[key])}})
+            more = next(iter(value.values()))
+            yield f"{path}.more", dataclasses.replace(record, **{field.name: {**value, "more": more}})
+        elif field.name != "kind":  # the name of the class
+            yield path, dataclasses.replace(record, **{field.name: other(value)})
+
+
+CASES = [
+    pytest.param(base, changed, path, id=f"{base.encoding.kind}-{path}")
+    for base in map(contract, (Full(), TopK(2), TopP(0.5), Sampled(6.0)))
+    for path, changed in mutations(base)
+]
+
+
+def test_all_that_is_told_apart_is_among_them():
+    paths = {case.values[2] for case in CASES}
+    assert len(CASES) > 120
+    for path in ("task", "teacher.revision", "teacher.dtype", "tokenizer.sha256", "tokenizer.special_ids.eos"):
+        assert path in paths
+    for path in ("tokenizer.chat_template_sha256", "num_classes", "tokenization.max_length", "encoding.temperature"):
+        assert path in paths
+    for path in ("encoding.sample_size", "encoding.k", "encoding.p", "encoding.temperatures", "label_names"):
+        assert path in paths
+
+
+@pytest.mark.parametrize(("base", "changed", "path"), CASES)
+def test_a_capture_with_one_other_setting_is_refused_and_the_setting_named(base, changed, path):
+    shards = (ShardPlan("train-00000", "train", 0, 3),)
+    with pytest.raises(ContractError, match=re.escape(f"holds another capture: contract.{path}")):
+        check_same_contract(Plan(changed, shards), Plan(base, shards), Path("there"))
+    check_same_contract(Plan(base, shards), Plan(contract(base.encoding), shards), Path("there"))
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ShardPlan)])
+def test_shards_cut_otherwise_are_refused(field):
+    shard = ShardPlan("train-00000", "train", 0, 3)
+    changed = dataclasses.replace(shard, **{field: other(getattr(shard, field))})
+    with pytest.raises(ContractError, match="holds another capture: shards"):
+        check_same_contract(Plan(contract(Full()), (changed,)), Plan(contract(Full()), (shard,)), Path("there"))
+
+
+def test_no_mutation_of_a_real_plan_begins_or_touches_a_file(tmp_path, lm_tokenizer):
+    cache = build_cache(tmp_path / "cache", lm_tokenizer)
+    shards = tuple(ShardPlan(f"train-{i:05d}", "train", i * 30, (i + 1) * 30) for i in range(2))
+    plan, _ = make_plan(lm_tokenizer, Sampled(6.0), 41, shards, tokens=True)
+    before = {path: path.stat().st_mtime_ns for path in cache.root.rglob("*") if path.is_file()}
+    for path, changed in mutations(plan.contract):
+        with pytest.raises(PipelineError) as refused:
+            begin(cache.root, dataclasses.replace(plan, contract=changed), lm_tokenizer)
+        assert "\n" not in str(refused.value), path
+    assert {path: path.stat().st_mtime_ns for path in cache.root.rglob("*") if path.is_file()} == before

@@ -1,0 +1,189 @@
+"""Whatever is done to a cache, in whatever order, it is whole and right, or says that it is not.
+
+A state machine over captures that end and that are killed, damage, verification, repair and reading, against a model of what must be there: the files of an
+undisturbed capture, and which of them were damaged since. More rules (append, merge) belong into `CacheMachine`: each does one thing to `self.root` and says
+what must follow; the invariants hold between all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from functools import cache as once
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from benchmarks.faults import Bench, make_bench, shared_files
+from pipeline.cache import Cache, Layout, drop_broken, verify
+from pipeline.cache.commit import temporary_path
+from pipeline.cache.crash import POINTS, hooked
+from pipeline.errors import CacheError, ContractError, IntegrityError
+
+
+class _Killed(BaseException):
+    """The end of a process, in this one."""
+
+
+@once
+def bench() -> Bench:
+    """One tiny teacher for all runs."""
+    folder = tempfile.mkdtemp(prefix="machine-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_bench(Path(folder))
+
+
+@once
+def expected() -> dict[str, bytes]:
+    return shared_files(bench().whole)
+
+
+SHARDS = st.sampled_from(["train-00000", "train-00001", "train-00002"])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """One directory, and what must be in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(dir=bench().folder)) / "cache"
+        self.begun = False
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.root.parent)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.root)
+
+    @property
+    def finished(self) -> bool:
+        return self.layout.manifest.is_file()
+
+    @property
+    def damaged(self) -> set[str]:
+        """Shards that are there, or listed, and not what they must be."""
+        return {
+            name.removeprefix("data/").removesuffix(".parquet")
+            for name, data in expected().items()
+            if name.startswith("data/")
+            and (self.finished or (self.root / name).exists())
+            and not ((self.root / name).exists() and (self.root / name).read_bytes() == data)
+        }
+
+    # --------------------------------------------------------------------------------------------------- what is done
+
+    @rule()
+    def capture(self) -> None:
+        """Makes what is missing or damaged, and ends with the bytes of an undisturbed one."""
+        bench().capture(self.root)
+        self.begun = True
+        assert shared_files(self.root) == expected()
+        assert not list(self.root.rglob(".*"))
+
+    @rule(point=st.sampled_from(POINTS), time=st.integers(1, 3))
+    def kill(self, point: str, time: int) -> None:
+        """Stops somewhere; half a file is left behind."""
+        left = time
+
+        def hook(name: str) -> None:
+            nonlocal left
+            left -= name == point
+            if left == 0 and name == point:
+                raise _Killed
+
+        try:
+            with hooked(hook):
+                bench().capture(self.root)
+        except _Killed:
+            orphan = temporary_path(self.layout.data / "train-00001.parquet")
+            if self.layout.data.is_dir():
+                orphan.write_bytes(b"half")
+        self.begun = self.layout.plan.is_file()
+
+    @rule()
+    def capture_with_other_settings(self) -> None:
+        """Refused where a capture has begun; elsewhere it would begin one, which is not tried here."""
+        if self.begun:
+            before = shared_files(self.root)
+            with pytest.raises(ContractError, match=r"holds another capture: contract\.seed"):
+                bench().capture(self.root, seed=1)
+            assert shared_files(self.root) == before
+
+    @rule(name=SHARDS, place=st.floats(0, 0.999), bit=st.integers(0, 7))
+    def flip(self, name: str, place: float, bit: int) -> None:
+        path = self.layout.shard(name)
+        if path.exists():
+            data = bytearray(path.read_bytes())
+            if data:
+                data[int(place * len(data))] ^= 1 << bit
+                path.write_bytes(data)
+
+    @rule(name=SHARDS, share=st.floats(0, 0.999))
+    def cut(self, name: str, share: float) -> None:
+        path = self.layout.shard(name)
+        if path.exists():
+            path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+    @rule(name=SHARDS)
+    def lose(self, name: str) -> None:
+        self.layout.shard(name).unlink(missing_ok=True)
+
+    @precondition(lambda self: self.finished)
+    @rule()
+    def repair(self) -> None:
+        """Drops what is damaged and nothing else."""
+        found = verify(self.root)
+        damaged = self.damaged
+        drop_broken(self.root, found)
+        assert set(found.broken) == damaged
+        assert self.finished == (not damaged)
+        there = {path.stem for path in self.layout.data.glob("[!.]*.parquet")}
+        assert there == {"train-00000", "train-00001", "train-00002"} - damaged
+
+    # ----------------------------------------------------------------------------------------------------- what is seen
+
+    @rule(quick=st.booleans())
+    def verify(self, quick: bool) -> None:
+        """Finds every damaged shard, and no other."""
+        if not self.finished:
+            with pytest.raises(CacheError, match=r"no cache here|was not finished"):
+                verify(self.root, quick=quick)
+            return
+        assert set(verify(self.root, quick=quick).broken) == self.damaged
+
+    @precondition(lambda self: self.finished)
+    @rule()
+    def read(self) -> None:
+        """Every row once and in order, or an error; never other rows."""
+        try:
+            rows = [row.example.source_row for row in Cache.open(self.root).dataset("train")]
+        except IntegrityError:
+            assert self.damaged
+        else:
+            assert rows == [row.example.source_row for row in Cache.open(bench().whole).dataset("train")]
+
+    @invariant()
+    def nothing_unknown_has_a_final_name(self) -> None:
+        if self.root.exists():
+            assert set(shared_files(self.root)) <= set(expected())
+
+    @invariant()
+    def all_but_the_shards_is_as_it_must_be(self) -> None:
+        if self.root.exists():
+            files = {name: data for name, data in shared_files(self.root).items() if not name.startswith("data/")}
+            assert all(expected()[name] == data for name, data in files.items())
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(
+    max_examples=8,
+    stateful_step_count=14,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
