@@ -208,13 +208,10 @@ class RemoteShard(io.RawIOBase):
         if [start for start, _ in ranges] != bounds[:-1] or not all(self.remote.holds(self.record, *r) for r in ranges):
             return
         digest = hashlib.sha256(b"PAR1")
-        for start, stop in [*ranges, (bounds[-1], self.record.bytes)]:
-            self.seek(start)
-            digest.update(
-                self._pieces.get(start) or self.remote.piece(self.record, start, stop)
-                if (start, stop) in ranges
-                else self.read()
-            )
+        for start, stop in ranges:
+            digest.update(self.remote.piece(self.record, start, stop))
+        self.seek(bounds[-1])
+        digest.update(self.read())
         try:
             check_sha256(str(self), self.record, digest.hexdigest())
         except IntegrityError:

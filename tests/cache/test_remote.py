@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import pickle
 import shutil
 
@@ -235,6 +236,37 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
     store.write("cache/pieces/x/c", bytes(100))
     assert [store.holds(f"cache/pieces/x/{name}") for name in "abc"] == [True, False, True]
     assert store.read("cache/pieces/x/b") is None
+
+
+def test_other_processes_write_to_the_store_too(tmp_path):
+    ours, theirs = Store(tmp_path, 1000), Store(tmp_path, 1000)
+    for i in range(30):
+        (ours if i % 2 else theirs).write(f"cache/pieces/x/{i}", bytes(60))
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 1060
+
+
+def test_a_worker_that_was_forked_fetches_by_itself(tmp_path, cache, url, flaky):
+    """As `DataLoader` makes its workers: after threads have begun to fetch."""
+    rows = open_url(url, tmp_path).dataset("train")
+    rows.upcoming = (0, 1, 2)
+    _ = rows[0]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_source_row, (rows, 33)).get(timeout=30) == 33
+
+
+def _source_row(rows, index):
+    rows.upcoming = (6, 7)
+    return rows[index].example.source_row
+
+
+def test_a_network_that_dies_while_a_footer_is_read(tmp_path, lm_tokenizer, flaky, monkeypatch):
+    """PyArrow asks for what was not foreseen: the error comes through it as it is."""
+    by_pieces(monkeypatch)
+    cache = build_cache(tmp_path / "cache", lm_tokenizer, per_shard=30, shards=1)
+    rows = open_url(f"flaky://{cache.root}", tmp_path).dataset("train")
+    flaky.die_after = 1
+    with pytest.raises(CacheError, match=r"the network failed 4 times"):
+        _ = rows[0]
 
 
 def test_rows_behind_a_url_are_picklable(tmp_path, url, flaky):
