@@ -206,7 +206,7 @@ def test_what_push_refuses(cache, words, message):
 
 def test_a_pull_that_was_cut_short_goes_on(tmp_path, cache, url, flaky, monkeypatch):
     monkeypatch.setattr(pulling, "_PARALLEL", 1)
-    monkeypatch.setattr(pulling, "_PART", 1000)
+    monkeypatch.setattr(pulling, "_PART", 300)
     push(cache, url, license="mit")
     flaky.log.clear()
     flaky.die_after = 12
@@ -214,6 +214,7 @@ def test_a_pull_that_was_cut_short_goes_on(tmp_path, cache, url, flaky, monkeypa
         pull(url, tmp_path / "copy")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "copy" / "manifest.json").exists()
+    assert [path.stat().st_size for path in (tmp_path / "copy").rglob("*.part")] > [0]
     flaky.die_after = None
     copy = pull(url, tmp_path / "copy")
     assert copy.manifest == cache.manifest
