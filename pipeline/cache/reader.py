@@ -344,15 +344,20 @@ class CacheDataset(Dataset[CachedExample]):
             path = Layout(self.root).shard(name)
             return read_row_group(open_shard(path), path, i, columns=columns)
         try:
-            return self._fetch(self.remote.shard(name), i, columns)
+            table, shard, file = self._fetch(self.remote, name, i, columns)
         except IntegrityError:  # damaged in the store, or on the way: once more, from the network
             self.remote.forget(self.remote.shards[name])
-            return self._fetch(self.remote.shard(name), i, columns)
+            table, shard, file = self._fetch(self.remote, name, i, columns)
+        shard.check_whole(file.metadata)
+        return table
 
-    def _fetch(self, shard: RemoteShard, group: int, columns: Sequence[str] | None) -> pa.Table:
+    def _fetch(
+        self, remote: Remote, name: str, group: int, columns: Sequence[str] | None
+    ) -> tuple[pa.Table, RemoteShard, pq.ParquetFile]:
+        shard = remote.shard(name)
         file = open_shard(shard)
         check_footer(file, shard, shard.record, self.manifest)
-        return read_row_group(file, shard, group, columns=columns)
+        return read_row_group(file, shard, group, columns=columns), shard, file
 
 
 def check_beside(root: Path) -> None:

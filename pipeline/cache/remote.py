@@ -88,6 +88,14 @@ class Remote:
         """Whether the store has a piece."""
         return self.store.holds(self._name(shard, start, stop))
 
+    def is_checked(self, shard: Shard) -> bool:
+        """Whether the SHA-256 of all of it was compared."""
+        return self.store.holds(f"{self.prefix}/pieces/{shard.name}/checked")
+
+    def mark_checked(self, shard: Shard) -> None:
+        """It was."""
+        self.store.write(f"{self.prefix}/pieces/{shard.name}/checked", b"")
+
     def forget(self, shard: Shard) -> None:
         """Drop what is stored of a shard."""
         shutil.rmtree(self.store.directory / self.prefix / "pieces" / shard.name, ignore_errors=True)
@@ -128,6 +136,7 @@ class Remote:
 
     def _check_process(self) -> None:
         if self._process != os.getpid():  # a worker that was forked has no threads, and may hold their locks
+            self.store = Store(self.store.directory, self.store.max_bytes)
             self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,11 +170,43 @@ class RemoteShard(io.RawIOBase):
             for start, stop in _column_ranges(metadata, group, columns):
                 self._take(start, stop)
             return
-        start, stop = _group_range(metadata, group)
-        is_new = not self.remote.holds(self.record, start, stop)
-        self._take(start, stop)
-        if is_new:
-            self._check_whole(metadata)
+        self._take(*_group_range(metadata, group))
+
+    def check_whole(self, metadata: pq.FileMetaData) -> None:
+        """Once the store has every row group: the SHA-256 of the file, which covers what no page checksum does. Once for each shard.
+
+        Raises:
+            IntegrityError: it is not the manifest's.
+        """
+        ranges = [_group_range(metadata, group) for group in range(metadata.num_row_groups)]
+        bounds = [4, *(stop for _, stop in ranges)]
+        if (
+            self.record.bytes <= _SMALL  # it was compared when it came
+            or self.remote.is_checked(self.record)
+            or [start for start, _ in ranges] != bounds[:-1]  # not ours: something stands between them
+            or not all(self.remote.holds(self.record, *piece) for piece in ranges)
+        ):
+            return
+        found = self._digest(ranges)
+        if found != self.record.sha256:  # damaged in the store, or on the way: once more, from the network
+            self._forget()
+            found = self._digest(ranges)
+        if found != self.record.sha256:
+            self._forget()
+        check_sha256(str(self), self.record, found)
+        self.remote.mark_checked(self.record)
+
+    def _digest(self, ranges: Sequence[tuple[int, int]]) -> str:
+        digest = hashlib.sha256(b"PAR1")
+        for start, stop in ranges:
+            digest.update(self.remote.piece(self.record, start, stop))
+        self.seek(ranges[-1][1])
+        digest.update(self.read())
+        return digest.hexdigest()
+
+    def _forget(self) -> None:
+        self._pieces.clear()
+        self.remote.forget(self.record)
 
     def readable(self) -> bool:
         """Yes."""
@@ -200,26 +241,6 @@ class RemoteShard(io.RawIOBase):
     def _take(self, start: int, stop: int) -> bytes:
         data = self._pieces[start] = self.remote.piece(self.record, start, stop)
         return data
-
-    def _check_whole(self, metadata: pq.FileMetaData) -> None:
-        """Once the store has every row group: the SHA-256 of the file."""
-        ranges = [_group_range(metadata, group) for group in range(metadata.num_row_groups)]
-        bounds = [4, *(stop for _, stop in ranges)]
-        if [start for start, _ in ranges] != bounds[:-1] or not all(self.remote.holds(self.record, *r) for r in ranges):
-            return
-        digest = hashlib.sha256(b"PAR1")
-        for start, stop in [*ranges, (bounds[-1], self.record.bytes)]:
-            self.seek(start)
-            digest.update(
-                self._pieces.get(start) or self.remote.piece(self.record, start, stop)
-                if (start, stop) in ranges
-                else self.read()
-            )
-        try:
-            check_sha256(str(self), self.record, digest.hexdigest())
-        except IntegrityError:
-            self.remote.forget(self.record)
-            raise
 
 
 def open_remote(url: str, cache_dir: Path | None = None, cache_bytes: int = DEFAULT_BYTES) -> tuple[Path, Remote]:

@@ -12,6 +12,8 @@ from pipeline.cache.commit import write_atomically
 
 #: After a clean-up this share of the bound is used, so that the next one is not due at once.
 _KEPT = 0.9
+#: After this share of it was written the directory is looked at again: other processes write too.
+_LOOK = 0.05
 
 DEFAULT_BYTES = 20_000_000_000
 
@@ -28,7 +30,8 @@ class Store:
         self.directory = directory
         self.max_bytes = max_bytes
         self._used: int | None = None
-        """An estimate between two looks at the directory: other processes write too."""
+        """Bytes when the directory was last looked at; None: never."""
+        self._written = 0
         self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes | None:
@@ -53,9 +56,9 @@ class Store:
         """
         write_atomically(self._path(name), lambda temporary: _write(temporary, data))
         with self._lock:
-            self._used = self._clean() if self._used is None else self._used + len(data)
-            if self._used > self.max_bytes:
-                self._used = self._clean()
+            self._written += len(data)
+            if self._used is None or self._written > min(self.max_bytes - self._used, _LOOK * self.max_bytes):
+                self._used, self._written = self._clean(), 0
 
     def drop(self, name: str) -> None:
         """Forget a piece."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import pickle
 import shutil
 
@@ -154,22 +155,25 @@ def test_damage_on_the_way_or_in_the_store_is_fetched_again(tmp_path, lm_tokeniz
     assert flaky.damaged == 0
     for piece in (tmp_path / "fetched").glob("*/pieces/*/*"):
         data = bytearray(piece.read_bytes())
-        data[len(data) // 2] ^= 4
+        if data:
+            data[len(data) // 2] ^= 4
         piece.write_bytes(data)
     assert_same_rows(there.dataset("train"), cache.dataset("train"))
 
 
 def test_a_whole_shard_is_compared_with_its_sha256(tmp_path, lm_tokenizer, flaky, monkeypatch):
-    """Bytes between the columns are in no page: only the hash of the file knows of them."""
-    by_pieces(monkeypatch)
+    """What is in no page: only the hash of the file knows of it."""
+    by_pieces(monkeypatch, rows=100)
+    monkeypatch.setattr(remote, "_TAIL", 1 << 16)
     monkeypatch.setattr(remote.Remote, "announce", lambda *args: None)
-    cache = build_cache(tmp_path / "cache", lm_tokenizer, per_shard=6, shards=1)
+    cache = build_cache(tmp_path / "cache", lm_tokenizer, encoding=Full(), per_shard=200, shards=1)
     path = cache.root / "data" / "train-00000.parquet"
     data = bytearray(path.read_bytes())
     at = data.rindex(b"parquet-cpp-arrow")  # who made it, in the footer
     data[at : at + 7] = b"PARQUET"
     path.write_bytes(data)
     rows = open_url(f"flaky://{cache.root}", tmp_path).dataset("train")
+    assert rows[0].example.source_row == 0  # one of two row groups
     with pytest.raises(IntegrityError, match=r"train-00000\.parquet: sha256 differs"):
         list(rows)
 
@@ -235,6 +239,44 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
     store.write("cache/pieces/x/c", bytes(100))
     assert [store.holds(f"cache/pieces/x/{name}") for name in "abc"] == [True, False, True]
     assert store.read("cache/pieces/x/b") is None
+
+
+def test_other_processes_write_to_the_store_too(tmp_path):
+    ours, theirs = Store(tmp_path, 1000), Store(tmp_path, 1000)
+    for i in range(30):
+        (ours if i % 2 else theirs).write(f"cache/pieces/x/{i}", bytes(60))
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 1060
+
+
+def test_a_worker_that_was_forked_fetches_by_itself(tmp_path, cache, url, flaky):
+    """As `DataLoader` makes its workers: after threads have begun to fetch, and hold locks."""
+    rows = open_url(url, tmp_path).dataset("train")
+    rows.upcoming = (0, 1, 2)
+    _ = rows[0]
+
+    def read(found):
+        rows.upcoming = (6, 7)
+        found.put(rows[33].example.source_row)
+
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+    worker = context.Process(target=read, args=(found,), daemon=True)
+    wait_until(lambda: {f"train-0000{i}.parquet" for i in range(3)} <= {name for name, _ in flaky.log})
+    with rows.remote._guard, rows.remote.store._lock:  # as a thread may hold them
+        worker.start()
+    worker.join(10)
+    assert worker.exitcode == 0
+    assert found.get() == 33
+
+
+def test_a_network_that_dies_while_a_footer_is_read(tmp_path, lm_tokenizer, flaky, monkeypatch):
+    """PyArrow asks for what was not foreseen: the error comes through it as it is."""
+    by_pieces(monkeypatch)
+    cache = build_cache(tmp_path / "cache", lm_tokenizer, per_shard=30, shards=1)
+    rows = open_url(f"flaky://{cache.root}", tmp_path).dataset("train")
+    flaky.die_after = 1
+    with pytest.raises(CacheError, match=r"the network failed 4 times"):
+        _ = rows[0]
 
 
 def test_rows_behind_a_url_are_picklable(tmp_path, url, flaky):

@@ -206,7 +206,7 @@ def test_what_push_refuses(cache, words, message):
 
 def test_a_pull_that_was_cut_short_goes_on(tmp_path, cache, url, flaky, monkeypatch):
     monkeypatch.setattr(pulling, "_PARALLEL", 1)
-    monkeypatch.setattr(pulling, "_PART", 1000)
+    monkeypatch.setattr(pulling, "_PART", 300)
     push(cache, url, license="mit")
     flaky.log.clear()
     flaky.die_after = 12
@@ -214,6 +214,7 @@ def test_a_pull_that_was_cut_short_goes_on(tmp_path, cache, url, flaky, monkeypa
         pull(url, tmp_path / "copy")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "copy" / "manifest.json").exists()
+    assert [path.stat().st_size for path in (tmp_path / "copy").rglob("*.part")] > [0]
     flaky.die_after = None
     copy = pull(url, tmp_path / "copy")
     assert copy.manifest == cache.manifest
@@ -307,7 +308,7 @@ SECRETS = {
 }
 
 
-def test_nothing_secret_gets_out(tmp_path, lm_tokenizer, flaky, monkeypatch, caplog):
+def test_nothing_secret_gets_out(tmp_path, lm_tokenizer, save_teacher, flaky, monkeypatch, caplog):
     """Planted in the environment and in the URL: in no file, log line or output."""
     caplog.set_level("DEBUG", "pipeline")
     for name, value in SECRETS.items():
@@ -318,7 +319,8 @@ def test_nothing_secret_gets_out(tmp_path, lm_tokenizer, flaky, monkeypatch, cap
         classmethod(lambda cls, path: str(path).partition("@host")[2].partition("?")[0] or str(path)),
     )
     url = f"flaky://planted-user:planted-password@host{tmp_path}/shared?X-Amz-Signature=planted-signature"
-    cache = build_cache(tmp_path / "cache", lm_tokenizer, per_shard=5)
+    cache = build_cache(tmp_path / "cache", lm_tokenizer, classes=len(lm_tokenizer), per_shard=5)
+    student = save_teacher(tiny_model("llama", len(lm_tokenizer)), lm_tokenizer, "init")
     outputs = []
 
     def call(*words):
@@ -330,6 +332,9 @@ def test_nothing_secret_gets_out(tmp_path, lm_tokenizer, flaky, monkeypatch, cap
     settings = ("--cache-dir", str(tmp_path / "fetched"))
     assert call("inspect", "--cache", url, *settings).exit_code == 0, outputs
     assert call("pull", "--from", url, "--output", str(tmp_path / "copy")).exit_code == 0, outputs
+    config = f"train-student: {{cache: '{url}', student: {student}, output: {tmp_path}/student, max-steps: 1}}"
+    (tmp_path / "run.yaml").write_text(config)
+    assert call("train-student", "--config", str(tmp_path / "run.yaml"), *settings).exit_code == 0, outputs
     flaky.failures = -1
     for words in (["inspect", *settings, "--cache"], ["pull", "--output", str(tmp_path / "x"), "--from"]):
         failed = call(*words, url)
@@ -337,7 +342,7 @@ def test_nothing_secret_gets_out(tmp_path, lm_tokenizer, flaky, monkeypatch, cap
         assert "flaky://***@host" in failed.output
     written = [
         path.read_bytes()
-        for root in ("shared", "copy", "cache", "fetched")
+        for root in ("shared", "copy", "cache", "fetched", "student")
         for path in (tmp_path / root).rglob("*")
         if path.is_file()
     ]
