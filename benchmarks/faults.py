@@ -60,13 +60,13 @@ class Bench:
     tokenizer: Any
     rows: Any
 
-    def capture(self, output: Path, *, seed: int = 0) -> None:
-        """Run stage 1 in this process."""
+    def capture(self, output: Path, *, seed: int = 0, rows: int | None = None, append: bool = False) -> None:
+        """Run stage 1 in this process, over all rows or the first so many."""
         import pipeline as softlabel
 
         softlabel.cache_logits(
             self.model,
-            self.rows,
+            self.rows if rows is None else self.rows.select(range(rows)),
             output,
             task="causal-lm",
             tokenizer=self.tokenizer,
@@ -75,6 +75,7 @@ class Bench:
             rows_per_shard=PER_SHARD,
             batch_tokens=256,
             seed=seed,
+            append=append,
         )
 
     @property

@@ -18,9 +18,11 @@ import torch
 from pipeline.cache import Cache
 from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import dump, parse
-from pipeline.config import SweepConfig, TrainStudentConfig
+from pipeline.config import ReportConfig, SweepConfig, TrainStudentConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
-from pipeline.evaluation import evaluate, format_table
+from pipeline.evaluation import evaluate
+from pipeline.evaluation.report import report as write_report
+from pipeline.evaluation.summary import summary
 from pipeline.models.initialize import init_student
 from pipeline.records import TrainResult
 from pipeline.sweep.grid import PlannedRun, Start, named_caches, plan, train_config
@@ -62,23 +64,29 @@ def run(config: SweepConfig) -> SweepReport:
 
 
 def report(config: SweepConfig, found: SweepReport) -> str:
-    """What the sweep ends in: the evaluation of every student that was trained, on the split to report; seeds one by one.
+    """What the sweep ends in: `softlabel report` over every student that was trained, without measurements of speed, in the directory `report`.
 
     Returns:
-        A table for each cache; also kept as `evaluation-CACHE.json`. Empty where no student was trained.
+        Its summary. Empty where no student was trained.
     """
-    tables = []
-    for name, path in named_caches(config).items():
-        students = {
-            run.name: str(Path(config.output, run.directory))
-            for run in found.runs
-            if run.cache == name and run.result is not None
-        }
-        if students:
-            table = evaluate(path, students, split=config.report_split)
-            write_text(Path(config.output, f"evaluation-{name}.json"), dump(table))
-            tables.append(format_table(table))
-    return "\n\n".join(tables)
+    made = [(run.role, f"{run.group}={Path(config.output, run.directory)}") for run in found.runs if run.result]
+    students, controls = (tuple(model for role, model in made if role == kind) for kind in ("student", "control"))
+    if not students:
+        return ""
+    return summary(
+        write_report(
+            ReportConfig(
+                cache=tuple(named_caches(config).values()),
+                student=students,
+                control=controls,
+                teacher=config.teacher,
+                split=config.report_split,
+                calibration_split=config.eval_split,
+                output=str(Path(config.output, "report")),
+                rounds=0,
+            )
+        )
+    )
 
 
 def _check(config: SweepConfig, caches: Mapping[str, Cache]) -> str | None:

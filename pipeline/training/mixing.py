@@ -85,6 +85,9 @@ def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
 class AlignedDataset(Dataset[tuple[CachedExample, ...]]):
     """Rows of one cache, each with the rows of equal content of others: the order is that of the first."""
 
+    remote = None
+    """Behind URLs too nothing is fetched ahead."""
+
     def __init__(self, caches: Sequence[Cache], split: str, *, window: int) -> None:
         """Pair the rows of a split.
 
@@ -130,6 +133,9 @@ def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str) -> n
 
 class JoinedDataset(Dataset[CachedExample]):
     """Rows of several caches, one after another, as if they were one."""
+
+    remote = None
+    """Behind URLs too nothing is fetched ahead."""
 
     def __init__(self, caches: Sequence[Cache], split: str, *, window: int) -> None:
         self.parts = [cache.dataset(split, window=window) for cache in caches]

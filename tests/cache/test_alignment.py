@@ -39,7 +39,7 @@ def misaligned(tmp_path, lm_tokenizer, monkeypatch):
             rows.append(dataclasses.replace(row, example=example, content_hash=content_hash(example)))
         record(layout, Receipt(write_shard(layout.shard(shard.name), shard, rows, schema), shard, (), "cpu", 0.0, 0.0))
     with monkeypatch.context() as patch:
-        patch.setattr(build, "check_alignment", lambda cache: None)
+        patch.setattr(build, "check_alignment", lambda cache, name: None)
         return finish(layout, plan)
 
 

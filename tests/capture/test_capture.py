@@ -214,7 +214,7 @@ def write_shard(*args):
         # in the middle of the second shard's write
         def die(self, table, **kwargs):
             os.kill(os.getpid(), signal.SIGNAL)
-            time.sleep(1)
+            time.sleep(3)
             raise OSError("stopped")
         pq.ParquetWriter.write_table = die
     done.append(args)

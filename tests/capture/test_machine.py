@@ -1,8 +1,7 @@
 """Whatever is done to a cache, in whatever order, it is whole and right, or says that it is not.
 
 A state machine over captures that end and that are killed, damage, verification, repair and reading, against a model of what must be there: the files of an
-undisturbed capture, and which of them were damaged since. More rules (append, merge) belong into `CacheMachine`: each does one thing to `self.root` and says
-what must follow; the invariants hold between all of them.
+undisturbed capture, and which of them were damaged since. `GrowingMachine` appends, is killed at it, and merges; there the manifest says which of two caches must be there.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from benchmarks.faults import Bench, make_bench, shared_files
-from pipeline.cache import Cache, Layout, drop_broken, verify
+from pipeline.cache import Cache, Layout, Plan, drop_broken, verify
 from pipeline.cache.commit import temporary_path
 from pipeline.cache.crash import POINTS, hooked
+from pipeline.cache.manifest import parse
+from pipeline.cache.transforms import merge
 from pipeline.errors import CacheError, ContractError, IntegrityError
 
 
@@ -179,11 +180,113 @@ class CacheMachine(RuleBasedStateMachine):
             assert all(expected()[name] == data for name, data in files.items())
 
 
-TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(
+#: The rows of the cache that is appended to, and of one that is merged with it; a shard and a half, so that shards of both kinds meet.
+FIRST, OTHER = 30, 45
+
+
+@once
+def first() -> dict[str, bytes]:
+    bench().capture(bench().folder / "first", rows=FIRST)
+    return shared_files(bench().folder / "first")
+
+
+@once
+def grown() -> dict[str, bytes]:
+    root = bench().folder / "grown"
+    bench().capture(root, rows=FIRST)
+    bench().capture(root, append=True)
+    return shared_files(root)
+
+
+@once
+def other() -> Cache:
+    bench().capture(bench().folder / "merged-with", rows=OTHER)
+    return Cache.open(bench().folder / "merged-with")
+
+
+def contents(cache: Cache) -> list[int]:
+    return sorted(row.content_hash for row in cache.dataset("train"))
+
+
+class GrowingMachine(RuleBasedStateMachine):
+    """One directory whose data set has gained rows since it was cached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(dir=bench().folder)) / "cache"
+        self.appending = False
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.root.parent)
+
+    @property
+    def manifest(self) -> bytes | None:
+        path = Layout(self.root).manifest
+        return path.read_bytes() if path.is_file() else None
+
+    @rule()
+    def capture(self) -> None:
+        """Of the first rows; refused once an append has begun."""
+        if self.appending:
+            with pytest.raises(ContractError, match=r"holds another capture"):
+                bench().capture(self.root, rows=FIRST)
+        else:
+            bench().capture(self.root, rows=FIRST)
+            assert shared_files(self.root) == first()
+
+    @precondition(lambda self: self.manifest is not None)
+    @rule(point=st.one_of(st.none(), st.sampled_from(POINTS)), time=st.integers(1, 2))
+    def append(self, point: str | None, time: int) -> None:
+        """Killed somewhere, or not: before its end the old cache stands, after it the new one."""
+        left = time
+
+        def hook(name: str) -> None:
+            nonlocal left
+            left -= name == point
+            if left == 0 and name == point:
+                raise _Killed
+
+        try:
+            with hooked(hook):
+                bench().capture(self.root, append=True)
+        except _Killed:
+            pass
+        else:
+            assert shared_files(self.root) == grown()
+        self.appending = len(parse(Plan, Layout(self.root).plan).shards) > len(
+            parse(Plan, Layout(bench().folder / "first").plan).shards
+        )
+
+    @precondition(lambda self: self.manifest is not None)
+    @rule()
+    def merge(self) -> None:
+        """Each content once, whichever of the two caches has it."""
+        cache = Cache.open(self.root)
+        output = self.root.parent / "merged"
+        merged = merge([cache.root, other().root], output)
+        assert contents(merged) == sorted(set(contents(cache)) | set(contents(other())))
+        assert verify(output).problems == ()
+        shutil.rmtree(output)
+
+    @invariant()
+    def one_of_the_two_caches_is_there_and_whole(self) -> None:
+        if self.manifest is not None:
+            assert verify(self.root).problems == ()
+            files = shared_files(self.root)
+            wanted = first() if self.manifest == first()["manifest.json"] else grown()
+            assert self.manifest == wanted["manifest.json"]
+            shards = {name for name in wanted if name.startswith("data/")}
+            assert {name: files[name] for name in shards} == {name: wanted[name] for name in shards}
+
+
+SETTINGS = settings(
     max_examples=8,
     stateful_step_count=14,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = SETTINGS
+TestGrowingMachine = GrowingMachine.TestCase
+TestGrowingMachine.settings = settings(SETTINGS, stateful_step_count=10)

@@ -179,7 +179,7 @@ class Rows(SimpleNamespace):
 
 
 def test_ranks_take_the_same_rows_of_mixed_data():
-    rows = Rows(starts=np.cumsum([0, *[7] * 30]), manifest=SimpleNamespace(cache_id="a" * 64))
+    rows = Rows(starts=np.cumsum([0, *[7] * 30]), manifest=SimpleNamespace(cache_id="a" * 64), remote=None)
     shares = Proportions((0, 140, 210), (0.8, 0.2), None, seed=1)
     alone = [sorted(b) for b in BatchOrder(rows, 16, seed=0, keep=shares)]
     ranks = [list(BatchOrder(rows, 8, seed=0, keep=shares, rank=r, world_size=2)) for r in (0, 1)]
@@ -218,9 +218,10 @@ def test_what_does_not_align_is_refused(tmp_path, make, lm_tokenizer, bert_token
         train([first, make("f", Sampled(6.0))], path, tmp_path / "x", mix="teachers", divergence="reverse-kl")
     with pytest.raises(MisuseError, match="--teacher-weight: expected 2 above 0"):
         make_mixture([first, fewer], "teachers", (1.0, 0.0))
-    other = build_cache(tmp_path / "bert", bert_tokenizer, encoding=TopK(4), classes=320)
+    other = build_cache(tmp_path / "bert", bert_tokenizer, encoding=TopK(4), classes=len(bert_tokenizer))
+    fitting = make("g", TopK(4), classes=len(bert_tokenizer))
     with pytest.raises(ContractError, match="tokenizer: expected"):
-        make_mixture([first, other], "data", ())
+        make_mixture([fitting, other], "data", ())
     for wrong in ({"mix": "teachers"}, {"proportion": (1.0,)}):
         with pytest.raises(MisuseError, match="go with several --cache"):
             TrainStudentConfig(cache=("a",), student="s", output="o", **wrong)

@@ -6,6 +6,7 @@ receipts; the manifest comes last.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,16 +150,7 @@ def _copy(piece: Piece, path: Path) -> Shard:
         raise IntegrityError(
             f"{piece.path}: sha256 differs from manifest.json (expected {shard.sha256[:12]}..., found {found[:12]}...); {REMEDY}"
         )
-    return Shard(
-        piece.plan.name,
-        piece.plan.split,
-        shard.rows,
-        shard.positions,
-        shard.tokens,
-        shard.bytes,
-        found,
-        shard.row_groups,
-    )
+    return dataclasses.replace(shard, name=piece.plan.name, split=piece.plan.split)
 
 
 def _copy_file(source: Path, target: Path) -> None:
