@@ -180,7 +180,7 @@ def finish(layout: Layout, plan: Plan) -> Cache:
 
 def opened(layout: Layout) -> Cache:
     """The cache that is finished there."""
-    return Cache.open(layout.root) if layout.outbox is None else Cache(layout.root, load_manifest(layout.root))
+    return Cache.open(layout.root if layout.outbox is None else layout.outbox.location)
 
 
 def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> AlignmentProbe | None:

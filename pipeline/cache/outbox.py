@@ -25,6 +25,9 @@ class Outbox:
 
     def __init__(self, url: str) -> None:
         self.url = redact(url)
+        """As messages show it."""
+        self.location = url
+        """With its credentials, if it has any: never shown."""
         self._filesystem, self._root = open_filesystem(url)
         self.staging = Path(tempfile.mkdtemp(prefix="softlabel-"))
         """The local directory; it goes with this object, at the latest with the process."""

@@ -78,7 +78,7 @@ def serve(order: Order, answers: Any) -> None:
     from pipeline.cache import Cache
     from pipeline.evaluation.passes import collator_of
     from pipeline.tasks import get_task
-    from pipeline.training.run import load_student
+    from pipeline.training.student import load_student
 
     cache = Cache.open(order.cache, verify="none")
     contract = cache.manifest.contract

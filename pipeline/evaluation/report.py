@@ -27,7 +27,7 @@ from pipeline.evaluation.subjects import Subject, Teacher
 from pipeline.evaluation.verdict import headline, verdict
 from pipeline.softlabels import served_temperature
 from pipeline.tasks import Task, get_task
-from pipeline.training.run import load_student
+from pipeline.training.student import load_student
 
 
 def report(config: ReportConfig) -> Report:

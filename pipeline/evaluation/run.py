@@ -25,7 +25,7 @@ from pipeline.softlabels import default_temperature, served_temperature
 from pipeline.tasks import Task, get_task
 from pipeline.training.collate import teacher_argmax
 from pipeline.training.losses import forward_kl
-from pipeline.training.run import check_fit, load_student
+from pipeline.training.student import check_fit, load_student
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:

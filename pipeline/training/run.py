@@ -10,30 +10,28 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
 from pipeline.cache.alignment import check_alignment
 from pipeline.cache.commit import write_text
 from pipeline.cache.manifest import differences, dump, parse
 from pipeline.config import TrainStudentConfig, parse_bytes
-from pipeline.errors import ContractError, MisuseError, ModelError
+from pipeline.errors import ContractError, MisuseError
 from pipeline.models import (
     LABELS,
     LoadedModel,
-    check_isolation,
-    load_model,
     longest_input,
     model_info,
     tokenizer_info,
 )
 from pipeline.models.arguments import show_progress, training_arguments
-from pipeline.records import Contract, Loss, MixedCache, TrainResult
-from pipeline.tasks import Task, get_task
+from pipeline.records import Loss, MixedCache, TrainResult
+from pipeline.tasks import get_task
 from pipeline.training.card import CARD, make_card
 from pipeline.training.mixing import Mixture, make_mixture
+from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -263,110 +261,6 @@ def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:
         MixedCache(each.manifest.cache_id, mixture.kind, share)
         for each, share in zip((cache, *mixture.others), shares, strict=True)
     )
-
-
-def load_student(
-    contract: Contract, name: str, *, new_head: bool = True, trust_remote_code: bool = False
-) -> LoadedModel:
-    """Load a student and check that it fits the cache. `new_head`: a classifier's checkpoint without a head gets a new one.
-
-    Raises:
-        ContractError: another number of labels, another order of them, or another tokenizer.
-        ModelError: nothing loadable there.
-    """
-    task = get_task(contract.task)
-    names = None if contract.label_names is None else _agreed_labels(contract.label_names, name, trust_remote_code)
-    student = load_model(
-        task,
-        name,
-        dtype="float32",
-        label_names=names,
-        new_head=new_head and not task.classes_are_tokens,
-        trainable=True,
-        trust_remote_code=trust_remote_code,
-    )
-    check_fit(task, contract, student)
-    return student
-
-
-def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) -> LoadedModel:
-    """The student with a new LoRA adapter (Hu et al., 2021) around it, which alone is trained; a new head is trained with it.
-
-    Raises:
-        ModelError: PEFT is not installed, or does not know the modules.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ModelError("--lora-r needs PEFT: pip install 'soft-label-pipeline[lm]'") from None
-    rank = config.lora_r or 0
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=config.lora_alpha or 2 * rank,
-        target_modules=list(config.lora_target) or None,
-        task_type=task.peft_type,
-    )
-    try:
-        adapted: Any = get_peft_model(student.model, settings)
-    except ValueError as error:
-        raise ModelError(f"--lora-target: {' '.join(str(error).split())}") from None
-    return dataclasses.replace(student, model=adapted)
-
-
-def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
-    """Refuse a student that does not fit the cache.
-
-    Raises:
-        ContractError: names what differs.
-    """
-    same_tokenizer = tokenizer_info(student.tokenizer).sha256 == contract.tokenizer.sha256
-    if task.classes_are_tokens and not same_tokenizer:
-        raise ContractError(
-            f"{student.name}: the student's tokenizer is not the cache's (expected {contract.tokenizer.vocabulary_size} tokens, sha256 "
-            f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); soft labels of tokens need the teacher's tokenizer: use a student of its family, or softlabel init-student"
-        )
-    if not same_tokenizer and not contract.store_text:
-        raise ContractError(
-            f"{student.name}: the student has another tokenizer, and the cache holds no texts to tokenize anew; cache again with --store-text"
-        )
-    found = task.num_classes(student.model, student.tokenizer)
-    if found < contract.num_classes or (not task.classes_are_tokens and found != contract.num_classes):
-        raise ContractError(f"{student.name}: expected {contract.num_classes} classes, as the cache has, found {found}")
-    embedding: Any = student.model.get_input_embeddings()
-    if task.classes_are_tokens and embedding.num_embeddings < contract.num_classes:
-        raise ContractError(
-            f"{student.name}: has an input embedding of {embedding.num_embeddings} tokens, expected at least {contract.num_classes}, as its output and the cache have; "
-            "resize_token_embeddings makes both of one size"
-        )
-    check_isolation(student.model, contract.tokenization)
-    longest = longest_input(student.model, student.tokenizer)
-    if same_tokenizer and longest < contract.tokenization.max_length:
-        raise ContractError(
-            f"{student.name}: takes at most {longest} tokens, and the cache has rows of up to {contract.tokenization.max_length}; cache again with --max-length {longest}"
-        )
-
-
-def _agreed_labels(expected: tuple[str, ...], name: str, trust_remote_code: bool) -> tuple[str, ...]:
-    """The cache's labels, if those that the student names already are the same."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return expected  # load_model says what is wrong
-    trained = any("Classification" in architecture for architecture in config.architectures or ())
-    found = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    generic = found == tuple(f"LABEL_{i}" for i in range(len(found)))
-    if not trained:
-        return expected
-    if len(found) != len(expected):
-        raise ContractError(
-            f"{name}: expected {len(expected)} labels, as the cache has ({', '.join(expected[:5])}), found {len(found)} ({', '.join(found[:5])})"
-        )
-    if not generic and found != expected:
-        i = next(i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1])
-        raise ContractError(
-            f"{name}: label {i}: expected {expected[i]!r}, as in the cache, found {found[i]!r}; the soft labels would be read in another order"
-        )
-    return expected
 
 
 def _checkpoint(output: Path, origin: Origin) -> str | None:

@@ -105,6 +105,7 @@ def test_a_cache_is_made_on_s3_by_two_parts(config, bucket, tmp_path, caplog):
     assert not filesystem.exists(f"{root}/manifest.json")
     made = run(config(output=url, part="1/2"))
     assert hashes(made) == hashes(local)
+    assert [row.content_hash for row in made.dataset("train")] == [row.content_hash for row in local.dataset("train")]
     with pytest.raises(ContractError, match=r"holds another capture: contract\.seed"):
         run(config(output=url, seed=1))
     assert run(config(output=url)).manifest == local.manifest  # finished already
