@@ -84,7 +84,9 @@ def run(
         if overwrite and name == "cache-logits" and Layout(Path(config.output)).plan.exists():
             config = dataclasses.replace(config, overwrite=True)
         runners[name](config)
-        if output is not None:
+        if (
+            output is not None and (output / _PROOF[name]).is_file()
+        ):  # not there: one part of a cache, or it is behind a URL
             _mark(output, name).write_text(_state(output, name, key), encoding="utf-8")
 
 

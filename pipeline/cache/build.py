@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ from pipeline.cache.sanity import contract_problem
 from pipeline.cache.tokenizer_files import without_code
 from pipeline.cache.urls import is_url
 from pipeline.errors import CacheError, ContractError
-from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
+from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def begin(
     if holds_files and found is None:
         raise CacheError(f"{layout.name}: holds files that are no cache; use an empty or a new directory")
     if plan.parent is not None and found != plan:
-        _replace_plan(layout, plan)
+        _replace_plan(layout, found, plan)
     elif not _create(layout, layout.plan, dump(plan)):
         check_same_contract(plan, current_plan(layout) or plan, layout.name)
     try:
@@ -82,12 +82,24 @@ def begin(
         sweep(layout.root / "reports")
     except OSError as error:
         raise full_disk(root, error) from error
+    refresh(layout)
+    if not layout.tokenizer.exists():
+        write_directory(layout.tokenizer, lambda draft: _save(tokenizer, draft, layout.tokenizer))
+        _send(layout, sorted(layout.tokenizer.iterdir()))
+    return layout
+
+
+def refresh(layout: Layout) -> None:
+    """Of a cache behind a URL: what others have finished since."""
     if layout.outbox is not None:
         layout.outbox.fetch_receipts()
         layout.outbox.fetch("manifest.json")
-    if not layout.tokenizer.exists():
-        write_directory(layout.tokenizer, lambda draft: _save(tokenizer, draft, layout.tokenizer))
-    return layout
+
+
+def _send(layout: Layout, paths: Iterable[Path]) -> None:
+    if layout.outbox is not None:
+        for path in paths:
+            layout.outbox.send(path.relative_to(layout.root).as_posix())
 
 
 def current_plan(layout: Layout) -> Plan | None:
@@ -117,25 +129,38 @@ def withdraw(layout: Layout, waiting: Sequence[ShardPlan]) -> None:
     damaged = [shard for shard in waiting if finished(layout, shard) is None]
     if damaged:  # on another device a shard made anew is as valid, with other bytes: then it is another cache
         logger.warning("%s: %d damaged shards are made anew; the cache_id may change", layout.name, len(damaged))
-        layout.manifest.unlink(missing_ok=True)
+        withdraw_manifest(layout)
+
+
+def withdraw_manifest(layout: Layout) -> None:
+    """Unfinish a cache; an append to another that it came from may be finished anew."""
+    if layout.outbox is not None:
+        layout.outbox.clear(("manifest.json",))
+    layout.manifest.unlink(missing_ok=True)
+    for claim in layout.plan.parent.glob("append-*.txt"):
+        claim.unlink()
 
 
 def record(layout: Layout, receipt: Receipt) -> None:
     """Say that a shard is done: it counts from here on."""
     name = receipt.plan.name
+    if layout.outbox is not None and not layout.outbox.is_same("receipts/plan.json"):
+        raise ContractError(
+            f"{layout.name}: another capture has begun here (--overwrite), and its plan has replaced this one's; use another --output"
+        )
     write_text(layout.receipt(name), dump(receipt))
+    if receipt.shard.rows:
+        _send(layout, [layout.shard(name)])
+    _send(layout, [layout.receipt(name)])
     if layout.outbox is not None:
-        if receipt.shard.rows:
-            layout.outbox.send(f"data/{name}.parquet")
-            layout.shard(name).unlink()
-        layout.outbox.send(f"receipts/{name}.json")
+        layout.shard(name).unlink(missing_ok=True)
 
 
 def missing(layout: Layout, plan: Plan) -> list[str]:
-    """Names of the shards that have no receipt."""
-    if layout.outbox is not None:
-        layout.outbox.fetch_receipts()
-    return [shard.name for shard in plan.shards if not layout.receipt(shard.name).is_file()]
+    """Names of the shards that have no receipt, or that of other rows."""
+    refresh(layout)
+    receipts = ((shard, load_receipt(layout, shard.name)) for shard in plan.shards)
+    return [shard.name for shard, receipt in receipts if receipt is None or receipt.plan != shard]
 
 
 def finish(layout: Layout, plan: Plan) -> Cache:
@@ -157,22 +182,13 @@ def finish(layout: Layout, plan: Plan) -> Cache:
     if bad_rows:
         lines = "".join(f"{bad.split}\t{bad.source_row}\t{bad.reason}\n" for bad in bad_rows)
         write_text(layout.root / "reports" / "bad-rows.tsv", lines)
-    manifest = make_manifest(
-        plan.contract, shards, bad_rows=len(bad_rows), probe=probe, ancestry=_ancestry(layout, plan)
-    )
+    manifest = make_manifest(plan.contract, shards, bad_rows=len(bad_rows), probe=probe, ancestry=plan.ancestry)
     fidelity = next((receipt.fidelity for receipt in receipts if receipt.fidelity is not None), None)
     if fidelity is not None:
         write_text(layout.root / "reports" / "fidelity.json", dump(fidelity))
     write_text(layout.root / "README.md", make_card(manifest, fidelity))
-    if layout.outbox is not None:
-        beside = [
-            path
-            for part in (layout.tokenizer, layout.root / "reports")
-            for path in sorted(part.rglob("*"))
-            if path.is_file()
-        ]
-        for path in [*beside, layout.root / "README.md"]:
-            layout.outbox.send(path.relative_to(layout.root).as_posix())
+    reports = layout.root / "reports"
+    _send(layout, [*sorted(reports.iterdir() if reports.is_dir() else ()), layout.root / "README.md"])
     sweep_claims(layout, plan)
     _commit(layout, plan, manifest)
     return opened(layout)
@@ -189,6 +205,12 @@ def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> Ali
         draft = Cache(layout.root, make_manifest(contract, shards, bad_rows=0, probe=None))
         draft.check_files()
         return check_alignment(draft, name=layout.name)
+    sizes = layout.outbox.sizes("data")
+    for shard in shards:
+        if sizes.get(f"{shard.name}.parquet") != shard.bytes:
+            raise CacheError(
+                f"{layout.name}: data/{shard.name}.parquet: expected {shard.bytes:,} bytes, found {sizes.get(f'{shard.name}.parquet')}; run the same command again"
+            )
     first = first_shards(shards)
     for shard in first:
         layout.outbox.fetch(f"data/{shard.name}.parquet")
@@ -198,14 +220,6 @@ def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> Ali
     for shard in first:
         layout.shard(shard.name).unlink()
     return found
-
-
-def _ancestry(layout: Layout, plan: Plan) -> tuple[Ancestor, ...]:
-    if plan.parent is None:
-        return plan.ancestry
-    found = load_manifest(layout.root)
-    before = found.ancestry if found.cache_id == plan.parent.cache_id else found.ancestry[:-1]
-    return (*before, Ancestor(plan.parent.cache_id, "append"))
 
 
 def _commit(layout: Layout, plan: Plan, manifest: Manifest) -> None:
@@ -236,10 +250,12 @@ def _create(layout: Layout, path: Path, text: str) -> bool:
     return created
 
 
-def _replace_plan(layout: Layout, plan: Plan) -> None:
-    if layout.outbox is not None:
-        raise CacheError(f"{layout.name}: --append goes with a local directory; pull the cache, append, and push it")
+def _replace_plan(layout: Layout, found: Plan | None, plan: Plan) -> None:
+    """Of an append that begins, or that was stopped and is cut otherwise now: what was made for the plan before and is not of this one goes."""
     write_text(layout.plan, dump(plan))
+    for name in {shard.name for shard in found.shards} - {shard.name for shard in plan.shards} if found else ():
+        layout.receipt(name).unlink(missing_ok=True)
+        layout.shard(name).unlink(missing_ok=True)
 
 
 def _holds_files(layout: Layout) -> bool:
@@ -270,7 +286,9 @@ def clear(layout: Layout) -> None:
             f"{layout.name}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
         )
     if outbox is not None:
-        outbox.clear(("manifest.json", "data", "tokenizer", "reports", "receipts", "README.md"))
+        # the plan last: without it what is left is no cache that may be deleted
+        names = [f"receipts/{name}" for name in outbox.names("receipts") if name != "plan.json"]
+        outbox.clear(("manifest.json", "README.md", "data", "tokenizer", "reports", *names, "receipts"))
     away = temporary_path(layout.plan.parent)
     if layout.plan.parent.is_dir():
         # Out of the way first: a capture that goes on here finds no place for its next claim, and one that holds a claim holds it under the new name too.

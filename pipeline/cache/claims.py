@@ -12,7 +12,7 @@ import errno
 import fcntl
 import logging
 import os
-import time
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,21 +34,20 @@ class Claims:
     def __init__(self, layout: Layout, plan: Plan) -> None:
         self._layout, self._plan = layout, plan
         self._held: dict[str, int] = {}
+        self._stopped = threading.Event()
 
     def __enter__(self) -> Claims:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         for name in list(self._held):
             self.release(name)
 
-    def take(self, shards: Iterable[ShardPlan], *, wait: bool = True) -> Iterator[ShardPlan]:
+    def take(self, shards: Iterable[ShardPlan]) -> Iterator[ShardPlan]:
         """The shards that this process is to make, one after another, each held until it is released.
 
-        Args:
-            wait: what others are making comes last, and is waited for; with False it is left to them.
-
-        Those that others have finished meanwhile are left out.
+        What others are making comes last, and is waited for; what they have finished meanwhile is left out.
 
         Raises:
             ContractError: another capture has taken the directory (`--overwrite`).
@@ -65,8 +64,9 @@ class Claims:
                 yield shard
             else:
                 self.release(shard.name)
-        for shard in taken if wait else ():
-            self.hold(shard.name, wait=True)
+        for shard in taken:
+            if not self.hold(shard.name, wait=True):
+                return  # stopped
             _check_plan_file(self._layout, ours)
             if finished(self._layout, shard) is None:
                 yield shard
@@ -75,13 +75,13 @@ class Claims:
         _check_plan_file(self._layout, ours)
 
     def hold(self, name: str, *, wait: bool = False) -> bool:
-        """Take the claim of one shard. Gives whether it is ours: always, with `wait`.
+        """Take the claim of one shard. Gives whether it is ours: with `wait` always, unless the context has ended.
 
         Raises:
             ContractError: the directory's capture is gone.
             CacheError: it cannot be written.
         """
-        handle = _lock(_path(self._layout, name), wait)
+        handle = _lock(_path(self._layout, name), wait, self._stopped)
         if handle is not None:
             self._held[name] = handle
         return handle is not None
@@ -138,8 +138,8 @@ def _path(layout: Layout, name: str) -> Path:
     return layout.receipt(name).with_name(f"{_PREFIX}{name}")
 
 
-def _lock(path: Path, wait: bool) -> int | None:
-    """An open file with the lock on it; None where another has it. Looks again and again rather than blocks, so that Ctrl-C is heard everywhere."""
+def _lock(path: Path, wait: bool, stopped: threading.Event) -> int | None:
+    """An open file with the lock on it; None where another has it. Looks again and again rather than blocks, until it is stopped."""
     told = False
     while True:
         try:
@@ -161,7 +161,8 @@ def _lock(path: Path, wait: bool) -> int | None:
         if not told:
             logger.info("%s: another process is making it; waiting", path.name.removeprefix(_PREFIX))
             told = True
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if stopped.wait(_SECONDS_BETWEEN_LOOKS):
+            return None
 
 
 def _try_lock(handle: int) -> bool:

@@ -8,16 +8,24 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+from pipeline.cache.transfer import patiently, protocols
 from pipeline.cache.urls import open_filesystem
 from pipeline.errors import CacheError
 from pipeline.sources.loading import reason, redact
 
 #: Object stores have no directories; s3fs would make a bucket for one.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "hf"}
+
+
+#: Seconds that a whole shard may take.
+_SENDING = 3600.0
+
+Result = TypeVar("Result")
 
 
 class Outbox:
@@ -54,7 +62,7 @@ class Outbox:
         target = self.staging / name
         with self._told(name):
             try:
-                content = self._filesystem.cat_file(f"{self._root}/{name}")
+                content = self._asked(name, lambda: bytes(self._filesystem.cat_file(f"{self._root}/{name}")))
             except FileNotFoundError:
                 return False
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +71,7 @@ class Outbox:
 
     def fetch_receipts(self) -> None:
         """All receipts that are not here yet: what other workers have made."""
-        for name in self._names("receipts"):
+        for name in self.names("receipts"):
             if not (self.staging / "receipts" / name).exists():
                 self.fetch(f"receipts/{name}")
 
@@ -72,7 +80,7 @@ class Outbox:
         self._filesystem.invalidate_cache()
         with self._told(name):
             try:
-                return int(self._filesystem.info(f"{self._root}/{name}")["size"])
+                return int(self._asked(name, lambda: self._filesystem.info(f"{self._root}/{name}"))["size"])
             except FileNotFoundError:
                 return None
 
@@ -85,16 +93,36 @@ class Outbox:
         local = self.staging / name
         with self._told(name):
             self._make_directory_of(f"{self._root}/{name}")
-            self._filesystem.put_file(str(local), f"{self._root}/{name}")
+            self._asked(name, lambda: self._filesystem.put_file(str(local), f"{self._root}/{name}"), timeout=_SENDING)
         found = self.size(name)
         if found != local.stat().st_size:
             raise CacheError(
                 f"{self.url}/{name}: expected {local.stat().st_size:,} bytes after sending, found {found}; run the same command again"
             )
 
+    def is_same(self, name: str) -> bool:
+        """Whether a file there is the one here."""
+        path = f"{self._root}/{name}"
+        with self._told(name):
+            try:
+                found = self._asked(name, lambda: bytes(self._filesystem.cat_file(path)))
+            except FileNotFoundError:
+                return False
+        return found == (self.staging / name).read_bytes()
+
+    def sizes(self, directory: str) -> dict[str, int]:
+        """Name -> bytes of the files in a directory there."""
+        self._filesystem.invalidate_cache()
+        with self._told(directory):
+            try:
+                found = self._asked(directory, lambda: self._filesystem.ls(f"{self._root}/{directory}", detail=True))
+            except FileNotFoundError:
+                return {}
+        return {str(item["name"]).rpartition("/")[2]: int(item["size"]) for item in found if item["type"] == "file"}
+
     def is_empty(self) -> bool:
         """Whether nothing is there."""
-        return not self._names("")
+        return not self.names("")
 
     def clear(self, names: tuple[str, ...]) -> None:
         """Delete these files and directories there, in this order."""
@@ -105,12 +133,15 @@ class Outbox:
                     self._filesystem.rm(path, recursive=True)
         self._filesystem.invalidate_cache()
 
+    def _asked(self, name: str, request: Callable[[], Result], *, timeout: float | None = None) -> Result:
+        return patiently(f"{self.url}/{name}", request, timeout=timeout)
+
     def _make_directory_of(self, path: str) -> None:
-        protocol = self._filesystem.protocol
-        if not _OBJECT_STORES & set((protocol,) if isinstance(protocol, str) else protocol):
+        if not _OBJECT_STORES & set(protocols(self._filesystem)):
             self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
 
-    def _names(self, directory: str) -> list[str]:
+    def names(self, directory: str) -> list[str]:
+        """Names of what is in a directory there."""
         self._filesystem.invalidate_cache()
         with self._told(directory):
             try:

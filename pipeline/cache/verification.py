@@ -90,6 +90,8 @@ def drop_broken(root: Path, found: Verification) -> None:
             f"{root}: receipts/plan.json is missing, so that no capture could make the broken shards again; fetch them again from where the cache came from"
         )
     layout.manifest.unlink()
+    for claim in layout.plan.parent.glob("append-*.txt"):  # the rows may be appended anew
+        claim.unlink()
     for name in found.broken:
         layout.receipt(name).unlink(missing_ok=True)
         layout.shard(name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pipeline.cache import Layout, Plan
 from pipeline.cache.manifest import Parent, differences, load_manifest
 from pipeline.capture.plan import plan_shards
 from pipeline.errors import ContractError
-from pipeline.records import Contract, ShardPlan
+from pipeline.records import Ancestor, Contract, ShardPlan
 from pipeline.sources import Source, fingerprints
 
 
@@ -27,7 +27,8 @@ def appended(layout: Layout, found: Plan, wanted: Plan, source: Source, rows_per
         ContractError: another setting, or the rows that were cached are others now.
     """
     if not layout.manifest.is_file():
-        return wanted
+        # Rows were appended and a shard was dropped since: the same cache is made whole again.
+        return found if found.parent is not None and found.contract == wanted.contract else wanted
     manifest = load_manifest(layout.root)
     parent = found.parent
     if parent is None or parent.cache_id != manifest.cache_id:  # not an append that was stopped
@@ -37,7 +38,14 @@ def appended(layout: Layout, found: Plan, wanted: Plan, source: Source, rows_per
     starts = {shard.split: shard.start for shard in reversed(wanted.shards)}
     new = {split: (parent.rows.get(split, starts[split]), stop) for split, stop in _ends(wanted.shards).items()}
     more = plan_shards(new, rows_per_shard, after=there)
-    return Plan(wanted.contract, (*there, *more), parent) if more else found
+    if more:
+        ancestors = (*manifest.ancestry, Ancestor(parent.cache_id, "append"))
+        return Plan(wanted.contract, (*there, *more), parent, ancestors)
+    if found.shards != there:
+        raise ContractError(
+            f"{layout.name}: --append: {len(found.shards) - len(there)} more shards were begun here, found no row for them; append the same rows as before, or more"
+        )
+    return found
 
 
 def _check_prefix(

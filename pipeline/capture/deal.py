@@ -16,7 +16,8 @@ _ATTEMPTS = 3
 class Deal:
     """Deals shards to workers. Exactly-once comes from receipts: a shard that is made twice is the same shard."""
 
-    def __init__(self, shards: Sequence[ShardPlan]) -> None:
+    def __init__(self, shards: Sequence[ShardPlan], workers: int) -> None:
+        self._workers = workers
         self._waiting = deque(shard.name for shard in shards)
         self._in_hand: dict[int, list[str]] = {}
         self._losses: Counter[str] = Counter()
@@ -24,9 +25,16 @@ class Deal:
     def to(self, worker: int) -> list[str]:
         """The names of the shards that a worker is given now; none: there are no more, or its hands are full."""
         hand = self._in_hand.setdefault(worker, [])
-        given = [self._waiting.popleft() for _ in range(min(_IN_HAND - len(hand), len(self._waiting)))]
-        hand.extend(given)
+        given: list[str] = []
+        while self._waiting and len(hand) < _IN_HAND and (not hand or len(self._waiting) > self._idle):
+            given.append(self._waiting.popleft())
+            hand.append(given[-1])
         return given
+
+    @property
+    def _idle(self) -> int:
+        """Workers that have nothing to do: a second shard in one's hands would be taken from them."""
+        return self._workers - sum(map(bool, self._in_hand.values()))
 
     def in_hand(self, worker: int) -> bool:
         """Whether a worker has something to do."""

@@ -23,7 +23,7 @@ from pipeline.capture.plan import (
     ranges_of,
 )
 from pipeline.config import CacheLogitsConfig, EstimateConfig
-from pipeline.errors import MisuseError
+from pipeline.errors import CacheError, MisuseError
 from pipeline.models import (
     LoadedModel,
     check_isolation,
@@ -146,12 +146,13 @@ def make_job(
     if overwrite:
         clear(layout)
     found = current_plan(layout)
+    if append and found is not None and layout.outbox is not None:
+        raise CacheError(f"{layout.name}: --append goes with a local directory; pull the cache, append, and push it")
     if batch_tokens is None:
-        batch_tokens = (
-            found.contract.batch_tokens
-            if found is not None
-            else fastest_batch_tokens(task, teacher, tokenizer, num_classes, tokenization)
-        )
+        measured = None if found else fastest_batch_tokens(task, teacher, tokenizer, num_classes, tokenization)
+        found = found or current_plan(layout)  # another part may have chosen meanwhile
+        batch_tokens = measured if found is None else found.contract.batch_tokens
+        assert batch_tokens is not None
     contract = Contract(
         task=task.name,
         encoding=encoding,

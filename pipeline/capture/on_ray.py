@@ -10,16 +10,20 @@ import dataclasses
 import logging
 import os
 import queue
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.cache import Cache
-from pipeline.cache.build import clear, current_plan, is_finished, open_layout
+from pipeline.cache.build import current_plan, is_finished, open_layout
+from pipeline.cache.claims import Claims
 from pipeline.capture.deal import Deal
 from pipeline.capture.run import already, finish_when_whole, outstanding, progress_bar
 from pipeline.config import CacheLogitsConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.records import Receipt, ShardPlan
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +65,6 @@ class _Share:
 
 def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
     layout = open_layout(config.output)
-    if config.overwrite:
-        clear(layout)
-        config = dataclasses.replace(config, overwrite=False)
     share = _share(ray, config)
     if share.gpus > 1 and config.device_map is None:
         config = dataclasses.replace(config, device_map="auto")
@@ -73,16 +74,25 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
     try:
         _wait(ray, speaking, share)
         for reference in list(speaking):
-            _answer(ray, reference)
+            try:
+                _answer(ray, reference)
+            except ray.exceptions.RayActorError as error:
+                raise CacheError(
+                    f"the first worker has died at the start: {str(error).strip().splitlines()[0]}"
+                ) from None
+        config = dataclasses.replace(config, overwrite=False)  # the first has done it
         plan = current_plan(layout)
-        assert plan is not None  # the first worker has written it
+        if plan is None:
+            raise CacheError(
+                f"{layout.name}: the first worker's plan is not there: it runs on another machine; use a directory that all machines share, or a URL"
+            )
         waiting = outstanding(layout, plan)
         if not waiting and is_finished(layout, plan):
             return already(layout)
         for number in range(1, min(share.workers, len(waiting))):
             actors[number] = actor_class.remote(config, os.getcwd(), share.cpus)
             speaking[actors[number].ready.remote()] = number
-        deal = Deal(waiting)
+        deal = Deal(waiting, len(actors))
         sizes = {shard.name: shard.stop - shard.start for shard in waiting}
         with progress_bar(plan, waiting) as bar:
             while not deal.is_over:
@@ -96,14 +106,17 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
                         deal.lost(number, how)
                         actors[number] = actor_class.remote(config, os.getcwd(), share.cpus)
                         speaking[actors[number].ready.remote()] = number
-                        continue
-                    if made is not None:
-                        deal.done(number, made)
-                        bar.update(sizes[made])
-                    for name in deal.to(number):
-                        actors[number].give.remote(name)
-                    if deal.in_hand(number):
-                        speaking[actors[number].made.remote()] = number
+                        idle = actors.keys() - set(speaking.values())
+                    else:
+                        idle = {number}
+                        if made is not None:
+                            deal.done(number, made)
+                            bar.update(sizes[made])
+                    for worker in idle:
+                        for name in deal.to(worker):
+                            actors[worker].give.remote(name)
+                        if deal.in_hand(worker):
+                            speaking[actors[worker].made.remote()] = worker
     finally:
         for actor in actors.values():
             ray.kill(actor)
@@ -149,9 +162,21 @@ class ShardWorker:
         from pipeline.capture.shard import capture_shards
 
         shards = {shard.name: shard for shard in job.plan.shards}
-        given = (shards[name] for name in iter(self._given.get, ""))
+        claims = Claims(job.layout, job.plan)
+
+        def given() -> Iterator[ShardPlan]:
+            for name in iter(self._given.get, ""):
+                claims.hold(
+                    name
+                )  # says that this cache is being written; where another capture holds it, the shard is made all the same
+                yield shards[name]
+
+        def done(receipt: Receipt) -> None:
+            claims.release(receipt.plan.name)
+            self._made.put(receipt.plan.name)
+
         try:
-            capture_shards(job, given, lambda receipt: self._made.put(receipt.plan.name))
+            capture_shards(job, given(), done)
         except BaseException as error:
             self._made.put(error)
 
@@ -159,10 +184,14 @@ class ShardWorker:
 def _connect(ray: Any) -> None:
     """To an existing cluster, or to a local one that lives as long as we do."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address="auto", **quiet)
-    except ConnectionError:
+    except ConnectionError as error:
+        if os.environ.get("RAY_ADDRESS"):
+            raise CacheError(f"RAY_ADDRESS: no cluster answers there: {str(error).splitlines()[0]}") from None
         ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    signal.signal(signal.SIGTERM, terminate)  # Ray has put its own in place of ours
 
 
 def _share(ray: Any, config: CacheLogitsConfig) -> _Share:
@@ -174,8 +203,9 @@ def _share(ray: Any, config: CacheLogitsConfig) -> _Share:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
     each = config.gpus_per_worker or (1 if gpus else 0)
-    count = config.num_workers or (gpus // each if each else len(nodes))
-    if count == 0 or (count * each > gpus and each) or count > cpus:
+    room = sum(int(node.get("GPU", 0)) // each for node in nodes) if each else cpus
+    count = config.num_workers or (room if each else len(nodes))
+    if count == 0 or count > room or count > cpus:
         raise MisuseError(
             f"--engine ray: {config.num_workers or 'each'} workers of {each} GPUs and at least 1 CPU each, found {gpus} GPUs and {cpus} CPUs in the cluster"
         )
@@ -192,7 +222,7 @@ def _wait(ray: Any, speaking: dict[Any, int], share: _Share) -> list[Any]:
             return list(ready)
         free = ray.available_resources()
         if free.get("CPU", 0) < share.cpus or free.get("GPU", 0) < share.gpus:
-            logger.debug("waiting for workers, or for room: each claims %d CPUs and %d GPUs", share.cpus, share.gpus)
+            logger.warning("waiting for workers, or for room: each claims %d CPUs and %d GPUs", share.cpus, share.gpus)
 
 
 def _answer(ray: Any, reference: Any) -> str | None:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Layout, Plan
-from pipeline.cache.build import finish, is_finished, missing, open_layout, opened, withdraw
+from pipeline.cache.build import finish, is_finished, missing, open_layout, opened, refresh, withdraw
 from pipeline.cache.claims import Claims, finished
+from pipeline.cache.manifest import load_manifest
 from pipeline.capture.job import Job, make_job, prepare
 from pipeline.capture.shard import capture_shards, forward, read_shard
 from pipeline.capture.space import warn_of_full_disk
@@ -128,10 +129,16 @@ def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
 
 def outstanding(layout: Layout, plan: Plan, part: tuple[int, int] | None = None) -> list[ShardPlan]:
     """The shards of a part that are still to be made, damaged ones of a finished cache too."""
+    refresh(layout)
     waiting = [shard for shard in shards_of(plan, part) if finished(layout, shard) is None]
-    if plan.parent is None:
+    is_its_own = plan.parent is None or _cache_id(layout) != plan.parent.cache_id
+    if is_its_own:  # while rows are appended, the manifest is that of the cache before, which stands
         withdraw(layout, waiting)
     return waiting
+
+
+def _cache_id(layout: Layout) -> str | None:
+    return load_manifest(layout.root).cache_id if layout.manifest.is_file() else None
 
 
 def shards_of(plan: Plan, part: tuple[int, int] | None) -> Sequence[ShardPlan]:

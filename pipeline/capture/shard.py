@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,14 +60,24 @@ def capture_shards(job: Job, shards: Iterable[ShardPlan], done: Callable[[Receip
     try:
         ahead = reader.submit(_read_next, job, waiting)
         written: Future[None] | None = None
-        while (tokens := ahead.result()) is not None:
+        while (tokens := _tokens_of(ahead, written)) is not None:
             ahead = reader.submit(_read_next, job, waiting)
             written = _predict(job, tokens, encoder, done, behind=written)
         if written is not None:
             written.result()
     finally:
-        for pool in (reader, encoder):
-            pool.shutdown(cancel_futures=True)
+        reader.shutdown(wait=False, cancel_futures=True)  # it may wait for a shard that nobody will name
+        encoder.shutdown(cancel_futures=True)
+
+
+def _tokens_of(ahead: Future[_Tokens | None], written: Future[None] | None) -> _Tokens | None:
+    """The next shard; what went wrong in writing the one before is told as soon as it is known."""
+    if written is not None:
+        futures: list[Future[Any]] = [ahead, written]
+        wait(futures, return_when=FIRST_COMPLETED)
+        if written.done():
+            written.result()
+    return ahead.result()
 
 
 @dataclass(frozen=True, slots=True)

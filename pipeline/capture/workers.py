@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
 import os
 import signal
+import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -16,11 +19,11 @@ from typing import Any
 import torch
 
 from pipeline.cache import Cache
-from pipeline.cache.build import clear, current_plan, is_finished, open_layout
-from pipeline.cache.claims import Claims, finished
+from pipeline.cache.build import current_plan, is_finished, missing, open_layout
+from pipeline.cache.claims import Claims
 from pipeline.capture.deal import Deal
 from pipeline.capture.job import Job, prepare
-from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar
+from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar, shards_of
 from pipeline.capture.shard import capture_shards
 from pipeline.capture.space import warn_of_full_disk
 from pipeline.config import CacheLogitsConfig
@@ -48,12 +51,10 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
         PipelineError: what a worker met; the others are stopped, and what was finished is kept.
     """
     layout = open_layout(config.output)
-    if config.overwrite:
-        clear(layout)
-        config = dataclasses.replace(config, overwrite=False)
     devices = _devices(config, count)
     threads = max(1, torch.get_num_threads() // count)
     workers = [_start(0, config, devices, threads)]
+    config = dataclasses.replace(config, overwrite=False)  # the first has done it
     try:
         _expect_ready(workers[0])
         plan = current_plan(layout)
@@ -62,9 +63,10 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
         if not waiting and is_finished(layout, plan):
             return already(layout)
         workers += [_start(number, config, devices, threads) for number in range(1, min(count, len(waiting)))]
-        deal = Deal(waiting)
+        deal = Deal(waiting, len(workers))
+        idle: dict[int, _Worker] = {}
         sizes = {shard.name: shard.stop - shard.start for shard in waiting}
-        _give(deal, workers[0])
+        _give(deal, workers[0], idle)
         with progress_bar(plan, waiting, config.parsed_part) as bar:
             while not deal.is_over:
                 for worker in _next_to_speak(workers):
@@ -74,13 +76,15 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
                         logger.warning("worker %d has died (%s); its shards go to another", worker.number, how)
                         deal.lost(worker.number, how)
                         workers[worker.number] = _start(worker.number, config, devices, threads)
+                        for other in list(idle.values()):
+                            _give(deal, other, idle)
                         continue
                     if message.error is not None:
                         raise message.error
                     if message.made is not None:
                         deal.done(worker.number, message.made)
                         bar.update(sizes[message.made])
-                    _give(deal, worker)
+                    _give(deal, worker, idle)
     finally:
         _stop(workers)
     return finish_when_whole(layout, plan)
@@ -97,6 +101,7 @@ class _Message:
 def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_first: bool) -> None:
     """A worker's life. It ends with its parent, in the middle of a shard too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     quiet_libraries()
     torch.set_num_threads(threads)
@@ -104,7 +109,8 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_fi
         job = prepare(config)
         check_head(job)
         if is_first:
-            warn_of_full_disk(job, [shard for shard in job.plan.shards if finished(job.layout, shard) is None])
+            absent = set(missing(job.layout, job.plan))
+            warn_of_full_disk(job, [s for s in shards_of(job.plan, config.parsed_part) if s.name in absent])
         connection.send(_Message())
         claims = Claims(job.layout, job.plan)
 
@@ -115,7 +121,16 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_fi
         capture_shards(job, _given(job, connection, claims), done)
     except PipelineError as error:
         connection.send(_Message(error=error))
-    os._exit(0)  # the thread that waits for shards would not end
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)  # it ends here on an error only; the thread that waits for shards would not end
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _given(job: Job, connection: Connection, claims: Claims) -> Iterator[ShardPlan]:
@@ -175,9 +190,14 @@ def _expect_ready(worker: _Worker) -> None:
         raise message.error
 
 
-def _give(deal: Deal, worker: _Worker) -> None:
+def _give(deal: Deal, worker: _Worker, idle: dict[int, _Worker]) -> None:
     for name in deal.to(worker.number):
-        worker.connection.send(name)
+        with contextlib.suppress(OSError):  # it has died meanwhile: the end of its connection says so next
+            worker.connection.send(name)
+    if deal.in_hand(worker.number):
+        idle.pop(worker.number, None)
+    else:
+        idle[worker.number] = worker
 
 
 def _next_to_speak(workers: list[_Worker]) -> list[_Worker]:

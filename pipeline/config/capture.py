@@ -106,6 +106,10 @@ class CacheLogitsConfig:
             )
         if self.append and self.overwrite:
             raise MisuseError("--append adds to a cache and --overwrite deletes it: give one of them")
+        if self.part is not None and self.overwrite:
+            raise MisuseError(
+                "--part with --overwrite: each part would delete what the others have made; delete the old cache first, or use another --output"
+            )
         if self.part is not None and self.engine == "ray":
             raise MisuseError(
                 "--part is for arrays of jobs that know nothing of each other; --engine ray shares the shards itself"

@@ -15,11 +15,13 @@ import pytest
 
 from pipeline.cache import Layout, verify
 from pipeline.cache.manifest import load_receipt
+from pipeline.cache.urls import open_filesystem
 from pipeline.capture.deal import Deal
 from pipeline.capture.run import run
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
+from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,8 +73,46 @@ def test_what_a_worker_meets_is_told_in_one_line(config):
         run(config("workers", num_workers=2, text_column="texts"))
 
 
+@pytest.mark.parametrize("shards", [1, 7])
+def test_a_worker_that_cannot_write_stops_the_capture(config, monkeypatch, shards):
+    """In its only shard, when no other will come, and with others in hand."""
+    monkeypatch.setattr("pipeline.capture.workers._work", _work_on_a_full_disk)
+    with pytest.raises(CacheError, match="the disk is full"):
+        run(config("workers", num_workers=2, rows_per_shard=60 // shards, rows="0:40"))
+
+
+def _work_on_a_full_disk(*args):
+    from pipeline.capture import shard, workers
+
+    def record(*_):
+        raise CacheError("the disk is full")
+
+    shard.record = record
+    workers._work(*args)
+
+
+def test_workers_make_a_cache_behind_a_url_and_go_on_there(config, bucket):
+    """The tokenizer is there too, and what is there already is not made again."""
+    serial = run(config("serial"))
+    assert run(config(output=f"{bucket}/c", part="0/2")) is None
+    before = outbox_times(f"{bucket}/c")
+    made = run(config(output=f"{bucket}/c", num_workers=2))
+    assert hashes(made) == hashes(serial)
+    assert len(made.tokenizer) == len(serial.tokenizer)
+    after = outbox_times(f"{bucket}/c")
+    assert {name: after[name] for name in before} == before
+    assert run(config(output=f"{bucket}/c", num_workers=2)).manifest == serial.manifest
+    assert outbox_times(f"{bucket}/c") == after
+
+
+def outbox_times(url: str) -> dict[str, object]:
+    filesystem, root = open_filesystem(url)
+    filesystem.invalidate_cache()
+    return {item["name"]: item["LastModified"] for item in filesystem.ls(f"{root}/data", detail=True)}
+
+
 def test_shards_of_a_dead_worker_go_to_another_and_the_third_death_stops():
-    deal = Deal([ShardPlan(f"train-{i:05d}", "train", i, i + 1) for i in range(5)])
+    deal = Deal([ShardPlan(f"train-{i:05d}", "train", i, i + 1) for i in range(5)], workers=2)
     assert deal.to(0) == ["train-00000", "train-00001"]
     assert deal.to(0) == []
     assert deal.to(1) == ["train-00002", "train-00003"]

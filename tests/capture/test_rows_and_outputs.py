@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 import pipeline as softlabel
-from pipeline.cache import Cache, Layout, verify
+from pipeline.cache import Cache, Layout, drop_broken, verify
 from pipeline.cache.urls import open_filesystem
 from pipeline.capture import automatic, shard
 from pipeline.capture import run as capture_run
@@ -83,6 +83,38 @@ def test_an_append_that_was_stopped_goes_on_and_the_old_cache_stands_meanwhile(c
     again = run(config(append=True))
     assert [a.cache_id for a in again.manifest.ancestry] == [first.manifest.cache_id, grown.manifest.cache_id]
     assert verify(again.root).problems == ()
+
+
+def test_a_cache_that_was_appended_to_is_repaired_by_the_same_command(config, tmp_path):
+    run(config())
+    train = Path(config().data.dataset) / "train.jsonl"
+    train.write_text(train.read_text() * 2)
+    grown = run(config(append=True))
+    for name in ("train-00001", "train-00009"):
+        Layout(grown.root).shard(name).write_bytes(b"damaged")
+    drop_broken(grown.root, verify(grown.root))
+    assert run(config(append=True)).manifest == grown.manifest
+    Layout(grown.root).shard("train-00002").write_bytes(b"damaged")
+    assert run(config(append=True)).manifest == grown.manifest
+
+
+def test_a_stopped_append_that_is_cut_otherwise_leaves_nothing_of_the_first(config, tmp_path, monkeypatch):
+    run(config())
+    train = Path(config().data.dataset) / "train.jsonl"
+    lines = train.read_text()
+    train.write_text(lines * 2)
+    finish = capture_run.finish_when_whole
+    monkeypatch.setattr(capture_run, "finish_when_whole", lambda *_: sys.exit("stopped"))
+    with pytest.raises(SystemExit):
+        run(config(append=True))
+    monkeypatch.setattr(capture_run, "finish_when_whole", finish)
+    train.write_text(lines)
+    with pytest.raises(ContractError, match="7 more shards were begun here, found no row for them"):
+        run(config(append=True))
+    train.write_text(lines * 2)
+    grown = run(config(append=True, rows_per_shard=20))
+    assert verify(grown.root).problems == ()
+    assert len(grown.manifest.split_shards("train")) == 9
 
 
 def test_a_source_in_memory_is_appended_too(tmp_path, lm_tokenizer):
