@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import Layout
+from pipeline.cache.build import current_plan, open_layout
+from pipeline.cache.remote import read_small
+from pipeline.cache.urls import is_url, pinned
 from pipeline.config import STAGES, ConfigFile, resolve
-from pipeline.errors import ConfigError
+from pipeline.errors import CacheError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ def run(
                 shown[name](config)
             continue
         logger.info("%s: %s", name, output or "")
-        if overwrite and name == "cache-logits" and Layout(Path(config.output)).plan.exists():
+        if overwrite and name == "cache-logits" and current_plan(open_layout(config.output)) is not None:
             config = dataclasses.replace(config, overwrite=True)
         runners[name](config)
         if (
@@ -117,9 +119,17 @@ def _key(config: Any) -> str:
                 if isinstance(value, tuple)
                 else [value]
             )
-            found[name] = [content_of(Path(item)) for item in names]
+            found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     settings.pop("overwrite", None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _manifest_at(url: str) -> str:
+    """SHA-256 of the manifest of a cache behind a URL; of what is not there, nothing."""
+    try:
+        return hashlib.sha256(read_small(pinned(url), "manifest.json")).hexdigest()
+    except (FileNotFoundError, CacheError):
+        return "absent"
 
 
 def content_of(path: Path) -> str:

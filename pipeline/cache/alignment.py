@@ -43,13 +43,15 @@ def check_alignment(
         ContractError: the soft labels are out of step with their tokens.
         IntegrityError: a row group that is read is damaged.
     """
+    name = name or cache.where
     if cache.remote is not None:
-        return cache.manifest.probe
-    name = name or str(cache.root)
-    rows = list(spread_rows(cache, splits or cache.splits))
-    probe = probe_alignment(rows)
+        probe = cache.manifest.probe
+    else:
+        rows = list(spread_rows(cache, splits or cache.splits))
+        probe = probe_alignment(rows)
+        if probe is None:
+            _warn_of_chance(name, rows)
     if probe is None:
-        _warn_of_chance(name, rows)
         return None
     if probe.verdict == "inconclusive":
         logger.warning(

@@ -279,6 +279,9 @@ def _licence(license: str | None) -> str:
 
 
 def _gaps(manifest: Manifest) -> str:
+    parts = [each for each in manifest.ancestry if each.operation.split()[:1] in (["pull"], ["filter"])]
+    if parts:
+        return "Only a part of the rows of the source is here: see how it was made."
     if not manifest.bad_rows:
         return "None: every row of the source that was read is here."
     return f"{manifest.bad_rows:,} rows were set aside: `reports/bad-rows.tsv` has split, row and reason of each."

@@ -106,6 +106,23 @@ class Cache:
         """The tokenizer that made the token ids."""
         return load_cached_tokenizer(self.root / "tokenizer")
 
+    @property
+    def location(self) -> str:
+        """What opens it again: the directory, or the URL with its credentials, which is never shown."""
+        return str(self.root) if self.remote is None else self.remote.url
+
+    def directory(self, what: str) -> Path:
+        """The directory that its shards are in, for what reads all of them.
+
+        Raises:
+            CacheError: it is behind a URL.
+        """
+        if self.remote is not None:
+            raise CacheError(
+                f"{self.where}: {what} needs the cache in a directory; fetch it first: softlabel pull --from {self.where} --output DIR"
+            )
+        return self.root
+
     def verify(self) -> None:
         """Read every byte and compare it with the manifest.
 

@@ -114,6 +114,11 @@ def _of_shards(shards: tuple[Shard, ...]) -> Iterator[str]:
 
 
 def _of_rest(manifest: Manifest) -> Iterator[str]:
+    for i, each in enumerate(manifest.ancestry):
+        if not _SHA256.fullmatch(each.cache_id):
+            yield f"ancestry.{i}.cache_id: expected a SHA-256, found {each.cache_id[:80]!r}"
+        if len(each.operation) > 2000 or not each.operation.isprintable():
+            yield f"ancestry.{i}.operation: expected a line of at most 2,000 characters"
     if not 0 <= manifest.bad_rows < _MOST:
         yield f"bad_rows: expected at least 0, found {manifest.bad_rows}"
 

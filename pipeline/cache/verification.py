@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.cache.codec import hash_tokens
 from pipeline.cache.contents import check_contents
-from pipeline.cache.manifest import Layout, load_manifest, strangers
+from pipeline.cache.manifest import Layout, Plan, load_manifest, parse, strangers
 from pipeline.cache.reader import REMEDY, check_beside, check_shard_file, open_shard, read_row_group
 from pipeline.cache.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.writer import file_sha256
@@ -85,9 +85,10 @@ def drop_broken(root: Path, found: Verification) -> None:
     layout = Layout(root)
     if not found.broken:
         return
-    if not layout.plan.is_file():
+    planned = {shard.name for shard in parse(Plan, layout.plan).shards} if layout.plan.is_file() else set()
+    if not planned.issuperset(found.broken):
         raise CacheError(
-            f"{root}: receipts/plan.json is missing, so that no capture could make the broken shards again; fetch them again from where the cache came from"
+            f"{root}: receipts/plan.json does not list {found.broken[0]}, so that no capture could make it again; fetch or import the cache again"
         )
     layout.manifest.unlink()
     for claim in layout.plan.parent.glob("append-*.txt"):  # the rows may be appended anew

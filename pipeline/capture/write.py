@@ -18,6 +18,7 @@ from pipeline.cache.build import begin, finish, record
 from pipeline.cache.codec import content_hash
 from pipeline.cache.manifest import NAME
 from pipeline.cache.schema import cache_schema, describe
+from pipeline.cache.urls import is_url
 from pipeline.cache.writer import write_shard
 from pipeline.capture.plan import library_versions
 from pipeline.errors import BadRowError, EncodingError, MisuseError
@@ -40,6 +41,7 @@ from pipeline.records import (
 )
 from pipeline.softlabels import counter_uniforms, encode_and_score, narrow
 from pipeline.softlabels.ragged import offsets_of
+from pipeline.sources.loading import redact
 from pipeline.tasks import Task, get_task
 
 
@@ -134,6 +136,8 @@ def write_cache(
         versions=library_versions(),
         columns=describe(schema),
     )
+    if is_url(str(output)):
+        raise MisuseError(f"{redact(str(output))}: write_cache and import write to a directory; push it from there")
     layout = begin(Path(output), Plan(contract, ()), tokenizer, overwrite=overwrite)
     if layout.manifest.is_file():
         raise MisuseError(f"{output}: holds a finished cache; use another output, or overwrite=True")

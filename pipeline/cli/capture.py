@@ -31,7 +31,7 @@ def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
 
     cache = run(config)
     if cache is None:
-        click.echo(f"part {config.part} of {config.output} is done; whoever makes the last shard finishes the cache")
+        click.echo(f"part {config.part} is done; whoever makes the last shard finishes the cache")
     else:
         echo_cache(cache, config.output)
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 def echo_cache(cache: Cache, output: str) -> None:
     """The size of each split of a cache."""
     from pipeline.cache.inspection import totals
+    from pipeline.sources.loading import redact
 
-    click.echo(f"cache: {output}  cache_id {cache.manifest.cache_id[:16]}")
+    click.echo(f"cache: {redact(output)}  cache_id {cache.manifest.cache_id[:16]}")
     for split, total in totals(cache).items():
         click.echo(
             f"  {split}: {total['rows']:,} rows, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"

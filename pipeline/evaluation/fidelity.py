@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.cache import Cache
-from pipeline.cache.reader import open_shard, read_row_group
 from pipeline.evaluation.observation import Observation, position_kl_is_known
 from pipeline.evaluation.report_records import Closeness, Example, Slice, SliceLine
 from pipeline.evaluation.scores import Scores
@@ -88,9 +87,8 @@ def token_counts(cache: Cache, split: str) -> np.ndarray:
     """(V,) int64: how often each token stands in a split. Reads the token ids, a row group at a time."""
     counts = np.zeros(cache.manifest.contract.num_classes, dtype=np.int64)
     dataset = cache.dataset(split)
-    for name, group in dataset.groups:
-        path = dataset.root / "data" / f"{name}.parquet"
-        ids = pc.list_flatten(read_row_group(open_shard(path), path, group, columns=["input_ids"]).column(0))
+    for table in dataset.tables(["input_ids"]):
+        ids = pc.list_flatten(table.column(0))
         counts += np.bincount(ids.to_numpy(), minlength=len(counts))[: len(counts)]
     return counts
 

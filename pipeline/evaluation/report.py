@@ -215,10 +215,10 @@ def _costs(
     candidates = []
     if config.teacher is not None:
         count = first.cache.manifest.contract.teacher.num_parameters
-        candidates.append(Candidate("teacher", config.teacher, str(first.cache.root), count))
+        candidates.append(Candidate("teacher", config.teacher, first.cache.location, count))
     directories = {item.name: item.directories[0] for item in asked_models(config.student, config.control)}
     candidates += [
-        Candidate(s.name, directories[s.name], str(s.teacher.cache.root), s.model.num_parameters) for s in subjects
+        Candidate(s.name, directories[s.name], s.teacher.cache.location, s.model.num_parameters) for s in subjects
     ]
     return measure_costs(
         candidates,

@@ -302,7 +302,7 @@ class Verdict:
     student: str
     chosen: str
     """How, in words."""
-    answer: Literal["yes", "no", "better", "unknown"]
+    answer: Literal["yes", "no", "better", "open", "unknown"]
     sentence: str
     controls: str
     """What they keep; '' without controls."""

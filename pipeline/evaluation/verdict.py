@@ -25,23 +25,34 @@ def headline(task: Task, subjects: Sequence[Subject], split: str | None) -> tupl
     return best, f"the best of {len(students)} students on the split {split}"
 
 
+#: A student that is behind by less, with all of its interval, performs as well.
+_MARGIN = 0.01
+
+
 def verdict(
     task: Task, student: Subject, chosen: str, subjects: Sequence[Subject], shares: Sequence[GapShare], scores: Scores
 ) -> Verdict:
-    """Whether the student performs as well as its teacher: `no` where the whole interval of the difference lies below 0, `better` where it lies above."""
+    """Whether the student performs as well as its teacher.
+
+    `no` where the whole interval of the difference lies below 0, `better` where it lies above, `yes` where none of it is further below than a hundredth of
+    the teacher's metric; else `open`, since that no difference was found does not say that there is none.
+    """
     metric = task.main_metric
     gain = difference(task, scores, student.name, student.teacher.name, metric)
     interval = gain.interval
     least = NEGLIGIBLE * abs(scores[student.teacher.name, metric].mean)
-    answer: Literal["yes", "no", "better", "unknown"] = "yes"
+    theirs = scores[student.teacher.name, metric].mean
+    answer: Literal["yes", "no", "better", "open", "unknown"] = "open"
     if interval is None:
         answer = "unknown"
     elif interval.high < -least:
         answer = "no"
     elif interval.low > least:
         answer = "better"
+    elif interval.low >= -_MARGIN * abs(theirs):
+        answer = "yes"
     kept = retention(task, scores, student.name, student.teacher.name)
-    ours, theirs = scores[student.name, metric].mean, scores[student.teacher.name, metric].mean
+    ours = scores[student.name, metric].mean
     teacher_parameters = student.teacher.cache.manifest.contract.teacher.num_parameters
     size = (
         f", with {student.model.num_parameters / teacher_parameters:.1%} of its parameters"
@@ -49,9 +60,10 @@ def verdict(
         else ""
     )
     opening = {
-        "yes": "Yes, as far as these rows can tell",
+        "yes": f"Yes, to within {_MARGIN:.0%}",
         "no": "Not quite" if kept.value >= 0.95 else "No",
         "better": "Yes, and better",
+        "open": "These rows and seeds do not settle it",
         "unknown": "That cannot be said",
     }[answer]
     sentence = (

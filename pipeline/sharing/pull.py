@@ -134,12 +134,14 @@ def _is_there(root: Path, manifest: Manifest) -> bool:
         raise ContractError(
             f"{root}: holds another cache (cache_id {there.cache_id[:12]}..., not {manifest.cache_id[:12]}...); use another --output"
         )
-    verify(root, quick=True).raise_first()
+    if verify(root, quick=True).problems:  # what is whole is kept, by its SHA-256
+        Layout(root).manifest.unlink()
+        return False
     return True
 
 
 def _refuse_other_files(root: Path) -> None:
-    is_ours = (root / _WORK).is_dir() or Layout(root).manifest.is_file()
+    is_ours = (root / _WORK).is_dir() or Layout(root).manifest.is_file() or Layout(root).plan.is_file()
     if root.is_dir() and not is_ours and any(not path.name.startswith(".") for path in root.iterdir()):
         raise CacheError(f"{root}: holds files that are no cache; use an empty or a new directory")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -104,8 +105,12 @@ def _check(config: SweepConfig, caches: Mapping[str, Cache]) -> str | None:
         ):
             if split is not None and split not in cache.splits:
                 raise CacheError(
-                    f"{cache.root}: no split {split!r} for {flag}; the cache {name} has {', '.join(cache.splits)}"
+                    f"{cache.where}: no split {split!r} for {flag}; the cache {name} has {', '.join(cache.splits)}"
                 )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MisuseError(
+            "sweep ends in a report, which draws with matplotlib: pip install 'soft-label-pipeline[report]'"
+        )
     everywhere = all("validation" in cache.splits for cache in caches.values())
     eval_split = config.eval_split or ("validation" if everywhere else None)
     if eval_split == config.report_split:

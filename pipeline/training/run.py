@@ -171,7 +171,8 @@ def fit(
         raise MisuseError(
             f"--output {output}: holds a model or a model card that train-student has not made, and would be overwritten; use another"
         )
-    check_alignment(cache, [split])
+    for each in (cache, *(mixture.others if mixture is not None else ())):
+        check_alignment(each, [split])
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
     started = time.monotonic()

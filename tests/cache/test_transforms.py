@@ -182,7 +182,7 @@ def test_a_cache_is_sampled_split_and_put_together_again(tmp_path, lm_tokenizer)
     assert both.splits == ("train", "validation")
     assert 5 <= len(ids_of(both, "validation")) <= 25
     assert sorted([*ids_of(both), *ids_of(both, "validation")]) == sorted(named(*range(60)))
-    assert [a.operation.split()[0] for a in both.manifest.ancestry] == ["merge", "merge", "filter", "filter"]
+    assert [a.operation.split()[0] for a in both.manifest.ancestry] == ["filter", "filter", "merge", "merge"]
 
 
 def test_a_condition_true_of_all_copies_the_bytes(tmp_path, lm_tokenizer):
@@ -326,7 +326,7 @@ def test_the_commands(tmp_path, lm_tokenizer):
     done = call("convert", "--cache", "~/f", "--encoding", "top-k", "--top-k", "2", "--output", "~/c")
     assert "train: 30 rows" in done.stdout
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    assert [a["operation"].split()[0] for a in manifest["ancestry"]] == ["convert", "filter", "merge", "merge"]
+    assert [a["operation"].split()[0] for a in manifest["ancestry"]] == ["merge", "merge", "filter", "convert"]
     assert manifest["contract"]["encoding"] == {"k": 2, "temperatures": [1.0, 2.0, 4.0], "kind": "top-k"}
     assert call("merge", "--cache", "~/a", "--output", "~/x").exit_code == 2
     assert call("filter", "--cache", "~/a", "--output", "~/x").exit_code == 2

@@ -184,11 +184,11 @@ def test_three_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, t
     killed: list[tuple[int, set[str]]] = []
 
     def receipts() -> set[str]:
-        return {path.stem for path in (output / "receipts").glob("*.json")} - {"plan"}
+        return {path.stem for path in (output / "receipts").glob("[!.]*.json")} - {"plan"}
 
     def kill() -> None:
         """Each time that a shard has just been finished, a worker dies in the next one."""
-        while len(killed) < 3:
+        while len(killed) < 3 and not over.is_set():
             workers = [
                 p for p in psutil.process_iter(["cmdline"]) if "ShardWorker" in " ".join(p.info["cmdline"] or [])
             ]
@@ -199,9 +199,14 @@ def test_three_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, t
                 killed.append((alive[0].pid, receipts()))
             time.sleep(0.02)
 
+    over = threading.Event()
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    found = run(config("ray", engine="ray", num_workers=2))
+    try:
+        found = run(config("ray", engine="ray", num_workers=2))
+    finally:
+        over.set()
+        thread.join()
     assert len(killed) == 3
     assert all(len(made) < 9 for _, made in killed)  # there was work left to be lost
     assert hashes(found) == hashes(serial)

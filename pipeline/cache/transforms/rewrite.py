@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.cache.build import begin, finish, is_finished, record
+from pipeline.cache.build import begin, clear, finish, is_finished, record
 from pipeline.cache.claims import finished
 from pipeline.cache.commit import write_atomically
 from pipeline.cache.manifest import Layout, Plan, load_receipt, parse
 from pipeline.cache.reader import REMEDY, Cache, open_shard, read_row_group
+from pipeline.cache.urls import is_url
 from pipeline.cache.writer import file_sha256, regroup, write_row_groups
 from pipeline.errors import CacheError, IntegrityError, MisuseError
 from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Receipt, Shard, ShardPlan
+from pipeline.sources.loading import redact
 
 #: A piece's row groups -> those of the new shard; None: the shard stays as it is.
 Change = Callable[["Piece"], Iterable[pa.Table] | None]
@@ -64,13 +66,15 @@ def plan_pieces(caches: Sequence[Cache], splits: Sequence[str], *, as_split: str
 def shard_schema(cache: Cache) -> pa.Schema:
     """The columns of a cache's shards."""
     first = cache.manifest.shards[0]
-    return open_shard(Layout(cache.root).shard(first.name)).schema_arrow.remove_metadata()
+    return open_shard(
+        Layout(cache.directory("making another from it")).shard(first.name)
+    ).schema_arrow.remove_metadata()
 
 
 def ancestry(caches: Sequence[Cache], operation: str) -> tuple[Ancestor, ...]:
-    """The caches themselves, then theirs, each once."""
+    """Oldest first: the ancestors of the caches, then the caches themselves, each once."""
     direct = [Ancestor(cache.manifest.cache_id, operation) for cache in caches]
-    return tuple(dict.fromkeys([*direct, *(each for cache in caches for each in cache.manifest.ancestry)]))
+    return tuple(dict.fromkeys([*(each for cache in caches for each in cache.manifest.ancestry), *direct]))
 
 
 def rewrite(
@@ -99,8 +103,13 @@ def rewrite(
         IntegrityError: an input is not what its manifest says.
     """
     sources = list({piece.cache.root: piece.cache for piece in pieces}.values())
+    if is_url(str(output)):
+        raise MisuseError(
+            f"--output {redact(str(output))}: caches are made from caches in a directory; push it from there"
+        )
     root = Path(output)
     for cache in sources:
+        cache.directory("making another from it")
         if cache.root.resolve() == root.resolve():
             raise MisuseError(f"--output {root}: is the cache that is read; use another directory")
     plan = Plan(contract, tuple(piece.plan for piece in pieces), ancestry=ancestors)
@@ -132,7 +141,7 @@ def rewrite(
         )
         record(layout, receipt)
     if not any((load_receipt(layout, piece.plan.name) or _NONE).shard.rows for piece in pieces):
-        shutil.rmtree(root)  # it was empty, or ours, before
+        clear(layout)
         raise CacheError(nothing)
     return finish(layout, plan)
 
