@@ -6,6 +6,7 @@ receipts; the manifest comes last.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -142,6 +143,8 @@ def rewrite(
         record(layout, receipt)
     if not any((load_receipt(layout, piece.plan.name) or _NONE).shard.rows for piece in pieces):
         clear(layout)
+        with contextlib.suppress(OSError):  # something else is in it
+            root.rmdir()
         raise CacheError(nothing)
     return finish(layout, plan)
 
