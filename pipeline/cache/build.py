@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.alignment import check_alignment
-from pipeline.cache.card import make_card
+from pipeline.cache.card import license_beside, make_card
 from pipeline.cache.claims import finished, is_claimed, sweep_claims
 from pipeline.cache.commit import create_exclusively, full_disk, sweep, temporary_path, write_directory, write_text
 from pipeline.cache.manifest import (
@@ -163,8 +163,11 @@ def missing(layout: Layout, plan: Plan) -> list[str]:
     return [shard.name for shard, receipt in receipts if receipt is None or receipt.plan != shard]
 
 
-def finish(layout: Layout, plan: Plan) -> Cache:
+def finish(layout: Layout, plan: Plan, *, license: str | None = None) -> Cache:
     """Commit: probe the alignment, write the card, and last the manifest.
+
+    Args:
+        license: of the caches that it is made from; one that is appended to keeps its own.
 
     Raises:
         CacheError: no row was cached, or a shard is missing.
@@ -186,7 +189,9 @@ def finish(layout: Layout, plan: Plan) -> Cache:
     fidelity = next((receipt.fidelity for receipt in receipts if receipt.fidelity is not None), None)
     if fidelity is not None:
         write_text(layout.root / "reports" / "fidelity.json", dump(fidelity))
-    write_text(layout.root / "README.md", make_card(manifest, fidelity))
+    card = layout.root / "README.md"
+    license = license or license_beside(card)
+    write_text(card, make_card(manifest, fidelity, license=license))
     reports = layout.root / "reports"
     _send(layout, [*sorted(reports.iterdir() if reports.is_dir() else ()), layout.root / "README.md"])
     sweep_claims(layout, plan)

@@ -6,8 +6,10 @@ Made from the manifest and from what `reports/` says; the same manifest and repo
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pyarrow as pa
+import yaml
 
 from pipeline.cache.mass import KeptMasses
 from pipeline.cache.provenance import origin
@@ -139,6 +141,14 @@ def make_card(
         tokens=totals["tokens"],
     )
     return _with_front_matter(manifest, license, body)
+
+
+def license_beside(card: Path) -> str | None:
+    """The licence that the card in a cache's directory states; None where there is no card, or none in it."""
+    try:
+        return card_license(card.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # somebody else's text, or none
+        return None
 
 
 def card_license(text: str) -> str | None:

@@ -16,7 +16,9 @@ from click.testing import CliRunner
 
 from pipeline.cache import Cache, verify
 from pipeline.cache.build import begin, finish, record
+from pipeline.cache.card import license_beside
 from pipeline.cache.manifest import Layout
+from pipeline.cache.reports import write_reports
 from pipeline.cache.schema import cache_schema
 from pipeline.cache.transforms import convert, filter_rows, merge, rewrite
 from pipeline.cache.transforms.condition import Condition
@@ -183,6 +185,17 @@ def test_a_cache_is_sampled_split_and_put_together_again(tmp_path, lm_tokenizer)
     assert 5 <= len(ids_of(both, "validation")) <= 25
     assert sorted([*ids_of(both), *ids_of(both, "validation")]) == sorted(named(*range(60)))
     assert [a.operation.split()[0] for a in both.manifest.ancestry] == ["filter", "filter", "merge", "merge"]
+
+
+def test_a_licence_goes_on_where_all_agree(tmp_path, lm_tokenizer):
+    caches = [
+        make_cache(tmp_path / name, lm_tokenizer, rows) for name, rows in (("a", range(20)), ("b", range(20, 40)))
+    ]
+    write_reports(caches[0], caches[0].root, license="apache-2.0")
+    assert license_beside(filter_rows(caches[0], tmp_path / "f", where="true").root / "README.md") == "apache-2.0"
+    assert license_beside(merge(caches, tmp_path / "m").root / "README.md") is None
+    write_reports(caches[1], caches[1].root, license="apache-2.0")
+    assert license_beside(merge(caches, tmp_path / "n").root / "README.md") == "apache-2.0"
 
 
 def test_a_condition_true_of_all_copies_the_bytes(tmp_path, lm_tokenizer):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.cache.build import begin, clear, finish, is_finished, record
+from pipeline.cache.card import license_beside
 from pipeline.cache.claims import finished
 from pipeline.cache.commit import write_atomically
 from pipeline.cache.manifest import Layout, Plan, load_receipt, parse
@@ -146,7 +147,8 @@ def rewrite(
         with contextlib.suppress(OSError):  # something else is in it
             root.rmdir()
         raise CacheError(nothing)
-    return finish(layout, plan)
+    licences = {license_beside(cache.root / "README.md") for cache in sources}
+    return finish(layout, plan, license=licences.pop() if len(licences) == 1 else None)
 
 
 _NONE = Receipt(Shard("", "", 0, 0, 0, 0, "", ()), ShardPlan("", "", 0, 0), (), "", 0.0, 0.0)
