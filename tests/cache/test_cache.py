@@ -138,7 +138,7 @@ def test_repair_without_a_plan_keeps_everything(cache):
     layout.shard("train-00001").write_bytes(b"no Parquet")
     done = CliRunner().invoke(main, ["verify", "--cache", str(cache.root), "--repair"])
     assert done.exit_code == 1
-    assert "fetch them again" in done.output
+    assert "fetch or import the cache again" in done.output
     assert layout.manifest.is_file()
     assert layout.shard("train-00001").exists()
 
