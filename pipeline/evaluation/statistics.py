@@ -125,14 +125,14 @@ def paired_permutation(differences: np.ndarray, *, resamples: int = 9999, seed: 
         differences: (R,) float, first minus second, a row each.
 
     Returns:
-        The p-value, at least 1 / (resamples + 1) unless all flips can be tried; 1 where all are 0, nan where one is nan.
+        The p-value, at least 1 / (resamples + 1) unless all flips can be tried; 1 where at most one is not 0, nan where one is nan.
     """
     from scipy import stats
 
     if np.isnan(differences).any():
         return math.nan
     some = differences[differences != 0]  # a difference of 0 stays what it is
-    if not len(some):
+    if len(some) < 2:  # either sign of one difference is as far from 0
         return 1.0
     result = stats.permutation_test(
         (some,),

@@ -207,6 +207,7 @@ def test_a_finished_cache_is_not_made_again_and_another_contract_is_refused(tmp_
 KILLED = """
 import sys, os, signal, time
 import pipeline.capture.shard as module, pyarrow.parquet as pq
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process whose parent ignores it would too
 whole = module.write_shard
 done = []
 def write_shard(*args):

@@ -186,3 +186,8 @@ def test_the_interval_over_both_adds_the_variances():
     freedom = (of_rows + of_seeds) ** 2 / (of_seeds**2 / 2)
     half = stats.t.ppf(0.975, freedom) * math.sqrt(of_rows + of_seeds)
     assert (found.low, found.high) == pytest.approx((1.5 - half, 1.5 + half))
+
+
+@pytest.mark.parametrize("differences", [[0.0, 0.0], [0.0, -0.5, 0.0], [0.25]])
+def test_one_difference_alone_is_no_evidence(differences):
+    assert paired_permutation(np.array(differences)) == 1.0
