@@ -20,6 +20,7 @@ from pipeline.cache.remote import read_small
 from pipeline.cache.urls import is_url, pinned
 from pipeline.config import STAGES, ConfigFile, resolve
 from pipeline.errors import CacheError, ConfigError
+from pipeline.sources.loading import redact
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,11 @@ def run(
         output = Path(config.output) if config.output is not None else None
         key = _key(config)
         if output is not None and _is_done(output, name, key):
-            logger.info("%s: %s is up to date", name, output)
+            logger.info("%s: %s is up to date", name, redact(str(config.output)))
             if shown is not None and name in shown:
                 shown[name](config)
             continue
-        logger.info("%s: %s", name, output or "")
+        logger.info("%s: %s", name, redact(str(config.output or "")))
         if overwrite and name == "cache-logits" and current_plan(open_layout(config.output)) is not None:
             config = dataclasses.replace(config, overwrite=True)
         runners[name](config)

@@ -26,6 +26,7 @@ from pipeline.evaluation.scores import Scores
 from pipeline.evaluation.subjects import Subject, Teacher
 from pipeline.evaluation.verdict import headline, verdict
 from pipeline.softlabels import served_temperature
+from pipeline.sources.loading import redact
 from pipeline.tasks import Task, get_task
 from pipeline.training.student import load_student
 
@@ -104,12 +105,12 @@ def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:
     for i, path in enumerate(caches):
         cache = Cache.open(path)
         if cache.manifest.cache_id in found:
-            raise MisuseError(f"--cache {path}: is given twice")
+            raise MisuseError(f"--cache {redact(str(path))}: is given twice")
         task = get_task(cache.manifest.contract.task)
         seen = observe_teacher(cache, task, split)
         if not seen.labelled.any():
             raise CacheError(
-                f"{path}: split {split} has no hard label to report against; choose another --split ({', '.join(cache.splits)})"
+                f"{redact(str(path))}: split {split} has no hard label to report against; choose another --split ({', '.join(cache.splits)})"
             )
         first = next(iter(found.values()), None)
         if first is not None:
@@ -185,7 +186,7 @@ def _check_same(first: Teacher, cache: Cache, seen: Observation, path: str) -> N
     same = expected.task == found.task and expected.label_names == found.label_names
     if not same or not np.array_equal(first.seen.predictions.labels, seen.predictions.labels):
         raise ContractError(
-            f"{path}: holds other rows or labels than {first.cache.root} (expected {len(first.seen.predictions.labels)} positions of {expected.task}, "
+            f"{redact(str(path))}: holds other rows or labels than {first.cache.where} (expected {len(first.seen.predictions.labels)} positions of {expected.task}, "
             f"found {len(seen.predictions.labels)} of {found.task}); students of several teachers are compared on the same rows: cache the same split with each"
         )
 

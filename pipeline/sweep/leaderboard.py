@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from pipeline.config import SweepConfig
 from pipeline.records import Interval, Loss, TrainResult
+from pipeline.sources.loading import redact
 from pipeline.sweep.grid import Role
 from pipeline.tasks import Task
 
@@ -93,7 +95,8 @@ def make_report(
         sign = -1 if higher else 1
         groups.sort(key=lambda g: (not g.seeds, sign * g.metrics.get(chosen_by, 0.0), g.metrics.get("nll", 0.0)))
     best = next((g.name for g in groups if g.role == "student" and g.seeds), None) if chosen_by else None
-    return SweepReport(config, tuple(runs), tuple(groups), eval_split, chosen_by, higher, best, teachers)
+    shown = dataclasses.replace(config, cache=tuple(map(redact, config.cache)))  # without credentials in URLs
+    return SweepReport(shown, tuple(runs), tuple(groups), eval_split, chosen_by, higher, best, teachers)
 
 
 def _group(name: str, runs: Sequence[SweepRun], chosen_by: str | None) -> SweepGroup:
