@@ -179,7 +179,7 @@ def measure_engine(engine: str, count: int, folder: Path) -> float:
     """Tokens a second of two workers, or of one process with one thread, from the first shard's begin to the last one's end."""
     import torch
 
-    from pipeline.cache.manifest import Layout, load_receipt
+    from pipeline.cache.format.manifest import Layout, load_receipt
     from pipeline.capture.run import run
     from pipeline.models.quiet import quiet_libraries
 

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import pipeline as softlabel
-from pipeline.cache.codec import pack
-from pipeline.cache.schema import parquet_settings, soft_columns
+from pipeline.cache.format.codec import pack
+from pipeline.cache.format.schema import parquet_settings, soft_columns
 from pipeline.capture.forward import output_matrix, teacher_logits
 from pipeline.capture.plan import plan_batches
 from pipeline.capture.shard import label_rows

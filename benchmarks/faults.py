@@ -215,7 +215,7 @@ def dying(point: str, left: int) -> Callable[[str], None]:
 
 def nothing_torn(root: Path, expected: dict[str, bytes]) -> bool:
     """Whether every file that a reader would see is whole, and a manifest is there only with all of them."""
-    from pipeline.cache.manifest import Plan, parse
+    from pipeline.cache.format.manifest import Plan, parse
     from pipeline.records import Receipt
 
     for path in root.rglob("[!.]*"):
@@ -235,7 +235,7 @@ def damage(bench: Bench, flips: int, cuts: int, manifest_faults: int, seed: int 
     """Flip bits and cut files, and see whether `verify` finds it, and names the file."""
     import pyarrow.parquet as pq
 
-    from pipeline.cache.manifest import Layout, load_manifest
+    from pipeline.cache.format.manifest import Layout, load_manifest
 
     rng = random.Random(seed)
     root = bench.folder / "damaged"
@@ -311,8 +311,8 @@ def training_reads(root: Path, path: Path, expected: Any) -> str:
     """What `outcome` says, of our own reader: the footer's hash, page checksums, counts and ranges."""
     import pyarrow as pa
 
-    from pipeline.cache.contents import check_contents
-    from pipeline.cache.manifest import load_manifest
+    from pipeline.cache.format.contents import check_contents
+    from pipeline.cache.format.manifest import load_manifest
     from pipeline.cache.reader import check_shard_file, read_row_group
     from pipeline.errors import IntegrityError
 

@@ -23,7 +23,7 @@ def main(megabytes: int) -> None:
     from benchmarks.training import make_cache
     from pipeline.cache import verify
     from pipeline.cache.build import begin, finish, record
-    from pipeline.cache.manifest import Layout, Plan, load_receipt, parse
+    from pipeline.cache.format.manifest import Layout, Plan, load_receipt, parse
     from pipeline.models.quiet import quiet_libraries
     from pipeline.records import ShardPlan
 

@@ -1,6 +1,6 @@
 """The on-disk contract: schema, codec, manifest, commit protocol, writer, reader (local and behind URLs), verify, alignment probe, card."""
 
-from pipeline.cache.manifest import Layout, Plan
+from pipeline.cache.format.manifest import Layout, Plan
 from pipeline.cache.reader import Cache, CacheDataset
 from pipeline.cache.verification import Verification, drop_broken, verify
 

@@ -7,9 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pipeline.cache.codec import unpack
-from pipeline.cache.contents import check_contents
-from pipeline.cache.manifest import Layout
+from pipeline.cache.format.codec import unpack
+from pipeline.cache.format.contents import check_contents
+from pipeline.cache.format.manifest import Layout
 from pipeline.cache.probe import probe_alignment
 from pipeline.cache.reader import Cache, open_shard, read_row_group
 from pipeline.errors import ContractError

@@ -14,7 +14,7 @@ from pipeline.cache.alignment import check_alignment
 from pipeline.cache.card import license_beside, make_card
 from pipeline.cache.claims import finished, is_claimed, sweep_claims
 from pipeline.cache.commit import create_exclusively, full_disk, sweep, temporary_path, write_directory, write_text
-from pipeline.cache.manifest import (
+from pipeline.cache.format.manifest import (
     Layout,
     Plan,
     check_same_contract,
@@ -24,11 +24,11 @@ from pipeline.cache.manifest import (
     make_manifest,
     parse,
 )
+from pipeline.cache.format.sanity import contract_problem
+from pipeline.cache.format.tokenizer_files import without_code
 from pipeline.cache.outbox import Outbox
 from pipeline.cache.probe import first_shards
 from pipeline.cache.reader import Cache
-from pipeline.cache.sanity import contract_problem
-from pipeline.cache.tokenizer_files import without_code
 from pipeline.cache.urls import is_url
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.cache.commit import full_disk
-from pipeline.cache.manifest import Layout, Plan, check_same_contract, load_receipt, parse
+from pipeline.cache.format.manifest import Layout, Plan, check_same_contract, load_receipt, parse
 from pipeline.cache.writer import file_sha256
 from pipeline.errors import ContractError
 from pipeline.records import Receipt, ShardPlan

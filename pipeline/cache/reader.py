@@ -16,14 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
-from pipeline.cache.codec import unpack
-from pipeline.cache.contents import check_contents
-from pipeline.cache.manifest import Layout, load_manifest, strangers
-from pipeline.cache.pages import check_row_group, check_types, read_footer
+from pipeline.cache.format.codec import unpack
+from pipeline.cache.format.contents import check_contents
+from pipeline.cache.format.manifest import Layout, load_manifest, strangers
+from pipeline.cache.format.pages import check_row_group, check_types, read_footer
+from pipeline.cache.format.schema import describe, soft_columns
+from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.remote import Remote, RemoteShard, open_remote
-from pipeline.cache.schema import describe, soft_columns
 from pipeline.cache.store import DEFAULT_BYTES
-from pipeline.cache.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.urls import is_url
 from pipeline.cache.writer import footer_sha256
 from pipeline.errors import CacheError, IntegrityError

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.cache.manifest import NAME, Layout, load_manifest
+from pipeline.cache.format.manifest import NAME, Layout, load_manifest
 from pipeline.cache.store import DEFAULT_BYTES, Store, default_directory
 from pipeline.cache.transfer import patiently, read_range
 from pipeline.cache.urls import open_filesystem, pinned

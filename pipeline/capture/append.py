@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pipeline.cache import Layout, Plan
-from pipeline.cache.manifest import Parent, differences, load_manifest
+from pipeline.cache.format.manifest import Parent, differences, load_manifest
 from pipeline.capture.plan import plan_shards
 from pipeline.errors import ContractError
 from pipeline.records import Ancestor, Contract, ShardPlan

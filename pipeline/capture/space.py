@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 
-from pipeline.cache.manifest import load_receipt
+from pipeline.cache.format.manifest import load_receipt
 from pipeline.capture.job import Job
 from pipeline.records import Encoding, Full, Sampled, ShardPlan, TokenizedExample, TopK
 from pipeline.softlabels.fidelity import spread

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Layout, Plan
 from pipeline.cache.build import begin, finish, record
-from pipeline.cache.codec import content_hash
-from pipeline.cache.manifest import NAME
-from pipeline.cache.schema import cache_schema, describe
+from pipeline.cache.format.codec import content_hash
+from pipeline.cache.format.manifest import NAME
+from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.urls import is_url
 from pipeline.cache.writer import write_shard
 from pipeline.capture.plan import library_versions

@@ -14,7 +14,7 @@ from pipeline.cli.echo import echo_cache
 @command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache")
 def _verify(config: cfg.VerifyConfig) -> None:
     from pipeline.cache import Cache, drop_broken, verify
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.cache.urls import is_url
 
     if is_url(config.cache):
@@ -37,7 +37,7 @@ def _verify(config: cfg.VerifyConfig) -> None:
 
 @command("audit", cfg.AuditConfig, "softlabel audit --cache runs/cache --teacher runs/teacher --rows 64")
 def _audit(config: cfg.AuditConfig) -> None:
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.capture.audit import describe, run
 
     found = run(config)
@@ -55,8 +55,8 @@ def _inspect(config: cfg.InspectConfig) -> None:
     import json
 
     from pipeline.cache import Cache
+    from pipeline.cache.format.manifest import dump
     from pipeline.cache.inspection import describe, totals
-    from pipeline.cache.manifest import dump
 
     cache = Cache.open(
         config.cache,

@@ -42,7 +42,7 @@ def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
     "softlabel estimate --task causal-lm --teacher runs/teacher --dataset data/corpus --budget 100GB --write-config runs/capture.yaml",
 )
 def _estimate(config: cfg.EstimateConfig) -> None:
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.capture.estimate import run
     from pipeline.capture.estimate_table import format_estimate
 

@@ -27,7 +27,7 @@ def _evaluate(config: cfg.EvaluateConfig) -> None:
 
 
 def _echo_report(report: EvaluationReport, config: cfg.EvaluateConfig) -> None:
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.evaluation import format_table
 
     if config.json:
@@ -40,7 +40,7 @@ def _echo_report(report: EvaluationReport, config: cfg.EvaluateConfig) -> None:
 
 def show_evaluation(config: cfg.EvaluateConfig) -> None:
     """The report that is kept already."""
-    from pipeline.cache.manifest import parse
+    from pipeline.cache.format.manifest import parse
     from pipeline.records import EvaluationReport
 
     if config.output is not None:

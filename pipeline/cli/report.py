@@ -16,7 +16,7 @@ from pipeline.cli.commands import command
     "softlabel report --cache runs/cache --teacher runs/teacher --student runs/student --control labels=runs/control --output runs/report",
 )
 def _report(config: cfg.ReportConfig) -> None:
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.evaluation.report import report
     from pipeline.evaluation.summary import summary
 

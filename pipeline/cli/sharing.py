@@ -15,7 +15,7 @@ from pipeline.cli.echo import echo_cache
     "softlabel push --cache runs/cache --to hf://datasets/ORG/NAME --license apache-2.0",
 )
 def _push(config: cfg.PushConfig) -> None:
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.sharing.push import run
 
     pushed = run(config)
@@ -33,7 +33,7 @@ def _push(config: cfg.PushConfig) -> None:
     "softlabel pull --from hf://datasets/ORG/NAME@REVISION --output runs/cache --split test",
 )
 def _pull(config: cfg.PullConfig) -> None:
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.sharing.pull import run
 
     cache = run(config)

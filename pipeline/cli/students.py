@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "softlabel sweep --cache runs/cache --teacher runs/teacher --shape 2x128x2 --shape 4x256x4 --temperature 1 --temperature 4 --output runs/sweep",
 )
 def _sweep(config: cfg.SweepConfig) -> None:
-    from pipeline.cache.manifest import dump
+    from pipeline.cache.format.manifest import dump
     from pipeline.sweep import format_leaderboard, report, run
 
     found = run(config)

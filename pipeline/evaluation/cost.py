@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from pipeline.cache import Cache, Layout
-from pipeline.cache.manifest import parse
+from pipeline.cache.format.manifest import parse
 from pipeline.errors import ModelError, PipelineError
 from pipeline.evaluation.cost_worker import Order, Ready, Turn
 from pipeline.evaluation.report_records import BreakEven, Cost, Machine, Provenance, Spread

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.cache import Cache
 from pipeline.cache.commit import write_atomically, write_text
-from pipeline.cache.manifest import dump
+from pipeline.cache.format.manifest import dump
 from pipeline.config import ReportConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.evaluation.calibration import calibration_line, calibration_split, fit_temperatures

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import Cache
-from pipeline.cache.manifest import parse
+from pipeline.cache.format.manifest import parse
 from pipeline.errors import MisuseError, PipelineError
 from pipeline.evaluation.report_records import Provenance, Role
 from pipeline.evaluation.run import named

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import Cache, Layout, verify
-from pipeline.cache.manifest import NAME
+from pipeline.cache.format.manifest import NAME
 from pipeline.cache.reports import write_reports
 from pipeline.errors import CacheError
 from pipeline.sources.loading import redact

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.cache import Cache
 from pipeline.cache.commit import write_text
-from pipeline.cache.manifest import dump, parse
+from pipeline.cache.format.manifest import dump, parse
 from pipeline.config import ReportConfig, SweepConfig, TrainStudentConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.evaluation import evaluate

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 from pipeline.cache import Cache
 from pipeline.cache.alignment import check_alignment
 from pipeline.cache.commit import write_text
-from pipeline.cache.manifest import differences, dump, parse
+from pipeline.cache.format.manifest import differences, dump, parse
 from pipeline.config import TrainStudentConfig, parse_bytes
 from pipeline.errors import ContractError, MisuseError
 from pipeline.models import (

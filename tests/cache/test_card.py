@@ -14,7 +14,7 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
 from pipeline.cache.card import card_license, make_card
-from pipeline.cache.manifest import make_manifest, parse
+from pipeline.cache.format.manifest import make_manifest, parse
 from pipeline.cache.mass import KeptMasses, draw, kept_masses
 from pipeline.cache.provenance import command
 from pipeline.cache.recipes import kept_mass_sql

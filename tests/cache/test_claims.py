@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.cache.build import begin
 from pipeline.cache.claims import Claims, sweep_claims
-from pipeline.cache.manifest import Layout
+from pipeline.cache.format.manifest import Layout
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import Sampled, ShardPlan
 from tests.support.rows import build_cache, make_plan
@@ -95,7 +95,7 @@ def test_the_claim_of_a_dead_process_is_free(started):
 
 def test_what_another_has_finished_is_left_out(tmp_path, lm_tokenizer):
     cache = build_cache(tmp_path / "cache", lm_tokenizer)
-    from pipeline.cache.manifest import Plan, parse
+    from pipeline.cache.format.manifest import Plan, parse
 
     layout = Layout(cache.root)
     plan = parse(Plan, layout.plan)

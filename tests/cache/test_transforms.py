@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from pipeline.cache import Cache, verify
 from pipeline.cache.build import begin, finish, record
 from pipeline.cache.card import license_beside
-from pipeline.cache.manifest import Layout
+from pipeline.cache.format.manifest import Layout
+from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.reports import write_reports
-from pipeline.cache.schema import cache_schema
 from pipeline.cache.transforms import convert, filter_rows, merge, rewrite
 from pipeline.cache.transforms.condition import Condition
 from pipeline.cache.transforms.convert import _uniforms

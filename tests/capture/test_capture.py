@@ -14,7 +14,7 @@ from datasets import Dataset
 
 import pipeline as softlabel
 from pipeline.cache import Cache, verify
-from pipeline.cache.manifest import Layout
+from pipeline.cache.format.manifest import Layout
 from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError, CacheError, ContractError, MisuseError, ModelError
 from pipeline.records import Columns, Full, Sampled, TopK

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipeline.cache import Layout, verify
-from pipeline.cache.manifest import load_receipt
+from pipeline.cache.format.manifest import load_receipt
 from pipeline.cache.urls import open_filesystem
 from pipeline.capture.deal import Deal
 from pipeline.capture.run import run

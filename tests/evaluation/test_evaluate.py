@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 
 import pipeline as softlabel
-from pipeline.cache.manifest import dump
+from pipeline.cache.format.manifest import dump
 from pipeline.config import EvaluateConfig
 from pipeline.errors import CacheError, MisuseError
 from pipeline.evaluation import format_table

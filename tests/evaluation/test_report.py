@@ -17,7 +17,7 @@ from scipy.spatial.distance import jensenshannon
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import pipeline as softlabel
-from pipeline.cache.manifest import dump, parse
+from pipeline.cache.format.manifest import dump, parse
 from pipeline.cli import main
 from pipeline.config import ReportConfig, TrainStudentConfig
 from pipeline.errors import CacheError, ContractError, MisuseError

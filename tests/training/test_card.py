@@ -117,7 +117,7 @@ def test_licences_come_from_the_cards_that_name_one(tmp_path, cache, teacher):
 
 
 def _result(output: Path):
-    from pipeline.cache.manifest import parse
+    from pipeline.cache.format.manifest import parse
     from pipeline.records import TrainResult
 
     return parse(TrainResult, output / "distillation.json")

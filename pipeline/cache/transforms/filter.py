@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.manifest import NAME
+from pipeline.cache.format.manifest import NAME
 from pipeline.cache.reader import Cache
 from pipeline.cache.transforms.condition import Condition
 from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema

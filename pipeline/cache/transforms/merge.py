@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.manifest import differences
+from pipeline.cache.format.manifest import differences
 from pipeline.cache.reader import Cache
 from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
 from pipeline.errors import ContractError, MisuseError

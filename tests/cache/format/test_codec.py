@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache.codec import content_hash, pack, unpack
-from pipeline.cache.schema import cache_schema
+from pipeline.cache.format.codec import content_hash, pack, unpack
+from pipeline.cache.format.schema import cache_schema
 from pipeline.errors import MisuseError
 from pipeline.records import CachedExample, Full, Sampled, TokenizedExample, TopK, TopP
 from pipeline.softlabels import encode, narrow

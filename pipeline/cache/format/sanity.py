@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.cache.schema import cache_schema, describe
+from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.errors import PipelineError
 from pipeline.records import Contract, Full, Manifest, Sampled, Shard, TopK
 from pipeline.tasks import get_task

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.codec import tail_ids
+from pipeline.cache.format.codec import tail_ids
 from pipeline.errors import IntegrityError
 from pipeline.records import Contract, Full, Sampled
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cache import Plan
 from pipeline.cache.build import begin
-from pipeline.cache.manifest import check_same_contract
+from pipeline.cache.format.manifest import check_same_contract
 from pipeline.errors import ContractError, PipelineError
 from pipeline.records import (
     Columns,

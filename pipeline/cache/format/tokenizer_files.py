@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cache.strict_json import read_json
+from pipeline.cache.format.strict_json import read_json
 from pipeline.errors import IntegrityError
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.cache.sanity import NAME, manifest_problem
-from pipeline.cache.schema import FORMAT_VERSION
-from pipeline.cache.strict_json import read_json
+from pipeline.cache.format.sanity import NAME, manifest_problem
+from pipeline.cache.format.schema import FORMAT_VERSION
+from pipeline.cache.format.strict_json import read_json
 from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
 from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
 
