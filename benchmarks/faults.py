@@ -157,7 +157,7 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 def count_points(bench: Bench) -> Counter[str]:
     """How often an undisturbed capture comes by each point."""
-    from pipeline.cache.crash import hooked
+    from pipeline.cache.storage.crash import hooked
 
     seen: Counter[str] = Counter()
     with hooked(lambda point: seen.update([point])):
@@ -169,7 +169,7 @@ def count_points(bench: Bench) -> Counter[str]:
 def kills(bench: Bench, number: int, seed: int = 0) -> Iterator[Line]:
     """Kill a capture at every point in turn, look at what is there, and go on."""
     from pipeline.cache import Cache
-    from pipeline.cache.crash import hooked
+    from pipeline.cache.storage.crash import hooked
 
     rng = random.Random(seed)
     seen = count_points(bench)

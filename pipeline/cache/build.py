@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.cache.alignment import check_alignment
 from pipeline.cache.card import license_beside, make_card
 from pipeline.cache.claims import finished, is_claimed, sweep_claims
-from pipeline.cache.commit import create_exclusively, full_disk, sweep, temporary_path, write_directory, write_text
 from pipeline.cache.format.manifest import (
     Layout,
     Plan,
@@ -26,10 +25,18 @@ from pipeline.cache.format.manifest import (
 )
 from pipeline.cache.format.sanity import contract_problem
 from pipeline.cache.format.tokenizer_files import without_code
-from pipeline.cache.outbox import Outbox
 from pipeline.cache.probe import first_shards
 from pipeline.cache.reader import Cache
-from pipeline.cache.urls import is_url
+from pipeline.cache.storage.commit import (
+    create_exclusively,
+    full_disk,
+    sweep,
+    temporary_path,
+    write_directory,
+    write_text,
+)
+from pipeline.cache.storage.outbox import Outbox
+from pipeline.cache.storage.urls import is_url
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
 

@@ -14,7 +14,7 @@ import yaml
 from pipeline.cache.mass import KeptMasses
 from pipeline.cache.provenance import origin
 from pipeline.cache.recipes import kept_mass_sql, recipe
-from pipeline.cache.urls import is_url
+from pipeline.cache.storage.urls import is_url
 from pipeline.records import Contract, Fidelity, Manifest
 from pipeline.sources.loading import redact
 from pipeline.tasks import get_task

@@ -16,8 +16,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.cache.commit import full_disk
 from pipeline.cache.format.manifest import Layout, Plan, check_same_contract, load_receipt, parse
+from pipeline.cache.storage.commit import full_disk
 from pipeline.cache.writer import file_sha256
 from pipeline.errors import ContractError
 from pipeline.records import Receipt, ShardPlan

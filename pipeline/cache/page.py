@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.cache.charts import Chart, histogram
-from pipeline.cache.commit import write_text
 from pipeline.cache.inspection import encoding_text, totals
 from pipeline.cache.reader import Cache
+from pipeline.cache.storage.commit import write_text
 from pipeline.records import CachedExample, Full, Sampled
 from pipeline.softlabels import served_temperature, target
 from pipeline.sources.loading import redact

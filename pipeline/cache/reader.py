@@ -23,8 +23,8 @@ from pipeline.cache.format.pages import check_row_group, check_types, read_foote
 from pipeline.cache.format.schema import describe, soft_columns
 from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.remote import Remote, RemoteShard, open_remote
-from pipeline.cache.store import DEFAULT_BYTES
-from pipeline.cache.urls import is_url
+from pipeline.cache.storage.store import DEFAULT_BYTES
+from pipeline.cache.storage.urls import is_url
 from pipeline.cache.writer import footer_sha256
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import CachedExample, Manifest, Shard, SoftLabels

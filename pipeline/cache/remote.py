@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.cache.format.manifest import NAME, Layout, load_manifest
-from pipeline.cache.store import DEFAULT_BYTES, Store, default_directory
-from pipeline.cache.transfer import patiently, read_range
-from pipeline.cache.urls import open_filesystem, pinned
+from pipeline.cache.storage.store import DEFAULT_BYTES, Store, default_directory
+from pipeline.cache.storage.transfer import patiently, read_range
+from pipeline.cache.storage.urls import open_filesystem, pinned
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import Manifest, Shard
 from pipeline.sources.loading import redact

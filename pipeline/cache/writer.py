@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.commit import write_atomically
-from pipeline.cache.crash import reached
 from pipeline.cache.format.codec import pack
 from pipeline.cache.format.pages import ShardFile, read_footer
 from pipeline.cache.format.schema import parquet_settings
+from pipeline.cache.storage.commit import write_atomically
+from pipeline.cache.storage.crash import reached
 from pipeline.records import CachedExample, Shard, ShardPlan
 
 #: Of a row group: what the Hub's viewer and streaming read at once, and what a training window holds.

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.cache.commit import write_text
 from pipeline.cache.format.manifest import Layout, dump, load_receipt
+from pipeline.cache.storage.commit import write_text
 from pipeline.capture.forward import device_name, teacher_logits
 from pipeline.capture.plan import plan_batches
 from pipeline.config import AuditConfig

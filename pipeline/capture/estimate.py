@@ -15,10 +15,10 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from pipeline.cache.commit import write_text
 from pipeline.cache.format.codec import unpack
 from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.reader import open_shard
+from pipeline.cache.storage.commit import write_text
 from pipeline.cache.writer import write_shard
 from pipeline.capture.estimate_table import describe, human
 from pipeline.capture.forward import broken_rows, output_matrix, synchronize, teacher_logits, without

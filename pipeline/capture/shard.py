@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.build import record
-from pipeline.cache.crash import reached
 from pipeline.cache.format.codec import content_hash
+from pipeline.cache.storage.crash import reached
 from pipeline.cache.writer import write_shard
 from pipeline.capture.forward import broken_rows, device_name, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import Job

@@ -15,7 +15,7 @@ from pipeline.cli.echo import echo_cache
 def _verify(config: cfg.VerifyConfig) -> None:
     from pipeline.cache import Cache, drop_broken, verify
     from pipeline.cache.format.manifest import dump
-    from pipeline.cache.urls import is_url
+    from pipeline.cache.storage.urls import is_url
 
     if is_url(config.cache):
         Cache.open(config.cache, verify="full")  # says how

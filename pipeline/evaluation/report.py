@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache import Cache
-from pipeline.cache.commit import write_atomically, write_text
 from pipeline.cache.format.manifest import dump
+from pipeline.cache.storage.commit import write_atomically, write_text
 from pipeline.config import ReportConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.evaluation.calibration import calibration_line, calibration_split, fit_temperatures

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import Cache
-from pipeline.cache.commit import write_text
 from pipeline.cache.format.manifest import dump
+from pipeline.cache.storage.commit import write_text
 from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.errors import CacheError, MisuseError
 from pipeline.evaluation.continuations import continue_prompts

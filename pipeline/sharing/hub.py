@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from pipeline.cache.transfer import patiently
+from pipeline.cache.storage.transfer import patiently
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.sharing.contents import Contents
 from pipeline.sources.loading import reason

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 from tqdm import tqdm
 
 from pipeline.cache.remote import list_files
-from pipeline.cache.transfer import TIMEOUT, patiently, protocols
-from pipeline.cache.urls import open_filesystem
+from pipeline.cache.storage.transfer import TIMEOUT, patiently, protocols
+from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError, ContractError
 from pipeline.sharing.contents import Contents
 from pipeline.sources.loading import reason, redact

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from pipeline.cache import Cache
-from pipeline.cache.commit import write_text
 from pipeline.cache.format.manifest import dump, parse
+from pipeline.cache.storage.commit import write_text
 from pipeline.config import ReportConfig, SweepConfig, TrainStudentConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.evaluation import evaluate

@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 
 from pipeline.cache import Cache
 from pipeline.cache.alignment import check_alignment
-from pipeline.cache.commit import write_text
 from pipeline.cache.format.manifest import differences, dump, parse
+from pipeline.cache.storage.commit import write_text
 from pipeline.config import TrainStudentConfig, parse_bytes
 from pipeline.errors import ContractError, MisuseError
 from pipeline.models import (

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline.cache import Cache, remote
-from pipeline.cache.store import Store, default_directory
-from pipeline.cache.transfer import patiently
+from pipeline.cache.storage.store import Store, default_directory
+from pipeline.cache.storage.transfer import patiently
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import Full
 from tests.support.flaky import flaky
@@ -121,7 +121,7 @@ def test_a_failing_network_is_tried_again_and_then_named(tmp_path, url, flaky, c
 
 def test_a_stalled_request_is_given_up(tmp_path, url, flaky, monkeypatch):
     rows = open_url(url, tmp_path).dataset("train")
-    monkeypatch.setattr("pipeline.cache.transfer.TIMEOUT", 0.1)
+    monkeypatch.setattr("pipeline.cache.storage.transfer.TIMEOUT", 0.1)
     flaky.stalls = 1
     assert rows[0].example.source_row == 0
     flaky.stalls = 100

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.cache import Layout, verify
 from pipeline.cache.format.manifest import load_receipt
-from pipeline.cache.urls import open_filesystem
+from pipeline.cache.storage.urls import open_filesystem
 from pipeline.capture.deal import Deal
 from pipeline.capture.run import run
 from pipeline.errors import CacheError, MisuseError, PipelineError

@@ -14,7 +14,7 @@ import pytest
 
 import pipeline as softlabel
 from pipeline.cache import verify
-from pipeline.cache.crash import POINTS, hooked
+from pipeline.cache.storage.crash import POINTS, hooked
 from pipeline.errors import CacheError
 from tests.conftest import tiny_model
 
@@ -31,7 +31,7 @@ if libc.unshare(0x20000) or libc.mount(b"none", b"/", None, private, None) or li
     print("cannot mount")
     sys.exit(0)
 from benchmarks.faults import make_bench, shared_files
-from pipeline.cache.crash import hooked
+from pipeline.cache.storage.crash import hooked
 from pipeline.errors import PipelineError
 bench, output, ballast = make_bench(folder / "bench"), disk / "cache", disk / "ballast"
 def fill(point):

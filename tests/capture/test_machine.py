@@ -19,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from benchmarks.faults import Bench, make_bench, shared_files
 from pipeline.cache import Cache, Layout, Plan, drop_broken, verify
-from pipeline.cache.commit import temporary_path
-from pipeline.cache.crash import POINTS, hooked
 from pipeline.cache.format.manifest import parse
+from pipeline.cache.storage.commit import temporary_path
+from pipeline.cache.storage.crash import POINTS, hooked
 from pipeline.cache.transforms import merge
 from pipeline.errors import CacheError, ContractError, IntegrityError
 

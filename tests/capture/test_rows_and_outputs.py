@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import pipeline as softlabel
 from pipeline.cache import Cache, Layout, drop_broken, verify
-from pipeline.cache.urls import open_filesystem
+from pipeline.cache.storage.urls import open_filesystem
 from pipeline.capture import automatic, shard
 from pipeline.capture import run as capture_run
 from pipeline.capture.run import run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.cache import Cache
-from pipeline.cache.urls import is_url
+from pipeline.cache.storage.urls import is_url
 from pipeline.config import CacheLogitsConfig, DataConfig
 from tests.conftest import tiny_model
 

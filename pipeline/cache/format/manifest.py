@@ -20,7 +20,7 @@ from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseErr
 from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
 
 if TYPE_CHECKING:
-    from pipeline.cache.outbox import Outbox
+    from pipeline.cache.storage.outbox import Outbox
 
 Record = TypeVar("Record")
 

@@ -44,7 +44,7 @@ def pinned(url: str) -> str:
         return url
     from huggingface_hub import HfApi
 
-    from pipeline.cache.transfer import patiently
+    from pipeline.cache.storage.transfer import patiently
 
     filesystem, path = open_filesystem(url)
     filesystem.invalidate_cache()

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.cache.transfer import patiently, protocols
-from pipeline.cache.urls import open_filesystem
+from pipeline.cache.storage.transfer import patiently, protocols
+from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError
 from pipeline.sources.loading import reason, redact
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.cache.crash import kind_of, reached
+from pipeline.cache.storage.crash import kind_of, reached
 from pipeline.errors import CacheError
 
 _PREFIX = ".tmp-"

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.cache.commit import write_atomically
+from pipeline.cache.storage.commit import write_atomically
 
 #: After a clean-up this share of the bound is used, so that the next one is not due at once.
 _KEPT = 0.9
