@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.build import current_plan, open_layout
-from pipeline.cache.remote import read_small
+from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.urls import is_url, pinned
 from pipeline.config import STAGES, ConfigFile, resolve
 from pipeline.errors import CacheError, ConfigError

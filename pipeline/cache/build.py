@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.cache.alignment import check_alignment
 from pipeline.cache.card import license_beside, make_card
 from pipeline.cache.claims import finished, is_claimed, sweep_claims
 from pipeline.cache.format.manifest import (
@@ -25,8 +24,9 @@ from pipeline.cache.format.manifest import (
 )
 from pipeline.cache.format.sanity import contract_problem
 from pipeline.cache.format.tokenizer_files import without_code
-from pipeline.cache.probe import first_shards
-from pipeline.cache.reader import Cache
+from pipeline.cache.reading.alignment import check_alignment
+from pipeline.cache.reading.probe import first_shards
+from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import (
     create_exclusively,
     full_disk,

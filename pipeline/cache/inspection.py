@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.reader import Cache
+from pipeline.cache.reading.reader import Cache
 from pipeline.records import CachedExample
 from pipeline.softlabels import rows as positions_of
 from pipeline.softlabels import served_temperature, target

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.reader import Cache
+from pipeline.cache.reading.reader import Cache
 from pipeline.records import Full, Sampled
 
 _BINS = 20

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.cache.charts import Chart, histogram
 from pipeline.cache.inspection import encoding_text, totals
-from pipeline.cache.reader import Cache
+from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
 from pipeline.records import CachedExample, Full, Sampled
 from pipeline.softlabels import served_temperature, target

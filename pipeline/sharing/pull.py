@@ -15,7 +15,14 @@ from tqdm import tqdm
 from pipeline.cache import Cache, Layout, verify
 from pipeline.cache.card import card_license
 from pipeline.cache.format.manifest import dump, load_manifest, make_manifest
-from pipeline.cache.remote import check_sha256, check_sizes, fetch_manifest, fetch_tokenizer, list_files, read_small
+from pipeline.cache.reading.remote import (
+    check_sha256,
+    check_sizes,
+    fetch_manifest,
+    fetch_tokenizer,
+    list_files,
+    read_small,
+)
 from pipeline.cache.reports import write_reports
 from pipeline.cache.storage.commit import create_exclusively, write_atomically, write_text
 from pipeline.cache.storage.transfer import patiently, read_range

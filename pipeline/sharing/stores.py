@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.cache.remote import list_files
+from pipeline.cache.reading.remote import list_files
 from pipeline.cache.storage.transfer import TIMEOUT, patiently, protocols
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError, ContractError

@@ -14,8 +14,8 @@ from pathlib import Path
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
-from pipeline.cache.alignment import check_alignment
 from pipeline.cache.format.manifest import differences, dump, parse
+from pipeline.cache.reading.alignment import check_alignment
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import TrainStudentConfig, parse_bytes
 from pipeline.errors import ContractError, MisuseError

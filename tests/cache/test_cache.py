@@ -108,7 +108,7 @@ def test_verify_finds_a_whole_cache_whole(cache):
 
 
 def test_a_quick_verification_reads_hashes_and_counts(cache, monkeypatch):
-    monkeypatch.setattr("pipeline.cache.verification.read_row_group", None)  # would be called to decode
+    monkeypatch.setattr("pipeline.cache.reading.verification.read_row_group", None)  # would be called to decode
     assert verify(cache.root, quick=True).problems == ()
     path = Layout(cache.root).shard("train-00001")
     path.write_bytes(path.read_bytes()[:-200] + bytes(200))
@@ -286,7 +286,7 @@ def test_the_probe_refuses_a_cache_that_is_out_of_step(lm_tokenizer, shift):
     """The tokens are moved under the soft labels by one; only shift 0 is aligned."""
     import dataclasses
 
-    from pipeline.cache.probe import probe_alignment
+    from pipeline.cache.reading.probe import probe_alignment
 
     rows = []
     for n in range(40):

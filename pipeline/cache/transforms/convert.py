@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.cache.format.codec import pack, unpack
 from pipeline.cache.format.schema import describe, soft_columns
-from pipeline.cache.reader import Cache
+from pipeline.cache.reading.reader import Cache
 from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
 from pipeline.records import NO_LABEL, CachedExample, Encoding, Full, Sampled
 from pipeline.softlabels import check_conversion, concatenate, counter_uniforms, rows, teacher_scores

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.format.manifest import NAME
-from pipeline.cache.reader import Cache
+from pipeline.cache.reading.reader import Cache
 from pipeline.cache.transforms.condition import Condition
 from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
 from pipeline.errors import CacheError, MisuseError

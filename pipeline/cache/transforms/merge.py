@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.format.manifest import differences
-from pipeline.cache.reader import Cache
+from pipeline.cache.reading.reader import Cache
 from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
 from pipeline.errors import ContractError, MisuseError
 from pipeline.records import Contract, SourceInfo

@@ -331,7 +331,7 @@ def fetch_tokenizer(url: str, folder: Path, manifest: Manifest) -> None:
     Raises:
         IntegrityError: they make another tokenizer.
     """
-    from pipeline.cache.verification import tokenizer_problems
+    from pipeline.cache.reading.verification import tokenizer_problems
 
     for name in list_files(url, "tokenizer"):
         _fetch_small(url, f"tokenizer/{name}", folder)

@@ -22,7 +22,7 @@ from pipeline.cache.format.manifest import Layout, load_manifest, strangers
 from pipeline.cache.format.pages import check_row_group, check_types, read_footer
 from pipeline.cache.format.schema import describe, soft_columns
 from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
-from pipeline.cache.remote import Remote, RemoteShard, open_remote
+from pipeline.cache.reading.remote import Remote, RemoteShard, open_remote
 from pipeline.cache.storage.store import DEFAULT_BYTES
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.writer import footer_sha256
@@ -134,7 +134,7 @@ class Cache:
             raise CacheError(
                 f"{self.where}: every byte of a cache behind a URL is verified by fetching it: softlabel pull --from {self.where} --output DIR"
             )
-        from pipeline.cache.verification import verify
+        from pipeline.cache.reading.verification import verify
 
         verify(self.root).raise_first()
 

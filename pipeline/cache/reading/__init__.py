@@ -1,0 +1,1 @@
+"""Open a cache, read its rows, and verify them."""
