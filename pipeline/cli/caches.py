@@ -56,7 +56,7 @@ def _inspect(config: cfg.InspectConfig) -> None:
 
     from pipeline.cache import Cache
     from pipeline.cache.format.manifest import dump
-    from pipeline.cache.inspection import describe, totals
+    from pipeline.cache.views.inspection import describe, totals
 
     cache = Cache.open(
         config.cache,
@@ -69,7 +69,7 @@ def _inspect(config: cfg.InspectConfig) -> None:
     asked = {"rows": config.rows, "tokens": config.tokens, "top": config.top}
     given = {name: value for name, value in asked.items() if value is not None}
     if config.html is not None:
-        from pipeline.cache.page import write_page
+        from pipeline.cache.views.page import write_page
 
         write_page(cache, Path(config.html), split=config.split, **given)
         click.echo(f"page: {config.html}")

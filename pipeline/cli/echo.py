@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def echo_cache(cache: Cache, output: str) -> None:
     """The size of each split of a cache."""
-    from pipeline.cache.inspection import totals
+    from pipeline.cache.views.inspection import totals
     from pipeline.sources.loading import redact
 
     click.echo(f"cache: {redact(output)}  cache_id {cache.manifest.cache_id[:16]}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.cache import Cache, Layout, verify
 from pipeline.cache.format.manifest import NAME
-from pipeline.cache.reports import write_reports
+from pipeline.cache.views.reports import write_reports
 from pipeline.errors import CacheError
 from pipeline.sources.loading import redact
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Never
 from tqdm import tqdm
 
 from pipeline.cache import Cache, Layout, verify
-from pipeline.cache.card import card_license
 from pipeline.cache.format.manifest import dump, load_manifest, make_manifest
 from pipeline.cache.reading.remote import (
     check_sha256,
@@ -23,10 +22,11 @@ from pipeline.cache.reading.remote import (
     list_files,
     read_small,
 )
-from pipeline.cache.reports import write_reports
 from pipeline.cache.storage.commit import create_exclusively, write_atomically, write_text
 from pipeline.cache.storage.transfer import patiently, read_range
 from pipeline.cache.storage.urls import is_url, open_filesystem, pinned
+from pipeline.cache.views.card import card_license
+from pipeline.cache.views.reports import write_reports
 from pipeline.cache.writer import file_sha256
 from pipeline.config import PullConfig
 from pipeline.errors import CacheError, ContractError, MisuseError

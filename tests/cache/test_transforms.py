@@ -16,13 +16,13 @@ from click.testing import CliRunner
 
 from pipeline.cache import Cache, verify
 from pipeline.cache.build import begin, finish, record
-from pipeline.cache.card import license_beside
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.format.schema import cache_schema
-from pipeline.cache.reports import write_reports
 from pipeline.cache.transforms import convert, filter_rows, merge, rewrite
 from pipeline.cache.transforms.condition import Condition
 from pipeline.cache.transforms.convert import _uniforms
+from pipeline.cache.views.card import license_beside
+from pipeline.cache.views.reports import write_reports
 from pipeline.cache.writer import write_shard
 from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, EncodingError, IntegrityError, MisuseError

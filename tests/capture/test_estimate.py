@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from datasets import Dataset
 
 import pipeline as softlabel
-from pipeline.cache.inspection import totals
+from pipeline.cache.views.inspection import totals
 from pipeline.cli import main
 from pipeline.config import load_config, parse_bytes, resolve
 from pipeline.errors import MisuseError

@@ -474,7 +474,7 @@ def watch() -> list[str]:
 def attempt(root: Path) -> str:
     """Everything that a user would do with a download: the first line that refuses it, or how it was not refused."""
     from pipeline.cache import Cache, verify
-    from pipeline.cache.inspection import describe
+    from pipeline.cache.views.inspection import describe
     from pipeline.errors import PipelineError
 
     said = []

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
-from pipeline.cache.mass import KeptMasses
-from pipeline.cache.provenance import origin
-from pipeline.cache.recipes import kept_mass_sql, recipe
 from pipeline.cache.storage.urls import is_url
+from pipeline.cache.views.mass import KeptMasses
+from pipeline.cache.views.provenance import origin
+from pipeline.cache.views.recipes import kept_mass_sql, recipe
 from pipeline.records import Contract, Fidelity, Manifest
 from pipeline.sources.loading import redact
 from pipeline.tasks import get_task

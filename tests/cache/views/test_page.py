@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 import pipeline as softlabel
 from pipeline.cache import Cache
-from pipeline.cache.charts import HEIGHT, WIDTH, histogram
-from pipeline.cache.page import write_page
+from pipeline.cache.views.charts import HEIGHT, WIDTH, histogram
+from pipeline.cache.views.page import write_page
 from pipeline.cli import main
 from pipeline.errors import CacheError
 from pipeline.records import Ancestor, Full, Sampled, TopK, TopP

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cache.charts import Chart, histogram
-from pipeline.cache.inspection import encoding_text, totals
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
+from pipeline.cache.views.charts import Chart, histogram
+from pipeline.cache.views.inspection import encoding_text, totals
 from pipeline.records import CachedExample, Full, Sampled
 from pipeline.softlabels import served_temperature, target
 from pipeline.sources.loading import redact
@@ -103,7 +103,7 @@ def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("pipeline.cache"),
+        loader=PackageLoader("pipeline.cache.views"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,12 +13,12 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-from pipeline.cache.card import card_license, make_card
 from pipeline.cache.format.manifest import make_manifest, parse
-from pipeline.cache.mass import KeptMasses, draw, kept_masses
-from pipeline.cache.provenance import command
-from pipeline.cache.recipes import kept_mass_sql
-from pipeline.cache.reports import write_reports
+from pipeline.cache.views.card import card_license, make_card
+from pipeline.cache.views.mass import KeptMasses, draw, kept_masses
+from pipeline.cache.views.provenance import command
+from pipeline.cache.views.recipes import kept_mass_sql
+from pipeline.cache.views.reports import write_reports
 from pipeline.cli import main
 from pipeline.records import Ancestor, Columns, Full, Sampled, TopK, TopP
 from pipeline.softlabels import target

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.cache.card import make_card
 from pipeline.cache.format.manifest import dump, parse
-from pipeline.cache.mass import draw, kept_masses
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
+from pipeline.cache.views.card import make_card
+from pipeline.cache.views.mass import draw, kept_masses
 from pipeline.records import Fidelity
 
 

@@ -1,0 +1,1 @@
+"""Reports about a finished cache: dataset card, page, kept mass."""
