@@ -22,8 +22,8 @@ def main(megabytes: int) -> None:
 
     from benchmarks.training import make_cache
     from pipeline.cache import verify
-    from pipeline.cache.build import begin, finish, record
     from pipeline.cache.format.manifest import Layout, Plan, load_receipt, parse
+    from pipeline.cache.writing.build import begin, finish, record
     from pipeline.models.quiet import quiet_libraries
     from pipeline.records import ShardPlan
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.build import current_plan, open_layout
 from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.urls import is_url, pinned
+from pipeline.cache.writing.build import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, resolve
 from pipeline.errors import CacheError, ConfigError
 from pipeline.sources.loading import redact

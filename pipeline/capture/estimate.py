@@ -19,7 +19,7 @@ from pipeline.cache.format.codec import unpack
 from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.reading.reader import open_shard
 from pipeline.cache.storage.commit import write_text
-from pipeline.cache.writer import write_shard
+from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.estimate_table import describe, human
 from pipeline.capture.forward import broken_rows, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import load_teacher

@@ -9,8 +9,8 @@ import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Layout, Plan
-from pipeline.cache.build import begin, clear, current_plan, open_layout
 from pipeline.cache.format.schema import cache_schema, describe
+from pipeline.cache.writing.build import begin, clear, current_plan, open_layout
 from pipeline.capture.append import appended
 from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.plan import (

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import Cache
-from pipeline.cache.build import current_plan, is_finished, open_layout
-from pipeline.cache.claims import Claims
+from pipeline.cache.writing.build import current_plan, is_finished, open_layout
+from pipeline.cache.writing.claims import Claims
 from pipeline.capture.deal import Deal
 from pipeline.capture.run import already, finish_when_whole, outstanding, progress_bar
 from pipeline.config import CacheLogitsConfig

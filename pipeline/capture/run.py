@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Layout, Plan
-from pipeline.cache.build import finish, is_finished, missing, open_layout, opened, refresh, withdraw
-from pipeline.cache.claims import Claims, finished
 from pipeline.cache.format.manifest import load_manifest
+from pipeline.cache.writing.build import finish, is_finished, missing, open_layout, opened, refresh, withdraw
+from pipeline.cache.writing.claims import Claims, finished
 from pipeline.capture.job import Job, make_job, prepare
 from pipeline.capture.shard import capture_shards, forward, read_shard
 from pipeline.capture.space import warn_of_full_disk

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.build import record
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.storage.crash import reached
-from pipeline.cache.writer import write_shard
+from pipeline.cache.writing.build import record
+from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.forward import broken_rows, device_name, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from pipeline.cache import Cache
-from pipeline.cache.build import current_plan, is_finished, missing, open_layout
-from pipeline.cache.claims import Claims
+from pipeline.cache.writing.build import current_plan, is_finished, missing, open_layout
+from pipeline.cache.writing.claims import Claims
 from pipeline.capture.deal import Deal
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar, shards_of

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Layout, Plan
-from pipeline.cache.build import begin, finish, record
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.format.manifest import NAME
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.storage.urls import is_url
-from pipeline.cache.writer import write_shard
+from pipeline.cache.writing.build import begin, finish, record
+from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.plan import library_versions
 from pipeline.errors import BadRowError, EncodingError, MisuseError
 from pipeline.models import tokenizer_info

@@ -27,7 +27,7 @@ from pipeline.cache.storage.transfer import patiently, read_range
 from pipeline.cache.storage.urls import is_url, open_filesystem, pinned
 from pipeline.cache.views.card import card_license
 from pipeline.cache.views.reports import write_reports
-from pipeline.cache.writer import file_sha256
+from pipeline.cache.writing.writer import file_sha256
 from pipeline.config import PullConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.records import Ancestor, Manifest, Shard

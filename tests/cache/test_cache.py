@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from datasets import load_dataset
 
 from pipeline.cache import Cache, verify
-from pipeline.cache.build import begin
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.storage.commit import create_exclusively, sweep, temporary_path, write_atomically
+from pipeline.cache.writing.build import begin
 from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, IntegrityError
 from pipeline.records import Full, Sampled, ShardPlan, TopK, TopP

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from pipeline.cache import Plan
-from pipeline.cache.build import begin, finish, record
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.format.schema import cache_schema, describe
-from pipeline.cache.writer import write_shard
+from pipeline.cache.writing.build import begin, finish, record
+from pipeline.cache.writing.writer import write_shard
 from pipeline.models import tokenizer_info
 from pipeline.records import (
     CachedExample,

@@ -25,7 +25,7 @@ from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.reading.remote import Remote, RemoteShard, open_remote
 from pipeline.cache.storage.store import DEFAULT_BYTES
 from pipeline.cache.storage.urls import is_url
-from pipeline.cache.writer import footer_sha256
+from pipeline.cache.writing.writer import footer_sha256
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import CachedExample, Manifest, Shard, SoftLabels
 

@@ -15,7 +15,7 @@ from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.manifest import Layout, Plan, load_manifest, parse, strangers
 from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.reading.reader import REMEDY, check_beside, check_shard_file, open_shard, read_row_group
-from pipeline.cache.writer import file_sha256
+from pipeline.cache.writing.writer import file_sha256
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.models import tokenizer_info
 from pipeline.records import Contract, Full, Manifest, Sampled, Shard

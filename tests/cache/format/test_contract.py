@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.cache import Plan
-from pipeline.cache.build import begin
 from pipeline.cache.format.manifest import check_same_contract
+from pipeline.cache.writing.build import begin
 from pipeline.errors import ContractError, PipelineError
 from pipeline.records import (
     Columns,

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification
 
 import pipeline as softlabel
 from pipeline.cache import Cache, Layout, Plan, alignment, build
-from pipeline.cache.build import begin, finish, record
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.format.manifest import parse
 from pipeline.cache.reading.alignment import check_alignment, spread_rows
-from pipeline.cache.writer import write_shard
+from pipeline.cache.writing.build import begin, finish, record
+from pipeline.cache.writing.writer import write_shard
 from pipeline.errors import ContractError
 from pipeline.records import Full, Receipt, Sampled, ShardPlan, TopK
 from tests.conftest import tiny_model

@@ -48,7 +48,7 @@ def by_pieces(monkeypatch, rows=2):
     """As shards of many megabytes are read: the end first, then row groups."""
     monkeypatch.setattr(remote, "_SMALL", 0)
     monkeypatch.setattr(remote, "_TAIL", 2048)
-    monkeypatch.setattr("pipeline.cache.writer._MAX_ROWS", rows)
+    monkeypatch.setattr("pipeline.cache.writing.writer._MAX_ROWS", rows)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "pieces"])

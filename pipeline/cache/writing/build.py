@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.cache.claims import finished, is_claimed, sweep_claims
 from pipeline.cache.format.manifest import (
     Layout,
     Plan,
@@ -37,6 +36,7 @@ from pipeline.cache.storage.commit import (
 from pipeline.cache.storage.outbox import Outbox
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.card import license_beside, make_card
+from pipeline.cache.writing.claims import finished, is_claimed, sweep_claims
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
 

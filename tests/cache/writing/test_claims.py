@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
-from pipeline.cache.build import begin
-from pipeline.cache.claims import Claims, sweep_claims
 from pipeline.cache.format.manifest import Layout
+from pipeline.cache.writing.build import begin
+from pipeline.cache.writing.claims import Claims, sweep_claims
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import Sampled, ShardPlan
 from tests.support.rows import build_cache, make_plan

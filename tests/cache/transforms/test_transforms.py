@@ -15,7 +15,6 @@ import torch
 from click.testing import CliRunner
 
 from pipeline.cache import Cache, verify
-from pipeline.cache.build import begin, finish, record
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.transforms import convert, filter_rows, merge, rewrite
@@ -23,7 +22,8 @@ from pipeline.cache.transforms.condition import Condition
 from pipeline.cache.transforms.convert import _uniforms
 from pipeline.cache.views.card import license_beside
 from pipeline.cache.views.reports import write_reports
-from pipeline.cache.writer import write_shard
+from pipeline.cache.writing.build import begin, finish, record
+from pipeline.cache.writing.writer import write_shard
 from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, EncodingError, IntegrityError, MisuseError
 from pipeline.records import Full, ModelInfo, Receipt, Sampled, ShardPlan, SourceInfo, TopK
@@ -206,7 +206,7 @@ def test_a_condition_true_of_all_copies_the_bytes(tmp_path, lm_tokenizer):
 
 
 def test_small_row_groups_are_put_together(tmp_path, lm_tokenizer, monkeypatch):
-    monkeypatch.setattr("pipeline.cache.writer._MAX_ROWS", 5)
+    monkeypatch.setattr("pipeline.cache.writing.writer._MAX_ROWS", 5)
     cache = make_cache(tmp_path / "a", lm_tokenizer, range(20))
     assert cache.manifest.shards[0].row_groups == (5, 5, 5, 5)
     made = filter_rows(cache, tmp_path / "f", where="source_row % 2 = 0 or source_row > 15")
