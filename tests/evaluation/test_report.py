@@ -21,7 +21,7 @@ from pipeline.cache.format.manifest import dump, parse
 from pipeline.cli import main
 from pipeline.config import ReportConfig, TrainStudentConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
-from pipeline.evaluation.observation import observe_teacher
+from pipeline.evaluation.measures.observation import observe_teacher
 from pipeline.evaluation.report import report
 from pipeline.evaluation.report_records import Report
 from pipeline.records import Full, Sampled, TopK

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.evaluation.observation import Observation
+from pipeline.evaluation.measures.observation import Observation
+from pipeline.evaluation.measures.scores import HIGHER, Scores
+from pipeline.evaluation.measures.statistics import holm, mcnemar, paired_permutation, paired_t
+from pipeline.evaluation.measures.subjects import Subject, Teacher, same_seeds
 from pipeline.evaluation.report_records import Comparison, GapShare, Measured, Quality, TeacherLine
-from pipeline.evaluation.scores import HIGHER, Scores
-from pipeline.evaluation.statistics import holm, mcnemar, paired_permutation, paired_t
-from pipeline.evaluation.subjects import Subject, Teacher, same_seeds
 from pipeline.metrics import paired_mean_interval
 from pipeline.tasks import Task
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.cache import Cache
-from pipeline.evaluation.observation import Observation, position_kl_is_known
+from pipeline.evaluation.measures.observation import Observation, position_kl_is_known
+from pipeline.evaluation.measures.scores import Scores
+from pipeline.evaluation.measures.subjects import Subject
 from pipeline.evaluation.report_records import Closeness, Example, Slice, SliceLine
-from pipeline.evaluation.scores import Scores
-from pipeline.evaluation.subjects import Subject
 from pipeline.records import CachedExample
 from pipeline.tasks import Task
 

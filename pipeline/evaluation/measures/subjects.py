@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.cache import Cache
-from pipeline.evaluation.observation import Observation
+from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.report_records import Model
 
 

@@ -10,7 +10,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 from pipeline.evaluation import calibration
-from pipeline.evaluation.calibration import (
+from pipeline.evaluation.measures.calibration import (
     best_temperature,
     fit_temperatures,
     halves,
@@ -18,7 +18,7 @@ from pipeline.evaluation.calibration import (
     reliability,
     scaled_losses,
 )
-from pipeline.evaluation.observation import brier_scores
+from pipeline.evaluation.measures.observation import brier_scores
 from pipeline.tasks import get_task
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.evaluation.statistics import (
+from pipeline.evaluation.measures.statistics import (
     holm,
     mcnemar,
     measured,
@@ -53,7 +53,7 @@ def test_models_share_their_resamples_and_chunks_do_not_matter(monkeypatch):
     scores[1] = scores[0]
     whole = resampled_means(scores, weights, resamples=200, seed=3)
     assert (whole[:, 0] == whole[:, 1]).all()
-    monkeypatch.setattr("pipeline.evaluation.statistics._CHUNK", 40 * 7)
+    monkeypatch.setattr("pipeline.evaluation.measures.statistics._CHUNK", 40 * 7)
     parts = resampled_means(scores, weights, resamples=200, seed=3)
     assert np.allclose(whole, parts)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.evaluation.quality import retention
+from pipeline.evaluation.measures.quality import retention
+from pipeline.evaluation.measures.scores import Scores
+from pipeline.evaluation.measures.subjects import Subject
 from pipeline.evaluation.report_records import Determinant, Level
-from pipeline.evaluation.scores import Scores
-from pipeline.evaluation.subjects import Subject
 from pipeline.tasks import Task
 
 ARCHITECTURE = "Does the student's architecture decide?"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipeline.evaluation.observation import Observation
+from pipeline.evaluation.measures.observation import Observation
+from pipeline.evaluation.measures.statistics import measured, proportion, resampled_means
 from pipeline.evaluation.report_records import Measured
-from pipeline.evaluation.statistics import measured, proportion, resampled_means
 from pipeline.tasks import Task
 
 #: Metrics that are better when larger; the others are losses, errors and divergences.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.errors import CacheError
-from pipeline.evaluation.observation import Observation
+from pipeline.evaluation.measures.observation import Observation
+from pipeline.evaluation.measures.scores import Scores as ScoreTable
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.report_records import Bin, Calibration
-from pipeline.evaluation.scores import Scores as ScoreTable
 from pipeline.metrics import expected_calibration_error
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import Scores, score

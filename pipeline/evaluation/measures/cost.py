@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from pipeline.cache import Cache, Layout
 from pipeline.cache.format.manifest import parse
 from pipeline.errors import ModelError, PipelineError
-from pipeline.evaluation.cost_worker import Order, Ready, Turn
+from pipeline.evaluation.measures.cost_worker import Order, Ready, Turn
 from pipeline.evaluation.report_records import BreakEven, Cost, Machine, Provenance, Spread
 from pipeline.records import Receipt
 
@@ -111,9 +111,9 @@ class _Worker:
 
     def __enter__(self) -> _Worker:
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        here = str(Path(__file__).parents[2])  # the worker runs this code, whatever else is installed
+        here = str(Path(__file__).parents[3])  # the worker runs this code, whatever else is installed
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.evaluation.cost_worker"],
+            [sys.executable, "-m", "pipeline.evaluation.measures.cost_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,

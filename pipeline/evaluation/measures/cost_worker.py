@@ -1,4 +1,4 @@
-"""One model in a process of its own, so that its memory is its own: `python -m pipeline.evaluation.cost_worker`, one JSON line in, one out.
+"""One model in a process of its own, so that its memory is its own: `python -m pipeline.evaluation.measures.cost_worker`, one JSON line in, one out.
 
 It loads the model, makes its batches, says so, and then runs what it is told to, so that whoever asks can let several models take turns. Tokenization
 is not part of what is timed: the batches are made before.

@@ -1,0 +1,1 @@
+"""What is measured of students and their teacher."""
