@@ -16,8 +16,8 @@ import click
 from benchmarks.students import trained_students
 from pipeline.cli import FUNCTIONS
 from pipeline.config import ReportConfig, load_config
-from pipeline.evaluation.report import report
-from pipeline.evaluation.summary import summary
+from pipeline.evaluation.report.report import report
+from pipeline.evaluation.report.summary import summary
 from pipeline.models.quiet import quiet_libraries
 from pipeline.workflow import run as run_stages
 

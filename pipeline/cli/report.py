@@ -17,8 +17,8 @@ from pipeline.cli.commands import command
 )
 def _report(config: cfg.ReportConfig) -> None:
     from pipeline.cache.format.manifest import dump
-    from pipeline.evaluation.report import report
-    from pipeline.evaluation.summary import summary
+    from pipeline.evaluation.report.report import report
+    from pipeline.evaluation.report.summary import summary
 
     found = report(config)
     if config.json:

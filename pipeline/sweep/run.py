@@ -22,8 +22,8 @@ from pipeline.cache.storage.commit import write_text
 from pipeline.config import ReportConfig, SweepConfig, TrainStudentConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.evaluation import evaluate
-from pipeline.evaluation.report import report as write_report
-from pipeline.evaluation.summary import summary
+from pipeline.evaluation.report.report import report as write_report
+from pipeline.evaluation.report.summary import summary
 from pipeline.models.initialize import init_student
 from pipeline.records import TrainResult
 from pipeline.sweep.grid import PlannedRun, Start, named_caches, plan, train_config

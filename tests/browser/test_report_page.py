@@ -11,7 +11,7 @@ from datasets import Dataset
 
 import pipeline as softlabel
 from pipeline.config import ReportConfig
-from pipeline.evaluation.report import report
+from pipeline.evaluation.report.report import report
 from tests.support.classifier import LABELS, classifier, taught
 
 pytestmark = pytest.mark.browser

@@ -7,9 +7,9 @@ import pytest
 import pipeline as softlabel
 from pipeline.errors import ModelError
 from pipeline.evaluation import cost, cost_worker
-from pipeline.evaluation.figures import pareto_front
 from pipeline.evaluation.measures.cost import Candidate, disk_bytes, measure_costs, spread
 from pipeline.evaluation.measures.cost_worker import Turn
+from pipeline.evaluation.report.figures import pareto_front
 from tests.support.classifier import classifier
 
 

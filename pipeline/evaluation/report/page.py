@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.evaluation.figures import Picture
-from pipeline.evaluation.report_records import Report
-from pipeline.evaluation.sections import sections
+from pipeline.evaluation.report.figures import Picture
+from pipeline.evaluation.report.records import Report
+from pipeline.evaluation.report.sections import sections
 
 #: What Markdown reads as markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]#|~!$])")
@@ -30,7 +30,7 @@ def make_markdown(report: Report, pictures: Sequence[Picture]) -> str:
 
 def _render(template: str, report: Report, pictures: Sequence[Picture], *, autoescape: bool) -> str:
     environment = Environment(
-        loader=PackageLoader("pipeline.evaluation"),
+        loader=PackageLoader("pipeline.evaluation.report"),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.evaluation.forms import number, p_value, parameters, size, spread_text, uncertainty, with_interval
 from pipeline.evaluation.measures.determinants import QUESTIONS
-from pipeline.evaluation.report_records import BreakEven, Cost, Measured, Quality, Report, TeacherLine
+from pipeline.evaluation.report.forms import number, p_value, parameters, size, spread_text, uncertainty, with_interval
+from pipeline.evaluation.report.records import BreakEven, Cost, Measured, Quality, Report, TeacherLine
 
 MEANING = {
     "accuracy": "share of right answers (language models: of next tokens)",

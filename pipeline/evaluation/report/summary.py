@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from pipeline.evaluation.report_records import Report
-from pipeline.evaluation.sections import Table, quality_table
+from pipeline.evaluation.report.records import Report
+from pipeline.evaluation.report.sections import Table, quality_table
 
 
 def summary(report: Report) -> str:

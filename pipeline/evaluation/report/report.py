@@ -12,7 +12,6 @@ from pipeline.cache.format.manifest import dump
 from pipeline.cache.storage.commit import write_atomically, write_text
 from pipeline.config import ReportConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
-from pipeline.evaluation.figures import Picture, draw_all
 from pipeline.evaluation.measures.calibration import calibration_line, calibration_split, fit_temperatures
 from pipeline.evaluation.measures.cost import Candidate, break_even, measure_costs
 from pipeline.evaluation.measures.determinants import determinants
@@ -22,9 +21,10 @@ from pipeline.evaluation.measures.quality import comparisons, gap_shares, qualit
 from pipeline.evaluation.measures.runs import Asked, asked_models, describe_model, provenance
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject, Teacher
-from pipeline.evaluation.page import make_markdown, make_page
-from pipeline.evaluation.report_records import Calibration, Cost, Machine, Model, Report
-from pipeline.evaluation.verdict import headline, verdict
+from pipeline.evaluation.report.figures import Picture, draw_all
+from pipeline.evaluation.report.page import make_markdown, make_page
+from pipeline.evaluation.report.records import Calibration, Cost, Machine, Model, Report
+from pipeline.evaluation.report.verdict import headline, verdict
 from pipeline.softlabels import served_temperature
 from pipeline.sources.loading import redact
 from pipeline.tasks import Task, get_task

@@ -1,0 +1,1 @@
+"""The report: records, sections, figures, page."""
