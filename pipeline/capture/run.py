@@ -38,11 +38,11 @@ def run(config: CacheLogitsConfig) -> Cache | None:
         PipelineError: see the subclasses; nothing is half-written, and the same command goes on where it stopped.
     """
     if config.engine == "ray":
-        from pipeline.capture.on_ray import run_on_ray
+        from pipeline.capture.engines.on_ray import run_on_ray
 
         return run_on_ray(config)
     if config.num_workers is not None:
-        from pipeline.capture.workers import run_workers
+        from pipeline.capture.engines.workers import run_workers
 
         return run_workers(config, config.num_workers)
     return capture(prepare(config), part=config.parsed_part)

@@ -16,7 +16,7 @@ import pytest
 from pipeline.cache import Layout, verify
 from pipeline.cache.format.manifest import load_receipt
 from pipeline.cache.storage.urls import open_filesystem
-from pipeline.capture.deal import Deal
+from pipeline.capture.engines.deal import Deal
 from pipeline.capture.run import run
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import ShardPlan
@@ -42,7 +42,7 @@ def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
 def test_a_worker_that_dies_is_replaced(config, tmp_path, monkeypatch):
     """The first process to begin its eighth batch is killed; the mark keeps the others alive."""
     monkeypatch.setenv("SOFTLABEL_TEST_MARK", str(tmp_path / "mark"))
-    monkeypatch.setattr("pipeline.capture.workers._work", _work_and_die)
+    monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_and_die)
     found = run(config("workers", num_workers=2))
     assert (tmp_path / "mark").exists()
     assert hashes(found) == hashes(run(config("serial")))
@@ -76,7 +76,7 @@ def test_what_a_worker_meets_is_told_in_one_line(config):
 @pytest.mark.parametrize("shards", [1, 7])
 def test_a_worker_that_cannot_write_stops_the_capture(config, monkeypatch, shards):
     """In its only shard, when no other will come, and with others in hand."""
-    monkeypatch.setattr("pipeline.capture.workers._work", _work_on_a_full_disk)
+    monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_on_a_full_disk)
     with pytest.raises(CacheError, match="the disk is full"):
         run(config("workers", num_workers=2, rows_per_shard=60 // shards, rows="0:40"))
 

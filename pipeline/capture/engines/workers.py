@@ -21,7 +21,7 @@ import torch
 from pipeline.cache import Cache
 from pipeline.cache.writing.build import current_plan, is_finished, missing, open_layout
 from pipeline.cache.writing.claims import Claims
-from pipeline.capture.deal import Deal
+from pipeline.capture.engines.deal import Deal
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar, shards_of
 from pipeline.capture.shard import capture_shards

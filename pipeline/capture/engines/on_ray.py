@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.cache import Cache
 from pipeline.cache.writing.build import current_plan, is_finished, open_layout
 from pipeline.cache.writing.claims import Claims
-from pipeline.capture.deal import Deal
+from pipeline.capture.engines.deal import Deal
 from pipeline.capture.run import already, finish_when_whole, outstanding, progress_bar
 from pipeline.config import CacheLogitsConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError

@@ -1,0 +1,1 @@
+"""Who makes which shard: this process, local workers, or Ray."""
