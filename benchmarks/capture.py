@@ -99,8 +99,8 @@ def config_of(kind: str, way: str, count: int, folder: Path, **settings: Any) ->
 
 def measure(kind: str, way: str, count: int, folder: Path) -> Measured:
     """One way in this process."""
+    from pipeline.capture.engines.in_process import capture
     from pipeline.capture.job import prepare
-    from pipeline.capture.run import capture
     from pipeline.models.quiet import quiet_libraries
 
     quiet_libraries()
@@ -213,8 +213,8 @@ def measure_rows(count: int, folder: Path) -> Measured:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
 
+    from pipeline.capture.engines.in_process import capture
     from pipeline.capture.job import prepare
-    from pipeline.capture.run import capture
     from pipeline.config import CacheLogitsConfig, DataConfig
     from pipeline.models.quiet import quiet_libraries
 

@@ -313,7 +313,7 @@ def training_reads(root: Path, path: Path, expected: Any) -> str:
 
     from pipeline.cache.format.contents import check_contents
     from pipeline.cache.format.manifest import load_manifest
-    from pipeline.cache.reading.reader import check_shard_file, read_row_group
+    from pipeline.cache.reading.shards import check_shard_file, read_row_group
     from pipeline.errors import IntegrityError
 
     manifest = load_manifest(root)

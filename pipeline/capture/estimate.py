@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.cache.format.codec import unpack
 from pipeline.cache.format.schema import cache_schema
-from pipeline.cache.reading.reader import open_shard
+from pipeline.cache.reading.shards import open_shard
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.estimate_table import describe, human

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.cache import Cache, Layout, Plan
-from pipeline.cache.format.manifest import load_manifest
-from pipeline.cache.writing.build import finish, is_finished, missing, open_layout, opened, refresh, withdraw
-from pipeline.cache.writing.claims import Claims, finished
-from pipeline.capture.job import Job, make_job, prepare
-from pipeline.capture.shard import capture_shards, forward, read_shard
-from pipeline.capture.space import warn_of_full_disk
+from pipeline.cache import Cache
+from pipeline.cache.writing.build import open_layout
+from pipeline.capture.engines.in_process import capture
+from pipeline.capture.job import make_job, prepare
 from pipeline.config import CacheLogitsConfig, DataConfig
-from pipeline.errors import MisuseError, ModelError
+from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, choose_max_length, load_model, pad_id
-from pipeline.records import Columns, Encoding, Receipt, ShardPlan, Tokenization
+from pipeline.records import Columns, Encoding, Tokenization
 from pipeline.sources import Source, from_datasets, load_source
 from pipeline.tasks import get_task
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: CacheLogitsConfig) -> Cache | None:
@@ -107,100 +98,6 @@ def cache_logits(
     cache = capture(job)
     assert cache is not None  # no part was left out
     return cache
-
-
-def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
-    """Make every shard (of a part) that is not there yet, in this process; commit where none is missing then."""
-    waiting = outstanding(job.layout, job.plan, part)
-    if not waiting and is_finished(job.layout, job.plan):
-        return already(job.layout)
-    if waiting:
-        warn_of_full_disk(job, waiting)
-        check_head(job)
-    with progress_bar(job.plan, waiting, part) as bar, Claims(job.layout, job.plan) as claims:
-
-        def done(receipt: Receipt) -> None:
-            claims.release(receipt.plan.name)
-            bar.update(receipt.plan.stop - receipt.plan.start)
-
-        capture_shards(job, claims.take(waiting), done)
-    return finish_when_whole(job.layout, job.plan)
-
-
-def outstanding(layout: Layout, plan: Plan, part: tuple[int, int] | None = None) -> list[ShardPlan]:
-    """The shards of a part that are still to be made, damaged ones of a finished cache too."""
-    refresh(layout)
-    waiting = [shard for shard in shards_of(plan, part) if finished(layout, shard) is None]
-    is_its_own = plan.parent is None or _cache_id(layout) != plan.parent.cache_id
-    if is_its_own:  # while rows are appended, the manifest is that of the cache before, which stands
-        withdraw(layout, waiting)
-    return waiting
-
-
-def _cache_id(layout: Layout) -> str | None:
-    return load_manifest(layout.root).cache_id if layout.manifest.is_file() else None
-
-
-def shards_of(plan: Plan, part: tuple[int, int] | None) -> Sequence[ShardPlan]:
-    """Part I of N: every N-th shard from I on."""
-    return plan.shards if part is None else plan.shards[part[0] :: part[1]]
-
-
-def already(layout: Layout) -> Cache:
-    """The cache that was finished before."""
-    logger.info("%s is finished already; nothing to do", layout.name)
-    return opened(layout)
-
-
-def finish_when_whole(layout: Layout, plan: Plan) -> Cache | None:
-    """Commit, where no shard is missing: whoever finds all receipts does it."""
-    absent = missing(layout, plan)
-    if absent:
-        logger.info(
-            "%s: %d of %d shards are still to be made, by other parts", layout.name, len(absent), len(plan.shards)
-        )
-        return None
-    return finish(layout, plan)
-
-
-def progress_bar(plan: Plan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None) -> tqdm[Any]:
-    """Source rows, those of finished shards counted already."""
-    total, left = (sum(shard.stop - shard.start for shard in shards) for shards in (shards_of(plan, part), waiting))
-    return tqdm(total=total, initial=total - left, unit="row", desc="cache-logits", disable=None)
-
-
-def check_head(job: Job) -> None:
-    """Compare the logits of one short row with those of the model's plain path.
-
-    Raises:
-        ModelError: they differ by more than the precision explains.
-    """
-    first = job.plan.shards[0]
-    few = type(first)(first.name, first.split, first.start, min(first.start + 16, first.stop))
-    examples, _ = read_shard(job, few)
-    if not examples:
-        return
-    shortest = min(examples, key=lambda example: example.num_tokens)
-    if shortest.num_tokens > 64:
-        return
-    model = job.teacher.model
-    inputs, supervised = job.task.collate([shortest], 0)
-    with torch.inference_mode():
-        plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
-    if supervised is not None:
-        plain = plain[supervised.to(model.device)]
-    plain = plain[:, : job.plan.contract.num_classes].float()
-    found = forward(job, [shortest]).float()
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    finite = plain.isfinite()  # logits that are not are told row by row, later
-    if not bool(finite.any()):
-        return
-    worst = float((plain - found)[finite].abs().max() / plain[finite].abs().max().clamp_min(1.0))
-    if not worst <= tolerance:
-        raise ModelError(
-            f"{job.teacher.name}: logits of the supervised positions alone differ from the model's own by {worst:.2g} (expected at most {tolerance:g}); this architecture "
-            "cannot be cached safely: please report it"
-        )
 
 
 def _named_source(name: str, columns: Columns) -> Source:

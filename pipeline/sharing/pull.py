@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Never
 from tqdm import tqdm
 
 from pipeline.cache import Cache, Layout, verify
+from pipeline.cache.format.hashes import file_sha256
 from pipeline.cache.format.manifest import dump, load_manifest, make_manifest
 from pipeline.cache.reading.remote import (
     check_sha256,
@@ -27,7 +28,6 @@ from pipeline.cache.storage.transfer import patiently, read_range
 from pipeline.cache.storage.urls import is_url, open_filesystem, pinned
 from pipeline.cache.views.card import card_license
 from pipeline.cache.views.reports import write_reports
-from pipeline.cache.writing.writer import file_sha256
 from pipeline.config import PullConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.records import Ancestor, Manifest, Shard

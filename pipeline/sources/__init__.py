@@ -2,8 +2,9 @@
 
 from pipeline.sources.content import fingerprints
 from pipeline.sources.labels import LabelMap, label_names
+from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
-from pipeline.sources.source import Source, from_datasets, load_source
+from pipeline.sources.source import Source
 
 __all__ = [
     "LabelMap",

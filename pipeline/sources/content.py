@@ -15,11 +15,11 @@ import numpy as np
 from pipeline.records import Columns
 from pipeline.sources.batches import Row, read_rows
 from pipeline.sources.columns import input_roles, used_roles
+from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pipeline.sources.source import Source
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, default=repr)
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
 from pipeline.sources.batches import UNREADABLE, read_rows
 from pipeline.sources.columns import check_label
-
-if TYPE_CHECKING:
-    from pipeline.sources.source import Source
+from pipeline.sources.source import Source
 
 logger = logging.getLogger(__name__)
 

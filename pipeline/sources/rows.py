@@ -10,10 +10,10 @@ from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Columns, Example, Message, Scalar
 from pipeline.sources.batches import UNREADABLE, Row, read_rows
 from pipeline.sources.columns import input_roles
+from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
     from pipeline.sources.labels import LabelMap
-    from pipeline.sources.source import Source
 
 _MAX_TOKEN_ID = 2**31 - 1
 

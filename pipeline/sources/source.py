@@ -1,23 +1,11 @@
-"""A data set, found, checked and split: what `--dataset` and the flags beside it stand for."""
+"""The record of a data set that is ready to be read."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pipeline.config import DataConfig
-from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns
-from pipeline.sources.columns import check_inputs, check_kept, check_label, one_input
-from pipeline.sources.content import held_out
-from pipeline.sources.files import check_split_name, find_files, load_file, looks_like_path
-from pipeline.sources.hub import load_hub
-from pipeline.sources.loading import redact
 
 if TYPE_CHECKING:
     import datasets
@@ -37,129 +25,3 @@ class Source:
     """`label` is None where no split has such a column."""
     holdout: float
     """Share of `train` that is now `test`; 0 where there was a `test`."""
-
-
-def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
-    """Find a data set, local or on the hub, and make it ready to be read.
-
-    A local path that exists comes before a hub data set of the same name.
-
-    Args:
-        label_required: whether a missing label column is an error.
-
-    Raises:
-        SourceError: nothing there, nothing in it, or columns that are missing or of another type.
-        MisuseError: a hub flag with a local path.
-    """
-    if "://" in data.dataset and not data.dataset.startswith("hf://"):
-        raise SourceError(
-            f"{redact(data.dataset)}: expected a local path or a hub name, found a URL; download it and give its path"
-        )
-    path = Path(data.dataset).expanduser()
-    if path.exists() or looks_like_path(data.dataset):
-        if data.dataset_config is not None or data.dataset_revision is not None:
-            raise MisuseError(
-                f"{data.dataset}: --dataset-config and --dataset-revision go with a hub data set, found a local path"
-            )
-        name, revision = _shareable_name(path), None
-        splits = {split: load_file(file) for split, file in find_files(path).items()}
-    else:
-        name = data.dataset
-        splits, revision = load_hub(name, data.dataset_config, data.dataset_revision)
-    source = _prepare(name, splits, data.columns, data.holdout, data.split)
-    if label_required:
-        _require_label(source, data.columns.label)
-    return dataclasses.replace(source, config=data.dataset_config, revision=revision)
-
-
-def from_datasets(
-    dataset: datasets.Dataset | datasets.DatasetDict | Mapping[str, datasets.Dataset],
-    columns: Columns,
-    *,
-    holdout: float = 0.0,
-    splits: tuple[str, ...] = (),
-) -> Source:
-    """A data set that is in memory already. One without splits is the split `train`.
-
-    Raises:
-        SourceError: no data set or an empty one, or columns that are missing or of another type.
-        MisuseError: a hold-out outside [0, 1), or columns that contradict each other.
-    """
-    import datasets
-
-    if not 0 <= holdout < 1:
-        raise MisuseError(f"holdout: expected a share in [0, 1), found {holdout}")
-    found: dict[str, Any] = (
-        {str(k): v for k, v in dataset.items()} if isinstance(dataset, Mapping) else {"train": dataset}
-    )
-    for split, part in found.items():
-        if not isinstance(part, datasets.Dataset):
-            raise SourceError(
-                f"in-memory: split {split}: expected a datasets.Dataset, found {type(part).__name__}; load it without streaming=True"
-            )
-    return _prepare("in-memory", found, columns, holdout, splits)
-
-
-def _prepare(
-    name: str, splits: dict[str, datasets.Dataset], columns: Columns, holdout: float, only: tuple[str, ...]
-) -> Source:
-    """Hold out, restrict to the splits asked for, check every one of them."""
-    columns = one_input(columns)
-    if not splits:
-        raise SourceError(f"{name}: no split; expected at least one data set")
-    for split in splits:
-        check_split_name(name, split)
-    share = holdout if "test" not in splits else 0.0
-    if share:
-        splits = _hold_out(name, splits, columns, share)
-    for split in only:
-        if split not in splits:
-            raise SourceError(f"{name}: no split {split!r}; found {', '.join(splits)}; set --split to one of them")
-    splits = {split: dataset for split, dataset in splits.items() if not only or split in only}
-    for split, dataset in splits.items():
-        _check_split(name, split, dataset, columns)
-    if not any(columns.label in dataset.column_names for dataset in splits.values()):
-        columns = dataclasses.replace(columns, label=None)
-    return Source(name, None, None, splits, columns, share)
-
-
-def _check_split(name: str, split: str, dataset: datasets.Dataset, columns: Columns) -> None:
-    where = f"{name}: split {split}"
-    if len(dataset) == 0:
-        raise SourceError(f"{where}: no rows; expected at least one; leave it out with --split, or fill it")
-    check_inputs(where, dataset, columns)
-    check_kept(where, dataset, columns)
-
-
-def _hold_out(
-    name: str, splits: dict[str, datasets.Dataset], columns: Columns, share: float
-) -> dict[str, datasets.Dataset]:
-    """`train` in two: `test` comes last."""
-    if "train" not in splits:
-        raise SourceError(
-            f"{name}: --holdout takes rows from the split train; found {', '.join(splits)}; drop --holdout"
-        )
-    train = splits["train"]
-    _check_split(name, "train", train, columns)
-    test = held_out(train, columns, share)
-    if test.all() or not test.any():
-        raise SourceError(
-            f"{name}: --holdout {share} puts {int(test.sum())} of {len(test)} rows of train into test, expected some in each; change the share, or add a test split"
-        )
-    kept, held = (train.select(np.flatnonzero(side)) for side in (~test, test))
-    return {**splits, "train": kept, "test": held}
-
-
-def _require_label(source: Source, column: str | None) -> None:
-    if source.columns.label is None:
-        found = ", ".join(next(iter(source.splits.values())).column_names)
-        raise SourceError(f"{source.name}: no label column {column!r}; found {found}; name it with --label-column")
-    for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, source.columns.label)
-
-
-def _shareable_name(path: Path) -> str:
-    """A relative path as it was given; of any other path the last part."""
-    if path.is_absolute() or ".." in path.parts:
-        return path.resolve().name
-    return path.as_posix() if path.name else path.resolve().name

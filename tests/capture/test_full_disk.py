@@ -103,11 +103,11 @@ def test_every_write_may_find_the_disk_full(tmp_path, settings, point):
 @pytest.mark.parametrize(("free", "warned"), [(10_000, True), (1 << 40, False)])
 def test_a_disk_that_is_too_small_is_told_before_the_first_shard(tmp_path, settings, monkeypatch, caplog, free, warned):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: type("Usage", (), {"free": free}))
-    from pipeline.capture import run
+    from pipeline.capture.engines import in_process
 
     shards = []
-    whole = run.capture_shards
-    monkeypatch.setattr(run, "capture_shards", lambda *args: shards.append(len(caplog.records)) or whole(*args))
+    whole = in_process.capture_shards
+    monkeypatch.setattr(in_process, "capture_shards", lambda *args: shards.append(len(caplog.records)) or whole(*args))
     with caplog.at_level(logging.WARNING, "pipeline"):
         softlabel.cache_logits(output=tmp_path / "c", **settings)
     told = [record for record in caplog.records[: shards[0]] if "are free on this disk" in record.getMessage()]
@@ -116,11 +116,11 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_shard(tmp_path, setti
 
 def test_the_estimate_is_about_right_and_then_from_what_is_there(tmp_path, settings, monkeypatch):
     """Within a factor of 2 of what Parquet takes, footers aside, which do not grow with the rows."""
-    from pipeline.capture import run
+    from pipeline.capture.engines import in_process
 
     found = []
-    whole = run.warn_of_full_disk
-    monkeypatch.setattr(run, "warn_of_full_disk", lambda job, waiting: found.append(whole(job, waiting)))
+    whole = in_process.warn_of_full_disk
+    monkeypatch.setattr(in_process, "warn_of_full_disk", lambda job, waiting: found.append(whole(job, waiting)))
     cache = softlabel.cache_logits(output=tmp_path / "c", **settings)
     columns = sum(
         len(row.example.text) + 2 * row.example.num_tokens + 52

@@ -14,7 +14,7 @@ import pipeline as softlabel
 from pipeline.cache import Cache, Layout, drop_broken, verify
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.capture import automatic, shard
-from pipeline.capture import run as capture_run
+from pipeline.capture.engines import in_process
 from pipeline.capture.run import run
 from pipeline.errors import CacheError, ContractError, MisuseError, ModelError, PipelineError
 from tests.conftest import tiny_model
@@ -70,13 +70,13 @@ def test_an_append_that_was_stopped_goes_on_and_the_old_cache_stands_meanwhile(c
     first = run(config())
     train = Path(config().data.dataset) / "train.jsonl"
     train.write_text(train.read_text() * 2)
-    finish = capture_run.finish_when_whole
-    monkeypatch.setattr(capture_run, "finish_when_whole", lambda *_: sys.exit("stopped"))
+    finish = in_process.finish_when_whole
+    monkeypatch.setattr(in_process, "finish_when_whole", lambda *_: sys.exit("stopped"))
     with pytest.raises(SystemExit):
         run(config(append=True))
     assert Cache.open(tmp_path / "cache").manifest == first.manifest  # with the new shards beside it
     assert verify(tmp_path / "cache").problems == ()
-    monkeypatch.setattr(capture_run, "finish_when_whole", finish)
+    monkeypatch.setattr(in_process, "finish_when_whole", finish)
     grown = run(config(append=True))
     assert grown.manifest.ancestry[0].cache_id == first.manifest.cache_id
     train.write_text(train.read_text() * 2)  # and again
@@ -103,11 +103,11 @@ def test_a_stopped_append_that_is_cut_otherwise_leaves_nothing_of_the_first(conf
     train = Path(config().data.dataset) / "train.jsonl"
     lines = train.read_text()
     train.write_text(lines * 2)
-    finish = capture_run.finish_when_whole
-    monkeypatch.setattr(capture_run, "finish_when_whole", lambda *_: sys.exit("stopped"))
+    finish = in_process.finish_when_whole
+    monkeypatch.setattr(in_process, "finish_when_whole", lambda *_: sys.exit("stopped"))
     with pytest.raises(SystemExit):
         run(config(append=True))
-    monkeypatch.setattr(capture_run, "finish_when_whole", finish)
+    monkeypatch.setattr(in_process, "finish_when_whole", finish)
     train.write_text(lines)
     with pytest.raises(ContractError, match="7 more shards were begun here, found no row for them"):
         run(config(append=True))
@@ -203,7 +203,7 @@ def test_out_of_memory_names_the_flag(config, monkeypatch):
     def forward(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(capture_run, "check_head", lambda job: None)
+    monkeypatch.setattr(in_process, "check_head", lambda job: None)
     monkeypatch.setattr(shard, "forward", forward)
     with pytest.raises(ModelError, match=r"rows of 64 tokens.*--batch-tokens 128 --overwrite"):
         run(config())

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.cache import transfer
+from pipeline.cache.storage import transfer
 
 
 class FlakyFileSystem(LocalFileSystem):

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from pipeline.cache import transfer
+from pipeline.cache.storage import transfer
 
 TOKEN = "hf_plantedTokenOfTheTests"
 

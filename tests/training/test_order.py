@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from pipeline.cache import reader
+from pipeline.cache.reading import reader
 from pipeline.records import TopK
 from pipeline.training.collate import TrainingRows
 from pipeline.training.order import OPEN, BatchOrder, by_length, deal, open_groups

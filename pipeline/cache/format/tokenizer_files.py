@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.cache.format.strict_json import read_json
 from pipeline.errors import IntegrityError
+from pipeline.models import tokenizer_info
+from pipeline.records import Contract
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,3 +79,19 @@ def load_cached_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise
         raise IntegrityError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     return tokenizer
+
+
+def tokenizer_problems(folder: Path, contract: Contract) -> list[str]:
+    """What is wrong with the tokenizer's files; nothing where they are the manifest's."""
+    if not folder.is_dir():
+        return [f"{folder}: expected the tokenizer's files, found no such directory"]
+    try:
+        found = tokenizer_info(load_cached_tokenizer(folder)).sha256
+    except IntegrityError as error:
+        return [str(error)]
+    expected = contract.tokenizer.sha256
+    return (
+        []
+        if found == expected
+        else [f"{folder}: differs from manifest.json (expected {expected[:12]}..., found {found[:12]}...)"]
+    )

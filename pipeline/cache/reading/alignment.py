@@ -11,7 +11,8 @@ from pipeline.cache.format.codec import unpack
 from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.probe import probe_alignment
-from pipeline.cache.reading.reader import Cache, open_shard, read_row_group
+from pipeline.cache.reading.reader import Cache
+from pipeline.cache.reading.shards import open_shard, read_row_group
 from pipeline.errors import ContractError
 from pipeline.records import AlignmentProbe, CachedExample, Shard
 from pipeline.softlabels.fidelity import spread

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,32 +18,18 @@ from torch.utils.data import Dataset
 from pipeline.cache.format.codec import unpack
 from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.manifest import Layout, load_manifest, strangers
-from pipeline.cache.format.pages import check_row_group, check_types, read_footer
-from pipeline.cache.format.schema import describe, soft_columns
+from pipeline.cache.format.schema import soft_columns
 from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.reading.remote import Remote, RemoteShard, open_remote
+from pipeline.cache.reading.shards import check_beside, check_footer, check_shard_file, open_shard, read_row_group
+from pipeline.cache.reading.verification import verify
 from pipeline.cache.storage.store import DEFAULT_BYTES
 from pipeline.cache.storage.urls import is_url
-from pipeline.cache.writing.writer import footer_sha256
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import CachedExample, Manifest, Shard, SoftLabels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-#: What PyArrow raises on damaged files; a flipped bit in a column's name is a UnicodeDecodeError.
-_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
-
-_COPY = "copy the cache's files themselves (cp -rL)"
-
-#: Suffixes of pickles, and of code.
-_PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".py", ".pyc", ".so")
-
-#: Of a footer: the longest string, the most items in a list, and how deep a schema is.
-_MOST_THRIFT_STRING, _MOST_THRIFT_ITEMS, _MOST_DEPTH = 16 << 20, 100_000, 8
-
-REMEDY = 'the same "softlabel cache-logits" again makes it anew; a copy: fetch it again'
 
 
 @dataclass(frozen=True)
@@ -134,8 +119,6 @@ class Cache:
             raise CacheError(
                 f"{self.where}: every byte of a cache behind a URL is verified by fetching it: softlabel pull --from {self.where} --output DIR"
             )
-        from pipeline.cache.reading.verification import verify
-
         verify(self.root).raise_first()
 
     def dataset(self, split: str, *, window: int = 8) -> CacheDataset:
@@ -176,87 +159,6 @@ class Cache:
         extra = strangers(layout, self.manifest)
         if extra:
             raise IntegrityError(f"{extra[0]}: is not in manifest.json; move it out of the cache")
-
-
-def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.ParquetFile:
-    """Presence, size, row groups and columns of one shard, without its data.
-
-    Raises:
-        IntegrityError: what differs from the manifest.
-    """
-    if path.is_symlink() or path.parent.is_symlink():
-        raise IntegrityError(f"{path}: is a symbolic link, which may point anywhere; {_COPY}")
-    if not path.is_file():
-        raise IntegrityError(f"{path}: expected a shard that manifest.json lists, found no such file; {REMEDY}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise IntegrityError(
-            f"{path}: size differs from manifest.json (expected {shard.bytes} bytes, found {size}); {REMEDY}"
-        )
-    file = open_shard(path)
-    check_footer(file, path, shard, manifest)
-    return file
-
-
-def check_footer(file: pq.ParquetFile, path: Path | RemoteShard, shard: Shard, manifest: Manifest) -> None:
-    """Row groups and columns of an open shard.
-
-    Raises:
-        IntegrityError: what differs from the manifest.
-    """
-    if footer_sha256(path) != shard.footer_sha256:
-        raise IntegrityError(f"{path}: footer differs from manifest.json; {REMEDY}")
-    check_types(file, path)
-    groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
-    if groups != shard.row_groups:
-        raise IntegrityError(
-            f"{path}: row groups differ from manifest.json (expected {shard.row_groups}, found {groups}); {REMEDY}"
-        )
-    found = describe(file.schema_arrow)
-    expected = dict(manifest.contract.columns)
-    if found != expected:
-        name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
-        raise IntegrityError(
-            f"{path}: column {name} differs from manifest.json (expected {expected.get(name)}, found {found.get(name)}); {REMEDY}"
-        )
-
-
-def open_shard(path: Path | RemoteShard) -> pq.ParquetFile:
-    """Open a Parquet file with page checksums verified, extension types off, and its footer bounded.
-
-    Raises:
-        IntegrityError: it is no Parquet file.
-    """
-    read_footer(path)
-    try:
-        return pq.ParquetFile(
-            path,
-            page_checksum_verification=True,
-            arrow_extensions_enabled=False,
-            thrift_string_size_limit=_MOST_THRIFT_STRING,
-            thrift_container_size_limit=_MOST_THRIFT_ITEMS,
-            schema_depth_limit=_MOST_DEPTH,
-        )
-    except _DAMAGE as error:
-        raise IntegrityError(f"{path}: is not a Parquet file: {_first_line(error)}") from None
-
-
-def read_row_group(
-    file: pq.ParquetFile, path: Path | RemoteShard, group: int, *, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """One row group, or some columns of it, the page checksums verified, its size in memory bounded before anything is decoded.
-
-    Raises:
-        IntegrityError: bytes were changed; names the file and the row group.
-        CacheError: behind a URL, the network failed.
-    """
-    if isinstance(path, RemoteShard):
-        path.load(file.metadata, group, columns)
-    try:
-        check_row_group(file, path, group, columns)
-        return file.read_row_group(group, columns=columns)
-    except _DAMAGE as error:
-        raise IntegrityError(f"{path}: row group {group} is damaged: {_first_line(error)}; {REMEDY}") from None
 
 
 class CacheDataset(Dataset[CachedExample]):
@@ -375,25 +277,3 @@ class CacheDataset(Dataset[CachedExample]):
         file = open_shard(shard)
         check_footer(file, shard, shard.record, self.manifest)
         return read_row_group(file, shard, group, columns=columns), shard, file
-
-
-def check_beside(root: Path) -> None:
-    """Refuse what some other tool might unpickle or run, and links.
-
-    Raises:
-        IntegrityError: names the file.
-    """
-    for folder in (root, root / "data", root / "reports", root / "receipts", root / "tokenizer"):
-        if folder != root and folder.is_symlink():
-            raise IntegrityError(f"{folder}: is a symbolic link, which may point anywhere; {_COPY}")
-        for entry in os.scandir(folder) if folder.is_dir() else ():
-            if entry.is_symlink():
-                raise IntegrityError(f"{folder / entry.name}: is a symbolic link, which may point anywhere; {_COPY}")
-            if Path(entry.name).suffix.lower() in _PICKLED:
-                raise IntegrityError(
-                    f"{folder / entry.name}: is of a kind that runs code when it is opened, and no part of a cache; move it out"
-                )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -19,7 +19,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.cache.format.manifest import NAME, Layout, load_manifest
+from pipeline.cache.format.manifest import NAME, load_manifest
+from pipeline.cache.format.tokenizer_files import tokenizer_problems
 from pipeline.cache.storage.store import DEFAULT_BYTES, Store, default_directory
 from pipeline.cache.storage.transfer import patiently, read_range
 from pipeline.cache.storage.urls import open_filesystem, pinned
@@ -331,12 +332,10 @@ def fetch_tokenizer(url: str, folder: Path, manifest: Manifest) -> None:
     Raises:
         IntegrityError: they make another tokenizer.
     """
-    from pipeline.cache.reading.verification import tokenizer_problems
-
     for name in list_files(url, "tokenizer"):
         _fetch_small(url, f"tokenizer/{name}", folder)
     with _named(url, folder):
-        problems = tokenizer_problems(Layout(folder), manifest.contract)
+        problems = tokenizer_problems(folder / "tokenizer", manifest.contract)
         if problems:
             raise IntegrityError(problems[0])
 

@@ -12,12 +12,11 @@ import pyarrow as pa
 
 from pipeline.cache.format.codec import hash_tokens
 from pipeline.cache.format.contents import check_contents
+from pipeline.cache.format.hashes import file_sha256
 from pipeline.cache.format.manifest import Layout, Plan, load_manifest, parse, strangers
-from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
-from pipeline.cache.reading.reader import REMEDY, check_beside, check_shard_file, open_shard, read_row_group
-from pipeline.cache.writing.writer import file_sha256
+from pipeline.cache.format.tokenizer_files import tokenizer_problems
+from pipeline.cache.reading.shards import REMEDY, check_beside, check_shard_file, open_shard, read_row_group
 from pipeline.errors import CacheError, IntegrityError
-from pipeline.models import tokenizer_info
 from pipeline.records import Contract, Full, Manifest, Sampled, Shard
 
 
@@ -64,7 +63,7 @@ def verify(root: Path, *, quick: bool = False) -> Verification:
         check_beside(root)
     except IntegrityError as error:
         problems.append(str(error))
-    problems += tokenizer_problems(layout, manifest.contract)
+    problems += tokenizer_problems(layout.tokenizer, manifest.contract)
     return Verification(
         manifest.cache_id,
         len(manifest.shards),
@@ -143,22 +142,6 @@ def _verify_row_group(path: Path, group: int, manifest: Manifest) -> tuple[int, 
     draws = 1 + sum(each.operation.startswith("convert sampled") for each in manifest.ancestry)
     positions = _check_soft_labels(table, manifest.contract, f"{path}: row group {group}", draws=draws)
     return positions, len(_flat(table, "input_ids"))
-
-
-def tokenizer_problems(layout: Layout, contract: Contract) -> list[str]:
-    """What is wrong with the tokenizer's files; nothing where they are the manifest's."""
-    if not layout.tokenizer.is_dir():
-        return [f"{layout.tokenizer}: expected the tokenizer's files, found no such directory"]
-    try:
-        found = tokenizer_info(load_cached_tokenizer(layout.tokenizer)).sha256
-    except IntegrityError as error:
-        return [str(error)]
-    expected = contract.tokenizer.sha256
-    return (
-        []
-        if found == expected
-        else [f"{layout.tokenizer}: differs from manifest.json (expected {expected[:12]}..., found {found[:12]}...)"]
-    )
 
 
 def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws: int) -> int:

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.cache.format.hashes import file_sha256
 from pipeline.cache.format.manifest import Layout, Plan, load_receipt, parse
-from pipeline.cache.reading.reader import REMEDY, Cache, open_shard, read_row_group
+from pipeline.cache.reading.reader import Cache
+from pipeline.cache.reading.shards import REMEDY, open_shard, read_row_group
 from pipeline.cache.storage.commit import write_atomically
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.card import license_beside
 from pipeline.cache.writing.build import begin, clear, finish, is_finished, record
 from pipeline.cache.writing.claims import finished
-from pipeline.cache.writing.writer import file_sha256, regroup, write_row_groups
+from pipeline.cache.writing.writer import regroup, write_row_groups
 from pipeline.errors import CacheError, IntegrityError, MisuseError
 from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Receipt, Shard, ShardPlan
 from pipeline.sources.loading import redact

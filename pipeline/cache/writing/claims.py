@@ -16,9 +16,9 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pipeline.cache.format.hashes import file_sha256
 from pipeline.cache.format.manifest import Layout, Plan, check_same_contract, load_receipt, parse
 from pipeline.cache.storage.commit import full_disk
-from pipeline.cache.writing.writer import file_sha256
 from pipeline.errors import ContractError
 from pipeline.records import Receipt, ShardPlan
 

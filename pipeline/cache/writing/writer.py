@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache.format.codec import pack
-from pipeline.cache.format.pages import ShardFile, read_footer
+from pipeline.cache.format.hashes import file_sha256, footer_sha256
 from pipeline.cache.format.schema import parquet_settings
 from pipeline.cache.storage.commit import write_atomically
 from pipeline.cache.storage.crash import reached
@@ -100,21 +99,6 @@ def _positions(table: pa.Table) -> int:
 
 def _values(table: pa.Table, name: str) -> int:
     return sum(len(chunk.flatten()) for chunk in table.column(name).chunks)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def footer_sha256(path: ShardFile) -> str:
-    """SHA-256 of a Parquet file's footer, hexadecimal.
-
-    Raises:
-        IntegrityError: it has none.
-    """
-    return hashlib.sha256(read_footer(path)).hexdigest()
 
 
 def _row_groups(rows: Sequence[CachedExample]) -> Iterator[Sequence[CachedExample]]:

@@ -20,7 +20,7 @@ from pipeline.cache import Cache
 from pipeline.cache.writing.build import current_plan, is_finished, open_layout
 from pipeline.cache.writing.claims import Claims
 from pipeline.capture.engines.deal import Deal
-from pipeline.capture.run import already, finish_when_whole, outstanding, progress_bar
+from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar
 from pipeline.config import CacheLogitsConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import Receipt, ShardPlan
@@ -135,8 +135,8 @@ class ShardWorker:
         """Load the teacher and join the capture. Relative paths are those of the command."""
         import torch
 
+        from pipeline.capture.head import check_head
         from pipeline.capture.job import prepare
-        from pipeline.capture.run import check_head
         from pipeline.models.quiet import quiet_libraries
 
         if Path(self._directory).is_dir():

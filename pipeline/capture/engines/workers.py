@@ -22,8 +22,9 @@ from pipeline.cache import Cache
 from pipeline.cache.writing.build import current_plan, is_finished, missing, open_layout
 from pipeline.cache.writing.claims import Claims
 from pipeline.capture.engines.deal import Deal
+from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar, shards_of
+from pipeline.capture.head import check_head
 from pipeline.capture.job import Job, prepare
-from pipeline.capture.run import already, check_head, finish_when_whole, outstanding, progress_bar, shards_of
 from pipeline.capture.shard import capture_shards
 from pipeline.capture.space import warn_of_full_disk
 from pipeline.config import CacheLogitsConfig

@@ -14,7 +14,7 @@ from pipeline.errors import CacheError
 from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.scores import Scores as ScoreTable
 from pipeline.evaluation.passes import logits_by_batch
-from pipeline.evaluation.report.records import Bin, Calibration
+from pipeline.evaluation.records import Bin, Calibration
 from pipeline.metrics import expected_calibration_error
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import Scores, score

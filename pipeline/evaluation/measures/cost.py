@@ -19,7 +19,7 @@ from pipeline.cache import Cache, Layout
 from pipeline.cache.format.manifest import parse
 from pipeline.errors import ModelError, PipelineError
 from pipeline.evaluation.measures.cost_worker import Order, Ready, Turn
-from pipeline.evaluation.report.records import BreakEven, Cost, Machine, Provenance, Spread
+from pipeline.evaluation.records import BreakEven, Cost, Machine, Provenance, Spread
 from pipeline.records import Receipt
 
 #: Rows that are timed one by one in each round.

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.evaluation.measures.quality import retention
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
-from pipeline.evaluation.report.records import Determinant, Level
+from pipeline.evaluation.records import Determinant, Level
 from pipeline.tasks import Task
 
 ARCHITECTURE = "Does the student's architecture decide?"

@@ -12,7 +12,7 @@ from pipeline.cache import Cache
 from pipeline.evaluation.measures.observation import Observation, position_kl_is_known
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
-from pipeline.evaluation.report.records import Closeness, Example, Slice, SliceLine
+from pipeline.evaluation.records import Closeness, Example, Slice, SliceLine
 from pipeline.records import CachedExample
 from pipeline.tasks import Task
 

@@ -12,7 +12,7 @@ from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.scores import HIGHER, Scores
 from pipeline.evaluation.measures.statistics import holm, mcnemar, paired_permutation, paired_t
 from pipeline.evaluation.measures.subjects import Subject, Teacher, same_seeds
-from pipeline.evaluation.report.records import Comparison, GapShare, Measured, Quality, TeacherLine
+from pipeline.evaluation.records import Comparison, GapShare, Measured, Quality, TeacherLine
 from pipeline.metrics import paired_mean_interval
 from pipeline.tasks import Task
 

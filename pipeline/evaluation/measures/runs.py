@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.cache import Cache
 from pipeline.cache.format.manifest import parse
 from pipeline.errors import MisuseError, PipelineError
-from pipeline.evaluation.report.records import Provenance, Role
+from pipeline.evaluation.records import Provenance, Role
 from pipeline.evaluation.run import named
 from pipeline.models import public_name
 from pipeline.records import TrainResult

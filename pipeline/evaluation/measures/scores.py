@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.statistics import measured, proportion, resampled_means
-from pipeline.evaluation.report.records import Measured
+from pipeline.evaluation.records import Measured
 from pipeline.tasks import Task
 
 #: Metrics that are better when larger; the others are losses, errors and divergences.

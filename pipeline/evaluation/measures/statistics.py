@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.evaluation.report.records import Measured
+from pipeline.evaluation.records import Measured
 from pipeline.metrics import paired_mean_interval
 from pipeline.records import Interval
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.cache import Cache
 from pipeline.evaluation.measures.observation import Observation
-from pipeline.evaluation.report.records import Model
+from pipeline.evaluation.records import Model
 
 
 @dataclass(frozen=True, slots=True)

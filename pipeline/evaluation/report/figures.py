@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import MisuseError
+from pipeline.evaluation.records import Bin, Measured, Report
 from pipeline.evaluation.report.canvas import DARK, LIGHT, Style, add_legend, make_axes, percent, png, short_count
-from pipeline.evaluation.report.records import Bin, Measured, Report
 
 _FEWEST = 5
 """Predictions in a bin of a reliability diagram that are enough for a point."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.evaluation.report.records import Measured, Spread
+from pipeline.evaluation.records import Measured, Spread
 
 
 def uncertainty(found: Measured, num_seeds: int) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from pipeline.evaluation.records import Report
 from pipeline.evaluation.report.figures import Picture
-from pipeline.evaluation.report.records import Report
 from pipeline.evaluation.report.sections import sections
 
 #: What Markdown reads as markup.

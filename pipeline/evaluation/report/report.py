@@ -21,9 +21,9 @@ from pipeline.evaluation.measures.quality import comparisons, gap_shares, qualit
 from pipeline.evaluation.measures.runs import Asked, asked_models, describe_model, provenance
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject, Teacher
+from pipeline.evaluation.records import Calibration, Cost, Machine, Model, Report
 from pipeline.evaluation.report.figures import Picture, draw_all
 from pipeline.evaluation.report.page import make_markdown, make_page
-from pipeline.evaluation.report.records import Calibration, Cost, Machine, Model, Report
 from pipeline.evaluation.report.verdict import headline, verdict
 from pipeline.softlabels import served_temperature
 from pipeline.sources.loading import redact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from pipeline.evaluation.report.records import Report
+from pipeline.evaluation.records import Report
 from pipeline.evaluation.report.sections import Table, quality_table
 
 

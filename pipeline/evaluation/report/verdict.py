@@ -8,8 +8,8 @@ from typing import Literal
 from pipeline.evaluation.measures.quality import NEGLIGIBLE, difference, retention
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
+from pipeline.evaluation.records import GapShare, Verdict
 from pipeline.evaluation.report.forms import number, uncertainty, with_interval
-from pipeline.evaluation.report.records import GapShare, Verdict
 from pipeline.tasks import Task
 
 

@@ -13,10 +13,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import pipeline as softlabel
-from pipeline.cache import Cache, Layout, Plan, alignment, build
+from pipeline.cache import Cache, Layout, Plan
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.format.manifest import parse
+from pipeline.cache.reading import alignment
 from pipeline.cache.reading.alignment import check_alignment, spread_rows
+from pipeline.cache.writing import build
 from pipeline.cache.writing.build import begin, finish, record
 from pipeline.cache.writing.writer import write_shard
 from pipeline.errors import ContractError

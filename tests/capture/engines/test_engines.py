@@ -49,7 +49,8 @@ def test_a_worker_that_dies_is_replaced(config, tmp_path, monkeypatch):
 
 
 def _work_and_die(*args):
-    from pipeline.capture import shard, workers
+    from pipeline.capture import shard
+    from pipeline.capture.engines import workers
 
     whole, seen = shard.forward, []
 
@@ -82,7 +83,8 @@ def test_a_worker_that_cannot_write_stops_the_capture(config, monkeypatch, shard
 
 
 def _work_on_a_full_disk(*args):
-    from pipeline.capture import shard, workers
+    from pipeline.capture import shard
+    from pipeline.capture.engines import workers
 
     def record(*_):
         raise CacheError("the disk is full")

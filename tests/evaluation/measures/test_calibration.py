@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
-from pipeline.evaluation import calibration
+from pipeline.evaluation.measures import calibration
 from pipeline.evaluation.measures.calibration import (
     best_temperature,
     fit_temperatures,

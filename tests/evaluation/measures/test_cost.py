@@ -6,7 +6,7 @@ import pytest
 
 import pipeline as softlabel
 from pipeline.errors import ModelError
-from pipeline.evaluation import cost, cost_worker
+from pipeline.evaluation.measures import cost, cost_worker
 from pipeline.evaluation.measures.cost import Candidate, disk_bytes, measure_costs, spread
 from pipeline.evaluation.measures.cost_worker import Turn
 from pipeline.evaluation.report.figures import pareto_front

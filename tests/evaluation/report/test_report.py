@@ -22,7 +22,7 @@ from pipeline.cli import main
 from pipeline.config import ReportConfig, TrainStudentConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.evaluation.measures.observation import observe_teacher
-from pipeline.evaluation.report.records import Report
+from pipeline.evaluation.records import Report
 from pipeline.evaluation.report.report import report
 from pipeline.records import Full, Sampled, TopK
 from pipeline.tasks import get_task

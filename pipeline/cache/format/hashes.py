@@ -1,0 +1,23 @@
+"""SHA-256 of a shard's file and of its footer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pipeline.cache.format.pages import ShardFile, read_footer
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def footer_sha256(path: ShardFile) -> str:
+    """SHA-256 of a Parquet file's footer, hexadecimal.
+
+    Raises:
+        IntegrityError: it has none.
+    """
+    return hashlib.sha256(read_footer(path)).hexdigest()

@@ -1,0 +1,31 @@
+"""One process that makes every outstanding shard itself."""
+
+from __future__ import annotations
+
+from pipeline.cache import Cache
+from pipeline.cache.writing.build import is_finished
+from pipeline.cache.writing.claims import Claims
+from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar
+from pipeline.capture.head import check_head
+from pipeline.capture.job import Job
+from pipeline.capture.shard import capture_shards
+from pipeline.capture.space import warn_of_full_disk
+from pipeline.records import Receipt
+
+
+def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
+    """Make every shard (of a part) that is not there yet, in this process; commit where none is missing then."""
+    waiting = outstanding(job.layout, job.plan, part)
+    if not waiting and is_finished(job.layout, job.plan):
+        return already(job.layout)
+    if waiting:
+        warn_of_full_disk(job, waiting)
+        check_head(job)
+    with progress_bar(job.plan, waiting, part) as bar, Claims(job.layout, job.plan) as claims:
+
+        def done(receipt: Receipt) -> None:
+            claims.release(receipt.plan.name)
+            bar.update(receipt.plan.stop - receipt.plan.start)
+
+        capture_shards(job, claims.take(waiting), done)
+    return finish_when_whole(job.layout, job.plan)

@@ -1,0 +1,43 @@
+"""Compare the head on supervised positions with the model's plain path, before the first shard."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.capture.job import Job
+from pipeline.capture.shard import forward, read_shard
+from pipeline.errors import ModelError
+
+
+def check_head(job: Job) -> None:
+    """Compare the logits of one short row with those of the model's plain path.
+
+    Raises:
+        ModelError: they differ by more than the precision explains.
+    """
+    first = job.plan.shards[0]
+    few = type(first)(first.name, first.split, first.start, min(first.start + 16, first.stop))
+    examples, _ = read_shard(job, few)
+    if not examples:
+        return
+    shortest = min(examples, key=lambda example: example.num_tokens)
+    if shortest.num_tokens > 64:
+        return
+    model = job.teacher.model
+    inputs, supervised = job.task.collate([shortest], 0)
+    with torch.inference_mode():
+        plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
+    if supervised is not None:
+        plain = plain[supervised.to(model.device)]
+    plain = plain[:, : job.plan.contract.num_classes].float()
+    found = forward(job, [shortest]).float()
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    finite = plain.isfinite()  # logits that are not are told row by row, later
+    if not bool(finite.any()):
+        return
+    worst = float((plain - found)[finite].abs().max() / plain[finite].abs().max().clamp_min(1.0))
+    if not worst <= tolerance:
+        raise ModelError(
+            f"{job.teacher.name}: logits of the supervised positions alone differ from the model's own by {worst:.2g} (expected at most {tolerance:g}); this architecture "
+            "cannot be cached safely: please report it"
+        )
