@@ -130,7 +130,7 @@ def make_trainer(way: str, model: Any, cache: Any, classes: int, rows: int, step
 
     import pipeline as softlabel
     from pipeline.models.arguments import show_progress, training_arguments
-    from pipeline.training.collate import from_tensors
+    from pipeline.training.batches.collate import from_tensors
 
     args = training_arguments(
         str(folder / "out"),
@@ -200,8 +200,8 @@ def measure_reader(classes: int, rows: int, folder: Path) -> dict[str, float]:
     """Positions a second that one thread decodes and collates, ready for the student."""
     import torch
 
-    from pipeline.training.collate import Collator, TrainingRows
-    from pipeline.training.order import OPEN, BatchOrder
+    from pipeline.training.batches.collate import Collator, TrainingRows
+    from pipeline.training.batches.order import OPEN, BatchOrder
 
     torch.set_num_threads(1)
     cache = make_cache(folder, "sampled", classes, rows)

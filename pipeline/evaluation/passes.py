@@ -15,7 +15,7 @@ from pipeline.models import LoadedModel, longest_input, tokenizer_info
 from pipeline.records import CachedExample, StudentBatch, Tokenization
 from pipeline.softlabels import served_temperature
 from pipeline.tasks import Task
-from pipeline.training.collate import Collator, from_tensors, to_tensors
+from pipeline.training.batches.collate import Collator, from_tensors, to_tensors
 
 
 def logits_by_batch(

@@ -23,7 +23,7 @@ from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions
 from pipeline.softlabels import default_temperature, served_temperature
 from pipeline.tasks import Task, get_task
-from pipeline.training.collate import teacher_argmax
+from pipeline.training.batches.collate import teacher_argmax
 from pipeline.training.losses import forward_kl
 from pipeline.training.student import check_fit, load_student
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.records import Loss
 from pipeline.tasks import Task
-from pipeline.training.collate import target_from_tensors
+from pipeline.training.batches.collate import target_from_tensors
 from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
 from pipeline.training.losses import distillation_loss
 

@@ -29,8 +29,8 @@ from pipeline.models import (
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
+from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
-from pipeline.training.mixing import Mixture, make_mixture
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
 

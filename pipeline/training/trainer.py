@@ -22,12 +22,12 @@ from pipeline.metrics import agreement
 from pipeline.records import NO_LABEL, Full, Loss, Predictions, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
-from pipeline.training.collate import Collator, TrainingRows
+from pipeline.training.batches.collate import Collator, TrainingRows
+from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
+from pipeline.training.batches.order import BatchOrder, open_groups
+from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, attach_loss
-from pipeline.training.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
-from pipeline.training.order import BatchOrder, open_groups
-from pipeline.training.prefetch import prefetch
 from pipeline.training.refusals import refuse_unused
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 

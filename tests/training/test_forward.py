@@ -13,7 +13,7 @@ from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.tasks import get_task
 from pipeline.training import DistillationTrainer, distillation_loss
-from pipeline.training.collate import Collator, from_tensors
+from pipeline.training.batches.collate import Collator, from_tensors
 from pipeline.training.forward import GIVEN, attach_loss
 from tests.conftest import tiny_model
 from tests.support.rows import build_cache

@@ -11,8 +11,8 @@ import pipeline as softlabel
 from pipeline.cache import Cache
 from pipeline.config import TrainStudentConfig
 from pipeline.errors import CacheError
-from pipeline.training.ahead import look_ahead
-from pipeline.training.order import BatchOrder
+from pipeline.training.batches.ahead import look_ahead
+from pipeline.training.batches.order import BatchOrder
 from pipeline.training.run import run
 from tests.conftest import tiny_model
 from tests.support.flaky import flaky

@@ -20,7 +20,7 @@ from pipeline.config import TrainStudentConfig
 from pipeline.errors import CacheError, ContractError, EncodingError, MisuseError, ModelError, TrainingError
 from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Sampled, TopK
-from pipeline.training.collate import Collator, TrainingRows
+from pipeline.training.batches.collate import Collator, TrainingRows
 from pipeline.training.run import run
 from tests.conftest import tiny_model
 from tests.support.rows import build_cache

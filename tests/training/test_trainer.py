@@ -23,7 +23,7 @@ from pipeline.errors import EncodingError, MisuseError, TrainingError
 from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.tasks import get_task
-from pipeline.training.collate import Collator
+from pipeline.training.batches.collate import Collator
 from pipeline.training.run import run
 from pipeline.training.schedule import weights_at
 from tests.conftest import tiny_model

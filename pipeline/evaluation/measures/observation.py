@@ -17,7 +17,7 @@ from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
 from pipeline.softlabels import default_temperature, served_temperature, target
 from pipeline.tasks import Task
-from pipeline.training.collate import teacher_argmax
+from pipeline.training.batches.collate import teacher_argmax
 from pipeline.training.divergences import divergence, forward_kl
 
 

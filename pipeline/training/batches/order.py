@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from pipeline.cache import CacheDataset
-from pipeline.training.ahead import look_ahead
+from pipeline.training.batches.ahead import look_ahead
 
 #: Row groups that are open at once: what one rank alone holds decoded.
 OPEN = 64

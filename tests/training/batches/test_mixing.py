@@ -20,11 +20,11 @@ from pipeline.errors import ContractError, EncodingError, MisuseError
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.softlabels import target
 from pipeline.tasks import get_task
-from pipeline.training.collate import Collator, TrainingRows
+from pipeline.training.batches.collate import Collator, TrainingRows
+from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Proportions, TeachersCollator, make_mixture
+from pipeline.training.batches.order import BatchOrder
 from pipeline.training.fused import Head, fused_loss
 from pipeline.training.losses import distillation_loss
-from pipeline.training.mixing import AlignedDataset, JoinedDataset, Proportions, TeachersCollator, make_mixture
-from pipeline.training.order import BatchOrder
 from pipeline.training.run import run
 from tests.conftest import tiny_model
 from tests.support.rows import build_cache

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from pipeline.cache import Cache, CacheDataset
 from pipeline.errors import ContractError, MisuseError, TrainingError
 from pipeline.records import NO_LABEL, CachedExample, Manifest, StudentBatch, Target
-from pipeline.training.collate import Collator, to_tensors
+from pipeline.training.batches.collate import Collator, to_tensors
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from pipeline.cache.reading import reader
 from pipeline.records import TopK
-from pipeline.training.collate import TrainingRows
-from pipeline.training.order import OPEN, BatchOrder, by_length, deal, open_groups
-from pipeline.training.prefetch import prefetch
+from pipeline.training.batches.collate import TrainingRows
+from pipeline.training.batches.order import OPEN, BatchOrder, by_length, deal, open_groups
+from pipeline.training.batches.prefetch import prefetch
 from tests.support.rows import build_cache
 
 

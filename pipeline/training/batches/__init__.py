@@ -1,0 +1,1 @@
+"""From the rows of a cache to batches: order, mixture, collation, prefetching."""
