@@ -19,6 +19,7 @@ from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.urls import is_url, pinned
 from pipeline.cache.writing.build import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, resolve
+from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError
 from pipeline.sources.loading import redact
 
@@ -115,11 +116,7 @@ def _key(config: Any) -> str:
     found = {}
     for name, value in {**settings, **settings.get("data", {})}.items():
         if name in _INPUTS and value is not None:
-            names = (
-                [item if Path(item).exists() else item.partition("=")[2] or item for item in value]
-                if isinstance(value, tuple)
-                else [value]
-            )
+            names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     settings.pop("overwrite", None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()

@@ -1,62 +1,143 @@
-"""Imports go one way, as the data does."""
+"""Imports go one way, as the data does, between packages and inside them."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1] / "pipeline"
-#: Left to right; those of one step never import each other.
-ORDER: list[set[str]] = [
-    {"errors"},
-    {"records"},
-    {"config"},
-    {"sources"},
-    {"metrics"},
-    {"softlabels"},
-    {"tasks"},
-    {"models"},
-    {"cache"},
-    {"capture", "training"},
-    {"evaluation"},
-    {"sharing"},
-    {"workflow"},
-    {"sweep"},
-    {"cli"},
-    {"__init__", "__main__"},
-]
-RANK = {name: i for i, names in enumerate(ORDER) for name in names}
+#: Package -> its parts, left to right; a part imports from those to its left only, and those of one step never import
+#: each other. A part is a sub-package or a module. Packages that are not listed have no order but may have no cycle.
+ORDER: dict[str, list[set[str]]] = {
+    "": [
+        {"errors"},
+        {"records"},
+        {"config"},
+        {"sources"},
+        {"metrics"},
+        {"softlabels"},
+        {"tasks"},
+        {"models"},
+        {"cache"},
+        {"capture", "training"},
+        {"evaluation"},
+        {"sharing"},
+        {"workflow"},
+        {"sweep"},
+        {"cli"},
+        {"__init__", "__main__"},
+    ],
+    "cache": [{"storage"}, {"format"}, {"reading"}, {"views"}, {"writing"}, {"transforms"}, {"__init__"}],
+    "capture": [
+        {"forward", "plan", "estimate_table"},
+        {"append", "audit", "automatic", "write"},
+        {"job"},
+        {"shard", "space"},
+        {"head", "estimate"},
+        {"engines"},
+        {"run"},
+        {"__init__"},
+    ],
+    "training": [
+        {"batches", "divergences", "schedule", "student", "card"},
+        {"losses"},
+        {"fused"},
+        {"forward"},
+        {"refusals"},
+        {"trainer"},
+        {"run"},
+        {"__init__"},
+    ],
+    "evaluation": [
+        {"records", "passes", "continuations", "table"},
+        {"run"},
+        {"measures"},
+        {"report"},
+        {"__init__"},
+    ],
+}
+FILES = sorted(ROOT.rglob("*.py"))
+MOST_LINES, MOST_MODULES = 400, 15
+#: One page to read first.
+LONG = {"records.py"}
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    parts = ("pipeline", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_left(path):
-    mine = part_of(path)
+MODULES = {module_of(path) for path in FILES}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module of ours that a file imports: at the top, in a function, for types alone."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [node.module or ""]
-            if node.module == "pipeline":
-                names = [f"pipeline.{alias.name}" for alias in node.names]
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else str(node.module)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            if not name.startswith("pipeline."):
-                continue
-            other = name.split(".")[1]
-            assert other == mine or RANK[other] < RANK[mine], f"{path}: {mine} imports {other}"
+            yield from (alias.name for alias in node.names)
+
+
+def part_of(module: str, package: str) -> str | None:
+    """Which part of a package a module is in; None: none of it."""
+    prefix = f"pipeline.{package}".rstrip(".")
+    if module == prefix:
+        return "__init__"
+    return module.removeprefix(f"{prefix}.").split(".")[0] if module.startswith(f"{prefix}.") else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_left(path):
+    mine = module_of(path)
+    for package, order in ORDER.items():
+        rank = {name: i for i, names in enumerate(order) for name in names}
+        here = part_of(mine, package)
+        if here is None:
+            continue
+        for other in imports(path):
+            there = part_of(other, package)
+            if there is not None and there != here:
+                assert rank[there] < rank[here], f"{path}: {package or 'pipeline'}: {here} imports {there}"
+
+
+def test_no_import_cycle():
+    graph = {module_of(path): {name for name in imports(path) if name in MODULES} for path in FILES}
+    for name, others in graph.items():
+        others.discard(name)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+def test_every_part_has_its_place():
+    """A new module of an ordered package is put into the order; what is gone leaves it."""
+    for package, order in ORDER.items():
+        found = {part for path in FILES if (part := part_of(module_of(path), package)) is not None}
+        assert found | {"__init__"} == set().union(*order) | {"__init__"}, package or "pipeline"
+
+
+def test_rooms_are_small():
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= MOST_LINES or path.name in LONG, f"{path}: {lines} lines"
+    for folder in {path.parent for path in FILES}:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES, f"{folder}: {len(modules)} modules"
 
 
 def test_no_task_is_named_outside_the_tasks():
     """What differs between tasks stands behind the protocol."""
-    for path in ROOT.rglob("*.py"):
-        if part_of(path) in ("tasks", "config", "cli"):
+    for path in FILES:
+        if part_of(module_of(path), "") in ("tasks", "config", "cli"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):

@@ -20,7 +20,7 @@ from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.reading.shards import open_shard
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.writing.writer import write_shard
-from pipeline.capture.estimate_table import describe, human
+from pipeline.capture.estimate_table import human
 from pipeline.capture.forward import broken_rows, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import load_teacher
 from pipeline.capture.plan import default_rows_per_shard, full_row_is_too_large, kept_types, plan_batches
@@ -45,6 +45,7 @@ from pipeline.records import (
 )
 from pipeline.softlabels import encode, narrow, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
+from pipeline.softlabels.names import encoding_name
 from pipeline.sources import LabelMap, Source, load_source, read_examples
 from pipeline.tasks import Task, get_task
 
@@ -305,7 +306,7 @@ def _choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
         if not fitting:
             noise, best = min(known, key=lambda pair: pair[0])
             raise MisuseError(
-                f"--target-noise {config.target_noise:g}: the least noise of those compared is {noise:.4f} ({describe(best.encoding)}); ask for more"
+                f"--target-noise {config.target_noise:g}: the least noise of those compared is {noise:.4f} ({encoding_name(best.encoding)}); ask for more"
             )
         return min(fitting, key=lambda line: line.bytes_per_position).encoding
     budget = parse_bytes("--budget", config.budget or "")
@@ -313,7 +314,7 @@ def _choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
     if not affordable:
         least = min((line for _, line in known), key=lambda line: line.total_bytes)
         raise MisuseError(
-            f"--budget {config.budget}: the smallest of those compared takes {human(least.total_bytes)} ({describe(least.encoding)}); allow more, or cache fewer rows"
+            f"--budget {config.budget}: the smallest of those compared takes {human(least.total_bytes)} ({encoding_name(least.encoding)}); allow more, or cache fewer rows"
         )
     return min(affordable, key=lambda pair: pair[0])[1].encoding
 

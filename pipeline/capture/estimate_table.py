@@ -5,16 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pipeline.records import Encoding, Estimate, EstimatedEncoding, Sampled, TopK, TopP
-
-
-def describe(encoding: Encoding) -> str:
-    """`sampled c = 25`, `top-k 50`, ..."""
-    if isinstance(encoding, Sampled):
-        return f"sampled c = {encoding.sample_size:g}"
-    if isinstance(encoding, TopK):
-        return f"top-k {encoding.k}"
-    return f"top-p {encoding.p:g}" if isinstance(encoding, TopP) else "full"
+from pipeline.records import Estimate, EstimatedEncoding
+from pipeline.softlabels.names import encoding_name
 
 
 def human(size: float) -> str:
@@ -56,13 +48,13 @@ def _lines(found: Estimate) -> Iterator[str]:
 def _line(line: EstimatedEncoding) -> str:
     cost = f"{line.bytes_per_position:>12.1f}{human(line.total_bytes):>10}{line.num_shards:>8,}{line.hours:>9.3g}{line.overhead:>10.1%}"
     if line.fidelity is None:
-        return f"{describe(line.encoding):<18}{'-':>7}{cost}"
+        return f"{encoding_name(line.encoding):<18}{'-':>7}{cost}"
     f = line.fidelity
     one_draw = f.noise / f.noise_share if f.noise_share else math.inf
     kl = "-" if f.kl is None else f"{f.kl:.4f}"
     bias = "-" if f.bias is None else f"{f.bias / one_draw:.3%}"
     masses = "  ".join(f"{mass:.3f}" for mass in f.kept_mass.values())
-    return f"{describe(line.encoding):<18}{f.kept:>7.1f}{cost}{f.noise_share:>9.2%}{bias:>9}{kl:>9}{f.angle:>7.1f}\N{DEGREE SIGN}  {masses}"
+    return f"{encoding_name(line.encoding):<18}{f.kept:>7.1f}{cost}{f.noise_share:>9.2%}{bias:>9}{kl:>9}{f.angle:>7.1f}\N{DEGREE SIGN}  {masses}"
 
 
 def _projection(found: Estimate, tokens: float) -> Iterator[str]:
@@ -74,7 +66,7 @@ def _projection(found: Estimate, tokens: float) -> Iterator[str]:
         rate = found.gpus * found.tokens_per_second * share
         cores = rate / line.decoded_per_second
         yield (
-            f"  {describe(line.encoding):<18}{human(size):>10}{math.ceil(size / (128 << 20)):>12,} shards{hours:>12,.0f} device-hours"
+            f"  {encoding_name(line.encoding):<18}{human(size):>10}{math.ceil(size / (128 << 20)):>12,} shards{hours:>12,.0f} device-hours"
             f"{hours / found.gpus / 24:>10,.1f} days; students at the teacher's rate read {human(rate * line.bytes_per_position)}/s, decoded by {cores:.2g} core(s)"
         )
     yield "Assumed: the teacher's rate as measured here, encoding not overlapped with it, and a student no faster than its teacher's forward pass."

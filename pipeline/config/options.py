@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import MisuseError
@@ -60,3 +61,9 @@ def cache_bytes_option() -> Any:
     return option(
         "A cache behind a URL: keep at most so much of what was fetched; what was used longest ago goes first.", "20GB"
     )
+
+
+def name_and_path(item: str) -> tuple[str, str]:
+    """Split `NAME=DIR`; of a plain directory the name is its own."""
+    name, separator, path = item.partition("=")
+    return (Path(item).name, item) if not separator or Path(item).exists() else (name, path)

@@ -14,6 +14,7 @@ from pipeline.cache import Cache
 from pipeline.cache.format.manifest import dump
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import EvaluateConfig, parse_bytes
+from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, MisuseError
 from pipeline.evaluation.continuations import continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
@@ -30,7 +31,7 @@ from pipeline.training.student import check_fit, load_student
 
 def run(config: EvaluateConfig) -> EvaluationReport:
     """`softlabel evaluate`: the report, also kept as `evaluation.json` where an output directory is given."""
-    students = dict(named(student) for student in config.student)
+    students = dict(name_and_path(student) for student in config.student)
     if len(students) < len(config.student):
         raise MisuseError("--student: two students have the same name; give NAME=DIR")
     cache = Cache.open(
@@ -194,9 +195,3 @@ def predictions_of_teacher(task: Task, rows: Iterator[CachedExample], temperatur
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else float("nan")
-
-
-def named(student: str) -> tuple[str, str]:
-    """`NAME=DIR`, or the directory's own name."""
-    name, separator, path = student.partition("=")
-    return (Path(student).name, student) if not separator or Path(student).exists() else (name, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.records import EvaluationReport, ModelEvaluation
 
 _MEANING = {
@@ -19,11 +21,7 @@ def format_table(report: EvaluationReport) -> str:
     metrics = list(report.teacher.metrics)
     header = ["", "parameters", "size", *metrics, "agreement", "KL", "retention", "95% interval"]
     lines = [header, *(_cells(line, metrics) for line in (report.teacher, *report.students))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    table = "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
+    table = "\n".join(aligned(lines))
     notes = [f"{name}: {_MEANING[name]}" for name in metrics if name in _MEANING]
     notes += [
         "size: the teacher's parameters over the model's",
@@ -38,6 +36,17 @@ def format_table(report: EvaluationReport) -> str:
         spoken = [f"  {name.ljust(width)}  {' '.join(text.split())}" for name, text in continuation.texts.items()]
         parts.append("\n".join([f"{continuation.prompt!r} goes on:", *spoken]))
     return "\n\n".join(parts)
+
+
+def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Rows of cells as lines of equal columns: the first `left` columns flush left, the others flush right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:

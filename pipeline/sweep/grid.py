@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import SweepConfig, TrainStudentConfig
+from pipeline.config.options import name_and_path
 from pipeline.config.sweep import parse_layers, parse_shape
 from pipeline.errors import MisuseError
 from pipeline.models.initialize import Shape
@@ -142,9 +143,7 @@ def _named(flag: str, items: Sequence[str]) -> dict[str, str]:
     """`NAME=DIR`, or the directory's own name; a name becomes part of a directory's, so it has plain characters only."""
     found: dict[str, str] = {}
     for item in items:
-        name, separator, path = item.partition("=")
-        if not separator or Path(item).exists():
-            name, path = Path(item).name, item
+        name, path = name_and_path(item)
         name = re.sub(r"[^\w.-]+", "-", name)
         if name in found:
             raise MisuseError(f"{flag}: two have the name {name}; give NAME=DIR")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config import SweepConfig
+from pipeline.evaluation.table import aligned
 from pipeline.records import Interval, Loss, TrainResult
 from pipeline.sources.loading import redact
 from pipeline.sweep.grid import Role
@@ -124,13 +125,7 @@ def format_leaderboard(report: SweepReport) -> str:
     lines = [["", "", "parameters", "seeds", *titles, "seconds"]]
     lines += [_teacher_cells(name, found, metrics, report) for name, found in report.teachers.items()]
     lines += [_cells(group, metrics, report) for group in report.groups]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = "\n".join(
-        "  ".join(
-            [a.ljust(n) if i < 2 else a.rjust(n) for i, (a, n) in enumerate(zip(line, widths, strict=True))]
-        ).rstrip()
-        for line in lines
-    )
+    table = "\n".join(aligned(lines, left=2))
     roles = [run.role for run in report.runs]
     counted = ", ".join(f"{roles.count(role)} {role}{'s' * (roles.count(role) != 1)}" for role in dict.fromkeys(roles))
     return "\n\n".join([f"sweep of {counted}", table, _notes(report)])

@@ -64,7 +64,7 @@ def test_the_table_and_the_projection(corpus, teacher):
         "--task", "causal-lm", "--teacher", teacher, "--dataset", corpus, "--positions", 300, "--scale", "1e12"
     )
     assert done.exit_code == 0, done.output
-    assert "sampled c = 25" in done.stdout
+    assert "sampled 25" in done.stdout
     assert "top-k 50" in done.stdout
     assert "At 1e+12 tokens on 1 device(s)" in done.stdout
     assert "Assumed" in done.stdout

@@ -18,6 +18,7 @@ from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewr
 from pipeline.records import NO_LABEL, CachedExample, Encoding, Full, Sampled
 from pipeline.softlabels import check_conversion, concatenate, counter_uniforms, rows, teacher_scores
 from pipeline.softlabels import convert as convert_soft_labels
+from pipeline.softlabels.names import encoding_name
 
 
 def convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding, overwrite: bool = False) -> Cache:
@@ -56,7 +57,7 @@ def convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding
         change,
         contract=dataclasses.replace(contract, encoding=encoding, columns=describe(schema)),
         schema=schema,
-        ancestors=ancestry([opened], f"convert {_name(contract.encoding)} to {_name(encoding)}"),
+        ancestors=ancestry([opened], f"convert {encoding_name(contract.encoding)} to {encoding_name(encoding)}"),
         same_encoding=False,
         overwrite=overwrite,
         nothing=f"{opened.root}: has no rows",
@@ -102,8 +103,3 @@ def _schema(before: pa.Schema, source: Encoding, wanted: Encoding, num_classes: 
     first = next(i for i, name in enumerate(before.names) if name in old)
     kept = [[field for field in part if field.name not in old] for part in (list(before)[:first], list(before)[first:])]
     return pa.schema([*kept[0], *(pa.field(name, kind) for name, kind in new.items()), *kept[1]])
-
-
-def _name(encoding: Encoding) -> str:
-    knob = next((getattr(encoding, name) for name in ("k", "p", "sample_size") if hasattr(encoding, name)), None)
-    return encoding.kind if knob is None else f"{encoding.kind} {knob:g}"

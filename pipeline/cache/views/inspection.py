@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.records import CachedExample
 from pipeline.softlabels import rows as positions_of
 from pipeline.softlabels import served_temperature, target
+from pipeline.softlabels.names import encoding_text
 
 
 def totals(cache: Cache) -> dict[str, dict[str, float]]:
@@ -95,19 +95,6 @@ def _best(row: CachedExample, n: int, top: int) -> list[tuple[int, float]]:
     goal = target(positions_of(row.soft, n, n + 1), served_temperature(row.soft.encoding))
     order = goal.weights.argsort(descending=True, stable=True)[:top]
     return [(int(goal.ids[i]), float(goal.weights[i])) for i in order]
-
-
-def encoding_text(encoding: Any) -> str:
-    """An encoding and its knobs, as people read it."""
-    knobs = {
-        "k": "k",
-        "p": "p",
-        "sample_size": "sample size",
-        "temperature": "temperature",
-        "temperatures": "temperatures",
-    }
-    found = [f"{label} {getattr(encoding, name)}" for name, label in knobs.items() if hasattr(encoding, name)]
-    return ", ".join([encoding.kind, *found])
 
 
 def _short(text: str, longest: int) -> str:

@@ -17,9 +17,10 @@ import numpy as np
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.views.charts import Chart, histogram
-from pipeline.cache.views.inspection import encoding_text, totals
+from pipeline.cache.views.inspection import totals
 from pipeline.records import CachedExample, Full, Sampled
 from pipeline.softlabels import served_temperature, target
+from pipeline.softlabels.names import encoding_text
 from pipeline.sources.loading import redact
 
 if TYPE_CHECKING:

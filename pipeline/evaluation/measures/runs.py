@@ -13,9 +13,9 @@ import numpy as np
 
 from pipeline.cache import Cache
 from pipeline.cache.format.manifest import parse
+from pipeline.config.options import name_and_path
 from pipeline.errors import MisuseError, PipelineError
 from pipeline.evaluation.records import Provenance, Role
-from pipeline.evaluation.run import named
 from pipeline.models import public_name
 from pipeline.records import TrainResult
 from pipeline.training.run import ORIGIN, Origin
@@ -40,7 +40,7 @@ def asked_models(students: Sequence[str], controls: Sequence[str]) -> tuple[Aske
     roles: list[tuple[Role, Sequence[str]]] = [("student", students), ("control", controls)]
     for role, items in roles:
         for item in items:
-            name, directory = named(item)
+            name, directory = name_and_path(item)
             known, directories = found.setdefault(name, (role, []))
             if known != role:
                 raise MisuseError(f"--control {item}: {name} is a student already; give it another NAME=DIR")

@@ -6,6 +6,7 @@ import textwrap
 
 from pipeline.evaluation.records import Report
 from pipeline.evaluation.report.sections import Table, quality_table
+from pipeline.evaluation.table import aligned
 
 
 def summary(report: Report) -> str:
@@ -16,10 +17,5 @@ def summary(report: Report) -> str:
 
 def plain_table(table: Table) -> str:
     """A table in columns, its notes below."""
-    lines = [table.header, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
-    rows = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    ]
+    rows = aligned([table.header, *table.rows])
     return "\n".join([table.caption, "", *rows, "", *(f"  {note}" for note in table.notes)])

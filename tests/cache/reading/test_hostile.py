@@ -28,7 +28,7 @@ def opened(tmp_path_factory, lm_tokenizer):
     before = {str(path): path.stat().st_mtime_ns for path in outside.rglob("*")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.hostile", str(folder)],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={
             **os.environ,
             "HF_HOME": str(folder.parent / "hf"),

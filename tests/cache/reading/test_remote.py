@@ -11,7 +11,8 @@ import shutil
 import pytest
 import torch
 
-from pipeline.cache import Cache, remote
+from pipeline.cache import Cache
+from pipeline.cache.reading import remote
 from pipeline.cache.storage.store import Store, default_directory
 from pipeline.cache.storage.transfer import patiently
 from pipeline.errors import CacheError, IntegrityError

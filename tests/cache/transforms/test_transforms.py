@@ -238,7 +238,7 @@ def test_a_condition_is_data_and_reaches_nothing_else(tmp_path, lm_tokenizer, wh
 
 def test_the_readmes_recipes_are_conditions():
     """Each row of its table, on columns as caches have them."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
     table = readme[readme.index("| for | `--where` |") : readme.index("A validation split from the training rows")]
     recipes = re.findall(r"^\|[^|]+\| `(.+)` \|$", table, re.MULTILINE)[1:]
     assert len(recipes) == 6

@@ -23,7 +23,7 @@ from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
