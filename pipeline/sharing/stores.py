@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tqdm import tqdm
 
 from pipeline.cache.reading.remote import list_files
-from pipeline.cache.storage.transfer import TIMEOUT, patiently, protocols
+from pipeline.cache.storage.transfer import TIMEOUT, create_file, is_local, make_parent, patiently
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError, ContractError
 from pipeline.sharing.contents import Contents
@@ -34,8 +33,6 @@ _MARK = ".push.json"
 _PARALLEL = 4
 #: Bytes a second that an upload must at least have.
 _SLOWEST = 100_000
-#: Stores of objects, which have no directories to make.
-_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2"}
 
 
 def push_to_store(contents: Contents, url: str) -> int:
@@ -122,24 +119,7 @@ class _Store:
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless it is there, by the store's own condition where it has one."""
-
-        def request(filesystem: AbstractFileSystem, path: str) -> bool:
-            self._make_parent(path)
-            try:
-                if _is_local(filesystem):
-                    with open(path, "xb") as handle:
-                        handle.write(data)
-                else:
-                    filesystem.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno == errno.EINVAL:  # S3: the condition of the put was not met
-                    return False
-                raise
-            return True
-
-        return self._write(name, request)
+        return self._write(name, lambda filesystem, path: create_file(filesystem, path, data))
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -150,8 +130,8 @@ class _Store:
 
     def _put(self, name: str, local: Path) -> None:
         def request(filesystem: AbstractFileSystem, path: str) -> None:
-            self._make_parent(path)
-            if _is_local(filesystem):  # whose put is not atomic
+            make_parent(filesystem, path)
+            if is_local(filesystem):  # whose put is not atomic
                 filesystem.put_file(str(local), f"{path}.part")
                 os.replace(f"{path}.part", path)
             else:
@@ -173,10 +153,6 @@ class _Store:
         path = f"{self._path}/{name}"
         return patiently(f"{self}/{name}", lambda: request(self._filesystem, path), timeout=timeout)
 
-    def _make_parent(self, path: str) -> None:
-        if not _OBJECTS & set(protocols(self._filesystem)):
-            self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-
 
 def in_parallel(work: Callable[[Item], None], items: list[Item], threads: int) -> None:
     """Do it for every item; the first error stops what has not begun, and is raised."""
@@ -188,9 +164,3 @@ def in_parallel(work: Callable[[Item], None], items: list[Item], threads: int) -
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _is_local(filesystem: AbstractFileSystem) -> bool:
-    from fsspec.implementations.local import LocalFileSystem
-
-    return isinstance(filesystem, LocalFileSystem)

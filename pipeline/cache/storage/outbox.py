@@ -13,14 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.cache.storage.transfer import patiently, protocols
+from pipeline.cache.storage.transfer import create_file, make_parent, patiently
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError
 from pipeline.sources.loading import reason, redact
-
-#: Object stores have no directories; s3fs would make a bucket for one.
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "hf"}
-
 
 #: Seconds that a whole shard may take.
 _SENDING = 3600.0
@@ -50,12 +46,7 @@ class Outbox:
         with self._told(name):
             if self._filesystem.exists(path):
                 return False
-            self._make_directory_of(path)
-            try:
-                self._filesystem.pipe_file(path, text.encode(), mode="create")
-            except FileExistsError:
-                return False
-        return True
+            return create_file(self._filesystem, path, text.encode())
 
     def fetch(self, name: str) -> bool:
         """Copy a file from there to its place here. False: there is none."""
@@ -92,7 +83,7 @@ class Outbox:
         """
         local = self.staging / name
         with self._told(name):
-            self._make_directory_of(f"{self._root}/{name}")
+            make_parent(self._filesystem, f"{self._root}/{name}")
             self._asked(name, lambda: self._filesystem.put_file(str(local), f"{self._root}/{name}"), timeout=_SENDING)
         found = self.size(name)
         if found != local.stat().st_size:
@@ -135,10 +126,6 @@ class Outbox:
 
     def _asked(self, name: str, request: Callable[[], Result], *, timeout: float | None = None) -> Result:
         return patiently(f"{self.url}/{name}", request, timeout=timeout)
-
-    def _make_directory_of(self, path: str) -> None:
-        if not _OBJECT_STORES & set(protocols(self._filesystem)):
-            self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def names(self, directory: str) -> list[str]:
         """Names of what is in a directory there."""

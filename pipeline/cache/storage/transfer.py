@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import threading
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 #: Seconds that one request may take. The largest is a row group or a part of a file, some megabytes.
 TIMEOUT = 120.0
+
+#: Stores of objects, which have no directories to make.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "r2", "hf"}
 
 #: What another attempt would not mend. By name: what raises them may not be installed.
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, TypeError, ValueError)
@@ -71,6 +75,37 @@ def read_range(filesystem: AbstractFileSystem, path: str, start: int, stop: int)
     if len(data) != stop - start:
         raise OSError(f"expected {stop - start} bytes from {start} on, found {len(data)}")
     return data
+
+
+def create_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> bool:
+    """Write a file unless it is there, by the store's own condition where it has one: of two racing writers one gets True."""
+    make_parent(filesystem, path)
+    try:
+        if is_local(filesystem):
+            with open(path, "xb") as handle:
+                handle.write(data)
+        else:
+            filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # S3: the condition of the put was not met
+            return False
+        raise
+    return True
+
+
+def make_parent(filesystem: AbstractFileSystem, path: str) -> None:
+    """Make the directory that a file goes to. Object stores have none; s3fs would make a bucket for one."""
+    if not _OBJECT_STORES & set(protocols(filesystem)):
+        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+
+def is_local(filesystem: AbstractFileSystem) -> bool:
+    """Whether a `file://` URL led here."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(filesystem, LocalFileSystem)
 
 
 def protocols(filesystem: AbstractFileSystem) -> tuple[str, ...]:
