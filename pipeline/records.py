@@ -101,6 +101,8 @@ class TokenizedExample:
     text_bytes: int = 0
     """UTF-8 bytes of the text that the supervised positions predict."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
+    cut_tokens: int = 0
+    """Tokens of the source row that were cut off; not stored."""
 
     @property
     def num_tokens(self) -> int:
@@ -410,6 +412,33 @@ class Receipt:
     bad_rows: tuple[BadRow, ...] = ()
     fidelity: Fidelity | None = None
     """The first shard's: of a sample of its positions."""
+    cut_rows: int = 0
+    """Source rows that lost tokens to the longest row allowed."""
+    cut_tokens: int = 0
+    """Tokens that they lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitContents:
+    """Counts over the source rows of one split."""
+
+    rows: int
+    unlabelled: int | None
+    """Rows without a label; None where the data set has no label column."""
+    blank: int
+    """Rows with a text of white space alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContents:
+    """`reports/contents.json`: counts over the source rows of a capture."""
+
+    splits: Mapping[str, SplitContents]
+    shared: Mapping[str, int]
+    """"ONE, OTHER" -> distinct inputs that stand in both splits; pairs that share none are left out."""
+    cut_rows: int = 0
+    """Source rows that lost tokens to the longest row allowed."""
+    cut_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

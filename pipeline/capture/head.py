@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
+from pipeline.cache.views.tokens import marked_tokens
 from pipeline.capture.job import Job
 from pipeline.capture.shard import forward, read_shard
 from pipeline.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def show_first_row(job: Job) -> None:
+    """Log the first row as tokens, those that are predicted in brackets, so that a wrong template or mask is seen now."""
+    first = job.plan.shards[0]
+    few = type(first)(first.name, first.split, first.start, min(first.start + 1, first.stop))
+    examples, _ = read_shard(job, few)
+    for example in examples[:1]:
+        tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised)
+        logger.info("first row of %s (predicted tokens in brackets): %s", first.split, tokens)
 
 
 def check_head(job: Job) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Layout, Plan
 from pipeline.cache.format.schema import cache_schema, describe
-from pipeline.cache.writing.build import begin, clear, current_plan, open_layout
+from pipeline.cache.writing.build import begin, clear, current_plan, note_contents, open_layout
 from pipeline.capture.append import appended
 from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.plan import (
@@ -34,7 +34,7 @@ from pipeline.models import (
     tokenizer_info,
 )
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
-from pipeline.sources import LabelMap, Source, fingerprints, load_source
+from pipeline.sources import LabelMap, Source, load_source, survey
 from pipeline.tasks import Task, get_task
 
 
@@ -143,6 +143,7 @@ def make_job(
         kept=kept_types(source),
     )
     ranges = ranges_of(source, rows)
+    found_in_source = survey(source, ranges)
     if overwrite:
         clear(layout)
     found = current_plan(layout)
@@ -165,7 +166,7 @@ def make_job(
             source.config,
             source.revision,
             source.columns,
-            fingerprints(source, ranges),
+            found_in_source.fingerprints,
             source.holdout,
             rows,
         ),
@@ -185,6 +186,7 @@ def make_job(
         plan = appended(layout, found, plan, source, per_shard)
     labels = None if label_names is None else LabelMap.for_names(source, label_names)
     layout = begin(layout, plan, tokenizer)
+    note_contents(layout, found_in_source.contents)
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
 
 

@@ -1,6 +1,6 @@
 """Find and load a data set, map its columns, hold out a test split, read rows as examples."""
 
-from pipeline.sources.content import fingerprints
+from pipeline.sources.content import Survey, fingerprints, survey
 from pipeline.sources.labels import LabelMap, label_names
 from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
@@ -9,9 +9,11 @@ from pipeline.sources.source import Source
 __all__ = [
     "LabelMap",
     "Source",
+    "Survey",
     "fingerprints",
     "from_datasets",
     "label_names",
     "load_source",
     "read_examples",
+    "survey",
 ]

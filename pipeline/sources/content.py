@@ -1,4 +1,4 @@
-"""What rows hold, hashed: the fingerprint of a split, and which rows are held out.
+"""What rows hold, hashed and counted: the fingerprint of a split, equal rows of two splits, and which rows are held out.
 
 A row is hashed as one line of JSON over the values of its roles. Names of columns, files, chunks and batches play no part.
 """
@@ -6,13 +6,16 @@ A row is hashed as one line of JSON over the values of its roles. Names of colum
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from array import array
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.records import Columns
+from pipeline.records import Columns, SourceContents, SplitContents
 from pipeline.sources.batches import Row, read_rows
 from pipeline.sources.columns import input_roles, used_roles
 from pipeline.sources.source import Source
@@ -38,6 +41,45 @@ def fingerprints(source: Source, ranges: Mapping[str, tuple[int, int]] | None = 
     return {split: _fingerprint(source.splits[split], roles, *rows) for split, rows in ranges.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over the rows of a source has found."""
+
+    fingerprints: Mapping[str, str]
+    """Split -> SHA-256, as `fingerprints` gives it."""
+    contents: SourceContents
+
+
+def survey(source: Source, ranges: Mapping[str, tuple[int, int]]) -> Survey:
+    """Fingerprints and counts of the rows `[start, stop)` of each split, by one pass over them.
+
+    Two rows are equal where all their inputs are, whatever their labels and kept columns. Memory: 8 bytes a row.
+    """
+    roles, inputs = used_roles(source.columns), input_roles(source.columns)
+    label = source.columns.label
+    hashes: dict[str, np.ndarray] = {}
+    digests: dict[str, str] = {}
+    counts: dict[str, SplitContents] = {}
+    for split, (start, stop) in ranges.items():
+        dataset = source.splits[split]
+        digest, found = _header(dataset, roles), array("Q")
+        unlabelled = blank = 0
+        for row in read_rows(dataset, list(roles.values()), start, stop):
+            digest.update(_line(_content(row, roles)))
+            found.append(_position(row, inputs))
+            unlabelled += label is not None and _is_missing(row.get(label))
+            blank += any(_is_blank(row.get(name)) for role, name in inputs.items() if role != "prompt")
+        digests[split] = digest.hexdigest()
+        hashes[split] = np.unique(np.frombuffer(found, dtype=np.uint64)) if found else np.zeros(0, dtype=np.uint64)
+        counts[split] = SplitContents(stop - start, None if label is None else unlabelled, blank)
+    shared = {
+        f"{one}, {other}": count
+        for one, other in itertools.combinations(ranges, 2)
+        if (count := len(np.intersect1d(hashes[one], hashes[other], assume_unique=True)))
+    }
+    return Survey(digests, SourceContents(counts, shared))
+
+
 def held_out(dataset: Dataset, columns: Columns, share: float) -> np.ndarray:
     """Which rows belong to the test split.
 
@@ -54,11 +96,23 @@ def held_out(dataset: Dataset, columns: Columns, share: float) -> np.ndarray:
 
 
 def _fingerprint(dataset: Dataset, roles: dict[str, str], start: int, stop: int) -> str:
-    names = {role: getattr(dataset.features.get(name), "names", None) for role, name in roles.items()}
-    digest = hashlib.sha256(_line(names.items()))
+    digest = _header(dataset, roles)
     for row in read_rows(dataset, list(roles.values()), start, stop):
         digest.update(_line(_content(row, roles)))
     return digest.hexdigest()
+
+
+def _header(dataset: Dataset, roles: dict[str, str]) -> hashlib._Hash:
+    names = {role: getattr(dataset.features.get(name), "names", None) for role, name in roles.items()}
+    return hashlib.sha256(_line(names.items()))
+
+
+def _is_missing(label: object) -> bool:
+    return label is None or label == -1 or label != label
+
+
+def _is_blank(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and value.isspace()
 
 
 def _position(row: Row, roles: dict[str, str]) -> int:

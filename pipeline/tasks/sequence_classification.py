@@ -90,6 +90,8 @@ class SequenceClassification:
             max_length=max_length,
         )
         types = encoded.get("token_type_ids")
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        whole = _whole_lengths(examples, lengths, tokenizer, max_length)
         for i, example in enumerate(examples):
             yield TokenizedExample(
                 source_row=example.source_row,
@@ -100,6 +102,7 @@ class SequenceClassification:
                 text=example.text,
                 text_pair=example.text_pair,
                 kept=example.kept,
+                cut_tokens=whole.get(i, lengths[i]) - lengths[i],
             )
 
     def hard_labels(self, example: TokenizedExample) -> np.ndarray:
@@ -137,6 +140,18 @@ class SequenceClassification:
         """Right answers, and labelled rows."""
         known = predictions.labels != NO_LABEL
         return (predictions.predicted == predictions.labels).astype(np.float64), known.astype(np.float64)
+
+
+def _whole_lengths(
+    examples: Sequence[Example], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[int, int]:
+    """Number of an example -> its tokens before truncation, of those that are as long as is allowed."""
+    full = [i for i, length in enumerate(lengths) if length >= max_length]
+    if not full:
+        return {}
+    pairs = [examples[i].text_pair or "" for i in full] if examples[0].text_pair is not None else None
+    encoded = tokenizer([examples[i].text or "" for i in full], pairs, truncation=False, verbose=False)
+    return {i: len(ids) for i, ids in zip(full, encoded["input_ids"], strict=True)}
 
 
 def _batched(items: Iterable[Example | BadRow]) -> Iterator[tuple[Example | BadRow, ...]]:

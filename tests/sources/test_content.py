@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.records import Columns
-from pipeline.sources import batches, fingerprints, from_datasets
+from pipeline.records import Columns, SplitContents
+from pipeline.sources import batches, fingerprints, from_datasets, survey
 from pipeline.sources.content import held_out
 
 TEXTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=40)
@@ -124,3 +124,21 @@ def test_bytes_that_are_not_text_are_hashed_too() -> None:
     dataset = datasets.Dataset(pa.table({"text": raw}))
     assert fingerprint(dataset) != fingerprint(frame(["ok", ""]))
     assert held_out(dataset, Columns(), 0.5).shape == (2,)
+
+
+def test_a_survey_counts_and_has_the_same_fingerprints() -> None:
+    train = frame(["a", "b", "b", "  ", "c"], label=["x", None, "y", "x", "y"])
+    test = frame(["b", "c", "d", " \n"], label=["y", "x", None, None])
+    source = from_datasets(datasets.DatasetDict(train=train, test=test), Columns(label="label"))
+    found = survey(source, {"train": (0, 5), "test": (0, 4)})
+    assert found.fingerprints == fingerprints(source)
+    assert found.contents.splits == {"train": SplitContents(5, 1, 1), "test": SplitContents(4, 2, 1)}
+    assert found.contents.shared == {"train, test": 2}  # b and c, whatever their labels
+
+
+def test_a_survey_reads_the_rows_asked_for() -> None:
+    source = from_datasets(datasets.DatasetDict(train=frame(["a", "b"]), test=frame(["b", "a"])), Columns())
+    found = survey(source, {"train": (0, 1), "test": (0, 1)})
+    assert found.contents.shared == {}
+    assert found.contents.splits["train"] == SplitContents(1, None, 0)
+    assert found.fingerprints == fingerprints(source, {"train": (0, 1), "test": (0, 1)})

@@ -12,10 +12,11 @@ import pyarrow as pa
 import yaml
 
 from pipeline.cache.storage.urls import is_url
+from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
 from pipeline.cache.views.provenance import origin
 from pipeline.cache.views.recipes import kept_mass_sql, recipe
-from pipeline.records import Contract, Fidelity, Manifest
+from pipeline.records import Contract, Fidelity, Manifest, SourceContents
 from pipeline.sources.loading import redact
 from pipeline.tasks import get_task
 
@@ -96,6 +97,7 @@ def make_card(
     location: str = "DIR",
     masses: KeptMasses | None = None,
     picture: bool = False,
+    contents: SourceContents | None = None,
 ) -> str:
     """The card's text.
 
@@ -104,6 +106,7 @@ def make_card(
         location: where readers find the cache: what they give to `--cache`.
         masses: the kept mass of each split.
         picture: there is a `reports/kept-mass.png`.
+        contents: counts over the source rows; what they say stands among the known gaps.
     """
     contract = manifest.contract
     found = recipe(contract)
@@ -134,7 +137,7 @@ def make_card(
         duckdb="" if sql is None else _DUCKDB.format(sql=sql),
         code=found.numpy,
         licence=_licence(license),
-        gaps=_gaps(manifest),
+        gaps=_gaps(manifest, contents),
         origin=origin(manifest),
         rows=totals["rows"],
         positions=totals["positions"],
@@ -288,7 +291,12 @@ def _licence(license: str | None) -> str:
     return f"{license}, as stated by whoever published it. The terms of the teacher and of the source apply beside it."
 
 
-def _gaps(manifest: Manifest) -> str:
+def _gaps(manifest: Manifest, contents: SourceContents | None) -> str:
+    lines = contents_lines(contents) if contents is not None else []
+    return "\n\n".join([_rows_left_out(manifest), *(f"{line[0].upper()}{line[1:]}." for line in lines)])
+
+
+def _rows_left_out(manifest: Manifest) -> str:
     parts = [each for each in manifest.ancestry if each.operation.split()[:1] in (["pull"], ["filter"])]
     if parts:
         return "Only a part of the rows of the source is here: see how it was made."

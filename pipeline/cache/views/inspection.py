@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.cache.reading.reader import Cache
+from pipeline.cache.views.tokens import marked_tokens
 from pipeline.records import CachedExample
 from pipeline.softlabels import rows as positions_of
 from pipeline.softlabels import served_temperature, target
@@ -56,6 +57,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     for row in itertools.islice(cache.dataset(chosen), rows):
         yield ""
         yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}, {row.example.num_tokens} tokens"
+        yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised)}"
         yield from _classes(cache, row, top) if row.example.supervised is None else _tokens(cache, row, tokens, top)
 
 

@@ -9,7 +9,7 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.views.card import make_card
 from pipeline.cache.views.mass import draw, kept_masses
-from pipeline.records import Fidelity
+from pipeline.records import Fidelity, SourceContents
 
 
 def write_reports(cache: Cache, folder: Path, *, license: str | None = None, location: str = "DIR") -> None:
@@ -25,10 +25,14 @@ def write_reports(cache: Cache, folder: Path, *, license: str | None = None, loc
     """
     kept = cache.root / "reports" / "fidelity.json"
     fidelity = parse(Fidelity, kept) if kept.is_file() else None
+    counted = cache.root / "reports" / "contents.json"
+    contents = parse(SourceContents, counted) if counted.is_file() else None
     masses = kept_masses(cache)
     picture = False
     if masses is not None:
         write_text(folder / "reports" / "kept-mass.json", dump(masses))
         picture = draw(masses, folder / "reports" / "kept-mass.png")
-    card = make_card(cache.manifest, fidelity, license=license, location=location, masses=masses, picture=picture)
+    card = make_card(
+        cache.manifest, fidelity, license=license, location=location, masses=masses, picture=picture, contents=contents
+    )
     write_text(folder / "README.md", card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -36,9 +37,10 @@ from pipeline.cache.storage.commit import (
 from pipeline.cache.storage.outbox import Outbox
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.card import license_beside, make_card
+from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.writing.claims import finished, is_claimed, sweep_claims
 from pipeline.errors import CacheError, ContractError
-from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan
+from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan, SourceContents
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,34 @@ def _send(layout: Layout, paths: Iterable[Path]) -> None:
     if layout.outbox is not None:
         for path in paths:
             layout.outbox.send(path.relative_to(layout.root).as_posix())
+
+
+def note_contents(layout: Layout, contents: SourceContents) -> None:
+    """Keep what is known of the source rows for the end of the capture, whoever finishes it."""
+    path = _contents_path(layout)
+    text = dump(contents)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+        _send(layout, [path])
+
+
+def _contents_path(layout: Layout) -> Path:
+    return layout.root / "reports" / "contents.json"
+
+
+def _counted(layout: Layout, receipts: Sequence[Receipt]) -> SourceContents | None:
+    """The counts over the source rows, with what was cut; None for a cache that was not made from a data set."""
+    path = _contents_path(layout)
+    if layout.outbox is not None:
+        layout.outbox.fetch("reports/contents.json")
+    if not path.is_file():
+        return None
+    cut = (sum(receipt.cut_rows for receipt in receipts), sum(receipt.cut_tokens for receipt in receipts))
+    found = dataclasses.replace(parse(SourceContents, path), cut_rows=cut[0], cut_tokens=cut[1])
+    write_text(path, dump(found))
+    for line in contents_lines(found):
+        logger.warning("%s: %s", layout.name, line)
+    return found
 
 
 def current_plan(layout: Layout) -> Plan | None:
@@ -196,9 +226,10 @@ def finish(layout: Layout, plan: Plan, *, license: str | None = None) -> Cache:
     fidelity = next((receipt.fidelity for receipt in receipts if receipt.fidelity is not None), None)
     if fidelity is not None:
         write_text(layout.root / "reports" / "fidelity.json", dump(fidelity))
+    contents = _counted(layout, receipts)
     card = layout.root / "README.md"
     license = license or license_beside(card)
-    write_text(card, make_card(manifest, fidelity, license=license))
+    write_text(card, make_card(manifest, fidelity, license=license, contents=contents))
     reports = layout.root / "reports"
     _send(layout, [*sorted(reports.iterdir() if reports.is_dir() else ()), layout.root / "README.md"])
     sweep_claims(layout, plan)

@@ -1,0 +1,27 @@
+"""Counts over the source rows of a capture, as lines of text: what was cut, repeated, empty or unlabelled."""
+
+from __future__ import annotations
+
+from pipeline.records import SourceContents
+
+
+def contents_lines(contents: SourceContents) -> list[str]:
+    """One line for each thing that a user may not have meant; none where there is none."""
+    rows = sum(split.rows for split in contents.splits.values())
+    lines = []
+    if contents.cut_rows:
+        lines.append(
+            f"{contents.cut_rows:,} of {rows:,} rows were cut at the longest row allowed and lost {contents.cut_tokens:,} tokens; "
+            "a larger --max-length keeps more"
+        )
+    for pair, count in contents.shared.items():
+        one, other = pair.split(", ")
+        lines.append(f"{count:,} equal contents stand in both splits {one} and {other}; a score on either is too good")
+    blank = sum(split.blank for split in contents.splits.values())
+    if blank:
+        lines.append(f"{blank:,} of {rows:,} rows have a text of white space only")
+    unlabelled = {name: split for name, split in contents.splits.items() if split.unlabelled}
+    if unlabelled:
+        counts = ", ".join(f"{split.unlabelled:,} of {split.rows:,} in {name}" for name, split in unlabelled.items())
+        lines.append(f"rows without a label: {counts}")
+    return lines
