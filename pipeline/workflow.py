@@ -12,15 +12,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.urls import is_url, pinned
 from pipeline.cache.writing.build import current_plan, open_layout
-from pipeline.config import STAGES, ConfigFile, resolve
+from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
 from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError
+from pipeline.sources.files import is_saved
+from pipeline.sources.layout import files_named, find_files
 from pipeline.sources.loading import redact
 
 logger = logging.getLogger(__name__)
@@ -113,11 +116,13 @@ def _is_done(output: Path, stage: str, key: str) -> bool:
 def _key(config: Any) -> str:
     """SHA-256 over the settings and over what they name."""
     settings = dataclasses.asdict(config)
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in {**settings, **settings.get("data", {})}.items():
         if name in _INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
+    if isinstance(data := getattr(config, "data", None), DataConfig):
+        found["files"] = _nested_files(data)
     settings.pop("overwrite", None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
 
@@ -144,6 +149,20 @@ def content_of(path: Path) -> str:
         )
         return hashlib.sha256("".join(f"{p.name} {_file(p)}\n" for p in files).encode()).hexdigest()
     return str(path)
+
+
+def _nested_files(data: DataConfig) -> str | None:
+    """SHA-256 of the data files that are not at the top of the data set's directory; None where there are none."""
+    path = Path(data.dataset).expanduser()
+    if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
+        return None
+    if is_saved(path):
+        files = sorted(path.rglob("*.arrow"))
+    else:
+        splits = files_named(path, data.data_files) if data.data_files else find_files(path, config=data.dataset_config)
+        files = [file for members in splits.values() for file in members]
+    nested = [file for file in files if file.parent != path and file != path]
+    return hashlib.sha256("".join(f"{_file(file)}\n" for file in nested).encode()).hexdigest() if nested else None
 
 
 def _file(path: Path) -> str:

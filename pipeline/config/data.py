@@ -13,7 +13,13 @@ from pipeline.records import Columns, Tokenization
 class DataConfig:
     """Which data set, which of its columns, and how texts become tokens."""
 
-    dataset: str = option("Hub name, a jsonl/csv/parquet/text file, or a directory with one such file per split.")
+    dataset: str = option(
+        "Hub name, a jsonl/json/csv/tsv/parquet/arrow/text file, a glob of such files, or a directory: one file or folder per split, the hub's layout, or one "
+        "written by save_to_disk."
+    )
+    data_files: tuple[str, ...] = option(
+        "SPLIT=PATTERN: which files in the directory are which split; repeat for several.", ()
+    )
     dataset_config: str | None = option("Configuration of a hub data set.", None)
     dataset_revision: str | None = option("Revision of a hub data set.", None)
     split: tuple[str, ...] = option("Split to read; repeat for several. Default: all.", ())

@@ -1,4 +1,4 @@
-"""Local data sets: a file, or a directory with one file per split.
+"""Local data files, read through `datasets`.
 
 `datasets` keeps an Arrow copy of each file under HF_HOME, and takes it again when path and modification time are the
 same. Here the copy's name holds the SHA-256 of the file as well, so that a file that was edited is always read anew.
@@ -6,15 +6,18 @@ same. Here the copy's name holds the SHA-256 of the file as well, so that a file
 
 from __future__ import annotations
 
+import bz2
 import glob
 import gzip
 import hashlib
 import json
-import re
+import lzma
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError
+from pipeline.sources.layout import suffix
 from pipeline.sources.loading import quiet, reason
 
 if TYPE_CHECKING:
@@ -25,111 +28,85 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
     ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
     ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
     ".txt": ("text", {}),
 }
-#: In this order; others follow by name.
-_USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
-_SPLIT_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
-_EXPECTED = "a .jsonl, .json, .csv, .parquet or .txt file (.gz too), or a directory with one per split (train.jsonl, test.jsonl)"
+
+#: What a line of a compressed file is read with; of `.zst` only `datasets` reads the rows.
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether a name can only mean a local file: it has our suffix, starts as paths do, or is deeper than a hub name."""
-    if name.startswith(("hf://", "buckets/")):
-        return False
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or _suffix(Path(name)) in _BUILDERS
-
-
-def find_files(path: Path) -> dict[str, Path]:
-    """Split -> file, `train` first and `test` last. A single file is the split `train`.
-
-    In a directory, sub-directories, hidden files and files of other kinds are ignored; so are .txt and .json files beside
-    splits in another format (LICENSE.txt, label_names.json), unless they are named as splits usually are.
+def load_files(paths: Sequence[Path]) -> Dataset:
+    """Read the files of one split through `datasets`, one after another, memory-mapped.
 
     Raises:
-        SourceError: no such path, no data file there, two files for one split, or a name that no split can have.
-    """
-    if not path.exists():
-        raise SourceError(f"{path}: no such file or directory; expected {_EXPECTED}, or the name of a hub data set")
-    if path.is_file():
-        if _suffix(path) not in _BUILDERS:
-            raise SourceError(f"{path}: unknown kind of file; expected {_EXPECTED}")
-        return {"train": path}
-    files = [f for f in sorted(path.iterdir()) if f.is_file() and f.name[0] != "." and _suffix(f) in _BUILDERS]
-    if len({_suffix(f) for f in files}) > 1:
-        files = [f for f in files if _suffix(f) not in (".txt", ".json") or _stem(f) in _USUAL_SPLITS] or files
-    if not files:
-        raise SourceError(f"{path}: no data file there; expected {_EXPECTED}")
-    found: dict[str, Path] = {}
-    for file in files:
-        split = check_split_name(str(path), _stem(file))
-        if split in found:
-            raise SourceError(
-                f"{path}: two files for the split {split}: {found[split].name} and {file.name}; remove one, or join them"
-            )
-        found[split] = file
-    return {split: found[split] for split in sorted(found, key=_split_order)}
-
-
-def check_split_name(where: str, name: str) -> str:
-    """The name, where shards and directories can be called by it.
-
-    Raises:
-        SourceError: it holds other characters than letters, digits, _ and dots between them.
-    """
-    if not _SPLIT_NAME.fullmatch(name):
-        raise SourceError(
-            f"{where}: {name!r} cannot be a split: expected letters, digits and _; rename it (one file per split: join the parts of one)"
-        )
-    return name
-
-
-def load_file(path: Path) -> Dataset:
-    """Read one file through `datasets`, memory-mapped.
-
-    Raises:
-        SourceError: it cannot be read as what its suffix says.
+        SourceError: one cannot be read as what its suffix says, or two are of different kinds.
     """
     import datasets
 
-    builder, settings = _BUILDERS[_suffix(path)]
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()[:32]
-    if path.stat().st_size == 0:
-        raise SourceError(f"{path}: no rows; expected at least one")
-    files = {"train": glob.escape(str(path.absolute()))}
+    kinds = sorted({suffix(path) for path in paths})
+    if len(kinds) > 1:
+        raise SourceError(f"{paths[0]}: expected files of one kind in a split, found {', '.join(kinds)}; convert some")
+    builder, settings = _BUILDERS[kinds[0]]
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise SourceError(f"{path}: no rows; expected at least one")
+    files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
     try:
         with quiet():
-            return datasets.load_dataset(builder, digest, data_files=files, **settings)["train"]
+            return datasets.load_dataset(builder, _digest(paths), data_files=files, **settings)["train"]
     except Exception as error:  # whatever a parser raises at a broken file
+        where = paths[0] if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"
         if "corresponds to no data" in str(error):
-            raise SourceError(f"{path}: no rows; expected at least one") from None
-        found = (_bad_line(path) if _suffix(path) == ".jsonl" else None) or reason(error)
+            raise SourceError(f"{where}: no rows; expected at least one") from None
+        lines = ((path, _bad_line(path)) for path in paths if suffix(path) == ".jsonl")
+        bad = next(((path, line) for path, line in lines if line is not None), None)
+        if bad is not None:
+            where = bad[0]
+        found = reason(error) if bad is None else bad[1]
         raise SourceError(
-            f"{path}: cannot be read as {_suffix(path)[1:]}: {found}; mend the file, or convert it"
+            f"{where}: cannot be read as {kinds[0][1:]}: {found}; mend the file, or convert it"
         ) from error
 
 
-def _suffix(path: Path) -> str:
-    """The suffix that says the kind of file, in lower case: `.jsonl` of `train.jsonl.gz`."""
-    name = path.name.lower().removesuffix(".gz")
-    suffix = Path(name).suffix
-    return "" if suffix == ".parquet" and name != path.name.lower() else suffix
+def saved_splits(path: Path) -> dict[str, Dataset] | None:
+    """The splits of a directory that `save_to_disk` wrote; None where it is none. A single data set is `train`.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    if not is_saved(path):
+        return None
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # a file that is missing or damaged
+        raise SourceError(f"{path}: cannot be read as a saved data set: {reason(error)}; save it again") from None
+    return {str(k): v for k, v in found.items()} if isinstance(found, Mapping) else {"train": found}
 
 
-def _stem(path: Path) -> str:
-    name = path.name
-    return Path(name[: -len(".gz")] if name.lower().endswith(".gz") else name).stem
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote a directory."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _split_order(split: str) -> tuple[int, str]:
-    return _USUAL_SPLITS.index(split) if split in _USUAL_SPLITS else len(_USUAL_SPLITS), split
+def _digest(paths: Sequence[Path]) -> str:
+    """Of the files' bytes: 32 hexadecimal digits."""
+    digests = []
+    for path in paths:
+        with path.open("rb") as handle:
+            digests.append(hashlib.file_digest(handle, "sha256").hexdigest())
+    return (digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest())[:32]
 
 
 def _bad_line(path: Path) -> str | None:
     """The first line that is no JSON object in valid Unicode: Arrow's own message counts from the start of a block."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as handle:
+    if path.suffix.lower() == ".zst":
+        return None
+    with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as handle:
         try:
             for number, line in enumerate(handle, start=1):
                 if line.strip():

@@ -14,8 +14,9 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns
 from pipeline.sources.columns import check_inputs, check_kept, check_label, one_input
 from pipeline.sources.content import held_out
-from pipeline.sources.files import check_split_name, find_files, load_file, looks_like_path
+from pipeline.sources.files import load_files, saved_splits
 from pipeline.sources.hub import load_hub
+from pipeline.sources.layout import check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.loading import redact
 from pipeline.sources.source import Source
 
@@ -41,19 +42,32 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
         )
     path = Path(data.dataset).expanduser()
     if path.exists() or looks_like_path(data.dataset):
-        if data.dataset_config is not None or data.dataset_revision is not None:
+        if data.dataset_revision is not None or (data.dataset_config is not None and not path.is_dir()):
             raise MisuseError(
                 f"{data.dataset}: --dataset-config and --dataset-revision go with a hub data set, found a local path"
             )
         name, revision = _shareable_name(path), None
-        splits = {split: load_file(file) for split, file in find_files(path).items()}
+        splits = _local_splits(path, data)
     else:
+        if data.data_files:
+            raise MisuseError(f"{data.dataset}: --data-files goes with a local directory, found a hub data set")
         name = data.dataset
         splits, revision = load_hub(name, data.dataset_config, data.dataset_revision)
     source = _prepare(name, splits, data.columns, data.holdout, data.split)
     if label_required:
         _require_label(source, data.columns.label)
     return dataclasses.replace(source, config=data.dataset_config, revision=revision)
+
+
+def _local_splits(path: Path, data: DataConfig) -> dict[str, datasets.Dataset]:
+    if data.data_files:
+        files = files_named(path, data.data_files)
+    else:
+        saved = saved_splits(path)
+        if saved is not None:
+            return saved
+        files = find_files(path, config=data.dataset_config)
+    return {split: load_files(paths) for split, paths in files.items()}
 
 
 def from_datasets(

@@ -12,7 +12,7 @@ from pipeline.config import DataConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Example
 from pipeline.sources import Source, fingerprints, load_source, read_examples
-from pipeline.sources.files import find_files, looks_like_path
+from pipeline.sources.layout import find_files, looks_like_path
 
 ROWS = [{"text": "one", "label": "a"}, {"text": "two, or 2", "label": None}, {"text": "dreißig", "label": "b"}]
 
@@ -101,8 +101,8 @@ def test_two_files_for_one_split(tmp_path: Path) -> None:
 
 
 def test_a_split_name_that_is_none(tmp_path: Path) -> None:
-    jsonl(tmp_path / "train-00000-of-00002.jsonl", ROWS)
-    with pytest.raises(SourceError, match=r"'train-00000-of-00002' cannot be a split.*join the parts"):
+    jsonl(tmp_path / "my rows.jsonl", ROWS)
+    with pytest.raises(SourceError, match=r"'my rows' cannot be a split.*--data-files SPLIT=PATTERN"):
         find_files(tmp_path)
 
 

@@ -24,7 +24,8 @@ def test_of_a_long_row_the_part_around_the_first_prediction_is_shown():
     supervised = np.zeros(500, dtype=bool)
     supervised[300:] = True
     shown = marked_tokens(Letters(), list(range(98)) * 5 + list(range(10)), supervised)
-    assert shown.startswith("... 281 tokens ... ") and shown.endswith(" ... 139 tokens ...")
+    assert shown.startswith("... 281 tokens ... ")
+    assert shown.endswith(" ... 139 tokens ...")
     assert shown.count("[") == 60
 
 

@@ -1,0 +1,262 @@
+"""Which files of a directory belong to which split.
+
+Files at the top of a directory are splits by their names, and so are sub-directories named as splits usually are.
+Everything else (`data/train-00000-of-00002.parquet`, the `configs:` of a README) is resolved by `datasets` itself.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.errors import MisuseError, SourceError
+from pipeline.sources.loading import reason
+
+#: Suffixes of the files that are read, compressed or not.
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+EXPECTED = (
+    "a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (compressed with gz, zst, bz2 or xz too), a glob of such files, or a directory "
+    "with one file or folder per split (train.jsonl, test/)"
+)
+#: In this order; others follow by name.
+_USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
+_SPLIT_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)")
+#: Parts without the name of a split: `part-00000-UUID.c000` of Spark, `0003`, `shard-3`.
+_PART = re.compile(r"part-\d+.*|\d+|[a-z]+-\d+", re.ASCII | re.IGNORECASE)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only mean local files: it has our suffix, starts as paths do, is a glob, or is deeper than a hub name."""
+    if name.startswith(("hf://", "buckets/")):
+        return False
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or suffix(Path(name)) in SUFFIXES or "*" in name
+
+
+def find_files(path: Path, *, config: str | None = None) -> dict[str, tuple[Path, ...]]:
+    """Split -> its files in order, `train` first and `test` last. A single file, or a glob of parts, is the split `train`.
+
+    In a directory, hidden files and files of other kinds are ignored; so are .txt and .json files beside splits in
+    another format (LICENSE.txt, label_names.json), unless they are named as splits usually are.
+
+    Args:
+        config: the name of a configuration in the README of a directory.
+
+    Raises:
+        SourceError: no such path, no data file there, two files for one split, a numbered part is missing, or a name that no split can have.
+        MisuseError: a configuration of what has none.
+    """
+    if path.is_dir() and (_has_configs(path) or not _split_folders_and_files(path)):
+        found = _by_datasets(path, config)
+        if found:
+            return _in_order(found)
+    if config is not None:
+        raise MisuseError(f"{path}: --dataset-config goes with a hub data set or a README with configs, found none")
+    if path.is_dir():
+        return _in_order(_in_directory(path))
+    if path.is_file():
+        _check_kind(path)
+        return {"train": (path,)}
+    if glob.has_magic(str(path)):
+        return _in_order(_in_glob(path))
+    raise SourceError(f"{path}: no such file or directory; expected {EXPECTED}, or the name of a hub data set")
+
+
+def files_named(path: Path, patterns: Iterable[str]) -> dict[str, tuple[Path, ...]]:
+    """Split -> files, as `SPLIT=PATTERN` says; patterns are relative to a directory.
+
+    Raises:
+        SourceError: a pattern that no file matches.
+        MisuseError: no `SPLIT=PATTERN`.
+    """
+    found: dict[str, tuple[Path, ...]] = {}
+    for item in patterns:
+        split, separator, pattern = item.partition("=")
+        if not separator or not split or not pattern:
+            raise MisuseError(f"--data-files {item}: expected SPLIT=PATTERN, such as train=2024/*.jsonl")
+        check_split_name("--data-files", split)
+        found[split] = (*found.get(split, ()), *_matches(path / Path(pattern).expanduser()))
+    return found
+
+
+def check_split_name(where: str, name: str) -> str:
+    """The name, where shards and directories can be called by it.
+
+    Raises:
+        SourceError: it holds other characters than letters, digits, _ and dots between them.
+    """
+    if not _SPLIT_NAME.fullmatch(name):
+        raise SourceError(
+            f"{where}: {name!r} cannot be a split: expected letters, digits and _; rename it, or say which files are which split with --data-files SPLIT=PATTERN"
+        )
+    return name
+
+
+def suffix(path: Path) -> str:
+    """The suffix that says the kind of file, in lower case: `.jsonl` of `train.jsonl.gz`."""
+    name = path.name.lower()
+    inner = _uncompressed(name)
+    found = Path(inner).suffix
+    return "" if found in (".parquet", ".arrow") and inner != name else found
+
+
+def _uncompressed(name: str) -> str:
+    return next((name[: -len(end)] for end in COMPRESSIONS if name.lower().endswith(end)), name)
+
+
+def _stem(path: Path) -> str:
+    return Path(_uncompressed(path.name)).stem
+
+
+def _check_kind(path: Path) -> None:
+    if suffix(path) not in SUFFIXES:
+        raise SourceError(f"{path}: unknown kind of file; expected {EXPECTED}")
+
+
+def _matches(pattern: Path) -> list[Path]:
+    found = [Path(name) for name in glob.glob(str(pattern), recursive=True)]
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise SourceError(f"{pattern}: no file matches; expected {EXPECTED}")
+    for path in files:
+        _check_kind(path)
+    return sorted(files, key=_natural)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] not in "._" and suffix(f) in SUFFIXES]
+
+
+def _split_folders(path: Path) -> list[Path]:
+    """Sub-directories that are named as splits usually are and hold data."""
+    return [path / name for name in _USUAL_SPLITS if (path / name).is_dir() and _data_files(path / name)]
+
+
+def _split_folders_and_files(path: Path) -> bool:
+    return bool(_data_files(path) or _split_folders(path))
+
+
+def _in_directory(path: Path) -> dict[str, tuple[Path, ...]]:
+    files = _data_files(path)
+    if len({suffix(f) for f in files}) > 1:
+        files = [f for f in files if suffix(f) not in (".txt", ".json") or _stem(f) in _USUAL_SPLITS] or files
+    found = _by_split(str(path), files)
+    for folder in _split_folders(path):
+        if folder.name in found:
+            raise SourceError(
+                f"{path}: the split {folder.name} is both a folder and a file ({found[folder.name][0].name}); remove one, or name the files with --data-files"
+            )
+        found[folder.name] = tuple(sorted(_data_files(folder), key=_natural))
+    if not found:
+        raise SourceError(f"{path}: no data file there; expected {EXPECTED}")
+    return found
+
+
+def _in_glob(pattern: Path) -> dict[str, tuple[Path, ...]]:
+    """Files named as splits usually are, each a split; otherwise all of them are parts of `train`."""
+    files = _matches(pattern)
+    named = [file for file in files if _split_word(file) in _USUAL_SPLITS]
+    if not named:
+        return {"train": tuple(files)}
+    if len(named) < len(files):
+        other = next(file for file in files if file not in named)
+        raise SourceError(
+            f"{pattern}: matches {named[0].name}, which is named as a split, and {other.name}, which is not; say which is which with --data-files SPLIT=PATTERN"
+        )
+    return _by_split(str(pattern), files)
+
+
+def _split_word(path: Path) -> str:
+    return re.split(r"[-.]", _stem(path))[0]
+
+
+def _by_split(where: str, files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """Files at one level: numbered parts of a split together, any other file a split of its own."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(_split_of(where, _stem(file)), []).append(file)
+    for split, members in groups.items():
+        if len(members) > 1 and (
+            len({suffix(f) for f in members}) > 1 or len({_stem(f) for f in members}) < len(members)
+        ):
+            raise SourceError(
+                f"{where}: two files for the split {split}: {members[0].name} and {members[1].name}; remove one, or join them"
+            )
+        _check_parts(where, members)
+    return {split: tuple(sorted(members, key=_natural)) for split, members in groups.items()}
+
+
+def _split_of(where: str, stem: str) -> str:
+    numbered = _NUMBERED.fullmatch(stem)
+    if numbered is not None:
+        return check_split_name(where, numbered["split"])
+    if stem.isdigit() or ("-" in stem and _PART.fullmatch(stem)):
+        word = stem.split("-")[0]
+        return word if word in _USUAL_SPLITS else "train"
+    return check_split_name(where, stem)
+
+
+def _check_parts(where: str, files: Sequence[Path]) -> None:
+    """Numbered parts (`-00000-of-00002`) are complete."""
+    numbers: dict[str, set[int]] = {}
+    for file in files:
+        found = _NUMBERED.fullmatch(_stem(file))
+        if found is not None:
+            numbers.setdefault(found["count"], set()).add(int(found["number"]))
+    for count, there in numbers.items():
+        absent = sorted(set(range(int(count))) - there)
+        if absent and max(there) < int(count):
+            raise SourceError(
+                f"{where}: expected {int(count)} parts (-of-{count}), found {len(there)}; part {absent[0]} is missing: fetch it, or rename the files"
+            )
+
+
+def _has_configs(path: Path) -> bool:
+    """Whether a README says which files are which split."""
+    readme = path / "README.md"
+    if not readme.is_file():
+        return False
+    from huggingface_hub import DatasetCard
+
+    try:
+        card = DatasetCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, OSError):  # somebody else's text
+        return False
+    return any("data_files" in each for each in card.get("configs") or () if isinstance(each, Mapping))
+
+
+def _by_datasets(path: Path, config: str | None) -> dict[str, tuple[Path, ...]]:
+    """Split -> files, as `datasets.load_dataset(path)` has them; empty where it finds none."""
+    import datasets
+
+    try:
+        files = datasets.load_dataset_builder(str(path.absolute()), config).config.data_files
+    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError):
+        return {}
+    except Exception as error:  # each kind of README and file has errors of its own
+        raise SourceError(
+            f"{path}: cannot be read as a data set: {reason(error)}; name the files with --data-files"
+        ) from None
+    found = {str(split): tuple(Path(name) for name in names) for split, names in (files or {}).items()}
+    for members in found.values():
+        _check_parts(str(path), members)
+        for file in members:
+            _check_kind(file)
+    return found
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Part 2 before part 10."""
+    pieces = re.split(r"(\d+)", path.as_posix())
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
+
+
+def _in_order(found: Mapping[str, tuple[Path, ...]]) -> dict[str, tuple[Path, ...]]:
+    return {check_split_name("the data set", split): found[split] for split in sorted(found, key=_split_order)}
+
+
+def _split_order(split: str) -> tuple[int, str]:
+    return _USUAL_SPLITS.index(split) if split in _USUAL_SPLITS else len(_USUAL_SPLITS), split
