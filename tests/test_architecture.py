@@ -43,8 +43,8 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "training": [
-        {"batches", "divergences", "schedule", "student", "card"},
-        {"losses"},
+        {"batches", "divergences", "schedule", "student"},
+        {"losses", "card"},
         {"fused"},
         {"forward"},
         {"refusals"},

@@ -18,6 +18,7 @@ from pipeline.cache import Cache
 from pipeline.models import LoadedModel, public_name
 from pipeline.records import Encoding, Loss, ModelInfo, SourceInfo, TrainResult
 from pipeline.tasks import get_task
+from pipeline.training.divergences import MIXTURE
 
 CARD = "README.md"
 
@@ -157,18 +158,41 @@ def make_card(cache: Cache, student: LoadedModel, result: TrainResult, *, split:
 
 
 def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
-    """The loss as a formula in words."""
+    """The loss as a formula in words, with every setting that changes it."""
     terms = []
     if loss.hard_weight or loss.hard_weight_end:
-        terms.append(
-            f"{loss.hard_weight:g} * cross-entropy with {'the teacher' if teacher_labels else 'the data'}'s labels"
-        )
+        labels = f"{'the teacher' if teacher_labels else 'the data'}'s labels"
+        weight = _weight(loss.hard_weight, loss.hard_weight_end, loss.schedule)
+        terms.append(f"{weight} * cross-entropy with {labels}")
     if loss.soft_weight or loss.soft_weight_end:
         factor = {"logit-mse": "", "total-variation": "T * "}.get(loss.divergence, "T^2 * ")
-        at = "" if loss.divergence == "logit-mse" or loss.temperature is None else f" at T = {loss.temperature:g}"
-        terms.append(f"{loss.soft_weight:g} * {factor}{loss.divergence} from the teacher{at}")
+        weight = _weight(loss.soft_weight, loss.soft_weight_end, loss.schedule)
+        terms.append(f"{weight} * {factor}{loss.divergence} from the teacher{_details(loss)}")
     schedule = "" if loss.schedule == "constant" else f" (weights change over the run: {loss.schedule})"
     return " + ".join(terms) + schedule
+
+
+def _weight(start: float, end: float | None, schedule: str) -> str:
+    """`0.5`, or `0.5 to 0.1` where it changes."""
+    if schedule == "constant":
+        return f"{start:g}"
+    last = (0.0 if schedule == "warmup-stable-decay" else start) if end is None else end
+    return f"{start:g}" if last == start else f"({start:g} to {last:g})"
+
+
+def _details(loss: Loss) -> str:
+    """Temperature, mixture, tail and weights of positions, where they are not the plain ones."""
+    details = []
+    if loss.divergence != "logit-mse" and loss.temperature is not None:
+        details.append(f" at T = {loss.temperature:g}")
+    if loss.divergence in MIXTURE:
+        share = MIXTURE[loss.divergence] if loss.mixture is None else loss.mixture
+        details.append(f", the teacher's share in the mixture {share:g}")
+    if loss.tail != "ghost":
+        details.append(f", classes outside the top: {loss.tail}")
+    if loss.position_weights != "equal":
+        details.append(f", positions weighted by the teacher's {loss.position_weights}")
+    return "".join(details)
 
 
 def licence_of(folder: Path) -> str | None:

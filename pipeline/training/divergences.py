@@ -36,7 +36,7 @@ _POWER: dict[Divergence, int] = {
 }
 
 #: The teacher's share in the mixture, where the user does not say.
-_MIXTURE: dict[Divergence, float] = {"jensen-shannon": 0.5, "skewed-kl": 0.1}
+MIXTURE: dict[Divergence, float] = {"jensen-shannon": 0.5, "skewed-kl": 0.1}
 
 
 def check_divergence(encoding: Encoding, loss: Loss) -> None:
@@ -90,7 +90,7 @@ def divergence(
         return _logit_mse(logits, target, temperature)
     log_p, log_outside = _log_buckets(logits / temperature, target)
     owner = owners(target)
-    share = _MIXTURE.get(kind, 0.5) if mixture is None else mixture
+    share = MIXTURE.get(kind, 0.5) if mixture is None else mixture
     terms = _pointwise(kind, target.weights.to(log_p.dtype), log_p, share)
     total = torch.zeros(len(target), dtype=log_p.dtype, device=log_p.device).index_add(0, owner, terms)
     if target.log_residual is None or log_outside is None:

@@ -196,7 +196,16 @@ def test_a_card_of_somebody_elses_is_not_overwritten(tmp_path, cache, teacher):
         (Loss(0.0, 0.5, 2.0, "logit-mse"), "0.5 * logit-mse from the teacher"),
         (
             Loss(0.0, 1.0, 1.0, schedule="linear", hard_weight_end=1.0, soft_weight_end=0.0),
-            "0 * cross-entropy with the data's labels + 1 * T^2 * forward-kl from the teacher at T = 1 (weights change over the run: linear)",
+            "(0 to 1) * cross-entropy with the data's labels + (1 to 0) * T^2 * forward-kl from the teacher at T = 1 (weights change over the run: linear)",
+        ),
+        (
+            Loss(0.5, 0.5, 2.0, "jensen-shannon", position_weights="certainty"),
+            "0.5 * cross-entropy with the data's labels + 0.5 * T^2 * jensen-shannon from the teacher at T = 2, the teacher's share in the mixture 0.5, "
+            "positions weighted by the teacher's certainty",
+        ),
+        (
+            Loss(0.0, 1.0, 1.0, "skewed-kl", tail="renormalize", mixture=0.2),
+            "1 * T^2 * skewed-kl from the teacher at T = 1, the teacher's share in the mixture 0.2, classes outside the top: renormalize",
         ),
     ],
 )
