@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.capture import run as stage
+from pipeline.capture.engines import in_process
 from pipeline.config import CacheLogitsConfig, DataConfig
 from pipeline.errors import ContractError
 from tests.conftest import tiny_model
@@ -46,7 +47,15 @@ DATA: dict[str, tuple[Any, str]] = {
 #: In the contract too (`test_contract` has them), but of other data, or needing what a test machine lacks.
 ELSEWHERE = {
     "quantization",
-    *("dataset_config", "dataset_revision", "split", "text_pair_column", "messages_column", "prompt_column"),
+    *(
+        "data_files",
+        "dataset_config",
+        "dataset_revision",
+        "split",
+        "text_pair_column",
+        "messages_column",
+        "prompt_column",
+    ),
     *("completion_column", "input_ids_column", "labels_column", "isolate_documents", "store_text"),
 }
 #: Changes no logit and no column.
@@ -80,7 +89,7 @@ def begun(tmp_path_factory, lm_tokenizer):
         for name, part in (("data.jsonl", rows), ("other.jsonl", rows[1:])):
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
         (folder / "template.jinja").write_text("{% generation %}{% endgeneration %}")
-        patch.setattr(stage, "capture_shards", _stopped)
+        patch.setattr(in_process, "capture_shards", _stopped)
         with pytest.raises(_StoppedError):
             stage.run(config_of())
     return folder
@@ -103,7 +112,7 @@ def config_of(data: dict[str, Any] | None = None, **changed: Any) -> CacheLogits
 
 def test_the_same_settings_go_on(begun, monkeypatch):
     monkeypatch.chdir(begun)
-    monkeypatch.setattr(stage, "capture_shards", _stopped)
+    monkeypatch.setattr(in_process, "capture_shards", _stopped)
     with pytest.raises(_StoppedError):
         stage.run(config_of())
 
@@ -111,7 +120,7 @@ def test_the_same_settings_go_on(begun, monkeypatch):
 @pytest.mark.parametrize("name", [*CONTRACT, *DATA])
 def test_another_value_is_refused_before_the_first_step(begun, monkeypatch, name):
     monkeypatch.chdir(begun)
-    monkeypatch.setattr(stage, "capture_shards", _stopped)
+    monkeypatch.setattr(in_process, "capture_shards", _stopped)
     value, named = CONTRACT.get(name) or DATA[name]
     changed = config_of(**{name: value}) if name in CONTRACT else config_of({name: value})
     with pytest.raises(ContractError, match=rf"cache: holds another capture: (contract\.)?{named}"):
