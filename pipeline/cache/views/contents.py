@@ -11,8 +11,8 @@ def contents_lines(contents: SourceContents) -> list[str]:
     lines = []
     if contents.cut_rows:
         lines.append(
-            f"{contents.cut_rows:,} of {rows:,} rows were cut at the longest row allowed and lost {contents.cut_tokens:,} tokens; "
-            "a larger --max-length keeps more"
+            f"{contents.cut_rows:,} of {rows:,} rows were cut at the longest row allowed and lost {contents.cut_tokens:,} tokens "
+            "(--max-length)"
         )
     for pair, count in contents.shared.items():
         one, other = pair.split(", ")

@@ -16,7 +16,7 @@ def test_each_kind_is_one_line_with_counts():
     splits = {"train": SplitContents(2000, 1500, 1), "test": SplitContents(300, 0, 2)}
     lines = contents_lines(SourceContents(splits, {"train, test": 12}, cut_rows=7, cut_tokens=1234))
     assert lines == [
-        "7 of 2,300 rows were cut at the longest row allowed and lost 1,234 tokens; a larger --max-length keeps more",
+        "7 of 2,300 rows were cut at the longest row allowed and lost 1,234 tokens (--max-length)",
         "12 equal contents stand in both splits train and test; a score on either is too good",
         "3 of 2,300 rows have a text of white space only",
         "rows without a label: 1,500 of 2,000 in train",
