@@ -38,14 +38,14 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     if Path(config.output).resolve() == Path(config.model).resolve():
         raise MisuseError(f"--output {config.output}: is the pretrained model's own directory; use another")
     source = load_source(config.data, label_required=not task.classes_are_tokens)
-    names = None if task.classes_are_tokens else label_names(source)
+    names = None if task.classes_are_tokens else label_names(source, config.data.label_map)
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task, config.model, dtype="float32", label_names=names, new_head=not task.classes_are_tokens, trainable=True
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
-    labels = None if names is None else LabelMap.for_names(source, names)
+    labels = None if names is None else LabelMap.for_names(source, names, config.data.label_map)
     train, held_out = _split_names(source)
     rows = _read(task, source, train, labels, teacher.tokenizer, settings)
     args = training_arguments(
