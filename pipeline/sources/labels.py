@@ -61,9 +61,9 @@ class LabelMap:
     names: Names
     """The model's classes."""
     numbers: Mapping[int, int]
-    """Whole number -> class id: by name where the names are numbers, else by position."""
+    """Whole number -> class id: by name where a name is the number, else by position."""
     unclear: frozenset[int]
-    """Numbers that are the position of one class and the name of another."""
+    """Numbers that are no name, and the position of a class that is named by another number."""
     class_ids: Mapping[str, tuple[int, ...]]
     """Split with a `ClassLabel` column -> the class id of each of its numbers."""
     class_names: Mapping[str, tuple[str, ...]]
@@ -75,7 +75,7 @@ class LabelMap:
     def for_names(cls, source: Source, names: tuple[str, ...], label_map: Sequence[str] = ()) -> LabelMap:
         """A map to positions in `names`.
 
-        Text is looked up without regard to case and surrounding space. Integers are looked up where all names are numbers, and else are
+        Text is looked up without regard to case and surrounding space. Integers are looked up where a name is that number, and else are
         positions; those of a `ClassLabel` are looked up by its names, if `names` has all of them.
 
         Args:
@@ -140,7 +140,7 @@ class LabelMap:
             return by_class[number]
         if number in self.unclear:
             raise SourceError(
-                f"{where}: label {number} may be the class named {str(number)!r} or the class at position {number} ({listed(self.names.ids)}); "
+                f"{where}: label {number} is no class by name, and the class at position {number} is named by another number ({listed(self.names.ids)}); "
                 "say which with --label-map DATA=MODEL"
             )
         if number not in self.numbers:
@@ -253,12 +253,12 @@ def whole_number(value: object, where: str) -> int | None:
 
 
 def _numbers(names: tuple[str, ...]) -> tuple[dict[int, int], frozenset[int]]:
-    """Number -> class id, and the numbers that a name contradicts."""
+    """Number -> class id, by name and else by position, and the numbers whose position is that of a class named by another number."""
     named = {int(name): i for i, name in enumerate(names) if is_number(name)}
     if len(named) == len(names):
         return named, frozenset()
-    unclear = {number for number, i in named.items() if number != i and 0 <= number < len(names)}
-    return {i: i for i in range(len(names))}, frozenset(unclear)
+    unclear = {i for i, name in enumerate(names) if is_number(name) and i not in named}
+    return {**{i: i for i in range(len(names)) if i not in unclear}, **named}, frozenset(unclear)
 
 
 def _given(label_map: Sequence[str], names: Names, numbers: Mapping[int, int]) -> dict[str, int]:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import pipeline as softlabel
+from pipeline.cache.views.inspection import labelled
 from pipeline.capture import job
 from pipeline.capture.permutation import _Row, _sample, better_order
+from pipeline.cli.echo import echo_cache
 from pipeline.errors import ContractError, SourceError
 from pipeline.records import Columns
 from tests.conftest import WORDS, tiny_model
@@ -167,6 +169,18 @@ def test_the_right_order_is_cached_and_a_resumed_capture_does_not_look_again(
     assert [row.example.label for row in found.dataset("train")] == classes
     monkeypatch.setattr(job, "check_class_order", lambda *_: pytest.fail("looked again"))
     cached(even, bert_tokenizer, data(texts, classes), tmp_path / "cache")
+
+
+def test_labelled_rows_are_counted_by_split(tmp_path, even, bert_tokenizer, predicted, capsys):
+    texts, classes, _ = predicted
+    some = [label if i % 4 else None for i, label in enumerate(classes)]
+    both = datasets.DatasetDict({"train": data(texts, some), "test": datasets.Dataset.from_dict({"text": texts[:5]})})
+    cache = cached(even, bert_tokenizer, both, tmp_path / "cache")
+    assert labelled(cache) == {"train": 120, "test": 0}
+    echo_cache(cache, str(tmp_path / "cache"))
+    shown = capsys.readouterr().out
+    assert "train: 160 rows, 120 labelled, " in shown
+    assert "test: 5 rows, 0 labelled, " in shown
 
 
 def test_labels_that_are_not_found_are_told(tmp_path, even, bert_tokenizer, predicted, caplog):

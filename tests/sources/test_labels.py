@@ -168,11 +168,20 @@ def test_numbers_are_looked_up_where_the_names_are_numbers() -> None:
         mapped(source(0, 1), "1", "2", "3")
 
 
-def test_a_number_that_is_one_class_by_name_and_another_by_position() -> None:
-    with pytest.raises(SourceError, match="label 0 may be the class named '0' or the class at position 0"):
-        mapped(source(0), "other", "0", "5")
+def test_a_number_at_the_position_of_a_class_that_is_another_number() -> None:
+    assert mapped(source(0, 5), "other", "0", "5") == [1, 2]
+    with pytest.raises(
+        SourceError, match="label 1 is no class by name, and the class at position 1 is named by another"
+    ):
+        mapped(source(1), "other", "0", "5")
     assert mapped(source(0, 1), "other", "0", "5", label_map=("0=0", "1=other")) == [1, 0]
     assert mapped(source(0, 2), "0", "x", "y") == [0, 2]
+
+
+def test_labels_that_are_merged_keep_their_names() -> None:
+    data, label_map = source(0, 1, 2, 3), ("0=World", "1=World")
+    assert label_names(data, label_map) == ("World", "2", "3")
+    assert mapped(data, "World", "2", "3", label_map=label_map) == [0, 0, 1, 2]
 
 
 def test_booleans_are_looked_up_where_the_names_are_true_and_false() -> None:
