@@ -338,6 +338,8 @@ class SourceInfo:
     holdout: float = 0.0
     rows: tuple[int, int | None] | None = None
     """`--rows`: the rows `[start, stop)` of each split, which alone were read; None: all."""
+    label_map: tuple[str, ...] = ()
+    """`--label-map`: `DATA=MODEL` each, sorted. Manifests leave it out where it is empty."""
 
 
 @dataclass(frozen=True, slots=True)

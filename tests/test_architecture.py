@@ -34,7 +34,7 @@ ORDER: dict[str, list[set[str]]] = {
     "cache": [{"storage"}, {"format"}, {"reading"}, {"views"}, {"writing"}, {"transforms"}, {"__init__"}],
     "capture": [
         {"forward", "plan", "estimate_table"},
-        {"append", "audit", "automatic", "write"},
+        {"append", "audit", "automatic", "permutation", "write"},
         {"job"},
         {"shard", "space"},
         {"head", "estimate"},

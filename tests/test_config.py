@@ -367,3 +367,16 @@ def test_flags_are_the_fields_of_the_command_and_of_its_data() -> None:
 @pytest.mark.parametrize("kind", [*STAGES.values(), config.VerifyConfig, config.InspectConfig, DataConfig])
 def test_every_option_has_its_help(kind: type) -> None:
     assert all(f.metadata["help"] for f in dataclasses.fields(kind) if f.name != "data")
+
+
+def test_a_label_map_is_a_list_or_a_mapping(tmp_path):
+    path = tmp_path / "c.yaml"
+    for text in ("label-map: ['3=sport', '-1=none']", "label_map: {3: sport, -1: none}"):
+        path.write_text(f"task: sequence-classification\ndata: {{dataset: d, {text}}}\n")
+        file = load_config(path)
+        flags = {"teacher": "t", "output": "o"}
+        assert resolve(CacheLogitsConfig, file, {}, flags).data.label_map == ("3=sport", "-1=none")
+        assert resolve(CacheLogitsConfig, file, {}, {**flags, "label_map": ("1=a",)}).data.label_map == ("1=a",)
+    for wrong in ("sport", "=sport", "3= "):
+        with pytest.raises(MisuseError, match="--label-map: expected DATA=MODEL, found"):
+            DataConfig(dataset="d", label_map=(wrong,))

@@ -83,6 +83,7 @@ def run(config: EstimateConfig) -> Estimate:
         positions=config.positions,
         temperature=config.temperature,
         seed=config.seed,
+        label_map=config.data.label_map,
     )
     found = dataclasses.replace(found, chosen=_choose(found, config), scale_tokens=config.scale, gpus=config.gpus)
     if config.write_config is not None:
@@ -101,13 +102,14 @@ def estimate(
     positions: int = 2048,
     temperature: float = 1.0,
     seed: int = 0,
+    label_map: Sequence[str] = (),
 ) -> Estimate:
     """Run the teacher over about so many positions and encode them in every way."""
     num_classes = task.num_classes(teacher.model, teacher.tokenizer)
     matrix = output_matrix(teacher.model, num_classes)
     projection = None
     split = next(iter(source.splits))
-    examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions)
+    examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions, label_map)
     pilots = [_Pilot(encoding) for encoding in _encodings(task, num_classes, tokenization.max_length, temperature)]
     generator = torch.Generator().manual_seed(seed)
     forward_seconds = 0.0
@@ -190,7 +192,13 @@ def estimate(
 
 
 def _pilot_rows(
-    task: Task, source: Source, teacher: LoadedModel, split: str, settings: Tokenization, positions: int
+    task: Task,
+    source: Source,
+    teacher: LoadedModel,
+    split: str,
+    settings: Tokenization,
+    positions: int,
+    label_map: Sequence[str],
 ) -> tuple[list[TokenizedExample], int]:
     """Rows with about so many positions, from evenly spaced runs of neighbours, and how many source rows they are.
 
@@ -201,7 +209,7 @@ def _pilot_rows(
     labels = None
     if not task.classes_are_tokens:
         config: Any = teacher.model.config
-        labels = LabelMap.for_names(source, tuple(str(config.id2label[i]) for i in range(config.num_labels)))
+        labels = LabelMap.for_names(source, tuple(str(config.id2label[i]) for i in range(config.num_labels)), label_map)
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
     starts = [count * i // runs for i in range(runs)]
     unpacked = dataclasses.replace(settings, packing=False, isolate_documents=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, clear, current_plan, note_contents, open_layout
 from pipeline.capture.append import appended
 from pipeline.capture.automatic import fastest_batch_tokens
+from pipeline.capture.permutation import check_class_order
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
     default_rows_per_shard,
@@ -36,6 +39,8 @@ from pipeline.models import (
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
 from pipeline.sources import LabelMap, Source, load_source, survey
 from pipeline.tasks import Task, get_task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ def prepare(config: CacheLogitsConfig) -> Job:
         on_bad_row=config.on_bad_row,
         overwrite=config.overwrite,
         append=config.append,
+        label_map=config.data.label_map,
     )
 
 
@@ -119,6 +125,7 @@ def make_job(
     on_bad_row: Any = "stop",
     overwrite: bool = False,
     append: bool = False,
+    label_map: Sequence[str] = (),
 ) -> Job:
     """Contract, plan and output of one capture.
 
@@ -126,6 +133,7 @@ def make_job(
         batch_tokens: None: as many as are fastest here; a capture that is joined has chosen already.
         rows: the source rows `[start, stop)` of each split; None: all.
         append: a finished cache of the first rows grows by those that it has not.
+        label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the teacher's.
     """
     num_classes = task.num_classes(teacher.model, tokenizer)
     check_isolation(teacher.model, tokenization)
@@ -144,6 +152,11 @@ def make_job(
     )
     ranges = ranges_of(source, rows)
     found_in_source = survey(source, ranges)
+    labels = _label_map(source, label_names, label_map)
+    if labels is not None and not label_map and (overwrite or current_plan(layout) is None):
+        # Whoever makes the plan looks, before it is written; those who join or resume need not.
+        few = batch_tokens or task.default_batch_tokens
+        check_class_order(task, source, labels, teacher, tokenizer, tokenization, num_classes, ranges, few)
     if overwrite:
         clear(layout)
     found = current_plan(layout)
@@ -169,6 +182,7 @@ def make_job(
             found_in_source.fingerprints,
             source.holdout,
             rows,
+            () if labels is None else labels.contract_form,
         ),
         tokenization=tokenization,
         store_text=store_text,
@@ -184,7 +198,6 @@ def make_job(
     plan = Plan(contract, plan_shards(ranges, per_shard))
     if append and found is not None:
         plan = appended(layout, found, plan, source, per_shard)
-    labels = None if label_names is None else LabelMap.for_names(source, label_names)
     layout = begin(layout, plan, tokenizer)
     note_contents(layout, found_in_source.contents)
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
@@ -196,6 +209,25 @@ def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_lengt
             f"--encoding full: a row of {max_length} tokens over {num_classes} classes takes {2 * num_classes * max_length >> 20} MB, expected at most {MAX_ROW_BYTES >> 20}; "
             "use --encoding sampled (unbiased, some 25 bytes a position) or top-k, or a smaller --max-length"
         )
+
+
+def _label_map(source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]) -> LabelMap | None:
+    """How the data's labels become classes; None where classes are tokens.
+
+    Raises:
+        MisuseError: a label map for tokens.
+    """
+    if names is None:
+        if label_map:
+            raise MisuseError("--label-map goes with class labels; here the classes are tokens")
+        return None
+    if source.columns.label is None and names != tuple(f"LABEL_{i}" for i in range(len(names))):
+        found = dict.fromkeys(name for dataset in source.splits.values() for name in dataset.column_names)
+        logger.warning(
+            "%s: no label column, found %s: the cache will have no hard labels for the teacher's classes (%s); if the data has some, name them with --label-column",
+            *(source.name, ", ".join(found), ", ".join(names[:5])),
+        )
+    return LabelMap.for_names(source, names, label_map)
 
 
 def _label_names(model: PreTrainedModel) -> tuple[str, ...]:

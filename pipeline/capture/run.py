@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def cache_logits(
     columns: Columns = Columns(),  # noqa: B008 - frozen
     max_length: int | None = None,
     seed: int = 0,
+    label_map: Mapping[str | int, str | int] | None = None,
     **settings: Any,
 ) -> Cache:
     """Run a teacher over a data set and write its soft labels.
@@ -59,6 +61,7 @@ def cache_logits(
         dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path that `softlabel cache-logits --dataset` takes.
         task: `sequence-classification` or `causal-lm`.
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
+        label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
         settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append.
 
     Returns:
@@ -93,7 +96,15 @@ def cache_logits(
         **settings,
     }
     job = make_job(
-        chosen, source, loaded, tokenizer, open_layout(output), tokenization=tokenization, seed=seed, **settings
+        chosen,
+        source,
+        loaded,
+        tokenizer,
+        open_layout(output),
+        tokenization=tokenization,
+        seed=seed,
+        label_map=[f"{data}={model}" for data, model in (label_map or {}).items()],
+        **settings,
     )
     cache = capture(job)
     assert cache is not None  # no part was left out

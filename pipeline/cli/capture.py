@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import click
 
 from pipeline import config as cfg
@@ -18,7 +21,9 @@ def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
     from pipeline.models.teacher import run
 
     metrics = run(config)
-    click.echo(f"teacher: {config.output}" + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
+    kept = json.loads(Path(config.output, "metrics.json").read_text(encoding="utf-8"))
+    where = f"  {kept['split']} ({kept['measured_rows']} labelled rows):" if metrics else ""
+    click.echo(f"teacher: {config.output}{where}" + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
 
 
 @command(

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 def echo_cache(cache: Cache, output: str) -> None:
     """The size of each split of a cache."""
-    from pipeline.cache.views.inspection import totals
+    from pipeline.cache.views.inspection import labelled, totals
     from pipeline.sources.loading import redact
 
     click.echo(f"cache: {redact(output)}  cache_id {cache.manifest.cache_id[:16]}")
+    labels = labelled(cache)
     for split, total in totals(cache).items():
+        known = f", {labels[split]:,} labelled" if split in labels else ""
         click.echo(
-            f"  {split}: {total['rows']:,} rows, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"
+            f"  {split}: {total['rows']:,} rows{known}, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"
         )
     if cache.manifest.bad_rows:
         click.echo(f"  {cache.manifest.bad_rows} rows set aside, listed in reports/bad-rows.tsv")

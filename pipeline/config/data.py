@@ -38,6 +38,10 @@ class DataConfig:
         "With --input-ids-column: token labels, -100 where a token is not to be learnt.", None
     )
     label_column: str = option("Column with the hard label; it may be missing, on some rows or on all.", "label")
+    label_map: tuple[str, ...] = option(
+        "Class labels: DATA=MODEL, a name or number of the data and the model's class (name, LABEL_i or number); repeat for several.",
+        (),
+    )
     keep_column: tuple[str, ...] = option("Column to copy into the cache as it is; repeat for several.", ())
     max_length: int | None = option(
         "Longest row in tokens. Default: what the model takes, at most 512 (classification) or 1024.", None
@@ -62,6 +66,10 @@ class DataConfig:
             raise MisuseError("--labels-column goes with --input-ids-column; for class labels use --label-column")
         if self.isolate_documents and not self.packing:
             raise MisuseError("--isolate-documents goes with --packing: without packing a row is one document")
+        for item in self.label_map:
+            data, _, model = item.rpartition("=")
+            if not data.strip() or not model.strip():
+                raise MisuseError(f"--label-map: expected DATA=MODEL, found {item!r}")
         inputs = [c for c in (self.messages_column, self.prompt_column, self.input_ids_column) if c is not None]
         if inputs and self.text_pair_column is not None:
             inputs.append(self.text_pair_column)

@@ -20,6 +20,7 @@ from pipeline.evaluation.continuations import continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.metrics import agreement, bootstrap_ratio
 from pipeline.models import LoadedModel
+from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions
 from pipeline.softlabels import default_temperature, served_temperature
@@ -78,6 +79,7 @@ def evaluate(
         raise CacheError(
             f"{opened.where}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
         )
+    warn_of_doubts(teacher_predictions, "teacher", split)
     teacher = ModelEvaluation(
         name="teacher",
         num_parameters=contract.teacher.num_parameters,
@@ -91,6 +93,7 @@ def evaluate(
             loaded = LoadedModel(student.eval(), opened.tokenizer, name)
             check_fit(task, contract, loaded)
         predictions = _predict(opened, task, loaded, name, split, batch_size or task.default_eval_rows)
+        warn_of_doubts(predictions, name, split)
         lines.append(_line(task, contract.num_classes, name, loaded, teacher, predictions, teacher_predictions, seed))
     return EvaluationReport(
         cache_id=opened.manifest.cache_id,

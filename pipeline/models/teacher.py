@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from pipeline.config import TrainTeacherConfig
 from pipeline.errors import BadRowError, MisuseError, SourceError
 from pipeline.models.arguments import show_progress, training_arguments
+from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import LoadedModel, choose_max_length, load_model, pad_id, set_chat_template
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
+from pipeline.sources.labels import listed
 from pipeline.tasks import Task, get_task
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: TrainTeacherConfig) -> dict[str, float]:
@@ -38,16 +43,18 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     if Path(config.output).resolve() == Path(config.model).resolve():
         raise MisuseError(f"--output {config.output}: is the pretrained model's own directory; use another")
     source = load_source(config.data, label_required=not task.classes_are_tokens)
-    names = None if task.classes_are_tokens else label_names(source)
+    names = None if task.classes_are_tokens else label_names(source, config.data.label_map)
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task, config.model, dtype="float32", label_names=names, new_head=not task.classes_are_tokens, trainable=True
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
-    labels = None if names is None else LabelMap.for_names(source, names)
+    labels = None if names is None else LabelMap.for_names(source, names, config.data.label_map)
     train, held_out = _split_names(source)
     rows = _read(task, source, train, labels, teacher.tokenizer, settings)
+    if names is not None:
+        _tell_absent(source, train, names, rows)
     args = training_arguments(
         config.output,
         config.training,
@@ -66,16 +73,19 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     trainer.save_model(config.output)
     teacher.tokenizer.save_pretrained(config.output)
     metrics: dict[str, float] = {}
+    measured: list[TokenizedExample] = []
     if held_out is not None:
         measured = _read(task, source, held_out, labels, teacher.tokenizer, settings)
-        metrics = measure(task, teacher, measured, config.batch_size)
-    content = {"split": held_out, "rows": len(rows), "metrics": metrics}
+        predictions = predict(task, teacher, measured, config.batch_size)
+        warn_of_doubts(predictions, "the teacher", held_out)
+        metrics = task.metrics(predictions, task.num_classes(teacher.model, teacher.tokenizer))
+    content = {"split": held_out, "rows": len(rows), "measured_rows": len(measured), "metrics": metrics}
     Path(config.output, "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return metrics
 
 
-def measure(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], batch_size: int) -> dict[str, float]:
-    """The task's metrics of a model on labelled rows."""
+def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], batch_size: int) -> Predictions:
+    """What a model predicts on labelled rows."""
     model = loaded.model.eval()
     parts, labels, owners = [], [], []
     for start in range(0, len(rows), batch_size):
@@ -89,7 +99,7 @@ def measure(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
         labels.append(truth.numpy())
         owners.append(np.repeat(np.arange(start, start + len(batch)), [row.num_positions for row in batch]))
     predicted = np.concatenate([part.predicted for part in parts])
-    predictions = Predictions(
+    return Predictions(
         labels=np.concatenate(labels),
         predicted=predicted,
         confidence=np.concatenate([part.confidence for part in parts]),
@@ -99,7 +109,6 @@ def measure(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
         row_kl=np.zeros(len(rows)),
         row_text_bytes=np.array([row.text_bytes for row in rows]),
     )
-    return task.metrics(predictions, task.num_classes(model, loaded.tokenizer))
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,17 @@ def _split_names(source: Source) -> tuple[str, str | None]:
     if "train" not in source.splits:
         raise SourceError(f"{source.name}: expected a split `train` to fine-tune on, found {', '.join(source.splits)}")
     return "train", next((name for name in ("validation", "test") if name in source.splits), None)
+
+
+def _tell_absent(source: Source, split: str, names: Sequence[str], rows: Sequence[TokenizedExample]) -> None:
+    """Say which classes the teacher is given that no row to learn from has: labels 1 to 3 make a class 0."""
+    seen = {row.label for row in rows}
+    absent = [name for i, name in enumerate(names) if i not in seen]
+    if absent:
+        logger.warning(
+            "%s: split %s: %d of %d classes have no row to learn from (%s); the teacher has them all the same: number labels from 0, or give --label-map DATA=MODEL",
+            *(source.name, split, len(absent), len(names), listed(absent)),
+        )
 
 
 def _read(

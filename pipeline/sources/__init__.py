@@ -1,7 +1,8 @@
 """Find and load a data set, map its columns, hold out a test split, read rows as examples."""
 
 from pipeline.sources.content import Survey, fingerprints, survey
-from pipeline.sources.labels import LabelMap, label_names
+from pipeline.sources.label_names import label_names
+from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
 from pipeline.sources.source import Source

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import SourceError
@@ -13,8 +14,42 @@ from pipeline.sources.source import Source
 
 logger = logging.getLogger(__name__)
 
-#: Larger numbers are row ids or prices, not classes.
-_MAX_CLASSES = 100_000
+MEND = "mend the row, or name another column with --label-column"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names that are found by their exact text, else without regard to case and surrounding space."""
+
+    ids: Mapping[str, int]
+    folded: Mapping[str, tuple[str, ...]]
+    """Folded name -> the names that fold to it."""
+
+    @classmethod
+    def of(cls, ids: Mapping[str, int]) -> Names:
+        """Names with an id each."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for name in ids:
+            groups[fold(name)] = (*groups.get(fold(name), ()), name)
+        return cls(ids, groups)
+
+    def find(self, text: str, where: str) -> int | None:
+        """The id of a name; None: no such name.
+
+        Raises:
+            SourceError: no name is exactly this, and several differ from it in case or space alone.
+        """
+        if text in self.ids:
+            return self.ids[text]
+        near = self.folded.get(fold(text), ())
+        if len({self.ids[name] for name in near}) > 1:
+            raise SourceError(
+                f"{where}: label {text!r} may be {' or '.join(map(repr, near))}, which differ in case or space alone; {_WRITE_IT}"
+            )
+        return self.ids[near[0]] if near else None
+
+
+_WRITE_IT = "write one of them exactly, or say which with --label-map DATA=MODEL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,116 +58,190 @@ class LabelMap:
 
     source: str
     """Name of the source, for messages."""
-    ids: Mapping[str, int]
-    """Class name -> id."""
+    names: Names
+    """The model's classes."""
+    numbers: Mapping[int, int]
+    """Whole number -> class id: by name where a name is the number, else by position."""
+    unclear: frozenset[int]
+    """Numbers that are no name, and the position of a class that is named by another number."""
+    class_ids: Mapping[str, tuple[int, ...]]
+    """Split with a `ClassLabel` column -> the class id of each of its numbers."""
     class_names: Mapping[str, tuple[str, ...]]
-    """Split -> names of its `ClassLabel` column, where it has one and all its names are known."""
+    """Split with a `ClassLabel` column -> its names."""
+    given: Names
+    """`--label-map`: data value -> class id. It comes before all else."""
 
     @classmethod
-    def for_names(cls, source: Source, names: tuple[str, ...]) -> LabelMap:
+    def for_names(cls, source: Source, names: tuple[str, ...], label_map: Sequence[str] = ()) -> LabelMap:
         """A map to positions in `names`.
 
-        Text is looked up. Integers are positions; those of a `ClassLabel` are looked up by its names, if `names` has all of them.
+        Text is looked up without regard to case and surrounding space. Integers are looked up where a name is that number, and else are
+        positions; those of a `ClassLabel` are looked up by its names, if `names` has all of them.
+
+        Args:
+            label_map: `DATA=MODEL` each: a name or number of the data, and a name, `LABEL_i` or number of the model.
 
         Raises:
-            SourceError: a label column of another type.
+            SourceError: a label column of another type; a side of the label map that is not known.
         """
+        known = Names.of({name: i for i, name in enumerate(names)})
+        numbers, unclear = _numbers(names)
+        given = Names.of(_given(label_map, known, numbers))
         column = source.columns.label
+        if label_map and column is None:
+            found = ", ".join(next(iter(source.splits.values())).column_names)
+            raise SourceError(
+                f"{source.name}: --label-map: no label column; found {found}; name it with --label-column"
+            )
+        class_ids: dict[str, tuple[int, ...]] = {}
         class_names: dict[str, tuple[str, ...]] = {}
         for split, dataset in source.splits.items():
             if column is None or column not in dataset.column_names:
                 continue
-            check_label(f"{source.name}: split {split}", dataset, column)
-            found = getattr(dataset.features[column], "names", None)
-            if found is not None and set(found) <= set(names):
-                class_names[split] = tuple(found)
-            elif found is not None and len(found) != len(names):
-                raise SourceError(
-                    f"{source.name}: split {split}: expected the model's {len(names)} labels ({', '.join(names[:5])}), found {len(found)} ({', '.join(found[:5])}); "
-                    "rename the data's labels to the model's"
-                )
-            elif found is not None and names != tuple(f"LABEL_{i}" for i in range(len(names))):
-                logger.warning(
-                    "%s: split %s: the data's labels (%s) are not the model's (%s); they are matched by number: make sure that the order is the same",
-                    *(source.name, split, ", ".join(found[:5]), ", ".join(names[:5])),
-                )
-        return cls(source.name, {name: i for i, name in enumerate(names)}, class_names)
+            where = f"{source.name}: split {split}"
+            check_label(where, dataset, column)
+            found_names = getattr(dataset.features[column], "names", None)
+            if found_names is not None:
+                class_names[split] = tuple(found_names)
+                class_ids[split] = _class_ids(class_names[split], known, given, where)
+        made = cls(source.name, known, numbers, unclear, class_ids, class_names, given)
+        if column is not None:
+            made._check_given(source, column)
+        return made
 
     def class_id(self, value: object, *, split: str, row: int) -> int | None:
-        """The class, or None: null, NaN and -1 mean unlabelled.
+        """The class, or None: null, NaN and -1 mean unlabelled, where no class has that name.
 
         Raises:
             SourceError: a name that is not known, a number that is no class.
         """
         where = f"{self.source}: split {split}, row {row}"
+        key = self._given_key(value, split, where)
+        if key is not None:
+            return self.given.ids[key]
         if isinstance(value, str):
-            if value not in self.ids:
-                raise SourceError(f"{where}: unknown label {value!r}; expected one of {self._known()}; {_MEND}")
-            return self.ids[value]
-        number = _whole_number(value, where)
+            found = self.names.find(value, where)
+            if found is None:
+                raise SourceError(f"{where}: unknown label {value!r}; expected one of {listed(self.names.ids)}; {_MAP}")
+            return found
+        if isinstance(value, bool) and (found := self.names.find(str(value), where)) is not None:
+            return found
+        by_class = self.class_ids.get(split)
+        if by_class is None and value == -1 and -1 in self.numbers:
+            return self.numbers[-1]
+        number = whole_number(value, where)
         if number is None:
             return None
+        if by_class is not None:
+            if not 0 <= number < len(by_class):
+                raise SourceError(
+                    f"{where}: label {number} out of range; expected 0 to {len(by_class) - 1} ({listed(self.class_names[split])}); {_MAP}"
+                )
+            return by_class[number]
+        if number in self.unclear:
+            raise SourceError(
+                f"{where}: label {number} is no class by name, and the class at position {number} is named by another number ({listed(self.names.ids)}); "
+                "say which with --label-map DATA=MODEL"
+            )
+        if number not in self.numbers:
+            expected = (
+                f"0 to {len(self.numbers) - 1} ({listed(self.names.ids)})"
+                if self.numbers.keys() == set(range(len(self.numbers)))
+                else f"one of the classes named {listed(self.names.ids)}"
+            )
+            raise SourceError(f"{where}: label {number} out of range; expected {expected}; {_MAP}")
+        return self.numbers[number]
+
+    def shown(self, value: object, split: str) -> str:
+        """A raw value as DATA of `--label-map` names it."""
         names = self.class_names.get(split)
-        limit = len(self.ids) if names is None else len(names)
-        if not 0 <= number < limit:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+            return names[int(value)] if names is not None and 0 <= value < len(names) else f"{value:.0f}"
+        return str(value)
+
+    @property
+    def contract_form(self) -> tuple[str, ...]:
+        """The label map as the contract keeps it: sorted, the classes by their names."""
+        return tuple(sorted(f"{data}={self.class_name(i)}" for data, i in self.given.ids.items()))
+
+    def class_name(self, class_id: int) -> str:
+        """The model's name of a class, or `LABEL_i` where another class has the same name."""
+        return next((name for name, i in self.names.ids.items() if i == class_id), f"LABEL_{class_id}")
+
+    def _given_key(self, value: object, split: str, where: str) -> str | None:
+        """Which side DATA of the label map a raw value is."""
+        if not self.given.ids or value is None or value is UNREADABLE or value != value:
+            return None
+        forms = [self.shown(value, split)]
+        if isinstance(value, int | float):
+            forms.append(f"{value:.0f}")
+        for form in forms:
+            if self.given.find(form, where) is not None:
+                return form if form in self.given.ids else self.given.folded[fold(form)][0]
+        return None
+
+    def _check_given(self, source: Source, column: str) -> None:
+        """Every DATA of the label map is a value of the data.
+
+        Raises:
+            SourceError: one that is not.
+        """
+        if not self.given.ids:
+            return
+        values: dict[str, None] = {}
+        used: set[str | None] = set()
+        for split, dataset in source.splits.items():
+            raw: Sequence[object] = range(-1, len(self.class_names.get(split, ())))
+            if split not in self.class_names:
+                raw = list(dict.fromkeys(row.get(column) for row in read_rows(dataset, [column])))
+            for value in raw:
+                used.add(self._given_key(value, split, f"{source.name}: split {split}"))
+                if value is not None and value != -1:
+                    values[self.shown(value, split)] = None
+        unknown = [data for data in self.given.ids if data not in used]
+        if unknown:
             raise SourceError(
-                f"{where}: label {number} out of range; expected 0 to {limit - 1} ({self._known()}); {_MEND}"
+                f"{source.name}: --label-map: no row has the label {unknown[0]!r}; expected DATA=MODEL with DATA one of {listed(sorted(values, key=order))}"
             )
-        return number if names is None else self.ids[names[number]]
-
-    def _known(self) -> str:
-        names = list(self.ids)
-        return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
-def label_names(source: Source) -> tuple[str, ...]:
-    """Names of the classes that a data set has, in the order of their ids.
-
-    Returns:
-        The names of a `ClassLabel` column; else the distinct texts of all splits, sorted; else "0" to the largest number.
-
-    Raises:
-        SourceError: no label column, no labelled row, both names and numbers, or numbers that are no classes.
-    """
-    column = source.columns.label
-    if column is None:
-        raise SourceError(f"{source.name}: no label column; name it with --label-column")
-    for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, column)
-        if column in dataset.column_names and (names := getattr(dataset.features[column], "names", None)):
-            return tuple(names)
-    texts: dict[str, str] = {}
-    largest, number_at = -1, ""
-    for where, value in _labels(source, column):
-        if isinstance(value, str):
-            texts.setdefault(value, where)
-        elif (number := _whole_number(value, where)) is not None:
-            if not 0 <= number < _MAX_CLASSES:
-                raise SourceError(f"{where}: label {number} is no class; expected 0 to {_MAX_CLASSES - 1}; {_MEND}")
-            largest, number_at = max(largest, number), number_at or where
-        if texts and number_at:
-            raise SourceError(
-                f"{where}: found both names and numbers in column {column!r} (a number at {number_at}); use one or the other"
-            )
-    if texts:
-        return tuple(sorted(texts))
-    if largest < 0:
-        raise SourceError(
-            f"{source.name}: no labelled row in column {column!r}; label some rows, or name another column with --label-column"
-        )
-    return tuple(str(i) for i in range(largest + 1))
+_MAP = f"{MEND}, or say which class it is with --label-map DATA=MODEL"
 
 
-_MEND = "mend the row, or name another column with --label-column"
+def fold(name: str) -> str:
+    """A name without regard to case and surrounding space."""
+    return name.strip().casefold()
 
 
-def _labels(source: Source, column: str) -> Iterator[tuple[str, object]]:
+def order(name: str) -> tuple[int, int, str]:
+    """A sort key of names: whole numbers come first, as numbers."""
+    return (0, int(name), name) if is_number(name) else (1, 0, name)
+
+
+def is_number(name: str) -> bool:
+    """Whether a name is a whole number."""
+    return re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", name) is not None
+
+
+def listed(names: Sequence[str] | Mapping[str, int]) -> str:
+    """The first 20 names."""
+    return ", ".join(list(names)[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+
+
+def sides(item: str) -> tuple[str, str]:
+    """DATA and MODEL of one `--label-map`; a further `=` belongs to DATA."""
+    data, _, model = item.rpartition("=")
+    return data, model
+
+
+def raw_labels(source: Source, column: str) -> Iterator[tuple[str, object]]:
+    """Every value of a label column, each with its place for messages."""
     for split, dataset in source.splits.items():
         for i, row in enumerate(read_rows(dataset, [column])):
             yield f"{source.name}: split {split}, row {i}", row.get(column)
 
 
-def _whole_number(value: object, where: str) -> int | None:
+def whole_number(value: object, where: str) -> int | None:
     """An integer from an integer, a boolean or a whole float; None from null, NaN and -1."""
     if value is None or value is UNREADABLE or value == -1 or value != value:
         return None
@@ -140,4 +249,77 @@ def _whole_number(value: object, where: str) -> int | None:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise SourceError(f"{where}: label {value!r} is no class; expected a name or a whole number; {_MEND}")
+    raise SourceError(f"{where}: label {value!r} is no class; expected a name or a whole number; {MEND}")
+
+
+def _numbers(names: tuple[str, ...]) -> tuple[dict[int, int], frozenset[int]]:
+    """Number -> class id, by name and else by position, and the numbers whose position is that of a class named by another number."""
+    named = {int(name): i for i, name in enumerate(names) if is_number(name)}
+    if len(named) == len(names):
+        return named, frozenset()
+    unclear = {i for i, name in enumerate(names) if is_number(name) and i not in named}
+    return {**{i: i for i in range(len(names)) if i not in unclear}, **named}, frozenset(unclear)
+
+
+def _given(label_map: Sequence[str], names: Names, numbers: Mapping[int, int]) -> dict[str, int]:
+    """DATA -> class id.
+
+    Raises:
+        SourceError: a class that the model does not have, or two for one label.
+    """
+    found: dict[str, int] = {}
+    for item in label_map:
+        data, model = sides(item)
+        where = f"--label-map {item}"
+        known = names.find(model, where)
+        position = re.fullmatch(r"\s*LABEL_([0-9]+)\s*", model)
+        if known is None and position is not None and int(position[1]) < len(names.ids):
+            known = int(position[1])
+        if known is None and is_number(model):
+            known = numbers.get(int(model))
+        if known is None:
+            raise SourceError(f"{where}: unknown class {model!r}; expected one of {listed(names.ids)}")
+        if found.setdefault(data, known) != known:
+            raise SourceError(f"{where}: label {data!r} is given two classes; give it one")
+    return found
+
+
+def _class_ids(found: tuple[str, ...], names: Names, given: Names, where: str) -> tuple[int, ...]:
+    """The class id of each name of a `ClassLabel`: by name where the model has all of them, else by number.
+
+    Raises:
+        SourceError: the model has another number of classes, or has some of the names at other positions.
+    """
+    ids: list[int | None] = []
+    for number, name in enumerate(found):
+        mapped = given.find(name, where)
+        if mapped is None:
+            mapped = given.find(str(number), where)
+        ids.append(names.find(name, where) if mapped is None else mapped)
+    whole = tuple(i for i in ids if i is not None)
+    if len(whole) == len(ids):
+        return whole
+    model = list(names.ids)
+    if len(found) != len(model):
+        raise SourceError(
+            f"{where}: expected the model's {len(model)} labels ({', '.join(model[:5])}), found {len(found)} ({', '.join(found[:5])}); "
+            "rename the data's labels to the model's, or give --label-map DATA=MODEL for each"
+        )
+    if given.ids:
+        unknown = next(name for name, i in zip(found, ids, strict=True) if i is None)
+        raise SourceError(
+            f"{where}: unknown label {unknown!r}; expected one of {listed(names.ids)}; give --label-map {unknown}=MODEL too"
+        )
+    for number, (name, i) in enumerate(zip(found, ids, strict=True)):
+        if i is not None and i != number:
+            unknown = next(name for name, i in zip(found, ids, strict=True) if i is None)
+            raise SourceError(
+                f"{where}: label {number} is {name!r}, which is the model's class {i}, and {unknown!r} is none of its classes ({listed(names.ids)}); "
+                f"give --label-map {unknown}=MODEL"
+            )
+    if tuple(model) != tuple(f"LABEL_{i}" for i in range(len(model))):
+        logger.warning(
+            "%s: the data's labels (%s) are not the model's (%s); they are matched by number: make sure that the order is the same, or give --label-map DATA=MODEL",
+            *(where, ", ".join(found[:5]), ", ".join(model[:5])),
+        )
+    return tuple(range(len(model)))

@@ -27,6 +27,7 @@ from pipeline.models import (
     tokenizer_info,
 )
 from pipeline.models.arguments import show_progress, training_arguments
+from pipeline.models.doubts import warn_of_doubts
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.batches.mixing import Mixture, make_mixture
@@ -250,6 +251,8 @@ def _measure(trainer: DistillationTrainer) -> dict[str, float]:
     if trainer.eval_split is None:
         return {}
     found = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
+    if trainer.is_world_process_zero():
+        warn_of_doubts(trainer.predictions, "the student", trainer.eval_split)
     return {name.removeprefix("eval_"): value for name, value in found.items() if math.isfinite(value)}
 
 

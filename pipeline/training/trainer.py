@@ -341,6 +341,7 @@ class DistillationTrainer(Trainer):
             row_kl=np.zeros(1),
             row_text_bytes=found["text_bytes"].sum(keepdims=True),
         )
+        self.predictions = predictions
         sums = {name: float(found[name].sum()) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
         hard_weight, soft_weight = weights_of_evaluation(self.loss)
         hard = hard_weight * sums["hard_sum"] / sums["num_hard"] if sums["num_hard"] else 0.0

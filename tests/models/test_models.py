@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import pipeline as softlabel
 from pipeline.config import DataConfig, TrainTeacherConfig
@@ -134,7 +136,7 @@ def test_bf16_teachers_give_what_bf16_gives(tmp_path, lm_tokenizer, documents, s
 def config(tmp_path, model, data, **settings) -> TrainTeacherConfig:
     settings = {"epochs": 20, "learning_rate": 3e-3, "batch_size": 10, **settings}
     return TrainTeacherConfig(
-        task="sequence-classification", model=str(model), output=str(tmp_path / "out"), data=data, **settings
+        task="sequence-classification", model=str(model), data=data, **{"output": str(tmp_path / "out"), **settings}
     )
 
 
@@ -155,11 +157,32 @@ def test_a_teacher_learns_its_task_and_is_an_ordinary_model(tmp_path, bert_token
     kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert kept["split"] == "test"
     assert kept["rows"] == 72
+    assert kept["measured_rows"] == Path(data.dataset, "test.jsonl").read_text().count("\n")
     assert kept["metrics"] == metrics
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"]
         == bert_tokenizer("the cat")["input_ids"]
     )
+
+
+def test_a_class_that_no_row_has_is_told(tmp_path, bert_tokenizer, save_teacher, caplog):
+    """Labels counted from 1 make a class 0."""
+    pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
+    rows = [{"text": text, "label": 1 + i % 2} for i, text in enumerate(["the cat", "the dog", "a film", "a goal"])]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = DataConfig(dataset=str(tmp_path / "train.jsonl"))
+    train_teacher(config(tmp_path, pretrained, one, max_steps=1))
+    assert "split train: 1 of 3 classes have no row to learn from (0); the teacher has them all the same" in caplog.text
+    caplog.clear()
+    named = dataclasses.replace(
+        one,
+        label_map=(
+            "1=cat",
+            "2=dog",
+        ),
+    )
+    train_teacher(config(tmp_path, pretrained, named, max_steps=1, output=str(tmp_path / "named")))
+    assert AutoConfig.from_pretrained(tmp_path / "named").id2label == {0: "0", 1: "cat", 2: "dog"}
 
 
 def test_a_language_model_teacher_is_fine_tuned_too(tmp_path, lm_tokenizer, documents, save_teacher):

@@ -129,6 +129,7 @@ def _merged_source(sources: Sequence[SourceInfo]) -> SourceInfo:
         config=first.config if len(configs) == 1 else None,
         revision=first.revision if len(revisions) == 1 else None,
         fingerprints=fingerprints,
+        label_map=first.label_map if all(source.label_map == first.label_map for source in sources) else (),
     )
 
 

@@ -6,13 +6,32 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow.parquet as pq
 
+from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.tokens import marked_tokens
 from pipeline.records import CachedExample
 from pipeline.softlabels import rows as positions_of
 from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.names import encoding_text
+
+
+def labelled(cache: Cache) -> dict[str, int]:
+    """How many rows of each split have a hard label, as the footers of its shards say; {} where that is not known: token classes, a cache behind a URL."""
+    found: dict[str, int] = {}
+    for shard in cache.manifest.shards:
+        path = Layout(cache.root).shard(shard.name)
+        if cache.remote is not None or "label" not in cache.manifest.contract.columns or not path.is_file():
+            return {}
+        footer = pq.read_metadata(path)
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            columns = map(group.column, range(group.num_columns))
+            statistics = next((column.statistics for column in columns if column.path_in_schema == "label"), None)
+            if statistics is None or statistics.null_count is None:
+                return {}
+            found[shard.split] = found.get(shard.split, 0) + group.num_rows - statistics.null_count
+    return found
 
 
 def totals(cache: Cache) -> dict[str, dict[str, float]]:

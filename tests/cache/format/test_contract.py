@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.cache import Plan
-from pipeline.cache.format.manifest import check_same_contract
+from pipeline.cache.format.manifest import cache_id, check_same_contract, dump, parse
 from pipeline.cache.writing.build import begin
 from pipeline.errors import ContractError, PipelineError
 from pipeline.records import (
@@ -123,3 +123,17 @@ def test_no_mutation_of_a_real_plan_begins_or_touches_a_file(tmp_path, lm_tokeni
             begin(cache.root, dataclasses.replace(plan, contract=changed), lm_tokenizer)
         assert "\n" not in str(refused.value), path
     assert {path: path.stat().st_mtime_ns for path in cache.root.rglob("*") if path.is_file()} == before
+
+
+def test_a_label_map_is_left_out_of_the_manifest_where_there_is_none(tmp_path):
+    base = contract(Full())
+    plain, path = Plan(base, ()), tmp_path / "plan.json"
+    assert "label_map" not in dump(plain)
+    assert cache_id(base, ()) == "a670d21d1d309bc13fab3c059e859f9ee706cc2932461a790d79c3be6c4bf973"
+    mapped = dataclasses.replace(base, source=dataclasses.replace(base.source, label_map=("3=sport",)))
+    assert cache_id(mapped, ()) != cache_id(base, ())
+    for plan in (plain, Plan(mapped, ())):
+        path.write_text(dump(plan))
+        assert parse(Plan, path) == plan
+    with pytest.raises(ContractError, match=r'label_map: expected null, found \["3=sport"\]'):
+        check_same_contract(Plan(mapped, ()), plain, "there")

@@ -1,0 +1,249 @@
+"""Is the order of the data's classes the teacher's? Looked at on a sample of labelled rows, before anything is written.
+
+Numbers are classes by position, and two conventions that differ (1 = sport, 1 = business) give hard labels that are wrong without a trace. Where another
+order of the classes fits what the teacher predicts far better, that is the likely reason.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.capture.forward import teacher_logits
+from pipeline.capture.plan import plan_batches
+from pipeline.errors import SourceError
+from pipeline.models import LoadedModel
+from pipeline.records import Tokenization, TokenizedExample
+from pipeline.softlabels import counter_uniforms
+from pipeline.sources import LabelMap, Source, read_examples
+from pipeline.sources.batches import read_rows
+from pipeline.tasks import Task
+
+#: Rows of the sample: a twentieth of the source within these bounds.
+_LEAST, _MOST, _SHARE = 128, 512, 20
+#: The chance of a refusal where no other order fits better, over all cycles that are tested.
+_ALPHA = 1e-3
+#: How well a class has to signal a label: the share of the label's rows that are given the class, less that of other labels' rows.
+_LEAST_SIGNAL = 0.5
+#: By how much it has to signal it better than the class of the label's own number does.
+_LEAST_GAIN = 0.5
+#: A label of fewer sampled rows is left out: nothing can be said of it.
+_LEAST_ROWS = 2
+
+
+def check_class_order(
+    task: Task,
+    source: Source,
+    labels: LabelMap,
+    teacher: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenization: Tokenization,
+    num_classes: int,
+    ranges: Mapping[str, tuple[int, int]],
+    batch_tokens: int,
+) -> None:
+    """Refuse hard labels that fit the teacher far better in another order of the classes.
+
+    Args:
+        labels: without a label map: with one the user has said what the order is.
+        ranges: the rows `[start, stop)` of each split that are read.
+
+    Raises:
+        SourceError: names the labels, and the `--label-map` that would mend it; or a label that is no class.
+    """
+    rows = _labelled(source, labels, ranges)
+    if len({row.label for row in rows}) < 2:
+        return
+    sample = _sample(rows, min(_MOST, max(_LEAST, sum(stop - start for start, stop in ranges.values()) // _SHARE)))
+    examples = _read(task, source, labels, tokenizer, tokenization, sample)
+    predicted = np.zeros(len(examples), dtype=np.int64)
+    try:
+        for members, length in plan_batches([example.num_tokens for example in examples], batch_tokens):
+            batch = [examples[i] for i in members]
+            logits = teacher_logits(task, teacher, tokenizer, batch, num_classes, length)
+            predicted[members] = logits.float().nan_to_num(-torch.inf).argmax(-1).cpu().numpy()
+    except torch.OutOfMemoryError:
+        return  # the capture's own message says what to do
+    truth = np.array([int(example.label or 0) for example in examples], dtype=np.int64)
+    moved = better_order(truth, predicted, num_classes)
+    if not moved:
+        return
+    shown = {row.label: row.shown for row in reversed(rows)}
+    touched = np.isin(truth, list(moved))
+    ours = float((predicted[touched] == truth[touched]).mean())
+    theirs = float((predicted[touched] == np.array([moved[int(label)] for label in truth[touched]])).mean())
+    pairs = ", ".join(
+        f"{shown[label]!r} is {labels.class_name(to)!r}, not {labels.class_name(label)!r}"
+        for label, to in list(moved.items())[:8]
+    )
+    flags = " ".join(
+        "--label-map " + shlex.quote(f"{shown[label]}={labels.class_name(to)}") for label, to in moved.items()
+    )
+    label = next(iter(moved))
+    raise SourceError(
+        f"{source.name}: the data's classes are in another order than the teacher's: of {int(touched.sum())} rows it predicts the label of {ours:.0%}, and of {theirs:.0%} "
+        f"where {pairs}{', ...' if len(moved) > 8 else ''}; add {flags} (or, if the labels are right as they are, --label-map {shlex.quote(f'{shown[label]}={labels.class_name(label)}')})"
+    )
+
+
+def better_order(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[int, int]:
+    """The labels that belong to other classes, beyond chance.
+
+    Args:
+        truth, predicted: (N,) int64 labels and the teacher's argmax, in a random order or a fixed one that says nothing of them.
+
+    Returns:
+        Label -> class, for those that move; empty where the order as it is fits, and where the teacher or the labels are too bad to say.
+
+    The assignment that fits best is chosen on one half of the rows (linear assignment on how much better than elsewhere each class is predicted for
+    each label, so that a class that is predicted everywhere signals nothing), and tested on the other half, so that having chosen among K! orders costs
+    nothing: a cycle of it counts where an exact paired sign test rejects "as often right as before" at `_ALPHA` over the number of cycles, where the
+    signals pass a test against independence, and where they are strong, not only sure: a bad teacher may favour a wrong class slightly, but surely.
+    """
+    halves = _halves(truth)
+    chosen = _assignment(_signals(truth[halves == 0], predicted[halves == 0], num_classes))
+    truth, predicted = truth[halves == 1], predicted[halves == 1]
+    signals = _signals(truth, predicted, num_classes)
+    present = np.bincount(truth, minlength=num_classes) >= _LEAST_ROWS
+    cycles = [there for cycle in _cycles(chosen) if (there := [label for label in cycle if present[label]])]
+    found: dict[int, int] = {}
+    for cycle in cycles:
+        after = np.array([signals[label, chosen[label]] for label in cycle])
+        before = np.array([signals[label, label] for label in cycle])
+        if after.mean() < _LEAST_SIGNAL or after.min() <= 0 or (after - before).mean() < _LEAST_GAIN:
+            continue
+        rows = np.isin(truth, cycle)
+        targets = np.array([chosen[label] for label in truth[rows].tolist()])
+        gained = int(((predicted[rows] == targets) & (predicted[rows] != truth[rows])).sum())
+        lost = int(((predicted[rows] == truth[rows]) & (predicted[rows] != targets)).sum())
+        if _sign_test(gained, lost) > _ALPHA / len(cycles):
+            continue
+        if _independent([_z(truth, predicted, label, chosen[label]) for label in cycle]) <= _ALPHA:
+            found.update((label, chosen[label]) for label in cycle)
+    return dict(sorted(found.items()))
+
+
+def _independent(scores: Sequence[float]) -> float:
+    """P(z scores as large as these, taken together), where the teacher's predictions say nothing of the labels (Stouffer)."""
+    return math.erfc(sum(scores) / math.sqrt(2 * len(scores))) / 2
+
+
+def _z(truth: np.ndarray, predicted: np.ndarray, label: int, to: int) -> float:
+    """How many standard errors a class is predicted more often for a label than for the others (two proportions, pooled)."""
+    ours, hit = truth == label, predicted == to
+    n, m = int(ours.sum()), int((~ours).sum())
+    share = float(hit.mean())
+    if not n or not m or share in (0.0, 1.0):
+        return 0.0
+    return float(hit[ours].mean() - hit[~ours].mean()) / math.sqrt(share * (1 - share) * (1 / n + 1 / m))
+
+
+def _sign_test(gained: int, lost: int) -> float:
+    """P(at least so many of the rows that changed are gains), where both are as likely."""
+    changed = gained + lost
+    ways = sum(math.comb(changed, i) for i in range(gained, changed + 1))
+    return float(ways / 2**changed)
+
+
+def _signals(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """(V, V): how much more often class j is predicted for label i than for the other labels, each of which counts the same; 0 for labels without rows."""
+    counts = np.zeros((num_classes, num_classes))
+    np.add.at(counts, (truth, predicted), 1)
+    rows = counts.sum(1)
+    enough = rows >= _LEAST_ROWS
+    shares = np.where(enough[:, None], counts / np.maximum(rows, 1)[:, None], 0.0)
+    others = (shares.sum(0) - shares) / max(int(enough.sum()) - 1, 1)
+    signals: np.ndarray = np.where(enough[:, None], shares - others, 0.0)
+    return signals
+
+
+def _assignment(signals: np.ndarray) -> list[int]:
+    """Label -> class, one to one; of equally good ones the one that moves least."""
+    from scipy.optimize import linear_sum_assignment
+
+    _, columns = linear_sum_assignment(signals + 1e-6 * np.eye(len(signals)), maximize=True)
+    return [int(column) for column in columns]
+
+
+def _cycles(order: Sequence[int]) -> list[list[int]]:
+    """The labels that move, a list for each cycle."""
+    seen: set[int] = set()
+    found = []
+    for start in range(len(order)):
+        cycle = []
+        while start not in seen:
+            seen.add(start)
+            cycle.append(start)
+            start = order[start]
+        if len(cycle) > 1:
+            found.append(cycle)
+    return found
+
+
+def _halves(truth: np.ndarray) -> np.ndarray:
+    """(N,): 0 and 1 in turns within each label."""
+    halves = np.zeros(len(truth), dtype=np.int64)
+    for label in np.unique(truth):
+        rows = np.flatnonzero(truth == label)
+        halves[rows] = np.arange(len(rows)) % 2
+    return halves
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    split: str
+    number: int
+    label: int
+    shown: str
+    """As the data writes it."""
+
+
+def _labelled(source: Source, labels: LabelMap, ranges: Mapping[str, tuple[int, int]]) -> list[_Row]:
+    """Every labelled row, in an order that says nothing of it: by a hash of where it stands."""
+    column = source.columns.label
+    found: list[tuple[float, _Row]] = []
+    for split, (start, stop) in ranges.items():
+        dataset = source.splits[split]
+        if column is None or column not in dataset.column_names:
+            continue
+        keys = counter_uniforms(0, split, 0, 0, np.arange(start, stop)).tolist()
+        for i, (key, row) in enumerate(zip(keys, read_rows(dataset, [column], start, stop), strict=True), start=start):
+            label = labels.class_id(row[column], split=split, row=i)
+            if label is not None:
+                found.append((key, _Row(split, i, label, labels.shown(row[column], split))))
+    return [row for _, row in sorted(found, key=lambda pair: (pair[0], pair[1].split))]
+
+
+def _sample(rows: Sequence[_Row], size: int) -> list[_Row]:
+    """So many rows, each label as often as the others where it has as many rows: a label that is rare is looked at too."""
+    rank: Counter[int] = Counter()
+    ranked = []
+    for row in rows:
+        ranked.append((rank[row.label], row))
+        rank[row.label] += 1
+    ranked.sort(key=lambda pair: pair[0])  # stable
+    return [row for _, row in ranked[:size]]
+
+
+def _read(
+    task: Task,
+    source: Source,
+    labels: LabelMap,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenization: Tokenization,
+    sample: Sequence[_Row],
+) -> list[TokenizedExample]:
+    """The tokens of the rows, without those that cannot be used: the capture says what is wrong with them."""
+    found: list[TokenizedExample] = []
+    for row in sample:
+        item = read_examples(source, row.split, row.number, row.number + 1, labels)
+        tokens = task.tokenize(item, row.split, tokenizer, tokenization)
+        found += [each for each in tokens if isinstance(each, TokenizedExample) and each.label is not None]
+    return found

@@ -1,0 +1,44 @@
+"""What in a model's predictions says that something is wrong with it, in a line each."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from pipeline.records import NO_LABEL, Predictions
+
+logger = logging.getLogger(__name__)
+
+#: |confidence - accuracy| from which on it is told, over so many labelled positions at least.
+_GAP, _ENOUGH = 0.2, 30
+
+
+def doubts(predictions: Predictions) -> tuple[str, ...]:
+    """Whether a model is no better than the majority class, and whether its confidence is far from its accuracy.
+
+    Returns:
+        A clause each; nothing where fewer than two classes are among the labels, or too few positions are labelled to say.
+    """
+    known = predictions.labels != NO_LABEL
+    classes, counts = np.unique(predictions.labels[known], return_counts=True)
+    if len(classes) < 2:
+        return ()
+    accuracy = float((predictions.predicted[known] == predictions.labels[known]).mean())
+    majority = float(counts.max() / counts.sum())
+    found = []
+    if accuracy <= majority:
+        found.append(
+            f"its accuracy of {accuracy:.1%} is no better than that of always predicting the most common class ({majority:.1%})"
+        )
+    confidence = float(predictions.confidence[known].mean())
+    if counts.sum() >= _ENOUGH and abs(confidence - accuracy) > _GAP:  # False for nan: the confidence is not known
+        found.append(f"its mean confidence is {confidence:.1%} and its accuracy {accuracy:.1%}")
+    return tuple(found)
+
+
+def warn_of_doubts(predictions: Predictions, model: str, split: str) -> None:
+    """Say each doubt in a line, with the split and the labelled positions that it was measured on."""
+    labelled = int((predictions.labels != NO_LABEL).sum())
+    for doubt in doubts(predictions):
+        logger.warning("%s, split %s, %d labelled positions: %s", model, split, labelled, doubt)

@@ -1,0 +1,96 @@
+"""The names of the classes that a data set has: what a new teacher's head is made for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from pipeline.errors import SourceError
+from pipeline.sources.columns import check_label
+from pipeline.sources.labels import MEND, Names, fold, order, raw_labels, sides, whole_number
+from pipeline.sources.source import Source
+
+logger = logging.getLogger(__name__)
+
+#: Larger numbers are row ids or prices, not classes.
+_MAX_CLASSES = 100_000
+
+
+def label_names(source: Source, label_map: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the classes that a data set has, in the order of their ids.
+
+    Args:
+        label_map: `DATA=MODEL` each: the class named MODEL is made for the label DATA.
+
+    Returns:
+        The names of a `ClassLabel` column; else the distinct texts of all splits, sorted (numbers as numbers); else "0" to the largest number.
+
+    Raises:
+        SourceError: no label column, no labelled row, both names and numbers, or numbers that are no classes.
+    """
+    column = source.columns.label
+    if column is None:
+        raise SourceError(f"{source.name}: no label column; name it with --label-column")
+    given = _Renamed(label_map)
+    for split, dataset in source.splits.items():
+        check_label(f"{source.name}: split {split}", dataset, column)
+        if column in dataset.column_names and (names := getattr(dataset.features[column], "names", None)):
+            renamed = [given.name(name, str(i)) for i, name in enumerate(names)]
+            return _distinct(renamed, source, column)
+    texts: dict[str, str] = {}
+    numbers: set[int] = set()
+    number_at = ""
+    for where, value in raw_labels(source, column):
+        if isinstance(value, str):
+            texts.setdefault(value, where)
+        elif value == -1 and given.has("-1"):
+            numbers.add(-1)
+        elif (number := whole_number(value, where)) is not None:
+            if not 0 <= number < _MAX_CLASSES:
+                raise SourceError(f"{where}: label {number} is no class; expected 0 to {_MAX_CLASSES - 1}; {MEND}")
+            numbers.add(number)
+            number_at = number_at or where
+        if texts and number_at:
+            raise SourceError(
+                f"{where}: found both names and numbers in column {column!r} (a number at {number_at}); use one or the other"
+            )
+    if texts:
+        return _distinct(sorted((given.name(text) for text in texts), key=order), source, column)
+    if not numbers:
+        raise SourceError(
+            f"{source.name}: no labelled row in column {column!r}; label some rows, or name another column with --label-column"
+        )
+    every = [*([-1] if -1 in numbers else []), *range(max(numbers) + 1)]
+    return _distinct([given.name(str(i)) for i in every], source, column)
+
+
+class _Renamed:
+    """The names that `--label-map` gives to labels."""
+
+    def __init__(self, label_map: Sequence[str]) -> None:
+        pairs = dict(sides(item) for item in label_map)
+        self._models = list(pairs.values())
+        self._data = Names.of({data: i for i, data in enumerate(pairs)})
+
+    def has(self, *forms: str) -> bool:
+        """Whether a label is renamed."""
+        return any(self._data.find(form, "--label-map") is not None for form in forms)
+
+    def name(self, *forms: str) -> str:
+        """The name of a class whose label is written in these forms."""
+        found = (self._data.find(form, "--label-map") for form in forms)
+        return next((self._models[i] for i in found if i is not None), forms[0])
+
+
+def _distinct(names: Iterable[str], source: Source, column: str) -> tuple[str, ...]:
+    """Each name once; names that differ in case or space alone are told."""
+    kept = tuple(dict.fromkeys(names))
+    first: dict[str, str] = {}
+    for name in kept:
+        other = first.setdefault(fold(name), name)
+        if other != name:
+            logger.warning(
+                "%s: column %r has the labels %r and %r, which become two classes; if they are one, mend the rows or give --label-map '%s=%s'",
+                *(source.name, column, other, name, name, other),
+            )
+    return kept

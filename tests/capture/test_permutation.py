@@ -1,0 +1,202 @@
+"""The order of the data's classes against the teacher's: refused where another fits far better, and never by chance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import pipeline as softlabel
+from pipeline.cache.views.inspection import labelled
+from pipeline.capture import job
+from pipeline.capture.permutation import _Row, _sample, better_order
+from pipeline.cli.echo import echo_cache
+from pipeline.errors import ContractError, SourceError
+from pipeline.records import Columns
+from tests.conftest import WORDS, tiny_model
+
+# ---------------------------------------------------------------------------------------------- the test as statistics
+
+
+def pilot(truth: np.ndarray, predicted: np.ndarray, classes: int, size: int = 512) -> dict[int, int]:
+    rows = [_Row("train", i, int(label), "") for i, label in enumerate(truth)]
+    chosen = [row.number for row in _sample(rows, size)]
+    return better_order(truth[chosen], predicted[chosen], classes)
+
+
+def drawn(generator: np.random.Generator, classes: int, rows: int, accuracy: float, skew: float = 3.0) -> Any:
+    """True classes, unequal in number, and what a teacher of this accuracy predicts."""
+    truth = generator.choice(classes, rows, p=generator.dirichlet(np.full(classes, skew)))
+    right = generator.random(rows) < accuracy
+    return truth, np.where(right, truth, generator.integers(classes, size=rows))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("rows", [30, 200, 2000])
+def test_bad_teachers_and_noisy_labels_are_hardly_ever_refused(classes, rows):
+    generator = np.random.default_rng(classes * rows)
+    refused, runs = 0, 0
+    for _ in range(8 if rows == 2000 else 20):
+        truth, _ = drawn(generator, classes, rows, 0.5)
+        weights = generator.dirichlet(np.ones(classes))
+        noise = generator.integers(classes, size=rows)
+        for labels, predicted in (
+            (truth, np.full(rows, generator.integers(classes))),  # one class for all
+            (truth, generator.choice(classes, rows, p=weights)),  # independent of the labels
+            (truth, np.where(generator.random(rows) < 0.97, generator.integers(classes), noise)),  # almost one class
+            drawn(generator, classes, rows, 0.2),
+            (np.where(generator.random(rows) < 0.8, noise, truth), drawn(generator, classes, rows, 0.9)[1]),
+            (np.where(generator.random(rows) < 0.6, noise, truth), truth),  # a good one, and noisy labels
+            (truth, np.where(truth == 0, 1, truth)),  # one class is never predicted
+        ):
+            refused += bool(pilot(labels, predicted, classes))
+            runs += 1
+    assert refused / runs < 0.01, (refused, runs)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 50])
+@pytest.mark.parametrize(("rows", "accuracy"), [(400, 0.95), (3000, 0.85)])
+def test_swapped_and_rotated_classes_are_found(classes, rows, accuracy):
+    generator = np.random.default_rng(classes + rows)
+    found, runs = 0, 0
+    for moved in {2, classes}:
+        for _ in range(20):
+            truth, predicted = drawn(generator, classes, rows, accuracy)
+            order = np.arange(classes)
+            cycle = generator.choice(classes, moved, replace=False)
+            order[cycle] = np.roll(order[cycle], 1)  # class c is written order[c]
+            back = pilot(order[truth], predicted, classes)
+            expected = {int(label): int(c) for c, label in enumerate(order) if c != label}
+            assert set(back.items()) <= set(expected.items())
+            found += bool(back)
+            runs += 1
+    assert found / runs >= (0.95 if classes <= 10 else 0.5), (found, runs)
+
+
+def test_few_rows_say_nothing():
+    for rows in (0, 1, 2, 8):
+        truth = np.arange(rows) % 2
+        assert better_order(truth, 1 - truth, 2) == {}
+    truth = np.arange(64) % 2
+    assert better_order(truth, 1 - truth, 2) == {0: 1, 1: 0}
+    assert better_order(truth, truth, 2) == {}
+
+
+def test_classes_counted_from_1_in_place_of_0():
+    truth = np.arange(300) % 3
+    assert better_order(truth + 1, truth, 4) == {1: 0, 2: 1, 3: 2}
+
+
+def test_a_rare_class_is_looked_at_as_often_as_others():
+    rows = [_Row("train", i, 0 if i % 100 else 1, "") for i in range(5000)]
+    assert sum(row.label for row in _sample(rows, 128)) == 50
+    assert [row.number for row in _sample(rows, 4)] == [0, 1, 2, 100]
+
+
+# ------------------------------------------------------------------------------------------------------- at a capture
+
+
+@pytest.fixture(scope="module")
+def teacher(bert_tokenizer):
+    """A classifier that says which of three words a text ends with."""
+    model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=3.0)
+    model.config.id2label = {0: "sport", 1: "film", 2: "business"}
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def predicted(teacher, bert_tokenizer):
+    """120 texts and the teacher's own classes, the commonest two of which are told apart."""
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(WORDS, 5)) for _ in range(160)]
+    with torch.inference_mode():
+        logits = teacher(**bert_tokenizer(texts, padding=True, return_tensors="pt")).logits
+    return texts, (logits - logits.mean(0)).argmax(-1).tolist(), logits.mean(0)
+
+
+@pytest.fixture
+def even(teacher, predicted):
+    """The teacher with a bias that makes its classes about equal in number."""
+    bias = teacher.classifier.bias
+    with torch.no_grad():
+        bias -= predicted[2]
+    yield teacher
+    with torch.no_grad():
+        bias += predicted[2]
+
+
+def data(texts, labels):
+    return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+
+def cached(teacher, tokenizer, dataset, output, **settings):
+    return softlabel.cache_logits(
+        teacher, dataset, output, task="sequence-classification", tokenizer=tokenizer, **settings
+    )
+
+
+def test_another_order_is_refused_with_the_map_that_mends_it(tmp_path, even, bert_tokenizer, predicted):
+    texts, classes, _ = predicted
+    swapped = data(texts, [{0: 1, 1: 0, 2: 2}[c] for c in classes])
+    with pytest.raises(SourceError) as refused:
+        cached(even, bert_tokenizer, swapped, tmp_path / "cache")
+    message = str(refused.value)
+    assert "it predicts the label of 0%, and of 100% where '0' is 'film', not 'sport', '1' is 'sport'" in message
+    assert "add --label-map 0=film --label-map 1=sport (or, if the labels are right as they are" in message
+    assert "\n" not in message
+    assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").rglob("*.json"))
+    mended = cached(even, bert_tokenizer, swapped, tmp_path / "cache", label_map={0: "film", 1: "sport"})
+    assert [row.example.label for row in mended.dataset("train")] == classes
+    assert mended.manifest.contract.source.label_map == ("0=film", "1=sport")
+    with pytest.raises(ContractError, match="label_map"):
+        cached(even, bert_tokenizer, swapped, tmp_path / "cache")
+    as_it_is = cached(even, bert_tokenizer, swapped, tmp_path / "other", label_map={0: "sport"})
+    assert [row.example.label for row in as_it_is.dataset("train")] == swapped["label"]
+
+
+def test_the_right_order_is_cached_and_a_resumed_capture_does_not_look_again(
+    tmp_path, even, bert_tokenizer, predicted, monkeypatch
+):
+    texts, classes, _ = predicted
+    cached(even, bert_tokenizer, data(texts, classes), tmp_path / "cache")
+    names = datasets.ClassLabel(names=["Film ", "SPORT", "business"])
+    by_name = data(texts, [{0: 1, 1: 0, 2: 2}[c] for c in classes]).cast_column("label", names)
+    found = cached(even, bert_tokenizer, by_name, tmp_path / "names")
+    assert [row.example.label for row in found.dataset("train")] == classes
+    monkeypatch.setattr(job, "check_class_order", lambda *_: pytest.fail("looked again"))
+    cached(even, bert_tokenizer, data(texts, classes), tmp_path / "cache")
+
+
+def test_labelled_rows_are_counted_by_split(tmp_path, even, bert_tokenizer, predicted, capsys):
+    texts, classes, _ = predicted
+    some = [label if i % 4 else None for i, label in enumerate(classes)]
+    both = datasets.DatasetDict({"train": data(texts, some), "test": datasets.Dataset.from_dict({"text": texts[:5]})})
+    cache = cached(even, bert_tokenizer, both, tmp_path / "cache")
+    assert labelled(cache) == {"train": 120, "test": 0}
+    echo_cache(cache, str(tmp_path / "cache"))
+    shown = capsys.readouterr().out
+    assert "train: 160 rows, 120 labelled, " in shown
+    assert "test: 5 rows, 0 labelled, " in shown
+
+
+def test_labels_that_are_not_found_are_told(tmp_path, even, bert_tokenizer, predicted, caplog):
+    texts, classes, _ = predicted
+    other = datasets.Dataset.from_dict({"text": texts, "topic": classes})
+    cached(even, bert_tokenizer, other, tmp_path / "cache", columns=Columns())
+    assert (
+        "no label column, found text, topic: the cache will have no hard labels for the teacher's classes"
+        in caplog.text
+    )
+    assert "--label-column" in caplog.text
+
+
+def test_a_sign_test_is_exact():
+    from pipeline.capture.permutation import _sign_test
+
+    assert _sign_test(0, 0) == 1
+    assert _sign_test(10, 0) == 2**-10
+    assert math.isclose(_sign_test(3, 1), 5 / 16)
