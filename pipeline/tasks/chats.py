@@ -46,15 +46,29 @@ def render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[s
     source = tokenizer.chat_template
     if not isinstance(source, str):
         raise SourceError(_UNMARKED)
+    turns = [_turn(message) for message in example.messages or ()]
+    tools = None if example.tools is None else list(example.tools)
     try:
         template = _read_template(source)
-        turns = [_turn(message) for message in example.messages or ()]
-        tools = None if example.tools is None else list(example.tools)
+    except jinja2.TemplateError as error:
+        raise BadRowError(f"the chat template refuses it: {error}") from None
+    unread = [
+        (i, key) for i, turn in enumerate(turns) for key in turn.keys() - {"role", "content"} - template.turn_keys
+    ]
+    try:
         text, spans = _render(template, turns, tools, tokenizer)
-        _check_keys(template, turns, tools, text, tokenizer)
+        for number, key in sorted(unread):
+            _check_read(template, turns, tools, text, tokenizer, number, key)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         # a template that wants turns to alternate, for one, or that expects text where a turn has none
+        if unread:
+            raise _unread(*min(unread)) from None
         raise BadRowError(f"the chat template refuses it: {error}") from None
+    if tools and not template.reads_tools:
+        raise BadRowError(
+            "the chat template does not read the column tools; drop the column, or give a template that reads it with "
+            "--chat-template FILE.jinja"
+        )
     _check_arguments(turns, text)
     return text, _learnt(example.messages or (), spans)
 
@@ -74,27 +88,26 @@ def _render(
     return rendered[0][0], rendered[1][0]
 
 
-def _check_keys(
+def _check_read(
     template: ChatTemplate,
     turns: list[dict[str, Any]],
     tools: list[Any] | None,
     text: str,
     tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    key: str,
 ) -> None:
     """A key that is not named in the template may still be read, with the whole turn: then the text changes without it."""
-    for number, turn in enumerate(turns):
-        for key in sorted(turn.keys() - {"role", "content"} - template.turn_keys):
-            without = [{name: value for name, value in each.items() if name != key} for each in turns]
-            if _render(template, without, tools, tokenizer)[0] == text:
-                raise BadRowError(
-                    f"turn {number}: the chat template does not read the key {key!r}; drop it from the data, or give a "
-                    "template that reads it with --chat-template FILE.jinja"
-                )
-    if tools and not template.reads_tools:
-        raise BadRowError(
-            "the chat template does not read the column tools; drop the column, or give a template that reads it with "
-            "--chat-template FILE.jinja"
-        )
+    without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
+    if _render(template, without, tools, tokenizer)[0] == text:
+        raise _unread(number, key)
+
+
+def _unread(number: int, key: str) -> BadRowError:
+    return BadRowError(
+        f"turn {number}: the chat template does not read the key {key!r}; drop it from the data, or give a template that "
+        "reads it with --chat-template FILE.jinja"
+    )
 
 
 def _check_arguments(turns: list[dict[str, Any]], text: str) -> None:
