@@ -107,6 +107,8 @@ class Vocabulary:
                 continue
             while end < following and not text[end].isspace():
                 end += 1
+            if self.family == "byte-level" and i + 1 == len(offsets):  # which drops no white space
+                end = len(text)
             if not special[i]:
                 total = int(position[end] - position[begin])
                 added = begin < end and not text[begin].isspace()
