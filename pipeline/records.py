@@ -53,7 +53,12 @@ class Message:
     """One turn of a chat."""
 
     role: str
-    content: str
+    content: str | None
+    """None: the turn is made of `fields` alone, a tool call for example."""
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """What else the turn has, for the chat template: `tool_calls`, `reasoning_content` and so on."""
+    learnt: bool = True
+    """False: only context, where the template would mark it as the assistant's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,8 @@ class Example:
     text: str | None = None
     text_pair: str | None = None
     messages: tuple[Message, ...] | None = None
+    tools: tuple[Mapping[str, object], ...] | None = None
+    """Chats only: the descriptions of the tools, for the chat template."""
     prompt_completion: tuple[str, str] | None = None
     input_ids: tuple[int, ...] | None = None
     token_labels: tuple[int, ...] | None = None

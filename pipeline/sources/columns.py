@@ -21,6 +21,8 @@ _INPUT_FLAGS = {
     "input_ids": "--input-ids-column",
     "labels": "--labels-column",
 }
+#: Columns that no flag names: they are read beside token ids and chats wherever a data set has them.
+ATTENTION_MASK, TOOLS = "attention_mask", "tools"
 _TEXT_ROLES = ("text", "text_pair", "prompt", "completion")
 _SCALARS = ("text", "integers", "floats", "booleans", "class labels", "nulls")
 
@@ -52,6 +54,18 @@ def input_roles(columns: Columns) -> dict[str, str]:
     return {role: name for role, name in found.items() if name is not None}
 
 
+def side_roles(dataset: Dataset, columns: Columns) -> dict[str, str]:
+    """Role -> column of what is read beside the inputs where the data set has it: padding of token ids, tools of chats."""
+    chat = columns.messages or columns.prompt
+    if columns.input_ids is not None and columns.labels != ATTENTION_MASK:
+        name = ATTENTION_MASK
+    elif chat is not None and describe(dataset.features.get(chat)) != "text":
+        name = TOOLS
+    else:
+        return {}
+    return {name: name} if name in dataset.column_names else {}
+
+
 def used_roles(columns: Columns) -> dict[str, str]:
     """Role -> column of all that is read: the inputs, the class label, and `keep:NAME` for each kept column."""
     label = {} if columns.label is None else {"label": columns.label}
@@ -67,6 +81,8 @@ def check_inputs(where: str, dataset: Dataset, columns: Columns) -> None:
     for role, name in input_roles(columns).items():
         _require(where, dataset, name, _INPUT_FLAGS[role])
         found = describe(dataset.features[name])
+        if role in ("prompt", "completion") and _is_chat(dataset.features[name], found):
+            continue
         if role in _TEXT_ROLES:
             _check_text(where, role, name, found)
         elif role == "messages":
@@ -140,9 +156,7 @@ def _check_text(where: str, role: str, name: str, found: str) -> None:
     if found == "text":
         return
     flag = _INPUT_FLAGS[role]
-    if role in ("prompt", "completion") and found.startswith("lists of structs"):
-        hint = "chats are read from one column of whole conversations, named by --messages-column"
-    elif found == "nulls":
+    if found == "nulls":
         hint = "every row is empty; name another column"
     else:
         hint = "convert it to text, or name another column"
@@ -150,13 +164,15 @@ def _check_text(where: str, role: str, name: str, found: str) -> None:
 
 
 def _check_messages(where: str, name: str, feature: Any, found: str) -> None:
-    """A chat is a list of {role, content}; where rows differ in type, each row is checked when it is read."""
+    if not _is_chat(feature, found):
+        raise SourceError(
+            f"{where}: column {name!r} (--messages-column): expected lists of {{role, content}}, found {found}; name another column"
+        )
+
+
+def _is_chat(feature: Any, found: str) -> bool:
+    """A chat is a list of {role, content} or {from, value}; where rows differ in type, each row is checked when it is read."""
     if found in ("values of mixed types", "lists of values of mixed types"):
-        return
+        return True
     turn: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
-    if isinstance(turn, dict) and {"role", "content"} <= set(turn):
-        return
-    hint = "rename from and value to role and content" if isinstance(turn, dict) and "from" in turn else ""
-    raise SourceError(
-        f"{where}: column {name!r} (--messages-column): expected lists of {{role, content}}, found {found}; {hint or 'name another column'}"
-    )
+    return isinstance(turn, dict) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn))

@@ -17,13 +17,15 @@ import numpy as np
 
 from pipeline.records import Columns, SourceContents, SplitContents
 from pipeline.sources.batches import Row, read_rows
-from pipeline.sources.columns import input_roles, used_roles
+from pipeline.sources.columns import input_roles, side_roles, used_roles
 from pipeline.sources.source import Source
+from pipeline.sources.values import without_nulls
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_CHATS = ("messages", "prompt", "completion")
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, default=repr)
 
 
@@ -36,9 +38,13 @@ def fingerprints(source: Source, ranges: Mapping[str, tuple[int, int]] | None = 
     Equal contents have equal fingerprints, whatever the file format, the path and the columns that are not read. The
     names of a `ClassLabel` count, since its values mean nothing without them.
     """
-    roles = used_roles(source.columns)
     ranges = ranges if ranges is not None else {split: (0, len(dataset)) for split, dataset in source.splits.items()}
-    return {split: _fingerprint(source.splits[split], roles, *rows) for split, rows in ranges.items()}
+    found = {}
+    for split, rows in ranges.items():
+        dataset = source.splits[split]
+        roles = {**used_roles(source.columns), **side_roles(dataset, source.columns)}
+        found[split] = _fingerprint(dataset, roles, *rows)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +128,18 @@ def _position(row: Row, roles: dict[str, str]) -> int:
 
 
 def _content(row: Row, roles: dict[str, str]) -> list[object]:
-    return [_turns(row.get(name)) if role == "messages" else row.get(name) for role, name in roles.items()]
+    """What is read of a row, however its structs are laid out."""
+    return [_chat(row.get(name)) if role in _CHATS else without_nulls(row.get(name)) for role, name in roles.items()]
 
 
-def _turns(messages: object) -> object:
-    """What is read of a chat, however its structs are laid out."""
-    if not isinstance(messages, list):
-        return messages
-    return [
-        [turn.get("role"), turn.get("content"), bool(turn.get("tool_calls"))] if isinstance(turn, dict) else turn
-        for turn in messages
-    ]
+def _chat(value: object) -> object:
+    return [_turn(turn) if isinstance(turn, dict) else turn for turn in value] if isinstance(value, list) else value
+
+
+def _turn(turn: dict[str, object]) -> list[object]:
+    rest = {key: without_nulls(item) for key, item in turn.items() if key not in ("role", "content")}
+    rest = {key: item for key, item in rest.items() if item not in (None, "", [], {})}
+    return [turn.get("role"), without_nulls(turn.get("content")), "tool_calls" in rest, *([rest] if rest else [])]
 
 
 def _line(values: Iterable[object]) -> bytes:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from pipeline.errors import BadRowError, SourceError
-from pipeline.records import NO_LABEL, BadRow, Columns, Example, Message, Scalar
+from pipeline.records import NO_LABEL, BadRow, Columns, Example, Scalar
 from pipeline.sources.batches import UNREADABLE, Row, read_rows
-from pipeline.sources.columns import input_roles
+from pipeline.sources.chats import read_messages, read_tools
+from pipeline.sources.columns import ATTENTION_MASK, TOOLS, input_roles, side_roles
 from pipeline.sources.source import Source
+from pipeline.sources.values import kind_of, read_text
 
 if TYPE_CHECKING:
     from pipeline.sources.labels import LabelMap
@@ -46,8 +48,10 @@ def read_examples(
 def _examples(source: Source, split: str, start: int, stop: int, labels: LabelMap | None) -> Iterator[Example | BadRow]:
     columns = source.columns
     label_column = columns.label if labels is not None else None
-    names = [*input_roles(columns).values(), *columns.keep, *([label_column] if label_column else [])]
-    for i, row in enumerate(read_rows(source.splits[split], names, start, stop), start=start):
+    dataset = source.splits[split]
+    beside = side_roles(dataset, columns).values()
+    names = [*input_roles(columns).values(), *beside, *columns.keep, *([label_column] if label_column else [])]
+    for i, row in enumerate(read_rows(dataset, names, start, stop), start=start):
         try:
             _check_readable(row)
             kept = {name: _kept(name, row[name]) for name in columns.keep}
@@ -64,21 +68,52 @@ def _examples(source: Source, split: str, start: int, stop: int, labels: LabelMa
 
 def _example(i: int, row: Row, columns: Columns, kept: dict[str, Scalar]) -> Example:
     if columns.messages is not None:
-        return Example(i, messages=_messages(columns.messages, row[columns.messages]), kept=kept)
+        messages = read_messages(columns.messages, row[columns.messages])
+        return Example(i, messages=messages, tools=read_tools(TOOLS, row.get(TOOLS)), kept=kept)
     if columns.prompt is not None and columns.completion is not None:
-        prompt = _text(columns.prompt, row[columns.prompt], may_be_empty=True)
-        return Example(i, prompt_completion=(prompt, _text(columns.completion, row[columns.completion])), kept=kept)
+        return _prompt_and_completion(i, row, columns.prompt, columns.completion, kept)
     if columns.input_ids is not None:
         ids = _integers(columns.input_ids, row[columns.input_ids], lowest=0)
         if not ids:
             raise BadRowError(f"{columns.input_ids} is empty")
-        if columns.labels is None:
-            return Example(i, input_ids=ids, kept=kept)
-        token_labels = _token_labels(columns.labels, row[columns.labels], ids)
+        token_labels = None if columns.labels is None else _token_labels(columns.labels, row[columns.labels], ids)
+        if ATTENTION_MASK in row and columns.labels != ATTENTION_MASK:
+            part = _attended(ATTENTION_MASK, row[ATTENTION_MASK], ids)
+            ids, token_labels = ids[part], None if token_labels is None else token_labels[part]
         return Example(i, input_ids=ids, token_labels=token_labels, kept=kept)
     assert columns.text is not None  # one_input() saw to it
-    pair = None if columns.text_pair is None else _text(columns.text_pair, row[columns.text_pair])
-    return Example(i, text=_text(columns.text, row[columns.text]), text_pair=pair, kept=kept)
+    pair = None if columns.text_pair is None else read_text(columns.text_pair, row[columns.text_pair])
+    return Example(i, text=read_text(columns.text, row[columns.text]), text_pair=pair, kept=kept)
+
+
+def _prompt_and_completion(
+    i: int, row: Row, prompt_name: str, completion_name: str, kept: dict[str, Scalar]
+) -> Example:
+    """Two texts, or two lists of turns: one chat, of which the completion's turns are learnt."""
+    if not isinstance(row[prompt_name], list):
+        prompt = read_text(prompt_name, row[prompt_name], may_be_empty=True)
+        return Example(i, prompt_completion=(prompt, read_text(completion_name, row[completion_name])), kept=kept)
+    context = [dataclasses.replace(turn, learnt=False) for turn in read_messages(prompt_name, row[prompt_name])]
+    answer = read_messages(completion_name, row[completion_name])
+    return Example(i, messages=(*context, *answer), tools=read_tools(TOOLS, row.get(TOOLS)), kept=kept)
+
+
+def _attended(name: str, value: object, ids: tuple[int, ...]) -> slice:
+    """The tokens that are no padding, which may stand on either side of them."""
+    mask = _integers(
+        name, [int(m) if isinstance(m, bool) else m for m in value] if isinstance(value, list) else value, lowest=0
+    )
+    if len(mask) != len(ids) or set(mask) - {0, 1}:
+        raise BadRowError(
+            f"{name}: expected {len(ids)} times 0 or 1, one for each token, found {len(mask)} values of {sorted(set(mask))[:4]}"
+        )
+    if 1 not in mask:
+        raise BadRowError(f"{name}: expected a 1, found {len(mask)} times 0")
+    first, last = mask.index(1), len(mask) - 1 - mask[::-1].index(1)
+    if 0 in mask[first:last]:
+        hole = mask.index(0, first)
+        raise BadRowError(f"{name}[{hole}]: expected 0 at the beginning and the end alone, found 0 between two of 1")
+    return slice(first, last + 1)
 
 
 def _check_readable(row: Row) -> None:
@@ -86,41 +121,9 @@ def _check_readable(row: Row) -> None:
         raise BadRowError("text that is not valid UTF-8")
 
 
-def _text(name: str, value: object, *, may_be_empty: bool = False) -> str:
-    if value is None:
-        raise BadRowError(f"{name} is null")
-    if not isinstance(value, str):
-        raise BadRowError(f"{name}: expected text, found {_kind(value)}")
-    if not value and not may_be_empty:
-        raise BadRowError(f"{name} is empty")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise BadRowError(f"{name}: text that is not valid Unicode (a lone surrogate)") from None
-    return value
-
-
-def _messages(name: str, value: object) -> tuple[Message, ...]:
-    if value is None or value == []:
-        raise BadRowError(f"{name} is {'null' if value is None else 'empty'}")
-    if not isinstance(value, list):
-        raise BadRowError(f"{name}: expected a list of messages, found {_kind(value)}")
-    messages = []
-    for number, turn in enumerate(value):
-        where = f"{name}[{number}]"
-        if not isinstance(turn, dict):
-            raise BadRowError(f"{where}: expected {{role, content}}, found {_kind(turn)}")
-        if turn.get("tool_calls"):
-            raise BadRowError(f"{where}: tool calls, which are not supported")
-        role = _text(f"{where}.role", turn.get("role"))
-        messages.append(Message(role, _text(f"{where}.content", turn.get("content"), may_be_empty=True)))
-    return tuple(messages)
-
-
 def _integers(name: str, value: object, *, lowest: int) -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise BadRowError(f"{name} is null" if value is None else f"{name}: expected a list, found {_kind(value)}")
+        raise BadRowError(f"{name} is null" if value is None else f"{name}: expected a list, found {kind_of(value)}")
     if None in value:
         raise BadRowError(f"{name} holds a null")
     if value and (min(value) < lowest or max(value) > _MAX_TOKEN_ID):
@@ -141,8 +144,4 @@ def _token_labels(name: str, value: object, ids: tuple[int, ...]) -> tuple[int, 
 
 
 def _kept(name: str, value: object) -> Scalar:
-    return _text(name, value, may_be_empty=True) if isinstance(value, str) else cast(Scalar, value)
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
+    return read_text(name, value, may_be_empty=True) if isinstance(value, str) else cast(Scalar, value)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import SourceError
+from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Example
+from pipeline.tasks.chats import render_chat
+from pipeline.tasks.pieces import Vocabulary, read_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Document:
     """(T,) bool; the first is False, since nothing stands before it."""
     num_bytes: np.ndarray
     """(T,) int64."""
+    is_closed: bool = False
+    """Whether EOS ends it, but for white space after it."""
 
     @property
     def may_be_cut(self) -> bool:
@@ -40,7 +46,7 @@ class Document:
 
     def with_eos(self, eos_id: int) -> Document:
         """Closed by EOS, which is to be predicted where all of the text is."""
-        if self.input_ids[-1] == eos_id:
+        if self.is_closed or self.input_ids[-1] == eos_id:
             return self
         return Document(
             self.example,
@@ -55,18 +61,24 @@ def read_documents(
 ) -> Iterator[Document | BadRow]:
     """Tokenize each example by the kind of its input, at its full length.
 
+    Rows of token ids that begin or end in padding which is to be learnt are counted in a warning.
+
     Raises:
         SourceError: the chat template does not mark the assistant's tokens.
     """
+    vocabulary = read_vocabulary(tokenizer)
+    rows = padded = 0
     for example in examples:
+        rows += 1
         if isinstance(example, BadRow):
             yield example
             continue
         try:
-            document = _tokenize(example, tokenizer)
-        except jinja2.TemplateError as error:  # a template that wants turns to alternate, for one
-            yield BadRow(split, example.source_row, f"the chat template refuses it: {error}")
+            document = _tokenize(example, vocabulary)
+        except BadRowError as error:
+            yield BadRow(split, example.source_row, str(error))
             continue
+        padded += example.input_ids is not None and _learns_padding(document, tokenizer.pad_token_id)
         if len(document.input_ids) and int(document.input_ids.max()) >= len(tokenizer):
             yield BadRow(
                 split,
@@ -80,81 +92,101 @@ def read_documents(
             yield BadRow(split, example.source_row, "expected a token to predict, found none")
         else:
             yield document
+    if padded and rows > 1:  # one row alone is a trial
+        logger.warning(
+            "split %s: %d of %d rows begin or end in a run of the pad token %d, which is to be learnt as any other; add a "
+            "column attention_mask that is 0 there, or labels of %d",
+            split,
+            padded,
+            rows,
+            tokenizer.pad_token_id,
+            NO_LABEL,
+        )
 
 
-def _tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> Document:
+def _learns_padding(document: Document, pad_id: int | None) -> bool:
+    """Whether the first two or the last two tokens are padding, and one of them is predicted."""
+    ends = (slice(0, 2), slice(-2, None))
+    return any(bool((document.input_ids[end] == pad_id).all() and document.predicted[end].any()) for end in ends)
+
+
+def _tokenize(example: Example, vocabulary: Vocabulary) -> Document:
     if example.messages is not None:
-        return _from_chat(example, tokenizer)
+        return _from_chat(example, vocabulary)
     if example.prompt_completion is not None:
-        return _from_prompt(example, tokenizer)
+        return _from_prompt(example, vocabulary)
     if example.input_ids is not None:
         ids = np.asarray(example.input_ids, dtype=np.int32)
         labels = np.asarray(example.token_labels if example.token_labels is not None else example.input_ids)
-        return _document(example, tokenizer, ids, labels != NO_LABEL, None)
-    text = example.text or ""
-    encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
-    ids = np.asarray(encoded["input_ids"], dtype=np.int32)
-    num_bytes = _bytes_by_offset(text, encoded["offset_mapping"]) if tokenizer.is_fast else None
-    return _document(example, tokenizer, ids, np.ones(len(ids), dtype=bool), num_bytes)
+        return _document(example, ids, labels != NO_LABEL, vocabulary.bytes_of_ids(ids))
+    ids, num_bytes, _ = vocabulary.encode(example.text or "")
+    ids, num_bytes = vocabulary.enclose(ids, num_bytes)
+    return _document(example, ids, np.ones(len(ids), dtype=bool), num_bytes)
 
 
-def _from_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Document:
-    template = tokenizer.chat_template
-    if not isinstance(template, str) or "generation" not in template.replace("add_generation_prompt", ""):
+def _from_chat(example: Example, vocabulary: Vocabulary) -> Document:
+    tokenizer = vocabulary.tokenizer
+    text, spans = render_chat(example, tokenizer)
+    if not tokenizer.is_fast:
         raise SourceError(
-            "the tokenizer's chat template does not mark the assistant's tokens with {% generation %} ... {% endgeneration %}; "
-            "give one that does with --chat-template FILE.jinja (the README shows how)"
+            f"{tokenizer.name_or_path or 'the tokenizer'}: chats need a fast tokenizer, which knows the characters of each "
+            "token; give token ids with --input-ids-column"
         )
-    messages = [{"role": m.role, "content": m.content} for m in example.messages or ()]
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = np.asarray(encoded["input_ids"], dtype=np.int32)
-    mask = np.asarray(encoded["assistant_masks"], dtype=bool)
-    return _document(example, tokenizer, ids, mask, None)
+    ids, num_bytes, offsets = vocabulary.encode(text)
+    learnt = overlapping(offsets, spans)
+    twice = int(len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id)  # the template's, and the first turn's
+    ends = tokenizer.eos_token is not None and text.rstrip().endswith(str(tokenizer.eos_token))
+    document = _document(example, ids[twice:], learnt[twice:], num_bytes[twice:])
+    return dataclasses.replace(document, is_closed=ends)
 
 
-def _from_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> Document:
-    """Prompt and completion are tokenized apart, so that no token straddles the border; EOS ends the completion."""
+def overlapping(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> np.ndarray:
+    """(T,) bool: which tokens cover a character of a span.
+
+    A token without characters (white space whose offsets are trimmed, or an added space) covers those since the token
+    before, or the next one.
+    """
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    before = np.append(np.zeros(1, dtype=np.int64), np.maximum.accumulate(ends))[:-1]
+    starts = np.where(starts == ends, np.minimum(before, starts), starts)
+    ends = np.maximum(ends, starts + 1)
+    found = np.zeros(len(starts), dtype=bool)
+    for begin, end in spans:
+        found |= (starts < end) & (ends > begin)
+    return found
+
+
+def _from_prompt(example: Example, vocabulary: Vocabulary) -> Document:
+    """The completion's tokens are to be predicted, and EOS after them.
+
+    Prompt and completion are tokenized apart, so that no token straddles the border. Tokenizers that put a space in
+    front of a text would put one in front of the completion: there they are tokenized together, and a token belongs to
+    the completion where its first character that is not white space does.
+    """
     prompt, completion = example.prompt_completion or ("", "")
-    before = list(tokenizer(prompt)["input_ids"])
-    if before and before[-1] == tokenizer.eos_token_id:  # some tokenizers close what they are given
-        before.pop()
-    after = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id is not None:
-        after.append(tokenizer.eos_token_id)
-    ids = np.asarray(before + after, dtype=np.int32)
-    return _document(example, tokenizer, ids, np.arange(len(ids)) >= len(before), None)
+    if vocabulary.joins_words and vocabulary.tokenizer.is_fast:
+        text = prompt + completion
+        ids, num_bytes, offsets = vocabulary.encode(text)
+        first = next((i for i, offset in enumerate(offsets) if _first_letter(text, offset) >= len(prompt)), len(ids))
+        if first == len(ids):
+            raise BadRowError(
+                f"no token of the completion begins after the prompt: {len(ids)} tokens of the joined text, all of the prompt"
+            )
+        before, after = (ids[:first], num_bytes[:first]), (ids[first:], num_bytes[first:])
+    else:
+        before, after = vocabulary.encode(prompt)[:2], vocabulary.encode(completion)[:2]
+    before = vocabulary.open(*before)
+    after = vocabulary.close(*after)
+    ids = np.concatenate([before[0], after[0]])
+    return _document(example, ids, np.arange(len(ids)) >= len(before[0]), np.concatenate([before[1], after[1]]))
 
 
-def _document(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: np.ndarray,
-    predicted: np.ndarray,
-    num_bytes: np.ndarray | None,
-) -> Document:
+def _first_letter(text: str, offset: tuple[int, int]) -> int:
+    start, end = offset
+    return next((i for i in range(start, end) if not text[i].isspace()), start)
+
+
+def _document(example: Example, ids: np.ndarray, predicted: np.ndarray, num_bytes: np.ndarray) -> Document:
     predicted = predicted.copy()
     predicted[:1] = False
-    if num_bytes is None:
-        num_bytes = _bytes_by_decoding(tokenizer, ids)
     return Document(example, ids, predicted, num_bytes)
-
-
-def _bytes_by_offset(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """Bytes from the end of the token before to the end of this one: white space between tokens counts once."""
-    position = np.zeros(len(text) + 1, dtype=np.int64)  # character -> byte
-    code = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    position[1:] = np.cumsum(1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000))
-    ends = np.maximum.accumulate(np.asarray([end for _, end in offsets], dtype=np.int64))
-    return np.diff(position[ends], prepend=0)
-
-
-def _bytes_by_decoding(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> np.ndarray:
-    """Bytes of each token decoded by itself; special tokens stand for no text."""
-    special = set(tokenizer.all_special_ids)
-    texts = tokenizer.batch_decode([[int(i)] for i in ids], clean_up_tokenization_spaces=False)
-    return np.asarray(
-        [0 if int(i) in special else len(text.encode("utf-8", "replace")) for i, text in zip(ids, texts, strict=True)],
-        dtype=np.int64,
-    )

@@ -71,15 +71,15 @@ def test_columns_that_contradict_each_other(columns: Columns, message: str) -> N
             r"'text' .--messages-column.: expected lists of \{role, content\}, found text",
         ),
         (
-            data(chat=[[{"from": "human", "value": "hi"}]]),
+            data(chat=[[{"from": "human", "text": "hi"}]]),
             Columns(messages="chat"),
-            "found lists of structs of from, value; rename from and value to role and content",
+            "found lists of structs of from, text; name another column",
         ),
         (data(chat=[["a"]]), Columns(messages="chat"), "found lists of text; name another column"),
         (
-            data(p=CHAT, c=CHAT),
+            data(p=[["a"]], c=[["a"]]),
             Columns(prompt="p", completion="c"),
-            "'p' .--prompt-column.: expected text, found lists of structs of .*--messages-column",
+            "'p' .--prompt-column.: expected text, found lists of text",
         ),
         (data(ids=[[0.5]]), Columns(input_ids="ids"), "expected lists of integers, found lists of floats"),
         (

@@ -100,7 +100,7 @@ def test_bytes_that_are_not_utf8_in_a_file(tmp_path: Path) -> None:
 def test_chats() -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "name": "x"}]
     assert examples({"chat": [turns]}, Columns(messages="chat")) == [
-        Example(0, messages=(Message("user", "hi"), Message("assistant", "")))
+        Example(0, messages=(Message("user", "hi"), Message("assistant", "", {"name": "x"})))
     ]
     rows: dict[str, list[Any]] = {
         "chat": [
@@ -121,13 +121,102 @@ def test_chats() -> None:
         "chat[0].content is null",
         "chat[0].role is null",
         "chat[0].role is empty",
-        "chat[1]: tool calls, which are not supported",
+        None,
     ]
 
 
-def test_contents_in_parts_are_bad_rows() -> None:
-    parts = [[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]]
-    assert reasons({"chat": parts}, Columns(messages="chat")) == ["chat[0].content: expected text, found list"]
+def messages_of(*turns: dict[str, Any]) -> Any:
+    """The turns of one chat as they are read: from mixed JSON, so that no key is filled in."""
+    (found,) = examples({"chat": [json.loads(json.dumps(turns))]}, Columns(messages="chat"))
+    return found.reason if isinstance(found, BadRow) else found.messages
+
+
+def test_text_in_parts_is_joined_and_other_parts_are_bad_rows() -> None:
+    part = {"type": "text", "text": "hi"}
+    assert messages_of({"role": "user", "content": [part, {**part, "text": " you"}]}) == (Message("user", "hi you"),)
+    image = messages_of({"role": "user", "content": [part, {"type": "image", "text": None}]})
+    assert image == "chat[0].content[1]: expected {type: text, text}, found the keys type and the type image"
+
+
+def test_keys_beside_role_and_content_are_kept_for_the_template_and_nulls_are_absent() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert messages_of(
+        {"role": "user", "content": "hi", "reasoning_content": None},
+        {"role": "assistant", "content": "a", "reasoning_content": "why"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ) == (
+        Message("user", "hi"),
+        Message("assistant", "a", {"reasoning_content": "why"}),
+        Message("assistant", None, {"tool_calls": [call]}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "learnt"),
+    [({"weight": 0}, False), ({"weight": 1}, True), ({"train": False}, False), ({"train": True, "weight": 0}, False)],
+)
+def test_a_weight_of_0_makes_a_turn_context(keys: dict[str, Any], learnt: bool) -> None:
+    assert messages_of({"role": "assistant", "content": "a", **keys}) == (Message("assistant", "a", learnt=learnt),)
+
+
+def test_other_weights_are_bad_rows() -> None:
+    assert (
+        messages_of({"role": "assistant", "content": "a", "weight": 0.5})
+        == "chat[0].weight: expected 0 or 1, found '0.5'"
+    )
+
+
+def test_chats_as_sharegpt_writes_them() -> None:
+    assert messages_of(
+        {"from": "human", "value": "hi"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "three"},
+    ) == (
+        Message("user", "hi"),
+        Message("assistant", None, {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}),
+        Message("tool", "3"),
+        Message("assistant", "three"),
+    )
+    assert messages_of({"role": "gpt", "content": "a"}) == (Message("assistant", "a"),)
+
+
+def test_the_tools_of_a_chat_are_a_list_or_its_json_text() -> None:
+    chat = [[{"role": "assistant", "content": "a"}]] * 2
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for column in ([tools, []], [json.dumps(tools), ""]):
+        found = examples({"chat": chat, "tools": column}, Columns(messages="chat"))
+        assert [item.tools for item in found if isinstance(item, Example)] == [tuple(tools), None]
+    assert reasons({"chat": chat, "tools": ["f()", "{}"]}, Columns(messages="chat"))[0] == (
+        "tools: expected a list of tools or its JSON text, found other text"
+    )
+
+
+def test_prompts_and_completions_of_turns_are_one_chat() -> None:
+    turns = {"p": [[{"role": "assistant", "content": "q"}]], "c": [[{"role": "assistant", "content": "a"}]]}
+    assert examples(turns, Columns(prompt="p", completion="c")) == [
+        Example(0, messages=(Message("assistant", "q", learnt=False), Message("assistant", "a")))
+    ]
+
+
+def test_padding_is_left_out_by_the_attention_mask() -> None:
+    rows = {
+        "ids": [[5, 6, 0, 0], [0, 0, 5, 6], [5, 6], [5, 0, 6], [5, 6], [5, 6], [5, 6]],
+        "attention_mask": [[1, 1, 0, 0], [0, 0, 1, 1], [1, 1], [1, 0, 1], [0, 0], [1], [1, 2]],
+        "labels": [[5, 6, 0, 0], [0, 0, -100, 6], [5, 6], [5, 0, 6], [5, 6], [5, 6], [5, 6]],
+    }
+    found = examples(rows, Columns(input_ids="ids", labels="labels"))
+    assert [(e.input_ids, e.token_labels) for e in found[:3] if isinstance(e, Example)] == [
+        ((5, 6), (5, 6)),
+        ((5, 6), (-100, 6)),
+        ((5, 6), (5, 6)),
+    ]
+    assert [item.reason for item in found[3:] if isinstance(item, BadRow)] == [
+        "attention_mask[1]: expected 0 at the beginning and the end alone, found 0 between two of 1",
+        "attention_mask: expected a 1, found 2 times 0",
+        "attention_mask: expected 2 times 0 or 1, one for each token, found 1 values of [1]",
+        "attention_mask: expected 2 times 0 or 1, one for each token, found 2 values of [1, 2]",
+    ]
 
 
 def test_chats_of_mixed_types_from_a_file(tmp_path: Path) -> None:
@@ -144,7 +233,7 @@ def test_chats_of_mixed_types_from_a_file(tmp_path: Path) -> None:
     source = load_source(DataConfig(dataset=str(path), messages_column="chat"))
     assert list(read_examples(source, "train", 0, 5, None)) == [
         Example(0, messages=(Message("user", "3"),)),
-        BadRow("train", 1, "chat[0].content: expected text, found list"),
+        Example(1, messages=(Message("user", "hi"),)),
         BadRow("train", 2, "chat[1]: expected {role, content}, found str"),
         BadRow("train", 3, "chat: expected a list of messages, found str"),
         Example(4, messages=(Message("user", "café 😀"),)),

@@ -1,0 +1,90 @@
+"""Tiny tokenizers of the families that language models use, trained on the spot."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CORPUS = ["the cat sat on a mat 2+2= 4 it isn't 10 <|user|>"] * 5
+_BYTES = [f"<0x{i:02X}>" for i in range(256)]
+
+
+def _fast(raw: Any, **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", extra_special_tokens=["<|user|>"], **special
+    )
+
+
+def _byte_level(*, trimmed: bool = False, nfc: bool = False, prefix_space: bool = False) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    if nfc:
+        raw.normalizer = normalizers.NFC()
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>", "<|user|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(CORPUS, trainer)
+    if trimmed:
+        raw.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True)
+    elif not nfc:
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return _fast(raw, bos_token="<s>")
+
+
+def _metaspace(*, legacy: bool) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if legacy:
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(parts)
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>"]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*special, *_BYTES], show_progress=False)
+    raw.train_from_iterator(CORPUS, trainer)
+    content = json.loads(raw.to_str())  # byte tokens are ordinary tokens, as in Llama 2
+    content["added_tokens"] = content["added_tokens"][: len(special)]
+    raw = Tokenizer.from_str(json.dumps(content))
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return _fast(raw, bos_token="<s>", unk_token="<unk>")
+
+
+def _unigram() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.Unigram())
+    raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>", "<|user|>"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    raw.train_from_iterator(CORPUS, trainer)
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return _fast(raw, unk_token="<unk>")
+
+
+def _wordpiece() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    raw.decoder = decoders.WordPiece()
+    special = ["<pad>", "</s>", "<unk>", "<s>", "<|user|>"]
+    raw.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    )
+    raw.post_processor = processors.BertProcessing(("</s>", 1), ("<s>", 3))
+    return _fast(raw, bos_token="<s>", unk_token="<unk>")
+
+
+FAMILIES = {
+    "gpt2": _byte_level(),
+    "roberta": _byte_level(trimmed=True),
+    "qwen": _byte_level(nfc=True),
+    "prefix-space": _byte_level(prefix_space=True),
+    "llama2": _metaspace(legacy=True),
+    "mistral": _metaspace(legacy=False),
+    "t5": _unigram(),
+    "bert": _wordpiece(),
+}
