@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -25,12 +27,14 @@ from pipeline.errors import BadRowError, EncodingError, MisuseError
 from pipeline.models import tokenizer_info
 from pipeline.records import (
     NO_LABEL,
+    BadRow,
     CachedExample,
     Columns,
     Contract,
     Encoding,
     ModelInfo,
     Receipt,
+    Scalar,
     ShardPlan,
     SoftLabels,
     SourceInfo,
@@ -63,10 +67,12 @@ class LabelledRow:
     token_type_ids: Sequence[int] | np.ndarray | None = None
     text_bytes: int = 0
     split: str = "train"
+    kept: Mapping[str, Scalar] = field(default_factory=dict)
+    """Columns to copy into the cache, those of the first row, as text."""
 
 
 def write_cache(
-    rows: Iterable[LabelledRow],
+    rows: Iterable[LabelledRow | BadRow],
     output: str | Path,
     *,
     task: str,
@@ -79,6 +85,7 @@ def write_cache(
     source: str = "in-memory",
     rows_per_shard: int = 1000,
     seed: int = 0,
+    on_bad_row: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
 ) -> Cache:
     """Write a cache from labelled rows, as they come.
@@ -89,6 +96,7 @@ def write_cache(
         teacher: who made the logits: a name, or all that is known.
         num_classes: V; default: the tokenizer's vocabulary (token tasks), or the number of label names.
         max_length: the longest row that is allowed; default: the longest that comes.
+        on_bad_row: `skip`: a `BadRow` among the rows, and a row whose parts do not fit each other, is set aside.
 
     Returns:
         The finished cache. An iterator cannot be wound forward: a run that was stopped starts anew.
@@ -105,7 +113,13 @@ def write_cache(
     if not chosen.classes_are_tokens and label_names is None:
         label_names = tuple(f"LABEL_{i}" for i in range(classes))
     iterator = iter(rows)
-    first = next(iterator, None)
+    head: list[LabelledRow | BadRow] = []
+    first = None
+    for row in iterator:
+        head.append(row)
+        if isinstance(row, LabelledRow):
+            first = row
+            break
     if first is None:
         raise MisuseError("write_cache: expected rows, found none")
     schema = cache_schema(
@@ -115,6 +129,7 @@ def write_cache(
         token_type_ids=first.token_type_ids is not None,
         text=first.text is not None and not chosen.classes_are_tokens,
         text_pair=first.text_pair is not None,
+        kept=dict.fromkeys(first.kept, pa.string()),
     )
     info = (
         teacher
@@ -135,6 +150,7 @@ def write_cache(
         seed=seed,
         versions=library_versions(),
         columns=describe(schema),
+        on_bad_row=on_bad_row,
     )
     if is_url(str(output)):
         raise MisuseError(f"{redact(str(output))}: write_cache and import write to a directory; push it from there")
@@ -143,20 +159,20 @@ def write_cache(
         raise MisuseError(f"{output}: holds a finished cache; use another output, or overwrite=True")
     _drop_shards(layout)
     plans, longest = [], 2
-    for split, numbered in _by_split(itertools.chain([first], iterator)):
+    for split, numbered in _by_split(itertools.chain(head, iterator)):
         for number in itertools.count():
             part = list(itertools.islice(numbered, rows_per_shard))
             if not part:
                 break
             plan = ShardPlan(f"{split}-{number:05d}", split, part[0][0], part[-1][0] + 1)
-            cached = [_cached(chosen, row, i, contract, seed) for i, row in part]
-            longest = max(longest, *(row.example.num_tokens for row in cached))
+            cached, bad = _split_bad(chosen, part, contract, seed)
+            longest = max([longest, *(row.example.num_tokens for row in cached)])
             if max_length is not None and longest > max_length:
                 raise BadRowError(
                     f"rows {plan.start} to {plan.stop - 1}: expected at most {max_length} tokens, found {longest}; set max_length"
                 )
             written = write_shard(layout.shard(plan.name), plan, cached, schema)
-            record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0))
+            record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0, bad))
             plans.append(plan)
     contract = dataclasses.replace(contract, tokenization=Tokenization(max_length or longest))
     return finish(layout, Plan(contract, tuple(plans)))
@@ -208,7 +224,31 @@ def top_soft_labels(
     )
 
 
-def _by_split(rows: Iterable[LabelledRow]) -> Iterator[tuple[str, Iterator[tuple[int, LabelledRow]]]]:
+def _split_bad(
+    task: Task, part: Iterable[tuple[int, LabelledRow | BadRow]], contract: Contract, seed: int
+) -> tuple[list[CachedExample], tuple[BadRow, ...]]:
+    """The rows of a shard, and those that are set aside.
+
+    Raises:
+        BadRowError: the first that is bad, where the contract says stop.
+    """
+    cached: list[CachedExample] = []
+    bad: list[BadRow] = []
+    for number, row in part:
+        try:
+            if isinstance(row, BadRow):
+                raise BadRowError(row.reason)
+            cached.append(_cached(task, row, number, contract, seed))
+        except BadRowError as error:
+            if contract.on_bad_row == "stop":
+                raise
+            bad.append(BadRow(row.split, number, " ".join(str(error).split())))
+    return cached, tuple(bad)
+
+
+def _by_split(
+    rows: Iterable[LabelledRow | BadRow],
+) -> Iterator[tuple[str, Iterator[tuple[int, LabelledRow | BadRow]]]]:
     seen: set[str] = set()
     for split, group in itertools.groupby(rows, key=lambda row: row.split):
         if not NAME.fullmatch(split):
@@ -242,6 +282,7 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
         text=row.text,
         text_pair=row.text_pair,
         text_bytes=row.text_bytes,
+        kept=row.kept,
     )
     labels = torch.from_numpy(task.hard_labels(example))
     tokens = contract.tokenizer.vocabulary_size

@@ -81,6 +81,12 @@ class ImportConfig:
         "How DistillKit has packed its Parquet. Default: compression_config.yaml beside the first file.", None
     )
     max_length: int | None = option("Longest row in tokens that is allowed. Default: the longest that comes.", None)
+    requests: str | None = option(
+        "Input file of a batch (custom_id and body a line), where the answers do not hold their prompts.", None
+    )
+    on_bad_row: Literal["stop", "skip"] = option(
+        "What to do with a failed request, or with a row that cannot be used.", "stop"
+    )
     overwrite: bool = option("Delete what the output directory holds and start anew.", False)
 
     def __post_init__(self) -> None:

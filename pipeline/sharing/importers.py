@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache
-from pipeline.capture import LabelledRow, top_soft_labels, write_cache
+from pipeline.capture import LabelledRow, write_cache
 from pipeline.config import ImportConfig
-from pipeline.errors import BadRowError, EncodingError, PipelineError, SourceError
+from pipeline.errors import BadRowError, PipelineError, SourceError
 from pipeline.models import load_tokenizer
-from pipeline.records import TeacherScores, TopK
+from pipeline.records import BadRow, TopK
 from pipeline.sharing.distillkit import CONFIG_NAME, PackedLayout, load_layout
-from pipeline.sharing.responses import Response, read_response
-from pipeline.sharing.tables import TopEntries, is_table, labelled, read_entries, read_parquet, shift_differences
+from pipeline.sharing.entries import TopEntries, labelled, shift_differences
+from pipeline.sharing.responses import needs_template, read_responses
+from pipeline.sharing.tables import is_table, read_entries, read_parquet
+
+logger = logging.getLogger(__name__)
 
 #: Rows, or positions, from which the shift is told, and the standard errors by which one must win.
 _PROBED_ROWS, _PROBED_POSITIONS = 200, 20_000
@@ -46,6 +50,8 @@ def run(config: ImportConfig) -> Cache:
         position_zero=config.position_zero,
         compression_config=config.compression_config,
         max_length=config.max_length,
+        requests=config.requests,
+        on_bad_row=config.on_bad_row,
         overwrite=config.overwrite,
     )
 
@@ -61,6 +67,8 @@ def import_responses(
     position_zero: Literal["auto", "empty", "filled"] = "auto",
     compression_config: str | Path | None = None,
     max_length: int | None = None,
+    requests: str | Path | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
 ) -> Cache:
     """Write a `top-k` cache from a server's responses, or from rows that hold top log-probabilities.
@@ -71,6 +79,8 @@ def import_responses(
         position_zero: whether entry j speaks of token j (`empty`: the first has nothing before it), or of the token after it (`filled`).
             `auto` compares the weight of the token that does follow under both, over the first rows.
         compression_config: how DistillKit has packed; default: `compression_config.yaml` beside the first file.
+        requests: the input file of a batch, where the answers do not hold their prompts; told by `custom_id`.
+        on_bad_row: `skip`: a failed request, and a row that cannot be used, is set aside and listed in `reports/bad-rows.tsv`.
 
     Returns:
         The cache. Residual mass is known at temperature 1 only, so students train at 1.
@@ -80,41 +90,51 @@ def import_responses(
         BadRowError: a row whose log-probabilities are no distribution.
     """
     paths = _expand(files)
-    entries = _read(paths, tokenizer, _layout(paths, compression_config))
-    head: list[tuple[str, Response | TopEntries]] = []
+    entries = _read(paths, tokenizer, _layout(paths, compression_config), _read_requests(requests))
+    head: list[tuple[str, TopEntries | PipelineError]] = []
+    known: list[TopEntries] = []
     positions = 0
     for item in entries:
         head.append(item)
-        positions += len(item[1].input_ids)
-        if len(head) >= _PROBED_ROWS or positions >= _PROBED_POSITIONS:
+        if isinstance(item[1], TopEntries):
+            known.append(item[1])
+            positions += len(item[1].input_ids)
+        elif on_bad_row == "stop":
+            raise item[1]
+        if len(known) >= _PROBED_ROWS or positions >= _PROBED_POSITIONS:
             break
     if not head:
         raise SourceError("expected responses, or rows of a table, found none")
-    empty = tell_shift([entry for _, entry in head]) if position_zero == "auto" else position_zero == "empty"
-    first = head[0][1]
-    k = top_k or (_RESPONSE_TOP_K if isinstance(first, Response) else first.ids.shape[1])
-    rows = (_row(where, entry, empty, k, tokenizer, split) for where, entry in itertools.chain(head, entries))
+    if not known:
+        raise SourceError(f"no row is left, every one was set aside; the first: {head[0][1]}")
+    empty = tell_shift(known) if position_zero == "auto" else position_zero == "empty"
+    first = known[0]
+    k = top_k or (_RESPONSE_TOP_K if first.served is not None else first.ids.shape[1])
+    rows = (
+        _row(where, entry, empty, k, tokenizer, split, max_length) for where, entry in itertools.chain(head, entries)
+    )
     return write_cache(
-        rows,
+        _rows(rows, split, on_bad_row),
         output,
         task="causal-lm",
         tokenizer=tokenizer,
         encoding=TopK(k, (1.0,)),
         teacher=teacher,
         max_length=max_length,
-        source="responses" if isinstance(first, Response) else "top log-probabilities",
-        rows_per_shard=max(1, min(1000, _SHARD_ENTRIES * len(head) // (positions * k))),
+        source="responses" if first.served is not None else "top log-probabilities",
+        rows_per_shard=max(1, min(1000, _SHARD_ENTRIES * len(known) // max(1, positions * k))),
+        on_bad_row=on_bad_row,
         overwrite=overwrite,
     )
 
 
-def tell_shift(entries: Iterable[Response | TopEntries]) -> bool:
+def tell_shift(entries: Iterable[TopEntries]) -> bool:
     """Whether entry j speaks of token j (True), or of token j + 1: the one under which the tokens that follow weigh more.
 
     Raises:
         SourceError: neither wins by 4 paired standard errors.
     """
-    parts = [shift_differences(each) if isinstance(each, TopEntries) else _differences(each) for each in entries]
+    parts = [shift_differences(each) for each in entries]
     values = np.concatenate(parts) if parts else np.zeros(0)
     spread = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     lead = float(values.mean()) / spread if len(values) and spread > 0 else 0.0
@@ -124,17 +144,6 @@ def tell_shift(entries: Iterable[Response | TopEntries]) -> bool:
             "say it with --position-zero empty (vLLM, OpenAI) or filled (DistillKit)"
         )
     return lead > 0
-
-
-def _differences(response: Response) -> np.ndarray:
-    """(M,): by how much the token at an entry's place weighs more in it than the token after that."""
-    differences = []
-    for j, entry in enumerate(response.entries):
-        at = response.first + j
-        if entry and 0 < at < len(response.input_ids) - 1:
-            here, after = (math.exp(entry.get(response.input_ids[i], -math.inf)) for i in (at, at + 1))
-            differences.append(here - after)
-    return np.asarray(differences, dtype=np.float64)
 
 
 def _expand(files: Iterable[str | Path]) -> list[Path]:
@@ -160,83 +169,150 @@ def _layout(paths: list[Path], given: str | Path | None) -> PackedLayout | None:
 
 
 def _read(
-    paths: Iterable[Path], tokenizer: PreTrainedTokenizerBase, layout: PackedLayout | None
-) -> Iterator[tuple[str, Response | TopEntries]]:
+    paths: Iterable[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    layout: PackedLayout | None,
+    requests: Mapping[str, Mapping[str, Any]] | None,
+) -> Iterator[tuple[str, TopEntries | PipelineError]]:
+    """Rows as they come, and an error in the place of a line that is none."""
+    templated: set[str] = set()
     for path in paths:
         if path.suffix == ".parquet":
             for number, row in enumerate(read_parquet(path)):
                 where = f"{path.name} row {number}"
-                yield where, _told(where, partial(read_entries, row, tokenizer, layout))
+                yield from _told(where, partial(_of_table, row, tokenizer, layout))
             continue
         try:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         where = f"{path.name} line {number}"
-                        yield where, _told(where, partial(_parse, line, tokenizer, layout))
+                        yield from _told(where, partial(_parse, line, tokenizer, layout, requests, templated))
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"{path}: cannot be read ({error})") from None
 
 
-def _told(where: str, read: Callable[[], Response | TopEntries]) -> Response | TopEntries:
+def _told(where: str, read: Callable[[], list[TopEntries]]) -> Iterator[tuple[str, TopEntries | PipelineError]]:
     """What is read, or an error that says where."""
     try:
-        return read()
+        found = read()
+    except BadRowError as error:
+        yield where, BadRowError(f"{where}: {error}")
     except PipelineError as error:
-        raise SourceError(f"{where}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{where}: not a response of a known layout: {type(error).__name__}: {error}") from None
+        yield where, SourceError(f"{where}: {error}")
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        pa.ArrowException,
+    ) as error:
+        said = f"{type(error).__name__}: {error}"
+        yield where, SourceError(f"{where}: not a response of a known layout: {said}")
+    else:
+        several = len(found) > 1
+        yield from ((f"{where} choice {i}" if several else where, each) for i, each in enumerate(found))
 
 
-def _parse(line: str, tokenizer: PreTrainedTokenizerBase, layout: PackedLayout | None) -> Response | TopEntries:
+def _of_table(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, layout: PackedLayout | None
+) -> list[TopEntries]:
+    return [read_entries(row, tokenizer, layout)]
+
+
+def _parse(
+    line: str,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: PackedLayout | None,
+    requests: Mapping[str, Mapping[str, Any]] | None,
+    templated: set[str],
+) -> list[TopEntries]:
     content = json.loads(line)
     if not isinstance(content, dict):
         raise SourceError(f"expected an object, found {type(content).__name__}")
-    return read_entries(content, tokenizer, layout) if is_table(content) else read_response(content, tokenizer)
+    if is_table(content):
+        return _of_table(content, tokenizer, layout)
+    rows = list(read_responses(content, tokenizer, requests))
+    if not templated and needs_template(content):
+        templated.add("said")
+        logger.warning(
+            "answers without prompt_token_ids: their prompts are tokenised with the chat template of %s",
+            tokenizer.name_or_path or "--tokenizer",
+        )
+    return rows
+
+
+def _read_requests(path: str | Path | None) -> dict[str, Mapping[str, Any]] | None:
+    """`custom_id` -> body, of the input file of a batch.
+
+    Raises:
+        SourceError: it cannot be read, or a line that is no request.
+    """
+    if path is None:
+        return None
+    requests: dict[str, Mapping[str, Any]] = {}
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                content = json.loads(line)
+                if (
+                    not isinstance(content, dict)
+                    or "custom_id" not in content
+                    or not isinstance(content.get("body"), dict)
+                ):
+                    raise SourceError(f"{path} line {number}: expected a request with custom_id and body")
+                name = str(content["custom_id"])
+                if name in requests:
+                    raise SourceError(f"{path} line {number}: custom_id {name!r} is there twice")
+                requests[name] = content["body"]
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: cannot be read ({error})") from None
+    return requests
 
 
 def _row(
-    where: str, entry: Response | TopEntries, empty: bool, top_k: int, tokenizer: PreTrainedTokenizerBase, split: str
-) -> LabelledRow:
+    where: str,
+    entry: TopEntries | PipelineError,
+    empty: bool,
+    top_k: int,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    max_length: int | None,
+) -> LabelledRow | PipelineError:
     """Entries moved to the position that made them; a position without an entry is not supervised."""
-    if isinstance(entry, Response):
-        return _of_response(where, entry, empty, top_k, tokenizer, split)
+    if isinstance(entry, PipelineError):
+        return entry
+    if max_length is not None and len(entry.input_ids) > max_length:
+        return BadRowError(
+            f"{where}: expected at most {max_length} tokens, found {len(entry.input_ids)}; set --max-length"
+        )
     try:
         return labelled(entry, empty=empty, top_k=top_k, tokenizer=tokenizer, split=split)
     except BadRowError as error:
-        raise BadRowError(f"{where}: {error}") from None
+        return BadRowError(f"{where}: {error}")
 
 
-def _of_response(
-    where: str, response: Response, empty: bool, top_k: int, tokenizer: PreTrainedTokenizerBase, split: str
-) -> LabelledRow:
-    ids = response.input_ids
-    supervised = np.zeros(len(ids), dtype=bool)
-    kept_ids: list[list[int]] = []
-    kept: list[list[float]] = []
-    nll: list[float] = []
-    for j, entry in enumerate(response.entries):
-        position = response.first + j - (1 if empty else 0)
-        if not entry or not 0 <= position < len(ids) - 1:
-            continue
-        best = sorted(entry.items(), key=lambda item: -item[1])[:top_k]
-        if len(best) < top_k:
-            raise BadRowError(
-                f"{where}: position {position}: expected {top_k} log-probabilities, found {len(best)}; set --top-k to what the server returned"
-            )
-        supervised[position] = True
-        kept_ids.append([token for token, _ in best])
-        kept.append([value for _, value in best])
-        nll.append(-entry.get(ids[position + 1], math.nan))
-    if not kept:
-        raise BadRowError(f"{where}: no position has log-probabilities")
-    try:
-        soft = top_soft_labels(kept_ids, kept, len(tokenizer), k=top_k)
-    except EncodingError as error:
-        raise BadRowError(f"{where}: {error}") from None
-    predicted = [token for token, known in zip(ids[1:], supervised, strict=False) if known]
-    text = str(tokenizer.decode(predicted, skip_special_tokens=True))
-    scores = TeacherScores(torch.tensor(nll), torch.full((len(nll),), math.nan))
-    return LabelledRow(
-        ids, soft_labels=soft, scores=scores, supervised=supervised, text_bytes=len(text.encode()), split=split
-    )
+def _rows(
+    found: Iterable[LabelledRow | PipelineError], split: str, on_bad_row: Literal["stop", "skip"]
+) -> Iterator[LabelledRow | BadRow]:
+    """Rows, and those that are set aside with their reasons.
+
+    Raises:
+        PipelineError: the first that is bad, under `stop`; the first of all, where there is no other row.
+    """
+    good, first = False, None
+    for number, row in enumerate(found):
+        if isinstance(row, PipelineError):
+            if on_bad_row == "stop":
+                raise row
+            first = first or row
+            yield BadRow(split, number, " ".join(str(row).split()))
+        else:
+            good = True
+            yield row
+    if not good and first is not None:
+        raise SourceError(f"no row is left, every one was set aside; the first: {first}")

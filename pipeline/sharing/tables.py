@@ -13,22 +13,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.capture import LabelledRow
 from pipeline.errors import BadRowError, SourceError
-from pipeline.records import NO_LABEL, SoftLabels, TeacherScores, TopK
+from pipeline.records import NO_LABEL
 from pipeline.sharing.distillkit import PackedLayout, unpack
+from pipeline.sharing.entries import TopEntries
 from pipeline.sharing.responses import token_id
-from pipeline.softlabels.ragged import offsets_of
 
 _PACKED = ("compressed_logprobs", "bytepacked_indices")
 _LEGACY = ("packed_indices", "exact_values", "coeffs")
@@ -37,20 +34,8 @@ _LISTS = ("top_logprobs", "logprobs")
 
 #: Rows of a Parquet file that are read at once.
 _ROWS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class TopEntries:
-    """T tokens and L entries: entry j belongs to token j or to the one after it (see `import_responses`)."""
-
-    input_ids: np.ndarray
-    """(T,) int64."""
-    ids: np.ndarray
-    """(L, K) int64."""
-    logprobs: np.ndarray
-    """(L, K) float64, nats; -inf where there is none."""
-    learnt: np.ndarray
-    """(T,) bool: which tokens are to be learnt."""
+#: By how much the log-probabilities of a fit may pass 0.
+_FIT_ABOVE_ZERO = 1.0
 
 
 def is_table(columns: Iterable[str]) -> bool:
@@ -86,10 +71,10 @@ def read_entries(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, lay
     """
     if row.get("input_ids") is None:
         raise SourceError(f"expected input_ids beside the log-probabilities, found {', '.join(sorted(row))}")
-    tokens = _vector(row["input_ids"])
+    tokens = _vector("input_ids", row["input_ids"])
     learnt = np.ones(len(tokens), dtype=bool)
     if row.get("labels") is not None:
-        learnt = _vector(row["labels"]) != NO_LABEL
+        learnt = _vector("labels", row["labels"]) != NO_LABEL
     if _has(row, _LEGACY):
         raise SourceError(
             "the legacy layout of DistillKit (packed_indices, exact_values, coeffs) may hold logits up to a constant, so that the mass outside is not known; "
@@ -100,109 +85,54 @@ def read_entries(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, lay
             raise SourceError(
                 "packed by DistillKit: give the file that says how, with --compression-config compression_config.yaml"
             )
-        values, classes = (_matrix(row[name], fill=0).astype(np.uint8) for name in _PACKED)
+        values, classes = (_packed(name, row[name]) for name in _PACKED)
         ids, logprobs = unpack(values, classes, layout)
+        _check_fit(logprobs)
         logprobs = logprobs - np.log(
             np.maximum(np.exp(logprobs).sum(-1, keepdims=True), 1.0)
         )  # a fit may pass a mass of 1
+        blank = np.zeros(len(ids), dtype=bool)
     else:
-        ids, logprobs = _unpacked(row, tokenizer)
+        ids, logprobs, blank = _unpacked(row, tokenizer)
     if len(learnt) != len(tokens) or not len(tokens) - 1 <= len(logprobs) <= len(tokens) or ids.shape != logprobs.shape:
         raise SourceError(
             f"expected an entry for each of {len(tokens)} tokens, or for each but one, found {len(logprobs)} of log-probabilities and {len(ids)} of ids"
         )
-    return TopEntries(tokens, ids, logprobs, learnt)
+    return TopEntries(tokens, ids, logprobs, learnt, blank)
 
 
-def shift_differences(entries: TopEntries) -> np.ndarray:
-    """(M,): by how much the token at an entry's place weighs more in it than the token after that."""
-    at = np.arange(1, min(len(entries.ids), len(entries.input_ids) - 1))
-    weights = np.exp(entries.logprobs[at])
-    here, after = ((weights * (entries.ids[at] == entries.input_ids[at + shift][:, None])).sum(-1) for shift in (0, 1))
-    return np.asarray(here - after)
-
-
-def labelled(
-    entries: TopEntries, *, empty: bool, top_k: int, tokenizer: PreTrainedTokenizerBase, split: str
-) -> LabelledRow:
-    """The entries at the positions that made them; a position without an entry is not supervised.
-
-    Raises:
-        BadRowError: no position is left, or one that holds no distribution.
-    """
-    tokens = entries.input_ids
-    position = np.arange(len(entries.ids)) - (1 if empty else 0)
-    usable = (position >= 0) & (position < len(tokens) - 1) & np.isfinite(entries.logprobs).any(-1)
-    usable[usable] &= entries.learnt[position[usable] + 1]
-    if not usable.any():
-        raise BadRowError("no position has log-probabilities")
-    position = position[usable]
-    order = np.argsort(-entries.logprobs[usable], axis=-1, kind="stable")
-    ids = np.take_along_axis(entries.ids[usable], order, -1)
-    logprobs = np.take_along_axis(entries.logprobs[usable], order, -1)
-    following = tokens[position + 1]
-    hit = ids == following[:, None]
-    nll = np.where(hit.any(-1), -logprobs[np.arange(len(ids)), hit.argmax(-1)], np.nan)
-    nll[np.isinf(nll)] = np.nan
-    supervised = np.zeros(len(tokens), dtype=bool)
-    supervised[position] = True
-    text = str(tokenizer.decode(following.tolist(), skip_special_tokens=True))
-    scores = TeacherScores(torch.from_numpy(nll).float(), torch.full((len(nll),), torch.nan))
-    soft = _soft_labels(ids[:, :top_k], logprobs[:, :top_k], len(tokenizer), top_k, position)
-    return LabelledRow(
-        tokens, soft_labels=soft, scores=scores, supervised=supervised, text_bytes=len(text.encode()), split=split
-    )
-
-
-def _soft_labels(ids: np.ndarray, logprobs: np.ndarray, num_classes: int, k: int, position: np.ndarray) -> SoftLabels:
-    """(N, K) classes by falling probability -> soft labels; the mass outside is 1 - sum(p), all that is known of it."""
-    known = np.isfinite(logprobs)
-    wrong = known & ((ids < 0) | (ids >= num_classes))
-    apart = np.where(known, ids, -1 - np.arange(ids.shape[1]))  # what is missing is no class twice
-    twice = (np.diff(np.sort(apart, -1), axis=-1) == 0).any(-1)
-    mass = np.where(known, np.exp(logprobs), 0.0).sum(-1)
-    for bad, what in (
-        (wrong.any(-1), f"class ids of 0 to {num_classes - 1}, the tokenizer's"),
-        (twice, "each class once"),
-        (mass > 1.01, "log-probabilities of a mass of at most 1"),
-    ):
-        if bad.any():
-            n = int(bad.argmax())
-            raise BadRowError(
-                f"position {position[n]}: expected {what}, found {ids[n][:8].tolist()}, mass {mass[n]:.3f}"
+def _unpacked(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(L, K) ids and log-probabilities of the layouts that hold them as they are, and (L,) which entries are empty."""
+    for names in _PAIRS:
+        if _has(row, names):
+            (ids, counts), (values, others) = (
+                _matrix(row[name], fill=fill) for name, fill in zip(names, (-1, -np.inf), strict=True)
             )
-    counts = torch.from_numpy(known.sum(-1))
-    residual = torch.from_numpy(np.log(np.maximum(1 - mass, np.finfo(np.float64).tiny))).float()
-    return SoftLabels(
-        TopK(k, (1.0,)),
-        num_classes,
-        top_offsets=offsets_of(counts),
-        top_ids=torch.from_numpy(ids[known]),
-        top_logprobs=torch.from_numpy(logprobs[known]).float(),
-        tail_offsets=torch.zeros(len(counts) + 1, dtype=torch.int64),
-        tail_ids=torch.zeros(0, dtype=torch.int64),
-        log_residuals=residual.masked_fill(torch.from_numpy(mass >= 1) | (counts == num_classes), -torch.inf).unsqueeze(
-            -1
-        ),
-    )
-
-
-def _unpacked(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """(L, K) ids and log-probabilities of the layouts that hold them as they are."""
-    for id_name, value_name in _PAIRS:
-        if _has(row, (id_name, value_name)):
-            return _matrix(row[id_name], fill=0).astype(np.int64), _matrix(row[value_name], fill=-np.inf)
+            if len(counts) == len(others) and (counts != others).any():
+                j = int((counts != others).argmax())
+                raise SourceError(
+                    f"entry {j}: expected as many {names[0]} as {names[1]}, found {max(counts[j], 0)} and {max(others[j], 0)}"
+                )
+            return _whole(names[0], ids), values.astype(np.float64), counts == 0
     name = next((name for name in _LISTS if row.get(name) is not None), None)
     if name is None:
         raise SourceError(
             f"expected compressed_logprobs and bytepacked_indices, token_ids and top_values, target_token_ids and logprobs, or logprobs, found {', '.join(sorted(row))}"
         )
     lists = row[name].to_pylist() if isinstance(row[name], pa.Array) else row[name]
-    ids, values = [], []
-    for entry in lists:
-        ids.append([_id(item, tokenizer) for item in entry or ()])
-        values.append([float(item["logprob"]) for item in entry or ()])
-    return _matrix(ids, fill=0).astype(np.int64), _matrix(values, fill=-np.inf)
+    pairs = [None if entry is None else [_pair(j, item, tokenizer) for item in entry] for j, entry in enumerate(lists)]
+    ids, _ = _matrix([pair and [token for token, _ in pair] for pair in pairs], fill=-1)
+    values, counts = _matrix([pair and [value for _, value in pair] for pair in pairs], fill=-np.inf)
+    return _whole(name, ids), values.astype(np.float64), counts == 0
+
+
+def _pair(j: int, item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, float]:
+    try:
+        return _id(item, tokenizer), float(item["logprob"])
+    except SourceError as error:
+        raise SourceError(f"entry {j}: {error}") from None
+    except (TypeError, ValueError, KeyError):
+        raise SourceError(f"entry {j}: expected {{logprob, token}}, found {str(item)[:80]}") from None
 
 
 def _id(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -214,22 +144,76 @@ def _has(row: Mapping[str, Any], names: Sequence[str]) -> bool:
     return all(row.get(name) is not None for name in names)
 
 
-def _vector(values: Any) -> np.ndarray:
+def _vector(name: str, values: Any) -> np.ndarray:
+    """(T,) int64."""
     array = values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else np.asarray(values)
-    return np.asarray(array.astype(np.int64))
+    if array.ndim != 1:
+        raise SourceError(f"{name}: expected a list of integers, found {array.ndim} dimensions")
+    return _whole(name, array)
 
 
-def _matrix(values: Any, *, fill: float) -> np.ndarray:
-    """L lists -> (L, K) float64, or of their own type where all are of one length; shorter ones are filled up."""
+def _whole(name: str, array: np.ndarray) -> np.ndarray:
+    """The same as int64.
+
+    Raises:
+        SourceError: something is no whole number; the place of the first is named.
+    """
+    if array.size == 0 or array.dtype.kind in "iu":
+        return np.asarray(array.astype(np.int64))
+    numbers = np.asarray(array.astype(np.float64))
+    wrong = ~(np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**53))
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise SourceError(f"{name}: entry {at[0]}: expected whole numbers, found {array[at]}")
+    return numbers.astype(np.int64)
+
+
+def _packed(name: str, values: Any) -> np.ndarray:
+    """(L, B) uint8: the bytes of each position.
+
+    Raises:
+        SourceError: positions of several lengths, or what is no byte.
+    """
+    matrix, counts = _matrix(values, fill=0)
+    if len(counts) and (counts != counts[0]).any():
+        j = int((counts != counts[0]).argmax())
+        raise SourceError(f"{name}: entry {j}: expected {counts[0]} bytes, as in the first, found {max(counts[j], 0)}")
+    whole = _whole(name, matrix)
+    wrong = (whole < 0) | (whole > 255)
+    if wrong.any():
+        j, i = np.argwhere(wrong)[0]
+        raise SourceError(f"{name}: entry {j}: expected bytes of 0 to 255, found {whole[j, i]}")
+    return whole.astype(np.uint8)
+
+
+def _check_fit(logprobs: np.ndarray) -> None:
+    """(L, K) unpacked: a fit may pass 0 by a little, a logit or what is no number does not."""
+    wrong = np.isnan(logprobs) | (logprobs > _FIT_ABOVE_ZERO)
+    if wrong.any():
+        j, i = np.argwhere(wrong)[0]
+        raise BadRowError(
+            f"entry {j}: expected packed log-probabilities of at most 0, found {logprobs[j, i]:.4g}; are they logits, or packed with other settings?"
+        )
+
+
+def _matrix(values: Any, *, fill: float) -> tuple[np.ndarray, np.ndarray]:
+    """L lists -> (L, K), and (L,) how many each has, -1 for null. Shorter lists and nulls in them are filled up."""
     if isinstance(values, pa.Array):
-        counts = values.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-        flat = values.flatten().to_numpy(zero_copy_only=False)
+        missing = values.is_null().to_numpy(zero_copy_only=False)
+        lists = values.cast(pa.large_list(values.type.value_type))
+        counts = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        inner = lists.flatten()
+        if inner.null_count:
+            inner = inner.cast(pa.float64()).fill_null(fill)
+        flat = inner.to_numpy(zero_copy_only=False)
     else:
+        missing = np.asarray([value is None for value in values], dtype=bool)
         counts = np.asarray([len(value or ()) for value in values], dtype=np.int64)
-        flat = np.asarray([item for value in values for item in value or ()])
+        flat = np.asarray([fill if item is None else item for value in values for item in value or ()])
     width = int(counts.max(initial=0))
-    if (counts == width).all():
-        return np.asarray(flat.reshape(len(counts), width))
     out = np.full((len(counts), width), fill, dtype=np.float64)
-    out[np.arange(width) < counts[:, None]] = flat
-    return out
+    if (counts == width).all():
+        out = np.asarray(flat.reshape(len(counts), width))
+    else:
+        out[np.arange(width) < counts[:, None]] = flat
+    return out, np.where(missing, -1, counts)

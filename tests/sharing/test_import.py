@@ -167,9 +167,9 @@ def test_lines_that_are_no_response_are_named(tmp_path, answers, lm_tokenizer, l
 
 
 def test_a_shift_that_cannot_be_told_is_asked_for(tmp_path, lm_tokenizer):
-    unrelated = {str(token): -2.0 for token in range(100, 105)}
+    both = {str(token): -2.0 for token in range(20, 25)}
     (tmp_path / "r.jsonl").write_text(
-        json.dumps({"prompt_logprobs": [None] + [unrelated] * 8, "prompt_token_ids": list(range(20, 29))})
+        json.dumps({"prompt_logprobs": [None] + [both] * 8, "prompt_token_ids": [20, 21, 22, 23, 24, 20, 21, 22, 23]})
     )
     settings = {"tokenizer": lm_tokenizer, "teacher": "t", "top_k": K}
     with pytest.raises(SourceError, match="--position-zero"):
