@@ -108,8 +108,8 @@ class TokenizedExample:
     text_bytes: int = 0
     """UTF-8 bytes of the text that the supervised positions predict."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
-    cut_tokens: int = 0
-    """Tokens of the source row that were cut off; not stored."""
+    cut: tuple[int, ...] = ()
+    """Tokens that were cut off, of each source row in it that lost some; not stored."""
 
     @property
     def num_tokens(self) -> int:

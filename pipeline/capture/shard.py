@@ -182,8 +182,8 @@ class _ShardLabels:
             forward_seconds=round(self.forward_seconds, 3),
             bad_rows=tuple(sorted(tokens.bad, key=lambda row: row.source_row)),
             fidelity=None if self._meter is None else self._meter.result(),
-            cut_rows=sum(example.cut_tokens > 0 for example in tokens.examples),
-            cut_tokens=sum(example.cut_tokens for example in tokens.examples),
+            cut_rows=sum(len(example.cut) for example in tokens.examples),
+            cut_tokens=sum(sum(example.cut) for example in tokens.examples),
         )
         record(job.layout, receipt)
         done(receipt)

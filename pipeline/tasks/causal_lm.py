@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def _truncate(document: Document, split: str, longest: int) -> Document | BadRow
     if not document.predicted[:longest].any():
         reason = f"no token to predict is left within --max-length {longest}, of {len(document.input_ids)} tokens"
         return BadRow(split, document.example.source_row, reason)
-    return document.part(0, longest)
+    return dataclasses.replace(document.part(0, longest), cut=len(document.input_ids) - longest)
 
 
 def _cut(document: Document, longest: int) -> Iterator[TokenizedExample]:
@@ -168,7 +169,10 @@ def _cut(document: Document, longest: int) -> Iterator[TokenizedExample]:
         part = slice(start, start + longest)
         predicted = document.predicted[part]
         if predicted[1:].any():
-            yield _row(document.example, piece, document.input_ids[part], predicted, document.num_bytes[part], None)
+            cut = (document.cut,) if document.cut else ()
+            yield _row(
+                document.example, piece, document.input_ids[part], predicted, document.num_bytes[part], None, cut
+            )
             piece += 1
 
 
@@ -194,6 +198,7 @@ def _pack(
                 predicted,
                 np.concatenate([part.num_bytes for part in open_row]),
                 lengths if settings.isolate_documents else None,
+                tuple(part.cut for part in open_row if part.cut),
             )
             pieces[first.source_row] += 1
 
@@ -214,7 +219,7 @@ def _pack(
                 room = settings.max_length
         start = 0
         while len(closed.input_ids) - start > 1:
-            part = closed.part(start, start + room)
+            part = dataclasses.replace(closed.part(start, start + room), cut=0 if start else closed.cut)
             open_row.append(part)
             room -= len(part.input_ids)
             start += len(part.input_ids) - 1
@@ -233,6 +238,7 @@ def _row(
     predicted: np.ndarray,
     num_bytes: np.ndarray,
     lengths: np.ndarray | None,
+    cut: tuple[int, ...],
 ) -> TokenizedExample:
     """`predicted` speaks of tokens, `supervised` of the positions before them."""
     supervised = np.append(predicted[1:], False)
@@ -244,6 +250,7 @@ def _row(
         document_lengths=lengths,
         text_bytes=int(num_bytes[1:][predicted[1:]].sum()),
         kept=example.kept,
+        cut=cut,
     )
 
 

@@ -31,6 +31,8 @@ class Document:
     """(T,) int64."""
     is_closed: bool = False
     """Whether EOS ends it, but for white space after it."""
+    cut: int = 0
+    """Tokens at its end that were cut off."""
 
     @property
     def may_be_cut(self) -> bool:

@@ -102,7 +102,7 @@ class SequenceClassification:
                 text=example.text,
                 text_pair=example.text_pair,
                 kept=example.kept,
-                cut_tokens=whole.get(i, lengths[i]) - lengths[i],
+                cut=(whole[i] - lengths[i],) if whole.get(i, 0) > lengths[i] else (),
             )
 
     def hard_labels(self, example: TokenizedExample) -> np.ndarray:

@@ -219,3 +219,28 @@ def test_classifier_pairs_truncate_and_carry_token_types(bert_tokenizer):
 def test_inputs_of_the_other_task_are_refused(task, columns, settings, flag):
     with pytest.raises(MisuseError, match=flag):
         task.check_columns(columns, settings)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_is_cut_off_is_counted_by_source_row(lm_tokenizer, packing):
+    """Prompts lose their end; plain texts go on in the next piece and lose nothing."""
+    completion = "cat sat on the mat and then ran home"
+    whole = len(lm_tokenizer("the dog")["input_ids"]) + len(lm_tokenizer(completion)["input_ids"]) + 1  # and EOS
+    examples = [
+        Example(source_row=0, prompt_completion=("the dog", completion)),
+        Example(source_row=1, prompt_completion=("the dog", "sat")),
+    ]
+    rows = list(LM.tokenize(examples, "train", lm_tokenizer, Tokenization(8, packing=packing)))
+    assert [cut for row in rows for cut in row.cut] == [whole - 8]
+    long = texts(5, most=60)
+    assert not any(row.cut for row in LM.tokenize(long, "train", lm_tokenizer, Tokenization(8, packing=packing)))
+
+
+def test_a_classifiers_row_says_how_many_tokens_it_lost(bert_tokenizer):
+    examples = [
+        Example(source_row=0, text="the cat " * 10),
+        Example(source_row=1, text="a dog"),
+        Example(source_row=2, text="the cat sat on the hill"),  # 8 tokens, as many as are allowed
+    ]
+    rows = list(CLASSIFIER.tokenize(examples, "train", bert_tokenizer, Tokenization(8)))
+    assert [row.cut for row in rows] == [(22 - 8,), (), ()]
