@@ -195,3 +195,221 @@ def test_the_command(tmp_path, answers, lm_tokenizer):
     done = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "c")], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "12 rows" in done.stdout
+
+
+# ------------------------------------------------------------------------- several choices, batches, failed requests
+
+
+def imported(tmp_path, tokenizer, lines, name="c", **settings):
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"tokenizer": tokenizer, "teacher": "t", "top_k": K, **settings}
+    return softlabel.import_responses([file], tmp_path / name, **settings)
+
+
+def rows_of(cache):
+    return [row.example.input_ids.tolist() for row in cache.dataset("train")]
+
+
+@pytest.mark.parametrize("layout", [vllm, completions, chat])
+def test_every_choice_is_a_row(tmp_path, answers, lm_tokenizer, layout):
+    made = [layout(*answer, lm_tokenizer) for answer in answers[:3]]
+    choices = [{**line["choices"][0], "index": i} for i, line in enumerate(made)]
+    for choice, line in zip(choices, made, strict=True):
+        choice.update({key: value for key, value in line.items() if key != "choices"})
+    cache = imported(tmp_path, lm_tokenizer, [{"choices": choices}])
+    assert rows_of(cache) == [ids for ids, _ in answers[:3]]
+    broken = choices[1].get("prompt_logprobs") or choices[1]["logprobs"].get("content")
+    if broken is not None:
+        broken.pop()
+        broken.append({"token": "no such token", "logprob": -1.0})
+        with pytest.raises(SourceError, match="line 1: "):
+            imported(tmp_path, lm_tokenizer, [{"choices": choices}], "d")
+
+
+def test_a_list_of_prompts_goes_to_its_choices(tmp_path, answers, lm_tokenizer):
+    made = [vllm(*answer, lm_tokenizer)["choices"][0] for answer in answers[:2]]
+    prompts = [made[0].pop("prompt_token_ids"), made[1].pop("prompt_token_ids")]
+    line = {"prompt": prompts, "choices": [made[0], made[0], made[1], made[1]]}
+    ids = [ids for ids, _ in answers[:2]]
+    assert rows_of(imported(tmp_path, lm_tokenizer, [line])) == [ids[0], ids[0], ids[1], ids[1]]
+    with pytest.raises(SourceError, match="choices for each of 2 prompts, found 3"):
+        imported(tmp_path, lm_tokenizer, [{**line, "choices": line["choices"][:3]}], "d")
+
+
+def wrapped(name, body, status=200):
+    return {"id": "x", "custom_id": name, "error": None, "response": {"status_code": status, "body": body}}
+
+
+def test_a_batch_file_is_read_and_its_custom_id_kept(tmp_path, answers, lm_tokenizer):
+    lines = [wrapped(f"row-{i}", vllm(*answer, lm_tokenizer)) for i, answer in enumerate(answers)]
+    cache = imported(tmp_path, lm_tokenizer, lines)
+    assert rows_of(cache) == [ids for ids, _ in answers]
+    assert [row.example.kept for row in cache.dataset("train")] == [{"custom_id": f"row-{i}"} for i in range(12)]
+    assert verify(cache.root).problems == ()
+
+
+FAILED = [
+    {"error": {"message": "rate limit", "code": 429}},
+    {"object": "error", "message": "too long"},
+    {"custom_id": "a", "response": None, "error": None},
+    wrapped("a", {"error": {"message": "bad request"}}, 400),
+    wrapped("a", None, 500),
+    {"choices": []},
+    {"choices": [{"finish_reason": "abort", "text": ""}]},
+]
+
+
+@pytest.mark.parametrize("failed", FAILED)
+def test_a_failed_request_stops_or_is_set_aside(tmp_path, answers, lm_tokenizer, failed):
+    good = [vllm(*answer, lm_tokenizer) for answer in answers[:4]]
+    with pytest.raises(BadRowError, match=r"r\.jsonl line 3: .*the request has failed"):
+        imported(tmp_path, lm_tokenizer, [*good[:2], failed, *good[2:]])
+    for name, at in (("first", 0), ("middle", 2), ("last", 4)) if failed is FAILED[0] else ():
+        cache = imported(tmp_path, lm_tokenizer, [*good[:at], failed, *good[at:]], name, on_bad_row="skip")
+        assert rows_of(cache) == [ids for ids, _ in answers[:4]]
+        assert cache.manifest.bad_rows == 1
+        assert cache.manifest.contract.on_bad_row == "skip"
+        listed = (cache.root / "reports" / "bad-rows.tsv").read_text().split("\t")
+        assert listed[:2] == ["train", str(at)]
+        assert f"r.jsonl line {at + 1}: " in listed[2]
+        assert verify(cache.root).problems == ()
+    with pytest.raises(SourceError, match=r"every one was set aside; the first: r\.jsonl line 1"):
+        imported(tmp_path, lm_tokenizer, [failed], "none", on_bad_row="skip")
+
+
+def entry_of(change):
+    """A row whose entry of token 3, made at position 2, is changed."""
+
+    def line(ids, logprobs, tokenizer):
+        made = vllm(ids, logprobs, tokenizer)
+        entries = made["choices"][0]["prompt_logprobs"]
+        entries[3] = change(entries[3], str(ids[3]))
+        return made
+
+    return line
+
+
+def ranked(entry, own):
+    """As the server sends it: ranks 1 to K, and the token that stands there beyond them."""
+    return {t: {**value, "rank": 99 if t == own else i} for i, (t, value) in enumerate(entry.items(), 1)}
+
+
+def logits_of(ids, logprobs, tokenizer):
+    made = vllm(ids, logprobs, tokenizer)
+    for entry in made["choices"][0]["prompt_logprobs"][1:]:
+        for value in entry.values():
+            value["logprob"] -= 12.0
+    return made
+
+
+def alone(ids, logprobs, _tokenizer):
+    """prompt_logprobs of 0: the token itself, and its rank."""
+    entries = [None] + [
+        {str(i): {"logprob": float(logprobs[j][i]), "rank": int((logprobs[j] >= logprobs[j][i]).sum())}}
+        for j, i in enumerate(ids[1:])
+    ]
+    entries[3] = {str(ids[3]): {"logprob": -4.0, "rank": 9}}
+    return {"prompt_logprobs": entries, "prompt_token_ids": ids}
+
+
+def alone_unranked(ids, logprobs, tokenizer):
+    made = alone(ids, logprobs, tokenizer)
+    made["prompt_logprobs"] = [e and {t: v["logprob"] for t, v in e.items()} for e in made["prompt_logprobs"]]
+    return made
+
+
+def stale(ids, logprobs, tokenizer):
+    made = vllm(ids, logprobs, tokenizer)
+    made["choices"][0]["prompt_token_ids"] = [*ids[:10], *reversed(ids[10:])]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("layout", "top_k", "message"),
+    [
+        (alone, 1, "position 2: the log-probability of the token itself is there alone"),
+        (alone_unranked, 1, r"position \d+: the log-probability of the token itself is there alone"),
+        (logits_of, K, r"position \d+: expected log-probabilities of the most likely classes"),
+        (stale, K, r"position \d+: expected the log-probability of token \d+, which follows there"),
+        (entry_of(lambda e, own: {t: v for t, v in e.items() if t != own}), 3, "position 2: expected the log-prob"),
+        (
+            entry_of(lambda e, own: ranked({**e, "7": {"logprob": -9.0}}, "7")),
+            K,
+            "position 2: .* found that of token 7",
+        ),
+        (entry_of(lambda e, own: {}), K, "position 2: expected log-probabilities, found an empty entry"),
+        (entry_of(lambda e, own: {t: {"logprob": 12.5} for t in e}), K, "position 2: .* found 12.5; are they logits"),
+        (entry_of(lambda e, own: {t: {"logprob": float("nan")} for t in e}), K, "position 2: .* found nan"),
+        (entry_of(lambda e, own: {t: {"logprob": -0.1} for t in e}), K, "position 2: expected .* mass of at most 1"),
+        (entry_of(lambda e, own: {**e, "9999": {"logprob": -0.5}}), K, "position 2: expected class ids of 0 to 319"),
+    ],
+)
+def test_entries_that_are_no_log_probabilities_of_their_token_are_named(
+    tmp_path, answers, lm_tokenizer, layout, top_k, message
+):
+    good = vllm(*answers[0], lm_tokenizer)
+    lines = [good, layout(*answers[1], lm_tokenizer)]
+    with pytest.raises(BadRowError, match=rf"r\.jsonl line 2: {message}"):
+        imported(tmp_path, lm_tokenizer, lines, top_k=top_k, position_zero="empty")
+    assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+def test_ids_beyond_the_tokenizer_and_long_rows_are_named(tmp_path, answers, lm_tokenizer):
+    lines = [vllm(*answer, lm_tokenizer) for answer in answers[:2]]
+    with pytest.raises(BadRowError, match=r"r\.jsonl line 1: expected at most 8 tokens, found"):
+        imported(tmp_path, lm_tokenizer, lines, max_length=8)
+    lines[1]["choices"][0]["prompt_token_ids"] = [*answers[1][0][:-1], 2**40]
+    with pytest.raises(BadRowError, match=r"line 2: token \d+: expected ids of 0 to 319"):
+        imported(tmp_path, lm_tokenizer, lines, "d")
+
+
+def test_a_completion_without_echo_stands_behind_its_prompt(tmp_path, answers, lm_tokenizer):
+    def cut(ids, logprobs):
+        inner = completions(ids, logprobs, lm_tokenizer)["choices"][0]["logprobs"]
+        return {"choices": [{"logprobs": {key: value[6:] for key, value in inner.items()}}]}
+
+    lines = [cut(*answer) for answer in answers]
+    with pytest.raises(SourceError, match="line 1: the first token has log-probabilities, so that the prompt"):
+        imported(tmp_path, lm_tokenizer, lines)
+    lines = [{**line, "prompt_token_ids": ids[:6]} for line, (ids, _) in zip(lines, answers, strict=True)]
+    cache = imported(tmp_path, lm_tokenizer, lines, "d")
+    assert rows_of(cache) == [ids for ids, _ in answers]
+    assert np.flatnonzero(cache.dataset("train")[0].example.supervised)[0] == 5
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} then{% endif %}"
+
+
+def test_chat_answers_without_prompt_ids_take_the_template(tmp_path, answers, lm_tokenizer, caplog):
+    import copy
+
+    tokenizer = copy.deepcopy(lm_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the cat sat"}]}]
+    text = [{"role": "user", "content": "the cat sat"}]
+    prompt = tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
+    body = lambda answer: {"choices": chat(*answer, None)["choices"]}  # noqa: E731
+    lines = [wrapped(f"q{i}", body(answer)) for i, answer in enumerate(answers)]
+    with pytest.raises(SourceError, match=r"line 1: expected prompt_token_ids .* --requests FILE.jsonl"):
+        imported(tmp_path, tokenizer, lines)
+    asked = [{"custom_id": f"q{i}", "body": {"messages": messages}} for i in reversed(range(12))]
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    cache = imported(tmp_path, tokenizer, lines, requests=requests, position_zero="empty")
+    assert rows_of(cache) == [[*prompt, *ids[6:]] for ids, _ in answers]
+    assert sum("tokenised with the chat template" in record.message for record in caplog.records) == 1
+    beside = [{"messages": text, **body(answer)} for answer in answers]
+    assert rows_of(imported(tmp_path, tokenizer, beside, "d", position_zero="empty")) == rows_of(cache)
+    lines[4]["custom_id"] = "other"
+    with pytest.raises(SourceError, match="line 5: custom_id 'other': expected a request"):
+        imported(tmp_path, tokenizer, lines, "e", requests=requests)
+    lines[4] = wrapped("q4", json.loads(json.dumps(body(answers[4])).replace('"token_id:', '"no_id:')))
+    with pytest.raises(SourceError, match="line 5: entry 0: token 'no_id:"):
+        imported(tmp_path, tokenizer, lines, "f", requests=requests)
+    tokenizer.chat_template = None
+    with pytest.raises(SourceError, match=r"line 1: .* a tokenizer with a chat template"):
+        imported(tmp_path, tokenizer, beside, "g")
+    requests.write_text(requests.read_text() + json.dumps(asked[0]) + "\n")
+    with pytest.raises(SourceError, match=r"requests\.jsonl line 13: custom_id 'q11' is there twice"):
+        imported(tmp_path, tokenizer, lines, "h", requests=requests)

@@ -332,3 +332,50 @@ def test_a_fit_that_passes_a_mass_of_one_is_scaled_to_it(tmp_path, lm_tokenizer)
     )
     row = cache.dataset("train")[0]
     assert float(row.soft.top_logprobs[:2].exp().sum()) == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("logprobs", lambda rows: rows[2].__setitem__(3, float("nan")), "position 2: .* found nan"),
+        ("logprobs", lambda rows: rows[2].__setitem__(3, 7.5), "position 2: .* found 7.5; are they logits"),
+        ("logprobs", lambda rows: rows.__setitem__(2, [-15.0] * K), "position 2: .* are they logits"),
+        ("logprobs", lambda rows: rows[2].pop(), "entry 2: expected as many target_token_ids as logprobs"),
+        ("target_token_ids", lambda rows: rows[2].pop(), "entry 2: expected as many target_token_ids as logprobs"),
+        (
+            "target_token_ids",
+            lambda rows: rows[2].__setitem__(3, 4.5),
+            "target_token_ids: entry 2: expected whole numbers, found 4.5",
+        ),
+        ("target_token_ids", lambda rows: rows[2].__setitem__(3, None), "position 2: expected class ids of 0 to 319"),
+        ("input_ids", lambda ids: ids.__setitem__(2, -1), "token 2: expected ids of 0 to 319"),
+        ("input_ids", lambda ids: ids.__setitem__(2, 320), "token 2: expected ids of 0 to 319"),
+        (None, lambda row: [row[name].__setitem__(2, []) for name in ("logprobs", "target_token_ids")], "position 2:"),
+    ],
+)
+def test_entries_of_a_row_that_are_wrong_are_named(tmp_path, known, lm_tokenizer, name, change, message):
+    rows = []
+    for ids, logprobs in known[:2]:
+        top = logprobs.topk(K)
+        rows.append({"input_ids": [*ids], "logprobs": top.values.tolist(), "target_token_ids": top.indices.tolist()})
+    change(rows[1] if name is None else rows[1][name])
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"tokenizer": lm_tokenizer, "teacher": "t", "position_zero": "filled"}
+    with pytest.raises((BadRowError, SourceError), match=rf"a\.jsonl line 2: {message}"):
+        softlabel.import_responses([tmp_path / "a.jsonl"], tmp_path / "c", **settings)
+
+
+@pytest.mark.parametrize(("value", "message"), [(300, "expected bytes"), (None, "expected 48 bytes, as in the first")])
+def test_packed_bytes_that_are_wrong_are_named(tmp_path, known, lm_tokenizer, value, message):
+    top = tops(known, 1)[0]
+    packed, classes = (part.tolist() for part in pack_distillkit(top.values, top.indices, LAYOUTS["exact"]))
+    if value is None:
+        packed[3].pop()
+    else:
+        packed[3][0] = value
+    row = {"input_ids": known[0][0], "compressed_logprobs": packed, "bytepacked_indices": classes}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    config = {"d": 321, "k": K, "exact_k": K, "delta_encoding": False}
+    (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SourceError, match=f"line 1: compressed_logprobs: entry 3: {message}"):
+        softlabel.import_responses([tmp_path / "a.jsonl"], tmp_path / "c", tokenizer=lm_tokenizer, teacher="t")
