@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def with_adapter(model: Any, name: str, missing: Sequence[str], *, base: str, tr
         weights = load_peft_weights(path, device="cpu")
         if not weights:
             raise ModelError(f"{name}: the adapter's file holds no weights; save the adapter again")
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, as an error
+            adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
         loaded = set_peft_model_state_dict(adapted, weights)  # once more: from_pretrained does not say what it left out
     except KeyError as error:
         raise ModelError(

@@ -78,14 +78,16 @@ def refuse_adapter(
     Raises:
         ModelError: names the keys.
     """
-    if loaded.unexpected_keys:
+    prompts = model.peft_config[adapter].is_prompt_learning  # PEFT puts its `prompt_embeddings` in place itself
+    strangers = [key for key in loaded.unexpected_keys if not (prompts and key == "prompt_embeddings")]
+    if strangers:
         raise ModelError(
-            f"{name}: {len(loaded.unexpected_keys)} weights of the adapter match no module of its base model {base} ({_some(loaded.unexpected_keys)}), "
+            f"{name}: {len(strangers)} weights of the adapter match no module of its base model {base} ({_some(strangers)}), "
             "so they would be left out; load it on the model class that it was trained on, or save it again from there"
         )
     of_adapter = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
     lost = set(loaded.missing_keys)
-    if not model.peft_config[adapter].is_prompt_learning:
+    if not prompts:
         own = [key for key, _ in model.named_parameters() if of_adapter.search(key) and key in lost]
         if own:
             raise ModelError(

@@ -15,7 +15,7 @@ from pipeline.errors import MisuseError, ModelError
 from pipeline.models.adapters import LABELS, UNLOADABLE, adapter_config, base_name, first_line, with_adapter
 from pipeline.models.audit import missing_weights, refuse_missing
 from pipeline.records import Tokenization
-from pipeline.tasks import Task
+from pipeline.tasks import Task, embedding_rows
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +148,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> N
         raise ModelError(f"--chat-template {file}: cannot be read ({error})") from None
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with. It is masked, so any does where the tokenizer names none."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
+    """The token to pad with, one that the model has an embedding for. Padding is masked, so any does where the tokenizer names none."""
+    rows = 1 << 31 if model is None else embedding_rows(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
+        if isinstance(candidate, int) and candidate < rows:
             return candidate
     return 0
 

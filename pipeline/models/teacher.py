@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import Trainer, set_seed
 
 from pipeline.config import TrainTeacherConfig
-from pipeline.errors import BadRowError, MisuseError, SourceError
+from pipeline.errors import BadRowError, MisuseError, ModelError, SourceError
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.load import LoadedModel, choose_max_length, load_model, pad_id, set_chat_template
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
 
 
 def run(config: TrainTeacherConfig) -> dict[str, float]:
@@ -48,6 +48,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     labels = None if names is None else LabelMap.for_names(source, names)
     train, held_out = _split_names(source)
     rows = _read(task, source, train, labels, teacher.tokenizer, settings)
+    check_ids(teacher.model, rows, teacher.tokenizer, teacher.name)
     args = training_arguments(
         config.output,
         config.training,
@@ -59,10 +60,13 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         save_strategy="no",
         remove_unused_columns=False,
     )
-    collator = _Collator(task, teacher.tokenizer)
+    config: Any = teacher.model.config.get_text_config()
+    kept, config.pad_token_id = config.pad_token_id, _training_pad_id(teacher, rows)
+    collator = _Collator(task, config.pad_token_id)
     trainer = Trainer(model=teacher.model, args=args, data_collator=collator, train_dataset=_Rows(rows))
     show_progress(trainer, "train-teacher")
     trainer.train()
+    config.pad_token_id = kept
     trainer.save_model(config.output)
     teacher.tokenizer.save_pretrained(config.output)
     metrics: dict[str, float] = {}
@@ -74,13 +78,28 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     return metrics
 
 
+def _training_pad_id(teacher: LoadedModel, rows: Sequence[TokenizedExample]) -> int:
+    """The configuration's, or one that no row ends with: decoder-only classifiers look for a row's end behind it."""
+    kept = kept_pad_id(teacher.model)
+    found = (
+        kept
+        if kept is not None
+        else free_pad_id((int(row.input_ids[-1]) for row in rows), embedding_rows(teacher.model))
+    )
+    if found is None:
+        raise ModelError(
+            f"{teacher.name}: config.json has no usable pad_token_id, and rows end with every token of the vocabulary; set one"
+        )
+    return found
+
+
 def measure(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], batch_size: int) -> dict[str, float]:
     """The task's metrics of a model on labelled rows."""
     model = loaded.model.eval()
     parts, labels, owners = [], [], []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer))
+        inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model))
         truth = torch.from_numpy(np.concatenate([task.hard_labels(row) for row in batch]))
         with torch.inference_mode():
             moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -118,10 +137,10 @@ class _Collator:
     """Inputs, and `labels` where the model's own loss looks for them: one a row, or shifted by one token."""
 
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
 
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-        inputs, supervised = self.task.collate(rows, pad_id(self.tokenizer))
+        inputs, supervised = self.task.collate(rows, self.pad_id)
         labels = torch.from_numpy(np.concatenate([self.task.hard_labels(row) for row in rows]))
         if supervised is None:
             return {**inputs, "labels": labels}
