@@ -60,13 +60,13 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         save_strategy="no",
         remove_unused_columns=False,
     )
-    config: Any = teacher.model.config.get_text_config()
-    kept, config.pad_token_id = config.pad_token_id, _training_pad_id(teacher, rows)
-    collator = _Collator(task, config.pad_token_id)
+    padding: Any = teacher.model.config.get_text_config()
+    kept, padding.pad_token_id = padding.pad_token_id, _training_pad_id(teacher, rows)
+    collator = _Collator(task, padding.pad_token_id)
     trainer = Trainer(model=teacher.model, args=args, data_collator=collator, train_dataset=_Rows(rows))
     show_progress(trainer, "train-teacher")
     trainer.train()
-    config.pad_token_id = kept
+    padding.pad_token_id = kept
     trainer.save_model(config.output)
     teacher.tokenizer.save_pretrained(config.output)
     metrics: dict[str, float] = {}
