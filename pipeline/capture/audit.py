@@ -94,6 +94,7 @@ def run(config: AuditConfig) -> Audit:
         device_map=config.device_map,
         quantization=made_by.quantization,
         trust_remote_code=config.trust_remote_code,
+        base_model=config.base_model,
     )
     found = audit(cache, teacher, rows=config.rows, seed=config.seed)
     stamp = found.time.replace("-", "").replace(":", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
 import psutil
@@ -44,7 +45,7 @@ def fastest_batch_tokens(
     best, best_speed = 0, 0.0
     tokens = max(length, 256)
     while tokens <= _MOST_TOKENS and 4 * tokens * num_classes * _SHARE <= _free(teacher.model.device):
-        rows = [_row(task, tokenizer, length)] * max(1, tokens // length)
+        rows = [_row(task, tokenizer, teacher.model, length)] * max(1, tokens // length)
         try:
             speed = len(rows) * length / _seconds(task, teacher, tokenizer, rows, num_classes)
         except torch.OutOfMemoryError:
@@ -63,8 +64,8 @@ def fastest_batch_tokens(
     return best
 
 
-def _row(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> TokenizedExample:
-    ids = np.full(length, pad_id(tokenizer), dtype=np.int32)
+def _row(task: Task, tokenizer: PreTrainedTokenizerBase, model: Any, length: int) -> TokenizedExample:
+    ids = np.full(length, pad_id(tokenizer, model), dtype=np.int32)
     supervised = np.arange(length) < length - 1 if task.classes_are_tokens else None
     types = np.zeros(length, dtype=np.int32) if "token_type_ids" in tokenizer.model_input_names else None
     return TokenizedExample(0, 0, ids, supervised, types)

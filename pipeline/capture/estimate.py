@@ -47,7 +47,7 @@ from pipeline.softlabels import encode, narrow, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 from pipeline.softlabels.names import encoding_name
 from pipeline.sources import LabelMap, Source, load_source, read_examples
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import Task, check_ids, get_task
 
 #: The choices that are compared, where they have fewer classes than V.
 SAMPLE_SIZES = (6.0, 8.0, 12.0, 17.0, 25.0, 35.0, 50.0, 70.0, 100.0, 200.0)
@@ -110,6 +110,7 @@ def estimate(
     projection = None
     split = next(iter(source.splits))
     examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions, label_map)
+    check_ids(teacher.model, examples, teacher.tokenizer, teacher.name)
     pilots = [_Pilot(encoding) for encoding in _encodings(task, num_classes, tokenization.max_length, temperature)]
     generator = torch.Generator().manual_seed(seed)
     forward_seconds = 0.0

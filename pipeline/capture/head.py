@@ -10,6 +10,7 @@ from pipeline.cache.views.tokens import marked_tokens
 from pipeline.capture.job import Job
 from pipeline.capture.shard import forward, read_shard
 from pipeline.errors import ModelError
+from pipeline.tasks import check_ids, embedding_rows
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ def check_head(job: Job) -> None:
     """Compare the logits of one short row with those of the model's plain path.
 
     Raises:
-        ModelError: they differ by more than the precision explains.
+        ModelError: they differ by more than the precision explains, or a row has a token id without an input embedding.
     """
+    _check_ids(job)
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 16, first.stop))
     examples, _ = read_shard(job, few)
@@ -56,3 +58,11 @@ def check_head(job: Job) -> None:
             f"{job.teacher.name}: logits of the supervised positions alone differ from the model's own by {worst:.2g} (expected at most {tolerance:g}); this architecture "
             "cannot be cached safely: please report it"
         )
+
+
+def _check_ids(job: Job) -> None:
+    """Read all rows once where the tokenizer has ids beyond the input embedding."""
+    if max(job.tokenizer.get_vocab().values(), default=0) < embedding_rows(job.teacher.model):
+        return
+    for shard in job.plan.shards:
+        check_ids(job.teacher.model, read_shard(job, shard)[0], job.tokenizer, job.teacher.name)

@@ -102,6 +102,7 @@ def load_teacher(task: Task, config: CacheLogitsConfig | EstimateConfig) -> Load
         quantization=config.quantization,
         trust_remote_code=config.trust_remote_code,
         compiler=config.torch_compile,
+        base_model=config.base_model,
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     return teacher

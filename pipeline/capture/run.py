@@ -14,7 +14,7 @@ from pipeline.capture.engines.in_process import capture
 from pipeline.capture.job import make_job, prepare
 from pipeline.config import CacheLogitsConfig, DataConfig
 from pipeline.errors import MisuseError
-from pipeline.models import LoadedModel, choose_max_length, load_model, pad_id
+from pipeline.models import LoadedModel, choose_max_length, load_model
 from pipeline.records import Columns, Encoding, Tokenization
 from pipeline.sources import Source, from_datasets, load_source
 from pipeline.tasks import get_task
@@ -77,8 +77,6 @@ def cache_logits(
         if tokenizer is None:
             raise MisuseError("cache_logits: a live model needs its tokenizer=...")
         teacher.eval()
-        if teacher.config.pad_token_id is None:  # decoder-only classifiers find a row's end by it
-            teacher.config.pad_token_id = pad_id(tokenizer)
         loaded = LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
     tokenizer = tokenizer or loaded.tokenizer
     tokenization = Tokenization(

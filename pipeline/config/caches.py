@@ -26,6 +26,7 @@ class AuditConfig:
     cache: str = option("Directory of the cache.")
     teacher: str = option("Name or path of the teacher that made it.")
     teacher_revision: str | None = option("Revision of a teacher on the hub. Default: the manifest's.", None)
+    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
     attn_implementation: str | None = option("Attention implementation, where this machine lacks the manifest's.", None)
     device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
     trust_remote_code: bool = option("Run code that comes with the teacher. Never set by a cache or a manifest.", False)

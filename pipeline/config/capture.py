@@ -39,6 +39,7 @@ class CacheLogitsConfig:
     data: DataConfig
     teacher: str = option("Name or path of the teacher; a PEFT adapter directory or a GGUF file is one too.")
     teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
+    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
     dtype: str = option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
     attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
     device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
@@ -201,6 +202,7 @@ class EstimateConfig:
     data: DataConfig
     teacher: str = option("Name or path of the teacher.")
     teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
+    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
     dtype: str = option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
     attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
     device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)

@@ -13,6 +13,7 @@ class PredictConfig:
     """Try a model: the likeliest labels of a text, or how a language model goes on."""
 
     model: str = option("Name or path of a classifier or language model: a student, a teacher, an adapter.")
+    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
     text: tuple[str, ...] = option(
         "Text; repeat for several. Default: a text a line, from --input or standard input.", ()
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.cache import Cache
-from pipeline.models import LoadedModel, longest_input, tokenizer_info
+from pipeline.models import LoadedModel, longest_input, pad_id, tokenizer_info
 from pipeline.records import CachedExample, StudentBatch, Tokenization
 from pipeline.softlabels import served_temperature
 from pipeline.tasks import Task
@@ -53,6 +53,7 @@ def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
         model.tokenizer,
         served_temperature(contract.encoding),
         retokenize=Tokenization(longest) if own_tokenizer else None,
+        pad_id=pad_id(model.tokenizer, model.model),
     )
 
 

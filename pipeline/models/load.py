@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError, ModelError
+from pipeline.models.adapters import LABELS, UNLOADABLE, adapter_config, base_name, first_line, with_adapter
+from pipeline.models.audit import missing_weights, refuse_missing
 from pipeline.records import Tokenization
-from pipeline.tasks import Task
+from pipeline.tasks import Task, embedding_rows
 
 logger = logging.getLogger(__name__)
-
-_UNLOADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
-
-#: Beside a classifier's adapter: its label names, which the base model's config does not have.
-LABELS = "labels.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +31,10 @@ class LoadedModel:
     revision: str | None = None
     quantization: str | None = None
     compiler: str | None = None
+    base_model: str | None = None
+    """What `--base-model` named in place of the adapter's own base."""
+    new_weights: tuple[str, ...] = ()
+    """Parameters that no file gave: a new head."""
 
 
 def load_model(
@@ -53,6 +51,7 @@ def load_model(
     new_head: bool = False,
     trainable: bool = False,
     compiler: str | None = None,
+    base_model: str | None = None,
 ) -> LoadedModel:
     """Load weights with the task's head.
 
@@ -62,18 +61,24 @@ def load_model(
         new_head: a head that the checkpoint lacks is initialised; otherwise that is an error, for its logits would be noise.
         trainable: a PEFT adapter is loaded to be trained further.
         compiler: backend of `torch.compile` for all but the head.
+        base_model: name or directory of the base of an adapter, in place of what the adapter names.
 
     Raises:
-        ModelError: nothing loadable there, or weights are missing.
+        ModelError: nothing loadable there, or a weight comes from no file, or a weight of a file has no place.
         MisuseError: a dtype or a compiler that does not exist.
     """
     adapter = adapter_config(name)
-    base = str(adapter["base_model_name_or_path"]) if adapter else name
+    base = base_name(name, adapter, base_model)
     if adapter and label_names is None and (Path(name) / LABELS).is_file():
         label_names = tuple(json.loads((Path(name) / LABELS).read_text(encoding="utf-8")))
-    source, kwargs = _locate(base)
-    kwargs.update(revision=None if adapter else revision, trust_remote_code=trust_remote_code)
-    config = _from_pretrained(AutoConfig, source, base, **kwargs)
+    try:
+        source, kwargs = _locate(base)
+        kwargs.update(revision=None if adapter else revision, trust_remote_code=trust_remote_code)
+        config = _from_pretrained(AutoConfig, source, base, **kwargs)
+    except ModelError as error:
+        if adapter is None:
+            raise
+        raise ModelError(f"{name}: its base model is not found: {error}; name another with --base-model") from error
     if label_names is not None:
         config.num_labels = len(label_names)
         config.id2label = dict(enumerate(label_names))
@@ -86,24 +91,16 @@ def load_model(
     if quantization is not None or "gguf_file" in kwargs:
         options["quantization_config"] = _quantization(quantization)
     model, info = _from_pretrained(task.auto_class, source, base, **kwargs, **options)
-    missing = sorted(info["missing_keys"])
-    if new_head or adapter:  # only what stands outside the base model may be new
-        missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
-    if missing:
-        raise ModelError(
-            f"{name}: the checkpoint lacks {len(missing)} weights that {type(model).__name__} needs ({', '.join(missing[:3])}, ...), so its logits "
-            f'would be noise; fine-tune it first with "softlabel train-teacher"'
-        )
+    missing = missing_weights(model, base, info, new_head=new_head or adapter is not None)
     if adapter:
-        model = _with_adapter(model, name, trainable=trainable)
+        model = with_adapter(model, name, missing, base=base, trainable=trainable)
+    else:
+        refuse_missing(model, name, missing, new_head=new_head)
     tokenizer = load_tokenizer(
         name if adapter and (Path(name) / "tokenizer_config.json").exists() else base,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    model.config.pad_token_id = pad_id(
-        tokenizer
-    )  # what rows are padded with; decoder-only classifiers find their end by it
     if device_map is None and quantization is None:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.config.use_cache = False
@@ -111,7 +108,14 @@ def load_model(
     if compiler is not None:
         _compile(model, compiler)
     return LoadedModel(
-        model, tokenizer, name, revision or getattr(config, "_commit_hash", None), quantization, compiler
+        model,
+        tokenizer,
+        name,
+        revision or getattr(config, "_commit_hash", None),
+        quantization,
+        compiler,
+        base_model,
+        () if adapter else missing,
     )
 
 
@@ -144,10 +148,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> N
         raise ModelError(f"--chat-template {file}: cannot be read ({error})") from None
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with. It is masked, so any does where the tokenizer names none."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
+    """The token to pad with, one that the model has an embedding for. Padding is masked, so any does where the tokenizer names none."""
+    rows = 1 << 31 if model is None else embedding_rows(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
+        if isinstance(candidate, int) and candidate < rows:
             return candidate
     return 0
 
@@ -210,26 +215,6 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     return _from_pretrained(AutoConfig, source, name, trust_remote_code=trust_remote_code, **kwargs)
 
 
-def adapter_config(name: str) -> Mapping[str, Any] | None:
-    """What a PEFT adapter directory says of itself; None where it is no such directory."""
-    path = Path(name) / "adapter_config.json"
-    if not path.is_file():
-        return None
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
-
-
-def _with_adapter(model: PreTrainedModel, name: str, *, trainable: bool) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ModelError(f"{name}: is a PEFT adapter; pip install 'soft-label-pipeline[lm]' to use it") from None
-    try:
-        return PeftModel.from_pretrained(model, name, is_trainable=trainable)
-    except _UNLOADABLE as error:
-        raise ModelError(f"{name}: the adapter does not fit its base model: {_first_line(error)}") from error
-
-
 def _compile(model: Any, backend: str) -> None:
     """Compile the body, whose shapes are those of the batch; the head is left alone, since it runs on any number of positions."""
     if backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -260,10 +245,6 @@ def _dtype(name: str) -> Any:
 def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(source, **kwargs)
-    except _UNLOADABLE as error:
+    except UNLOADABLE as error:
         where = "" if Path(source).exists() else "; there is no such directory here either"
-        raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {_first_line(error)}{where}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {first_line(error)}{where}") from error

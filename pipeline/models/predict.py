@@ -15,14 +15,14 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.models.detect import detect_task
 from pipeline.models.load import LoadedModel, load_model, longest_input, pad_id
 from pipeline.records import Example, TextPrediction, Tokenization, TokenizedExample
-from pipeline.tasks import Task
+from pipeline.tasks import Task, check_ids
 
 
 def run(config: PredictConfig) -> Iterator[TextPrediction]:
     """`softlabel predict`: each text of the command line, the file or standard input, in order."""
     texts = _checked(config.text, "--text") if config.text else _read(config.input)
     task = detect_task(config.model, trust_remote_code=config.trust_remote_code)
-    loaded = load_model(task, config.model, trust_remote_code=config.trust_remote_code)
+    loaded = load_model(task, config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
     longest = config.max_length or _trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
     if task.classes_are_tokens:
         for text in texts:
@@ -50,7 +50,8 @@ def classify(
         examples = [Example(source_row=i, text=text) for i, text in enumerate(chunk)]
         rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
         tokens = [row for row in rows if isinstance(row, TokenizedExample)]
-        inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer))
+        check_ids(model, tokens, loaded.tokenizer, loaded.name)
+        inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer, model))
         placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.inference_mode():
             found = torch.softmax(task.gather_logits(model, placed, supervised).float(), -1).topk(min(top, count))
@@ -78,7 +79,7 @@ def continue_text(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
-            pad_token_id=pad_id(loaded.tokenizer),
+            pad_token_id=pad_id(loaded.tokenizer, model),
         )
     return str(loaded.tokenizer.decode(ids[0, count:], skip_special_tokens=True))
 

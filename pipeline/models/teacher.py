@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import Trainer, set_seed
 
 from pipeline.config import TrainTeacherConfig
-from pipeline.errors import BadRowError, MisuseError, SourceError
+from pipeline.errors import BadRowError, MisuseError, ModelError, SourceError
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import LoadedModel, choose_max_length, load_model, pad_id, set_chat_template
@@ -24,7 +24,7 @@ from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
 from pipeline.sources.labels import listed
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     rows = _read(task, source, train, labels, teacher.tokenizer, settings)
     if names is not None:
         _tell_absent(source, train, names, rows)
+    check_ids(teacher.model, rows, teacher.tokenizer, teacher.name)
     args = training_arguments(
         config.output,
         config.training,
@@ -66,10 +67,13 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         save_strategy="no",
         remove_unused_columns=False,
     )
-    collator = _Collator(task, teacher.tokenizer)
+    padding: Any = teacher.model.config.get_text_config()
+    kept, padding.pad_token_id = padding.pad_token_id, _training_pad_id(teacher, rows)
+    collator = _Collator(task, padding.pad_token_id)
     trainer = Trainer(model=teacher.model, args=args, data_collator=collator, train_dataset=_Rows(rows))
     show_progress(trainer, "train-teacher")
     trainer.train()
+    padding.pad_token_id = kept
     trainer.save_model(config.output)
     teacher.tokenizer.save_pretrained(config.output)
     metrics: dict[str, float] = {}
@@ -84,13 +88,28 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     return metrics
 
 
+def _training_pad_id(teacher: LoadedModel, rows: Sequence[TokenizedExample]) -> int:
+    """The configuration's, or one that no row ends with: decoder-only classifiers look for a row's end behind it."""
+    kept = kept_pad_id(teacher.model)
+    found = (
+        kept
+        if kept is not None
+        else free_pad_id((int(row.input_ids[-1]) for row in rows), embedding_rows(teacher.model))
+    )
+    if found is None:
+        raise ModelError(
+            f"{teacher.name}: config.json has no usable pad_token_id, and rows end with every token of the vocabulary; set one"
+        )
+    return found
+
+
 def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], batch_size: int) -> Predictions:
     """What a model predicts on labelled rows."""
     model = loaded.model.eval()
     parts, labels, owners = [], [], []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer))
+        inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model))
         truth = torch.from_numpy(np.concatenate([task.hard_labels(row) for row in batch]))
         with torch.inference_mode():
             moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -127,10 +146,10 @@ class _Collator:
     """Inputs, and `labels` where the model's own loss looks for them: one a row, or shifted by one token."""
 
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
 
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-        inputs, supervised = self.task.collate(rows, pad_id(self.tokenizer))
+        inputs, supervised = self.task.collate(rows, self.pad_id)
         labels = torch.from_numpy(np.concatenate([self.task.hard_labels(row) for row in rows]))
         if supervised is None:
             return {**inputs, "labels": labels}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.errors import ModelError
 from pipeline.records import BadRow, Columns, Encoding, Example, Predictions, Tokenization, TokenizedExample
 
 
@@ -109,3 +110,38 @@ def pad(rows: Sequence[np.ndarray], value: int, length: int | None = None) -> Te
 def attention_mask(rows: Sequence[np.ndarray], length: int | None = None) -> Tensor:
     """(B, T) int64: 1 on tokens, 0 on padding."""
     return pad([np.ones(len(row), dtype=np.int64) for row in rows], 0, length)
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids a model has an input embedding for."""
+    table = model.get_input_embeddings()
+    rows = getattr(table, "num_embeddings", None) or getattr(getattr(table, "weight", None), "shape", [None])[0]
+    return int(rows or model.config.get_text_config().vocab_size)
+
+
+def kept_pad_id(model: Any) -> int | None:
+    """`pad_token_id` of a model's configuration; None where it has none, or one without an input embedding."""
+    kept = model.config.get_text_config().pad_token_id
+    return kept if isinstance(kept, int) and 0 <= kept < embedding_rows(model) else None
+
+
+def free_pad_id(last_ids: Iterable[int], rows: int) -> int | None:
+    """The smallest of so many ids that no row ends with, so that its end is found behind it; None: there is none."""
+    taken = set(last_ids)
+    return next((i for i in range(min(rows, len(taken) + 1)) if i not in taken), None)
+
+
+def check_ids(model: Any, rows: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse rows with token ids that the model has no embedding for. Padding is not looked at: it is masked.
+
+    Raises:
+        ModelError: names the ids and their tokens.
+    """
+    limit = embedding_rows(model)
+    beyond = sorted({int(i) for row in rows if len(row.input_ids) for i in row.input_ids[row.input_ids >= limit]})
+    if beyond:
+        shown = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in beyond[:5])
+        raise ModelError(
+            f"{name}: rows of the data set hold token ids without a row in the input embedding, which has {limit}: {shown}"
+            f"{', ...' if len(beyond) > 5 else ''}; use the tokenizer that the model was trained with, or train it after resize_token_embeddings"
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
-from pipeline.tasks.protocol import attention_mask, pad
+from pipeline.tasks.protocol import attention_mask, embedding_rows, free_pad_id, kept_pad_id, pad
 
 _BATCH = 1000
 
@@ -121,8 +122,28 @@ class SequenceClassification:
         return inputs, None
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(B, V): one position a row."""
-        logits: Tensor = model(**inputs).logits
+        """(B, V): one position a row, as the model gives it for the row alone.
+
+        Decoder-only classifiers of `transformers` take the last token that is not `config.pad_token_id`. Padded with that id, a row ends where it
+        ends alone. Where the configuration has none, or one without an embedding, the model takes the last token of a row alone; for this one pass
+        the configuration gets an id that no row of the batch ends with, and padding is made of it.
+        """
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        kept = kept_pad_id(model)
+        if kept is not None:
+            logits: Tensor = model(**{**inputs, "input_ids": ids.masked_fill(~mask, kept)}).logits
+            return logits
+        last = (mask * torch.arange(ids.shape[1], device=ids.device)).argmax(-1, keepdim=True)  # (B, 1)
+        free = free_pad_id(ids.gather(1, last).flatten().tolist(), embedding_rows(model))
+        if free is None:  # a batch of more rows than the vocabulary has tokens
+            rows = [{name: tensor[i : i + 1] for name, tensor in inputs.items()} for i in range(len(ids))]
+            return torch.cat([self.gather_logits(model, row, None) for row in rows])
+        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        before, config.pad_token_id = config.pad_token_id, free
+        try:
+            logits = model(**{**inputs, "input_ids": ids.masked_fill(~mask, free)}).logits
+        finally:
+            config.pad_token_id = before
         return logits
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:

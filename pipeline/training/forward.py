@@ -110,6 +110,8 @@ class _Plain(nn.Module):
     def __init__(self, model: Any, forward: Any) -> None:
         super().__init__()
         self.get_output_embeddings = model.get_output_embeddings
+        self.get_input_embeddings = model.get_input_embeddings
+        self.config = model.config
         self.forward = forward
 
 

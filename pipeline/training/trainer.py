@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from pipeline.cache import Cache, CacheDataset
 from pipeline.errors import EncodingError, MisuseError, TrainingError
 from pipeline.metrics import agreement
+from pipeline.models import pad_id
 from pipeline.records import NO_LABEL, Full, Loss, Predictions, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
@@ -91,6 +92,7 @@ class DistillationTrainer(Trainer):
         self.collator = Collator(
             task=self.task,
             tokenizer=student_tokenizer or cache.tokenizer,
+            pad_id=pad_id(student_tokenizer or cache.tokenizer, model),
             temperature=self.temperature,
             tail=loss.tail,
             retokenize=None if student_tokenizer is None else Tokenization(max_length or settings.max_length),

@@ -80,8 +80,8 @@ def test_tokens_stand_for_every_byte_of_a_text_once(family: str, text: str) -> N
         assert len(covered.encode()) - len(text) * (family in ("bert", "t5")) <= num_bytes.sum() <= len(text.encode())
     if family not in ("bert", "t5", "qwen"):  # these change the text
         assert num_bytes.sum() == len(text.encode())
-        for i in range(len(ids)):  # up to any token
-            if i + 1 == len(ids) or offsets[i + 1][0] >= offsets[i][1] > offsets[i][0]:
+        for i in range(len(ids) - 1):  # up to any token; offsets of white space may be trimmed
+            if offsets[i + 1][0] >= offsets[i][1] > offsets[i][0]:
                 assert num_bytes[: i + 1].sum() == len(text[: offsets[i][1]].encode())
         if not text.startswith((" ", "\n", "\t", "\r")):
             assert vocabulary.bytes_of_ids(ids).tolist() == num_bytes.tolist()

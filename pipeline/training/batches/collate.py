@@ -56,6 +56,8 @@ class Collator:
     teacher_labels: bool = False
     """The teacher's most likely class stands for the hard label."""
     position_weights: PositionWeights = "equal"
+    pad_id: int | None = None
+    """What rows are padded with; None: as the tokenizer says."""
     for_evaluation: bool = False
     """Say also what the teacher predicts."""
 
@@ -69,7 +71,7 @@ class Collator:
         examples = [row.example for row in cached]
         if self.retokenize is not None:
             examples = _tokenize_anew(self.task, examples, self.tokenizer, self.retokenize)
-        inputs, supervised = self.task.collate(examples, pad_id(self.tokenizer))
+        inputs, supervised = self.task.collate(examples, pad_id(self.tokenizer) if self.pad_id is None else self.pad_id)
         soft = concatenate([row.soft for row in cached])
         counts = torch.tensor([len(row.soft) for row in cached])
         labels = torch.cat([torch.from_numpy(self.task.hard_labels(row.example)) for row in cached])

@@ -1,0 +1,137 @@
+"""Every parameter of a loaded model comes from a file: the keys of the files against those of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import ModelError
+
+#: Buffers that a module computes itself; files of older versions hold them.
+_COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|cos_cached|sin_cached|k_scale|v_scale)$"
+    r"|\.(attn|attention|crossattention)\.bias$"
+)
+#: Wrapper that adds a prefix to every key -> the attribute that holds the model inside it.
+_WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP"}
+
+
+def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head: bool) -> tuple[str, ...]:
+    """Parameters that no file of the checkpoint gave, in order; the caller says which of them may be so.
+
+    Args:
+        info: what `from_pretrained(output_loading_info=True)` returns; transformers has left out tied weights and
+            the buffers that each architecture computes itself.
+        new_head: the head is to be trained, so that the checkpoint may hold another one.
+
+    Raises:
+        ModelError: all keys carry a wrapper's prefix, a shape differs, or the checkpoint holds weights that the
+            configuration has no place for.
+    """
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    _refuse_prefix(name, missing, unexpected)
+    mismatched = sorted(str(item[0]) for item in info["mismatched_keys"])
+    if mismatched:
+        raise ModelError(
+            f"{name}: {len(mismatched)} weights have another shape than config.json gives them ({_some(mismatched)}); "
+            "use the config.json that the weights were saved with"
+        )
+    modules = {module for module, _ in model.named_modules()}
+    homeless = [key for key in unexpected if _has_no_place(key, modules, model.base_model_prefix, new_head)]
+    if homeless:
+        raise ModelError(
+            f"{name}: the checkpoint holds {len(homeless)} weights that {type(model).__name__} has no place for under this configuration "
+            f"({_some(homeless)}), so its logits would be another model's; use the config.json that the weights were saved with"
+        )
+    return tuple(missing)
+
+
+def refuse_missing(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -> None:
+    """Refuse a model with parameters that come from no file.
+
+    Args:
+        new_head: what stands outside the base model, and its pooler, may be new.
+
+    Raises:
+        ModelError: names them.
+    """
+    if new_head:
+        missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if missing:
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} weights that {type(model).__name__} needs ({_some(missing)}), so its logits "
+            f'would be noise; fine-tune it first with "softlabel train-teacher"'
+        )
+
+
+def refuse_adapter(
+    model: Any, name: str, loaded: Any, missing: Sequence[str], *, base: str, adapter: str = "default"
+) -> None:
+    """Refuse an adapter whose file and modules do not match, or that leaves a head of its base without weights.
+
+    Args:
+        model: the PeftModel.
+        loaded: the missing and unexpected keys, as `set_peft_model_state_dict` returns them.
+        missing: parameters of the base that its own checkpoint lacks.
+
+    Raises:
+        ModelError: names the keys.
+    """
+    prompts = model.peft_config[adapter].is_prompt_learning  # PEFT puts its `prompt_embeddings` in place itself
+    strangers = [key for key in loaded.unexpected_keys if not (prompts and key == "prompt_embeddings")]
+    if strangers:
+        raise ModelError(
+            f"{name}: {len(strangers)} weights of the adapter match no module of its base model {base} ({_some(strangers)}), "
+            "so they would be left out; load it on the model class that it was trained on, or save it again from there"
+        )
+    of_adapter = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
+    lost = set(loaded.missing_keys)
+    if not prompts:
+        own = [key for key, _ in model.named_parameters() if of_adapter.search(key) and key in lost]
+        if own:
+            raise ModelError(
+                f"{name}: the adapter's file lacks {len(own)} of the weights that adapter_config.json describes ({_some(own)}); save the adapter again"
+            )
+    given = {_base_name(key, adapter) for key in model.state_dict() if key not in lost}
+    heads = [key for key in missing if key not in given]
+    if heads:
+        raise ModelError(
+            f"{name}: {len(heads)} weights come from neither the adapter nor its base model {base} ({_some(heads)}), so its logits would be "
+            "noise; save the adapter with the head in modules_to_save (PEFT: task_type SEQ_CLS), or name a base that has the head with --base-model"
+        )
+
+
+def _refuse_prefix(name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    wanted = set(missing)
+    for prefix, wrapper in _WRAPPERS.items():
+        found = [key for key in unexpected if key.startswith(prefix) and key.removeprefix(prefix) in wanted]
+        if found:
+            raise ModelError(
+                f"{name}: {len(found)} weights carry the prefix {prefix} of {wrapper} ({_some(found)}), under which no model looks for them; "
+                f"save the model inside the wrapper: model.{prefix}save_pretrained(...)"
+            )
+
+
+def _has_no_place(key: str, modules: Collection[str], base: str, new_head: bool) -> bool:
+    """Whether a key belongs to a part that the model has. Whole parts that it lacks are another task's heads."""
+    if _COMPUTED.search(key):
+        return False
+    for path in (key, f"{base}.{key}"):  # a headless checkpoint leaves the base model's name out
+        part = path.rpartition(".")[0]
+        while part and part not in modules:
+            part = part.rpartition(".")[0]
+        if part and part != base:
+            return part.startswith(f"{base}.") or not new_head
+    return False
+
+
+def _base_name(key: str, adapter: str) -> str:
+    """The base model's name of a weight that stands in a PeftModel."""
+    return (
+        key.removeprefix("base_model.model.").replace(f".modules_to_save.{adapter}.", ".").replace(".base_layer.", ".")
+    )
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
