@@ -43,7 +43,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "training": [
-        {"batches", "divergences", "schedule", "student", "card"},
+        {"settings", "batches", "divergences", "schedule", "student", "card"},
         {"losses"},
         {"fused"},
         {"forward"},
