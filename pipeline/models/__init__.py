@@ -1,8 +1,8 @@
 """Load a model or adapter by name or path, fingerprint it, fine-tune a teacher, make a student."""
 
+from pipeline.models.adapters import LABELS
 from pipeline.models.fingerprint import model_info, public_name, tokenizer_info
 from pipeline.models.load import (
-    LABELS,
     LoadedModel,
     check_isolation,
     choose_max_length,

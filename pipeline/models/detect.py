@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import ModelError
-from pipeline.models.load import adapter_config, load_config
+from pipeline.models.adapters import adapter_config
+from pipeline.models.load import load_config
 from pipeline.tasks import TASKS, Task
 
 

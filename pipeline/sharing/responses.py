@@ -201,8 +201,12 @@ def _completion(
     elif prompt is not None and completion is not None and echoed:
         ids = [*prompt, *completion]
     else:
-        ids = completion if completion is not None else prompt if prompt is not None and echoed else None
-        ids = [_id_at(j, token, tokenizer) for j, token in enumerate(logprobs["tokens"])] if ids is None else list(ids)
+        known = completion if completion is not None else prompt if prompt is not None and echoed else None
+        ids = (
+            [_id_at(j, token, tokenizer) for j, token in enumerate(logprobs["tokens"])]
+            if known is None
+            else list(known)
+        )
         if not echoed:
             prompt = _prompt_ids(record, tokenizer) if prompt is not None or record.get("prompt") is not None else None
             if prompt is None:
@@ -285,7 +289,7 @@ def _templated(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
         messages.append({**turn, "content": text})
     closed = not record.get("continue_final_message")
     try:
-        ids = tokenizer.apply_chat_template(
+        ids: Any = tokenizer.apply_chat_template(
             messages,
             tools=record.get("tools"),
             add_generation_prompt=record.get("add_generation_prompt", closed),

@@ -57,7 +57,8 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
         states, and whose logits are those of the model's own code in a trial on four tokens.
     """
     inner = innermost(model)
-    original = inner.forward
+    # Taken from `self` at each call: a copy (deepcopy, AveragedModel) runs on its own weights.
+    plain = getattr(inner.forward, "__func__", type(inner).forward)
     transform, reason = (None, "") if not task.classes_are_tokens else _read_transform(inner)
     if task.classes_are_tokens and transform is None:
         logger.warning(
@@ -70,6 +71,7 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
 
     @functools.wraps(type(inner).forward)
     def forward(self: Any, *args: Any, distillation: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
+        original = types.MethodType(plain, self)
         if distillation is None:
             return original(*args, **inputs)
         given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in its own defaults

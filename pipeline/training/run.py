@@ -208,6 +208,8 @@ def fit(
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
     show_progress(trainer, f"train-student {output.name}")
     checkpoint = _checkpoint(output, origin) if resume else None
+    if checkpoint is not None:
+        _check_optimizer(Path(checkpoint))
     if args.should_save:
         if checkpoint is None:
             _clear(output)
@@ -288,6 +290,16 @@ def _checkpoint(output: Path, origin: Origin) -> str | None:
             logger.warning("%s: was not written to its end; going back to the one before", path)
     logger.warning("%s: no whole checkpoint to resume from; starting anew", output)
     return None
+
+
+def _check_optimizer(checkpoint: Path) -> None:
+    """Refuse to go on from weights alone: a new optimizer would go on with none of what the old one knew."""
+    # Trainer writes optimizer.pt, FSDP optimizer.bin or optimizer_0, DeepSpeed global_step*.
+    if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
+        raise ContractError(
+            f"{checkpoint}: --resume: expected the optimizer's state, found weights alone, as save_only_model keeps them; "
+            "train anew without --resume and save_only_model"
+        )
 
 
 def _check_apart(output: str | Path, student: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -97,6 +98,20 @@ def test_without_a_distillation_the_model_is_as_it_was(lm_tokenizer):
     attach_loss(model, task=TASK, num_classes=320, loss=Loss(), temperature=1.0)
     assert torch.equal(model(input_ids=ids).logits, expected)
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: torch.optim.swa_utils.AveragedModel(model).module])
+def test_a_copy_runs_on_its_own_weights(cache, lm_tokenizer, copied):
+    model = tiny_model("llama", len(lm_tokenizer), spread=3.0)
+    attach_loss(model, task=TASK, num_classes=320, loss=Loss(), temperature=1.0)
+    other = copied(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    ids, tensors = torch.tensor([[5, 6, 7]]), batch_of(cache)
+    assert not other(input_ids=ids).logits.any()
+    assert model(input_ids=ids).logits.any()
+    assert not torch.equal(losses(other, tensors, attach=False)["total"], losses(model, tensors, attach=False)["total"])
 
 
 def test_evaluation_says_what_each_position_predicts(cache, lm_tokenizer):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import pipeline as softlabel
 from pipeline.config import TrainStudentConfig
-from pipeline.errors import EncodingError, MisuseError, TrainingError
+from pipeline.errors import ContractError, EncodingError, MisuseError, TrainingError
 from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.tasks import get_task
@@ -195,6 +195,13 @@ def test_a_resumed_run_of_another_learning_rate_is_refused(tmp_path, cache):
     run(config(cache, tmp_path, max_steps=2, training={"save_steps": 2}))
     with pytest.raises(softlabel.PipelineError, match=r"learning_rate: expected 0.001, found 0.0001"):
         run(config(cache, tmp_path, max_steps=4, learning_rate=1e-4, resume=True))
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed(tmp_path, cache):
+    settings = {"max_steps": 2, "training": {"save_steps": 1, "save_only_model": True}}
+    run(config(cache, tmp_path, **settings))
+    with pytest.raises(ContractError, match="expected the optimizer's state, found weights alone"):
+        run(config(cache, tmp_path, resume=True, **settings))
 
 
 def trainer_of(cache, tmp_path: Path, **training):

@@ -1,0 +1,48 @@
+"""Each setting of the installed transformers is classified, and what is refused is refused before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+from transformers import Trainer, TrainingArguments
+
+from pipeline.errors import MisuseError
+from pipeline.training.refusals import refuse_unused
+from pipeline.training.settings import HARMLESS, HONOURED, HONOURED_PARAMETERS, REFUSED, REFUSED_PARAMETERS
+
+
+def test_every_field_of_training_arguments_is_classified_once():
+    fields = sorted(field.name for field in dataclasses.fields(TrainingArguments))
+    assert sorted([*REFUSED, *HARMLESS, *HONOURED]) == fields
+
+
+def test_every_parameter_of_trainer_is_classified_once():
+    parameters = sorted(set(inspect.signature(Trainer.__init__).parameters) - {"self"})
+    assert sorted([*REFUSED_PARAMETERS, *HONOURED_PARAMETERS]) == parameters
+
+
+def test_the_defaults_are_not_refused(tmp_path):
+    refuse_unused(TrainingArguments(output_dir=str(tmp_path)), {"callbacks": []})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"resume_from_checkpoint": "x/checkpoint-3"},
+        {"train_sampling_strategy": "group_by_length"},
+        {"label_names": ["labels"]},
+        {"dataloader_in_order": False},
+        {"length_column_name": "n"},
+    ],
+)
+def test_a_setting_without_effect_is_refused(tmp_path, setting):
+    with pytest.raises(MisuseError, match=f"training: {next(iter(setting))}: has no effect"):
+        refuse_unused(TrainingArguments(output_dir=str(tmp_path), **setting), {})
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_PARAMETERS))
+def test_a_parameter_without_effect_is_refused(tmp_path, name):
+    with pytest.raises(MisuseError, match=f"{name}: "):
+        refuse_unused(TrainingArguments(output_dir=str(tmp_path)), {name: lambda *_: 0})
