@@ -53,7 +53,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "evaluation": [
-        {"records", "passes", "continuations", "table"},
+        {"records", "passes", "continuations", "table", "text_bytes"},
         {"run"},
         {"measures"},
         {"report"},

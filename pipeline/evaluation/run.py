@@ -18,6 +18,7 @@ from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, MisuseError
 from pipeline.evaluation.continuations import continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
+from pipeline.evaluation.text_bytes import warn_of_text_bytes
 from pipeline.metrics import agreement, bootstrap_ratio
 from pipeline.models import LoadedModel
 from pipeline.models.doubts import warn_of_doubts
@@ -80,6 +81,7 @@ def evaluate(
             f"{opened.where}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
         )
     warn_of_doubts(teacher_predictions, "teacher", split)
+    warn_of_text_bytes(opened, split)
     teacher = ModelEvaluation(
         name="teacher",
         num_parameters=contract.teacher.num_parameters,
