@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from pipeline.capture import LabelledRow
 from pipeline.errors import BadRowError
 from pipeline.records import Scalar, SoftLabels, TeacherScores, TopK
 from pipeline.softlabels.ragged import offsets_of
+from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 
 #: Above 0, or 1 in mass: what rounding explains.
 _POSITIVE, _MOST_MASS = 0.01, 1.01
@@ -99,7 +101,6 @@ def labelled(
     nll = np.where(hit.any(-1), -logprobs[np.arange(len(ids)), hit.argmax(-1)], np.nan)
     supervised = np.zeros(len(tokens), dtype=bool)
     supervised[position] = True
-    text = str(tokenizer.decode(following.tolist(), skip_special_tokens=True))
     scores = TeacherScores(torch.from_numpy(nll).float(), torch.full((len(nll),), torch.nan))
     soft = _soft_labels(ids[:, :top_k], logprobs[:, :top_k], len(tokenizer), top_k, position)
     return LabelledRow(
@@ -107,10 +108,15 @@ def labelled(
         soft_labels=soft,
         scores=scores,
         supervised=supervised,
-        text_bytes=len(text.encode()),
+        text_bytes=int(_vocabulary(tokenizer).bytes_of_ids(tokens)[position + 1].sum()),
         split=split,
         kept=entries.kept,
     )
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    return read_vocabulary(tokenizer)
 
 
 def _check_values(logprobs: np.ndarray, position: np.ndarray) -> None:
