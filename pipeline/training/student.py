@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 from transformers import AutoConfig
 
 from pipeline.config import TrainStudentConfig
-from pipeline.errors import ContractError, ModelError
+from pipeline.errors import ContractError, MisuseError, ModelError
 from pipeline.models import LoadedModel, check_isolation, load_model, longest_input, tokenizer_info
 from pipeline.records import Contract
 from pipeline.tasks import Task, get_task
@@ -42,8 +43,13 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
     """The student with a new LoRA adapter (Hu et al., 2021) around it, which alone is trained; a new head is trained with it.
 
     Raises:
+        MisuseError: the student is an adapter already.
         ModelError: PEFT is not installed, or does not know the modules.
     """
+    if hasattr(student.model, "peft_config"):
+        raise MisuseError(
+            f"--lora-r: {student.name} is an adapter already, which is trained further as it is; leave --lora-r out, or merge it into its base model first (PEFT: merge_and_unload)"
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -54,12 +60,25 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
         lora_alpha=config.lora_alpha or 2 * rank,
         target_modules=list(config.lora_target) or None,
         task_type=task.peft_type,
+        modules_to_save=_new_modules(student) or None,
     )
     try:
-        adapted: Any = get_peft_model(student.model, settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it itself where it has to
+            adapted: Any = get_peft_model(student.model, settings)
     except ValueError as error:
         raise ModelError(f"--lora-target: {' '.join(str(error).split())}") from None
     return dataclasses.replace(student, model=adapted)
+
+
+def _new_modules(student: LoadedModel) -> list[str]:
+    """Modules with weights that no file gave, which only the adapter can keep; PEFT adds `classifier` and `score` itself."""
+    base = student.model.base_model_prefix
+    found = {
+        name.rpartition(".")[0] if name.startswith(f"{base}.") else name.partition(".")[0]
+        for name in student.new_weights
+    }
+    return sorted(found - {"classifier", "score"})
 
 
 def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
