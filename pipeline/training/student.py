@@ -16,9 +16,18 @@ from pipeline.tasks import Task, get_task
 
 
 def load_student(
-    contract: Contract, name: str, *, new_head: bool = True, trust_remote_code: bool = False
+    contract: Contract,
+    name: str,
+    *,
+    new_head: bool = True,
+    trust_remote_code: bool = False,
+    base_model: str | None = None,
 ) -> LoadedModel:
-    """Load a student and check that it fits the cache. `new_head`: a classifier's checkpoint without a head gets a new one.
+    """Load a student and check that it fits the cache.
+
+    Args:
+        new_head: a classifier's checkpoint without a head gets a new one.
+        base_model: of an adapter, in place of what it names.
 
     Raises:
         ContractError: another number of labels, another order of them, or another tokenizer.
@@ -34,6 +43,7 @@ def load_student(
         new_head=new_head and not task.classes_are_tokens,
         trainable=True,
         trust_remote_code=trust_remote_code,
+        base_model=base_model,
     )
     check_fit(task, contract, student)
     return student

@@ -27,10 +27,7 @@ def settings(path, **more):
 
 def pretrained(kind, tokenizer):
     """A model with the head that its family is trained with, which has no classifier and no pooler."""
-    if kind in ("gpt2", "llama"):
-        auto_class = AutoModelForCausalLM
-    else:
-        auto_class = AutoModelForMaskedLM
+    auto_class = AutoModelForCausalLM if kind in ("gpt2", "llama") else AutoModelForMaskedLM
     config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=0, **TINY[kind])
     return auto_class.from_config(config)
 
@@ -58,7 +55,8 @@ def test_a_new_head_is_saved_with_the_adapter(tmp_path, bert_tokenizer, lm_token
     student = add_adapter(CLASSES, loaded, settings(path, lora_target=target))
     trained = {name for name, weight in student.model.named_parameters() if weight.requires_grad}
     kept = {name.replace(".modules_to_save.default.", ".").removeprefix("base_model.model.") for name in trained}
-    assert loaded.new_weights and set(loaded.new_weights) <= kept
+    assert loaded.new_weights
+    assert set(loaded.new_weights) <= kept
     torch.testing.assert_close(*saved_and_loaded(CLASSES, student, tmp_path / "a"), rtol=0, atol=0)
 
 
@@ -75,7 +73,8 @@ def test_language_models_have_nothing_new(tmp_path, lm_tokenizer, save_teacher, 
     path = save_teacher(tiny_model(kind, len(lm_tokenizer)), lm_tokenizer, kind)
     loaded = load_model(TOKENS, str(path), dtype="float32", trainable=True)
     student = add_adapter(TOKENS, loaded, settings(path))
-    assert loaded.new_weights == () and student.model.peft_config["default"].modules_to_save is None
+    assert loaded.new_weights == ()
+    assert student.model.peft_config["default"].modules_to_save is None
     torch.testing.assert_close(*saved_and_loaded(TOKENS, student, tmp_path / "a"), rtol=0, atol=0)
 
 
