@@ -319,6 +319,8 @@ class ModelInfo:
     adapter_sha256: str | None = None
     compiler: str | None = None
     """The backend of `torch.compile`; None: not compiled."""
+    base_model: str | None = None
+    """What `--base-model` named in place of the adapter's own base."""
 
 
 @dataclass(frozen=True, slots=True)

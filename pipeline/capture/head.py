@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +11,7 @@ from pipeline.cache.views.tokens import marked_tokens
 from pipeline.capture.job import Job
 from pipeline.capture.shard import forward, read_shard
 from pipeline.errors import ModelError
+from pipeline.records import ShardPlan
 from pipeline.tasks import check_ids, embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -29,9 +31,8 @@ def check_head(job: Job) -> None:
     """Compare the logits of one short row with those of the model's plain path.
 
     Raises:
-        ModelError: they differ by more than the precision explains, or a row has a token id without an input embedding.
+        ModelError: they differ by more than the precision explains.
     """
-    _check_ids(job)
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 16, first.stop))
     examples, _ = read_shard(job, few)
@@ -60,9 +61,15 @@ def check_head(job: Job) -> None:
         )
 
 
-def _check_ids(job: Job) -> None:
-    """Read all rows once where the tokenizer has ids beyond the input embedding."""
+def check_rows(job: Job, shards: Sequence[ShardPlan]) -> None:
+    """Read the rows that are to be made once, where the tokenizer has ids beyond the input embedding. One process does it for all.
+
+    Raises:
+        ModelError: a row has a token id without an input embedding, and the contract says stop.
+    """
+    if job.plan.contract.on_bad_row == "skip":
+        return  # such rows are set aside, shard by shard
     if max(job.tokenizer.get_vocab().values(), default=0) < embedding_rows(job.teacher.model):
         return
-    for shard in job.plan.shards:
+    for shard in shards:
         check_ids(job.teacher.model, read_shard(job, shard)[0], job.tokenizer, job.teacher.name)

@@ -33,7 +33,7 @@ from pipeline.softlabels import (
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 from pipeline.sources import read_examples
-from pipeline.tasks import Task
+from pipeline.tasks import Task, embedding_rows, ids_beyond, named_ids
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,10 @@ def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list
     examples: list[TokenizedExample] = []
     bad: list[BadRow] = []
     found = read_examples(job.source, shard.split, shard.start, shard.stop, job.labels)
+    limit = embedding_rows(job.teacher.model)
     for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
+        if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
+            item = _fed(item, shard.split, limit, job.tokenizer)
         if isinstance(item, BadRow):
             bad.append(item)
             _stop_unless_skipped(job, bad)
@@ -261,6 +264,15 @@ def _measure(
 def _uniforms(example: TokenizedExample, split: str, seed: int) -> Tensor:
     positions = np.zeros(1, dtype=np.int64) if example.supervised is None else np.flatnonzero(example.supervised)
     return counter_uniforms(seed, split, example.source_row, example.piece, positions)
+
+
+def _fed(row: TokenizedExample, split: str, limit: int, tokenizer: Any) -> TokenizedExample | BadRow:
+    """The row, unless it has token ids that the teacher has no embedding for."""
+    beyond = ids_beyond([row], limit)
+    if not beyond:
+        return row
+    reason = f"token ids without a row in the input embedding, which has {limit}: {named_ids(beyond, tokenizer)}"
+    return BadRow(split, row.source_row, reason)
 
 
 def _stop_unless_skipped(job: Job, bad: Sequence[BadRow]) -> None:

@@ -18,8 +18,9 @@ class TrainTeacherConfig:
 
     task: TaskName = option("What is learnt.")
     data: DataConfig
-    model: str = option("Name or path of the pretrained model.")
+    model: str = option("Name or path of the pretrained model; a PEFT adapter directory is one too.")
     output: str = option("Directory of the fine-tuned model.")
+    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
     epochs: float = option("Passes over the labelled rows.", 3.0)
     max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
     learning_rate: float = option("Peak learning rate.", 5e-5)

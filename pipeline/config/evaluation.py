@@ -14,6 +14,9 @@ class EvaluateConfig:
 
     cache: str = option("Directory or URL of the cache.")
     student: tuple[str, ...] = option("Student directory, or NAME=DIR; repeat for several.")
+    base_model: str | None = option(
+        "Base model of the students that are PEFT adapters, in place of the one that they name.", None
+    )
     split: str = option("Split to evaluate on.", "test")
     output: str | None = option("Directory for evaluation.json. Default: none is written.", None)
     prompt: tuple[str, ...] = option("Language models: text that each model continues; repeat for several.", ())

@@ -39,6 +39,7 @@ class TrainStudentConfig:
     cache: tuple[str, ...] = option("Directory or URL of the cache; repeat to mix several.")
     student: str = option("Name or path of the student; a PEFT adapter directory is one too.")
     output: str = option("Directory of the trained student.")
+    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
     mix: Literal["teachers", "data"] | None = option(
         "Several caches: of the same rows, labelled by several teachers, or of different data. Default: what --teacher-weight or --proportion says.",
         None,

@@ -14,12 +14,18 @@ from pipeline.tasks import get_task
 
 
 def continue_prompts(
-    cache: Cache, models: Mapping[str, str | Path], prompts: Sequence[str], *, max_new_tokens: int = 32
+    cache: Cache,
+    models: Mapping[str, str | Path],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    base_models: Mapping[str, str] | None = None,
 ) -> tuple[Continuation, ...]:
     """Greedy continuations, one model in memory at a time.
 
     Args:
         models: name -> directory or hub name.
+        base_models: name -> base model of an adapter, in place of the one that it names.
 
     Raises:
         MisuseError: the cache is of a task that generates nothing.
@@ -30,7 +36,7 @@ def continue_prompts(
         raise MisuseError(f"--prompt is for language models; the cache is of the task {task.name}")
     texts: list[dict[str, str]] = [{} for _ in prompts]
     for name, path in models.items():
-        loaded = load_model(task, str(path))
+        loaded = load_model(task, str(path), base_model=(base_models or {}).get(name))
         for prompt, found in zip(prompts, texts, strict=True):
             found[name] = continue_text(loaded, prompt, max_new_tokens)
     return tuple(Continuation(prompt, found) for prompt, found in zip(prompts, texts, strict=True))

@@ -21,6 +21,7 @@ from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.text_bytes import warn_of_text_bytes
 from pipeline.metrics import agreement, bootstrap_ratio
 from pipeline.models import LoadedModel
+from pipeline.models.adapters import adapter_config
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions
@@ -39,10 +40,13 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     cache = Cache.open(
         config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
     )
-    report = evaluate(cache, students, split=config.split, batch_size=config.batch_size)
+    bases = _bases(students, config.base_model)
+    report = evaluate(cache, students, split=config.split, batch_size=config.batch_size, base_models=bases)
     if config.prompt:
         models = students if config.teacher is None else {"teacher": config.teacher, **students}
-        report = dataclasses.replace(report, continuations=continue_prompts(cache, models, config.prompt))
+        report = dataclasses.replace(
+            report, continuations=continue_prompts(cache, models, config.prompt, base_models=bases)
+        )
     if config.output is not None:
         write_text(Path(config.output, "evaluation.json"), dump(report))
     return report
@@ -55,6 +59,7 @@ def evaluate(
     split: str = "test",
     batch_size: int | None = None,
     seed: int = 0,
+    base_models: Mapping[str, str] | None = None,
 ) -> EvaluationReport:
     """Compare students with their teacher.
 
@@ -62,6 +67,7 @@ def evaluate(
         students: name -> directory, hub name, or live model (with the cache's tokenizer).
         batch_size: rows in a forward pass; default: the task's.
         seed: of the bootstrap.
+        base_models: name -> base model of a student that is an adapter, in place of the one that it names.
 
     Returns:
         Metrics of the teacher and of each student; for each student also agreement with the teacher, KL(teacher || student) in nats a
@@ -90,7 +96,7 @@ def evaluate(
     lines = []
     for name, student in students.items():
         if isinstance(student, str | Path):
-            loaded = load_student(contract, str(student), new_head=False)
+            loaded = load_student(contract, str(student), new_head=False, base_model=(base_models or {}).get(name))
         else:
             loaded = LoadedModel(student.eval(), opened.tokenizer, name)
             check_fit(task, contract, loaded)
@@ -108,6 +114,20 @@ def evaluate(
         students=tuple(lines),
         temperature=served_temperature(contract.encoding),
     )
+
+
+def _bases(students: Mapping[str, str], base_model: str | None) -> dict[str, str]:
+    """`--base-model` for each student that is an adapter.
+
+    Raises:
+        MisuseError: none is.
+    """
+    if base_model is None:
+        return {}
+    adapters = [name for name, path in students.items() if adapter_config(path) is not None]
+    if not adapters:
+        raise MisuseError(f"--base-model {base_model}: is for PEFT adapters, and no --student is one")
+    return dict.fromkeys(adapters, base_model)
 
 
 def _line(

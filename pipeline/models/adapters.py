@@ -90,6 +90,8 @@ def with_adapter(model: Any, name: str, missing: Sequence[str], *, base: str, tr
     except UNLOADABLE as error:
         raise ModelError(f"{name}: the adapter does not fit its base model: {first_line(error)}") from error
     refuse_adapter(adapted, name, loaded, missing, base=base)
+    for settings in adapted.peft_config.values():
+        settings.base_model_name_or_path = base  # what is saved again names the base that it was loaded on
     return adapted
 
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import ModelError
-from pipeline.models.adapters import adapter_config
+from pipeline.models.adapters import adapter_config, base_name
 from pipeline.models.load import load_config
 from pipeline.tasks import TASKS, Task
 
 
-def detect_task(name: str, *, trust_remote_code: bool = False) -> Task:
-    """The task whose head a model has: by its architecture, or by what an adapter says of itself.
+def detect_task(name: str, *, trust_remote_code: bool = False, base_model: str | None = None) -> Task:
+    """The task whose head a model has: by its architecture, or by what an adapter says of itself, or else by its base.
+
+    Args:
+        base_model: of an adapter, in place of what it names.
 
     Raises:
         ModelError: nothing loadable there, or a head of another kind.
     """
     adapter = adapter_config(name)
-    if adapter is not None:
-        kind = adapter.get("task_type")
+    kind = None if adapter is None else adapter.get("task_type")
+    if kind is not None:
         found = next((task for task in TASKS.values() if task.peft_type == kind), None)
         what = f"an adapter of the type {kind!r}"
     else:
-        architecture = (load_config(name, trust_remote_code=trust_remote_code).architectures or [""])[0]
+        base = base_name(name, adapter, base_model)
+        architecture = (load_config(base, trust_remote_code=trust_remote_code).architectures or [""])[0]
         found = next((task for task in TASKS.values() if architecture in _class_names(task.auto_class)), None)
         what = f"the architecture {architecture!r}"
     if found is None:

@@ -43,6 +43,7 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
         quantization=loaded.quantization,
         adapter_sha256=_hash_tensors(added) if added else None,
         compiler=loaded.compiler,
+        base_model=None if loaded.base_model is None else public_name(loaded.base_model),
     )
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pipeline.config import InitStudentConfig
 from pipeline.errors import MisuseError, ModelError
+from pipeline.models.adapters import adapter_config
 from pipeline.models.detect import detect_task
 from pipeline.models.load import load_config, load_model, load_tokenizer
 
@@ -66,7 +67,7 @@ def init_student(
     if isinstance(teacher, str | Path):
         if Path(output).resolve() == Path(teacher).resolve():
             raise MisuseError(f"--output {output}: is the teacher's own directory; use another")
-        if Path(teacher, "adapter_config.json").is_file():
+        if adapter_config(str(teacher)) is not None:
             raise ModelError(
                 f"{teacher}: is an adapter, which has no layers of its own; merge it into its base model first (PEFT: merge_and_unload)"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,11 @@ def load_model(
         ModelError: nothing loadable there, or a weight comes from no file, or a weight of a file has no place.
         MisuseError: a dtype or a compiler that does not exist.
     """
-    adapter = adapter_config(name)
+    adapter, beside = adapter_config(name), Path(name).expanduser()
+    base_model = None if base_model is None else os.path.expanduser(base_model)
     base = base_name(name, adapter, base_model)
-    if adapter and label_names is None and (Path(name) / LABELS).is_file():
-        label_names = tuple(json.loads((Path(name) / LABELS).read_text(encoding="utf-8")))
+    if adapter and label_names is None and (beside / LABELS).is_file():
+        label_names = tuple(json.loads((beside / LABELS).read_text(encoding="utf-8")))
     try:
         source, kwargs = _locate(base)
         kwargs.update(revision=None if adapter else revision, trust_remote_code=trust_remote_code)
@@ -97,7 +99,7 @@ def load_model(
     else:
         refuse_missing(model, name, missing, new_head=new_head)
     tokenizer = load_tokenizer(
-        name if adapter and (Path(name) / "tokenizer_config.json").exists() else base,
+        name if adapter and (beside / "tokenizer_config.json").exists() else base,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -194,12 +196,12 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for a name: its first argument, and `gguf_file` where it is one."""
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
     if name.endswith(".gguf"):
         parent, _, file = name.rpartition("/")
         return parent or ".", {"gguf_file": file}
-    if name.startswith("~"):
-        name = str(Path(name).expanduser())
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = name.startswith((".", "/")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ModelError(f"{name}: no such directory; expected a model directory or a hub name (org/name)")
     return name, {}

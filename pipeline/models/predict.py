@@ -21,7 +21,7 @@ from pipeline.tasks import Task, check_ids
 def run(config: PredictConfig) -> Iterator[TextPrediction]:
     """`softlabel predict`: each text of the command line, the file or standard input, in order."""
     texts = _checked(config.text, "--text") if config.text else _read(config.input)
-    task = detect_task(config.model, trust_remote_code=config.trust_remote_code)
+    task = detect_task(config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
     loaded = load_model(task, config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
     longest = config.max_length or _trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
     if task.classes_are_tokens:

@@ -46,7 +46,13 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     names = None if task.classes_are_tokens else label_names(source, config.data.label_map)
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
-        task, config.model, dtype="float32", label_names=names, new_head=not task.classes_are_tokens, trainable=True
+        task,
+        config.model,
+        dtype="float32",
+        label_names=names,
+        new_head=not task.classes_are_tokens,
+        trainable=True,
+        base_model=config.base_model,
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))

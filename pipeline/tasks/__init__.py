@@ -2,7 +2,7 @@
 
 from pipeline.errors import ConfigError
 from pipeline.tasks.causal_lm import CausalLM
-from pipeline.tasks.protocol import Task, check_ids, embedding_rows, free_pad_id, kept_pad_id
+from pipeline.tasks.protocol import Task, check_ids, embedding_rows, free_pad_id, ids_beyond, kept_pad_id, named_ids
 from pipeline.tasks.sequence_classification import SequenceClassification
 
 TASKS: dict[str, Task] = {task.name: task for task in (SequenceClassification(), CausalLM())}
@@ -20,4 +20,14 @@ def get_task(name: str) -> Task:
         raise ConfigError(f"task {name!r}: expected one of {', '.join(TASKS)}") from None
 
 
-__all__ = ["TASKS", "Task", "check_ids", "embedding_rows", "free_pad_id", "get_task", "kept_pad_id"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "check_ids",
+    "embedding_rows",
+    "free_pad_id",
+    "get_task",
+    "ids_beyond",
+    "kept_pad_id",
+    "named_ids",
+]

@@ -131,6 +131,17 @@ def free_pad_id(last_ids: Iterable[int], rows: int) -> int | None:
     return next((i for i in range(min(rows, len(taken) + 1)) if i not in taken), None)
 
 
+def ids_beyond(rows: Iterable[TokenizedExample], limit: int) -> list[int]:
+    """The token ids of rows that an embedding of so many rows lacks, in order."""
+    return sorted({int(i) for row in rows if len(row.input_ids) for i in row.input_ids[row.input_ids >= limit]})
+
+
+def named_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A few token ids with their tokens."""
+    shown = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:5])
+    return shown + (", ..." if len(ids) > 5 else "")
+
+
 def check_ids(model: Any, rows: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Refuse rows with token ids that the model has no embedding for. Padding is not looked at: it is masked.
 
@@ -138,10 +149,9 @@ def check_ids(model: Any, rows: Iterable[TokenizedExample], tokenizer: PreTraine
         ModelError: names the ids and their tokens.
     """
     limit = embedding_rows(model)
-    beyond = sorted({int(i) for row in rows if len(row.input_ids) for i in row.input_ids[row.input_ids >= limit]})
+    beyond = ids_beyond(rows, limit)
     if beyond:
-        shown = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in beyond[:5])
         raise ModelError(
-            f"{name}: rows of the data set hold token ids without a row in the input embedding, which has {limit}: {shown}"
-            f"{', ...' if len(beyond) > 5 else ''}; use the tokenizer that the model was trained with, or train it after resize_token_embeddings"
+            f"{name}: rows of the data set hold token ids without a row in the input embedding, which has {limit}: {named_ids(beyond, tokenizer)}"
+            "; use the tokenizer that the model was trained with, or train it after resize_token_embeddings"
         )

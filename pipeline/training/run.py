@@ -92,7 +92,12 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
         **({} if config.early_stopping is None else EARLY_STOPPING),
     )
     set_seed(config.seed)  # a new head or adapter is random too
-    student = load_student(cache.manifest.contract, config.student, trust_remote_code=config.trust_remote_code)
+    student = load_student(
+        cache.manifest.contract,
+        config.student,
+        trust_remote_code=config.trust_remote_code,
+        base_model=config.base_model,
+    )
     for other in caches[1:]:
         check_fit(get_task(other.manifest.contract.task), other.manifest.contract, student)
     if config.lora_r is not None:

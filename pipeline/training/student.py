@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 from transformers import AutoConfig
 
 from pipeline.config import TrainStudentConfig
-from pipeline.errors import ContractError, ModelError
+from pipeline.errors import ContractError, MisuseError, ModelError
 from pipeline.models import LoadedModel, check_isolation, load_model, longest_input, tokenizer_info
 from pipeline.records import Contract
 from pipeline.tasks import Task, get_task
 
 
 def load_student(
-    contract: Contract, name: str, *, new_head: bool = True, trust_remote_code: bool = False
+    contract: Contract,
+    name: str,
+    *,
+    new_head: bool = True,
+    trust_remote_code: bool = False,
+    base_model: str | None = None,
 ) -> LoadedModel:
-    """Load a student and check that it fits the cache. `new_head`: a classifier's checkpoint without a head gets a new one.
+    """Load a student and check that it fits the cache.
+
+    Args:
+        new_head: a classifier's checkpoint without a head gets a new one.
+        base_model: of an adapter, in place of what it names.
 
     Raises:
         ContractError: another number of labels, another order of them, or another tokenizer.
@@ -33,6 +43,7 @@ def load_student(
         new_head=new_head and not task.classes_are_tokens,
         trainable=True,
         trust_remote_code=trust_remote_code,
+        base_model=base_model,
     )
     check_fit(task, contract, student)
     return student
@@ -42,8 +53,13 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
     """The student with a new LoRA adapter (Hu et al., 2021) around it, which alone is trained; a new head is trained with it.
 
     Raises:
+        MisuseError: the student is an adapter already.
         ModelError: PEFT is not installed, or does not know the modules.
     """
+    if hasattr(student.model, "peft_config"):
+        raise MisuseError(
+            f"--lora-r: {student.name} is an adapter already, which is trained further as it is; leave --lora-r out, or merge it into its base model first (PEFT: merge_and_unload)"
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -54,12 +70,25 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
         lora_alpha=config.lora_alpha or 2 * rank,
         target_modules=list(config.lora_target) or None,
         task_type=task.peft_type,
+        modules_to_save=_new_modules(student) or None,
     )
     try:
-        adapted: Any = get_peft_model(student.model, settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it itself where it has to
+            adapted: Any = get_peft_model(student.model, settings)
     except ValueError as error:
         raise ModelError(f"--lora-target: {' '.join(str(error).split())}") from None
     return dataclasses.replace(student, model=adapted)
+
+
+def _new_modules(student: LoadedModel) -> list[str]:
+    """Modules with weights that no file gave, which only the adapter can keep; PEFT adds `classifier` and `score` itself."""
+    base = student.model.base_model_prefix
+    found = {
+        name.rpartition(".")[0] if name.startswith(f"{base}.") else name.partition(".")[0]
+        for name in student.new_weights
+    }
+    return sorted(found - {"classifier", "score"})
 
 
 def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from pipeline.cache.format.manifest import dump
 from pipeline.errors import MisuseError, ModelError
-from pipeline.models import load_model
+from pipeline.models import load_model, model_info
+from pipeline.models.detect import detect_task
 from pipeline.tasks import get_task
 from tests.conftest import tiny_model
 
@@ -151,3 +153,17 @@ def test_base_model_replaces_the_base_that_an_adapter_names(tmp_path, llama, lm_
         load_model(TOKENS, str(tmp_path / "a"), base_model=str(tmp_path / "a"))
     with pytest.raises(MisuseError, match=r"--base-model .* is for PEFT adapters"):
         load_model(TOKENS, str(llama), base_model=str(llama))
+
+
+def test_the_base_that_was_asked_for_is_named_without_its_path(tmp_path, llama, lm_tokenizer, monkeypatch):
+    adapter_of(tmp_path / "a", load_model(TOKENS, str(llama)).model, lm_tokenizer, ADAPTERS["lora"]())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plain = model_info(load_model(TOKENS, "~/a"))
+    asked = load_model(TOKENS, "~/a", base_model="~/llama")
+    assert (plain.base_model, model_info(asked).base_model) == (None, "llama")
+    assert "base_model" not in dump(plain)
+    assert '"base_model": "llama"' in dump(model_info(asked))
+    asked.model.save_pretrained(tmp_path / "again")
+    said = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(llama)
+    assert detect_task("~/a", base_model="~/llama") is TOKENS  # no task_type: the base says it

@@ -66,6 +66,8 @@ def test_ids_without_an_embedding_are_named_before_the_first_shard(tmp_path, lm_
     with pytest.raises(ModelError, match=rf"without a row in the input embedding.*{len(more) - 1} \('<think>'\)"):
         softlabel.cache_logits(str(path), marked, tmp_path / "refused", task=task)
     assert not list((tmp_path / "refused").rglob("*.parquet"))
+    cache = softlabel.cache_logits(str(path), marked, tmp_path / "skipped", task=task, on_bad_row="skip")
+    assert len(cache.dataset("train")) == 1
 
 
 @pytest.mark.parametrize("pad", [None, 1, 5])

@@ -6,7 +6,7 @@ from pipeline.cache import Cache
 from pipeline.cache.writing.build import is_finished
 from pipeline.cache.writing.claims import Claims
 from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar
-from pipeline.capture.head import check_head, show_first_row
+from pipeline.capture.head import check_head, check_rows, show_first_row
 from pipeline.capture.job import Job
 from pipeline.capture.shard import capture_shards
 from pipeline.capture.space import warn_of_full_disk
@@ -21,6 +21,7 @@ def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
     if waiting:
         warn_of_full_disk(job, waiting)
         show_first_row(job)
+        check_rows(job, waiting)
         check_head(job)
     with progress_bar(job.plan, waiting, part) as bar, Claims(job.layout, job.plan) as claims:
 

@@ -70,7 +70,7 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
         config = dataclasses.replace(config, device_map="auto")
     actor_class = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus)(ShardWorker)
     actors = {0: actor_class.remote(config, os.getcwd(), share.cpus)}
-    speaking = {actors[0].ready.remote(): 0}
+    speaking = {actors[0].ready.remote(is_first=True): 0}
     try:
         _wait(ray, speaking, share)
         for reference in list(speaking):
@@ -131,11 +131,11 @@ class ShardWorker:
         self._given: queue.Queue[str] = queue.Queue()
         self._made: queue.Queue[str | BaseException] = queue.Queue()
 
-    def ready(self) -> None:
-        """Load the teacher and join the capture. Relative paths are those of the command."""
+    def ready(self, *, is_first: bool = False) -> None:
+        """Load the teacher and join the capture; the first one looks at the rows of all. Relative paths are those of the command."""
         import torch
 
-        from pipeline.capture.head import check_head
+        from pipeline.capture.head import check_head, check_rows
         from pipeline.capture.job import prepare
         from pipeline.models.quiet import quiet_libraries
 
@@ -144,6 +144,8 @@ class ShardWorker:
         quiet_libraries()
         torch.set_num_threads(self._threads)
         job = prepare(self._config)
+        if is_first:
+            check_rows(job, outstanding(job.layout, job.plan))
         check_head(job)
         threading.Thread(target=self._work, args=(job,), daemon=True).start()
 

@@ -23,7 +23,7 @@ from pipeline.cache.writing.build import current_plan, is_finished, missing, ope
 from pipeline.cache.writing.claims import Claims
 from pipeline.capture.engines.deal import Deal
 from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar, shards_of
-from pipeline.capture.head import check_head, show_first_row
+from pipeline.capture.head import check_head, check_rows, show_first_row
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.shard import capture_shards
 from pipeline.capture.space import warn_of_full_disk
@@ -110,11 +110,12 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_fi
         job = prepare(config)
         if is_first:
             logging.getLogger("pipeline.capture.head").setLevel(logging.INFO)
-            show_first_row(job)
-        check_head(job)
-        if is_first:
             absent = set(missing(job.layout, job.plan))
-            warn_of_full_disk(job, [s for s in shards_of(job.plan, config.parsed_part) if s.name in absent])
+            waiting = [shard for shard in shards_of(job.plan, config.parsed_part) if shard.name in absent]
+            warn_of_full_disk(job, waiting)
+            show_first_row(job)
+            check_rows(job, waiting)
+        check_head(job)
         connection.send(_Message())
         claims = Claims(job.layout, job.plan)
 
