@@ -47,7 +47,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"losses", "card"},
         {"fused"},
         {"forward"},
-        {"refusals"},
+        {"refusals", "saving"},
         {"trainer"},
         {"run"},
         {"__init__"},

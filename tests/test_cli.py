@@ -261,3 +261,27 @@ def test_kept_columns_of_a_csv_come_back(project):
     )
     assert done.exit_code == 0, done.output
     assert call("verify", "--cache", "runs/csv").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["estimate", "--temperature", "1", "--temperature", "2"],
+        ["train-student", "--learning-rate=1e-3", "--seed", "1", "--learning-rate", "1e-4"],
+        ["predict", "--model", "a", "--model", "a"],
+        ["cache-logits", "--overwrite", "--no-overwrite"],
+        ["cache-logits", "--config", "a.yaml", "--config", "b.yaml"],
+        ["run", "a.yaml", "--through", "evaluate", "--through", "cache-logits"],
+    ],
+)
+def test_an_option_of_one_value_is_given_once(args):
+    failed = call(*args)
+    flag = next(arg.partition("=")[0] for arg in args if arg.startswith("--") and arg != "--seed")
+    assert failed.exit_code == 2
+    assert failed.output == f"Error: {flag}: takes one value, and is given 2 times; keep one\n"
+
+
+def test_a_repeatable_option_is_given_often():
+    failed = call("cache-logits", "--temperature", "1", "--temperature", "2", "--split", "a", "--split", "b")
+    assert failed.exit_code == 2
+    assert "missing --task" in failed.output

@@ -20,6 +20,7 @@ from pipeline.config import (
     make_encoding,
     resolve,
 )
+from pipeline.config.file import PATHS
 from pipeline.errors import ConfigError, MisuseError
 from pipeline.records import Columns, Full, Loss, Sampled, Tokenization, TopK, TopP
 
@@ -380,3 +381,55 @@ def test_a_label_map_is_a_list_or_a_mapping(tmp_path):
     for wrong in ("sport", "=sport", "3= "):
         with pytest.raises(MisuseError, match="--label-map: expected DATA=MODEL, found"):
             DataConfig(dataset="d", label_map=(wrong,))
+
+
+# ------------------------------------------------------------------------------------------------------- homes
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return str(tmp_path)
+
+
+def test_each_option_that_may_be_a_path_has_its_home_made_whole() -> None:
+    speaks = re.compile(r"[Dd]irectory|[Nn]ame or path|\b[Ff]ile\b|URL")
+    named = {
+        field.name
+        for section in {*config.SECTIONS.values(), DataConfig}
+        for field in dataclasses.fields(section)
+        if speaks.search(field.metadata.get("help", "")) and field.type not in ("bool", "int", "int | None")
+    }
+    assert named - PATHS == {"cache_bytes"}
+
+
+def test_homes_in_flags(home: str) -> None:
+    found = resolve(
+        TrainStudentConfig, None, {}, {"cache": ("~/a", "hf://datasets/o/n"), "student": "org/name", "output": "~"}
+    )
+    assert (found.cache, found.student, found.output) == ((f"{home}/a", "hf://datasets/o/n"), "org/name", home)
+    named = resolve(EvaluateConfig, None, {}, {"cache": "~/a", "student": ("x=~/b", "~/c", "org/d=~e")})
+    assert named.student == (f"x={home}/b", f"{home}/c", "org/d=~e")
+
+
+def test_homes_in_a_file(home: str, tmp_path: Path) -> None:
+    text = (
+        "task: causal-lm\ndata: {dataset: ~/d, data-files: [train=~/d/*.txt], chat-template: ~/t, text-column: ~x}\n"
+        "cache-logits: {teacher: ~/m, base-model: ~/b, output: ~/o}\n"
+        "train-student: {cache: ~/o, student: ~/m, output: ~/s, cache-dir: ~/k, training: {deepspeed: ~/z.json, seed: 1}}\n"
+    )
+    load(tmp_path, text)
+    file = load_config("~/run.yaml")
+    captured = resolve(CacheLogitsConfig, file, file.sections["cache-logits"][0], {})
+    assert (captured.teacher, captured.base_model, captured.output) == (f"{home}/m", f"{home}/b", f"{home}/o")
+    data = captured.data
+    assert (data.dataset, data.data_files, data.chat_template) == (f"{home}/d", (f"train={home}/d/*.txt",), f"{home}/t")
+    assert data.text_column == "~x"
+    trained = resolve(TrainStudentConfig, file, file.sections["train-student"][0], {})
+    assert (trained.cache, trained.cache_dir) == ((f"{home}/o",), f"{home}/k")
+    assert trained.training == {"deepspeed": f"{home}/z.json", "seed": 1}
+
+
+def test_a_text_is_no_path(home: str) -> None:
+    found = resolve(EvaluateConfig, None, {}, {"cache": "c", "student": ("s",), "prompt": ("~ is a tilde", "~/a")})
+    assert found.prompt == ("~ is a tilde", "~/a")

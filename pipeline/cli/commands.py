@@ -26,8 +26,25 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception: temporary files are removed on the way out, as on Ctrl-C."""
 
 
+class _Command(click.Command):
+    """Refuses an option of one value that is given twice: click would take the last without a word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and count how often each option stands there."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for param in given if not ctx.resilient_parsing else ():
+            once = isinstance(param, click.Option) and param.expose_value and not (param.multiple or param.count)
+            if once and given.count(param) > 1:
+                raise MisuseError(
+                    f"{param.opts[0]}: takes one value, and is given {given.count(param)} times; keep one"
+                )
+        return super().parse_args(ctx, args)
+
+
 class _Group(click.Group):
     """Turns a `PipelineError`, Ctrl-C or SIGTERM into one line on standard error and its exit code."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         before = signal.signal(signal.SIGTERM, _terminate)
@@ -92,7 +109,7 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
                 function(resolved)
 
         summary = (config_type.__doc__ or "").strip()
-        command = click.Command(
+        command = _Command(
             name, callback=callback, help=f"{summary}\n\n\b\nExample:\n    {example}", short_help=summary
         )
         command.params.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,32 @@ from pipeline.config.sections import SECTIONS
 from pipeline.errors import ConfigError, MisuseError
 
 ConfigType = TypeVar("ConfigType")
+
+#: Fields that hold a path, or a name that may be one, or NAME=PATH.
+PATHS = frozenset(
+    [
+        "base_model",
+        "cache",
+        "cache_dir",
+        "chat_template",
+        "compression_config",
+        "control",
+        "data_files",
+        "dataset",
+        "from_",
+        "html",
+        "input",
+        "model",
+        "output",
+        "requests",
+        "student",
+        "teacher",
+        "to",
+        "tokenizer",
+        "training",
+        "write_config",
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +62,7 @@ def load_config(path: str | Path) -> ConfigFile:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a YAML file with a section per command") from None
     except (yaml.YAMLError, ValueError, OSError) as error:
@@ -87,6 +114,7 @@ def resolve(
     for listed in (f.name for f in dataclasses.fields(config_type) if str(f.type).startswith("tuple[")):  # type: ignore[arg-type]
         if isinstance(values.get(listed), str):  # one, not in a list
             values[listed] = [values[listed]]
+    values = _with_homes(values)
     where = f"{file.path}: " if file is not None else ""
     for owner, given in ((config_type, values), (DataConfig, values.get("data"))):
         if given is None:
@@ -110,6 +138,25 @@ def cli_fields(config_type: type) -> Iterator[dataclasses.Field[Any]]:
             yield from dataclasses.fields(DataConfig)
         elif item.name != "training":
             yield item
+
+
+def _with_homes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`~` and `~user` at the beginning of each path made whole; no name on the hub begins so."""
+    found = {name: _expanded(value) if name in PATHS else value for name, value in values.items()}
+    return {**found, "data": _with_homes(found["data"])} if isinstance(found.get("data"), Mapping) else found
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expanded, value))
+    if isinstance(value, Mapping):
+        return {key: _expanded(item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    name, separator, path = value.partition("=~")
+    if separator and "/" not in name:
+        return f"{name}={os.path.expanduser('~' + path)}"
+    return os.path.expanduser(value)
 
 
 def _required(item: dataclasses.Field[Any]) -> bool:

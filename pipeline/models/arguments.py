@@ -35,9 +35,29 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
         ours["greater_is_better"] = metric in _GREATER_IS_BETTER
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 20, "dataloader_pin_memory": False}
     try:
-        return TrainingArguments(output_dir=output, **{**quiet, **ours, **extra})
+        args = TrainingArguments(output_dir=output, **{**quiet, **ours, **extra})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
+    hide_token(args)
+    return args
+
+
+class _Token(str):
+    """A token that a pickle does not hold: Trainer writes its arguments beside every model, as training_args.bin."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[str], tuple[()]]:
+        return str, ()
+
+    def __deepcopy__(self, memo: Any) -> _Token:
+        return self
+
+
+def hide_token(args: TrainingArguments) -> None:
+    """Keep the hub token out of everything that is written."""
+    if args.hub_token is not None:
+        args.hub_token = _Token(args.hub_token)
 
 
 def show_progress(trainer: Trainer, description: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +93,28 @@ def from_datasets(
     for split, part in found.items():
         if not isinstance(part, datasets.Dataset):
             raise SourceError(
-                f"in-memory: split {split}: expected a datasets.Dataset, found {type(part).__name__}; load it without streaming=True"
+                f"in-memory: split {split}: expected a datasets.Dataset, found {type(part).__name__}; {_instead(dataset, part)}"
             )
     return _prepare("in-memory", found, columns, holdout, splits)
+
+
+def _instead(dataset: Any, part: Any) -> str:
+    """How what was given becomes a data set."""
+    import datasets
+
+    if isinstance(dataset, Mapping) and isinstance(part, list | tuple) and not (part and isinstance(part[0], Mapping)):
+        return "of columns make one with datasets.Dataset.from_dict(columns)"
+    if isinstance(part, list | tuple):
+        return "of rows make one with datasets.Dataset.from_list(rows)"
+    if isinstance(part, Mapping):
+        return "of columns make one with datasets.Dataset.from_dict(columns)"
+    if isinstance(part, datasets.IterableDataset):
+        return "load it without streaming=True, or make one with datasets.Dataset.from_generator(lambda: iter(rows))"
+    if type(part).__name__ == "DataFrame":
+        return "of a pandas frame make one with datasets.Dataset.from_pandas(frame)"
+    if isinstance(part, Iterable):
+        return "of what gives rows one by one make one with datasets.Dataset.from_generator(lambda: iter(rows))"
+    return "give a datasets.Dataset, or a DatasetDict of them"
 
 
 def _prepare(
@@ -105,8 +124,13 @@ def _prepare(
     columns = one_input(columns)
     if not splits:
         raise SourceError(f"{name}: no split; expected at least one data set")
-    for split in splits:
+    for split, dataset in splits.items():
         check_split_name(name, split)
+        if dataset.format["type"] == "custom":  # rows are read without their format
+            raise SourceError(
+                f"{name}: split {split}: has a transform (with_transform or set_transform), which would not be applied; "
+                "apply it with map(), or take it off with reset_format()"
+            )
     share = holdout if "test" not in splits else 0.0
     if share:
         splits = _hold_out(name, splits, columns, share)

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.cache import Cache, CacheDataset
@@ -30,12 +30,13 @@ from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, attach_loss
 from pipeline.training.refusals import refuse_unused
+from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(SavingTrainer):
     """Trains a student on hard and soft labels of a cache.
 
     loss = hard_weight * sum CE / N_hard + soft_weight * T^2 * sum D / N_soft, both N counted over all ranks and accumulated batches, so that the
@@ -101,7 +102,6 @@ class DistillationTrainer(Trainer):
         )
         self.batch_tokens = batch_tokens
         refuse_unused(args, trainer_kwargs)
-        args.remove_unused_columns = False
         if args.n_gpu > 1:
             logger.warning(
                 "one process uses one GPU; for all %d start it with torchrun --nproc_per_node %d",

@@ -168,3 +168,35 @@ def test_holdout_that_cannot_be() -> None:
         from_datasets(TEXT, Columns(), holdout=1e-9)
     with pytest.raises(SourceError, match="no column 'body'"):
         from_datasets(TEXT, Columns(text="body"), holdout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "found", "instead"),
+    [
+        ([{"text": "a"}], "list", r"Dataset\.from_list\(rows\)"),
+        (({"text": "a"},), "tuple", r"Dataset\.from_list\(rows\)"),
+        ({"train": [{"text": "a"}]}, "list", r"Dataset\.from_list\(rows\)"),
+        ({"text": ["a"], "label": [0]}, "list", r"Dataset\.from_dict\(columns\)"),
+        ({"train": {"text": ["a"]}}, "dict", r"Dataset\.from_dict\(columns\)"),
+        (({"text": text} for text in "ab"), "generator", r"Dataset\.from_generator"),
+        (TEXT.to_iterable_dataset(), "IterableDataset", r"without streaming=True, .*Dataset\.from_generator"),
+        (TEXT.to_pandas(), "DataFrame", r"Dataset\.from_pandas\(frame\)"),
+        (3, "int", "DatasetDict"),
+    ],
+)
+def test_what_to_pass_instead(dataset: Any, found: str, instead: str) -> None:
+    with pytest.raises(SourceError, match=rf"expected a datasets\.Dataset, found {found}; .*{instead}"):
+        from_datasets(dataset, Columns())
+
+
+def test_a_transform_that_would_not_be_applied() -> None:
+    changed = TEXT.with_transform(lambda rows: {"text": [text.upper() for text in rows["text"]]})
+    for dataset in (changed, {"train": TEXT, "test": changed}):
+        with pytest.raises(SourceError, match=r"split t\w+: has a transform .*map\(\)"):
+            from_datasets(dataset, Columns())
+    with pytest.raises(SourceError, match="split train: has a transform"):
+        from_datasets(changed, Columns(), holdout=0.5)
+
+
+def test_another_format_is_fine() -> None:
+    assert list(from_datasets(TEXT.with_format("numpy"), Columns()).splits) == ["train"]

@@ -1,0 +1,96 @@
+"""What a run leaves on the disk: no secret, no half-written checkpoint that is taken for whole, the student as it came."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainingArguments
+
+import pipeline as softlabel
+from pipeline.cache import Cache
+from pipeline.config import TrainStudentConfig
+from pipeline.errors import TrainingError
+from pipeline.models.arguments import hide_token
+from pipeline.training.run import run
+from tests.conftest import tiny_model
+
+SECRET = "hf_" + "sEcReT" * 5
+
+
+@pytest.fixture
+def teacher(bert_tokenizer, save_teacher):
+    return save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=3), bert_tokenizer)
+
+
+@pytest.fixture
+def cache(tmp_path, teacher, topics) -> Cache:
+    rows = topics["train"].select(range(24)).remove_columns("label")
+    return softlabel.cache_logits(str(teacher), rows, tmp_path / "cache", task="sequence-classification")
+
+
+def train(cache, student, output, **settings):
+    settings = {"max_steps": 2, "batch_size": 8, **settings}
+    return run(TrainStudentConfig(cache=str(cache.root), student=str(student), output=str(output), **settings))
+
+
+def test_no_file_holds_the_token(tmp_path, cache, teacher):
+    saving = {"save_strategy": "steps", "save_steps": 1, "hub_token": SECRET, "push_to_hub": False}
+    train(cache, teacher, tmp_path / "out", training=saving)
+    args = TrainingArguments(output_dir=str(tmp_path / "x"), hub_token=SECRET, max_steps=1)
+    softlabel.train_student(cache, str(teacher), tmp_path / "live", args=args)
+    assert args.hub_token == SECRET  # a push takes it from there
+    written = [path for name in ("out", "live") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert {"training_args.bin", "trainer_state.json", "README.md", "origin.json"} <= {path.name for path in written}
+    assert (tmp_path / "out" / "checkpoint-1" / "training_args.bin").exists()
+    for path in written:
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_hidden_token_is_still_the_token(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), hub_token=SECRET)
+    hide_token(args)
+    assert isinstance(args.hub_token, str)
+    assert (args.hub_token, copy.deepcopy(args).hub_token) == (SECRET, SECRET)
+    torch.save(args, tmp_path / "args.bin")
+    assert torch.load(tmp_path / "args.bin", weights_only=False).hub_token == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tmp_path, cache, teacher, monkeypatch, error):
+    plain = Trainer._save_optimizer_and_scheduler
+
+    def full(self, output_dir):
+        if output_dir.endswith("checkpoint-2"):
+            raise error
+        plain(self, output_dir)
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(TrainingError, match=r"checkpoint-2: .*the disk is full.*--resume") as caught:
+            train(cache, teacher, tmp_path / "out", training=saving)
+        assert "\n" not in str(caught.value)
+    assert train(cache, teacher, tmp_path / "out", training=saving, resume=True).steps == 2
+
+
+def test_another_error_while_saving_is_not_taken_for_a_full_disk(tmp_path, cache, teacher, monkeypatch):
+    def fails(self, output_dir):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fails)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(cache, teacher, tmp_path / "out", training={"save_strategy": "steps", "save_steps": 1})
