@@ -46,6 +46,7 @@ def main(config: str, seeds: int, students: str, output: str, picture: str) -> N
             student=tuple(f"{name}={directory}" for name, directory in named if name == first),
             control=tuple(f"{name}={directory}" for name, directory in named if name != first),
             output=output,
+            overwrite=True,
         )
     )
     shutil.copyfile(Path(output, "quality.png"), picture)

@@ -77,7 +77,7 @@ def trained_students(file: ConfigFile, output: str, seed: int) -> dict[str, str]
         made_from = json.dumps([dataclasses.asdict(config), Cache.open(config.cache[0]).manifest.cache_id])
         mark = Path(f"{students[name]}.json")
         if not mark.is_file() or mark.read_text() != made_from:
-            train(config)
+            train(dataclasses.replace(config, overwrite=True))
             mark.write_text(made_from)
     return students
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reading.remote import read_small
+from pipeline.cache.storage.commit import write_text
 from pipeline.cache.storage.urls import is_url, pinned
 from pipeline.cache.writing.build import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
@@ -88,8 +89,10 @@ def run(
                 shown[name](config)
             continue
         logger.info("%s: %s", name, redact(str(config.output or "")))
-        if overwrite and name == "cache-logits" and current_plan(open_layout(config.output)) is not None:
+        if _gives_way(name, config, key, asked=overwrite):
             config = dataclasses.replace(config, overwrite=True)
+        if output is not None and name == "train-student":
+            write_text(_mark(output, name), _begun(key))
         runners[name](config)
         if (
             output is not None and (output / _PROOF[name]).is_file()
@@ -99,6 +102,21 @@ def run(
 
 def _mark(output: Path, stage: str) -> Path:
     return output / f".stage-{stage}.json"
+
+
+def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
+    """Whether what is there is deleted: a cache when asked to, a model that is stale always, but for an unfinished run of the same settings."""
+    if stage == "cache-logits":
+        return asked and current_plan(open_layout(config.output)) is not None
+    if stage == "train-student" and not asked and not config.resume:
+        mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
+        return proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key)
+    return stage in ("train-teacher", "train-student") and not getattr(config, "resume", False)
+
+
+def _begun(key: str) -> str:
+    """The mark of a training run that has begun: it is not stale, it goes on."""
+    return json.dumps({"key": key, "output": None}) + "\n"
 
 
 def _state(output: Path, stage: str, key: str) -> str:

@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from pipeline.cli import main
+from pipeline.errors import MisuseError
 from tests.conftest import tiny_model
 
 
@@ -229,11 +230,49 @@ def test_what_was_made_by_hand_since_is_made_again(project, caplog):
         "--max-steps",
         "2",
     ]
-    assert call(*command).exit_code == 0
+    refused = call(*command)
+    assert refused.exit_code == MisuseError.exit_code
+    assert "--overwrite" in refused.stderr
+    assert call(*command, "--overwrite").exit_code == 0
     caplog.clear()
     again = call("run", "run.yaml")
     assert again.exit_code == 0
     assert json.loads(Path("runs/a/distillation.json").read_text())["steps"] == 3
+
+
+def test_a_stale_teacher_gives_way_and_an_interrupted_student_goes_on(project, caplog, monkeypatch):
+    from pipeline.training import run as training
+
+    project["train-student"] = [{**project["train-student"][0], "training": {"save_steps": 2}}]
+    project["evaluate"]["student"] = ["runs/a"]
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_measure", interrupt)
+        assert call("run", "run.yaml").exit_code == 130
+    caplog.clear()
+    assert call("run", "run.yaml", "--through", "train-student").exit_code == 0
+    assert "goes on from checkpoint-3" in caplog.text
+
+    with monkeypatch.context() as patch:  # another run was interrupted there: what it has left is stale
+        patch.setattr(training, "_measure", interrupt)
+        project["train-student"][0]["seed"] = 1
+        Path("run.yaml").write_text(yaml.safe_dump(project))
+        assert call("run", "run.yaml", "train-student").exit_code == 130
+    project["train-student"][0]["seed"] = 2
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    assert call("run", "run.yaml", "train-student").exit_code == 0
+    assert json.loads(Path("runs/a/distillation.json").read_text())["seed"] == 2
+
+    refused = call("train-teacher", "--config", "run.yaml")
+    assert refused.exit_code == MisuseError.exit_code
+    assert "runs/teacher: holds a finished model" in refused.stderr
+    project["train-teacher"]["max_steps"] = 2
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    assert call("run", "run.yaml", "train-teacher").exit_code == 0
 
 
 def test_one_output_for_several_sections_is_a_mistake(project):

@@ -56,7 +56,7 @@ class _Group(click.Group):
         except (KeyboardInterrupt, _Terminated) as stop:
             code = 130 if isinstance(stop, KeyboardInterrupt) else 143  # 128 + the signal's number
             click.echo(
-                "Error: interrupted; what was finished is kept: run the same command again to go on (train-student: with --resume)",
+                "Error: interrupted; what was finished is kept: run the same command again to go on",
                 err=True,
             )
             ctx.exit(code)

@@ -26,6 +26,9 @@ class TrainTeacherConfig:
     learning_rate: float = option("Peak learning rate.", 5e-5)
     batch_size: int = option("Rows per device and step.", 16)
     seed: int = option("Seed of initialisation and order.", 0)
+    overwrite: bool = option(
+        "Delete the model and the checkpoints that the output directory holds and start anew.", False
+    )
     training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ class ReportConfig:
     resamples: int = option("Resamples of each bootstrap.", 2000)
     seed: int = option("Seed of the bootstrap and of the permutation tests.", 0)
     examples: int = option("Rows or positions to show where student and teacher differ most; 0: none.", 5)
+    overwrite: bool = option("Replace the report that the output directory holds.", False)
     json: bool = option("Print report.json instead of a table.", False)
 
     def __post_init__(self) -> None:

@@ -95,6 +95,9 @@ class TrainStudentConfig:
     )
     seed: int = option("Seed of order and dropout.", 0)
     resume: bool = option("Go on from the newest whole checkpoint in the output directory.", False)
+    overwrite: bool = option(
+        "Delete the student and the checkpoints that the output directory holds and start anew.", False
+    )
     lora_r: int | None = option("Train a LoRA adapter of this rank instead of all weights.", None)
     lora_alpha: int | None = option("LoRA scale. Default: twice the rank.", None)
     lora_target: tuple[str, ...] = option(
@@ -119,6 +122,8 @@ class TrainStudentConfig:
             )
         if self.proportion and self.mix == "teachers":
             raise MisuseError("--proportion goes with --mix data; --mix teachers takes --teacher-weight")
+        if self.resume and self.overwrite:
+            raise MisuseError("--resume goes on from checkpoints and --overwrite deletes them: give one of them")
         check_positive("--batch-size", self.batch_size)
         check_positive("--batch-tokens", self.batch_tokens)
         check_positive("--early-stopping", self.early_stopping)

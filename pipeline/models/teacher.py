@@ -20,6 +20,7 @@ from pipeline.errors import BadRowError, MisuseError, ModelError, SourceError
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import LoadedModel, choose_max_length, load_model, pad_id, set_chat_template
+from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
@@ -40,8 +41,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     """
     task = get_task(config.task)
     task.check_columns(config.data.columns, config.data.tokenization(2))
-    if Path(config.output).resolve() == Path(config.model).resolve():
-        raise MisuseError(f"--output {config.output}: is the pretrained model's own directory; use another")
+    before = _check_output(config)
     source = load_source(config.data, label_required=not task.classes_are_tokens)
     names = None if task.classes_are_tokens else label_names(source, config.data.label_map)
     set_seed(config.seed)  # a new head is random too
@@ -78,6 +78,8 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     collator = _Collator(task, padding.pad_token_id)
     trainer = Trainer(model=teacher.model, args=args, data_collator=collator, train_dataset=_Rows(rows))
     show_progress(trainer, "train-teacher")
+    if args.should_save:  # an old adapter beside a new model would be loaded in its place
+        remove(before)
     trainer.train()
     padding.pad_token_id = kept
     trainer.save_model(config.output)
@@ -92,6 +94,24 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     content = {"split": held_out, "rows": len(rows), "measured_rows": len(measured), "metrics": metrics}
     Path(config.output, "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return metrics
+
+
+def _check_output(config: TrainTeacherConfig) -> list[Path]:
+    """What of the output directory gives way to the new teacher.
+
+    Raises:
+        MisuseError: the pretrained model is in there, or a teacher, without `overwrite`.
+    """
+    output, model = Path(config.output).resolve(), Path(config.model).resolve()
+    if output == model:
+        raise MisuseError(f"--output {config.output}: is the pretrained model's own directory; use another")
+    if model.exists() and output in model.parents:
+        raise MisuseError(f"--output {config.output}: holds the pretrained model {config.model}; use another")
+    found = [*checkpoints(output), *model_files(output), *output.glob("metrics.json")]
+    if found and not config.overwrite:
+        what = "the checkpoints of a run" if not model_files(output) else "a finished model"
+        raise MisuseError(f"--output {config.output}: holds {what}; use another, or --overwrite to train anew")
+    return found
 
 
 def _training_pad_id(teacher: LoadedModel, rows: Sequence[TokenizedExample]) -> int:

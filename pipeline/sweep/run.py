@@ -25,11 +25,11 @@ from pipeline.evaluation import evaluate
 from pipeline.evaluation.report.report import report as write_report
 from pipeline.evaluation.report.summary import summary
 from pipeline.models.initialize import init_student
+from pipeline.models.saved import checkpoints
 from pipeline.records import TrainResult
 from pipeline.sweep.grid import PlannedRun, Start, named_caches, plan, train_config
 from pipeline.sweep.leaderboard import SweepReport, SweepRun, make_report
 from pipeline.tasks import get_task
-from pipeline.training.run import checkpoints
 from pipeline.training.run import run as train
 from pipeline.workflow import content_of
 
@@ -85,6 +85,7 @@ def report(config: SweepConfig, found: SweepReport) -> str:
                 calibration_split=config.eval_split,
                 output=str(Path(config.output, "report")),
                 rounds=0,
+                overwrite=True,
             )
         )
     )
@@ -172,14 +173,15 @@ def _begin(config: SweepConfig, start: Start, seed: int) -> str:
 def _trained(settings: TrainStudentConfig, cache: Cache) -> TrainResult:
     """The result of a run: of the one that is finished, of the one that was stopped and goes on, or of a new one."""
     directory = Path(settings.output)
-    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("cache", "student", "output", "resume")}
+    apart = ("cache", "student", "output", "resume", "overwrite")
+    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in apart}
     key = _hash([plain, cache.manifest.cache_id, content_of(Path(settings.student))])
     if _is_finished(directory, key, _PROOF):
         logger.info("%s is finished", directory)
         return parse(TrainResult, directory / _PROOF)
     resume = _mark(directory) == {"key": key, "proof": None} and bool(checkpoints(directory))
     _set_mark(directory, key)
-    result = train(dataclasses.replace(settings, resume=resume), cache)
+    result = train(dataclasses.replace(settings, resume=resume, overwrite=not resume), cache)
     for checkpoint in checkpoints(directory):  # three times the size of the student, and of no more use
         shutil.rmtree(checkpoint)
     _set_mark(directory, key, _PROOF)

@@ -6,10 +6,9 @@ import dataclasses
 import json
 import logging
 import math
-import re
-import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
@@ -28,10 +27,12 @@ from pipeline.models import (
 )
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
+from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
+from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
 
@@ -39,6 +40,14 @@ logger = logging.getLogger(__name__)
 
 #: What a run was, written before its first step; `trainer_state.json` beside it has the log.
 ORIGIN = "origin.json"
+#: Written last: the student is finished.
+_PROOF = "distillation.json"
+#: What shapes the course of a run: a run that goes on unasked has the same, one that goes on with `--resume` may have others.
+_COURSE = (
+    *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+    *("neftune_noise_alpha", "seed", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
 
 #: What early stopping needs, where the `training:` section does not say otherwise.
 EARLY_STOPPING = {
@@ -68,6 +77,8 @@ class Origin:
     """Of the weights before the first step."""
     adapter_sha256: str | None
     mixed: tuple[MixedCache, ...] = ()
+    course: dict[str, Any] | None = None
+    """The settings of `_COURSE`, and the patience of early stopping. Older runs have none."""
 
 
 def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
@@ -113,6 +124,7 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
         batch_tokens=config.batch_tokens,
         early_stopping=config.early_stopping,
         resume=config.resume,
+        overwrite=config.overwrite,
         mixture=mixture,
     )
 
@@ -125,12 +137,14 @@ def train_student(
     loss: Loss = Loss(),  # noqa: B008 - frozen
     args: TrainingArguments | None = None,
     split: str = "train",
+    overwrite: bool = False,
 ) -> TrainResult:
-    """Train a student from a cache.
+    """Train a student from a cache. What an unfinished run of the same settings has left in `output` goes on.
 
     Args:
         student: a name, a path, or a live model (with the cache's tokenizer).
         args: as for `transformers.Trainer`; its `output_dir` gives way to `output`.
+        overwrite: delete the student or the checkpoints that `output` holds.
 
     Raises:
         PipelineError: see the subclasses.
@@ -147,7 +161,7 @@ def train_student(
         loaded = LoadedModel(student, opened.tokenizer, type(student).__name__)
         check_fit(get_task(contract.task), contract, loaded)
     args.output_dir = str(output)
-    return fit(opened, loaded, args, loss=loss, split=split)
+    return fit(opened, loaded, args, loss=loss, split=split, overwrite=overwrite)
 
 
 def fit(
@@ -162,13 +176,14 @@ def fit(
     batch_tokens: int | None = None,
     early_stopping: int | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     mixture: Mixture | None = None,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from.
 
     Raises:
-        MisuseError: the output directory holds a model that was not made here.
-        ContractError: the soft labels are out of step with their tokens.
+        MisuseError: the output directory holds a model that was not made here, or a finished student.
+        ContractError: it holds the checkpoints of another run; the soft labels are out of step with their tokens.
         PipelineError: see the trainer.
     """
     contract = cache.manifest.contract
@@ -177,6 +192,8 @@ def fit(
         raise MisuseError(
             f"--output {output}: holds a model or a model card that train-student has not made, and would be overwritten; use another"
         )
+    if not resume and not overwrite:
+        _check_unfinished(output)
     for each in (cache, *(mixture.others if mixture is not None else ())):
         check_alignment(each, [split])
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
@@ -195,7 +212,9 @@ def fit(
         student_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
         mixed=_mixed(cache, mixture),
+        course={**{name: args.to_dict()[name] for name in _COURSE}, "early_stopping": early_stopping},
     )
+    checkpoint = None if overwrite else _checkpoint(output, origin, resume=resume)
     trainer = DistillationTrainer(
         student.model,
         args,
@@ -212,14 +231,13 @@ def fit(
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
     show_progress(trainer, f"train-student {output.name}")
-    checkpoint = _checkpoint(output, origin) if resume else None
-    if checkpoint is not None:
-        _check_optimizer(Path(checkpoint))
     if args.should_save:
-        if checkpoint is None:
-            _clear(output)
+        if checkpoint is None:  # an old adapter or checkpoint beside a new model would be loaded in its place
+            remove(_of_a_model(output))
         write_text(output / ORIGIN, dump(origin))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with CheckpointOnSigterm(output) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
     trainer.save_state()
     if args.should_save:
@@ -249,7 +267,7 @@ def fit(
     if args.should_save:
         card = make_card(cache, student, result, split=split, teacher_labels=teacher_labels)
         write_text(output / CARD, card)
-        write_text(output / "distillation.json", dump(result))
+        write_text(output / _PROOF, dump(result))
     return result
 
 
@@ -274,27 +292,63 @@ def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:
     )
 
 
-def _checkpoint(output: Path, origin: Origin) -> str | None:
+def _check_unfinished(output: Path) -> None:
+    """Refuse to replace a finished student, or weights whose run has left no checkpoint to go on from."""
+    if (output / _PROOF).is_file():
+        again = "--resume goes on from its newest checkpoint, " if checkpoints(output) else ""
+        raise MisuseError(
+            f"--output {output}: holds a finished student; use another, {again}--overwrite trains it anew"
+        )
+    if model_files(output) and not checkpoints(output):
+        raise MisuseError(
+            f"--output {output}: holds the weights of a student and no checkpoint to go on from; use another, --overwrite trains it anew"
+        )
+
+
+def _checkpoint(output: Path, origin: Origin, *, resume: bool) -> str | None:
     """The newest whole checkpoint, or None to start anew. Trainer writes a checkpoint's state last.
 
     Raises:
-        ContractError: the checkpoints are of another cache, split or loss.
+        ContractError: the checkpoints are of another cache, split, loss or, without `resume`, course.
+        MisuseError: a finished student would give way to a new one.
     """
     found = sorted(checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     if found and (output / ORIGIN).is_file():
-        first = next(differences(parse(Origin, output / ORIGIN), origin), None)
-        if first is not None:
-            raise ContractError(
-                f"{output}: --resume: the checkpoints are of another run: {first}; use another --output, or train anew without --resume"
-            )
+        _check_origin(output, parse(Origin, output / ORIGIN), origin, resume=resume)
     for path in found:
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(path)
         except (OSError, ValueError):
             logger.warning("%s: was not written to its end; going back to the one before", path)
-    logger.warning("%s: no whole checkpoint to resume from; starting anew", output)
+            continue
+        _check_optimizer(path)
+        if not resume:
+            logger.info("%s: goes on from %s, which the same run has left", output, path.name)
+        return str(path)
+    if (output / _PROOF).is_file():
+        raise MisuseError(
+            f"--output {output}: holds a finished student and no whole checkpoint to resume from; use another, --overwrite trains it anew"
+        )
+    if found or resume:
+        logger.warning("%s: no whole checkpoint to resume from; starting anew", output)
     return None
+
+
+def _check_origin(output: Path, kept: Origin, origin: Origin, *, resume: bool) -> None:
+    """Refuse checkpoints of another run; `resume` takes those of another course."""
+    plain = (dataclasses.replace(kept, course=None), dataclasses.replace(origin, course=None))
+    first = next(differences(*plain), None)
+    if first is not None and resume:
+        raise ContractError(
+            f"{output}: --resume: the checkpoints are of another run: {first}; use another --output, or train anew with --overwrite in place of --resume"
+        )
+    course = None if resume or kept.course is None else next(differences(kept.course, origin.course, "course"), None)
+    if first or course:
+        again = "--resume to go on from them all the same, " if first is None else ""
+        raise ContractError(
+            f"{output}: holds the checkpoints of another run that is not finished: {first or course}; "
+            f"use another --output, the same settings as before, {again}or --overwrite to train anew"
+        )
 
 
 def _check_optimizer(checkpoint: Path) -> None:
@@ -303,7 +357,7 @@ def _check_optimizer(checkpoint: Path) -> None:
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
         raise ContractError(
             f"{checkpoint}: --resume: expected the optimizer's state, found weights alone, as save_only_model keeps them; "
-            "train anew without --resume and save_only_model"
+            "train anew with --overwrite in place of --resume, and without save_only_model"
         )
 
 
@@ -314,18 +368,7 @@ def _check_apart(output: str | Path, student: str | Path) -> None:
         raise MisuseError(f"--output {output}: holds the student itself, which training would overwrite; use another")
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints that a run has left, whole or torn, in no order."""
-    return [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-
-
 def _of_a_model(output: Path) -> list[Path]:
     """What of a directory is a model's or a training run's."""
-    patterns = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json", "distillation.json", LABELS, CARD)
-    return [*checkpoints(output), *(path for pattern in patterns for path in output.glob(pattern))]
-
-
-def _clear(output: Path) -> None:
-    """Remove what another run has left: an old adapter or checkpoint beside a new model would be loaded in its place."""
-    for path in _of_a_model(output):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    others = [path for name in (_PROOF, LABELS, CARD) if (path := output / name).exists()]
+    return [*checkpoints(output), *model_files(output), *others]

@@ -197,7 +197,11 @@ def test_a_language_model_teacher_is_fine_tuned_too(tmp_path, lm_tokenizer, docu
         "data": DataConfig(dataset=str(tmp_path / "data"), max_length=32),
     }
     untouched = train_teacher(TrainTeacherConfig(**settings, max_steps=1, learning_rate=0.0))
-    trained = train_teacher(TrainTeacherConfig(**settings, epochs=5, learning_rate=5e-3))
+    with pytest.raises(MisuseError, match=f"{tmp_path / 'out'}: holds a finished model; .*--overwrite"):
+        train_teacher(TrainTeacherConfig(**settings))
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    trained = train_teacher(TrainTeacherConfig(**settings, epochs=5, learning_rate=5e-3, overwrite=True))
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert trained["loss"] < untouched["loss"] - 1
 
 

@@ -350,7 +350,7 @@ def test_a_resumed_run_on_another_cache_or_loss_is_refused(tmp_path, cache, teac
 def test_training_anew_leaves_nothing_of_the_run_before(tmp_path, lm_cache):
     student = softlabel.init_student(tmp_path / "lm-teacher", tmp_path / "init", layers=[0, 1])
     run(config(lm_cache, student, tmp_path / "o", lora_r=4, training={"save_steps": 2}))
-    run(config(lm_cache, student, tmp_path / "o"))
+    run(config(lm_cache, student, tmp_path / "o", overwrite=True))
     left = {path.name for path in (tmp_path / "o").iterdir()}
     assert not [name for name in left if name.startswith(("adapter", "checkpoint-4", "checkpoint-2"))]
     assert softlabel.evaluate(lm_cache, {"s": tmp_path / "o"}).students[0].num_parameters > 0

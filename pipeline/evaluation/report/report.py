@@ -38,10 +38,11 @@ def report(config: ReportConfig) -> Report:
         What is also in `report.json`; beside it `report.html`, `report.md` and the figures.
 
     Raises:
-        MisuseError: names that clash, matplotlib missing.
+        MisuseError: names that clash, matplotlib missing; the output directory holds a report.
         CacheError: a split that is not there or has no label; caches of other rows.
         PipelineError: a student that does not fit its cache.
     """
+    _check_new(Path(config.output), overwrite=config.overwrite)
     asked = asked_models(config.student, config.control)
     teachers = open_teachers(config.cache, config.split)
     first = next(iter(teachers.values()))
@@ -91,6 +92,15 @@ def report(config: ReportConfig) -> Report:
     )
     write(found, draw_all(found), Path(config.output))
     return found
+
+
+def _check_new(output: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a report before the measuring begins, which may take hours."""
+    found = [name for name in ("report.json", "report.html", "report.md") if (output / name).exists()]
+    if found and not overwrite:
+        raise MisuseError(
+            f"--output {output}: holds a report ({', '.join(found)}); use another, or --overwrite to replace it"
+        )
 
 
 def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:

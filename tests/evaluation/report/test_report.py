@@ -45,7 +45,9 @@ def setting(tmp_path, bert_tokenizer, topics, save_teacher):
 
 def configured(cache, output: Path, **settings) -> ReportConfig:
     return ReportConfig(
-        cache=str(cache.root), output=str(output), **{"rounds": 0, "resamples": 300, "examples": 3, **settings}
+        cache=str(cache.root),
+        output=str(output),
+        **{"rounds": 0, "resamples": 300, "examples": 3, "overwrite": True, **settings},
     )
 
 
@@ -389,7 +391,11 @@ def test_the_command(setting, tmp_path):
     assert " ".join(done.stdout.split()).startswith("No: s keeps")
     assert "s, scaled" in done.stdout
     assert "report.html" in done.stdout
-    printed = CliRunner().invoke(main, [*args, "--json"], catch_exceptions=False).stdout
+    refused = CliRunner().invoke(main, args, catch_exceptions=False)
+    assert refused.exit_code == 2
+    assert f"{tmp_path / 'out'}: holds a report (report.json, report.html, report.md)" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    printed = CliRunner().invoke(main, [*args, "--json", "--overwrite"], catch_exceptions=False).stdout
     assert json.loads(printed)["verdict"]["answer"] == "no"
     assert CliRunner().invoke(main, [*args, "--resamples", "1"]).exit_code == 2
 

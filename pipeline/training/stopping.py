@@ -1,0 +1,100 @@
+"""SIGTERM during training: a whole checkpoint is saved before the signal does what it would have done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+#: Seconds to wait for the end of a step; SLURM kills 30 after SIGTERM.
+PATIENCE = 25.0
+
+
+class CheckpointOnSigterm(TrainerCallback):
+    """Entered around `trainer.train()`. A second SIGTERM, or no step's end for long, ends the process at once.
+
+    Under torchrun the ranks agree at the end of each step, since the signal reaches them at different times; a repeat is
+    no second request there: the launcher passes on what SLURM has already sent to every process.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.asked = self._late = self._saving = False
+        self._several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._before: Any = None
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+            self._before = signal.signal(signal.SIGTERM, self._ask) or signal.SIG_DFL
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None and self.asked:  # after the last step had ended
+            self._end()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save now where any rank was asked to stop."""
+        if not self._agreed(args.device):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        if control.should_evaluate:
+            logger.warning("%s: SIGTERM: the evaluation after step %d is left out", self.output, state.global_step)
+        control.should_evaluate = False  # it may take longer than is left
+        control.should_save = self._saving = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is whole: end, once it is so on all ranks."""
+        if not self._saving:
+            return
+        if self._several and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            logger.info("%s: SIGTERM: saved checkpoint-%d", self.output, state.global_step)
+        self._end()
+
+    def _ask(self, _number: int, _frame: Any) -> None:
+        if not self.asked:
+            self.asked = True
+            self._timer = threading.Timer(PATIENCE, self._expire)
+            self._timer.daemon = True
+            self._timer.start()
+        elif self._late or not self._several:
+            self._end()
+
+    def _expire(self) -> None:
+        self._late = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _agreed(self, device: torch.device) -> bool:
+        if not (self._several and torch.distributed.is_initialized()):
+            return self.asked
+        asked = torch.tensor(int(self.asked), device=device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def _restore(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _end(self) -> None:
+        self._restore()
+        signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)  # a handler of the caller's own may only take note
