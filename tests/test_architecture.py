@@ -43,7 +43,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "training": [
-        {"settings", "batches", "divergences", "schedule", "student"},
+        {"settings", "batches", "divergences", "schedule", "stopping", "student"},
         {"losses", "card"},
         {"fused"},
         {"forward"},
