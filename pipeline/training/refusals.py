@@ -1,15 +1,22 @@
-"""Settings of Trainer that mean nothing here."""
+"""Settings of Trainer that mean nothing here, or cannot be served."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from transformers import TrainingArguments
 
 from pipeline.errors import MisuseError
+from pipeline.records import Predictions
+from pipeline.tasks import Task
 from pipeline.training.settings import REFUSED, REFUSED_PARAMETERS
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) -> None:
@@ -30,4 +37,37 @@ def refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) ->
     if not getattr(args, "dataloader_in_order", True):
         raise MisuseError(
             f"training: dataloader_in_order: has no effect on distillation ({REFUSED['dataloader_in_order']}); leave it out"
+        )
+    if args.fsdp and "RANK" not in os.environ:
+        raise MisuseError(
+            "training: fsdp: shards the student over ranks, and this is one process; start it with torchrun --nproc_per_node N, or leave it out"
+        )
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """DataParallel would split ragged targets."""
+    if args.n_gpu > 1:
+        logger.warning(
+            "one process uses one GPU; for all %d start it with torchrun --nproc_per_node %d", args.n_gpu, args.n_gpu
+        )
+        args._n_gpu = 1
+
+
+def check_metric(args: TrainingArguments, task: Task, num_classes: int, *, labelled: bool) -> None:
+    """Refuse to choose the best by a metric that no evaluation gives.
+
+    Raises:
+        MisuseError: names those that there are.
+    """
+    if args.metric_for_best_model is None:
+        return
+    one = np.zeros(1, dtype=np.int64)
+    single = Predictions(one, one, np.ones(1), np.ones(1), one, one, np.zeros(1), one + 1)
+    names = ["nll" if name == "loss" else name for name in task.metrics(single, num_classes)] if labelled else []
+    measured = ["loss", *names, "agreement", "divergence", "runtime", "samples_per_second", "steps_per_second"]
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    if metric not in measured:
+        unlabelled = "" if labelled else "; the split has no labels, which other metrics need"
+        raise MisuseError(
+            f"training: metric_for_best_model: expected one of {', '.join(measured)}, found {metric!r}{unlabelled}"
         )

@@ -1,16 +1,18 @@
-"""What a run writes: no token in it, a full disk in one line."""
+"""`Trainer` set up and written from: what is missing is said before the first step, a full disk in one line, no token in any file."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from pipeline.cache.storage.commit import full_disk
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.arguments import hide_token
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
@@ -18,12 +20,35 @@ _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No spac
 
 
 class SavingTrainer(Trainer):
-    """`Trainer`, as far as it writes."""
+    """`Trainer`, as far as it meets the machine and what is installed on it."""
 
     def __init__(self, model: Any, args: TrainingArguments, **kwargs: Any) -> None:
         hide_token(args)
         args.remove_unused_columns = False
-        super().__init__(model=model, args=args, **kwargs)
+        _check_reporting(args)
+        try:
+            super().__init__(model=model, args=args, **kwargs)
+            if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+                self.get_optimizer_cls_and_kwargs(args, model)
+        except (ImportError, RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            if not isinstance(error, ImportError) and not re.search(r"install|import", said):
+                raise
+            raise ConfigError(f"training: optim: a package is missing: {said}") from None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository of `push_to_hub`.
+
+        Raises:
+            ConfigError: the hub cannot be reached, or refuses.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # of several HTTP libraries
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"training: push_to_hub: the hub cannot be reached, or refuses ({said}); log in with hf auth login, or leave it out and push later"
+            ) from None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model.
@@ -46,6 +71,16 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with _said(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+
+def _check_reporting(args: TrainingArguments) -> None:
+    """Before Trainer makes the callbacks, one of which leaves a traceback behind where its package is missing."""
+    found = [*get_available_reporting_integrations(), "flyte"]  # transformers leaves that one out
+    missing = [name for name in args.report_to or () if name not in ("none", *found)]
+    if missing:
+        raise ConfigError(
+            f"training: report_to: {', '.join(missing)}: not installed, or no such; expected none or some of {', '.join(found)}; pip install it, or leave it out"
+        )
 
 
 @contextlib.contextmanager

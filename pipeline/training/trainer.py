@@ -29,7 +29,7 @@ from pipeline.training.batches.order import BatchOrder, open_groups
 from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, attach_loss
-from pipeline.training.refusals import refuse_unused
+from pipeline.training.refusals import check_metric, refuse_unused, use_one_gpu
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 
@@ -102,13 +102,7 @@ class DistillationTrainer(SavingTrainer):
         )
         self.batch_tokens = batch_tokens
         refuse_unused(args, trainer_kwargs)
-        if args.n_gpu > 1:
-            logger.warning(
-                "one process uses one GPU; for all %d start it with torchrun --nproc_per_node %d",
-                args.n_gpu,
-                args.n_gpu,
-            )
-            args._n_gpu = 1  # DataParallel would split ragged targets
+        use_one_gpu(args)
         rows = self._rows(split, window=open_groups(args.world_size, batch_tokens))
         self.keep: Any = self._rows_that_teach(rows, teacher_labels)
         if isinstance(rows, JoinedDataset) and mixture is not None and mixture.shares is not None:
@@ -138,6 +132,9 @@ class DistillationTrainer(SavingTrainer):
             eval_dataset=None if eval_split is None else TrainingRows(self._rows(eval_split, window=8, evaluated=True)),
             **trainer_kwargs,
         )
+        if self.eval_dataset is not None:
+            known = self.task.classes_are_tokens or not np.isnan(self.eval_dataset.dataset.column("label")).all()
+            check_metric(args, self.task, contract.num_classes, labelled=known)
         self.loss_is_scaled_for_ga = True
         # Where Trainer has put the model: the trial of its head may need the GPU.
         attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib.util
 import os
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 import pipeline as softlabel
 from pipeline.cache import Cache
 from pipeline.config import TrainStudentConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, MisuseError, TrainingError
 from pipeline.models.arguments import hide_token
 from pipeline.training.run import run
 from tests.conftest import tiny_model
@@ -94,3 +95,43 @@ def test_another_error_while_saving_is_not_taken_for_a_full_disk(tmp_path, cache
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fails)
     with pytest.raises(RuntimeError, match="shapes differ"):
         train(cache, teacher, tmp_path / "out", training={"save_strategy": "steps", "save_steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"report_to": "wandb"}, "wandb"),
+        ({"report_to": ["tensorboard", "mlflow"]}, "mlflow"),
+        ({"report_to": "wandbb"}, "wandbb"),
+        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"optim": "paged_lion_8bit"}, "bitsandbytes"),
+        ({"optim": "lomo"}, "lomo"),
+        ({"optim": "schedule_free_adamw"}, "schedulefree"),
+        ({"optim": "galore_adamw", "optim_target_modules": ["query"]}, "galore"),
+    ],
+)
+def test_a_missing_package_is_said_before_anything_is_touched(tmp_path, cache, teacher, monkeypatch, training, message):
+    find = importlib.util.find_spec
+    names = ("wandb", "mlflow", "bitsandbytes", "lomo_optim", "schedulefree", "galore_torch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in names else find(name, *a))
+    with pytest.raises(ConfigError, match=rf"^training: .*{message}") as caught:
+        train(cache, teacher, tmp_path / "out", training=training)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "origin.json").exists()
+
+
+def test_a_push_without_a_hub_is_said_before_the_first_step(tmp_path, cache, teacher, monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("Cannot reach https://huggingface.co/api/repos/create\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    with pytest.raises(ConfigError, match=r"push_to_hub: the hub cannot be reached.*repos/create\); log in"):
+        train(cache, teacher, tmp_path / "out", training={"push_to_hub": True})
+    assert not (tmp_path / "out" / "origin.json").exists()
+
+
+def test_the_best_of_a_metric_that_is_not_measured(tmp_path, cache, teacher):
+    training = {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "f1"}
+    with pytest.raises(MisuseError, match=r"found 'f1'; the split has no labels"):
+        train(cache, teacher, tmp_path / "out", eval_split="train", training=training)
+    assert not (tmp_path / "out" / "origin.json").exists()

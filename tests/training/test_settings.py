@@ -9,7 +9,8 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from pipeline.errors import MisuseError
-from pipeline.training.refusals import refuse_unused
+from pipeline.tasks import get_task
+from pipeline.training.refusals import check_metric, refuse_unused
 from pipeline.training.settings import HARMLESS, HONOURED, HONOURED_PARAMETERS, REFUSED, REFUSED_PARAMETERS
 
 
@@ -46,3 +47,40 @@ def test_a_setting_without_effect_is_refused(tmp_path, setting):
 def test_a_parameter_without_effect_is_refused(tmp_path, name):
     with pytest.raises(MisuseError, match=f"{name}: "):
         refuse_unused(TrainingArguments(output_dir=str(tmp_path)), {name: lambda *_: 0})
+
+
+def test_fsdp_wants_ranks(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    args = TrainingArguments(output_dir=str(tmp_path))
+    args.fsdp = True
+    with pytest.raises(MisuseError, match=r"training: fsdp: .*torchrun"):
+        refuse_unused(args, {})
+    monkeypatch.setenv("RANK", "0")
+    refuse_unused(args, {})
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "labelled", "fits"),
+    [
+        ("sequence-classification", None, False, True),
+        ("sequence-classification", "loss", False, True),
+        ("sequence-classification", "eval_agreement", False, True),
+        ("sequence-classification", "eval_macro_f1", True, True),
+        ("sequence-classification", "macro_f1", False, False),
+        ("sequence-classification", "f1", True, False),
+        ("sequence-classification", "perplexity", True, False),
+        ("causal-lm", "perplexity", True, True),
+        ("causal-lm", "nll", True, True),
+        ("causal-lm", "macro_f1", True, False),
+    ],
+)
+def test_the_best_is_chosen_by_what_is_measured(tmp_path, task, metric, labelled, fits):
+    args = TrainingArguments(output_dir=str(tmp_path), metric_for_best_model=metric)
+    if fits:
+        check_metric(args, get_task(task), 3, labelled=labelled)
+        return
+    with pytest.raises(
+        MisuseError, match=r"metric_for_best_model: expected one of loss, .*divergence.*, found"
+    ) as caught:
+        check_metric(args, get_task(task), 3, labelled=labelled)
+    assert ("no labels" in str(caught.value)) == (not labelled)
