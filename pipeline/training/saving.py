@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from pipeline.cache.storage.commit import full_disk
 from pipeline.errors import ConfigError, TrainingError

@@ -124,16 +124,17 @@ class DistillationTrainer(SavingTrainer):
         self._where_last = ""
         self._epoch: Iterator[Any] | None = None
         self._ahead: Generator[Any, None, None] = prefetch(iter(()))
+        evaluated = None if eval_split is None else self._rows(eval_split, window=8, evaluated=True)
         super().__init__(
             model=model,
             args=args,
             data_collator=self.collator,
             train_dataset=TrainingRows(rows),
-            eval_dataset=None if eval_split is None else TrainingRows(self._rows(eval_split, window=8, evaluated=True)),
+            eval_dataset=None if evaluated is None else TrainingRows(evaluated),
             **trainer_kwargs,
         )
-        if self.eval_dataset is not None:
-            known = self.task.classes_are_tokens or not np.isnan(self.eval_dataset.dataset.column("label")).all()
+        if evaluated is not None:
+            known = self.task.classes_are_tokens or not np.isnan(evaluated.column("label")).all()
             check_metric(args, self.task, contract.num_classes, labelled=known)
         self.loss_is_scaled_for_ga = True
         # Where Trainer has put the model: the trial of its head may need the GPU.
