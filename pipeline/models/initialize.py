@@ -19,7 +19,7 @@ from pipeline.config import InitStudentConfig
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models.adapters import adapter_config
 from pipeline.models.detect import detect_task
-from pipeline.models.load import load_config, load_model, load_tokenizer
+from pipeline.models.load import as_it_came, load_config, load_model, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +75,12 @@ def init_student(
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
     if layers is not None:
-        model = (
-            teacher
-            if isinstance(teacher, PreTrainedModel)
-            else load_model(detect_task(str(teacher)), str(teacher)).model
-        )
-        student = _copy_layers(model, layers)
+        if isinstance(teacher, PreTrainedModel):
+            student = _copy_layers(teacher, layers)
+        else:
+            loaded = load_model(detect_task(str(teacher)), str(teacher))
+            with as_it_came(loaded):
+                student = _copy_layers(loaded.model, layers)
     else:
         assert config is not None
         base = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ class LoadedModel:
     """What `--base-model` named in place of the adapter's own base."""
     new_weights: tuple[str, ...] = ()
     """Parameters that no file gave: a new head."""
+    use_cache: bool | None = None
+    """The configuration's setting as it came; while the model is loaded it is False. None: left as it is."""
 
 
 def load_model(
@@ -105,7 +109,7 @@ def load_model(
     )
     if device_map is None and quantization is None:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.config.use_cache = False
+    use_cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
     model.eval()
     if compiler is not None:
         _compile(model, compiler)
@@ -118,7 +122,21 @@ def load_model(
         compiler,
         base_model,
         () if adapter else missing,
+        use_cache,
     )
+
+
+@contextmanager
+def as_it_came(loaded: LoadedModel) -> Iterator[None]:
+    """While a model is saved: `use_cache` of its configuration as the files had it."""
+    config = loaded.model.config
+    before = getattr(config, "use_cache", None)
+    if loaded.use_cache is not None:
+        config.use_cache = loaded.use_cache
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def load_tokenizer(

@@ -19,7 +19,7 @@ from pipeline.config import TrainTeacherConfig
 from pipeline.errors import BadRowError, MisuseError, ModelError, SourceError
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
-from pipeline.models.load import LoadedModel, choose_max_length, load_model, pad_id, set_chat_template
+from pipeline.models.load import LoadedModel, as_it_came, choose_max_length, load_model, pad_id, set_chat_template
 from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
@@ -82,7 +82,8 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         remove(before)
     trainer.train()
     padding.pad_token_id = kept
-    trainer.save_model(config.output)
+    with as_it_came(teacher):
+        trainer.save_model(config.output)
     teacher.tokenizer.save_pretrained(config.output)
     metrics: dict[str, float] = {}
     measured: list[TokenizedExample] = []

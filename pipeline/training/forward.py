@@ -46,6 +46,28 @@ class _Settings:
     """Scale and cap after the output matrix; None: the dense path."""
 
 
+#: On our `forward`: what the instance had in its place, if anything.
+_BEFORE = "_before_distillation"
+
+
+def detach_loss(model: Any) -> None:
+    """Take back what `attach_loss` and mixed precision have put on a model, so that nothing bound to it stays on the instance."""
+    inner = innermost(model)
+    for module in dict.fromkeys((model, inner)):
+        original = module.__dict__.pop("_original_forward", None)  # what accelerate keeps under mixed precision
+        if original is not None:
+            del module.forward
+            if getattr(original, "__func__", None) is not type(module).forward:
+                module.forward = original
+    function = getattr(inner.__dict__.get("forward"), "__func__", None)
+    if function is None or _BEFORE not in function.__dict__:
+        return
+    before = function.__dict__[_BEFORE]
+    del inner.forward
+    if before is not None:
+        inner.forward = before
+
+
 def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, temperature: float) -> bool:
     """Replace `forward` of the innermost model by one that also takes `distillation=` and then returns losses.
 
@@ -91,6 +113,7 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
             rows, Head(head.weight, head.bias, *settings.transform), distillation, settings, scores=not self.training
         )
 
+    forward.__dict__[_BEFORE] = inner.__dict__.get("forward")
     inner.forward = types.MethodType(forward, inner)
     return transform is not None
 

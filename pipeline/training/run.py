@@ -27,11 +27,13 @@ from pipeline.models import (
 )
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
+from pipeline.models.load import as_it_came
 from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
+from pipeline.training.forward import detach_loss
 from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
@@ -238,7 +240,8 @@ def fit(
     with CheckpointOnSigterm(output) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(output))
+    with as_it_came(student):
+        trainer.save_model(str(output))
     trainer.save_state()
     if args.should_save:
         student.tokenizer.save_pretrained(str(output))
@@ -247,6 +250,7 @@ def fit(
     logged = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     last = {**logged, **trainer.drain_losses()}
     metrics = _measure(trainer)
+    detach_loss(student.model)
     result = TrainResult(
         output=str(output),
         cache_id=cache.manifest.cache_id,

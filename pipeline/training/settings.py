@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 #: Refused where it is set: why, and what to do instead.
 REFUSED = {
     "label_smoothing_factor": "the hard loss is the plain cross-entropy; soft labels smooth it",
@@ -150,3 +152,27 @@ REFUSED_PARAMETERS = {
 HONOURED_PARAMETERS = frozenset(
     {"model", "args", "processing_class", "callbacks", "optimizers", "optimizer_cls_and_kwargs"}
 )
+
+
+def settings_table() -> str:
+    """`docs/training-arguments.md`: every field and parameter, and what becomes of it, as Markdown."""
+    refused = [
+        *((f"`{name}`", reason) for name, reason in sorted(REFUSED.items())),
+        *((f"`Trainer({name}=)`", reason) for name, reason in sorted(REFUSED_PARAMETERS.items())),
+    ]
+    rows = "".join(f"| {name} | {reason} |\n" for name, reason in refused)
+    return (
+        "# Settings of TrainingArguments and Trainer\n\n"
+        "Made from `pipeline/training/settings.py` by `settings_table()`; a test compares it with the code, and the code with\n"
+        "the installed `transformers`.\n\n"
+        "## Refused before the first step\n\n"
+        f"| setting | why, and what to do instead |\n|---|---|\n{rows}\n"
+        "## Without effect\n\nThe work that they name is done in another way, or by scripts.\n\n"
+        f"{_listed(HARMLESS)}\n"
+        "## Honoured\n\nPassed on to transformers, which does what its documentation says.\n\n"
+        f"{_listed(HONOURED)}"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "".join(f"- `{name}`\n" for name in sorted(names))

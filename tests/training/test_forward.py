@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.tasks import get_task
 from pipeline.training import DistillationTrainer, distillation_loss
 from pipeline.training.batches.collate import Collator, from_tensors
-from pipeline.training.forward import GIVEN, attach_loss
+from pipeline.training.forward import GIVEN, attach_loss, detach_loss
 from tests.conftest import tiny_model
 from tests.support.rows import build_cache
 
@@ -112,6 +113,23 @@ def test_a_copy_runs_on_its_own_weights(cache, lm_tokenizer, copied):
     assert not other(input_ids=ids).logits.any()
     assert model(input_ids=ids).logits.any()
     assert not torch.equal(losses(other, tensors, attach=False)["total"], losses(model, tensors, attach=False)["total"])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_nothing_stays_on_the_instance_once_the_loss_is_detached(lm_tokenizer, own):
+    """Mixed precision of accelerate included; what was on the instance before comes back."""
+    model = tiny_model("llama", len(lm_tokenizer))
+    mine = types.MethodType(lambda self, *args, **inputs: "mine", model)
+    if own:
+        model.forward = mine
+    attach_loss(model, task=TASK, num_classes=320, loss=Loss(), temperature=1.0)
+    model._original_forward = model.forward  # as Accelerator.prepare_model does under bf16
+    model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(model.forward.__func__), model)
+    detach_loss(model)
+    assert "_original_forward" not in model.__dict__
+    assert model.__dict__.get("forward") == (mine if own else None)
+    detach_loss(model)  # again: nothing to do
+    assert ("forward" in model.__dict__) == own
 
 
 def test_evaluation_says_what_each_position_predicts(cache, lm_tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -11,7 +12,14 @@ from transformers import Trainer, TrainingArguments
 from pipeline.errors import MisuseError
 from pipeline.tasks import get_task
 from pipeline.training.refusals import check_metric, refuse_unused
-from pipeline.training.settings import HARMLESS, HONOURED, HONOURED_PARAMETERS, REFUSED, REFUSED_PARAMETERS
+from pipeline.training.settings import (
+    HARMLESS,
+    HONOURED,
+    HONOURED_PARAMETERS,
+    REFUSED,
+    REFUSED_PARAMETERS,
+    settings_table,
+)
 
 
 def test_every_field_of_training_arguments_is_classified_once():
@@ -22,6 +30,12 @@ def test_every_field_of_training_arguments_is_classified_once():
 def test_every_parameter_of_trainer_is_classified_once():
     parameters = sorted(set(inspect.signature(Trainer.__init__).parameters) - {"self"})
     assert sorted([*REFUSED_PARAMETERS, *HONOURED_PARAMETERS]) == parameters
+
+
+def test_the_page_of_settings_is_up_to_date():
+    # python -c 'from pipeline.training.settings import *; print(settings_table(), end="")' > docs/training-arguments.md
+    page = Path(__file__).parents[2] / "docs" / "training-arguments.md"
+    assert page.read_text(encoding="utf-8") == settings_table()
 
 
 def test_the_defaults_are_not_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import json
 import shutil
 import subprocess
@@ -379,3 +380,28 @@ def test_labels_alone_train_from_a_grid_without_temperature_one(tmp_path, teache
     )
     student = student_of(teacher, tmp_path / "init")
     assert run(config(cache, student, tmp_path / "o", hard_weight=1.0, soft_weight=0.0)).soft_loss is None
+
+
+def test_a_live_student_is_left_as_it_was(tmp_path, lm_cache, lm_tokenizer):
+    """No patched forward stays on it, and its use_cache is saved as it came."""
+    student = tiny_model("llama", len(lm_tokenizer), seed=3)
+    args = TrainingArguments(str(tmp_path / "live"), max_steps=2, bf16=True, use_cpu=True, report_to="none")
+    softlabel.train_student(lm_cache, student, tmp_path / "live", args=args)
+    assert "forward" not in student.__dict__
+    assert "_original_forward" not in student.__dict__
+    copied = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied(input_ids=torch.tensor([[5, 6]])).logits.any()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_use_cache_is_saved_as_it_came(tmp_path, lm_cache, lm_tokenizer, save_teacher, use_cache):
+    student = tiny_model("llama", len(lm_tokenizer), seed=3)
+    student.config.use_cache = use_cache
+    start = save_teacher(student, lm_tokenizer, "start")
+    run(config(lm_cache, start, tmp_path / "out", max_steps=1, batch_size=2))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is use_cache
+    layers = softlabel.init_student(start, tmp_path / "layers", layers=[0, 1])
+    assert json.loads((layers / "config.json").read_text())["use_cache"] is use_cache
