@@ -94,6 +94,9 @@ class TrainStudentConfig:
         "Stop after so many evaluations without a better metric_for_best_model (default loss), and keep the best.", None
     )
     seed: int = option("Seed of order and dropout.", 0)
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "Precision of the finished student's weights; training is in float32. auto: as the student's own files.", "auto"
+    )
     resume: bool = option("Go on from the newest whole checkpoint in the output directory.", False)
     overwrite: bool = option(
         "Delete the student and the checkpoints that the output directory holds and start anew.", False

@@ -40,6 +40,8 @@ class LoadedModel:
     """Parameters that no file gave: a new head."""
     use_cache: bool | None = None
     """The configuration's setting as it came; while the model is loaded it is False. None: left as it is."""
+    file_dtype: torch.dtype | None = None
+    """The precision that the configuration states for the weights in the files."""
 
 
 def load_model(
@@ -85,6 +87,7 @@ def load_model(
         if adapter is None:
             raise
         raise ModelError(f"{name}: its base model is not found: {error}; name another with --base-model") from error
+    stated = None if adapter else _stated_dtype(config)
     if label_names is not None:
         config.num_labels = len(label_names)
         config.id2label = dict(enumerate(label_names))
@@ -123,7 +126,14 @@ def load_model(
         base_model,
         () if adapter else missing,
         use_cache,
+        stated,
     )
+
+
+def _stated_dtype(config: Any) -> torch.dtype | None:
+    stated = getattr(config, "dtype", None)
+    found = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    return found if isinstance(found, torch.dtype) else None
 
 
 @contextmanager

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 _OF_A_MODEL = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.json")
 
@@ -18,6 +23,35 @@ def checkpoints(output: Path) -> list[Path]:
 def model_files(output: Path) -> list[Path]:
     """The weights and the configuration of a model at the top of a directory."""
     return [path for pattern in _OF_A_MODEL for path in output.glob(pattern)]
+
+
+def round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Round the parameters of a model to another precision, in the one that they have: what a file of it will hold."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(parameter.to(dtype))
+
+
+def cast_weights(folder: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a saved model again in another precision, and say so in its configuration."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        return
+    total = 0
+    for path in files:
+        tensors = load_file(path)
+        cast = {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+        total += sum(each.nbytes for each in cast.values())
+        save_file(cast, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["metadata"]["total_size"] = total
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def remove(paths: Iterable[Path]) -> None:

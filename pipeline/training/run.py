@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
@@ -28,7 +29,7 @@ from pipeline.models import (
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import as_it_came
-from pipeline.models.saved import checkpoints, model_files, remove
+from pipeline.models.saved import cast_weights, checkpoints, model_files, remove, round_weights
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.batches.mixing import Mixture, make_mixture
@@ -128,6 +129,7 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
         resume=config.resume,
         overwrite=config.overwrite,
         mixture=mixture,
+        save_dtype=None if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
     )
 
 
@@ -180,8 +182,12 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     mixture: Mixture | None = None,
+    save_dtype: torch.dtype | None = None,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from.
+
+    Args:
+        save_dtype: of the weights in the directory; None: as the student's own files have them. Adapters stay as PEFT saves them.
 
     Raises:
         MisuseError: the output directory holds a model that was not made here, or a finished student.
@@ -240,8 +246,14 @@ def fit(
     with CheckpointOnSigterm(output) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
+    is_adapter = hasattr(student.model, "peft_config")
+    precision = torch.float32 if is_adapter else save_dtype or student.file_dtype or torch.float32
+    if precision != torch.float32:  # rounded before it is measured
+        round_weights(student.model, precision)
     with as_it_came(student):
         trainer.save_model(str(output))
+    if args.should_save and precision != torch.float32:
+        cast_weights(output, precision)
     trainer.save_state()
     if args.should_save:
         student.tokenizer.save_pretrained(str(output))

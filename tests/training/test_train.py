@@ -405,3 +405,19 @@ def test_use_cache_is_saved_as_it_came(tmp_path, lm_cache, lm_tokenizer, save_te
     assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is use_cache
     layers = softlabel.init_student(start, tmp_path / "layers", layers=[0, 1])
     assert json.loads((layers / "config.json").read_text())["use_cache"] is use_cache
+
+
+@pytest.mark.parametrize(("came", "asked"), [("bfloat16", "auto"), ("float32", "auto"), ("float32", "float16")])
+def test_the_student_is_saved_in_its_own_precision_or_the_one_asked_for(
+    tmp_path, lm_cache, lm_tokenizer, save_teacher, came, asked
+):
+    start = save_teacher(tiny_model("llama", len(lm_tokenizer)).to(getattr(torch, came)), lm_tokenizer, "start")
+    expected = came if asked == "auto" else asked
+    result = run(config(lm_cache, start, tmp_path / "out", max_steps=2, save_dtype=asked, eval_split="test"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {str(parameter.dtype) for parameter in saved.parameters()} == {f"torch.{expected}"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == expected
+    line = softlabel.evaluate(lm_cache, {"s": tmp_path / "out"}, split="test").students[
+        0
+    ]  # what was measured is what was saved
+    assert result.metrics["nll"] == pytest.approx(line.metrics["loss"], rel=1e-5)
