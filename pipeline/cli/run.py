@@ -14,7 +14,9 @@ from pipeline.cli.evaluation import show_evaluation
 @click.argument("stages", nargs=-1, type=click.Choice(list(cfg.STAGES)))
 @click.option("--through", type=click.Choice(list(cfg.STAGES)), help="Stop after this stage.")
 @click.option(
-    "--overwrite", is_flag=True, help="Make a cache anew where the one that is there has other settings or inputs."
+    "--overwrite",
+    is_flag=True,
+    help="Make a cache, teacher or student anew where the one that is there has other settings or inputs, or is unfinished.",
 )
 def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool) -> None:
     """Run every stage of a configuration file in order, or the STAGES named.
