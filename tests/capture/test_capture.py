@@ -283,6 +283,9 @@ class _BrokenTeacher(torch.nn.Module):
         self.inner, self.token = model, token
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
 
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
     def forward(self, input_ids, **kwargs):
         out = self.inner(input_ids=input_ids, **kwargs)
         out.logits[(input_ids == self.token).any(-1)] = torch.nan

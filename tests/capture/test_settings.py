@@ -46,7 +46,7 @@ DATA: dict[str, tuple[Any, str]] = {
 }
 #: In the contract too (`test_contract` has them), but of other data, or needing what a test machine lacks.
 ELSEWHERE = {
-    "quantization",
+    *("quantization", "base_model", "label_map"),
     *(
         "data_files",
         "dataset_config",
