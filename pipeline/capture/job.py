@@ -200,7 +200,7 @@ def make_job(
     if append and found is not None:
         plan = appended(layout, found, plan, source, per_shard)
     layout = begin(layout, plan, tokenizer)
-    note_contents(layout, found_in_source.contents)
+    note_contents(layout, plan, found_in_source.contents)
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
 
 

@@ -43,6 +43,10 @@ def test_what_was_cut_repeated_blank_or_unlabelled_is_said_and_stands_in_the_car
     ):
         assert any(line in each for each in said), line
         assert line[1:] in card, line
+    kept = (tmp_path / "c" / "reports" / "contents.json").read_bytes()
+    assert b'"cut_tokens": 30' in kept
+    lines_of(caplog, tmp_path, rows, settings, max_length=12)  # finished already: nothing of it changes
+    assert (tmp_path / "c" / "reports" / "contents.json").read_bytes() == kept
 
 
 def test_nothing_is_said_where_there_is_nothing(tmp_path, settings, caplog):

@@ -111,13 +111,11 @@ def _send(layout: Layout, paths: Iterable[Path]) -> None:
             layout.outbox.send(path.relative_to(layout.root).as_posix())
 
 
-def note_contents(layout: Layout, contents: SourceContents) -> None:
-    """Keep what is known of the source rows for the end of the capture, whoever finishes it."""
-    path = _contents_path(layout)
-    text = dump(contents)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
-        _send(layout, [path])
+def note_contents(layout: Layout, plan: Plan, contents: SourceContents) -> None:
+    """Keep what is known of the source rows for the end of the capture, whoever finishes it; a finished one has its own."""
+    if not is_finished(layout, plan):
+        write_text(_contents_path(layout), dump(contents))
+        _send(layout, [_contents_path(layout)])
 
 
 def _contents_path(layout: Layout) -> Path:
