@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -187,21 +186,17 @@ def test_an_empty_data_set(project):
     assert "empty.jsonl" in done.stderr
 
 
-def test_help_is_fast_and_imports_no_torch():
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "pipeline", "--help"], check=True, capture_output=True)
-        times.append(time.monotonic() - started)
-    bare = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-c", "import numpy, click"], check=True, capture_output=True)
-        bare.append(time.monotonic() - started)
-    assert min(times) < 4 * min(bare)
-    code = "import sys; from click.testing import CliRunner; from pipeline.cli import main; CliRunner().invoke(main, ['train-student', '--help']); print('torch' in sys.modules)"
+@pytest.mark.parametrize("arguments", [["--help"], ["train-student", "--help"], ["cache-logits", "--help"]])
+def test_help_imports_nothing_that_is_slow(arguments):
+    """It is there at once: what takes seconds to import is not imported for it."""
+    code = (
+        "import sys; from click.testing import CliRunner; from pipeline.cli import main; "
+        f"assert CliRunner().invoke(main, {arguments}).exit_code == 0; print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
+    imported = set(done.stdout.split())
+    assert "click" in imported
+    assert not imported & {"torch", "transformers", "datasets", "pandas", "scipy", "ray", "peft", "accelerate"}
 
 
 def test_a_retrained_teacher_stops_run_until_the_cache_may_give_way(project):
