@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.cache import Layout, Plan
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, clear, current_plan, note_contents, open_layout
-from pipeline.capture.append import appended
+from pipeline.capture.append import appended, new_ranges
 from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.permutation import check_class_order
 from pipeline.capture.plan import (
@@ -154,10 +155,10 @@ def make_job(
     ranges = ranges_of(source, rows)
     found_in_source = survey(source, ranges)
     labels = _label_map(source, label_names, label_map)
-    if labels is not None and not label_map and (overwrite or current_plan(layout) is None):
+    compare = partial(check_class_order, task, source, labels, teacher, tokenizer, tokenization, num_classes)
+    if not label_map and (overwrite or current_plan(layout) is None):
         # Whoever makes the plan looks, before it is written; those who join or resume need not.
-        few = batch_tokens or task.default_batch_tokens
-        check_class_order(task, source, labels, teacher, tokenizer, tokenization, num_classes, ranges, few)
+        compare(ranges, batch_tokens or task.default_batch_tokens)
     if overwrite:
         clear(layout)
     found = current_plan(layout)
@@ -199,6 +200,8 @@ def make_job(
     plan = Plan(contract, plan_shards(ranges, per_shard))
     if append and found is not None:
         plan = appended(layout, found, plan, source, per_shard)
+        if not label_map and plan.parent is not None and plan != found:
+            compare(new_ranges(plan, plan.parent), batch_tokens, append=True)
     layout = begin(layout, plan, tokenizer)
     note_contents(layout, plan, found_in_source.contents)
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pipeline as softlabel
+from pipeline.cache.transforms.merge import merge
 from pipeline.cache.views.inspection import labelled
 from pipeline.capture import job
 from pipeline.capture.permutation import _Row, _sample, better_order
@@ -167,8 +168,36 @@ def test_the_right_order_is_cached_and_a_resumed_capture_does_not_look_again(
     by_name = data(texts, [{0: 1, 1: 0, 2: 2}[c] for c in classes]).cast_column("label", names)
     found = cached(even, bert_tokenizer, by_name, tmp_path / "names")
     assert [row.example.label for row in found.dataset("train")] == classes
-    monkeypatch.setattr(job, "check_class_order", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr(job, "check_class_order", lambda *_, **__: pytest.fail("looked again"))
     cached(even, bert_tokenizer, data(texts, classes), tmp_path / "cache")
+
+
+def test_appended_rows_in_another_order_are_refused_and_the_cache_stands(
+    tmp_path, even, bert_tokenizer, predicted, monkeypatch
+):
+    """The first rows are as many and right, so that over all rows no other order would fit."""
+    texts, classes, _ = predicted
+    swapped = [{0: 1, 1: 0, 2: 2}[c] for c in classes]
+    first, root = data(texts[:80], classes[:80]), tmp_path / "cache"
+    cached(even, bert_tokenizer, first, root)
+    files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    mixed = data(texts, classes[:80] + swapped[80:])
+    with pytest.raises(SourceError, match=r"--append: the classes of the new rows \(from row 80 on\)") as refused:
+        cached(even, bert_tokenizer, mixed, root, append=True)
+    message = str(refused.value)
+    assert "'0' is 'film', not 'sport', '1' is 'sport', not 'film'" in message
+    assert "--rows 80: and --label-map 0=film --label-map 1=sport, into another --output" in message
+    assert "\n" not in message
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == files
+
+    mended = cached(even, bert_tokenizer, mixed, tmp_path / "new", rows=(80, None), label_map={0: "film", 1: "sport"})
+    both = merge([root, mended], tmp_path / "both")
+    assert [row.example.label for row in both.dataset("train")] == classes
+
+    grown = cached(even, bert_tokenizer, data(texts, classes), root, append=True)
+    assert [row.example.label for row in grown.dataset("train")] == classes
+    monkeypatch.setattr(job, "check_class_order", lambda *_, **__: pytest.fail("looked again"))
+    assert cached(even, bert_tokenizer, data(texts, classes), root, append=True).manifest == grown.manifest
 
 
 def test_labelled_rows_are_counted_by_split(tmp_path, even, bert_tokenizer, predicted, capsys):
