@@ -18,7 +18,7 @@ from pipeline.cli.echo import echo_cache
     "softlabel train-teacher --task sequence-classification --model bert-base-uncased --dataset data/bbc --output runs/teacher",
 )
 def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
-    from pipeline.models.teacher import run
+    from pipeline.training.teacher import run
 
     metrics = run(config)
     kept = json.loads(Path(config.output, "metrics.json").read_text(encoding="utf-8"))

@@ -22,7 +22,19 @@ _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No spac
 class SavingTrainer(Trainer):
     """`Trainer`, as far as it meets the machine and what is installed on it."""
 
-    def __init__(self, model: Any, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, args: TrainingArguments, *, again: str = "run the same command with --resume", **kwargs: Any
+    ) -> None:
+        """Set up.
+
+        Args:
+            again: what to do once there is space on a disk that was full.
+            kwargs: as `transformers.Trainer` takes them.
+
+        Raises:
+            ConfigError: a package that a setting needs is missing.
+        """
+        self.again = again
         hide_token(args)
         args.remove_unused_columns = False
         _check_reporting(args)
@@ -56,7 +68,7 @@ class SavingTrainer(Trainer):
         Raises:
             TrainingError: the disk is full.
         """
-        with _said(output_dir or str(self.args.output_dir)):
+        with _said(output_dir or str(self.args.output_dir), self.again):
             super().save_model(output_dir, _internal_call)
 
     def save_state(self) -> None:
@@ -65,11 +77,11 @@ class SavingTrainer(Trainer):
         Raises:
             TrainingError: the disk is full.
         """
-        with _said(str(self.args.output_dir)):
+        with _said(str(self.args.output_dir), self.again):
             super().save_state()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with _said(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"):
+        with _said(f"{self.args.output_dir}/checkpoint-{self.state.global_step}", self.again):
             super()._save_checkpoint(model, trial)
 
 
@@ -84,7 +96,7 @@ def _check_reporting(args: TrainingArguments) -> None:
 
 
 @contextlib.contextmanager
-def _said(where: str) -> Iterator[None]:
+def _said(where: str, again: str) -> Iterator[None]:
     """What cannot be written, in one line."""
     try:
         yield
@@ -93,6 +105,4 @@ def _said(where: str) -> Iterator[None]:
             raise
         torn = "the disk is full or cannot be written" if isinstance(error, RuntimeError) else None
         said = f"{where}: {torn}" if torn else str(full_disk(Path(where), error)).partition("; what was")[0]
-        raise TrainingError(
-            f"{said}; the checkpoints before are whole: free some space, then run the same command with --resume"
-        ) from error
+        raise TrainingError(f"{said}; the checkpoints before are whole: free some space, then {again}") from error
