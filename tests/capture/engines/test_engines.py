@@ -12,15 +12,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
+from datasets import Dataset
 
 from pipeline.cache import Layout, verify
 from pipeline.cache.format.manifest import load_receipt
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.capture.engines.deal import Deal
 from pipeline.capture.run import run
+from pipeline.cli import main
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
+from tests.support.classifier import even, swapped
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[3]
@@ -140,6 +144,7 @@ def test_a_killed_run_loses_one_shard_at_most(config, tmp_path):
 import glob, os, signal
 from pipeline.capture import shard
 from pipeline.capture.run import run
+from pipeline.cli import main
 from pipeline.config import CacheLogitsConfig, DataConfig
 whole = shard.label_rows
 def label_rows(*args, **kwargs):
@@ -158,6 +163,43 @@ run(CacheLogitsConfig(task="causal-lm", data=DataConfig(dataset={settings.data.d
     assert hashes(run(settings)) == hashes(run(config("serial")))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert load_receipt(layout, "train-00003") is not None
+
+
+@pytest.fixture
+def misnumbered(tmp_path, bert_tokenizer, save_teacher):
+    """Runs `softlabel cache-logits` on labels in another order than the teacher's, beside a cache of the right ones."""
+    model, texts, classes = even(bert_tokenizer)
+    teacher = save_teacher(model, bert_tokenizer)
+    for name, labels in (("right", classes), ("wrong", swapped(classes))):
+        Dataset.from_dict({"text": texts, "label": labels}).to_json(tmp_path / f"{name}.jsonl")
+
+    def capture(data, *flags):
+        settings = ["--teacher", str(teacher), "--dataset", str(tmp_path / f"{data}.jsonl"), "--rows-per-shard", "40"]
+        command = ["cache-logits", "--task", "sequence-classification", *settings, "--output", str(tmp_path / "cache")]
+        return CliRunner().invoke(main, [*command, *flags], catch_exceptions=False)
+
+    return capture
+
+
+def refused_and_unchanged(capture, root: Path, capfd, *flags: str) -> None:
+    """Where nothing is, and where --overwrite would delete a cache."""
+    for more in ((), ("--overwrite",)):
+        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        done = capture("wrong", *flags, *more)
+        assert done.exit_code == 1
+        *_, line = done.stderr.splitlines()
+        assert line.startswith("Error: ")
+        assert "the data's classes are in another order than the teacher's" in line
+        assert "add --label-map 0=film --label-map 1=sport" in line
+        assert "Traceback" not in done.output + capfd.readouterr().err
+        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+        if not more:
+            assert not root.exists()
+            assert capture("right").exit_code == 0
+
+
+def test_workers_refuse_classes_in_another_order(misnumbered, tmp_path, capfd):
+    refused_and_unchanged(misnumbered, tmp_path / "cache", capfd, "--num-workers", "2")
 
 
 # ------------------------------------------------------------------------------------------------------------- Ray
@@ -221,3 +263,8 @@ def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, clust
         run(config("ray", engine="ray", text_column="texts"))
     with pytest.raises(MisuseError, match="3 workers of 0 GPUs and at least 1 CPU each, found 0 GPUs and 2 CPUs"):
         run(config("ray", engine="ray", num_workers=3))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ray_refuses_classes_in_another_order(misnumbered, cluster, tmp_path, capfd):
+    refused_and_unchanged(misnumbered, tmp_path / "cache", capfd, "--engine", "ray", "--num-workers", "2")
