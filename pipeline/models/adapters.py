@@ -34,6 +34,24 @@ def adapter_config(name: str) -> Mapping[str, Any] | None:
     return config
 
 
+def adapter_labels(name: str) -> tuple[str, ...] | None:
+    """The label names beside a classifier's adapter; None where there are none.
+
+    Raises:
+        ModelError: the file does not hold a list of names.
+    """
+    path = Path(name).expanduser() / LABELS
+    if not path.is_file():
+        return None
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({first_line(error)}); write the list of label names again") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ModelError(f"{path}: expected a JSON list of label names; write it again")
+    return tuple(labels)
+
+
 def base_name(name: str, adapter: Mapping[str, Any] | None, asked: str | None) -> str:
     """The model to load first: an adapter's base, or the model itself.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError, ModelError
-from pipeline.models.adapters import LABELS, UNLOADABLE, adapter_config, base_name, first_line, with_adapter
+from pipeline.models.adapters import UNLOADABLE, adapter_config, adapter_labels, base_name, first_line, with_adapter
 from pipeline.models.audit import missing_weights, refuse_missing
 from pipeline.records import Tokenization
 from pipeline.tasks import Task, embedding_rows
@@ -77,8 +76,8 @@ def load_model(
     adapter, beside = adapter_config(name), Path(name).expanduser()
     base_model = None if base_model is None else os.path.expanduser(base_model)
     base = base_name(name, adapter, base_model)
-    if adapter and label_names is None and (beside / LABELS).is_file():
-        label_names = tuple(json.loads((beside / LABELS).read_text(encoding="utf-8")))
+    if adapter and label_names is None:
+        label_names = adapter_labels(name)
     try:
         source, kwargs = _locate(base)
         kwargs.update(revision=None if adapter else revision, trust_remote_code=trust_remote_code)
