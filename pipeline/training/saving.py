@@ -12,8 +12,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from pipeline.cache.storage.commit import full_disk
-from pipeline.errors import ConfigError, TrainingError
-from pipeline.models.arguments import hide_token
+from pipeline.errors import ConfigError, MisuseError, TrainingError
+from pipeline.models.arguments import hide_token, num_ranks
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
@@ -33,7 +33,12 @@ class SavingTrainer(Trainer):
 
         Raises:
             ConfigError: a package that a setting needs is missing.
+            MisuseError: ranks that know nothing of each other.
         """
+        if num_ranks() > 1 and args.world_size == 1:
+            raise MisuseError(
+                f"training: torchrun has started {num_ranks()} ranks, and each would train alone and write to {args.output_dir}; set use_cpu where there is no GPU"
+            )
         self.again = again
         hide_token(args)
         args.remove_unused_columns = False
