@@ -243,7 +243,7 @@ def fit(
     if precision != torch.float32:  # rounded before it is measured
         round_weights(student.model, precision)
     with as_it_came(student):
-        trainer.save_model(str(output))
+        trainer.save_model(str(output), _internal_call=True)  # pushed when all of it is there
     if args.should_save and precision != torch.float32:
         cast_weights(output, precision)
     trainer.save_state()
@@ -276,6 +276,7 @@ def fit(
         card = make_card(cache, student, result, split=split, teacher_labels=teacher_labels)
         write_text(output / CARD, card)
         write_text(output / _PROOF, dump(result))
+    trainer.push_saved()
     return result
 
 

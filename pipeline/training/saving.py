@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -62,9 +64,8 @@ class SavingTrainer(Trainer):
         try:
             super().init_hf_repo(token, private)
         except Exception as error:  # of several HTTP libraries
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"training: push_to_hub: the hub cannot be reached, or refuses ({said}); log in with hf auth login, or leave it out and push later"
+                f"training: push_to_hub: the hub cannot be reached, or refuses ({_first_line(error)}); log in with hf auth login, or leave it out and push later"
             ) from None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -75,6 +76,34 @@ class SavingTrainer(Trainer):
         """
         with _said(output_dir or str(self.args.output_dir), self.again):
             super().save_model(output_dir, _internal_call)
+
+    def push_saved(self) -> None:
+        """Push the output directory as it is, where `push_to_hub` asks for it; `Trainer.push_to_hub` would save the model anew first.
+
+        Raises:
+            TrainingError: the hub cannot be reached, or refuses; what is saved stays.
+        """
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        output = str(self.args.output_dir)
+        if not Path(output, "README.md").exists():
+            self.create_model_card(model_name=str(self.hub_model_id).rpartition("/")[2])
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
+        try:
+            HfApi().upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=output,
+                commit_message="End of training",
+                token=self.args.hub_token,
+                ignore_patterns=["_*", "checkpoint-*", ".*"],
+                revision=self.args.hub_revision,
+            )
+        except Exception as error:  # of several HTTP libraries
+            raise TrainingError(
+                f"{output}: is finished and saved, and was not pushed to {self.hub_model_id}: {_first_line(error)}; "
+                f"push it later: hf upload {self.hub_model_id} {shlex.quote(output)}"
+            ) from error
 
     def save_state(self) -> None:
         """Save the log.
@@ -98,6 +127,10 @@ def _check_reporting(args: TrainingArguments) -> None:
         raise ConfigError(
             f"training: report_to: {', '.join(missing)}: not installed, or no such; expected none or some of {', '.join(found)}; pip install it, or leave it out"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         trainer.train(resume_from_checkpoint=checkpoint)
     padding.pad_token_id = kept
     with as_it_came(teacher):
-        trainer.save_model(config.output)
+        trainer.save_model(config.output, _internal_call=True)  # pushed when all of it is there
     if args.should_save:
         teacher.tokenizer.save_pretrained(config.output)
         if names is not None and hasattr(teacher.model, "peft_config"):
@@ -147,6 +147,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     content = {"split": held_out, "rows": len(rows), "measured_rows": len(measured), "metrics": metrics}
     if args.should_save:
         write_text(output / _PROOF, json.dumps(content, indent=1) + "\n")
+    trainer.push_saved()
     return metrics
 
 
