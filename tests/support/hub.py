@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -40,6 +41,11 @@ class Hub:
         oid = hashlib.sha1(f"{len(self.commits)} {repo} {sorted(files)}".encode()).hexdigest()
         self.commits[oid], self.branches[repo, branch] = files, oid
         return oid
+
+    def hold(self, repo: str, folder: Path) -> str:
+        """Commit the files of a directory, as a public repository's."""
+        self.private[repo] = False
+        return self.commit(repo, "main", {path.name: ("regular", path.read_bytes()) for path in folder.iterdir()})
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         return {name: content for name, (_, content) in self.commits[self.branches[repo, branch]].items()}
@@ -224,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The hub as `huggingface_hub` finds it, through its own code, with a token planted in the environment."""
     import huggingface_hub
     from huggingface_hub import HfFileSystem, constants
@@ -242,6 +248,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         "ENDPOINT": address,
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "hf-cache"),
         "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
     }.items():
         monkeypatch.setattr(constants, name, value)
