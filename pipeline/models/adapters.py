@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -162,10 +163,29 @@ def with_adapter(model: Any, name: str, folder: Path, missing: Sequence[str], *,
         ) from error
     except UNLOADABLE as error:
         raise ModelError(f"{name}: the adapter does not fit its base model: {first_line(error)}") from error
-    refuse_adapter(adapted, name, loaded, missing, base=base)
+    refuse_adapter(adapted, name, weights.keys(), loaded, missing, base=base)
     for settings in adapted.peft_config.values():
         settings.base_model_name_or_path = base  # what is saved again names the base that it was loaded on
     return adapted
+
+
+def refuse_prompt_tokens(model: Any, name: str, *, classes_are_tokens: bool) -> None:
+    """Refuse an adapter that puts tokens of its own before each row, where these move the positions whose logits are taken.
+
+    Encoders take the first position, whatever stands there.
+
+    Raises:
+        ModelError: prompt tuning of a language model, or of a classifier that takes the last position of a row.
+    """
+    settings = model.peft_config[model.active_adapter]
+    kind = getattr(settings.peft_type, "value", str(settings.peft_type))
+    if not settings.is_prompt_learning or kind == "PREFIX_TUNING":
+        return
+    if classes_are_tokens or type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ModelError(
+            f"{name}: is an adapter of the kind {kind}, which puts {settings.num_virtual_tokens} tokens before each row and so moves its positions; "
+            "expected one that does not, as LoRA, IA3 or prefix tuning"
+        )
 
 
 def first_line(error: Exception) -> str:

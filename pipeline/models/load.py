@@ -21,6 +21,7 @@ from pipeline.models.adapters import (
     adapter_labels,
     base_name,
     first_line,
+    refuse_prompt_tokens,
     with_adapter,
 )
 from pipeline.models.audit import missing_weights, refuse_missing
@@ -110,6 +111,7 @@ def load_model(
     missing = missing_weights(model, base, info, new_head=new_head or adapter is not None)
     if folder is not None:
         model = with_adapter(model, name, folder, missing, base=base, trainable=trainable)
+        refuse_prompt_tokens(model, name, classes_are_tokens=task.classes_are_tokens)
     else:
         refuse_missing(model, name, missing, new_head=new_head)
     commit = None if folder is None or Path(name).expanduser().exists() else folder.name

@@ -40,6 +40,7 @@ from pipeline.sources import LabelMap, Source, label_names, load_source, read_ex
 from pipeline.sources.labels import listed
 from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
+from pipeline.training.refusals import refuse_evaluation
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.stopping import CheckpointOnSigterm
 
@@ -113,6 +114,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         seed=config.seed,
         save_strategy="no",
     )
+    refuse_evaluation(args)
     padding: Any = teacher.model.config.get_text_config()
     kept, padding.pad_token_id = padding.pad_token_id, _training_pad_id(teacher, rows)
     collator = _Collator(task, padding.pad_token_id)

@@ -114,9 +114,10 @@ class DistillationTrainer(SavingTrainer):
             self.keep = Proportions(tuple(map(int, rows.bounds)), mixture.shares, self.keep, seed)
         if eval_split is None and "validation" in cache.splits:
             eval_split = "validation"
-        if eval_split is None and str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+        if eval_split is None and (args.eval_on_start or args.eval_strategy != "no"):
+            asked = "eval_on_start" if args.eval_strategy == "no" else f"eval_strategy {args.eval_strategy}"
             raise MisuseError(
-                f"eval_strategy {args.eval_strategy}: the cache has no split `validation` to evaluate on during training (it has {', '.join(cache.splits)}); "
+                f"{asked}: the cache has no split `validation` to evaluate on during training (it has {', '.join(cache.splits)}); "
                 "name one with --eval-split"
             )
         self.eval_split = eval_split

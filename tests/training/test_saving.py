@@ -185,3 +185,14 @@ def test_the_best_of_a_metric_that_is_not_measured(tmp_path, cache, teacher):
     with pytest.raises(MisuseError, match=r"found 'f1'; the split has no labels"):
         train(cache, teacher, tmp_path / "out", eval_split="train", training=training)
     assert not (tmp_path / "out" / "origin.json").exists()
+
+
+def test_the_best_of_no_evaluation(tmp_path, cache, teacher):
+    with pytest.raises(MisuseError, match=r"metric_for_best_model: has no effect without evaluations"):
+        train(cache, teacher, tmp_path / "out", training={"metric_for_best_model": "loss"})
+    with pytest.raises(MisuseError, match=r"^eval_on_start: the cache has no split `validation`"):
+        train(cache, teacher, tmp_path / "out", training={"eval_on_start": True})
+    never = {"eval_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(MisuseError, match=r"metric_for_best_model: has no effect"):  # the callback would only assert
+        train(cache, teacher, tmp_path / "out", early_stopping=2, training=never)
+    assert not (tmp_path / "out" / "origin.json").exists()

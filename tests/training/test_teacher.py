@@ -241,6 +241,13 @@ def test_a_full_disk_while_a_teacher_is_saved_is_one_line(tmp_path, data, pretra
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize("training", [{"eval_strategy": "epoch"}, {"metric_for_best_model": "accuracy"}])
+def test_settings_without_effect_on_a_teacher_are_refused_before_the_first_step(tmp_path, data, pretrained, training):
+    with pytest.raises(MisuseError, match=f"training: {next(iter(training))}: .*measured once, at the end"):
+        train_teacher(config(tmp_path, pretrained, data, training=training))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_is_trained_further_keeps_its_labels(tmp_path, data, bert_tokenizer, save_teacher):
     peft = pytest.importorskip("peft")
     base = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=3), bert_tokenizer, "base")
