@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import warnings
 
 import pytest
@@ -79,6 +81,36 @@ def test_layers_that_the_configuration_has_no_place_for(bert):
         load_model(CLASSES, str(bert))
     with pytest.raises(ModelError, match="no place for"):
         load_model(CLASSES, str(bert), new_head=True)
+
+
+FAMILIES = ["bert", "roberta", "deberta-v2", "gpt2", "llama", "qwen3", "gemma2"]
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [*((CLASSES, kind) for kind in FAMILIES), *((TOKENS, kind) for kind in FAMILIES[3:])]
+)
+def test_of_every_family_the_logits_are_the_models_or_the_load_is_refused(
+    tmp_path, bert_tokenizer, lm_tokenizer, save_teacher, kind, task
+):
+    """Any weight that is missing, has another name, or belongs to a layer that there is not."""
+    tokenizer = lm_tokenizer if kind in FAMILIES[3:] else bert_tokenizer
+    labels = {"num_labels": 3} if task is CLASSES else {}
+    path = save_teacher(tiny_model(kind, len(tokenizer), spread=2.0, **labels), tokenizer)
+    plain = task.auto_class.from_pretrained(path).eval()
+    ids = torch.randint(5, 100, (2, 9))
+    with torch.inference_mode():
+        assert torch.equal(load_model(task, str(path)).model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    file = path / "model.safetensors"
+    right = load_file(file)
+    for key in random.Random(kind).sample(sorted(right), 6):
+        for change in ("missing", "renamed"):
+            save_file(WRONG[change](right, key), file, metadata={"format": "pt"})
+            with pytest.raises(ModelError, match=r"lacks \d weights"):
+                load_model(task, str(path))
+    layer = {re.sub(r"\.0\.", ".9.", key, count=1): right[key].clone() for key in right if ".0." in key}
+    save_file({**right, **layer}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="has no place for"):
+        load_model(task, str(path))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
