@@ -47,6 +47,32 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
     return tuple(missing)
 
 
+def refuse_more_blocks(name: str, tensors: Sequence[str], num_layers: int) -> None:
+    """Refuse a GGUF file with layers that its own configuration leaves out; transformers drops them without a word.
+
+    Args:
+        tensors: their names in the file. Blocks that predict more than one token ahead (`nextn`) are no layers.
+
+    Raises:
+        ModelError: names the first of them.
+    """
+    blocks: dict[int, list[str]] = {}
+    for tensor in tensors:
+        if found := re.match(r"blk\.(\d+)\.", tensor):
+            blocks.setdefault(int(found[1]), []).append(tensor)
+    more = [
+        tensor
+        for block, names in sorted(blocks.items())
+        if block >= num_layers and not any(".nextn." in each for each in names)
+        for tensor in names
+    ]
+    if more:
+        raise ModelError(
+            f"{name}: the file holds {len(more)} weights of layers that its block_count of {num_layers} has no place for ({_some(more)}), so its logits would be "
+            "another model's; convert the model to GGUF again"
+        )
+
+
 def refuse_missing(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -> None:
     """Refuse a model with parameters that come from no file.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils.hub import cached_file
 
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models.adapters import (
@@ -24,7 +26,7 @@ from pipeline.models.adapters import (
     refuse_prompt_tokens,
     with_adapter,
 )
-from pipeline.models.audit import missing_weights, refuse_missing
+from pipeline.models.audit import missing_weights, refuse_missing, refuse_more_blocks
 from pipeline.records import Tokenization
 from pipeline.tasks import Task, embedding_rows
 
@@ -109,6 +111,9 @@ def load_model(
         options["quantization_config"] = _quantization(quantization)
     model, info = _from_pretrained(task.auto_class, source, base, **kwargs, **options)
     missing = missing_weights(model, base, info, new_head=new_head or adapter is not None)
+    if "gguf_file" in kwargs:
+        path = str(cached_file(source, kwargs["gguf_file"], revision=kwargs["revision"]))
+        refuse_more_blocks(base, read_gguf_metadata(path)[1], config.get_text_config().num_hidden_layers)
     if folder is not None:
         model = with_adapter(model, name, folder, missing, base=base, trainable=trainable)
         refuse_prompt_tokens(model, name, classes_are_tokens=task.classes_are_tokens)
@@ -286,6 +291,8 @@ def _dtype(name: str) -> Any:
 def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(source, **kwargs)
-    except UNLOADABLE as error:
+    except Exception as error:
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:  # as the library tokenizers raises it
+            raise
         where = "" if Path(source).exists() else "; there is no such directory here either"
         raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {first_line(error)}{where}") from error

@@ -221,6 +221,15 @@ def test_tokens_before_a_row_are_refused_where_they_move_its_positions(
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_one_line(llama):
+    """The library tokenizers raises a bare Exception."""
+    content = json.loads((llama / "tokenizer.json").read_text())
+    (llama / "tokenizer.json").write_text(json.dumps({**content, "model": {**content["model"], "vocab": {"a": 0}}}))
+    with pytest.raises(ModelError, match="cannot be loaded by AutoTokenizer") as caught:
+        load_model(TOKENS, str(llama))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_adapter_brings_the_head_or_is_refused(tmp_path, llama, lm_tokenizer):
     model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2)
     saved = adapter_of(tmp_path / "with", model, lm_tokenizer, ADAPTERS["lora"](task_type="SEQ_CLS"))
