@@ -126,7 +126,7 @@ def refuse_adapter(
     lost = set(loaded.missing_keys)
     if not prompts:
         own = [key for key, _ in model.named_parameters() if of_adapter.search(key) and key in lost]
-        own += sorted(biases - set(file_keys))
+        own += sorted(key for key in biases - set(file_keys) if ".modules_to_save." not in key)  # their second copy
         if own:
             raise ModelError(
                 f"{name}: the adapter's file lacks {len(own)} of the weights that adapter_config.json describes ({_some(own)}); save the adapter again"

@@ -185,6 +185,9 @@ def test_the_biases_that_an_adapter_was_trained_with(tmp_path, bert, bert_tokeni
     adapter_of(tmp_path / "a", load_model(CLASSES, str(bert)).model, bert_tokenizer, settings)
     plain, ours = plain_and_ours(CLASSES, bert, tmp_path / "a", torch.randint(5, 100, (2, 9)))
     assert torch.equal(plain, ours)
+    twice = "base_model.model.classifier.modules_to_save.bias"
+    rewrite(tmp_path / "a", lambda w: WRONG["missing"](w, twice), "adapter_model.safetensors")
+    load_model(CLASSES, str(tmp_path / "a"))
     rewrite(
         tmp_path / "a",
         lambda w: WRONG["missing"](w, next(k for k in w if "query.base_layer.bias" in k)),
