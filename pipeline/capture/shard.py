@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pipeline.capture.forward import broken_rows, device_name, output_matrix, sy
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError, EncodingError, ModelError
-from pipeline.records import BadRow, CachedExample, Encoding, Receipt, Shard, ShardPlan, TokenizedExample
+from pipeline.records import BadRow, CachedExample, Encoding, Example, Receipt, Shard, ShardPlan, TokenizedExample
 from pipeline.softlabels import (
     counter_uniforms,
     encode,
@@ -70,7 +71,7 @@ def capture_shards(job: Job, shards: Iterable[ShardPlan], done: Callable[[Receip
         encoder.shutdown(cancel_futures=True)
 
 
-def _tokens_of(ahead: Future[_Tokens | None], written: Future[None] | None) -> _Tokens | None:
+def _tokens_of(ahead: Future[Tokens | None], written: Future[None] | None) -> Tokens | None:
     """The next shard; what went wrong in writing the one before is told as soon as it is known."""
     if written is not None:
         futures: list[Future[Any]] = [ahead, written]
@@ -81,22 +82,26 @@ def _tokens_of(ahead: Future[_Tokens | None], written: Future[None] | None) -> _
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
+class Tokens:
     """A shard before the teacher has seen it."""
 
     shard: ShardPlan
     examples: list[TokenizedExample]
     bad: list[BadRow]
+    unlabelled: int
+    """Source rows without a label, where labels are read."""
+    blank: int
+    """Source rows with a text of white space alone."""
 
 
-def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> _Tokens | None:
+def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> Tokens | None:
     shard = next(waiting, None)
-    return None if shard is None else _Tokens(shard, *read_shard(job, shard))
+    return None if shard is None else read_shard(job, shard)
 
 
 def _predict(
     job: Job,
-    tokens: _Tokens,
+    tokens: Tokens,
     encoder: ThreadPoolExecutor,
     done: Callable[[Receipt], None],
     *,
@@ -128,7 +133,7 @@ def _predict(
 class _ShardLabels:
     """The soft labels of one shard, as its batches come in; used by one thread."""
 
-    def __init__(self, job: Job, tokens: _Tokens, batches: list[tuple[list[int], int]]) -> None:
+    def __init__(self, job: Job, tokens: Tokens, batches: list[tuple[list[int], int]]) -> None:
         self.forward_seconds = 0.0
         self._started = time.monotonic()
         self._job, self._tokens, self._batches = job, tokens, batches
@@ -184,12 +189,14 @@ class _ShardLabels:
             fidelity=None if self._meter is None else self._meter.result(),
             cut_rows=sum(len(example.cut) for example in tokens.examples),
             cut_tokens=sum(sum(example.cut) for example in tokens.examples),
+            unlabelled_rows=tokens.unlabelled,
+            blank_rows=tokens.blank,
         )
         record(job.layout, receipt)
         done(receipt)
 
 
-def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list[BadRow]]:
+def read_shard(job: Job, shard: ShardPlan) -> Tokens:
     """Tokens of a shard's rows, in order, and the rows that have none.
 
     Raises:
@@ -197,7 +204,8 @@ def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list
     """
     examples: list[TokenizedExample] = []
     bad: list[BadRow] = []
-    found = read_examples(job.source, shard.split, shard.start, shard.stop, job.labels)
+    counts: Counter[str] = Counter()
+    found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
     limit = embedding_rows(job.teacher.model)
     for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
         if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
@@ -207,7 +215,20 @@ def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list
             _stop_unless_skipped(job, bad)
         else:
             examples.append(item)
-    return examples, bad
+    labelled = job.labels is not None and job.source.columns.label is not None
+    return Tokens(shard, examples, bad, counts["unlabelled"] if labelled else 0, counts["blank"])
+
+
+def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterator[Example | BadRow]:
+    """The same items; rows without a label, and with a text of white space alone, are counted as they pass."""
+    for item in items:
+        if isinstance(item, Example):
+            completion = item.prompt_completion[1:] if item.prompt_completion else ()
+            counts["unlabelled"] += item.label is None
+            counts["blank"] += any(
+                text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)
+            )
+        yield item
 
 
 def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Tensor:

@@ -45,7 +45,7 @@ from pipeline.records import (
 )
 from pipeline.softlabels import counter_uniforms, encode_and_score, narrow
 from pipeline.softlabels.ragged import offsets_of
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 from pipeline.tasks import Task, get_task
 
 
