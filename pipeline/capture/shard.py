@@ -22,14 +22,24 @@ from pipeline.capture.forward import broken_rows, device_name, output_matrix, sy
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError, EncodingError, ModelError
-from pipeline.records import BadRow, CachedExample, Encoding, Example, Receipt, Shard, ShardPlan, TokenizedExample
+from pipeline.records import (
+    BadRow,
+    CachedExample,
+    Encoding,
+    Example,
+    Receipt,
+    Sampled,
+    Shard,
+    ShardPlan,
+    TokenizedExample,
+)
 from pipeline.softlabels import (
     counter_uniforms,
     encode,
     encode_and_score,
     narrow,
-    rows,
     served_temperature,
+    split_rows,
     target,
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
@@ -245,21 +255,44 @@ def label_rows(
     split: str,
     seed: int,
     store_entropy: bool = False,
+    uniforms: Tensor | None = None,
 ) -> list[CachedExample]:
-    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored."""
+    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored.
+
+    Args:
+        uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
+    """
     labels = torch.from_numpy(np.concatenate([task.hard_labels(example) for example in examples])).to(logits.device)
-    uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
+    if not isinstance(encoding, Sampled):
+        uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
+    elif uniforms is None:
+        uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
     soft, scores = encode_and_score(logits, labels, encoding, uniforms)
     soft = narrow(soft, uniforms)
-    nll, entropy = scores.nll.double(), scores.entropy.double()
-    out, start = [], 0
-    for example in examples:
-        stop = start + example.num_positions
-        sums = float(nll[start:stop].sum()), float(entropy[start:stop].sum())
-        each = entropy[start:stop].float() if store_entropy else None
-        out.append(CachedExample(example, rows(soft, start, stop), *sums, content_hash(example), each))
-        start = stop
-    return out
+    counts = [example.num_positions for example in examples]
+    entropies: Sequence[Tensor | None] = (
+        torch.split(scores.entropy.float(), counts) if store_entropy else [None] * len(counts)
+    )
+    parts = zip(
+        examples,
+        split_rows(soft, counts),
+        _sums(scores.nll, counts),
+        _sums(scores.entropy, counts),
+        entropies,
+        strict=True,
+    )
+    return [
+        CachedExample(example, part, nll, entropy, content_hash(example), each)
+        for example, part, nll, entropy, each in parts
+    ]
+
+
+def _sums(values: Tensor, counts: Sequence[int]) -> list[float]:
+    """(N,) values -> the sums of runs of so many, in float64."""
+    if set(counts) == {1}:
+        found: list[float] = values.double().tolist()
+        return found
+    return [float(part.sum()) for part in torch.split(values.double(), list(counts))]
 
 
 def _measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -54,6 +55,36 @@ def rows(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
         tail_ids=soft.tail_ids[tail[0] : tail[-1]],
         log_residuals=soft.log_residuals[start:stop],
     )
+
+
+def split_rows(soft: SoftLabels, counts: Sequence[int]) -> list[SoftLabels]:
+    """Runs of so many positions each, one after another; views wherever tensors allow."""
+    edges = list(itertools.accumulate(counts, initial=0))
+    at = torch.tensor(edges)
+    tops, tails = soft.top_offsets[at], soft.tail_offsets[at]
+    parts = zip(
+        itertools.pairwise(edges),
+        tops.tolist(),
+        torch.split(soft.top_ids, tops.diff().tolist()),
+        torch.split(soft.top_logprobs, tops.diff().tolist()),
+        tails.tolist(),
+        torch.split(soft.tail_ids, tails.diff().tolist()),
+        torch.split(soft.log_residuals, list(counts)),
+        strict=False,  # a list of edges is one longer
+    )
+    return [
+        SoftLabels(
+            soft.encoding,
+            soft.num_classes,
+            soft.top_offsets[start : stop + 1] - top,
+            ids,
+            logprobs,
+            soft.tail_offsets[start : stop + 1] - tail,
+            tail_ids,
+            residuals,
+        )
+        for (start, stop), top, ids, logprobs, tail, tail_ids, residuals in parts
+    ]
 
 
 def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
