@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +30,21 @@ Rows: TypeAlias = "Dataset | ParquetRows"
 
 #: Bytes at the end of a file that are read first: a longer footer takes a second request.
 _TAIL_BYTES = 64 << 10
+_NO_RANGES = "the server does not serve ranges of bytes; download the file and give its path"
 #: Footers that are fetched at the same time.
 _THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What tells whether a file has changed, without reading it."""
+
+    size: int
+    """Bytes."""
+    tag: str
+    """ETag or blob, as the store has it; empty for a local file."""
+    changed: int = 0
+    """Of a local file: when, in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +55,15 @@ class Footer:
     """A local path, or a URL."""
     metadata: pq.FileMetaData
     schema: pa.Schema
-    size: int
-    """Of the file, in bytes."""
     sha256: str
     """Of the footer, which holds the place and the statistics of every column chunk."""
-    tag: str
-    """ETag, blob or commit, as the store has it; empty for a local file."""
+    state: State
+    """When the footer was read."""
 
     @property
     def identity(self) -> tuple[int, int, str, str]:
         """Rows, bytes, footer and tag: two files that agree in these are taken for equal."""
-        return self.metadata.num_rows, self.size, self.sha256, self.tag
+        return self.metadata.num_rows, self.state.size, self.sha256, self.state.tag
 
 
 class ParquetRows:
@@ -80,6 +92,7 @@ class ParquetRows:
         counts = [files[i].metadata.row_group(j).num_rows for i, j in self._groups]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._latest: tuple[object, pa.Table] | None = None
+        self._open: tuple[int, Any, pq.ParquetFile] | None = None
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._rows is None else len(self._rows)
@@ -165,13 +178,12 @@ class ParquetRows:
         file = self._files[number]
         wanted = datasets.Features({name: self.features[name] for name in names}).arrow_schema
         try:
-            with _opened(file.location) as handle:
-                if _size_and_tag(handle, file.location) != (file.size, file.tag):
-                    raise SourceError(
-                        f"{redact(file.location)}: the file has changed since its footer was read; run the same command again"
-                    )
-                reader = pq.ParquetFile(handle, metadata=file.metadata, pre_buffer=True)
-                table = table_cast(reader.read_row_group(inside, columns=list(names)).select(list(names)), wanted)
+            if _state(file.location) != file.state:
+                raise SourceError(
+                    f"{redact(file.location)}: the file has changed since its footer was read; run the same command again"
+                )
+            table = self._reader(number).read_row_group(inside, columns=list(names)).select(list(names))
+            table = table_cast(table, wanted)
         except SourceError:
             raise
         except Exception as error:  # each file system has errors of its own, and so have Arrow's casts
@@ -180,6 +192,16 @@ class ParquetRows:
             ) from error
         self._latest = (group, names), table
         return table
+
+    def _reader(self, number: int) -> pq.ParquetFile:
+        """Of one file; it stays open until another is read."""
+        if self._open is None or self._open[0] != number:
+            if self._open is not None:
+                self._open[1].close()
+            file = self._files[number]
+            handle = _opened(file.location)
+            self._open = number, handle, pq.ParquetFile(handle, metadata=file.metadata, pre_buffer=True)
+        return self._open[2]
 
 
 def parquet_rows(locations: Sequence[str], features: Features | None = None) -> ParquetRows:
@@ -212,23 +234,24 @@ def of_stream(dataset: IterableDataset) -> ParquetRows | None:
 
 def _read_footer(location: str) -> Footer:
     try:
+        state = _state(location)
+        size = state.size
+        if not size:
+            raise SourceError(f"{redact(location)}: no rows; expected at least one")
         with _opened(location) as handle:
-            size, tag = _size_and_tag(handle, location)
             tail = _last_bytes(handle, size, _TAIL_BYTES)
             length = int.from_bytes(tail[-8:-4], "little") + 8
             if tail[-4:] == b"PAR1" and length > len(tail):
                 tail = _last_bytes(handle, size, length)
+    except SourceError:
+        raise
     except Exception as error:  # each file system has errors of its own
         raise SourceError(
             f"{redact(location)}: cannot be opened: {reason(error)}; check the path and your access to it"
         ) from error
-    if size == 0:
-        raise SourceError(f"{redact(location)}: no rows; expected at least one")
     try:
         reader = pq.ParquetFile(io.BytesIO(tail))
-        return Footer(
-            location, reader.metadata, reader.schema_arrow, size, hashlib.sha256(tail[-length:]).hexdigest(), tag
-        )
+        return Footer(location, reader.metadata, reader.schema_arrow, hashlib.sha256(tail[-length:]).hexdigest(), state)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"{redact(location)}: cannot be read as parquet: {reason(error)}; mend the file, or convert it"
@@ -246,12 +269,10 @@ def _opened(location: str) -> Any:
     if "://" not in location:
         return pa.memory_map(location)
     filesystem, path = filesystem_of(location)
-    info = filesystem.info(path)
-    if info["size"] is not None and info.get("partial", True):
-        handle = filesystem.open(path, "rb", cache_type="none")
-        if handle.seekable():
-            return handle
-    raise OSError("the server does not serve ranges of bytes; download the file and give its path")
+    handle = filesystem.open(path, "rb", cache_type="none")
+    if not handle.seekable():
+        raise OSError(_NO_RANGES)
+    return handle
 
 
 def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:
@@ -269,14 +290,17 @@ def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:
     return filesystem, str(path)
 
 
-def _size_and_tag(handle: Any, location: str) -> tuple[int, str]:
+def _state(location: str) -> State:
     if "://" not in location:
-        return int(handle.size()), ""
+        found = os.stat(location)
+        return State(found.st_size, "", found.st_mtime_ns)
     filesystem, path = filesystem_of(location)
     details = filesystem.info(path)
+    if details["size"] is None or not details.get("partial", True):
+        raise OSError(_NO_RANGES)
     large = details.get("lfs") or {}
     tag = details.get("ETag") or details.get("etag") or getattr(large, "sha256", None) or details.get("blob_id") or ""
-    return int(details["size"]), str(tag).strip('"')
+    return State(int(details["size"]), str(tag).strip('"'))
 
 
 def _dataset(table: pa.Table, features: Features) -> Dataset:
