@@ -122,6 +122,10 @@ bench-encodings: $(STAMP) $(LM) ## bytes against noise and bias of each encoding
 bench-capture: $(STAMP) $(BBC) $(LM) ## stage 1 beside the teacher's bare forward pass: speed, memory, workers
 	$(PY) -m benchmarks.capture
 
+.PHONY: bench-in-place
+bench-in-place: $(STAMP) ## what a capture fetches of 2 GB of Parquet behind a web server, and its memory
+	$(PY) -m benchmarks.in_place
+
 .PHONY: bench-verify
 bench-verify: $(STAMP) ## megabytes of cache that verify reads a second
 	$(PY) -m benchmarks.verifying

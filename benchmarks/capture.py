@@ -135,7 +135,7 @@ def bare(job: Any, batches: int | None = None) -> int:
     tokens = 0
     model = job.teacher.model
     for shard in job.plan.shards:
-        examples, _ = read_shard(job, shard)
+        examples = read_shard(job, shard).examples
         planned = plan_batches([e.num_tokens for e in examples], job.plan.contract.batch_tokens)
         for members, length in planned[:batches]:
             part = [examples[i] for i in members]

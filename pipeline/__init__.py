@@ -14,14 +14,14 @@ from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
-    from pipeline.capture import LabelledRow, cache_logits, top_soft_labels, write_cache
+    from pipeline.capture import LabelledRow, cache_logits, write_cache
     from pipeline.evaluation import evaluate
     from pipeline.models.initialize import Shape, init_student
     from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP
     from pipeline.sharing import import_responses
     from pipeline.sharing.pull import pull
     from pipeline.sharing.push import push
-    from pipeline.softlabels import encode
+    from pipeline.softlabels import encode, top_soft_labels
     from pipeline.training import DistillationTrainer, distillation_loss, train_student
 
 _EXPORTS = {
@@ -43,7 +43,7 @@ _EXPORTS = {
     "init_student": "pipeline.models.initialize",
     "pull": "pipeline.sharing.pull",
     "push": "pipeline.sharing.push",
-    "top_soft_labels": "pipeline.capture",
+    "top_soft_labels": "pipeline.softlabels",
     "train_student": "pipeline.training",
     "write_cache": "pipeline.capture",
 }
@@ -77,4 +77,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    found = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = found  # the next time it is simply there
+    return found

@@ -343,7 +343,7 @@ class SourceInfo:
     revision: str | None
     columns: Columns
     fingerprints: Mapping[str, str]
-    """Split -> SHA-256 over the columns that were read."""
+    """Split -> SHA-256 over the columns that were read; `files-` and the SHA-256 of the list of Parquet files that were read in place."""
     holdout: float = 0.0
     rows: tuple[int, int | None] | None = None
     """`--rows`: the rows `[start, stop)` of each split, which alone were read; None: all."""
@@ -427,6 +427,10 @@ class Receipt:
     """Source rows that lost tokens to the longest row allowed."""
     cut_tokens: int = 0
     """Tokens that they lost."""
+    unlabelled_rows: int = 0
+    """Source rows without a label."""
+    blank_rows: int = 0
+    """Source rows with a text of white space alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,8 +440,8 @@ class SplitContents:
     rows: int
     unlabelled: int | None
     """Rows without a label; None where the data set has no label column."""
-    blank: int
-    """Rows with a text of white space alone."""
+    blank: int | None
+    """Rows with a text of white space alone. None: both counts are left to the receipts of the shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,8 +449,8 @@ class SourceContents:
     """`reports/contents.json`: counts over the source rows of a capture."""
 
     splits: Mapping[str, SplitContents]
-    shared: Mapping[str, int]
-    """"ONE, OTHER" -> distinct inputs that stand in both splits; pairs that share none are left out."""
+    shared: Mapping[str, int] | None
+    """"ONE, OTHER" -> distinct inputs that stand in both splits; pairs that share none are left out. None: not counted."""
     cut_rows: int = 0
     """Source rows that lost tokens to the longest row allowed."""
     cut_tokens: int = 0

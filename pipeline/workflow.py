@@ -23,9 +23,9 @@ from pipeline.cache.writing.build import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
 from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError
-from pipeline.sources.files import is_saved
-from pipeline.sources.layout import files_named, find_files
-from pipeline.sources.loading import redact
+from pipeline.sources.files.arrow import is_saved
+from pipeline.sources.files.layout import files_named, find_files
+from pipeline.sources.files.loading import redact
 
 logger = logging.getLogger(__name__)
 

@@ -34,10 +34,10 @@ ORDER: dict[str, list[set[str]]] = {
     "cache": [{"storage"}, {"format"}, {"reading"}, {"views"}, {"writing"}, {"transforms"}, {"__init__"}],
     "capture": [
         {"forward", "plan", "estimate_table"},
-        {"append", "audit", "automatic", "permutation", "write"},
+        {"append", "audit", "automatic", "permutation"},
         {"job"},
         {"shard", "space"},
-        {"head", "estimate"},
+        {"head", "estimate", "write"},
         {"engines"},
         {"run"},
         {"__init__"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def test_make_targets_stand_in_the_readme():
         "test-browser",
     ):
         assert f"make {target}" in README, target
+
+
+def test_the_tests_that_the_docs_name_are_there():
+    named = [
+        found
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        for found in re.findall(r"(tests/\S+\.py)::(\w+)", page.read_text())
+    ]
+    assert len(named) > 20
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
 
 
 def test_the_run_files_are_whole():

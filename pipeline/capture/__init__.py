@@ -1,6 +1,6 @@
 """Stage 1: run a teacher once over a data set and write its soft labels."""
 
 from pipeline.capture.run import cache_logits
-from pipeline.capture.write import LabelledRow, top_soft_labels, write_cache
+from pipeline.capture.write import LabelledRow, write_cache
 
-__all__ = ["LabelledRow", "cache_logits", "top_soft_labels", "write_cache"]
+__all__ = ["LabelledRow", "cache_logits", "write_cache"]

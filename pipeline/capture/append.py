@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.cache import Layout, Plan
 from pipeline.cache.format.manifest import Parent, differences, load_manifest
 from pipeline.capture.plan import plan_shards
 from pipeline.errors import ContractError
 from pipeline.records import Ancestor, Contract, ShardPlan
-from pipeline.sources import Source, fingerprints
+from pipeline.sources import Source, fingerprints, is_of_files
 
 
-def appended(layout: Layout, found: Plan, wanted: Plan, source: Source, rows_per_shard: int) -> Plan:
+def appended(
+    layout: Layout,
+    found: Plan,
+    wanted: Plan,
+    source: Source,
+    rows_per_shard: int,
+    row_groups: Mapping[str, Sequence[int]],
+) -> Plan:
     """The plan of a cache that grows: the shards that are there, and those of the rows behind them.
 
     Args:
         found: the plan that lies in the directory.
         wanted: what a capture of the whole source would be.
+        row_groups: split -> the first row of each row group that is read as a whole.
 
     Returns:
         `wanted` itself where nothing was finished yet; `found` where there is nothing to append.
@@ -37,7 +45,7 @@ def appended(layout: Layout, found: Plan, wanted: Plan, source: Source, rows_per
     _check_prefix(layout, manifest.contract, wanted.contract, source, there)
     starts = {shard.split: shard.start for shard in reversed(wanted.shards)}
     new = {split: (parent.rows.get(split, starts[split]), stop) for split, stop in _ends(wanted.shards).items()}
-    more = plan_shards(new, rows_per_shard, after=there)
+    more = plan_shards(new, rows_per_shard, after=there, row_groups=row_groups)
     if more:
         ancestors = (*manifest.ancestry, Ancestor(parent.cache_id, "append"))
         return Plan(wanted.contract, (*there, *more), parent, ancestors)
@@ -71,11 +79,9 @@ def _check_prefix(
         raise ContractError(f"{layout.name}: --append: {first}; new rows need the settings of the first ones")
     starts = {shard.split: shard.start for shard in reversed(there)}
     for split, stop in _ends(there).items():
-        rows = len(source.splits.get(split, ()))
-        if (
-            rows < stop
-            or fingerprints(source, {split: (starts[split], stop)})[split] != cached.source.fingerprints[split]
-        ):
+        rows, known = len(source.splits.get(split, ())), cached.source.fingerprints[split]
+        first_rows = {split: (starts[split], stop)}
+        if rows < stop or fingerprints(source, first_rows, by_contents=not is_of_files(known))[split] != known:
             raise ContractError(
                 f"{layout.name}: --append: split {split}: expected the {stop - starts[split]:,} rows that were cached to come first, unchanged, found others "
                 f"({rows:,} rows in all); cache the new data set into another --output"

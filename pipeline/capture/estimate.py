@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,14 @@ from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.estimate_table import human
 from pipeline.capture.forward import broken_rows, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import load_teacher
-from pipeline.capture.plan import default_rows_per_shard, full_row_is_too_large, kept_types, plan_batches
+from pipeline.capture.plan import (
+    default_rows_per_shard,
+    full_row_is_too_large,
+    kept_types,
+    plan_batches,
+    plan_shards,
+    ranges_of,
+)
 from pipeline.capture.shard import label_rows
 from pipeline.config import EstimateConfig, parse_bytes
 from pipeline.errors import MisuseError, SourceError
@@ -168,7 +174,7 @@ def estimate(
                 encoding=pilot.encoding,
                 bytes_per_position=size / pilot.positions,
                 total_bytes=int(size / pilot.positions * counted * scale),
-                num_shards=sum(math.ceil(len(part) / per_shard) for part in source.splits.values()),
+                num_shards=len(plan_shards(ranges_of(source), per_shard, row_groups=source.row_groups)),
                 hours=(forward_seconds + seconds) * scale / 3600,
                 overhead=seconds / forward_seconds,
                 decoded_per_second=pilot.positions / decoded,

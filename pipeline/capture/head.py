@@ -21,7 +21,7 @@ def show_first_row(job: Job) -> None:
     """Log the first row as tokens, those that are predicted in brackets, so that a wrong template or mask is seen now."""
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 1, first.stop))
-    examples, _ = read_shard(job, few)
+    examples = read_shard(job, few).examples
     for example in examples[:1]:
         tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised)
         logger.info("first row of %s (predicted tokens in brackets): %s", first.split, tokens)
@@ -35,7 +35,7 @@ def check_head(job: Job) -> None:
     """
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 16, first.stop))
-    examples, _ = read_shard(job, few)
+    examples = read_shard(job, few).examples
     if not examples:
         return
     shortest = min(examples, key=lambda example: example.num_tokens)
@@ -72,4 +72,4 @@ def check_rows(job: Job, shards: Sequence[ShardPlan]) -> None:
     if max(job.tokenizer.get_vocab().values(), default=0) < embedding_rows(job.teacher.model):
         return
     for shard in shards:
-        check_ids(job.teacher.model, read_shard(job, shard)[0], job.tokenizer, job.teacher.name)
+        check_ids(job.teacher.model, read_shard(job, shard).examples, job.tokenizer, job.teacher.name)

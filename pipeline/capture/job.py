@@ -38,7 +38,7 @@ from pipeline.models import (
     tokenizer_info,
 )
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
-from pipeline.sources import LabelMap, Source, load_source, survey
+from pipeline.sources import LabelMap, Source, is_of_files, load_source, survey
 from pipeline.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
@@ -153,10 +153,14 @@ def make_job(
         kept=kept_types(source),
     )
     ranges = ranges_of(source, rows)
-    found_in_source = survey(source, ranges)
+    begun = None if overwrite else current_plan(layout)
+    # Earlier versions read Parquet as everything else: such a cache goes on as it began.
+    by_contents = begun is not None and not any(map(is_of_files, begun.contract.source.fingerprints.values()))
+    found_in_source = survey(source, ranges, by_contents=by_contents)
+    row_groups = {} if by_contents else source.row_groups
     labels = _label_map(source, label_names, label_map)
     compare = partial(check_class_order, task, source, labels, teacher, tokenizer, tokenization, num_classes)
-    if not label_map and (overwrite or current_plan(layout) is None):
+    if not label_map and begun is None:
         # Whoever makes the plan looks, before it is written; those who join or resume need not.
         compare(ranges, batch_tokens or task.default_batch_tokens)
     if overwrite:
@@ -197,9 +201,9 @@ def make_job(
     per_shard = rows_per_shard or default_rows_per_shard(
         encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
     )
-    plan = Plan(contract, plan_shards(ranges, per_shard))
+    plan = Plan(contract, plan_shards(ranges, per_shard, row_groups=row_groups))
     if append and found is not None:
-        plan = appended(layout, found, plan, source, per_shard)
+        plan = appended(layout, found, plan, source, per_shard, row_groups)
         if not label_map and plan.parent is not None and plan != found:
             compare(new_ranges(plan, plan.parent), batch_tokens, append=True)
     layout = begin(layout, plan, tokenizer)

@@ -28,6 +28,8 @@ from pipeline.tasks import Task
 
 #: Rows of the sample: a twentieth of the source within these bounds.
 _LEAST, _MOST, _SHARE = 128, 512, 20
+#: Of a source that is read by row group.
+_MOST_ROW_GROUPS = 16
 #: The chance of a refusal where no other order fits better, over all cycles that are tested.
 _ALPHA = 1e-3
 #: How well a class has to signal a label: the share of the label's rows that are given the class, less that of other labels' rows.
@@ -219,17 +221,23 @@ class _Row:
 
 
 def _labelled(source: Source, labels: LabelMap, ranges: Mapping[str, tuple[int, int]]) -> list[_Row]:
-    """Every labelled row, in an order that says nothing of it: by a hash of where it stands."""
+    """The labelled rows that a sample is drawn from, in an order that says nothing of them: by a hash of where they stand.
+
+    Every label is looked at: one that is no class is told now.
+    """
     column = source.columns.label
     found: list[tuple[float, _Row]] = []
     for split, (start, stop) in ranges.items():
         dataset = source.splits[split]
         if column is None or column not in dataset.column_names:
             continue
+        drawn = np.zeros(stop - start, dtype=np.bool_)
+        for near in source.sample_ranges(split, start, stop, _MOST_ROW_GROUPS):
+            drawn[near.start - start : near.stop - start] = True
         keys = counter_uniforms(0, split, 0, 0, np.arange(start, stop)).tolist()
         for i, (key, row) in enumerate(zip(keys, read_rows(dataset, [column], start, stop), strict=True), start=start):
             label = labels.class_id(row[column], split=split, row=i)
-            if label is not None:
+            if label is not None and drawn[i - start]:
                 found.append((key, _Row(split, i, label, labels.shown(row[column], split))))
     return [row for _, row in sorted(found, key=lambda pair: (pair[0], pair[1].split))]
 
@@ -254,9 +262,11 @@ def _read(
     sample: Sequence[_Row],
 ) -> list[TokenizedExample]:
     """The tokens of the rows, without those that cannot be used: the capture says what is wrong with them."""
-    found: list[TokenizedExample] = []
-    for row in sample:
+    found: dict[tuple[str, int], list[TokenizedExample]] = {}
+    for row in sorted(sample, key=lambda row: (row.split, row.number)):  # one row group after another
         item = read_examples(source, row.split, row.number, row.number + 1, labels)
         tokens = task.tokenize(item, row.split, tokenizer, tokenization)
-        found += [each for each in tokens if isinstance(each, TokenizedExample) and each.label is not None]
-    return found
+        found[row.split, row.number] = [
+            each for each in tokens if isinstance(each, TokenizedExample) and each.label is not None
+        ]
+    return [each for row in sample for each in found[row.split, row.number]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -39,18 +41,39 @@ def ranges_of(source: Source, rows: tuple[int, int | None] | None = None) -> Ran
     return found
 
 
-def plan_shards(ranges: Ranges, rows_per_shard: int, *, after: Sequence[ShardPlan] = ()) -> tuple[ShardPlan, ...]:
-    """Cut the rows of every split into shards of so many.
+def plan_shards(
+    ranges: Ranges,
+    rows_per_shard: int,
+    *,
+    after: Sequence[ShardPlan] = (),
+    row_groups: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[ShardPlan, ...]:
+    """Cut the rows of every split into shards of so many, or fewer where they end with a row group of the source.
 
     Args:
         after: shards that are there already; their numbers are not given again.
+        row_groups: split -> the first row of each row group that is read as a whole, ascending.
     """
     taken = Counter(shard.split for shard in after)
     return tuple(
-        ShardPlan(f"{split}-{number:05d}", split, first, min(first + rows_per_shard, stop))
+        ShardPlan(f"{split}-{number:05d}", split, first, last)
         for split, (start, stop) in ranges.items()
-        for number, first in enumerate(range(start, stop, rows_per_shard), start=taken[split])
+        for number, (first, last) in enumerate(
+            itertools.pairwise(_cuts(start, stop, rows_per_shard, (row_groups or {}).get(split, ()))),
+            start=taken[split],
+        )
     )
+
+
+def _cuts(start: int, stop: int, most: int, row_groups: Sequence[int]) -> list[int]:
+    """Where shards begin, and `stop`: at the last row group's beginning that a shard of `most` rows can reach, if there is one."""
+    cuts = [start]
+    while cuts[-1] < stop:
+        reach = min(cuts[-1] + most, stop)
+        last = bisect.bisect_right(row_groups, reach) - 1
+        whole = reach < stop and last >= 0 and row_groups[last] > cuts[-1]
+        cuts.append(row_groups[last] if whole else reach)
+    return cuts
 
 
 def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: int, token_classes: bool) -> int:

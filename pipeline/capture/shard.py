@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,14 +22,24 @@ from pipeline.capture.forward import broken_rows, device_name, output_matrix, sy
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError, EncodingError, ModelError
-from pipeline.records import BadRow, CachedExample, Encoding, Receipt, Shard, ShardPlan, TokenizedExample
+from pipeline.records import (
+    BadRow,
+    CachedExample,
+    Encoding,
+    Example,
+    Receipt,
+    Sampled,
+    Shard,
+    ShardPlan,
+    TokenizedExample,
+)
 from pipeline.softlabels import (
     counter_uniforms,
     encode,
     encode_and_score,
     narrow,
-    rows,
     served_temperature,
+    split_rows,
     target,
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
@@ -70,7 +81,7 @@ def capture_shards(job: Job, shards: Iterable[ShardPlan], done: Callable[[Receip
         encoder.shutdown(cancel_futures=True)
 
 
-def _tokens_of(ahead: Future[_Tokens | None], written: Future[None] | None) -> _Tokens | None:
+def _tokens_of(ahead: Future[Tokens | None], written: Future[None] | None) -> Tokens | None:
     """The next shard; what went wrong in writing the one before is told as soon as it is known."""
     if written is not None:
         futures: list[Future[Any]] = [ahead, written]
@@ -81,22 +92,26 @@ def _tokens_of(ahead: Future[_Tokens | None], written: Future[None] | None) -> _
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
+class Tokens:
     """A shard before the teacher has seen it."""
 
     shard: ShardPlan
     examples: list[TokenizedExample]
     bad: list[BadRow]
+    unlabelled: int
+    """Source rows without a label, where labels are read."""
+    blank: int
+    """Source rows with a text of white space alone."""
 
 
-def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> _Tokens | None:
+def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> Tokens | None:
     shard = next(waiting, None)
-    return None if shard is None else _Tokens(shard, *read_shard(job, shard))
+    return None if shard is None else read_shard(job, shard)
 
 
 def _predict(
     job: Job,
-    tokens: _Tokens,
+    tokens: Tokens,
     encoder: ThreadPoolExecutor,
     done: Callable[[Receipt], None],
     *,
@@ -128,7 +143,7 @@ def _predict(
 class _ShardLabels:
     """The soft labels of one shard, as its batches come in; used by one thread."""
 
-    def __init__(self, job: Job, tokens: _Tokens, batches: list[tuple[list[int], int]]) -> None:
+    def __init__(self, job: Job, tokens: Tokens, batches: list[tuple[list[int], int]]) -> None:
         self.forward_seconds = 0.0
         self._started = time.monotonic()
         self._job, self._tokens, self._batches = job, tokens, batches
@@ -184,12 +199,14 @@ class _ShardLabels:
             fidelity=None if self._meter is None else self._meter.result(),
             cut_rows=sum(len(example.cut) for example in tokens.examples),
             cut_tokens=sum(sum(example.cut) for example in tokens.examples),
+            unlabelled_rows=tokens.unlabelled,
+            blank_rows=tokens.blank,
         )
         record(job.layout, receipt)
         done(receipt)
 
 
-def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list[BadRow]]:
+def read_shard(job: Job, shard: ShardPlan) -> Tokens:
     """Tokens of a shard's rows, in order, and the rows that have none.
 
     Raises:
@@ -197,7 +214,8 @@ def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list
     """
     examples: list[TokenizedExample] = []
     bad: list[BadRow] = []
-    found = read_examples(job.source, shard.split, shard.start, shard.stop, job.labels)
+    counts: Counter[str] = Counter()
+    found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
     limit = embedding_rows(job.teacher.model)
     for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
         if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
@@ -207,7 +225,20 @@ def read_shard(job: Job, shard: ShardPlan) -> tuple[list[TokenizedExample], list
             _stop_unless_skipped(job, bad)
         else:
             examples.append(item)
-    return examples, bad
+    labelled = job.labels is not None and job.source.columns.label is not None
+    return Tokens(shard, examples, bad, counts["unlabelled"] if labelled else 0, counts["blank"])
+
+
+def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterator[Example | BadRow]:
+    """The same items; rows without a label, and with a text of white space alone, are counted as they pass."""
+    for item in items:
+        if isinstance(item, Example):
+            completion = item.prompt_completion[1:] if item.prompt_completion else ()
+            counts["unlabelled"] += item.label is None
+            counts["blank"] += any(
+                text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)
+            )
+        yield item
 
 
 def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Tensor:
@@ -224,21 +255,44 @@ def label_rows(
     split: str,
     seed: int,
     store_entropy: bool = False,
+    uniforms: Tensor | None = None,
 ) -> list[CachedExample]:
-    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored."""
+    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored.
+
+    Args:
+        uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
+    """
     labels = torch.from_numpy(np.concatenate([task.hard_labels(example) for example in examples])).to(logits.device)
-    uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
+    if not isinstance(encoding, Sampled):
+        uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
+    elif uniforms is None:
+        uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
     soft, scores = encode_and_score(logits, labels, encoding, uniforms)
     soft = narrow(soft, uniforms)
-    nll, entropy = scores.nll.double(), scores.entropy.double()
-    out, start = [], 0
-    for example in examples:
-        stop = start + example.num_positions
-        sums = float(nll[start:stop].sum()), float(entropy[start:stop].sum())
-        each = entropy[start:stop].float() if store_entropy else None
-        out.append(CachedExample(example, rows(soft, start, stop), *sums, content_hash(example), each))
-        start = stop
-    return out
+    counts = [example.num_positions for example in examples]
+    entropies: Sequence[Tensor | None] = (
+        torch.split(scores.entropy.float(), counts) if store_entropy else [None] * len(counts)
+    )
+    parts = zip(
+        examples,
+        split_rows(soft, counts),
+        _sums(scores.nll, counts),
+        _sums(scores.entropy, counts),
+        entropies,
+        strict=True,
+    )
+    return [
+        CachedExample(example, part, nll, entropy, content_hash(example), each)
+        for example, part, nll, entropy, each in parts
+    ]
+
+
+def _sums(values: Tensor, counts: Sequence[int]) -> list[float]:
+    """(N,) values -> the sums of runs of so many, in float64."""
+    if set(counts) == {1}:
+        found: list[float] = values.double().tolist()
+        return found
+    return [float(part.sum()) for part in torch.split(values.double(), list(counts))]
 
 
 def _measure(

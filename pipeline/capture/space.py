@@ -50,9 +50,9 @@ def _bytes_per_row(job: Job) -> float:
     contract = job.plan.contract
     per_position = bytes_per_position(contract.encoding, contract.num_classes) + 2 * ("entropy" in contract.columns)
     total, rows = 0.0, 0
-    for shard, row in _sample(job.plan.shards):
-        found = read_examples(job.source, shard.split, row, row + 1, job.labels)
-        for item in job.task.tokenize(found, shard.split, job.tokenizer, contract.tokenization):
+    for split, row in _sample(job):
+        found = read_examples(job.source, split, row, row + 1, job.labels)
+        for item in job.task.tokenize(found, split, job.tokenizer, contract.tokenization):
             if isinstance(item, TokenizedExample):
                 text = len(item.text or "") + len(item.text_pair or "")
                 total += _ROW_BYTES + _TOKEN_BYTES * item.num_tokens + per_position * item.num_positions + text
@@ -70,8 +70,15 @@ def bytes_per_position(encoding: Encoding, num_classes: int) -> float:
     return 3.1 * min(kept, num_classes) + 2 * len(encoding.temperatures)
 
 
-def _sample(shards: Sequence[ShardPlan]) -> list[tuple[ShardPlan, int]]:
-    """Source rows, evenly spaced over the shards."""
+def _sample(job: Job) -> list[tuple[str, int]]:
+    """Splits and source rows, evenly spaced over the shards; those of one row group where a row costs as much as its row group."""
+    shards = job.plan.shards
+    first = shards[0]
+    if first.split in job.source.row_groups:
+        near = job.source.sample_ranges(first.split, first.start, first.stop, 1)[0]
+        return [(first.split, near[offset]) for offset in spread(len(near), _SAMPLE)]
     chosen = [shards[i] for i in spread(len(shards), _SAMPLE)]
     each = max(1, _SAMPLE // max(len(chosen), 1))
-    return [(shard, shard.start + offset) for shard in chosen for offset in spread(shard.stop - shard.start, each)]
+    return [
+        (shard.split, shard.start + offset) for shard in chosen for offset in spread(shard.stop - shard.start, each)
+    ]

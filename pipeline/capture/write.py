@@ -23,6 +23,7 @@ from pipeline.cache.storage.urls import is_url
 from pipeline.cache.writing.build import begin, finish, record
 from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.plan import library_versions
+from pipeline.capture.shard import label_rows
 from pipeline.errors import BadRowError, EncodingError, MisuseError
 from pipeline.models import tokenizer_info
 from pipeline.records import (
@@ -34,6 +35,7 @@ from pipeline.records import (
     Encoding,
     ModelInfo,
     Receipt,
+    Sampled,
     Scalar,
     ShardPlan,
     SoftLabels,
@@ -41,12 +43,13 @@ from pipeline.records import (
     TeacherScores,
     Tokenization,
     TokenizedExample,
-    TopK,
 )
-from pipeline.softlabels import counter_uniforms, encode_and_score, narrow
-from pipeline.softlabels.ragged import offsets_of
-from pipeline.sources.loading import redact
+from pipeline.softlabels import counter_uniforms, narrow
+from pipeline.sources.files.loading import redact
 from pipeline.tasks import Task, get_task
+
+#: Logits that are encoded at once: 8 MB in float32.
+_BATCH_LOGITS = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,52 +181,6 @@ def write_cache(
     return finish(layout, Plan(contract, tuple(plans)))
 
 
-def top_soft_labels(
-    ids: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]], num_classes: int, *, k: int
-) -> SoftLabels:
-    """Soft labels from top log-probabilities alone, as inference servers return them.
-
-    Args:
-        ids: N lists of class ids, by falling probability.
-        logprobs: N lists of their log-probabilities at T = 1, nats.
-
-    Returns:
-        N positions of `TopK(k, (1.0,))`. The mass outside is 1 - sum(p) in float64, all that is known of it: where the server rounds, it is as
-        exact as that rounding.
-
-    Raises:
-        EncodingError: an id twice or out of range, or a mass above 1.
-    """
-    counts = torch.tensor([len(row) for row in ids])
-    flat_ids = torch.tensor([i for row in ids for i in row], dtype=torch.int64)
-    flat = torch.tensor([value for row in logprobs for value in row], dtype=torch.float64)
-    for n, row in enumerate(ids):
-        if not row or len(set(row)) != len(row) or min(row) < 0 or max(row) >= num_classes:
-            raise EncodingError(
-                f"position {n}: expected distinct class ids of 0 to {num_classes - 1}, found {list(row)[:8]}"
-            )
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    mass = torch.zeros(len(counts), dtype=torch.float64).index_add(0, owner, flat.exp())
-    if bool((mass > 1.01).any()):
-        n = int((mass > 1.01).nonzero()[0])
-        raise EncodingError(
-            f"position {n}: expected log-probabilities of a mass of at most 1, found {float(mass[n]):.3f}"
-        )
-    return SoftLabels(
-        TopK(k, (1.0,)),
-        num_classes,
-        top_offsets=offsets_of(counts),
-        top_ids=flat_ids,
-        top_logprobs=flat.float(),
-        tail_offsets=torch.zeros(len(counts) + 1, dtype=torch.int64),
-        tail_ids=torch.zeros(0, dtype=torch.int64),
-        log_residuals=torch.log((1 - mass).clamp_min(0.0))
-        .float()
-        .masked_fill(counts == num_classes, -torch.inf)
-        .unsqueeze(-1),
-    )
-
-
 def _split_bad(
     task: Task, part: Iterable[tuple[int, LabelledRow | BadRow]], contract: Contract, seed: int
 ) -> tuple[list[CachedExample], tuple[BadRow, ...]]:
@@ -234,16 +191,84 @@ def _split_bad(
     """
     cached: list[CachedExample] = []
     bad: list[BadRow] = []
+    waiting: list[_Dense] = []
+
+    def set_aside(number: int, split: str, error: BadRowError) -> None:
+        if contract.on_bad_row == "stop":
+            raise error
+        bad.append(BadRow(split, number, " ".join(str(error).split())))
+
+    def encode_waiting() -> None:
+        """The rows that wait, in one batch; where it cannot be encoded, one by one."""
+        try:
+            cached.extend(_encoded(task, waiting, contract, seed))
+        except EncodingError:
+            for dense in waiting:
+                try:
+                    cached.extend(_encoded(task, [dense], contract, seed))
+                except EncodingError as error:
+                    number = dense.example.source_row
+                    set_aside(number, dense.split, BadRowError(f"row {number}: {error}"))
+        waiting.clear()
+
+    held = 0
+
     for number, row in part:
         try:
             if isinstance(row, BadRow):
                 raise BadRowError(row.reason)
-            cached.append(_cached(task, row, number, contract, seed))
+            made = _checked(task, row, number, contract, seed)
         except BadRowError as error:
-            if contract.on_bad_row == "stop":
-                raise
-            bad.append(BadRow(row.split, number, " ".join(str(error).split())))
+            encode_waiting()  # what is wrong with an earlier row comes first
+            set_aside(number, row.split, error)
+            continue
+        if waiting and (
+            isinstance(made, CachedExample)
+            or made.logits.dtype != waiting[0].logits.dtype
+            or held + made.logits.numel() > _BATCH_LOGITS
+        ):
+            encode_waiting()
+        if isinstance(made, CachedExample):
+            cached.append(made)
+        else:
+            held = made.logits.numel() + (held if waiting else 0)
+            waiting.append(made)
+    encode_waiting()
     return cached, tuple(bad)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """A row that was checked, and is to be encoded."""
+
+    example: TokenizedExample
+    logits: Tensor
+    """(N, V)."""
+    split: str
+
+
+def _encoded(task: Task, dense: Sequence[_Dense], contract: Contract, seed: int) -> list[CachedExample]:
+    """Rows of one split and one precision with their soft labels.
+
+    Raises:
+        EncodingError: logits of some row cannot be encoded.
+    """
+    if not dense:
+        return []
+    split = dense[0].split
+    uniforms = None
+    if isinstance(contract.encoding, Sampled):
+        numbered = [(each.example.source_row, np.arange(len(each.logits))) for each in dense]
+        uniforms = torch.cat([counter_uniforms(seed, split, row, 0, positions) for row, positions in numbered])
+    return label_rows(
+        task,
+        [each.example for each in dense],
+        torch.cat([each.logits for each in dense]),
+        contract.encoding,
+        split=split,
+        seed=seed,
+        uniforms=uniforms,
+    )
 
 
 def _by_split(
@@ -261,8 +286,8 @@ def _by_split(
         yield split, enumerate(group)
 
 
-def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed: int) -> CachedExample:
-    """One row with its soft labels, its parts checked against each other."""
+def _checked(task: Task, row: LabelledRow, number: int, contract: Contract, seed: int) -> CachedExample | _Dense:
+    """One row, its parts checked against each other; ready soft labels are taken as they are."""
     ids = np.asarray(row.input_ids, dtype=np.int32)
     supervised = None
     if task.classes_are_tokens:
@@ -284,7 +309,7 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
         text_bytes=row.text_bytes,
         kept=row.kept,
     )
-    labels = torch.from_numpy(task.hard_labels(example))
+    labels = task.hard_labels(example)
     tokens = contract.tokenizer.vocabulary_size
     _check(
         number,
@@ -295,7 +320,7 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
     known = labels[labels != NO_LABEL]
     _check(
         number,
-        bool(((known >= 0) & (known < contract.num_classes)).all()),
+        not len(known) or (known.min() >= 0 and known.max() < contract.num_classes),
         f"labels of 0 to {contract.num_classes - 1}",
         known[:8].tolist(),
     )
@@ -309,20 +334,15 @@ def _cached(task: Task, row: LabelledRow, number: int, contract: Contract, seed:
             f"logits of shape {(example.num_positions, contract.num_classes)}",
             tuple(logits.shape),
         )
-        uniforms = counter_uniforms(seed, row.split, number, 0, np.arange(len(logits)))
-        try:
-            soft, scores = encode_and_score(logits, labels, contract.encoding, uniforms=uniforms)
-        except EncodingError as error:
-            raise BadRowError(f"row {number}: {error}") from None
-        soft = narrow(soft, uniforms)
-    elif row.soft_labels is not None:
+        return _Dense(example, logits, row.split)
+    if row.soft_labels is not None:
         soft = narrow(row.soft_labels, counter_uniforms(seed, row.split, number, 0, np.arange(len(row.soft_labels))))
         _check(
             number, len(soft) == example.num_positions, f"soft labels of {example.num_positions} positions", len(soft)
         )
         _check(number, soft.encoding == contract.encoding, str(contract.encoding), soft.encoding)
         _check(number, soft.num_classes == contract.num_classes, f"{contract.num_classes} classes", soft.num_classes)
-        scores = row.scores or _scores_of_top(soft, labels)
+        scores = row.scores or _scores_of_top(soft, torch.from_numpy(labels))
     else:
         raise BadRowError(f"row {number}: expected logits or soft_labels, found neither")
     sums = float(scores.nll.double().sum()), float(scores.entropy.double().sum())

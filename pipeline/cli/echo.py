@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def echo_cache(cache: Cache, output: str) -> None:
     """The size of each split of a cache."""
     from pipeline.cache.views.inspection import labelled, totals
-    from pipeline.sources.loading import redact
+    from pipeline.sources.files.loading import redact
 
     click.echo(f"cache: {redact(output)}  cache_id {cache.manifest.cache_id[:16]}")
     labels = labelled(cache)

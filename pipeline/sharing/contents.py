@@ -14,7 +14,7 @@ from pipeline.cache import Cache, Layout, verify
 from pipeline.cache.format.manifest import NAME
 from pipeline.cache.views.reports import write_reports
 from pipeline.errors import CacheError
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 
 #: Vocabularies hold any text there is; nobody writes settings into them.
 _VOCABULARIES = re.compile(r"tokenizer/(tokenizer\.json|vocab.*|merges.*|.*\.model|.*\.tiktoken)")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pipeline.cache.storage.transfer import patiently
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.sharing.contents import Contents
-from pipeline.sources.loading import reason
+from pipeline.sources.files.loading import reason
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

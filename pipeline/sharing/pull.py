@@ -32,7 +32,7 @@ from pipeline.config import PullConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
 from pipeline.records import Ancestor, Manifest, Shard
 from pipeline.sharing.stores import in_parallel
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

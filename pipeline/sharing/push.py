@@ -12,7 +12,7 @@ from pipeline.errors import CacheError
 from pipeline.sharing.contents import collect
 from pipeline.sharing.hub import push_to_hub, repository
 from pipeline.sharing.stores import push_to_store
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 
 
 @dataclass(frozen=True, slots=True)

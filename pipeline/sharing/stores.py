@@ -17,7 +17,7 @@ from pipeline.cache.storage.transfer import TIMEOUT, create_file, is_local, make
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError, ContractError
 from pipeline.sharing.contents import Contents
-from pipeline.sources.loading import reason, redact
+from pipeline.sources.files.loading import reason, redact
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ def offsets_of(counts: Tensor) -> Tensor:
 
 def owners(offsets: Tensor) -> Tensor:
     """(N + 1,) offsets -> (sum K,) the position that owns each class, int64."""
+    if offsets.device.type == "cpu":  # NumPy's takes one thread: beside training there is often no other
+        counts = np.diff(offsets.numpy())
+        return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
 
 
@@ -56,14 +60,49 @@ def rows(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
     )
 
 
+def split_rows(soft: SoftLabels, counts: Sequence[int]) -> list[SoftLabels]:
+    """Runs of so many positions each, one after another, on the CPU; views wherever tensors allow."""
+    top_offsets, tops = _split_offsets(soft.top_offsets.numpy(), counts)
+    tail_offsets, tails = _split_offsets(soft.tail_offsets.numpy(), counts)
+    parts = zip(
+        top_offsets,
+        torch.split(soft.top_ids, tops),
+        torch.split(soft.top_logprobs, tops),
+        tail_offsets,
+        torch.split(soft.tail_ids, tails),
+        torch.split(soft.log_residuals, list(counts)),
+        strict=True,
+    )
+    return [SoftLabels(soft.encoding, soft.num_classes, *part) for part in parts]
+
+
+def _split_offsets(offsets: np.ndarray, counts: Sequence[int]) -> tuple[Sequence[Tensor], list[int]]:
+    """(N + 1,) offsets of all -> those of each run, from 0, and the classes of each run."""
+    each = np.asarray(counts, dtype=np.int64)
+    edges = offsets[np.concatenate([[0], np.cumsum(each)])]
+    run = np.repeat(np.arange(len(each)), each + 1)
+    inner = offsets[np.arange(len(run)) - run] - edges[run]  # each run has one offset more than positions
+    return torch.split(torch.from_numpy(inner), (each + 1).tolist()), np.diff(edges).tolist()
+
+
 def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
     """Positions of all parts, one after another. The parts share encoding and V; there is at least one."""
     return replace(
         parts[0],
-        top_offsets=offsets_of(torch.cat([part.top_offsets.diff() for part in parts])),
+        top_offsets=_joined([part.top_offsets for part in parts]),
         top_ids=torch.cat([part.top_ids for part in parts]),
         top_logprobs=torch.cat([part.top_logprobs for part in parts]),
-        tail_offsets=offsets_of(torch.cat([part.tail_offsets.diff() for part in parts])),
+        tail_offsets=_joined([part.tail_offsets for part in parts]),
         tail_ids=torch.cat([part.tail_ids for part in parts]),
         log_residuals=torch.cat([part.log_residuals for part in parts]),
     )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Offsets of several runs, each from 0 -> those of all, one after another."""
+    if parts[0].device.type != "cpu":
+        return offsets_of(torch.cat([part.diff() for part in parts]))
+    arrays = [part.numpy() for part in parts]
+    before = np.cumsum([0, *(int(array[-1]) for array in arrays)])[:-1]
+    inner = np.concatenate([array[1:] for array in arrays]) + np.repeat(before, [len(array) - 1 for array in arrays])
+    return torch.from_numpy(np.concatenate([np.zeros(1, dtype=np.int64), inner]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import EncodingError
 from pipeline.records import Encoding, Full, Sampled, SoftLabels, Target
-from pipeline.softlabels.ragged import offsets_of, owners, segment_logsumexp
+from pipeline.softlabels.ragged import owners, segment_logsumexp
 from pipeline.softlabels.residual import log_residual_at
 
 
@@ -86,13 +86,16 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
 
 
 def _sampled_target(soft: SoftLabels, encoding: Sampled, entropy: Tensor | None) -> Target:
-    counts = soft.top_offsets.diff() + soft.tail_offsets.diff()
-    owner = torch.cat([owners(soft.top_offsets), owners(soft.tail_offsets)])
-    order = torch.argsort(owner, stable=True)  # each position: its top, then its tail
-    weights = torch.cat([soft.top_logprobs.exp(), torch.full((len(soft.tail_ids),), 1 / encoding.sample_size)])
+    offsets = soft.top_offsets + soft.tail_offsets  # each position: its top, then its tail
+    device = soft.top_ids.device
+    top = torch.arange(len(soft.top_ids), device=device) + soft.tail_offsets[:-1][owners(soft.top_offsets)]
+    tail = torch.arange(len(soft.tail_ids), device=device) + soft.top_offsets[1:][owners(soft.tail_offsets)]
+    ids = torch.empty(len(top) + len(tail), dtype=torch.int64, device=device)
+    weights = torch.full((len(ids),), 1 / encoding.sample_size, device=device)
+    ids[top], ids[tail] = soft.top_ids, soft.tail_ids
+    weights[top] = soft.top_logprobs.exp()
     negative_entropy = torch.zeros(len(soft)) if entropy is None else -entropy
-    ids = torch.cat([soft.top_ids, soft.tail_ids])[order]
-    return Target(soft.num_classes, offsets_of(counts), ids, weights[order], None, negative_entropy)
+    return Target(soft.num_classes, offsets, ids, weights, None, negative_entropy)
 
 
 def _xlogx(x: Tensor, log_x: Tensor) -> Tensor:

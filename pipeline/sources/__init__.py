@@ -1,6 +1,6 @@
 """Find and load a data set, map its columns, hold out a test split, read rows as examples."""
 
-from pipeline.sources.content import Survey, fingerprints, survey
+from pipeline.sources.content import Survey, fingerprints, is_of_files, survey
 from pipeline.sources.label_names import label_names
 from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
@@ -13,6 +13,7 @@ __all__ = [
     "Survey",
     "fingerprints",
     "from_datasets",
+    "is_of_files",
     "label_names",
     "load_source",
     "read_examples",

@@ -1,12 +1,16 @@
-"""Rows of a `datasets.Dataset` in batches, so that memory does not grow with the data set."""
+"""Rows of a split in batches, so that memory does not grow with the data set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from pipeline.sources.files.parquet import ParquetRows
+
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from pipeline.sources.files.parquet import Rows
 
 #: Rows that are Python objects at the same time. A few are enough: at 256 slicing costs less than a tenth of decoding.
 BATCH_ROWS = 256
@@ -23,7 +27,7 @@ class _Unreadable:
 UNREADABLE: Final = _Unreadable()
 
 
-def read_rows(dataset: Dataset, names: Sequence[str], start: int = 0, stop: int | None = None) -> Iterator[Row]:
+def read_rows(dataset: Rows, names: Sequence[str], start: int = 0, stop: int | None = None) -> Iterator[Row]:
     """The rows `[start, stop)` as Python objects, in order.
 
     Args:
@@ -37,7 +41,14 @@ def read_rows(dataset: Dataset, names: Sequence[str], start: int = 0, stop: int 
     if not present:
         yield from ({} for _ in range(start, stop))
         return
-    plain = dataset.with_format(None).select_columns(present)
+    if isinstance(dataset, ParquetRows):
+        for part in dataset.parts(present, start, stop):
+            yield from _read(part, present, 0, len(part))
+    else:
+        yield from _read(dataset.with_format(None).select_columns(present), present, start, stop)
+
+
+def _read(plain: Dataset, present: Sequence[str], start: int, stop: int) -> Iterator[Row]:
     for first in range(start, stop, BATCH_ROWS):
         last = min(first + BATCH_ROWS, stop)
         try:

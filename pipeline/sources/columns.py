@@ -9,7 +9,7 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from pipeline.sources.files.parquet import Rows
 
 #: Field of `Columns` -> the flag that names it. The inputs: what a model reads.
 _INPUT_FLAGS = {
@@ -54,7 +54,7 @@ def input_roles(columns: Columns) -> dict[str, str]:
     return {role: name for role, name in found.items() if name is not None}
 
 
-def side_roles(dataset: Dataset, columns: Columns) -> dict[str, str]:
+def side_roles(dataset: Rows, columns: Columns) -> dict[str, str]:
     """Role -> column of what is read beside the inputs where the data set has it: padding of token ids, tools of chats."""
     chat = columns.messages or columns.prompt
     if columns.input_ids is not None and columns.labels != ATTENTION_MASK:
@@ -72,7 +72,7 @@ def used_roles(columns: Columns) -> dict[str, str]:
     return {**input_roles(columns), **label, **{f"keep:{name}": name for name in columns.keep}}
 
 
-def check_inputs(where: str, dataset: Dataset, columns: Columns) -> None:
+def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
     """Check that the input columns are there and that their types can be what they are named for.
 
     Raises:
@@ -93,7 +93,7 @@ def check_inputs(where: str, dataset: Dataset, columns: Columns) -> None:
             )
 
 
-def check_kept(where: str, dataset: Dataset, columns: Columns) -> None:
+def check_kept(where: str, dataset: Rows, columns: Columns) -> None:
     """Check that the kept columns are there and hold one plain value a row.
 
     Raises:
@@ -108,7 +108,7 @@ def check_kept(where: str, dataset: Dataset, columns: Columns) -> None:
             )
 
 
-def check_label(where: str, dataset: Dataset, name: str) -> None:
+def check_label(where: str, dataset: Rows, name: str) -> None:
     """Check that a label column, where there is one, holds one name or class id a row.
 
     Raises:
@@ -145,7 +145,7 @@ def describe(feature: Any) -> str:
     return f"{type(feature).__name__} values"
 
 
-def _require(where: str, dataset: Dataset, name: str, flag: str) -> None:
+def _require(where: str, dataset: Rows, name: str, flag: str) -> None:
     if name not in dataset.column_names:
         raise SourceError(
             f"{where}: no column {name!r}; found {', '.join(dataset.column_names)}; name the right one with {flag}"

@@ -1,6 +1,7 @@
 """What rows hold, hashed and counted: the fingerprint of a split, equal rows of two splits, and which rows are held out.
 
 A row is hashed as one line of JSON over the values of its roles. Names of columns, files, chunks and batches play no part.
+Parquet files that are read in place are known by their footers, so that nothing else of them is read before the first shard.
 """
 
 from __future__ import annotations
@@ -18,22 +19,29 @@ import numpy as np
 from pipeline.records import Columns, SourceContents, SplitContents
 from pipeline.sources.batches import Row, read_rows
 from pipeline.sources.columns import input_roles, side_roles, used_roles
+from pipeline.sources.files.parquet import ParquetRows
 from pipeline.sources.source import Source
 from pipeline.sources.values import without_nulls
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from pipeline.sources.files.parquet import Rows
 
+#: What the fingerprint of a list of files begins with.
+_OF_FILES = "files-"
 
 _CHATS = ("messages", "prompt", "completion")
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, default=repr)
 
 
-def fingerprints(source: Source, ranges: Mapping[str, tuple[int, int]] | None = None) -> dict[str, str]:
+def fingerprints(
+    source: Source, ranges: Mapping[str, tuple[int, int]] | None = None, *, by_contents: bool = False
+) -> dict[str, str]:
     """Split -> SHA-256 over the values of every column that is read, in row order, each with its role.
 
     Args:
         ranges: split -> the rows `[start, stop)` that count; default: all rows of all splits.
+        by_contents: read the rows of Parquet files too, whose fingerprint is that of the list of files otherwise:
+            rows, bytes, footer and tag of each.
 
     Equal contents have equal fingerprints, whatever the file format, the path and the columns that are not read. The
     names of a `ClassLabel` count, since its values mean nothing without them.
@@ -43,8 +51,13 @@ def fingerprints(source: Source, ranges: Mapping[str, tuple[int, int]] | None = 
     for split, rows in ranges.items():
         dataset = source.splits[split]
         roles = {**used_roles(source.columns), **side_roles(dataset, source.columns)}
-        found[split] = _fingerprint(dataset, roles, *rows)
+        found[split] = _fingerprint(dataset, roles, *rows, by_contents=by_contents)
     return found
+
+
+def is_of_files(fingerprint: str) -> bool:
+    """Whether a fingerprint is that of a list of files, not of what they hold."""
+    return fingerprint.startswith(_OF_FILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +69,23 @@ class Survey:
     contents: SourceContents
 
 
-def survey(source: Source, ranges: Mapping[str, tuple[int, int]]) -> Survey:
+def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents: bool = False) -> Survey:
     """Fingerprints and counts of the rows `[start, stop)` of each split, by one pass over them.
 
     Two rows are equal where all their inputs are, whatever their labels and kept columns. Memory: 8 bytes a row.
+    Parquet files are not passed over, unless `by_contents`: their rows are counted as their shards are made.
     """
-    roles, inputs = used_roles(source.columns), input_roles(source.columns)
-    label = source.columns.label
+    inputs, label = input_roles(source.columns), source.columns.label
     hashes: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     counts: dict[str, SplitContents] = {}
     for split, (start, stop) in ranges.items():
         dataset = source.splits[split]
+        roles = {**used_roles(source.columns), **side_roles(dataset, source.columns)}
+        if isinstance(dataset, ParquetRows) and not by_contents:
+            digests[split] = _fingerprint(dataset, roles, start, stop)
+            counts[split] = SplitContents(stop - start, None, None)
+            continue
         digest, found = _header(dataset, roles), array("Q")
         unlabelled = blank = 0
         for row in read_rows(dataset, list(roles.values()), start, stop):
@@ -78,15 +96,15 @@ def survey(source: Source, ranges: Mapping[str, tuple[int, int]]) -> Survey:
         digests[split] = digest.hexdigest()
         hashes[split] = np.unique(np.frombuffer(found, dtype=np.uint64)) if found else np.zeros(0, dtype=np.uint64)
         counts[split] = SplitContents(stop - start, None if label is None else unlabelled, blank)
-    shared = {
+    shared: dict[str, int] | None = {
         f"{one}, {other}": count
-        for one, other in itertools.combinations(ranges, 2)
+        for one, other in itertools.combinations(hashes, 2)
         if (count := len(np.intersect1d(hashes[one], hashes[other], assume_unique=True)))
     }
-    return Survey(digests, SourceContents(counts, shared))
+    return Survey(digests, SourceContents(counts, shared if hashes.keys() == ranges.keys() else None))
 
 
-def held_out(dataset: Dataset, columns: Columns, share: float) -> np.ndarray:
+def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
     """Which rows belong to the test split.
 
     A row's side depends on its inputs alone: added rows move no other row, equal inputs stay together, and a larger
@@ -101,14 +119,17 @@ def held_out(dataset: Dataset, columns: Columns, share: float) -> np.ndarray:
     return np.fromiter(sides, dtype=np.bool_, count=len(dataset))
 
 
-def _fingerprint(dataset: Dataset, roles: dict[str, str], start: int, stop: int) -> str:
+def _fingerprint(dataset: Rows, roles: dict[str, str], start: int, stop: int, *, by_contents: bool = False) -> str:
     digest = _header(dataset, roles)
+    if isinstance(dataset, ParquetRows) and not by_contents:
+        digest.update(_line([list(roles.values()), *dataset.identity(start, stop)]))
+        return _OF_FILES + digest.hexdigest()
     for row in read_rows(dataset, list(roles.values()), start, stop):
         digest.update(_line(_content(row, roles)))
     return digest.hexdigest()
 
 
-def _header(dataset: Dataset, roles: dict[str, str]) -> hashlib._Hash:
+def _header(dataset: Rows, roles: dict[str, str]) -> hashlib._Hash:
     names = {role: getattr(dataset.features.get(name), "names", None) for role, name in roles.items()}
     return hashlib.sha256(_line(names.items()))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +16,22 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns
 from pipeline.sources.columns import check_inputs, check_kept, check_label, one_input
 from pipeline.sources.content import held_out
-from pipeline.sources.files import load_files, saved_splits
-from pipeline.sources.hub import load_hub
-from pipeline.sources.layout import check_split_name, files_named, find_files, looks_like_path
-from pipeline.sources.loading import redact
+from pipeline.sources.files.arrow import load_files, saved_splits
+from pipeline.sources.files.hub import load_hub
+from pipeline.sources.files.layout import check_split_name, files_named, find_files, looks_like_path
+from pipeline.sources.files.parquet import ParquetRows, of_stream
+from pipeline.sources.files.remote import find_urls, is_url, shareable_url
 from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
     import datasets
+
+    from pipeline.sources.files.parquet import Rows
+
+logger = logging.getLogger(__name__)
+
+#: A whole repository of the hub: its name and its revision.
+_REPOSITORY = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?")
 
 
 def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
@@ -36,12 +46,17 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
         SourceError: nothing there, nothing in it, or columns that are missing or of another type.
         MisuseError: a hub flag with a local path.
     """
-    if "://" in data.dataset and not data.dataset.startswith("hf://"):
-        raise SourceError(
-            f"{redact(data.dataset)}: expected a local path or a hub name, found a URL; download it and give its path"
-        )
     path = Path(data.dataset).expanduser()
-    if path.exists() or looks_like_path(data.dataset):
+    repository = _REPOSITORY.fullmatch(data.dataset)
+    if is_url(data.dataset) and repository is None:
+        if data.dataset_revision is not None:
+            raise MisuseError(
+                f"{shareable_url(data.dataset)}: --dataset-revision goes with a hub data set, found a URL; on the hub write hf://datasets/NAME@REVISION"
+            )
+        name, revision = shareable_url(data.dataset), None
+        files = find_urls(data.dataset, data_files=data.data_files, config=data.dataset_config)
+        splits = {split: load_files(urls) for split, urls in files.items()}
+    elif path.exists() or (repository is None and looks_like_path(data.dataset)):
         if data.dataset_revision is not None or (data.dataset_config is not None and not path.is_dir()):
             raise MisuseError(
                 f"{data.dataset}: --dataset-config and --dataset-revision go with a hub data set, found a local path"
@@ -51,33 +66,38 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
     else:
         if data.data_files:
             raise MisuseError(f"{data.dataset}: --data-files goes with a local directory, found a hub data set")
-        name = data.dataset
-        splits, revision = load_hub(name, data.dataset_config, data.dataset_revision)
+        name, revision = data.dataset, data.dataset_revision
+        if repository is not None:
+            name, revision = repository[1], repository[2] or revision
+        splits, revision = load_hub(name, data.dataset_config, revision)
     source = _prepare(name, splits, data.columns, data.holdout, data.split)
     if label_required:
         _require_label(source, data.columns.label)
     return dataclasses.replace(source, config=data.dataset_config, revision=revision)
 
 
-def _local_splits(path: Path, data: DataConfig) -> dict[str, datasets.Dataset]:
+def _local_splits(path: Path, data: DataConfig) -> dict[str, Rows]:
     if data.data_files:
         files = files_named(path, data.data_files)
     else:
         saved = saved_splits(path)
         if saved is not None:
-            return saved
+            return dict(saved)
         files = find_files(path, config=data.dataset_config)
-    return {split: load_files(paths) for split, paths in files.items()}
+    return {split: load_files([str(path) for path in paths]) for split, paths in files.items()}
 
 
 def from_datasets(
-    dataset: datasets.Dataset | datasets.DatasetDict | Mapping[str, datasets.Dataset],
+    dataset: datasets.Dataset | datasets.IterableDataset | Mapping[str, datasets.Dataset | datasets.IterableDataset],
     columns: Columns,
     *,
     holdout: float = 0.0,
     splits: tuple[str, ...] = (),
 ) -> Source:
     """A data set that is in memory already. One without splits is the split `train`.
+
+    A `datasets.IterableDataset` (`streaming=True`) is taken where it is a list of Parquet files as they are; those are
+    read in place.
 
     Raises:
         SourceError: no data set or an empty one, or columns that are missing or of another type.
@@ -91,7 +111,9 @@ def from_datasets(
         {str(k): v for k, v in dataset.items()} if isinstance(dataset, Mapping) else {"train": dataset}
     )
     for split, part in found.items():
-        if not isinstance(part, datasets.Dataset):
+        if isinstance(part, datasets.IterableDataset):
+            found[split] = part = of_stream(part) or part
+        if not isinstance(part, datasets.Dataset | ParquetRows):
             raise SourceError(
                 f"in-memory: split {split}: expected a datasets.Dataset, found {type(part).__name__}; {_instead(dataset, part)}"
             )
@@ -109,7 +131,7 @@ def _instead(dataset: Any, part: Any) -> str:
     if isinstance(part, Mapping):
         return "of columns make one with datasets.Dataset.from_dict(columns)"
     if isinstance(part, datasets.IterableDataset):
-        return "load it without streaming=True, or make one with datasets.Dataset.from_generator(lambda: iter(rows))"
+        return "expected Parquet files as they are, without map, filter or shuffle: load it without streaming=True, or make one with datasets.Dataset.from_generator(lambda: iter(rows))"
     if type(part).__name__ == "DataFrame":
         return "of a pandas frame make one with datasets.Dataset.from_pandas(frame)"
     if isinstance(part, Iterable):
@@ -117,16 +139,16 @@ def _instead(dataset: Any, part: Any) -> str:
     return "give a datasets.Dataset, or a DatasetDict of them"
 
 
-def _prepare(
-    name: str, splits: dict[str, datasets.Dataset], columns: Columns, holdout: float, only: tuple[str, ...]
-) -> Source:
+def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
     """Hold out, restrict to the splits asked for, check every one of them."""
     columns = one_input(columns)
     if not splits:
         raise SourceError(f"{name}: no split; expected at least one data set")
     for split, dataset in splits.items():
         check_split_name(name, split)
-        if dataset.format["type"] == "custom":  # rows are read without their format
+        if (
+            not isinstance(dataset, ParquetRows) and dataset.format["type"] == "custom"
+        ):  # rows are read without their format
             raise SourceError(
                 f"{name}: split {split}: has a transform (with_transform or set_transform), which would not be applied; "
                 "apply it with map(), or take it off with reset_format()"
@@ -139,13 +161,23 @@ def _prepare(
             raise SourceError(f"{name}: no split {split!r}; found {', '.join(splits)}; set --split to one of them")
     splits = {split: dataset for split, dataset in splits.items() if not only or split in only}
     for split, dataset in splits.items():
+        if isinstance(dataset, ParquetRows):
+            _warn_of_absent(f"{name}: split {split}", dataset)
         _check_split(name, split, dataset, columns)
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
         columns = dataclasses.replace(columns, label=None)
     return Source(name, None, None, splits, columns, share)
 
 
-def _check_split(name: str, split: str, dataset: datasets.Dataset, columns: Columns) -> None:
+def _warn_of_absent(where: str, rows: ParquetRows) -> None:
+    """Say so where a column is not in every file."""
+    for column, location in list(rows.absent.items())[:3]:
+        logger.warning(
+            "%s: column %r is not in every file and is not read: %s has none", where, column, shareable_url(location)
+        )
+
+
+def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None:
     where = f"{name}: split {split}"
     if len(dataset) == 0:
         raise SourceError(f"{where}: no rows; expected at least one; leave it out with --split, or fill it")
@@ -153,9 +185,7 @@ def _check_split(name: str, split: str, dataset: datasets.Dataset, columns: Colu
     check_kept(where, dataset, columns)
 
 
-def _hold_out(
-    name: str, splits: dict[str, datasets.Dataset], columns: Columns, share: float
-) -> dict[str, datasets.Dataset]:
+def _hold_out(name: str, splits: dict[str, Rows], columns: Columns, share: float) -> dict[str, Rows]:
     """`train` in two: `test` comes last."""
     if "train" not in splits:
         raise SourceError(

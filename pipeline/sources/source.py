@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pipeline.records import Columns
-
-if TYPE_CHECKING:
-    import datasets
+from pipeline.sources.files.parquet import ParquetRows, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +17,21 @@ class Source:
     config: str | None
     revision: str | None
     """Of a hub data set: the commit, or what was asked for where the commit is not known."""
-    splits: dict[str, datasets.Dataset]
+    splits: dict[str, Rows]
     columns: Columns
     """`label` is None where no split has such a column."""
     holdout: float
     """Share of `train` that is now `test`; 0 where there was a `test`."""
+
+    @property
+    def row_groups(self) -> dict[str, list[int]]:
+        """Split -> the first row of each row group, of the splits that are read by row group."""
+        return {split: rows.starts.tolist() for split, rows in self.splits.items() if isinstance(rows, ParquetRows)}
+
+    def sample_ranges(self, split: str, start: int, stop: int, most: int) -> list[range]:
+        """The rows of `[start, stop)` that a sample is drawn from.
+
+        Where one row costs its whole row group, those of at most so many row groups, evenly spaced; else all of them.
+        """
+        rows = self.splits[split]
+        return rows.few_groups(start, stop, most) if isinstance(rows, ParquetRows) else [range(start, stop)]

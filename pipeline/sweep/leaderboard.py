@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config import SweepConfig
 from pipeline.evaluation.table import aligned
 from pipeline.records import Interval, Loss, TrainResult
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 from pipeline.sweep.grid import Role
 from pipeline.tasks import Task
 

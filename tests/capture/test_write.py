@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 import pipeline as softlabel
 from pipeline.cache import verify
+from pipeline.capture import write
 from pipeline.errors import BadRowError, ContractError, EncodingError, MisuseError
 from pipeline.records import Full, Sampled, TopK
 from pipeline.softlabels import encode, teacher_scores
@@ -128,6 +131,37 @@ def test_rows_whose_parts_do_not_fit(tmp_path, lm_tokenizer, row, message):
         softlabel.write_cache(
             [row], tmp_path / "c", task="causal-lm", tokenizer=lm_tokenizer, encoding=TopK(4), teacher="t"
         )
+
+
+@pytest.mark.parametrize("encoding", [Full(), TopK(4), Sampled(10.0)], ids=lambda e: e.kind)
+def test_batches_change_no_byte(tmp_path, lm_tokenizer, encoding, monkeypatch):
+    def rows():  # in two precisions, and of different lengths
+        for n, row in enumerate(token_rows()):
+            cut = 40 - n % 3
+            logits = row.logits[: cut - 1].to(torch.float64 if 10 <= n < 14 else torch.float32)
+            yield dataclasses.replace(row, input_ids=row.input_ids[:cut], logits=logits)
+
+    def hashes(name):
+        settings = {"task": "causal-lm", "tokenizer": lm_tokenizer, "encoding": encoding, "teacher": "t"}
+        return [s.sha256 for s in softlabel.write_cache(rows(), tmp_path / name, **settings).manifest.shards]
+
+    whole = hashes("whole")
+    monkeypatch.setattr(write, "_BATCH_LOGITS", 3 * 39 * 320)
+    assert hashes("threes") == whole
+    monkeypatch.setattr(write, "_BATCH_LOGITS", 1)
+    assert hashes("ones") == whole
+
+
+def test_a_bad_row_among_good_ones_is_the_first_that_is_named_or_is_set_aside_alone(tmp_path, lm_tokenizer):
+    rows = list(token_rows(9))
+    rows[3] = dataclasses.replace(rows[3], logits=rows[3].logits.fill_(torch.inf))
+    rows[6] = dataclasses.replace(rows[6], logits=rows[6].logits[1:])
+    settings = {"task": "causal-lm", "tokenizer": lm_tokenizer, "encoding": TopK(4), "teacher": "t"}
+    with pytest.raises(BadRowError, match="row 3: position 0: expected finite logits"):
+        softlabel.write_cache(rows, tmp_path / "stop", **settings)
+    cache = softlabel.write_cache(rows, tmp_path / "skip", on_bad_row="skip", **settings)
+    assert [row.example.source_row for row in cache.dataset("train")] == [0, 1, 2, 4, 5, 7, 8]
+    assert cache.manifest.bad_rows == 2
 
 
 def test_no_rows_and_no_classes(tmp_path, lm_tokenizer):

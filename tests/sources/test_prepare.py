@@ -91,7 +91,11 @@ def test_columns_that_contradict_each_other(columns: Columns, message: str) -> N
         ({"train": TEXT, "test": TEXT.select([])}, Columns(), "split test: no rows; expected at least one"),
         ({}, Columns(), "no split; expected at least one data set"),
         ({"a/b": TEXT}, Columns(), "'a/b' cannot be a split"),
-        ({"train": TEXT.to_iterable_dataset()}, Columns(), "found IterableDataset; load it without streaming"),
+        (
+            {"train": TEXT.to_iterable_dataset()},
+            Columns(),
+            "found IterableDataset; expected Parquet files as they are, .*: load it without streaming",
+        ),
         (
             datasets.Dataset.from_dict(
                 {"text": ["a"], "j": [{"x": 1}]},

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.records import CachedExample, Encoding, Full, Sampled, SoftLabels, TokenizedExample
+from pipeline.softlabels import split_rows
 
 
 def content_hash(example: TokenizedExample) -> int:
@@ -36,9 +37,10 @@ def pack(rows: Sequence[CachedExample], schema: pa.Schema) -> pa.Table:
 
 def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> list[CachedExample]:
     """Columns -> rows. Tensors are views of one copy of each column."""
-    columns = {name: _unpack_column(table.column(name)) for name in table.column_names}
+    columns = {name: _unpack_column(table.column(name)) for name in table.column_names if name not in _SOFT}
     kept = [name for name in table.column_names if name not in _READERS]
-    return [_unpack_row(columns, i, kept, encoding, num_classes) for i in range(table.num_rows)]
+    soft = _unpack_soft(table, encoding, num_classes)
+    return [_unpack_row(columns, i, kept, soft[i]) for i in range(table.num_rows)]
 
 
 # -------------------------------------------------------------------------------------------------- rows -> columns
@@ -124,6 +126,10 @@ _READERS: dict[str, Callable[[CachedExample], Any]] = {
 }
 
 
+#: Columns that the soft labels of a row are made of.
+_SOFT = ("logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps", "log_residuals")
+
+
 # -------------------------------------------------------------------------------------------------- columns -> rows
 
 
@@ -133,19 +139,22 @@ def _unpack_column(column: pa.ChunkedArray) -> Callable[[int], Any]:
     if not pa.types.is_list(array.type):
         values: list[Any] = array.to_pylist()
         return values.__getitem__
+    flat, offsets = _flat(array)
+    return lambda i: flat[offsets[i] : offsets[i + 1]]
+
+
+def _flat(array: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of all rows one after another, as torch takes them, and (rows + 1,) offsets into them."""
     offsets = array.offsets.to_numpy()
     flat = array.values.to_numpy(zero_copy_only=False)
     if flat.dtype == np.float16:
         flat = flat.astype(np.float32)
     elif flat.dtype in (np.uint16, np.uint32):  # torch indexes with int64
         flat = flat.astype(np.int64)
-    flat = flat.copy() if not flat.flags.writeable else flat
-    return lambda i: flat[offsets[i] : offsets[i + 1]]
+    return (flat if flat.flags.writeable else flat.copy()), offsets
 
 
-def _unpack_row(
-    columns: dict[str, Callable[[int], Any]], i: int, kept: list[str], encoding: Encoding, num_classes: int
-) -> CachedExample:
+def _unpack_row(columns: dict[str, Callable[[int], Any]], i: int, kept: list[str], soft: SoftLabels) -> CachedExample:
     def read(name: str) -> Any:
         return columns[name](i) if name in columns else None
 
@@ -162,14 +171,22 @@ def _unpack_row(
         text_bytes=read("text_bytes") or 0,
         kept={name: read(name) for name in kept},
     )
-    soft = (
-        _unpack_full(read("logits"), num_classes)
-        if isinstance(encoding, Full)
-        else _unpack_top(read, encoding, num_classes)
-    )
     entropy = None if "entropy" not in columns else torch.from_numpy(read("entropy"))
     sums = read("teacher_nll_sum"), read("teacher_entropy_sum")
     return CachedExample(example, soft, *sums, read("content_hash"), entropy)
+
+
+def _unpack_soft(table: pa.Table, encoding: Encoding, num_classes: int) -> list[SoftLabels]:
+    """The soft labels of every row: decoded for all positions at once, and then cut into rows."""
+    found = {name: _flat(table.column(name).combine_chunks()) for name in _SOFT if name in table.column_names}
+    columns = {name: flat[offsets[0] : offsets[-1]] for name, (flat, offsets) in found.items()}
+    if isinstance(encoding, Full):
+        soft = _unpack_full(columns["logits"], num_classes)
+        counts = np.diff(found["logits"][1]) // num_classes
+    else:
+        soft = _unpack_top(columns.__getitem__, encoding, num_classes)
+        counts = np.diff(found["top_count"][1])
+    return split_rows(soft, counts.tolist())
 
 
 def _unpack_full(logits: np.ndarray, num_classes: int) -> SoftLabels:

@@ -109,6 +109,16 @@ def dump(record: Any) -> str:
     return json.dumps(_without_nan(_plain(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Made once for each kind of record, which takes milliseconds."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
 def parse(kind: type[Record], path: Path) -> Record:
     """Read a record back.
 
@@ -120,7 +130,8 @@ def parse(kind: type[Record], path: Path) -> Record:
 
 def _parse(kind: type[Record], path: Path, data: bytes) -> Record:
     try:
-        return TypeAdapter(kind).validate_json(data)
+        found: Record = _adapter(kind).validate_json(data)
+        return found
     except MisuseError as error:
         raise IntegrityError(f"{path}: not a {kind.__name__.lower()} of this format: {error}") from None
     except ValidationError as error:
@@ -249,7 +260,7 @@ def check_same_contract(expected: Plan, found: Plan, where: str) -> None:
 def _plain(record: Any) -> Any:
     if not dataclasses.is_dataclass(record):
         return record
-    return _without_added(TypeAdapter(type(record)).dump_python(record, mode="json"))
+    return _without_added(_adapter(type(record)).dump_python(record, mode="json"))
 
 
 def _without_added(value: Any) -> Any:

@@ -26,7 +26,7 @@ from pipeline.cache.storage.transfer import patiently, read_range
 from pipeline.cache.storage.urls import open_filesystem, pinned
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import Manifest, Shard
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 
 #: Up to here a shard is one request.
 _SMALL = 1 << 20

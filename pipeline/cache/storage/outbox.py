@@ -16,7 +16,7 @@ from typing import TypeVar
 from pipeline.cache.storage.transfer import create_file, make_parent, patiently
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError
-from pipeline.sources.loading import reason, redact
+from pipeline.sources.files.loading import reason, redact
 
 #: Seconds that a whole shard may take.
 _SENDING = 3600.0

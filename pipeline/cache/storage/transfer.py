@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import CacheError, PipelineError
-from pipeline.sources.loading import reason
+from pipeline.sources.files.loading import reason
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.errors import CacheError
-from pipeline.sources.loading import reason, redact
+from pipeline.sources.files.loading import reason, redact
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -28,7 +28,7 @@ from pipeline.cache.writing.claims import finished
 from pipeline.cache.writing.writer import regroup, write_row_groups
 from pipeline.errors import CacheError, IntegrityError, MisuseError
 from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Receipt, Shard, ShardPlan
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 
 #: A piece's row groups -> those of the new shard; None: the shard stays as it is.
 Change = Callable[["Piece"], Iterable[pa.Table] | None]

@@ -17,7 +17,7 @@ from pipeline.cache.views.mass import KeptMasses
 from pipeline.cache.views.provenance import origin
 from pipeline.cache.views.recipes import kept_mass_sql, recipe
 from pipeline.records import Contract, Fidelity, Manifest, SourceContents
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 from pipeline.tasks import get_task
 
 _BODY = """

@@ -14,10 +14,12 @@ def contents_lines(contents: SourceContents) -> list[str]:
             f"{contents.cut_rows:,} of {rows:,} rows were cut at the longest row allowed and lost {contents.cut_tokens:,} tokens "
             "(--max-length)"
         )
-    for pair, count in contents.shared.items():
+    if contents.shared is None and len(contents.splits) > 1:
+        lines.append("whether equal contents stand in two splits was not looked for; check it where the data is made")
+    for pair, count in (contents.shared or {}).items():
         one, other = pair.split(", ")
         lines.append(f"{count:,} equal contents stand in both splits {one} and {other}; a score on either is too good")
-    blank = sum(split.blank for split in contents.splits.values())
+    blank = sum(split.blank or 0 for split in contents.splits.values())
     if blank:
         lines.append(f"{blank:,} of {rows:,} rows have a text of white space only")
     unlabelled = {name: split for name, split in contents.splits.items() if split.unlabelled}

@@ -21,7 +21,7 @@ from pipeline.cache.views.inspection import totals
 from pipeline.records import CachedExample, Full, Sampled
 from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.names import encoding_text
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 
 if TYPE_CHECKING:
     from pipeline.records import Target

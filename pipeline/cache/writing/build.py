@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.format.manifest import (
@@ -40,7 +42,16 @@ from pipeline.cache.views.card import license_beside, make_card
 from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.writing.claims import finished, is_claimed, sweep_claims
 from pipeline.errors import CacheError, ContractError
-from pipeline.records import AlignmentProbe, Contract, Manifest, Receipt, Shard, ShardPlan, SourceContents
+from pipeline.records import (
+    AlignmentProbe,
+    Contract,
+    Manifest,
+    Receipt,
+    Shard,
+    ShardPlan,
+    SourceContents,
+    SplitContents,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,19 +133,49 @@ def _contents_path(layout: Layout) -> Path:
     return layout.root / "reports" / "contents.json"
 
 
-def _counted(layout: Layout, receipts: Sequence[Receipt]) -> SourceContents | None:
+def _counted(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) -> SourceContents | None:
     """The counts over the source rows, with what was cut; None for a cache that was not made from a data set."""
     path = _contents_path(layout)
     if layout.outbox is not None:
         layout.outbox.fetch("reports/contents.json")
     if not path.is_file():
         return None
-    cut = (sum(receipt.cut_rows for receipt in receipts), sum(receipt.cut_tokens for receipt in receipts))
-    found = dataclasses.replace(parse(SourceContents, path), cut_rows=cut[0], cut_tokens=cut[1])
+    noted = parse(SourceContents, path)
+    found = dataclasses.replace(
+        noted,
+        splits={name: _counted_by_shards(contract, name, split, receipts) for name, split in noted.splits.items()},
+        shared=_shared(layout, contract, receipts) if noted.shared is None else noted.shared,
+        cut_rows=sum(receipt.cut_rows for receipt in receipts),
+        cut_tokens=sum(receipt.cut_tokens for receipt in receipts),
+    )
     write_text(path, dump(found))
     for line in contents_lines(found):
         logger.warning("%s: %s", layout.name, line)
     return found
+
+
+def _counted_by_shards(
+    contract: Contract, name: str, split: SplitContents, receipts: Sequence[Receipt]
+) -> SplitContents:
+    """Counts of a split whose rows nobody has passed over before the first shard."""
+    if split.blank is not None:
+        return split
+    made = [receipt for receipt in receipts if receipt.plan.split == name]
+    unlabelled = None if contract.source.columns.label is None else sum(receipt.unlabelled_rows for receipt in made)
+    return SplitContents(split.rows, unlabelled, sum(receipt.blank_rows for receipt in made))
+
+
+def _shared(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) -> dict[str, int] | None:
+    """Equal contents of two splits, by the tokens that were cached; None where rows are packed or the shards lie elsewhere."""
+    if layout.outbox is not None or contract.tokenization.packing:
+        return None
+    hashes: dict[str, set[int]] = {}
+    for receipt in receipts:
+        if receipt.shard.rows:
+            column = pq.read_table(layout.shard(receipt.shard.name), columns=["content_hash"])["content_hash"]
+            hashes.setdefault(receipt.shard.split, set()).update(column.to_pylist())
+    pairs = itertools.combinations(hashes, 2)
+    return {f"{one}, {other}": count for one, other in pairs if (count := len(hashes[one] & hashes[other]))}
 
 
 def current_plan(layout: Layout) -> Plan | None:
@@ -224,7 +265,7 @@ def finish(layout: Layout, plan: Plan, *, license: str | None = None) -> Cache:
     fidelity = next((receipt.fidelity for receipt in receipts if receipt.fidelity is not None), None)
     if fidelity is not None:
         write_text(layout.root / "reports" / "fidelity.json", dump(fidelity))
-    contents = _counted(layout, receipts)
+    contents = _counted(layout, plan.contract, receipts)
     card = layout.root / "README.md"
     license = license or license_beside(card)
     write_text(card, make_card(manifest, fidelity, license=license, contents=contents))

@@ -26,7 +26,7 @@ from pipeline.evaluation.report.figures import Picture, draw_all
 from pipeline.evaluation.report.page import make_markdown, make_page
 from pipeline.evaluation.report.verdict import headline, verdict
 from pipeline.softlabels import served_temperature
-from pipeline.sources.loading import redact
+from pipeline.sources.files.loading import redact
 from pipeline.tasks import Task, get_task
 from pipeline.training.student import load_student
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -73,12 +74,12 @@ class Collator:
             examples = _tokenize_anew(self.task, examples, self.tokenizer, self.retokenize)
         inputs, supervised = self.task.collate(examples, pad_id(self.tokenizer) if self.pad_id is None else self.pad_id)
         soft = concatenate([row.soft for row in cached])
-        counts = torch.tensor([len(row.soft) for row in cached])
-        labels = torch.cat([torch.from_numpy(self.task.hard_labels(row.example)) for row in cached])
+        counts = np.array([len(row.soft) for row in cached])
+        labels = torch.from_numpy(np.concatenate([self.task.hard_labels(row.example) for row in cached]))
         if self.teacher_labels:
             labels, _ = teacher_argmax(soft)
-        weights = torch.repeat_interleave(torch.tensor([float(counts_in) for _, counts_in in rows]), counts)
-        entropy = torch.cat([_entropy(row) for row in cached])
+        weights = torch.from_numpy(np.repeat(np.array([counts_in for _, counts_in in rows], dtype=np.float32), counts))
+        entropy = _entropy(cached, counts)
         goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)
         return StudentBatch(
             inputs=inputs,
@@ -103,12 +104,12 @@ class Collator:
         return share if self.position_weights == "uncertainty" else 1 - share
 
 
-def _entropy(row: CachedExample) -> Tensor:
-    """(N,) nats: of each position, or the row's mean where only its sum was stored."""
-    if row.entropy is not None:
-        return row.entropy
-    mean = row.teacher_entropy_sum / max(len(row.soft), 1)
-    return torch.full((len(row.soft),), 0.0 if math.isnan(mean) else mean)  # unknown: KL up to a constant
+def _entropy(rows: Sequence[CachedExample], counts: np.ndarray) -> Tensor:
+    """(N,) nats: of each position, or the mean of its row where only the sum was stored."""
+    if rows[0].entropy is not None:
+        return torch.cat([row.entropy for row in rows if row.entropy is not None])
+    means = np.array([row.teacher_entropy_sum for row in rows]) / np.maximum(counts, 1)
+    return torch.from_numpy(np.repeat(np.nan_to_num(means).astype(np.float32), counts))  # unknown: KL up to a constant
 
 
 def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Local data files, read through `datasets`.
+"""Data files: Parquet is read in place, everything else through `datasets`.
 
 `datasets` keeps an Arrow copy of each file under HF_HOME, and takes it again when path and modification time are the
 same. Here the copy's name holds the SHA-256 of the file as well, so that a file that was edited is always read anew.
@@ -11,17 +11,23 @@ import glob
 import gzip
 import hashlib
 import json
+import logging
 import lzma
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError
-from pipeline.sources.layout import suffix
-from pipeline.sources.loading import quiet, reason
+from pipeline.sources.files.layout import suffix
+from pipeline.sources.files.loading import quiet, reason, redact
+from pipeline.sources.files.parquet import parquet_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from pipeline.sources.files.parquet import Rows
+
+logger = logging.getLogger(__name__)
 
 #: Suffix -> builder of `datasets`. In CSV only an empty cell is missing: "None" and "NA" are words.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,7 +35,6 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
     ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
-    ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
     ".txt": ("text", {}),
 }
@@ -38,27 +43,34 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def load_files(paths: Sequence[Path]) -> Dataset:
-    """Read the files of one split through `datasets`, one after another, memory-mapped.
+def load_files(locations: Sequence[str]) -> Rows:
+    """The rows of the files of one split, one file after another: local paths, or URLs.
 
     Raises:
         SourceError: one cannot be read as what its suffix says, or two are of different kinds.
     """
-    import datasets
-
-    kinds = sorted({suffix(path) for path in paths})
+    kinds = sorted({suffix(PurePath(location.partition("?")[0])) for location in locations})
     if len(kinds) > 1:
-        raise SourceError(f"{paths[0]}: expected files of one kind in a split, found {', '.join(kinds)}; convert some")
-    builder, settings = _BUILDERS[kinds[0]]
+        raise SourceError(
+            f"{redact(locations[0])}: expected files of one kind in a split, found {', '.join(kinds)}; convert some"
+        )
+    if kinds == [".parquet"]:
+        return parquet_rows(locations)
+    return _converted(locations, kinds[0])
+
+
+def _converted(locations: Sequence[str], kind: str) -> Dataset:
+    """The files as `datasets` makes Arrow of them, once."""
+    paths = [Path(location) for location in locations if "://" not in location]
     for path in paths:
         if path.stat().st_size == 0:
             raise SourceError(f"{path}: no rows; expected at least one")
-    files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
     try:
-        with quiet():
-            return datasets.load_dataset(builder, _digest(paths), data_files=files, **settings)["train"]
+        return _prepared(locations, paths, kind)
     except Exception as error:  # whatever a parser raises at a broken file
-        where = paths[0] if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"
+        where: str | Path = redact(locations[0])
+        if len(locations) > 1:
+            where = f"{redact(locations[0].rpartition('/')[0])} ({len(locations)} files)"
         if "corresponds to no data" in str(error):
             raise SourceError(f"{where}: no rows; expected at least one") from None
         lines = ((path, _bad_line(path)) for path in paths if suffix(path) == ".jsonl")
@@ -66,9 +78,24 @@ def load_files(paths: Sequence[Path]) -> Dataset:
         if bad is not None:
             where = bad[0]
         found = reason(error) if bad is None else bad[1]
-        raise SourceError(
-            f"{where}: cannot be read as {kinds[0][1:]}: {found}; mend the file, or convert it"
-        ) from error
+        raise SourceError(f"{where}: cannot be read as {kind[1:]}: {found}; mend the file, or convert it") from error
+
+
+def _prepared(locations: Sequence[str], paths: Sequence[Path], kind: str) -> Dataset:
+    import datasets
+
+    builder, settings = _BUILDERS[kind]
+    files = {"train": [glob.escape(str(path.absolute())) for path in paths] or list(locations)}
+    with quiet():
+        made = datasets.load_dataset_builder(builder, _digest(paths) if paths else None, data_files=files, **settings)
+        folder = Path(made.cache_dir)
+        is_new = not folder.is_dir()
+        made.download_and_prepare()
+        found: Dataset = made.as_dataset(split="train")
+    if is_new:
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        logger.info("converted to Arrow once, %.1f MB in %s (HF_DATASETS_CACHE moves it)", size / 1e6, folder)
+    return found
 
 
 def saved_splits(path: Path) -> dict[str, Dataset] | None:

@@ -7,7 +7,7 @@ import pytest
 from pipeline.config import DataConfig
 from pipeline.errors import SourceError
 from pipeline.sources import load_source
-from pipeline.sources.loading import reason, redact
+from pipeline.sources.files.loading import reason, redact
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
-from pipeline.sources.loading import reason, redact
+from pipeline.sources.files.loading import reason, redact
+from pipeline.sources.files.parquet import parquet_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from pipeline.sources.files.parquet import Rows
+
+#: A file of the hub at one commit.
+_PINNED = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
-    """Download (or take from the local cache) every split of a hub data set.
+def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[str, Rows], str | None]:
+    """Every split of a hub data set: Parquet files are read in place, others downloaded, or taken from the local cache.
 
     Returns:
         The splits, and the commit that they are of: `revision` as it was asked for where `datasets` does not tell.
@@ -28,6 +33,9 @@ def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[
     import datasets
 
     try:
+        in_place = _in_place(name, config, revision)
+        if in_place is not None:
+            return in_place
         found = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # the hub client, the parsers and the file systems each have their own
         raise SourceError(
@@ -41,6 +49,23 @@ def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[
             f"{name}: expected revision {revision}, found {commit} in the local cache, and the hub does not answer; check the connection"
         )
     return dict(found), commit or revision
+
+
+def _in_place(name: str, config: str | None, revision: str | None) -> tuple[dict[str, Rows], str | None] | None:
+    """The Parquet files of the hub, by range; None where there are others, or where the hub is not to be asked."""
+    import datasets
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    builder = datasets.load_dataset_builder(name, config, revision=revision)
+    files = {str(split): [str(url) for url in urls] for split, urls in (builder.config.data_files or {}).items()}
+    urls = [url for members in files.values() for url in members]
+    if not urls or not all(url.startswith("hf://") and url.endswith(".parquet") for url in urls):
+        return None
+    found = _PINNED.match(urls[0])
+    splits: dict[str, Rows] = {split: parquet_rows(members, builder.info.features) for split, members in files.items()}
+    return splits, revision if found is None else found[1]
 
 
 def _commit(dataset: Dataset) -> str | None:

@@ -16,6 +16,7 @@ import pytest
 from pipeline.config import DataConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.sources import load_source
+from pipeline.sources.batches import read_rows
 
 
 def rows(*texts: str) -> str:
@@ -32,7 +33,7 @@ def put(path: Path, *texts: str) -> None:
 
 def read(dataset: Path | str, **settings: object) -> dict[str, list[str]]:
     source = load_source(DataConfig(dataset=str(dataset), **settings))
-    return {split: list(part["text"]) for split, part in source.splits.items()}
+    return {split: [row["text"] for row in read_rows(part, ["text"])] for split, part in source.splits.items()}
 
 
 def test_a_clone_of_a_hub_repository(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from pipeline.errors import MisuseError, SourceError
-from pipeline.sources.loading import reason
+from pipeline.sources.files.loading import reason
 
 #: Suffixes of the files that are read, compressed or not.
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -21,8 +22,9 @@ EXPECTED = (
     "a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (compressed with gz, zst, bz2 or xz too), a glob of such files, or a directory "
     "with one file or folder per split (train.jsonl, test/)"
 )
+_Path = TypeVar("_Path", bound=PurePath)
 #: In this order; others follow by name.
-_USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
+USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)")
 #: Parts without the name of a split: `part-00000-UUID.c000` of Spark, `0003`, `shard-3`.
@@ -31,7 +33,7 @@ _PART = re.compile(r"part-\d+.*|\d+|[a-z]+-\d+", re.ASCII | re.IGNORECASE)
 
 def looks_like_path(name: str) -> bool:
     """Whether a name can only mean local files: it has our suffix, starts as paths do, is a glob, or is deeper than a hub name."""
-    if name.startswith(("hf://", "buckets/")):
+    if "://" in name or name.startswith("buckets/"):
         return False
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or suffix(Path(name)) in SUFFIXES or "*" in name
 
@@ -56,12 +58,13 @@ def find_files(path: Path, *, config: str | None = None) -> dict[str, tuple[Path
     if config is not None:
         raise MisuseError(f"{path}: --dataset-config goes with a hub data set or a README with configs, found none")
     if path.is_dir():
-        return _in_order(_in_directory(path))
+        folders = {folder.name: _data_files(folder) for folder in _split_folders(path)}
+        return split_directory(str(path), _data_files(path), folders)
     if path.is_file():
         _check_kind(path)
         return {"train": (path,)}
     if glob.has_magic(str(path)):
-        return _in_order(_in_glob(path))
+        return split_glob(str(path), _matches(path))
     raise SourceError(f"{path}: no such file or directory; expected {EXPECTED}, or the name of a hub data set")
 
 
@@ -73,13 +76,23 @@ def files_named(path: Path, patterns: Iterable[str]) -> dict[str, tuple[Path, ..
         MisuseError: no `SPLIT=PATTERN`.
     """
     found: dict[str, tuple[Path, ...]] = {}
+    for split, pattern in split_patterns(patterns):
+        found[split] = (*found.get(split, ()), *_matches(path / Path(pattern).expanduser()))
+    return found
+
+
+def split_patterns(patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Split and pattern of each `SPLIT=PATTERN`.
+
+    Raises:
+        MisuseError: no `SPLIT=PATTERN`.
+        SourceError: a name that no split can have.
+    """
     for item in patterns:
         split, separator, pattern = item.partition("=")
         if not separator or not split or not pattern:
             raise MisuseError(f"--data-files {item}: expected SPLIT=PATTERN, such as train=2024/*.jsonl")
-        check_split_name("--data-files", split)
-        found[split] = (*found.get(split, ()), *_matches(path / Path(pattern).expanduser()))
-    return found
+        yield check_split_name("--data-files", split), pattern
 
 
 def check_split_name(where: str, name: str) -> str:
@@ -95,7 +108,7 @@ def check_split_name(where: str, name: str) -> str:
     return name
 
 
-def suffix(path: Path) -> str:
+def suffix(path: PurePath) -> str:
     """The suffix that says the kind of file, in lower case: `.jsonl` of `train.jsonl.gz`."""
     name = path.name.lower()
     inner = _uncompressed(name)
@@ -107,11 +120,11 @@ def _uncompressed(name: str) -> str:
     return next((name[: -len(end)] for end in COMPRESSIONS if name.lower().endswith(end)), name)
 
 
-def _stem(path: Path) -> str:
+def _stem(path: PurePath) -> str:
     return Path(_uncompressed(path.name)).stem
 
 
-def _check_kind(path: Path) -> None:
+def _check_kind(path: PurePath) -> None:
     if suffix(path) not in SUFFIXES:
         raise SourceError(f"{path}: unknown kind of file; expected {EXPECTED}")
 
@@ -123,7 +136,7 @@ def _matches(pattern: Path) -> list[Path]:
         raise SourceError(f"{pattern}: no file matches; expected {EXPECTED}")
     for path in files:
         _check_kind(path)
-    return sorted(files, key=_natural)
+    return sorted(files, key=natural_order)
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -132,50 +145,60 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _split_folders(path: Path) -> list[Path]:
     """Sub-directories that are named as splits usually are and hold data."""
-    return [path / name for name in _USUAL_SPLITS if (path / name).is_dir() and _data_files(path / name)]
+    return [path / name for name in USUAL_SPLITS if (path / name).is_dir() and _data_files(path / name)]
 
 
 def _split_folders_and_files(path: Path) -> bool:
     return bool(_data_files(path) or _split_folders(path))
 
 
-def _in_directory(path: Path) -> dict[str, tuple[Path, ...]]:
-    files = _data_files(path)
+def split_directory(
+    where: str, files: Sequence[_Path], folders: Mapping[str, Sequence[_Path]]
+) -> dict[str, tuple[_Path, ...]]:
+    """Split -> files of a directory: of its data files, and of its sub-directories that are named as splits usually are.
+
+    Raises:
+        SourceError: no file, two files for one split, a numbered part is missing, or a name that no split can have.
+    """
     if len({suffix(f) for f in files}) > 1:
-        files = [f for f in files if suffix(f) not in (".txt", ".json") or _stem(f) in _USUAL_SPLITS] or files
-    found = _by_split(str(path), files)
-    for folder in _split_folders(path):
-        if folder.name in found:
+        files = [f for f in files if suffix(f) not in (".txt", ".json") or _stem(f) in USUAL_SPLITS] or files
+    found = _by_split(where, files)
+    for name, members in folders.items():
+        if name in found:
             raise SourceError(
-                f"{path}: the split {folder.name} is both a folder and a file ({found[folder.name][0].name}); remove one, or name the files with --data-files"
+                f"{where}: the split {name} is both a folder and a file ({found[name][0].name}); remove one, or name the files with --data-files"
             )
-        found[folder.name] = tuple(sorted(_data_files(folder), key=_natural))
+        if members:
+            found[name] = tuple(sorted(members, key=natural_order))
     if not found:
-        raise SourceError(f"{path}: no data file there; expected {EXPECTED}")
-    return found
+        raise SourceError(f"{where}: no data file there; expected {EXPECTED}")
+    return _in_order(found)
 
 
-def _in_glob(pattern: Path) -> dict[str, tuple[Path, ...]]:
-    """Files named as splits usually are, each a split; otherwise all of them are parts of `train`."""
-    files = _matches(pattern)
-    named = [file for file in files if _split_word(file) in _USUAL_SPLITS]
+def split_glob(where: str, files: Sequence[_Path]) -> dict[str, tuple[_Path, ...]]:
+    """Files named as splits usually are, each a split; otherwise all of them are parts of `train`.
+
+    Raises:
+        SourceError: some are named as splits and others are not.
+    """
+    named = [file for file in files if _split_word(file) in USUAL_SPLITS]
     if not named:
         return {"train": tuple(files)}
     if len(named) < len(files):
         other = next(file for file in files if file not in named)
         raise SourceError(
-            f"{pattern}: matches {named[0].name}, which is named as a split, and {other.name}, which is not; say which is which with --data-files SPLIT=PATTERN"
+            f"{where}: matches {named[0].name}, which is named as a split, and {other.name}, which is not; say which is which with --data-files SPLIT=PATTERN"
         )
-    return _by_split(str(pattern), files)
+    return _in_order(_by_split(where, files))
 
 
-def _split_word(path: Path) -> str:
+def _split_word(path: PurePath) -> str:
     return re.split(r"[-.]", _stem(path))[0]
 
 
-def _by_split(where: str, files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+def _by_split(where: str, files: Sequence[_Path]) -> dict[str, tuple[_Path, ...]]:
     """Files at one level: numbered parts of a split together, any other file a split of its own."""
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[_Path]] = {}
     for file in files:
         groups.setdefault(_split_of(where, _stem(file)), []).append(file)
     for split, members in groups.items():
@@ -186,7 +209,7 @@ def _by_split(where: str, files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
                 f"{where}: two files for the split {split}: {members[0].name} and {members[1].name}; remove one, or join them"
             )
         _check_parts(where, members)
-    return {split: tuple(sorted(members, key=_natural)) for split, members in groups.items()}
+    return {split: tuple(sorted(members, key=natural_order)) for split, members in groups.items()}
 
 
 def _split_of(where: str, stem: str) -> str:
@@ -195,11 +218,11 @@ def _split_of(where: str, stem: str) -> str:
         return check_split_name(where, numbered["split"])
     if stem.isdigit() or ("-" in stem and _PART.fullmatch(stem)):
         word = stem.split("-")[0]
-        return word if word in _USUAL_SPLITS else "train"
+        return word if word in USUAL_SPLITS else "train"
     return check_split_name(where, stem)
 
 
-def _check_parts(where: str, files: Sequence[Path]) -> None:
+def _check_parts(where: str, files: Sequence[PurePath]) -> None:
     """Numbered parts (`-00000-of-00002`) are complete."""
     numbers: dict[str, set[int]] = {}
     for file in files:
@@ -248,15 +271,15 @@ def _by_datasets(path: Path, config: str | None) -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Part 2 before part 10."""
+def natural_order(path: PurePath) -> list[tuple[int, int, str]]:
+    """A sort key: part 2 comes before part 10."""
     pieces = re.split(r"(\d+)", path.as_posix())
     return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
 
 
-def _in_order(found: Mapping[str, tuple[Path, ...]]) -> dict[str, tuple[Path, ...]]:
+def _in_order(found: Mapping[str, tuple[_Path, ...]]) -> dict[str, tuple[_Path, ...]]:
     return {check_split_name("the data set", split): found[split] for split in sorted(found, key=_split_order)}
 
 
 def _split_order(split: str) -> tuple[int, str]:
-    return _USUAL_SPLITS.index(split) if split in _USUAL_SPLITS else len(_USUAL_SPLITS), split
+    return USUAL_SPLITS.index(split) if split in USUAL_SPLITS else len(USUAL_SPLITS), split

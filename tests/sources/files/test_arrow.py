@@ -12,7 +12,7 @@ from pipeline.config import DataConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Example
 from pipeline.sources import Source, fingerprints, load_source, read_examples
-from pipeline.sources.layout import find_files, looks_like_path
+from pipeline.sources.files.layout import find_files, looks_like_path
 
 ROWS = [{"text": "one", "label": "a"}, {"text": "two, or 2", "label": None}, {"text": "dreißig", "label": "b"}]
 
@@ -57,7 +57,8 @@ def test_each_format_is_the_split_train(tmp_path: Path, name: str) -> None:
 
 def test_formats_with_equal_rows_have_equal_fingerprints(tmp_path: Path) -> None:
     names = ["d.jsonl", "d.json", "d.csv", "d.parquet", "d.jsonl.gz"]
-    found = {fingerprints(load_source(DataConfig(dataset=str(write(tmp_path / name)))))["train"] for name in names}
+    sources = [load_source(DataConfig(dataset=str(write(tmp_path / name)))) for name in names]
+    found = {fingerprints(source, by_contents=True)["train"] for source in sources}
     assert len(found) == 1
 
 
@@ -115,7 +116,11 @@ def test_a_split_name_that_is_none(tmp_path: Path) -> None:
         ("~/missing-folder", "missing-folder: no such file or directory"),
         ("/nowhere/missing", "/nowhere/missing: no such file or directory"),
         ("a/b/c", "a/b/c: no such file or directory"),
-        ("https://me:secret@host/a.jsonl", r"https://\*\*\*@host/a.jsonl: expected a local path or a hub name"),
+        (
+            "https://me:secret@127.0.0.1:9/a.jsonl",
+            r"https://\*\*\*@127.0.0.1:9/a.jsonl: nothing there, or not for you; .*; check the URL",
+        ),
+        ("nosuch://me:secret@host/a.jsonl", r"nosuch://\*\*\*@host/a.jsonl: cannot be opened: Protocol not known"),
     ],
 )
 def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(
