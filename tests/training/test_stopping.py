@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from pipeline.training import stopping
 from pipeline.training.run import run
 from pipeline.training.stopping import CheckpointOnSigterm
 from tests.conftest import tiny_model
+from tests.support.processes import python
 
 
 @pytest.fixture
@@ -125,12 +123,7 @@ main(sys.argv[1:])
 def test_sigterm_saves_a_whole_checkpoint_and_the_same_command_goes_on(settings, tmp_path):
     """With no checkpoint due: only the signal has one written."""
     command = f"train-student --cache {settings.cache[0]} --student {settings.student} --max-steps 4 --batch-size 4"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *command.split(), "--output", str(tmp_path / "out")],
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-    )
+    killed = python("-c", KILLED, *command.split(), "--output", str(tmp_path / "out"))
     assert killed.returncode == 143, killed.stderr
     assert "Traceback" not in killed.stderr
     *_, saved, last = killed.stderr.splitlines()
