@@ -37,7 +37,7 @@ def read_rows(dataset: Dataset, names: Sequence[str], start: int = 0, stop: int 
     if not present:
         yield from ({} for _ in range(start, stop))
         return
-    plain = dataset.with_format(None).select_columns(present)
+    plain = dataset.with_format(None, columns=present)
     for first in range(start, stop, BATCH_ROWS):
         last = min(first + BATCH_ROWS, stop)
         try:

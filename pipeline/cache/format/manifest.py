@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -120,7 +121,7 @@ def parse(kind: type[Record], path: Path) -> Record:
 
 def _parse(kind: type[Record], path: Path, data: bytes) -> Record:
     try:
-        return TypeAdapter(kind).validate_json(data)
+        return _adapter(kind).validate_json(data)
     except MisuseError as error:
         raise IntegrityError(f"{path}: not a {kind.__name__.lower()} of this format: {error}") from None
     except ValidationError as error:
@@ -246,10 +247,16 @@ def check_same_contract(expected: Plan, found: Plan, where: str) -> None:
         )
 
 
+@functools.cache
+def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
+    """Kept: making one takes longer than most files take to read, and a cache has a receipt for every shard."""
+    return TypeAdapter(kind)
+
+
 def _plain(record: Any) -> Any:
     if not dataclasses.is_dataclass(record):
         return record
-    return _without_added(TypeAdapter(type(record)).dump_python(record, mode="json"))
+    return _without_added(_adapter(type(record)).dump_python(record, mode="json"))
 
 
 def _without_added(value: Any) -> Any:
