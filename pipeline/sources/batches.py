@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 
 Row = dict[str, object]
+
+
+_VIEWS: WeakKeyDictionary[Dataset, dict[tuple[str, ...], Dataset]] = WeakKeyDictionary()
 
 
 class _Unreadable:
@@ -37,7 +41,7 @@ def read_rows(dataset: Dataset, names: Sequence[str], start: int = 0, stop: int 
     if not present:
         yield from ({} for _ in range(start, stop))
         return
-    plain = dataset.with_format(None, columns=present)
+    plain = _view(dataset, tuple(present))
     for first in range(start, stop, BATCH_ROWS):
         last = min(first + BATCH_ROWS, stop)
         try:
@@ -47,6 +51,14 @@ def read_rows(dataset: Dataset, names: Sequence[str], start: int = 0, stop: int 
             continue
         for values in zip(*(columns[name] for name in present), strict=True):
             yield dict(zip(present, values, strict=True))
+
+
+def _view(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
+    """These columns as Python objects. Kept as long as the data set, which names each view by a hash: more work than to read a row."""
+    views = _VIEWS.setdefault(dataset, {})
+    if names not in views:
+        views[names] = dataset.with_format(None, columns=list(names))
+    return views[names]
 
 
 def _read_row(plain: Dataset, names: Sequence[str], row: int) -> Row:

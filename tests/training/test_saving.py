@@ -6,6 +6,7 @@ import copy
 import errno
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError, MisuseError, TrainingError
 from pipeline.models.arguments import hide_token
 from pipeline.training.run import run
 from tests.conftest import tiny_model
+from tests.support.once import once
 
 SECRET = "hf_" + "sEcReT" * 5
 
@@ -31,7 +33,12 @@ def teacher(bert_tokenizer, save_teacher):
 @pytest.fixture
 def cache(tmp_path, teacher, topics) -> Cache:
     rows = topics["train"].select(range(24)).remove_columns("label")
-    return softlabel.cache_logits(str(teacher), rows, tmp_path / "cache", task="sequence-classification")
+
+    def make(folder: Path) -> None:
+        softlabel.cache_logits(str(teacher), rows, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return Cache.open(tmp_path / "cache")
 
 
 def train(cache, student, output, **settings):

@@ -20,19 +20,25 @@ from pipeline.training import stopping
 from pipeline.training.run import run
 from pipeline.training.stopping import CheckpointOnSigterm
 from tests.conftest import tiny_model
+from tests.support.once import once
 from tests.support.processes import python
 
 
 @pytest.fixture
-def settings(tmp_path, lm_tokenizer, documents, save_teacher) -> TrainStudentConfig:
-    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
-    path = save_teacher(teacher, lm_tokenizer, "teacher")
-    softlabel.cache_logits(
-        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
-    )
+def settings(tmp_path, lm_tokenizer, documents) -> TrainStudentConfig:
+    def make(folder: Path) -> None:
+        teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+        teacher.save_pretrained(folder / "teacher")
+        lm_tokenizer.save_pretrained(folder / "teacher")
+        softlabel.cache_logits(
+            teacher, documents, folder / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+        )
+        softlabel.init_student(folder / "teacher", folder / "student", layers=[0])
+
+    once(__name__, make, tmp_path)
     return TrainStudentConfig(
         cache=(str(tmp_path / "cache"),),
-        student=str(softlabel.init_student(path, tmp_path / "student", layers=[0])),
+        student=str(tmp_path / "student"),
         output=str(tmp_path / "out"),
         max_steps=4,
         batch_size=4,

@@ -22,6 +22,7 @@ from pipeline.records import Full, Sampled, TopK
 from pipeline.training.batches.collate import Collator, TrainingRows
 from pipeline.training.run import run
 from tests.conftest import tiny_model
+from tests.support.once import once
 from tests.support.processes import python
 from tests.support.rows import build_cache
 
@@ -37,15 +38,25 @@ def teacher(bert_tokenizer, save_teacher):
 
 @pytest.fixture
 def cache(tmp_path, teacher, topics) -> Cache:
-    return softlabel.cache_logits(
-        str(teacher), topics, tmp_path / "cache", task="sequence-classification", rows_per_shard=25
-    )
+    def make(folder: Path) -> None:
+        softlabel.cache_logits(
+            str(teacher), topics, folder / "cache", task="sequence-classification", rows_per_shard=25
+        )
+
+    once((__name__, "cache"), make, tmp_path)
+    return Cache.open(tmp_path / "cache")
 
 
 @pytest.fixture
-def lm_cache(tmp_path, lm_tokenizer, documents, save_teacher) -> Cache:
-    path = save_teacher(tiny_model("llama", len(lm_tokenizer), spread=4.0), lm_tokenizer, "lm-teacher")
-    return softlabel.cache_logits(str(path), documents, tmp_path / "lm-cache", task="causal-lm", max_length=32)
+def lm_cache(tmp_path, lm_tokenizer, documents) -> Cache:
+    def make(folder: Path) -> None:
+        path = folder / "lm-teacher"
+        tiny_model("llama", len(lm_tokenizer), spread=4.0).save_pretrained(path)
+        lm_tokenizer.save_pretrained(path)
+        softlabel.cache_logits(str(path), documents, folder / "lm-cache", task="causal-lm", max_length=32)
+
+    once((__name__, "lm_cache"), make, tmp_path)
+    return Cache.open(tmp_path / "lm-cache")
 
 
 def student_of(teacher: Path, output: Path) -> Path:

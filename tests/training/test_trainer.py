@@ -27,18 +27,25 @@ from pipeline.training.batches.collate import Collator
 from pipeline.training.run import run
 from pipeline.training.schedule import weights_at
 from tests.conftest import tiny_model
+from tests.support.once import once
 from tests.support.processes import ROOT, python, ranks
 from tests.support.rows import token_row
 
 
 @pytest.fixture
-def cache(tmp_path, lm_tokenizer, documents, save_teacher):
-    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
-    save_teacher(teacher, lm_tokenizer, "teacher")
+def cache(tmp_path, lm_tokenizer, documents):
     documents["validation"] = documents["test"]
-    return softlabel.cache_logits(
-        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
-    )
+
+    def make(folder: Path) -> None:
+        teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+        teacher.save_pretrained(folder / "teacher")
+        lm_tokenizer.save_pretrained(folder / "teacher")
+        softlabel.cache_logits(
+            teacher, documents, folder / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+        )
+
+    once(__name__, make, tmp_path)
+    return softlabel.Cache.open(tmp_path / "cache")
 
 
 def config(cache, tmp_path: Path, **settings) -> TrainStudentConfig:

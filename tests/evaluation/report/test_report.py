@@ -29,6 +29,7 @@ from pipeline.tasks import get_task
 from pipeline.training.run import run as train
 from tests.conftest import tiny_model
 from tests.support.classifier import LABELS, classifier, taught
+from tests.support.once import once
 
 
 @pytest.fixture
@@ -37,10 +38,13 @@ def setting(tmp_path, bert_tokenizer, topics, save_teacher):
     teacher = classifier(bert_tokenizer)
     path = save_teacher(teacher, bert_tokenizer)
     other = save_teacher(classifier(bert_tokenizer, seed=5), bert_tokenizer, "random")
-    cache = softlabel.cache_logits(
-        str(path), taught(topics, teacher, bert_tokenizer), tmp_path / "cache", task="sequence-classification"
-    )
-    return cache, str(path), str(other)
+
+    def make(folder: Path) -> None:
+        rows = taught(topics, teacher, bert_tokenizer)
+        softlabel.cache_logits(str(path), rows, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return softlabel.Cache.open(tmp_path / "cache"), str(path), str(other)
 
 
 def configured(cache, output: Path, **settings) -> ReportConfig:
