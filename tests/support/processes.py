@@ -25,10 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-_LOADED = [
-    "tests.conftest",
-    "tests.support.preloaded",
-]
+_LOADED = ["tests.support.tiny", "tests.support.preloaded", "tests.support.processes"]
 
 
 @cache
@@ -114,6 +111,7 @@ def _become(arguments: list[str], environment: dict[str, str], cwd: str, out: st
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # a fork of the server would start its own children as it was
     tempfile.tempdir = None  # found again, from TMPDIR
     how, rest = arguments[0], arguments[1:]
     try:

@@ -23,8 +23,11 @@ from pipeline.sweep.grid import plan
 from pipeline.training.trainer import DistillationTrainer
 from tests.conftest import tiny_model
 from tests.support.once import once
+from tests.support.profile import plain_pictures  # noqa: F401 - a fixture
 from tests.training.test_train import NAMES
 from tests.training.test_train import config as train_config
+
+pytestmark = pytest.mark.usefixtures("plain_pictures")
 
 
 @pytest.fixture
