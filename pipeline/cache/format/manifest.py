@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -27,6 +26,8 @@ Record = TypeVar("Record")
 
 #: Fields that came after the first release: where they are empty, manifests have the bytes and ids that they had before.
 _ADDED = frozenset({"label_map", "base_model"})
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 __all__ = [
     "NAME",
@@ -248,10 +249,11 @@ def check_same_contract(expected: Plan, found: Plan, where: str) -> None:
         )
 
 
-@functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     """Kept: making one takes longer than most files take to read, and a cache has a receipt for every shard."""
-    return TypeAdapter(kind)
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def _plain(record: Any) -> Any:
