@@ -15,6 +15,7 @@ from pipeline.records import BadRow, Example, Message, Tokenization, TokenizedEx
 from pipeline.tasks import get_task
 from pipeline.tasks.documents import overlapping
 from pipeline.tasks.pieces import read_vocabulary
+from tests.support.profile import examples
 from tests.tasks.families import FAMILIES
 
 LM = get_task("causal-lm")
@@ -67,7 +68,7 @@ def predicted(row: TokenizedExample) -> list[int]:
 
 
 @each_family
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25, 250))
 @given(a_text)
 def test_tokens_stand_for_every_byte_of_a_text_once(family: str, text: str) -> None:
     tokenizer: Any = FAMILIES[family]
@@ -123,7 +124,7 @@ def test_text_bytes_of_a_row_is_the_text_that_is_predicted(family: str, text: st
 
 
 @each_family
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15, 150))
 @given(st.lists(st.sampled_from(["a", "dog", "cat ", " mat", "🐕", "日\n", ""]), min_size=2, max_size=5))
 def test_the_assistants_tokens_are_those_that_cover_its_characters(family: str, contents: list[str]) -> None:
     messages = tuple(Message("user" if i % 2 else "assistant", text) for i, text in enumerate(contents))

@@ -15,6 +15,7 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.records import BadRow, Columns, Example, Message, Tokenization
 from pipeline.tasks import get_task
 from tests.conftest import sentence
+from tests.support.profile import examples
 
 LM, CLASSIFIER = get_task("causal-lm"), get_task("sequence-classification")
 
@@ -52,7 +53,7 @@ def predicted_tokens(row) -> list[int]:
     return row.input_ids[np.flatnonzero(row.supervised) + 1].tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30, 300))
 @given(st.integers(2, 40), st.integers(0, 1000))
 def test_pieces_predict_every_token_but_the_first_once(longest, seed):
     tokenizer = _tokenizer()
@@ -71,7 +72,7 @@ def test_pieces_predict_every_token_but_the_first_once(longest, seed):
         assert sum(row.text_bytes for row in mine) == len(example.text.encode()) - first
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30, 300))
 @given(st.integers(4, 60), st.booleans(), st.integers(0, 1000))
 def test_packed_rows_predict_every_token_but_the_documents_first_once(longest, isolate, seed):
     tokenizer = _tokenizer()

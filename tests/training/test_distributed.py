@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,8 @@ from pipeline.errors import MisuseError
 from pipeline.training.run import run as train_student
 from pipeline.training.saving import SavingTrainer
 from tests.conftest import tiny_model
+from tests.support import processes
+from tests.support.processes import python
 
 SCRIPT = """
 import hashlib, json, os, sys, torch
@@ -47,19 +46,13 @@ with open(f"{output}-{args.process_index}.json", "w") as file:
 
 
 def train(tmp_path: Path, cache: Path, ranks: int, batch: int, **extra) -> list[dict]:
-    """What each rank says of its run."""
+    """What each rank says of its run. torchrun itself is in test_trainer."""
     output = tmp_path / f"out-{ranks}-{len(extra)}"
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     arguments = [str(cache), str(tmp_path / "student"), str(output), str(batch), json.dumps(extra)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in processes.ranks(ranks, str(script), *arguments) if ranks > 1 else [python(str(script), *arguments)]:
+        assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(Path(f"{output}-{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -6,6 +6,7 @@ import copy
 import errno
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pipeline.training.run import run
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import tiny_model
 from tests.support.hub import TOKEN, hub  # noqa: F401 - a fixture
+from tests.support.once import once
 
 SECRET = "hf_" + "sEcReT" * 5
 
@@ -34,7 +36,12 @@ def teacher(bert_tokenizer, save_teacher):
 @pytest.fixture
 def cache(tmp_path, teacher, topics) -> Cache:
     rows = topics["train"].select(range(24)).remove_columns("label")
-    return softlabel.cache_logits(str(teacher), rows, tmp_path / "cache", task="sequence-classification")
+
+    def make(folder: Path) -> None:
+        softlabel.cache_logits(str(teacher), rows, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return Cache.open(tmp_path / "cache")
 
 
 def train(cache, student, output, **settings):

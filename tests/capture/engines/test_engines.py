@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -25,9 +22,14 @@ from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.classifier import even, swapped
+from tests.support.processes import ROOT, ForkedWorkers, python
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
-ROOT = Path(__file__).parents[3]
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forks of a warm process. The first test starts them as users do, from new interpreters."""
+    monkeypatch.setattr("pipeline.capture.engines.workers._SPAWN", ForkedWorkers())
 
 
 def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
@@ -43,7 +45,7 @@ def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
     assert run(config("parts", part="0/2")).manifest == serial.manifest  # again: finished already
 
 
-def test_a_worker_that_dies_is_replaced(config, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_replaced(config, forked, tmp_path, monkeypatch):
     """The first process to begin its eighth batch is killed; the mark keeps the others alive."""
     monkeypatch.setenv("SOFTLABEL_TEST_MARK", str(tmp_path / "mark"))
     monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_and_die)
@@ -73,13 +75,13 @@ def _work_and_die(*args):
     workers._work(*args)
 
 
-def test_what_a_worker_meets_is_told_in_one_line(config):
+def test_what_a_worker_meets_is_told_in_one_line(config, forked):
     with pytest.raises(PipelineError, match=r"no column 'texts'"):
         run(config("workers", num_workers=2, text_column="texts"))
 
 
 @pytest.mark.parametrize("shards", [1, 7])
-def test_a_worker_that_cannot_write_stops_the_capture(config, monkeypatch, shards):
+def test_a_worker_that_cannot_write_stops_the_capture(config, forked, monkeypatch, shards):
     """In its only shard, when no other will come, and with others in hand."""
     monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_on_a_full_disk)
     with pytest.raises(CacheError, match="the disk is full"):
@@ -97,7 +99,7 @@ def _work_on_a_full_disk(*args):
     workers._work(*args)
 
 
-def test_workers_make_a_cache_behind_a_url_and_go_on_there(config, bucket):
+def test_workers_make_a_cache_behind_a_url_and_go_on_there(config, forked, bucket):
     """The tokenizer is there too, and what is there already is not made again."""
     serial = run(config("serial"))
     assert run(config(output=f"{bucket}/c", part="0/2")) is None
@@ -155,7 +157,7 @@ shard.label_rows = label_rows
 run(CacheLogitsConfig(task="causal-lm", data=DataConfig(dataset={settings.data.dataset!r}, max_length=64), teacher={settings.teacher!r},
     output={settings.output!r}, rows_per_shard=6, batch_tokens=256))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HF_HOME": str(tmp_path / "hf")})
+    done = python("-c", code)
     assert done.returncode == -signal.SIGKILL
     layout = Layout(tmp_path / "killed")
     stamps = {p: p.stat().st_mtime_ns for p in layout.data.glob("[a-z]*.parquet")}
