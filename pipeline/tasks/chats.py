@@ -161,8 +161,10 @@ def _is_reference(key: str, role: str) -> bool:
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[Turn]]:
-    """The turns as they are given; then with arguments of tool calls as objects, and as JSON text; each with the content
-    of turns that have none left out, null, and empty, as templates differ in what they test for.
+    """The forms that templates want turns in, in the order in which they are tried.
+
+    The turns as they are given; then with the arguments of tool calls as objects, and as JSON text. Each with the content
+    of turns that have none left out, null, and empty.
     """
     contents: list[dict[str, Any]] = [{}]
     if any(message.content is None for message in messages):
