@@ -14,19 +14,9 @@ from pipeline.errors import ModelError
 from pipeline.records import ShardPlan
 from pipeline.sources import holds_chats
 from pipeline.tasks import check_ids, embedding_rows
+from pipeline.tasks.chats import supervision
 
 logger = logging.getLogger(__name__)
-
-
-_UNMARKED = "an assistant's turn is what it adds to the rendering with the generation prompt"
-#: `assistant_turns` of a contract: how the assistant's tokens are found, and why so.
-_SUPERVISION = {
-    None: "the chat template marks the assistant's tokens",
-    "auto": f"the chat template marks no tokens; {_UNMARKED}, in as few rows as have each in its own context",
-    "all": f"--assistant-turns all: the chat template marks no tokens; {_UNMARKED}, in one row a chat",
-    "each": "--assistant-turns each: each of the assistant's turns is a row, in the context that it has at inference",
-    "last": "--assistant-turns last: the last of the assistant's turns alone is learnt",
-}
 
 
 def show_first_row(job: Job) -> None:
@@ -35,7 +25,7 @@ def show_first_row(job: Job) -> None:
     few = type(first)(first.name, first.split, first.start, min(first.start + 1, first.stop))
     examples = read_shard(job, few).examples
     if holds_chats(job.source):
-        logger.info("chats: %s", _SUPERVISION[job.plan.contract.tokenization.assistant_turns])
+        logger.info("chats: %s", supervision(job.plan.contract.tokenization, job.tokenizer))
     for example in examples[:1]:
         tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised)
         logger.info("first row of %s (predicted tokens in brackets): %s", first.split, tokens)

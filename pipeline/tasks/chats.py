@@ -12,9 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadRowError, MisuseError
 from pipeline.records import Columns, Example, Message, Tokenization
-from pipeline.tasks.templates import REFUSALS, Renderer, Span, Turn, find_template, make_renderer, pinned_day
+from pipeline.tasks.templates import CLOCK, REFUSALS, Renderer, Span, Turn, find_template, make_renderer, pinned_day
 from pipeline.tasks.turns import Rendered, replies, share_rows
 
+#: `assistant_turns` of a contract, in words.
+_ROWS = {
+    "auto": "a chat is as few rows as have each turn in the context of inference",
+    "all": "a chat is one row (--assistant-turns all)",
+    "each": "each turn is a row (--assistant-turns each)",
+    "last": "the last turn alone is learnt (--assistant-turns last)",
+}
 _OTHER = "give a template that reads it with --chat-template FILE.jinja"
 
 
@@ -55,6 +62,25 @@ def settle(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         assistant_turns=None if template.is_marked and turns in ("auto", "all") else turns,
         chat_template_kwargs=pinned_day(template, settings.chat_template_kwargs),
     )
+
+
+def supervision(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the assistant's tokens are found with these settings of a contract, and why so."""
+    template = find_template(tokenizer)
+    if template.is_marked:
+        parts = ["the chat template marks the assistant's tokens"]
+    else:
+        parts = [
+            "the chat template does not mark the assistant's tokens: a turn is what it adds to the rendering before it "
+            "with the generation prompt"
+        ]
+    if not template.is_marked and "add_generation_prompt" not in template.variables:
+        parts.append("the template has no generation prompt, so that the header of a turn is learnt too")
+    parts += [] if settings.assistant_turns is None else [_ROWS[settings.assistant_turns]]
+    if not template.is_marked and template.asks_the_date:
+        day = next(item for item in settings.chat_template_kwargs if item.startswith(f"{CLOCK}="))
+        parts.append(f"the day is {day}, whenever it is run (--chat-template-kwargs {CLOCK}=DAY)")
+    return "; ".join(parts)
 
 
 def render_chat(

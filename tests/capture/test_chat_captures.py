@@ -78,7 +78,7 @@ def test_a_stock_template_makes_a_row_of_each_context_and_says_so(teacher, caplo
     assert len(cache.manifest.shards) == 2
     assert cache.manifest.contract.tokenization.assistant_turns == "auto"
     assert verify(cache.root).problems == ()
-    assert caplog.text.count("chats: the chat template marks no tokens") == 1
+    assert caplog.text.count("chats: the chat template does not mark the assistant's tokens") == 1
     counted = json.loads((cache.root / "reports/contents.json").read_text())
     assert (counted["split_chats"], counted["split_chat_rows"], counted["cut_supervised_rows"]) == (1, 2, 0)
     line = "1 of 2 chats are 2 rows: the chat template rewrites earlier turns"

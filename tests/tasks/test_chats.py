@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import BadRow, Columns, Cut, Example, Message, Tokenization, TokenizedExample
 from pipeline.tasks import get_task
+from pipeline.tasks.chats import supervision
 from tests.support.chats import FAMILIES, TOOLS, call, result, tokenizer_of, turn
 
 LM = get_task("causal-lm")
@@ -612,3 +613,16 @@ def test_what_a_contract_says_of_chats() -> None:
         assert LM.settle(wanted, tokenizer_of("phi-4"), chats=True).assistant_turns == unmarked_says
         assert LM.settle(wanted, marked, chats=True).assistant_turns == marked_says
     assert LM.settle(Tokenization(9), tokenizer_of("phi-4"), chats=False) == Tokenization(9)
+
+
+def test_what_decides_is_said_with_the_reason() -> None:
+    def said(tokenizer: Any, mode: Any = None) -> str:
+        return supervision(LM.settle(Tokenization(9, assistant_turns=mode), tokenizer, chats=True), tokenizer)
+
+    assert "as few rows as have each turn in the context of inference" in said(tokenizer_of("phi-4"))
+    assert "(--assistant-turns last)" in said(tokenizer_of("phi-4"), "last")
+    assert 'the day is strftime_now="2024-07-26"' in said(tokenizer_of("gpt-oss"))
+    assert "has no generation prompt, so that the header of a turn is learnt too" in said(tokenizer_of("mistral-v0.3"))
+    marked = with_template("{% generation %}{{ messages[0].content }}{% endgeneration %}")
+    assert said(marked) == "the chat template marks the assistant's tokens"
+    assert "marks the assistant's tokens; each turn is a row" in said(marked, "each")
