@@ -21,7 +21,7 @@ _OPEN, _CLOSE = "<think>", "</think>"
 #: A character that no text has: what stands in for the words of a turn.
 _BLANK = "\ue000"
 _SPOKEN = ("content", "reasoning_content", "thinking", "reasoning")
-#: Characters that the end of a context must share with another rendering of it, to be found there.
+#: Characters by which the end of a context is known in another rendering of it, where no control token is there.
 _SHARED = 4
 #: A control token is no longer than this.
 _NEAR = 128
@@ -121,8 +121,9 @@ class _Chat:
             # The header of the turn is another one than the generation prompt's: an empty <think>, for example.
             return self.whole_reasoning(Reply(number, whole, shared), asked)
         # The context is another one: a system message that stands in the last turn alone, reasoning that goes with an answer.
-        header = max(len(asked) - len(context if context is not None else asked), _SHARED)
-        start = _aligned(asked, whole[: self.blanked(number, whole)], header)
+        header = "" if context is None else asked[len(context) :]
+        words = self.blanked(number, whole)
+        start = _behind(header or _last_piece(asked, self.control), whole, words) if words < len(whole) else None
         if start is None:
             raise BadRowError(
                 f"turn {number}: the rendering with it does not go on from the rendering before it, so that what it adds is "
@@ -200,13 +201,16 @@ def _alike(whole: str, other: str) -> int:
     )
 
 
-def _aligned(context: str, whole: str, shortest: int) -> int | None:
-    """Where the context ends in another rendering of it: behind the longest of its ends that stands there."""
-    low, high = 0, min(len(context), len(whole))
-    while low < high:  # an end of an end that stands there does too
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if context[-middle:] in whole else (low, middle - 1)
-    return whole.rfind(context[-low:]) + low if low >= shortest else None
+def _behind(piece: str, whole: str, limit: int) -> int | None:
+    """Where the last of such pieces before a place ends."""
+    found = whole.rfind(piece, 0, limit)
+    return None if found < 0 else found + len(piece)
+
+
+def _last_piece(text: str, control: re.Pattern[str]) -> str:
+    """The end of a text by which it is known in another one: its last control token, or a few characters."""
+    last = max((found.start() for found in control.finditer(text, max(0, len(text) - _NEAR))), default=len(text))
+    return text[min(last, max(0, len(text) - _SHARED)) :]
 
 
 def _trailing_tokens(text: str, start: int, control: re.Pattern[str]) -> list[int]:

@@ -264,7 +264,7 @@ EXCHANGE = st.tuples(TEXT, st.lists(TEXT, max_size=2), TEXT, TEXT | st.just(""))
 
 
 @pytest.mark.parametrize("family", SAID)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(EXCHANGE, min_size=1, max_size=3), TEXT | st.none(), st.booleans())
 def test_random_chats_are_learnt_turn_by_turn_in_the_context_of_inference(
     family: str, exchanges: list[Any], system: str | None, as_text: bool
