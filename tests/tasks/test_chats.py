@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -626,3 +627,9 @@ def test_what_decides_is_said_with_the_reason() -> None:
     marked = with_template("{% generation %}{{ messages[0].content }}{% endgeneration %}")
     assert said(marked) == "the chat template marks the assistant's tokens"
     assert "marks the assistant's tokens; each turn is a row" in said(marked, "each")
+
+
+def test_the_page_on_chats_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chats.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w.-]+)` \| ", page, flags=re.MULTILINE)
+    assert listed == list(FAMILIES)
