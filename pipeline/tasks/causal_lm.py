@@ -58,6 +58,10 @@ class CausalLM:
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
         """With what the chat template decides, where there are chats."""
+        if not chats and (settings.assistant_turns is not None or settings.chat_template_kwargs):
+            raise MisuseError(
+                "--assistant-turns and --chat-template-kwargs go with chats, and the prompts of this data set are plain text"
+            )
         return settle(settings, tokenizer) if chats else settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:

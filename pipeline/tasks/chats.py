@@ -77,7 +77,10 @@ def supervision(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> s
     if not template.is_marked and "add_generation_prompt" not in template.variables:
         parts.append("the template has no generation prompt, so that the header of a turn is learnt too")
     parts += [] if settings.assistant_turns is None else [_ROWS[settings.assistant_turns]]
-    if not template.is_marked and template.asks_the_date:
+    pinned = any(item.startswith(f"{CLOCK}=") for item in settings.chat_template_kwargs)
+    if template.asks_the_date and not pinned:
+        parts.append(f"rows differ from day to day, by the date in them (--chat-template-kwargs {CLOCK}=DAY pins it)")
+    elif template.asks_the_date:
         day = next(item for item in settings.chat_template_kwargs if item.startswith(f"{CLOCK}="))
         parts.append(f"the day is {day}, whenever it is run (--chat-template-kwargs {CLOCK}=DAY)")
     return "; ".join(parts)
@@ -104,13 +107,13 @@ def render_chat(
     learnt = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
     if mode == "last":
         learnt = learnt[-1:]
-    if template.is_marked:
-        if mode in ("auto", "all"):
-            return [Rendered(text, _learnt(messages, spans))]
-        return [_marked(number, messages, turns, tools, render) for number in learnt]
+    if template.is_marked and mode in ("auto", "all"):
+        return [Rendered(text, _learnt(messages, spans))]
     if not learnt:
         roles = ", ".join(dict.fromkeys(message.role for message in messages))
         raise BadRowError(f"expected a turn of the assistant to learn from, found the roles {roles}")
+    if template.is_marked:
+        return [_marked(number, messages, turns, tools, render) for number in learnt]
     found = list(replies(learnt, turns, tools, render, control))
     if mode == "each":
         return [Rendered(reply.text, [(reply.start, len(reply.text))]) for reply in found]

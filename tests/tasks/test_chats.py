@@ -363,9 +363,11 @@ def test_turns_of_weight_0_are_context_without_marks_too() -> None:
     for family, answer in (("phi-4", "Yes<|im_end|>"), ("gpt-oss", f"{HARMONY}Yes<|return|>")):
         for mode in (None, "each", "last", "all"):
             assert learnt(family, rows_of(family, context, assistant_turns=mode)) == [[answer]]
-    (row,) = rows_of("phi-4", context[:2])
-    assert isinstance(row, BadRow)
-    assert "expected a turn of the assistant to learn from, found the roles user, assistant" in row.reason
+    marked = with_template("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    for tokenizer, mode in (("phi-4", None), ("phi-4", "each"), (marked, "each"), (marked, "last")):
+        (row,) = rows_of(tokenizer, context[:2], assistant_turns=mode)
+        assert isinstance(row, BadRow)
+        assert "expected a turn of the assistant to learn from, found the roles user, assistant" in row.reason
 
 
 @pytest.mark.parametrize(
@@ -614,6 +616,8 @@ def test_what_a_contract_says_of_chats() -> None:
         assert LM.settle(wanted, tokenizer_of("phi-4"), chats=True).assistant_turns == unmarked_says
         assert LM.settle(wanted, marked, chats=True).assistant_turns == marked_says
     assert LM.settle(Tokenization(9), tokenizer_of("phi-4"), chats=False) == Tokenization(9)
+    with pytest.raises(MisuseError, match="the prompts of this data set are plain text"):
+        LM.settle(Tokenization(9, assistant_turns="last"), tokenizer_of("phi-4"), chats=False)
 
 
 def test_what_decides_is_said_with_the_reason() -> None:
@@ -626,6 +630,8 @@ def test_what_decides_is_said_with_the_reason() -> None:
     assert "has no generation prompt, so that the header of a turn is learnt too" in said(tokenizer_of("mistral-v0.3"))
     marked = with_template("{% generation %}{{ messages[0].content }}{% endgeneration %}")
     assert said(marked) == "the chat template marks the assistant's tokens"
+    dated = with_template("{{ strftime_now('%Y') }}{% generation %}{{ messages[0].content }}{% endgeneration %}")
+    assert "rows differ from day to day" in said(dated)
     assert "marks the assistant's tokens; each turn is a row" in said(marked, "each")
 
 
