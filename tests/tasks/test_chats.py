@@ -578,6 +578,18 @@ def test_a_chat_is_cut_on_the_side_that_is_asked_for(packing: bool) -> None:
     assert not short.supervised[0]  # the first token behind BOS has lost its context
 
 
+def test_rows_of_chats_may_be_packed() -> None:
+    """Every turn once, whole chats' counts, and keys that no two rows share."""
+    examples = [Example(i, messages=PLAIN) for i in range(5)]
+    packed = Tokenization(500, packing=True)
+    rows = list(LM.tokenize(examples, "train", tokenizer_of("gpt-oss"), packed))
+    said = [text for row in learnt("gpt-oss", rows) for text in row]
+    assert said == [f"{HARMONY}Hello<|return|>", f"{HARMONY}Yes<|return|>"] * 5
+    good = [row for row in rows if isinstance(row, TokenizedExample)]
+    assert len({(row.source_row, row.piece) for row in good}) == len(good) < 10
+    assert [count for row in good for count in row.split_chats] == [2] * 5
+
+
 def test_turns_that_are_cut_away_are_bad_rows_of_their_own() -> None:
     rows = rows_of("gpt-oss", (*PLAIN[:3], turn("user", "b" * 300), turn("assistant", "Yes")), length=200)
     assert isinstance(rows[0], TokenizedExample)
