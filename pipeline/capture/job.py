@@ -38,7 +38,7 @@ from pipeline.models import (
     tokenizer_info,
 )
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
-from pipeline.sources import LabelMap, Source, is_of_files, load_source, survey
+from pipeline.sources import LabelMap, Source, holds_chats, is_of_files, load_source, survey
 from pipeline.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ def make_job(
         label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the teacher's.
     """
     num_classes = task.num_classes(teacher.model, tokenizer)
+    tokenization = task.settle(tokenization, tokenizer, chats=holds_chats(source))
     check_isolation(teacher.model, tokenization)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
     label_names = None if task.classes_are_tokens else _label_names(teacher.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.records import Columns
+from pipeline.sources.columns import is_chat
 from pipeline.sources.files.parquet import ParquetRows, Rows
 
 
@@ -35,3 +36,8 @@ class Source:
         """
         rows = self.splits[split]
         return rows.few_groups(start, stop, most) if isinstance(rows, ParquetRows) else [range(start, stop)]
+
+
+def holds_chats(source: Source) -> bool:
+    """Whether its rows are chats, in any split."""
+    return any(is_chat(dataset, source.columns) for dataset in source.splits.values())

@@ -242,7 +242,7 @@ def test_turns_of_weight_0_are_context() -> None:
         (
             {"tool_calls": [{"function": {"arguments": '{"a": 1}'}}]},
             "{{ m.tool_calls[0].function.arguments | tojson }}",
-            "quotes the arguments of a tool call",
+            None,
         ),
     ],
 )
@@ -268,14 +268,19 @@ def test_tools_reach_the_template_or_are_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{# {% generation %} #}{{ messages[0].content }}", "does not mark the assistant's tokens"),
-        ("{{ 'generation' }}{{ messages[0].content }}", "does not mark the assistant's tokens"),
         ("{% macro a(m) %}{% generation %}{{ m }}{% endgeneration %}{% endmacro %}{{ a('x') }}", "inside a macro"),
     ],
 )
-def test_templates_without_marks_that_can_be_used_are_refused(template: str, message: str) -> None:
+def test_marks_that_cannot_be_used_are_refused(template: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         row_of("gpt2", template, messages=(Message("assistant", "cat"),))
+
+
+@pytest.mark.parametrize("word", ["{# {% generation %} #}", "{{ 'generation' }}"])
+def test_the_word_generation_alone_is_no_mark(word: str) -> None:
+    messages = (Message("user", "the|"), Message("assistant", "cat"))
+    row = good("gpt2", word + "{% for m in messages %}{{ m.content }}{% endfor %}", messages=messages)
+    assert FAMILIES["gpt2"].decode(predicted(row)) == "cat"
 
 
 def test_padding_that_is_learnt_is_counted(caplog: pytest.LogCaptureFixture) -> None:
