@@ -38,7 +38,7 @@ _PROOF = {
     "evaluate": "evaluation.json",
 }
 #: Settings that name what a stage reads.
-_INPUTS = ("dataset", "model", "teacher", "cache", "student", "chat_template")
+_INPUTS = ("dataset", "model", "teacher", "cache", "student", "chat_template", "unlabelled")
 
 
 def stage_configs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,9 +84,18 @@ def test_run_through_a_stage_and_a_stage_by_name(project):
 
 
 def test_the_commands_one_by_one(project):
+    printed = {}
     for command in ("train-teacher", "cache-logits", "init-student", "train-student"):
         done = call(command, "--config", "run.yaml")
         assert done.exit_code == 0, done.output
+        printed[command] = done.stdout
+    # Every line with a metric says on which rows.
+    measured = r"accuracy [\d.]+%, .* on test, 30 labelled rows; trained on train, 72 labelled rows$"
+    assert re.search(measured, printed["train-teacher"].strip())
+    assert re.search(r"[\d,]+ parameters, [\d.]+% of the teacher's [\d,]+; 1 layers where the", printed["init-student"])
+    assert re.search(
+        r"3 steps in \d+ s, hard loss [\d.]+, soft loss [\d.]+ on train, 90 rows", printed["train-student"]
+    )
     done = call("evaluate", "--config", "run.yaml", "--json")
     assert json.loads(done.stdout)["teacher"]["name"] == "teacher"
     done = call("verify", "--cache", "runs/cache")

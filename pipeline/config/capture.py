@@ -41,6 +41,9 @@ class CacheLogitsConfig:
 
     task: TaskName = option("What the teacher predicts.")
     data: DataConfig
+    unlabelled: tuple[str, ...] = option(
+        "File or data set whose rows are added to the split train without labels; repeat for several.", ()
+    )
     teacher: str = option("Name or path of the teacher; a PEFT adapter directory or a GGUF file is one too.")
     teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
     base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)

@@ -39,6 +39,7 @@ PATHS = frozenset(
         "to",
         "tokenizer",
         "training",
+        "unlabelled",
         "write_config",
     ]
 )

@@ -16,7 +16,10 @@ class InitStudentConfig:
 
     teacher: str = option("Name or path of the teacher, whose architecture and tokenizer the student takes.")
     output: str = option("Directory of the student.")
-    layer: tuple[int, ...] = option("Layer of the teacher to copy, from 0; repeat for several.", ())
+    layer: tuple[int, ...] = option(
+        "Layer of the teacher to copy, from 0; repeat for several. Default: a third of them, evenly spaced, where no shape is given.",
+        (),
+    )
     num_layers: int | None = option("Layers of a student with random weights.", None)
     hidden_size: int | None = option("Width of a student with random weights.", None)
     num_heads: int | None = option("Attention heads of a student with random weights.", None)
@@ -28,8 +31,10 @@ class InitStudentConfig:
             raise MisuseError(
                 "--layer copies layers of the teacher; --num-layers, --hidden-size, --num-heads make new ones: use one or the other"
             )
-        if not self.layer and any(value is None for value in shape):
-            raise MisuseError("give --layer (repeatable), or all of --num-layers, --hidden-size, --num-heads")
+        if any(value is None for value in shape) and any(value is not None for value in shape):
+            raise MisuseError(
+                "--num-layers, --hidden-size and --num-heads go together; without them evenly spaced layers of the teacher are copied"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +56,7 @@ class TrainStudentConfig:
         "Share of a cache in the rows of an epoch, in the order of --cache; repeat for each. Default: every row once.",
         (),
     )
-    split: str = option("Split to train on.", "train")
+    split: tuple[str, ...] = option("Split to train on; repeat for several, whose rows are mixed.", ("train",))
     hard_weight: float = option(
         "Weight of the cross-entropy with the hard labels. The two weights need not sum to 1.", 0.5
     )
@@ -114,6 +119,10 @@ class TrainStudentConfig:
     def __post_init__(self) -> None:
         if isinstance(self.cache, str):  # one, as a script gives it
             object.__setattr__(self, "cache", (self.cache,))
+        if isinstance(self.split, str):
+            object.__setattr__(self, "split", (self.split,))
+        if not self.split or len(set(self.split)) < len(self.split):
+            raise MisuseError(f"--split: expected splits, each once, found {', '.join(self.split) or 'none'}")
         self.loss  # noqa: B018 - checks the weights and the temperature
         if not self.cache:
             raise MisuseError("--cache: expected at least one")

@@ -26,7 +26,7 @@ from pipeline.sources.source import Source
 if TYPE_CHECKING:
     import datasets
 
-    from pipeline.sources.files.parquet import Rows
+    from pipeline.sources.files.joined import OneRows
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
     return dataclasses.replace(source, config=data.dataset_config, revision=revision)
 
 
-def _local_splits(path: Path, data: DataConfig) -> dict[str, Rows]:
+def _local_splits(path: Path, data: DataConfig) -> dict[str, OneRows]:
     if data.data_files:
         files = files_named(path, data.data_files)
     else:
@@ -139,7 +139,7 @@ def _instead(dataset: Any, part: Any) -> str:
     return "give a datasets.Dataset, or a DatasetDict of them"
 
 
-def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
+def _prepare(name: str, splits: dict[str, OneRows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
     """Hold out, restrict to the splits asked for, check every one of them."""
     columns = one_input(columns)
     if not splits:
@@ -177,7 +177,7 @@ def _warn_of_absent(where: str, rows: ParquetRows) -> None:
         )
 
 
-def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None:
+def _check_split(name: str, split: str, dataset: OneRows, columns: Columns) -> None:
     where = f"{name}: split {split}"
     if len(dataset) == 0:
         raise SourceError(f"{where}: no rows; expected at least one; leave it out with --split, or fill it")
@@ -185,7 +185,7 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
     check_kept(where, dataset, columns)
 
 
-def _hold_out(name: str, splits: dict[str, Rows], columns: Columns, share: float) -> dict[str, Rows]:
+def _hold_out(name: str, splits: dict[str, OneRows], columns: Columns, share: float) -> dict[str, OneRows]:
     """`train` in two: `test` comes last."""
     if "train" not in splits:
         raise SourceError(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 #: Fields that came after the first release: where they are empty, manifests have the bytes and ids that they had before.
-_ADDED = frozenset({"label_map", "base_model"})
+_ADDED = frozenset({"label_map", "base_model", "unlabelled_sources"})
 
 __all__ = [
     "NAME",
