@@ -18,9 +18,10 @@ from pipeline.sources.columns import check_inputs, check_kept, check_label, one_
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
 from pipeline.sources.files.hub import load_hub
-from pipeline.sources.files.layout import check_split_name, files_named, find_files, looks_like_path
+from pipeline.sources.files.layout import EXPECTED, check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
+from pipeline.sources.files.told_apart import is_model, missing_path
 from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
             raise MisuseError(
                 f"{data.dataset}: --dataset-config and --dataset-revision go with a hub data set, found a local path"
             )
+        if is_model(path):
+            raise SourceError(f"{data.dataset}: is a model directory, expected a data set: {EXPECTED}")
         name, revision = _shareable_name(path), None
         splits = _local_splits(path, data)
     else:
@@ -69,7 +72,15 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
         name, revision = data.dataset, data.dataset_revision
         if repository is not None:
             name, revision = repository[1], repository[2] or revision
-        splits, revision = load_hub(name, data.dataset_config, revision)
+        try:
+            splits, revision = load_hub(name, data.dataset_config, revision)
+        except SourceError as error:
+            missing = missing_path(data.dataset)
+            if missing is None:
+                raise
+            raise SourceError(
+                f"{data.dataset}: {missing}; the hub has no such data set either, expected {EXPECTED}, or a hub name"
+            ) from error
     source = _prepare(name, splits, data.columns, data.holdout, data.split)
     if label_required:
         _require_label(source, data.columns.label)
