@@ -95,7 +95,7 @@ def test_the_commands_one_by_one(project):
     # Every line with a metric says on which rows.
     measured = r"accuracy [\d.]+%, .* on test, 30 labelled rows; trained on train, 72 labelled rows$"
     assert re.search(measured, printed["train-teacher"].strip())
-    assert re.search(r"[\d,]+ parameters, [\d.]+% of the teacher's [\d,]+; 1 layers where the", printed["init-student"])
+    assert re.search(r"[\d,]+ parameters, [\d.]+% of the teacher's [\d,]+; 1 layer where the", printed["init-student"])
     assert re.search(
         r"3 steps in \d+ s, hard loss [\d.]+, soft loss [\d.]+ on train, 90 rows", printed["train-student"]
     )

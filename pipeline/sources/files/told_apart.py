@@ -15,7 +15,10 @@ def missing_path(name: str) -> str | None:
     path = Path(name).expanduser()
     if path.exists() or "://" in name or not path.parent.is_dir():
         return None
-    beside = sorted(each.name for each in path.parent.iterdir() if not each.name.startswith("."))
+    try:
+        beside = sorted(each.name for each in path.parent.iterdir() if not each.name.startswith("."))
+    except OSError:  # a directory that may not be listed
+        return None
     near = difflib.get_close_matches(path.name, beside, n=1)
     if near:
         return f"no such file or directory; did you mean {path.parent / near[0]}?"
