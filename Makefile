@@ -85,6 +85,10 @@ sweep: cache-logits ## students of several sizes, temperatures and weights from 
 test: $(STAMP) ## the tests: fast, offline, no real model
 	$(PY) -m pytest -n auto --dist loadfile
 
+.PHONY: test-full
+test-full: $(STAMP) ## the same with ten times the random examples, and every picture drawn
+	SOFTLABEL_TESTS=full $(PY) -m pytest -n auto --dist loadfile
+
 .PHONY: test-real
 test-real: $(STAMP) $(BBC) $(LM) ## the tests that need the demos' real models
 	$(PY) -m pytest -m real

@@ -29,6 +29,9 @@ NO_LABEL = -100
 
 Scalar = str | int | float | bool | None
 
+#: Which turns of the assistant are learnt: all of them, in one row if they have one context; each in a row; the last.
+AssistantTurns = Literal["auto", "all", "each", "last"]
+
 
 # ------------------------------------------------------------------------------------------------ source -> tokens
 
@@ -81,12 +84,31 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself."""
+    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself.
+
+    Manifests leave out the settings of chats and prompts where they are empty.
+    """
 
     max_length: int
     packing: bool = False
     isolate_documents: bool = False
     """Packed rows only: attention and positions start anew at every document."""
+    assistant_turns: AssistantTurns | None = None
+    """Chats: which turns are learnt, and in how many rows. None in a contract: as the chat template marks them."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Chats: `KEY=JSON` each, sorted: keyword arguments of the chat template."""
+    truncation_side: Literal["left"] | None = None
+    """Chats, prompts and token ids with labels: where a row that is too long loses tokens. None: at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Tokens that a source row has lost to the longest row allowed."""
+
+    source_row: int
+    tokens: int
+    supervised: int = 0
+    """Those of them that were to be learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +130,10 @@ class TokenizedExample:
     text_bytes: int = 0
     """UTF-8 bytes of the text that the supervised positions predict."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
-    cut: tuple[int, ...] = ()
-    """Tokens that were cut off, of each source row in it that lost some; not stored."""
+    cut: tuple[Cut, ...] = ()
+    """What was cut off, of each source row in it that lost some; not stored."""
+    split_chats: tuple[int, ...] = ()
+    """Rows of each chat that is more than one, and has its first row here; not stored."""
 
     @property
     def num_tokens(self) -> int:
@@ -442,6 +466,12 @@ class Receipt:
     """Source rows without a label."""
     blank_rows: int = 0
     """Source rows with a text of white space alone."""
+    cut_supervised_rows: int = 0
+    """Those of these source rows that lost tokens that were to be learnt."""
+    split_chats: int = 0
+    """Chats that are several rows, since the turns of the assistant have not one context."""
+    split_chat_rows: int = 0
+    """Rows that they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +495,11 @@ class SourceContents:
     cut_rows: int = 0
     """Source rows that lost tokens to the longest row allowed."""
     cut_tokens: int = 0
+    cut_supervised_rows: int = 0
+    """Those of them that lost tokens that were to be learnt."""
+    split_chats: int = 0
+    """Chats that are several rows, since the turns of the assistant have not one context."""
+    split_chat_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

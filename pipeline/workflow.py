@@ -37,6 +37,8 @@ _PROOF = {
     "train-student": "distillation.json",
     "evaluate": "evaluation.json",
 }
+#: Stages that go on from their checkpoints.
+_TRAINING = ("train-teacher", "train-student")
 #: Settings that name what a stage reads.
 _INPUTS = ("dataset", "model", "teacher", "cache", "student", "chat_template", "unlabelled")
 
@@ -91,7 +93,7 @@ def run(
         logger.info("%s: %s", name, redact(str(config.output or "")))
         if _gives_way(name, config, key, asked=overwrite):
             config = dataclasses.replace(config, overwrite=True)
-        if output is not None and name == "train-student":
+        if output is not None and name in _TRAINING:
             write_text(_mark(output, name), _begun(key))
         runners[name](config)
         if (
@@ -108,10 +110,10 @@ def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
     """Whether what is there is deleted: a cache when asked to, a model that is stale always, but for an unfinished run of the same settings."""
     if stage == "cache-logits":
         return asked and current_plan(open_layout(config.output)) is not None
-    if stage == "train-student" and not asked and not config.resume:
-        mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
-        return proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key)
-    return stage in ("train-teacher", "train-student") and not getattr(config, "resume", False)
+    if stage not in _TRAINING or getattr(config, "resume", False):
+        return False
+    mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
+    return asked or proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key)
 
 
 def _begun(key: str) -> str:

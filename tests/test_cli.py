@@ -253,6 +253,31 @@ def test_what_was_made_by_hand_since_is_made_again(project, caplog):
     assert json.loads(Path("runs/a/distillation.json").read_text())["steps"] == 3
 
 
+def test_an_interrupted_teacher_goes_on(project, caplog, monkeypatch):
+    from pipeline.training import teacher
+
+    project["train-teacher"]["training"] = {"save_strategy": "steps", "save_steps": 2}
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "predict", interrupt)
+        assert call("run", "run.yaml", "train-teacher").exit_code == 130
+    caplog.clear()
+    assert call("run", "run.yaml", "train-teacher").exit_code == 0
+    assert "goes on from checkpoint-3" in caplog.text
+    project["train-teacher"]["seed"] = 1
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "predict", interrupt)
+        assert call("run", "run.yaml", "train-teacher").exit_code == 130
+    project["train-teacher"]["seed"] = 2  # what another run has left is stale
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    assert call("run", "run.yaml", "train-teacher").exit_code == 0
+
+
 def test_a_stale_teacher_gives_way_and_an_interrupted_student_goes_on(project, caplog, monkeypatch):
     from pipeline.training import run as training
 

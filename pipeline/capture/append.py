@@ -56,6 +56,13 @@ def appended(
     return found
 
 
+def new_ranges(plan: Plan, parent: Parent) -> dict[str, tuple[int, int]]:
+    """Split -> the source rows `[start, stop)` that an append adds, for the splits that have gained some."""
+    new = [shard for shard in plan.shards if shard.stop > parent.rows.get(shard.split, 0)]
+    starts = {shard.split: shard.start for shard in reversed(new)}
+    return {split: (starts[split], stop) for split, stop in _ends(new).items()}
+
+
 def _check_prefix(
     layout: Layout, cached: Contract, wanted: Contract, source: Source, there: Sequence[ShardPlan]
 ) -> None:

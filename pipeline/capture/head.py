@@ -12,7 +12,9 @@ from pipeline.capture.job import Job
 from pipeline.capture.shard import forward, read_shard
 from pipeline.errors import ModelError
 from pipeline.records import ShardPlan
+from pipeline.sources import holds_chats
 from pipeline.tasks import check_ids, embedding_rows
+from pipeline.tasks.chats import supervision
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ def show_first_row(job: Job) -> None:
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 1, first.stop))
     examples = read_shard(job, few).examples
+    if holds_chats(job.source):
+        logger.info("chats: %s", supervision(job.plan.contract.tokenization, job.tokenizer))
     for example in examples[:1]:
         tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised)
         logger.info("first row of %s (predicted tokens in brackets): %s", first.split, tokens)

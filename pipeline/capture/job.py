@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.cache import Layout, Plan
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, clear, current_plan, note_contents, open_layout
-from pipeline.capture.append import appended
+from pipeline.capture.append import appended, new_ranges
 from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.permutation import check_class_order
 from pipeline.capture.plan import (
@@ -39,7 +40,16 @@ from pipeline.models import (
 )
 from pipeline.models.saved import trained_length
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
-from pipeline.sources import LabelMap, Source, is_of_files, load_source, load_unlabelled, survey, with_unlabelled
+from pipeline.sources import (
+    LabelMap,
+    Source,
+    holds_chats,
+    is_of_files,
+    load_source,
+    load_unlabelled,
+    survey,
+    with_unlabelled,
+)
 from pipeline.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
@@ -167,6 +177,7 @@ def make_job(
         label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the teacher's.
     """
     num_classes = task.num_classes(teacher.model, tokenizer)
+    tokenization = task.settle(tokenization, tokenizer, chats=holds_chats(source))
     check_isolation(teacher.model, tokenization)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
     label_names = None if task.classes_are_tokens else _label_names(teacher.model)
@@ -188,10 +199,10 @@ def make_job(
     found_in_source = survey(source, ranges, by_contents=by_contents)
     row_groups = {} if by_contents else source.row_groups
     labels = _label_map(source, label_names, label_map)
-    if labels is not None and not label_map and begun is None:
+    compare = partial(check_class_order, task, source, labels, teacher, tokenizer, tokenization, num_classes)
+    if not label_map and begun is None:
         # Whoever makes the plan looks, before it is written; those who join or resume need not.
-        few = batch_tokens or task.default_batch_tokens
-        check_class_order(task, source, labels, teacher, tokenizer, tokenization, num_classes, ranges, few)
+        compare(ranges, batch_tokens or task.default_batch_tokens)
     if overwrite:
         clear(layout)
     found = current_plan(layout)
@@ -234,6 +245,8 @@ def make_job(
     plan = Plan(contract, plan_shards(ranges, per_shard, row_groups=row_groups))
     if append and found is not None:
         plan = appended(layout, found, plan, source, per_shard, row_groups)
+        if not label_map and plan.parent is not None and plan != found:
+            compare(new_ranges(plan, plan.parent), batch_tokens, append=True)
     layout = begin(layout, plan, tokenizer)
     note_contents(layout, plan, found_in_source.contents)
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)

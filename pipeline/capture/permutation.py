@@ -43,25 +43,28 @@ _LEAST_ROWS = 2
 def check_class_order(
     task: Task,
     source: Source,
-    labels: LabelMap,
+    labels: LabelMap | None,
     teacher: LoadedModel,
     tokenizer: PreTrainedTokenizerBase,
     tokenization: Tokenization,
     num_classes: int,
     ranges: Mapping[str, tuple[int, int]],
     batch_tokens: int,
+    *,
+    append: bool = False,
 ) -> None:
     """Refuse hard labels that fit the teacher far better in another order of the classes.
 
     Args:
-        labels: without a label map: with one the user has said what the order is.
+        labels: without a label map: with one the user has said what the order is. None, where classes are tokens: there is nothing to compare.
         ranges: the rows `[start, stop)` of each split that are read.
+        append: they are added to a finished cache, whose contract cannot take a label map any more.
 
     Raises:
         SourceError: names the labels, and the `--label-map` that would mend it; or a label that is no class.
     """
-    rows = _labelled(source, labels, ranges)
-    if len({row.label for row in rows}) < 2:
+    rows = [] if labels is None else _labelled(source, labels, ranges)
+    if labels is None or len({row.label for row in rows}) < 2:
         return
     sample = _sample(rows, min(_MOST, max(_LEAST, sum(stop - start for start, stop in ranges.values()) // _SHARE)))
     examples = _read(task, source, labels, tokenizer, tokenization, sample)
@@ -89,9 +92,19 @@ def check_class_order(
         "--label-map " + shlex.quote(f"{shown[label]}={labels.class_name(to)}") for label, to in moved.items()
     )
     label = next(iter(moved))
+    as_it_is = f"--label-map {shlex.quote(f'{shown[label]}={labels.class_name(label)}')}"
+    start = min(start for start, _ in ranges.values())
+    whose, mend = (
+        (
+            f"--append: the classes of the new rows (from row {start} on)",
+            f"cache these alone, with --rows {start}: and {flags}, into another --output, then join the two with softlabel merge",
+        )
+        if append
+        else ("the data's classes", f"add {flags}")
+    )
     raise SourceError(
-        f"{source.name}: the data's classes are in another order than the teacher's: of {int(touched.sum())} rows it predicts the label of {ours:.0%}, and of {theirs:.0%} "
-        f"where {pairs}{', ...' if len(moved) > 8 else ''}; add {flags} (or, if the labels are right as they are, --label-map {shlex.quote(f'{shown[label]}={labels.class_name(label)}')})"
+        f"{source.name}: {whose} are in another order than the teacher's: of {int(touched.sum())} rows it predicts the label of {ours:.0%}, and of {theirs:.0%} "
+        f"where {pairs}{', ...' if len(moved) > 8 else ''}; {mend} (or, if the labels are right as they are, {as_it_is})"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from pipeline.cache import Cache
 from pipeline.cache.writing.build import current_plan, open_layout
 from pipeline.capture.engines.in_process import capture
 from pipeline.capture.job import make_job, prepare, row_length
-from pipeline.config import CacheLogitsConfig, DataConfig
+from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs
 from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model
-from pipeline.records import Columns, Encoding, Tokenization
+from pipeline.records import AssistantTurns, Columns, Encoding, Tokenization
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import get_task
 
@@ -64,7 +66,9 @@ def cache_logits(
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
         label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
         unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
-        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append.
+        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
+            for chats assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
+            truncation_side ("right", "left").
 
     Returns:
         The finished cache. Called again with the same arguments it goes on where it was stopped.
@@ -83,11 +87,7 @@ def cache_logits(
     tokenizer = tokenizer or loaded.tokenizer
     layout = open_layout(output)
     begun = None if settings.get("overwrite") else current_plan(layout)
-    tokenization = Tokenization(
-        max_length=row_length(chosen, loaded, tokenizer, max_length, begun),
-        packing=settings.pop("packing", False),
-        isolate_documents=settings.pop("isolate_documents", False),
-    )
+    tokenization = _tokenization(row_length(chosen, loaded, tokenizer, max_length, begun), settings)
     chosen.check_columns(columns, tokenization)
     source, *others = (
         _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
@@ -113,6 +113,31 @@ def cache_logits(
     cache = capture(job)
     assert cache is not None  # no part was left out
     return cache
+
+
+def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:
+    """Takes what it needs out of the settings.
+
+    Raises:
+        MisuseError: a value that is none of those allowed.
+    """
+    arguments = settings.pop("chat_template_kwargs", {}).items()
+    turns = _one_of(settings, "assistant_turns", typing.get_args(AssistantTurns))
+    return Tokenization(
+        max_length=max_length,
+        packing=settings.pop("packing", False),
+        isolate_documents=settings.pop("isolate_documents", False),
+        assistant_turns=None if turns == "auto" else turns,
+        chat_template_kwargs=chat_template_kwargs(f"{key}={json.dumps(value)}" for key, value in arguments),
+        truncation_side="left" if _one_of(settings, "truncation_side", ("right", "left")) == "left" else None,
+    )
+
+
+def _one_of(settings: dict[str, Any], name: str, known: Sequence[str]) -> Any:
+    value = settings.pop(name, known[0])
+    if value not in known:
+        raise MisuseError(f"cache_logits: {name}: expected one of {', '.join(known)}, found {value!r}")
+    return value
 
 
 def _named_source(name: str, columns: Columns) -> Source:

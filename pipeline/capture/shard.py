@@ -197,13 +197,25 @@ class _ShardLabels:
             forward_seconds=round(self.forward_seconds, 3),
             bad_rows=tuple(sorted(tokens.bad, key=lambda row: row.source_row)),
             fidelity=None if self._meter is None else self._meter.result(),
-            cut_rows=sum(len(example.cut) for example in tokens.examples),
-            cut_tokens=sum(sum(example.cut) for example in tokens.examples),
             unlabelled_rows=tokens.unlabelled,
             blank_rows=tokens.blank,
+            **_losses(tokens.examples),
         )
         record(job.layout, receipt)
         done(receipt)
+
+
+def _losses(examples: Sequence[TokenizedExample]) -> dict[str, int]:
+    """What a receipt says of rows that were cut, and of chats that are several rows."""
+    cuts = [cut for example in examples for cut in example.cut]
+    chats = [count for example in examples for count in example.split_chats]
+    return {
+        "cut_rows": len({cut.source_row for cut in cuts}),
+        "cut_tokens": sum(cut.tokens for cut in cuts),
+        "cut_supervised_rows": len({cut.source_row for cut in cuts if cut.supervised}),
+        "split_chats": len(chats),
+        "split_chat_rows": sum(chats),
+    }
 
 
 def read_shard(job: Job, shard: ShardPlan) -> Tokens:

@@ -19,7 +19,7 @@ from pipeline.cli.echo import echo_cache
 )
 def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
     from pipeline.metrics import on_split
-    from pipeline.models.teacher import run
+    from pipeline.training.teacher import run
 
     metrics = run(config)
     kept = json.loads(Path(config.output, "metrics.json").read_text(encoding="utf-8"))

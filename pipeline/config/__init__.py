@@ -12,7 +12,7 @@ Precedence: flag, then the command's section, then the shared part, then the def
 
 from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig, make_encoding
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, chat_template_kwargs
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
 from pipeline.config.options import flag_name, parse_bytes
@@ -47,6 +47,7 @@ __all__ = [
     "TrainStudentConfig",
     "TrainTeacherConfig",
     "VerifyConfig",
+    "chat_template_kwargs",
     "cli_fields",
     "flag_name",
     "load_config",

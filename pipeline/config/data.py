@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.config.options import data_option as option
 from pipeline.errors import MisuseError
-from pipeline.records import Columns, Tokenization
+from pipeline.records import AssistantTurns, Columns, Tokenization
+
+#: What the pipeline itself gives to a chat template.
+_GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversations")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +55,17 @@ class DataConfig:
     )
     packing: bool = option("Language models: pack several documents into a row, with EOS between them.", False)
     isolate_documents: bool = option("With --packing: attention does not cross documents.", False)
-    chat_template: str | None = option(
-        "File with a Jinja chat template that marks {% generation %}, if the tokenizer's does not.", None
+    chat_template: str | None = option("File with a Jinja chat template, in place of the tokenizer's.", None)
+    chat_template_kwargs: tuple[str, ...] = option(
+        "KEY=VALUE: argument of the chat template, as enable_thinking=false; repeat for several.", ()
+    )
+    assistant_turns: AssistantTurns = option(
+        "Chats: learn all turns of the assistant, in as few rows as have each in its own context (auto) or in one row (all), "
+        "each in a row of its own, or the last alone.",
+        "auto",
+    )
+    truncation_side: Literal["right", "left"] = option(
+        "Where chats and prompts that are too long lose tokens.", "right"
     )
     store_text: bool = option(
         "Keep the texts, so that a student with another tokenizer can train (classification).", True
@@ -67,6 +82,7 @@ class DataConfig:
             raise MisuseError("--labels-column goes with --input-ids-column; for class labels use --label-column")
         if self.isolate_documents and not self.packing:
             raise MisuseError("--isolate-documents goes with --packing: without packing a row is one document")
+        chat_template_kwargs(self.chat_template_kwargs)
         for item in self.label_map:
             data, _, model = item.rpartition("=")
             if not data.strip() or not model.strip():
@@ -95,4 +111,38 @@ class DataConfig:
 
     def tokenization(self, max_length: int) -> Tokenization:
         """How texts become tokens, once the longest row is known."""
-        return Tokenization(max_length=max_length, packing=self.packing, isolate_documents=self.isolate_documents)
+        return Tokenization(
+            max_length=max_length,
+            packing=self.packing,
+            isolate_documents=self.isolate_documents,
+            assistant_turns=None if self.assistant_turns == "auto" else self.assistant_turns,
+            chat_template_kwargs=chat_template_kwargs(self.chat_template_kwargs),
+            truncation_side="left" if self.truncation_side == "left" else None,
+        )
+
+
+def chat_template_kwargs(items: Iterable[str]) -> tuple[str, ...]:
+    """Arguments of a chat template, `KEY=VALUE` each, as `KEY=JSON` in the order of their keys.
+
+    A value that is JSON counts as that (false, 3, "3"), as do True, False and None; any other is text.
+
+    Raises:
+        MisuseError: no key, a key twice, or one that the pipeline gives itself.
+    """
+    found: dict[str, object] = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key.isidentifier():
+            raise MisuseError(f"--chat-template-kwargs: expected KEY=VALUE, found {item!r}")
+        if key in found or key in _GIVEN:
+            why = "is given twice" if key in found else "is what the pipeline gives to the template itself"
+            raise MisuseError(f"--chat-template-kwargs {key}: {why}; leave it out")
+        found[key] = _value(value)
+    return tuple(f"{key}={json.dumps(value, sort_keys=True)}" for key, value in sorted(found.items()))
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text

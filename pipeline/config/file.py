@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -187,7 +188,8 @@ def _checked_section(path: str | Path, name: str, value: Any, config_type: type)
     for listed in (f.name for f in dataclasses.fields(config_type) if str(f.type).startswith("tuple[")):
         value = section.get(listed, ())
         if isinstance(value, dict):  # `label-map: {3: sport}`
-            section[listed] = value = [f"{key}={item}" for key, item in value.items()]
+            write = json.dumps if listed == "chat_template_kwargs" else str
+            section[listed] = value = [f"{key}={write(item)}" for key, item in value.items()]
         if not isinstance(value, list | tuple):
             section[listed] = [] if value is None else [value]
     return section

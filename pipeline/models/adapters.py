@@ -4,27 +4,77 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models.audit import refuse_adapter
 
 UNLOADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
+#: As PEFT names them.
+CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 #: Beside a classifier's adapter: its label names, which the base model's config does not have.
 LABELS = "labels.json"
 
 
-def adapter_config(name: str) -> Mapping[str, Any] | None:
-    """What a PEFT adapter directory says of itself; None where it is no such directory."""
-    path = Path(name).expanduser() / "adapter_config.json"
-    if not path.is_file():
+#: A name on the hub: NAME, or ORG/NAME.
+_HUB_NAME = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
+
+
+def adapter_folder(name: str, revision: str | None = None) -> Path | None:
+    """Where the files of a PEFT adapter are: its directory, or the snapshot that is fetched from the hub. None: it is no adapter.
+
+    Args:
+        name: of anything that can be loaded.
+        revision: on the hub.
+
+    Raises:
+        ModelError: it is one, and its files cannot be fetched.
+    """
+    local = Path(name).expanduser()
+    if (local / CONFIG_NAME).is_file():
+        return local
+    if local.exists() or name.endswith(".gguf") or not _HUB_NAME.fullmatch(name):
         return None
+    try:
+        config = find_adapter_config_file(name, revision=revision)
+    except UNLOADABLE:
+        return None  # no such name or revision: whoever loads it says so
+    if config is None:
+        return None
+    folder = Path(config).parent  # named by the commit
+    try:
+        for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, LABELS, "tokenizer_config.json"):
+            if file != WEIGHTS_NAME or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+                cached_file(name, file, revision=folder.name, _raise_exceptions_for_missing_entries=False)
+    except UNLOADABLE as error:
+        raise ModelError(f"{name}: the adapter's files cannot be fetched: {first_line(error)}; try again") from error
+    return folder
+
+
+def adapter_config(name: str, revision: str | None = None) -> Mapping[str, Any] | None:
+    """What a PEFT adapter says of itself; None where it is no adapter.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    folder = adapter_folder(name, revision)
+    if folder is None:
+        return None
+    path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -32,6 +82,25 @@ def adapter_config(name: str) -> Mapping[str, Any] | None:
     if not isinstance(config, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}; save the adapter again")
     return config
+
+
+def adapter_labels(name: str, revision: str | None = None) -> tuple[str, ...] | None:
+    """The label names beside a classifier's adapter; None where there are none.
+
+    Raises:
+        ModelError: the file does not hold a list of names.
+    """
+    folder = adapter_folder(name, revision)
+    if folder is None or not (folder / LABELS).is_file():
+        return None
+    path = folder / LABELS
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({first_line(error)}); write the list of label names again") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ModelError(f"{path}: expected a JSON list of label names; write it again")
+    return tuple(labels)
 
 
 def base_name(name: str, adapter: Mapping[str, Any] | None, asked: str | None) -> str:
@@ -60,10 +129,11 @@ def base_name(name: str, adapter: Mapping[str, Any] | None, asked: str | None) -
     return base
 
 
-def with_adapter(model: Any, name: str, missing: Sequence[str], *, base: str, trainable: bool) -> Any:
-    """The model with the adapter of a directory around it, every weight of which comes from a file.
+def with_adapter(model: Any, name: str, folder: Path, missing: Sequence[str], *, base: str, trainable: bool) -> Any:
+    """The model with an adapter around it, every weight of which comes from a file.
 
     Args:
+        folder: where its files are.
         missing: parameters of the base that its own checkpoint lacks; the adapter has to bring them.
 
     Raises:
@@ -74,7 +144,11 @@ def with_adapter(model: Any, name: str, missing: Sequence[str], *, base: str, tr
         from peft.utils import load_peft_weights, set_peft_model_state_dict
     except ImportError:
         raise ModelError(f"{name}: is a PEFT adapter; pip install 'soft-label-pipeline[lm]' to use it") from None
-    path = str(Path(name).expanduser())
+    path = str(folder)
+    if not any((folder / file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ModelError(
+            f"{name}: expected {SAFETENSORS_WEIGHTS_NAME} beside {CONFIG_NAME}, found no weights of the adapter, or they cannot be fetched; save it again"
+        )
     try:
         weights = load_peft_weights(path, device="cpu")
         if not weights:
@@ -89,10 +163,29 @@ def with_adapter(model: Any, name: str, missing: Sequence[str], *, base: str, tr
         ) from error
     except UNLOADABLE as error:
         raise ModelError(f"{name}: the adapter does not fit its base model: {first_line(error)}") from error
-    refuse_adapter(adapted, name, loaded, missing, base=base)
+    refuse_adapter(adapted, name, weights.keys(), loaded, missing, base=base)
     for settings in adapted.peft_config.values():
         settings.base_model_name_or_path = base  # what is saved again names the base that it was loaded on
     return adapted
+
+
+def refuse_prompt_tokens(model: Any, name: str, *, classes_are_tokens: bool) -> None:
+    """Refuse an adapter that puts tokens of its own before each row, where these move the positions whose logits are taken.
+
+    Encoders take the first position, whatever stands there.
+
+    Raises:
+        ModelError: prompt tuning of a language model, or of a classifier that takes the last position of a row.
+    """
+    settings = model.peft_config[model.active_adapter]
+    kind = getattr(settings.peft_type, "value", str(settings.peft_type))
+    if not settings.is_prompt_learning or kind == "PREFIX_TUNING":
+        return
+    if classes_are_tokens or type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ModelError(
+            f"{name}: is an adapter of the kind {kind}, which puts {settings.num_virtual_tokens} tokens before each row and so moves its positions; "
+            "expected one that does not, as LoRA, IA3 or prefix tuning"
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -34,12 +36,19 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
     if metric and "greater_is_better" not in given:  # transformers takes all for that but what ends in "loss"
         ours["greater_is_better"] = metric in _GREATER_IS_BETTER
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 20, "dataloader_pin_memory": False}
+    if num_ranks() > 1 and not torch.accelerator.is_available():
+        quiet["use_cpu"] = True  # ranks find each other on a CPU only where they are asked to use it
     try:
         args = TrainingArguments(output_dir=output, **{**quiet, **ours, **extra})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
     hide_token(args)
     return args
+
+
+def num_ranks() -> int:
+    """How many processes torchrun has started for one run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class _Token(str):

@@ -47,6 +47,32 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
     return tuple(missing)
 
 
+def refuse_more_blocks(name: str, tensors: Sequence[str], num_layers: int) -> None:
+    """Refuse a GGUF file with layers that its own configuration leaves out; transformers drops them without a word.
+
+    Args:
+        tensors: their names in the file. Blocks that predict more than one token ahead (`nextn`) are no layers.
+
+    Raises:
+        ModelError: names the first of them.
+    """
+    blocks: dict[int, list[str]] = {}
+    for tensor in tensors:
+        if found := re.match(r"blk\.(\d+)\.", tensor):
+            blocks.setdefault(int(found[1]), []).append(tensor)
+    more = [
+        tensor
+        for block, names in sorted(blocks.items())
+        if block >= num_layers and not any(".nextn." in each for each in names)
+        for tensor in names
+    ]
+    if more:
+        raise ModelError(
+            f"{name}: the file holds {len(more)} weights of layers that its block_count of {num_layers} has no place for ({_some(more)}), so its logits would be "
+            "another model's; convert the model to GGUF again"
+        )
+
+
 def refuse_missing(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -> None:
     """Refuse a model with parameters that come from no file.
 
@@ -66,12 +92,20 @@ def refuse_missing(model: Any, name: str, missing: Sequence[str], *, new_head: b
 
 
 def refuse_adapter(
-    model: Any, name: str, loaded: Any, missing: Sequence[str], *, base: str, adapter: str = "default"
+    model: Any,
+    name: str,
+    file_keys: Collection[str],
+    loaded: Any,
+    missing: Sequence[str],
+    *,
+    base: str,
+    adapter: str = "default",
 ) -> None:
     """Refuse an adapter whose file and modules do not match, or that leaves a head of its base without weights.
 
     Args:
         model: the PeftModel.
+        file_keys: of the weights in the adapter's file.
         loaded: the missing and unexpected keys, as `set_peft_model_state_dict` returns them.
         missing: parameters of the base that its own checkpoint lacks.
 
@@ -79,7 +113,10 @@ def refuse_adapter(
         ModelError: names the keys.
     """
     prompts = model.peft_config[adapter].is_prompt_learning  # PEFT puts its `prompt_embeddings` in place itself
-    strangers = [key for key in loaded.unexpected_keys if not (prompts and key == "prompt_embeddings")]
+    biases = _biases(model, adapter)
+    strangers = [
+        key for key in loaded.unexpected_keys if key not in biases and not (prompts and key == "prompt_embeddings")
+    ]
     if strangers:
         raise ModelError(
             f"{name}: {len(strangers)} weights of the adapter match no module of its base model {base} ({_some(strangers)}), "
@@ -89,6 +126,7 @@ def refuse_adapter(
     lost = set(loaded.missing_keys)
     if not prompts:
         own = [key for key, _ in model.named_parameters() if of_adapter.search(key) and key in lost]
+        own += sorted(key for key in biases - set(file_keys) if ".modules_to_save." not in key)  # their second copy
         if own:
             raise ModelError(
                 f"{name}: the adapter's file lacks {len(own)} of the weights that adapter_config.json describes ({_some(own)}); save the adapter again"
@@ -100,6 +138,16 @@ def refuse_adapter(
             f"{name}: {len(heads)} weights come from neither the adapter nor its base model {base} ({_some(heads)}), so its logits would be "
             "noise; save the adapter with the head in modules_to_save (PEFT: task_type SEQ_CLS), or name a base that has the head with --base-model"
         )
+
+
+def _biases(model: Any, adapter: str) -> set[str]:
+    """Biases of the base that an adapter was trained with (`bias` of its configuration), as PEFT writes them: some of them twice."""
+    if getattr(model.peft_config[adapter], "bias", "none") == "none":
+        return set()
+    from peft.utils import get_peft_model_state_dict
+
+    written = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {key for key in written if key.endswith(".bias")}
 
 
 def _refuse_prefix(name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:

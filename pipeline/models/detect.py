@@ -35,5 +35,8 @@ def detect_task(name: str, *, trust_remote_code: bool = False, base_model: str |
 
 
 def _class_names(auto_class: Any) -> set[str]:
-    entries = auto_class._model_mapping.values()
-    return {cls.__name__ for entry in entries for cls in (entry if isinstance(entry, tuple) else (entry,))}
+    """By name alone: the classes themselves would import every architecture that transformers has."""
+    mapping = auto_class._model_mapping
+    named = [entry if isinstance(entry, tuple) else (entry,) for entry in mapping._model_mapping.values()]
+    registered = [entry if isinstance(entry, tuple) else (entry,) for entry in mapping._extra_content.values()]
+    return {name for names in named for name in names} | {cls.__name__ for found in registered for cls in found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -13,10 +12,21 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils.hub import cached_file
 
 from pipeline.errors import MisuseError, ModelError
-from pipeline.models.adapters import LABELS, UNLOADABLE, adapter_config, base_name, first_line, with_adapter
-from pipeline.models.audit import missing_weights, refuse_missing
+from pipeline.models.adapters import (
+    UNLOADABLE,
+    adapter_config,
+    adapter_folder,
+    adapter_labels,
+    base_name,
+    first_line,
+    refuse_prompt_tokens,
+    with_adapter,
+)
+from pipeline.models.audit import missing_weights, refuse_missing, refuse_more_blocks
 from pipeline.records import Tokenization
 from pipeline.sources.files.told_apart import is_cache, missing_path
 from pipeline.tasks import Task, embedding_rows
@@ -64,7 +74,7 @@ def load_model(
     """Load weights with the task's head.
 
     Args:
-        name: hub name, directory, PEFT adapter directory, or GGUF file (`dir/file.gguf`, `org/name/file.gguf`).
+        name: hub name, directory, PEFT adapter (a directory or a hub name), or GGUF file (`dir/file.gguf`, `org/name/file.gguf`).
         label_names: names of the classes of a new classification head.
         new_head: a head that the checkpoint lacks is initialised; otherwise that is an error, for its logits would be noise.
         trainable: a PEFT adapter is loaded to be trained further.
@@ -75,11 +85,11 @@ def load_model(
         ModelError: nothing loadable there, or a weight comes from no file, or a weight of a file has no place.
         MisuseError: a dtype or a compiler that does not exist.
     """
-    adapter, beside = adapter_config(name), Path(name).expanduser()
+    adapter, folder = adapter_config(name, revision), adapter_folder(name, revision)
     base_model = None if base_model is None else os.path.expanduser(base_model)
     base = base_name(name, adapter, base_model)
-    if adapter and label_names is None and (beside / LABELS).is_file():
-        label_names = tuple(json.loads((beside / LABELS).read_text(encoding="utf-8")))
+    if adapter and label_names is None:
+        label_names = adapter_labels(name, revision)
     try:
         source, kwargs = _locate(base)
         kwargs.update(revision=None if adapter else revision, trust_remote_code=trust_remote_code)
@@ -102,13 +112,19 @@ def load_model(
         options["quantization_config"] = _quantization(quantization)
     model, info = _from_pretrained(task.auto_class, source, base, **kwargs, **options)
     missing = missing_weights(model, base, info, new_head=new_head or adapter is not None)
-    if adapter:
-        model = with_adapter(model, name, missing, base=base, trainable=trainable)
+    if "gguf_file" in kwargs:
+        path = str(cached_file(source, kwargs["gguf_file"], revision=kwargs["revision"]))
+        refuse_more_blocks(base, read_gguf_metadata(path)[1], config.get_text_config().num_hidden_layers)
+    if folder is not None:
+        model = with_adapter(model, name, folder, missing, base=base, trainable=trainable)
+        refuse_prompt_tokens(model, name, classes_are_tokens=task.classes_are_tokens)
     else:
         refuse_missing(model, name, missing, new_head=new_head)
+    commit = None if folder is None or Path(name).expanduser().exists() else folder.name
+    own_tokenizer = folder is None or (folder / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(
-        name if adapter and (beside / "tokenizer_config.json").exists() else base,
-        revision=revision,
+        name if own_tokenizer else base,
+        revision=revision if own_tokenizer else None,
         trust_remote_code=trust_remote_code,
     )
     if device_map is None and quantization is None:
@@ -121,7 +137,7 @@ def load_model(
         model,
         tokenizer,
         name,
-        revision or getattr(config, "_commit_hash", None),
+        revision or commit or getattr(config, "_commit_hash", None),
         quantization,
         compiler,
         base_model,
@@ -281,7 +297,9 @@ def _dtype(name: str) -> Any:
 def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(source, **kwargs)
-    except UNLOADABLE as error:
+    except Exception as error:
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:  # as the library tokenizers raises it
+            raise
         missing = missing_path(name)
         if missing is not None:
             raise ModelError(

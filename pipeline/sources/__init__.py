@@ -5,7 +5,7 @@ from pipeline.sources.label_names import label_names
 from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
-from pipeline.sources.source import Source
+from pipeline.sources.source import Source, holds_chats
 from pipeline.sources.unlabelled import load_unlabelled, with_unlabelled
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Survey",
     "fingerprints",
     "from_datasets",
+    "holds_chats",
     "is_of_files",
     "label_names",
     "load_source",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
 
 from pipeline.sources.files.joined import JoinedRows
 from pipeline.sources.files.parquet import ParquetRows
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 
 Row = dict[str, object]
+
+
+_VIEWS: WeakKeyDictionary[Dataset, dict[tuple[str, ...], Dataset]] = WeakKeyDictionary()
 
 
 class _Unreadable:
@@ -51,7 +55,7 @@ def read_rows(dataset: Rows, names: Sequence[str], start: int = 0, stop: int | N
         for part in dataset.parts(present, start, stop):
             yield from _read(part, present, 0, len(part))
     else:
-        yield from _read(dataset.with_format(None).select_columns(present), present, start, stop)
+        yield from _read(_view(dataset, tuple(present)), present, start, stop)
 
 
 def _read(plain: Dataset, present: Sequence[str], start: int, stop: int) -> Iterator[Row]:
@@ -64,6 +68,14 @@ def _read(plain: Dataset, present: Sequence[str], start: int, stop: int) -> Iter
             continue
         for values in zip(*(columns[name] for name in present), strict=True):
             yield dict(zip(present, values, strict=True))
+
+
+def _view(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
+    """These columns as Python objects. Kept as long as the data set, which names each view by a hash: more work than to read a row."""
+    views = _VIEWS.setdefault(dataset, {})
+    if names not in views:
+        views[names] = dataset.with_format(None, columns=list(names))
+    return views[names]
 
 
 def _read_row(plain: Dataset, names: Sequence[str], row: int) -> Row:

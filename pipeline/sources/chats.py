@@ -72,6 +72,9 @@ def _content(name: str, value: object) -> str:
     texts = []
     for number, part in enumerate(value):
         kind = part.get("type", "text") if isinstance(part, dict) else None
+        medium = _medium(part)
+        if medium is not None:
+            raise BadRowError(f"{name}[{number}]: expected text, found {medium}; chats are read as text alone")
         if kind != "text" or set(part) - {"type", "text"}:
             raise BadRowError(
                 f"{name}[{number}]: expected {{type: text, text}}, found "
@@ -79,6 +82,15 @@ def _content(name: str, value: object) -> str:
             )
         texts.append(read_text(f"{name}[{number}].text", part.get("text"), may_be_empty=True))
     return "".join(texts)
+
+
+def _medium(part: object) -> str | None:
+    """What a part holds that is no text: an image, audio or video, by its type or the keys that it has."""
+    if not isinstance(part, dict):
+        return None
+    words = " ".join(str(word) for word in (part.get("type"), *part) if word is not None).lower()
+    media = {"image": "an image", "audio": "audio", "video": "a video"}
+    return next((found for word, found in media.items() if word in words), None)
 
 
 def _is_learnt(where: str, turn: dict[str, object]) -> bool:

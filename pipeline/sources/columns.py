@@ -56,14 +56,19 @@ def input_roles(columns: Columns) -> dict[str, str]:
 
 def side_roles(dataset: Rows, columns: Columns) -> dict[str, str]:
     """Role -> column of what is read beside the inputs where the data set has it: padding of token ids, tools of chats."""
-    chat = columns.messages or columns.prompt
     if columns.input_ids is not None and columns.labels != ATTENTION_MASK:
         name = ATTENTION_MASK
-    elif chat is not None and describe(dataset.features.get(chat)) != "text":
+    elif is_chat(dataset, columns):
         name = TOOLS
     else:
         return {}
     return {name: name} if name in dataset.column_names else {}
+
+
+def is_chat(dataset: Rows, columns: Columns) -> bool:
+    """Whether the input is chats: messages, or prompts that are no plain text."""
+    chat = columns.messages or columns.prompt
+    return chat is not None and describe(dataset.features.get(chat)) != "text"
 
 
 def used_roles(columns: Columns) -> dict[str, str]:

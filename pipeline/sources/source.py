@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.records import Columns, UnlabelledSource
+from pipeline.sources.columns import is_chat
 from pipeline.sources.files.joined import JoinedRows, Rows, is_in_place
 from pipeline.sources.files.parquet import ParquetRows
 
@@ -44,3 +45,8 @@ class Source:
         rows = self.splits[split]
         grouped = isinstance(rows, ParquetRows | JoinedRows)
         return rows.few_groups(start, stop, most) if grouped else [range(start, stop)]
+
+
+def holds_chats(source: Source) -> bool:
+    """Whether its rows are chats, in any split."""
+    return any(is_chat(dataset, source.columns) for dataset in source.splits.values())

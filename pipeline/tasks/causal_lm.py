@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
+from pipeline.tasks.chats import check_chat_settings, settle
 from pipeline.tasks.documents import Document, read_documents
 from pipeline.tasks.protocol import attention_mask, pad
 
@@ -47,13 +47,22 @@ class CausalLM:
     higher_is_better: bool = False
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Pairs of texts are for classifiers; a packed row has no one value of a kept column."""
+        """Pairs of texts are for classifiers; a packed row has no one value of a kept column; settings go with their inputs."""
         if columns.text_pair is not None:
             raise MisuseError(
                 f"--text-pair-column is for classifiers; --task {self.name} takes --prompt-column and --completion-column"
             )
         if tokenization.packing and columns.keep:
             raise MisuseError("--keep-column does not go with --packing: a packed row holds several source rows")
+        check_chat_settings(columns, tokenization)
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """With what the chat template decides, where there are chats."""
+        if not chats and (settings.assistant_turns is not None or settings.chat_template_kwargs):
+            raise MisuseError(
+                "--assistant-turns and --chat-template-kwargs go with chats, and the prompts of this data set are plain text"
+            )
+        return settle(settings, tokenizer) if chats else settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """The tokenizer's vocabulary. Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and in training."""
@@ -75,13 +84,13 @@ class CausalLM:
         labels of their own are truncated instead: a later piece would have lost its prompt.
         """
         if settings.packing:
-            yield from _pack(read_documents(examples, split, tokenizer), split, tokenizer.eos_token_id, settings)
+            yield from _pack(read_documents(examples, split, tokenizer, settings), split, tokenizer, settings)
             return
-        for document in read_documents(examples, split, tokenizer):
+        for document in read_documents(examples, split, tokenizer, settings):
             if isinstance(document, BadRow):
                 yield document
                 continue
-            fitted = document if document.may_be_cut else _truncate(document, split, settings.max_length)
+            fitted = document if document.may_be_cut else _truncate(document, split, tokenizer, settings)
             if isinstance(fitted, BadRow):
                 yield fitted
             else:
@@ -153,33 +162,37 @@ class CausalLM:
         )
 
 
-def _truncate(document: Document, split: str, longest: int) -> Document | BadRow:
-    """The first `longest` tokens, if they leave anything to predict."""
+def _truncate(
+    document: Document, split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
+) -> Document | BadRow:
+    """As many tokens of one side as a row may have, if they leave anything to predict."""
+    longest = settings.max_length
     if len(document.input_ids) <= longest:
         return document
-    if not document.predicted[:longest].any():
+    kept = document.truncated(longest, left=settings.truncation_side == "left", bos_id=tokenizer.bos_token_id)
+    if not kept.predicted.any():
         reason = f"no token to predict is left within --max-length {longest}, of {len(document.input_ids)} tokens"
         return BadRow(split, document.example.source_row, reason)
-    return dataclasses.replace(document.part(0, longest), cut=len(document.input_ids) - longest)
+    return kept
 
 
 def _cut(document: Document, longest: int) -> Iterator[TokenizedExample]:
-    piece = 0
+    piece = document.piece
     for start in range(0, len(document.input_ids) - 1, longest - 1):
-        part = slice(start, start + longest)
-        predicted = document.predicted[part]
-        if predicted[1:].any():
-            cut = (document.cut,) if document.cut else ()
-            yield _row(
-                document.example, piece, document.input_ids[part], predicted, document.num_bytes[part], None, cut
-            )
+        part = document.part(start, start + longest)
+        if part.predicted.any():
+            yield _row([part], piece, isolate=False)
             piece += 1
 
 
 def _pack(
-    documents: Iterable[Document | BadRow], split: str, eos_id: int | None, settings: Tokenization
+    documents: Iterable[Document | BadRow],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Tokenization,
 ) -> Iterator[TokenizedExample | BadRow]:
     """Fill rows of `max_length` with documents, EOS after each. A text that does not fit goes on in the next row; what may not be cut starts there."""
+    eos_id = tokenizer.eos_token_id
     if eos_id is None:
         raise MisuseError("--packing puts EOS between documents, and the tokenizer has none; cache without --packing")
     open_row: list[Document] = []
@@ -187,20 +200,10 @@ def _pack(
     room = settings.max_length
 
     def close() -> Iterator[TokenizedExample]:
-        predicted = np.concatenate([part.predicted for part in open_row])
-        if predicted[1:].any():
-            first = open_row[0].example
-            lengths = np.asarray([len(part.input_ids) for part in open_row], dtype=np.int32)
-            yield _row(
-                first,
-                pieces[first.source_row],
-                np.concatenate([part.input_ids for part in open_row]),
-                predicted,
-                np.concatenate([part.num_bytes for part in open_row]),
-                lengths if settings.isolate_documents else None,
-                tuple(part.cut for part in open_row if part.cut),
-            )
-            pieces[first.source_row] += 1
+        if np.concatenate([part.predicted for part in open_row])[1:].any():
+            first = open_row[0].example.source_row
+            yield _row(open_row, pieces[first], isolate=settings.isolate_documents)
+            pieces[first] += 1
 
     for document in documents:
         if isinstance(document, BadRow):
@@ -208,7 +211,7 @@ def _pack(
             continue
         closed = document.with_eos(eos_id)
         if not closed.may_be_cut:
-            fitted = _truncate(closed, split, settings.max_length)
+            fitted = _truncate(closed, split, tokenizer, settings)
             if isinstance(fitted, BadRow):
                 yield fitted
                 continue
@@ -219,7 +222,7 @@ def _pack(
                 room = settings.max_length
         start = 0
         while len(closed.input_ids) - start > 1:
-            part = dataclasses.replace(closed.part(start, start + room), cut=0 if start else closed.cut)
+            part = closed.part(start, start + room)
             open_row.append(part)
             room -= len(part.input_ids)
             start += len(part.input_ids) - 1
@@ -231,26 +234,21 @@ def _pack(
         yield from close()
 
 
-def _row(
-    example: Example,
-    piece: int,
-    ids: np.ndarray,
-    predicted: np.ndarray,
-    num_bytes: np.ndarray,
-    lengths: np.ndarray | None,
-    cut: tuple[int, ...],
-) -> TokenizedExample:
+def _row(parts: Sequence[Document], piece: int, *, isolate: bool) -> TokenizedExample:
     """`predicted` speaks of tokens, `supervised` of the positions before them."""
-    supervised = np.append(predicted[1:], False)
+    predicted = np.concatenate([part.predicted for part in parts])
+    num_bytes = np.concatenate([part.num_bytes for part in parts])
+    example = parts[0].example
     return TokenizedExample(
         source_row=example.source_row,
         piece=piece,
-        input_ids=ids.astype(np.int32),
-        supervised=supervised,
-        document_lengths=lengths,
+        input_ids=np.concatenate([part.input_ids for part in parts]).astype(np.int32),
+        supervised=np.append(predicted[1:], False),
+        document_lengths=np.asarray([len(part.input_ids) for part in parts], dtype=np.int32) if isolate else None,
         text_bytes=int(num_bytes[1:][predicted[1:]].sum()),
         kept=example.kept,
-        cut=cut,
+        cut=tuple(part.cut for part in parts if part.cut is not None),
+        split_chats=tuple(part.split_chat for part in parts if part.split_chat),
     )
 
 

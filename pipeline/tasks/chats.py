@@ -2,203 +2,296 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from pipeline.errors import BadRowError, SourceError
-from pipeline.records import Example, Message
+from pipeline.errors import BadRowError, MisuseError
+from pipeline.records import Columns, Example, Message, Tokenization
+from pipeline.tasks.templates import CLOCK, REFUSALS, Renderer, Span, Turn, find_template, make_renderer, pinned_day
+from pipeline.tasks.turns import Rendered, replies, share_rows
 
-Span = tuple[int, int]
-
-_UNMARKED = (
-    "the tokenizer's chat template does not mark the assistant's tokens with {% generation %} ... {% endgeneration %}; "
-    "give one that does with --chat-template FILE.jinja (the README shows how)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatTemplate:
-    """A chat template that marks what the assistant writes."""
-
-    source: str
-    turn_keys: frozenset[str]
-    """Keys that it reads of a turn, as far as its text shows."""
-    reads_tools: bool
+#: `assistant_turns` of a contract, in words.
+_ROWS = {
+    "auto": "a chat is as few rows as have each turn in the context of inference",
+    "all": "a chat is one row (--assistant-turns all)",
+    "each": "each turn is a row (--assistant-turns each)",
+    "last": "the last turn alone is learnt (--assistant-turns last)",
+}
+_OTHER = "give a template that reads it with --chat-template FILE.jinja"
 
 
-def render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """The text of a chat, and the character spans that are to be learnt.
+def check_chat_settings(columns: Columns, settings: Tokenization) -> None:
+    """Refuse settings that have no effect on inputs of other kinds.
 
     Raises:
-        SourceError: the chat template does not mark the assistant's tokens.
+        MisuseError: names the flag, and the inputs that it goes with.
+    """
+    chats = columns.messages is not None or columns.prompt is not None
+    for flag, given in (
+        ("--assistant-turns", settings.assistant_turns),
+        ("--chat-template-kwargs", settings.chat_template_kwargs),
+    ):
+        if given and not chats:
+            raise MisuseError(f"{flag} goes with chats: --messages-column, or --prompt-column with lists of turns")
+    if settings.truncation_side is not None and not chats and columns.labels is None:
+        raise MisuseError(
+            "--truncation-side goes with chats, prompts and token ids with labels: texts are cut into pieces, and lose nothing"
+        )
+
+
+def settle(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+    """The settings of chats as the contract states them: with what the chat template decides.
+
+    Where it marks the assistant's tokens, `assistant_turns` is left out, and where its text depends on the day, the day
+    stands among its arguments.
+
+    Raises:
+        MisuseError: arguments that the template does not read.
+        SourceError: the tokenizer has no chat template that can be read.
+    """
+    template = find_template(tokenizer)
+    make_renderer(template, settings.chat_template_kwargs, tokenizer)
+    turns = settings.assistant_turns or "auto"
+    return dataclasses.replace(
+        settings,
+        assistant_turns=None if template.is_marked and turns in ("auto", "all") else turns,
+        chat_template_kwargs=pinned_day(template, settings.chat_template_kwargs),
+    )
+
+
+def supervision(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the assistant's tokens are found with these settings of a contract, and why so."""
+    template = find_template(tokenizer)
+    if template.is_marked:
+        parts = ["the chat template marks the assistant's tokens"]
+    else:
+        parts = [
+            "the chat template does not mark the assistant's tokens: a turn is what it adds to the rendering before it "
+            "with the generation prompt"
+        ]
+    if not template.is_marked and "add_generation_prompt" not in template.variables:
+        parts.append("the template has no generation prompt, so that the header of a turn is learnt too")
+    parts += [] if settings.assistant_turns is None else [_ROWS[settings.assistant_turns]]
+    pinned = any(item.startswith(f"{CLOCK}=") for item in settings.chat_template_kwargs)
+    if template.asks_the_date and not pinned:
+        parts.append(f"rows differ from day to day, by the date in them (--chat-template-kwargs {CLOCK}=DAY pins it)")
+    elif template.asks_the_date:
+        day = next(item for item in settings.chat_template_kwargs if item.startswith(f"{CLOCK}="))
+        parts.append(f"the day is {day}, whenever it is run (--chat-template-kwargs {CLOCK}=DAY)")
+    return "; ".join(parts)
+
+
+def render_chat(
+    example: Example, tokenizer: PreTrainedTokenizerBase, settings: Tokenization, control: re.Pattern[str]
+) -> list[Rendered]:
+    """The rows of a chat as text with the character spans that are to be learnt; several where turns differ in context.
+
+    Args:
+        control: matches the tokens that templates are made of, as `control_tokens` gives it.
+
+    Raises:
+        SourceError: there is no chat template.
+        MisuseError: an argument that the template does not read.
         BadRowError: the chat has keys that the template does not read, or the template refuses it.
     """
-    source = tokenizer.chat_template
-    if not isinstance(source, str):
-        raise SourceError(_UNMARKED)
-    turns = [_turn(message) for message in example.messages or ()]
-    tools = None if example.tools is None else list(example.tools)
-    try:
-        template = _read_template(source)
-    except jinja2.TemplateError as error:
-        raise BadRowError(f"the chat template refuses it: {error}") from None
-    unread = [
-        (i, key) for i, turn in enumerate(turns) for key in turn.keys() - {"role", "content"} - template.turn_keys
-    ]
-    try:
-        text, spans = _render(template, turns, tools, tokenizer)
-        for number, key in sorted(unread):
-            _check_read(template, turns, tools, text, tokenizer, number, key)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        # a template that wants turns to alternate, for one, or that expects text where a turn has none
-        if unread:
-            raise _unread(*min(unread)) from None
-        raise BadRowError(f"the chat template refuses it: {error}") from None
-    if tools and not template.reads_tools:
+    messages, tools = example.messages or (), example.tools
+    template = find_template(tokenizer, tools)
+    render = make_renderer(template, settings.chat_template_kwargs, tokenizer)
+    turns, text, spans = _rendered(messages, tools, render)
+    mode = settings.assistant_turns or "auto"
+    learnt = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
+    if mode == "last":
+        learnt = learnt[-1:]
+    if template.is_marked and mode in ("auto", "all"):
+        return [Rendered(text, _learnt(messages, spans))]
+    if not learnt:
+        roles = ", ".join(dict.fromkeys(message.role for message in messages))
+        raise BadRowError(f"expected a turn of the assistant to learn from, found the roles {roles}")
+    if template.is_marked:
+        return [_marked(number, messages, turns, tools, render) for number in learnt]
+    found = list(replies(learnt, turns, tools, render, control))
+    if mode == "each":
+        return [Rendered(reply.text, [(reply.start, len(reply.text))]) for reply in found]
+    rows = share_rows(found)
+    if mode == "all" and len(rows) > 1:
         raise BadRowError(
-            "the chat template does not read the column tools; drop the column, or give a template that reads it with "
-            "--chat-template FILE.jinja"
+            f"the chat template rewrites earlier turns, so that this chat is {len(rows)} rows; leave out --assistant-turns "
+            "all, or set such rows aside with --on-bad-row skip"
         )
-    _check_arguments(turns, text)
-    return text, _learnt(example.messages or (), spans)
+    return rows
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    content = {} if message.content is None else {"content": message.content}
-    return {"role": message.role, **content, **message.fields}
+def _marked(
+    number: int, messages: Sequence[Message], turns: Sequence[Turn], tools: Sequence[Any] | None, render: Renderer
+) -> Rendered:
+    """One turn of the assistant in its context, by the marks of the template."""
+    try:
+        text, spans = render(turns[: number + 1], tools)
+    except REFUSALS as error:
+        raise BadRowError(f"turn {number}: the chat template refuses the chat up to it: {error}") from None
+    others = [dataclasses.replace(message, learnt=i == number) for i, message in enumerate(messages[: number + 1])]
+    return Rendered(text, _learnt(others, spans))
 
 
-def _render(
-    template: ChatTemplate, turns: list[dict[str, Any]], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[Span]]:
-    special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    rendered: Any = render_jinja_template(
-        [turns], tools=tools, chat_template=template.source, return_assistant_tokens_mask=True, **special
-    )
-    return rendered[0][0], rendered[1][0]
+def _learnt(messages: Sequence[Message], spans: list[Span]) -> list[Span]:
+    turns = [message for message in messages if message.role == "assistant"]
+    if all(message.learnt for message in turns):
+        return spans
+    if len(turns) != len(spans):
+        raise BadRowError(
+            f"a turn is context only, and the chat template marks {len(spans)} parts for {len(turns)} turns of the "
+            "assistant: expected one each; give a template that marks every turn with --chat-template FILE.jinja"
+        )
+    return [span for span, message in zip(spans, turns, strict=True) if message.learnt]
 
 
-def _check_read(
-    template: ChatTemplate,
-    turns: list[dict[str, Any]],
-    tools: list[Any] | None,
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    number: int,
-    key: str,
-) -> None:
-    """A key that is not named in the template may still be read, with the whole turn: then the text changes without it."""
-    without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
-    if _render(template, without, tools, tokenizer)[0] == text:
-        raise _unread(number, key)
+# --------------------------------------------------------------------------------- the form that the template takes
 
 
-def _unread(number: int, key: str) -> BadRowError:
-    return BadRowError(
-        f"turn {number}: the chat template does not read the key {key!r}; drop it from the data, or give a template that "
-        "reads it with --chat-template FILE.jinja"
-    )
+def _rendered(
+    messages: Sequence[Message], tools: Sequence[Any] | None, render: Renderer
+) -> tuple[list[Turn], str, list[Span]]:
+    """The turns in the first form that the template takes, and their rendering. All that they hold must have been read."""
+    unread = [
+        (i, key)
+        for i, message in enumerate(messages)
+        for key in message.fields
+        if not render.template.reads(key) and not _is_reference(key, message.role)
+    ]
+    problem: BadRowError | None = None
+    for turns in _forms(messages):
+        try:
+            text, spans = render(turns, tools)
+        except REFUSALS as error:  # turns that must alternate, for one, or text expected where a turn has none
+            refusal = _unread(*min(unread)) if unread else BadRowError(f"the chat template refuses it: {error}")
+            problem = problem or refusal
+            continue
+        misprint = _misprinted(turns, text)
+        if misprint is None:
+            break
+        problem = problem or misprint
+    else:
+        raise problem or BadRowError("the chat has no turns")
+    for number, key in sorted(unread):
+        _check_read(turns, tools, text, render, number, key)
+    if tools and "tools" not in render.template.variables:
+        raise BadRowError(f"the chat template does not read the column tools; drop the column, or {_OTHER}")
+    return turns, text, spans
 
 
-def _check_arguments(turns: list[dict[str, Any]], text: str) -> None:
+def _is_reference(key: str, role: str) -> bool:
+    """Whether a key says which call a tool's turn answers, and no more: many templates go by the order of turns."""
+    return key == "tool_call_id" or (key == "name" and role in ("tool", "function"))
+
+
+def _forms(messages: Sequence[Message]) -> Iterator[list[Turn]]:
+    """The forms that templates want turns in, in the order in which they are tried.
+
+    The turns as they are given; then with the arguments of tool calls as objects, and as JSON text. Each with the content
+    of turns that have none left out, null, and empty.
+    """
+    contents: list[dict[str, Any]] = [{}]
+    if any(message.content is None for message in messages):
+        contents += [{"content": None}, {"content": ""}]
+    seen: list[list[Turn]] = []
+    for convert in (_given, _decoded, _encoded):
+        for content in contents:
+            turns: list[Turn] = [_turn(message, convert(message.fields), content) for message in messages]
+            if turns not in seen:
+                seen.append(turns)
+                yield turns
+
+
+def _turn(message: Message, fields: Any, missing: dict[str, Any]) -> Turn:
+    content = missing if message.content is None else {"content": message.content}
+    return {"role": message.role, **content, **fields}
+
+
+def _given(value: Any) -> Any:
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    """The same with the arguments of its tool calls as objects, where they are the JSON text of one."""
+    return _with_arguments(value, lambda each: _object(each) if isinstance(each, str) else each)
+
+
+def _encoded(value: Any) -> Any:
+    return _with_arguments(value, lambda each: each if isinstance(each, str) else json.dumps(each, ensure_ascii=False))
+
+
+def _with_arguments(fields: Any, convert: Any) -> Any:
+    calls = fields.get("tool_calls")
+    if not isinstance(calls, list):
+        return fields
+    return {**fields, "tool_calls": [_converted(call, convert) for call in calls]}
+
+
+def _converted(call: Any, convert: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _converted(call["function"], convert)}
+    return {**call, "arguments": convert(call["arguments"])} if "arguments" in call else call
+
+
+def _object(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, dict) else text
+
+
+def _misprinted(turns: Sequence[Turn], text: str) -> BadRowError | None:
+    """Arguments of a tool call that the template writes as no model would read them, if there are any."""
     for number, turn in enumerate(turns):
         calls = turn.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
             function = call.get("function", call) if isinstance(call, dict) else {}
             arguments = function.get("arguments") if isinstance(function, dict) else None
             if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
-                raise BadRowError(
-                    f"turn {number}: the chat template quotes the arguments of a tool call, which are JSON text already; "
-                    "give them as an object"
+                return BadRowError(
+                    f"turn {number}: the chat template quotes the arguments of a tool call, which are text; give them as an "
+                    "object"
                 )
+            if isinstance(arguments, dict) and _as_python(arguments, turns, text):
+                return BadRowError(
+                    f"turn {number}: the chat template writes the arguments of a tool call as Python does; give them as "
+                    "JSON text"
+                )
+    return None
 
 
-def _learnt(messages: tuple[Message, ...], spans: list[Span]) -> list[Span]:
-    if all(message.learnt for message in messages):
-        return spans
-    turns = [message for message in messages if message.role == "assistant"]
-    if len(turns) != len(spans):
-        raise BadRowError(
-            f"a turn has the weight 0, and the chat template marks {len(spans)} parts for {len(turns)} turns of the "
-            "assistant: expected one each; give a template that marks every turn with --chat-template FILE.jinja"
-        )
-    return [span for span, message in zip(spans, turns, strict=True) if message.learnt]
+def _as_python(arguments: dict[str, Any], turns: Sequence[Turn], text: str) -> bool:
+    """Whether the text has them as Python prints them, which is not JSON, and no turn says so itself."""
+    printed = str(arguments)
+    try:
+        json.loads(printed)
+    except ValueError:
+        return printed in text and not any(printed in str(turn.get("content")) for turn in turns)
+    return False
 
 
-# ------------------------------------------------------------------------------------ what a template's text says
+def _check_read(
+    turns: Sequence[Turn], tools: Sequence[Any] | None, text: str, render: Renderer, number: int, key: str
+) -> None:
+    """A key that is not named in the template may still be read, with the whole turn: then the text changes without it."""
+    without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
+    try:
+        changed = render(without, tools)[0] != text
+    except REFUSALS:
+        changed = True
+    if not changed:
+        raise _unread(number, key)
 
 
-class _Marks(Extension):
-    """Parses `{% generation %}`, as the extension of transformers does."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("generation"), [], [], body).set_lineno(line)
-
-
-@lru_cache(maxsize=16)
-def _read_template(source: str) -> ChatTemplate:
-    tree = jinja2.Environment(extensions=[_Marks, loopcontrols]).parse(source)
-    if not any(map(_is_mark, tree.find_all(nodes.CallBlock))):
-        raise SourceError(_UNMARKED)
-    buffered = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
-    for outer in tree.find_all(buffered):
-        if any(_is_mark(inner) for inner in outer.find_all(nodes.CallBlock)):
-            raise SourceError(
-                f"the chat template, line {outer.lineno}: {{% generation %}} stands inside a macro or another block, where "
-                "the characters that it marks are not known; write it at the top level, with --chat-template FILE.jinja"
-            )
-    return ChatTemplate(source, frozenset(_turn_keys(tree)), "tools" in meta.find_undeclared_variables(tree))
-
-
-def _is_mark(node: nodes.CallBlock) -> bool:
-    call = node.call.node
-    return isinstance(call, nodes.ExtensionAttribute) and call.identifier == _Marks.identifier
-
-
-def _turn_keys(tree: nodes.Template) -> Iterator[str]:
-    """String keys and attributes of `messages[...]` and of every variable that holds a turn."""
-    names = {"messages"}
-    bound = [
-        *((node.target, node.iter) for node in tree.find_all(nodes.For)),
-        *((node.target, node.node) for node in tree.find_all(nodes.Assign)),
-    ]
-    while True:
-        found = {target.name for target, value in bound if isinstance(target, nodes.Name) and _is_turn(value, names)}
-        if found <= names:
-            break
-        names |= found
-    yield from (read.attr for read in tree.find_all(nodes.Getattr) if _is_turn(read.node, names))
-    for read in tree.find_all(nodes.Getitem):
-        if isinstance(read.arg, nodes.Const) and isinstance(read.arg.value, str) and _is_turn(read.node, names):
-            yield read.arg.value
-    for call in tree.find_all(nodes.Call):  # message.get("name")
-        method = call.node
-        if isinstance(method, nodes.Getattr) and method.attr == "get" and _is_turn(method.node, names):
-            yield from (arg.value for arg in call.args[:1] if isinstance(arg, nodes.Const))
-
-
-def _is_turn(node: nodes.Node, names: set[str]) -> bool:
-    """Whether an expression is a turn or a list of turns: a variable of `names`, an element, a slice, a filter of it."""
-    if isinstance(node, nodes.Name):
-        return node.name in names
-    if isinstance(node, nodes.Getitem) and not (isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)):
-        return _is_turn(node.node, names)
-    if isinstance(node, nodes.Filter):
-        return node.node is not None and node.name != "tojson" and _is_turn(node.node, names)
-    if isinstance(node, nodes.CondExpr):
-        return any(_is_turn(each, names) for each in (node.expr1, node.expr2) if each is not None)
-    return isinstance(node, nodes.Add) and (_is_turn(node.left, names) or _is_turn(node.right, names))
+def _unread(number: int, key: str) -> BadRowError:
+    return BadRowError(
+        f"turn {number}: the chat template does not read the key {key!r}; drop it from the data, or {_OTHER}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,16 +12,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadRowError, SourceError
-from pipeline.records import NO_LABEL, BadRow, Example
+from pipeline.records import NO_LABEL, BadRow, Cut, Example, Tokenization
 from pipeline.tasks.chats import render_chat
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
+from pipeline.tasks.turns import Rendered, control_tokens
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One source row as tokens. `predicted[j]`: token j is to be predicted, from position j - 1."""
+    """One source row as tokens, or one of several of a chat. `predicted[j]`: token j is to be predicted, from j - 1."""
 
     example: Example
     input_ids: np.ndarray
@@ -31,8 +33,12 @@ class Document:
     """(T,) int64."""
     is_closed: bool = False
     """Whether EOS ends it, but for white space after it."""
-    cut: int = 0
-    """Tokens at its end that were cut off."""
+    piece: int = 0
+    """Which of the rows of its chat it is."""
+    split_chat: int = 0
+    """The first of several rows of a chat: how many they are."""
+    cut: Cut | None = None
+    """What was cut off."""
 
     @property
     def may_be_cut(self) -> bool:
@@ -44,31 +50,52 @@ class Document:
         """Tokens `[start, stop)`; the first of them has been predicted before, or never is."""
         predicted = self.predicted[start:stop].copy()
         predicted[:1] = False
-        return Document(self.example, self.input_ids[start:stop], predicted, self.num_bytes[start:stop])
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[start:stop],
+            predicted=predicted,
+            num_bytes=self.num_bytes[start:stop],
+            is_closed=False,
+            split_chat=0 if start else self.split_chat,
+            cut=None if start else self.cut,
+        )
+
+    def truncated(self, longest: int, *, left: bool, bos_id: int | None) -> Document:
+        """`longest` of its tokens: the first, or BOS and the last. The first of those has lost its context."""
+        rest = np.arange(len(self.input_ids))
+        opening = int(left and longest > 2 and self.input_ids[0] == bos_id)
+        kept = np.concatenate([rest[:opening], rest[opening - longest :]]) if left else rest[:longest]
+        predicted = self.predicted[kept]
+        predicted[: opening + 1 if left else 1] = False
+        lost = Cut(self.example.source_row, len(rest) - longest, int(self.predicted.sum() - predicted.sum()))
+        return dataclasses.replace(
+            self, input_ids=self.input_ids[kept], predicted=predicted, num_bytes=self.num_bytes[kept], cut=lost
+        )
 
     def with_eos(self, eos_id: int) -> Document:
         """Closed by EOS, which is to be predicted where all of the text is."""
         if self.is_closed or self.input_ids[-1] == eos_id:
             return self
-        return Document(
-            self.example,
-            np.append(self.input_ids, np.int32(eos_id)),
-            np.append(self.predicted, self.may_be_cut),
-            np.append(self.num_bytes, 0),
+        return dataclasses.replace(
+            self,
+            input_ids=np.append(self.input_ids, np.int32(eos_id)),
+            predicted=np.append(self.predicted, self.may_be_cut),
+            num_bytes=np.append(self.num_bytes, 0),
         )
 
 
 def read_documents(
-    examples: Iterable[Example | BadRow], split: str, tokenizer: PreTrainedTokenizerBase
+    examples: Iterable[Example | BadRow], split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
 ) -> Iterator[Document | BadRow]:
-    """Tokenize each example by the kind of its input, at its full length.
+    """Tokenize each example by the kind of its input, at its full length. A chat may be several documents.
 
     Rows of token ids that begin or end in padding which is to be learnt are counted in a warning.
 
     Raises:
-        SourceError: the chat template does not mark the assistant's tokens.
+        SourceError: there is no chat template for chats.
+        MisuseError: the chat template does not read one of the arguments given.
     """
-    vocabulary = read_vocabulary(tokenizer)
+    vocabulary, control = read_vocabulary(tokenizer), control_tokens(tokenizer)
     rows = padded = 0
     for example in examples:
         rows += 1
@@ -76,24 +103,14 @@ def read_documents(
             yield example
             continue
         try:
-            document = _tokenize(example, vocabulary)
+            documents = _tokenize(example, vocabulary, settings, control)
         except BadRowError as error:
             yield BadRow(split, example.source_row, str(error))
             continue
-        padded += example.input_ids is not None and _learns_padding(document, tokenizer.pad_token_id)
-        if len(document.input_ids) and int(document.input_ids.max()) >= len(tokenizer):
-            yield BadRow(
-                split,
-                example.source_row,
-                f"expected token ids below {len(tokenizer)}, found {int(document.input_ids.max())}",
-            )
-            continue
-        if len(document.input_ids) < 2:
-            yield BadRow(split, example.source_row, f"expected at least 2 tokens, found {len(document.input_ids)}")
-        elif not document.predicted.any():
-            yield BadRow(split, example.source_row, "expected a token to predict, found none")
-        else:
-            yield document
+        for document in documents:
+            padded += example.input_ids is not None and _learns_padding(document, tokenizer.pad_token_id)
+            problem = _problem(document, len(tokenizer))
+            yield document if problem is None else BadRow(split, example.source_row, problem)
     if padded and rows > 1:  # one row alone is a trial
         logger.warning(
             "split %s: %d of %d rows begin or end in a run of the pad token %d, which is to be learnt as any other; add a "
@@ -106,38 +123,61 @@ def read_documents(
         )
 
 
+def _problem(document: Document, vocabulary_size: int) -> str | None:
+    """Why a document cannot be a row, if it cannot."""
+    ids = document.input_ids
+    if len(ids) and int(ids.max()) >= vocabulary_size:
+        return f"expected token ids below {vocabulary_size}, found {int(ids.max())}"
+    if len(ids) < 2:
+        return f"expected at least 2 tokens, found {len(ids)}"
+    return None if document.predicted.any() else "expected a token to predict, found none"
+
+
 def _learns_padding(document: Document, pad_id: int | None) -> bool:
     """Whether the first two or the last two tokens are padding, and one of them is predicted."""
     ends = (slice(0, 2), slice(-2, None))
     return any(bool((document.input_ids[end] == pad_id).all() and document.predicted[end].any()) for end in ends)
 
 
-def _tokenize(example: Example, vocabulary: Vocabulary) -> Document:
+def _tokenize(
+    example: Example, vocabulary: Vocabulary, settings: Tokenization, control: re.Pattern[str]
+) -> list[Document]:
     if example.messages is not None:
-        return _from_chat(example, vocabulary)
+        return _from_chat(example, vocabulary, settings, control)
     if example.prompt_completion is not None:
-        return _from_prompt(example, vocabulary)
+        return [_from_prompt(example, vocabulary)]
     if example.input_ids is not None:
         ids = np.asarray(example.input_ids, dtype=np.int32)
         labels = np.asarray(example.token_labels if example.token_labels is not None else example.input_ids)
-        return _document(example, ids, labels != NO_LABEL, vocabulary.bytes_of_ids(ids))
+        return [_document(example, ids, labels != NO_LABEL, vocabulary.bytes_of_ids(ids))]
     ids, num_bytes, _ = vocabulary.encode(example.text or "")
     ids, num_bytes = vocabulary.enclose(ids, num_bytes)
-    return _document(example, ids, np.ones(len(ids), dtype=bool), num_bytes)
+    return [_document(example, ids, np.ones(len(ids), dtype=bool), num_bytes)]
 
 
-def _from_chat(example: Example, vocabulary: Vocabulary) -> Document:
+def _from_chat(
+    example: Example, vocabulary: Vocabulary, settings: Tokenization, control: re.Pattern[str]
+) -> list[Document]:
     tokenizer = vocabulary.tokenizer
-    text, spans = render_chat(example, tokenizer)
+    rows = render_chat(example, tokenizer, settings, control)
     if not tokenizer.is_fast:
         raise SourceError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: chats need a fast tokenizer, which knows the characters of each "
             "token; give token ids with --input-ids-column"
         )
-    ids, num_bytes, offsets = vocabulary.encode(text)
-    learnt = overlapping(offsets, spans)
+    several = len(rows) if len(rows) > 1 and settings.assistant_turns in (None, "auto") else 0
+    return [
+        dataclasses.replace(_from_text(example, row, vocabulary), piece=piece, split_chat=0 if piece else several)
+        for piece, row in enumerate(rows)
+    ]
+
+
+def _from_text(example: Example, row: Rendered, vocabulary: Vocabulary) -> Document:
+    tokenizer = vocabulary.tokenizer
+    ids, num_bytes, offsets = vocabulary.encode(row.text)
+    learnt = overlapping(offsets, row.spans)
     twice = int(len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id)  # the template's, and the first turn's
-    ends = tokenizer.eos_token is not None and text.rstrip().endswith(str(tokenizer.eos_token))
+    ends = tokenizer.eos_token is not None and row.text.rstrip().endswith(str(tokenizer.eos_token))
     document = _document(example, ids[twice:], learnt[twice:], num_bytes[twice:])
     return dataclasses.replace(document, is_closed=ends)
 

@@ -68,6 +68,13 @@ class Task(Protocol):
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Raise `MisuseError` for inputs that the task cannot use."""
 
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """The settings as a contract states them: with all that the chat template decides, where there are chats.
+
+        Raises:
+            PipelineError: a chat template that cannot be used, or that does not read an argument given.
+        """
+
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """V of the soft labels that a model makes. Raises `ModelError` where it makes none."""
 

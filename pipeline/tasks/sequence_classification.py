@@ -18,6 +18,7 @@ from pipeline.records import (
     NO_LABEL,
     BadRow,
     Columns,
+    Cut,
     Encoding,
     Example,
     Full,
@@ -55,6 +56,16 @@ class SequenceClassification:
             )
         if tokenization.packing:
             raise MisuseError(f"--packing is for language models; --task {self.name} has one text a row")
+        chats = tokenization.assistant_turns, tokenization.chat_template_kwargs, tokenization.truncation_side
+        if any(chats):
+            raise MisuseError(
+                "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
+                f"--task {self.name} reads texts, and keeps their beginning"
+            )
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """As they are: a class is given to a text, not to a chat."""
+        return settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """The number of labels; one label is a regression, and several at once are not one distribution."""
@@ -103,7 +114,7 @@ class SequenceClassification:
                 text=example.text,
                 text_pair=example.text_pair,
                 kept=example.kept,
-                cut=(whole[i] - lengths[i],) if whole.get(i, 0) > lengths[i] else (),
+                cut=(Cut(example.source_row, whole[i] - lengths[i]),) if whole.get(i, 0) > lengths[i] else (),
             )
 
     def hard_labels(self, example: TokenizedExample) -> np.ndarray:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from pipeline.errors import MisuseError
 from pipeline.records import Predictions
 from pipeline.tasks import Task
-from pipeline.training.settings import REFUSED, REFUSED_PARAMETERS
+from pipeline.training.settings import NEED_EVALUATION, REFUSED, REFUSED_PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,48 @@ def refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) ->
         raise MisuseError(
             f"training: dataloader_in_order: has no effect on distillation ({REFUSED['dataloader_in_order']}); leave it out"
         )
+    refuse_unevaluated(args)
     if args.fsdp and "RANK" not in os.environ:
         raise MisuseError(
             "training: fsdp: shards the student over ranks, and this is one process; start it with torchrun --nproc_per_node N, or leave it out"
         )
+
+
+def refuse_unevaluated(args: TrainingArguments, *, instead: str = "set eval_strategy, or leave it out") -> None:
+    """Refuse settings that choose by an evaluation, where none is due during training; transformers itself refuses some others.
+
+    Args:
+        instead: what to do.
+
+    Raises:
+        MisuseError: names the first.
+    """
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        return
+    for name in NEED_EVALUATION:
+        value = getattr(args, name)
+        value = getattr(value, "value", value)  # of an enumeration
+        unused = {"save_strategy": value == "best", "eval_delay": bool(value)}
+        if unused.get(name, value is not None):
+            raise MisuseError(
+                f"training: {name}: has no effect without evaluations, and eval_strategy is no; {instead}"
+            )
+
+
+def refuse_evaluation(args: TrainingArguments) -> None:
+    """Refuse evaluations during the training of a teacher, and what chooses by them.
+
+    Raises:
+        MisuseError: names the first.
+    """
+    evaluates = {
+        "eval_strategy": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
+        "eval_on_start": args.eval_on_start,
+    }
+    for name, asked in evaluates.items():
+        if asked:
+            raise MisuseError(f"training: {name}: a teacher is measured once, at the end; leave it out")
+    refuse_unevaluated(args, instead="a teacher is measured once, at the end: leave it out")
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
@@ -83,9 +121,10 @@ def choose_eval_split(
     """
     if asked is None and "validation" in splits and "validation" not in trained_on:
         return "validation"
-    if asked is None and str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+    if asked is None and (args.eval_on_start or args.eval_strategy != "no"):
+        wanted = "eval_on_start" if args.eval_strategy == "no" else f"eval_strategy {args.eval_strategy}"
         raise MisuseError(
-            f"eval_strategy {args.eval_strategy}: the cache has no split `validation` to evaluate on during training (it has {', '.join(splits)}, "
+            f"{wanted}: the cache has no split `validation` to evaluate on during training (it has {', '.join(splits)}, "
             f"trained on: {', '.join(trained_on)}); name one with --eval-split"
         )
     if asked in trained_on:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -15,11 +14,11 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
-from pipeline.cache.format.manifest import differences, dump, parse
+from pipeline.cache.format.manifest import dump
 from pipeline.cache.reading.alignment import check_alignment
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import TrainStudentConfig, parse_bytes
-from pipeline.errors import ContractError, MisuseError
+from pipeline.errors import MisuseError
 from pipeline.models import (
     LABELS,
     LoadedModel,
@@ -35,23 +34,16 @@ from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
+from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.forward import detach_loss
 from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
 
-logger = logging.getLogger(__name__)
-
 #: What a run was, written before its first step; `trainer_state.json` beside it has the log.
 ORIGIN = "origin.json"
 #: Written last: the student is finished.
 _PROOF = "distillation.json"
-#: What shapes the course of a run: a run that goes on unasked has the same, one that goes on with `--resume` may have others.
-_COURSE = (
-    *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
-    *("neftune_noise_alpha", "seed", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-)
 
 #: What early stopping needs, where the `training:` section does not say otherwise.
 EARLY_STOPPING = {
@@ -83,7 +75,7 @@ class Origin:
     adapter_sha256: str | None
     mixed: tuple[MixedCache, ...] = ()
     course: dict[str, Any] | None = None
-    """The settings of `_COURSE`, and the patience of early stopping. Older runs have none."""
+    """The settings of `checkpoints.course`, and the patience of early stopping. Older runs have none."""
 
 
 def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
@@ -219,12 +211,12 @@ def fit(
         teacher_labels=teacher_labels,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         learning_rate=args.learning_rate,
-        rows_per_step=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        rows_per_step=rows_per_step(args),
         batch_tokens=batch_tokens,
         student_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
         mixed=_mixed(cache, mixture),
-        course={**{name: args.to_dict()[name] for name in _COURSE}, "early_stopping": early_stopping},
+        course=course(args, early_stopping=early_stopping),
     )
     checkpoint = None if overwrite else _checkpoint(output, origin, resume=resume)
     trainer = DistillationTrainer(
@@ -255,7 +247,7 @@ def fit(
     if precision != torch.float32:  # rounded before it is measured
         round_weights(student.model, precision)
     with as_it_came(student):
-        trainer.save_model(str(output))
+        trainer.save_model(str(output), _internal_call=True)  # pushed when all of it is there
     if args.should_save and precision != torch.float32:
         cast_weights(output, precision)
     trainer.save_state()
@@ -291,6 +283,7 @@ def fit(
         card = make_card(cache, student, result, splits=splits, teacher_labels=teacher_labels)
         write_text(output / CARD, card)
         write_text(output / _PROOF, dump(result))
+    trainer.push_saved()
     return result
 
 
@@ -329,59 +322,20 @@ def _check_unfinished(output: Path) -> None:
 
 
 def _checkpoint(output: Path, origin: Origin, *, resume: bool) -> str | None:
-    """The newest whole checkpoint, or None to start anew. Trainer writes a checkpoint's state last.
+    """The newest whole checkpoint, or None to start anew.
 
     Raises:
         ContractError: the checkpoints are of another cache, split, loss or, without `resume`, course.
         MisuseError: a finished student would give way to a new one.
     """
-    found = sorted(checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    if found and (output / ORIGIN).is_file():
-        _check_origin(output, parse(Origin, output / ORIGIN), origin, resume=resume)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s: was not written to its end; going back to the one before", path)
-            continue
-        _check_optimizer(path)
-        if not resume:
-            logger.info("%s: goes on from %s, which the same run has left", output, path.name)
-        return str(path)
-    if (output / _PROOF).is_file():
+    found = whole_checkpoint(output, ORIGIN, origin, resume=resume)
+    if found is None and (output / _PROOF).is_file():
         raise MisuseError(
             f"--output {output}: holds a finished student and no whole checkpoint to resume from; use another, --overwrite trains it anew"
         )
-    if found or resume:
-        logger.warning("%s: no whole checkpoint to resume from; starting anew", output)
-    return None
-
-
-def _check_origin(output: Path, kept: Origin, origin: Origin, *, resume: bool) -> None:
-    """Refuse checkpoints of another run; `resume` takes those of another course."""
-    plain = (dataclasses.replace(kept, course=None), dataclasses.replace(origin, course=None))
-    first = next(differences(*plain), None)
-    if first is not None and resume:
-        raise ContractError(
-            f"{output}: --resume: the checkpoints are of another run: {first}; use another --output, or train anew with --overwrite in place of --resume"
-        )
-    course = None if resume or kept.course is None else next(differences(kept.course, origin.course, "course"), None)
-    if first or course:
-        again = "--resume to go on from them all the same, " if first is None else ""
-        raise ContractError(
-            f"{output}: holds the checkpoints of another run that is not finished: {first or course}; "
-            f"use another --output, the same settings as before, {again}or --overwrite to train anew"
-        )
-
-
-def _check_optimizer(checkpoint: Path) -> None:
-    """Refuse to go on from weights alone: a new optimizer would go on with none of what the old one knew."""
-    # Trainer writes optimizer.pt, FSDP optimizer.bin or optimizer_0, DeepSpeed global_step*.
-    if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
-        raise ContractError(
-            f"{checkpoint}: --resume: expected the optimizer's state, found weights alone, as save_only_model keeps them; "
-            "train anew with --overwrite in place of --resume, and without save_only_model"
-        )
+    if found is None:
+        tell_of_new_start(output, resume=resume)
+    return found
 
 
 def _check_apart(output: str | Path, student: str | Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from pipeline.cache.storage.commit import full_disk
-from pipeline.errors import ConfigError, TrainingError
-from pipeline.models.arguments import hide_token
+from pipeline.errors import ConfigError, MisuseError, TrainingError
+from pipeline.models.arguments import hide_token, num_ranks
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
@@ -22,7 +24,24 @@ _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No spac
 class SavingTrainer(Trainer):
     """`Trainer`, as far as it meets the machine and what is installed on it."""
 
-    def __init__(self, model: Any, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, args: TrainingArguments, *, again: str = "run the same command with --resume", **kwargs: Any
+    ) -> None:
+        """Set up.
+
+        Args:
+            again: what to do once there is space on a disk that was full.
+            kwargs: as `transformers.Trainer` takes them.
+
+        Raises:
+            ConfigError: a package that a setting needs is missing.
+            MisuseError: ranks that know nothing of each other.
+        """
+        if num_ranks() > 1 and args.world_size == 1:
+            raise MisuseError(
+                f"training: torchrun has started {num_ranks()} ranks, and each would train alone and write to {args.output_dir}; set use_cpu where there is no GPU"
+            )
+        self.again = again
         hide_token(args)
         args.remove_unused_columns = False
         _check_reporting(args)
@@ -45,9 +64,8 @@ class SavingTrainer(Trainer):
         try:
             super().init_hf_repo(token, private)
         except Exception as error:  # of several HTTP libraries
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"training: push_to_hub: the hub cannot be reached, or refuses ({said}); log in with hf auth login, or leave it out and push later"
+                f"training: push_to_hub: the hub cannot be reached, or refuses ({_first_line(error)}); log in with hf auth login, or leave it out and push later"
             ) from None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -56,8 +74,36 @@ class SavingTrainer(Trainer):
         Raises:
             TrainingError: the disk is full.
         """
-        with _said(output_dir or str(self.args.output_dir)):
+        with _said(output_dir or str(self.args.output_dir), self.again):
             super().save_model(output_dir, _internal_call)
+
+    def push_saved(self) -> None:
+        """Push the output directory as it is, where `push_to_hub` asks for it; `Trainer.push_to_hub` would save the model anew first.
+
+        Raises:
+            TrainingError: the hub cannot be reached, or refuses; what is saved stays.
+        """
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        output = str(self.args.output_dir)
+        if not Path(output, "README.md").exists():
+            self.create_model_card(model_name=str(self.hub_model_id).rpartition("/")[2])
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
+        try:
+            HfApi().upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=output,
+                commit_message="End of training",
+                token=self.args.hub_token,
+                ignore_patterns=["_*", "checkpoint-*", ".*"],
+                revision=self.args.hub_revision,
+            )
+        except Exception as error:  # of several HTTP libraries
+            raise TrainingError(
+                f"{output}: is finished and saved, and was not pushed to {self.hub_model_id}: {_first_line(error)}; "
+                f"push it later: hf upload {self.hub_model_id} {shlex.quote(output)}"
+            ) from error
 
     def save_state(self) -> None:
         """Save the log.
@@ -65,11 +111,11 @@ class SavingTrainer(Trainer):
         Raises:
             TrainingError: the disk is full.
         """
-        with _said(str(self.args.output_dir)):
+        with _said(str(self.args.output_dir), self.again):
             super().save_state()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with _said(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"):
+        with _said(f"{self.args.output_dir}/checkpoint-{self.state.global_step}", self.again):
             super()._save_checkpoint(model, trial)
 
 
@@ -83,8 +129,12 @@ def _check_reporting(args: TrainingArguments) -> None:
         )
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
-def _said(where: str) -> Iterator[None]:
+def _said(where: str, again: str) -> Iterator[None]:
     """What cannot be written, in one line."""
     try:
         yield
@@ -93,6 +143,4 @@ def _said(where: str) -> Iterator[None]:
             raise
         torn = "the disk is full or cannot be written" if isinstance(error, RuntimeError) else None
         said = f"{where}: {torn}" if torn else str(full_disk(Path(where), error)).partition("; what was")[0]
-        raise TrainingError(
-            f"{said}; the checkpoints before are whole: free some space, then run the same command with --resume"
-        ) from error
+        raise TrainingError(f"{said}; the checkpoints before are whole: free some space, then {again}") from error

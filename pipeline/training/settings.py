@@ -27,6 +27,15 @@ REFUSED = {
     "batch_eval_metrics": "logits are not gathered; the metrics of the task are given",
 }
 
+#: Honoured where an evaluation is due during training, and refused where none is: they choose by its metrics, or say when it is.
+NEED_EVALUATION = (
+    "save_strategy",
+    "metric_for_best_model",
+    "greater_is_better",
+    "eval_steps",
+    "eval_delay",
+)
+
 #: Without effect on the student whatever they are: the work that they name is done in another way, or by scripts.
 HARMLESS = frozenset(
     [
@@ -167,6 +176,9 @@ def settings_table() -> str:
         "the installed `transformers`.\n\n"
         "## Refused before the first step\n\n"
         f"| setting | why, and what to do instead |\n|---|---|\n{rows}\n"
+        "## Refused while `eval_strategy` is `no`\n\n"
+        "They choose by the metrics of an evaluation, or say when it is; `save_strategy` where it is `best`.\n\n"
+        f"{_listed(NEED_EVALUATION)}\n"
         "## Without effect\n\nThe work that they name is done in another way, or by scripts.\n\n"
         f"{_listed(HARMLESS)}\n"
         "## Honoured\n\nPassed on to transformers, which does what its documentation says.\n\n"

@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from transformers import TrainerCallback
 
+from pipeline.models.arguments import num_ranks
+
 logger = logging.getLogger(__name__)
 
 #: Seconds to wait for the end of a step; SLURM kills 30 after SIGTERM.
@@ -29,7 +31,7 @@ class CheckpointOnSigterm(TrainerCallback):
     def __init__(self, output: Path) -> None:
         self.output = output
         self.asked = self._late = self._saving = False
-        self._several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._several = num_ranks() > 1
         self._before: Any = None
         self._timer: threading.Timer | None = None
 

@@ -6,11 +6,11 @@ import dataclasses
 import warnings
 from typing import Any
 
-from transformers import AutoConfig
-
 from pipeline.config import TrainStudentConfig
-from pipeline.errors import ContractError, MisuseError, ModelError
+from pipeline.errors import ContractError, MisuseError, ModelError, PipelineError
 from pipeline.models import LoadedModel, check_isolation, load_model, longest_input, tokenizer_info
+from pipeline.models.adapters import adapter_config, adapter_labels, base_name
+from pipeline.models.load import load_config
 from pipeline.records import Contract
 from pipeline.tasks import Task, get_task
 
@@ -34,7 +34,11 @@ def load_student(
         ModelError: nothing loadable there.
     """
     task = get_task(contract.task)
-    names = None if contract.label_names is None else _agreed_labels(contract.label_names, name, trust_remote_code)
+    names = (
+        None
+        if contract.label_names is None
+        else _agreed_labels(contract.label_names, name, trust_remote_code, base_model)
+    )
     student = load_model(
         task,
         name,
@@ -124,17 +128,18 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         )
 
 
-def _agreed_labels(expected: tuple[str, ...], name: str, trust_remote_code: bool) -> tuple[str, ...]:
-    """The cache's labels, if those that the student names already are the same."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return expected  # load_model says what is wrong
-    trained = any("Classification" in architecture for architecture in config.architectures or ())
-    found = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    generic = found == tuple(f"LABEL_{i}" for i in range(len(found)))
-    if not trained:
+def _agreed_labels(
+    expected: tuple[str, ...], name: str, trust_remote_code: bool, base_model: str | None
+) -> tuple[str, ...]:
+    """The cache's labels, if those that the student names already are the same.
+
+    Raises:
+        ContractError: they are not.
+    """
+    found = _stated_labels(name, trust_remote_code, base_model)
+    if found is None:
         return expected
+    generic = found == tuple(f"LABEL_{i}" for i in range(len(found)))
     if len(found) != len(expected):
         raise ContractError(
             f"{name}: expected {len(expected)} labels, as the cache has ({', '.join(expected[:5])}), found {len(found)} ({', '.join(found[:5])})"
@@ -145,3 +150,20 @@ def _agreed_labels(expected: tuple[str, ...], name: str, trust_remote_code: bool
             f"{name}: label {i}: expected {expected[i]!r}, as in the cache, found {found[i]!r}; the soft labels would be read in another order"
         )
     return expected
+
+
+def _stated_labels(name: str, trust_remote_code: bool, base_model: str | None) -> tuple[str, ...] | None:
+    """The labels of a trained classifier; None: nothing says what they are. An adapter has its own, or its base's where it brings no head."""
+    adapter = adapter_config(name)
+    if adapter is not None:
+        if (kept := adapter_labels(name)) is not None:
+            return kept
+        if adapter.get("task_type") == "SEQ_CLS" or adapter.get("modules_to_save"):
+            return None
+    try:
+        config = load_config(base_name(name, adapter, base_model), trust_remote_code=trust_remote_code)
+    except PipelineError:
+        return None  # load_model says what is wrong
+    if not any("Classification" in architecture for architecture in config.architectures or ()):
+        return None
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))

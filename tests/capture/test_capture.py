@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from pipeline.errors import BadRowError, CacheError, ContractError, MisuseError,
 from pipeline.records import Columns, Full, Sampled, TopK
 from pipeline.softlabels import teacher_scores
 from tests.conftest import tiny_model
+from tests.support.processes import python
 
 CLASSIFIERS = ["bert", "roberta", "distilbert", "modernbert", "deberta-v2"]
 LANGUAGE_MODELS = ["gpt2", "llama", "qwen3", "gemma2", "cohere", "opt", "gpt_neox", "mixtral"]
@@ -242,13 +240,7 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_to
             f"cache-logits --task sequence-classification --teacher {teacher} --dataset {data} --rows-per-shard 40 --output {tmp_path / output}"
         ).split()
 
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.replace("SIGNAL", name), *command("killed")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    killed = python("-c", KILLED.replace("SIGNAL", name), *command("killed"))
     assert killed.returncode == {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}[name], killed.stderr
     if name != "SIGKILL":
         assert killed.stderr.splitlines()[-1].startswith("Error: interrupted; what was finished is kept")
@@ -260,9 +252,8 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_to
         Cache.open(tmp_path / "killed")
     receipt = tmp_path / "killed" / "receipts" / "train-00000.json"
     stamp = receipt.stat().st_mtime_ns
-    run = [sys.executable, "-m", "pipeline"]
     for output in ("killed", "whole"):
-        done = subprocess.run([*run, *command(output)], env=environment, capture_output=True, text=True)
+        done = python("-m", "pipeline", *command(output))
         assert done.returncode == 0, done.stderr
     assert receipt.stat().st_mtime_ns == stamp  # the finished shard was not made again
     assert sorted(p.name for p in (tmp_path / "killed" / "data").iterdir()) == sorted(

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +13,7 @@ from pipeline.cache import verify
 from pipeline.cache.storage.crash import POINTS, hooked
 from pipeline.errors import CacheError
 from tests.conftest import tiny_model
+from tests.support.processes import ROOT, python
 
 #: A process of its own, on a disk of 4 MB that it mounts where no other sees it; something else fills that disk after the first shard.
 SCRIPT = """
@@ -57,13 +54,7 @@ print(shared_files(output) == shared_files(bench.whole) == shared_files(folder /
 
 def test_a_file_system_of_4_mb_fills_in_mid_shard(tmp_path):
     """And the capture goes on, there and elsewhere."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", SCRIPT, str(tmp_path), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = done.stdout.splitlines()
     if found == ["cannot mount"]:

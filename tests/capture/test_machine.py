@@ -24,6 +24,7 @@ from pipeline.cache.storage.commit import temporary_path
 from pipeline.cache.storage.crash import POINTS, hooked
 from pipeline.cache.transforms import merge
 from pipeline.errors import CacheError, ContractError, IntegrityError
+from tests.support.profile import examples
 
 
 class _Killed(BaseException):
@@ -280,7 +281,7 @@ class GrowingMachine(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=8,
+    max_examples=examples(4, 8),
     stateful_step_count=14,
     deadline=None,
     derandomize=True,

@@ -8,16 +8,16 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-import torch
 
 import pipeline as softlabel
+from pipeline.cache.transforms.merge import merge
 from pipeline.cache.views.inspection import labelled
 from pipeline.capture import job
 from pipeline.capture.permutation import _Row, _sample, better_order
 from pipeline.cli.echo import echo_cache
 from pipeline.errors import ContractError, SourceError
 from pipeline.records import Columns
-from tests.conftest import WORDS, tiny_model
+from tests.support.classifier import even, swapped
 
 # ---------------------------------------------------------------------------------------------- the test as statistics
 
@@ -101,32 +101,9 @@ def test_a_rare_class_is_looked_at_as_often_as_others():
 
 
 @pytest.fixture(scope="module")
-def teacher(bert_tokenizer):
-    """A classifier that says which of three words a text ends with."""
-    model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=3.0)
-    model.config.id2label = {0: "sport", 1: "film", 2: "business"}
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def predicted(teacher, bert_tokenizer):
-    """120 texts and the teacher's own classes, the commonest two of which are told apart."""
-    generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS, 5)) for _ in range(160)]
-    with torch.inference_mode():
-        logits = teacher(**bert_tokenizer(texts, padding=True, return_tensors="pt")).logits
-    return texts, (logits - logits.mean(0)).argmax(-1).tolist(), logits.mean(0)
-
-
-@pytest.fixture
-def even(teacher, predicted):
-    """The teacher with a bias that makes its classes about equal in number."""
-    bias = teacher.classifier.bias
-    with torch.no_grad():
-        bias -= predicted[2]
-    yield teacher
-    with torch.no_grad():
-        bias += predicted[2]
+def predicted(bert_tokenizer):
+    """A teacher, texts, and its own classes for them."""
+    return even(bert_tokenizer)
 
 
 def data(texts, labels):
@@ -139,43 +116,72 @@ def cached(teacher, tokenizer, dataset, output, **settings):
     )
 
 
-def test_another_order_is_refused_with_the_map_that_mends_it(tmp_path, even, bert_tokenizer, predicted):
-    texts, classes, _ = predicted
-    swapped = data(texts, [{0: 1, 1: 0, 2: 2}[c] for c in classes])
+def test_another_order_is_refused_with_the_map_that_mends_it(tmp_path, bert_tokenizer, predicted):
+    teacher, texts, classes = predicted
+    other = data(texts, swapped(classes))
     with pytest.raises(SourceError) as refused:
-        cached(even, bert_tokenizer, swapped, tmp_path / "cache")
+        cached(teacher, bert_tokenizer, other, tmp_path / "cache")
     message = str(refused.value)
     assert "it predicts the label of 0%, and of 100% where '0' is 'film', not 'sport', '1' is 'sport'" in message
     assert "add --label-map 0=film --label-map 1=sport (or, if the labels are right as they are" in message
     assert "\n" not in message
     assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").rglob("*.json"))
-    mended = cached(even, bert_tokenizer, swapped, tmp_path / "cache", label_map={0: "film", 1: "sport"})
+    mended = cached(teacher, bert_tokenizer, other, tmp_path / "cache", label_map={0: "film", 1: "sport"})
     assert [row.example.label for row in mended.dataset("train")] == classes
     assert mended.manifest.contract.source.label_map == ("0=film", "1=sport")
     with pytest.raises(ContractError, match="label_map"):
-        cached(even, bert_tokenizer, swapped, tmp_path / "cache")
-    as_it_is = cached(even, bert_tokenizer, swapped, tmp_path / "other", label_map={0: "sport"})
-    assert [row.example.label for row in as_it_is.dataset("train")] == swapped["label"]
+        cached(teacher, bert_tokenizer, other, tmp_path / "cache")
+    as_it_is = cached(teacher, bert_tokenizer, other, tmp_path / "other", label_map={0: "sport"})
+    assert [row.example.label for row in as_it_is.dataset("train")] == other["label"]
 
 
 def test_the_right_order_is_cached_and_a_resumed_capture_does_not_look_again(
-    tmp_path, even, bert_tokenizer, predicted, monkeypatch
+    tmp_path, bert_tokenizer, predicted, monkeypatch
 ):
-    texts, classes, _ = predicted
-    cached(even, bert_tokenizer, data(texts, classes), tmp_path / "cache")
+    teacher, texts, classes = predicted
+    cached(teacher, bert_tokenizer, data(texts, classes), tmp_path / "cache")
     names = datasets.ClassLabel(names=["Film ", "SPORT", "business"])
-    by_name = data(texts, [{0: 1, 1: 0, 2: 2}[c] for c in classes]).cast_column("label", names)
-    found = cached(even, bert_tokenizer, by_name, tmp_path / "names")
+    by_name = data(texts, swapped(classes)).cast_column("label", names)
+    found = cached(teacher, bert_tokenizer, by_name, tmp_path / "names")
     assert [row.example.label for row in found.dataset("train")] == classes
-    monkeypatch.setattr(job, "check_class_order", lambda *_: pytest.fail("looked again"))
-    cached(even, bert_tokenizer, data(texts, classes), tmp_path / "cache")
+    monkeypatch.setattr(job, "check_class_order", lambda *_, **__: pytest.fail("looked again"))
+    cached(teacher, bert_tokenizer, data(texts, classes), tmp_path / "cache")
 
 
-def test_labelled_rows_are_counted_by_split(tmp_path, even, bert_tokenizer, predicted, capsys):
-    texts, classes, _ = predicted
+def test_appended_rows_in_another_order_are_refused_and_the_cache_stands(
+    tmp_path, bert_tokenizer, predicted, monkeypatch
+):
+    """The first rows are as many and right, so that over all rows no other order would fit."""
+    teacher, texts, classes = predicted
+    first, root = data(texts[:80], classes[:80]), tmp_path / "cache"
+    cached(teacher, bert_tokenizer, first, root)
+    files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    mixed = data(texts, classes[:80] + swapped(classes[80:]))
+    with pytest.raises(SourceError, match=r"--append: the classes of the new rows \(from row 80 on\)") as refused:
+        cached(teacher, bert_tokenizer, mixed, root, append=True)
+    message = str(refused.value)
+    assert "'0' is 'film', not 'sport', '1' is 'sport', not 'film'" in message
+    assert "--rows 80: and --label-map 0=film --label-map 1=sport, into another --output" in message
+    assert "\n" not in message
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == files
+
+    mended = cached(
+        teacher, bert_tokenizer, mixed, tmp_path / "new", rows=(80, None), label_map={0: "film", 1: "sport"}
+    )
+    both = merge([root, mended], tmp_path / "both")
+    assert [row.example.label for row in both.dataset("train")] == classes
+
+    grown = cached(teacher, bert_tokenizer, data(texts, classes), root, append=True)
+    assert [row.example.label for row in grown.dataset("train")] == classes
+    monkeypatch.setattr(job, "check_class_order", lambda *_, **__: pytest.fail("looked again"))
+    assert cached(teacher, bert_tokenizer, data(texts, classes), root, append=True).manifest == grown.manifest
+
+
+def test_labelled_rows_are_counted_by_split(tmp_path, bert_tokenizer, predicted, capsys):
+    teacher, texts, classes = predicted
     some = [label if i % 4 else None for i, label in enumerate(classes)]
     both = datasets.DatasetDict({"train": data(texts, some), "test": datasets.Dataset.from_dict({"text": texts[:5]})})
-    cache = cached(even, bert_tokenizer, both, tmp_path / "cache")
+    cache = cached(teacher, bert_tokenizer, both, tmp_path / "cache")
     assert labelled(cache) == {"train": 120, "test": 0}
     echo_cache(cache, str(tmp_path / "cache"))
     shown = capsys.readouterr().out
@@ -183,10 +189,10 @@ def test_labelled_rows_are_counted_by_split(tmp_path, even, bert_tokenizer, pred
     assert "test: 5 rows, 0 labelled, " in shown
 
 
-def test_labels_that_are_not_found_are_told(tmp_path, even, bert_tokenizer, predicted, caplog):
-    texts, classes, _ = predicted
+def test_labels_that_are_not_found_are_told(tmp_path, bert_tokenizer, predicted, caplog):
+    teacher, texts, classes = predicted
     other = datasets.Dataset.from_dict({"text": texts, "topic": classes})
-    cached(even, bert_tokenizer, other, tmp_path / "cache", columns=Columns())
+    cached(teacher, bert_tokenizer, other, tmp_path / "cache", columns=Columns())
     assert (
         "no label column, found text, topic: the cache will have no hard labels for the teacher's classes"
         in caplog.text

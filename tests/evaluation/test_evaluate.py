@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from pipeline.evaluation import format_table
 from pipeline.evaluation.run import run
 from pipeline.records import EvaluationReport, Full, Sampled, TopK
 from tests.conftest import tiny_model
+from tests.support.once import once
 
 
 @pytest.fixture
@@ -27,7 +30,11 @@ def classifier(bert_tokenizer, save_teacher):
 
 @pytest.fixture
 def cache(tmp_path, classifier, topics):
-    return softlabel.cache_logits(str(classifier), topics, tmp_path / "cache", task="sequence-classification")
+    def make(folder: Path) -> None:
+        softlabel.cache_logits(str(classifier), topics, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return softlabel.Cache.open(tmp_path / "cache")
 
 
 def test_the_teacher_as_its_own_student(cache, classifier):

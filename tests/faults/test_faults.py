@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests.support.processes import ROOT, python
 
 
 def test_kills_flips_cuts_and_races(tmp_path):
     """One kill at each named point, 40 flips, 10 cuts, 3 + 3 races: the table names what was missed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.faults", "--small"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = python("-m", "benchmarks.faults", "--small", env={"TMPDIR": str(tmp_path)}, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "MISSED" not in done.stdout
     assert int(done.stdout.split("SIGKILL", 1)[1].splitlines()[0].split()[-2]) >= 8  # points

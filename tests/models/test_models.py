@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import pipeline as softlabel
-from pipeline.config import DataConfig, InitStudentConfig, TrainTeacherConfig
-from pipeline.errors import MisuseError, ModelError, SourceError
+from pipeline.config import InitStudentConfig
+from pipeline.errors import MisuseError, ModelError
 from pipeline.models import load_model, longest_input, model_info, public_name, tokenizer_info
 from pipeline.models.initialize import evenly_spaced, run
 from pipeline.models.load import LoadedModel
-from pipeline.models.teacher import run as train_teacher
 from pipeline.tasks import get_task
 from tests.conftest import TINY, tiny_model
 
@@ -134,91 +129,6 @@ def test_bf16_teachers_give_what_bf16_gives(tmp_path, lm_tokenizer, documents, s
         str(path), documents["test"], tmp_path / "c", task="causal-lm", max_length=32, encoding=softlabel.TopK(5)
     )
     assert cache.manifest.contract.teacher.dtype == "bfloat16"
-
-
-def config(tmp_path, model, data, **settings) -> TrainTeacherConfig:
-    settings = {"epochs": 20, "learning_rate": 3e-3, "batch_size": 10, **settings}
-    return TrainTeacherConfig(
-        task="sequence-classification", model=str(model), data=data, **{"output": str(tmp_path / "out"), **settings}
-    )
-
-
-@pytest.fixture
-def data(tmp_path, topics) -> DataConfig:
-    (tmp_path / "data").mkdir()
-    for split, rows in topics.items():
-        rows.to_json(tmp_path / "data" / f"{split}.jsonl")
-    return DataConfig(dataset=str(tmp_path / "data"))
-
-
-def test_a_teacher_learns_its_task_and_is_an_ordinary_model(tmp_path, bert_tokenizer, data, save_teacher):
-    pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
-    metrics = train_teacher(config(tmp_path, pretrained, data))
-    assert metrics["accuracy"] > 0.8
-    teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert teacher.config.label2id == {"business": 0, "film": 1, "sport": 2}
-    kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert kept["split"] == "test"
-    assert kept["rows"] == 72
-    assert kept["measured_rows"] == Path(data.dataset, "test.jsonl").read_text().count("\n")
-    assert kept["metrics"] == metrics
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"]
-        == bert_tokenizer("the cat")["input_ids"]
-    )
-
-
-def test_a_class_that_no_row_has_is_told(tmp_path, bert_tokenizer, save_teacher, caplog):
-    """Labels counted from 1 make a class 0."""
-    pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
-    rows = [{"text": text, "label": 1 + i % 2} for i, text in enumerate(["the cat", "the dog", "a film", "a goal"])]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one = DataConfig(dataset=str(tmp_path / "train.jsonl"))
-    train_teacher(config(tmp_path, pretrained, one, max_steps=1))
-    assert "split train: 1 of 3 classes have no row to learn from (0); the teacher has them all the same" in caplog.text
-    caplog.clear()
-    named = dataclasses.replace(
-        one,
-        label_map=(
-            "1=cat",
-            "2=dog",
-        ),
-    )
-    train_teacher(config(tmp_path, pretrained, named, max_steps=1, output=str(tmp_path / "named")))
-    assert AutoConfig.from_pretrained(tmp_path / "named").id2label == {0: "0", 1: "cat", 2: "dog"}
-
-
-def test_a_language_model_teacher_is_fine_tuned_too(tmp_path, lm_tokenizer, documents, save_teacher):
-    (tmp_path / "data").mkdir()
-    for split, rows in documents.items():
-        rows.to_json(tmp_path / "data" / f"{split}.jsonl")
-    model = save_teacher(tiny_model("llama", len(lm_tokenizer)), lm_tokenizer)
-    settings = {
-        "task": "causal-lm",
-        "model": str(model),
-        "output": str(tmp_path / "out"),
-        "data": DataConfig(dataset=str(tmp_path / "data"), max_length=32),
-    }
-    untouched = train_teacher(TrainTeacherConfig(**settings, max_steps=1, learning_rate=0.0))
-    with pytest.raises(MisuseError, match=f"{tmp_path / 'out'}: holds a finished model; .*--overwrite"):
-        train_teacher(TrainTeacherConfig(**settings))
-    (tmp_path / "out" / "adapter_config.json").write_text("{}")
-    trained = train_teacher(TrainTeacherConfig(**settings, epochs=5, learning_rate=5e-3, overwrite=True))
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
-    assert trained["loss"] < untouched["loss"] - 1
-
-
-def test_teachers_need_labels_and_a_split_to_learn_from(tmp_path, bert_tokenizer, data, save_teacher, topics):
-    pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
-    with pytest.raises(SourceError, match=r"no label column 'topic'.*--label-column"):
-        train_teacher(config(tmp_path, pretrained, DataConfig(dataset=data.dataset, label_column="topic")))
-    with pytest.raises(SourceError, match="expected a split `train`"):
-        train_teacher(config(tmp_path, pretrained, DataConfig(dataset=data.dataset, split=("test",))))
-    with pytest.raises(MisuseError, match="own directory"):
-        train_teacher(
-            TrainTeacherConfig(task="sequence-classification", model=str(pretrained), output=str(pretrained), data=data)
-        )
-    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_shape_evenly_spaced_layers_are_copied(tmp_path, lm_tokenizer, save_teacher):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.models.detect import detect_task
 from pipeline.models.predict import run
 from pipeline.training.run import run as train
 from tests.conftest import tiny_model
+from tests.support.once import once
 from tests.training.test_train import NAMES, config, student_of
 
 
@@ -35,11 +37,16 @@ def teacher(bert_tokenizer, save_teacher):
 @pytest.fixture
 def trained(tmp_path, teacher, topics):
     """A student of rows of at most 8 tokens, which most of the texts are longer than, and its cache."""
-    cache = softlabel.cache_logits(
-        str(teacher), topics, tmp_path / "cache", task="sequence-classification", max_length=8
-    )
-    train(config(cache, student_of(teacher, tmp_path / "init"), tmp_path / "student", max_steps=40, learning_rate=1e-2))
-    return cache, tmp_path / "student"
+
+    def make(folder: Path) -> None:
+        cache = softlabel.cache_logits(
+            str(teacher), topics, folder / "cache", task="sequence-classification", max_length=8
+        )
+        start = student_of(teacher, folder / "init")
+        train(config(cache, start, folder / "student", max_steps=40, learning_rate=1e-2))
+
+    once(__name__, make, tmp_path)
+    return softlabel.Cache.open(tmp_path / "cache"), tmp_path / "student"
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import random
+import re
+import warnings
 
 import pytest
 import torch
@@ -14,20 +16,33 @@ from pipeline.cache.format.manifest import dump
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models import load_model, model_info
 from pipeline.models.detect import detect_task
+from pipeline.records import TokenizedExample
 from pipeline.tasks import get_task
 from tests.conftest import tiny_model
 
 peft = pytest.importorskip("peft")
 CLASSES, TOKENS = get_task("sequence-classification"), get_task("causal-lm")
 ADAPTERS = {
-    "lora": lambda **more: peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"], **more),
-    "dora": lambda **more: peft.LoraConfig(
-        r=2, use_dora=True, init_lora_weights=False, target_modules=["q_proj"], **more
-    ),
+    "lora": lambda **more: peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **more),
+    "dora": lambda **more: peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], **more),
+    "saved": lambda **more: peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], **more),
+    "embedding": lambda **more: peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], **more),
+    "tokens": lambda **more: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5], **more),
     "ia3": lambda **more: peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **more
     ),
     "prefix": lambda **more: peft.PrefixTuningConfig(num_virtual_tokens=3, **more),
+    "prompt": lambda **more: peft.PromptTuningConfig(num_virtual_tokens=3, **more),
+    "p-tuning": lambda **more: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, **more),
+}
+PROMPTS = ("prompt", "p-tuning")
+TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+#: What can be wrong with the keys of a file.
+WRONG = {
+    "missing": lambda weights, key: {k: v for k, v in weights.items() if k != key},
+    "renamed": lambda weights, key: {("x." + k if k == key else k): v for k, v in weights.items()},
+    "too many": lambda weights, key: {**weights, "x." + key: weights[key].clone()},
+    "empty": lambda weights, key: {},
 }
 
 
@@ -42,8 +57,15 @@ def llama(lm_tokenizer, save_teacher):
 
 
 def adapter_of(path, model, tokenizer, settings):
+    """An adapter whose every trained weight has moved, and its directory."""
     adapted = peft.get_peft_model(model, settings)
-    adapted.save_pretrained(path)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+        adapted.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return adapted.eval()
 
@@ -59,6 +81,36 @@ def test_layers_that_the_configuration_has_no_place_for(bert):
         load_model(CLASSES, str(bert))
     with pytest.raises(ModelError, match="no place for"):
         load_model(CLASSES, str(bert), new_head=True)
+
+
+FAMILIES = ["bert", "roberta", "deberta-v2", "gpt2", "llama", "qwen3", "gemma2"]
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [*((CLASSES, kind) for kind in FAMILIES), *((TOKENS, kind) for kind in FAMILIES[3:])]
+)
+def test_of_every_family_the_logits_are_the_models_or_the_load_is_refused(
+    tmp_path, bert_tokenizer, lm_tokenizer, save_teacher, kind, task
+):
+    """Any weight that is missing, has another name, or belongs to a layer that there is not."""
+    tokenizer = lm_tokenizer if kind in FAMILIES[3:] else bert_tokenizer
+    labels = {"num_labels": 3} if task is CLASSES else {}
+    path = save_teacher(tiny_model(kind, len(tokenizer), spread=2.0, **labels), tokenizer)
+    plain = task.auto_class.from_pretrained(path).eval()
+    ids = torch.randint(5, 100, (2, 9))
+    with torch.inference_mode():
+        assert torch.equal(load_model(task, str(path)).model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    file = path / "model.safetensors"
+    right = load_file(file)
+    for key in random.Random(kind).sample(sorted(right), 6):
+        for change in ("missing", "renamed"):
+            save_file(WRONG[change](right, key), file, metadata={"format": "pt"})
+            with pytest.raises(ModelError, match=r"lacks \d weights"):
+                load_model(task, str(path))
+    layer = {re.sub(r"\.0\.", ".9.", key, count=1): right[key].clone() for key in right if ".0." in key}
+    save_file({**right, **layer}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="has no place for"):
+        load_model(task, str(path))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
@@ -98,32 +150,87 @@ def test_a_language_model_gets_a_new_classifier(llama, bert_tokenizer, save_teac
         load_model(CLASSES, str(llama))
 
 
-@pytest.mark.parametrize("kind", sorted(ADAPTERS))
-def test_adapters_give_what_they_gave_when_they_were_saved(tmp_path, llama, lm_tokenizer, kind):
-    base = load_model(TOKENS, str(llama)).model
-    saved = adapter_of(tmp_path / "a", base, lm_tokenizer, ADAPTERS[kind](task_type="CAUSAL_LM"))
-    ids = torch.randint(2, 300, (1, 9))
-    found = load_model(TOKENS, str(tmp_path / "a")).model
+def plain_and_ours(task, base, path, ids):
+    """Logits of an adapter as PEFT alone loads it, and as we do."""
+    plain = peft.PeftModel.from_pretrained(task.auto_class.from_pretrained(base), str(path)).eval()
     with torch.inference_mode():
-        assert torch.equal(found(input_ids=ids).logits, saved(input_ids=ids).logits)
+        return plain(input_ids=ids).logits, load_model(task, str(path)).model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_adapter_files_that_do_not_match(tmp_path, llama, lm_tokenizer, kind):
-    base = load_model(TOKENS, str(llama)).model
-    path, file = tmp_path / "a", "adapter_model.safetensors"
-    adapter_of(path, base, lm_tokenizer, ADAPTERS[kind](task_type="CAUSAL_LM"))
-    for name in ("other", "fewer", "empty"):
-        shutil.copytree(path, tmp_path / name)
-    rewrite(tmp_path / "other", lambda w: {k.replace(".layers.", ".language.layers."): v for k, v in w.items()}, file)
-    rewrite(tmp_path / "fewer", lambda w: dict(sorted(w.items())[1:]), file)
-    rewrite(tmp_path / "empty", lambda w: {}, file)
-    with pytest.raises(ModelError, match="match no module"):
-        load_model(TOKENS, str(tmp_path / "other"))
-    with pytest.raises(ModelError, match="file lacks 1 of the weights"):
-        load_model(TOKENS, str(tmp_path / "fewer"))
-    with pytest.raises(ModelError, match="holds no weights"):
-        load_model(TOKENS, str(tmp_path / "empty"))
+@pytest.mark.parametrize("kind", sorted(set(ADAPTERS) - set(PROMPTS)))
+@pytest.mark.parametrize("task", TYPES)
+def test_adapters_give_what_peft_gives_and_other_keys_are_refused(tmp_path, lm_tokenizer, save_teacher, task, kind):
+    labels = {"num_labels": 2} if task == "sequence-classification" else {}
+    base = save_teacher(tiny_model("llama", len(lm_tokenizer), **labels), lm_tokenizer, "base")
+    task, settings = get_task(task), ADAPTERS[kind](task_type=TYPES[task])
+    adapter_of(tmp_path / "a", load_model(task, str(base)).model, lm_tokenizer, settings)
+    plain, ours = plain_and_ours(task, base, tmp_path / "a", torch.randint(2, 300, (2, 9)))
+    assert torch.equal(plain, ours)
+
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    right = load_file(file)
+    for what, change in WRONG.items():
+        # The base has its own embedding: it is no loss where the adapter's copy of it is missing.
+        for key in [key for key in sorted(right) if "embed_tokens.base_layer" not in key][:: max(1, len(right) - 2)]:
+            save_file(change(right, key), file)
+            with pytest.raises(ModelError, match=r"file lacks|match no module|holds no weights") as caught:
+                load_model(task, str(tmp_path / "a"))
+            assert "\n" not in str(caught.value), what
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_biases_that_an_adapter_was_trained_with(tmp_path, bert, bert_tokenizer, bias):
+    """They stand under the base's own names, and PEFT writes some twice."""
+    settings = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], bias=bias)
+    adapter_of(tmp_path / "a", load_model(CLASSES, str(bert)).model, bert_tokenizer, settings)
+    plain, ours = plain_and_ours(CLASSES, bert, tmp_path / "a", torch.randint(5, 100, (2, 9)))
+    assert torch.equal(plain, ours)
+    twice = "base_model.model.classifier.modules_to_save.bias"
+    rewrite(tmp_path / "a", lambda w: WRONG["missing"](w, twice), "adapter_model.safetensors")
+    load_model(CLASSES, str(tmp_path / "a"))
+    rewrite(
+        tmp_path / "a",
+        lambda w: WRONG["missing"](w, next(k for k in w if "query.base_layer.bias" in k)),
+        "adapter_model.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"file lacks 1 of the weights .*query\.base_layer\.bias"):
+        load_model(CLASSES, str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_tokens_before_a_row_are_refused_where_they_move_its_positions(
+    tmp_path, bert, bert_tokenizer, llama, lm_tokenizer, save_teacher, kind
+):
+    """A decoder's batch of unequal rows would give other logits than each row alone; an encoder's gives the same."""
+    decoder = save_teacher(tiny_model("llama", len(lm_tokenizer), num_labels=2), lm_tokenizer, "decoder")
+    for task, base, tokenizer in (
+        (TOKENS, llama, lm_tokenizer),
+        (CLASSES, decoder, lm_tokenizer),
+        (CLASSES, bert, bert_tokenizer),
+    ):
+        path = tmp_path / f"{base.name}-{kind}"
+        settings = ADAPTERS[kind](task_type=TYPES[task.name])
+        adapter_of(path, load_model(task, str(base)).model, tokenizer, settings)
+        if base is not bert:
+            with pytest.raises(ModelError, match="puts 3 tokens before each row"):
+                load_model(task, str(path))
+    plain, ours = plain_and_ours(CLASSES, bert, path, torch.randint(5, 100, (2, 9)))
+    assert torch.equal(plain, ours)
+    model, rows = load_model(CLASSES, str(path)).model, [torch.randint(5, 100, (n,)).numpy() for n in (9, 4)]
+    examples = [TokenizedExample(i, 0, ids, None, None) for i, ids in enumerate(rows)]
+    with torch.inference_mode():
+        together = CLASSES.gather_logits(model, *CLASSES.collate(examples, 0))
+        alone = torch.cat([model(input_ids=torch.from_numpy(ids)[None]).logits for ids in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_line(llama):
+    """The library tokenizers raises a bare Exception."""
+    content = json.loads((llama / "tokenizer.json").read_text())
+    (llama / "tokenizer.json").write_text(json.dumps({**content, "model": {**content["model"], "vocab": {"a": 0}}}))
+    with pytest.raises(ModelError, match="cannot be loaded by AutoTokenizer") as caught:
+        load_model(TOKENS, str(llama))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_brings_the_head_or_is_refused(tmp_path, llama, lm_tokenizer):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pipeline.errors import EncodingError, MisuseError
 from pipeline.records import Full, Sampled, TopK, TopP
 from pipeline.softlabels import concatenate, encode, encode_and_score, narrow, target, teacher_scores
+from tests.support.profile import examples
 
 ENCODINGS = [Full(), TopK(5), TopP(0.8), Sampled(12.0)]
 
@@ -251,7 +252,7 @@ def test_a_vocabulary_of_300_000(encoding):
     assert ((mass - 1).abs() <= (1 / 25 if isinstance(encoding, Sampled) else 0) + 1e-5).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60, 600))
 @given(
     st.integers(1, 4),
     st.integers(1, 200),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.records import TopK, TopP
 from pipeline.softlabels import encode, log_residual_bounds, target
+from tests.support.profile import examples
 
 
 def zipf(count: int, classes: int, seed: int) -> torch.Tensor:
@@ -25,7 +26,7 @@ def truth(logits: torch.Tensor, soft, temperature: float) -> torch.Tensor:
     return torch.logsumexp(outside / temperature, -1) - torch.logsumexp(logits.double() / temperature, -1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60, 600))
 @given(
     st.sampled_from([TopK(3), TopK(20), TopK(8, (1.0, 4.0)), TopP(0.6), TopP(0.9, (0.5, 1.0, 1.5, 3.0))]),
     st.integers(0, 10_000),

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pipeline.records import Columns, SplitContents
 from pipeline.sources import batches, fingerprints, from_datasets, survey
 from pipeline.sources.content import held_out
+from tests.support.profile import examples
 
 TEXTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=40)
-SETTINGS = settings(max_examples=25, deadline=None)
+SETTINGS = settings(max_examples=examples(25, 250), deadline=None)
 
 
 def frame(texts: list[str], **more: list[Any]) -> datasets.Dataset:

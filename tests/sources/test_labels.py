@@ -2,6 +2,8 @@ from typing import Any
 
 import datasets
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
 from pipeline.records import Columns, Example
@@ -253,3 +255,28 @@ def test_a_label_map_of_a_class_label_takes_names_and_numbers() -> None:
 def test_a_side_of_the_label_map_that_is_not_known(data: Source, label_map: tuple[str, ...], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         LabelMap.for_names(data, ("a", "b", "c"), label_map)
+
+
+#: Words, digits in an order that is not theirs, and the generic names of transformers.
+NAMES = st.one_of(
+    st.lists(st.sampled_from(["sport", "Film", "New York", "é", "2", "10", "1"]), min_size=2, max_size=7, unique=True),
+    st.integers(2, 7).map(lambda n: [f"LABEL_{i}" for i in range(n)]),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(NAMES, st.data())
+def test_a_class_is_found_by_its_name_however_the_data_writes_it(names: list[str], data: st.DataObject) -> None:
+    """As text in any case and with space around it, and as a `ClassLabel` whose names stand in another order; digits as numbers too."""
+    classes = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=8))
+    forms = st.sampled_from([str, str.upper, str.lower, lambda name: f"  {name}\n"])
+    assert mapped(source(*(data.draw(forms)(names[c]) for c in classes)), *names) == classes
+    order = data.draw(st.permutations(names))
+    assert mapped(source(*(order.index(names[c]) for c in classes), names=order), *names) == classes
+    digits = [c for c in classes if names[c].isdigit()]
+    if digits:
+        assert mapped(source(*(int(names[c]) for c in digits)), *names) == digits
+    if names[0] == "LABEL_0":
+        assert mapped(source(*classes), *names) == classes
+    given_map = tuple(f"x{c}={names[c]}" for c in set(classes))
+    assert mapped(source(*(f"x{c}" for c in classes)), *names, label_map=given_map) == classes

@@ -134,8 +134,24 @@ def messages_of(*turns: dict[str, Any]) -> Any:
 def test_text_in_parts_is_joined_and_other_parts_are_bad_rows() -> None:
     part = {"type": "text", "text": "hi"}
     assert messages_of({"role": "user", "content": [part, {**part, "text": " you"}]}) == (Message("user", "hi you"),)
-    image = messages_of({"role": "user", "content": [part, {"type": "image", "text": None}]})
-    assert image == "chat[0].content[1]: expected {type: text, text}, found the keys type and the type image"
+    other = messages_of({"role": "user", "content": [part, {"type": "refusal", "text": None}]})
+    assert other == "chat[0].content[1]: expected {type: text, text}, found the keys type and the type refusal"
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ({"type": "image"}, "an image"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}, "an image"),
+        ({"type": "input_audio", "input_audio": {"data": "aaaa", "format": "wav"}}, "audio"),
+        ({"audio": "a.wav"}, "audio"),
+        ({"type": "video", "video": "a.mp4"}, "a video"),
+    ],
+)
+def test_a_part_that_is_no_text_is_named_with_its_turn(part: dict[str, Any], found: str) -> None:
+    text = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    reason = messages_of(text, {"role": "user", "content": [{"type": "text", "text": "look"}, part]})
+    assert reason == f"chat[1].content[1]: expected text, found {found}; chats are read as text alone"
 
 
 def test_keys_beside_role_and_content_are_kept_for_the_template_and_nulls_are_absent() -> None:

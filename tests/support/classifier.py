@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
-from tests.conftest import tiny_model
+from tests.conftest import WORDS, tiny_model
 
 LABELS = ("business", "sport", "film")
 
@@ -29,3 +32,21 @@ def taught(topics: DatasetDict, teacher, tokenizer) -> DatasetDict:
         return Dataset.from_dict({"text": list(split["text"]), "label": known})
 
     return DatasetDict({name: label(split) for name, split in topics.items()})
+
+
+def even(tokenizer) -> tuple[Any, list[str], list[int]]:
+    """A classifier of sport, film and business with a bias that makes them about equal in number; 160 texts, and its own classes for them."""
+    model = tiny_model("bert", len(tokenizer), num_labels=3, spread=3.0)
+    model.config.id2label = {0: "sport", 1: "film", 2: "business"}
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(WORDS, 5)) for _ in range(160)]
+    with torch.inference_mode():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    with torch.no_grad():
+        model.classifier.bias -= logits.mean(0)
+    return model, texts, (logits - logits.mean(0)).argmax(-1).tolist()
+
+
+def swapped(classes: list[int]) -> list[int]:
+    """The first two classes in each other's place."""
+    return [{0: 1, 1: 0}.get(c, c) for c in classes]

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from pipeline.cache.storage import transfer
 
 TOKEN = "hf_plantedTokenOfTheTests"
+LARGE = (".parquet", ".png", ".safetensors", ".bin")
 
 
 class Hub:
@@ -39,6 +41,11 @@ class Hub:
         oid = hashlib.sha1(f"{len(self.commits)} {repo} {sorted(files)}".encode()).hexdigest()
         self.commits[oid], self.branches[repo, branch] = files, oid
         return oid
+
+    def hold(self, repo: str, folder: Path) -> str:
+        """Commit the files of a directory, as a public repository's."""
+        self.private[repo] = False
+        return self.commit(repo, "main", {path.name: ("regular", path.read_bytes()) for path in folder.iterdir()})
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         return {name: content for name, (_, content) in self.commits[self.branches[repo, branch]].items()}
@@ -92,17 +99,20 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
+            page = f"datasets/{repo}" if asked.get("type") == "dataset" else repo
             if repo in hub.private:
-                return self._send(409, {"url": f"/datasets/{repo}", "error": "You already created this dataset repo"})
+                return self._send(409, {"url": f"/{page}", "error": "You already created this repo"})
             hub.private[repo] = bool(asked.get("private")) or asked.get("visibility") == "private"
             hub.commit(repo, "main", {".gitattributes": ("regular", b"*.parquet filter=lfs\n")})
-            return self._send(200, {"url": f"http://{self.headers['Host']}/datasets/{repo}", "id": repo})
+            return self._send(200, {"url": f"http://{self.headers['Host']}/{page}", "id": repo})
         if path == "/api/validate-yaml":
             return self._send(200, {"errors": [], "warnings": []})
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.*))?)?)?", path):
+        if found := re.fullmatch(
+            r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.*))?)?)?", path
+        ):
             repo, what, revision, rest = found[1], found[2], unquote(found[3] or "main"), unquote(found[4] or "")
             return self._api(repo, what, revision, rest, body)
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             asked = json.loads(body)["objects"]
             host = f"http://{self.headers['Host']}"
             objects = [
@@ -127,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.objects[oid] = body
             hub.uploads.append(oid)
             return self._send(200)
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
             return self._resolve(found[1], unquote(found[2]), unquote(found[3]))
         return self._send(404, {"error": f"no such page: {path}"})
 
@@ -151,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             modes = [
                 {
                     "path": item["path"],
-                    "uploadMode": "lfs" if item["path"].endswith((".parquet", ".png")) else "regular",
+                    "uploadMode": "lfs" if item["path"].endswith(LARGE) else "regular",
                     "shouldIgnore": False,
                     "oid": _entry(item["path"], *files[item["path"]])["oid"] if item["path"] in files else None,
                 }
@@ -176,7 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     del changed[value["path"]]
             oid = hub.commit(repo, revision, changed)
-            url = f"http://{self.headers['Host']}/datasets/{repo}/commit/{oid}"
+            page = f"datasets/{repo}" if "/datasets/" in self.path else repo
+            url = f"http://{self.headers['Host']}/{page}/commit/{oid}"
             return self._send(200, {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
         if what == "tree":
             recursive = "recursive=true" in urlsplit(self.path).query.lower()
@@ -219,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The hub as `huggingface_hub` finds it, through its own code, with a token planted in the environment."""
     import huggingface_hub
     from huggingface_hub import HfFileSystem, constants
@@ -237,10 +248,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         "ENDPOINT": address,
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "hf-cache"),
         "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(transfer, "WAITS", (0.0,))
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address that it was made with
     HfFileSystem.clear_instance_cache()
     huggingface_hub.utils.disable_progress_bars()
     yield state

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.cache import Plan
+from pipeline.cache import Cache, Plan
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, finish, record
@@ -27,6 +27,7 @@ from pipeline.records import (
     TokenizedExample,
 )
 from pipeline.softlabels import encode, narrow
+from tests.support.once import once
 
 
 def token_row(
@@ -103,10 +104,26 @@ def build_cache(
     shards: int = 2,
     splits: tuple[str, ...] = ("train",),
 ):
-    """A finished cache of `shards` shards in each split."""
+    """A finished cache of `shards` shards in each split: a copy, where one of these settings has been made before."""
+    encoding = encoding or Sampled(6.0)
+    settings = (encoding, classes, tokens, per_shard, shards, splits)
+    named = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.init_kwargs), str(tokenizer.special_tokens_map))
+    once(("build_cache", settings, named), lambda folder: _build(folder, tokenizer, *settings), root)
+    return Cache.open(root)
+
+
+def _build(
+    root: Path,
+    tokenizer,
+    encoding: Encoding,
+    classes: int,
+    tokens: bool,
+    per_shard: int,
+    shards: int,
+    splits: tuple[str, ...],
+) -> None:
     import pyarrow as pa
 
-    encoding = encoding or Sampled(6.0)
     plans = tuple(
         ShardPlan(f"{split}-{i:05d}", split, i * per_shard, (i + 1) * per_shard)
         for split in splits
@@ -125,4 +142,4 @@ def build_cache(
         rows = [make(n) for n in range(shard.start, shard.stop)]
         written = write_shard(layout.shard(shard.name), shard, rows, schema)
         record(layout, Receipt(written, shard, ((1, 1),), "cpu", 0.0, 0.0))
-    return finish(layout, plan)
+    finish(layout, plan)

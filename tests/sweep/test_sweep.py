@@ -22,8 +22,12 @@ from pipeline.sweep import format_leaderboard, report, run
 from pipeline.sweep.grid import plan
 from pipeline.training.trainer import DistillationTrainer
 from tests.conftest import tiny_model
+from tests.support.once import once
+from tests.support.profile import plain_pictures  # noqa: F401 - a fixture
 from tests.training.test_train import NAMES
 from tests.training.test_train import config as train_config
+
+pytestmark = pytest.mark.usefixtures("plain_pictures")
 
 
 @pytest.fixture
@@ -37,7 +41,12 @@ def teacher(bert_tokenizer, save_teacher):
 def cache(tmp_path, teacher, topics):
     topics["validation"] = topics["test"]
     topics["test"] = topics["train"].select(range(9))
-    return softlabel.cache_logits(str(teacher), topics, tmp_path / "cache", task="sequence-classification")
+
+    def make(folder: Path) -> None:
+        softlabel.cache_logits(str(teacher), topics, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return softlabel.Cache.open(tmp_path / "cache")
 
 
 def sweep(cache, teacher, output: Path, **settings) -> SweepConfig:

@@ -66,6 +66,34 @@ def _unigram() -> PreTrainedTokenizerFast:
     return _fast(raw, unk_token="<unk>")
 
 
+def _gemma() -> PreTrainedTokenizerFast:
+    """Spaces become metaspaces and none is put in front; bytes stand for what has no token."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "</s>", "<s>", "<unk>", "<|user|>"]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*special, *_BYTES], show_progress=False)
+    raw.train_from_iterator(CORPUS, trainer)
+    content = json.loads(raw.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(special)]
+    raw = Tokenizer.from_str(json.dumps(content))
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return _fast(raw, bos_token="<s>", unk_token="<unk>")
+
+
+def _deberta() -> PreTrainedTokenizerFast:
+    """Unigram with a metaspace in front, as DeBERTa's second version: white space at the ends goes, the row stands in [CLS] and [SEP]."""
+    raw = Tokenizer(models.Unigram())
+    raw.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>", "<s>", "<|user|>"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    raw.train_from_iterator(CORPUS, trainer)
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 3), ("</s>", 1)])
+    return _fast(raw, bos_token="<s>", unk_token="<unk>")
+
+
 def _wordpiece() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
     raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
@@ -85,6 +113,8 @@ FAMILIES = {
     "prefix-space": _byte_level(prefix_space=True),
     "llama2": _metaspace(legacy=True),
     "mistral": _metaspace(legacy=False),
+    "gemma": _gemma(),
     "t5": _unigram(),
+    "deberta": _deberta(),
     "bert": _wordpiece(),
 }

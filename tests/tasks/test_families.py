@@ -15,6 +15,7 @@ from pipeline.records import BadRow, Example, Message, Tokenization, TokenizedEx
 from pipeline.tasks import get_task
 from pipeline.tasks.documents import overlapping
 from pipeline.tasks.pieces import read_vocabulary
+from tests.support.profile import examples
 from tests.tasks.families import FAMILIES
 
 LM = get_task("causal-lm")
@@ -67,7 +68,7 @@ def predicted(row: TokenizedExample) -> list[int]:
 
 
 @each_family
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25, 250))
 @given(a_text)
 def test_tokens_stand_for_every_byte_of_a_text_once(family: str, text: str) -> None:
     tokenizer: Any = FAMILIES[family]
@@ -77,8 +78,12 @@ def test_tokens_stand_for_every_byte_of_a_text_once(family: str, text: str) -> N
     assert (num_bytes >= 0).all()
     covered = text if offsets and offsets[-1][1] == len(text) else text.rstrip()
     if len(ids):
-        assert len(covered.encode()) - len(text) * (family in ("bert", "t5")) <= num_bytes.sum() <= len(text.encode())
-    if family not in ("bert", "t5", "qwen"):  # these change the text
+        assert (
+            len(covered.encode()) - len(text) * (family in ("bert", "t5", "deberta"))
+            <= num_bytes.sum()
+            <= len(text.encode())
+        )
+    if family not in ("bert", "t5", "deberta", "qwen"):  # these change the text
         assert num_bytes.sum() == len(text.encode())
         for i in range(len(ids) - 1):  # up to any token; offsets of white space may be trimmed
             if offsets[i + 1][0] >= offsets[i][1] > offsets[i][0]:
@@ -119,7 +124,7 @@ def test_text_bytes_of_a_row_is_the_text_that_is_predicted(family: str, text: st
 
 
 @each_family
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15, 150))
 @given(st.lists(st.sampled_from(["a", "dog", "cat ", " mat", "🐕", "日\n", ""]), min_size=2, max_size=5))
 def test_the_assistants_tokens_are_those_that_cover_its_characters(family: str, contents: list[str]) -> None:
     messages = tuple(Message("user" if i % 2 else "assistant", text) for i, text in enumerate(contents))
@@ -237,7 +242,7 @@ def test_turns_of_weight_0_are_context() -> None:
         (
             {"tool_calls": [{"function": {"arguments": '{"a": 1}'}}]},
             "{{ m.tool_calls[0].function.arguments | tojson }}",
-            "quotes the arguments of a tool call",
+            None,
         ),
     ],
 )
@@ -263,14 +268,19 @@ def test_tools_reach_the_template_or_are_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{# {% generation %} #}{{ messages[0].content }}", "does not mark the assistant's tokens"),
-        ("{{ 'generation' }}{{ messages[0].content }}", "does not mark the assistant's tokens"),
         ("{% macro a(m) %}{% generation %}{{ m }}{% endgeneration %}{% endmacro %}{{ a('x') }}", "inside a macro"),
     ],
 )
-def test_templates_without_marks_that_can_be_used_are_refused(template: str, message: str) -> None:
+def test_marks_that_cannot_be_used_are_refused(template: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         row_of("gpt2", template, messages=(Message("assistant", "cat"),))
+
+
+@pytest.mark.parametrize("word", ["{# {% generation %} #}", "{{ 'generation' }}"])
+def test_the_word_generation_alone_is_no_mark(word: str) -> None:
+    messages = (Message("user", "the|"), Message("assistant", "cat"))
+    row = good("gpt2", word + "{% for m in messages %}{{ m.content }}{% endfor %}", messages=messages)
+    assert FAMILIES["gpt2"].decode(predicted(row)) == "cat"
 
 
 def test_padding_that_is_learnt_is_counted(caplog: pytest.LogCaptureFixture) -> None:

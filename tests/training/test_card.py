@@ -19,6 +19,7 @@ from pipeline.tasks import get_task
 from pipeline.training.card import describe_loss, make_card
 from pipeline.training.run import run
 from tests.conftest import tiny_model
+from tests.support.once import once
 from tests.training.test_train import NAMES, config, student_of
 
 
@@ -32,7 +33,12 @@ def teacher(bert_tokenizer, save_teacher):
 @pytest.fixture
 def cache(tmp_path, teacher, topics) -> Cache:
     topics["validation"] = topics["test"]
-    return softlabel.cache_logits(str(teacher), topics, tmp_path / "cache", task="sequence-classification")
+
+    def make(folder: Path) -> None:
+        softlabel.cache_logits(str(teacher), topics, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return Cache.open(tmp_path / "cache")
 
 
 def test_a_card_says_what_a_student_was_made_from(tmp_path, cache, teacher):

@@ -9,9 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import pipeline as softlabel
+from pipeline.config import TrainStudentConfig
+from pipeline.errors import MisuseError
+from pipeline.training.run import run as train_student
+from pipeline.training.saving import SavingTrainer
 from tests.conftest import tiny_model
+from tests.support import processes
+from tests.support.processes import python
 
 SCRIPT = """
 import hashlib, json, os, sys, torch
@@ -40,19 +49,13 @@ with open(f"{output}-{args.process_index}.json", "w") as file:
 
 
 def train(tmp_path: Path, cache: Path, ranks: int, batch: int, **extra) -> list[dict]:
-    """What each rank says of its run."""
+    """What each rank says of its run. torchrun itself is in test_trainer."""
     output = tmp_path / f"out-{ranks}-{len(extra)}"
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     arguments = [str(cache), str(tmp_path / "student"), str(output), str(batch), json.dumps(extra)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in processes.ranks(ranks, str(script), *arguments) if ranks > 1 else [python(str(script), *arguments)]:
+        assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(Path(f"{output}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -62,6 +65,80 @@ def assert_alike(found: list[dict], expected: dict) -> None:
     assert found[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     for name in ("eval_loss", "eval_accuracy", "eval_agreement", "eval_divergence"):
         assert found[0]["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-4)
+
+
+SIGNALLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from transformers import TrainerCallback
+from pipeline.cli import main
+from pipeline.training import run
+
+class Signal(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        to, step = os.environ["SIGNALLED"].split()
+        if state.global_step == int(step) and args.process_index == 1:
+            os.kill(os.getppid() if to == "launcher" else os.getpid(), signal.SIGTERM)
+
+plain = run.DistillationTrainer.__init__
+def init(self, *args, **kwargs):
+    plain(self, *args, **kwargs)
+    self.add_callback(Signal())
+run.DistillationTrainer.__init__ = init
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_of_all_ranks_and_the_same_command_goes_on(
+    tmp_path, lm_tokenizer, documents, save_teacher
+):
+    """Sent to one rank alone, then to the launcher, which passes it on; no checkpoint is due."""
+    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+    softlabel.cache_logits(
+        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+    )
+    student = save_teacher(tiny_model("llama", len(lm_tokenizer), seed=1, num_hidden_layers=1), lm_tokenizer, "student")
+    script, out = tmp_path / "train.py", tmp_path / "out"
+    script.write_text(SIGNALLED)
+
+    def start(signalled: str) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        named = ["--cache", str(tmp_path / "cache"), "--student", str(student), "--output", str(out)]
+        return subprocess.run(
+            [*launcher, "train-student", *named, "--max-steps", "6", "--batch-size", "2"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "SIGNALLED": signalled},
+        )
+
+    for signalled, step, before in (("rank 1", 2, None), ("launcher 3", 4, 2)):
+        stopped = start(signalled)
+        assert stopped.returncode != 0
+        assert stopped.stderr.count(f"saved checkpoint-{step}") == 1, stopped.stderr
+        assert stopped.stderr.count("Error: interrupted; what was finished is kept") == 2  # once for each rank
+        assert (f"goes on from checkpoint-{before}" in stopped.stderr) == (before is not None)
+        assert json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())["global_step"] == step
+        assert len(list((out / f"checkpoint-{step}").glob("rng_state_*.pth"))) == 2
+        assert not (out / "distillation.json").exists()
+    done = start("rank -1")
+    assert done.returncode == 0, done.stderr
+    assert "goes on from checkpoint-4" in done.stderr
+    alone = {"max_steps": 6, "batch_size": 4, "output": str(tmp_path / "alone")}
+    train_student(TrainStudentConfig(cache=(str(tmp_path / "cache"),), student=str(student), **alone))
+    assert json.loads((out / "distillation.json").read_text())["steps"] == 6
+    found, expected = (load_file(path / "model.safetensors") for path in (out, tmp_path / "alone"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_that_know_nothing_of_each_other_are_refused(tmp_path, monkeypatch):
+    """torchrun, and arguments of the user's own that do not ask for the CPU: each would train alone, into one directory."""
+    args = TrainingArguments(output_dir=str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MisuseError, match=r"torchrun has started 2 ranks, .*train alone.*set use_cpu"):
+        SavingTrainer(tiny_model("gpt2", 40), args)
 
 
 @pytest.mark.slow

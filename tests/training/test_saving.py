@@ -6,19 +6,24 @@ import copy
 import errno
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load
 from transformers import Trainer, TrainingArguments
 
 import pipeline as softlabel
 from pipeline.cache import Cache
-from pipeline.config import TrainStudentConfig
+from pipeline.config import DataConfig, TrainStudentConfig, TrainTeacherConfig
 from pipeline.errors import ConfigError, MisuseError, TrainingError
 from pipeline.models.arguments import hide_token
 from pipeline.training.run import run
+from pipeline.training.teacher import run as train_teacher
 from tests.conftest import tiny_model
+from tests.support.hub import TOKEN, hub  # noqa: F401 - a fixture
+from tests.support.once import once
 
 SECRET = "hf_" + "sEcReT" * 5
 
@@ -31,7 +36,12 @@ def teacher(bert_tokenizer, save_teacher):
 @pytest.fixture
 def cache(tmp_path, teacher, topics) -> Cache:
     rows = topics["train"].select(range(24)).remove_columns("label")
-    return softlabel.cache_logits(str(teacher), rows, tmp_path / "cache", task="sequence-classification")
+
+    def make(folder: Path) -> None:
+        softlabel.cache_logits(str(teacher), rows, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return Cache.open(tmp_path / "cache")
 
 
 def train(cache, student, output, **settings):
@@ -130,8 +140,66 @@ def test_a_push_without_a_hub_is_said_before_the_first_step(tmp_path, cache, tea
     assert not (tmp_path / "out" / "origin.json").exists()
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_is_pushed_is_what_is_saved(tmp_path, cache, teacher, hub, dtype):
+    """Weights, tokenizer, cards and logs; not the checkpoints, of which one was pushed on the way, in float32."""
+    training = {"push_to_hub": True, "hub_model_id": "org/student", "save_strategy": "steps", "save_steps": 1}
+    train(cache, teacher, tmp_path / "out", save_dtype=dtype, training=training)
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    pushed = hub.files("org/student")
+    assert saved == {name: content for name, content in pushed.items() if name != ".gitattributes"}
+    assert {"model.safetensors", "tokenizer.json", "README.md", "distillation.json"} <= pushed.keys()
+    found = {tensor.dtype for tensor in load(pushed["model.safetensors"]).values()}
+    assert found == {torch.bfloat16 if dtype == "bfloat16" else torch.float32}
+    assert hub.private == {"org/student": False}
+    assert all(TOKEN.encode() not in content for content in pushed.values())
+
+
+def test_an_adapter_and_a_teacher_are_pushed_whole(tmp_path, cache, teacher, hub, topics):
+    pytest.importorskip("peft")
+    training = {"push_to_hub": True, "hub_model_id": "org/adapter", "hub_private_repo": True}
+    train(cache, teacher, tmp_path / "out", lora_r=2, lora_target=("query",), training=training)
+    pushed = hub.files("org/adapter")
+    assert {"adapter_model.safetensors", "adapter_config.json", "labels.json", "README.md"} <= pushed.keys()
+    assert hub.private == {"org/adapter": True}
+    topics["train"].to_json(tmp_path / "train.jsonl")
+    train_teacher(
+        TrainTeacherConfig(
+            task="sequence-classification",
+            model=str(teacher),
+            output=str(tmp_path / "teacher2"),
+            data=DataConfig(dataset=str(tmp_path / "train.jsonl")),
+            max_steps=1,
+            training={"push_to_hub": True, "hub_model_id": "org/teacher"},
+        )
+    )
+    assert {"model.safetensors", "tokenizer.json", "README.md", "metrics.json"} <= hub.files("org/teacher").keys()
+
+
+def test_a_push_that_fails_at_the_end_leaves_the_student(tmp_path, cache, teacher, hub):
+    training = {"push_to_hub": True, "hub_model_id": "org/student", "hub_strategy": "end"}
+    hub.fail_uploads_after = 0
+    with pytest.raises(
+        TrainingError, match=r"out: is finished and saved, and was not pushed to org/student: .*hf upload"
+    ) as caught:
+        train(cache, teacher, tmp_path / "out", training=training)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "out" / "distillation.json").is_file()
+
+
 def test_the_best_of_a_metric_that_is_not_measured(tmp_path, cache, teacher):
     training = {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "f1"}
     with pytest.raises(MisuseError, match=r"found 'f1'; the split has no labels"):
         train(cache, teacher, tmp_path / "out", eval_split="train", training=training)
+    assert not (tmp_path / "out" / "origin.json").exists()
+
+
+def test_the_best_of_no_evaluation(tmp_path, cache, teacher):
+    with pytest.raises(MisuseError, match=r"metric_for_best_model: has no effect without evaluations"):
+        train(cache, teacher, tmp_path / "out", training={"metric_for_best_model": "loss"})
+    with pytest.raises(MisuseError, match=r"^eval_on_start: the cache has no split `validation`"):
+        train(cache, teacher, tmp_path / "out", training={"eval_on_start": True})
+    never = {"eval_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(MisuseError, match=r"metric_for_best_model: has no effect"):  # the callback would only assert
+        train(cache, teacher, tmp_path / "out", early_stopping=2, training=never)
     assert not (tmp_path / "out" / "origin.json").exists()

@@ -11,11 +11,12 @@ from transformers import Trainer, TrainingArguments
 
 from pipeline.errors import MisuseError
 from pipeline.tasks import get_task
-from pipeline.training.refusals import check_metric, refuse_unused
+from pipeline.training.refusals import check_metric, refuse_evaluation, refuse_unused
 from pipeline.training.settings import (
     HARMLESS,
     HONOURED,
     HONOURED_PARAMETERS,
+    NEED_EVALUATION,
     REFUSED,
     REFUSED_PARAMETERS,
     settings_table,
@@ -30,6 +31,10 @@ def test_every_field_of_training_arguments_is_classified_once():
 def test_every_parameter_of_trainer_is_classified_once():
     parameters = sorted(set(inspect.signature(Trainer.__init__).parameters) - {"self"})
     assert sorted([*REFUSED_PARAMETERS, *HONOURED_PARAMETERS]) == parameters
+
+
+def test_what_needs_an_evaluation_is_honoured_otherwise():
+    assert set(NEED_EVALUATION) < HONOURED
 
 
 def test_the_page_of_settings_is_up_to_date():
@@ -71,6 +76,33 @@ def test_fsdp_wants_ranks(tmp_path, monkeypatch):
         refuse_unused(args, {})
     monkeypatch.setenv("RANK", "0")
     refuse_unused(args, {})
+
+
+UNEVALUATED = [
+    {"metric_for_best_model": "loss"},
+    {"metric_for_best_model": "accuracy", "save_strategy": "best"},
+    {"greater_is_better": True},
+    {"eval_steps": 10},
+    {"eval_delay": 2},
+]
+
+
+@pytest.mark.parametrize("setting", UNEVALUATED)
+def test_what_chooses_by_an_evaluation_is_refused_where_none_is_due(tmp_path, setting):
+    with pytest.raises(
+        MisuseError, match=r"training: \w+: has no effect without evaluations.*set eval_strategy"
+    ) as caught:
+        refuse_unused(TrainingArguments(output_dir=str(tmp_path), **setting), {})
+    assert any(f"training: {name}:" in str(caught.value) for name in setting)
+    due = {"eval_strategy": "steps", **setting}
+    refuse_unused(TrainingArguments(output_dir=str(tmp_path), **due), {})
+
+
+@pytest.mark.parametrize("setting", [*UNEVALUATED, {"eval_strategy": "epoch"}, {"eval_on_start": True}])
+def test_a_teacher_is_measured_at_its_end_alone(tmp_path, setting):
+    with pytest.raises(MisuseError, match=r"training: \w+: .*a teacher is measured once, at the end.* leave it out"):
+        refuse_evaluation(TrainingArguments(output_dir=str(tmp_path), **setting))
+    refuse_evaluation(TrainingArguments(output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,18 +20,25 @@ from pipeline.training import stopping
 from pipeline.training.run import run
 from pipeline.training.stopping import CheckpointOnSigterm
 from tests.conftest import tiny_model
+from tests.support.once import once
+from tests.support.processes import python
 
 
 @pytest.fixture
-def settings(tmp_path, lm_tokenizer, documents, save_teacher) -> TrainStudentConfig:
-    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
-    path = save_teacher(teacher, lm_tokenizer, "teacher")
-    softlabel.cache_logits(
-        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
-    )
+def settings(tmp_path, lm_tokenizer, documents) -> TrainStudentConfig:
+    def make(folder: Path) -> None:
+        teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+        teacher.save_pretrained(folder / "teacher")
+        lm_tokenizer.save_pretrained(folder / "teacher")
+        softlabel.cache_logits(
+            teacher, documents, folder / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+        )
+        softlabel.init_student(folder / "teacher", folder / "student", layers=[0])
+
+    once(__name__, make, tmp_path)
     return TrainStudentConfig(
         cache=(str(tmp_path / "cache"),),
-        student=str(softlabel.init_student(path, tmp_path / "student", layers=[0])),
+        student=str(tmp_path / "student"),
         output=str(tmp_path / "out"),
         max_steps=4,
         batch_size=4,
@@ -125,12 +129,7 @@ main(sys.argv[1:])
 def test_sigterm_saves_a_whole_checkpoint_and_the_same_command_goes_on(settings, tmp_path):
     """With no checkpoint due: only the signal has one written."""
     command = f"train-student --cache {settings.cache[0]} --student {settings.student} --max-steps 4 --batch-size 4"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *command.split(), "--output", str(tmp_path / "out")],
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-    )
+    killed = python("-c", KILLED, *command.split(), "--output", str(tmp_path / "out"))
     assert killed.returncode == 143, killed.stderr
     assert "Traceback" not in killed.stderr
     *_, saved, last = killed.stderr.splitlines()

@@ -27,17 +27,25 @@ from pipeline.training.batches.collate import Collator
 from pipeline.training.run import run
 from pipeline.training.schedule import weights_at
 from tests.conftest import tiny_model
+from tests.support.once import once
+from tests.support.processes import ROOT, python, ranks
 from tests.support.rows import token_row
 
 
 @pytest.fixture
-def cache(tmp_path, lm_tokenizer, documents, save_teacher):
-    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
-    save_teacher(teacher, lm_tokenizer, "teacher")
+def cache(tmp_path, lm_tokenizer, documents):
     documents["validation"] = documents["test"]
-    return softlabel.cache_logits(
-        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
-    )
+
+    def make(folder: Path) -> None:
+        teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+        teacher.save_pretrained(folder / "teacher")
+        lm_tokenizer.save_pretrained(folder / "teacher")
+        softlabel.cache_logits(
+            teacher, documents, folder / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+        )
+
+    once(__name__, make, tmp_path)
+    return softlabel.Cache.open(tmp_path / "cache")
 
 
 def config(cache, tmp_path: Path, **settings) -> TrainStudentConfig:
@@ -369,12 +377,7 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tm
     names = ("cache", "student", "max_steps", "batch_size", "batch_tokens", "learning_rate", "training")
     section = {name: getattr(whole, name) for name in names if getattr(whole, name) is not None}
     file.write_text(yaml.safe_dump({"train-student": {**section, "output": str(tmp_path / "killed")}}))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(file)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
+    done = python("-c", KILLED, str(file))
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     resumed = run(dataclasses.replace(whole, output=str(tmp_path / "killed"), resume=True))
@@ -386,17 +389,18 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tm
 
 @pytest.mark.slow
 def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path, cache):
+    """By torchrun itself, then resumed by two ranks in the environment that torchrun gives them."""
     plain = config(cache, tmp_path)
     command = ["train-student", "--cache", *plain.cache, "--student", plain.student, "--output", plain.output]
     file = tmp_path / "run.yaml"
     file.write_text("train-student: {max_steps: 4, batch_size: 4, training: {save_steps: 2, use_cpu: true}}")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipeline"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    for steps, extra in ((4, []), (6, ["--resume", "--max-steps", "6"])):
-        done = subprocess.run(
-            [*launch, *command, "--config", str(file), *extra], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("student: ") == 1
-        assert f"{steps} steps" in done.stdout
+    command = ["-m", "pipeline", *command, "--config", str(file)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    first = [subprocess.run([*launch, *command], capture_output=True, text=True, env=environment)]
+    for steps, done in ((4, first), (6, ranks(2, *command, "--resume", "--max-steps", "6"))):
+        assert all(process.returncode == 0 for process in done), "".join(p.stderr[-2000:] for p in done)
+        said = "".join(process.stdout for process in done)
+        assert said.count("student: ") == 1
+        assert f"{steps} steps" in said
         AutoModelForCausalLM.from_pretrained(plain.output)

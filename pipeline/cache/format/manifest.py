@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 #: Fields that came after the first release: where they are empty, manifests have the bytes and ids that they had before.
-_ADDED = frozenset({"label_map", "base_model", "unlabelled_sources"})
+_ADDED = frozenset(
+    {
+        "label_map",
+        "base_model",
+        "assistant_turns",
+        "chat_template_kwargs",
+        "truncation_side",
+        "unlabelled_sources",
+    }
+)
 
 __all__ = [
     "NAME",

@@ -14,7 +14,7 @@ import yaml
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
-from pipeline.cache.views.provenance import origin
+from pipeline.cache.views.provenance import origin, rows_text
 from pipeline.cache.views.recipes import kept_mass_sql, recipe
 from pipeline.records import Contract, Fidelity, Manifest, SourceContents
 from pipeline.sources.files.loading import redact
@@ -253,6 +253,7 @@ def _made_from(contract: Contract) -> str:
             f"{each.rows:,} rows of train, the last ones, without labels": f"`{_plain(each.name)}`, revision {_revision(each.revision)}"
             for each in source.unlabelled_sources
         },
+        **({"rows": _plain(rows_text(contract))} if contract.tokenization.assistant_turns else {}),
         **{f"{split}, SHA-256 of its columns": f"`{value}`" for split, value in source.fingerprints.items()},
     }
     return "".join(f"| {name} | {value} |\n" for name, value in lines.items())

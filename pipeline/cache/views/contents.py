@@ -14,6 +14,16 @@ def contents_lines(contents: SourceContents) -> list[str]:
             f"{contents.cut_rows:,} of {rows:,} rows were cut at the longest row allowed and lost {contents.cut_tokens:,} tokens "
             "(--max-length)"
         )
+    if contents.cut_supervised_rows:
+        lines.append(
+            f"{contents.cut_supervised_rows:,} of {rows:,} rows lost tokens that were to be learnt (--max-length, "
+            "--truncation-side)"
+        )
+    if contents.split_chats:
+        lines.append(
+            f"{contents.split_chats:,} of {rows:,} chats are {contents.split_chat_rows:,} rows: the chat template rewrites "
+            "earlier turns, so that the turns of the assistant have not one context (--assistant-turns)"
+        )
     if contents.shared is None and len(contents.splits) > 1:
         lines.append("whether equal contents stand in two splits was not looked for; check it where the data is made")
     for pair, count in (contents.shared or {}).items():

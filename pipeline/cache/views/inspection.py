@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.reader import Cache
+from pipeline.cache.views.provenance import rows_text
 from pipeline.cache.views.tokens import marked_tokens
 from pipeline.records import CachedExample
 from pipeline.softlabels import rows as positions_of
@@ -59,9 +60,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     yield f"teacher     {teacher.name} ({teacher.architecture}, {teacher.num_parameters / 1e6:.1f}M parameters, {teacher.dtype}, weights {teacher.weights_sha256[:12]})"
     yield f"tokenizer   {contract.tokenizer.vocabulary_size} tokens, sha256 {contract.tokenizer.sha256[:12]}"
     yield f"source      {source.name}" + (f", revision {source.revision}" if source.revision else "")
-    yield f"rows of     at most {contract.tokenization.max_length} tokens" + (
-        ", packed" if contract.tokenization.packing else ""
-    )
+    yield f"rows of     {rows_text(contract)}"
     yield f"encoding    {encoding_text(contract.encoding)}"
     probe = cache.manifest.probe
     if probe is not None:

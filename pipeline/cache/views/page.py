@@ -18,6 +18,7 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.views.charts import Chart, histogram
 from pipeline.cache.views.inspection import totals
+from pipeline.cache.views.provenance import rows_text
 from pipeline.records import CachedExample, Full, Sampled
 from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.names import encoding_text
@@ -124,10 +125,7 @@ def _facts(cache: Cache) -> list[tuple[str, str]]:
         ("weights", teacher.weights_sha256),
         ("tokenizer", f"{contract.tokenizer.vocabulary_size:,} tokens, {contract.tokenizer.sha256}"),
         ("source", f"{redact(source.name)}{f' at {source.revision}' if source.revision else ''}"),
-        (
-            "rows of",
-            f"at most {contract.tokenization.max_length:,} tokens{', packed' if contract.tokenization.packing else ''}",
-        ),
+        ("rows of", rows_text(contract)),
         ("encoding", encoding_text(contract.encoding)),
         ("seed", str(contract.seed)),
         ("made with", ", ".join(f"{name} {version}" for name, version in contract.versions.items())),

@@ -22,6 +22,25 @@ def origin(manifest: Manifest) -> str:
     return text
 
 
+#: `assistant_turns` of a contract, in words.
+_TURNS = {
+    "auto": "turns of the assistant by rendering the chat up to each, in as few rows as have each in its own context",
+    "all": "turns of the assistant by rendering the chat up to each, in one row",
+    "each": "each turn of the assistant in a row of its own",
+    "last": "the last turn of the assistant alone",
+}
+
+
+def rows_text(contract: Contract) -> str:
+    """What a row is: its longest length, packing, and how chats and prompts become rows."""
+    settings = contract.tokenization
+    parts = [f"at most {settings.max_length} tokens", *["packed"] * settings.packing]
+    parts += [] if settings.assistant_turns is None else [_TURNS[settings.assistant_turns]]
+    parts += [f"chat template with {item}" for item in settings.chat_template_kwargs]
+    parts += [] if settings.truncation_side is None else ["cut on the left"]
+    return ", ".join(parts)
+
+
 def command(contract: Contract) -> str:
     """`softlabel cache-logits` with every setting that is not a default, and those whose default depends on the models."""
     teacher, source, columns = contract.teacher, contract.source, contract.source.columns
@@ -48,6 +67,9 @@ def command(contract: Contract) -> str:
         ("--label-column", columns.label if columns.label != "label" else None),
         *(("--keep-column", name) for name in columns.keep),
         ("--max-length", contract.tokenization.max_length),
+        *(("--chat-template-kwargs", item) for item in contract.tokenization.chat_template_kwargs),
+        ("--assistant-turns", _unless(contract.tokenization.assistant_turns, "auto")),
+        ("--truncation-side", contract.tokenization.truncation_side),
         *_encoding(contract),
         ("--batch-tokens", contract.batch_tokens),
         ("--seed", contract.seed),
@@ -61,6 +83,10 @@ def command(contract: Contract) -> str:
     words += ["--isolate-documents"] * contract.tokenization.isolate_documents
     words += ["--store-entropy"] * ("entropy" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
+
+
+def _unless(value: str | None, default: str) -> str | None:
+    return None if value == default else value
 
 
 def _encoding(contract: Contract) -> list[tuple[str, object]]:

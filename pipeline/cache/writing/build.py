@@ -55,6 +55,9 @@ from pipeline.records import (
 
 logger = logging.getLogger(__name__)
 
+#: Fields of receipts whose sums stand in the counts over the source rows.
+_SUMS = ("cut_rows", "cut_tokens", "cut_supervised_rows", "split_chats", "split_chat_rows")
+
 
 def open_layout(output: str | Path) -> Layout:
     """Where a cache is to be made: a directory, or a URL that fsspec opens.
@@ -145,8 +148,7 @@ def _counted(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) ->
         noted,
         splits={name: _counted_by_shards(contract, name, split, receipts) for name, split in noted.splits.items()},
         shared=_shared(layout, contract, receipts) if noted.shared is None else noted.shared,
-        cut_rows=sum(receipt.cut_rows for receipt in receipts),
-        cut_tokens=sum(receipt.cut_tokens for receipt in receipts),
+        **{name: sum(getattr(receipt, name) for receipt in receipts) for name in _SUMS},
     )
     write_text(path, dump(found))
     for line in contents_lines(found):

@@ -35,12 +35,14 @@ class Claims:
         self._layout, self._plan = layout, plan
         self._held: dict[str, int] = {}
         self._stopped = threading.Event()
+        self._change = threading.Lock()
 
     def __enter__(self) -> Claims:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
+        with self._change:
+            self._stopped.set()
         for name in list(self._held):
             self.release(name)
 
@@ -77,14 +79,21 @@ class Claims:
     def hold(self, name: str, *, wait: bool = False) -> bool:
         """Take the claim of one shard. Gives whether it is ours: with `wait` always, unless the context has ended.
 
+        After the context's end nothing is held: a thread that reads ahead of a capture that has failed may come later.
+
         Raises:
             ContractError: the directory's capture is gone.
             CacheError: it cannot be written.
         """
         handle = _lock(_path(self._layout, name), wait, self._stopped)
-        if handle is not None:
+        if handle is None:
+            return False
+        with self._change:
             self._held[name] = handle
-        return handle is not None
+            if not self._stopped.is_set():
+                return True
+        self.release(name)
+        return False
 
     def release(self, name: str) -> None:
         """Let go of the claim of one shard, where it is held."""

@@ -16,6 +16,7 @@ from pipeline.cache.format.schema import cache_schema
 from pipeline.errors import MisuseError
 from pipeline.records import CachedExample, Full, Sampled, TokenizedExample, TopK, TopP
 from pipeline.softlabels import encode, narrow
+from tests.support.profile import examples
 from tests.support.rows import class_row, token_row
 
 ENCODINGS = [Full(), TopK(4), TopK(1000), TopP(0.7), Sampled(6.0)]
@@ -38,7 +39,7 @@ def assert_same_row(found, expected) -> None:
     assert found.teacher_entropy_sum == pytest.approx(expected.teacher_entropy_sum)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40, 400))
 @given(
     st.lists(st.integers(2, 12), min_size=1, max_size=6),
     st.sampled_from([2, 41, 70_001]),
@@ -56,7 +57,7 @@ def test_token_rows_come_back(lengths, classes, encoding, seed):
         assert_same_row(one, other)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40, 400))
 @given(
     st.sampled_from([1, 2, 7, 65_536, 300_000]),
     st.sampled_from(ENCODINGS),

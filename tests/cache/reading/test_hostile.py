@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support.hostile import CACHES
+from tests.support.processes import ROOT, python
 from tests.support.rows import build_cache
 
 
@@ -26,18 +23,7 @@ def opened(tmp_path_factory, lm_tokenizer):
         shutil.copytree(folder / "good", folder / name)
         change(folder / name)
     before = {str(path): path.stat().st_mtime_ns for path in outside.rglob("*")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.hostile", str(folder)],
-        cwd=Path(__file__).parents[3],
-        env={
-            **os.environ,
-            "HF_HOME": str(folder.parent / "hf"),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
+    done = python("-m", "tests.support.hostile", str(folder), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     after = {str(path): path.stat().st_mtime_ns for path in outside.rglob("*")}
     return {**json.loads(done.stdout.splitlines()[-1]), "untouched": before == after}

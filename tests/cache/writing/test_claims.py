@@ -52,6 +52,18 @@ def test_several_claims_are_held_at_a_time(started):
     assert not list(layout.plan.parent.glob(".claim-*"))
 
 
+def test_a_thread_that_comes_after_the_end_holds_nothing(started):
+    """A capture that has failed does not wait for the thread that reads ahead of it; the next one would wait for its claim."""
+    layout, plan = started
+    with Claims(layout, plan) as claims:
+        ahead = claims.take(SHARDS)
+    assert list(ahead) == []
+    assert not claims.hold("train-00000")
+    assert not list(layout.plan.parent.glob(".claim-*"))
+    with claim(layout, plan, "train-00000") as mine:
+        assert mine
+
+
 def test_a_claim_is_one_process_s(started):
     layout, plan = started
     with claim(layout, plan, "train-00000") as mine:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
+from datasets import Dataset
 
 from pipeline.cache import Layout, verify
 from pipeline.cache.format.manifest import load_receipt
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.capture.engines.deal import Deal
 from pipeline.capture.run import run
+from pipeline.cli import main
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
+from tests.support.classifier import even, swapped
+from tests.support.processes import ROOT, ForkedWorkers, python
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
-ROOT = Path(__file__).parents[3]
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forks of a warm process. The first test starts them as users do, from new interpreters."""
+    monkeypatch.setattr("pipeline.capture.engines.workers._SPAWN", ForkedWorkers())
 
 
 def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
@@ -39,7 +46,7 @@ def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
     assert run(config("parts", part="0/2")).manifest == serial.manifest  # again: finished already
 
 
-def test_a_worker_that_dies_is_replaced(config, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_replaced(config, forked, tmp_path, monkeypatch):
     """The first process to begin its eighth batch is killed; the mark keeps the others alive."""
     monkeypatch.setenv("SOFTLABEL_TEST_MARK", str(tmp_path / "mark"))
     monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_and_die)
@@ -69,13 +76,13 @@ def _work_and_die(*args):
     workers._work(*args)
 
 
-def test_what_a_worker_meets_is_told_in_one_line(config):
+def test_what_a_worker_meets_is_told_in_one_line(config, forked):
     with pytest.raises(PipelineError, match=r"no column 'texts'"):
         run(config("workers", num_workers=2, text_column="texts"))
 
 
 @pytest.mark.parametrize("shards", [1, 7])
-def test_a_worker_that_cannot_write_stops_the_capture(config, monkeypatch, shards):
+def test_a_worker_that_cannot_write_stops_the_capture(config, forked, monkeypatch, shards):
     """In its only shard, when no other will come, and with others in hand."""
     monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_on_a_full_disk)
     with pytest.raises(CacheError, match="the disk is full"):
@@ -93,7 +100,7 @@ def _work_on_a_full_disk(*args):
     workers._work(*args)
 
 
-def test_workers_make_a_cache_behind_a_url_and_go_on_there(config, bucket):
+def test_workers_make_a_cache_behind_a_url_and_go_on_there(config, forked, bucket):
     """The tokenizer is there too, and what is there already is not made again."""
     serial = run(config("serial"))
     assert run(config(output=f"{bucket}/c", part="0/2")) is None
@@ -140,6 +147,7 @@ def test_a_killed_run_loses_one_shard_at_most(config, tmp_path):
 import glob, os, signal
 from pipeline.capture import shard
 from pipeline.capture.run import run
+from pipeline.cli import main
 from pipeline.config import CacheLogitsConfig, DataConfig
 whole = shard.label_rows
 def label_rows(*args, **kwargs):
@@ -150,7 +158,7 @@ shard.label_rows = label_rows
 run(CacheLogitsConfig(task="causal-lm", data=DataConfig(dataset={settings.data.dataset!r}, max_length=64), teacher={settings.teacher!r},
     output={settings.output!r}, rows_per_shard=6, batch_tokens=256))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HF_HOME": str(tmp_path / "hf")})
+    done = python("-c", code)
     assert done.returncode == -signal.SIGKILL
     layout = Layout(tmp_path / "killed")
     stamps = {p: p.stat().st_mtime_ns for p in layout.data.glob("[a-z]*.parquet")}
@@ -158,6 +166,43 @@ run(CacheLogitsConfig(task="causal-lm", data=DataConfig(dataset={settings.data.d
     assert hashes(run(settings)) == hashes(run(config("serial")))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert load_receipt(layout, "train-00003") is not None
+
+
+@pytest.fixture
+def misnumbered(tmp_path, bert_tokenizer, save_teacher):
+    """Runs `softlabel cache-logits` on labels in another order than the teacher's, beside a cache of the right ones."""
+    model, texts, classes = even(bert_tokenizer)
+    teacher = save_teacher(model, bert_tokenizer)
+    for name, labels in (("right", classes), ("wrong", swapped(classes))):
+        Dataset.from_dict({"text": texts, "label": labels}).to_json(tmp_path / f"{name}.jsonl")
+
+    def capture(data, *flags):
+        settings = ["--teacher", str(teacher), "--dataset", str(tmp_path / f"{data}.jsonl"), "--rows-per-shard", "40"]
+        command = ["cache-logits", "--task", "sequence-classification", *settings, "--output", str(tmp_path / "cache")]
+        return CliRunner().invoke(main, [*command, *flags], catch_exceptions=False)
+
+    return capture
+
+
+def refused_and_unchanged(capture, root: Path, capfd, *flags: str) -> None:
+    """Where nothing is, and where --overwrite would delete a cache."""
+    for more in ((), ("--overwrite",)):
+        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        done = capture("wrong", *flags, *more)
+        assert done.exit_code == 1
+        *_, line = done.stderr.splitlines()
+        assert line.startswith("Error: ")
+        assert "the data's classes are in another order than the teacher's" in line
+        assert "add --label-map 0=film --label-map 1=sport" in line
+        assert "Traceback" not in done.output + capfd.readouterr().err
+        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+        if not more:
+            assert not root.exists()
+            assert capture("right").exit_code == 0
+
+
+def test_workers_refuse_classes_in_another_order(misnumbered, tmp_path, capfd):
+    refused_and_unchanged(misnumbered, tmp_path / "cache", capfd, "--num-workers", "2")
 
 
 # ------------------------------------------------------------------------------------------------------------- Ray
@@ -221,3 +266,8 @@ def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, clust
         run(config("ray", engine="ray", text_column="texts"))
     with pytest.raises(MisuseError, match="3 workers of 0 GPUs and at least 1 CPU each, found 0 GPUs and 2 CPUs"):
         run(config("ray", engine="ray", num_workers=3))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ray_refuses_classes_in_another_order(misnumbered, cluster, tmp_path, capfd):
+    refused_and_unchanged(misnumbered, tmp_path / "cache", capfd, "--engine", "ray", "--num-workers", "2")

@@ -29,6 +29,8 @@ from pipeline.tasks import get_task
 from pipeline.training.run import run as train
 from tests.conftest import tiny_model
 from tests.support.classifier import LABELS, classifier, taught
+from tests.support.once import once
+from tests.support.profile import plain_pictures  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -37,10 +39,13 @@ def setting(tmp_path, bert_tokenizer, topics, save_teacher):
     teacher = classifier(bert_tokenizer)
     path = save_teacher(teacher, bert_tokenizer)
     other = save_teacher(classifier(bert_tokenizer, seed=5), bert_tokenizer, "random")
-    cache = softlabel.cache_logits(
-        str(path), taught(topics, teacher, bert_tokenizer), tmp_path / "cache", task="sequence-classification"
-    )
-    return cache, str(path), str(other)
+
+    def make(folder: Path) -> None:
+        rows = taught(topics, teacher, bert_tokenizer)
+        softlabel.cache_logits(str(path), rows, folder / "cache", task="sequence-classification")
+
+    once(__name__, make, tmp_path)
+    return softlabel.Cache.open(tmp_path / "cache"), str(path), str(other)
 
 
 def configured(cache, output: Path, **settings) -> ReportConfig:
@@ -106,6 +111,7 @@ def test_a_random_student_is_at_chance(tmp_path, bert_tokenizer, save_teacher):
     assert found.break_even == ()  # nobody knows what the dice took
 
 
+@pytest.mark.usefixtures("plain_pictures")
 def test_a_student_that_is_not_as_good(setting, tmp_path):
     cache, teacher, other = setting
     found = report(configured(cache, tmp_path / "out", student=(f"random={other}",), control=(f"copy={teacher}",)))
@@ -117,6 +123,7 @@ def test_a_student_that_is_not_as_good(setting, tmp_path):
     assert found.verdict.gap == ""
 
 
+@pytest.mark.usefixtures("plain_pictures")
 def test_figures_are_those_of_other_libraries(setting, tmp_path, bert_tokenizer):
     cache, _, other = setting
     found = report(configured(cache, tmp_path / "out", student=(f"s={other}",)))
@@ -151,6 +158,7 @@ def test_figures_are_those_of_other_libraries(setting, tmp_path, bert_tokenizer)
     assert [example.source_row for example in found.examples] == farthest.tolist()
 
 
+@pytest.mark.usefixtures("plain_pictures")
 def test_temperature_scaling_keeps_predictions_and_lowers_the_loss(setting, tmp_path, bert_tokenizer, save_teacher):
     cache, _, _ = setting
     sure = classifier(bert_tokenizer)  # the teacher, far too sure of itself
@@ -250,6 +258,7 @@ def test_students_of_two_teachers_on_the_same_rows(setting, tmp_path, bert_token
         report(dataclasses.replace(config, cache=(str(cache.root), str(cache.root))))
 
 
+@pytest.mark.usefixtures("plain_pictures")
 def test_the_headline_is_chosen_on_the_validation_split(tmp_path, bert_tokenizer, topics, save_teacher):
     """The student that is better on validation and worse on test is the one that is spoken of."""
     teacher = classifier(bert_tokenizer)
@@ -304,6 +313,7 @@ def test_language_models(tmp_path, lm_tokenizer, documents, save_teacher, encodi
         assert "brier" not in found.teachers[0].metrics
 
 
+@pytest.mark.usefixtures("plain_pictures")
 def test_texts_are_escaped(tmp_path, bert_tokenizer, topics, save_teacher):
     planted = "<script>alert(1)</script> <img src=x onerror=alert(2)> | `a` **b** the cat"
     teacher = classifier(bert_tokenizer)
@@ -322,6 +332,7 @@ def test_texts_are_escaped(tmp_path, bert_tokenizer, topics, save_teacher):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.usefixtures("plain_pictures")
 def test_no_texts_where_the_cache_has_none(tmp_path, bert_tokenizer, topics, save_teacher):
     path = str(save_teacher(classifier(bert_tokenizer), bert_tokenizer))
     cache = softlabel.cache_logits(path, topics, tmp_path / "c", task="sequence-classification", store_text=False)

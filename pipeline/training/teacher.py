@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,25 +14,66 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, set_seed
+from transformers import TrainingArguments, set_seed
 
+from pipeline.cache.format.codec import content_hash
+from pipeline.cache.format.manifest import dump
+from pipeline.cache.storage.commit import write_text
 from pipeline.config import TrainTeacherConfig
 from pipeline.errors import BadRowError, MisuseError, ModelError, SourceError
+from pipeline.models import (
+    LABELS,
+    LoadedModel,
+    choose_max_length,
+    load_model,
+    model_info,
+    pad_id,
+    set_chat_template,
+)
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
-from pipeline.models.load import LoadedModel, as_it_came, choose_max_length, load_model, pad_id, set_chat_template
+from pipeline.models.load import as_it_came
 from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
 from pipeline.sources.labels import listed
 from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
+from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
+from pipeline.training.refusals import refuse_evaluation
+from pipeline.training.saving import SavingTrainer
+from pipeline.training.stopping import CheckpointOnSigterm
 
 logger = logging.getLogger(__name__)
+
+#: What a run was, written before its first step.
+_ORIGIN = "teacher-origin.json"
+#: Written last: the teacher is finished.
+_PROOF = "metrics.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherOrigin:
+    """What decides a run: its checkpoints are of no use to another."""
+
+    task: str
+    label_names: tuple[str, ...] | None
+    seed: int
+    learning_rate: float
+    rows_per_step: int
+    rows_sha256: str
+    """Of the rows that are learnt from, as tokens, with their labels."""
+    model_sha256: str
+    """Of the weights before the first step."""
+    adapter_sha256: str | None
+    course: dict[str, Any] | None
+    """The settings of `checkpoints.course`."""
 
 
 def run(config: TrainTeacherConfig) -> dict[str, float]:
     """`softlabel train-teacher`: fine-tune, save an ordinary model directory, measure on the held-out split.
+
+    What an unfinished run of the same settings has left in the output goes on from its newest whole checkpoint.
 
     Returns:
         The task's metrics on `validation`, or else on `test`; empty where the source has neither. Kept as `metrics.json`.
@@ -71,20 +113,32 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         per_device_train_batch_size=config.batch_size,
         seed=config.seed,
         save_strategy="no",
-        remove_unused_columns=False,
     )
+    refuse_evaluation(args)
     padding: Any = teacher.model.config.get_text_config()
     kept, padding.pad_token_id = padding.pad_token_id, _training_pad_id(teacher, rows)
     collator = _Collator(task, padding.pad_token_id)
-    trainer = Trainer(model=teacher.model, args=args, data_collator=collator, train_dataset=_Rows(rows))
+    output, origin = Path(config.output), _origin(task, teacher, rows, names, args)
+    checkpoint = None if config.overwrite else whole_checkpoint(output, _ORIGIN, origin)
+    if checkpoint is None and not config.overwrite:
+        tell_of_new_start(output)
+    again = "run the same command again"
+    trainer = SavingTrainer(teacher.model, args, again=again, data_collator=collator, train_dataset=_Rows(rows))
     show_progress(trainer, "train-teacher")
-    if args.should_save:  # an old adapter beside a new model would be loaded in its place
-        remove(before)
-    trainer.train()
+    if args.should_save:
+        if checkpoint is None:  # an old adapter beside a new model would be loaded in its place
+            remove(before)
+        write_text(output / _ORIGIN, dump(origin))
+    with CheckpointOnSigterm(output) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
     padding.pad_token_id = kept
     with as_it_came(teacher):
-        trainer.save_model(config.output)
-    teacher.tokenizer.save_pretrained(config.output)
+        trainer.save_model(config.output, _internal_call=True)  # pushed when all of it is there
+    if args.should_save:
+        teacher.tokenizer.save_pretrained(config.output)
+        if names is not None and hasattr(teacher.model, "peft_config"):
+            write_text(output / LABELS, json.dumps(names) + "\n")
     metrics: dict[str, float] = {}
     measured: list[TokenizedExample] = []
     if held_out is not None:
@@ -99,24 +153,53 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         "max_length": settings.max_length,
         "metrics": metrics,
     }
-    Path(config.output, "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if args.should_save:
+        write_text(output / _PROOF, json.dumps(content, indent=1) + "\n")
+    trainer.push_saved()
     return metrics
 
 
+def _origin(
+    task: Task,
+    teacher: LoadedModel,
+    rows: Sequence[TokenizedExample],
+    names: tuple[str, ...] | None,
+    args: TrainingArguments,
+) -> TeacherOrigin:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(content_hash(row).to_bytes(8))
+        digest.update(b"" if row.supervised is None else np.packbits(row.supervised).tobytes())
+    info = model_info(teacher)
+    return TeacherOrigin(
+        task=task.name,
+        rows_sha256=digest.hexdigest(),
+        label_names=names,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        learning_rate=args.learning_rate,
+        rows_per_step=rows_per_step(args),
+        model_sha256=info.weights_sha256,
+        adapter_sha256=info.adapter_sha256,
+        course=course(args),
+    )
+
+
 def _check_output(config: TrainTeacherConfig) -> list[Path]:
-    """What of the output directory gives way to the new teacher.
+    """What of the output directory gives way to a new teacher, where there is no checkpoint to go on from.
 
     Raises:
-        MisuseError: the pretrained model is in there, or a teacher, without `overwrite`.
+        MisuseError: the pretrained model is in there, or, without `overwrite`, a teacher, or a run of which nothing is known.
     """
     output, model = Path(config.output).resolve(), Path(config.model).resolve()
     if output == model:
         raise MisuseError(f"--output {config.output}: is the pretrained model's own directory; use another")
     if model.exists() and output in model.parents:
         raise MisuseError(f"--output {config.output}: holds the pretrained model {config.model}; use another")
-    found = [*checkpoints(output), *model_files(output), *output.glob("metrics.json")]
-    if found and not config.overwrite:
-        what = "the checkpoints of a run" if not model_files(output) else "a finished model"
+    others = [path for name in (_PROOF, LABELS) if (path := output / name).is_file()]
+    found = [*checkpoints(output), *model_files(output), *others]
+    unfinished = (output / _ORIGIN).is_file() and not (output / _PROOF).is_file()  # of which run is seen later
+    if found and not unfinished and not config.overwrite:
+        what = "the checkpoints of a run" if not (model_files(output) or others) else "a finished model"
         raise MisuseError(f"--output {config.output}: holds {what}; use another, or --overwrite to train anew")
     return found
 

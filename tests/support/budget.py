@@ -1,0 +1,67 @@
+"""Seconds that each test file may take: the longest start first, and the end of a run says which took more.
+
+The figures are those of one process on the 2-core machine that the project is tested on, with room for noise. Nothing
+fails on another machine; the table shows where a slow run has spent its time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+#: Of a file that is not listed.
+OTHERS = 6.0
+BUDGET = {
+    "tests/capture/engines/test_engines.py": 60.0,
+    "tests/capture/test_capture.py": 40.0,
+    "tests/training/test_trainer.py": 40.0,
+    "tests/sweep/test_sweep.py": 30.0,
+    "tests/training/test_train.py": 30.0,
+    "tests/test_cli.py": 30.0,
+    "tests/capture/test_machine.py": 25.0,
+    "tests/evaluation/report/test_report.py": 25.0,
+    "tests/faults/test_faults.py": 20.0,
+    "tests/capture/test_rows_and_outputs.py": 20.0,
+    "tests/evaluation/measures/test_cost.py": 15.0,
+    "tests/sharing/test_hub.py": 15.0,
+    "tests/sharing/test_share.py": 15.0,
+    "tests/capture/test_estimate.py": 12.0,
+    "tests/cache/reading/test_hostile.py": 12.0,
+    "tests/training/test_remote.py": 12.0,
+    "tests/training/test_distributed.py": 12.0,
+    "tests/cache/transforms/test_transforms.py": 12.0,
+}
+
+#: Files that the table shows, where none has taken more than its budget.
+SHOWN = 10
+
+_seconds: Counter[str] = Counter()
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left with one at the end; within a file nothing moves."""
+    items.sort(key=lambda item: -BUDGET.get(_file(item.nodeid), OTHERS))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up setup, call and teardown; with xdist, in the process that hears of all."""
+    _seconds[_file(report.nodeid)] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The files that took longest, and every one that took more than its budget."""
+    total = sum(_seconds.values())
+    if total < OTHERS:
+        return
+    terminalreporter.section("seconds by file")
+    for place, (file, seconds) in enumerate(_seconds.most_common()):
+        budget = BUDGET.get(file, OTHERS)
+        if place < SHOWN or seconds > budget:
+            over = "  over budget" if seconds > budget else ""
+            terminalreporter.write_line(f"{seconds:7.1f} of {budget:5.1f}  {file}{over}")
+    terminalreporter.write_line(f"{total:7.1f}           {len(_seconds)} files, all processes together")

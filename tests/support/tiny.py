@@ -1,0 +1,276 @@
+"""Tiny models built from a config, tokenizers trained on the spot, small data sets: no network."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import hypothesis  # noqa: F401 - before `heap`: when it is imported, it looks for what refers to random generators
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+torch.set_num_threads(1)
+
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "over",
+    "under",
+    "mat",
+    "hill",
+    "tree",
+    "and",
+    "then",
+    "home",
+    "river",
+    "stone",
+    "bright",
+    "dark",
+    "old",
+    "new",
+    "market",
+    "profit",
+    "bank",
+    "goal",
+    "match",
+    "team",
+    "film",
+    "star",
+    "court",
+    "minister",
+    "vote",
+    "party",
+    "phone",
+    "game",
+    "code",
+    "chip",
+]
+TOPICS = {
+    "business": ["market", "profit", "bank"],
+    "sport": ["goal", "match", "team"],
+    "film": ["film", "star", "court"],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Everything that `datasets` writes goes to a folder of the test run."""
+    folder = tmp_path_factory.mktemp("arrow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads")
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heap() -> Iterator[None]:
+    """What is alive before a file's tests is out of the garbage collector's sight; see `frozen_heap`."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap(heap: None) -> None:
+    """Freeze what is alive before a file's tests.
+
+    Accelerate collects garbage at the start of every training run. Over the objects of torch, transformers and
+    hypothesis a collection takes a third of a second, which is more than a tiny student trains for.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power: what a file holds, and what is written before what, is the same without fsync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+def sentence(rng: random.Random, words: int, topic: str | None = None) -> str:
+    """A text of so many words; with a topic, half of them are the topic's."""
+    return " ".join(
+        rng.choice(TOPICS[topic]) if topic and rng.random() < 0.5 else rng.choice(WORDS) for _ in range(words)
+    )
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer with token types, as BERT's."""
+    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer()
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    raw.train_from_iterator(
+        [" ".join(WORDS)] * 3, trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    )
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="session")
+def lm_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with EOS and padding, as GPT-2's."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        [" ".join(WORDS)] * 3,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", model_max_length=128)
+
+
+#: What makes each architecture tiny; sizes that are no multiple of anything where the architecture allows it.
+TINY: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48},
+    "roberta": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 80,
+    },
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
+    "modernbert": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48},
+    "deberta-v2": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 128},
+    "llama": {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+    },
+    "qwen3": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "head_dim": 8,
+    },
+    "gemma2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "head_dim": 8,
+        "final_logit_softcapping": 3.0,
+    },
+    "cohere": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "logit_scale": 0.25,
+    },
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 128,
+    },
+    "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48},
+    "mixtral": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "num_local_experts": 2,
+    },
+}
+
+
+def tiny_model(
+    kind: str, vocabulary: int, *, num_labels: int | None = None, seed: int = 0, spread: float = 1.0, **overrides: Any
+) -> Any:
+    """A model with random weights; `num_labels` makes it a classifier. `spread` widens its logits, so that they are not all alike."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=1, **{**TINY[kind], **overrides}
+    )
+    if num_labels is not None:
+        config.num_labels = num_labels
+    set_seed(seed)
+    model = (AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(spread)
+    return model.eval()
+
+
+@pytest.fixture
+def topics() -> DatasetDict:
+    """90 + 30 texts of three topics; every fifth training row has no label."""
+    rng = random.Random(0)
+
+    def split(count: int, unlabelled: bool) -> Dataset:
+        names = [list(TOPICS)[i % 3] for i in range(count)]
+        texts = [sentence(rng, rng.randint(4, 20), name) for name in names]
+        labels = [None if unlabelled and i % 5 == 4 else name for i, name in enumerate(names)]
+        return Dataset.from_dict({"id": [f"row-{i}" for i in range(count)], "text": texts, "label": labels})
+
+    return DatasetDict({"train": split(90, True), "test": split(30, False)})
+
+
+@pytest.fixture
+def documents() -> DatasetDict:
+    """40 + 12 texts of 3 to 60 words."""
+    rng = random.Random(1)
+
+    def split(count: int) -> Dataset:
+        return Dataset.from_dict({"text": [sentence(rng, rng.randint(3, 60)) for _ in range(count)]})
+
+    return DatasetDict({"train": split(40), "test": split(12)})
+
+
+@pytest.fixture
+def save_teacher(tmp_path: Path) -> Callable[..., Path]:
+    """Saves a model and its tokenizer as a directory."""
+
+    def save(model: Any, tokenizer: PreTrainedTokenizerFast, name: str = "teacher") -> Path:
+        path = tmp_path / name
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return save
