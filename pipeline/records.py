@@ -359,6 +359,15 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class UnlabelledSource:
+    """A data set whose rows were added to the training split without labels."""
+
+    name: str
+    revision: str | None
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class SourceInfo:
     """Which data set was read, and how."""
 
@@ -373,6 +382,8 @@ class SourceInfo:
     """`--rows`: the rows `[start, stop)` of each split, which alone were read; None: all."""
     label_map: tuple[str, ...] = ()
     """`--label-map`: `DATA=MODEL` each, sorted. Manifests leave it out where it is empty."""
+    unlabelled_sources: tuple[UnlabelledSource, ...] = ()
+    """`--unlabelled`: whose rows stand behind the others of `train`, in this order. Manifests leave it out where it is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -674,6 +685,12 @@ class TrainResult:
     eval_split: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the finished student on `eval_split`, as evaluation during training gives them; empty where there is no such split."""
+    eval_rows: int | None = None
+    """Rows of `eval_split`."""
+    split: str | None = None
+    """What it was trained on; several splits with a comma between them."""
+    rows: int | None = None
+    """Rows in one pass over `split`, of all caches."""
     mixed: tuple[MixedCache, ...] = ()
     """Where there are several caches: all of them, the first included."""
 
@@ -751,6 +768,8 @@ class EvaluationReport:
     temperature: float = 1.0
     """At which KL and agreement are taken: 1, or the temperature that the encoding knows nearest to it."""
     continuations: tuple[Continuation, ...] = ()
+    labelled: int | None = None
+    """Positions with a hard label, which metrics are over. Without any there are no metrics and no retention. None: an older report."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ _PROOF = {
 #: Stages that go on from their checkpoints.
 _TRAINING = ("train-teacher", "train-student")
 #: Settings that name what a stage reads.
-_INPUTS = ("dataset", "model", "teacher", "cache", "student", "chat_template")
+_INPUTS = ("dataset", "model", "teacher", "cache", "student", "chat_template", "unlabelled")
 
 
 def stage_configs(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -83,9 +87,18 @@ def test_run_through_a_stage_and_a_stage_by_name(project):
 
 
 def test_the_commands_one_by_one(project):
+    printed = {}
     for command in ("train-teacher", "cache-logits", "init-student", "train-student"):
         done = call(command, "--config", "run.yaml")
         assert done.exit_code == 0, done.output
+        printed[command] = done.stdout
+    # Every line with a metric says on which rows.
+    measured = r"accuracy [\d.]+%, .* on test, 30 labelled rows; trained on train, 72 labelled rows$"
+    assert re.search(measured, printed["train-teacher"].strip())
+    assert re.search(r"[\d,]+ parameters, [\d.]+% of the teacher's [\d,]+; 1 layer where the", printed["init-student"])
+    assert re.search(
+        r"3 steps in \d+ s, hard loss [\d.]+, soft loss [\d.]+ on train, 90 rows", printed["train-student"]
+    )
     done = call("evaluate", "--config", "run.yaml", "--json")
     assert json.loads(done.stdout)["teacher"]["name"] == "teacher"
     done = call("verify", "--cache", "runs/cache")
@@ -144,6 +157,11 @@ def test_language_models_are_inspected_as_tokens(tmp_path, lm_tokenizer, documen
         (("--dataset", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("--text-column", "body"), 1, "--text-column"),
         (("--teacher", "./nowhere"), 1, "no such directory"),
+        (("--teacher", "runs/teachr"), 1, "runs/teachr: no such file or directory; did you mean runs/teacher?"),
+        (("--teacher", "runs/nothing"), 1, "no such file or directory; runs holds teacher"),
+        (("--dataset", "runs/teacher"), 1, "runs/teacher: is a model directory, expected a data set"),
+        (("--dataset", "dta"), 1, "dta: no such file or directory; did you mean data?"),
+        (("--unlabelled", "data/tran.jsonl"), 1, "data/tran.jsonl: no such file"),
         (("--top-k", "3", "--encoding", "full"), 2, "--top-k is a knob of --encoding top-k"),
         (("--max-length", "1000"), 2, "at most 64 tokens"),
         (("--split", "dev"), 1, "no split 'dev'"),
@@ -344,3 +362,63 @@ def test_a_repeatable_option_is_given_often():
     failed = call("cache-logits", "--temperature", "1", "--temperature", "2", "--split", "a", "--split", "b")
     assert failed.exit_code == 2
     assert "missing --task" in failed.output
+
+
+def test_models_and_caches_are_told_apart_by_name(project):
+    assert call("run", "run.yaml", "--through", "cache-logits").exit_code == 0
+    student = ["--student", "runs/cache", "--output", "runs/x"]
+    swapped = call("train-student", "--cache", "runs/cache", *student)
+    assert swapped.exit_code == 1
+    assert "runs/cache: is a cache of soft labels (manifest.json), expected a model directory" in swapped.stderr
+    for command in (["verify"], ["evaluate", "--student", "runs/teacher"], ["train-student", *student]):
+        swapped = call(command[0], "--cache", "runs/teacher", *command[1:])
+        assert swapped.exit_code == 1
+        assert "runs/teacher: is a model directory, expected a cache" in swapped.stderr
+    assert (
+        "no cache here (no such file or directory; did you mean runs/cache?)"
+        in call("verify", "--cache", "runs/cach").stderr
+    )
+
+
+def test_help_begins_with_what_is_required_and_has_groups():
+    text = call("train-student", "--help").output
+    assert text.startswith("Usage: main train-student --cache TEXT... --student TEXT --output TEXT [OPTIONS]")
+    titles = [line[:-1] for line in text.splitlines() if re.fullmatch(r"[A-Z]\w+:", line)]
+    assert titles == ["Required", "Data", "Model", "Loss", "Training", "Machine", "Output", "Options"]
+    assert "[required]" in text
+    assert "[default: 0.5]" in text
+    assert "[default: no-resume]" in text
+    assert call("help", "train-student").output == text
+    assert call("help").output == call("--help").output
+    assert call("help", "nonsense").exit_code == 2
+    assert call("-V").output == call("--version").output
+    listed = re.findall(r"^  ([a-z-]+)  +[A-Z]", call("--help").output, re.MULTILINE)
+    assert listed[:3] == ["train-teacher", "estimate", "cache-logits"]
+    assert listed.index("init-student") < listed.index("train-student") < listed.index("evaluate")
+    assert set(listed) == set(main.commands)
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_help_is_at_most_100_columns_and_examples_paste(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = call(name, "--help").output.splitlines()
+    assert not [line for line in lines if len(line) > 100]
+    first = next(i for i, line in enumerate(lines) if line.startswith("  Example")) + 1
+    example = "\n".join(itertools.takewhile(str.strip, lines[first:]))
+    words = shlex.split(example.replace("\\\n", " "))
+    assert words[:2] == ["softlabel", name]
+    context = main.commands[name].make_context(name, words[2:])  # every flag of it is one
+    missing = [p.name for p in context.command.params if getattr(p, "needed", False) and not context.params[p.name]]
+    assert not missing
+
+
+def test_paths_are_completed_and_flags_too():
+    shell = {**os.environ, "_SOFTLABEL_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
+
+    def completions(words: str) -> str:
+        code = "import sys; from pipeline.cli import main; main(prog_name='softlabel')"
+        env = {**shell, "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False).stdout
+
+    assert "plain,--soft-weight" in completions("softlabel train-student --soft")
+    assert completions("softlabel train-student --cache ru").startswith("file,")

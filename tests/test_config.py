@@ -151,7 +151,7 @@ def test_section_and_flag_override_the_shared_task(tmp_path: Path) -> None:
 
 def test_the_shared_part_goes_only_where_it_is_known(tmp_path: Path) -> None:
     file = load(tmp_path, "task: causal-lm\ndata: {dataset: d, split: test}")
-    assert resolve(TrainStudentConfig, file, {}, STUDENT).split == "train"
+    assert resolve(TrainStudentConfig, file, {}, STUDENT).split == ("train",)
 
 
 def test_resolving_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -276,7 +276,6 @@ def test_training_refuses_contradictions(flags: dict[str, Any], named: str) -> N
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({}, "--layer"),
         ({"num_layers": 2, "hidden_size": 8}, "--num-heads"),
         ({"layer": (0,), "num_layers": 2}, "--layer"),
         ({"layer": (0,), "hidden_size": 8}, "--layer"),

@@ -70,7 +70,12 @@ def _check_prefix(
     begun = (wanted.source.rows or (0, None))[0], (cached.source.rows or (0, None))[0]
     same = dataclasses.replace(
         wanted,
-        source=dataclasses.replace(wanted.source, fingerprints=cached.source.fingerprints, rows=cached.source.rows),
+        source=dataclasses.replace(
+            wanted.source,
+            fingerprints=cached.source.fingerprints,
+            rows=cached.source.rows,
+            unlabelled_sources=cached.source.unlabelled_sources,
+        ),
     )
     first = next(differences(cached, same), None)
     if first is None and begun[0] != begun[1]:

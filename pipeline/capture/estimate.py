@@ -21,7 +21,7 @@ from pipeline.cache.storage.commit import write_text
 from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.estimate_table import human
 from pipeline.capture.forward import broken_rows, output_matrix, synchronize, teacher_logits, without
-from pipeline.capture.job import load_teacher
+from pipeline.capture.job import load_teacher, row_length
 from pipeline.capture.plan import (
     default_rows_per_shard,
     full_row_is_too_large,
@@ -33,7 +33,7 @@ from pipeline.capture.plan import (
 from pipeline.capture.shard import label_rows
 from pipeline.config import EstimateConfig, parse_bytes
 from pipeline.errors import MisuseError, SourceError
-from pipeline.models import LoadedModel, choose_max_length
+from pipeline.models import LoadedModel
 from pipeline.records import (
     BadRow,
     CachedExample,
@@ -78,7 +78,7 @@ def run(config: EstimateConfig) -> Estimate:
         raise MisuseError(f"--write-config {config.write_config}: is there already; remove it, or name another file")
     source = load_source(config.data)
     teacher = load_teacher(task, config)
-    length = choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length)
+    length = row_length(task, teacher, teacher.tokenizer, config.data.max_length)
     found = estimate(
         task,
         source,

@@ -33,12 +33,23 @@ from pipeline.models import (
     check_isolation,
     choose_max_length,
     load_model,
+    longest_input,
     model_info,
     set_chat_template,
     tokenizer_info,
 )
+from pipeline.models.saved import trained_length
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
-from pipeline.sources import LabelMap, Source, holds_chats, is_of_files, load_source, survey
+from pipeline.sources import (
+    LabelMap,
+    Source,
+    holds_chats,
+    is_of_files,
+    load_source,
+    load_unlabelled,
+    survey,
+    with_unlabelled,
+)
 from pipeline.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
@@ -67,9 +78,10 @@ def prepare(config: CacheLogitsConfig) -> Job:
     task = get_task(config.task)
     task.check_columns(config.data.columns, config.data.tokenization(2))
     layout = open_layout(config.output)
-    source = load_source(config.data)
+    source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
     teacher = load_teacher(task, config)
-    length = choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length)
+    begun = None if config.overwrite else current_plan(layout)
+    length = row_length(task, teacher, teacher.tokenizer, config.data.max_length, begun)
     return make_job(
         task,
         source,
@@ -89,6 +101,33 @@ def prepare(config: CacheLogitsConfig) -> Job:
         append=config.append,
         label_map=config.data.label_map,
     )
+
+
+def row_length(
+    task: Task,
+    teacher: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: int | None,
+    begun: Plan | None = None,
+) -> int:
+    """The longest row in tokens: what was asked for, else what the teacher was trained on, else the task's default.
+
+    Args:
+        begun: a capture that is there already. One of an earlier version, with the task's default, goes on with it.
+
+    Raises:
+        MisuseError: more was asked for than the teacher takes.
+    """
+    usual, trained = choose_max_length(task, teacher, tokenizer, asked), trained_length(teacher.name)
+    if asked is not None or trained is None:
+        return usual
+    if begun is not None and begun.contract.tokenization.max_length == usual:
+        return usual
+    length = min(trained, longest_input(teacher.model, tokenizer))
+    logger.info(
+        "rows of at most %d tokens, as %s was trained on; --max-length sets another length", length, teacher.name
+    )
+    return length
 
 
 def load_teacher(task: Task, config: CacheLogitsConfig | EstimateConfig) -> LoadedModel:
@@ -190,6 +229,7 @@ def make_job(
             source.holdout,
             rows,
             () if labels is None else labels.contract_form,
+            source.unlabelled,
         ),
         tokenization=tokenization,
         store_text=store_text,

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipeline.errors import SourceError
 from pipeline.records import Encoding, Full, Sampled, ShardPlan, TopK
 from pipeline.sources import Source
+from pipeline.sources.files.joined import parts_of
 from pipeline.tasks import Task
 
 _TARGET_BYTES = 128 << 20
@@ -96,8 +97,8 @@ def kept_types(source: Source) -> dict[str, pa.DataType]:
     """
     kept: dict[str, pa.DataType] = {}
     for split, rows in source.splits.items():
-        for name in source.columns.keep:
-            kind = rows.features.arrow_schema.field(name).type
+        for part, name in itertools.product(parts_of(rows), source.columns.keep):
+            kind = part.features.arrow_schema.field(name).type
             if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
                 kind = pa.string()
             if kept.setdefault(name, kind) != kind:

@@ -11,14 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache
-from pipeline.cache.writing.build import open_layout
+from pipeline.cache.writing.build import current_plan, open_layout
 from pipeline.capture.engines.in_process import capture
-from pipeline.capture.job import make_job, prepare
+from pipeline.capture.job import make_job, prepare, row_length
 from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs
 from pipeline.errors import MisuseError
-from pipeline.models import LoadedModel, choose_max_length, load_model
+from pipeline.models import LoadedModel, load_model
 from pipeline.records import AssistantTurns, Columns, Encoding, Tokenization
-from pipeline.sources import Source, from_datasets, load_source
+from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import get_task
 
 
@@ -54,6 +54,7 @@ def cache_logits(
     max_length: int | None = None,
     seed: int = 0,
     label_map: Mapping[str | int, str | int] | None = None,
+    unlabelled: Sequence[Any] = (),
     **settings: Any,
 ) -> Cache:
     """Run a teacher over a data set and write its soft labels.
@@ -64,6 +65,7 @@ def cache_logits(
         task: `sequence-classification` or `causal-lm`.
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
         label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
+        unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
         settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
             for chats assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
             truncation_side ("right", "left").
@@ -83,11 +85,15 @@ def cache_logits(
         teacher.eval()
         loaded = LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
     tokenizer = tokenizer or loaded.tokenizer
-    tokenization = _tokenization(choose_max_length(chosen, loaded, tokenizer, max_length), settings)
+    layout = open_layout(output)
+    begun = None if settings.get("overwrite") else current_plan(layout)
+    tokenization = _tokenization(row_length(chosen, loaded, tokenizer, max_length, begun), settings)
     chosen.check_columns(columns, tokenization)
-    source = (
-        _named_source(str(dataset), columns) if isinstance(dataset, str | Path) else from_datasets(dataset, columns)
+    source, *others = (
+        _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
+        for each in (dataset, *unlabelled)
     )
+    source = with_unlabelled(source, others)
     settings = {
         "batch_tokens": chosen.default_batch_tokens,
         "encoding": encoding or chosen.default_encoding,
@@ -98,7 +104,7 @@ def cache_logits(
         source,
         loaded,
         tokenizer,
-        open_layout(output),
+        layout,
         tokenization=tokenization,
         seed=seed,
         label_map=[f"{data}={model}" for data, model in (label_map or {}).items()],

@@ -18,12 +18,17 @@ from pipeline.cli.echo import echo_cache
     "softlabel train-teacher --task sequence-classification --model bert-base-uncased --dataset data/bbc --output runs/teacher",
 )
 def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
+    from pipeline.metrics import on_split
     from pipeline.training.teacher import run
 
     metrics = run(config)
     kept = json.loads(Path(config.output, "metrics.json").read_text(encoding="utf-8"))
-    where = f"  {kept['split']} ({kept['measured_rows']} labelled rows):" if metrics else ""
-    click.echo(f"teacher: {config.output}{where}" + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
+    measured = (
+        on_split(metrics, kept["split"], kept["measured_rows"], "labelled rows")
+        if metrics
+        else "not measured, the data set has neither validation nor test"
+    )
+    click.echo(f"teacher: {config.output}  {measured}; trained on train, {kept['rows']:,} labelled rows")
 
 
 @command(

@@ -16,10 +16,24 @@ from typing import Any
 import click
 
 from pipeline import config as cfg
+from pipeline.cli.help import WIDTH, FieldOption, example_lines, format_options, usage_pieces
+from pipeline.config.file import PATHS
 from pipeline.errors import MisuseError, PipelineError
 
 #: Command -> what it does with its configuration; `run` calls the same.
 FUNCTIONS: dict[str, Callable[[Any], None]] = {}
+
+
+_EPILOG = """\b
+softlabel help COMMAND       the same as softlabel COMMAND --help
+Flags may stand in a YAML file as well: --config FILE.yaml, a section for each command.
+
+\b
+Completion of commands, flags and paths:
+    bash  eval "$(_SOFTLABEL_COMPLETE=bash_source softlabel)"               in ~/.bashrc
+    zsh   eval "$(_SOFTLABEL_COMPLETE=zsh_source softlabel)"                in ~/.zshrc
+    fish  _SOFTLABEL_COMPLETE=fish_source softlabel > ~/.config/fish/completions/softlabel.fish
+"""
 
 
 class _Terminated(BaseException):
@@ -40,11 +54,28 @@ class _Command(click.Command):
                 )
         return super().parse_args(ctx, args)
 
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """What is required comes first."""
+        return [*usage_pieces(self, ctx), *super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """By group."""
+        format_options(self, ctx, formatter)
+
 
 class _Group(click.Group):
     """Turns a `PipelineError`, Ctrl-C or SIGTERM into one line on standard error and its exit code."""
 
     command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the pipeline."""
+        order = list(cfg.SECTIONS)
+        return sorted(self.commands, key=lambda name: order.index(name) if name in order else len(order))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`help COMMAND` is `COMMAND --help`."""
+        return super().parse_args(ctx, [*args[1:2], "--help"] if args[:1] == ["help"] else args)
 
     def invoke(self, ctx: click.Context) -> Any:
         before = signal.signal(signal.SIGTERM, _terminate)
@@ -76,8 +107,12 @@ def _leave_ranks() -> None:
         distributed.destroy_process_group()
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="soft-label-pipeline")
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+    epilog=_EPILOG,
+)
+@click.version_option(None, "-V", "--version", package_name="soft-label-pipeline")
 def main() -> None:
     """Run a teacher once, cache its soft labels, train students from the cache.
 
@@ -110,7 +145,7 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
 
         summary = (config_type.__doc__ or "").strip()
         command = _Command(
-            name, callback=callback, help=f"{summary}\n\n\b\nExample:\n    {example}", short_help=summary
+            name, callback=callback, help=f"{summary}\n\n\b\nExample:\n{example_lines(example)}", short_help=summary
         )
         command.params.append(
             click.Option(
@@ -128,27 +163,20 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
     return decorate
 
 
-def _option(field: Any, hint: Any) -> click.Option:
-    """One flag of one field. Its default stays in the dataclass; here it is only shown."""
+def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
+    """One flag of one field."""
     flag = "--" + cfg.flag_name(field.name)
     arguments = [a for a in typing.get_args(hint) if a is not type(None)]
-    origin = typing.get_origin(hint)
-    shown = (
-        None
-        if field.default in (None, ()) or isinstance(field.default, bool) or field.default is dataclasses.MISSING
-        else str(field.default)
-    )
-    options: dict[str, Any] = {"help": field.metadata["help"], "default": None, "show_default": shown}
+    options: dict[str, Any] = {}
+    if field.name in PATHS:
+        options["shell_complete"] = click.Path().shell_complete
     if hint is bool:
-        return click.Option(
-            [field.name, f"{flag}/--no-{cfg.flag_name(field.name)}"],
-            **{**options, "show_default": "on" if field.default else "off"},
-        )
-    if origin is tuple:
+        return FieldOption(field, [field.name, f"{flag}/--no-{cfg.flag_name(field.name)}"])
+    if typing.get_origin(hint) is tuple:
         literal = typing.get_origin(arguments[0]) is typing.Literal
         kind = click.Choice(typing.get_args(arguments[0])) if literal else arguments[0]
-        return click.Option([field.name, flag], type=kind, multiple=True, **options)
+        return FieldOption(field, [field.name, flag], type=kind, multiple=True, **options)
     while typing.get_origin(hint) is not typing.Literal and arguments:
         hint, arguments = arguments[0], [a for a in typing.get_args(arguments[0]) if a is not type(None)]
     kind = click.Choice(arguments) if typing.get_origin(hint) is typing.Literal else hint
-    return click.Option([field.name, flag], type=kind, **options)
+    return FieldOption(field, [field.name, flag], type=kind, **options)

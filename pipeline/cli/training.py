@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 def _init_student(config: cfg.InitStudentConfig) -> None:
     from pipeline.models.initialize import run
 
-    click.echo(f"student: {run(config)}")
+    made = run(config)
+    if made.layers:
+        layers = ", ".join(map(str, made.layers))
+        copied = f"layers {layers} of its {made.teacher_layers} (from 0), embeddings and head copied from the teacher"
+    else:
+        copied = f"{made.num_layers} layer{'s' * (made.num_layers != 1)} where the teacher has {made.teacher_layers}, nothing copied: random weights"
+    size = f"{made.num_parameters:,} parameters"
+    if made.teacher_parameters:
+        size += f", {made.num_parameters / made.teacher_parameters:.1%} of the teacher's {made.teacher_parameters:,}"
+    click.echo(f"student: {made.path}  {size}; {copied}")
 
 
 @command(
@@ -39,9 +48,11 @@ def _train_student(config: cfg.TrainStudentConfig) -> None:
 
 
 def _echo_training(result: TrainResult) -> None:
-    losses = [
-        f"{name} loss {value:.4f}"
-        for name, value in (("hard", result.hard_loss), ("soft", result.soft_loss))
-        if value is not None
-    ]
-    click.echo(f"student: {result.output}  " + ", ".join([f"{result.steps} steps in {result.seconds:.0f} s", *losses]))
+    from pipeline.metrics import on_split
+
+    losses = {"hard loss": result.hard_loss, "soft loss": result.soft_loss}
+    known = {name: value for name, value in losses.items() if value is not None}
+    trained = on_split(known, str(result.split), result.rows).lstrip()
+    click.echo(f"student: {result.output}  {result.steps} steps in {result.seconds:.0f} s, {trained}")
+    if result.eval_split is not None and result.metrics:
+        click.echo(f"  {on_split(result.metrics, result.eval_split, result.eval_rows)}")

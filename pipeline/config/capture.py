@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.config.data import DataConfig
-from pipeline.config.options import TaskName, check_positive, option, parse_bytes
+from pipeline.config.options import (
+    TaskName,
+    check_positive,
+    data_option,
+    encoding_option,
+    machine_option,
+    model_option,
+    output_option,
+    parse_bytes,
+    training_option,
+)
 from pipeline.errors import MisuseError
 from pipeline.records import Encoding, Full, Sampled, TopK, TopP
 
@@ -16,20 +26,20 @@ from pipeline.records import Encoding, Full, Sampled, TopK, TopP
 class TrainTeacherConfig:
     """Fine-tune a teacher on the task's hard labels."""
 
-    task: TaskName = option("What is learnt.")
+    task: TaskName = data_option("What is learnt.")
     data: DataConfig
-    model: str = option("Name or path of the pretrained model; a PEFT adapter directory is one too.")
-    output: str = option("Directory of the fine-tuned model.")
-    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
-    epochs: float = option("Passes over the labelled rows.", 3.0)
-    max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
-    learning_rate: float = option("Peak learning rate.", 5e-5)
-    batch_size: int = option("Rows per device and step.", 16)
-    seed: int = option("Seed of initialisation and order.", 0)
-    overwrite: bool = option(
+    model: str = model_option("Name or path of the pretrained model; a PEFT adapter directory is one too.")
+    output: str = output_option("Directory of the fine-tuned model.")
+    base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
+    epochs: float = training_option("Passes over the labelled rows.", 3.0)
+    max_steps: int = training_option("Optimizer steps; overrides --epochs where positive.", -1)
+    learning_rate: float = training_option("Peak learning rate.", 5e-5)
+    batch_size: int = training_option("Rows per device and step.", 16)
+    seed: int = training_option("Seed of initialisation and order.", 0)
+    overwrite: bool = output_option(
         "Delete the model and the checkpoints that the output directory holds and start anew.", False
     )
-    training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
+    training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:
         check_positive("--batch-size", self.batch_size)
@@ -39,60 +49,67 @@ class TrainTeacherConfig:
 class CacheLogitsConfig:
     """Run the teacher once over a data set and write its soft labels."""
 
-    task: TaskName = option("What the teacher predicts.")
+    task: TaskName = data_option("What the teacher predicts.")
     data: DataConfig
-    teacher: str = option("Name or path of the teacher; a PEFT adapter directory or a GGUF file is one too.")
-    teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
-    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
-    dtype: str = option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
-    attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
-    device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
-    quantization: Literal["4bit", "8bit"] | None = option("Load the teacher with bitsandbytes.", None)
-    torch_compile: str | None = option("Compile the teacher with this backend of torch.compile, as inductor.", None)
-    trust_remote_code: bool = option("Run code that comes with the teacher. Never set by a cache or a manifest.", False)
-    encoding: Literal["full", "top-k", "top-p", "sampled"] | None = option(
+    unlabelled: tuple[str, ...] = data_option(
+        "File or data set whose rows are added to the split train without labels; repeat for several.", ()
+    )
+    teacher: str = model_option("Name or path of the teacher; a PEFT adapter directory or a GGUF file is one too.")
+    teacher_revision: str | None = model_option("Revision of a teacher on the hub.", None)
+    base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
+    dtype: str = machine_option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
+    attn_implementation: str | None = machine_option("Attention implementation, as transformers names it.", None)
+    device_map: str | None = machine_option("Spread the teacher over devices: auto, or a device.", None)
+    quantization: Literal["4bit", "8bit"] | None = model_option("Load the teacher with bitsandbytes.", None)
+    torch_compile: str | None = machine_option(
+        "Compile the teacher with this backend of torch.compile, as inductor.", None
+    )
+    trust_remote_code: bool = model_option(
+        "Run code that comes with the teacher. Never set by a cache or a manifest.", False
+    )
+    encoding: Literal["full", "top-k", "top-p", "sampled"] | None = encoding_option(
         "What is kept of each distribution. Default: full for classifiers, sampled for language models.", None
     )
-    top_k: int | None = option("Classes to keep with --encoding top-k.", None)
-    top_p: float | None = option("Mass to keep with --encoding top-p.", None)
-    sample_size: float | None = option(
+    top_k: int | None = encoding_option("Classes to keep with --encoding top-k.", None)
+    top_p: float | None = encoding_option("Mass to keep with --encoding top-p.", None)
+    sample_size: float | None = encoding_option(
         "c of --encoding sampled: about how many classes to keep where the teacher is unsure.", None
     )
-    temperature: tuple[float, ...] = option(
+    temperature: tuple[float, ...] = encoding_option(
         "Temperature(s) that students may train at; repeatable for top-k and top-p (default 1, 2, 4), one for sampled (default 1).",
         (),
     )
-    store_entropy: bool = option(
+    store_entropy: bool = encoding_option(
         "Store the teacher's entropy at each position too (2 bytes), not only its sum over the row.", False
     )
-    output: str = option("Directory of the cache, or a URL that fsspec opens, as s3://bucket/cache.")
-    overwrite: bool = option("Delete what the output directory holds and start anew.", False)
-    append: bool = option("Add the rows that the data set has gained to a finished cache, as new shards.", False)
-    rows: str | None = option("Cache only the rows A:B of each split (from 0, B excluded).", None)
-    rows_per_shard: int | None = option(
+    output: str = output_option("Directory of the cache, or a URL that fsspec opens, as s3://bucket/cache.")
+    overwrite: bool = output_option("Delete what the output directory holds and start anew.", False)
+    append: bool = output_option("Add the rows that the data set has gained to a finished cache, as new shards.", False)
+    rows: str | None = data_option("Cache only the rows A:B of each split (from 0, B excluded).", None)
+    rows_per_shard: int | None = output_option(
         "Source rows in a shard; a killed run repeats at most one. Default: shards of about 128 MB.", None
     )
-    batch_tokens: int | None = option(
+    batch_tokens: int | None = machine_option(
         "Tokens in a forward pass, padding included. Default: 8192 (classification), 2048 (language models).", None
     )
-    auto_batch_tokens: bool = option(
+    auto_batch_tokens: bool = machine_option(
         "Find out before the first shard how many tokens in a forward pass are fastest, and keep to it.", False
     )
-    engine: Literal["local", "ray"] = option(
+    engine: Literal["local", "ray"] = machine_option(
         "Who runs the workers: this machine, or Ray (an existing cluster, else a local one).", "local"
     )
-    num_workers: int | None = option(
+    num_workers: int | None = machine_option(
         "Processes that share the shards. Default: this one; with Ray one for each GPU, or for each machine without.",
         None,
     )
-    gpus_per_worker: int | None = option(
+    gpus_per_worker: int | None = machine_option(
         "GPUs of each worker; several hold one teacher together. Default: 1, where there are any.", None
     )
-    part: str | None = option(
+    part: str | None = machine_option(
         "Make part I of N (from 0), as 0/8: for arrays of jobs. Whoever makes the last shard finishes the cache.", None
     )
-    seed: int = option("Seed of the sampled encoding.", 0)
-    on_bad_row: Literal["stop", "skip"] = option(
+    seed: int = encoding_option("Seed of the sampled encoding.", 0)
+    on_bad_row: Literal["stop", "skip"] = data_option(
         "What to do with a row whose logits are not finite or whose text is empty.", "stop"
     )
 
@@ -202,30 +219,36 @@ def make_encoding(
 class EstimateConfig:
     """Say what each encoding would cost and lose, from a pilot; no cache is written."""
 
-    task: TaskName = option("What the teacher predicts.")
+    task: TaskName = data_option("What the teacher predicts.")
     data: DataConfig
-    teacher: str = option("Name or path of the teacher.")
-    teacher_revision: str | None = option("Revision of a teacher on the hub.", None)
-    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
-    dtype: str = option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
-    attn_implementation: str | None = option("Attention implementation, as transformers names it.", None)
-    device_map: str | None = option("Spread the teacher over devices: auto, or a device.", None)
-    quantization: Literal["4bit", "8bit"] | None = option("Load the teacher with bitsandbytes.", None)
-    torch_compile: str | None = option("Compile the teacher with this backend of torch.compile, as inductor.", None)
-    trust_remote_code: bool = option("Run code that comes with the teacher.", False)
-    batch_tokens: int | None = option("Tokens in a forward pass, as cache-logits will take.", None)
-    positions: int = option("Positions of the pilot.", 2048)
-    temperature: float = option("Temperature of the noise figures and of a sampled cache.", 1.0)
-    target_noise: float | None = option(
+    teacher: str = model_option("Name or path of the teacher.")
+    teacher_revision: str | None = model_option("Revision of a teacher on the hub.", None)
+    base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
+    dtype: str = machine_option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
+    attn_implementation: str | None = machine_option("Attention implementation, as transformers names it.", None)
+    device_map: str | None = machine_option("Spread the teacher over devices: auto, or a device.", None)
+    quantization: Literal["4bit", "8bit"] | None = model_option("Load the teacher with bitsandbytes.", None)
+    torch_compile: str | None = machine_option(
+        "Compile the teacher with this backend of torch.compile, as inductor.", None
+    )
+    trust_remote_code: bool = model_option("Run code that comes with the teacher.", False)
+    batch_tokens: int | None = machine_option("Tokens in a forward pass, as cache-logits will take.", None)
+    positions: int = encoding_option("Positions of the pilot.", 2048)
+    temperature: float = encoding_option("Temperature of the noise figures and of a sampled cache.", 1.0)
+    target_noise: float | None = encoding_option(
         "Choose the fewest bytes whose noise is at most this share of one drawn label's (of sampled and full, which have no bias).",
         None,
     )
-    budget: str | None = option("Choose the least noise that fits, as 500MB or 100GB (of sampled and full).", None)
-    scale: float | None = option("Project to so many tokens, as 1e12.", None)
-    gpus: int = option("With --scale: GPUs that share the work.", 1)
-    write_config: str | None = option("Write a YAML file with the chosen encoding, for softlabel cache-logits.", None)
-    seed: int = option("Seed of the pilot.", 0)
-    json: bool = option("Print JSON.", False)
+    budget: str | None = encoding_option(
+        "Choose the least noise that fits, as 500MB or 100GB (of sampled and full).", None
+    )
+    scale: float | None = machine_option("Project to so many tokens, as 1e12.", None)
+    gpus: int = machine_option("With --scale: GPUs that share the work.", 1)
+    write_config: str | None = output_option(
+        "Write a YAML file with the chosen encoding, for softlabel cache-logits.", None
+    )
+    seed: int = encoding_option("Seed of the pilot.", 0)
+    json: bool = output_option("Print JSON.", False)
 
     def __post_init__(self) -> None:
         check_positive("--positions", self.positions)

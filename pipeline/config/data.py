@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.options import option
+from pipeline.config.options import data_option as option
 from pipeline.errors import MisuseError
 from pipeline.records import AssistantTurns, Columns, Tokenization
 
@@ -50,7 +50,8 @@ class DataConfig:
     )
     keep_column: tuple[str, ...] = option("Column to copy into the cache as it is; repeat for several.", ())
     max_length: int | None = option(
-        "Longest row in tokens. Default: what the model takes, at most 512 (classification) or 1024.", None
+        "Longest row in tokens. Default: as the teacher was trained (cache-logits), else what the model takes, at most 512 (classification) or 1024.",
+        None,
     )
     packing: bool = option("Language models: pack several documents into a row, with EOS between them.", False)
     isolate_documents: bool = option("With --packing: attention does not cross documents.", False)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.options import cache_bytes_option, cache_dir_option, check_positive, option, parse_bytes
+from pipeline.config.options import (
+    cache_bytes_option,
+    cache_dir_option,
+    check_positive,
+    data_option,
+    machine_option,
+    model_option,
+    output_option,
+    parse_bytes,
+)
 from pipeline.errors import MisuseError
 
 
@@ -12,19 +21,21 @@ from pipeline.errors import MisuseError
 class EvaluateConfig:
     """Compare students with their teacher, from the cache alone."""
 
-    cache: str = option("Directory or URL of the cache.")
-    student: tuple[str, ...] = option("Student directory, or NAME=DIR; repeat for several.")
-    base_model: str | None = option(
+    cache: str = data_option("Directory or URL of the cache.")
+    student: tuple[str, ...] = model_option("Student directory, or NAME=DIR; repeat for several.")
+    base_model: str | None = model_option(
         "Base model of the students that are PEFT adapters, in place of the one that they name.", None
     )
-    split: str = option("Split to evaluate on.", "test")
-    output: str | None = option("Directory for evaluation.json. Default: none is written.", None)
-    prompt: tuple[str, ...] = option("Language models: text that each model continues; repeat for several.", ())
-    teacher: str | None = option("With --prompt: the teacher, to continue it too. Nothing else uses it.", None)
-    batch_size: int | None = option("Rows per forward pass. Default: 32 (classification), 4 (language models).", None)
+    split: str = data_option("Split to evaluate on.", "test")
+    output: str | None = output_option("Directory for evaluation.json. Default: none is written.", None)
+    prompt: tuple[str, ...] = data_option("Language models: text that each model continues; repeat for several.", ())
+    teacher: str | None = model_option("With --prompt: the teacher, to continue it too. Nothing else uses it.", None)
+    batch_size: int | None = machine_option(
+        "Rows per forward pass. Default: 32 (classification), 4 (language models).", None
+    )
     cache_dir: str | None = cache_dir_option()
     cache_bytes: str = cache_bytes_option()
-    json: bool = option("Print JSON instead of a table.", False)
+    json: bool = output_option("Print JSON instead of a table.", False)
 
     def __post_init__(self) -> None:
         if not self.student:

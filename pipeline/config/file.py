@@ -40,6 +40,7 @@ PATHS = frozenset(
         "to",
         "tokenizer",
         "training",
+        "unlabelled",
         "write_config",
     ]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,30 @@ from pipeline.errors import MisuseError
 TaskName = Literal["sequence-classification", "causal-lm"]
 
 
-def option(text: str, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with its help text."""
-    metadata = {"help": text}
+#: The groups of a command's help, in order.
+Group = Literal["Data", "Model", "Encoding", "Loss", "Training", "Machine", "Output"]
+
+
+def option(text: str, default: Any = dataclasses.MISSING, *, group: Group) -> Any:
+    """A dataclass field with its help text.
+
+    Args:
+        text: may end with "Default: ...", where the default is found out later and the field holds None or nothing.
+        group: of the command's help.
+    """
+    metadata = {"help": text, "group": group}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+data_option = partial(option, group="Data")
+model_option = partial(option, group="Model")
+encoding_option = partial(option, group="Encoding")
+loss_option = partial(option, group="Loss")
+training_option = partial(option, group="Training")
+machine_option = partial(option, group="Machine")
+output_option = partial(option, group="Output")
 
 
 def flag_name(field_name: str) -> str:
@@ -50,7 +69,7 @@ def parse_bytes(flag: str, text: str) -> int:
 
 def cache_dir_option() -> Any:
     """Where shards of caches behind URLs are kept."""
-    return option(
+    return machine_option(
         "A cache behind a URL: directory for what is fetched of it. Default: softlabel in the user's cache directory.",
         None,
     )
@@ -58,7 +77,7 @@ def cache_dir_option() -> Any:
 
 def cache_bytes_option() -> Any:
     """How much of them."""
-    return option(
+    return machine_option(
         "A cache behind a URL: keep at most so much of what was fetched; what was used longest ago goes first.", "20GB"
     )
 

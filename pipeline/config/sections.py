@@ -12,29 +12,29 @@ from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 
-#: What `run` runs, in this order.
-STAGES: dict[str, type] = {
-    "train-teacher": TrainTeacherConfig,
-    "cache-logits": CacheLogitsConfig,
-    "init-student": InitStudentConfig,
-    "train-student": TrainStudentConfig,
-    "evaluate": EvaluateConfig,
-}
-
-#: Every command that a YAML file may have a section for.
+#: Every command that a YAML file may have a section for, in the order in which one comes to them.
 SECTIONS: dict[str, type] = {
-    **STAGES,
+    "train-teacher": TrainTeacherConfig,
     "estimate": EstimateConfig,
+    "cache-logits": CacheLogitsConfig,
+    "import": ImportConfig,
+    "inspect": InspectConfig,
     "verify": VerifyConfig,
     "audit": AuditConfig,
-    "inspect": InspectConfig,
-    "import": ImportConfig,
-    "push": PushConfig,
-    "pull": PullConfig,
-    "report": ReportConfig,
-    "predict": PredictConfig,
-    "sweep": SweepConfig,
     "merge": MergeConfig,
     "filter": FilterConfig,
     "convert": ConvertConfig,
+    "push": PushConfig,
+    "pull": PullConfig,
+    "init-student": InitStudentConfig,
+    "train-student": TrainStudentConfig,
+    "sweep": SweepConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "predict": PredictConfig,
+}
+
+#: What `run` runs, in this order.
+STAGES: dict[str, type] = {
+    name: SECTIONS[name] for name in ("train-teacher", "cache-logits", "init-student", "train-student", "evaluate")
 }

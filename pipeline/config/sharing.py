@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipeline.config.options import option
+from pipeline.config.options import data_option, output_option
 from pipeline.errors import MisuseError
 
 
@@ -13,14 +13,16 @@ from pipeline.errors import MisuseError
 class PushConfig:
     """Publish a cache: to the Hugging Face hub, an S3-compatible store, or any URL that fsspec opens."""
 
-    cache: str = option("Directory of the cache.")
-    to: str = option("hf://datasets/ORG/NAME, s3://BUCKET/PATH, or another URL.")
-    license: str | None = option("Licence of the data, as the hub names it: apache-2.0, cc-by-4.0, ... Required.", None)
-    public: bool = option(
+    cache: str = data_option("Directory of the cache.")
+    to: str = output_option("hf://datasets/ORG/NAME, s3://BUCKET/PATH, or another URL.")
+    license: str | None = output_option(
+        "Licence of the data, as the hub names it: apache-2.0, cc-by-4.0, ... Required.", None
+    )
+    public: bool = output_option(
         "The hub: a repository that everyone can read. Without it, only you and your organisation.", False
     )
-    revision: str | None = option("The hub: branch to push to. Default: main.", None)
-    json: bool = option("Print JSON.", False)
+    revision: str | None = output_option("The hub: branch to push to. Default: main.", None)
+    json: bool = output_option("Print JSON.", False)
 
     def __post_init__(self) -> None:
         if self.license is None or not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", self.license):
@@ -40,16 +42,16 @@ class PushConfig:
 class PullConfig:
     """Fetch a cache, or a part of it, and verify it."""
 
-    from_: str = option(
+    from_: str = data_option(
         "URL of the cache: hf://datasets/ORG/NAME[@REVISION], s3://BUCKET/PATH, another URL, or a directory."
     )
-    output: str = option("Directory of the copy.")
-    split: tuple[str, ...] = option("Split to fetch; repeat for several. Default: all.", ())
-    shards: tuple[str, ...] = option(
+    output: str = output_option("Directory of the copy.")
+    split: tuple[str, ...] = data_option("Split to fetch; repeat for several. Default: all.", ())
+    shards: tuple[str, ...] = data_option(
         "How many shards of each split to fetch, from the first; or the name of one, repeat for several. Default: all.",
         (),
     )
-    json: bool = option("Print JSON.", False)
+    json: bool = output_option("Print JSON.", False)
 
     def __post_init__(self) -> None:
         numbers = [part for part in self.shards if part.isdigit()]

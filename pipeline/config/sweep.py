@@ -6,7 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.config.options import check_positive, option
+from pipeline.config.options import (
+    check_positive,
+    data_option,
+    loss_option,
+    model_option,
+    output_option,
+    training_option,
+)
 from pipeline.errors import MisuseError
 from pipeline.records import Divergence, Loss
 
@@ -15,50 +22,54 @@ from pipeline.records import Divergence, Loss
 class SweepConfig:
     """Train every combination of students, losses and seeds from one cache or several, and rank them."""
 
-    cache: tuple[str, ...] = option(
+    cache: tuple[str, ...] = data_option(
         "Directory of the cache, or NAME=DIR; repeat for several, whose rows are the same and whose teachers differ."
     )
-    student: tuple[str, ...] = option("Name or path of a student to begin from, or NAME=DIR; repeat for several.", ())
-    teacher: str | None = option(
+    student: tuple[str, ...] = model_option(
+        "Name or path of a student to begin from, or NAME=DIR; repeat for several.", ()
+    )
+    teacher: str | None = model_option(
         "With --shape and --layers: name or path of the teacher that students are made from.", None
     )
-    shape: tuple[str, ...] = option(
+    shape: tuple[str, ...] = model_option(
         "LAYERSxWIDTHxHEADS, as 2x128x2, of a student with random weights (others with each seed); repeat for several.",
         (),
     )
-    layers: tuple[str, ...] = option(
+    layers: tuple[str, ...] = model_option(
         "I,J,...: layers of the teacher that a student copies, from 0; repeat for several.", ()
     )
-    temperature: tuple[float, ...] = option(
+    temperature: tuple[float, ...] = loss_option(
         "Temperature; repeat for several. Default: as train-student's, for the cache and task.", ()
     )
-    weights: tuple[str, ...] = option(
-        "HARD/SOFT, as 0.1/0.9: the two weights of the loss; repeat for several. Default: 0.5/0.5.", ("0.5/0.5",)
+    weights: tuple[str, ...] = loss_option(
+        "HARD/SOFT, as 0.1/0.9: the two weights of the loss; repeat for several.", ("0.5/0.5",)
     )
-    divergence: tuple[Divergence, ...] = option(
-        "What is minimised between teacher and student; repeat for several. Default: forward-kl.", ("forward-kl",)
+    divergence: tuple[Divergence, ...] = loss_option(
+        "What is minimised between teacher and student; repeat for several.", ("forward-kl",)
     )
-    seed: tuple[int, ...] = option(
-        "Seed of random weights, order and dropout; repeat for several, which are grouped. Default: 0.", (0,)
+    seed: tuple[int, ...] = training_option(
+        "Seed of random weights, order and dropout; repeat for several, which are grouped.", (0,)
     )
-    controls: bool = option(
+    controls: bool = loss_option(
         "Train each student also on the hard labels alone (on the first cache), and on the teacher's hard predictions.",
         True,
     )
-    split: str = option("Split to train on.", "train")
-    eval_split: str | None = option("Split that the best is chosen on. Default: validation.", None)
-    report_split: str = option("Split that is reported in the end; nothing is chosen on it.", "test")
-    tail_policy: Literal["ghost", "renormalize", "ignore"] = option(
+    split: str = data_option("Split to train on.", "train")
+    eval_split: str | None = data_option("Split that the best is chosen on. Default: validation.", None)
+    report_split: str = data_option("Split that is reported in the end; nothing is chosen on it.", "test")
+    tail_policy: Literal["ghost", "renormalize", "ignore"] = loss_option(
         "The teacher's mass outside the kept classes (top-k, top-p).", "ghost"
     )
-    epochs: float = option("Passes over the split.", 3.0)
-    max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
-    learning_rate: float = option("Peak learning rate.", 5e-5)
-    batch_size: int = option("Rows per device and step.", 16)
-    batch_tokens: int | None = option("As train-student's: group rows by length, with so many tokens a batch.", None)
-    output: str = option("Directory of the students, sweep.json and the report.")
-    json: bool = option("Print sweep.json instead of a table.", False)
-    training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
+    epochs: float = training_option("Passes over the split.", 3.0)
+    max_steps: int = training_option("Optimizer steps; overrides --epochs where positive.", -1)
+    learning_rate: float = training_option("Peak learning rate.", 5e-5)
+    batch_size: int = training_option("Rows per device and step.", 16)
+    batch_tokens: int | None = training_option(
+        "As train-student's: group rows by length, with so many tokens a batch.", None
+    )
+    output: str = output_option("Directory of the students, sweep.json and the report.")
+    json: bool = output_option("Print sweep.json instead of a table.", False)
+    training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:
         if not self.cache:

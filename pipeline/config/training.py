@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.config.options import cache_bytes_option, cache_dir_option, check_positive, option, parse_bytes
+from pipeline.config.options import (
+    cache_bytes_option,
+    cache_dir_option,
+    check_positive,
+    data_option,
+    loss_option,
+    model_option,
+    output_option,
+    parse_bytes,
+    training_option,
+)
 from pipeline.errors import MisuseError
 from pipeline.records import Divergence, Loss, PositionWeights, Schedule
 
@@ -14,13 +24,16 @@ from pipeline.records import Divergence, Loss, PositionWeights, Schedule
 class InitStudentConfig:
     """Make a student: a smaller config with random weights, or chosen layers of the teacher."""
 
-    teacher: str = option("Name or path of the teacher, whose architecture and tokenizer the student takes.")
-    output: str = option("Directory of the student.")
-    layer: tuple[int, ...] = option("Layer of the teacher to copy, from 0; repeat for several.", ())
-    num_layers: int | None = option("Layers of a student with random weights.", None)
-    hidden_size: int | None = option("Width of a student with random weights.", None)
-    num_heads: int | None = option("Attention heads of a student with random weights.", None)
-    seed: int = option("Seed of the random weights.", 0)
+    teacher: str = model_option("Name or path of the teacher, whose architecture and tokenizer the student takes.")
+    output: str = output_option("Directory of the student.")
+    layer: tuple[int, ...] = model_option(
+        "Layer of the teacher to copy, from 0; repeat for several. Default: a third of them, evenly spaced, where no shape is given.",
+        (),
+    )
+    num_layers: int | None = model_option("Layers of a student with random weights.", None)
+    hidden_size: int | None = model_option("Width of a student with random weights.", None)
+    num_heads: int | None = model_option("Attention heads of a student with random weights.", None)
+    seed: int = model_option("Seed of the random weights.", 0)
 
     def __post_init__(self) -> None:
         shape = (self.num_layers, self.hidden_size, self.num_heads)
@@ -28,92 +41,100 @@ class InitStudentConfig:
             raise MisuseError(
                 "--layer copies layers of the teacher; --num-layers, --hidden-size, --num-heads make new ones: use one or the other"
             )
-        if not self.layer and any(value is None for value in shape):
-            raise MisuseError("give --layer (repeatable), or all of --num-layers, --hidden-size, --num-heads")
+        if any(value is None for value in shape) and any(value is not None for value in shape):
+            raise MisuseError(
+                "--num-layers, --hidden-size and --num-heads go together; without them evenly spaced layers of the teacher are copied"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStudentConfig:
     """Train a student from a cache, without the teacher."""
 
-    cache: tuple[str, ...] = option("Directory or URL of the cache; repeat to mix several.")
-    student: str = option("Name or path of the student; a PEFT adapter directory is one too.")
-    output: str = option("Directory of the trained student.")
-    base_model: str | None = option("Base model of a PEFT adapter, in place of the one that it names.", None)
-    mix: Literal["teachers", "data"] | None = option(
+    cache: tuple[str, ...] = data_option("Directory or URL of the cache; repeat to mix several.")
+    student: str = model_option("Name or path of the student; a PEFT adapter directory is one too.")
+    output: str = output_option("Directory of the trained student.")
+    base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
+    mix: Literal["teachers", "data"] | None = data_option(
         "Several caches: of the same rows, labelled by several teachers, or of different data. Default: what --teacher-weight or --proportion says.",
         None,
     )
-    teacher_weight: tuple[float, ...] = option(
+    teacher_weight: tuple[float, ...] = loss_option(
         "Weight of a teacher in the soft term, in the order of --cache; repeat for each. Default: alike.", ()
     )
-    proportion: tuple[float, ...] = option(
+    proportion: tuple[float, ...] = data_option(
         "Share of a cache in the rows of an epoch, in the order of --cache; repeat for each. Default: every row once.",
         (),
     )
-    split: str = option("Split to train on.", "train")
-    hard_weight: float = option(
+    split: tuple[str, ...] = data_option("Split to train on; repeat for several, whose rows are mixed.", ("train",))
+    hard_weight: float = loss_option(
         "Weight of the cross-entropy with the hard labels. The two weights need not sum to 1.", 0.5
     )
-    soft_weight: float = option("Weight of the T^2-scaled divergence from the teacher; 0 trains on labels alone.", 0.5)
-    temperature: float | None = option(
+    soft_weight: float = loss_option(
+        "Weight of the T^2-scaled divergence from the teacher; 0 trains on labels alone.", 0.5
+    )
+    temperature: float | None = loss_option(
         "Softens both distributions. Default: a sampled cache's own, else 2 for classes and 1 for tokens.", None
     )
-    divergence: Divergence = option("What is minimised between teacher and student.", "forward-kl")
-    tail_policy: Literal["ghost", "renormalize", "ignore"] = option(
+    divergence: Divergence = loss_option("What is minimised between teacher and student.", "forward-kl")
+    tail_policy: Literal["ghost", "renormalize", "ignore"] = loss_option(
         "The teacher's mass outside the kept classes (top-k, top-p).", "ghost"
     )
-    mixture: float | None = option(
+    mixture: float | None = loss_option(
         "The teacher's share in what jensen-shannon (default 0.5) and skewed-kl (default 0.1) compare with.", None
     )
-    weight_schedule: Schedule = option(
+    weight_schedule: Schedule = loss_option(
         "How the two weights go to their end values over the run: linear, cosine; warmup-stable-decay rises from 0 in the first tenth and falls in the last fifth.",
         "constant",
     )
-    hard_weight_end: float | None = option("Hard weight at the end of the schedule.", None)
-    soft_weight_end: float | None = option("Soft weight at the end of the schedule.", None)
-    position_weights: PositionWeights = option(
+    hard_weight_end: float | None = loss_option("Hard weight at the end of the schedule.", None)
+    soft_weight_end: float | None = loss_option("Soft weight at the end of the schedule.", None)
+    position_weights: PositionWeights = loss_option(
         "Soft term: count positions equally, or by how certain or uncertain the teacher is there (language models: cache with --store-entropy).",
         "equal",
     )
-    hard_labels: Literal["data", "teacher"] = option(
+    hard_labels: Literal["data", "teacher"] = loss_option(
         "Whose hard labels: the data's, or the teacher's most likely class (a control).", "data"
     )
-    epochs: float = option("Passes over the split.", 3.0)
-    max_steps: int = option("Optimizer steps; overrides --epochs where positive.", -1)
-    learning_rate: float = option("Peak learning rate.", 5e-5)
-    batch_size: int = option("Rows per device and step.", 16)
-    batch_tokens: int | None = option(
+    epochs: float = training_option("Passes over the split.", 3.0)
+    max_steps: int = training_option("Optimizer steps; overrides --epochs where positive.", -1)
+    learning_rate: float = training_option("Peak learning rate.", 5e-5)
+    batch_size: int = training_option("Rows per device and step.", 16)
+    batch_tokens: int | None = training_option(
         "Group rows by length, and end a batch where it would pass so many tokens, padding included; --batch-size stays the most rows.",
         None,
     )
-    eval_split: str | None = option(
+    eval_split: str | None = data_option(
         "Split to evaluate on during training (training: {eval_strategy: ...}). Default: validation.", None
     )
-    early_stopping: int | None = option(
+    early_stopping: int | None = training_option(
         "Stop after so many evaluations without a better metric_for_best_model (default loss), and keep the best.", None
     )
-    seed: int = option("Seed of order and dropout.", 0)
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+    seed: int = training_option("Seed of order and dropout.", 0)
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = output_option(
         "Precision of the finished student's weights; training is in float32. auto: as the student's own files.", "auto"
     )
-    resume: bool = option("Go on from the newest whole checkpoint in the output directory.", False)
-    overwrite: bool = option(
+    resume: bool = training_option("Go on from the newest whole checkpoint in the output directory.", False)
+    overwrite: bool = output_option(
         "Delete the student and the checkpoints that the output directory holds and start anew.", False
     )
-    lora_r: int | None = option("Train a LoRA adapter of this rank instead of all weights.", None)
-    lora_alpha: int | None = option("LoRA scale. Default: twice the rank.", None)
-    lora_target: tuple[str, ...] = option(
+    lora_r: int | None = model_option("Train a LoRA adapter of this rank instead of all weights.", None)
+    lora_alpha: int | None = model_option("LoRA scale. Default: twice the rank.", None)
+    lora_target: tuple[str, ...] = model_option(
         "Module to adapt; repeat for several. Default: PEFT's for the architecture.", ()
     )
-    trust_remote_code: bool = option("Run code that comes with the student.", False)
+    trust_remote_code: bool = model_option("Run code that comes with the student.", False)
     cache_dir: str | None = cache_dir_option()
     cache_bytes: str = cache_bytes_option()
-    training: dict[str, Any] = option("Any field of transformers.TrainingArguments.", {})
+    training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:
         if isinstance(self.cache, str):  # one, as a script gives it
             object.__setattr__(self, "cache", (self.cache,))
+        if isinstance(self.split, str):
+            object.__setattr__(self, "split", (self.split,))
+        if not self.split or len(set(self.split)) < len(self.split):
+            raise MisuseError(f"--split: expected splits, each once, found {', '.join(self.split) or 'none'}")
         self.loss  # noqa: B018 - checks the weights and the temperature
         if not self.cache:
             raise MisuseError("--cache: expected at least one")

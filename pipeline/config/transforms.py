@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.options import option
+from pipeline.config.options import data_option, encoding_option, output_option
 from pipeline.errors import MisuseError
 
 
@@ -13,9 +13,9 @@ from pipeline.errors import MisuseError
 class MergeConfig:
     """Join caches of one contract; rows of equal content are kept once."""
 
-    cache: tuple[str, ...] = option("Directory of a cache; repeat for two or more.")
-    output: str = option("Directory of the merged cache.")
-    overwrite: bool = option("Delete the cache that the output directory holds and start anew.", False)
+    cache: tuple[str, ...] = data_option("Directory of a cache; repeat for two or more.")
+    output: str = output_option("Directory of the merged cache.")
+    overwrite: bool = output_option("Delete the cache that the output directory holds and start anew.", False)
 
     def __post_init__(self) -> None:
         if len(self.cache) < 2:
@@ -26,14 +26,14 @@ class MergeConfig:
 class FilterConfig:
     """Keep some rows of a cache: by a condition in SQL over its columns, by split, or both."""
 
-    cache: str = option("Directory of the cache.")
-    output: str = option("Directory of the new cache.")
-    where: str | None = option(
+    cache: str = data_option("Directory of the cache.")
+    output: str = output_option("Directory of the new cache.")
+    where: str | None = data_option(
         "Condition in DuckDB's SQL over the columns of one row, as \"len(input_ids) > 128 and domain = 'news'\".", None
     )
-    split: tuple[str, ...] = option("Split to keep; repeat for several. Default: all.", ())
-    as_split: str | None = option("Name that the one split gets in the new cache.", None)
-    overwrite: bool = option("Delete the cache that the output directory holds and start anew.", False)
+    split: tuple[str, ...] = data_option("Split to keep; repeat for several. Default: all.", ())
+    as_split: str | None = output_option("Name that the one split gets in the new cache.", None)
+    overwrite: bool = output_option("Delete the cache that the output directory holds and start anew.", False)
 
     def __post_init__(self) -> None:
         if self.where is None and not self.split and self.as_split is None:
@@ -44,16 +44,18 @@ class FilterConfig:
 class ConvertConfig:
     """Write the rows of a cache in a smaller encoding, where that is as exact, or as unbiased, as capturing in it."""
 
-    cache: str = option("Directory of the cache.")
-    output: str = option("Directory of the new cache.")
-    encoding: Literal["top-k", "top-p", "sampled"] = option("How the soft labels are to be kept.")
-    top_k: int | None = option("Classes to keep (top-k).", None)
-    top_p: float | None = option("Mass to keep (top-p).", None)
-    sample_size: float | None = option("c: classes of at least 1/c are kept exactly, others sampled (sampled).", None)
-    temperature: tuple[float, ...] = option(
+    cache: str = data_option("Directory of the cache.")
+    output: str = output_option("Directory of the new cache.")
+    encoding: Literal["top-k", "top-p", "sampled"] = encoding_option("How the soft labels are to be kept.")
+    top_k: int | None = encoding_option("Classes to keep (top-k).", None)
+    top_p: float | None = encoding_option("Mass to keep (top-p).", None)
+    sample_size: float | None = encoding_option(
+        "c: classes of at least 1/c are kept exactly, others sampled (sampled).", None
+    )
+    temperature: tuple[float, ...] = encoding_option(
         "Temperature to serve; repeat for a grid (top-k, top-p). Default: those of the cache, or of a capture.", ()
     )
-    overwrite: bool = option("Delete the cache that the output directory holds and start anew.", False)
+    overwrite: bool = output_option("Delete the cache that the output directory holds and start anew.", False)
 
     def __post_init__(self) -> None:
         knobs = {"top-k": self.top_k, "top-p": self.top_p, "sampled": self.sample_size}

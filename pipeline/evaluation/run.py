@@ -15,7 +15,7 @@ from pipeline.cache.format.manifest import dump
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.config.options import name_and_path
-from pipeline.errors import CacheError, MisuseError
+from pipeline.errors import MisuseError
 from pipeline.evaluation.continuations import continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.text_bytes import warn_of_text_bytes
@@ -72,7 +72,8 @@ def evaluate(
     Returns:
         Metrics of the teacher and of each student; for each student also agreement with the teacher, KL(teacher || student) in nats a
         position (for `top-k` and `top-p` over the kept classes and one bucket, a lower bound; for `sampled` an unbiased estimate), the
-        teacher's size over the student's, and retention with its 95% interval.
+        teacher's size over the student's, and retention with its 95% interval. Of a split without hard labels there are
+        no metrics and no retention.
 
     Raises:
         PipelineError: a student that does not fit, a split that is not there.
@@ -82,16 +83,13 @@ def evaluate(
     task = get_task(contract.task)
     rows = opened.dataset(split)
     teacher_predictions = predictions_of_teacher(task, iter(rows), default_temperature(contract.encoding, 1.0))
-    if not (teacher_predictions.labels != NO_LABEL).any():
-        raise CacheError(
-            f"{opened.where}: split {split} has no hard label to evaluate against; choose another --split ({', '.join(opened.splits)})"
-        )
+    labelled = int((teacher_predictions.labels != NO_LABEL).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
     warn_of_text_bytes(opened, split)
     teacher = ModelEvaluation(
         name="teacher",
         num_parameters=contract.teacher.num_parameters,
-        metrics=task.metrics(teacher_predictions, contract.num_classes),
+        metrics=task.metrics(teacher_predictions, contract.num_classes) if labelled else {},
     )
     lines = []
     for name, student in students.items():
@@ -113,6 +111,7 @@ def evaluate(
         teacher=teacher,
         students=tuple(lines),
         temperature=served_temperature(contract.encoding),
+        labelled=labelled,
     )
 
 
@@ -140,18 +139,24 @@ def _line(
     teacher_predictions: Predictions,
     seed: int,
 ) -> ModelEvaluation:
-    metrics = task.metrics(predictions, num_classes)
     num_parameters = sum(p.numel() for p in loaded.model.parameters())
-    ours, theirs = metrics[task.main_metric], teacher.metrics[task.main_metric]
-    scores, weights = task.row_scores(predictions)
-    teacher_scores, _ = task.row_scores(teacher_predictions)
-    return ModelEvaluation(
+    line = ModelEvaluation(
         name=name,
         num_parameters=num_parameters,
-        metrics=metrics,
+        metrics={},
         agreement=agreement(predictions.predicted, predictions.teacher_predicted),
         kl=float(predictions.row_kl.sum() / len(predictions.labels)),
         size_ratio=teacher.num_parameters / num_parameters if teacher.num_parameters else None,
+    )
+    if not teacher.metrics:  # no hard label
+        return line
+    metrics = task.metrics(predictions, num_classes)
+    ours, theirs = metrics[task.main_metric], teacher.metrics[task.main_metric]
+    scores, weights = task.row_scores(predictions)
+    teacher_scores, _ = task.row_scores(teacher_predictions)
+    return dataclasses.replace(
+        line,
+        metrics=metrics,
         retention=_ratio(ours, theirs) if task.higher_is_better else _ratio(theirs, ours),
         retention_interval=bootstrap_ratio(
             scores[weights > 0], teacher_scores[weights > 0], seed=seed, inverse=not task.higher_is_better

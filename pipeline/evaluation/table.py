@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
 
 _MEANING = {
@@ -19,17 +20,23 @@ _MEANING = {
 def format_table(report: EvaluationReport) -> str:
     """The report as text: a line a model, the teacher first."""
     metrics = list(report.teacher.metrics)
-    header = ["", "parameters", "size", *metrics, "agreement", "KL", "retention", "95% interval"]
-    lines = [header, *(_cells(line, metrics) for line in (report.teacher, *report.students))]
+    kept = ["retention", "95% interval"] if metrics else []
+    header = ["", "parameters", "size", *metrics, "agreement", "KL", *kept]
+    lines = [header, *(_cells(line, metrics)[: len(header)] for line in (report.teacher, *report.students))]
     table = "\n".join(aligned(lines))
     notes = [f"{name}: {_MEANING[name]}" for name in metrics if name in _MEANING]
     notes += [
         "size: the teacher's parameters over the model's",
         "agreement: share of positions where the model's most likely class is the teacher's",
         f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a position",
-        f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over rows",
     ]
+    if metrics:
+        notes.append(f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over rows")
+    else:
+        notes.append("the split has no hard labels: students are compared with the teacher alone")
     title = f"{report.task}, split {report.split}: {report.rows} rows, {report.positions} positions"
+    if report.labelled is not None and report.labelled < report.positions:
+        title += f", {report.labelled} labelled"
     parts = [title, table, "\n".join(f"  {note}" for note in notes)]
     for continuation in report.continuations:
         width = max(map(len, continuation.texts))
@@ -55,13 +62,9 @@ def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:
         line.name,
         f"{line.num_parameters / 1e6:.1f}M" if line.num_parameters >= 1e5 else f"{line.num_parameters or ''}",
         "" if line.size_ratio is None else f"{line.size_ratio:.1f}x",
-        *(_metric(name, line.metrics[name]) for name in metrics),
+        *(number(name, line.metrics[name]) for name in metrics),
         "" if line.agreement is None else f"{line.agreement:.1%}",
         "" if line.kl is None else f"{line.kl:.3f}",
         "" if line.retention is None else f"{line.retention:.1%}",
         "" if interval is None else f"{interval.low:.1%} to {interval.high:.1%}",
     ]
-
-
-def _metric(name: str, value: float) -> str:
-    return f"{value:.1%}" if name in ("accuracy", "macro_f1", "ece") else f"{value:.3f}"

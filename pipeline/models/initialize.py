@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -31,12 +32,36 @@ class Shape:
     num_heads: int
 
 
-def run(config: InitStudentConfig) -> Path:
-    """`softlabel init-student`."""
+@dataclass(frozen=True, slots=True)
+class NewStudent:
+    """A student before its first step, and how it compares with its teacher."""
+
+    path: Path
+    num_parameters: int
+    teacher_parameters: int
+    """0: not known."""
+    layers: tuple[int, ...]
+    """Layers of the teacher that were copied, from 0; empty: all weights are random."""
+    num_layers: int
+    """Of the student."""
+    teacher_layers: int
+
+
+def run(config: InitStudentConfig) -> NewStudent:
+    """`softlabel init-student`: the shape or the layers that the flags name, else evenly spaced layers."""
     shape = None
-    if not config.layer:
-        shape = Shape(config.num_layers or 0, config.hidden_size or 0, config.num_heads or 0)
-    return init_student(config.teacher, config.output, layers=config.layer or None, config=shape, seed=config.seed)
+    if config.num_layers is not None:
+        shape = Shape(config.num_layers, config.hidden_size or 0, config.num_heads or 0)
+    return make_student(config.teacher, config.output, layers=config.layer or None, config=shape, seed=config.seed)
+
+
+def evenly_spaced(total: int) -> tuple[int, ...]:
+    """A third of so many layers, at least 1: the first, the last where there are several, and as evenly as possible between.
+
+    The first layer reads the embeddings and the last writes what the head reads, so both are kept.
+    """
+    count = max(1, round(total / 3))
+    return (0,) if count == 1 else tuple(round(i * (total - 1) / (count - 1)) for i in range(count))
 
 
 def init_student(
@@ -52,17 +77,31 @@ def init_student(
 
     Args:
         teacher: a name, a path or a live model (then with its `tokenizer`).
-        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them.
+        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them. Default, where
+            there is no `config` either: a third of the teacher's, evenly spaced.
         config: a shape, or a whole config (whose `architectures` names the class), for a student with random weights.
 
     Returns:
         The directory.
 
     Raises:
-        MisuseError: both or neither of `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide.
+        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide.
         ModelError: the teacher cannot be loaded, or its layers cannot be found.
     """
-    if (layers is None) == (config is None):
+    return make_student(teacher, output, layers=layers, config=config, tokenizer=tokenizer, seed=seed).path
+
+
+def make_student(
+    teacher: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    config: Shape | PreTrainedConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> NewStudent:
+    """As `init_student`, with the sizes of both models."""
+    if layers is not None and config is not None:
         raise MisuseError("init_student: give either layers=... or config=...")
     if isinstance(teacher, str | Path):
         if Path(output).resolve() == Path(teacher).resolve():
@@ -74,18 +113,20 @@ def init_student(
         tokenizer = tokenizer or load_tokenizer(str(teacher))
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
-    if layers is not None:
+    base = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
+    total = int(base.get_text_config().num_hidden_layers)
+    if config is None:
+        layers = evenly_spaced(total) if layers is None else layers
         if isinstance(teacher, PreTrainedModel):
-            student = _copy_layers(teacher, layers)
+            student, teacher_parameters = _copy_layers(teacher, layers), teacher.num_parameters()
         else:
             loaded = load_model(detect_task(str(teacher)), str(teacher))
             with as_it_came(loaded):
-                student = _copy_layers(loaded.model, layers)
+                student, teacher_parameters = _copy_layers(loaded.model, layers), loaded.model.num_parameters()
     else:
-        assert config is not None
-        base = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
         set_seed(seed)
         student = _class_of(base)(_scale(base, config)) if isinstance(config, Shape) else _class_of(config)(config)
+        teacher_parameters = teacher.num_parameters() if isinstance(teacher, PreTrainedModel) else _count(base)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as draft:
@@ -96,7 +137,22 @@ def init_student(
             Path(draft).iterdir(), key=lambda f: f.name == "config.json"
         ):  # the file that makes it a model comes last
             os.replace(file, path / file.name)
-    return path
+    return NewStudent(
+        path,
+        student.num_parameters(),
+        teacher_parameters,
+        tuple(layers or ()),
+        int(student.config.get_text_config().num_hidden_layers),
+        total,
+    )
+
+
+def _count(config: Any) -> int:
+    """The parameters of a model of this configuration, without its weights; 0 where its class is not one of transformers."""
+    if not hasattr(transformers, (config.architectures or [""])[0]):
+        return 0
+    with torch.device("meta"):
+        return int(_class_of(config)(copy.deepcopy(config)).num_parameters())
 
 
 def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

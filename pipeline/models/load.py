@@ -28,6 +28,7 @@ from pipeline.models.adapters import (
 )
 from pipeline.models.audit import missing_weights, refuse_missing, refuse_more_blocks
 from pipeline.records import Tokenization
+from pipeline.sources.files.told_apart import is_cache, missing_path
 from pipeline.tasks import Task, embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -247,7 +248,12 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         return parent or ".", {"gguf_file": file}
     looks_local = name.startswith((".", "/")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
-        raise ModelError(f"{name}: no such directory; expected a model directory or a hub name (org/name)")
+        what = missing_path(name) or "no such directory"
+        raise ModelError(f"{name}: {what}; expected a model directory or a hub name (org/name)")
+    if is_cache(Path(name)):
+        raise ModelError(
+            f"{name}: is a cache of soft labels (manifest.json), expected a model directory or a hub name; a cache is given with --cache"
+        )
     return name, {}
 
 
@@ -294,5 +300,10 @@ def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> 
     except Exception as error:
         if not isinstance(error, UNLOADABLE) and type(error) is not Exception:  # as the library tokenizers raises it
             raise
+        missing = missing_path(name)
+        if missing is not None:
+            raise ModelError(
+                f"{name}: {missing}; the hub has no such model either, expected a model directory or a hub name (org/name)"
+            ) from error
         where = "" if Path(source).exists() else "; there is no such directory here either"
         raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {first_line(error)}{where}") from error

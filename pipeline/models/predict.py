@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipeline.config import PredictConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models.detect import detect_task
 from pipeline.models.load import LoadedModel, load_model, longest_input, pad_id
+from pipeline.models.saved import trained_length
 from pipeline.records import Example, TextPrediction, Tokenization, TokenizedExample
 from pipeline.tasks import Task, check_ids
 
@@ -23,7 +23,7 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     texts = _checked(config.text, "--text") if config.text else _read(config.input)
     task = detect_task(config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
     loaded = load_model(task, config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
-    longest = config.max_length or _trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
+    longest = config.max_length or trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
     if task.classes_are_tokens:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
@@ -121,13 +121,3 @@ def _checked(texts: Sequence[str], where: str) -> Sequence[str]:
         if not text.strip():
             raise SourceError(f"{where} {number}: expected a text, found an empty one")
     return texts
-
-
-def _trained_length(name: str) -> int | None:
-    """Tokens of the longest row that a student of ours was trained on, where it says so."""
-    try:
-        found = json.loads((Path(name) / "distillation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    length = found.get("max_length") if isinstance(found, dict) else None
-    return length if isinstance(length, int) and length > 0 else None

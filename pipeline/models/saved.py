@@ -25,6 +25,19 @@ def model_files(output: Path) -> list[Path]:
     return [path for pattern in _OF_A_MODEL for path in output.glob(pattern)]
 
 
+def trained_length(name: str) -> int | None:
+    """Tokens of the longest row that a model of ours was trained on, where its directory says so; None elsewhere."""
+    for file in ("distillation.json", "metrics.json"):  # of a student, of a teacher
+        try:
+            found = json.loads((Path(name).expanduser() / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        length = found.get("max_length") if isinstance(found, dict) else None
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
 def round_weights(model: Any, dtype: torch.dtype) -> None:
     """Round the parameters of a model to another precision, in the one that they have: what a file of it will hold."""
     with torch.no_grad():

@@ -6,6 +6,7 @@ from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
 from pipeline.sources.source import Source, holds_chats
+from pipeline.sources.unlabelled import load_unlabelled, with_unlabelled
 
 __all__ = [
     "LabelMap",
@@ -17,6 +18,8 @@ __all__ = [
     "is_of_files",
     "label_names",
     "load_source",
+    "load_unlabelled",
     "read_examples",
     "survey",
+    "with_unlabelled",
 ]

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
+from pipeline.sources.files.joined import JoinedRows
 from pipeline.sources.files.parquet import ParquetRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pipeline.sources.files.parquet import Rows
+    from pipeline.sources.files.joined import Rows
 
 #: Rows that are Python objects at the same time. A few are enough: at 256 slicing costs less than a tenth of decoding.
 BATCH_ROWS = 256
@@ -45,7 +46,12 @@ def read_rows(dataset: Rows, names: Sequence[str], start: int = 0, stop: int | N
     if not present:
         yield from ({} for _ in range(start, stop))
         return
-    if isinstance(dataset, ParquetRows):
+    if isinstance(dataset, JoinedRows):
+        blank = dict.fromkeys(present)  # what rows without labels hold under the label's name
+        for i, first, last in dataset.pieces(start, stop):
+            own = [name for name in present if i == 0 or name != dataset.label]
+            yield from ({**blank, **row} for row in read_rows(dataset.parts[i], own, first, last))
+    elif isinstance(dataset, ParquetRows):
         for part in dataset.parts(present, start, stop):
             yield from _read(part, present, 0, len(part))
     else:

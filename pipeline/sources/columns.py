@@ -9,7 +9,7 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns
 
 if TYPE_CHECKING:
-    from pipeline.sources.files.parquet import Rows
+    from pipeline.sources.files.joined import Rows
 
 #: Field of `Columns` -> the flag that names it. The inputs: what a model reads.
 _INPUT_FLAGS = {

@@ -19,12 +19,13 @@ import numpy as np
 from pipeline.records import Columns, SourceContents, SplitContents
 from pipeline.sources.batches import Row, read_rows
 from pipeline.sources.columns import input_roles, side_roles, used_roles
+from pipeline.sources.files.joined import JoinedRows, is_in_place, parts_of
 from pipeline.sources.files.parquet import ParquetRows
 from pipeline.sources.source import Source
 from pipeline.sources.values import without_nulls
 
 if TYPE_CHECKING:
-    from pipeline.sources.files.parquet import Rows
+    from pipeline.sources.files.joined import Rows
 
 #: What the fingerprint of a list of files begins with.
 _OF_FILES = "files-"
@@ -82,7 +83,7 @@ def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents
     for split, (start, stop) in ranges.items():
         dataset = source.splits[split]
         roles = {**used_roles(source.columns), **side_roles(dataset, source.columns)}
-        if isinstance(dataset, ParquetRows) and not by_contents:
+        if is_in_place(dataset) and not by_contents:
             digests[split] = _fingerprint(dataset, roles, start, stop)
             counts[split] = SplitContents(stop - start, None, None)
             continue
@@ -121,12 +122,18 @@ def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
 
 def _fingerprint(dataset: Rows, roles: dict[str, str], start: int, stop: int, *, by_contents: bool = False) -> str:
     digest = _header(dataset, roles)
-    if isinstance(dataset, ParquetRows) and not by_contents:
-        digest.update(_line([list(roles.values()), *dataset.identity(start, stop)]))
-        return _OF_FILES + digest.hexdigest()
-    for row in read_rows(dataset, list(roles.values()), start, stop):
-        digest.update(_line(_content(row, roles)))
-    return digest.hexdigest()
+    pieces = dataset.pieces(start, stop) if isinstance(dataset, JoinedRows) else [(0, start, stop)]
+    of_files = False
+    for i, first, last in pieces:
+        part = parts_of(dataset)[i]
+        if isinstance(part, ParquetRows) and not by_contents:
+            digest.update(_line([list(roles.values()), *part.identity(first, last)]))
+            of_files = True
+            continue
+        before = start if i == 0 or not isinstance(dataset, JoinedRows) else dataset.bounds[i] + first
+        for row in read_rows(dataset, list(roles.values()), before, before + last - first):
+            digest.update(_line(_content(row, roles)))
+    return (_OF_FILES if of_files else "") + digest.hexdigest()
 
 
 def _header(dataset: Rows, roles: dict[str, str]) -> hashlib._Hash:

@@ -18,15 +18,16 @@ from pipeline.sources.columns import check_inputs, check_kept, check_label, one_
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
 from pipeline.sources.files.hub import load_hub
-from pipeline.sources.files.layout import check_split_name, files_named, find_files, looks_like_path
+from pipeline.sources.files.layout import EXPECTED, check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
+from pipeline.sources.files.told_apart import is_model, missing_path
 from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
     import datasets
 
-    from pipeline.sources.files.parquet import Rows
+    from pipeline.sources.files.joined import OneRows
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
             raise MisuseError(
                 f"{data.dataset}: --dataset-config and --dataset-revision go with a hub data set, found a local path"
             )
+        if is_model(path):
+            raise SourceError(f"{data.dataset}: is a model directory, expected a data set: {EXPECTED}")
         name, revision = _shareable_name(path), None
         splits = _local_splits(path, data)
     else:
@@ -69,14 +72,22 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
         name, revision = data.dataset, data.dataset_revision
         if repository is not None:
             name, revision = repository[1], repository[2] or revision
-        splits, revision = load_hub(name, data.dataset_config, revision)
+        try:
+            splits, revision = load_hub(name, data.dataset_config, revision)
+        except SourceError as error:
+            missing = missing_path(data.dataset)
+            if missing is None:
+                raise
+            raise SourceError(
+                f"{data.dataset}: {missing}; the hub has no such data set either, expected {EXPECTED}, or a hub name"
+            ) from error
     source = _prepare(name, splits, data.columns, data.holdout, data.split)
     if label_required:
         _require_label(source, data.columns.label)
     return dataclasses.replace(source, config=data.dataset_config, revision=revision)
 
 
-def _local_splits(path: Path, data: DataConfig) -> dict[str, Rows]:
+def _local_splits(path: Path, data: DataConfig) -> dict[str, OneRows]:
     if data.data_files:
         files = files_named(path, data.data_files)
     else:
@@ -139,7 +150,7 @@ def _instead(dataset: Any, part: Any) -> str:
     return "give a datasets.Dataset, or a DatasetDict of them"
 
 
-def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
+def _prepare(name: str, splits: dict[str, OneRows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
     """Hold out, restrict to the splits asked for, check every one of them."""
     columns = one_input(columns)
     if not splits:
@@ -177,7 +188,7 @@ def _warn_of_absent(where: str, rows: ParquetRows) -> None:
         )
 
 
-def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None:
+def _check_split(name: str, split: str, dataset: OneRows, columns: Columns) -> None:
     where = f"{name}: split {split}"
     if len(dataset) == 0:
         raise SourceError(f"{where}: no rows; expected at least one; leave it out with --split, or fill it")
@@ -185,7 +196,7 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
     check_kept(where, dataset, columns)
 
 
-def _hold_out(name: str, splits: dict[str, Rows], columns: Columns, share: float) -> dict[str, Rows]:
+def _hold_out(name: str, splits: dict[str, OneRows], columns: Columns, share: float) -> dict[str, OneRows]:
     """`train` in two: `test` comes last."""
     if "train" not in splits:
         raise SourceError(

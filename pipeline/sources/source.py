@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.records import Columns
+from pipeline.records import Columns, UnlabelledSource
 from pipeline.sources.columns import is_chat
-from pipeline.sources.files.parquet import ParquetRows, Rows
+from pipeline.sources.files.joined import JoinedRows, Rows, is_in_place
+from pipeline.sources.files.parquet import ParquetRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +20,22 @@ class Source:
     config: str | None
     revision: str | None
     """Of a hub data set: the commit, or what was asked for where the commit is not known."""
-    splits: dict[str, Rows]
+    splits: Mapping[str, Rows]
     columns: Columns
     """`label` is None where no split has such a column."""
     holdout: float
     """Share of `train` that is now `test`; 0 where there was a `test`."""
+    unlabelled: tuple[UnlabelledSource, ...] = ()
+    """Data sets whose rows stand behind those of `train`, without labels."""
 
     @property
     def row_groups(self) -> dict[str, list[int]]:
         """Split -> the first row of each row group, of the splits that are read by row group."""
-        return {split: rows.starts.tolist() for split, rows in self.splits.items() if isinstance(rows, ParquetRows)}
+        return {
+            split: rows.starts.tolist()
+            for split, rows in self.splits.items()
+            if isinstance(rows, ParquetRows | JoinedRows) and is_in_place(rows)
+        }
 
     def sample_ranges(self, split: str, start: int, stop: int, most: int) -> list[range]:
         """The rows of `[start, stop)` that a sample is drawn from.
@@ -35,7 +43,8 @@ class Source:
         Where one row costs its whole row group, those of at most so many row groups, evenly spaced; else all of them.
         """
         rows = self.splits[split]
-        return rows.few_groups(start, stop, most) if isinstance(rows, ParquetRows) else [range(start, stop)]
+        grouped = isinstance(rows, ParquetRows | JoinedRows)
+        return rows.few_groups(start, stop, most) if grouped else [range(start, stop)]
 
 
 def holds_chats(source: Source) -> bool:

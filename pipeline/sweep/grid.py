@@ -104,7 +104,7 @@ def train_config(config: SweepConfig, run: PlannedRun, *, cache: str, student: s
         cache=(cache,),
         student=student,
         output=str(Path(config.output, run.directory)),
-        split=config.split,
+        split=(config.split,),
         eval_split=config.eval_split,
         hard_weight=run.loss.hard_weight,
         soft_weight=run.loss.soft_weight,

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.config import SweepConfig
 from pipeline.evaluation.table import aligned
+from pipeline.metrics import number
 from pipeline.records import Interval, Loss, TrainResult
 from pipeline.sources.files.loading import redact
 from pipeline.sweep.grid import Role
@@ -128,7 +129,15 @@ def format_leaderboard(report: SweepReport) -> str:
     table = "\n".join(aligned(lines, left=2))
     roles = [run.role for run in report.runs]
     counted = ", ".join(f"{roles.count(role)} {role}{'s' * (roles.count(role) != 1)}" for role in dict.fromkeys(roles))
-    return "\n\n".join([f"sweep of {counted}", table, _notes(report)])
+    return "\n\n".join([f"sweep of {counted}{_measured_on(report)}", table, _notes(report)])
+
+
+def _measured_on(report: SweepReport) -> str:
+    """The split and the number of rows that the metrics are of."""
+    rows = next((run.result.eval_rows for run in report.runs if run.result is not None), None)
+    if report.eval_split is None:
+        return ""
+    return f"; metrics on {report.eval_split}" + ("" if rows is None else f", {rows:,} rows")
 
 
 def _notes(report: SweepReport) -> str:
@@ -176,6 +185,4 @@ def _teacher_cells(name: str, found: Mapping[str, float], metrics: Sequence[str]
 
 
 def _value(name: str | None, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" if name in ("accuracy", "macro_f1", "agreement", "ece") else f"{value:.3f}"
+    return "" if value is None else number(name, value)

@@ -126,10 +126,9 @@ def _teachers(caches: Mapping[str, Cache], eval_split: str | None) -> dict[str, 
     found: dict[str, Mapping[str, float]] = {}
     for name, cache in caches.items():
         if eval_split is not None:
-            try:
-                found[name] = evaluate(cache, {}, split=eval_split).teacher.metrics
-            except CacheError:
-                continue
+            metrics = evaluate(cache, {}, split=eval_split).teacher.metrics
+            if metrics:
+                found[name] = metrics
     return found
 
 

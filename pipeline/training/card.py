@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -33,7 +34,7 @@ _BODY = """
 | labels | {labels} |
 | parameters | {parameters} |
 | teacher | {teacher} |
-| data set | `{source}`, split `{split}`: {rows:,} rows of at most {max_length} tokens |
+| data set | `{source}`, {split}: {rows:,} rows of at most {max_length} tokens |
 | cache_id | `{cache_id}` |
 | encoding of the cache | {encoding} |
 | began as | `{start}` |
@@ -94,12 +95,14 @@ _REPEATS = "It was trained to repeat its teacher,\nmistakes and biases included,
 _UNKNOWN = "unknown: {where} names none; ask before you share or sell it"
 
 
-def make_card(cache: Cache, student: LoadedModel, result: TrainResult, *, split: str, teacher_labels: bool) -> str:
+def make_card(
+    cache: Cache, student: LoadedModel, result: TrainResult, *, splits: Sequence[str], teacher_labels: bool
+) -> str:
     """The card's text, YAML front matter first. It holds no path of this machine: what is no hub name goes by the last part of its path.
 
     Args:
         student: the finished student; its name is where it began.
-        split: what it was trained on.
+        splits: what it was trained on.
         teacher_labels: the hard labels were the teacher's.
     """
     contract = cache.manifest.contract
@@ -140,8 +143,8 @@ def make_card(cache: Cache, student: LoadedModel, result: TrainResult, *, split:
             "" if result.num_trainable == result.num_parameters else f", of which {result.num_trainable:,} were trained"
         ),
         source=source[0],
-        split=split,
-        rows=sum(shard.rows for shard in cache.manifest.split_shards(split)),
+        split=f"split{'s' * (len(splits) > 1)} " + " and ".join(f"`{split}`" for split in splits),
+        rows=sum(shard.rows for split in splits for shard in cache.manifest.split_shards(split)),
         max_length=result.max_length,
         cache_id=result.cache_id,
         encoding=_encoding(contract.encoding),
@@ -251,8 +254,9 @@ def _metrics(result: TrainResult) -> str:
     if not result.metrics:
         return "It was not measured in training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
     lines = "".join(f"| {name} | {value:.4f} |\n" for name, value in result.metrics.items())
+    counted = "" if result.eval_rows is None else f", {result.eval_rows:,} rows"
     return (
-        f"At the end of training, on the cache's split `{result.eval_split}` (losses and divergences in nats; `nll` with the labels, `agreement` and `divergence` with the "
+        f"At the end of training, on the cache's split `{result.eval_split}`{counted} (losses and divergences in nats; `nll` with the labels, `agreement` and `divergence` with the "
         f"teacher):\n\n| metric | value |\n|---|---|\n{lines}"
     )
 

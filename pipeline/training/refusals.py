@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,3 +109,24 @@ def check_metric(args: TrainingArguments, task: Task, num_classes: int, *, label
         raise MisuseError(
             f"training: metric_for_best_model: expected one of {', '.join(measured)}, found {metric!r}{unlabelled}"
         )
+
+
+def choose_eval_split(
+    args: TrainingArguments, splits: Sequence[str], trained_on: Sequence[str], asked: str | None
+) -> str | None:
+    """The split that is evaluated on during training: `validation` where none is asked for, unless it is trained on.
+
+    Raises:
+        MisuseError: an evaluation is wanted, and there is no split for it.
+    """
+    if asked is None and "validation" in splits and "validation" not in trained_on:
+        return "validation"
+    if asked is None and (args.eval_on_start or args.eval_strategy != "no"):
+        wanted = "eval_on_start" if args.eval_strategy == "no" else f"eval_strategy {args.eval_strategy}"
+        raise MisuseError(
+            f"{wanted}: the cache has no split `validation` to evaluate on during training (it has {', '.join(splits)}, "
+            f"trained on: {', '.join(trained_on)}); name one with --eval-split"
+        )
+    if asked in trained_on:
+        logger.warning("split %s: is trained on too: its metrics say nothing of other rows", asked)
+    return asked

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Origin:
     cache_id: str
     loss: Loss
     split: str
+    """Several splits with a comma between them."""
     teacher_labels: bool
     seed: int
     learning_rate: float
@@ -132,7 +134,7 @@ def train_student(
     *,
     loss: Loss = Loss(),  # noqa: B008 - frozen
     args: TrainingArguments | None = None,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     overwrite: bool = False,
 ) -> TrainResult:
     """Train a student from a cache. What an unfinished run of the same settings has left in `output` goes on.
@@ -140,6 +142,7 @@ def train_student(
     Args:
         student: a name, a path, or a live model (with the cache's tokenizer).
         args: as for `transformers.Trainer`; its `output_dir` gives way to `output`.
+        split: what to train on; several splits are mixed as the rows of one.
         overwrite: delete the student or the checkpoints that `output` holds.
 
     Raises:
@@ -166,7 +169,7 @@ def fit(
     args: TrainingArguments,
     *,
     loss: Loss,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     eval_split: str | None = None,
     teacher_labels: bool = False,
     batch_tokens: int | None = None,
@@ -187,6 +190,7 @@ def fit(
         PipelineError: see the trainer.
     """
     contract = cache.manifest.contract
+    splits = (split,) if isinstance(split, str) else tuple(split)
     output = Path(str(args.output_dir))
     if not (output / ORIGIN).is_file() and any(_of_a_model(output)):
         raise MisuseError(
@@ -195,7 +199,7 @@ def fit(
     if not resume and not overwrite:
         _check_unfinished(output)
     for each in (cache, *(mixture.others if mixture is not None else ())):
-        check_alignment(each, [split])
+        check_alignment(each, list(splits))
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
     started = time.monotonic()
@@ -203,7 +207,7 @@ def fit(
     origin = Origin(
         cache_id=cache.manifest.cache_id,
         loss=loss,
-        split=split,
+        split=", ".join(splits),
         teacher_labels=teacher_labels,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         learning_rate=args.learning_rate,
@@ -220,7 +224,7 @@ def fit(
         args,
         cache=cache,
         loss=loss,
-        split=split,
+        split=splits,
         eval_split=eval_split,
         teacher_labels=teacher_labels,
         batch_tokens=batch_tokens,
@@ -270,10 +274,13 @@ def fit(
         max_length=max_length,
         eval_split=trainer.eval_split,
         metrics=metrics,
+        eval_rows=sum(shard.rows for shard in cache.manifest.split_shards(trainer.eval_split or "")) or None,
+        split=origin.split,
+        rows=trainer.rows_of_an_epoch,
         mixed=origin.mixed,
     )
     if args.should_save:
-        card = make_card(cache, student, result, split=split, teacher_labels=teacher_labels)
+        card = make_card(cache, student, result, splits=splits, teacher_labels=teacher_labels)
         write_text(output / CARD, card)
         write_text(output / _PROOF, dump(result))
     trainer.push_saved()

@@ -146,7 +146,13 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         predictions = predict(task, teacher, measured, config.batch_size)
         warn_of_doubts(predictions, "the teacher", held_out)
         metrics = task.metrics(predictions, task.num_classes(teacher.model, teacher.tokenizer))
-    content = {"split": held_out, "rows": len(rows), "measured_rows": len(measured), "metrics": metrics}
+    content = {
+        "split": held_out,
+        "rows": len(rows),
+        "measured_rows": len(measured),
+        "max_length": settings.max_length,
+        "metrics": metrics,
+    }
     if args.should_save:
         write_text(output / _PROOF, json.dumps(content, indent=1) + "\n")
     trainer.push_saved()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,11 @@ from pipeline.softlabels import check_temperature, default_temperature, served_t
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
 from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
-from pipeline.training.batches.order import BatchOrder, open_groups
+from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epoch
 from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, attach_loss
-from pipeline.training.refusals import check_metric, refuse_unused, use_one_gpu
+from pipeline.training.refusals import check_metric, choose_eval_split, refuse_unused, use_one_gpu
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 
@@ -50,7 +50,7 @@ class DistillationTrainer(SavingTrainer):
         *,
         cache: Cache,
         loss: Loss,
-        split: str = "train",
+        split: str | Sequence[str] = "train",
         eval_split: str | None = None,
         teacher_labels: bool = False,
         batch_tokens: int | None = None,
@@ -62,7 +62,8 @@ class DistillationTrainer(SavingTrainer):
         """Set up; the cache is opened already.
 
         Args:
-            eval_split: what is evaluated during training. Default: `validation`, where there is one.
+            split: what to train on; several splits are mixed as the rows of one.
+            eval_split: what is evaluated during training. Default: `validation`, where there is one and it is not trained on.
             teacher_labels: the teacher's most likely class stands for the hard label.
             batch_tokens: group rows by length, and end a batch where it would pass so many tokens, padding included.
             student_tokenizer: where it is not the cache's: the stored text is tokenized anew, up to `max_length`.
@@ -112,15 +113,9 @@ class DistillationTrainer(SavingTrainer):
                 )
             seed = args.data_seed if args.data_seed is not None else args.seed
             self.keep = Proportions(tuple(map(int, rows.bounds)), mixture.shares, self.keep, seed)
-        if eval_split is None and "validation" in cache.splits:
-            eval_split = "validation"
-        if eval_split is None and (args.eval_on_start or args.eval_strategy != "no"):
-            asked = "eval_on_start" if args.eval_strategy == "no" else f"eval_strategy {args.eval_strategy}"
-            raise MisuseError(
-                f"{asked}: the cache has no split `validation` to evaluate on during training (it has {', '.join(cache.splits)}); "
-                "name one with --eval-split"
-            )
+        eval_split = choose_eval_split(args, cache.splits, (split,) if isinstance(split, str) else split, eval_split)
         self.eval_split = eval_split
+        self.rows_of_an_epoch = rows_of_epoch(rows, self.keep)
         self._totals = np.zeros(4)
         self._where_last = ""
         self._epoch: Iterator[Any] | None = None
@@ -141,7 +136,7 @@ class DistillationTrainer(SavingTrainer):
         # Where Trainer has put the model: the trial of its head may need the GPU.
         attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)
 
-    def _rows(self, split: str, *, window: int, evaluated: bool = False) -> Any:
+    def _rows(self, split: str | Sequence[str], *, window: int, evaluated: bool = False) -> Any:
         """The rows of a split: of the one cache, of all teachers, or of all data. Data is evaluated on the first cache's."""
         if self.mixture is None or (evaluated and self.mixture.kind == "data"):
             return self.cache.dataset(split, window=window)

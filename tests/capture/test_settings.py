@@ -31,6 +31,7 @@ CONTRACT: dict[str, tuple[Any, str]] = {
     "batch_tokens": (77, "batch_tokens"),
     "torch_compile": ("eager", "teacher.compiler"),
     "rows": ("0:5", "source"),
+    "unlabelled": (("other.jsonl",), "source.fingerprints"),
     "seed": (1, "seed"),
     "on_bad_row": ("skip", "on_bad_row"),
 }

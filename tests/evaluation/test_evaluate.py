@@ -10,12 +10,12 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 
 import pipeline as softlabel
-from pipeline.cache.format.manifest import dump
+from pipeline.cache.format.manifest import dump, parse
 from pipeline.config import EvaluateConfig
-from pipeline.errors import CacheError, MisuseError
+from pipeline.errors import MisuseError
 from pipeline.evaluation import format_table
 from pipeline.evaluation.run import run
-from pipeline.records import Full, Sampled, TopK
+from pipeline.records import EvaluationReport, Full, Sampled, TopK
 from tests.conftest import tiny_model
 from tests.support.once import once
 
@@ -127,8 +127,21 @@ def test_a_split_without_labels(tmp_path, classifier, topics):
     cache = softlabel.cache_logits(
         str(classifier), topics["train"].remove_columns("label"), tmp_path / "c", task="sequence-classification"
     )
-    with pytest.raises(CacheError, match="no hard label to evaluate against"):
-        softlabel.evaluate(cache, {"s": classifier}, split="train")
+    report = softlabel.evaluate(cache, {"s": classifier}, split="train")
+    line = report.students[0]
+    assert (report.labelled, report.teacher.metrics, line.metrics, line.retention) == (0, {}, {}, None)
+    assert (line.agreement, round(line.kl, 5)) == (1, 0)
+    table = format_table(report)
+    assert "split train: 90 rows, 90 positions, 0 labelled" in table
+    assert "no hard labels" in table
+    assert "retention" not in table
+    (tmp_path / "report.json").write_text(dump(report))
+    assert parse(EvaluationReport, tmp_path / "report.json") == report
+
+
+def test_metrics_name_the_labelled_rows_of_a_split(cache, classifier):
+    report = softlabel.evaluate(cache, {"s": classifier}, split="train")  # every fifth row has no label
+    assert "split train: 90 rows, 90 positions, 72 labelled" in format_table(report)
 
 
 def test_continuations_of_every_model(tmp_path, lm_tokenizer, documents, save_teacher, classifier, cache):

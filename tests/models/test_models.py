@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import pipeline as softlabel
+from pipeline.config import InitStudentConfig
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models import load_model, longest_input, model_info, public_name, tokenizer_info
+from pipeline.models.initialize import evenly_spaced, run
 from pipeline.models.load import LoadedModel
 from pipeline.tasks import get_task
 from tests.conftest import TINY, tiny_model
@@ -58,7 +60,9 @@ def test_init_student_refuses_what_cannot_be(tmp_path, lm_tokenizer, save_teache
     with pytest.raises(MisuseError, match="--hidden-size 30: expected a multiple"):
         softlabel.init_student(teacher, tmp_path / "s", config=softlabel.Shape(1, 30, 4), tokenizer=lm_tokenizer)
     with pytest.raises(MisuseError, match="either layers"):
-        softlabel.init_student(teacher, tmp_path / "s", tokenizer=lm_tokenizer)
+        softlabel.init_student(
+            teacher, tmp_path / "s", layers=[0], config=softlabel.Shape(1, 32, 2), tokenizer=lm_tokenizer
+        )
     with pytest.raises(ModelError, match="no such directory"):
         softlabel.init_student("./not/here", tmp_path / "s", layers=[0])
     own = save_teacher(teacher, lm_tokenizer, "own")
@@ -125,3 +129,23 @@ def test_bf16_teachers_give_what_bf16_gives(tmp_path, lm_tokenizer, documents, s
         str(path), documents["test"], tmp_path / "c", task="causal-lm", max_length=32, encoding=softlabel.TopK(5)
     )
     assert cache.manifest.contract.teacher.dtype == "bfloat16"
+
+
+def test_without_a_shape_evenly_spaced_layers_are_copied(tmp_path, lm_tokenizer, save_teacher):
+    assert [evenly_spaced(n) for n in (1, 3, 4, 6, 12)] == [(0,), (0,), (0,), (0, 5), (0, 4, 7, 11)]
+    teacher = tiny_model("llama", len(lm_tokenizer), num_hidden_layers=6)
+    made = run(InitStudentConfig(teacher=str(save_teacher(teacher, lm_tokenizer)), output=str(tmp_path / "s")))
+    assert (made.layers, made.num_layers, made.teacher_layers) == ((0, 5), 2, 6)
+    assert (made.num_parameters, made.teacher_parameters) == (
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(made.path).parameters()),
+        sum(p.numel() for p in teacher.parameters()),
+    )
+    kept = AutoModelForCausalLM.from_pretrained(made.path).state_dict()["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(kept, teacher.state_dict()["model.layers.5.mlp.up_proj.weight"])
+    shaped = InitStudentConfig(
+        teacher=str(tmp_path / "teacher"), output=str(tmp_path / "r"), num_layers=1, hidden_size=16, num_heads=2
+    )
+    made = run(shaped)
+    assert (made.layers, made.teacher_parameters) == ((), sum(p.numel() for p in teacher.parameters()))
+    with pytest.raises(MisuseError, match="go together; without them evenly spaced layers"):
+        InitStudentConfig(teacher="t", output="o", num_layers=1)

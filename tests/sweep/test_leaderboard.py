@@ -75,7 +75,7 @@ def test_seeds_make_one_line_of_their_means():
     assert first.seconds == 10.5
     assert second.range is None
     title, _, header, teacher, line_a, line_b, *_ = format_leaderboard(found).splitlines()
-    assert title == "sweep of 4 students"
+    assert title == "sweep of 4 students; metrics on validation"
     assert header.split() == ["parameters", "seeds", "accuracy", "lowest", "to", "highest", "nll", "seconds"]
     assert teacher.split() == ["teacher", "95.0%", "0.200"]
     assert line_a.split() == ["*", "a", "2.0M", "2", "of", "3", "80.0%", "70.0%", "to", "90.0%", "0.600", "10"]

@@ -118,7 +118,7 @@ def test_licences_come_from_the_cards_that_name_one(tmp_path, cache, teacher):
     for broken in ("---\n- a list\n---\n", "---\nlicense: [\n---\n", "no front matter"):
         (student / "README.md").write_text(broken)
         loaded = load_model(get_task("sequence-classification"), str(student))
-        card = make_card(cache, loaded, _result(tmp_path / "out"), split="train", teacher_labels=False)
+        card = make_card(cache, loaded, _result(tmp_path / "out"), splits=("train",), teacher_labels=False)
         assert "`init` | unknown" in card
 
 
@@ -142,7 +142,7 @@ def test_names_of_the_hub_are_linked_and_labels_cannot_break_the_table(tmp_path,
     )
     moved = Cache(cache.root, dataclasses.replace(cache.manifest, contract=other))
     loaded = load_model(get_task(contract.task), str(tmp_path / "init"))
-    card = ModelCard(make_card(moved, loaded, _result(tmp_path / "out"), split="train", teacher_labels=False))
+    card = ModelCard(make_card(moved, loaded, _result(tmp_path / "out"), splits=("train",), teacher_labels=False))
     assert card.data.base_model == "org/teacher"
     assert card.data.datasets == ["org/data"]
     assert "<script>" not in card.text
@@ -151,7 +151,7 @@ def test_names_of_the_hub_are_linked_and_labels_cannot_break_the_table(tmp_path,
     assert row.endswith("and 33 more |")
     assert "top-k, k 7, temperatures 1, 2" in card.text
     start = dataclasses.replace(loaded, name="org/start", revision="789")
-    card = ModelCard(make_card(moved, start, _result(tmp_path / "out"), split="train", teacher_labels=False))
+    card = ModelCard(make_card(moved, start, _result(tmp_path / "out"), splits=("train",), teacher_labels=False))
     assert card.data.base_model == "org/start"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
 import pipeline as softlabel
@@ -20,6 +21,7 @@ from pipeline.errors import CacheError, ContractError, EncodingError, MisuseErro
 from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Sampled, TopK
 from pipeline.training.batches.collate import Collator, TrainingRows
+from pipeline.training.batches.order import BatchOrder
 from pipeline.training.run import run
 from tests.conftest import tiny_model
 from tests.support.once import once
@@ -437,3 +439,35 @@ def test_the_student_is_saved_in_its_own_precision_or_the_one_asked_for(
         0
     ]  # what was measured is what was saved
     assert result.metrics["nll"] == pytest.approx(line.metrics["loss"], rel=1e-5)
+
+
+def test_several_splits_are_one_set_of_rows(tmp_path, cache, teacher):
+    """Every row of both once an epoch, in an order that a resumed run goes on with."""
+    student = student_of(teacher, tmp_path / "init")
+    both = {"split": ("train", "test"), "max_steps": -1, "epochs": 1, "training": {"save_steps": 7}}
+    whole = run(config(cache, student, tmp_path / "whole", **both))
+    assert (whole.steps, whole.rows, whole.split) == (15, 120, "train, test")
+    assert "splits `train` and `test`: 120 rows" in (tmp_path / "whole" / "README.md").read_text()
+    order = BatchOrder(cache.dataset(("train", "test"), window=64), 8, seed=0)
+    assert sorted(row for batch in order for row in batch) == list(range(120))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-15")
+    run(config(cache, student, tmp_path / "parts", resume=True, **both))
+    ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert ends[0] == ends[1]
+    with pytest.raises(ContractError, match=r"split: expected .train, test., found .train."):
+        run(config(cache, student, tmp_path / "parts", resume=True, **{**both, "split": "train"}))
+    with pytest.raises(CacheError, match="no split 'dev'"):
+        run(config(cache, student, tmp_path / "x", split=("train", "dev")))
+    with pytest.raises(MisuseError, match="each once, found train, train"):
+        config(cache, student, tmp_path / "x", split=("train", "train"))
+
+
+def test_validation_is_not_evaluated_on_where_it_is_trained_on(tmp_path, teacher, topics):
+    rows = DatasetDict({"train": topics["train"], "validation": topics["test"]})
+    cache = softlabel.cache_logits(str(teacher), rows, tmp_path / "cache", task="sequence-classification")
+    student = student_of(teacher, tmp_path / "init")
+    alone = run(config(cache, student, tmp_path / "alone"))
+    assert (alone.eval_split, alone.eval_rows) == ("validation", 30)
+    both = run(config(cache, student, tmp_path / "both", split=("train", "validation")))
+    assert (both.eval_split, both.eval_rows, both.metrics) == (None, None, {})

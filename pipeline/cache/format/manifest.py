@@ -18,6 +18,7 @@ from pipeline.cache.format.schema import FORMAT_VERSION
 from pipeline.cache.format.strict_json import read_json
 from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
 from pipeline.records import AlignmentProbe, Ancestor, Contract, Manifest, Receipt, Shard, ShardPlan
+from pipeline.sources.files.told_apart import is_model, missing_path
 
 if TYPE_CHECKING:
     from pipeline.cache.storage.outbox import Outbox
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 #: Fields that came after the first release: where they are empty, manifests have the bytes and ids that they had before.
-_ADDED = frozenset({"label_map", "base_model", "assistant_turns", "chat_template_kwargs", "truncation_side"})
+_ADDED = frozenset(
+    {
+        "label_map",
+        "base_model",
+        "assistant_turns",
+        "chat_template_kwargs",
+        "truncation_side",
+        "unlabelled_sources",
+    }
+)
 
 __all__ = [
     "NAME",
@@ -180,7 +190,11 @@ def load_manifest(root: Path) -> Manifest:
             raise CacheError(
                 f'{root}: the capture was not finished; run the same "softlabel cache-logits" again to go on with it'
             )
-        raise CacheError(f"{root}: no cache here (manifest.json is missing)")
+        if is_model(root):
+            raise CacheError(
+                f"{root}: is a model directory, expected a cache (manifest.json); a model is given with --teacher, --student or --model"
+            )
+        raise CacheError(f"{root}: no cache here ({missing_path(str(root)) or 'manifest.json is missing'})")
     data, content = read_json(layout.manifest)
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

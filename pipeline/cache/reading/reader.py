@@ -121,8 +121,8 @@ class Cache:
             )
         verify(self.root).raise_first()
 
-    def dataset(self, split: str, *, window: int = 8) -> CacheDataset:
-        """The rows of a split, for `torch.utils.data.DataLoader`.
+    def dataset(self, split: str | Sequence[str], *, window: int = 8) -> CacheDataset:
+        """The rows of a split, or of several one after another, for `torch.utils.data.DataLoader`.
 
         Args:
             window: row groups that are held decoded at once.
@@ -130,9 +130,12 @@ class Cache:
         Raises:
             CacheError: there is no such split.
         """
-        shards = self.manifest.split_shards(split)
-        if not shards:
-            raise CacheError(f"{self.where}: no split {split!r}; the cache has {', '.join(self.splits) or 'none'}")
+        shards: tuple[Shard, ...] = ()
+        for name in (split,) if isinstance(split, str) else split:
+            found = self.manifest.split_shards(name)
+            if not found:
+                raise CacheError(f"{self.where}: no split {name!r}; the cache has {', '.join(self.splits) or 'none'}")
+            shards += found
         return CacheDataset(self.root, self.manifest, shards, window=window, remote=self.remote)
 
     def soft_labels(self, row: Mapping[str, Any]) -> SoftLabels:
@@ -162,7 +165,7 @@ class Cache:
 
 
 class CacheDataset(Dataset[CachedExample]):
-    """Rows of one split by number. A row group is decoded once, and dropped when as many rows were read as it has.
+    """Rows of one split, or of several, by number. A row group is decoded once, and dropped when as many rows were read as it has.
 
     Memory is bounded by `window` row groups, not by the cache. Picklable: each DataLoader worker opens its own files.
     """

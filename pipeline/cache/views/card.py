@@ -249,6 +249,10 @@ def _made_from(contract: Contract) -> str:
         "source": f"`{_plain(source.name)}`"
         + ("" if source.config is None else f", configuration {_plain(source.config)}")
         + f", revision {_revision(source.revision)}",
+        **{
+            f"{each.rows:,} rows of train, the last ones, without labels": f"`{_plain(each.name)}`, revision {_revision(each.revision)}"
+            for each in source.unlabelled_sources
+        },
         **({"rows": _plain(rows_text(contract))} if contract.tokenization.assistant_turns else {}),
         **{f"{split}, SHA-256 of its columns": f"`{value}`" for split, value in source.fingerprints.items()},
     }

@@ -52,6 +52,7 @@ def command(contract: Contract) -> str:
         ("--attn-implementation", teacher.attn_implementation),
         ("--quantization", teacher.quantization),
         ("--dataset", source.name),
+        *(("--unlabelled", each.name) for each in source.unlabelled_sources),
         ("--dataset-config", source.config),
         ("--dataset-revision", source.revision),
         *(("--split", split) for split in source.fingerprints),

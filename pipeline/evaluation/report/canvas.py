@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.evaluation.report.forms import number
+from pipeline.metrics import number
 
 _WIDTH = 5.0
 _DPI = 144

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from pipeline.evaluation.records import Measured, Spread
+from pipeline.metrics import number
 
 
 def uncertainty(found: Measured, num_seeds: int) -> str:
@@ -16,13 +17,6 @@ def uncertainty(found: Measured, num_seeds: int) -> str:
     return "95% interval over rows; " + (
         "one seed, so that it says nothing of others" if num_seeds == 1 else f"mean over {num_seeds} seeds"
     )
-
-
-def number(metric: str, value: float) -> str:
-    """A metric as it is read: shares in percent, the others in their unit."""
-    if value != value:
-        return "-"
-    return f"{value:.1%}" if metric in ("accuracy", "macro_f1", "ece", "agreement") else f"{value:.3f}"
 
 
 def with_interval(found: Measured, *, share: bool = False, metric: str = "") -> str:

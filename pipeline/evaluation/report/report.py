@@ -69,7 +69,7 @@ def report(config: ReportConfig) -> Report:
             if fitted_on
             else f"fitted crosswise: on half of the split {config.split} for the other half"
         ),
-        verdict=verdict(task, chosen, how, subjects, shares, scores),
+        verdict=verdict(task, chosen, how, subjects, shares, scores, split=config.split),
         teachers=tuple(teacher_line(task, teacher, scores) for teacher in teachers.values()),
         models=tuple(subject.model for subject in subjects),
         quality=quality_lines(task, subjects, scores),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.measures.determinants import QUESTIONS
 from pipeline.evaluation.records import BreakEven, Cost, Measured, Quality, Report, TeacherLine
-from pipeline.evaluation.report.forms import number, p_value, parameters, size, spread_text, uncertainty, with_interval
+from pipeline.evaluation.report.forms import p_value, parameters, size, spread_text, uncertainty, with_interval
+from pipeline.metrics import number
 
 MEANING = {
     "accuracy": "share of right answers (language models: of next tokens)",

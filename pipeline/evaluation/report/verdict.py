@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from pipeline.evaluation.measures.quality import NEGLIGIBLE, difference, retention
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
 from pipeline.evaluation.records import GapShare, Verdict
-from pipeline.evaluation.report.forms import number, uncertainty, with_interval
+from pipeline.evaluation.report.forms import uncertainty, with_interval
+from pipeline.metrics import number
 from pipeline.tasks import Task
 
 
@@ -30,7 +33,14 @@ _MARGIN = 0.01
 
 
 def verdict(
-    task: Task, student: Subject, chosen: str, subjects: Sequence[Subject], shares: Sequence[GapShare], scores: Scores
+    task: Task,
+    student: Subject,
+    chosen: str,
+    subjects: Sequence[Subject],
+    shares: Sequence[GapShare],
+    scores: Scores,
+    *,
+    split: str,
 ) -> Verdict:
     """Whether the student performs as well as its teacher.
 
@@ -67,7 +77,7 @@ def verdict(
         "unknown": "That cannot be said",
     }[answer]
     sentence = (
-        f"{opening}: {student.name} keeps {with_interval(kept, share=True)} of its teacher's {metric} "
+        f"{opening}: {student.name} keeps {with_interval(kept, share=True)} of its teacher's {metric} on {split}, {_counted(student)} "
         f"({number(metric, ours)} against {number(metric, theirs)}{size}; {uncertainty(kept, len(student.seen))})."
     )
     beside = ""
@@ -85,3 +95,10 @@ def verdict(
     ]
     gap = f"Distillation closed {' and '.join(closed)}." if closed else ""
     return Verdict(student.name, chosen, answer, sentence, beside, gap)
+
+
+def _counted(student: Subject) -> str:
+    """How many rows the metric is over: those with a label."""
+    predictions = student.teacher.seen.predictions
+    rows = len(np.unique(predictions.rows[student.teacher.seen.labelled]))
+    return f"{rows:,} rows"

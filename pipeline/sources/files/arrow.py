@@ -25,7 +25,7 @@ from pipeline.sources.files.parquet import parquet_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pipeline.sources.files.parquet import Rows
+    from pipeline.sources.files.joined import OneRows
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def load_files(locations: Sequence[str]) -> Rows:
+def load_files(locations: Sequence[str]) -> OneRows:
     """The rows of the files of one split, one file after another: local paths, or URLs.
 
     Raises:

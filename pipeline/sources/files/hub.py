@@ -14,14 +14,14 @@ from pipeline.sources.files.parquet import parquet_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pipeline.sources.files.parquet import Rows
+    from pipeline.sources.files.joined import OneRows
 
 #: A file of the hub at one commit.
 _PINNED = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[str, Rows], str | None]:
+def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[str, OneRows], str | None]:
     """Every split of a hub data set: Parquet files are read in place, others downloaded, or taken from the local cache.
 
     Returns:
@@ -51,7 +51,7 @@ def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[
     return dict(found), commit or revision
 
 
-def _in_place(name: str, config: str | None, revision: str | None) -> tuple[dict[str, Rows], str | None] | None:
+def _in_place(name: str, config: str | None, revision: str | None) -> tuple[dict[str, OneRows], str | None] | None:
     """The Parquet files of the hub, by range; None where there are others, or where the hub is not to be asked."""
     import datasets
     from huggingface_hub import constants
@@ -64,7 +64,9 @@ def _in_place(name: str, config: str | None, revision: str | None) -> tuple[dict
     if not urls or not all(url.startswith("hf://") and url.endswith(".parquet") for url in urls):
         return None
     found = _PINNED.match(urls[0])
-    splits: dict[str, Rows] = {split: parquet_rows(members, builder.info.features) for split, members in files.items()}
+    splits: dict[str, OneRows] = {
+        split: parquet_rows(members, builder.info.features) for split, members in files.items()
+    }
     return splits, revision if found is None else found[1]
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,6 @@ from pipeline.sources.files.loading import reason, redact
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
     from fsspec import AbstractFileSystem
-
-#: The rows of one split: an Arrow table of `datasets`, or Parquet files that are read in place.
-Rows: TypeAlias = "Dataset | ParquetRows"
 
 #: Bytes at the end of a file that are read first: a longer footer takes a second request.
 _TAIL_BYTES = 64 << 10

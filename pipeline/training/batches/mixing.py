@@ -88,7 +88,7 @@ class AlignedDataset(Dataset[tuple[CachedExample, ...]]):
     remote = None
     """Behind URLs too nothing is fetched ahead."""
 
-    def __init__(self, caches: Sequence[Cache], split: str, *, window: int) -> None:
+    def __init__(self, caches: Sequence[Cache], split: str | Sequence[str], *, window: int) -> None:
         """Pair the rows of a split.
 
         Raises:
@@ -116,7 +116,7 @@ class AlignedDataset(Dataset[tuple[CachedExample, ...]]):
         return (self.first[index], *(rows[int(where[index])] for rows, where in self.others))
 
 
-def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str) -> np.ndarray:
+def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str | Sequence[str]) -> np.ndarray:
     """(rows of the first,) int64: where each stands in the other."""
     found = rows.column("content_hash")
     order = np.argsort(found, kind="stable")
@@ -124,8 +124,9 @@ def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str) -> n
     where = order[place]
     missing = np.flatnonzero(found[where] != wanted)
     if len(missing):
+        named = split if isinstance(split, str) else ", ".join(split)
         raise ContractError(
-            f"{cache.root}: split {split}: expected each of the {len(wanted)} rows that the first cache has, found {len(missing)} missing (the first is row "
+            f"{cache.root}: split {named}: expected each of the {len(wanted)} rows that the first cache has, found {len(missing)} missing (the first is row "
             f"{missing[0]}); let every teacher label the same rows, or mix different rows with --mix data"
         )
     return np.asarray(where, dtype=np.int64)
@@ -137,7 +138,7 @@ class JoinedDataset(Dataset[CachedExample]):
     remote = None
     """Behind URLs too nothing is fetched ahead."""
 
-    def __init__(self, caches: Sequence[Cache], split: str, *, window: int) -> None:
+    def __init__(self, caches: Sequence[Cache], split: str | Sequence[str], *, window: int) -> None:
         self.parts = [cache.dataset(split, window=window) for cache in caches]
         self.bounds = np.cumsum([0, *(len(part) for part in self.parts)])
         """(caches + 1,): the first row of each."""

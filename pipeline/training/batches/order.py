@@ -10,7 +10,7 @@ and each rank takes one. Windows are then the same in every epoch, and so is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -89,8 +89,7 @@ class BatchOrder(Sampler[Batch]):
     def __len__(self) -> int:
         if self._length is None:
             if self.batch_tokens is None:
-                keep = self._kept()
-                rows = len(self.dataset) if keep is None else int(keep.sum())
+                rows = rows_of_epoch(self.dataset, self.keep, self.epoch)
                 self._length = -(-rows // (self.batch_size * self.world_size))
             else:
                 self._length = -(-sum(1 for _ in self.items()) // self.world_size)
@@ -132,7 +131,7 @@ class BatchOrder(Sampler[Batch]):
 
     def _kept(self) -> np.ndarray | None:
         """The rows of this epoch."""
-        return self.keep(self.epoch) if callable(self.keep) else self.keep
+        return _kept(self.keep, self.epoch)
 
     def _lane(self, groups: np.ndarray, keep: np.ndarray | None) -> Iterator[Batch]:
         """What one lane gives."""
@@ -159,6 +158,19 @@ class BatchOrder(Sampler[Batch]):
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key, int(self.dataset.manifest.cache_id[:16], 16)])
+
+
+Keep = np.ndarray | Callable[[int], np.ndarray] | None
+
+
+def _kept(keep: Keep, epoch: int) -> np.ndarray | None:
+    return keep(epoch) if callable(keep) else keep
+
+
+def rows_of_epoch(dataset: Sized, keep: Keep, epoch: int = 0) -> int:
+    """How many rows an epoch takes: as many in each."""
+    kept = _kept(keep, epoch)
+    return len(dataset) if kept is None else int(kept.sum())
 
 
 def by_length(rows: np.ndarray, lengths: np.ndarray, most_rows: int, most_tokens: int) -> list[Batch]:

@@ -27,6 +27,7 @@ from pipeline.records import (
     TokenizerInfo,
     TopK,
     TopP,
+    UnlabelledSource,
 )
 from tests.support.rows import build_cache, make_plan
 
@@ -75,8 +76,12 @@ def mutations(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             more = next(iter(value.values()))
             yield f"{path}.more", dataclasses.replace(record, **{field.name: {**value, "more": more}})
         elif field.name != "kind":  # the name of the class
-            changed = (0, 7) if field.name == "rows" else other(value)
+            changed = OTHERS[field.name] if field.name in OTHERS else other(value)
             yield path, dataclasses.replace(record, **{field.name: changed})
+
+
+#: Other values of fields whose type cannot be told from an empty one.
+OTHERS: dict[str, Any] = {"rows": (0, 7), "unlabelled_sources": (UnlabelledSource("u.csv", None, 5),)}
 
 
 CASES = [

@@ -1,0 +1,80 @@
+"""Help of every command: usage with what is required, then options by group, at most 100 columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from pipeline.config.options import Group
+
+#: Columns of help, examples included.
+WIDTH = 100
+
+
+class FieldOption(click.Option):
+    """The flag of one field of a configuration. Its default stays in the dataclass; here it is only shown."""
+
+    def __init__(self, field: dataclasses.Field[Any], param_decls: Sequence[str], **settings: Any) -> None:
+        text, _, later = field.metadata["help"].partition(" Default: ")
+        super().__init__(param_decls, help=text, default=None, **settings)
+        self.group: Group = field.metadata["group"]
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        self.needed = not has_default
+        """Required, by a flag or by the file of --config."""
+        self.shown = f"({later.rstrip('.')})" if later else self._shown(field.default)
+
+    def _shown(self, default: Any) -> str:
+        """A default as click prints it."""
+        if default in (None, (), dataclasses.MISSING):
+            return ""
+        if isinstance(default, bool):
+            return (self.opts if default else self.secondary_opts)[0].lstrip("-")
+        return ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """What stands in brackets behind the help text."""
+        extra: Any = super().get_help_extra(ctx)
+        if self.shown:
+            extra["default"] = self.shown
+        if self.needed:
+            extra["required"] = "required"
+        return extra
+
+
+def format_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """The required options, the others by group, and last those that every command has."""
+    sections: dict[str, list[tuple[str, str]]] = {"Required": [], **{name: [] for name in typing.get_args(Group)}}
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx)
+        if record is None or isinstance(param, click.Argument):
+            continue
+        title = "Options"
+        if isinstance(param, FieldOption):
+            title = "Required" if param.needed else param.group
+        sections.setdefault(title, []).append(record)
+    for title, records in sections.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def usage_pieces(command: click.Command, ctx: click.Context) -> list[str]:
+    """`--cache TEXT... --student TEXT [OPTIONS]`."""
+    needed = [param for param in command.get_params(ctx) if isinstance(param, FieldOption) and param.needed]
+    return [f"{param.opts[0]} {param.make_metavar(ctx)}{'...' * param.multiple}" for param in needed]
+
+
+def example_lines(example: str) -> str:
+    """A command in lines of at most 100 columns that can be pasted: all but the last end with a backslash."""
+    lines: list[str] = []
+    for piece in re.split(r" (?=--)", example):
+        if lines and len(lines[-1]) + 1 + len(piece) <= WIDTH - len("      \\") - 4:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(piece if not lines else f"    {piece}")
+    return " \\\n".join(f"    {line}" for line in lines)
