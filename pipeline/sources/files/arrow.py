@@ -94,7 +94,11 @@ def _prepared(locations: Sequence[str], paths: Sequence[Path], kind: str) -> Dat
         found: Dataset = made.as_dataset(split="train")
     if is_new:
         size = sum(file.stat().st_size for file in folder.iterdir())
-        logger.info("converted to Arrow once, %.1f MB in %s (HF_DATASETS_CACHE moves it)", size / 1e6, folder)
+        logger.info(
+            "converted to Arrow once: %.1f MB under %s (HF_DATASETS_CACHE moves it)",
+            size / 1e6,
+            datasets.config.HF_DATASETS_CACHE,
+        )
     return found
 
 
