@@ -19,6 +19,7 @@ from pipeline.capture.run import run
 from pipeline.errors import CacheError, ContractError, MisuseError, ModelError, PipelineError
 from tests.conftest import tiny_model
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
+from tests.support.processes import forked  # noqa: F401 - a fixture
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
 # ---------------------------------------------------------------------------------------------- parts of a source
@@ -38,7 +39,7 @@ def test_rows_are_a_part_of_the_source_and_their_numbers_are_the_sources(config)
         config(rows="60:50")
 
 
-def test_new_rows_are_appended_and_old_shards_stay(config, tmp_path):
+def test_new_rows_are_appended_and_old_shards_stay(config, forked, tmp_path):
     first = run(config())
     assert run(config(append=True)).manifest == first.manifest  # nothing to append
     train = Path(config().data.dataset) / "train.jsonl"

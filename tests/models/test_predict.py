@@ -125,7 +125,9 @@ def test_the_command_prints_lines_or_json(trained, tmp_path, monkeypatch):
     assert sum(lines[0]["labels"].values()) == pytest.approx(1)
     assert set(lines[0]) == {"text", "labels"}
     done = CliRunner().invoke(main, ["predict", "--model", str(student), "--json"], input="the cat\n")
-    assert json.loads(done.stdout) == lines[0]
+    alone = json.loads(done.stdout)  # in a batch of its own, so that the last bits may differ
+    assert alone["text"] == "the cat"
+    assert alone["labels"] == pytest.approx(lines[0]["labels"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

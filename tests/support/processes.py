@@ -23,6 +23,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 _LOADED = ["tests.support.tiny", "tests.support.preloaded", "tests.support.processes"]
@@ -138,6 +140,12 @@ class ForkedWorkers:
     def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], **settings: Any) -> Any:  # noqa: N802
         """A fork that takes the environment as it is now, as a new interpreter would."""
         return _server().Process(target=_work, args=(dict(os.environ), target, args), **settings)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a capture are forks of the server."""
+    monkeypatch.setattr("pipeline.capture.engines.workers._SPAWN", ForkedWorkers())
 
 
 def _work(environment: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:

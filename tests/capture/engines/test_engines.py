@@ -23,17 +23,12 @@ from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.classifier import even, swapped
-from tests.support.processes import ROOT, ForkedWorkers, python
+from tests.support.processes import ROOT, forked, python  # noqa: F401 - a fixture
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Workers are forks of a warm process. The first test starts them as users do, from new interpreters."""
-    monkeypatch.setattr("pipeline.capture.engines.workers._SPAWN", ForkedWorkers())
-
-
 def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
+    """The workers are new interpreters here, as users start them, and forks in the other tests."""
     serial = run(config("serial"))
     assert len(serial.manifest.shards) == 9
     workers = run(config("workers", num_workers=2))
