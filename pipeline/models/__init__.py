@@ -1,4 +1,4 @@
-"""Load a model or adapter by name or path, fingerprint it, fine-tune a teacher, make a student."""
+"""Load a model or adapter by name or path, audit and fingerprint it, make a student."""
 
 from pipeline.models.adapters import LABELS
 from pipeline.models.fingerprint import model_info, public_name, tokenizer_info
