@@ -21,7 +21,7 @@ class DataConfig:
 
     dataset: str = option(
         "Hub name, a jsonl/json/csv/tsv/parquet/arrow/text file, a glob of such files, or a directory: one file or folder per split, the hub's layout, or one "
-        "written by save_to_disk."
+        "written by save_to_disk; the same behind a URL that fsspec opens, as s3://bucket/data."
     )
     data_files: tuple[str, ...] = option(
         "SPLIT=PATTERN: which files in the directory are which split; repeat for several.", ()
