@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -154,7 +153,7 @@ def capture(url: str, fetched: Fetched, teacher: Path, output: Path, workers: in
                 break
             time.sleep(0.05)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         _, said = process.communicate()
     if not until_first:
         raise click.ClickException(said.decode())
