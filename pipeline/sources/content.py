@@ -44,7 +44,7 @@ def fingerprints(
         by_contents: read the rows of Parquet files too, whose fingerprint is that of the list of files otherwise:
             rows, bytes, footer and tag of each.
 
-    Equal contents have equal fingerprints, whatever the file format, the path and the columns that are not read. The
+    By contents, equal rows have equal fingerprints, whatever the file format, the path and the columns that are not read. The
     names of a `ClassLabel` count, since its values mean nothing without them.
     """
     ranges = ranges if ranges is not None else {split: (0, len(dataset)) for split, dataset in source.splits.items()}

@@ -36,7 +36,7 @@ _REPOSITORY = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?")
 
 
 def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
-    """Find a data set, local or on the hub, and make it ready to be read.
+    """Find a data set, local, behind a URL or on the hub, and make it ready to be read.
 
     A local path that exists comes before a hub data set of the same name.
 
@@ -45,7 +45,7 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
 
     Raises:
         SourceError: nothing there, nothing in it, or columns that are missing or of another type.
-        MisuseError: a hub flag with a local path.
+        MisuseError: a hub flag with a local path or a URL.
     """
     path = Path(data.dataset).expanduser()
     repository = _REPOSITORY.fullmatch(data.dataset)

@@ -63,6 +63,8 @@ def test_the_same_rows_as_of_another_format(config, as_parquet):
     plain, found = run(config("plain")), run(make())
     assert found.manifest.contract.source.fingerprints.keys() == {"train", "test"}
     assert all(value.startswith("files-") for value in found.manifest.contract.source.fingerprints.values())
+    assert "| train, SHA-256 of its list of files | `files-" in (found.root / "README.md").read_text()
+    assert "| train, SHA-256 of its columns | `" in (plain.root / "README.md").read_text()
     assert [shard.stop for shard in parse(Plan, Layout(found.root).plan).shards if shard.split == "train"] == [
         *range(4, 41, 4)
     ]

@@ -17,6 +17,7 @@ from pipeline.cache.views.mass import KeptMasses
 from pipeline.cache.views.provenance import origin, rows_text
 from pipeline.cache.views.recipes import kept_mass_sql, recipe
 from pipeline.records import Contract, Fidelity, Manifest, SourceContents
+from pipeline.sources import is_of_files
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import get_task
 
@@ -254,7 +255,10 @@ def _made_from(contract: Contract) -> str:
             for each in source.unlabelled_sources
         },
         **({"rows": _plain(rows_text(contract))} if contract.tokenization.assistant_turns else {}),
-        **{f"{split}, SHA-256 of its columns": f"`{value}`" for split, value in source.fingerprints.items()},
+        **{
+            f"{split}, SHA-256 of its {'list of files' if is_of_files(value) else 'columns'}": f"`{value}`"
+            for split, value in source.fingerprints.items()
+        },
     }
     return "".join(f"| {name} | {value} |\n" for name, value in lines.items())
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through `datasets.load_dataset`."""
+"""Data sets of the Hugging Face hub: Parquet in place, everything else through `datasets.load_dataset`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one call of `datasets.load_dataset`, and its failures in one line."""
+"""What is said while data is loaded: no noise of libraries, and failures in one line without credentials."""
 
 from __future__ import annotations
 
