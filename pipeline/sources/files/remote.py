@@ -62,7 +62,12 @@ def find_urls(url: str, *, data_files: Iterable[str] = (), config: str | None = 
         return _in_directory(filesystem, path, config)
     except (SourceError, MisuseError):
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # so says the web's file system
+            raise SourceError(
+                f"{shareable_url(url)}: cannot be reached: {reason(error)}; check the URL and the connection"
+            ) from None
         raise SourceError(
             f"{shareable_url(url)}: nothing there, or not for you; expected {EXPECTED}; check the URL and the credentials"
         ) from None

@@ -118,7 +118,7 @@ def test_a_split_name_that_is_none(tmp_path: Path) -> None:
         ("a/b/c", "a/b/c: no such file or directory"),
         (
             "https://me:secret@127.0.0.1:9/a.jsonl",
-            r"https://\*\*\*@127.0.0.1:9/a.jsonl: nothing there, or not for you; .*; check the URL",
+            r"https://\*\*\*@127.0.0.1:9/a.jsonl: cannot be reached: .*; check the URL and the connection",
         ),
         ("nosuch://me:secret@host/a.jsonl", r"nosuch://\*\*\*@host/a.jsonl: cannot be opened: Protocol not known"),
     ],
