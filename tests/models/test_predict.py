@@ -147,6 +147,7 @@ def test_texts_that_cannot_be_read(tmp_path, content, message):
 
 
 def test_other_mistakes(tmp_path, bert_tokenizer, save_teacher, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing is called runs
     with pytest.raises(ModelError, match="no such directory"):
         list(run(PredictConfig(model="./nowhere", text=("a",))))
     with pytest.raises(ModelError, match="there is no such directory here either"):
