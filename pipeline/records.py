@@ -693,6 +693,10 @@ class TrainResult:
     """Rows in one pass over `split`, of all caches."""
     mixed: tuple[MixedCache, ...] = ()
     """Where there are several caches: all of them, the first included."""
+    most_steps: int | None = None
+    """With early stopping: the steps that it might have taken."""
+    best_step: int | None = None
+    """The step whose weights were kept, where the best evaluation was; None: the last step's."""
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

@@ -44,7 +44,7 @@ ORDER: dict[str, list[set[str]]] = {
     ],
     "training": [
         {"settings", "batches", "checkpoints", "divergences", "schedule", "stopping", "student"},
-        {"losses", "card"},
+        {"losses", "card", "recipe"},
         {"fused"},
         {"forward"},
         {"refusals", "saving"},

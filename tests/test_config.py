@@ -337,9 +337,16 @@ def test_a_knob_names_its_encoding(flags: dict[str, Any], default_kind: str, exp
 
 
 def test_the_loss_is_what_the_flags_say() -> None:
-    found = student(hard_weight=0.0, soft_weight=2.0, temperature=3.0, tail_policy="ignore").loss
+    found = student(hard_weight=0.0, soft_weight=2.0, temperature=3.0, tail_policy="ignore").loss_over(Loss())
     assert found == Loss(hard_weight=0.0, soft_weight=2.0, temperature=3.0, tail="ignore")
-    assert student().loss == Loss()
+
+
+def test_what_the_flags_leave_out_of_the_loss_is_chosen() -> None:
+    chosen = Loss(0.1, 0.9, 1.0, "logit-mse")
+    assert student().loss_over(chosen) == chosen
+    assert student(soft_weight=0.0).loss_over(chosen) == Loss(0.1, 0.0, 1.0, "logit-mse")
+    assert student(divergence="reverse-kl").loss_over(chosen) == Loss(0.1, 0.9, None, "reverse-kl")
+    assert student(temperature=4.0).loss_over(chosen) == Loss(0.1, 0.9, 4.0, "forward-kl")
 
 
 def test_text_is_a_column_only_where_nothing_else_is_the_input() -> None:

@@ -60,10 +60,12 @@ class SweepConfig:
     tail_policy: Literal["ghost", "renormalize", "ignore"] = loss_option(
         "The teacher's mass outside the kept classes (top-k, top-p).", "ghost"
     )
-    epochs: float = training_option("Passes over the split.", 3.0)
-    max_steps: int = training_option("Optimizer steps; overrides --epochs where positive.", -1)
-    learning_rate: float = training_option("Peak learning rate.", 5e-5)
-    batch_size: int = training_option("Rows per device and step.", 16)
+    epochs: float | None = training_option("Passes over the split. Default: as train-student's.", None)
+    max_steps: int | None = training_option("Optimizer steps; overrides --epochs where positive.", None)
+    learning_rate: float | None = training_option(
+        "Peak learning rate. Default: as train-student's, for each student.", None
+    )
+    batch_size: int | None = training_option("Rows per device and step. Default: as train-student's.", None)
     batch_tokens: int | None = training_option(
         "As train-student's: group rows by length, with so many tokens a batch.", None
     )

@@ -67,16 +67,16 @@ class TrainStudentConfig:
         (),
     )
     split: tuple[str, ...] = data_option("Split to train on; repeat for several, whose rows are mixed.", ("train",))
-    hard_weight: float = loss_option(
-        "Weight of the cross-entropy with the hard labels. The two weights need not sum to 1.", 0.5
+    hard_weight: float | None = loss_option(
+        "Weight of the cross-entropy with the hard labels. The two weights need not sum to 1. Default: chosen.", None
     )
-    soft_weight: float = loss_option(
-        "Weight of the T^2-scaled divergence from the teacher; 0 trains on labels alone.", 0.5
+    soft_weight: float | None = loss_option(
+        "Weight of the T^2-scaled divergence from the teacher; 0 trains on labels alone. Default: chosen.", None
     )
     temperature: float | None = loss_option(
-        "Softens both distributions. Default: a sampled cache's own, else 2 for classes and 1 for tokens.", None
+        "Softens both distributions. Default: a sampled cache's own, else chosen.", None
     )
-    divergence: Divergence = loss_option("What is minimised between teacher and student.", "forward-kl")
+    divergence: Divergence | None = loss_option("What is minimised between teacher and student. Default: chosen.", None)
     tail_policy: Literal["ghost", "renormalize", "ignore"] = loss_option(
         "The teacher's mass outside the kept classes (top-k, top-p).", "ghost"
     )
@@ -96,19 +96,26 @@ class TrainStudentConfig:
     hard_labels: Literal["data", "teacher"] = loss_option(
         "Whose hard labels: the data's, or the teacher's most likely class (a control).", "data"
     )
-    epochs: float = training_option("Passes over the split.", 3.0)
-    max_steps: int = training_option("Optimizer steps; overrides --epochs where positive.", -1)
-    learning_rate: float = training_option("Peak learning rate.", 5e-5)
-    batch_size: int = training_option("Rows per device and step.", 16)
+    epochs: float | None = training_option(
+        "Passes over the split. Default, where --max-steps is not given either: until the evaluation stops improving, "
+        "within a number of steps that is chosen.",
+        None,
+    )
+    max_steps: int | None = training_option("Optimizer steps; overrides --epochs where positive.", None)
+    learning_rate: float | None = training_option("Peak learning rate. Default: chosen for student and data.", None)
+    batch_size: int | None = training_option("Rows per device and step. Default: chosen for the task.", None)
     batch_tokens: int | None = training_option(
         "Group rows by length, and end a batch where it would pass so many tokens, padding included; --batch-size stays the most rows.",
         None,
     )
     eval_split: str | None = data_option(
-        "Split to evaluate on during training (training: {eval_strategy: ...}). Default: validation.", None
+        "Split to evaluate on during training. Default: validation; without it, rows of --split that are held out by their content.",
+        None,
     )
     early_stopping: int | None = training_option(
-        "Stop after so many evaluations without a better metric_for_best_model (default loss), and keep the best.", None
+        "Stop after so many evaluations without a better metric_for_best_model (default loss), and keep the best; 0: never. "
+        "Default: 5, or never with --epochs or --max-steps.",
+        None,
     )
     seed: int = training_option("Seed of order and dropout.", 0)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = output_option(
@@ -135,7 +142,7 @@ class TrainStudentConfig:
             object.__setattr__(self, "split", (self.split,))
         if not self.split or len(set(self.split)) < len(self.split):
             raise MisuseError(f"--split: expected splits, each once, found {', '.join(self.split) or 'none'}")
-        self.loss  # noqa: B018 - checks the weights and the temperature
+        self.loss_over(Loss())  # checks the weights and the temperature
         if not self.cache:
             raise MisuseError("--cache: expected at least one")
         if (self.mix or self.teacher_weight or self.proportion) and len(self.cache) < 2:
@@ -150,7 +157,8 @@ class TrainStudentConfig:
             raise MisuseError("--resume goes on from checkpoints and --overwrite deletes them: give one of them")
         check_positive("--batch-size", self.batch_size)
         check_positive("--batch-tokens", self.batch_tokens)
-        check_positive("--early-stopping", self.early_stopping)
+        if self.early_stopping is not None and self.early_stopping < 0:
+            raise MisuseError(f"--early-stopping: expected at least 0, found {self.early_stopping}")
         check_positive("--lora-r", self.lora_r)
         parse_bytes("--cache-bytes", self.cache_bytes)
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_target):
@@ -164,14 +172,17 @@ class TrainStudentConfig:
         )
         return self.mix or implied
 
-    @property
-    def loss(self) -> Loss:
-        """The loss that the flags describe."""
+    def loss_over(self, chosen: Loss) -> Loss:
+        """The loss that the flags describe; what they leave out is `chosen`'s, its temperature only with its divergence."""
+        says_temperature = self.temperature is not None or self.mixture is not None
+        plain = "forward-kl" if says_temperature and chosen.divergence == "logit-mse" else chosen.divergence
+        divergence = self.divergence or plain
+        same = divergence == chosen.divergence
         return Loss(
-            hard_weight=self.hard_weight,
-            soft_weight=self.soft_weight,
-            temperature=self.temperature,
-            divergence=self.divergence,
+            hard_weight=chosen.hard_weight if self.hard_weight is None else self.hard_weight,
+            soft_weight=chosen.soft_weight if self.soft_weight is None else self.soft_weight,
+            temperature=chosen.temperature if self.temperature is None and same else self.temperature,
+            divergence=divergence,
             tail=self.tail_policy,
             mixture=self.mixture,
             schedule=self.weight_schedule,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,14 +24,7 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
     Raises:
         ConfigError: an unknown field (the nearest is suggested), or a value that transformers refuses.
     """
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    for key in extra:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"training: unknown key {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "; expected a field of TrainingArguments")
-            )
+    check_fields(extra)
     given = {**ours, **extra}
     metric = str(given.get("metric_for_best_model") or "").removeprefix("eval_")
     if metric and "greater_is_better" not in given:  # transformers takes all for that but what ends in "loss"
@@ -44,6 +38,22 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
     hide_token(args)
     return args
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """Refuse what is no field of `transformers.TrainingArguments`.
+
+    Raises:
+        ConfigError: names the first, and the nearest field.
+    """
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"training: unknown key {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "; expected a field of TrainingArguments")
+            )
 
 
 def num_ranks() -> int:

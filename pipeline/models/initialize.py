@@ -21,6 +21,7 @@ from pipeline.errors import MisuseError, ModelError
 from pipeline.models.adapters import adapter_config
 from pipeline.models.detect import detect_task
 from pipeline.models.load import as_it_came, load_config, load_model, load_tokenizer
+from pipeline.models.start import write_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ def make_student(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as draft:
         student.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        write_start(Path(draft), "random" if layers is None else "layers")
         path.mkdir(exist_ok=True)
         for file in sorted(
             Path(draft).iterdir(), key=lambda f: f.name == "config.json"

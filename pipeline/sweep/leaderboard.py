@@ -88,7 +88,7 @@ def make_report(
     """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels; ties by the loss."""
     main = "nll" if task.main_metric == "loss" else task.main_metric
     measured = [run.result.metrics for run in runs if run.result is not None]
-    known = set.intersection(*(set(metrics) for metrics in measured)) if measured else set()
+    known = set.intersection(*(set(metrics) for metrics in measured)) if measured and eval_split else set()
     chosen_by = next((name for name in (main, "agreement") if name in known), None)
     higher = chosen_by == "agreement" or task.higher_is_better
     names = list(dict.fromkeys(run.group for run in runs))
@@ -120,7 +120,7 @@ def _group(name: str, runs: Sequence[SweepRun], chosen_by: str | None) -> SweepG
 def format_leaderboard(report: SweepReport) -> str:
     """A line a group, the best first; the teachers above, on the same split. Divergences are left out: each is at its run's own temperature."""
     shown = [name for name in dict.fromkeys([report.chosen_by, "accuracy", "nll", "agreement"]) if name]
-    known = {name for group in report.groups for name in group.metrics}
+    known = {name for group in report.groups for name in group.metrics} if report.eval_split else set()
     metrics = [name for name in shown if name in known]
     titles = [*metrics[:1], *(["lowest to highest"] if _ranged(report) else []), *metrics[1:]]
     lines = [["", "", "parameters", "seeds", *titles, "seconds"]]

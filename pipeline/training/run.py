@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -26,33 +27,29 @@ from pipeline.models import (
     model_info,
     tokenizer_info,
 )
-from pipeline.models.arguments import show_progress, training_arguments
+from pipeline.models.arguments import check_fields, show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import as_it_came
 from pipeline.models.saved import cast_weights, checkpoints, model_files, remove, round_weights
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
+from pipeline.training.batches.held_out import HeldOut
 from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.forward import detach_loss
+from pipeline.training.recipe.defaults import Choice, choose_loss
+from pipeline.training.recipe.make import make_recipe
 from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
 
 #: What a run was, written before its first step; `trainer_state.json` beside it has the log.
 ORIGIN = "origin.json"
 #: Written last: the student is finished.
 _PROOF = "distillation.json"
-
-#: What early stopping needs, where the `training:` section does not say otherwise.
-EARLY_STOPPING = {
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "loss",
-    "restore_callback_states_from_checkpoint": True,  # how many evaluations have been without a better one
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,17 +85,7 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
     )
     cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     _check_apart(config.output, config.student)
-    args = training_arguments(
-        config.output,
-        config.training,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
-        seed=config.seed,
-        save_total_limit=2,
-        **({} if config.early_stopping is None else EARLY_STOPPING),
-    )
+    check_fields(config.training)
     set_seed(config.seed)  # a new head or adapter is random too
     student = load_student(
         cache.manifest.contract,
@@ -110,16 +97,19 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
         check_fit(get_task(other.manifest.contract.task), other.manifest.contract, student)
     if config.lora_r is not None:
         student = add_adapter(get_task(cache.manifest.contract.task), student, config)
+    recipe = make_recipe(config, cache, student, mixture)
     return fit(
         cache,
         student,
-        args,
-        loss=config.loss,
+        training_arguments(config.output, config.training, **recipe.arguments),
+        loss=recipe.loss,
         split=config.split,
         eval_split=config.eval_split,
         teacher_labels=config.hard_labels == "teacher",
         batch_tokens=config.batch_tokens,
-        early_stopping=config.early_stopping,
+        early_stopping=recipe.early_stopping,
+        held_out=recipe.held_out,
+        choices=recipe.choices,
         resume=config.resume,
         overwrite=config.overwrite,
         mixture=mixture,
@@ -132,7 +122,7 @@ def train_student(
     student: str | Path | PreTrainedModel,
     output: str | Path,
     *,
-    loss: Loss = Loss(),  # noqa: B008 - frozen
+    loss: Loss | None = None,
     args: TrainingArguments | None = None,
     split: str | Sequence[str] = "train",
     overwrite: bool = False,
@@ -141,7 +131,9 @@ def train_student(
 
     Args:
         student: a name, a path, or a live model (with the cache's tokenizer).
-        args: as for `transformers.Trainer`; its `output_dir` gives way to `output`.
+        loss: None: as `softlabel train-student` chooses it.
+        args: as for `transformers.Trainer`; its `output_dir` gives way to `output`. None: as `softlabel train-student` chooses them, early stopping
+            included.
         split: what to train on; several splits are mixed as the rows of one.
         overwrite: delete the student or the checkpoints that `output` holds.
 
@@ -150,17 +142,31 @@ def train_student(
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
-    if args is None:
-        args = training_arguments(str(output), {}, save_total_limit=2)
-    set_seed(args.seed)  # a new head is random too
+    set_seed(0 if args is None else args.seed)  # a new head is random too
     if isinstance(student, str | Path):
         _check_apart(output, student)
         loaded = load_student(contract, str(student))
     else:
         loaded = LoadedModel(student, opened.tokenizer, type(student).__name__)
         check_fit(get_task(contract.task), contract, loaded)
-    args.output_dir = str(output)
-    return fit(opened, loaded, args, loss=loss, split=split, overwrite=overwrite)
+    splits = (split,) if isinstance(split, str) else tuple(split)
+    if args is not None:
+        args.output_dir = str(output)
+        chosen, _ = choose_loss(contract.encoding, token_classes=get_task(contract.task).classes_are_tokens)
+        return fit(opened, loaded, args, loss=loss or chosen, split=splits, overwrite=overwrite)
+    flags = TrainStudentConfig(cache=opened.where, student=loaded.name, output=str(output), split=splits)  # type: ignore[arg-type]
+    recipe = make_recipe(flags, opened, loaded, None, loss=loss)
+    return fit(
+        opened,
+        loaded,
+        training_arguments(str(output), {}, **recipe.arguments),
+        loss=recipe.loss,
+        split=splits,
+        early_stopping=recipe.early_stopping,
+        held_out=recipe.held_out,
+        choices=recipe.choices,
+        overwrite=overwrite,
+    )
 
 
 def fit(
@@ -174,6 +180,8 @@ def fit(
     teacher_labels: bool = False,
     batch_tokens: int | None = None,
     early_stopping: int | None = None,
+    held_out: HeldOut | None = None,
+    choices: Sequence[Choice] = (),
     resume: bool = False,
     overwrite: bool = False,
     mixture: Mixture | None = None,
@@ -182,6 +190,8 @@ def fit(
     """Train, save an ordinary model directory, and say beside it what it was made from.
 
     Args:
+        held_out: rows of `split` to measure on, in place of a split.
+        choices: settings that were chosen and not given; they are logged before the first step.
         save_dtype: of the weights in the directory; None: as the student's own files have them. Adapters stay as PEFT saves them.
 
     Raises:
@@ -216,7 +226,7 @@ def fit(
         student_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
         mixed=_mixed(cache, mixture),
-        course=course(args, early_stopping=early_stopping),
+        course=course(args, early_stopping=early_stopping, **_held_out_rows(held_out)),
     )
     checkpoint = None if overwrite else _checkpoint(output, origin, resume=resume)
     trainer = DistillationTrainer(
@@ -231,11 +241,14 @@ def fit(
         student_tokenizer=student.tokenizer if own_tokenizer else None,
         max_length=max_length,
         mixture=mixture,
+        held_out=held_out,
     )
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
     show_progress(trainer, f"train-student {output.name}")
     if args.should_save:
+        for choice in choices:
+            logger.info("train-student %s: %s", output.name, choice)
         if checkpoint is None:  # an old adapter or checkpoint beside a new model would be loaded in its place
             remove(_of_a_model(output))
         write_text(output / ORIGIN, dump(origin))
@@ -257,7 +270,8 @@ def fit(
             write_text(output / LABELS, json.dumps(contract.label_names) + "\n")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     last = {**logged, **trainer.drain_losses()}
-    metrics = _measure(trainer)
+    measured_on = trainer.eval_split or (f"{origin.split} (held out)" if held_out is not None else None)
+    metrics = {} if measured_on is None else _measure(trainer, measured_on)
     detach_loss(student.model)
     result = TrainResult(
         output=str(output),
@@ -272,9 +286,11 @@ def fit(
         num_parameters=sum(p.numel() for p in student.model.parameters()),
         num_trainable=sum(p.numel() for p in student.model.parameters() if p.requires_grad),
         max_length=max_length,
-        eval_split=trainer.eval_split,
+        eval_split=measured_on,
         metrics=metrics,
-        eval_rows=sum(shard.rows for shard in cache.manifest.split_shards(trainer.eval_split or "")) or None,
+        eval_rows=_eval_rows(cache, trainer.eval_split, held_out),
+        most_steps=trainer.state.max_steps if early_stopping else None,
+        best_step=trainer.state.best_global_step,
         split=origin.split,
         rows=trainer.rows_of_an_epoch,
         mixed=origin.mixed,
@@ -287,14 +303,24 @@ def fit(
     return result
 
 
-def _measure(trainer: DistillationTrainer) -> dict[str, float]:
-    """Metrics of the finished student on the split that is evaluated on during training, {} where there is none. All ranks call this."""
-    if trainer.eval_split is None:
-        return {}
+def _held_out_rows(held_out: HeldOut | None) -> dict[str, int]:
+    """For the origin of a run; older runs have none."""
+    return {} if held_out is None else {"held_out": held_out.num_measured}
+
+
+def _measure(trainer: DistillationTrainer, measured_on: str) -> dict[str, float]:
+    """Metrics of the finished student on what is evaluated during training. All ranks call this."""
     found = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
     if trainer.is_world_process_zero():
-        warn_of_doubts(trainer.predictions, "the student", trainer.eval_split)
+        warn_of_doubts(trainer.predictions, "the student", measured_on)
     return {name.removeprefix("eval_"): value for name, value in found.items() if math.isfinite(value)}
+
+
+def _eval_rows(cache: Cache, split: str | None, held_out: HeldOut | None) -> int | None:
+    """Rows that the student is measured on."""
+    if held_out is not None:
+        return held_out.num_measured
+    return sum(shard.rows for shard in cache.manifest.split_shards(split or "")) or None
 
 
 def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:

@@ -24,6 +24,7 @@ from pipeline.records import NO_LABEL, Full, Loss, Predictions, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
+from pipeline.training.batches.held_out import HeldOut, labelled_rows
 from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
 from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epoch
 from pipeline.training.batches.prefetch import prefetch
@@ -57,6 +58,7 @@ class DistillationTrainer(SavingTrainer):
         student_tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         mixture: Mixture | None = None,
+        held_out: HeldOut | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Set up; the cache is opened already.
@@ -68,6 +70,7 @@ class DistillationTrainer(SavingTrainer):
             batch_tokens: group rows by length, and end a batch where it would pass so many tokens, padding included.
             student_tokenizer: where it is not the cache's: the stored text is tokenized anew, up to `max_length`.
             mixture: more caches beside the first: teachers of the same rows, or more rows.
+            held_out: rows of `split` that are left out of it and measured on, in place of a split.
             trainer_kwargs: as `transformers.Trainer` takes them.
 
         Raises:
@@ -105,7 +108,8 @@ class DistillationTrainer(SavingTrainer):
         refuse_unused(args, trainer_kwargs)
         use_one_gpu(args)
         rows = self._rows(split, window=open_groups(args.world_size, batch_tokens))
-        self.keep: Any = self._rows_that_teach(rows, teacher_labels)
+        self.held_out = held_out
+        self.keep: Any = held_out.left if held_out is not None else self._rows_that_teach(rows, teacher_labels)
         if isinstance(rows, JoinedDataset) and mixture is not None and mixture.shares is not None:
             if batch_tokens is not None:
                 raise MisuseError(
@@ -113,14 +117,17 @@ class DistillationTrainer(SavingTrainer):
                 )
             seed = args.data_seed if args.data_seed is not None else args.seed
             self.keep = Proportions(tuple(map(int, rows.bounds)), mixture.shares, self.keep, seed)
-        eval_split = choose_eval_split(args, cache.splits, (split,) if isinstance(split, str) else split, eval_split)
-        self.eval_split = eval_split
+        if held_out is None:
+            asked = (split,) if isinstance(split, str) else split
+            eval_split = choose_eval_split(args, cache.splits, asked, eval_split)
+        self.eval_split = None if held_out is not None else eval_split
         self.rows_of_an_epoch = rows_of_epoch(rows, self.keep)
         self._totals = np.zeros(4)
         self._where_last = ""
         self._epoch: Iterator[Any] | None = None
         self._ahead: Generator[Any, None, None] = prefetch(iter(()))
-        evaluated = None if eval_split is None else self._rows(eval_split, window=8, evaluated=True)
+        measured_on = split if held_out is not None else eval_split
+        evaluated = None if measured_on is None else self._rows(measured_on, window=8, evaluated=True)
         super().__init__(
             model=model,
             args=args,
@@ -156,12 +163,7 @@ class DistillationTrainer(SavingTrainer):
         soft = self.loss.soft_weight or self.loss.soft_weight_end
         if soft or teacher_labels or self.task.classes_are_tokens:
             return None
-        labelled: np.ndarray = ~np.isnan(dataset.column("label").astype(np.float64))
-        if not labelled.any():
-            raise TrainingError(
-                f"{self.cache.where}: --soft-weight 0 trains on hard labels, and no row has one; give --soft-weight, or --hard-labels teacher"
-            )
-        return labelled
+        return labelled_rows(dataset, self.cache.where)
 
     # ------------------------------------------------------------------------------------------------- batches
 
@@ -186,7 +188,7 @@ class DistillationTrainer(SavingTrainer):
             batch_size,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             shuffle=shuffle,
-            keep=self.keep if shuffle else None,
+            keep=self.keep if shuffle else self._measured(rows),
             lengths=None if budget is None else rows.dataset.num_tokens(),
             batch_tokens=budget,
             rank=self.args.process_index,
@@ -208,6 +210,10 @@ class DistillationTrainer(SavingTrainer):
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
+
+    def _measured(self, rows: Any) -> np.ndarray | None:
+        """(rows,) bool: those of an evaluation; None: all."""
+        return self.held_out.measured if self.held_out is not None and rows is self.eval_dataset else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; the thread that decodes ahead ends with it."""
@@ -323,7 +329,7 @@ class DistillationTrainer(SavingTrainer):
         metrics = self._metrics(merged)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         rows: Any = dataloader.dataset
-        return EvalLoopOutput(np.zeros(0), None, named, len(rows))
+        return EvalLoopOutput(np.zeros(0), None, named, rows_of_epoch(rows, self._measured(rows)))
 
     def _metrics(self, found: Mapping[str, np.ndarray]) -> dict[str, float]:
         known = found["weights"] > 0

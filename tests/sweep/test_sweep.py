@@ -112,9 +112,9 @@ def test_each_student_is_the_one_that_train_student_makes(tmp_path, cache, teach
     assert not found.failed
     assert len(trained) == 4
     softlabel.init_student(teacher, tmp_path / "init", config=softlabel.Shape(1, 16, 2), seed=3)
-    by_hand = train_config(
-        cache, tmp_path / "init", tmp_path / "hand", temperature=4.0, max_steps=4, learning_rate=1e-2, seed=3
-    )
+    weights = {"hard_weight": 0.5, "soft_weight": 0.5}
+    shown = {"temperature": 4.0, "max_steps": 4, "learning_rate": 1e-2, "seed": 3, **weights}
+    by_hand = train_config(cache, tmp_path / "init", tmp_path / "hand", **shown)
     from pipeline.training.run import run as train
 
     expected = train(by_hand)

@@ -1,0 +1,45 @@
+"""How a student begins: random weights, layers of its teacher, pretrained weights, or an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+Start = Literal["random", "layers", "pretrained", "adapter"]
+
+#: Written by `init-student` beside the weights.
+START = "student-start.json"
+
+
+def write_start(folder: Path, start: Start) -> None:
+    """Keep how a new student begins."""
+    (folder / START).write_text(json.dumps({"start": start}) + "\n", encoding="utf-8")
+
+
+def start_of(model: nn.Module, name: str) -> Start:
+    """How a student begins: as `init-student` has written it, else as its weights tell.
+
+    Args:
+        name: its directory, or a hub name.
+    """
+    if hasattr(model, "peft_config"):
+        return "adapter"
+    try:
+        kept = json.loads((Path(name) / START).read_text(encoding="utf-8"))["start"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = None
+    if kept == "layers":
+        return "layers"
+    return "random" if kept == "random" or _untrained(model) else "pretrained"
+
+
+def _untrained(model: nn.Module) -> bool:
+    """Whether every normalisation layer still has the weights that it is made with: one value, and biases of zero."""
+    norms: list[Any] = [module for module in model.modules() if type(module).__name__.lower().endswith("norm")]
+    scales = [norm.weight for norm in norms if getattr(norm, "weight", None) is not None]
+    shifts = [norm.bias for norm in norms if getattr(norm, "bias", None) is not None]
+    made = [bool((scale == scale.flatten()[0]).all()) for scale in scales] + [not bool(shift.any()) for shift in shifts]
+    return bool(made) and all(made)

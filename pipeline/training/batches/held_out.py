@@ -1,0 +1,71 @@
+"""Which rows of a training split are learnt from, and which are left out of it to measure the student on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import TrainingError
+
+#: A tenth of the rows is held out, at most so many, of at most so many row groups: those are decoded for each evaluation.
+_SHARE, MOST_ROWS, _MOST_GROUPS = 0.1, 2000, 64
+#: With fewer, a measurement says nothing.
+FEWEST_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The parts of a training split of which one is measured on."""
+
+    measured: np.ndarray
+    """(rows,) bool, spread evenly over the split."""
+    left: np.ndarray
+    """(rows,) bool: what is learnt from. No content is in both."""
+
+    @property
+    def num_measured(self) -> int:
+        """Rows to measure on."""
+        return int(self.measured.sum())
+
+
+def labelled_rows(rows: Any, where: str) -> np.ndarray:
+    """(rows,) bool: which rows of a classifier's split have a label.
+
+    Raises:
+        TrainingError: none.
+    """
+    labelled: np.ndarray = ~np.isnan(rows.column("label").astype(np.float64))
+    if not labelled.any():
+        raise TrainingError(
+            f"{where}: --soft-weight 0 trains on hard labels, and no row has one; give --soft-weight, or --hard-labels teacher"
+        )
+    return labelled
+
+
+def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS) -> HeldOut | None:
+    """Choose rows by their content, so that the same text is never learnt and measured on.
+
+    Args:
+        rows: a data set of a cache.
+        keep: (rows,) bool, the rows that teach; None: all.
+        most: rows to hold out at most.
+
+    Returns:
+        None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`.
+    """
+    hashes = rows.column("content_hash")
+    teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
+    count = min(int(teach.sum() * _SHARE), most)
+    if count < FEWEST_ROWS:
+        return None
+    groups = len(rows.starts) - 1
+    near = np.zeros(len(hashes), dtype=bool)
+    for group in np.unique(np.linspace(0, groups - 1, min(groups, _MOST_GROUPS)).round().astype(int)):
+        near[rows.starts[group] : rows.starts[group + 1]] = True
+    chosen = np.flatnonzero(near & teach)
+    chosen = chosen[np.argsort(hashes[chosen], kind="stable")][:count]
+    measured = np.zeros(len(hashes), dtype=bool)
+    measured[chosen] = True
+    return HeldOut(measured, teach & ~np.isin(hashes, hashes[chosen]))

@@ -1,0 +1,101 @@
+"""Settings of a student's training that no flag gives, chosen by what is known of the student, the data and the soft labels.
+
+The numbers come from `benchmarks/defaults.py`: four data sets of short texts, students of 4 to 17 million parameters. What they were not measured
+for is said in the reason of a choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.models.start import Start
+from pipeline.records import Encoding, Full, Loss, Sampled
+
+#: Evaluations without a better one after which training stops, and about how many there are in all.
+PATIENCE, _EVALUATIONS = 5, 20
+#: Share of the steps in which the learning rate rises; then it falls to 0 in a line.
+WARMUP = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What is known before the first step."""
+
+    token_classes: bool
+    """Language models: one distribution a token."""
+    start: Start
+    num_parameters: int
+    rows: int
+    """In one pass over what is trained on."""
+    encoding: Encoding
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One setting and why it is so."""
+
+    name: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value}: {self.reason}"
+
+
+def choose_loss(encoding: Encoding, *, token_classes: bool) -> tuple[Loss, str]:
+    """The loss, and why."""
+    if token_classes:
+        return Loss(0.5, 0.5), "a language model"
+    return Loss(0.1, 0.9, _served(encoding, 2.0)), "a classifier"
+
+
+def _served(encoding: Encoding, wanted: float) -> float | None:
+    """A temperature that the soft labels serve, as near to `wanted` as there is; None: their only one."""
+    if isinstance(encoding, Full):
+        return wanted
+    if isinstance(encoding, Sampled):
+        return None
+    return min(max(wanted, min(encoding.temperatures)), max(encoding.temperatures))
+
+
+def choose_batch_size(known: Situation) -> tuple[int, str]:
+    """Rows per device and step, and why."""
+    if known.token_classes:
+        return 16, "language model"
+    return 32, f"{known.rows:,} rows"
+
+
+def choose_learning_rate(known: Situation) -> tuple[float, str]:
+    """The peak learning rate, and why."""
+    size = f"{known.num_parameters / 1e6:.1f}M parameters"
+    begun = {
+        "random": "random weights",
+        "layers": "layers copied from the teacher",
+        "pretrained": "pretrained weights",
+        "adapter": "an adapter",
+    }[known.start]
+    if known.start == "random":
+        rate = 1e-3
+    elif known.start == "adapter":
+        rate = 2e-4
+    else:
+        rate = 3e-4
+    return rate, f"{begun}, {size}"
+
+
+def choose_steps(known: Situation, rows_per_step: int) -> tuple[int, str]:
+    """The most optimizer steps, and why."""
+    epoch = math.ceil(known.rows / rows_per_step)
+    floor = 1000 if known.start == "random" else 500
+    steps = max(3 * epoch, min(floor, 100 * epoch))
+    return steps, f"{steps / epoch:.3g} passes over {known.rows:,} rows"
+
+
+def evaluation_steps(steps: int, eval_rows: int, rows_per_step: int) -> int:
+    """Steps between two evaluations: about 20 in a run, fewer where they would take more than a sixth of its time.
+
+    A row is evaluated in about a third of the time in which it is learnt from.
+    """
+    seldom = math.ceil(2 * eval_rows / rows_per_step)
+    return max(1, min(max(steps // _EVALUATIONS, seldom), steps // 4))

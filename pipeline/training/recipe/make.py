@@ -1,0 +1,187 @@
+"""Everything that decides a student's training: what the flags say, and what is chosen where they say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache import Cache
+from pipeline.config import TrainStudentConfig
+from pipeline.models import LoadedModel
+from pipeline.models.arguments import num_ranks
+from pipeline.models.start import start_of
+from pipeline.records import Loss
+from pipeline.tasks import get_task
+from pipeline.training.batches.held_out import FEWEST_ROWS, MOST_ROWS, HeldOut, hold_out, labelled_rows
+from pipeline.training.batches.mixing import Mixture
+from pipeline.training.recipe.defaults import (
+    PATIENCE,
+    WARMUP,
+    Choice,
+    Situation,
+    choose_batch_size,
+    choose_learning_rate,
+    choose_loss,
+    choose_steps,
+    evaluation_steps,
+)
+
+#: Fields of the `training:` section that say when a run ends, and when it is evaluated and saved.
+_LENGTH = ("max_steps", "num_train_epochs")
+_EVALUATION = ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a student is trained."""
+
+    loss: Loss
+    arguments: dict[str, Any]
+    """Fields of TrainingArguments, which the `training:` section overrides."""
+    early_stopping: int | None
+    """Evaluations without a better one after which training ends."""
+    held_out: HeldOut | None
+    choices: tuple[Choice, ...]
+    """What no flag has given."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What a run is measured on while it lasts; no rows: it is trained to its end."""
+
+    rows: int
+    reason: str
+    held_out: HeldOut | None = None
+
+
+def make_recipe(
+    config: TrainStudentConfig, cache: Cache, student: LoadedModel, mixture: Mixture | None, *, loss: Loss | None = None
+) -> Recipe:
+    """Complete what the flags say.
+
+    Args:
+        loss: in place of what the flags say of it.
+
+    Raises:
+        TrainingError: training on hard labels alone, and no row has one.
+    """
+    known = _situation(config, cache, student, mixture)
+    choices: list[Choice] = []
+    if loss is None:
+        base, reason = choose_loss(known.encoding, token_classes=known.token_classes)
+        loss = config.loss_over(base)
+        if loss == base:
+            choices.append(Choice("loss", _loss_text(loss), reason))
+    arguments: dict[str, Any] = {"seed": config.seed, "save_total_limit": 2}
+    chosen = {
+        "learning_rate": ("learning rate", config.learning_rate, choose_learning_rate(known)),
+        "per_device_train_batch_size": ("batch size", config.batch_size, choose_batch_size(known)),
+    }
+    for field, (name, given, (value, reason)) in chosen.items():
+        arguments[field] = value if given is None else given
+        if given is None and field not in config.training:
+            choices.append(Choice(name, f"{value:g}", reason))
+    if config.epochs is not None or config.max_steps is not None or any(name in config.training for name in _LENGTH):
+        arguments["num_train_epochs"] = 3.0 if config.epochs is None else config.epochs
+        arguments["max_steps"] = -1 if config.max_steps is None else config.max_steps
+        if config.early_stopping:
+            arguments |= _stop_fields("epoch", None, "loss")
+        return Recipe(loss, arguments, config.early_stopping or None, None, tuple(choices))
+    rows_per_step = _rows_per_step(config, arguments["per_device_train_batch_size"])
+    steps, reason = choose_steps(known, rows_per_step)
+    arguments |= {"max_steps": steps, "warmup_steps": WARMUP}
+    measured = _measured(config, cache, mixture, loss, steps, rows_per_step)
+    choices.append(Choice("steps", f"at most {steps:,}" if measured.rows else f"{steps:,}", reason))
+    if not measured.rows:
+        return Recipe(loss, arguments, None, None, (*choices, Choice("early stopping", "none", measured.reason)))
+    every, patience = evaluation_steps(steps, measured.rows, rows_per_step), config.early_stopping or PATIENCE
+    metric = "agreement" if _learns_labels(loss) and config.hard_labels == "teacher" else "loss"
+    arguments |= _stop_fields("steps", every, metric)
+    stop = f"after {patience} evaluations without a better {metric}"
+    choices.append(Choice("early stopping", stop, f"every {every:,} steps on {measured.reason}; the best is kept"))
+    return Recipe(loss, arguments, patience, measured.held_out, tuple(choices))
+
+
+def _situation(config: TrainStudentConfig, cache: Cache, student: LoadedModel, mixture: Mixture | None) -> Situation:
+    contract = cache.manifest.contract
+    more = mixture.others if mixture is not None and mixture.kind == "data" else ()
+    return Situation(
+        token_classes=get_task(contract.task).classes_are_tokens,
+        start=start_of(student.model, student.name),
+        num_parameters=sum(p.numel() for p in student.model.parameters()),
+        rows=sum(_num_rows(each, config.split) for each in (cache, *more)),
+        encoding=contract.encoding,
+    )
+
+
+def _rows_per_step(config: TrainStudentConfig, batch_size: int) -> int:
+    """Rows between two steps of the optimizer, over all ranks and accumulated batches."""
+    rows: int = config.training.get("per_device_train_batch_size", batch_size)
+    accumulated: int = config.training.get("gradient_accumulation_steps", 1)
+    return rows * accumulated * num_ranks()
+
+
+def _stop_fields(strategy: str, every: int | None, metric: str) -> dict[str, Any]:
+    """The fields of TrainingArguments with which a run stops early and keeps its best evaluation."""
+    steps = {} if every is None else {"eval_steps": every, "save_steps": every}
+    return {
+        "eval_strategy": strategy,
+        "save_strategy": strategy,
+        **steps,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "restore_callback_states_from_checkpoint": True,  # how many evaluations have been without a better one
+    }
+
+
+def _measured(
+    config: TrainStudentConfig, cache: Cache, mixture: Mixture | None, loss: Loss, steps: int, rows_per_step: int
+) -> _Measured:
+    """The split that is evaluated on while training, else rows that are held out of the split that is trained on."""
+    if config.early_stopping == 0:
+        return _Measured(0, "as --early-stopping 0 says")
+    if any(name in config.training for name in _EVALUATION):
+        return _Measured(0, "the training: section says when to evaluate and save")
+    task = get_task(cache.manifest.contract.task)
+    needs_labels = _learns_labels(loss) and config.hard_labels == "data" and not task.classes_are_tokens
+    split = config.eval_split or ("validation" if "validation" in cache.splits else None)
+    if split is not None and split not in config.split and not (needs_labels and _without_labels(cache, split)):
+        rows = _num_rows(cache, (split,))
+        return _Measured(rows, f"{split}, {rows:,} rows")
+    why = (
+        f"no split {split!r} to evaluate on that is not trained on and has what is learnt"
+        if split
+        else "no split validation"
+    )
+    if cache.remote is not None or (mixture is not None and mixture.kind == "data"):
+        kind = "a cache behind a URL" if cache.remote is not None else "a mix of data"
+        return _Measured(0, f"{why}, and no rows are held out of {kind}; name a split with --eval-split")
+    train = cache.dataset(config.split)
+    keep = labelled_rows(train, cache.where) if needs_labels else None
+    affordable = rows_per_step * evaluation_steps(steps, 0, rows_per_step) // 2
+    held_out = hold_out(train, keep, min(MOST_ROWS, max(FEWEST_ROWS, affordable)))
+    if held_out is None:
+        return _Measured(0, f"{why}, and too few rows to hold some out")
+    rows, names = held_out.num_measured, ", ".join(config.split)
+    return _Measured(rows, f"{rows:,} rows held out of {names} by content ({why})", held_out)
+
+
+def _learns_labels(loss: Loss) -> bool:
+    """Whether the soft labels have no part in the loss."""
+    return not (loss.soft_weight or loss.soft_weight_end)
+
+
+def _num_rows(cache: Cache, splits: Sequence[str]) -> int:
+    return sum(shard.rows for split in splits for shard in cache.manifest.split_shards(split))
+
+
+def _without_labels(cache: Cache, split: str) -> bool:
+    return bool(np.isnan(cache.dataset(split).column("label").astype(np.float64)).all())
+
+
+def _loss_text(loss: Loss) -> str:
+    temperature = "" if loss.temperature is None else f" at temperature {loss.temperature:g}"
+    return f"{loss.hard_weight:g} hard labels + {loss.soft_weight:g} {loss.divergence}{temperature}"
