@@ -31,10 +31,13 @@ class TrainTeacherConfig:
     model: str = model_option("Name or path of the pretrained model; a PEFT adapter directory is one too.")
     output: str = output_option("Directory of the fine-tuned model.")
     base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
-    epochs: float = training_option("Passes over the labelled rows.", 3.0)
-    max_steps: int = training_option("Optimizer steps; overrides --epochs where positive.", -1)
-    learning_rate: float = training_option("Peak learning rate.", 5e-5)
-    batch_size: int = training_option("Rows per device and step.", 16)
+    epochs: float | None = training_option(
+        "Passes over the labelled rows. Default, where --max-steps is not given either: 3, and up to 10 with few rows.",
+        None,
+    )
+    max_steps: int | None = training_option("Optimizer steps; overrides --epochs where positive.", None)
+    learning_rate: float | None = training_option("Peak learning rate. Default: chosen for the model.", None)
+    batch_size: int | None = training_option("Rows per device and step. Default: 16.", None)
     seed: int = training_option("Seed of initialisation and order.", 0)
     overwrite: bool = output_option(
         "Delete the model and the checkpoints that the output directory holds and start anew.", False

@@ -30,16 +30,18 @@ from pipeline.models import (
     pad_id,
     set_chat_template,
 )
-from pipeline.models.arguments import show_progress, training_arguments
+from pipeline.models.arguments import check_fields, show_progress, training_arguments
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import as_it_came
 from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score
+from pipeline.models.start import start_of
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
 from pipeline.sources.labels import listed
 from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
+from pipeline.training.recipe.defaults import choose_teacher_arguments
 from pipeline.training.refusals import refuse_evaluation
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.stopping import CheckpointOnSigterm
@@ -84,6 +86,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     task = get_task(config.task)
     task.check_columns(config.data.columns, config.data.tokenization(2))
     before = _check_output(config)
+    check_fields(config.training)
     source = load_source(config.data, label_required=not task.classes_are_tokens)
     names = None if task.classes_are_tokens else label_names(source, config.data.label_map)
     set_seed(config.seed)  # a new head is random too
@@ -104,16 +107,19 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     if names is not None:
         _tell_absent(source, train, names, rows)
     check_ids(teacher.model, rows, teacher.tokenizer, teacher.name)
-    args = training_arguments(
-        config.output,
-        config.training,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
-        seed=config.seed,
-        save_strategy="no",
+    settings_given = {
+        "learning_rate": config.learning_rate,
+        "per_device_train_batch_size": config.batch_size,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+    }
+    arguments, choices = choose_teacher_arguments(
+        start_of(teacher.model, teacher.name),
+        sum(p.numel() for p in teacher.model.parameters()),
+        len(rows),
+        {name: config.training.get(name, value) for name, value in settings_given.items()},
     )
+    args = training_arguments(config.output, config.training, **arguments, seed=config.seed, save_strategy="no")
     refuse_evaluation(args)
     padding: Any = teacher.model.config.get_text_config()
     kept, padding.pad_token_id = padding.pad_token_id, _training_pad_id(teacher, rows)
@@ -126,6 +132,8 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     trainer = SavingTrainer(teacher.model, args, again=again, data_collator=collator, train_dataset=_Rows(rows))
     show_progress(trainer, "train-teacher")
     if args.should_save:
+        for choice in choices:
+            logger.info("train-teacher %s: %s", output.name, choice)
         if checkpoint is None:  # an old adapter beside a new model would be loaded in its place
             remove(before)
         write_text(output / _ORIGIN, dump(origin))
@@ -143,7 +151,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     measured: list[TokenizedExample] = []
     if held_out is not None:
         measured = _read(task, source, held_out, labels, teacher.tokenizer, settings)
-        predictions = predict(task, teacher, measured, config.batch_size)
+        predictions = predict(task, teacher, measured, args.per_device_train_batch_size)
         warn_of_doubts(predictions, "the teacher", held_out)
         metrics = task.metrics(predictions, task.num_classes(teacher.model, teacher.tokenizer))
     content = {

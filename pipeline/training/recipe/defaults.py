@@ -7,7 +7,9 @@ for is said in the reason of a choice.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.models.start import Start
 from pipeline.records import Encoding, Full, Loss, Sampled
@@ -16,6 +18,8 @@ from pipeline.records import Encoding, Full, Loss, Sampled
 PATIENCE, _EVALUATIONS = 5, 20
 #: Share of the steps in which the learning rate rises; then it falls to 0 in a line.
 WARMUP = 0.1
+#: A teacher is trained for at least 3 passes, and more where those are fewer steps than this, up to so many passes.
+_TEACHER_STEPS, _TEACHER_EPOCHS = 250, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +103,39 @@ def evaluation_steps(steps: int, eval_rows: int, rows_per_step: int) -> int:
     """
     seldom = math.ceil(2 * eval_rows / rows_per_step)
     return max(1, min(max(steps // _EVALUATIONS, seldom), steps // 4))
+
+
+def choose_teacher_arguments(
+    start: Start, num_parameters: int, rows: int, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[Choice, ...]]:
+    """Fields of TrainingArguments for the fine-tuning of a teacher.
+
+    Args:
+        rows: labelled rows in one pass.
+        given: of `learning_rate`, `per_device_train_batch_size`, `num_train_epochs` and `max_steps`, what is said; None where it is not.
+
+    Returns:
+        What is said, completed; and what was chosen.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    choices = []
+    if "learning_rate" not in found:
+        found["learning_rate"], reason = _teacher_rate(start, num_parameters)
+        choices.append(Choice("learning rate", f"{found['learning_rate']:g}", reason))
+    batch = found.setdefault("per_device_train_batch_size", 16)
+    if "num_train_epochs" not in found and "max_steps" not in found:
+        epoch = math.ceil(rows / batch)
+        epochs = min(max(3, math.ceil(_TEACHER_STEPS / epoch)), _TEACHER_EPOCHS)
+        found |= {"num_train_epochs": float(epochs), "warmup_steps": WARMUP}
+        choices.append(Choice("epochs", str(epochs), f"{rows:,} labelled rows, {epochs * epoch:,} steps of {batch}"))
+    return found, tuple(choices)
+
+
+def _teacher_rate(start: Start, num_parameters: int) -> tuple[float, str]:
+    size = f"{num_parameters / 1e6:.1f}M parameters"
+    if start == "random":
+        return 1e-3, f"random weights, {size}"
+    if start == "adapter":
+        return 2e-4, "an adapter"
+    small = num_parameters < 50e6
+    return (1e-4 if small else 5e-5), f"pretrained weights, {size}" + ("" if small else "; not measured at this size")
