@@ -1,4 +1,4 @@
-"""Show what a cache holds: the contract, the totals, and the first rows with their soft labels as text."""
+"""Show what a cache holds: the contract, the totals, agreement with the labels, and the first rows with their soft labels as text."""
 
 from __future__ import annotations
 

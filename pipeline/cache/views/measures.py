@@ -18,7 +18,7 @@ from pipeline.tasks import get_task
 #: Most positions that are measured, and most classes of them where all V are kept; rows are measured whole.
 _POSITIONS, _CLASSES = 50_000, 50_000_000
 #: A larger split is measured in at least so many of its row groups.
-_GROUPS = 64
+_GROUPS = 24
 #: Positions, and classes of them, whose targets are made at once.
 _CHUNK_POSITIONS, _CHUNK_CLASSES = 4096, 4_000_000
 #: Confident disagreements that are kept, and characters of the text of each.
