@@ -108,7 +108,8 @@ def histogram(title: str, values: np.ndarray, caption: str, *, axis: Axis, of: s
         return left + (RIGHT - left) * (value - low) / (high - low)
 
     middle = 0.5 if axis.whole and edges[1] - edges[0] == 1 else 0.0  # a bar of one whole number has it in the middle
-    ticks = _nice(low, high - 1 if axis.whole else high, 5, whole=axis.whole)
+    most = _FEWEST if axis.whole and high - low <= _FEWEST else 5  # each whole number, where they are few
+    ticks = _nice(low, high - 1 if axis.whole else high, most, whole=axis.whole)
     return Chart(
         title,
         caption,

@@ -63,6 +63,8 @@ def test_ticks_are_round_and_inside():
     assert [label.text for label in chart.x_labels] == ["0%", "20%", "40%", "60%", "80%", "100%"]
     chart = histogram("t", np.asarray([0.0, 1.609]), "c", axis=Axis("nats", 0.0, 1.609), of="rows")
     assert [label.text for label in chart.x_labels] == ["0.0", "0.5", "1.0", "1.5"]
+    chart = histogram("t", np.full(3, 3), "c", axis=Axis("classes", whole=True), of="rows")
+    assert [label.text for label in chart.x_labels] == [str(i) for i in range(3, 11)]
     for low, high in ((1, 1), (1, 9), (3, 512), (48, 131_072)):
         chart = histogram("t", np.asarray([low, high]), "c", axis=Axis("tokens", whole=True), of="rows")
         assert all(float(label.text.replace(",", "")).is_integer() for label in chart.x_labels)
