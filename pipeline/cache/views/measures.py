@@ -16,7 +16,7 @@ from pipeline.softlabels import concatenate, served_temperature, target, teacher
 from pipeline.tasks import get_task
 
 #: Most positions that are measured, and most classes of them where all V are kept; rows are measured whole.
-_POSITIONS, _CLASSES = 50_000, 50_000_000
+_POSITIONS, _CLASSES = 50_000, 20_000_000
 #: A larger split is measured in at least so many of its row groups.
 _GROUPS = 24
 #: Positions, and classes of them, whose targets are made at once.

@@ -100,7 +100,7 @@ def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, to
             shown.append(Token(decode(token)))
             continue
         part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
-        hit = goal.weights[part][goal.ids[part] == token]
+        hit = goal.weights[part].numpy()[goal.ids[part].numpy() == token]
         best = _heaviest(goal, n, top)
         shown.append(
             Token(
@@ -118,6 +118,11 @@ def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, to
 
 
 def _heaviest(goal: Target, n: int, top: int) -> list[tuple[int, float]]:
+    """The `top` largest weights of a position; of equal ones the first."""
     part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
-    order = goal.weights[part].argsort(descending=True, stable=True)[:top]
-    return list(zip(goal.ids[part][order].tolist(), goal.weights[part][order].tolist(), strict=True))
+    ids, weights = goal.ids[part].numpy(), goal.weights[part].numpy()
+    if 0 < top < len(weights):  # sorting all of a vocabulary takes long
+        large = weights >= np.partition(weights, -top)[-top]
+        ids, weights = ids[large], weights[large]
+    order = np.argsort(-weights, kind="stable")[:top]
+    return list(zip(ids[order].tolist(), weights[order].tolist(), strict=True))
