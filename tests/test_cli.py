@@ -108,6 +108,7 @@ def test_the_commands_one_by_one(project):
     for expected in (
         "task        sequence-classification, 3 classes",
         "encoding    full",
+        "train: teacher agrees with the labels on ",
         "train",
         "teacher: ",
         "label ",

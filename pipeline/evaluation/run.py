@@ -25,9 +25,8 @@ from pipeline.models.adapters import adapter_config
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions
-from pipeline.softlabels import default_temperature, served_temperature
+from pipeline.softlabels import default_temperature, served_temperature, teacher_argmax
 from pipeline.tasks import Task, get_task
-from pipeline.training.batches.collate import teacher_argmax
 from pipeline.training.losses import forward_kl
 from pipeline.training.student import check_fit, load_student
 

@@ -6,7 +6,13 @@ from pipeline.softlabels.narrow import narrow
 from pipeline.softlabels.ragged import concatenate, empty, rows, split_rows
 from pipeline.softlabels.residual import log_residual_bounds
 from pipeline.softlabels.sampling import counter_uniforms, sample_tail
-from pipeline.softlabels.target import check_temperature, default_temperature, served_temperature, target
+from pipeline.softlabels.target import (
+    check_temperature,
+    default_temperature,
+    served_temperature,
+    target,
+    teacher_argmax,
+)
 from pipeline.softlabels.top import top_soft_labels
 
 __all__ = [
@@ -26,6 +32,7 @@ __all__ = [
     "served_temperature",
     "split_rows",
     "target",
+    "teacher_argmax",
     "teacher_scores",
     "top_soft_labels",
 ]

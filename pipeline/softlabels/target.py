@@ -85,6 +85,15 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
     return Target(soft.num_classes, soft.top_offsets, soft.top_ids, weights, log_residual, negative_entropy)
 
 
+def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:
+    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded)."""
+    if isinstance(soft.encoding, Full):
+        logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
+        return ids, logprobs
+    first = soft.top_offsets[:-1]  # by falling probability, before any rounding
+    return soft.top_ids[first], soft.top_logprobs[first]
+
+
 def _sampled_target(soft: SoftLabels, encoding: Sampled, entropy: Tensor | None) -> Target:
     offsets = soft.top_offsets + soft.tail_offsets  # each position: its top, then its tail
     device = soft.top_ids.device

@@ -45,3 +45,36 @@ def show(driver, page: Path, *, width: int = 1200, height: int = 900, scheme: st
     )
     driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     driver.get(page.resolve().as_uri())
+
+
+#: What does not stand where it can be read; what scrolls inside a box of its own, and what is hidden until asked for, may be wider than the window.
+_FAULTS = """
+const found = [], width = document.documentElement.clientWidth;  // innerWidth grows with what is off-screen
+if (document.documentElement.scrollWidth > width) found.push(`the page is wider than the window`);
+for (const element of document.querySelectorAll("body *")) {
+  const box = element.getBoundingClientRect(), style = getComputedStyle(element);
+  if (!box.width || element.closest("svg, .pop") || style.clipPath !== "none" || element.closest("thead")?.offsetWidth === 1) continue;
+  const name = `${element.tagName}.${element.className}: ${element.textContent.trim().slice(0, 40)}`;
+  const holder = element.closest(".scroll");
+  if ((!holder || holder === element) && (box.right > width + 0.5 || box.left < -0.5)) found.push(`off-screen: ${name}`);
+  if (element !== holder && style.display !== "inline" && style.overflowX !== "visible" && element.scrollWidth > element.clientWidth + 1)
+    found.push(`cut: ${name}`);
+}
+for (const svg of document.querySelectorAll("svg")) {
+  const frame = svg.viewBox.baseVal;
+  const texts = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBBox()]);
+  texts.forEach(([text, box], i) => {
+    if (box.x < -0.5 || box.y < -0.5 || box.x + box.width > frame.width + 0.5 || box.y + box.height > frame.height + 0.5)
+      found.push(`outside its drawing: ${text}`);
+    for (const [other, its] of texts.slice(0, i))
+      if (box.x < its.x + its.width && its.x < box.x + box.width && box.y < its.y + its.height && its.y < box.y + box.height)
+        found.push(`one over the other: ${text}, ${other}`);
+  });
+}
+return found;
+"""
+
+
+def layout_faults(driver) -> list[str]:
+    """Whatever of the page that is shown is off-screen, cut, outside its drawing or over another text."""
+    return driver.execute_script(_FAULTS)

@@ -1,4 +1,4 @@
-"""Show what a cache holds: the contract, the totals, and the first rows with their soft labels as text."""
+"""Show what a cache holds: the contract, the totals, agreement with the labels, and the first rows with their soft labels as text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.reader import Cache
+from pipeline.cache.views.measures import measure
 from pipeline.cache.views.provenance import rows_text
 from pipeline.cache.views.tokens import marked_tokens
-from pipeline.records import CachedExample
+from pipeline.metrics import accuracy
+from pipeline.records import NO_LABEL, CachedExample
 from pipeline.softlabels import rows as positions_of
 from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.names import encoding_text
+
+#: Rows of a split that the agreement of teacher and labels is taken over, about a second's work.
+_AGREEMENT_ROWS = 10_000
 
 
 def labelled(cache: Cache) -> dict[str, int]:
@@ -71,12 +76,27 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     yield f"{'split':<14}{'shards':>8}{'rows':>12}{'positions':>14}{'bytes':>16}{'bytes/position':>16}"
     for name, total in totals(cache).items():
         yield f"{name:<14}{total['shards']:>8,}{total['rows']:>12,}{total['positions']:>14,}{total['bytes']:>16,}{total['bytes_per_position']:>16,.1f}"
+    yield from _agreements(cache)
     chosen = split or cache.splits[0]
     for row in itertools.islice(cache.dataset(chosen), rows):
         yield ""
         yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}, {row.example.num_tokens} tokens"
         yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised)}"
         yield from _classes(cache, row, top) if row.example.supervised is None else _tokens(cache, row, tokens, top)
+
+
+def _agreements(cache: Cache) -> Iterator[str]:
+    """Classifiers: a line for each split with labels; none behind a URL, where it would fetch what nobody asked for."""
+    if cache.remote is not None or "label" not in cache.manifest.contract.columns:
+        return
+    for split in cache.splits:
+        found = measure(cache, split, most=_AGREEMENT_ROWS)
+        count = int((found.labels != NO_LABEL).sum())
+        if not count:
+            continue
+        rows = len(found.lengths)
+        of = "" if rows == found.rows else f", in a sample of {rows:,} of {found.rows:,} rows"
+        yield f"{split}: teacher agrees with the labels on {accuracy(found.labels, found.predicted):.1%} of {count:,} labelled rows{of}"
 
 
 def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:

@@ -7,96 +7,78 @@ Content-Security-Policy also says.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
-from pipeline.cache.views.charts import Chart, histogram
-from pipeline.cache.views.inspection import totals
+from pipeline.cache.views.agreement import MOST_CLASSES, Agreement, Balance, Confusion, agreement, balance, confusion
+from pipeline.cache.views.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Axis, Chart, bars, histogram
+from pipeline.cache.views.inspection import labelled, totals
+from pipeline.cache.views.measures import Disagreement, SplitMeasures, measure
 from pipeline.cache.views.provenance import rows_text
-from pipeline.records import CachedExample, Full, Sampled
-from pipeline.softlabels import served_temperature, target
+from pipeline.cache.views.samples import sample_of
+from pipeline.records import NO_LABEL, Contract, Full, Sampled
 from pipeline.softlabels.names import encoding_text
 from pipeline.sources.files.loading import redact
 
-if TYPE_CHECKING:
-    from pipeline.records import Target
-
-#: What the distributions are taken over: rows spread over the split, as many as reach so many positions.
-_MEASURED_GROUPS, _MEASURED_POSITIONS = 32, 50_000
+#: Tokens whose counts a language model's page shows.
+_MOST_TOKENS = 12
+#: Places in the teacher's order, by the last of each group.
+_RANKS = (("1", 1), ("2", 2), ("3-5", 5), ("6-10", 10), ("11-100", 100), ("101+", math.inf))
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """One soft label as it is shown."""
+class SplitPart:
+    """What the page says of one split."""
 
     name: str
-    weight: float
-    is_next: bool
-    """Whether it is what the data has here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of a sample row, and what the teacher expected in its place."""
-
-    text: str
-    candidates: tuple[Candidate, ...] = ()
-    weight: float | None = None
-    """The target weight of the token itself; None: it carries no soft labels."""
-    kept: int = 0
-    entropy: float | None = None
-    rest: float = 0.0
-    """The mass that is not shown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One row."""
-
-    title: str
-    facts: str
-    tokens: tuple[Token, ...] = ()
-    cut: int = 0
-    """Tokens that are left out."""
-    text: str = ""
-    candidates: tuple[Candidate, ...] = ()
-    """Classifiers: the classes of the row."""
+    measured: str
+    """How many rows and positions all of it is taken over."""
+    summary: tuple[str, ...]
+    charts: tuple[Chart, ...]
+    balance: Balance | None
+    """None: the split has no rows."""
+    agreement: Agreement
+    confusion: Confusion | None
+    disagreements: tuple[Disagreement, ...]
 
 
 def write_page(
     cache: Cache, path: Path, *, split: str | None = None, rows: int = 6, tokens: int = 160, top: int = 6
 ) -> None:
-    """Write the page of a cache.
+    """Write the page of a cache: every split measured, and rows of one of them.
 
     Args:
-        split: whose rows are measured and shown; default: the first.
+        split: whose rows are shown; default: the first.
         rows: how many rows to show, `tokens` of each and `top` soft labels of each position.
 
     Raises:
         CacheError: no such split, or the page cannot be written.
     """
+    contract = cache.manifest.contract
     chosen = split or cache.splits[0]
-    dataset = cache.dataset(chosen)
-    measured = list(_measured_rows(dataset))
-    shown = itertools.islice(dataset, rows)
+    shown = itertools.islice(cache.dataset(chosen), rows)
+    measured = [measure(cache, name) for name in cache.splits]
     write_text(
         path,
         _template().render(
-            title=redact(cache.manifest.contract.teacher.name),
+            title=redact(contract.teacher.name),
+            heads=_heads(cache),
             facts=_facts(cache),
             totals=totals(cache),
+            labelled=_labelled(cache, measured),
+            frame={"width": WIDTH, "height": HEIGHT, "top": TOP, "bottom": BOTTOM, "right": RIGHT},
+            parts=[_split_part(cache, found) for found in measured],
             split=chosen,
-            measured=len(measured),
-            positions=sum(len(row.soft) for row in measured),
-            charts=_charts(cache, measured),
-            is_tokens=cache.manifest.contract.label_names is None,
-            samples=[_sample(cache, row, tokens, top) for row in shown],
+            is_tokens=contract.label_names is None,
+            names=contract.label_names or (),
+            samples=[sample_of(cache, row, tokens=tokens, top=top) for row in shown],
         ),
     )
 
@@ -112,6 +94,33 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     return environment.get_template("inspect.html.j2")
+
+
+def _heads(cache: Cache) -> list[tuple[str, str]]:
+    """What is asked first."""
+    contract = cache.manifest.contract
+    return [
+        ("cache_id", cache.manifest.cache_id),
+        ("task", f"{contract.task}, {contract.num_classes:,} classes"),
+        ("teacher", _teacher(contract)),
+        ("encoding", encoding_text(contract.encoding)),
+        ("source", redact(contract.source.name)),
+    ]
+
+
+def _labelled(cache: Cache, measured: Sequence[SplitMeasures]) -> dict[str, int]:
+    """Rows with a label of the splits for which that is known: from the footers, or where all of a split was measured."""
+    if cache.manifest.contract.label_names is None:
+        return {}
+    counted = {each.split: int((each.labels != NO_LABEL).sum()) for each in measured if len(each.lengths) == each.rows}
+    return counted | labelled(cache)
+
+
+def _teacher(contract: Contract) -> str:
+    """Its name, and its size where that is known."""
+    teacher = contract.teacher
+    parts = [redact(teacher.name)] + ([f"{teacher.num_parameters:,} parameters"] if teacher.num_parameters else [])
+    return ", ".join(parts)
 
 
 def _facts(cache: Cache) -> list[tuple[str, str]]:
@@ -146,126 +155,116 @@ def _facts(cache: Cache) -> list[tuple[str, str]]:
     return [*facts, ("cache_id", manifest.cache_id)]
 
 
-def _measured_rows(dataset: Any) -> Iterator[CachedExample]:
-    """Rows of row groups spread over the split; every position of a row, so that what is measured is not a part of one."""
-    groups = len(dataset.groups)
-    positions = 0
-    for group in dict.fromkeys(np.linspace(0, groups - 1, min(groups, _MEASURED_GROUPS)).round().astype(int).tolist()):
-        share = _MEASURED_POSITIONS * (group + 1) / groups
-        for number in range(int(dataset.starts[group]), int(dataset.starts[group + 1])):
-            if positions >= share and positions:
-                break
-            row = dataset[number]
-            positions += len(row.soft)
-            yield row
+def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
+    contract = cache.manifest.contract
+    names, counted = contract.label_names, None
+    most, of = (_MOST_TOKENS, "tokens") if names is None else (MOST_CLASSES, "classes")
 
+    def named(i: int) -> str:
+        return repr(str(cache.tokenizer.decode([i]))) if names is None else names[i]
 
-def _charts(cache: Cache, rows: Sequence[CachedExample]) -> list[Chart]:
-    encoding = cache.manifest.contract.encoding
-    temperature = served_temperature(encoding)
-    goals = [target(row.soft, temperature, entropy=row.entropy) for row in rows]
-    found: list[Chart | None] = []
-    if not isinstance(encoding, Full):
-        certain = np.concatenate([_kept_mass(row, goal) for row, goal in zip(rows, goals, strict=True)])
-        what = "on the classes kept for certain" if isinstance(encoding, Sampled) else "on the classes kept"
-        found.append(
-            histogram("Kept mass", certain, f"The teacher's mass {what}, by position", low=0.0, high=1.0, percent=True)
+    agreed = agreement(found.labels, found.predicted, named)
+    if len(found.labels):
+        counted = balance(
+            found.labels,
+            found.predicted,
+            contract.num_classes,
+            named,
+            most=most,
+            of=of,
         )
-        counts = np.concatenate([goal.offsets.diff().numpy() for goal in goals])
-        found.append(histogram("Kept classes", counts, "Classes kept, by position", whole=True))
-    sure = np.concatenate([_confidence(goal) for goal in goals])
-    found.append(
-        histogram(
-            "Confidence",
-            sure,
-            "Weight of the teacher's most likely class, by position",
-            low=0.0,
-            high=1.0,
-            percent=True,
-        )
-    )
-    by_position = isinstance(encoding, Full) or all(row.entropy is not None for row in rows)
-    parts = [-goal.negative_entropy.numpy() for goal in goals] if by_position else [_mean_entropy(row) for row in rows]
-    where = "by position" if by_position else "mean of each row"
-    found.append(histogram("Entropy", np.concatenate(parts), f"The teacher's entropy in nats, {where}", low=0.0))
-    lengths = np.asarray([row.example.num_tokens for row in rows])
-    found.append(histogram("Row length", lengths, "Tokens of a row", whole=True))
-    return [chart for chart in found if chart is not None]
-
-
-def _kept_mass(row: CachedExample, goal: Target) -> np.ndarray:
-    """(N,)."""
-    if goal.log_residual is not None:
-        return np.asarray(1 - goal.log_residual.double().exp().numpy())
-    weights = row.soft.top_logprobs.double().exp().numpy()
-    return np.add.reduceat(weights, row.soft.top_offsets[:-1].numpy()) if len(weights) else weights
-
-
-def _confidence(goal: Target) -> np.ndarray:
-    """(N,): every position keeps a class."""
-    return np.maximum.reduceat(goal.weights.double().numpy(), goal.offsets[:-1].numpy())
-
-
-def _mean_entropy(row: CachedExample) -> np.ndarray:
-    return np.asarray([row.teacher_entropy_sum / max(len(row.soft), 1)])
-
-
-def _sample(cache: Cache, row: CachedExample, tokens: int, top: int) -> Sample:
-    title = f"Source row {row.example.source_row}" + (f", piece {row.example.piece}" if row.example.piece else "")
-    goal = target(row.soft, served_temperature(row.soft.encoding))
-    if row.example.supervised is not None:
-        return _token_sample(cache, row, goal, title, tokens, top)
-    names = cache.manifest.contract.label_names or ()
-    label = row.example.label
-    text = row.example.text
-    if text is None:
-        text = str(cache.tokenizer.decode(row.example.input_ids.tolist()))
-    named = [Candidate(names[i], weight, i == label) for i, weight in _heaviest(goal, 0, top)]
-    facts = "no label" if label is None else f"label {names[label]}"
-    return Sample(
-        title,
-        facts,
-        text=text if row.example.text_pair is None else f"{text}\n{row.example.text_pair}",
-        candidates=tuple(named),
+    return SplitPart(
+        found.split,
+        _measured(found, is_tokens=names is None),
+        tuple(_summary(found, agreed, is_tokens=names is None)),
+        tuple(_charts(contract, found)),
+        counted,
+        agreed,
+        None if names is None else confusion(found.labels, found.predicted, names),
+        found.disagreements,
     )
 
 
-def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, tokens: int, top: int) -> Sample:
-    assert row.example.supervised is not None
-    ids = row.example.input_ids.tolist()
-    made_at = {int(position) + 1: n for n, position in enumerate(np.flatnonzero(row.example.supervised))}
-    texts: dict[int, str] = {}
+def _measured(found: SplitMeasures, *, is_tokens: bool) -> str:
+    """`All 300 rows`, or how many of how many."""
+    rows, positions = len(found.lengths), len(found.labels)
+    if not found.rows:
+        return "No rows."
+    of = f", {positions:,} positions" if is_tokens else ""
+    if rows == found.rows:
+        return f"All {rows:,} rows{of}."
+    whole = f", {positions:,} of {found.positions:,} positions" if is_tokens else ""
+    return f"A sample: {rows:,} of {found.rows:,} rows{whole}, from all over the split."
 
-    def decode(token: int) -> str:
-        if token not in texts:
-            texts[token] = str(cache.tokenizer.decode([token]))
-        return texts[token]
 
-    shown = []
-    for place, token in enumerate(ids[:tokens]):
-        n = made_at.get(place)
-        if n is None:
-            shown.append(Token(decode(token)))
-            continue
-        part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
-        hit = goal.weights[part][goal.ids[part] == token]
-        best = _heaviest(goal, n, top)
-        shown.append(
-            Token(
-                decode(token),
-                candidates=tuple(Candidate(decode(i), weight, i == token) for i, weight in best),
-                weight=float(hit[0]) if len(hit) else 0.0,
-                kept=part.stop - part.start,
-                entropy=None if row.entropy is None else float(row.entropy[n]),
-                rest=max(0.0, 1.0 - sum(weight for _, weight in best)),
+def _summary(found: SplitMeasures, agreed: Agreement, *, is_tokens: bool) -> list[str]:
+    """Sentences about teacher and labels."""
+    if not found.rows:
+        return []
+    if not agreed.labelled:
+        return ["No row has a label: there is nothing to compare the teacher with."]
+    share = f"{agreed.accuracy:.1%}"
+    if is_tokens:
+        lines = [
+            f"The teacher's most likely token is the next token of the data at {share} of {agreed.labelled:,} positions."
+        ]
+        known = np.isfinite(found.nll)
+        if known.all():
+            loss = float(found.nll.sum()) / agreed.labelled
+            lines.append(
+                f"The teacher's loss is {loss:.3f} nats a token, its perplexity {math.exp(min(loss, 700)):,.2f}."
             )
-        )
-    count = max(len(row.soft), 1)
-    facts = f"{len(ids):,} tokens, {len(row.soft):,} with soft labels; teacher's loss {row.teacher_nll_sum / count:.2f} nats a token"
-    return Sample(title, facts, tokens=tuple(shown), cut=max(0, len(ids) - tokens))
+        return lines
+    lines = [
+        f"The teacher agrees with the labels on {share} of {agreed.labelled:,} labelled rows ({agreed.agreed:,}); "
+        f"the most frequent label, \u2068{agreed.most_frequent}\u2069, is that of {agreed.most_frequent_count / agreed.labelled:.1%}."
+    ]
+    if agreed.unlabelled:
+        lines.append(f"{agreed.unlabelled:,} rows have no label.")
+    return lines
 
 
-def _heaviest(goal: Target, n: int, top: int) -> list[tuple[int, float]]:
-    part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
-    order = goal.weights[part].argsort(descending=True, stable=True)[:top]
-    return list(zip(goal.ids[part][order].tolist(), goal.weights[part][order].tolist(), strict=True))
+def _charts(contract: Contract, found: SplitMeasures) -> list[Chart]:
+    encoding, unit = contract.encoding, "rows" if contract.label_names is not None else "positions"
+    share = Axis("share of the teacher's mass", 0.0, 1.0, percent=True)
+    uniform = math.log(contract.num_classes)
+    of_uniform = (uniform, f"ln V = {uniform:.3f}: uniform over {contract.num_classes:,} classes")
+    by = "by position" if found.by_position and unit == "positions" else "" if unit == "rows" else "mean of each row"
+    charts = [
+        histogram("Confidence", found.confidence, "Weight of the teacher's most likely class", axis=share, of=unit),
+        histogram(
+            "Entropy",
+            found.entropy,
+            f"The teacher's entropy{f', {by}' if by else ''}",
+            axis=Axis("nats", 0.0, uniform, mark=of_uniform),
+            of=unit if found.by_position else "rows",
+        ),
+    ]
+    if unit == "positions" and len(found.ranks):
+        charts.append(_rank_chart(found.ranks, isinstance(encoding, Full)))
+    if not isinstance(encoding, Full):
+        what = "for certain" if isinstance(encoding, Sampled) else "in the cache"
+        charts += [
+            histogram("Kept mass", found.kept_mass, f"Mass of the classes kept {what}", axis=share, of=unit),
+            histogram(
+                "Kept classes", found.kept_classes, "Classes in the cache", axis=Axis("classes", whole=True), of=unit
+            ),
+        ]
+    charts.append(histogram("Row length", found.lengths, "Tokens of a row", axis=Axis("tokens", whole=True), of="rows"))
+    return [chart for chart in charts if chart is not None]
+
+
+def _rank_chart(ranks: np.ndarray, is_full: bool) -> Chart:
+    """Where the data's token stands among the teacher's predictions."""
+    known = ranks[ranks >= 0]
+    ends = [0.0, *(end for _, end in _RANKS)]
+    counts = [int(((known > low) & (known <= high)).sum()) for low, high in itertools.pairwise(ends)]
+    used = max((i for i, count in enumerate(counts) if count), default=0) + 1
+    groups = list(zip((name for name, _ in _RANKS[:used]), counts[:used], strict=True))
+    title = "place in the teacher's order"
+    if not is_full:
+        groups.append(("other", int((known == 0).sum())))
+        title += "; other: not in its top"
+    return bars(
+        "Rank", groups, "Place of the data's token among the teacher's predictions", x_title=title, of="positions"
+    )

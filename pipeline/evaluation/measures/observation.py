@@ -15,9 +15,8 @@ from pipeline.evaluation.run import predictions_of_teacher
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import score
 from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
-from pipeline.softlabels import default_temperature, served_temperature, target
+from pipeline.softlabels import default_temperature, served_temperature, target, teacher_argmax
 from pipeline.tasks import Task
-from pipeline.training.batches.collate import teacher_argmax
 from pipeline.training.divergences import divergence, forward_kl
 
 

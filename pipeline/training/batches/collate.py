@@ -21,13 +21,12 @@ from pipeline.records import (
     Example,
     Full,
     PositionWeights,
-    SoftLabels,
     StudentBatch,
     Target,
     Tokenization,
     TokenizedExample,
 )
-from pipeline.softlabels import concatenate, target
+from pipeline.softlabels import concatenate, target, teacher_argmax
 from pipeline.tasks import Task
 
 
@@ -110,15 +109,6 @@ def _entropy(rows: Sequence[CachedExample], counts: np.ndarray) -> Tensor:
         return torch.cat([row.entropy for row in rows if row.entropy is not None])
     means = np.array([row.teacher_entropy_sum for row in rows]) / np.maximum(counts, 1)
     return torch.from_numpy(np.repeat(np.nan_to_num(means).astype(np.float32), counts))  # unknown: KL up to a constant
-
-
-def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:
-    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded)."""
-    if isinstance(soft.encoding, Full):
-        logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
-        return ids, logprobs
-    first = soft.top_offsets[:-1]  # by falling probability, before any rounding
-    return soft.top_ids[first], soft.top_logprobs[first]
 
 
 def to_tensors(batch: StudentBatch) -> dict[str, Any]:

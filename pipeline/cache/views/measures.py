@@ -1,0 +1,235 @@
+"""Measure a split of a cache: one number a row or position, over rows spread over the split, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.cache.reading.reader import Cache, CacheDataset
+from pipeline.cache.views.samples import text_of
+from pipeline.records import NO_LABEL, CachedExample, Full, SoftLabels, Target
+from pipeline.softlabels import concatenate, served_temperature, target, teacher_argmax
+from pipeline.tasks import get_task
+
+#: Most positions that are measured, and most classes of them where all V are kept; rows are measured whole.
+_POSITIONS, _CLASSES = 50_000, 20_000_000
+#: A larger split is measured in at least so many of its row groups.
+_GROUPS = 24
+#: Positions, and classes of them, whose targets are made at once.
+_CHUNK_POSITIONS, _CHUNK_CLASSES = 4096, 4_000_000
+#: Confident disagreements that are kept, and characters of the text of each.
+_DISAGREEMENTS, _CHARACTERS = 6, 400
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """A row whose label is not the teacher's most likely class."""
+
+    source_row: int
+    label: int
+    predicted: int
+    confidence: float
+    """The teacher's weight on its most likely class."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SplitMeasures:
+    """R measured rows of one split, and their N positions."""
+
+    split: str
+    rows: int
+    """Of the whole split, as are the positions."""
+    positions: int
+    lengths: np.ndarray
+    """(R,) int64: tokens of each measured row."""
+    labels: np.ndarray
+    """(N,) int64: the hard labels, -100 where there is none."""
+    predicted: np.ndarray
+    """(N,) int64: the teacher's most likely class."""
+    confidence: np.ndarray
+    """(N,) float64: the weight of that class."""
+    entropy: np.ndarray
+    """Nats, (N,) where it is known by position, else (R,) means of the rows; nan where it is not known."""
+    by_position: bool
+    """Whether `entropy` is by position."""
+    kept_mass: np.ndarray
+    """(N,) float64: the mass on the classes that are kept for certain; empty for `full`, as is `kept_classes`."""
+    kept_classes: np.ndarray
+    """(N,) int64."""
+    ranks: np.ndarray
+    """(N,) int64: the hard label's place in the teacher's order, from 1; 0: not in the top; -1: no hard label."""
+    nll: np.ndarray
+    """(R,) float64: sum over the row of the teacher's negative log-likelihood of the hard labels; nan: not known."""
+    disagreements: tuple[Disagreement, ...]
+    """Classifiers: the most confident, falling."""
+
+
+def measure(cache: Cache, split: str, *, most: int = _POSITIONS) -> SplitMeasures:
+    """Measure rows of a split: all of a small one, of a larger one as many as reach `most` positions.
+
+    Raises:
+        CacheError: no such split.
+        IntegrityError: a row group that is read is damaged.
+    """
+    contract = cache.manifest.contract
+    dataset = cache.dataset(split, window=1)
+    shards = cache.manifest.split_shards(split)
+    positions = sum(shard.positions for shard in shards)
+    if isinstance(contract.encoding, Full):
+        most = min(most, max(1, _CLASSES // contract.num_classes))
+    found = _Found(cache)
+    for chunk in _chunks(_rows(dataset, positions, most), contract.num_classes):
+        found.add(chunk)
+    return found.measures(split, len(dataset), positions)
+
+
+def _rows(dataset: CacheDataset, positions: int, most: int) -> Iterator[CachedExample]:
+    """All rows, or the first of row groups that are spread over the split, with an equal share of positions each."""
+    groups = len(dataset.groups)
+    if positions > most:
+        groups = min(groups, max(_GROUPS, math.ceil(most * groups / positions)))
+    seen = 0
+    for i, group in enumerate(np.linspace(0, len(dataset.groups) - 1, groups).round().astype(int).tolist()):
+        share = most * (i + 1) / groups
+        for number in range(int(dataset.starts[group]), int(dataset.starts[group + 1])):
+            if positions > most and seen >= share:
+                break
+            row = dataset[number]
+            seen += len(row.soft)
+            yield row
+
+
+def _chunks(rows: Iterator[CachedExample], num_classes: int) -> Iterator[list[CachedExample]]:
+    chunk: list[CachedExample] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += len(row.soft)
+        kept = num_classes if isinstance(row.soft.encoding, Full) else 1
+        if size >= _CHUNK_POSITIONS or size * kept >= _CHUNK_CLASSES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Found:
+    """What was measured so far."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._task = get_task(cache.manifest.contract.task)
+        self._by_position = "entropy" in cache.manifest.contract.columns or isinstance(
+            cache.manifest.contract.encoding, Full
+        )
+        self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
+        self._disagreements: list[Disagreement] = []
+
+    def add(self, rows: Sequence[CachedExample]) -> None:
+        soft = concatenate([row.soft for row in rows])
+        stored = [row.entropy for row in rows if row.entropy is not None]
+        entropy = torch.cat(stored).float() if stored else None
+        goal = target(soft, served_temperature(soft.encoding), entropy=entropy)
+        labels = np.concatenate([self._task.hard_labels(row.example) for row in rows])
+        predicted = teacher_argmax(soft)[0].numpy()
+        full = isinstance(soft.encoding, Full)
+        confidence = _confidence(goal, full)
+        means = [row.teacher_entropy_sum / max(len(row.soft), 1) for row in rows]
+        by_position = -goal.negative_entropy.numpy() if entropy is None else entropy.numpy()
+        parts = {
+            "lengths": np.asarray([row.example.num_tokens for row in rows]),
+            "labels": labels,
+            "predicted": predicted,
+            "confidence": confidence,
+            "entropy": by_position if self._by_position else np.asarray(means, dtype=np.float64),
+            "kept_mass": np.zeros(0) if full else _kept_mass(soft, goal),
+            "kept_classes": np.zeros(0, dtype=np.int64) if full else goal.offsets.diff().numpy(),
+            "ranks": _ranks(soft, labels),
+            "nll": np.asarray([row.teacher_nll_sum for row in rows], dtype=np.float64),
+        }
+        for name, part in parts.items():
+            self._arrays[name].append(part)
+        if not self._task.classes_are_tokens:
+            self._add_disagreements(rows, labels, predicted, confidence)
+
+    def _add_disagreements(
+        self, rows: Sequence[CachedExample], labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
+    ) -> None:
+        """One position a row; texts are made of the few rows that may be shown."""
+        wrong = np.flatnonzero((labels != predicted) & (labels != NO_LABEL))
+        for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:_DISAGREEMENTS].tolist():
+            text = " ".join(text_of(self._cache, rows[i]).split())
+            self._disagreements.append(
+                Disagreement(
+                    rows[i].example.source_row,
+                    int(labels[i]),
+                    int(predicted[i]),
+                    float(confidence[i]),
+                    text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}…",
+                )
+            )
+        self._disagreements = sorted(self._disagreements, key=lambda d: -d.confidence)[:_DISAGREEMENTS]
+
+    def measures(self, split: str, rows: int, positions: int) -> SplitMeasures:
+        arrays = {
+            name: np.concatenate(parts) if parts else np.zeros(0, dtype=_ARRAYS[name])
+            for name, parts in self._arrays.items()
+        }
+        return SplitMeasures(
+            split,
+            rows,
+            positions,
+            by_position=self._by_position,
+            disagreements=tuple(self._disagreements),
+            **arrays,
+        )
+
+
+_ARRAYS: dict[str, type] = {
+    "lengths": np.int64,
+    "labels": np.int64,
+    "predicted": np.int64,
+    "confidence": np.float64,
+    "entropy": np.float64,
+    "kept_mass": np.float64,
+    "kept_classes": np.int64,
+    "ranks": np.int64,
+    "nll": np.float64,
+}
+
+
+def _kept_mass(soft: SoftLabels, goal: Target) -> np.ndarray:
+    """(N,)."""
+    if goal.log_residual is not None:
+        return np.asarray(1 - goal.log_residual.double().exp().numpy())
+    weights = soft.top_logprobs.double().exp().numpy()
+    return np.add.reduceat(weights, soft.top_offsets[:-1].numpy()) if len(weights) else weights
+
+
+def _confidence(goal: Target, is_full: bool) -> np.ndarray:
+    """(N,): every position keeps its most likely class, and keeps it first where not all are kept."""
+    weights: np.ndarray = goal.weights.double().numpy()
+    if is_full:
+        return np.asarray(weights.reshape(len(goal), goal.num_classes).max(1))
+    return np.asarray(weights[goal.offsets[:-1].numpy()])
+
+
+def _ranks(soft: SoftLabels, labels: np.ndarray) -> np.ndarray:
+    """(N,) int64; see `SplitMeasures`."""
+    known = labels != NO_LABEL
+    if isinstance(soft.encoding, Full):
+        dense = soft.top_logprobs.view(len(soft), soft.num_classes)
+        wanted = torch.from_numpy(np.where(known, labels, 0))[:, None]
+        places = 1 + (dense > dense.gather(1, wanted)).sum(1).numpy()
+        return np.where(known, places, -1)
+    starts = soft.top_offsets.numpy()
+    owner = np.repeat(np.arange(len(soft)), np.diff(starts))
+    hit = np.flatnonzero(soft.top_ids.numpy() == labels[owner])
+    ranks = np.where(known, 0, -1)
+    ranks[owner[hit]] = hit - starts[owner[hit]] + 1
+    return ranks

@@ -1,0 +1,128 @@
+"""Sample rows of a cache as a page shows them: tokens or classes with their heaviest soft labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.cache.reading.reader import Cache
+from pipeline.records import CachedExample
+from pipeline.softlabels import served_temperature, target
+
+if TYPE_CHECKING:
+    from pipeline.records import Target
+
+
+#: Of a classifier's text, at most.
+_CHARACTERS = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One soft label as it is shown."""
+
+    name: str
+    weight: float
+    is_next: bool
+    """Whether it is what the data has here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a sample row, and the teacher's predictions for its place."""
+
+    text: str
+    candidates: tuple[Candidate, ...] = ()
+    weight: float | None = None
+    """The target weight of the token itself; None: it carries no soft labels."""
+    kept: int = 0
+    entropy: float | None = None
+    rest: float = 0.0
+    """The mass that is not shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row."""
+
+    title: str
+    facts: str
+    tokens: tuple[Token, ...] = ()
+    cut: int = 0
+    """Tokens, or characters of the text, that are left out."""
+    text: str = ""
+    candidates: tuple[Candidate, ...] = ()
+    """Classifiers: the classes of the row."""
+
+
+def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sample:
+    """One row of a cache, at most `tokens` of its tokens and `top` soft labels of each position."""
+    title = f"Source row {row.example.source_row}" + (f", piece {row.example.piece}" if row.example.piece else "")
+    goal = target(row.soft, served_temperature(row.soft.encoding))
+    if row.example.supervised is not None:
+        return _token_sample(cache, row, goal, title, tokens, top)
+    names = cache.manifest.contract.label_names or ()
+    label, text = row.example.label, text_of(cache, row)
+    return Sample(
+        title,
+        "no label" if label is None else f"label {names[label]}",
+        text=text[:_CHARACTERS],
+        cut=max(0, len(text) - _CHARACTERS),
+        candidates=tuple(Candidate(names[i], weight, i == label) for i, weight in _heaviest(goal, 0, top)),
+    )
+
+
+def text_of(cache: Cache, row: CachedExample) -> str:
+    """The text of a row, and of its pair; decoded from its tokens where the cache holds no texts."""
+    text, pair = row.example.text, row.example.text_pair
+    if text is None:
+        return str(cache.tokenizer.decode(row.example.input_ids.tolist()))
+    return text if pair is None else f"{text}\n{pair}"
+
+
+def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, tokens: int, top: int) -> Sample:
+    assert row.example.supervised is not None
+    ids = row.example.input_ids.tolist()
+    made_at = {int(position) + 1: n for n, position in enumerate(np.flatnonzero(row.example.supervised))}
+    texts: dict[int, str] = {}
+
+    def decode(token: int) -> str:
+        if token not in texts:
+            texts[token] = str(cache.tokenizer.decode([token]))
+        return texts[token]
+
+    shown = []
+    for place, token in enumerate(ids[:tokens]):
+        n = made_at.get(place)
+        if n is None:
+            shown.append(Token(decode(token)))
+            continue
+        part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
+        hit = goal.weights[part].numpy()[goal.ids[part].numpy() == token]
+        best = _heaviest(goal, n, top)
+        shown.append(
+            Token(
+                decode(token),
+                candidates=tuple(Candidate(decode(i), weight, i == token) for i, weight in best),
+                weight=float(hit[0]) if len(hit) else 0.0,
+                kept=part.stop - part.start,
+                entropy=None if row.entropy is None else float(row.entropy[n]),
+                rest=max(0.0, 1.0 - sum(weight for _, weight in best)),
+            )
+        )
+    count = max(len(row.soft), 1)
+    facts = f"{len(ids):,} tokens, {len(row.soft):,} with soft labels; teacher's loss {row.teacher_nll_sum / count:.2f} nats a token"
+    return Sample(title, facts, tokens=tuple(shown), cut=max(0, len(ids) - tokens))
+
+
+def _heaviest(goal: Target, n: int, top: int) -> list[tuple[int, float]]:
+    """The `top` largest weights of a position; of equal ones the first."""
+    part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
+    ids, weights = goal.ids[part].numpy(), goal.weights[part].numpy()
+    if 0 < top < len(weights):  # sorting all of a vocabulary takes long
+        large = weights >= np.partition(weights, -top)[-top]
+        ids, weights = ids[large], weights[large]
+    order = np.argsort(-weights, kind="stable")[:top]
+    return list(zip(ids[order].tolist(), weights[order].tolist(), strict=True))
