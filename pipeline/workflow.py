@@ -138,6 +138,8 @@ def _key(config: Any) -> str:
     settings = dataclasses.asdict(config)
     found: dict[str, Any] = {}
     for name, value in {**settings, **settings.get("data", {})}.items():
+        if name == "dataset" and settings["data"]["data_files"]:
+            continue  # only the files named count, below
         if name in _INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
@@ -172,7 +174,7 @@ def content_of(path: Path) -> str:
 
 
 def _nested_files(data: DataConfig) -> str | None:
-    """SHA-256 of the data files that are not at the top of the data set's directory; None where there are none."""
+    """SHA-256 of the files that `data_files` names, or of those not at the top of the directory; None where there are none."""
     path = Path(data.dataset).expanduser()
     if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
         return None
@@ -181,7 +183,7 @@ def _nested_files(data: DataConfig) -> str | None:
     else:
         splits = files_named(path, data.data_files) if data.data_files else find_files(path, config=data.dataset_config)
         files = [file for members in splits.values() for file in members]
-    nested = [file for file in files if file.parent != path and file != path]
+    nested = [file for file in files if data.data_files or (file.parent != path and file != path)]
     return hashlib.sha256("".join(f"{_file(file)}\n" for file in nested).encode()).hexdigest() if nested else None
 
 
