@@ -37,6 +37,7 @@ PATHS = frozenset(
         "model",
         "output",
         "requests",
+        "runs",
         "student",
         "teacher",
         "to",
@@ -125,7 +126,8 @@ def resolve(
             continue
         missing = [_flag(f) for f in dataclasses.fields(owner) if _required(f) and f.name not in given]  # type: ignore[arg-type]
         if missing:
-            raise MisuseError(f"{where}missing {', '.join(missing)}; give the flag, or the key in --config FILE.yaml")
+            or_key = ", or the key in --config FILE.yaml" if config_type in SECTIONS.values() else ""
+            raise MisuseError(f"{where}missing {', '.join(missing)}; give the flag{or_key}")
     try:
         return TypeAdapter(config_type).validate_python(values)
     except ValidationError as error:

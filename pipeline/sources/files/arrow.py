@@ -127,8 +127,9 @@ def _converted(locations: Sequence[str], kind: str, separator: str | None, input
         bad = next(((path, line) for path, line in lines if line is not None), None)
         if bad is not None:
             where = bad[0]
-        found = reason(error) if bad is None else bad[1]
-        raise SourceError(f"{where}: cannot be read as {kind[1:]}: {found}; mend the file, or convert it") from error
+        why = reason(error) if bad is None else bad[1]
+        hint = "save it as UTF-8" if "codec can't decode" in why else "mend the file, or convert it"
+        raise SourceError(f"{where}: cannot be read as {kind[1:]}: {why}; {hint}") from error
 
 
 def _one_by_one(locations: Sequence[str], kind: str, separator: str | None) -> list[Dataset] | None:
