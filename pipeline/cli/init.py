@@ -29,7 +29,7 @@ def _init(config: cfg.InitConfig) -> None:
 
 def _findings(start: Start) -> Iterator[tuple[str, str]]:
     """What was found and chosen, a line each."""
-    from pipeline.starter.page import class_line, length_line, other_columns, rare_line, split_line
+    from pipeline.starter.page import class_line, few_line, length_line, other_columns, rare_line, split_line
     from pipeline.starter.roles import summary
 
     yield "task", start.task
@@ -48,5 +48,7 @@ def _findings(start: Start) -> Iterator[tuple[str, str]]:
         yield "", f"of these, {rows:,} of {file} without a label"
     for pair, number in start.counts.shared.items():
         yield "caution", f"{number:,} inputs stand in both of the splits {pair}"
+    if few := few_line(start):
+        yield "caution", few
     yield "tokens", f"{length_line(start)} max_length: {start.lengths.chosen}"
     yield "teacher", start.known.name + ("" if start.is_teacher else ", fine-tuned first")

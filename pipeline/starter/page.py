@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import math
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import yaml
 
@@ -12,6 +16,8 @@ from pipeline.starter.roles import summary
 from pipeline.starter.times import cache_time, student_time, teacher_time
 
 _WIDTH = 100
+#: With so many rows to measure on, an accuracy is known to 5 points.
+_MANY = 400
 
 
 def make_page(start: Start) -> str:
@@ -20,7 +26,7 @@ def make_page(start: Start) -> str:
     if not start.is_teacher:
         parts.append(_train_teacher(start))
     parts += [_cache(start), _init_student(start), _students(start), _evaluate(start)]
-    if start.has_labels:
+    if start.measured:
         parts.append(_report(start))
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
@@ -82,7 +88,13 @@ def _data(start: Start) -> list[str]:
             split, _, pattern = item.partition("=")
             files.setdefault(split, []).append(pattern)
         for split, patterns in files.items():
-            lines += [f"    {split}:", *(f"      - {scalar(pattern)}" for pattern in patterns)]
+            lines += [
+                f"    {split}:",
+                *(f"      - {scalar(pattern)}{_of_file(start, pattern)}" for pattern in patterns),
+            ]
+    if data.split:
+        lines += comment("The split test has no labels to measure with and is left out.", 2)
+        lines.append(f"  split: {scalar(list(data.split))}")
     for split in counts.splits:
         lines += comment(split_line(start, split), 2)
     if data.holdout:
@@ -95,6 +107,25 @@ def _data(start: Start) -> list[str]:
     lines += comment(length_line(start), 2)
     lines.append(f"  max_length: {data.max_length}")
     return lines
+
+
+def _of_file(start: Start, pattern: str) -> str:
+    """A remark at the end of a file's line."""
+    for name, rows in start.unlabelled_files.items():
+        if glob.escape(os.path.relpath(Path(name).expanduser(), start.data.dataset)) == pattern:
+            return f"  # {rows:,} rows without a label"
+    return ""
+
+
+def few_line(start: Start) -> str:
+    """How sure a figure of quality can be, where rows to measure it on are few; else empty."""
+    if start.generative or not 0 < start.measured < _MANY:
+        return ""
+    points = 98 / math.sqrt(start.measured)
+    return (
+        f"Only {start.measured:,} labelled rows in {start.evaluated}: an accuracy of one half is uncertain by {points:.0f} "
+        "points there. Label more rows, or set a larger holdout aside."
+    )
 
 
 def split_line(start: Start, split: str) -> str:
@@ -251,6 +282,7 @@ def _students(start: Start) -> list[str]:
 def _evaluate(start: Start) -> list[str]:
     return [
         *comment("Quality of each on rows that none has seen, and how much of the teacher's is kept."),
+        *comment(few_line(start)),
         "evaluate:",
         f"  cache: {_path(start, 'cache')}",
         f"  split: {start.evaluated}",
@@ -273,7 +305,7 @@ def _report(start: Start) -> list[str]:
         f"  output: {_path(start, 'report')}",
     ]
     head = comment("The answer on one page, report.html: with intervals, controls, speed and memory.")
-    if not start.with_report:
+    if not start.can_draw:
         head += comment("It needs matplotlib: pip install 'soft-label-pipeline[report]', then take away the # below.")
         lines = [f"# {line}" for line in lines]
     return [*head, *lines]

@@ -57,13 +57,20 @@ class Start:
     """Nobody has named it."""
     evaluated: str
     """The split that students are measured on."""
-    with_report: bool
+    can_draw: bool
+    """Whether matplotlib is there, which the report needs."""
     runs: str
 
     @property
     def has_labels(self) -> bool:
         """Whether students can be trained on labels alone, and measured against them."""
         return self.generative or bool(self.counts.classes)
+
+    @property
+    def measured(self) -> int:
+        """Labelled rows that students are measured on."""
+        found = self.counts.splits.get(self.evaluated)
+        return 0 if found is None or not self.has_labels else found.rows if self.generative else found.labelled
 
     @property
     def labelled(self) -> int:

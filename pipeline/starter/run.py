@@ -69,8 +69,9 @@ def run(config: InitConfig) -> Start:
     counts = count(source, known_labels, data.label_map)
     moved: tuple[str, ...] = ()
     if roles.label is not None and "test" in counts.splits and not counts.splits["test"].labelled:
-        data, moved = _without_test(data, config, counts)
-        if moved:
+        named, moved = _without_test(data, config, counts)
+        if named != data:
+            data = named
             source, known_labels = _read(data, added, roles, config)
             counts = count(source, known_labels, data.label_map)
     _check_counts(config, roles, counts)
@@ -95,7 +96,7 @@ def run(config: InitConfig) -> Start:
         is_teacher=config.teacher is not None,
         is_default=config.teacher is None and config.model is None,
         evaluated=_evaluated(task, counts),
-        with_report=find_spec("matplotlib") is not None,
+        can_draw=find_spec("matplotlib") is not None,
         runs=config.runs or f"runs/{output.stem}",
     )
     write_text(output, make_page(start))
@@ -165,13 +166,20 @@ def _read(data: DataConfig, added: tuple[str, ...], roles: Roles, config: InitCo
 
 
 def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple[DataConfig, tuple[str, ...]]:
-    """A split `test` without labels measures nothing: its rows are read with those of `train`."""
-    files = None if data.data_files else local_files(config.dataset)
-    if files is None:
-        return data, ()
-    rest = {split: members for split, members in files.items() if split != "test"}
-    joined = {**rest, "train": (*files["train"], *files["test"])}
-    return dataclasses.replace(listed_files(data, joined), holdout=HOLDOUT), ("test",)
+    """A split `test` without labels measures nothing: its rows are read with those of `train`, or not at all."""
+    if data.data_files:
+        renamed = tuple(
+            "train=" + item.removeprefix("test=") if item.startswith("test=") else item for item in data.data_files
+        )
+        return dataclasses.replace(data, data_files=renamed, holdout=HOLDOUT), ("test",)
+    files = local_files(config.dataset)
+    if files is not None:
+        rest = {split: members for split, members in files.items() if split != "test"}
+        joined = {**rest, "train": (*files["train"], *files["test"])}
+        return dataclasses.replace(listed_files(data, joined), holdout=HOLDOUT), ("test",)
+    if "validation" in counts.splits and counts.splits["validation"].labelled:
+        return dataclasses.replace(data, split=tuple(split for split in counts.splits if split != "test")), ()
+    return data, ()
 
 
 def _check_counts(config: InitConfig, roles: Roles, counts: Counts) -> None:

@@ -10,6 +10,7 @@ from pipeline.starter.records import Start
 #: A backward pass takes twice a forward pass; batches are padded.
 _TRAINING = 3.0
 _PADDING = 1.2
+_FEW_SECONDS = 10
 
 
 def teacher_time(start: Start) -> str:
@@ -49,12 +50,13 @@ def _forward(start: Start, rows: int) -> float:
 
 def _said(start: Start, seconds: float, what: str) -> str:
     assert start.speed is not None
-    return f"{'about' if start.speed.is_measured else 'roughly'} {duration(seconds)} ({what})"
+    about = "" if seconds < _FEW_SECONDS else "about " if start.speed.is_measured else "roughly "
+    return f"{about}{duration(seconds)} ({what})"
 
 
 def duration(seconds: float) -> str:
     """A time of one or two digits."""
-    if seconds < 10:
+    if seconds < _FEW_SECONDS:
         return "a few seconds"
     if seconds < 90:
         return f"{round(seconds, -1):.0f} s"

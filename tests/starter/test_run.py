@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -88,6 +89,9 @@ def test_labelled_rows_alone(encoder):
     text = Path("out.yaml").read_text()
     assert "# Other columns, not read: Nr (integers, a different value on each row)." in text
     assert "3 classes: business 27, sport 27, film 26." in text
+    assert "Only 5 labelled rows in test: an accuracy of one half is uncertain by 44 points there." in " ".join(
+        text.split()
+    )
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
@@ -99,6 +103,7 @@ def test_labelled_and_unlabelled_files_are_two_lines(encoder, names):
     assert file.shared["data"]["dataset"] == "."
     assert file.shared["data"]["data_files"] == ["train=data/tickets.csv", "train=more/un[[]1].csv"]
     assert Path("out.yaml").read_text().count("      - ") == 2
+    assert "      - more/un[[]1].csv  # 50 rows without a label\n" in Path("out.yaml").read_text()
     assert stages["cache-logits"][0].unlabelled == ()
     assert start.counts.splits["train"].rows + start.counts.splits["test"].rows == 130
     assert start.has_unlabelled
@@ -128,12 +133,15 @@ def test_a_directory_of_splits_in_parquet_with_classes_as_numbers(encoder):
     assert not start.counts.shared
 
 
-def test_a_test_split_without_labels_is_read_with_train(encoder):
+@pytest.mark.parametrize("unlabelled", [(), ("more.csv",)])
+def test_a_test_split_without_labels_is_read_with_train(encoder, unlabelled):
     write_csv("data/train.csv", rows(), {"text": "text", "label": "label"})
     write_csv("data/test.csv", rows(40, seed=1), {"text": "text"})
-    start, _, stages = init(dataset="data", model=encoder)
+    write_csv("more.csv", rows(20, seed=2), {"text": "text"})
+    start, _, stages = init(dataset="data", model=encoder, unlabelled=unlabelled)
     data = stages["cache-logits"][0].data
-    assert data.data_files == ("train=train.csv", "train=test.csv")
+    files = {f"train={name}" for name in ("train.csv", "test.csv", *[f"../{name}" for name in unlabelled])}
+    assert set(data.data_files) == files
     assert data.holdout == 0.1
     assert start.counts.splits["test"].labelled == start.counts.splits["test"].rows
     assert "The split test has no labels to measure with" in Path("out.yaml").read_text()
@@ -147,6 +155,15 @@ def test_validation_and_test_are_kept_and_shared_texts_said(encoder):
     assert stages["evaluate"][0].split == "test"
     assert start.counts.shared == {"validation, test": 30}
     assert "Caution: 30 inputs stand in both of the splits validation, test." in Path("out.yaml").read_text()
+
+
+def test_a_saved_data_set_whose_test_labels_are_hidden(encoder):
+    found = {split: datasets.Dataset.from_list(rows(60, seed=i)) for i, split in enumerate(["train", "validation"])}
+    found["test"] = datasets.Dataset.from_list([{**row, "label": None} for row in rows(30, seed=7)])
+    datasets.DatasetDict(found).save_to_disk("saved")
+    _, _, stages = init(dataset="saved", model=encoder)
+    assert stages["cache-logits"][0].data.split == ("train", "validation")
+    assert stages["evaluate"][0].split == "validation"
 
 
 @pytest.fixture
