@@ -47,7 +47,7 @@ def _head(start: Start) -> list[str]:
     lines = [
         *comment(f"Distil {what} into a smaller student. Written by {start.command}"),
         *comment(
-            "Run every stage: softlabel run THIS_FILE. A stage that is done is skipped; change what you like and run it again."
+            f"Run every stage: softlabel run {start.path}. A stage that is done is skipped; change what you like and run it again."
         ),
         *comment(
             "Paths are relative to the directory in which softlabel is started. Keys are flags of the commands: softlabel help train-student lists them."

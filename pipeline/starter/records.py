@@ -33,6 +33,8 @@ class Lengths:
 class Start:
     """A data set, and how a student is distilled from it."""
 
+    path: str
+    """The file, as it was named."""
     command: str
     task: str
     generative: bool

@@ -25,7 +25,7 @@ from pipeline.starter.page import make_page
 from pipeline.starter.places import listed_files, local_files, with_unlabelled_files
 from pipeline.starter.records import Lengths, Start
 from pipeline.starter.roles import Roles, choose_roles
-from pipeline.starter.teacher import Known, look_up, measure, sample
+from pipeline.starter.teacher import Known, look_up, measure, nothing_of, sample
 from pipeline.tasks import TASKS, Task, get_task
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 
 ENGLISH = "sentence-transformers/all-MiniLM-L6-v2"
 OTHER_LANGUAGES = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
+#: Layers of each, and parameters beside the embeddings: known where the hub cannot be reached.
+_SIZES = {ENGLISH: (6, 10_600_000), OTHER_LANGUAGES: (12, 21_300_000)}
 HOLDOUT = 0.1
 _FEWEST = 30
 #: More letters beside a to z: the texts are not English. German has 2%, English 0.1%.
 _FOREIGN = 0.006
-_CHARACTERS_OF_TOKEN = 4.0
+_CHARACTERS_OF_TOKEN = 3.5  # fewer than most texts have: too few cut rows, too many only take longer
 #: Rows up to here are not cut, whatever their number.
 _SHORT = 128
 
@@ -80,6 +82,7 @@ def run(config: InitConfig) -> Start:
     lengths = _lengths(task, known, rows, source, roles)
     data = dataclasses.replace(data, max_length=lengths.chosen)
     start = Start(
+        path=config.output,
         command=_command(config),
         task=task.name,
         generative=task.classes_are_tokens,
@@ -198,9 +201,11 @@ def _known(config: InitConfig, counts: Counts) -> Known:
         return look_up(asked)
     name = ENGLISH if counts.foreign_letters < _FOREIGN else OTHER_LANGUAGES
     try:
-        return look_up(name)
+        found = look_up(name)
     except ModelError:  # a mirror that does not have it
-        return Known(name, None, None, None, None, None, ())
+        found = nothing_of(name)
+    layers, weights = _SIZES[name]
+    return found if found.layers is not None else dataclasses.replace(found, layers=layers, weights=weights)
 
 
 def _lengths(task: Task, known: Known, rows: list[TokenizedExample], source: Source, roles: Roles) -> Lengths:

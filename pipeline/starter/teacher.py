@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from pipeline.starter.facts import sampled_ranges
 from pipeline.tasks import Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.config import DataConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _MOST_BYTES = 800_000_000
 _SAMPLE = 1000
 _SECONDS_TO_CONNECT = 3.0
+_SECONDS_TO_MEASURE = 3.0
 #: What each of several threads adds to the speed of one.
 _OF_EACH_THREAD = 0.8
 
@@ -68,7 +70,7 @@ def look_up(name: str) -> Known:
     """
     directory = _directory(name)
     if directory is None and not _looks_local(name) and not _hub_answers():
-        return Known(name, None, None, None, None, None, ())
+        return nothing_of(name)
     place = name if directory is None else str(directory)
     config, tokenizer = load_config(place), load_tokenizer(place)
     text: Any = config.get_text_config()
@@ -82,6 +84,11 @@ def look_up(name: str) -> Known:
         _weights(config),
         tuple(str(labels[i]) for i in sorted(labels)),
     )
+
+
+def nothing_of(name: str) -> Known:
+    """A model of which the name alone is known."""
+    return Known(name, None, None, None, None, None, ())
 
 
 def sample(source: Source, task: Task, known: Known, data: DataConfig) -> list[TokenizedExample]:
@@ -107,10 +114,10 @@ def measure(
     task: Task, known: Known, rows: Sequence[TokenizedExample], labels: Sequence[str], length: int
 ) -> Speed | None:
     """How fast the model is here: from a batch, where its weights are on this machine and small; else from its size; None: not known."""
-    if known.layers is None or not rows:
+    if known.layers is None:
         return None
     student = len(evenly_spaced(known.layers)) / known.layers
-    if known.directory is not None and 0 < _bytes(known.directory) < _MOST_BYTES:
+    if rows and known.directory is not None and 0 < _bytes(known.directory) < _MOST_BYTES:
         try:
             return Speed(_timed(task, str(known.directory), rows, labels, length), True, student)
         except (PipelineError, RuntimeError, ValueError):  # a figure in a comment is no reason to fail
@@ -121,7 +128,6 @@ def measure(
 
 
 def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Sequence[str], length: int) -> float:
-    import torch
 
     generative = task.classes_are_tokens
     names = None if generative else tuple(labels) or None
@@ -131,23 +137,9 @@ def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Seq
     inputs, supervised = task.collate(chosen, pad_id(loaded.tokenizer, loaded.model))
     moved = {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
     where = None if supervised is None else supervised.to(loaded.model.device)
-    threads = torch.get_num_threads()
-    on_cpu = loaded.model.device.type == "cpu"
-    clock = time.thread_time if on_cpu else time.perf_counter  # other programs on busy cores do not count
-    times: list[float] = []
-    began = time.perf_counter()
-    try:
-        if on_cpu:
-            torch.set_num_threads(1)
-        with torch.inference_mode():
-            while len(times) < 5 and (len(times) < 2 or time.perf_counter() - began < 3):
-                started = clock()
-                float(task.gather_logits(loaded.model, moved, where).sum())
-                times.append(clock() - started)
-    finally:
-        torch.set_num_threads(threads)
-    share = max(1.0, _OF_EACH_THREAD * threads) if on_cpu else 1.0
-    return min(times[1:]) / share / sum(len(row.input_ids) for row in chosen)
+    model = loaded.model
+    seconds = _fastest(lambda: task.gather_logits(model, moved, where), on_cpu=model.device.type == "cpu")
+    return seconds / sum(len(row.input_ids) for row in chosen)
 
 
 def _operations_per_second() -> float:
@@ -156,10 +148,28 @@ def _operations_per_second() -> float:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.randn(1024, 1024, device=device)
-    float((a @ a).sum())
-    started = time.perf_counter()
-    float(sum((a @ a).sum() for _ in range(5)))
-    return 0.5 * 5 * 2 * 1024**3 / (time.perf_counter() - started)
+    return 0.5 * 2 * 1024**3 / _fastest(lambda: a @ a, on_cpu=device == "cpu")
+
+
+def _fastest(compute: Callable[[], Tensor], *, on_cpu: bool) -> float:
+    """Seconds that a computation takes where nothing else runs: what other programs do on busy cores does not count."""
+    import torch
+
+    threads = torch.get_num_threads()
+    clock = time.thread_time if on_cpu else time.perf_counter
+    times: list[float] = []
+    began = time.perf_counter()
+    try:
+        if on_cpu:
+            torch.set_num_threads(1)
+        with torch.inference_mode():
+            while len(times) < 5 and (len(times) < 2 or time.perf_counter() - began < _SECONDS_TO_MEASURE):
+                started = clock()
+                float(compute().sum())
+                times.append(clock() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times[1:]) / (max(1.0, _OF_EACH_THREAD * threads) if on_cpu else 1.0)
 
 
 def _weights(config: Any) -> int | None:
