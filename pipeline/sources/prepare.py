@@ -203,6 +203,7 @@ def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: floa
             if isinstance(part, ParquetRows):
                 _warn_of_absent(f"{name}: split {split}", part)
         _check_split(name, split, dataset, columns)
+        _tell_unlabelled(f"{name}: split {split}", dataset, columns.label)
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
         columns = dataclasses.replace(columns, label=None)
     return Source(name, None, None, splits, columns, share)
@@ -237,11 +238,17 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
     for file, part in zip(names, dataset.parts, strict=True):
         check_inputs(file, part, columns)
         check_kept(file, part, columns)
-    without = sum(len(part) for part in dataset.parts if columns.label not in part.column_names)
+
+
+def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
+    """Say how many rows have no label because their file has no such column."""
+    if not isinstance(dataset, JoinedRows):
+        return
+    without = sum(len(part) for part in dataset.parts if label not in part.column_names)
     if 0 < without < len(dataset):
         logger.info(
             "%s: %d of %d rows are in files without a column %r and have no label",
-            *(where, without, len(dataset), columns.label),
+            *(where, without, len(dataset), label),
         )
 
 

@@ -18,6 +18,7 @@ from pipeline.starter.times import cache_time, student_time, teacher_time
 _WIDTH = 100
 #: With so many rows to measure on, an accuracy is known to 5 points.
 _MANY = 400
+_LONG = 256
 
 
 def make_page(start: Start) -> str:
@@ -95,14 +96,14 @@ def _data(start: Start) -> list[str]:
     if data.split:
         lines += comment("The split test has no labels to measure with and is left out.", 2)
         lines.append(f"  split: {scalar(list(data.split))}")
-    for split in counts.splits:
-        lines += comment(split_line(start, split), 2)
     if data.holdout:
         lines += comment(
-            "There is no split test: this share of train is set aside as test, chosen by content; equal texts stay together.",
+            "There is no split test: this share of train is set aside as one, chosen by content; equal texts stay together.",
             2,
         )
         lines.append(f"  holdout: {data.holdout}")
+    for split in counts.splits:
+        lines += comment(split_line(start, split), 2)
     lines += _columns(start)
     lines += comment(length_line(start), 2)
     lines.append(f"  max_length: {data.max_length}")
@@ -192,9 +193,11 @@ def length_line(start: Start) -> str:
         if found.is_counted
         else "Tokens of a row, estimated from characters since the tokenizer is not on this machine"
     )
-    cut = f"; {found.cut:.0%} of the rows lose their end" if found.cut else "; no row is cut"
+    fate = "are read in several pieces" if start.is_split else "lose their end"
+    cut = f"; {found.cut:.0%} of the rows {fate}" if found.cut else "; no row is cut"
     takes = start.known.longest
     more = f" (the model takes up to {takes:,})" if takes is not None and found.cut and takes > found.chosen else ""
+    more += "; with a smaller number all stages are faster" if found.chosen >= _LONG else ""
     return f"{counted}: half have at most {found.median:,}, 95% at most {found.most:,}, the longest {found.longest:,}{cut}{more}."
 
 

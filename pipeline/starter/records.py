@@ -22,9 +22,9 @@ class Lengths:
     longest: int
     chosen: int
     cut: float
-    """Share of the rows that lose tokens."""
+    """Share of the rows that are longer than the longest that is read at once."""
     mean: float
-    """Tokens of a row after the cut."""
+    """Tokens of a row that are read."""
     is_counted: bool
     """With the tokenizer; else estimated from characters."""
 
@@ -67,6 +67,11 @@ class Start:
     def has_labels(self) -> bool:
         """Whether students can be trained on labels alone, and measured against them."""
         return self.generative or bool(self.counts.classes)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a row that is too long is read in pieces, as documents are; else it loses its end."""
+        return self.generative and self.roles.text is not None
 
     @property
     def measured(self) -> int:

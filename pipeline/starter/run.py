@@ -217,13 +217,14 @@ def _lengths(task: Task, known: Known, rows: list[TokenizedExample], source: Sou
     longest = int(sizes.max())
     wanted = longest if longest <= _SHORT else most
     chosen = min(limit, max(16, -(-wanted // 16) * 16))
+    in_pieces = task.classes_are_tokens and roles.text is not None
     return Lengths(
         median=int(np.median(sizes)),
         most=most,
         longest=longest,
         chosen=chosen,
         cut=float((sizes > chosen).mean()),
-        mean=float(np.minimum(sizes, chosen).mean()),
+        mean=float((sizes if in_pieces else np.minimum(sizes, chosen)).mean()),
         is_counted=bool(rows),
     )
 

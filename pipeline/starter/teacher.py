@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline.errors import PipelineError
 from pipeline.models import load_model, load_tokenizer, pad_id
 from pipeline.models.initialize import evenly_spaced
@@ -30,6 +28,9 @@ _MOST_BYTES = 800_000_000
 _SAMPLE = 1000
 _SECONDS_TO_CONNECT = 3.0
 _SECONDS_TO_MEASURE = 3.0
+#: Floating-point operations of a batch that is timed, and its rows.
+_OPERATIONS = 20_000_000_000
+_MOST_OF_BATCH = 8
 #: What each of several threads adds to the speed of one.
 _OF_EACH_THREAD = 0.8
 
@@ -117,9 +118,10 @@ def measure(
     if known.layers is None:
         return None
     student = len(evenly_spaced(known.layers)) / known.layers
-    if rows and known.directory is not None and 0 < _bytes(known.directory) < _MOST_BYTES:
+    few = _few(rows, known.weights or 1, length)
+    if few and known.directory is not None and 0 < _bytes(known.directory) < _MOST_BYTES:
         try:
-            return Speed(_timed(task, str(known.directory), rows, labels, length), True, student)
+            return Speed(_timed(task, str(known.directory), few, labels), True, student)
         except (PipelineError, RuntimeError, ValueError):  # a figure in a comment is no reason to fail
             pass
     if known.weights is None:
@@ -127,19 +129,29 @@ def measure(
     return Speed(2 * known.weights / _operations_per_second(), False, student)
 
 
-def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Sequence[str], length: int) -> float:
-
+def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Sequence[str]) -> float:
     generative = task.classes_are_tokens
     names = None if generative else tuple(labels) or None
     loaded = load_model(task, place, dtype="float32", label_names=names, new_head=not generative)
-    chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, num=min(8, len(rows))).astype(int)]
-    chosen = [row for row in chosen if len(row.input_ids) <= length] or [min(rows, key=lambda row: len(row.input_ids))]
-    inputs, supervised = task.collate(chosen, pad_id(loaded.tokenizer, loaded.model))
-    moved = {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
-    where = None if supervised is None else supervised.to(loaded.model.device)
     model = loaded.model
+    inputs, supervised = task.collate(rows, pad_id(loaded.tokenizer, model))
+    moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    where = None if supervised is None else supervised.to(model.device)
     seconds = _fastest(lambda: task.gather_logits(model, moved, where), on_cpu=model.device.type == "cpu")
-    return seconds / sum(len(row.input_ids) for row in chosen)
+    return seconds / sum(len(row.input_ids) for row in rows)
+
+
+def _few(rows: Sequence[TokenizedExample], weights: int, length: int) -> list[TokenizedExample]:
+    """Rows of about the same length that the model reads in a second or so; empty where one alone takes much longer."""
+    tokens = max(1, _OPERATIONS // (2 * weights))
+    whole = sorted((row for row in rows if len(row.input_ids) <= length), key=lambda row: len(row.input_ids))
+    middle = whole[len(whole) // 2 :] if whole and len(whole[len(whole) // 2].input_ids) <= tokens else whole[:1]
+    found: list[TokenizedExample] = []
+    for row in middle[:_MOST_OF_BATCH]:
+        if found and (len(found) + 1) * len(row.input_ids) > tokens:
+            break
+        found.append(row)
+    return found if found and len(found[0].input_ids) <= 5 * tokens else []
 
 
 def _operations_per_second() -> float:

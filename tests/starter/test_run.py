@@ -200,6 +200,16 @@ def test_prompts_and_completions(language_model):
     assert (data.prompt_column, data.completion_column) == ("prompt", "completion")
 
 
+def test_documents_are_read_in_pieces(language_model):
+    write_jsonl("docs.jsonl", [{"text": f"{i} " + "the cat sat " * (100 if i % 10 else 2)} for i in range(40)])
+    start, _, stages = init(dataset="docs.jsonl", teacher=language_model)  # a language model says what the task is
+    assert stages["cache-logits"][0].task == "causal-lm"
+    assert start.lengths.chosen == 128
+    assert start.lengths.mean > 128
+    assert 0.8 < start.lengths.cut < 1
+    assert "of the rows are read in several pieces" in " ".join(Path("out.yaml").read_text().replace("# ", "").split())
+
+
 def test_a_classifier_that_needs_no_labels(bert_tokenizer, save_teacher):
     save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=3), bert_tokenizer)
     write_csv("texts.csv", rows(), {"text": "text"})
