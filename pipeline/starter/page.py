@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import math
 import os
 import textwrap
@@ -34,7 +35,9 @@ def make_page(start: Start) -> str:
 
 def scalar(value: object) -> str:
     """A value in one line of YAML."""
-    return yaml.safe_dump(value, allow_unicode=True, width=1 << 20, default_flow_style=True).split("\n...")[0].strip()
+    found = str(yaml.safe_dump(value, allow_unicode=True, width=1 << 20, default_flow_style=True))
+    found = found.split("\n...")[0].strip()
+    return json.dumps(value, ensure_ascii=False) if "\n" in found else found
 
 
 def comment(text: str, indent: int = 0) -> list[str]:
@@ -140,7 +143,8 @@ def split_line(start: Start, split: str) -> str:
         parts.append(f"{found.empty:,} empty, which are left out")
     if found.repeated:
         parts.append(f"{found.repeated:,} that repeat another")
-    return ", ".join(parts) + "."
+    unused = "" if split in ("train", "validation", "test") else " It is cached, and nothing is trained on it."
+    return ", ".join(parts) + "." + unused
 
 
 def _columns(start: Start) -> Iterator[str]:

@@ -109,6 +109,10 @@ def choose_roles(where: str, facts: Mapping[str, Facts], config: InitConfig, *, 
             f"{listed(facts.values())}{scores}; name it with --label-column, or give --task causal-lm for a language model, or "
             "--teacher for a classifier that needs no labels"
         )
+    if label is not None and len(text.split()) >= 5 and label in {value for value, _ in facts[label].values}:
+        raise SourceError(
+            f"{where}: the first line is a row, and no names of columns ({text[:40]!r}, {label!r}); put a line of names first, as text,label"
+        )
     return Roles(text=text, text_pair=pair, label=label)
 
 

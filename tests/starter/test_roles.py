@@ -104,6 +104,7 @@ def test_a_teacher_needs_no_labels() -> None:
         ({"text": TEXTS, "labels": few(["a", "b"])}, SourceError, "several labels on one row are not supported"),
         ({"text": TEXTS, "p": few(0, 1), "q": few(1, 0, 0), "r": few(0, 0, 1)}, MisuseError, r"labels in several columns .*\(p, q, r\)"),
         ({"text": TEXTS, "id": IDS}, SourceError, "no column that can be the label.*--label-column.*--task causal-lm.*--teacher"),
+        ({"the dog ran over the hill": TEXTS, "x": few("x", "y")}, SourceError, "the first line is a row, and no names of columns"),
         ({"a": CHATS, "b": CHATS}, MisuseError, "several columns hold chats: a, b; choose with --messages-column"),
     ],
 )  # fmt: skip

@@ -44,6 +44,8 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _MAX_HEADER_BYTES = 1 << 16
+#: A first line that spreadsheets write and read: what separates the columns.
+_SAID = re.compile(r"(?i:sep)=[;,|\t]")
 #: What a line of a compressed file is read with; of `.zst` only `datasets` reads the rows.
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -75,17 +77,29 @@ def _kind(location: str) -> tuple[str, str | None]:
     kind = suffix(PurePath(location.partition("?")[0]))
     if kind != ".csv" or "://" in location:
         return kind, None
-    names = re.sub(r'"[^"]*"', "", _first_line(Path(location)))
+    line = _first_line(Path(location))
+    said = _SAID.fullmatch(line)
+    if said is not None:
+        return kind, said[0]
+    names = re.sub(r'"[^"]*"', "", line)
     return kind, None if "," in names else next((sign for sign in (";", "\t") if sign in names), None)
 
 
-def _first_line(path: Path) -> str:
-    """The first line of a text file, compressed or not; empty where it cannot be read: the reader says why."""
+def _csv_settings(kind: str, separator: str | None) -> dict[str, Any]:
+    """How a table in a text file is read; `sep=;` in place of a separator is a first line that says so itself."""
+    if separator is None:
+        return _BUILDERS[kind][1]
+    skipped = {"skiprows": 1} if _SAID.fullmatch(separator) else {}
+    return {**_BUILDERS[kind][1], "sep": separator[-1], **skipped}
+
+
+def _first_line(path: Path, skipped: int = 0) -> str:
+    """The first line, or a later one, of a text file, compressed or not; empty where it cannot be read: the reader says why."""
     if path.suffix.lower() == ".zst":
         return ""
     try:
         with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as handle:
-            line: bytes = handle.readline(_MAX_HEADER_BYTES)
+            line: bytes = [handle.readline(_MAX_HEADER_BYTES) for _ in range(skipped + 1)][-1]
     except (OSError, EOFError, lzma.LZMAError):
         return ""
     return line.decode("utf-8-sig", "replace").rstrip("\r\n")
@@ -95,8 +109,9 @@ def _columns_differ(paths: Sequence[Path], kind: str, separator: str | None) -> 
     """Whether tables in text files have different columns, by their first lines."""
     if kind not in (".csv", ".tsv"):
         return False
-    delimiter = separator or _BUILDERS[kind][1].get("sep", ",")
-    return len({frozenset(next(csv.reader([_first_line(path)], delimiter=delimiter), [])) for path in paths}) > 1
+    settings = _csv_settings(kind, separator)
+    lines = [_first_line(path, settings.get("skiprows", 0)) for path in paths]
+    return len({frozenset(next(csv.reader([line], delimiter=settings.get("sep", ",")), [])) for line in lines}) > 1
 
 
 def _converted(locations: Sequence[str], kind: str, separator: str | None, inputs: Sequence[str]) -> list[Dataset]:
@@ -146,8 +161,7 @@ def _one_by_one(locations: Sequence[str], kind: str, separator: str | None) -> l
 def _prepared(locations: Sequence[str], kind: str, separator: str | None) -> Dataset:
     import datasets
 
-    builder, settings = _BUILDERS[kind]
-    settings = settings if separator is None else {**settings, "sep": separator}
+    builder, settings = _BUILDERS[kind][0], _csv_settings(kind, separator)
     paths = [Path(location) for location in locations if "://" not in location]
     files = {"train": [glob.escape(str(path.absolute())) for path in paths] or list(locations)}
     with quiet():

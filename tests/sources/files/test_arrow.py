@@ -308,5 +308,8 @@ def test_semicolons_are_seen_in_the_first_line(tmp_path: Path) -> None:
     put(tmp_path, "a.csv", text)
     source = load_source(DataConfig(dataset=str(tmp_path / "a.csv"), text_column="Text, lang", label_column="Art"))
     assert texts(source) == ["Grüße; bis bald", "ohne, Anführung"]
+    put(tmp_path, "c.csv", "sep=;\ntext;label\none, two;1\n")
+    source = load_source(DataConfig(dataset=str(tmp_path / "c.csv")))
+    assert (texts(source), source.columns.label) == (["one, two"], "label")
     put(tmp_path, "b.csv", "text,a;b\none,1\n")
     assert load_source(DataConfig(dataset=str(tmp_path / "b.csv"))).splits["train"].column_names == ["text", "a;b"]
