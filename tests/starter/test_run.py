@@ -189,7 +189,7 @@ def test_chats(language_model):
     assert stages["cache-logits"][0].data.messages_column == "messages"
     assert "train-teacher" not in stages
     assert stages["init-student"][0].teacher == stages["cache-logits"][0].teacher == "lm"
-    assert [config.soft_weight for config in stages["train-student"]] == [0.5, 0]
+    assert [config.soft_weight == 0 for config in stages["train-student"]] == [False, True]
     assert start.lengths.is_counted
 
 
