@@ -3,6 +3,7 @@
 A stage is done when its output is there and was made from the same settings and the same inputs. Inputs are compared by
 content (a cache by its manifest), so a changed input makes the stages after it run again. A cache is never deleted unasked: where one of
 other settings or of another teacher is there, the run stops and names the first difference; `--overwrite` makes it anew.
+A report is made from what other stages keep, so a stale one is replaced.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pipeline.cache.writing.build import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
 from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError
+from pipeline.evaluation.report.figures import require_matplotlib
 from pipeline.sources.files.arrow import is_saved
 from pipeline.sources.files.layout import files_named, find_files
 from pipeline.sources.files.loading import redact
@@ -36,11 +38,12 @@ _PROOF = {
     "init-student": "config.json",
     "train-student": "distillation.json",
     "evaluate": "evaluation.json",
+    "report": "report.json",
 }
 #: Stages that go on from their checkpoints.
 _TRAINING = ("train-teacher", "train-student")
 #: Settings that name what a stage reads.
-_INPUTS = ("dataset", "model", "teacher", "cache", "student", "chat_template", "unlabelled")
+_INPUTS = ("dataset", "model", "teacher", "cache", "student", "control", "chat_template", "unlabelled")
 
 
 def stage_configs(
@@ -82,7 +85,10 @@ def run(
     Raises:
         PipelineError: of the stage that failed; the stages before it stay done.
     """
-    for name, config in list(stage_configs(file, stages, through)):
+    chosen = list(stage_configs(file, stages, through))
+    if any(name == "report" for name, _ in chosen):
+        require_matplotlib()  # before hours of work
+    for name, config in chosen:
         output = Path(config.output) if config.output is not None else None
         key = _key(config)
         if output is not None and _is_done(output, name, key):
@@ -107,7 +113,9 @@ def _mark(output: Path, stage: str) -> Path:
 
 
 def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
-    """Whether what is there is deleted: a cache when asked to, a model that is stale always, but for an unfinished run of the same settings."""
+    """Whether what is there is deleted: a cache when asked to, a stale model or report always, but for an unfinished run of the same settings."""
+    if stage == "report":
+        return True
     if stage == "cache-logits":
         return asked and current_plan(open_layout(config.output)) is not None
     if stage not in _TRAINING or getattr(config, "resume", False):
@@ -138,6 +146,8 @@ def _key(config: Any) -> str:
     settings = dataclasses.asdict(config)
     found: dict[str, Any] = {}
     for name, value in {**settings, **settings.get("data", {})}.items():
+        if name == "dataset" and settings["data"]["data_files"]:
+            continue  # only the files named count, below
         if name in _INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
@@ -172,7 +182,7 @@ def content_of(path: Path) -> str:
 
 
 def _nested_files(data: DataConfig) -> str | None:
-    """SHA-256 of the data files that are not at the top of the data set's directory; None where there are none."""
+    """SHA-256 of the files that `data_files` names, or of those not at the top of the directory; None where there are none."""
     path = Path(data.dataset).expanduser()
     if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
         return None
@@ -181,7 +191,7 @@ def _nested_files(data: DataConfig) -> str | None:
     else:
         splits = files_named(path, data.data_files) if data.data_files else find_files(path, config=data.dataset_config)
         files = [file for members in splits.values() for file in members]
-    nested = [file for file in files if file.parent != path and file != path]
+    nested = [file for file in files if data.data_files or (file.parent != path and file != path)]
     return hashlib.sha256("".join(f"{_file(file)}\n" for file in nested).encode()).hexdigest() if nested else None
 
 

@@ -389,6 +389,13 @@ def test_a_label_map_is_a_list_or_a_mapping(tmp_path):
             DataConfig(dataset="d", label_map=(wrong,))
 
 
+def test_data_files_are_a_list_or_a_mapping(tmp_path: Path) -> None:
+    for text in ("[train=a.csv, train=b.csv, test=c.csv]", "{train: [a.csv, b.csv], test: c.csv}"):
+        file = load(tmp_path, f"data: {{dataset: ., data_files: {text}}}")
+        found = resolve(CacheLogitsConfig, file, {}, {"task": "causal-lm", "teacher": "t", "output": "o"}).data
+        assert found.data_files == ("train=a.csv", "train=b.csv", "test=c.csv")
+
+
 # ------------------------------------------------------------------------------------------------------- homes
 
 

@@ -70,7 +70,7 @@ class _Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the pipeline."""
-        order = list(cfg.SECTIONS)
+        order = ["init", *cfg.SECTIONS]
         return sorted(self.commands, key=lambda name: order.index(name) if name in order else len(order))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -117,8 +117,9 @@ def main() -> None:
     """Run a teacher once, cache its soft labels, train students from the cache.
 
     \b
-    Example: every stage of the demo, in order
-        softlabel run data/bbc/demo.yaml
+    Example: a file for a data set of your own, and every stage in it
+        softlabel init --dataset tickets.csv --output distil.yaml
+        softlabel run distil.yaml
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -128,7 +129,7 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
     """A command whose flags are the fields of its configuration; `--config` fills what no flag gives."""
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        def callback(config: str | None, **flags: Any) -> None:
+        def callback(config: str | None = None, **flags: Any) -> None:
             file = cfg.load_config(config) if config is not None else None
             given = {key: value for key, value in flags.items() if value is not None and value != ()}
             sections = (file.sections.get(name) if file is not None else None) or ({},)
@@ -147,13 +148,14 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
         command = _Command(
             name, callback=callback, help=f"{summary}\n\n\b\nExample:\n{example_lines(example)}", short_help=summary
         )
-        command.params.append(
-            click.Option(
-                ["--config"],
-                type=click.Path(dir_okay=False),
-                help="YAML file with a section for this command; flags override it.",
+        if name in cfg.SECTIONS:
+            command.params.append(
+                click.Option(
+                    ["--config"],
+                    type=click.Path(dir_okay=False),
+                    help="YAML file with a section for this command; flags override it.",
+                )
             )
-        )
         hints = {**typing.get_type_hints(cfg.DataConfig), **typing.get_type_hints(config_type)}
         command.params.extend(_option(field, hints[field.name]) for field in cfg.cli_fields(config_type))
         main.add_command(command)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 
 from pipeline import config as cfg
 from pipeline.cli.commands import FUNCTIONS, main
 from pipeline.cli.evaluation import show_evaluation
+from pipeline.cli.report import show_report
 
 
 @main.command("run", short_help="Run every stage of a configuration file in order.")
@@ -31,4 +35,5 @@ def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: b
     from pipeline.workflow import run
 
     quiet_libraries()
-    run(cfg.load_config(config), FUNCTIONS, stages, through, overwrite=overwrite, shown={"evaluate": show_evaluation})
+    shown: dict[str, Callable[[Any], None]] = {"evaluate": show_evaluation, "report": show_report}
+    run(cfg.load_config(config), FUNCTIONS, stages, through, overwrite=overwrite, shown=shown)

@@ -20,6 +20,7 @@ from pipeline.config.predict import PredictConfig
 from pipeline.config.report import ReportConfig
 from pipeline.config.sections import SECTIONS, STAGES
 from pipeline.config.sharing import PullConfig, PushConfig
+from pipeline.config.starter import InitConfig
 from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluateConfig",
     "FilterConfig",
     "ImportConfig",
+    "InitConfig",
     "InitStudentConfig",
     "InspectConfig",
     "MergeConfig",

@@ -42,6 +42,7 @@ class TrainTeacherConfig:
     overwrite: bool = output_option(
         "Delete the model and the checkpoints that the output directory holds and start anew.", False
     )
+    on_bad_row: Literal["stop", "skip"] = data_option("What to do with a row whose text is empty.", "stop")
     training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:

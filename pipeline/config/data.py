@@ -24,7 +24,8 @@ class DataConfig:
         "written by save_to_disk; the same behind a URL that fsspec opens, as s3://bucket/data."
     )
     data_files: tuple[str, ...] = option(
-        "SPLIT=PATTERN: which files in the directory are which split; repeat for several.", ()
+        "SPLIT=PATTERN: which files in the directory are which split; repeat for several. Rows of files without the label column have no label.",
+        (),
     )
     dataset_config: str | None = option("Configuration of a hub data set.", None)
     dataset_revision: str | None = option("Revision of a hub data set.", None)

@@ -18,6 +18,8 @@ from pipeline.errors import ConfigError, MisuseError
 
 ConfigType = TypeVar("ConfigType")
 
+#: The field of `KEY=JSON` items: a list is one value.
+_AS_JSON = "chat_template_kwargs"
 #: Fields that hold a path, or a name that may be one, or NAME=PATH.
 PATHS = frozenset(
     [
@@ -35,6 +37,7 @@ PATHS = frozenset(
         "model",
         "output",
         "requests",
+        "runs",
         "student",
         "teacher",
         "to",
@@ -123,7 +126,8 @@ def resolve(
             continue
         missing = [_flag(f) for f in dataclasses.fields(owner) if _required(f) and f.name not in given]  # type: ignore[arg-type]
         if missing:
-            raise MisuseError(f"{where}missing {', '.join(missing)}; give the flag, or the key in --config FILE.yaml")
+            or_key = ", or the key in --config FILE.yaml" if config_type in SECTIONS.values() else ""
+            raise MisuseError(f"{where}missing {', '.join(missing)}; give the flag{or_key}")
     try:
         return TypeAdapter(config_type).validate_python(values)
     except ValidationError as error:
@@ -188,11 +192,17 @@ def _checked_section(path: str | Path, name: str, value: Any, config_type: type)
     for listed in (f.name for f in dataclasses.fields(config_type) if str(f.type).startswith("tuple[")):
         value = section.get(listed, ())
         if isinstance(value, dict):  # `label-map: {3: sport}`
-            write = json.dumps if listed == "chat_template_kwargs" else str
-            section[listed] = value = [f"{key}={write(item)}" for key, item in value.items()]
+            section[listed] = value = [f"{key}={item}" for key, item in _pairs(value, as_json=listed == _AS_JSON)]
         if not isinstance(value, list | tuple):
             section[listed] = [] if value is None else [value]
     return section
+
+
+def _pairs(value: Mapping[Any, Any], *, as_json: bool) -> Iterator[tuple[Any, Any]]:
+    """Key and value of each item; a key with a list of values comes once for each: `data_files: {train: [a.csv, b.csv]}`."""
+    for key, found in value.items():
+        for item in found if isinstance(found, list) and not as_json else [found]:
+            yield key, json.dumps(item) if as_json else item
 
 
 def _check_key(path: str | Path, where: str, key: Any, known: list[str]) -> None:

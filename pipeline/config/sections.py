@@ -36,5 +36,6 @@ SECTIONS: dict[str, type] = {
 
 #: What `run` runs, in this order.
 STAGES: dict[str, type] = {
-    name: SECTIONS[name] for name in ("train-teacher", "cache-logits", "init-student", "train-student", "evaluate")
+    name: SECTIONS[name]
+    for name in ("train-teacher", "cache-logits", "init-student", "train-student", "evaluate", "report")
 }

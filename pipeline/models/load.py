@@ -232,7 +232,12 @@ def choose_max_length(task: Task, loaded: LoadedModel, tokenizer: PreTrainedToke
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest row in tokens that the model has positions for."""
-    config = model.config.get_text_config()
+    return longest_of(model.config, tokenizer)
+
+
+def longest_of(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`longest_input` of a model whose weights are not loaded."""
+    config = model_config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
     if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "data2vec-text"):
         limit -= (config.pad_token_id or 0) + 1  # their positions start after the padding index

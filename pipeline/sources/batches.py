@@ -47,9 +47,9 @@ def read_rows(dataset: Rows, names: Sequence[str], start: int = 0, stop: int | N
         yield from ({} for _ in range(start, stop))
         return
     if isinstance(dataset, JoinedRows):
-        blank = dict.fromkeys(present)  # what rows without labels hold under the label's name
+        blank = dict.fromkeys(present)  # what rows of a part without a column hold under its name
         for i, first, last in dataset.pieces(start, stop):
-            own = [name for name in present if i == 0 or name != dataset.label]
+            own = [name for name in present if dataset.holds(i, name)]
             yield from ({**blank, **row} for row in read_rows(dataset.parts[i], own, first, last))
     elif isinstance(dataset, ParquetRows):
         for part in dataset.parts(present, start, stop):

@@ -9,7 +9,7 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns
 
 if TYPE_CHECKING:
-    from pipeline.sources.files.joined import Rows
+    from pipeline.sources.files.joined import JoinedRows, Rows
 
 #: Field of `Columns` -> the flag that names it. The inputs: what a model reads.
 _INPUT_FLAGS = {
@@ -96,6 +96,23 @@ def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
             raise SourceError(
                 f"{where}: column {name!r} ({_INPUT_FLAGS[role]}): expected lists of integers, found {found}; name another column"
             )
+
+
+def check_alike(where: str, dataset: JoinedRows, columns: Columns) -> None:
+    """Check that files read as one split agree: on whether the input is chats, and on the names of the classes.
+
+    Raises:
+        SourceError: two files that do not.
+    """
+    labelled = [part for i, part in enumerate(dataset.parts) if columns.label and dataset.holds(i, columns.label)]
+    names = {tuple(getattr(part.features[columns.label], "names", None) or ()) for part in labelled}
+    if len(names) > 1:
+        raise SourceError(
+            f"{where}: column {columns.label!r}: files have different names of classes; write names in place of numbers"
+        )
+    chat = columns.messages or columns.prompt
+    if len({is_chat(part, columns) for part in dataset.parts if chat in part.column_names}) > 1:
+        raise SourceError(f"{where}: column {chat!r}: expected chats or texts in all files, found both; convert some")
 
 
 def check_kept(where: str, dataset: Rows, columns: Columns) -> None:

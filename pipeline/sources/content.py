@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -109,15 +110,27 @@ def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
     """Which rows belong to the test split.
 
     A row's side depends on its inputs alone: added rows move no other row, equal inputs stay together, and a larger
-    share keeps what a smaller one held out.
+    share keeps what a smaller one held out. Rows of files without the label column are held out only where a labelled
+    row of the same inputs is: a test split is there to be measured on.
 
     Returns:
         (rows,) bool.
     """
     roles = input_roles(columns)
-    limit = share * 2.0**64
-    sides = (_position(row, roles) < limit for row in read_rows(dataset, list(roles.values())))
-    return np.fromiter(sides, dtype=np.bool_, count=len(dataset))
+    limit = math.ceil(share * 2.0**64)
+    positions = np.fromiter(
+        (_position(row, roles) for row in read_rows(dataset, list(roles.values()))),
+        dtype=np.uint64,
+        count=len(dataset),
+    )
+    below = (positions <= np.uint64(limit - 1)) & (limit > 0)
+    label = columns.label
+    if not isinstance(dataset, JoinedRows) or label is None or label not in dataset.column_names:
+        return below
+    labelled = np.concatenate(
+        [np.full(len(part), dataset.holds(i, label), dtype=np.bool_) for i, part in enumerate(dataset.parts)]
+    )
+    return np.isin(positions, positions[labelled & below])
 
 
 def _fingerprint(dataset: Rows, roles: dict[str, str], start: int, stop: int, *, by_contents: bool = False) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns
-from pipeline.sources.columns import check_inputs, check_kept, check_label, one_input
+from pipeline.sources.columns import check_alike, check_inputs, check_kept, check_label, input_roles, one_input
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
 from pipeline.sources.files.hub import load_hub
+from pipeline.sources.files.joined import JoinedRows, parts_of
 from pipeline.sources.files.layout import EXPECTED, check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
@@ -27,12 +29,22 @@ from pipeline.sources.source import Source
 if TYPE_CHECKING:
     import datasets
 
-    from pipeline.sources.files.joined import OneRows
+    from pipeline.sources.files.joined import Rows
 
 logger = logging.getLogger(__name__)
 
 #: A whole repository of the hub: its name and its revision.
 _REPOSITORY = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?")
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A data set that is found; nothing is known of its columns."""
+
+    name: str
+    """As in `Source`."""
+    revision: str | None
+    splits: Mapping[str, Rows]
 
 
 def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
@@ -47,6 +59,21 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
         SourceError: nothing there, nothing in it, or columns that are missing or of another type.
         MisuseError: a hub flag with a local path or a URL.
     """
+    found = locate(data)
+    source = _prepare(found.name, dict(found.splits), data.columns, data.holdout, data.split)
+    if label_required:
+        _require_label(source, data.columns.label)
+    return dataclasses.replace(source, config=data.dataset_config, revision=found.revision)
+
+
+def locate(data: DataConfig) -> Located:
+    """Find a data set and its splits, as `load_source` does, without a look at its columns.
+
+    Raises:
+        SourceError: nothing there, or what cannot be read.
+        MisuseError: a hub flag with a local path or a URL.
+    """
+    inputs = tuple(input_roles(data.columns).values())
     path = Path(data.dataset).expanduser()
     repository = _REPOSITORY.fullmatch(data.dataset)
     if is_url(data.dataset) and repository is None:
@@ -56,7 +83,7 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
             )
         name, revision = shareable_url(data.dataset), None
         files = find_urls(data.dataset, data_files=data.data_files, config=data.dataset_config)
-        splits = {split: load_files(urls) for split, urls in files.items()}
+        splits = {split: load_files(urls, inputs) for split, urls in files.items()}
     elif path.exists() or (repository is None and looks_like_path(data.dataset)):
         if data.dataset_revision is not None or (data.dataset_config is not None and not path.is_dir()):
             raise MisuseError(
@@ -65,7 +92,7 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
         if is_model(path):
             raise SourceError(f"{data.dataset}: is a model directory, expected a data set: {EXPECTED}")
         name, revision = _shareable_name(path), None
-        splits = _local_splits(path, data)
+        splits = _local_splits(path, data, inputs)
     else:
         if data.data_files:
             raise MisuseError(f"{data.dataset}: --data-files goes with a local directory, found a hub data set")
@@ -73,7 +100,7 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
         if repository is not None:
             name, revision = repository[1], repository[2] or revision
         try:
-            splits, revision = load_hub(name, data.dataset_config, revision)
+            hub, revision = load_hub(name, data.dataset_config, revision)
         except SourceError as error:
             missing = missing_path(data.dataset)
             if missing is None:
@@ -81,13 +108,11 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
             raise SourceError(
                 f"{data.dataset}: {missing}; the hub has no such data set either, expected {EXPECTED}, or a hub name"
             ) from error
-    source = _prepare(name, splits, data.columns, data.holdout, data.split)
-    if label_required:
-        _require_label(source, data.columns.label)
-    return dataclasses.replace(source, config=data.dataset_config, revision=revision)
+        splits = dict(hub)
+    return Located(name, revision, splits)
 
 
-def _local_splits(path: Path, data: DataConfig) -> dict[str, OneRows]:
+def _local_splits(path: Path, data: DataConfig, inputs: Sequence[str]) -> dict[str, Rows]:
     if data.data_files:
         files = files_named(path, data.data_files)
     else:
@@ -95,7 +120,7 @@ def _local_splits(path: Path, data: DataConfig) -> dict[str, OneRows]:
         if saved is not None:
             return dict(saved)
         files = find_files(path, config=data.dataset_config)
-    return {split: load_files([str(path) for path in paths]) for split, paths in files.items()}
+    return {split: load_files([str(path) for path in paths], inputs) for split, paths in files.items()}
 
 
 def from_datasets(
@@ -150,15 +175,17 @@ def _instead(dataset: Any, part: Any) -> str:
     return "give a datasets.Dataset, or a DatasetDict of them"
 
 
-def _prepare(name: str, splits: dict[str, OneRows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
+def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
     """Hold out, restrict to the splits asked for, check every one of them."""
     columns = one_input(columns)
     if not splits:
         raise SourceError(f"{name}: no split; expected at least one data set")
     for split, dataset in splits.items():
         check_split_name(name, split)
-        if (
-            not isinstance(dataset, ParquetRows) and dataset.format["type"] == "custom"
+        if isinstance(dataset, ParquetRows):
+            splits[split] = _by_label(dataset, columns.label)
+        elif (
+            not isinstance(dataset, JoinedRows) and dataset.format["type"] == "custom"
         ):  # rows are read without their format
             raise SourceError(
                 f"{name}: split {split}: has a transform (with_transform or set_transform), which would not be applied; "
@@ -172,9 +199,11 @@ def _prepare(name: str, splits: dict[str, OneRows], columns: Columns, holdout: f
             raise SourceError(f"{name}: no split {split!r}; found {', '.join(splits)}; set --split to one of them")
     splits = {split: dataset for split, dataset in splits.items() if not only or split in only}
     for split, dataset in splits.items():
-        if isinstance(dataset, ParquetRows):
-            _warn_of_absent(f"{name}: split {split}", dataset)
+        for part in parts_of(dataset):
+            if isinstance(part, ParquetRows):
+                _warn_of_absent(f"{name}: split {split}", part)
         _check_split(name, split, dataset, columns)
+        _tell_unlabelled(f"{name}: split {split}", dataset, columns.label)
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
         columns = dataclasses.replace(columns, label=None)
     return Source(name, None, None, splits, columns, share)
@@ -188,15 +217,42 @@ def _warn_of_absent(where: str, rows: ParquetRows) -> None:
         )
 
 
-def _check_split(name: str, split: str, dataset: OneRows, columns: Columns) -> None:
+def _by_label(rows: ParquetRows, label: str | None) -> Rows:
+    """Files with labels and files without, joined: rows of the others have no label."""
+    if label is None or label not in rows.absent:
+        return rows
+    parts = rows.split_by(label)
+    return JoinedRows(list(parts.values()), names=[shareable_url(name) for name in parts])
+
+
+def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None:
     where = f"{name}: split {split}"
     if len(dataset) == 0:
         raise SourceError(f"{where}: no rows; expected at least one; leave it out with --split, or fill it")
-    check_inputs(where, dataset, columns)
-    check_kept(where, dataset, columns)
+    if not isinstance(dataset, JoinedRows):
+        check_inputs(where, dataset, columns)
+        check_kept(where, dataset, columns)
+        return
+    check_alike(where, dataset, columns)
+    names = dataset.names or [where] * len(dataset.parts)
+    for file, part in zip(names, dataset.parts, strict=True):
+        check_inputs(file, part, columns)
+        check_kept(file, part, columns)
 
 
-def _hold_out(name: str, splits: dict[str, OneRows], columns: Columns, share: float) -> dict[str, OneRows]:
+def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
+    """Say how many rows have no label because their file has no such column."""
+    if not isinstance(dataset, JoinedRows):
+        return
+    without = sum(len(part) for part in dataset.parts if label not in part.column_names)
+    if 0 < without < len(dataset):
+        logger.info(
+            "%s: %d of %d rows are in files without a column %r and have no label",
+            *(where, without, len(dataset), label),
+        )
+
+
+def _hold_out(name: str, splits: dict[str, Rows], columns: Columns, share: float) -> dict[str, Rows]:
     """`train` in two: `test` comes last."""
     if "train" not in splits:
         raise SourceError(

@@ -65,7 +65,8 @@ def with_unlabelled(source: Source, others: Sequence[Source]) -> Source:
             logger.info("%s: --unlabelled: its column %r is not read", other.name, other.columns.label)
         parts.extend(parts_of(added))
         records.append(UnlabelledSource(other.name, other.revision, len(added)))
-    joined = JoinedRows(parts, source.columns.label)
+    labelled = len(parts_of(rows))
+    joined = JoinedRows(parts, label=source.columns.label, unlabelled=range(labelled, len(parts)))
     logger.info(
         "%s: split train: %d rows, and %d without labels of %s",
         *(source.name, len(rows), len(joined) - len(rows), ", ".join(record.name for record in records)),

@@ -103,7 +103,8 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
     labels = None if names is None else LabelMap.for_names(source, names, config.data.label_map)
     train, held_out = _split_names(source)
-    rows = _read(task, source, train, labels, teacher.tokenizer, settings)
+    skip = config.on_bad_row == "skip"
+    rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
     if names is not None:
         _tell_absent(source, train, names, rows)
     check_ids(teacher.model, rows, teacher.tokenizer, teacher.name)
@@ -150,7 +151,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     metrics: dict[str, float] = {}
     measured: list[TokenizedExample] = []
     if held_out is not None:
-        measured = _read(task, source, held_out, labels, teacher.tokenizer, settings)
+        measured = _read(task, source, held_out, labels, teacher.tokenizer, settings, skip=skip)
         predictions = predict(task, teacher, measured, args.per_device_train_batch_size)
         warn_of_doubts(predictions, "the teacher", held_out)
         metrics = task.metrics(predictions, task.num_classes(teacher.model, teacher.tokenizer))
@@ -300,18 +301,34 @@ def _tell_absent(source: Source, split: str, names: Sequence[str], rows: Sequenc
 
 
 def _read(
-    task: Task, source: Source, split: str, labels: LabelMap | None, tokenizer: Any, settings: Tokenization
+    task: Task,
+    source: Source,
+    split: str,
+    labels: LabelMap | None,
+    tokenizer: Any,
+    settings: Tokenization,
+    *,
+    skip: bool,
 ) -> list[TokenizedExample]:
-    """The labelled rows of a split as tokens."""
+    """The labelled rows of a split as tokens; a row that cannot be read stops, or is left out."""
     examples = read_examples(source, split, 0, len(source.splits[split]), labels)
     rows: list[TokenizedExample] = []
+    bad: list[BadRow] = []
     for item in task.tokenize(examples, split, tokenizer, settings):
         if isinstance(item, BadRow):
-            raise BadRowError(
-                f"{source.name}: split {split}, row {item.source_row}: {item.reason}; mend or remove the row"
-            )
+            if not skip:
+                raise BadRowError(
+                    f"{source.name}: split {split}, row {item.source_row}: {item.reason}; mend or remove the row"
+                )
+            bad.append(item)
+            continue
         if (task.hard_labels(item) != NO_LABEL).any():
             rows.append(item)
+    if bad:
+        logger.warning(
+            "%s: split %s: %d rows are left out (--on-bad-row skip); the first is row %d: %s",
+            *(source.name, split, len(bad), bad[0].source_row, bad[0].reason),
+        )
     if not rows:
         raise SourceError(
             f"{source.name}: split {split} has no labelled row to learn from; name the column with --label-column"

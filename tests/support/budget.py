@@ -24,6 +24,7 @@ BUDGET = {
     "tests/faults/test_faults.py": 20.0,
     "tests/capture/test_rows_and_outputs.py": 20.0,
     "tests/evaluation/measures/test_cost.py": 15.0,
+    "tests/starter/test_run.py": 15.0,
     "tests/sharing/test_hub.py": 15.0,
     "tests/sharing/test_share.py": 15.0,
     "tests/capture/test_estimate.py": 12.0,

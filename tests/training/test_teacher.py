@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
 
 from pipeline.config import DataConfig, TrainTeacherConfig
-from pipeline.errors import ContractError, MisuseError, SourceError, TrainingError
+from pipeline.errors import BadRowError, ContractError, MisuseError, SourceError, TrainingError
 from pipeline.models import load_model
 from pipeline.tasks import get_task
 from pipeline.training import teacher as module
@@ -256,3 +256,16 @@ def test_an_adapter_that_is_trained_further_keeps_its_labels(tmp_path, data, ber
     train_teacher(config(tmp_path, tmp_path / "adapter", data, max_steps=1))
     found = load_model(get_task("sequence-classification"), str(tmp_path / "out"))
     assert found.model.config.id2label == {0: "business", 1: "film", 2: "sport"}
+
+
+def test_rows_without_text_are_left_out_where_asked(tmp_path, bert_tokenizer, data, save_teacher, caplog):
+    pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
+    for split in ("train", "test"):
+        with Path(data.dataset, f"{split}.jsonl").open("a") as handle:
+            handle.write(json.dumps({"id": "empty", "text": "", "label": "film"}) + "\n")
+    with pytest.raises(BadRowError, match="split train, row 90: text is empty; mend or remove the row"):
+        train_teacher(config(tmp_path, pretrained, data, max_steps=1))
+    train_teacher(config(tmp_path, pretrained, data, max_steps=1, on_bad_row="skip"))
+    kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (kept["rows"], kept["measured_rows"]) == (72, 30)
+    assert "split test: 1 rows are left out (--on-bad-row skip); the first is row 30: text is empty" in caplog.text

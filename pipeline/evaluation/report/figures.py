@@ -27,8 +27,8 @@ class Picture:
     dark: bytes
 
 
-def draw_all(report: Report) -> tuple[Picture, ...]:
-    """Every figure that there is something to draw for.
+def require_matplotlib() -> None:
+    """Check that the figures can be drawn.
 
     Raises:
         MisuseError: matplotlib is not installed.
@@ -37,6 +37,15 @@ def draw_all(report: Report) -> tuple[Picture, ...]:
         import matplotlib  # noqa: F401
     except ImportError:
         raise MisuseError("softlabel report draws with matplotlib: pip install 'soft-label-pipeline[report]'") from None
+
+
+def draw_all(report: Report) -> tuple[Picture, ...]:
+    """Every figure that there is something to draw for.
+
+    Raises:
+        MisuseError: matplotlib is not installed.
+    """
+    require_matplotlib()
     names = ", ".join(model.name for model in report.models)
     metric = report.main_metric
     wanted: list[tuple[str, str, str, Callable[[Report, Style], Any]]] = [

@@ -7,17 +7,21 @@ same. Here the copy's name holds the SHA-256 of the file as well, so that a file
 from __future__ import annotations
 
 import bz2
+import csv
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import lzma
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError
+from pipeline.sources.files.joined import JoinedRows
 from pipeline.sources.files.layout import suffix
 from pipeline.sources.files.loading import quiet, reason, redact
 from pipeline.sources.files.parquet import parquet_rows
@@ -25,7 +29,7 @@ from pipeline.sources.files.parquet import parquet_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pipeline.sources.files.joined import OneRows
+    from pipeline.sources.files.joined import OneRows, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -39,35 +43,96 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
 }
 
+_MAX_HEADER_BYTES = 1 << 16
+#: A first line that spreadsheets write and read: what separates the columns.
+_SAID = re.compile(r"(?i:sep)=[;,|\t]")
 #: What a line of a compressed file is read with; of `.zst` only `datasets` reads the rows.
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def load_files(locations: Sequence[str]) -> OneRows:
+def load_files(locations: Sequence[str], inputs: Sequence[str] = ()) -> Rows:
     """The rows of the files of one split, one file after another: local paths, or URLs.
 
+    Files may be of several kinds and have different columns: rows of a file without a column hold null there.
+
+    Args:
+        inputs: columns that a model reads. Where some are null, files are read one by one, so that a file without such a
+            column can be named.
+
     Raises:
-        SourceError: one cannot be read as what its suffix says, or two are of different kinds.
+        SourceError: one cannot be read as what its suffix says.
     """
-    kinds = sorted({suffix(PurePath(location.partition("?")[0])) for location in locations})
-    if len(kinds) > 1:
-        raise SourceError(
-            f"{redact(locations[0])}: expected files of one kind in a split, found {', '.join(kinds)}; convert some"
-        )
-    if kinds == [".parquet"]:
-        return parquet_rows(locations)
-    return _converted(locations, kinds[0])
+    names: list[str] = []
+    parts: list[OneRows] = []
+    for (kind, separator), members in itertools.groupby(locations, key=_kind):
+        group = list(members)
+        found = [parquet_rows(group)] if kind == ".parquet" else _converted(group, kind, separator, inputs)
+        names += group if len(found) == len(group) else group[:1]
+        parts += found
+    return parts[0] if len(parts) == 1 else JoinedRows(parts, names=[redact(name) for name in names])
 
 
-def _converted(locations: Sequence[str], kind: str) -> Dataset:
-    """The files as `datasets` makes Arrow of them, once."""
+def _kind(location: str) -> tuple[str, str | None]:
+    """What a file is read as: its suffix, and what separates its columns where that is not usual for the suffix."""
+    kind = suffix(PurePath(location.partition("?")[0]))
+    if kind != ".csv" or "://" in location:
+        return kind, None
+    line = _first_line(Path(location))
+    said = _SAID.fullmatch(line)
+    if said is not None:
+        return kind, said[0]
+    names = re.sub(r'"[^"]*"', "", line)
+    return kind, None if "," in names else next((sign for sign in (";", "\t") if sign in names), None)
+
+
+def _csv_settings(kind: str, separator: str | None) -> dict[str, Any]:
+    """How a table in a text file is read; `sep=;` in place of a separator is a first line that says so itself."""
+    if separator is None:
+        return _BUILDERS[kind][1]
+    skipped = {"skiprows": 1} if _SAID.fullmatch(separator) else {}
+    return {**_BUILDERS[kind][1], "sep": separator[-1], **skipped}
+
+
+def _first_line(path: Path, skipped: int = 0) -> str:
+    """The first line, or a later one, of a text file, compressed or not; empty where it cannot be read: the reader says why."""
+    if path.suffix.lower() == ".zst":
+        return ""
+    try:
+        with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as handle:
+            line: bytes = [handle.readline(_MAX_HEADER_BYTES) for _ in range(skipped + 1)][-1]
+    except (OSError, EOFError, lzma.LZMAError):
+        return ""
+    return line.decode("utf-8-sig", "replace").rstrip("\r\n")
+
+
+def _columns_differ(paths: Sequence[Path], kind: str, separator: str | None) -> bool:
+    """Whether tables in text files have different columns, by their first lines."""
+    if kind not in (".csv", ".tsv"):
+        return False
+    settings = _csv_settings(kind, separator)
+    lines = [_first_line(path, settings.get("skiprows", 0)) for path in paths]
+    return len({frozenset(next(csv.reader([line], delimiter=settings.get("sep", ",")), [])) for line in lines}) > 1
+
+
+def _converted(locations: Sequence[str], kind: str, separator: str | None, inputs: Sequence[str]) -> list[Dataset]:
+    """The files as `datasets` makes Arrow of them, once: together, or one by one where their columns differ."""
     paths = [Path(location) for location in locations if "://" not in location]
     for path in paths:
         if path.stat().st_size == 0:
             raise SourceError(f"{path}: no rows; expected at least one")
     try:
-        return _prepared(locations, paths, kind)
+        apart = _columns_differ(paths, kind, separator)
+        parts = _one_by_one(locations, kind, separator) if apart else None
+        if parts is not None:
+            return parts
+        found = _prepared(locations, kind, separator)
+        nulls = any(found.data.column(name).null_count for name in inputs if name in found.column_names)
+        parts = _one_by_one(locations, kind, separator) if nulls else None
+        return [found] if parts is None else parts
     except Exception as error:  # whatever a parser raises at a broken file
+        parts = _one_by_one(locations, kind, separator)
+        if parts is not None:
+            return parts
         where: str | Path = redact(locations[0])
         if len(locations) > 1:
             where = f"{redact(locations[0].rpartition('/')[0])} ({len(locations)} files)"
@@ -77,14 +142,27 @@ def _converted(locations: Sequence[str], kind: str) -> Dataset:
         bad = next(((path, line) for path, line in lines if line is not None), None)
         if bad is not None:
             where = bad[0]
-        found = reason(error) if bad is None else bad[1]
-        raise SourceError(f"{where}: cannot be read as {kind[1:]}: {found}; mend the file, or convert it") from error
+        why = reason(error) if bad is None else bad[1]
+        hint = "save it as UTF-8" if "codec can't decode" in why else "mend the file, or convert it"
+        raise SourceError(f"{where}: cannot be read as {kind[1:]}: {why}; {hint}") from error
 
 
-def _prepared(locations: Sequence[str], paths: Sequence[Path], kind: str) -> Dataset:
+def _one_by_one(locations: Sequence[str], kind: str, separator: str | None) -> list[Dataset] | None:
+    """Each file by itself; None where there is one alone, one cannot be read, or all have the same columns and types."""
+    if len(locations) == 1:
+        return None
+    try:
+        parts = [_prepared([location], kind, separator) for location in locations]
+    except Exception:  # the caller says what is wrong
+        return None
+    return parts if any(part.features != parts[0].features for part in parts) else None
+
+
+def _prepared(locations: Sequence[str], kind: str, separator: str | None) -> Dataset:
     import datasets
 
-    builder, settings = _BUILDERS[kind]
+    builder, settings = _BUILDERS[kind][0], _csv_settings(kind, separator)
+    paths = [Path(location) for location in locations if "://" not in location]
     files = {"train": [glob.escape(str(path.absolute())) for path in paths] or list(locations)}
     with quiet():
         made = datasets.load_dataset_builder(builder, _digest(paths) if paths else None, data_files=files, **settings)

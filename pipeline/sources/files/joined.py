@@ -1,8 +1,8 @@
-"""Data sets one after another, read as one: labelled rows first, then rows without labels."""
+"""Data sets one after another, read as one: files with different columns, or labelled rows and rows without labels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -19,13 +19,38 @@ Rows: TypeAlias = "OneRows | JoinedRows"
 
 
 class JoinedRows:
-    """The rows of several data sets in order. Columns and types are those of the first; the label is that of the first alone."""
+    """The rows of several data sets in order.
 
-    def __init__(self, parts: Sequence[OneRows], label: str | None) -> None:
+    A column has the type of the first part that has values in it. A row of a part without that column holds null there.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[OneRows],
+        *,
+        names: Sequence[str] = (),
+        label: str | None = None,
+        unlabelled: Collection[int] = (),
+    ) -> None:
+        """Rows of all parts.
+
+        Args:
+            names: what messages call each part: its file. Empty: the parts are not files of one split.
+            label: the column with the class label.
+            unlabelled: numbers of the parts whose labels and further columns are not read.
+        """
+        import datasets
+
         self.parts = tuple(parts)
+        self.names = tuple(names)
         self.label = label
-        """The column that is read of the first part alone."""
-        self.features: Any = parts[0].features
+        self.unlabelled = frozenset(unlabelled)
+        found: dict[str, Any] = {}
+        for part in (part for i, part in enumerate(self.parts) if i not in self.unlabelled):
+            for name, feature in part.features.items():
+                if name not in found or getattr(found[name], "dtype", None) == "null":
+                    found[name] = feature
+        self.features: Any = datasets.Features(found)
         self.bounds: list[int] = np.cumsum([0, *(len(part) for part in parts)]).tolist()
         """(parts + 1,): the first row of each."""
 
@@ -34,7 +59,7 @@ class JoinedRows:
 
     @property
     def column_names(self) -> list[str]:
-        """Columns of the first part."""
+        """Columns that some part has."""
         return list(self.features)
 
     @property
@@ -47,6 +72,23 @@ class JoinedRows:
         """(row groups,) the first row of each, of the parts that are read by row group."""
         found = [p.starts + b for p, b in zip(self.parts, self.bounds, strict=False) if isinstance(p, ParquetRows)]
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+    def holds(self, part: int, name: str) -> bool:
+        """Whether a column is read of a part."""
+        return name in self.parts[part].column_names and not (name == self.label and part in self.unlabelled)
+
+    def select(self, rows: np.ndarray) -> JoinedRows:
+        """The same parts with these of their rows, (n,) int64 in ascending order."""
+        parts: list[OneRows] = []
+        names: list[str] = []
+        unlabelled: list[int] = []
+        for i, (first, last) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
+            chosen = rows[(rows >= first) & (rows < last)] - first
+            if len(chosen):
+                unlabelled += [len(parts)] if i in self.unlabelled else []
+                names += self.names[i : i + 1]
+                parts.append(self.parts[i].select(chosen))
+        return JoinedRows(parts, names=names, label=self.label, unlabelled=unlabelled)
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """The rows `[start, stop)` as (part, first, last) with rows counted from the beginning of the part."""

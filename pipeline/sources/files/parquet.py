@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,7 @@ class ParquetRows:
         import datasets
 
         self._files = tuple(files)
+        self._given = features
         found = features or datasets.Features.from_arrow_schema(files[0].schema)
         common = set.intersection(*(set(file.schema.names) for file in files))
         self.features: Any = datasets.Features({name: kind for name, kind in found.items() if name in common})
@@ -105,6 +107,13 @@ class ParquetRows:
         names = dict.fromkeys(name for file in self._files for name in file.schema.names)
         lacking = {name: [file.location for file in self._files if name not in file.schema.names] for name in names}
         return {name: files[0] for name, files in lacking.items() if files}
+
+    def split_by(self, column: str) -> dict[str, ParquetRows]:
+        """Runs of files that have a column and of files that lack it, in order: each by the name of its first file."""
+        runs = itertools.groupby(self._files, key=lambda file: column in file.schema.names)
+        members = [tuple(files) for _, files in runs]
+        given = self._given
+        return {files[0].location: ParquetRows(files, given) for files in members}
 
     @property
     def starts(self) -> np.ndarray:

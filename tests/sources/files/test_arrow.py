@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from pipeline.config import DataConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Example
-from pipeline.sources import Source, fingerprints, load_source, read_examples
+from pipeline.sources import LabelMap, Source, fingerprints, label_names, load_source, read_examples
 from pipeline.sources.files.layout import find_files, looks_like_path
 
 ROWS = [{"text": "one", "label": "a"}, {"text": "two, or 2", "label": None}, {"text": "dreißig", "label": "b"}]
@@ -220,3 +221,95 @@ def test_hub_flags_do_not_go_with_a_path(tmp_path: Path) -> None:
     for config in (DataConfig(dataset=path, dataset_config="x"), DataConfig(dataset=path, dataset_revision="main")):
         with pytest.raises(MisuseError, match="go with a hub data set, found a local path"):
             load_source(config)
+
+
+# --------------------------------------------------------------------------------- files of different columns in a split
+
+
+def put(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return name
+
+
+LABELLED_CSV = "text,label\none,3\ntwo,4\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("no-label.csv", "text\nthree\n"),
+        ("other-columns.csv", "id,text,date\n7,three,2020\n"),
+        ("empty-labels.csv", "label,text\n,three\n"),
+        ("semicolons.csv", "id;text\n7;three\n"),
+        ("tabs.tsv", "id\ttext\n7\tthree\n"),
+        ("no-label.jsonl", '{"text": "three", "id": 1}\n'),
+        ("lines.txt", "three\n"),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_of_a_file_without_labels_have_none(tmp_path: Path, name: str, content: str, order: int) -> None:
+    files = [put(tmp_path, "labelled.csv", LABELLED_CSV), put(tmp_path, name, content)][::order]
+    source = load_source(DataConfig(dataset=str(tmp_path), data_files=tuple(f"train={file}" for file in files)))
+    labels = LabelMap.for_names(source, ("3", "4"))
+    found = [(row.text, row.label) for row in read_examples(source, "train", 0, 3, labels)]
+    parts = [[("one", 0), ("two", 1)], [("three", None)]][::order]
+    assert found == [*parts[0], *parts[1]]
+    assert label_names(source)[3:] == ("3", "4")
+
+
+def test_a_parquet_file_beside_a_csv(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"label": ["b"], "text": ["two"]}), tmp_path / "b.parquet")
+    put(tmp_path, "a.csv", "text,label\none,a\n")
+    source = load_source(DataConfig(dataset=str(tmp_path), data_files=("train=a.csv", "train=b.parquet")))
+    assert texts(source) == ["one", "two"]
+    assert label_names(source) == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["b.csv", "b.jsonl", "b.parquet"])
+def test_a_file_without_the_text_column_is_named(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "a.csv", LABELLED_CSV)
+    if name == "b.parquet":
+        pq.write_table(pa.table({"body": ["x"]}), tmp_path / name)
+    else:
+        put(tmp_path, name, "label\n3\n" if name == "b.csv" else '{"label": 3}\n')
+    data = DataConfig(dataset=str(tmp_path), data_files=("train=a.csv", f"train={name}"))
+    with pytest.raises(
+        SourceError, match=rf"{name}: no column 'text'; found \w+; name the right one with --text-column"
+    ):
+        load_source(data)
+
+
+def test_a_test_split_is_held_out_of_labelled_rows(tmp_path: Path) -> None:
+    words = [f"text {i}" for i in range(60)]
+    put(tmp_path, "a.csv", "text,label\n" + "".join(f"{word},{i % 2}\n" for i, word in enumerate(words[:40])))
+    put(tmp_path, "b.csv", "id,text\n" + "".join(f"{i},{word}\n" for i, word in enumerate(words[20:])))
+    alone = load_source(DataConfig(dataset=str(tmp_path / "a.csv"), holdout=0.3))
+    data = DataConfig(dataset=str(tmp_path), data_files=("train=a.csv", "train=b.csv"), holdout=0.3)
+    source = load_source(data)
+    held = texts(alone, "test")
+    assert set(texts(source, "test")) == set(held)  # rows of b.csv with the same text are held out too
+    assert texts(source, "test")[: len(held)] == held
+    assert not set(texts(source)) & set(held)
+    assert len(source.splits["train"]) + len(source.splits["test"]) == 80
+
+
+def test_classes_of_two_files_have_the_same_names(tmp_path: Path) -> None:
+    for name, names in (("a", ["x", "y"]), ("b", ["y", "x"])):
+        found = datasets.Dataset.from_dict({"text": [name], "label": [0]})
+        found.cast_column("label", datasets.ClassLabel(names=names)).to_parquet(tmp_path / f"{name}.parquet")
+    put(tmp_path, "c.csv", "text\nc\n")
+    files = ("train=a.parquet", "train=c.csv", "train=b.parquet")
+    with pytest.raises(SourceError, match="files have different names of classes"):
+        load_source(DataConfig(dataset=str(tmp_path), data_files=files))
+
+
+def test_semicolons_are_seen_in_the_first_line(tmp_path: Path) -> None:
+    text = '\ufeff"Text, lang";Art\n"Grüße; bis bald";a\nohne, Anführung;b\n'
+    put(tmp_path, "a.csv", text)
+    source = load_source(DataConfig(dataset=str(tmp_path / "a.csv"), text_column="Text, lang", label_column="Art"))
+    assert texts(source) == ["Grüße; bis bald", "ohne, Anführung"]
+    put(tmp_path, "c.csv", "sep=;\ntext;label\none, two;1\n")
+    source = load_source(DataConfig(dataset=str(tmp_path / "c.csv")))
+    assert (texts(source), source.columns.label) == (["one, two"], "label")
+    put(tmp_path, "b.csv", "text,a;b\none,1\n")
+    assert load_source(DataConfig(dataset=str(tmp_path / "b.csv"))).splits["train"].column_names == ["text", "a;b"]

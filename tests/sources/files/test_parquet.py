@@ -133,12 +133,23 @@ def test_types_are_those_of_the_first_file(tmp_path: Path) -> None:
 
 
 def test_a_column_that_some_file_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), tmp_path / "part-0.parquet")
-    pq.write_table(pa.table({"text": ["b"]}), tmp_path / "part-1.parquet")
+    pq.write_table(pa.table({"text": ["a"], "label": ["x"], "id": [1]}), tmp_path / "part-0.parquet")
+    pq.write_table(pa.table({"text": ["b"], "label": ["y"]}), tmp_path / "part-1.parquet")
     source = load_source(DataConfig(dataset=str(tmp_path)))
-    assert source.columns.label is None
-    assert "column 'label' is not in every file and is not read" in caplog.text
-    assert "part-1.parquet has none" in caplog.text
+    assert source.columns.label == "label"
+    assert "column 'id' is not in every file and is not read" in caplog.text
+
+
+def test_rows_of_a_file_without_labels_have_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), tmp_path / "part-0.parquet")
+    pq.write_table(pa.table({"id": [1, 2], "text": ["b", "c"]}), tmp_path / "part-1.parquet")
+    pq.write_table(pa.table({"text": ["d"], "label": ["y"]}), tmp_path / "part-2.parquet")
+    caplog.set_level("INFO")
+    source = load_source(DataConfig(dataset=str(tmp_path)))
+    found = list(read_rows(source.splits["train"], ["text", "label"]))
+    assert found == [{"text": t, "label": y} for t, y in zip("abcd", ["x", None, None, "y"], strict=True)]
+    assert source.row_groups == {"train": [0, 1, 3]}
+    assert "2 of 4 rows are in files without a column 'label' and have no label" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "not parquet"])

@@ -1,0 +1,265 @@
+"""The recipe of `softlabel init`: look at the data, choose, write the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.cache.storage.commit import write_text
+from pipeline.config import DataConfig, InitConfig
+from pipeline.errors import MisuseError, ModelError, SourceError
+from pipeline.models.detect import detect_task
+from pipeline.records import TokenizedExample
+from pipeline.sources import Source, label_names, load_source, load_unlabelled, with_unlabelled
+from pipeline.sources.batches import read_rows
+from pipeline.sources.prepare import locate
+from pipeline.starter.counts import Counts, count
+from pipeline.starter.facts import column_facts, sampled_ranges
+from pipeline.starter.page import make_page
+from pipeline.starter.places import listed_files, local_files, with_unlabelled_files
+from pipeline.starter.records import Lengths, Start
+from pipeline.starter.roles import Roles, choose_roles
+from pipeline.starter.teacher import Known, look_up, measure, nothing_of, sample
+from pipeline.tasks import TASKS, Task, get_task
+
+if TYPE_CHECKING:
+    from pipeline.sources.files.joined import Rows
+
+ENGLISH = "sentence-transformers/all-MiniLM-L6-v2"
+OTHER_LANGUAGES = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
+#: Layers of each, and parameters beside the embeddings: known where the hub cannot be reached.
+_SIZES = {ENGLISH: (6, 10_600_000), OTHER_LANGUAGES: (12, 21_300_000)}
+HOLDOUT = 0.1
+_FEWEST = 30
+#: More letters beside a to z: the texts are not English. German has 2%, English 0.1%.
+_FOREIGN = 0.006
+_CHARACTERS_OF_TOKEN = 3.5  # fewer than most texts have: too few cut rows, too many only take longer
+#: Rows up to here are not cut, whatever their number.
+_SHORT = 128
+
+
+def run(config: InitConfig) -> Start:
+    """`softlabel init`: look at a data set and write the file.
+
+    Raises:
+        MisuseError: the file is there already; several columns can be the text or the label; a language model without a teacher.
+        SourceError: no data, no column that can be the text or the label, labels that are no classes.
+        ModelError: no such model or teacher.
+    """
+    output = Path(config.output).expanduser()
+    _check_output(output, config.overwrite)
+    found = locate(DataConfig(dataset=config.dataset, dataset_config=config.dataset_config))
+    facts = column_facts(found.splits)
+    task = _asked_task(config)
+    if not any(each.rows for each in facts.values()):
+        raise SourceError(f"{config.dataset}: no rows; expected at least one")
+    roles = choose_roles(config.dataset, facts, config, tokens=None if task is None else task.classes_are_tokens)
+    task = task or _task_of(roles)
+    if task.classes_are_tokens and config.model is None and config.teacher is None:
+        raise MisuseError(
+            f"{config.dataset}: {_why_generative(roles)}: a language model needs its teacher named; give --teacher NAME "
+            "(used as it is), or --model NAME (fine-tuned on this data first)"
+        )
+    data, added = with_unlabelled_files(_data(config, roles, found.splits), config.unlabelled)
+    source, known_labels = _read(data, added, roles, config)
+    counts = count(source, known_labels, data.label_map)
+    moved: tuple[str, ...] = ()
+    if roles.label is not None and "test" in counts.splits and not counts.splits["test"].labelled:
+        named, moved = _without_test(data, config, counts)
+        if named != data:
+            data = named
+            source, known_labels = _read(data, added, roles, config)
+            counts = count(source, known_labels, data.label_map)
+    _check_counts(config, roles, counts)
+    known = _known(config, counts)
+    rows = sample(source, task, known, data)
+    lengths = _lengths(task, known, rows, source, roles)
+    data = dataclasses.replace(data, max_length=lengths.chosen)
+    start = Start(
+        path=config.output,
+        command=_command(config),
+        task=task.name,
+        generative=task.classes_are_tokens,
+        data=data,
+        added=added,
+        roles=roles,
+        facts=facts,
+        counts=counts,
+        unlabelled_files={name: _rows_of(name) for name in config.unlabelled},
+        moved=moved,
+        lengths=lengths,
+        known=known,
+        speed=measure(task, known, rows, known_labels, lengths.chosen),
+        is_teacher=config.teacher is not None,
+        is_default=config.teacher is None and config.model is None,
+        evaluated=_evaluated(task, counts),
+        can_draw=find_spec("matplotlib") is not None,
+        runs=config.runs or f"runs/{output.stem}",
+    )
+    write_text(output, make_page(start))
+    return start
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.is_dir():
+        raise MisuseError(f"--output {output}: is a directory; name a YAML file in it")
+    if output.suffix not in (".yaml", ".yml"):
+        raise MisuseError(f"--output {output}: expected the name of a YAML file, as distil.yaml")
+    if output.exists() and not overwrite:
+        raise MisuseError(f"--output {output}: is there already; name another file, or --overwrite to replace it")
+
+
+def _asked_task(config: InitConfig) -> Task | None:
+    if config.task is not None:
+        return get_task(config.task)
+    return None if config.teacher is None else detect_task(config.teacher)
+
+
+def _task_of(roles: Roles) -> Task:
+    return next(task for task in TASKS.values() if task.classes_are_tokens == (roles.label is None))
+
+
+def _why_generative(roles: Roles) -> str:
+    if roles.messages is not None:
+        return f"column {roles.messages!r} holds chats"
+    if roles.prompt is not None:
+        return f"columns {roles.prompt!r} and {roles.completion!r} are prompts and completions"
+    return f"column {roles.input_ids or roles.text!r} is read by a language model"
+
+
+def _data(config: InitConfig, roles: Roles, splits: Mapping[str, Rows]) -> DataConfig:
+    """The data set as it is named, with the columns."""
+    if "train" not in splits:
+        raise SourceError(
+            f"{config.dataset}: no split train to learn from; found {', '.join(splits)}; rename a file, or give one file"
+        )
+    if "test" not in splits and len(splits["train"]) < _FEWEST:
+        raise SourceError(
+            f"{config.dataset}: {len(splits['train'])} rows are too few to set some aside as test; expected at least {_FEWEST}, "
+            "or a directory with files for train and test"
+        )
+    return DataConfig(
+        dataset=config.dataset,
+        dataset_config=config.dataset_config,
+        holdout=0.0 if "test" in splits else HOLDOUT,
+        text_column=roles.text or "text",
+        text_pair_column=roles.text_pair,
+        messages_column=roles.messages,
+        prompt_column=roles.prompt,
+        completion_column=roles.completion,
+        input_ids_column=roles.input_ids,
+        label_column=roles.label or "label",
+        label_map=config.label_map,
+    )
+
+
+def _read(data: DataConfig, added: tuple[str, ...], roles: Roles, config: InitConfig) -> tuple[Source, tuple[str, ...]]:
+    """The data set as the stages will read it, and the names of its classes."""
+    source = load_source(data, label_required=roles.label is not None)
+    names: tuple[str, ...] = ()
+    if roles.label is not None:
+        names = label_names(source, data.label_map) if config.teacher is None else look_up(config.teacher).labels
+    return with_unlabelled(source, load_unlabelled(added, data)), names
+
+
+def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple[DataConfig, tuple[str, ...]]:
+    """A split `test` without labels measures nothing: its rows are read with those of `train`, or not at all."""
+    if data.data_files:
+        renamed = tuple(
+            "train=" + item.removeprefix("test=") if item.startswith("test=") else item for item in data.data_files
+        )
+        return dataclasses.replace(data, data_files=renamed, holdout=HOLDOUT), ("test",)
+    files = local_files(config.dataset)
+    if files is not None:
+        rest = {split: members for split, members in files.items() if split != "test"}
+        joined = {**rest, "train": (*files["train"], *files["test"])}
+        return dataclasses.replace(listed_files(data, joined), holdout=HOLDOUT), ("test",)
+    if "validation" in counts.splits and counts.splits["validation"].labelled:
+        return dataclasses.replace(data, split=tuple(split for split in counts.splits if split != "test")), ()
+    return data, ()
+
+
+def _check_counts(config: InitConfig, roles: Roles, counts: Counts) -> None:
+    if roles.label is None:
+        return
+    if not counts.splits["train"].labelled:
+        raise SourceError(f"{config.dataset}: split train has no labelled row in column {roles.label!r}")
+    if sum(number > 0 for number in counts.classes.values()) < 2:
+        only = next(name for name, number in counts.classes.items() if number)
+        raise SourceError(f"{config.dataset}: column {roles.label!r}: one class only ({only}); expected at least two")
+
+
+def _known(config: InitConfig, counts: Counts) -> Known:
+    asked = config.teacher or config.model
+    if asked is not None:
+        return look_up(asked)
+    name = ENGLISH if counts.foreign_letters < _FOREIGN else OTHER_LANGUAGES
+    try:
+        found = look_up(name)
+    except ModelError:  # a mirror that does not have it
+        found = nothing_of(name)
+    layers, weights = _SIZES[name]
+    return found if found.layers is not None else dataclasses.replace(found, layers=layers, weights=weights)
+
+
+def _lengths(task: Task, known: Known, rows: list[TokenizedExample], source: Source, roles: Roles) -> Lengths:
+    sizes = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+    if not len(sizes):
+        sizes = _estimated(source, roles)
+    limit = min(known.longest or task.default_max_length, task.default_max_length)
+    most = int(np.quantile(sizes, 0.95, method="higher"))
+    longest = int(sizes.max())
+    wanted = longest if longest <= _SHORT else most
+    chosen = min(limit, max(16, -(-wanted // 16) * 16))
+    in_pieces = task.classes_are_tokens and roles.text is not None
+    return Lengths(
+        median=int(np.median(sizes)),
+        most=most,
+        longest=longest,
+        chosen=chosen,
+        cut=float((sizes > chosen).mean()),
+        mean=float((sizes if in_pieces else np.minimum(sizes, chosen)).mean()),
+        is_counted=bool(rows),
+    )
+
+
+def _estimated(source: Source, roles: Roles) -> np.ndarray:
+    """(rows,) tokens, from characters."""
+    rows = source.splits["train"]
+    names = [name for name in roles.named if name != roles.label]
+    found = [
+        sum(len(value if isinstance(value, str) else str(value)) for value in row.values() if value is not None)
+        for part in sampled_ranges(rows, 2000)
+        for row in read_rows(rows, names, part.start, part.stop)
+    ]
+    return np.ceil(np.array(found) / _CHARACTERS_OF_TOKEN).astype(np.int64) + 2
+
+
+def _rows_of(name: str) -> int:
+    splits = locate(DataConfig(dataset=name)).splits
+    return len(splits.get("train") or next(iter(splits.values())))
+
+
+def _evaluated(task: Task, counts: Counts) -> str:
+    for split in ("test", "validation"):
+        if split in counts.splits and (task.classes_are_tokens or counts.splits[split].labelled):
+            return split
+    return "test"
+
+
+def _command(config: InitConfig) -> str:
+    """The command as it was given, without what repeats a default."""
+    words = ["softlabel", "init"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        for item in value if isinstance(value, tuple) else [value]:
+            if isinstance(item, str):
+                words += [flag, item]
+    return shlex.join(words)

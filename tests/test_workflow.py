@@ -1,0 +1,53 @@
+"""`softlabel run`: the report at its end, and which files a stage depends on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.test_cli import call, project  # noqa: F401 - a fixture
+
+
+def test_run_ends_with_the_report_where_the_file_has_one(project, caplog, monkeypatch):
+    monkeypatch.setattr("pipeline.evaluation.report.report.draw_all", lambda _: ())  # seconds of matplotlib
+    report = {"cache": "runs/cache", "student": "runs/a", "control": "control=runs/b", "output": "runs/report"}
+    project["report"] = {**report, "rounds": 0, "resamples": 100}
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    done = call("run", "run.yaml")
+    assert done.exit_code == 0, done.output
+    assert "kept in runs/report/report.html" in done.stdout
+    made = Path("runs/report/report.json").stat().st_mtime_ns
+    again = call("run", "run.yaml")
+    assert again.stdout.count("kept in runs/report/report.html") == 1
+    assert "report: runs/report is up to date" in caplog.text
+    assert Path("runs/report/report.json").stat().st_mtime_ns == made
+    Path("runs/b/distillation.json").write_text(Path("runs/b/distillation.json").read_text() + " ")  # a changed control
+    assert call("run", "run.yaml", "report").exit_code == 0
+    assert Path("runs/report/report.json").stat().st_mtime_ns > made
+
+
+def test_a_report_that_cannot_be_drawn_is_said_first(project, monkeypatch):
+    project["report"] = {"cache": "runs/cache", "student": "runs/a", "output": "runs/report"}
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = call("run", "run.yaml")
+    assert done.exit_code == 2
+    assert "softlabel report draws with matplotlib" in done.stderr
+    assert not Path("runs/teacher").exists()
+
+
+def test_only_the_files_named_make_a_stage_stale(project, caplog):
+    project["data"]["data_files"] = {"train": ["train.jsonl"], "test": "test.jsonl"}
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    assert call("run", "run.yaml", "--through", "train-teacher").exit_code == 0
+    Path("data/notes.jsonl").write_text("{}")
+    caplog.clear()
+    assert call("run", "run.yaml", "--through", "train-teacher").exit_code == 0
+    assert "train-teacher: runs/teacher is up to date" in caplog.text
+    rows = Path("data/train.jsonl").read_text().splitlines(keepends=True)
+    Path("data/train.jsonl").write_text("".join(rows[:-1]))
+    caplog.clear()
+    assert call("run", "run.yaml", "--through", "train-teacher").exit_code == 0
+    assert "up to date" not in caplog.text
