@@ -53,6 +53,8 @@ def _echo_training(result: TrainResult) -> None:
     losses = {"hard loss": result.hard_loss, "soft loss": result.soft_loss}
     known = {name: value for name, value in losses.items() if value is not None}
     trained = on_split(known, str(result.split), result.rows).lstrip()
-    click.echo(f"student: {result.output}  {result.steps} steps in {result.seconds:.0f} s, {trained}")
+    most = "" if result.most_steps is None else f" of at most {result.most_steps:,}"
+    kept = "" if result.best_step is None else f", the weights of step {result.best_step:,} kept"
+    click.echo(f"student: {result.output}  {result.steps:,} steps{most} in {result.seconds:.0f} s{kept}, {trained}")
     if result.eval_split is not None and result.metrics:
         click.echo(f"  {on_split(result.metrics, result.eval_split, result.eval_rows)}")

@@ -18,8 +18,8 @@ from pipeline.records import Encoding, Full, Loss, Sampled
 PATIENCE, _EVALUATIONS = 5, 20
 #: Share of the steps in which the learning rate rises; then it falls to 0 in a line.
 WARMUP = 0.1
-#: A teacher is trained for at least 3 passes, and more where those are fewer steps than this, up to so many passes.
-_TEACHER_STEPS, _TEACHER_EPOCHS = 250, 10
+#: A teacher is trained for at least 3 passes, and more where those are fewer steps than this, up to so many passes: first with random weights.
+_TEACHER_STEPS, _TEACHER_EPOCHS = {True: 600, False: 250}, {True: 40, False: 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,8 @@ def choose_teacher_arguments(
     batch = found.setdefault("per_device_train_batch_size", 16)
     if "num_train_epochs" not in found and "max_steps" not in found:
         epoch = math.ceil(rows / batch)
-        epochs = min(max(3, math.ceil(_TEACHER_STEPS / epoch)), _TEACHER_EPOCHS)
+        new = start == "random"
+        epochs = min(max(3, math.ceil(_TEACHER_STEPS[new] / epoch)), _TEACHER_EPOCHS[new])
         found |= {"num_train_epochs": float(epochs), "warmup_steps": WARMUP}
         choices.append(Choice("epochs", str(epochs), f"{rows:,} labelled rows, {epochs * epoch:,} steps of {batch}"))
     return found, tuple(choices)

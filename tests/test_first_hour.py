@@ -1,0 +1,107 @@
+"""A new user's first hour: a CSV with column names of its own, the README's commands, and no setting of training.
+
+`make first-hour` does the same with real data and a real encoder.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import random
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from tests.conftest import TOPICS, sentence, tiny_model
+
+DATA = "--task sequence-classification --dataset tickets --text-column 'Body of ticket' --label-column Queue"
+COMMANDS = {
+    "teacher": f"train-teacher {DATA} --model encoder --output runs/teacher",
+    "cache": f"cache-logits {DATA} --unlabelled unlabelled.csv --teacher runs/teacher --output runs/cache",
+    "start": "init-student --teacher runs/teacher --output runs/student-init",
+    "student": "train-student --cache runs/cache --student runs/student-init --output runs/student",
+    "control": "train-student --cache runs/cache --student runs/student-init --output runs/control --hard-weight 1 --soft-weight 0",
+    "evaluation": "evaluate --cache runs/cache --student runs/student --student runs/control --output runs",
+}
+
+
+def write(path: Path, count: int, seed: int, *, labelled: bool = True) -> None:
+    """Tickets with a number, a text of one topic and, where there is one, a queue."""
+    rng = random.Random(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["Ticket No", "Body of ticket", "Queue"][: 3 if labelled else 2])
+        for i in range(count):
+            topic = rng.choice(list(TOPICS))
+            writer.writerow([1000 + i, sentence(rng, 12, topic), f"{topic} team"][: 3 if labelled else 2])
+
+
+@pytest.fixture(scope="module")
+def hour(tmp_path_factory, bert_tokenizer) -> tuple[Path, dict[str, str]]:
+    """The folder after the commands, and what each of them printed."""
+    folder = tmp_path_factory.mktemp("hour")
+    write(folder / "tickets" / "train.csv", 300, 0)
+    write(folder / "tickets" / "test.csv", 150, 1)
+    write(folder / "unlabelled.csv", 300, 2, labelled=False)
+    tiny_model("bert", len(bert_tokenizer), num_labels=2).bert.save_pretrained(folder / "encoder")
+    bert_tokenizer.save_pretrained(folder / "encoder")
+    shown = {}
+    log = logging.getLogger("pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, command in COMMANDS.items():
+            said = io.StringIO()
+            log.addHandler(handler := logging.StreamHandler(said))
+            found = CliRunner().invoke(main, _words(command))
+            log.removeHandler(handler)
+            assert found.exit_code == 0, (command, found.output)
+            shown[name] = said.getvalue() + found.output
+    return folder, shown
+
+
+def _words(command: str) -> list[str]:
+    return [part.strip("'") for part in re.findall(r"'[^']*'|\S+", command)]
+
+
+def test_the_student_keeps_most_of_its_teacher(hour):
+    folder, _ = hour
+    report = json.loads((folder / "runs" / "evaluation.json").read_text())
+    teacher = report["teacher"]["metrics"]["accuracy"]
+    student = report["students"][0]["metrics"]["accuracy"]
+    assert teacher > 0.8
+    assert student >= 0.95 * teacher
+
+
+def test_every_metric_names_its_split_and_rows(hour):
+    _, shown = hour
+    assert re.search(
+        r"accuracy [\d.]+%.* on test, 150 labelled rows; trained on train, 300 labelled rows", shown["teacher"]
+    )
+    assert "train: 600 rows, 300 labelled" in shown["cache"]
+    assert "test: 150 rows, 150 labelled" in shown["cache"]
+    held_out = r"on train \(held out\), \d+ rows"
+    assert re.search(held_out, shown["student"])
+    assert re.search(r"split test: 150 rows", shown["evaluation"])
+
+
+def test_what_is_chosen_is_said_before_the_first_step(hour):
+    _, shown = hour
+    assert re.search(r"train-teacher teacher: learning rate \S+: random weights", shown["teacher"])
+    assert re.search(r"train-teacher teacher: epochs \d+: 300 labelled rows", shown["teacher"])
+    said = re.findall(r"^train-student student: (.*)$", shown["student"], re.MULTILINE)
+    assert [line.split(" ")[0] for line in said] == ["loss", "learning", "batch", "steps", "early"]
+    assert "layers copied from the teacher" in said[1]
+    assert re.search(r"\d+ rows held out of train by content \(no split validation\)", said[-1])
+    line = next(line for line in shown["student"].splitlines() if line.startswith("student: "))
+    assert re.search(r"student: runs/student  \d+ steps of at most \d+ in \d+ s, the weights of step \d+ kept, ", line)
+
+
+def test_the_sizes_of_the_student_are_said(hour):
+    _, shown = hour
+    assert re.search(r"[\d,]+ parameters, [\d.]+% of the teacher's [\d,]+; layers 0", shown["start"])
