@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.storage.urls import is_url, pinned
-from pipeline.cache.writing.build import current_plan, open_layout
+from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
 from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError

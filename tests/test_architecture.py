@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1] / "pipeline"
 ORDER: dict[str, list[set[str]]] = {
     "": [
         {"errors"},
-        {"records"},
+        {"verbosity"},
+        {"records", "progress"},
         {"config"},
         {"sources"},
         {"metrics"},

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Layout, Plan
 from pipeline.cache.format.schema import cache_schema, describe
-from pipeline.cache.writing.build import begin, clear, current_plan, note_contents, open_layout
+from pipeline.cache.writing.build import begin, note_contents
+from pipeline.cache.writing.place import clear, current_plan, open_layout
 from pipeline.capture.append import appended, new_ranges
 from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.permutation import check_class_order

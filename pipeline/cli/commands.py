@@ -19,6 +19,7 @@ from pipeline import config as cfg
 from pipeline.cli.help import WIDTH, FieldOption, example_lines, format_options, usage_pieces
 from pipeline.config.file import PATHS
 from pipeline.errors import MisuseError, PipelineError
+from pipeline.verbosity import LEVELS, at_level, chosen_level
 
 #: Command -> what it does with its configuration; `run` calls the same.
 FUNCTIONS: dict[str, Callable[[Any], None]] = {}
@@ -36,8 +37,24 @@ Completion of commands, flags and paths:
 """
 
 
+def _verbosity_options() -> list[click.Option]:
+    """Flags of the group and of every command, no settings of a run: they change nothing that is made."""
+    return [
+        click.Option(["--quiet"], is_flag=True, help="Print results and warnings alone, no progress."),
+        click.Option(["--verbose"], is_flag=True, help="Print all that is logged, by the libraries too."),
+        click.Option(
+            ["--log-level"],
+            type=click.Choice(LEVELS),
+            help="Least level of the log on standard error: info, unless --quiet (warning) or --verbose (debug) is given.",
+        ),
+    ]
+
+
 class _Terminated(BaseException):
     """SIGTERM, as an exception: temporary files are removed on the way out, as on Ctrl-C."""
+
+
+_VERBOSITY = _verbosity_options()
 
 
 class _Command(click.Command):
@@ -53,6 +70,20 @@ class _Command(click.Command):
                     f"{param.opts[0]}: takes one value, and is given {given.count(param)} times; keep one"
                 )
         return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Those that every command has come last."""
+        own = super().get_params(ctx)
+        return [*own[:-1], *_VERBOSITY, *own[-1:]]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, and say as much as the flags of the command and of the group ask for."""
+        given = [{option.name: ctx.params.pop(str(option.name), None) for option in _VERBOSITY}]
+        given += [ctx.parent.params] if ctx.parent is not None else []
+        quiet, verbose = (any(params.get(name) for params in given) for name in ("quiet", "verbose"))
+        names = tuple(name for params in given if (name := params.get("log_level")) is not None)
+        with at_level(chosen_level(quiet=quiet, verbose=verbose, names=names)):
+            return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """What is required comes first."""
@@ -113,7 +144,7 @@ def _leave_ranks() -> None:
     epilog=_EPILOG,
 )
 @click.version_option(None, "-V", "--version", package_name="soft-label-pipeline")
-def main() -> None:
+def main(**_verbosity: Any) -> None:
     """Run a teacher once, cache its soft labels, train students from the cache.
 
     \b
@@ -122,6 +153,9 @@ def main() -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+main.params.extend(_verbosity_options())
 
 
 def command(name: str, config_type: type, example: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:

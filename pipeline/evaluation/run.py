@@ -24,6 +24,7 @@ from pipeline.models import LoadedModel
 from pipeline.models.adapters import adapter_config
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.scoring import score
+from pipeline.progress import track
 from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions
 from pipeline.softlabels import default_temperature, served_temperature
 from pipeline.tasks import Task, get_task
@@ -82,7 +83,8 @@ def evaluate(
     contract = opened.manifest.contract
     task = get_task(contract.task)
     rows = opened.dataset(split)
-    teacher_predictions = predictions_of_teacher(task, iter(rows), default_temperature(contract.encoding, 1.0))
+    counted = track(rows, "teacher's labels", len(rows), stride=64)
+    teacher_predictions = predictions_of_teacher(task, counted, default_temperature(contract.encoding, 1.0))
     labelled = int((teacher_predictions.labels != NO_LABEL).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
     warn_of_text_bytes(opened, split)

@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from pipeline.cache.storage.transfer import patiently
 from pipeline.errors import CacheError, ContractError, MisuseError
+from pipeline.progress import Progress
 from pipeline.sharing.contents import Contents
 from pipeline.sources.files.loading import reason
 
@@ -63,7 +62,7 @@ def push_to_hub(
     additions: list[CommitOperationAdd] = []
     sent = 0
     total = sum(path.stat().st_size for path in contents.shards.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="push", disable=None) as progress:
+    with Progress("push", total, unit="B") as progress:
         for name, path in {**contents.shards, **contents.others, **manifest}.items():
             if there.get(name) not in _hashes(contents, name, path):
                 addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)

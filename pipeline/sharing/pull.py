@@ -8,9 +8,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from pipeline.cache import Cache, Layout, verify
 from pipeline.cache.format.hashes import file_sha256
@@ -30,6 +28,7 @@ from pipeline.cache.views.card import card_license
 from pipeline.cache.views.reports import write_reports
 from pipeline.config import PullConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
+from pipeline.progress import Progress
 from pipeline.records import Ancestor, Manifest, Shard
 from pipeline.sharing.stores import in_parallel
 from pipeline.sources.files.loading import redact
@@ -154,11 +153,11 @@ def _refuse_other_files(root: Path) -> None:
 
 
 def _fetch_shards(url: str, shards: Sequence[Shard], root: Path) -> None:
-    with tqdm(total=sum(s.bytes for s in shards), unit="B", unit_scale=True, desc="pull", disable=None) as progress:
+    with Progress("pull", sum(s.bytes for s in shards), unit="B") as progress:
         in_parallel(lambda shard: _fetch_shard(url, shard, root, progress), list(shards), _PARALLEL)
 
 
-def _fetch_shard(url: str, shard: Shard, root: Path, progress: tqdm[Never]) -> None:
+def _fetch_shard(url: str, shard: Shard, root: Path, progress: Progress) -> None:
     """One shard: what has come is kept, so that the next run goes on; its final name means that it was verified."""
     final = Layout(root).shard(shard.name)
     if final.is_file() and final.stat().st_size == shard.bytes and file_sha256(final) == shard.sha256:

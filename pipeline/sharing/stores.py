@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tqdm import tqdm
+from fsspec.callbacks import Callback
 
 from pipeline.cache.reading.remote import list_files
 from pipeline.cache.storage.transfer import TIMEOUT, create_file, is_local, make_parent, patiently
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError, ContractError
+from pipeline.progress import Progress
 from pipeline.sharing.contents import Contents
 from pipeline.sources.files.loading import reason, redact
 
@@ -82,6 +83,28 @@ def push_to_store(contents: Contents, url: str) -> int:
     return sum(path.stat().st_size for path in missing.values())
 
 
+class _Sent(Callback):  # type: ignore[misc]
+    """Bytes of one file on their way, as the store's client tells of them: each part of a large one."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+        self._bytes = 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        """So many more."""
+        self.reach(self._bytes + inc)
+
+    def absolute_update(self, value: int) -> None:
+        """So many in all."""
+        self.reach(value)
+
+    def reach(self, count: int) -> None:
+        """So many are there."""
+        self._progress.update(count - self._bytes)
+        self._bytes = count
+
+
 class _Store:
     """A directory behind a URL."""
 
@@ -96,12 +119,11 @@ class _Store:
     def put_all(self, files: dict[str, Path], what: str | None = None) -> None:
         """Send files, several at once; `what` names the progress bar, if there is to be one."""
         total = sum(path.stat().st_size for path in files.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None if what else True) as progress:
+        with Progress(what or "", total, unit="B", shown=what is not None) as progress:
 
             def send(item: tuple[str, Path]) -> None:
                 name, path = item
-                self._put(name, path)
-                progress.update(path.stat().st_size)
+                self._put(name, path, _Sent(progress))
 
             in_parallel(send, list(files.items()), _PARALLEL)
 
@@ -128,16 +150,20 @@ class _Store:
         except FileNotFoundError:
             return
 
-    def _put(self, name: str, local: Path) -> None:
+    def _put(self, name: str, local: Path, sent: _Sent) -> None:
+        size = local.stat().st_size
+
         def request(filesystem: AbstractFileSystem, path: str) -> None:
+            sent.reach(0)  # it may be a second attempt
             make_parent(filesystem, path)
             if is_local(filesystem):  # whose put is not atomic
-                filesystem.put_file(str(local), f"{path}.part")
+                filesystem.put_file(str(local), f"{path}.part", callback=sent)
                 os.replace(f"{path}.part", path)
             else:
-                filesystem.put_file(str(local), path)
+                filesystem.put_file(str(local), path, callback=sent)
 
-        self._write(name, request, timeout=max(TIMEOUT, local.stat().st_size / _SLOWEST))
+        self._write(name, request, timeout=max(TIMEOUT, size / _SLOWEST))
+        sent.reach(size)
 
     def _write(
         self, name: str, request: Callable[[AbstractFileSystem, str], Result], timeout: float | None = None

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pipeline.evaluation.report.report import report as write_report
 from pipeline.evaluation.report.summary import summary
 from pipeline.models.initialize import init_student
 from pipeline.models.saved import checkpoints
+from pipeline.progress import duration
 from pipeline.records import TrainResult
 from pipeline.sweep.grid import PlannedRun, Start, named_caches, plan, train_config
 from pipeline.sweep.leaderboard import SweepReport, SweepRun, make_report
@@ -57,7 +59,9 @@ def run(config: SweepConfig) -> SweepReport:
     teachers = _teachers(caches, eval_split)
     found: list[SweepRun] = []
     for number, planned in enumerate(runs, start=1):
-        logger.info("sweep %d/%d: %s", number, len(runs), planned.name)
+        seconds = [each.result.seconds for each in found if each.result is not None]
+        left = f", at most about {duration(fmean(seconds) * (len(runs) - number + 1))} left" if seconds else ""
+        logger.info("sweep %d/%d: %s%s", number, len(runs), planned.name, left)
         found.append(_run_one(config, planned, caches[planned.cache]))
         write_text(Path(config.output, "sweep.json"), dump(make_report(config, task, found, teachers, eval_split)))
         gc.collect()  # a trainer and its model refer to each other

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from pipeline.cache.storage.commit import full_disk
 from pipeline.errors import ConfigError, MisuseError, TrainingError
-from pipeline.models.arguments import hide_token, num_ranks
+from pipeline.models.arguments import Seen, hide_token, num_ranks
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
@@ -42,6 +43,7 @@ class SavingTrainer(Trainer):
                 f"training: torchrun has started {num_ranks()} ranks, and each would train alone and write to {args.output_dir}; set use_cpu where there is no GPU"
             )
         self.again = again
+        self.seen = Seen()
         hide_token(args)
         args.remove_unused_columns = False
         _check_reporting(args)
@@ -54,6 +56,12 @@ class SavingTrainer(Trainer):
             if not isinstance(error, ImportError) and not re.search(r"install|import", said):
                 raise
             raise ConfigError(f"training: optim: a package is missing: {said}") from None
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of the next step, counted."""
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.seen.add(batches)
+        return batches, counts
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository of `push_to_hub`.

@@ -35,6 +35,7 @@ from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import as_it_came
 from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score
+from pipeline.progress import track
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
 from pipeline.sources.labels import listed
@@ -223,8 +224,9 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
     """What a model predicts on labelled rows."""
     model = loaded.model.eval()
     parts, labels, owners = [], [], []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for number, batch in enumerate(track(batches, "evaluation", len(batches), unit="step")):
+        start = number * batch_size
         inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model))
         truth = torch.from_numpy(np.concatenate([task.hard_labels(row) for row in batch]))
         with torch.inference_mode():
@@ -295,7 +297,8 @@ def _read(
     task: Task, source: Source, split: str, labels: LabelMap | None, tokenizer: Any, settings: Tokenization
 ) -> list[TokenizedExample]:
     """The labelled rows of a split as tokens."""
-    examples = read_examples(source, split, 0, len(source.splits[split]), labels)
+    count = len(source.splits[split])
+    examples = track(read_examples(source, split, 0, count, labels), f"read {split}", count, stride=64)
     rows: list[TokenizedExample] = []
     for item in task.tokenize(examples, split, tokenizer, settings):
         if isinstance(item, BadRow):

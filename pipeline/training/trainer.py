@@ -20,6 +20,7 @@ from pipeline.cache import Cache, CacheDataset
 from pipeline.errors import EncodingError, MisuseError, TrainingError
 from pipeline.metrics import agreement
 from pipeline.models import pad_id
+from pipeline.progress import track
 from pipeline.records import NO_LABEL, Full, Loss, Predictions, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
@@ -314,7 +315,9 @@ class DistillationTrainer(SavingTrainer):
         if callable(schedule_free):
             schedule_free()
         parts: list[dict[str, np.ndarray]] = []
-        for batch in dataloader if self.args.dataloader_num_workers else prefetch(iter(dataloader)):
+        batches: Any = dataloader if self.args.dataloader_num_workers else prefetch(iter(dataloader))
+        shown = self.is_world_process_zero()
+        for batch in track(batches, description.lower(), len(dataloader), unit="step", shown=shown):
             with torch.no_grad(), self.compute_loss_context_manager():
                 _, found = self.compute_loss(model, self._prepare_inputs(batch), return_outputs=True)
             parts.append(_scores(batch, found))
