@@ -143,7 +143,8 @@ def _key(config: Any) -> str:
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     if isinstance(data := getattr(config, "data", None), DataConfig):
         found["files"] = _nested_files(data)
-    settings.pop("overwrite", None)
+    for name in ("overwrite", "report_to"):  # they change nothing of what is made
+        settings.pop(name, None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -39,6 +39,10 @@ class TrainTeacherConfig:
     overwrite: bool = output_option(
         "Delete the model and the checkpoints that the output directory holds and start anew.", False
     )
+    report_to: tuple[str, ...] = training_option(
+        "Report losses and metrics to tensorboard, wandb, trackio, ... as transformers has it; all: to what is installed; repeat for several. Default: none.",
+        (),
+    )
     training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:

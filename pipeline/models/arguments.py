@@ -12,16 +12,23 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.errors import ConfigError
+from pipeline.models.reporting import name_project, reporting
 from pipeline.progress import Progress
 
 #: Of the metrics that an evaluation gives; the others are losses, divergences and errors.
 _GREATER_IS_BETTER = ("accuracy", "macro_f1", "agreement")
 
 
-def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> TrainingArguments:
+def training_arguments(
+    output: str, extra: dict[str, Any], *, report_to: Sequence[str] = (), **ours: Any
+) -> TrainingArguments:
     """`ours`, overridden by `extra`: any field of `transformers.TrainingArguments`.
 
+    Args:
+        report_to: `--report-to`.
+
     Raises:
+        MisuseError: `--report-to` and `extra` contradict each other.
         ConfigError: an unknown field (the nearest is suggested), or a value that transformers refuses.
     """
     known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
@@ -36,7 +43,12 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
     metric = str(given.get("metric_for_best_model") or "").removeprefix("eval_")
     if metric and "greater_is_better" not in given:  # transformers takes all for that but what ends in "loss"
         ours["greater_is_better"] = metric in _GREATER_IS_BETTER
-    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 20, "dataloader_pin_memory": False}
+    quiet = {
+        **reporting(output, report_to, extra),
+        "disable_tqdm": True,
+        "logging_steps": 20,
+        "dataloader_pin_memory": False,
+    }
     if num_ranks() > 1 and not torch.accelerator.is_available():
         quiet["use_cpu"] = True  # ranks find each other on a CPU only where they are asked to use it
     try:
@@ -44,6 +56,7 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
     hide_token(args)
+    name_project(args)
     return args
 
 

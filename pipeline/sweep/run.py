@@ -176,7 +176,7 @@ def _begin(config: SweepConfig, start: Start, seed: int) -> str:
 def _trained(settings: TrainStudentConfig, cache: Cache) -> TrainResult:
     """The result of a run: of the one that is finished, of the one that was stopped and goes on, or of a new one."""
     directory = Path(settings.output)
-    apart = ("cache", "student", "output", "resume", "overwrite")
+    apart = ("cache", "student", "output", "resume", "overwrite", "report_to")
     plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in apart}
     key = _hash([plain, cache.manifest.cache_id, content_of(Path(settings.student))])
     if _is_finished(directory, key, _PROOF):

@@ -108,6 +108,7 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     args = training_arguments(
         config.output,
         config.training,
+        report_to=config.report_to,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         learning_rate=config.learning_rate,
