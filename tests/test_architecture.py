@@ -40,7 +40,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"shard", "space"},
         {"head", "estimate", "write"},
         {"engines"},
-        {"run"},
+        {"run", "outline"},
         {"__init__"},
     ],
     "training": [
@@ -51,6 +51,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"refusals", "saving"},
         {"trainer", "teacher"},
         {"run"},
+        {"outline"},
         {"__init__"},
     ],
     "evaluation": [

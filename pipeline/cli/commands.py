@@ -16,13 +16,17 @@ from typing import Any
 import click
 
 from pipeline import config as cfg
+from pipeline.cli.echo import echo_outline
 from pipeline.cli.help import WIDTH, FieldOption, example_lines, format_options, usage_pieces
 from pipeline.config.file import PATHS
 from pipeline.errors import MisuseError, PipelineError
+from pipeline.records import Outline
 from pipeline.verbosity import LEVELS, at_level, chosen_level
 
 #: Command -> what it does with its configuration; `run` calls the same.
 FUNCTIONS: dict[str, Callable[[Any], None]] = {}
+#: Command -> what it would do, for `--dry-run`.
+OUTLINES: dict[str, Callable[[Any], Outline]] = {}
 
 
 _EPILOG = """\b
@@ -158,11 +162,17 @@ def main(**_verbosity: Any) -> None:
 main.params.extend(_verbosity_options())
 
 
-def command(name: str, config_type: type, example: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """A command whose flags are the fields of its configuration; `--config` fills what no flag gives."""
+def command(
+    name: str, config_type: type, example: str, *, outline: Callable[[Any], Outline] | None = None
+) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """A command whose flags are the fields of its configuration; `--config` fills what no flag gives.
+
+    Args:
+        outline: what the command would do, after the checks that it makes before its work; with it there is `--dry-run`.
+    """
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        def callback(config: str | None, **flags: Any) -> None:
+        def callback(config: str | None, dry_run: bool = False, **flags: Any) -> None:
             file = cfg.load_config(config) if config is not None else None
             given = {key: value for key, value in flags.items() if value is not None and value != ()}
             sections = (file.sections.get(name) if file is not None else None) or ({},)
@@ -175,7 +185,10 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
 
             for resolved in resolved_sections:
                 quiet_libraries()
-                function(resolved)
+                if dry_run and outline is not None:
+                    echo_outline(name, outline(resolved))
+                else:
+                    function(resolved)
 
         summary = (config_type.__doc__ or "").strip()
         command = _Command(
@@ -188,6 +201,9 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
                 help="YAML file with a section for this command; flags override it.",
             )
         )
+        if outline is not None:
+            command.params.append(dry_run_option())
+            OUTLINES[name] = outline
         hints = {**typing.get_type_hints(cfg.DataConfig), **typing.get_type_hints(config_type)}
         command.params.extend(_option(field, hints[field.name]) for field in cfg.cli_fields(config_type))
         main.add_command(command)
@@ -195,6 +211,13 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
         return function
 
     return decorate
+
+
+def dry_run_option() -> click.Option:
+    """The flag of every command that works long."""
+    return click.Option(
+        ["--dry-run"], is_flag=True, help="Check everything, print what would be read and written, and stop."
+    )
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:

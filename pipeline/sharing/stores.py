@@ -52,23 +52,8 @@ def push_to_store(contents: Contents, url: str) -> int:
     if there is None and not store.create(_MARK, json.dumps({"cache_id": contents.cache_id}).encode()):
         there_too = store.cache_id(_MARK)
         if there_too != contents.cache_id:
-            raise ContractError(
-                f"{store}: another cache is being pushed there (cache_id {str(there_too)[:12]}...); use another URL, or remove {_MARK} if nobody is"
-            )
-    if there not in (None, contents.cache_id):
-        raise ContractError(
-            f"{store}: holds another cache (cache_id {str(there)[:12]}..., not {contents.cache_id[:12]}...); use another URL"
-        )
-    sizes = list_files(url, "data")
-    names = {name.rpartition("/")[2] for name in contents.shards}
-    extra = sorted(name for name in sizes if name not in names and name.endswith(".parquet"))
-    if extra:
-        raise CacheError(f"{store}/data/{extra[0]}: is no part of this cache; use another URL")
-    missing = {
-        name: path
-        for name, path in contents.shards.items()
-        if sizes.get(name.rpartition("/")[2]) != path.stat().st_size
-    }
+            raise store.taken(there_too)
+    missing = store.missing(contents, there)
     if len(missing) < len(contents.shards):
         logger.info("%s: %d of %d shards are there", store, len(contents.shards) - len(missing), len(contents.shards))
     store.put_all(missing, "push")
@@ -81,6 +66,21 @@ def push_to_store(contents: Contents, url: str) -> int:
             )
     store.remove(_MARK)
     return sum(path.stat().st_size for path in missing.values())
+
+
+def missing_in_store(contents: Contents, url: str) -> dict[str, Path]:
+    """The shards that a push would send. Writes nothing.
+
+    Raises:
+        ContractError: another cache is there, or is being pushed there.
+        CacheError: other shards are there, or the store cannot be read.
+    """
+    store = _Store(url.rstrip("/"))
+    there = store.cache_id("manifest.json")
+    begun = store.cache_id(_MARK) if there is None else None
+    if begun not in (None, contents.cache_id):
+        raise store.taken(begun)
+    return store.missing(contents, there)
 
 
 class _Sent(Callback):  # type: ignore[misc]
@@ -138,6 +138,37 @@ class _Store:
                 f"{self}/{name}: is no JSON, so that what is there cannot be told; use another URL"
             ) from None
         return str(content.get("cache_id")) if isinstance(content, dict) else ""
+
+    def taken(self, cache_id: str | None) -> ContractError:
+        """Somebody else is pushing."""
+        return ContractError(
+            f"{self}: another cache is being pushed there (cache_id {str(cache_id)[:12]}...); use another URL, or remove {_MARK} if nobody is"
+        )
+
+    def missing(self, contents: Contents, there: str | None) -> dict[str, Path]:
+        """The shards that are not there with their size.
+
+        Args:
+            there: the cache_id of the manifest that is there.
+
+        Raises:
+            ContractError: it is another cache's.
+            CacheError: shards of another cache are there.
+        """
+        if there not in (None, contents.cache_id):
+            raise ContractError(
+                f"{self}: holds another cache (cache_id {str(there)[:12]}..., not {contents.cache_id[:12]}...); use another URL"
+            )
+        sizes = list_files(self._url, "data")
+        names = {name.rpartition("/")[2] for name in contents.shards}
+        extra = sorted(name for name in sizes if name not in names and name.endswith(".parquet"))
+        if extra:
+            raise CacheError(f"{self}/data/{extra[0]}: is no part of this cache; use another URL")
+        return {
+            name: path
+            for name, path in contents.shards.items()
+            if sizes.get(name.rpartition("/")[2]) != path.stat().st_size
+        }
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless it is there, by the store's own condition where it has one."""

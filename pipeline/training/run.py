@@ -36,6 +36,7 @@ from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.forward import detach_loss
+from pipeline.training.saving import BeforeTraining
 from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
@@ -78,7 +79,9 @@ class Origin:
     """The settings of `checkpoints.course`, and the patience of early stopping. Older runs have none."""
 
 
-def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
+def run(
+    config: TrainStudentConfig, cache: Cache | None = None, *, before_training: BeforeTraining | None = None
+) -> TrainResult:
     """`softlabel train-student`. `cache`: the one that the configuration names, where it is open already."""
     kept = parse_bytes("--cache-bytes", config.cache_bytes)
     caches = (
@@ -125,6 +128,7 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
         overwrite=config.overwrite,
         mixture=mixture,
         save_dtype=None if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
+        before_training=before_training,
     )
 
 
@@ -179,11 +183,14 @@ def fit(
     overwrite: bool = False,
     mixture: Mixture | None = None,
     save_dtype: torch.dtype | None = None,
+    before_training: BeforeTraining | None = None,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from.
 
     Args:
         save_dtype: of the weights in the directory; None: as the student's own files have them. Adapters stay as PEFT saves them.
+
+        before_training: called once everything is checked and nothing is written, with the trainer and the checkpoint to go on from.
 
     Raises:
         MisuseError: the output directory holds a model that was not made here, or a finished student.
@@ -235,6 +242,8 @@ def fit(
     )
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
+    if before_training is not None:
+        before_training(trainer, checkpoint)
     show_progress(trainer, f"train-student {output.name}")
     if args.should_save:
         if checkpoint is None:  # an old adapter or checkpoint beside a new model would be loaded in its place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from pipeline.models.reporting import check_installed, own_run
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
+
+
+#: What may look at a run before its first step, and stop it: it is given the trainer and the checkpoint to go on from.
+BeforeTraining = Callable[["SavingTrainer", str | None], None]
 
 
 class SavingTrainer(Trainer):

@@ -42,7 +42,7 @@ from pipeline.sources.labels import listed
 from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.refusals import refuse_evaluation
-from pipeline.training.saving import SavingTrainer
+from pipeline.training.saving import BeforeTraining, SavingTrainer
 from pipeline.training.stopping import CheckpointOnSigterm
 
 logger = logging.getLogger(__name__)
@@ -71,10 +71,13 @@ class TeacherOrigin:
     """The settings of `checkpoints.course`."""
 
 
-def run(config: TrainTeacherConfig) -> dict[str, float]:
+def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = None) -> dict[str, float]:
     """`softlabel train-teacher`: fine-tune, save an ordinary model directory, measure on the held-out split.
 
     What an unfinished run of the same settings has left in the output goes on from its newest whole checkpoint.
+
+    Args:
+        before_training: called once everything is checked and nothing is written, with the trainer and the checkpoint to go on from.
 
     Returns:
         The task's metrics on `validation`, or else on `test`; empty where the source has neither. Kept as `metrics.json`.
@@ -126,6 +129,8 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         tell_of_new_start(output)
     again = "run the same command again"
     trainer = SavingTrainer(teacher.model, args, again=again, data_collator=collator, train_dataset=_Rows(rows))
+    if before_training is not None:
+        before_training(trainer, checkpoint)
     show_progress(trainer, "train-teacher")
     if args.should_save:
         if checkpoint is None:  # an old adapter beside a new model would be loaded in its place

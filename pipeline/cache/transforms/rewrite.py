@@ -29,8 +29,9 @@ from pipeline.cache.writing.claims import finished
 from pipeline.cache.writing.place import check_place, clear
 from pipeline.cache.writing.writer import regroup, write_row_groups
 from pipeline.errors import CacheError, IntegrityError, MisuseError
-from pipeline.progress import Progress
-from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Receipt, Shard, ShardPlan
+from pipeline.progress import Progress, size
+from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Outline, Receipt, Shard, ShardPlan
+from pipeline.softlabels.names import encoding_name
 from pipeline.sources.files.loading import redact
 
 #: A piece's row groups -> those of the new shard; None: the shard stays as it is.
@@ -137,6 +138,28 @@ def check_output(planned: Rewrite, *, overwrite: bool) -> None:
     found = check_place(layout, planned.plan, overwrite=overwrite)
     if found is not None:
         check_same_contract(planned.plan, found, layout.name)
+
+
+def outline(planned: Rewrite, *, overwrite: bool) -> Outline:
+    """What `rewrite` would do, its inputs and the place of its output checked. Writes nothing.
+
+    Raises:
+        PipelineError: see `check_output`.
+    """
+    check_output(planned, overwrite=overwrite)
+    layout = Layout(planned.root)
+    there = 0 if overwrite else sum(finished(layout, piece.plan) is not None for piece in planned.pieces)
+    rows, read = (sum(getattr(piece.shard, name) for piece in planned.pieces) for name in ("rows", "bytes"))
+    splits = dict.fromkeys(piece.plan.split for piece in planned.pieces)
+    return (
+        *(("reads", f"{cache.where}: {len(cache.manifest.shards):,} shards") for cache in planned.sources),
+        ("rows", f"{rows:,} in {', '.join(splits)}, {size(read)}"),
+        ("encoding", f"{encoding_name(planned.contract.encoding)}"),
+        (
+            "writes",
+            f"{planned.root}: {len(planned.pieces):,} shards, {there:,} of them there already; at most {rows:,} rows",
+        ),
+    )
 
 
 def rewrite(planned: Rewrite, *, overwrite: bool = False) -> Cache:

@@ -47,6 +47,11 @@ def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan 
     problem = contract_problem(plan.contract)
     if problem is not None:
         raise ContractError(f"{layout.name}: no cache of these settings could be read: {problem}")
+    return check_files(layout, overwrite=overwrite)
+
+
+def check_files(layout: Layout, *, overwrite: bool = False) -> Plan | None:
+    """As `check_place`, where the plan is not known yet."""
     if layout.root.exists() and not layout.root.is_dir():
         raise CacheError(f"{layout.root}: expected a directory, found a file")
     if overwrite:

@@ -62,7 +62,7 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
         PipelineError: what a worker met; the others are stopped, and what was finished is kept.
     """
     layout = open_layout(config.output)
-    devices = _devices(config, count)
+    devices = devices_of_workers(config, count)
     threads = max(1, torch.get_num_threads() // count)
     workers = [_start(0, config, devices, threads)]
     config = dataclasses.replace(config, overwrite=False)  # the first has done it
@@ -200,8 +200,12 @@ def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: 
     return _Worker(number, process, ours)
 
 
-def _devices(config: CacheLogitsConfig, count: int) -> list[str]:
-    """What each worker sees of the GPUs, as CUDA_VISIBLE_DEVICES; empty: there are none."""
+def devices_of_workers(config: CacheLogitsConfig, count: int) -> list[str]:
+    """What each worker sees of the GPUs, as CUDA_VISIBLE_DEVICES; empty: there are none.
+
+    Raises:
+        MisuseError: fewer GPUs than are asked for.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = (
         [d for d in visible.split(",") if d]
