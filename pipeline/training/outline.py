@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,11 +39,10 @@ def outline_teacher(config: TrainTeacherConfig) -> Outline:
 
 
 def _until_the_first_step(config: TrainStudentConfig | TrainTeacherConfig, run: Callable[..., Any]) -> Outline:
-    with _nothing_written(config.output):
-        try:
-            run(before_training=_stop)
-        except _StoppedError as stopped:
-            return stopped.lines
+    try:
+        run(before_training=partial(_stop, config.output))
+    except _StoppedError as stopped:
+        return stopped.lines
     raise AssertionError("the run has not been stopped")
 
 
@@ -56,11 +54,11 @@ class _StoppedError(Exception):
         self.lines = lines
 
 
-def _stop(trainer: SavingTrainer, checkpoint: str | None) -> NoReturn:
-    raise _StoppedError(tuple(_lines(trainer, checkpoint)))
+def _stop(output: str, trainer: SavingTrainer, checkpoint: str | None) -> NoReturn:
+    raise _StoppedError(tuple(_lines(output, trainer, checkpoint)))
 
 
-def _lines(trainer: SavingTrainer, checkpoint: str | None) -> Iterator[tuple[str, str]]:
+def _lines(output: str, trainer: SavingTrainer, checkpoint: str | None) -> Iterator[tuple[str, str]]:
     args = trainer.args
     model: Any = trainer.model
     loader: Any = trainer.get_train_dataloader()
@@ -81,7 +79,7 @@ def _lines(trainer: SavingTrainer, checkpoint: str | None) -> Iterator[tuple[str
     yield "steps", f"{steps:,}{done}; {per_epoch:,} an epoch"
     yield "learning rate", f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}"
     weights = size(sum(p.numel() * p.element_size() for p in trained))
-    yield "writes", f"{args.output_dir}: about {weights} of weights; checkpoints: {_plain(args.save_strategy)}"
+    yield "writes", f"{output}: about {weights} of weights; checkpoints: {_plain(args.save_strategy)}"
     if args.report_to:
         yield "reports", f"to {', '.join(args.report_to)}, as {args.run_name}"
 
@@ -109,16 +107,3 @@ def _plain(value: Any) -> str:
 def _without_push(config: Any) -> Any:
     """Trainer would make the repository at once."""
     return dataclasses.replace(config, training={**config.training, "push_to_hub": False})
-
-
-@contextlib.contextmanager
-def _nothing_written(output: str) -> Iterator[None]:
-    """Trainer makes its output directory at once: where there was none, it is removed again."""
-    path = Path(output)
-    absent = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        yield
-    finally:
-        for folder in absent:
-            with contextlib.suppress(OSError):  # something else is in it
-                folder.rmdir()

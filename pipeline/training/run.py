@@ -36,7 +36,7 @@ from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.forward import detach_loss
-from pipeline.training.saving import BeforeTraining
+from pipeline.training.saving import BeforeTraining, no_directory
 from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
@@ -229,7 +229,7 @@ def fit(
     checkpoint = None if overwrite else _checkpoint(output, origin, resume=resume)
     trainer = DistillationTrainer(
         student.model,
-        args,
+        args if before_training is None else no_directory(args),
         cache=cache,
         loss=loss,
         split=splits,

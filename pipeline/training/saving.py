@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No spac
 
 #: What may look at a run before its first step, and stop it: it is given the trainer and the checkpoint to go on from.
 BeforeTraining = Callable[["SavingTrainer", str | None], None]
+
+
+def no_directory(args: TrainingArguments) -> TrainingArguments:
+    """The same settings for a trainer that is not to train: Trainer makes its output directory at once, and finds one here."""
+    made = copy.copy(args)
+    made.output_dir = tempfile.gettempdir()
+    return made
 
 
 class SavingTrainer(Trainer):

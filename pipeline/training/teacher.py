@@ -42,7 +42,7 @@ from pipeline.sources.labels import listed
 from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.refusals import refuse_evaluation
-from pipeline.training.saving import BeforeTraining, SavingTrainer
+from pipeline.training.saving import BeforeTraining, SavingTrainer, no_directory
 from pipeline.training.stopping import CheckpointOnSigterm
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,10 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     if checkpoint is None and not config.overwrite:
         tell_of_new_start(output)
     again = "run the same command again"
-    trainer = SavingTrainer(teacher.model, args, again=again, data_collator=collator, train_dataset=_Rows(rows))
+    settings_of_trainer = args if before_training is None else no_directory(args)
+    trainer = SavingTrainer(
+        teacher.model, settings_of_trainer, again=again, data_collator=collator, train_dataset=_Rows(rows)
+    )
     if before_training is not None:
         before_training(trainer, checkpoint)
     show_progress(trainer, "train-teacher")
