@@ -34,6 +34,7 @@ class Progress:
         unit: str = "row",
         initial: int = 0,
         shown: bool = True,
+        leave: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin.
@@ -43,6 +44,7 @@ class Progress:
             unit: `B` is shown as kB, MB, ...
             initial: done before this process began: counted as done, but not in the rate.
             shown: False on all ranks but the first.
+            leave: whether the bar stays on the terminal when the step has ended.
             clock: seconds.
         """
         self.name, self.total, self.unit, self.done = name, total, unit, initial
@@ -52,7 +54,7 @@ class Progress:
         self._has_told = False
         self._lock = threading.Lock()
         self._shown = shown and shows_progress()
-        self._bar = _open_bar(self) if self._shown and sys.stderr.isatty() else None
+        self._bar = _open_bar(self, leave=leave) if self._shown and sys.stderr.isatty() else None
 
     def update(self, count: int, *, note: str | None = None, **more: Any) -> None:
         """Count what is done.
@@ -83,7 +85,7 @@ class Progress:
         return ", ".join([self._counts(), *self._details(now), *([] if left is None else [f"{duration(left)} left"])])
 
     def close(self) -> None:
-        """Leave the bar as it is; where lines were printed, print how long it took."""
+        """End the bar; where lines were printed, print how long it took."""
         if self._bar is not None:
             self._bar.close()
         elif self._has_told:
@@ -135,8 +137,8 @@ def track(
     stride: int = 1,
     shown: bool = True,
 ) -> Iterator[Item]:
-    """The same items, counted as they pass, `stride` at once: several where one takes microseconds."""
-    with Progress(name, total, unit=unit, shown=shown) as progress:
+    """The same items, counted as they pass, `stride` at once: several where one takes microseconds. The bar goes at the end."""
+    with Progress(name, total, unit=unit, shown=shown, leave=False) as progress:
         waiting = 0
         for item in items:
             yield item
@@ -174,7 +176,7 @@ def _amount(value: float, unit: str = "") -> str:
     return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:.3g}"
 
 
-def _open_bar(progress: Progress) -> Any:
+def _open_bar(progress: Progress, *, leave: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(
@@ -183,6 +185,7 @@ def _open_bar(progress: Progress) -> Any:
         unit=progress.unit,
         unit_scale=progress.unit == "B",
         desc=progress.name,
+        leave=leave,
         smoothing=0,  # the mean of this run: batches of a shard differ in length by design
         file=sys.stderr,
     )

@@ -195,6 +195,15 @@ def record(layout: Layout, receipt: Receipt) -> None:
             f"{layout.name}: another capture has begun here (--overwrite), and its plan has replaced this one's; use another --output"
         )
     write_text(layout.receipt(name), dump(receipt))
+    made = receipt.shard
+    logger.debug(
+        "%s: %d rows, %d bytes, %.1f s, the teacher %.1f s of it",
+        name,
+        made.rows,
+        made.bytes,
+        receipt.seconds,
+        receipt.forward_seconds,
+    )
     if receipt.shard.rows:
         _send(layout, [layout.shard(name)])
     _send(layout, [layout.receipt(name)])
