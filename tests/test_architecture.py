@@ -26,7 +26,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"cache"},
         {"capture", "training"},
         {"evaluation"},
-        {"sharing"},
+        {"sharing", "outlines"},
         {"workflow"},
         {"sweep"},
         {"cli"},
@@ -40,7 +40,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"shard", "space"},
         {"head", "estimate", "write"},
         {"engines"},
-        {"run", "outline"},
+        {"run"},
         {"__init__"},
     ],
     "training": [
@@ -51,7 +51,6 @@ ORDER: dict[str, list[set[str]]] = {
         {"refusals", "saving"},
         {"trainer", "teacher"},
         {"run"},
-        {"outline"},
         {"__init__"},
     ],
     "evaluation": [

@@ -14,13 +14,13 @@ from pipeline.records import Outline
 
 
 def _outline_teacher(config: cfg.TrainTeacherConfig) -> Outline:
-    from pipeline.training.outline import outline_teacher
+    from pipeline.outlines.training import outline_teacher
 
     return outline_teacher(config)
 
 
 def _outline_capture(config: cfg.CacheLogitsConfig) -> Outline:
-    from pipeline.capture.outline import outline
+    from pipeline.outlines.capture import outline
 
     return outline(config)
 

@@ -35,7 +35,7 @@ def _init_student(config: cfg.InitStudentConfig) -> None:
 
 
 def _outline_student(config: cfg.TrainStudentConfig) -> Outline:
-    from pipeline.training.outline import outline_student
+    from pipeline.outlines.training import outline_student
 
     return outline_student(config)
 
