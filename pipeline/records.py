@@ -29,6 +29,9 @@ NO_LABEL = -100
 
 Scalar = str | int | float | bool | None
 
+#: What a command would do, as `--dry-run` prints it: what is told, and what there is to say of it.
+Outline = tuple[tuple[str, str], ...]
+
 #: Which turns of the assistant are learnt: all of them, in one row if they have one context; each in a row; the last.
 AssistantTurns = Literal["auto", "all", "each", "last"]
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from glob import has_magic
 from pathlib import Path
@@ -20,11 +22,12 @@ from typing import Any
 from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.storage.urls import is_url, pinned
-from pipeline.cache.writing.build import current_plan, open_layout
+from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
 from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError
 from pipeline.evaluation.report.figures import require_matplotlib
+from pipeline.records import Outline
 from pipeline.sources.files.arrow import is_saved
 from pipeline.sources.files.layout import files_named, find_files
 from pipeline.sources.files.loading import redact
@@ -108,6 +111,60 @@ def run(
             _mark(output, name).write_text(_state(output, name, key), encoding="utf-8")
 
 
+def outline(
+    file: ConfigFile,
+    outlines: Mapping[str, Callable[[Any], Outline]],
+    stages: tuple[str, ...] = (),
+    through: str | None = None,
+    *,
+    overwrite: bool = False,
+) -> Iterator[tuple[str, Outline]]:
+    """What `run` would do: each stage with its output, and why it runs or does not.
+
+    Args:
+        outlines: stage -> what it would do; asked where everything that the stage reads is there.
+
+    Raises:
+        PipelineError: of a stage whose inputs are there, before its work begins.
+    """
+    to_come: set[str] = set()
+    for name, config in list(stage_configs(file, stages, through)):
+        shown = f"{name} {redact(str(config.output or ''))}".rstrip()
+        output = Path(config.output) if config.output is not None else None
+        waits = sorted(to_come.intersection(_named_inputs(config)))
+        if waits:
+            why = f"runs: reads {', '.join(waits)}, which a stage before makes"
+        else:
+            key = _key(config)
+            if output is not None and _is_done(output, name, key):
+                yield shown, (("stage", "is skipped: up to date"),)
+                continue
+            why = "runs: " + _reason(output, name)
+            if _gives_way(name, config, key, asked=overwrite):
+                config = dataclasses.replace(config, overwrite=True)
+                why += "; what is there gives way" if output is not None and output.exists() else ""
+        if config.output is not None:
+            to_come.add(os.path.normpath(config.output))
+        asked = outlines.get(name) if not waits else None
+        yield shown, (("stage", why), *(asked(config) if asked is not None else ()))
+
+
+def _reason(output: Path | None, stage: str) -> str:
+    if output is None:
+        return "it keeps nothing"
+    if not (output / _PROOF[stage]).is_file():
+        return "is not finished" if _mark(output, stage).is_file() else "is not there"
+    return "has other settings or inputs" if _mark(output, stage).is_file() else "was not made by softlabel run"
+
+
+def _named_inputs(config: Any) -> set[str]:
+    """Paths that a stage reads."""
+    settings = dataclasses.asdict(config)
+    found = [value for name, value in {**settings, **settings.get("data", {})}.items() if name in _INPUTS and value]
+    names = itertools.chain.from_iterable(value if isinstance(value, tuple) else [value] for value in found)
+    return {os.path.normpath(name_and_path(name)[1]) for name in names}
+
+
 def _mark(output: Path, stage: str) -> Path:
     return output / f".stage-{stage}.json"
 
@@ -153,7 +210,8 @@ def _key(config: Any) -> str:
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     if isinstance(data := getattr(config, "data", None), DataConfig):
         found["files"] = _nested_files(data)
-    settings.pop("overwrite", None)
+    for name in ("overwrite", "report_to"):  # they change nothing of what is made
+        settings.pop(name, None)
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1] / "pipeline"
 ORDER: dict[str, list[set[str]]] = {
     "": [
         {"errors"},
-        {"records"},
+        {"verbosity"},
+        {"records", "progress"},
         {"config"},
         {"sources"},
         {"metrics"},
@@ -25,7 +26,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"cache"},
         {"capture", "training"},
         {"evaluation"},
-        {"sharing"},
+        {"sharing", "outlines"},
         {"workflow"},
         {"starter", "sweep"},
         {"cli"},

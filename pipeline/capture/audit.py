@@ -25,6 +25,7 @@ from pipeline.capture.plan import plan_batches
 from pipeline.config import AuditConfig
 from pipeline.errors import ContractError
 from pipeline.models import LoadedModel, load_model, model_info, tokenizer_info
+from pipeline.progress import Progress
 from pipeline.records import NO_LABEL, CachedExample, Contract, Encoding, Full, Sampled
 from pipeline.softlabels.ragged import owners
 from pipeline.tasks import Task, get_task
@@ -114,7 +115,7 @@ def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) 
     chosen = _choose(cache, rows, seed)
     marks = _Marks(contract.encoding)
     budget = contract.batch_tokens or task.default_batch_tokens
-    with torch.inference_mode():
+    with torch.inference_mode(), Progress("audit", len(chosen)) as progress:
         for members, width in plan_batches([row.example.num_tokens for row in chosen], budget):
             part = [chosen[i] for i in members]
             together = _logits(task, teacher, part, contract, width)
@@ -123,6 +124,7 @@ def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) 
                 stop = start + row.example.num_positions
                 alone = _logits(task, teacher, [row], contract, None)
                 marks.add(row, together[start:stop], alone, torch.from_numpy(task.hard_labels(row.example)))
+                progress.update(1, tokens=row.example.num_tokens)
                 start = stop
     device = device_name(teacher)
     made_on = _devices(cache)

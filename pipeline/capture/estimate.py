@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from pipeline.cache.format.codec import unpack
 from pipeline.cache.format.schema import cache_schema
@@ -34,6 +33,7 @@ from pipeline.capture.shard import label_rows
 from pipeline.config import EstimateConfig, parse_bytes
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models import LoadedModel
+from pipeline.progress import Progress
 from pipeline.records import (
     BadRow,
     CachedExample,
@@ -123,8 +123,10 @@ def estimate(
     shortest = min(examples, key=lambda example: example.num_tokens)
     teacher_logits(task, teacher, teacher.tokenizer, [shortest], num_classes)  # the first pass warms up
     batches = plan_batches([example.num_tokens for example in examples], batch_tokens)
-    for members, width in tqdm(batches, desc="estimate", unit="batch", disable=None):
+    progress = Progress("estimate", len(examples))
+    for members, width in batches:
         part = [examples[i] for i in members]
+        progress.update(len(part), tokens=sum(example.num_tokens for example in part))
         started = time.perf_counter()
         logits = teacher_logits(task, teacher, teacher.tokenizer, part, num_classes, width)
         synchronize(logits)
@@ -155,6 +157,7 @@ def estimate(
             if reference is not None:
                 soft = narrow(encode(picked, pilot.encoding, uniforms=uniforms), uniforms)
                 pilot.meter.add(reference, target(soft, temperature), soft)
+    progress.close()
     counted = sum(example.num_positions for example in examples)
     tokens = sum(example.num_tokens for example in examples)
     total_rows = sum(len(part) for part in source.splits.values())

@@ -11,6 +11,7 @@ from pipeline.cache.views.tokens import marked_tokens
 from pipeline.capture.job import Job
 from pipeline.capture.shard import forward, read_shard
 from pipeline.errors import ModelError
+from pipeline.progress import track
 from pipeline.records import ShardPlan
 from pipeline.sources import holds_chats
 from pipeline.tasks import check_ids, embedding_rows
@@ -75,5 +76,5 @@ def check_rows(job: Job, shards: Sequence[ShardPlan]) -> None:
         return  # such rows are set aside, shard by shard
     if max(job.tokenizer.get_vocab().values(), default=0) < embedding_rows(job.teacher.model):
         return
-    for shard in shards:
+    for shard in track(shards, "token ids", len(shards), unit="shard"):
         check_ids(job.teacher.model, read_shard(job, shard).examples, job.tokenizer, job.teacher.name)

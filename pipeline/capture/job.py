@@ -12,8 +12,10 @@ import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Layout, Plan
+from pipeline.cache.format.manifest import check_same_contract
 from pipeline.cache.format.schema import cache_schema, describe
-from pipeline.cache.writing.build import begin, clear, current_plan, note_contents, open_layout
+from pipeline.cache.writing.build import begin, note_contents
+from pipeline.cache.writing.place import check_place, clear, current_plan, open_layout
 from pipeline.capture.append import appended, new_ranges
 from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.permutation import check_class_order
@@ -69,8 +71,11 @@ class Job:
     layout: Layout
 
 
-def prepare(config: CacheLogitsConfig) -> Job:
+def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     """What the flags of `softlabel cache-logits` come to; the output is begun, or joined.
+
+    Args:
+        dry_run: the output is looked at, and stays as it is.
 
     Raises:
         PipelineError: see the subclasses.
@@ -100,6 +105,7 @@ def prepare(config: CacheLogitsConfig) -> Job:
         overwrite=config.overwrite,
         append=config.append,
         label_map=config.data.label_map,
+        dry_run=dry_run,
     )
 
 
@@ -167,6 +173,7 @@ def make_job(
     overwrite: bool = False,
     append: bool = False,
     label_map: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> Job:
     """Contract, plan and output of one capture.
 
@@ -175,6 +182,7 @@ def make_job(
         rows: the source rows `[start, stop)` of each split; None: all.
         append: a finished cache of the first rows grows by those that it has not.
         label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the teacher's.
+        dry_run: the output is looked at, and stays as it is.
     """
     num_classes = task.num_classes(teacher.model, tokenizer)
     tokenization = task.settle(tokenization, tokenizer, chats=holds_chats(source))
@@ -203,14 +211,14 @@ def make_job(
     if not label_map and begun is None:
         # Whoever makes the plan looks, before it is written; those who join or resume need not.
         compare(ranges, batch_tokens or task.default_batch_tokens)
-    if overwrite:
+    if overwrite and not dry_run:
         clear(layout)
-    found = current_plan(layout)
+    found = None if overwrite and dry_run else current_plan(layout)
     if append and found is not None and layout.outbox is not None:
         raise CacheError(f"{layout.name}: --append goes with a local directory; pull the cache, append, and push it")
     if batch_tokens is None:
         measured = None if found else fastest_batch_tokens(task, teacher, tokenizer, num_classes, tokenization)
-        found = found or current_plan(layout)  # another part may have chosen meanwhile
+        found = found or (None if dry_run else current_plan(layout))  # another part may have chosen meanwhile
         batch_tokens = measured if found is None else found.contract.batch_tokens
         assert batch_tokens is not None
     contract = Contract(
@@ -247,8 +255,13 @@ def make_job(
         plan = appended(layout, found, plan, source, per_shard, row_groups)
         if not label_map and plan.parent is not None and plan != found:
             compare(new_ranges(plan, plan.parent), batch_tokens, append=True)
-    layout = begin(layout, plan, tokenizer)
-    note_contents(layout, plan, found_in_source.contents)
+    if dry_run:
+        there = check_place(layout, plan, overwrite=overwrite)
+        if there is not None and plan.parent is None:
+            check_same_contract(plan, there, layout.name)
+    else:
+        layout = begin(layout, plan, tokenizer)
+        note_contents(layout, plan, found_in_source.contents)
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
 
 

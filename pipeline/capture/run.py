@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache
-from pipeline.cache.writing.build import current_plan, open_layout
+from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.in_process import capture
 from pipeline.capture.job import make_job, prepare, row_length
 from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs

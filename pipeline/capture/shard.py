@@ -52,7 +52,13 @@ logger = logging.getLogger(__name__)
 _MEASURED, _MEASURED_OF_BATCH = 512, 64
 
 
-def capture_shards(job: Job, shards: Iterable[ShardPlan], done: Callable[[Receipt], None]) -> None:
+#: Called with rows and tokens after every batch: source rows of the shard in proportion to its batches' rows, and tokens without padding.
+Moved = Callable[[int, int], None]
+
+
+def capture_shards(
+    job: Job, shards: Iterable[ShardPlan], done: Callable[[Receipt], None], moved: Moved = lambda rows, tokens: None
+) -> None:
     """Make shards one after another, knowing nothing of the others.
 
     While the teacher runs, the shard after is tokenised, and the batch before is encoded. On a GPU that costs no time; on a CPU it takes turns
@@ -60,6 +66,7 @@ def capture_shards(job: Job, shards: Iterable[ShardPlan], done: Callable[[Receip
 
     Args:
         done: called with each receipt, once it is on disk; in another thread.
+        moved: called after each batch, in the same thread as `done`.
 
     Raises:
         BadRowError: a row cannot be cached, and the contract says stop.
@@ -73,7 +80,7 @@ def capture_shards(job: Job, shards: Iterable[ShardPlan], done: Callable[[Receip
         written: Future[None] | None = None
         while (tokens := _tokens_of(ahead, written)) is not None:
             ahead = reader.submit(_read_next, job, waiting)
-            written = _predict(job, tokens, encoder, done, behind=written)
+            written = _predict(job, tokens, encoder, done, moved, behind=written)
         if written is not None:
             written.result()
     finally:
@@ -114,12 +121,13 @@ def _predict(
     tokens: Tokens,
     encoder: ThreadPoolExecutor,
     done: Callable[[Receipt], None],
+    moved: Moved,
     *,
     behind: Future[None] | None,
 ) -> Future[None]:
     """Run the teacher over one shard; encoding and writing are left to the encoder, which is at most one batch `behind`."""
     batches = plan_batches([example.num_tokens for example in tokens.examples], job.plan.contract.batch_tokens)
-    labels = _ShardLabels(job, tokens, batches)
+    labels = _ShardLabels(job, tokens, batches, moved)
     for number, (members, length) in enumerate(batches):
         started = time.monotonic()
         try:
@@ -143,10 +151,11 @@ def _predict(
 class _ShardLabels:
     """The soft labels of one shard, as its batches come in; used by one thread."""
 
-    def __init__(self, job: Job, tokens: Tokens, batches: list[tuple[list[int], int]]) -> None:
+    def __init__(self, job: Job, tokens: Tokens, batches: list[tuple[list[int], int]], moved: Moved) -> None:
         self.forward_seconds = 0.0
         self._started = time.monotonic()
-        self._job, self._tokens, self._batches = job, tokens, batches
+        self._job, self._tokens, self._batches, self._moved = job, tokens, batches, moved
+        self._seen = self._told = 0
         self._cached: dict[int, CachedExample] = {}
         self._meter = FidelityMeter() if tokens.shard == job.plan.shards[0] else None
         self._measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
@@ -155,6 +164,8 @@ class _ShardLabels:
         """Encode one batch: (N, V) logits of the rows `members`."""
         split = self._tokens.shard.split
         part = [self._tokens.examples[i] for i in members]
+        num_tokens = sum(example.num_tokens for example in part)
+        self._seen += len(part)
         try:
             made = self._label(part, logits)
         except EncodingError:  # looked for only now: it takes a pass over all logits
@@ -170,6 +181,9 @@ class _ShardLabels:
         self._cached.update(zip(members, made, strict=True))
         if self._meter is not None and part and number in self._measured:
             _measure(self._job, self._meter, part, logits, split, seed=number)
+        shard = self._tokens.shard
+        before, self._told = self._told, (shard.stop - shard.start) * self._seen // len(self._tokens.examples)
+        self._moved(self._told - before, num_tokens)
 
     def _label(self, part: list[TokenizedExample], logits: Tensor) -> list[CachedExample]:
         contract = self._job.plan.contract

@@ -20,16 +20,20 @@ _SAMPLE = 64
 _ROW_BYTES, _TOKEN_BYTES = 40, 2
 
 
-def warn_of_full_disk(job: Job, waiting: Sequence[ShardPlan]) -> int:
+def warn_of_full_disk(job: Job, waiting: Sequence[ShardPlan], *, overwrite: bool = False) -> int:
     """Say so when what is still to be made will probably not fit.
+
+    Args:
+        overwrite: the shards that are there will give way, and tell nothing.
 
     Returns:
         The estimate in bytes: as the shards that are there, by source rows; where there are none, from the tokens of a few rows.
     """
-    needed = int(_bytes_per_row(job) * sum(shard.stop - shard.start for shard in waiting))
+    needed = int(_bytes_per_row(job, overwrite=overwrite) * sum(shard.stop - shard.start for shard in waiting))
     if job.layout.outbox is not None:  # one shard at a time is held here
         return needed
-    free = shutil.disk_usage(job.layout.root).free
+    root = job.layout.root.absolute()
+    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
     if needed > free:
         logger.warning(
             "%s: about %.1f GB are to be written, and %.1f GB are free on this disk; free some, or use another --output "
@@ -41,23 +45,32 @@ def warn_of_full_disk(job: Job, waiting: Sequence[ShardPlan]) -> int:
     return needed
 
 
-def _bytes_per_row(job: Job) -> float:
-    receipts = [load_receipt(job.layout, shard.name) for shard in job.plan.shards]
+def _bytes_per_row(job: Job, *, overwrite: bool) -> float:
+    receipts = [] if overwrite else [load_receipt(job.layout, shard.name) for shard in job.plan.shards]
     done = [receipt for receipt in receipts if receipt is not None]
     if done:
         rows = sum(receipt.plan.stop - receipt.plan.start for receipt in done)
         return sum(receipt.shard.bytes for receipt in done) / max(rows, 1)
     contract = job.plan.contract
     per_position = bytes_per_position(contract.encoding, contract.num_classes) + 2 * ("entropy" in contract.columns)
-    total, rows = 0.0, 0
+    total = 0.0
+    examples, rows = sample_rows(job)
+    for item in examples:
+        text = len(item.text or "") + len(item.text_pair or "")
+        total += _ROW_BYTES + _TOKEN_BYTES * item.num_tokens + per_position * item.num_positions + text
+    return total / max(rows, 1)
+
+
+def sample_rows(job: Job) -> tuple[list[TokenizedExample], int]:
+    """A few rows of the source as tokens, and how many source rows they are; packed, each by itself."""
+    examples: list[TokenizedExample] = []
+    rows = 0
     for split, row in _sample(job):
         found = read_examples(job.source, split, row, row + 1, job.labels)
-        for item in job.task.tokenize(found, split, job.tokenizer, contract.tokenization):
-            if isinstance(item, TokenizedExample):
-                text = len(item.text or "") + len(item.text_pair or "")
-                total += _ROW_BYTES + _TOKEN_BYTES * item.num_tokens + per_position * item.num_positions + text
+        made = job.task.tokenize(found, split, job.tokenizer, job.plan.contract.tokenization)
+        examples += [item for item in made if isinstance(item, TokenizedExample)]
         rows += 1
-    return total / max(rows, 1)
+    return examples, rows
 
 
 def bytes_per_position(encoding: Encoding, num_classes: int) -> float:

@@ -26,6 +26,7 @@ from pipeline.capture.plan import library_versions
 from pipeline.capture.shard import label_rows
 from pipeline.errors import BadRowError, EncodingError, MisuseError
 from pipeline.models import tokenizer_info
+from pipeline.progress import Progress
 from pipeline.records import (
     NO_LABEL,
     BadRow,
@@ -162,6 +163,7 @@ def write_cache(
         raise MisuseError(f"{output}: holds a finished cache; use another output, or overwrite=True")
     _drop_shards(layout)
     plans, longest = [], 2
+    progress = Progress("rows to the cache")
     for split, numbered in _by_split(itertools.chain(head, iterator)):
         for number in itertools.count():
             part = list(itertools.islice(numbered, rows_per_shard))
@@ -175,8 +177,10 @@ def write_cache(
                     f"rows {plan.start} to {plan.stop - 1}: expected at most {max_length} tokens, found {longest}; set max_length"
                 )
             written = write_shard(layout.shard(plan.name), plan, cached, schema)
+            progress.update(len(part), tokens=sum(row.example.num_tokens for row in cached))
             record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0, bad))
             plans.append(plan)
+    progress.close()
     contract = dataclasses.replace(contract, tokenization=Tokenization(max_length or longest))
     return finish(layout, Plan(contract, tuple(plans)))
 

@@ -9,6 +9,7 @@ import click
 from pipeline import config as cfg
 from pipeline.cli.commands import command
 from pipeline.cli.echo import echo_cache
+from pipeline.records import Outline
 
 
 @command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache")
@@ -78,10 +79,17 @@ def _inspect(config: cfg.InspectConfig) -> None:
         click.echo(line)
 
 
+def _outline_import(config: cfg.ImportConfig) -> Outline:
+    from pipeline.sharing.importers import outline
+
+    return outline(config)
+
+
 @command(
     "import",
     cfg.ImportConfig,
     "softlabel import --input responses.jsonl --tokenizer Qwen/Qwen3-8B --teacher Qwen/Qwen3-8B --top-k 20 --output runs/cache",
+    outline=_outline_import,
 )
 def _import(config: cfg.ImportConfig) -> None:
     from pipeline.sharing.importers import run

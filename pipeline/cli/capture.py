@@ -10,12 +10,26 @@ import click
 from pipeline import config as cfg
 from pipeline.cli.commands import command
 from pipeline.cli.echo import echo_cache
+from pipeline.records import Outline
+
+
+def _outline_teacher(config: cfg.TrainTeacherConfig) -> Outline:
+    from pipeline.outlines.training import outline_teacher
+
+    return outline_teacher(config)
+
+
+def _outline_capture(config: cfg.CacheLogitsConfig) -> Outline:
+    from pipeline.outlines.capture import outline
+
+    return outline(config)
 
 
 @command(
     "train-teacher",
     cfg.TrainTeacherConfig,
     "softlabel train-teacher --task sequence-classification --model bert-base-uncased --dataset data/bbc --output runs/teacher",
+    outline=_outline_teacher,
 )
 def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
     from pipeline.metrics import on_split
@@ -35,6 +49,7 @@ def _train_teacher(config: cfg.TrainTeacherConfig) -> None:
     "cache-logits",
     cfg.CacheLogitsConfig,
     "softlabel cache-logits --task sequence-classification --teacher runs/teacher --dataset data/bbc --output runs/cache",
+    outline=_outline_capture,
 )
 def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
     from pipeline.capture.run import run

@@ -16,12 +16,17 @@ from typing import Any
 import click
 
 from pipeline import config as cfg
+from pipeline.cli.echo import echo_outline
 from pipeline.cli.help import WIDTH, FieldOption, example_lines, format_options, usage_pieces
 from pipeline.config.file import PATHS
 from pipeline.errors import MisuseError, PipelineError
+from pipeline.records import Outline
+from pipeline.verbosity import LEVELS, at_level, chosen_level
 
 #: Command -> what it does with its configuration; `run` calls the same.
 FUNCTIONS: dict[str, Callable[[Any], None]] = {}
+#: Command -> what it would do, for `--dry-run`.
+OUTLINES: dict[str, Callable[[Any], Outline]] = {}
 
 
 _EPILOG = """\b
@@ -36,8 +41,24 @@ Completion of commands, flags and paths:
 """
 
 
+def _verbosity_options() -> list[click.Option]:
+    """Flags of the group and of every command, no settings of a run: they change nothing that is made."""
+    return [
+        click.Option(["--quiet"], is_flag=True, help="Print results and warnings alone, no progress."),
+        click.Option(["--verbose"], is_flag=True, help="Print all that is logged, by the libraries too."),
+        click.Option(
+            ["--log-level"],
+            type=click.Choice(LEVELS),
+            help="Least level of the log on standard error: info, unless --quiet (warning) or --verbose (debug) is given.",
+        ),
+    ]
+
+
 class _Terminated(BaseException):
     """SIGTERM, as an exception: temporary files are removed on the way out, as on Ctrl-C."""
+
+
+_VERBOSITY = _verbosity_options()
 
 
 class _Command(click.Command):
@@ -53,6 +74,20 @@ class _Command(click.Command):
                     f"{param.opts[0]}: takes one value, and is given {given.count(param)} times; keep one"
                 )
         return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Those that every command has come last."""
+        own = super().get_params(ctx)
+        return [*own[:-1], *_VERBOSITY, *own[-1:]]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, and say as much as the flags of the command and of the group ask for."""
+        given = [{option.name: ctx.params.pop(str(option.name), None) for option in _VERBOSITY}]
+        given += [ctx.parent.params] if ctx.parent is not None else []
+        quiet, verbose = (any(params.get(name) for params in given) for name in ("quiet", "verbose"))
+        names = tuple(name for params in given if (name := params.get("log_level")) is not None)
+        with at_level(chosen_level(quiet=quiet, verbose=verbose, names=names)):
+            return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """What is required comes first."""
@@ -113,7 +148,7 @@ def _leave_ranks() -> None:
     epilog=_EPILOG,
 )
 @click.version_option(None, "-V", "--version", package_name="soft-label-pipeline")
-def main() -> None:
+def main(**_verbosity: Any) -> None:
     """Run a teacher once, cache its soft labels, train students from the cache.
 
     \b
@@ -125,11 +160,20 @@ def main() -> None:
     logging.getLogger("pipeline").setLevel(logging.INFO)
 
 
-def command(name: str, config_type: type, example: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """A command whose flags are the fields of its configuration; `--config` fills what no flag gives."""
+main.params.extend(_verbosity_options())
+
+
+def command(
+    name: str, config_type: type, example: str, *, outline: Callable[[Any], Outline] | None = None
+) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """A command whose flags are the fields of its configuration; `--config` fills what no flag gives.
+
+    Args:
+        outline: what the command would do, after the checks that it makes before its work; with it there is `--dry-run`.
+    """
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        def callback(config: str | None = None, **flags: Any) -> None:
+        def callback(config: str | None = None, dry_run: bool = False, **flags: Any) -> None:
             file = cfg.load_config(config) if config is not None else None
             given = {key: value for key, value in flags.items() if value is not None and value != ()}
             sections = (file.sections.get(name) if file is not None else None) or ({},)
@@ -142,7 +186,10 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
 
             for resolved in resolved_sections:
                 quiet_libraries()
-                function(resolved)
+                if dry_run and outline is not None:
+                    echo_outline(name, outline(resolved))
+                else:
+                    function(resolved)
 
         summary = (config_type.__doc__ or "").strip()
         command = _Command(
@@ -156,6 +203,9 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
                     help="YAML file with a section for this command; flags override it.",
                 )
             )
+        if outline is not None:
+            command.params.append(dry_run_option())
+            OUTLINES[name] = outline
         hints = {**typing.get_type_hints(cfg.DataConfig), **typing.get_type_hints(config_type)}
         command.params.extend(_option(field, hints[field.name]) for field in cfg.cli_fields(config_type))
         main.add_command(command)
@@ -163,6 +213,13 @@ def command(name: str, config_type: type, example: str) -> Callable[[Callable[[A
         return function
 
     return decorate
+
+
+def dry_run_option() -> click.Option:
+    """The flag of every command that works long."""
+    return click.Option(
+        ["--dry-run"], is_flag=True, help="Check everything, print what would be read and written, and stop."
+    )
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
+    from pipeline.records import Outline
 
 
 def echo_cache(cache: Cache, output: str) -> None:
@@ -24,3 +26,13 @@ def echo_cache(cache: Cache, output: str) -> None:
         )
     if cache.manifest.bad_rows:
         click.echo(f"  {cache.manifest.bad_rows} rows set aside, listed in reports/bad-rows.tsv")
+
+
+def echo_outline(name: str, lines: Outline) -> None:
+    """What a command would do."""
+    if os.environ.get("RANK", "0") != "0":  # under torchrun every rank comes here
+        return
+    width = max((len(what) for what, _ in lines), default=0)
+    click.echo(f"{name}: dry run, nothing is written")
+    for what, said in lines:
+        click.echo(f"  {what.ljust(width)}  {said}")

@@ -10,15 +10,23 @@ import click
 from pipeline import config as cfg
 from pipeline.cli.commands import command
 from pipeline.errors import IntegrityError
+from pipeline.records import Outline
 
 if TYPE_CHECKING:
     from pipeline.records import EvaluationReport
+
+
+def _outline_evaluation(config: cfg.EvaluateConfig) -> Outline:
+    from pipeline.evaluation.run import outline
+
+    return outline(config)
 
 
 @command(
     "evaluate",
     cfg.EvaluateConfig,
     "softlabel evaluate --cache runs/cache --student runs/student --student control=runs/control",
+    outline=_outline_evaluation,
 )
 def _evaluate(config: cfg.EvaluateConfig) -> None:
     from pipeline.evaluation.run import run

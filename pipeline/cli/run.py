@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from pipeline import config as cfg
-from pipeline.cli.commands import FUNCTIONS, main
+from pipeline.cli.commands import FUNCTIONS, OUTLINES, dry_run_option, main
+from pipeline.cli.echo import echo_outline
 from pipeline.cli.evaluation import show_evaluation
 from pipeline.cli.report import show_report
 
@@ -22,7 +23,7 @@ from pipeline.cli.report import show_report
     is_flag=True,
     help="Make a cache, teacher or student anew where the one that is there has other settings or inputs, or is unfinished.",
 )
-def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool) -> None:
+def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool, dry_run: bool) -> None:
     """Run every stage of a configuration file in order, or the STAGES named.
 
     A stage whose output was made from the same settings and inputs is skipped.
@@ -32,8 +33,15 @@ def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: b
         softlabel run data/bbc/demo.yaml --through cache-logits
     """
     from pipeline.models.quiet import quiet_libraries
-    from pipeline.workflow import run
+    from pipeline.workflow import outline, run
 
     quiet_libraries()
     shown: dict[str, Callable[[Any], None]] = {"evaluate": show_evaluation, "report": show_report}
+    if dry_run:
+        for name, lines in outline(cfg.load_config(config), OUTLINES, stages, through, overwrite=overwrite):
+            echo_outline(name, lines)
+        return
     run(cfg.load_config(config), FUNCTIONS, stages, through, overwrite=overwrite, shown=shown)
+
+
+_run.params.append(dry_run_option())

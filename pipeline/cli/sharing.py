@@ -7,12 +7,26 @@ import click
 from pipeline import config as cfg
 from pipeline.cli.commands import command
 from pipeline.cli.echo import echo_cache
+from pipeline.records import Outline
+
+
+def _outline_push(config: cfg.PushConfig) -> Outline:
+    from pipeline.sharing.push import outline
+
+    return outline(config)
+
+
+def _outline_pull(config: cfg.PullConfig) -> Outline:
+    from pipeline.sharing.pull import outline
+
+    return outline(config)
 
 
 @command(
     "push",
     cfg.PushConfig,
     "softlabel push --cache runs/cache --to hf://datasets/ORG/NAME --license apache-2.0",
+    outline=_outline_push,
 )
 def _push(config: cfg.PushConfig) -> None:
     from pipeline.cache.format.manifest import dump
@@ -31,6 +45,7 @@ def _push(config: cfg.PushConfig) -> None:
     "pull",
     cfg.PullConfig,
     "softlabel pull --from hf://datasets/ORG/NAME@REVISION --output runs/cache --split test",
+    outline=_outline_pull,
 )
 def _pull(config: cfg.PullConfig) -> None:
     from pipeline.cache.format.manifest import dump

@@ -11,15 +11,23 @@ import click
 from pipeline import config as cfg
 from pipeline.cli.commands import command
 from pipeline.errors import TrainingError
+from pipeline.records import Outline
 
 if TYPE_CHECKING:
     from pipeline.records import TextPrediction
+
+
+def _outline_sweep(config: cfg.SweepConfig) -> Outline:
+    from pipeline.sweep.run import outline
+
+    return outline(config)
 
 
 @command(
     "sweep",
     cfg.SweepConfig,
     "softlabel sweep --cache runs/cache --teacher runs/teacher --shape 2x128x2 --shape 4x256x4 --temperature 1 --temperature 4 --output runs/sweep",
+    outline=_outline_sweep,
 )
 def _sweep(config: cfg.SweepConfig) -> None:
     from pipeline.cache.format.manifest import dump

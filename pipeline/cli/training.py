@@ -11,7 +11,7 @@ from pipeline import config as cfg
 from pipeline.cli.commands import command
 
 if TYPE_CHECKING:
-    from pipeline.records import TrainResult
+    from pipeline.records import Outline, TrainResult
 
 
 @command(
@@ -34,10 +34,17 @@ def _init_student(config: cfg.InitStudentConfig) -> None:
     click.echo(f"student: {made.path}  {size}; {copied}")
 
 
+def _outline_student(config: cfg.TrainStudentConfig) -> Outline:
+    from pipeline.outlines.training import outline_student
+
+    return outline_student(config)
+
+
 @command(
     "train-student",
     cfg.TrainStudentConfig,
     "softlabel train-student --cache runs/cache --student runs/student-init --output runs/student",
+    outline=_outline_student,
 )
 def _train_student(config: cfg.TrainStudentConfig) -> None:
     from pipeline.training.run import run

@@ -43,6 +43,10 @@ class TrainTeacherConfig:
         "Delete the model and the checkpoints that the output directory holds and start anew.", False
     )
     on_bad_row: Literal["stop", "skip"] = data_option("What to do with a row whose text is empty.", "stop")
+    report_to: tuple[str, ...] = training_option(
+        "Report losses and metrics to tensorboard, wandb, trackio, ... as transformers has it; all: to what is installed; repeat for several. Default: none.",
+        (),
+    )
     training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:

@@ -71,6 +71,10 @@ class SweepConfig:
     )
     output: str = output_option("Directory of the students, sweep.json and the report.")
     json: bool = output_option("Print sweep.json instead of a table.", False)
+    report_to: tuple[str, ...] = training_option(
+        "Report losses and metrics to tensorboard, wandb, trackio, ... as transformers has it; all: to what is installed; repeat for several. Default: none.",
+        (),
+    )
     training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:

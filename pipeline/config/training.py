@@ -133,6 +133,10 @@ class TrainStudentConfig:
     trust_remote_code: bool = model_option("Run code that comes with the student.", False)
     cache_dir: str | None = cache_dir_option()
     cache_bytes: str = cache_bytes_option()
+    report_to: tuple[str, ...] = training_option(
+        "Report losses and metrics to tensorboard, wandb, trackio, ... as transformers has it; all: to what is installed; repeat for several. Default: none.",
+        (),
+    )
     training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:

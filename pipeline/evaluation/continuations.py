@@ -10,7 +10,7 @@ from pipeline.errors import MisuseError
 from pipeline.models import load_model
 from pipeline.models.predict import continue_text
 from pipeline.records import Continuation
-from pipeline.tasks import get_task
+from pipeline.tasks import Task, get_task
 
 
 def continue_prompts(
@@ -32,11 +32,20 @@ def continue_prompts(
         ModelError: a model that cannot be loaded.
     """
     task = get_task(cache.manifest.contract.task)
-    if not task.classes_are_tokens:
-        raise MisuseError(f"--prompt is for language models; the cache is of the task {task.name}")
+    check_prompts(task)
     texts: list[dict[str, str]] = [{} for _ in prompts]
     for name, path in models.items():
         loaded = load_model(task, str(path), base_model=(base_models or {}).get(name))
         for prompt, found in zip(prompts, texts, strict=True):
             found[name] = continue_text(loaded, prompt, max_new_tokens)
     return tuple(Continuation(prompt, found) for prompt, found in zip(prompts, texts, strict=True))
+
+
+def check_prompts(task: Task) -> None:
+    """Refuse prompts for what generates nothing.
+
+    Raises:
+        MisuseError: the task is another.
+    """
+    if not task.classes_are_tokens:
+        raise MisuseError(f"--prompt is for language models; the cache is of the task {task.name}")

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.cache import Cache
 from pipeline.models import LoadedModel, longest_input, pad_id, tokenizer_info
+from pipeline.progress import Progress
 from pipeline.records import CachedExample, StudentBatch, Tokenization
 from pipeline.softlabels import served_temperature
 from pipeline.tasks import Task
@@ -25,7 +25,7 @@ def logits_by_batch(
 
     Args:
         batch_size: rows in a forward pass.
-        description: of the progress bar.
+        description: of the progress.
 
     Yields:
         rows; their batch, whose target is the teacher at `served_temperature`; (N, V) float32 logits.
@@ -33,14 +33,14 @@ def logits_by_batch(
     num_classes = cache.manifest.contract.num_classes
     collator = collator_of(cache, task, model)
     dataset = cache.dataset(split)
-    with tqdm(total=len(dataset), unit="row", desc=description, disable=None) as progress:
+    with Progress(description, len(dataset)) as progress:
         for rows in _batches(iter(dataset), batch_size):
             tensors = send_to_device(to_tensors(collator.collate([(row, True) for row in rows])), model.model.device)
             batch = from_tensors(tensors, num_classes)
             with torch.inference_mode():
                 logits = task.gather_logits(model.model, batch.inputs, batch.supervised)[:, :num_classes].float()
             yield rows, batch, logits
-            progress.update(len(rows))
+            progress.update(len(rows), tokens=sum(row.example.num_tokens for row in rows))
 
 
 def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:

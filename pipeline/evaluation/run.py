@@ -16,7 +16,7 @@ from pipeline.cache.storage.commit import write_text
 from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.config.options import name_and_path
 from pipeline.errors import MisuseError
-from pipeline.evaluation.continuations import continue_prompts
+from pipeline.evaluation.continuations import check_prompts, continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.text_bytes import warn_of_text_bytes
 from pipeline.metrics import agreement, bootstrap_ratio
@@ -24,7 +24,8 @@ from pipeline.models import LoadedModel
 from pipeline.models.adapters import adapter_config
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.scoring import score
-from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Predictions
+from pipeline.progress import track
+from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Outline, Predictions
 from pipeline.softlabels import default_temperature, served_temperature, teacher_argmax
 from pipeline.tasks import Task, get_task
 from pipeline.training.losses import forward_kl
@@ -33,13 +34,7 @@ from pipeline.training.student import check_fit, load_student
 
 def run(config: EvaluateConfig) -> EvaluationReport:
     """`softlabel evaluate`: the report, also kept as `evaluation.json` where an output directory is given."""
-    students = dict(name_and_path(student) for student in config.student)
-    if len(students) < len(config.student):
-        raise MisuseError("--student: two students have the same name; give NAME=DIR")
-    cache = Cache.open(
-        config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
-    )
-    bases = _bases(students, config.base_model)
+    students, cache, bases = _opened(config)
     report = evaluate(cache, students, split=config.split, batch_size=config.batch_size, base_models=bases)
     if config.prompt:
         models = students if config.teacher is None else {"teacher": config.teacher, **students}
@@ -49,6 +44,38 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     if config.output is not None:
         write_text(Path(config.output, "evaluation.json"), dump(report))
     return report
+
+
+def _opened(config: EvaluateConfig) -> tuple[dict[str, str], Cache, dict[str, str]]:
+    """Students by name, the cache, and the base models of adapters."""
+    students = dict(name_and_path(student) for student in config.student)
+    if len(students) < len(config.student):
+        raise MisuseError("--student: two students have the same name; give NAME=DIR")
+    cache = Cache.open(
+        config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
+    )
+    return students, cache, _bases(students, config.base_model)
+
+
+def outline(config: EvaluateConfig) -> Outline:
+    """What `run` would do; each student is loaded, and fits. Writes nothing.
+
+    Raises:
+        PipelineError: as `run` raises it.
+    """
+    students, cache, bases = _opened(config)
+    contract = cache.manifest.contract
+    task, rows = get_task(contract.task), len(cache.dataset(config.split))
+    if config.prompt:
+        check_prompts(task)
+    lines = [("reads", f"{cache.where}: {config.split}, {rows:,} rows, {contract.num_classes:,} classes")]
+    for name, path in students.items():
+        loaded = load_student(contract, path, new_head=False, base_model=bases.get(name))
+        count = sum(p.numel() for p in loaded.model.parameters())
+        lines.append((name, f"{path}: {count:,} parameters, on {loaded.model.device.type}"))
+    lines.append(("batch", f"{config.batch_size or task.default_eval_rows} rows a forward pass"))
+    output = "nothing" if config.output is None else str(Path(config.output, "evaluation.json"))
+    return (*lines, ("writes", output))
 
 
 def evaluate(
@@ -81,7 +108,8 @@ def evaluate(
     contract = opened.manifest.contract
     task = get_task(contract.task)
     rows = opened.dataset(split)
-    teacher_predictions = predictions_of_teacher(task, iter(rows), default_temperature(contract.encoding, 1.0))
+    counted = track(rows, "teacher's labels", len(rows), stride=64)
+    teacher_predictions = predictions_of_teacher(task, counted, default_temperature(contract.encoding, 1.0))
     labelled = int((teacher_predictions.labels != NO_LABEL).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
     warn_of_text_bytes(opened, split)

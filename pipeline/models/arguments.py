@@ -5,23 +5,30 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.errors import ConfigError
+from pipeline.models.reporting import name_project, reporting
+from pipeline.progress import Progress
 
 #: Of the metrics that an evaluation gives; the others are losses, divergences and errors.
 _GREATER_IS_BETTER = ("accuracy", "macro_f1", "agreement")
 
 
-def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> TrainingArguments:
+def training_arguments(
+    output: str, extra: dict[str, Any], *, report_to: Sequence[str] = (), **ours: Any
+) -> TrainingArguments:
     """`ours`, overridden by `extra`: any field of `transformers.TrainingArguments`.
 
+    Args:
+        report_to: `--report-to`.
+
     Raises:
+        MisuseError: `--report-to` and `extra` contradict each other.
         ConfigError: an unknown field (the nearest is suggested), or a value that transformers refuses.
     """
     check_fields(extra)
@@ -29,7 +36,12 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
     metric = str(given.get("metric_for_best_model") or "").removeprefix("eval_")
     if metric and "greater_is_better" not in given:  # transformers takes all for that but what ends in "loss"
         ours["greater_is_better"] = metric in _GREATER_IS_BETTER
-    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 20, "dataloader_pin_memory": False}
+    quiet = {
+        **reporting(output, report_to, extra),
+        "disable_tqdm": True,
+        "logging_steps": 20,
+        "dataloader_pin_memory": False,
+    }
     if num_ranks() > 1 and not torch.accelerator.is_available():
         quiet["use_cpu"] = True  # ranks find each other on a CPU only where they are asked to use it
     try:
@@ -37,6 +49,7 @@ def training_arguments(output: str, extra: dict[str, Any], **ours: Any) -> Train
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
     hide_token(args)
+    name_project(args)
     return args
 
 
@@ -79,38 +92,63 @@ def hide_token(args: TrainingArguments) -> None:
         args.hub_token = _Token(args.hub_token)
 
 
+@dataclasses.dataclass(slots=True)
+class Seen:
+    """What the trainer of one rank has drawn since it was last asked."""
+
+    rows: int = 0
+    tokens: Any = 0
+    """Without padding; a tensor where the batches lie on a device, so that counting waits for nothing."""
+
+    def add(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """The batches of one step."""
+        for batch in batches:
+            mask = batch.get("inputs", batch).get("attention_mask")
+            if mask is not None:
+                self.rows += mask.shape[0]
+                self.tokens = self.tokens + mask.sum()
+
+    def drain(self) -> tuple[int, Any]:
+        """Rows and tokens, from 0 again."""
+        found = self.rows, self.tokens
+        self.rows, self.tokens = 0, 0
+        return found
+
+
 def show_progress(trainer: Trainer, description: str) -> None:
-    """A bar on standard error in place of Trainer's own, which prints its logs to standard output."""
+    """Progress on standard error in place of Trainer's own bar, which prints its logs to standard output."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(_Progress(description))
+    trainer.add_callback(_Steps(description, getattr(trainer, "seen", Seen())))
 
 
-class _Progress(TrainerCallback):
-    """One bar over the optimizer steps; the newest loss beside it."""
+class _Steps(TrainerCallback):
+    """The optimizer steps, rows and tokens a second over all ranks, and the newest loss."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.bar: Any = None
+    def __init__(self, description: str, seen: Seen) -> None:
+        self.description, self.seen = description, seen
+        self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar, on the first rank only."""
+        """Begin, on the first rank only."""
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", desc=self.description, disable=None
-            )
+            self.progress = Progress(self.description, state.max_steps, unit="step", initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step further."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        """One step further; the other ranks have drawn as many rows."""
+        if self.progress is not None:
+            rows, tokens = self.seen.drain()
+            more = {"rows": rows * args.world_size, "tokens": tokens * args.world_size} if rows else {}
+            self.progress.update(state.global_step - self.progress.done, **more)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """The newest losses."""
-        if self.bar is not None and logs:
-            self.bar.set_postfix({key: f"{value:.3f}" for key, value in logs.items() if key.endswith("loss")})
+        losses = {key: value for key, value in (logs or {}).items() if key.endswith("loss") and key != "train_loss"}
+        if self.progress is not None and losses:
+            note = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in losses.items())
+            self.progress.update(0, note=note)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
+        """End."""
+        if self.progress is not None:
+            self.progress.close()

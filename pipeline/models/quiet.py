@@ -1,13 +1,25 @@
-"""Other libraries' noise."""
+"""Other libraries' logs and progress bars."""
 
 from __future__ import annotations
 
+import logging
+import os
+
+from pipeline.verbosity import level
+
 
 def quiet_libraries() -> None:
-    """Their bars and reports would mix with ours; errors still show."""
+    """Hide the libraries' bars, which would mix with ours, and their reports; errors still show.
+
+    With `--verbose` their information is shown. TRANSFORMERS_VERBOSITY and DATASETS_VERBOSITY name one library each, and win.
+    """
     import datasets
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    shown = logging.INFO if level() <= logging.DEBUG else max(level(), logging.ERROR)
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.logging.set_verbosity(shown)
+    if level() <= logging.DEBUG and "DATASETS_VERBOSITY" not in os.environ:
+        datasets.logging.set_verbosity(shown)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from pipeline.cache.storage.transfer import patiently
 from pipeline.errors import CacheError, ContractError, MisuseError
+from pipeline.progress import Progress
 from pipeline.sharing.contents import Contents
 from pipeline.sources.files.loading import reason
 
@@ -63,7 +62,7 @@ def push_to_hub(
     additions: list[CommitOperationAdd] = []
     sent = 0
     total = sum(path.stat().st_size for path in contents.shards.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="push", disable=None) as progress:
+    with Progress("push", total, unit="B") as progress:
         for name, path in {**contents.shards, **contents.others, **manifest}.items():
             if there.get(name) not in _hashes(contents, name, path):
                 addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
@@ -98,14 +97,34 @@ def push_to_hub(
     return str(commit.oid), sent
 
 
+def missing_on_hub(contents: Contents, repo_id: str, *, public: bool, revision: str | None) -> dict[str, Path] | None:
+    """The shards that a push would send; None where there is no such repository or branch yet. Writes nothing.
+
+    Raises:
+        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not asked for.
+    """
+    from huggingface_hub import HfApi
+
+    api, where, branch = HfApi(), f"hf://datasets/{repo_id}", revision or "main"
+    if not patiently(where, lambda: api.revision_exists(repo_id, branch, repo_type="dataset")):
+        return None
+    _, there = _look(api, where, repo_id, public=public, branch=branch)
+    return {name: path for name, path in contents.shards.items() if there.get(name) != contents.sha256[name]}
+
+
 def _begin(api: HfApi, where: str, repo_id: str, *, public: bool, branch: str) -> tuple[str, dict[str, str]]:
     """The commit to build on, and the SHA-256 (large files) or Git hash of each file in it. A new repository is made where there is none."""
-    from huggingface_hub.hf_api import RepoFile
-
     settings: dict[str, Any] = {"repo_type": "dataset", "exist_ok": True}
     patiently(where, lambda: api.create_repo(repo_id, private=not public, **settings))
     if branch != "main":
         patiently(where, lambda: api.create_branch(repo_id, branch=branch, **settings))
+    return _look(api, where, repo_id, public=public, branch=branch)
+
+
+def _look(api: HfApi, where: str, repo_id: str, *, public: bool, branch: str) -> tuple[str, dict[str, str]]:
+    """The commit of a branch, and the SHA-256 (large files) or Git hash of each file in it."""
+    from huggingface_hub.hf_api import RepoFile
+
     info = patiently(where, lambda: api.repo_info(repo_id, repo_type="dataset", revision=branch))
     if not info.private and not public:
         raise CacheError(f"{where}: is public: everyone could read this cache; say --public, or use another repository")

@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +17,20 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.cache import Cache
+from pipeline.cache import Cache, Layout
+from pipeline.cache.storage.urls import is_url
+from pipeline.cache.writing.place import check_files
 from pipeline.capture import LabelledRow, write_cache
 from pipeline.config import ImportConfig
-from pipeline.errors import BadRowError, PipelineError, SourceError
+from pipeline.errors import BadRowError, MisuseError, PipelineError, SourceError
 from pipeline.models import load_tokenizer
-from pipeline.records import BadRow, TopK
+from pipeline.progress import size
+from pipeline.records import BadRow, Outline, TopK
 from pipeline.sharing.distillkit import CONFIG_NAME, PackedLayout, load_layout
 from pipeline.sharing.entries import TopEntries, labelled, shift_differences
-from pipeline.sharing.responses import needs_template, read_responses
+from pipeline.sharing.responses import needs_template, read_requests, read_responses
 from pipeline.sharing.tables import is_table, read_entries, read_parquet
+from pipeline.sources.files.loading import redact
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +94,61 @@ def import_responses(
         SourceError: a row that is in none of the layouts, or a shift that cannot be told.
         BadRowError: a row whose log-probabilities are no distribution.
     """
+    opened = _open(
+        files,
+        tokenizer,
+        top_k=top_k,
+        position_zero=position_zero,
+        compression_config=compression_config,
+        requests=requests,
+        on_bad_row=on_bad_row,
+    )
+    rows = (
+        _row(where, entry, opened.empty, opened.top_k, tokenizer, split, max_length) for where, entry in opened.entries
+    )
+    return write_cache(
+        _rows(rows, split, on_bad_row),
+        output,
+        task="causal-lm",
+        tokenizer=tokenizer,
+        encoding=TopK(opened.top_k, (1.0,)),
+        teacher=teacher,
+        max_length=max_length,
+        source=opened.kind,
+        rows_per_shard=opened.rows_per_shard,
+        on_bad_row=on_bad_row,
+        overwrite=overwrite,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """Input files whose first rows were read, and what these say of all."""
+
+    paths: Sequence[Path]
+    entries: Iterator[tuple[str, TopEntries | PipelineError]]
+    """All rows, the first ones included."""
+    kind: str
+    empty: bool
+    """Whether entry j speaks of token j."""
+    top_k: int
+    rows_per_shard: int
+    probed: int
+    """Rows that were read."""
+
+
+def _open(
+    files: Iterable[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    top_k: int | None,
+    position_zero: Literal["auto", "empty", "filled"],
+    compression_config: str | Path | None,
+    requests: str | Path | None,
+    on_bad_row: Literal["stop", "skip"],
+) -> _Opened:
     paths = _expand(files)
-    entries = _read(paths, tokenizer, _layout(paths, compression_config), _read_requests(requests))
+    entries = _read(paths, tokenizer, _layout(paths, compression_config), read_requests(requests))
     head: list[tuple[str, TopEntries | PipelineError]] = []
     known: list[TopEntries] = []
     positions = 0
@@ -110,21 +168,53 @@ def import_responses(
     empty = tell_shift(known) if position_zero == "auto" else position_zero == "empty"
     first = known[0]
     k = top_k or (_RESPONSE_TOP_K if first.served is not None else first.ids.shape[1])
-    rows = (
-        _row(where, entry, empty, k, tokenizer, split, max_length) for where, entry in itertools.chain(head, entries)
-    )
-    return write_cache(
-        _rows(rows, split, on_bad_row),
-        output,
-        task="causal-lm",
-        tokenizer=tokenizer,
-        encoding=TopK(k, (1.0,)),
-        teacher=teacher,
-        max_length=max_length,
-        source="responses" if first.served is not None else "top log-probabilities",
+    return _Opened(
+        paths=paths,
+        entries=itertools.chain(head, entries),
+        kind="responses" if first.served is not None else "top log-probabilities",
+        empty=empty,
+        top_k=k,
         rows_per_shard=max(1, min(1000, _SHARD_ENTRIES * len(known) // max(1, positions * k))),
-        on_bad_row=on_bad_row,
-        overwrite=overwrite,
+        probed=len(head),
+    )
+
+
+def outline(config: ImportConfig) -> Outline:
+    """What `run` would do, from the first rows. Writes nothing.
+
+    Raises:
+        PipelineError: as `run` raises it, but for what is wrong in later rows.
+    """
+    if is_url(config.output):
+        raise MisuseError(f"{redact(config.output)}: import writes to a directory; push it from there")
+    found = check_files(Layout(Path(config.output)), overwrite=config.overwrite)
+    if found is not None and Layout(Path(config.output)).manifest.is_file():
+        raise MisuseError(f"--output {config.output}: holds a finished cache; use another, or --overwrite")
+    tokenizer = load_tokenizer(config.tokenizer)
+    opened = _open(
+        config.input,
+        tokenizer,
+        top_k=config.top_k,
+        position_zero=config.position_zero,
+        compression_config=config.compression_config,
+        requests=config.requests,
+        on_bad_row=config.on_bad_row,
+    )
+    rows = (
+        _row(where, entry, opened.empty, opened.top_k, tokenizer, config.split, config.max_length)
+        for where, entry in itertools.islice(opened.entries, opened.probed)
+    )
+    good = sum(isinstance(row, LabelledRow) for row in _rows(rows, config.split, config.on_bad_row))
+    read = sum(path.stat().st_size for path in opened.paths)
+    return (
+        ("reads", f"{len(opened.paths):,} files, {size(read)}: {opened.kind}"),
+        ("rows", f"{good:,} of the first {opened.probed:,} can be used; the others are not read yet"),
+        (
+            "position zero",
+            "empty: entry j speaks of token j" if opened.empty else "filled: entry j speaks of token j + 1",
+        ),
+        ("encoding", f"top-k {opened.top_k} over {len(tokenizer):,} classes, of {config.teacher}"),
+        ("writes", f"{config.output}: split {config.split}, shards of {opened.rows_per_shard:,} rows"),
     )
 
 
@@ -242,36 +332,6 @@ def _parse(
             tokenizer.name_or_path or "--tokenizer",
         )
     return rows
-
-
-def _read_requests(path: str | Path | None) -> dict[str, Mapping[str, Any]] | None:
-    """`custom_id` -> body, of the input file of a batch.
-
-    Raises:
-        SourceError: it cannot be read, or a line that is no request.
-    """
-    if path is None:
-        return None
-    requests: dict[str, Mapping[str, Any]] = {}
-    try:
-        with Path(path).open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                content = json.loads(line)
-                if (
-                    not isinstance(content, dict)
-                    or "custom_id" not in content
-                    or not isinstance(content.get("body"), dict)
-                ):
-                    raise SourceError(f"{path} line {number}: expected a request with custom_id and body")
-                name = str(content["custom_id"])
-                if name in requests:
-                    raise SourceError(f"{path} line {number}: custom_id {name!r} is there twice")
-                requests[name] = content["body"]
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: cannot be read ({error})") from None
-    return requests
 
 
 def _row(

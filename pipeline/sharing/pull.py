@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from pipeline.cache import Cache, Layout, verify
 from pipeline.cache.format.hashes import file_sha256
@@ -30,7 +29,8 @@ from pipeline.cache.views.card import card_license
 from pipeline.cache.views.reports import write_reports
 from pipeline.config import PullConfig
 from pipeline.errors import CacheError, ContractError, MisuseError
-from pipeline.records import Ancestor, Manifest, Shard
+from pipeline.progress import Progress, size
+from pipeline.records import Ancestor, Manifest, Outline, Shard
 from pipeline.sharing.stores import in_parallel
 from pipeline.sources.files.loading import redact
 
@@ -66,11 +66,8 @@ def pull(url: str | Path, output: str | Path, *, splits: Sequence[str] = (), sha
         IntegrityError: what came is not what the manifest says.
         CacheError: no finished cache there, or the network failed.
     """
-    source = pinned(str(url)) if is_url(str(url)) else Path(url).resolve().as_uri()
-    root = Path(output)
+    source, root = _source(url), Path(output)
     work = root / _WORK
-    if root.exists() and not root.is_dir():
-        raise CacheError(f"{root}: expected a directory, found a file")
     _refuse_other_files(root)
     work.mkdir(parents=True, exist_ok=True)
     parent = fetch_manifest(source, work)
@@ -94,6 +91,40 @@ def pull(url: str | Path, output: str | Path, *, splits: Sequence[str] = (), sha
         raise ContractError(f"{root}: another cache was written there meanwhile; use another --output")
     shutil.rmtree(work)
     return Cache.open(root)
+
+
+def outline(config: PullConfig) -> Outline:
+    """What `run` would do: the manifest is fetched and looked at. Writes nothing.
+
+    Raises:
+        PipelineError: as `pull` raises it, but for what its shards hold.
+    """
+    source, root = _source(config.from_), Path(config.output)
+    _refuse_other_files(root)
+    with tempfile.TemporaryDirectory() as folder:
+        parent = fetch_manifest(source, Path(folder))
+    manifest = part_of(parent, config.split, config.shards)
+    if manifest is parent:
+        check_sizes(source, parent)
+    finished = Layout(root).manifest.is_file()
+    if finished:
+        _check_same(root, manifest)
+    sizes = {path.name: path.stat().st_size for folder in (root / "data", root / _WORK) for path in folder.glob("*")}
+    have = sum(
+        shard.bytes if sizes.get(f"{shard.name}.parquet") == shard.bytes else sizes.get(f"{shard.name}.part", 0)
+        for shard in manifest.shards
+    )
+    total, rows = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("bytes", "rows"))
+    return (
+        ("reads", f"{redact(str(config.from_))}: cache_id {parent.cache_id[:16]}, {len(parent.shards):,} shards"),
+        ("rows", f"{rows:,} in {', '.join(manifest.splits)}, {len(manifest.shards):,} shards of {size(total)}"),
+        ("fetches", f"{size(total - have)} of shards; {size(have)} are there already"),
+        ("writes", f"{root}" + ("; a finished cache is there" if finished else "")),
+    )
+
+
+def _source(url: str | Path) -> str:
+    return pinned(str(url)) if is_url(str(url)) else Path(url).resolve().as_uri()
 
 
 def part_of(parent: Manifest, splits: Sequence[str], shards: Sequence[str]) -> Manifest:
@@ -136,29 +167,35 @@ def _is_there(root: Path, manifest: Manifest) -> bool:
     """Whether the directory holds this very cache, whole."""
     if not Layout(root).manifest.is_file():
         return False
-    there = load_manifest(root)
-    if there.cache_id != manifest.cache_id:
-        raise ContractError(
-            f"{root}: holds another cache (cache_id {there.cache_id[:12]}..., not {manifest.cache_id[:12]}...); use another --output"
-        )
+    _check_same(root, manifest)
     if verify(root, quick=True).problems:  # what is whole is kept, by its SHA-256
         Layout(root).manifest.unlink()
         return False
     return True
 
 
+def _check_same(root: Path, manifest: Manifest) -> None:
+    there = load_manifest(root)
+    if there.cache_id != manifest.cache_id:
+        raise ContractError(
+            f"{root}: holds another cache (cache_id {there.cache_id[:12]}..., not {manifest.cache_id[:12]}...); use another --output"
+        )
+
+
 def _refuse_other_files(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise CacheError(f"{root}: expected a directory, found a file")
     is_ours = (root / _WORK).is_dir() or Layout(root).manifest.is_file() or Layout(root).plan.is_file()
     if root.is_dir() and not is_ours and any(not path.name.startswith(".") for path in root.iterdir()):
         raise CacheError(f"{root}: holds files that are no cache; use an empty or a new directory")
 
 
 def _fetch_shards(url: str, shards: Sequence[Shard], root: Path) -> None:
-    with tqdm(total=sum(s.bytes for s in shards), unit="B", unit_scale=True, desc="pull", disable=None) as progress:
+    with Progress("pull", sum(s.bytes for s in shards), unit="B") as progress:
         in_parallel(lambda shard: _fetch_shard(url, shard, root, progress), list(shards), _PARALLEL)
 
 
-def _fetch_shard(url: str, shard: Shard, root: Path, progress: tqdm[Never]) -> None:
+def _fetch_shard(url: str, shard: Shard, root: Path, progress: Progress) -> None:
     """One shard: what has come is kept, so that the next run goes on; its final name means that it was verified."""
     final = Layout(root).shard(shard.name)
     if final.is_file() and final.stat().st_size == shard.bytes and file_sha256(final) == shard.sha256:

@@ -9,10 +9,12 @@ Each may stand at the top of the line, or inside `choices` as the server sends i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -334,3 +336,33 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
         text = str(tokenizer.decode([i]))
         texts[text] = (*texts.get(text, ()), i)
     return texts
+
+
+def read_requests(path: str | Path | None) -> dict[str, Mapping[str, Any]] | None:
+    """`custom_id` -> body, of the input file of a batch.
+
+    Raises:
+        SourceError: it cannot be read, or a line that is no request.
+    """
+    if path is None:
+        return None
+    requests: dict[str, Mapping[str, Any]] = {}
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                content = json.loads(line)
+                if (
+                    not isinstance(content, dict)
+                    or "custom_id" not in content
+                    or not isinstance(content.get("body"), dict)
+                ):
+                    raise SourceError(f"{path} line {number}: expected a request with custom_id and body")
+                name = str(content["custom_id"])
+                if name in requests:
+                    raise SourceError(f"{path} line {number}: custom_id {name!r} is there twice")
+                requests[name] = content["body"]
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: cannot be read ({error})") from None
+    return requests

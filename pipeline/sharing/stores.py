@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tqdm import tqdm
+from fsspec.callbacks import Callback
 
 from pipeline.cache.reading.remote import list_files
 from pipeline.cache.storage.transfer import TIMEOUT, create_file, is_local, make_parent, patiently
 from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError, ContractError
+from pipeline.progress import Progress
 from pipeline.sharing.contents import Contents
 from pipeline.sources.files.loading import reason, redact
 
@@ -51,23 +52,8 @@ def push_to_store(contents: Contents, url: str) -> int:
     if there is None and not store.create(_MARK, json.dumps({"cache_id": contents.cache_id}).encode()):
         there_too = store.cache_id(_MARK)
         if there_too != contents.cache_id:
-            raise ContractError(
-                f"{store}: another cache is being pushed there (cache_id {str(there_too)[:12]}...); use another URL, or remove {_MARK} if nobody is"
-            )
-    if there not in (None, contents.cache_id):
-        raise ContractError(
-            f"{store}: holds another cache (cache_id {str(there)[:12]}..., not {contents.cache_id[:12]}...); use another URL"
-        )
-    sizes = list_files(url, "data")
-    names = {name.rpartition("/")[2] for name in contents.shards}
-    extra = sorted(name for name in sizes if name not in names and name.endswith(".parquet"))
-    if extra:
-        raise CacheError(f"{store}/data/{extra[0]}: is no part of this cache; use another URL")
-    missing = {
-        name: path
-        for name, path in contents.shards.items()
-        if sizes.get(name.rpartition("/")[2]) != path.stat().st_size
-    }
+            raise store.taken(there_too)
+    missing = store.missing(contents, there)
     if len(missing) < len(contents.shards):
         logger.info("%s: %d of %d shards are there", store, len(contents.shards) - len(missing), len(contents.shards))
     store.put_all(missing, "push")
@@ -80,6 +66,43 @@ def push_to_store(contents: Contents, url: str) -> int:
             )
     store.remove(_MARK)
     return sum(path.stat().st_size for path in missing.values())
+
+
+def missing_in_store(contents: Contents, url: str) -> dict[str, Path]:
+    """The shards that a push would send. Writes nothing.
+
+    Raises:
+        ContractError: another cache is there, or is being pushed there.
+        CacheError: other shards are there, or the store cannot be read.
+    """
+    store = _Store(url.rstrip("/"))
+    there = store.cache_id("manifest.json")
+    begun = store.cache_id(_MARK) if there is None else None
+    if begun not in (None, contents.cache_id):
+        raise store.taken(begun)
+    return store.missing(contents, there)
+
+
+class _Sent(Callback):  # type: ignore[misc]
+    """Bytes of one file on their way, as the store's client tells of them: each part of a large one."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+        self._bytes = 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        """So many more."""
+        self.reach(self._bytes + inc)
+
+    def absolute_update(self, value: int) -> None:
+        """So many in all."""
+        self.reach(value)
+
+    def reach(self, count: int) -> None:
+        """So many are there."""
+        self._progress.update(count - self._bytes)
+        self._bytes = count
 
 
 class _Store:
@@ -96,12 +119,11 @@ class _Store:
     def put_all(self, files: dict[str, Path], what: str | None = None) -> None:
         """Send files, several at once; `what` names the progress bar, if there is to be one."""
         total = sum(path.stat().st_size for path in files.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None if what else True) as progress:
+        with Progress(what or "", total, unit="B", shown=what is not None) as progress:
 
             def send(item: tuple[str, Path]) -> None:
                 name, path = item
-                self._put(name, path)
-                progress.update(path.stat().st_size)
+                self._put(name, path, _Sent(progress))
 
             in_parallel(send, list(files.items()), _PARALLEL)
 
@@ -117,6 +139,37 @@ class _Store:
             ) from None
         return str(content.get("cache_id")) if isinstance(content, dict) else ""
 
+    def taken(self, cache_id: str | None) -> ContractError:
+        """Somebody else is pushing."""
+        return ContractError(
+            f"{self}: another cache is being pushed there (cache_id {str(cache_id)[:12]}...); use another URL, or remove {_MARK} if nobody is"
+        )
+
+    def missing(self, contents: Contents, there: str | None) -> dict[str, Path]:
+        """The shards that are not there with their size.
+
+        Args:
+            there: the cache_id of the manifest that is there.
+
+        Raises:
+            ContractError: it is another cache's.
+            CacheError: shards of another cache are there.
+        """
+        if there not in (None, contents.cache_id):
+            raise ContractError(
+                f"{self}: holds another cache (cache_id {str(there)[:12]}..., not {contents.cache_id[:12]}...); use another URL"
+            )
+        sizes = list_files(self._url, "data")
+        names = {name.rpartition("/")[2] for name in contents.shards}
+        extra = sorted(name for name in sizes if name not in names and name.endswith(".parquet"))
+        if extra:
+            raise CacheError(f"{self}/data/{extra[0]}: is no part of this cache; use another URL")
+        return {
+            name: path
+            for name, path in contents.shards.items()
+            if sizes.get(name.rpartition("/")[2]) != path.stat().st_size
+        }
+
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless it is there, by the store's own condition where it has one."""
         return self._write(name, lambda filesystem, path: create_file(filesystem, path, data))
@@ -128,16 +181,20 @@ class _Store:
         except FileNotFoundError:
             return
 
-    def _put(self, name: str, local: Path) -> None:
+    def _put(self, name: str, local: Path, sent: _Sent) -> None:
+        size = local.stat().st_size
+
         def request(filesystem: AbstractFileSystem, path: str) -> None:
+            sent.reach(0)  # it may be a second attempt
             make_parent(filesystem, path)
             if is_local(filesystem):  # whose put is not atomic
-                filesystem.put_file(str(local), f"{path}.part")
+                filesystem.put_file(str(local), f"{path}.part", callback=sent)
                 os.replace(f"{path}.part", path)
             else:
-                filesystem.put_file(str(local), path)
+                filesystem.put_file(str(local), path, callback=sent)
 
-        self._write(name, request, timeout=max(TIMEOUT, local.stat().st_size / _SLOWEST))
+        self._write(name, request, timeout=max(TIMEOUT, size / _SLOWEST))
+        sent.reach(size)
 
     def _write(
         self, name: str, request: Callable[[AbstractFileSystem, str], Result], timeout: float | None = None

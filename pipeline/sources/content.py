@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.progress import track
 from pipeline.records import Columns, SourceContents, SplitContents
 from pipeline.sources.batches import Row, read_rows
 from pipeline.sources.columns import input_roles, side_roles, used_roles
@@ -90,7 +91,9 @@ def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents
             continue
         digest, found = _header(dataset, roles), array("Q")
         unlabelled = blank = 0
-        for row in read_rows(dataset, list(roles.values()), start, stop):
+        for row in track(
+            read_rows(dataset, list(roles.values()), start, stop), f"read {split}", stop - start, stride=64
+        ):
             digest.update(_line(_content(row, roles)))
             found.append(_position(row, inputs))
             unlabelled += label is not None and _is_missing(row.get(label))

@@ -118,6 +118,7 @@ def train_config(config: SweepConfig, run: PlannedRun, *, cache: str, student: s
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
         seed=run.seed,
+        report_to=config.report_to,
         training=config.training,
     )
 

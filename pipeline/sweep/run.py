@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.report.report import report as write_report
 from pipeline.evaluation.report.summary import summary
+from pipeline.models.arguments import training_arguments
 from pipeline.models.initialize import init_student
 from pipeline.models.saved import checkpoints
-from pipeline.records import TrainResult
+from pipeline.progress import duration
+from pipeline.records import Outline, TrainResult
 from pipeline.sweep.grid import PlannedRun, Start, named_caches, plan, train_config
 from pipeline.sweep.leaderboard import SweepReport, SweepRun, make_report
 from pipeline.tasks import get_task
@@ -48,20 +51,62 @@ def run(config: SweepConfig) -> SweepReport:
         MisuseError: several ranks; two caches or students of one name.
         CacheError: a cache that is not there, or has no such split. A run that fails is recorded instead.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MisuseError("sweep runs in one process; under torchrun, train its students with train-student")
-    caches = {name: Cache.open(path) for name, path in named_caches(config).items()}
-    eval_split = _check(config, caches)
-    runs = plan(config, list(caches))
+    caches, eval_split, runs = _planned(config)
     task = get_task(next(iter(caches.values())).manifest.contract.task)
     teachers = _teachers(caches, eval_split)
     found: list[SweepRun] = []
     for number, planned in enumerate(runs, start=1):
-        logger.info("sweep %d/%d: %s", number, len(runs), planned.name)
+        seconds = [each.result.seconds for each in found if each.result is not None]
+        left = f", at most about {duration(fmean(seconds) * (len(runs) - number + 1))} left" if seconds else ""
+        logger.info("sweep %d/%d: %s%s", number, len(runs), planned.name, left)
         found.append(_run_one(config, planned, caches[planned.cache]))
         write_text(Path(config.output, "sweep.json"), dump(make_report(config, task, found, teachers, eval_split)))
         gc.collect()  # a trainer and its model refer to each other
     return make_report(config, task, found, teachers, eval_split)
+
+
+def _planned(config: SweepConfig) -> tuple[dict[str, Cache], str | None, tuple[PlannedRun, ...]]:
+    """The caches by name, the split to choose on, and the runs in order."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MisuseError("sweep runs in one process; under torchrun, train its students with train-student")
+    caches = {name: Cache.open(path) for name, path in named_caches(config).items()}
+    return caches, _check(config, caches), plan(config, list(caches))
+
+
+def outline(config: SweepConfig) -> Outline:
+    """What `run` would do: each run, and whether it is finished. Writes nothing.
+
+    Raises:
+        PipelineError: as `run` raises it, but for what goes wrong in one run alone.
+    """
+    caches, eval_split, runs = _planned(config)
+    training_arguments(config.output, config.training, report_to=config.report_to)  # refuses what no run would take
+    lines = [("reads", f"{cache.where}: {config.split}") for cache in caches.values()]
+    lines += [
+        ("chosen on", eval_split or "nothing: no cache has a split validation"),
+        ("reported on", config.report_split),
+    ]
+    seconds = []
+    for planned in runs:
+        result = _finished_before(config, planned, caches[planned.cache])
+        lines.append((planned.name, "to be trained" if result is None else f"is finished ({result.seconds:.0f} s)"))
+        seconds += [] if result is None else [result.seconds]
+    left = len(runs) - len(seconds)
+    lines.append(("writes", f"{config.output}: {left:,} of {len(runs):,} students, sweep.json and the report"))
+    if seconds and left:
+        lines.append(("time", f"about {duration(fmean(seconds) * left)}, as the runs that are finished took"))
+    return tuple(lines)
+
+
+def _finished_before(config: SweepConfig, planned: PlannedRun, cache: Cache) -> TrainResult | None:
+    """The result of a run that is finished; of a student that is still to be begun there is none."""
+    start = planned.start
+    student = Path(start.path) if start.path is not None else _start_directory(config, start, planned.seed)
+    if start.path is None and not _is_finished(student, _start_key(config, start, planned.seed), "config.json"):
+        return None
+    settings = train_config(config, planned, cache=str(cache.root), student=str(student))
+    directory = Path(settings.output)
+    return parse(TrainResult, directory / _PROOF) if _is_finished(directory, _key(settings, cache), _PROOF) else None
 
 
 def report(config: SweepConfig, found: SweepReport) -> str:
@@ -161,20 +206,25 @@ def _begin(config: SweepConfig, start: Start, seed: int) -> str:
     if start.path is not None:
         return start.path
     teacher = str(config.teacher)
-    directory = Path(config.output, "starts", f"{start.name}-seed{seed}" if start.shape else start.name)
-    key = _hash([content_of(Path(teacher)), dataclasses.asdict(start), seed if start.shape else None])
+    directory, key = _start_directory(config, start, seed), _start_key(config, start, seed)
     if not _is_finished(directory, key, "config.json"):
         init_student(teacher, directory, config=start.shape, layers=start.layers or None, seed=seed)
         _set_mark(directory, key, "config.json")
     return str(directory)
 
 
+def _start_directory(config: SweepConfig, start: Start, seed: int) -> Path:
+    return Path(config.output, "starts", f"{start.name}-seed{seed}" if start.shape else start.name)
+
+
+def _start_key(config: SweepConfig, start: Start, seed: int) -> str:
+    return _hash([content_of(Path(str(config.teacher))), dataclasses.asdict(start), seed if start.shape else None])
+
+
 def _trained(settings: TrainStudentConfig, cache: Cache) -> TrainResult:
     """The result of a run: of the one that is finished, of the one that was stopped and goes on, or of a new one."""
     directory = Path(settings.output)
-    apart = ("cache", "student", "output", "resume", "overwrite")
-    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in apart}
-    key = _hash([plain, cache.manifest.cache_id, content_of(Path(settings.student))])
+    key = _key(settings, cache)
     if _is_finished(directory, key, _PROOF):
         logger.info("%s is finished", directory)
         return parse(TrainResult, directory / _PROOF)
@@ -185,6 +235,13 @@ def _trained(settings: TrainStudentConfig, cache: Cache) -> TrainResult:
         shutil.rmtree(checkpoint)
     _set_mark(directory, key, _PROOF)
     return result
+
+
+def _key(settings: TrainStudentConfig, cache: Cache) -> str:
+    """What decides a run."""
+    apart = ("cache", "student", "output", "resume", "overwrite", "report_to")
+    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in apart}
+    return _hash([plain, cache.manifest.cache_id, content_of(Path(settings.student))])
 
 
 def _is_finished(directory: Path, key: str, proof: str) -> bool:

@@ -112,13 +112,14 @@ def check_metric(args: TrainingArguments, task: Task, num_classes: int, *, label
 
 
 def choose_eval_split(
-    args: TrainingArguments, splits: Sequence[str], trained_on: Sequence[str], asked: str | None
+    args: TrainingArguments, splits: Sequence[str], trained_on: str | Sequence[str], asked: str | None
 ) -> str | None:
     """The split that is evaluated on during training: `validation` where none is asked for, unless it is trained on.
 
     Raises:
         MisuseError: an evaluation is wanted, and there is no split for it.
     """
+    trained_on = (trained_on,) if isinstance(trained_on, str) else trained_on
     if asked is None and "validation" in splits and "validation" not in trained_on:
         return "validation"
     if asked is None and (args.eval_on_start or args.eval_strategy != "no"):

@@ -40,6 +40,7 @@ from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_sta
 from pipeline.training.forward import detach_loss
 from pipeline.training.recipe.defaults import Choice, choose_loss
 from pipeline.training.recipe.make import make_recipe
+from pipeline.training.saving import BeforeTraining, no_directory
 from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
@@ -75,7 +76,9 @@ class Origin:
     """The settings of `checkpoints.course`, and the patience of early stopping. Older runs have none."""
 
 
-def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
+def run(
+    config: TrainStudentConfig, cache: Cache | None = None, *, before_training: BeforeTraining | None = None
+) -> TrainResult:
     """`softlabel train-student`. `cache`: the one that the configuration names, where it is open already."""
     kept = parse_bytes("--cache-bytes", config.cache_bytes)
     caches = (
@@ -101,7 +104,7 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
     return fit(
         cache,
         student,
-        training_arguments(config.output, config.training, **recipe.arguments),
+        training_arguments(config.output, config.training, report_to=config.report_to, **recipe.arguments),
         loss=recipe.loss,
         split=config.split,
         eval_split=config.eval_split,
@@ -114,6 +117,7 @@ def run(config: TrainStudentConfig, cache: Cache | None = None) -> TrainResult:
         overwrite=config.overwrite,
         mixture=mixture,
         save_dtype=None if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
+        before_training=before_training,
     )
 
 
@@ -186,6 +190,7 @@ def fit(
     overwrite: bool = False,
     mixture: Mixture | None = None,
     save_dtype: torch.dtype | None = None,
+    before_training: BeforeTraining | None = None,
 ) -> TrainResult:
     """Train, save an ordinary model directory, and say beside it what it was made from.
 
@@ -193,6 +198,8 @@ def fit(
         held_out: rows of `split` to measure on, in place of a split.
         choices: settings that were chosen and not given; they are logged before the first step.
         save_dtype: of the weights in the directory; None: as the student's own files have them. Adapters stay as PEFT saves them.
+
+        before_training: called once everything is checked and nothing is written, with the trainer and the checkpoint to go on from.
 
     Raises:
         MisuseError: the output directory holds a model that was not made here, or a finished student.
@@ -231,7 +238,7 @@ def fit(
     checkpoint = None if overwrite else _checkpoint(output, origin, resume=resume)
     trainer = DistillationTrainer(
         student.model,
-        args,
+        args if before_training is None else no_directory(args),
         cache=cache,
         loss=loss,
         split=splits,
@@ -245,10 +252,12 @@ def fit(
     )
     if early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping))
+    for choice in choices if args.should_save else ():
+        logger.info("train-student %s: %s", output.name, choice)
+    if before_training is not None:
+        before_training(trainer, checkpoint)
     show_progress(trainer, f"train-student {output.name}")
     if args.should_save:
-        for choice in choices:
-            logger.info("train-student %s: %s", output.name, choice)
         if checkpoint is None:  # an old adapter or checkpoint beside a new model would be loaded in its place
             remove(_of_a_model(output))
         write_text(output / ORIGIN, dump(origin))

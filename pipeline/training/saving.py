@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import shlex
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from pipeline.cache.storage.commit import full_disk
 from pipeline.errors import ConfigError, MisuseError, TrainingError
-from pipeline.models.arguments import hide_token, num_ranks
+from pipeline.models.arguments import Seen, hide_token, num_ranks
+from pipeline.models.reporting import check_installed, own_run
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
+
+
+#: What may look at a run before its first step, and stop it: it is given the trainer and the checkpoint to go on from.
+BeforeTraining = Callable[["SavingTrainer", str | None], None]
+
+
+def no_directory(args: TrainingArguments) -> TrainingArguments:
+    """The same settings for a trainer that is not to train: Trainer makes its output directory at once, and finds one here."""
+    made = copy.copy(args)
+    made.output_dir = tempfile.gettempdir()
+    return made
 
 
 class SavingTrainer(Trainer):
@@ -42,9 +56,10 @@ class SavingTrainer(Trainer):
                 f"training: torchrun has started {num_ranks()} ranks, and each would train alone and write to {args.output_dir}; set use_cpu where there is no GPU"
             )
         self.again = again
+        self.seen = Seen()
         hide_token(args)
         args.remove_unused_columns = False
-        _check_reporting(args)
+        check_installed(args.report_to or (), "training: report_to:")
         try:
             super().__init__(model=model, args=args, **kwargs)
             if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
@@ -54,6 +69,17 @@ class SavingTrainer(Trainer):
             if not isinstance(error, ImportError) and not re.search(r"install|import", said):
                 raise
             raise ConfigError(f"training: optim: a package is missing: {said}") from None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, a run of its own where it is reported."""
+        with own_run(self.args):
+            return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of the next step, counted."""
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.seen.add(batches)
+        return batches, counts
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository of `push_to_hub`.
@@ -117,16 +143,6 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with _said(f"{self.args.output_dir}/checkpoint-{self.state.global_step}", self.again):
             super()._save_checkpoint(model, trial)
-
-
-def _check_reporting(args: TrainingArguments) -> None:
-    """Before Trainer makes the callbacks, one of which leaves a traceback behind where its package is missing."""
-    found = [*get_available_reporting_integrations(), "flyte"]  # transformers leaves that one out
-    missing = [name for name in args.report_to or () if name not in ("none", *found)]
-    if missing:
-        raise ConfigError(
-            f"training: report_to: {', '.join(missing)}: not installed, or no such; expected none or some of {', '.join(found)}; pip install it, or leave it out"
-        )
 
 
 def _first_line(error: Exception) -> str:

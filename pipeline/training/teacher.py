@@ -36,6 +36,7 @@ from pipeline.models.load import as_it_came
 from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score
 from pipeline.models.start import start_of
+from pipeline.progress import track
 from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
 from pipeline.sources.labels import listed
@@ -43,7 +44,7 @@ from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_tas
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.recipe.defaults import choose_teacher_arguments
 from pipeline.training.refusals import refuse_evaluation
-from pipeline.training.saving import SavingTrainer
+from pipeline.training.saving import BeforeTraining, SavingTrainer, no_directory
 from pipeline.training.stopping import CheckpointOnSigterm
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,13 @@ class TeacherOrigin:
     """The settings of `checkpoints.course`."""
 
 
-def run(config: TrainTeacherConfig) -> dict[str, float]:
+def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = None) -> dict[str, float]:
     """`softlabel train-teacher`: fine-tune, save an ordinary model directory, measure on the held-out split.
 
     What an unfinished run of the same settings has left in the output goes on from its newest whole checkpoint.
+
+    Args:
+        before_training: called once everything is checked and nothing is written, with the trainer and the checkpoint to go on from.
 
     Returns:
         The task's metrics on `validation`, or else on `test`; empty where the source has neither. Kept as `metrics.json`.
@@ -120,7 +124,14 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
         len(rows),
         {name: config.training.get(name, value) for name, value in settings_given.items()},
     )
-    args = training_arguments(config.output, config.training, **arguments, seed=config.seed, save_strategy="no")
+    args = training_arguments(
+        config.output,
+        config.training,
+        report_to=config.report_to,
+        **arguments,
+        seed=config.seed,
+        save_strategy="no",
+    )
     refuse_evaluation(args)
     padding: Any = teacher.model.config.get_text_config()
     kept, padding.pad_token_id = padding.pad_token_id, _training_pad_id(teacher, rows)
@@ -130,11 +141,16 @@ def run(config: TrainTeacherConfig) -> dict[str, float]:
     if checkpoint is None and not config.overwrite:
         tell_of_new_start(output)
     again = "run the same command again"
-    trainer = SavingTrainer(teacher.model, args, again=again, data_collator=collator, train_dataset=_Rows(rows))
+    settings_of_trainer = args if before_training is None else no_directory(args)
+    trainer = SavingTrainer(
+        teacher.model, settings_of_trainer, again=again, data_collator=collator, train_dataset=_Rows(rows)
+    )
+    for choice in choices if args.should_save else ():
+        logger.info("train-teacher %s: %s", output.name, choice)
+    if before_training is not None:
+        before_training(trainer, checkpoint)
     show_progress(trainer, "train-teacher")
     if args.should_save:
-        for choice in choices:
-            logger.info("train-teacher %s: %s", output.name, choice)
         if checkpoint is None:  # an old adapter beside a new model would be loaded in its place
             remove(before)
         write_text(output / _ORIGIN, dump(origin))
@@ -232,8 +248,9 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
     """What a model predicts on labelled rows."""
     model = loaded.model.eval()
     parts, labels, owners = [], [], []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for number, batch in enumerate(track(batches, "evaluation", len(batches), unit="step")):
+        start = number * batch_size
         inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model))
         truth = torch.from_numpy(np.concatenate([task.hard_labels(row) for row in batch]))
         with torch.inference_mode():
@@ -311,7 +328,8 @@ def _read(
     skip: bool,
 ) -> list[TokenizedExample]:
     """The labelled rows of a split as tokens; a row that cannot be read stops, or is left out."""
-    examples = read_examples(source, split, 0, len(source.splits[split]), labels)
+    count = len(source.splits[split])
+    examples = track(read_examples(source, split, 0, count, labels), f"read {split}", count, stride=64)
     rows: list[TokenizedExample] = []
     bad: list[BadRow] = []
     for item in task.tokenize(examples, split, tokenizer, settings):

@@ -20,6 +20,7 @@ from pipeline.cache import Cache, CacheDataset
 from pipeline.errors import EncodingError, MisuseError, TrainingError
 from pipeline.metrics import agreement
 from pipeline.models import pad_id
+from pipeline.progress import track
 from pipeline.records import NO_LABEL, Full, Loss, Predictions, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
@@ -117,17 +118,15 @@ class DistillationTrainer(SavingTrainer):
                 )
             seed = args.data_seed if args.data_seed is not None else args.seed
             self.keep = Proportions(tuple(map(int, rows.bounds)), mixture.shares, self.keep, seed)
-        if held_out is None:
-            asked = (split,) if isinstance(split, str) else split
-            eval_split = choose_eval_split(args, cache.splits, asked, eval_split)
-        self.eval_split = None if held_out is not None else eval_split
+        asked = None if held_out is not None else choose_eval_split(args, cache.splits, split, eval_split)
+        self.eval_split = asked
         self.rows_of_an_epoch = rows_of_epoch(rows, self.keep)
         self._totals = np.zeros(4)
         self._where_last = ""
         self._epoch: Iterator[Any] | None = None
         self._ahead: Generator[Any, None, None] = prefetch(iter(()))
-        measured_on = split if held_out is not None else eval_split
-        evaluated = None if measured_on is None else self._rows(measured_on, window=8, evaluated=True)
+        where = asked if held_out is None else split
+        evaluated = None if where is None else self._rows(where, window=8, evaluated=True)
         super().__init__(
             model=model,
             args=args,
@@ -173,9 +172,10 @@ class DistillationTrainer(SavingTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The rows in order."""
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = TrainingRows(chosen) if isinstance(chosen, CacheDataset) else chosen
-        return self._loader(rows, self.args.eval_batch_size, shuffle=False)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(
+            TrainingRows(rows) if isinstance(rows, CacheDataset) else rows, self.args.eval_batch_size, shuffle=False
+        )
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """As in an evaluation: `predict(cache.dataset("test"))` gives its metrics."""
@@ -320,7 +320,9 @@ class DistillationTrainer(SavingTrainer):
         if callable(schedule_free):
             schedule_free()
         parts: list[dict[str, np.ndarray]] = []
-        for batch in dataloader if self.args.dataloader_num_workers else prefetch(iter(dataloader)):
+        batches: Any = dataloader if self.args.dataloader_num_workers else prefetch(iter(dataloader))
+        shown = self.is_world_process_zero()
+        for batch in track(batches, description.lower(), len(dataloader), unit="step", shown=shown):
             with torch.no_grad(), self.compute_loss_context_manager():
                 _, found = self.compute_loss(model, self._prepare_inputs(batch), return_outputs=True)
             parts.append(_scores(batch, found))

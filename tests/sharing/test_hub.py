@@ -141,3 +141,19 @@ def test_the_commands_print_what_others_pin(tmp_path, cache, hub):
     assert json.loads(done.stdout)["cache_id"] == cache.manifest.cache_id
     assert TOKEN not in done.output
     assert not any(TOKEN.encode() in content for content in hub.files(REPO).values())
+
+
+def test_a_dry_run_looks_and_leaves_the_hub_as_it_is(cache, hub):
+    def planned() -> str:
+        result = CliRunner().invoke(
+            main, ["push", "--cache", str(cache.root), "--to", URL, "--license", "mit", "--dry-run"]
+        )
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert f"{URL}; a private repository, or a branch, is made" in planned()
+    assert hub.private == {}
+    push(cache, URL, license="mit")
+    commits, uploads = len(hub.commits), len(hub.uploads)
+    assert "sends    0 B of shards" in planned()
+    assert (len(hub.commits), len(hub.uploads)) == (commits, uploads)

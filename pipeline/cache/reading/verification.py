@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.cache.format.manifest import Layout, Plan, load_manifest, parse, s
 from pipeline.cache.format.tokenizer_files import tokenizer_problems
 from pipeline.cache.reading.shards import REMEDY, check_beside, check_shard_file, open_shard, read_row_group
 from pipeline.errors import CacheError, IntegrityError
+from pipeline.progress import Progress
 from pipeline.records import Contract, Full, Manifest, Sampled, Shard
 
 
@@ -56,7 +57,11 @@ def verify(root: Path, *, quick: bool = False) -> Verification:
     layout = Layout(root)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [_ShardCheck(pool, layout.shard(shard.name), shard, manifest, quick) for shard in manifest.shards]
-        broken = {check.shard.name: problem for check in found if (problem := check.problem()) is not None}
+        broken = {}
+        with Progress("verify", sum(shard.bytes for shard in manifest.shards), unit="B") as progress:
+            for check in found:
+                if (problem := check.problem(progress)) is not None:
+                    broken[check.shard.name] = problem
     extra = strangers(layout, manifest)
     problems = [*broken.values(), *(f"{path}: is not in manifest.json; move it out of the cache" for path in extra)]
     try:
@@ -117,8 +122,18 @@ class _ShardCheck:
             ]
         self._quick = quick
 
-    def problem(self) -> str | None:
+    def problem(self, progress: Progress) -> str | None:
         """The first thing that is wrong. Row groups come before the hash: their page checksums say where it is."""
+        rest, share = self.shard.bytes, self.shard.bytes // max(len(self._groups), 1)
+        for group in self._groups:
+            wait([group])
+            progress.update(share)
+            rest -= share
+        found = self._problem()
+        progress.update(rest)
+        return found
+
+    def _problem(self) -> str | None:
         if self._first is not None:
             return self._first
         try:

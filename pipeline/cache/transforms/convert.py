@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.cache.format.codec import pack, unpack
 from pipeline.cache.format.schema import describe, soft_columns
 from pipeline.cache.reading.reader import Cache
-from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
+from pipeline.cache.transforms.rewrite import Piece, Rewrite, ancestry, plan_pieces, rewrite, shard_schema
 from pipeline.records import NO_LABEL, CachedExample, Encoding, Full, Sampled
 from pipeline.softlabels import check_conversion, concatenate, counter_uniforms, rows, teacher_scores
 from pipeline.softlabels import convert as convert_soft_labels
@@ -33,6 +33,11 @@ def convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding
         EncodingError: the encoding cannot be made from what was kept; says why.
         CacheError: see `rewrite`.
     """
+    return rewrite(plan_convert(cache, output, encoding=encoding), overwrite=overwrite)
+
+
+def plan_convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding) -> Rewrite:
+    """What `convert` is to do, its inputs checked."""
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
     check_conversion(contract.encoding, encoding)
@@ -51,15 +56,15 @@ def convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding
                 [(packed if field.name in changed else table).column(field.name) for field in schema], schema=schema
             )
 
-    return rewrite(
-        output,
-        plan_pieces([opened], opened.splits),
-        change,
+    return Rewrite(
+        name="convert",
+        output=output,
+        pieces=plan_pieces([opened], opened.splits),
+        change=change,
         contract=dataclasses.replace(contract, encoding=encoding, columns=describe(schema)),
         schema=schema,
         ancestors=ancestry([opened], f"convert {encoding_name(contract.encoding)} to {encoding_name(encoding)}"),
         same_encoding=False,
-        overwrite=overwrite,
         nothing=f"{opened.root}: has no rows",
     )
 

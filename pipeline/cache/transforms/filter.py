@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline.cache.format.manifest import NAME
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.transforms.condition import Condition
-from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
+from pipeline.cache.transforms.rewrite import Piece, Rewrite, ancestry, plan_pieces, rewrite, shard_schema
 from pipeline.errors import CacheError, MisuseError
 
 
@@ -38,6 +38,19 @@ def filter_rows(
         MisuseError: no condition, or nothing to do.
         CacheError: no such split, no row left; see `rewrite`.
     """
+    planned = plan_filter(cache, output, where=where, splits=splits, as_split=as_split)
+    return rewrite(planned, overwrite=overwrite)
+
+
+def plan_filter(
+    cache: Cache | str | Path,
+    output: str | Path,
+    *,
+    where: str | None = None,
+    splits: Sequence[str] = (),
+    as_split: str | None = None,
+) -> Rewrite:
+    """What `filter_rows` is to do, its inputs checked; the condition is tried on no rows."""
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     if where is None and not splits and as_split is None:
         raise MisuseError("filter: give --where, --split or --as-split")
@@ -59,14 +72,14 @@ def filter_rows(
         return None if all(mask.all() for mask in masks) else _masked(piece, masks)
 
     what = ", ".join([*([] if where is None else [f"where {where}"]), *(f"split {name}" for name in splits)])
-    return rewrite(
-        output,
-        plan_pieces([opened], chosen, as_split=as_split),
-        change,
+    return Rewrite(
+        name="filter",
+        output=output,
+        pieces=plan_pieces([opened], chosen, as_split=as_split),
+        change=change,
         contract=opened.manifest.contract,
         schema=schema,
         ancestors=ancestry([opened], f"filter {what}".strip() + (f" as {as_split}" if as_split else "")),
-        overwrite=overwrite,
         nothing=f"--where {where!r}: true of no row; nothing is written",
     )
 

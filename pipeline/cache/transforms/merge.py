@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.cache.format.manifest import differences
 from pipeline.cache.reading.reader import Cache
-from pipeline.cache.transforms.rewrite import Piece, ancestry, plan_pieces, rewrite, shard_schema
+from pipeline.cache.transforms.rewrite import Piece, Rewrite, ancestry, plan_pieces, rewrite, shard_schema
 from pipeline.errors import ContractError, MisuseError
 from pipeline.records import Contract, SourceInfo
 
@@ -38,6 +38,11 @@ def merge(caches: Sequence[Cache | str | Path], output: str | Path, *, overwrite
         ContractError: names the first setting that differs.
         CacheError: see `rewrite`.
     """
+    return rewrite(plan_merge(caches, output), overwrite=overwrite)
+
+
+def plan_merge(caches: Sequence[Cache | str | Path], output: str | Path) -> Rewrite:
+    """What `merge` is to do, its inputs checked; the content hashes of all rows are read."""
     opened = [cache if isinstance(cache, Cache) else Cache.open(cache) for cache in caches]
     if len(opened) < 2:
         raise MisuseError("merge: expected two caches or more; repeat --cache")
@@ -51,14 +56,14 @@ def merge(caches: Sequence[Cache | str | Path], output: str | Path, *, overwrite
         mask = masks[piece.plan.split][piece.plan.start : piece.plan.stop]
         return None if mask.all() else _masked(piece, mask)
 
-    return rewrite(
-        output,
-        pieces,
-        change,
+    return Rewrite(
+        name="merge",
+        output=output,
+        pieces=pieces,
+        change=change,
         contract=_merged([cache.manifest.contract for cache in opened]),
         schema=shard_schema(opened[0]),
         ancestors=ancestry(opened, "merge"),
-        overwrite=overwrite,
         nothing="merge: the caches have no rows",
     )
 

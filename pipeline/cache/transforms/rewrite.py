@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,17 +18,20 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.cache.format.hashes import file_sha256
-from pipeline.cache.format.manifest import Layout, Plan, load_receipt, parse
+from pipeline.cache.format.manifest import Layout, Plan, check_same_contract, load_receipt, parse
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.reading.shards import REMEDY, open_shard, read_row_group
 from pipeline.cache.storage.commit import write_atomically
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.card import license_beside
-from pipeline.cache.writing.build import begin, clear, finish, is_finished, record
+from pipeline.cache.writing.build import begin, finish, is_finished, record
 from pipeline.cache.writing.claims import finished
+from pipeline.cache.writing.place import check_place, clear
 from pipeline.cache.writing.writer import regroup, write_row_groups
 from pipeline.errors import CacheError, IntegrityError, MisuseError
-from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Receipt, Shard, ShardPlan
+from pipeline.progress import Progress, size
+from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Outline, Receipt, Shard, ShardPlan
+from pipeline.softlabels.names import encoding_name
 from pipeline.sources.files.loading import redact
 
 #: A piece's row groups -> those of the new shard; None: the shard stays as it is.
@@ -81,23 +85,85 @@ def ancestry(caches: Sequence[Cache], operation: str) -> tuple[Ancestor, ...]:
     return tuple(dict.fromkeys([*(each for cache in caches for each in cache.manifest.ancestry), *direct]))
 
 
-def rewrite(
-    output: str | Path,
-    pieces: Sequence[Piece],
-    change: Change,
-    *,
-    contract: Contract,
-    schema: pa.Schema,
-    ancestors: tuple[Ancestor, ...],
-    same_encoding: bool = True,
-    overwrite: bool = False,
-    nothing: str,
-) -> Cache:
-    """Make the new cache.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """A cache that is to be made from others, before anything is written."""
 
-    Args:
-        same_encoding: what was measured at capture still holds.
-        nothing: the message where no row is left.
+    name: str
+    """Of the command."""
+    output: str | Path
+    pieces: Sequence[Piece]
+    change: Change
+    contract: Contract
+    schema: pa.Schema
+    ancestors: tuple[Ancestor, ...]
+    same_encoding: bool = True
+    """What was measured at capture still holds."""
+    nothing: str
+    """The message where no row is left."""
+
+    @property
+    def root(self) -> Path:
+        """The directory."""
+        return Path(self.output)
+
+    @property
+    def plan(self) -> Plan:
+        """Its shards."""
+        return Plan(self.contract, tuple(piece.plan for piece in self.pieces), ancestry=self.ancestors)
+
+    @property
+    def sources(self) -> list[Cache]:
+        """The caches that are read."""
+        return list({piece.cache.root: piece.cache for piece in self.pieces}.values())
+
+
+def check_output(planned: Rewrite, *, overwrite: bool) -> None:
+    """Look at the place of the new cache. Changes nothing.
+
+    Raises:
+        MisuseError: it is behind a URL.
+        CacheError: it is one of the inputs, or holds something else.
+        ContractError: it holds another cache.
+    """
+    if is_url(str(planned.output)):
+        raise MisuseError(
+            f"--output {redact(str(planned.output))}: caches are made from caches in a directory; push it from there"
+        )
+    for cache in planned.sources:
+        cache.directory("making another from it")
+        if cache.root.resolve() == planned.root.resolve():
+            raise MisuseError(f"--output {planned.root}: is the cache that is read; use another directory")
+    layout = Layout(planned.root)
+    found = check_place(layout, planned.plan, overwrite=overwrite)
+    if found is not None:
+        check_same_contract(planned.plan, found, layout.name)
+
+
+def outline(planned: Rewrite, *, overwrite: bool) -> Outline:
+    """What `rewrite` would do, its inputs and the place of its output checked. Writes nothing.
+
+    Raises:
+        PipelineError: see `check_output`.
+    """
+    check_output(planned, overwrite=overwrite)
+    layout = Layout(planned.root)
+    there = 0 if overwrite else sum(finished(layout, piece.plan) is not None for piece in planned.pieces)
+    rows, read = (sum(getattr(piece.shard, name) for piece in planned.pieces) for name in ("rows", "bytes"))
+    splits = dict.fromkeys(piece.plan.split for piece in planned.pieces)
+    return (
+        *(("reads", f"{cache.where}: {len(cache.manifest.shards):,} shards") for cache in planned.sources),
+        ("rows", f"{rows:,} in {', '.join(splits)}, {size(read)}"),
+        ("encoding", f"{encoding_name(planned.contract.encoding)}"),
+        (
+            "writes",
+            f"{planned.root}: {len(planned.pieces):,} shards, {there:,} of them there already; at most {rows:,} rows",
+        ),
+    )
+
+
+def rewrite(planned: Rewrite, *, overwrite: bool = False) -> Cache:
+    """Make the new cache.
 
     Returns:
         The finished cache.
@@ -106,32 +172,32 @@ def rewrite(
         CacheError: no row is left; the output is one of the inputs, or cannot be written.
         IntegrityError: an input is not what its manifest says.
     """
-    sources = list({piece.cache.root: piece.cache for piece in pieces}.values())
-    if is_url(str(output)):
-        raise MisuseError(
-            f"--output {redact(str(output))}: caches are made from caches in a directory; push it from there"
-        )
-    root = Path(output)
-    for cache in sources:
-        cache.directory("making another from it")
-        if cache.root.resolve() == root.resolve():
-            raise MisuseError(f"--output {root}: is the cache that is read; use another directory")
-    plan = Plan(contract, tuple(piece.plan for piece in pieces), ancestry=ancestors)
+    check_output(planned, overwrite=overwrite)
+    root, plan, pieces, sources = planned.root, planned.plan, planned.pieces, planned.sources
     layout = begin(root, plan, sources[0].tokenizer, overwrite=overwrite)
     if is_finished(layout, plan):
         return Cache.open(root)
     bad_rows = {cache.root: _bad_rows(cache) for cache in sources}
+    outstanding = [finished(layout, piece.plan) is None for piece in pieces]
+    total, left = (
+        sum(piece.shard.rows for piece in some) for some in (pieces, itertools.compress(pieces, outstanding))
+    )
+    progress = Progress(planned.name, total, initial=total - left)
     for number, piece in enumerate(pieces):
-        if finished(layout, piece.plan) is not None:
+        if not outstanding[number]:
             continue
         started = time.monotonic()
-        tables = change(piece)
+        tables = planned.change(piece)
+        before_piece = progress.done
         path = layout.shard(piece.plan.name)
         if tables is None:
             made = _copy(piece, path)
         else:
-            names = schema.names
-            made = write_row_groups(path, piece.plan, (t.select(names).cast(schema) for t in regroup(tables)), schema)
+            names, counted = planned.schema.names, _counted(tables, progress)
+            made = write_row_groups(
+                path, piece.plan, (t.select(names).cast(planned.schema) for t in regroup(counted)), planned.schema
+            )
+        progress.update(piece.shard.rows - (progress.done - before_piece))  # rows that are left out
         before = load_receipt(Layout(piece.cache.root), piece.shard.name)
         receipt = Receipt(
             shard=made,
@@ -141,16 +207,23 @@ def rewrite(
             seconds=round(time.monotonic() - started, 3),
             forward_seconds=0.0,
             bad_rows=bad_rows[piece.cache.root] if _is_first(pieces, number) else (),
-            fidelity=_fidelity(sources[0]) if number == 0 and same_encoding else None,
+            fidelity=_fidelity(sources[0]) if number == 0 and planned.same_encoding else None,
         )
         record(layout, receipt)
+    progress.close()
     if not any((load_receipt(layout, piece.plan.name) or _NONE).shard.rows for piece in pieces):
         clear(layout)
         with contextlib.suppress(OSError):  # something else is in it
             root.rmdir()
-        raise CacheError(nothing)
+        raise CacheError(planned.nothing)
     licences = {license_beside(cache.root / "README.md") for cache in sources}
     return finish(layout, plan, license=licences.pop() if len(licences) == 1 else None)
+
+
+def _counted(tables: Iterable[pa.Table], progress: Progress) -> Iterator[pa.Table]:
+    for table in tables:
+        progress.update(table.num_rows)
+        yield table
 
 
 _NONE = Receipt(Shard("", "", 0, 0, 0, 0, "", ()), ShardPlan("", "", 0, 0), (), "", 0.0, 0.0)

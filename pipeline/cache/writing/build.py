@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from pipeline.cache.format.manifest import (
     make_manifest,
     parse,
 )
-from pipeline.cache.format.sanity import contract_problem
 from pipeline.cache.format.tokenizer_files import without_code
 from pipeline.cache.reading.alignment import check_alignment
 from pipeline.cache.reading.probe import first_shards
@@ -32,15 +29,13 @@ from pipeline.cache.storage.commit import (
     create_exclusively,
     full_disk,
     sweep,
-    temporary_path,
     write_directory,
     write_text,
 )
-from pipeline.cache.storage.outbox import Outbox
-from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.card import license_beside, make_card
 from pipeline.cache.views.contents import contents_lines
-from pipeline.cache.writing.claims import finished, is_claimed, sweep_claims
+from pipeline.cache.writing.claims import finished, sweep_claims
+from pipeline.cache.writing.place import check_place, clear, current_plan, open_layout
 from pipeline.errors import CacheError, ContractError
 from pipeline.records import (
     AlignmentProbe,
@@ -59,18 +54,6 @@ logger = logging.getLogger(__name__)
 _SUMS = ("cut_rows", "cut_tokens", "cut_supervised_rows", "split_chats", "split_chat_rows")
 
 
-def open_layout(output: str | Path) -> Layout:
-    """Where a cache is to be made: a directory, or a URL that fsspec opens.
-
-    Raises:
-        CacheError: no such file system.
-    """
-    if not is_url(str(output)):
-        return Layout(Path(output))
-    outbox = Outbox(str(output))
-    return Layout(outbox.staging, outbox)
-
-
 def begin(
     output: str | Path | Layout, plan: Plan, tokenizer: PreTrainedTokenizerBase, *, overwrite: bool = False
 ) -> Layout:
@@ -82,18 +65,10 @@ def begin(
     """
     layout = output if isinstance(output, Layout) else open_layout(output)
     root = layout.root
-    problem = contract_problem(plan.contract)
-    if problem is not None:
-        raise ContractError(f"{layout.name}: no cache of these settings could be read: {problem}")
-    if root.exists() and not root.is_dir():
-        raise CacheError(f"{root}: expected a directory, found a file")
+    found = check_place(layout, plan, overwrite=overwrite)
     if overwrite:
         clear(layout)
-    # In this order: a racing capture's first file is its plan.
-    holds_files = _holds_files(layout)
-    found = current_plan(layout)
-    if holds_files and found is None:
-        raise CacheError(f"{layout.name}: holds files that are no cache; use an empty or a new directory")
+        found = check_place(layout, plan)
     if plan.parent is not None and found != plan:
         _replace_plan(layout, found, plan)
     elif not _create(layout, layout.plan, dump(plan)):
@@ -180,13 +155,6 @@ def _shared(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) -> 
     return {f"{one}, {other}": count for one, other in pairs if (count := len(hashes[one] & hashes[other]))}
 
 
-def current_plan(layout: Layout) -> Plan | None:
-    """The plan of the capture that is there, finished or not."""
-    if layout.outbox is not None:
-        layout.outbox.fetch("receipts/plan.json")
-    return parse(Plan, layout.plan) if layout.plan.is_file() else None
-
-
 def is_finished(layout: Layout, plan: Plan) -> bool:
     """Whether the manifest is there and lists what the receipts say."""
     if not layout.manifest.is_file():
@@ -227,6 +195,15 @@ def record(layout: Layout, receipt: Receipt) -> None:
             f"{layout.name}: another capture has begun here (--overwrite), and its plan has replaced this one's; use another --output"
         )
     write_text(layout.receipt(name), dump(receipt))
+    made = receipt.shard
+    logger.debug(
+        "%s: %d rows, %d bytes, %.1f s, the teacher %.1f s of it",
+        name,
+        made.rows,
+        made.bytes,
+        receipt.seconds,
+        receipt.forward_seconds,
+    )
     if receipt.shard.rows:
         _send(layout, [layout.shard(name)])
     _send(layout, [layout.receipt(name)])
@@ -340,52 +317,6 @@ def _replace_plan(layout: Layout, found: Plan | None, plan: Plan) -> None:
     for name in {shard.name for shard in found.shards} - {shard.name for shard in plan.shards} if found else ():
         layout.receipt(name).unlink(missing_ok=True)
         layout.shard(name).unlink(missing_ok=True)
-
-
-def _holds_files(layout: Layout) -> bool:
-    """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
-    if layout.outbox is not None:
-        return not layout.outbox.is_empty()
-    return any(
-        path.is_file() and not any(part.startswith(".") for part in path.relative_to(layout.root).parts)
-        for path in layout.root.rglob("*")
-    )
-
-
-def clear(layout: Layout) -> None:
-    """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else.
-
-    Raises:
-        CacheError: files are there that are no cache, or another process is writing them.
-    """
-    if not _holds_files(layout):
-        return
-    outbox = layout.outbox
-    if outbox is not None:
-        outbox.fetch("manifest.json")
-        outbox.fetch("receipts/plan.json")
-    half_cleared = any(layout.root.glob(".tmp-*-receipts/plan.json"))  # by a killed command
-    if not layout.plan.exists() and not layout.manifest.exists() and not half_cleared:
-        raise CacheError(
-            f"{layout.name}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
-        )
-    if outbox is not None:
-        # the plan last: without it what is left is no cache that may be deleted
-        names = [f"receipts/{name}" for name in outbox.names("receipts") if name != "plan.json"]
-        outbox.clear(("manifest.json", "README.md", "data", "tokenizer", "reports", *names, "receipts"))
-    away = temporary_path(layout.plan.parent)
-    if layout.plan.parent.is_dir():
-        # Out of the way first: a capture that goes on here finds no place for its next claim, and one that holds a claim holds it under the new name too.
-        os.replace(layout.plan.parent, away)
-        if is_claimed(away):
-            os.replace(away, layout.plan.parent)
-            raise CacheError(
-                f"{layout.name}: --overwrite: another process is writing this cache; end it first, or use another --output"
-            )
-    layout.manifest.unlink(missing_ok=True)
-    for part in (layout.data, layout.tokenizer, layout.root / "reports", away):
-        shutil.rmtree(part, ignore_errors=True)
-    (layout.root / "README.md").unlink(missing_ok=True)
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, draft: Path, path: Path) -> None:

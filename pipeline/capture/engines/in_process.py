@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pipeline.cache import Cache
 from pipeline.cache.writing.build import is_finished
 from pipeline.cache.writing.claims import Claims
-from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar
+from pipeline.capture.engines.progress import Tally, already, finish_when_whole, outstanding, progress_of
 from pipeline.capture.head import check_head, check_rows, show_first_row
 from pipeline.capture.job import Job
 from pipeline.capture.shard import capture_shards
@@ -23,11 +25,13 @@ def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
         show_first_row(job)
         check_rows(job, waiting)
         check_head(job)
-    with progress_bar(job.plan, waiting, part) as bar, Claims(job.layout, job.plan) as claims:
+    sizes = {shard.name: shard.stop - shard.start for shard in waiting}
+    with progress_of(job.plan, waiting, part) as progress, Claims(job.layout, job.plan) as claims:
+        tally = Tally(progress, sizes)
 
         def done(receipt: Receipt) -> None:
             claims.release(receipt.plan.name)
-            bar.update(receipt.plan.stop - receipt.plan.start)
+            tally.made(0, receipt.plan.name)
 
-        capture_shards(job, claims.take(waiting), done)
+        capture_shards(job, claims.take(waiting), done, partial(tally.moved, 0))
     return finish_when_whole(job.layout, job.plan)

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import Cache
-from pipeline.cache.writing.build import current_plan, is_finished, open_layout
+from pipeline.cache.writing.build import is_finished
 from pipeline.cache.writing.claims import Claims
+from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.deal import Deal
-from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar
+from pipeline.capture.engines.progress import Tally, Throttle, already, finish_when_whole, outstanding, progress_of
 from pipeline.config import CacheLogitsConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import Receipt, ShardPlan
+from pipeline.verbosity import level_name, set_level
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
     if share.gpus > 1 and config.device_map is None:
         config = dataclasses.replace(config, device_map="auto")
     actor_class = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus)(ShardWorker)
-    actors = {0: actor_class.remote(config, os.getcwd(), share.cpus)}
+    actors = {0: actor_class.remote(config, os.getcwd(), share.cpus, level_name())}
     speaking = {actors[0].ready.remote(is_first=True): 0}
     try:
         _wait(ray, speaking, share)
@@ -90,46 +92,59 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
         if not waiting and is_finished(layout, plan):
             return already(layout)
         for number in range(1, min(share.workers, len(waiting))):
-            actors[number] = actor_class.remote(config, os.getcwd(), share.cpus)
+            actors[number] = actor_class.remote(config, os.getcwd(), share.cpus, level_name())
             speaking[actors[number].ready.remote()] = number
         deal = Deal(waiting, len(actors))
-        sizes = {shard.name: shard.stop - shard.start for shard in waiting}
-        with progress_bar(plan, waiting) as bar:
+        with progress_of(plan, waiting) as progress:
+            tally = Tally(progress, {shard.name: shard.stop - shard.start for shard in waiting})
             while not deal.is_over:
                 for reference in _wait(ray, speaking, share):
                     number = speaking.pop(reference)
                     try:
-                        made = _answer(ray, reference)
+                        said = _answer(ray, reference)
                     except ray.exceptions.RayActorError as error:
                         how = str(error).strip().splitlines()[0]
                         logger.warning("worker %d has died; its shards go to another", number)
                         deal.lost(number, how)
-                        actors[number] = actor_class.remote(config, os.getcwd(), share.cpus)
+                        tally.lost(number)
+                        actors[number] = actor_class.remote(config, os.getcwd(), share.cpus, level_name())
                         speaking[actors[number].ready.remote()] = number
                         idle = actors.keys() - set(speaking.values())
                     else:
                         idle = {number}
-                        if made is not None:
-                            deal.done(number, made)
-                            bar.update(sizes[made])
+                        if said is not None and said.tokens:
+                            tally.moved(number, said.rows, said.tokens)
+                        if said is not None and said.made is not None:
+                            deal.done(number, said.made)
+                            tally.made(number, said.made)
                     for worker in idle:
                         for name in deal.to(worker):
                             actors[worker].give.remote(name)
                         if deal.in_hand(worker):
-                            speaking[actors[worker].made.remote()] = worker
+                            speaking[actors[worker].says.remote()] = worker
     finally:
         for actor in actors.values():
             ray.kill(actor)
     return finish_when_whole(layout, plan)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Said:
+    """What a worker has done since it was last asked."""
+
+    rows: int
+    tokens: int
+    made: str | None = None
+    """A shard that has its receipt."""
+
+
 class ShardWorker:
     """A Ray actor: it makes the shards that it is given, one after another."""
 
-    def __init__(self, config: CacheLogitsConfig, directory: str, threads: int) -> None:
-        self._config, self._directory, self._threads = config, directory, threads
+    def __init__(self, config: CacheLogitsConfig, directory: str, threads: int, level: str) -> None:
+        self._config, self._directory, self._threads, self._level = config, directory, threads, level
         self._given: queue.Queue[str] = queue.Queue()
-        self._made: queue.Queue[str | BaseException] = queue.Queue()
+        self._said: queue.Queue[_Said | BaseException] = queue.Queue()
 
     def ready(self, *, is_first: bool = False) -> None:
         """Load the teacher and join the capture; the first one looks at the rows of all. Relative paths are those of the command."""
@@ -141,6 +156,7 @@ class ShardWorker:
 
         if Path(self._directory).is_dir():
             os.chdir(self._directory)
+        set_level(self._level)
         quiet_libraries()
         torch.set_num_threads(self._threads)
         job = prepare(self._config)
@@ -153,9 +169,9 @@ class ShardWorker:
         """One more shard to make."""
         self._given.put(name)
 
-    def made(self) -> str:
-        """The name of the next shard that is done."""
-        found = self._made.get()
+    def says(self) -> _Said:
+        """The next news of the work: batches that were run, or a shard that is done."""
+        found = self._said.get()
         if isinstance(found, BaseException):
             raise found
         return found
@@ -175,12 +191,18 @@ class ShardWorker:
 
         def done(receipt: Receipt) -> None:
             claims.release(receipt.plan.name)
-            self._made.put(receipt.plan.name)
+            rows, tokens = throttle.drain()
+            self._said.put(_Said(rows, tokens, made=receipt.plan.name))
 
+        def moved(rows: int, tokens: int) -> None:
+            if throttle.add(rows, tokens):
+                self._said.put(_Said(*throttle.drain()))
+
+        throttle = Throttle()
         try:
-            capture_shards(job, given(), done)
+            capture_shards(job, given(), done, moved)
         except BaseException as error:
-            self._made.put(error)
+            self._said.put(error)
 
 
 def _connect(ray: Any) -> None:
@@ -227,8 +249,8 @@ def _wait(ray: Any, speaking: dict[Any, int], share: _Share) -> list[Any]:
             logger.warning("waiting for workers, or for room: each claims %d CPUs and %d GPUs", share.cpus, share.gpus)
 
 
-def _answer(ray: Any, reference: Any) -> str | None:
-    """What a worker has answered; its `PipelineError` as our own."""
+def _answer(ray: Any, reference: Any) -> _Said | None:
+    """What a worker has answered, None where it is ready; its `PipelineError` as our own."""
     try:
         found = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -236,4 +258,5 @@ def _answer(ray: Any, reference: Any) -> str | None:
         if isinstance(cause, PipelineError):
             raise cause from None
         raise CacheError(f"a Ray worker met {str(error).strip().splitlines()[-1]}; what was finished is kept") from None
-    return None if found is None else str(found)
+    assert found is None or isinstance(found, _Said)
+    return found

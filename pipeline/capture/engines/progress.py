@@ -1,20 +1,23 @@
-"""What all engines share: which shards are outstanding, the progress bar, and the commit at the end."""
+"""What all engines share: which shards are outstanding, the progress, and the commit at the end."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from typing import Any
-
-from tqdm import tqdm
+from dataclasses import dataclass, field
 
 from pipeline.cache import Cache, Layout, Plan
 from pipeline.cache.format.manifest import load_manifest
 from pipeline.cache.writing.build import finish, missing, opened, refresh, withdraw
 from pipeline.cache.writing.claims import finished
+from pipeline.progress import Progress
 from pipeline.records import ShardPlan
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two messages of a worker to its parent.
+_BETWEEN_MESSAGES = 0.5
 
 
 def outstanding(layout: Layout, plan: Plan, part: tuple[int, int] | None = None) -> list[ShardPlan]:
@@ -53,7 +56,52 @@ def finish_when_whole(layout: Layout, plan: Plan) -> Cache | None:
     return finish(layout, plan)
 
 
-def progress_bar(plan: Plan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None) -> tqdm[Any]:
+def progress_of(plan: Plan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None) -> Progress:
     """Source rows, those of finished shards counted already."""
     total, left = (sum(shard.stop - shard.start for shard in shards) for shards in (shards_of(plan, part), waiting))
-    return tqdm(total=total, initial=total - left, unit="row", desc="cache-logits", disable=None)
+    return Progress("cache-logits", total, initial=total - left)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What several workers have done: rows of a shard that its worker does not finish are taken back."""
+
+    progress: Progress
+    sizes: dict[str, int]
+    """Shard -> its source rows."""
+    unfinished: dict[int, int] = field(default_factory=dict)
+    """Worker -> rows that are counted of the shard that it makes."""
+
+    def moved(self, worker: int, rows: int, tokens: int) -> None:
+        """Some batches of the shard that a worker makes."""
+        self.unfinished[worker] = self.unfinished.get(worker, 0) + rows
+        self.progress.update(rows, tokens=tokens)
+
+    def made(self, worker: int, name: str) -> None:
+        """A shard is made: its other rows, which have no batch, count too."""
+        self.progress.update(self.sizes[name] - self.unfinished.pop(worker, 0))
+
+    def lost(self, worker: int) -> None:
+        """A worker has died in the middle of a shard."""
+        self.progress.update(-self.unfinished.pop(worker, 0))
+
+
+class Throttle:
+    """Gathers what a worker has done, so that it sends a message now and then rather than after every batch."""
+
+    def __init__(self) -> None:
+        self._rows = self._tokens = 0
+        self._sent = time.monotonic()
+
+    def add(self, rows: int, tokens: int) -> bool:
+        """One batch. Gives whether a message is due."""
+        self._rows += rows
+        self._tokens += tokens
+        return time.monotonic() - self._sent >= _BETWEEN_MESSAGES
+
+    def drain(self) -> tuple[int, int]:
+        """Rows and tokens since the last message."""
+        found = self._rows, self._tokens
+        self._rows = self._tokens = 0
+        self._sent = time.monotonic()
+        return found

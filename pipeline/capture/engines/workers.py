@@ -19,10 +19,19 @@ from typing import Any
 import torch
 
 from pipeline.cache import Cache
-from pipeline.cache.writing.build import current_plan, is_finished, missing, open_layout
+from pipeline.cache.writing.build import is_finished, missing
 from pipeline.cache.writing.claims import Claims
+from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.deal import Deal
-from pipeline.capture.engines.progress import already, finish_when_whole, outstanding, progress_bar, shards_of
+from pipeline.capture.engines.progress import (
+    Tally,
+    Throttle,
+    already,
+    finish_when_whole,
+    outstanding,
+    progress_of,
+    shards_of,
+)
 from pipeline.capture.head import check_head, check_rows, show_first_row
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.shard import capture_shards
@@ -31,6 +40,7 @@ from pipeline.config import CacheLogitsConfig
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.models.quiet import quiet_libraries
 from pipeline.records import Receipt, ShardPlan
+from pipeline.verbosity import level_name, set_level
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +62,7 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
         PipelineError: what a worker met; the others are stopped, and what was finished is kept.
     """
     layout = open_layout(config.output)
-    devices = _devices(config, count)
+    devices = devices_of_workers(config, count)
     threads = max(1, torch.get_num_threads() // count)
     workers = [_start(0, config, devices, threads)]
     config = dataclasses.replace(config, overwrite=False)  # the first has done it
@@ -66,9 +76,9 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
         workers += [_start(number, config, devices, threads) for number in range(1, min(count, len(waiting)))]
         deal = Deal(waiting, len(workers))
         idle: dict[int, _Worker] = {}
-        sizes = {shard.name: shard.stop - shard.start for shard in waiting}
         _give(deal, workers[0], idle)
-        with progress_bar(plan, waiting, config.parsed_part) as bar:
+        with progress_of(plan, waiting, config.parsed_part) as progress:
+            tally = Tally(progress, {shard.name: shard.stop - shard.start for shard in waiting})
             while not deal.is_over:
                 for worker in _next_to_speak(workers):
                     message = _receive(worker)
@@ -76,16 +86,20 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
                         how = f"exit code {worker.process.exitcode}"
                         logger.warning("worker %d has died (%s); its shards go to another", worker.number, how)
                         deal.lost(worker.number, how)
+                        tally.lost(worker.number)
                         workers[worker.number] = _start(worker.number, config, devices, threads)
                         for other in list(idle.values()):
                             _give(deal, other, idle)
                         continue
                     if message.error is not None:
                         raise message.error
+                    if message.tokens:
+                        tally.moved(worker.number, message.rows, message.tokens)
                     if message.made is not None:
                         deal.done(worker.number, message.made)
-                        bar.update(sizes[message.made])
-                    _give(deal, worker, idle)
+                        tally.made(worker.number, message.made)
+                    if message.made is not None or not message.tokens:
+                        _give(deal, worker, idle)
     finally:
         _stop(workers)
     return finish_when_whole(layout, plan)
@@ -93,23 +107,28 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What a worker says: it is ready, has made a shard, or has met an error."""
+    """What a worker says: it is ready, has run some batches, has made a shard, or has met an error."""
 
     made: str | None = None
     error: PipelineError | None = None
+    rows: int = 0
+    tokens: int = 0
+    """Since the message before."""
 
 
-def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_first: bool) -> None:
+def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_first: bool, level: str) -> None:
     """A worker's life. It ends with its parent, in the middle of a shard too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    set_level("warning" if level == "info" else level)  # information that is the same for all is not repeated
     quiet_libraries()
     torch.set_num_threads(threads)
     try:
         job = prepare(config)
         if is_first:
-            logging.getLogger("pipeline.capture.head").setLevel(logging.INFO)
+            if level == "info":
+                logging.getLogger("pipeline.capture.head").setLevel(logging.INFO)
             absent = set(missing(job.layout, job.plan))
             waiting = [shard for shard in shards_of(job.plan, config.parsed_part) if shard.name in absent]
             warn_of_full_disk(job, waiting)
@@ -121,9 +140,16 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_fi
 
         def done(receipt: Receipt) -> None:
             claims.release(receipt.plan.name)
-            connection.send(_Message(made=receipt.plan.name))
+            rows, tokens = throttle.drain()
+            connection.send(_Message(made=receipt.plan.name, rows=rows, tokens=tokens))
 
-        capture_shards(job, _given(job, connection, claims), done)
+        def moved(rows: int, tokens: int) -> None:
+            if throttle.add(rows, tokens):
+                rows, tokens = throttle.drain()
+                connection.send(_Message(rows=rows, tokens=tokens))
+
+        throttle = Throttle()
+        capture_shards(job, _given(job, connection, claims), done, moved)
     except PipelineError as error:
         connection.send(_Message(error=error))
     except BaseException:
@@ -159,7 +185,10 @@ def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: 
             config = dataclasses.replace(config, device_map="auto")
     try:
         process = _SPAWN.Process(
-            target=_work, args=(config, theirs, threads, number == 0), name=f"softlabel-{number}", daemon=True
+            target=_work,
+            args=(config, theirs, threads, number == 0, level_name()),
+            name=f"softlabel-{number}",
+            daemon=True,
         )
         process.start()
     finally:
@@ -171,8 +200,12 @@ def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: 
     return _Worker(number, process, ours)
 
 
-def _devices(config: CacheLogitsConfig, count: int) -> list[str]:
-    """What each worker sees of the GPUs, as CUDA_VISIBLE_DEVICES; empty: there are none."""
+def devices_of_workers(config: CacheLogitsConfig, count: int) -> list[str]:
+    """What each worker sees of the GPUs, as CUDA_VISIBLE_DEVICES; empty: there are none.
+
+    Raises:
+        MisuseError: fewer GPUs than are asked for.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = (
         [d for d in visible.split(",") if d]

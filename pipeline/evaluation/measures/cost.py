@@ -20,6 +20,7 @@ from pipeline.cache.format.manifest import parse
 from pipeline.errors import ModelError, PipelineError
 from pipeline.evaluation.measures.cost_worker import Order, Ready, Turn
 from pipeline.evaluation.records import BreakEven, Cost, Machine, Provenance, Spread
+from pipeline.progress import track
 from pipeline.records import Receipt
 
 #: Rows that are timed one by one in each round.
@@ -61,7 +62,7 @@ def measure_costs(
         ]
         ready = [worker.ready() for worker in workers]
         turns: dict[tuple[int, bool], list[Turn]] = {}
-        for number in range(rounds + 1):
+        for number in track(range(rounds + 1), "costs", rounds + 1, unit="round"):
             order = [(number + i) % len(workers) for i in range(len(workers))]
             for i in order:
                 for kind in (False, True):

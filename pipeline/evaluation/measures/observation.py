@@ -14,6 +14,7 @@ from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.run import predictions_of_teacher
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import score
+from pipeline.progress import track
 from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
 from pipeline.softlabels import default_temperature, served_temperature, target, teacher_argmax
 from pipeline.tasks import Task
@@ -134,7 +135,8 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
     """The teacher on a split, from its cache alone."""
     encoding = cache.manifest.contract.encoding
     dataset = cache.dataset(split)
-    predictions = predictions_of_teacher(task, iter(dataset), default_temperature(encoding, 1.0))
+    counted = track(dataset, "teacher's labels", len(dataset), stride=64)
+    predictions = predictions_of_teacher(task, counted, default_temperature(encoding, 1.0))
     positions = len(predictions.labels)
     brier = np.full(positions, np.nan)
     if isinstance(encoding, Full):

@@ -1,0 +1,122 @@
+"""What lies where a cache is to be made, and what of it gives way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.cache.format.manifest import Layout, Plan, parse
+from pipeline.cache.format.sanity import contract_problem
+from pipeline.cache.storage.commit import temporary_path
+from pipeline.cache.storage.outbox import Outbox
+from pipeline.cache.storage.urls import is_url
+from pipeline.cache.writing.claims import is_claimed
+from pipeline.errors import CacheError, ContractError
+
+
+def open_layout(output: str | Path) -> Layout:
+    """Where a cache is to be made: a directory, or a URL that fsspec opens.
+
+    Raises:
+        CacheError: no such file system.
+    """
+    if not is_url(str(output)):
+        return Layout(Path(output))
+    outbox = Outbox(str(output))
+    return Layout(outbox.staging, outbox)
+
+
+def current_plan(layout: Layout) -> Plan | None:
+    """The plan of the capture that is there, finished or not."""
+    if layout.outbox is not None:
+        layout.outbox.fetch("receipts/plan.json")
+    return parse(Plan, layout.plan) if layout.plan.is_file() else None
+
+
+def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan | None:
+    """The plan of the capture that is there, where another may join it or take its place. Changes nothing.
+
+    Args:
+        overwrite: what is there gives way: None comes back.
+
+    Raises:
+        ContractError: the contract is one that no reader would take.
+        CacheError: something else is there, or another process is writing what gives way.
+    """
+    problem = contract_problem(plan.contract)
+    if problem is not None:
+        raise ContractError(f"{layout.name}: no cache of these settings could be read: {problem}")
+    return check_files(layout, overwrite=overwrite)
+
+
+def check_files(layout: Layout, *, overwrite: bool = False) -> Plan | None:
+    """As `check_place`, where the plan is not known yet."""
+    if layout.root.exists() and not layout.root.is_dir():
+        raise CacheError(f"{layout.root}: expected a directory, found a file")
+    if overwrite:
+        if _holds_files(layout):
+            _check_is_cache(layout)
+            if layout.plan.parent.is_dir() and is_claimed(layout.plan.parent):
+                raise _written_by_another(layout)
+        return None
+    # In this order: a racing capture's first file is its plan.
+    holds_files = _holds_files(layout)
+    found = current_plan(layout)
+    if holds_files and found is None:
+        raise CacheError(f"{layout.name}: holds files that are no cache; use an empty or a new directory")
+    return found
+
+
+def _holds_files(layout: Layout) -> bool:
+    """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
+    if layout.outbox is not None:
+        return not layout.outbox.is_empty()
+    return any(
+        path.is_file() and not any(part.startswith(".") for part in path.relative_to(layout.root).parts)
+        for path in layout.root.rglob("*")
+    )
+
+
+def clear(layout: Layout) -> None:
+    """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else.
+
+    Raises:
+        CacheError: files are there that are no cache, or another process is writing them.
+    """
+    if not _holds_files(layout):
+        return
+    _check_is_cache(layout)
+    outbox = layout.outbox
+    if outbox is not None:
+        # the plan last: without it what is left is no cache that may be deleted
+        names = [f"receipts/{name}" for name in outbox.names("receipts") if name != "plan.json"]
+        outbox.clear(("manifest.json", "README.md", "data", "tokenizer", "reports", *names, "receipts"))
+    away = temporary_path(layout.plan.parent)
+    if layout.plan.parent.is_dir():
+        # Out of the way first: a capture that goes on here finds no place for its next claim, and one that holds a claim holds it under the new name too.
+        os.replace(layout.plan.parent, away)
+        if is_claimed(away):
+            os.replace(away, layout.plan.parent)
+            raise _written_by_another(layout)
+    layout.manifest.unlink(missing_ok=True)
+    for part in (layout.data, layout.tokenizer, layout.root / "reports", away):
+        shutil.rmtree(part, ignore_errors=True)
+    (layout.root / "README.md").unlink(missing_ok=True)
+
+
+def _check_is_cache(layout: Layout) -> None:
+    if layout.outbox is not None:
+        layout.outbox.fetch("manifest.json")
+        layout.outbox.fetch("receipts/plan.json")
+    half_cleared = any(layout.root.glob(".tmp-*-receipts/plan.json"))  # by a killed command
+    if not layout.plan.exists() and not layout.manifest.exists() and not half_cleared:
+        raise CacheError(
+            f"{layout.name}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
+        )
+
+
+def _written_by_another(layout: Layout) -> CacheError:
+    return CacheError(
+        f"{layout.name}: --overwrite: another process is writing this cache; end it first, or use another --output"
+    )

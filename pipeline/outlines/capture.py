@@ -1,0 +1,97 @@
+"""`softlabel cache-logits --dry-run`: what a capture would read and write, and about how long it would take."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+
+from pipeline.cache.writing.build import refresh
+from pipeline.cache.writing.claims import finished
+from pipeline.capture.engines.progress import shards_of
+from pipeline.capture.engines.workers import devices_of_workers
+from pipeline.capture.forward import device_name, synchronize
+from pipeline.capture.head import check_head, check_rows, show_first_row
+from pipeline.capture.job import Job, prepare
+from pipeline.capture.plan import plan_batches
+from pipeline.capture.shard import forward
+from pipeline.capture.space import sample_rows, warn_of_full_disk
+from pipeline.config import CacheLogitsConfig
+from pipeline.errors import MisuseError
+from pipeline.progress import duration, size
+from pipeline.records import Outline, TokenizedExample
+from pipeline.softlabels.names import encoding_name
+
+_PASSES = 3
+
+
+def outline(config: CacheLogitsConfig) -> Outline:
+    """What the capture would do, after every check that comes before its first batch. Writes nothing.
+
+    Raises:
+        PipelineError: as `run` raises it.
+    """
+    if config.engine == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise MisuseError("--engine ray needs Ray; pip install 'soft-label-pipeline[ray]'")
+    elif config.num_workers is not None:
+        devices_of_workers(config, config.num_workers)
+    job = prepare(config, dry_run=True)
+    refresh(job.layout)
+    mine = shards_of(job.plan, config.parsed_part)
+    waiting = [shard for shard in mine if config.overwrite or finished(job.layout, shard) is None]
+    rows = sum(shard.stop - shard.start for shard in waiting)
+    needed = warn_of_full_disk(job, waiting, overwrite=config.overwrite) if waiting else 0
+    contract = job.plan.contract
+    splits = {split: len(rows) for split, rows in job.source.splits.items()}
+    lines = [
+        ("reads", f"{job.source.name}: {', '.join(f'{split} {count:,} rows' for split, count in splits.items())}"),
+        (
+            "teacher",
+            f"{job.teacher.name}: {contract.teacher.num_parameters:,} parameters, {contract.teacher.dtype}, on {device_name(job.teacher)}",
+        ),
+        ("encoding", f"{encoding_name(contract.encoding)} over {contract.num_classes:,} classes"),
+        ("columns", ", ".join(contract.columns)),
+        (
+            "batches",
+            f"{contract.batch_tokens:,} tokens, padding included; rows of at most {contract.tokenization.max_length:,}",
+        ),
+    ]
+    there = f"; {len(mine) - len(waiting):,} are there already" if len(waiting) < len(mine) else ""
+    most = max(shard.stop - shard.start for shard in mine) if mine else 0
+    lines.append(
+        (
+            "writes",
+            f"{job.layout.name}: {len(mine):,} shards of up to {most:,} rows{there}; about {size(needed)} to write",
+        )
+    )
+    if not waiting:
+        return (*lines, ("time", "none: nothing is left to do"))
+    show_first_row(job)
+    check_rows(job, waiting)
+    check_head(job)
+    return (*lines, *_time(job, rows))
+
+
+def _time(job: Job, rows: int) -> Outline:
+    """From one batch of rows of the source, run a few times: the first pass warms up."""
+    examples, source_rows = sample_rows(job)
+    if not examples:
+        return ()
+    members, length = plan_batches([example.num_tokens for example in examples], job.plan.contract.batch_tokens)[0]
+    batch = [examples[i] for i in members]
+    seconds = min(_seconds(job, batch, length) for _ in range(_PASSES))
+    speed = sum(example.num_tokens for example in batch) / seconds
+    tokens = sum(example.num_tokens for example in examples) / source_rows * rows
+    return (
+        ("tokens", f"about {tokens:,.0f} in {rows:,} rows, from {source_rows} of them"),
+        (
+            "time",
+            f"about {duration(tokens / speed)} of the teacher in one process, at {speed:,.0f} tokens/s (one batch of {len(batch)} rows); loading, encoding and writing come on top",
+        ),
+    )
+
+
+def _seconds(job: Job, batch: list[TokenizedExample], length: int) -> float:
+    started = time.perf_counter()
+    synchronize(forward(job, batch, length))
+    return time.perf_counter() - started

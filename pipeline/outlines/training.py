@@ -1,0 +1,109 @@
+"""`--dry-run` of train-student and train-teacher: everything up to the first step is done, and described in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.config import TrainStudentConfig, TrainTeacherConfig
+from pipeline.progress import size
+from pipeline.records import Outline
+from pipeline.softlabels.names import encoding_name
+from pipeline.training import run as student
+from pipeline.training import teacher
+from pipeline.training.card import describe_loss
+from pipeline.training.saving import SavingTrainer
+from pipeline.training.trainer import DistillationTrainer
+
+
+def outline_student(config: TrainStudentConfig) -> Outline:
+    """What `train-student` would do. Writes nothing.
+
+    Raises:
+        PipelineError: as `run` raises it.
+    """
+    found = _until_the_first_step(config, partial(student.run, _without_push(config)))
+    return (("splits", ", ".join(config.split)), *found)
+
+
+def outline_teacher(config: TrainTeacherConfig) -> Outline:
+    """What `train-teacher` would do; the rows to learn from are read and tokenized. Writes nothing.
+
+    Raises:
+        PipelineError: as `run` raises it.
+    """
+    return _until_the_first_step(config, partial(teacher.run, _without_push(config)))
+
+
+def _until_the_first_step(config: TrainStudentConfig | TrainTeacherConfig, run: Callable[..., Any]) -> Outline:
+    try:
+        run(before_training=partial(_stop, config.output))
+    except _StoppedError as stopped:
+        return stopped.lines
+    raise AssertionError("the run has not been stopped")
+
+
+class _StoppedError(Exception):
+    """Raised in the place of the first step."""
+
+    def __init__(self, lines: Outline) -> None:
+        super().__init__()
+        self.lines = lines
+
+
+def _stop(output: str, trainer: SavingTrainer, checkpoint: str | None) -> NoReturn:
+    raise _StoppedError(tuple(_lines(output, trainer, checkpoint)))
+
+
+def _lines(output: str, trainer: SavingTrainer, checkpoint: str | None) -> Iterator[tuple[str, str]]:
+    args = trainer.args
+    model: Any = trainer.model
+    loader: Any = trainer.get_train_dataloader()
+    _, per_epoch, _, _, batch, _, steps = trainer.set_initial_training_values(args, loader)
+    if isinstance(trainer, DistillationTrainer):
+        yield from _of_a_student(trainer)
+    else:
+        yield "reads", f"train, {len(loader.dataset):,} labelled rows"
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    total, learnt = (sum(p.numel() for p in part) for part in (parameters, trained))
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    yield "model", f"{total:,} parameters, {learnt:,} of them trained; {precision} on {args.device.type}"
+    parts = {"ranks": args.world_size, "accumulated batches": args.gradient_accumulation_steps}
+    times = "".join(f" x {count} {what}" for what, count in parts.items() if count > 1)
+    yield "batch", f"{batch:,} rows a step" + (f" ({args.per_device_train_batch_size}{times})" if times else "")
+    done = f", those before {Path(checkpoint).name} done already" if checkpoint else ""
+    yield "steps", f"{steps:,}{done}; {per_epoch:,} an epoch"
+    yield "learning rate", f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}"
+    weights = size(sum(p.numel() * p.element_size() for p in trained))
+    yield "writes", f"{output}: about {weights} of weights; checkpoints: {_plain(args.save_strategy)}"
+    if args.report_to:
+        yield "reports", f"to {', '.join(args.report_to)}, as {args.run_name}"
+
+
+def _of_a_student(trainer: DistillationTrainer) -> Iterator[tuple[str, str]]:
+    cache = trainer.cache
+    encoding = cache.manifest.contract.encoding
+    yield "reads", f"{cache.where}: {trainer.rows_of_an_epoch:,} rows an epoch, {encoding_name(encoding)}"
+    loss = describe_loss(trainer.loss, teacher_labels=trainer.collator.teacher_labels)
+    yield "loss", f"{loss}; T = {trainer.temperature:g}"
+    if trainer.eval_split is None:
+        yield "evaluation", "none"
+    else:
+        rows = len(cache.dataset(trainer.eval_split))
+        yield (
+            "evaluation",
+            f"{trainer.eval_split}, {rows:,} rows; during training: {_plain(trainer.args.eval_strategy)}",
+        )
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _without_push(config: Any) -> Any:
+    """Trainer would make the repository at once."""
+    return dataclasses.replace(config, training={**config.training, "push_to_hub": False})
