@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -228,3 +229,16 @@ def _after_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor], value
         return float(model(**inputs, use_cache=False).logits.flatten()[0])
     finally:
         hook.remove()
+
+
+def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """What one batch of an evaluation leaves, on the CPU."""
+    names = ("predicted", "confidence", "nll", "divergence")
+    scores = {name: found[name].double().cpu().numpy() for name in names}
+    sums = {name: np.asarray([float(found[name])]) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
+    return {
+        **scores,
+        **sums,
+        "predicted": found["predicted"].cpu().numpy(),
+        **{name: batch[name].numpy() for name in ("labels", "weights", "teacher_predicted", "text_bytes")},
+    }

@@ -30,7 +30,7 @@ from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixt
 from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epoch
 from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
-from pipeline.training.forward import GIVEN, attach_loss
+from pipeline.training.forward import GIVEN, attach_loss, kept_scores
 from pipeline.training.refusals import check_metric, choose_eval_split, refuse_unused, use_one_gpu
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
@@ -325,7 +325,7 @@ class DistillationTrainer(SavingTrainer):
         for batch in track(batches, description.lower(), len(dataloader), unit="step", shown=shown):
             with torch.no_grad(), self.compute_loss_context_manager():
                 _, found = self.compute_loss(model, self._prepare_inputs(batch), return_outputs=True)
-            parts.append(_scores(batch, found))
+            parts.append(kept_scores(batch, found))
         gathered = gather_object(parts) if self.args.world_size > 1 else parts
         merged = {name: np.concatenate([part[name] for part in gathered]) for name in gathered[0]}
         metrics = self._metrics(merged)
@@ -387,16 +387,3 @@ class DistillationTrainer(SavingTrainer):
                 step, num_steps = self._steps()
                 logs["hard_weight"], logs["soft_weight"] = weights_of_step(self.loss, max(step - 1, 0), num_steps)
         super().log(logs, *args, **kwargs)
-
-
-def _scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """What one batch of an evaluation leaves, on the CPU."""
-    names = ("predicted", "confidence", "nll", "divergence")
-    scores = {name: found[name].double().cpu().numpy() for name in names}
-    sums = {name: np.asarray([float(found[name])]) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
-    return {
-        **scores,
-        **sums,
-        "predicted": found["predicted"].cpu().numpy(),
-        **{name: batch[name].numpy() for name in ("labels", "weights", "teacher_predicted", "text_bytes")},
-    }
