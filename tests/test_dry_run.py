@@ -97,7 +97,19 @@ def test_every_command_that_works_long_has_one():
             {"reads": "train, 72 labelled rows", "steps": "10; 5 an epoch", "writes": "deep/new: about"},
         ),
         (
-            ["train-student", "--cache", "cache", "--student", "student", "--output", "deep/new", "--batch-size", "8"],
+            [
+                "train-student",
+                "--cache",
+                "cache",
+                "--student",
+                "student",
+                "--output",
+                "deep/new",
+                "--batch-size",
+                "8",
+                "--epochs",
+                "3",
+            ],
             {
                 "splits": "train",
                 "reads": "cache: 90 rows an epoch, full",

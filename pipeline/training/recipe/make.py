@@ -66,8 +66,10 @@ def make_recipe(
         loss: in place of what the flags say of it.
 
     Raises:
+        CacheError: no such split.
         TrainingError: training on hard labels alone, and no row has one.
     """
+    cache.dataset(config.split)  # there is one
     known = _situation(config, cache, student, mixture)
     choices: list[Choice] = []
     if loss is None:
