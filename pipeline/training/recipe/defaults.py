@@ -22,6 +22,15 @@ WARMUP = 0.1
 _TEACHER_STEPS, _TEACHER_EPOCHS = {True: 600, False: 250}, {True: 40, False: 10}
 
 
+#: How a student begins -> (fewer parameters than this, peak learning rate).
+_RATES = {
+    "random": ((1e7, 1e-3), (1e8, 3e-4), (math.inf, 1e-4)),
+    "trained": ((3e7, 3e-4), (3e8, 1e-4), (math.inf, 5e-5)),
+}
+#: The largest students that were measured had fewer parameters.
+_MEASURED = 2e7
+
+
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What is known before the first step."""
@@ -72,20 +81,19 @@ def choose_batch_size(known: Situation) -> tuple[int, str]:
 
 def choose_learning_rate(known: Situation) -> tuple[float, str]:
     """The peak learning rate, and why."""
-    size = f"{known.num_parameters / 1e6:.1f}M parameters"
-    begun = {
-        "random": "random weights",
-        "layers": "layers copied from the teacher",
-        "pretrained": "pretrained weights",
-        "adapter": "an adapter",
-    }[known.start]
-    if known.start == "random":
-        rate = 1e-3
-    elif known.start == "adapter":
-        rate = 2e-4
-    else:
-        rate = 3e-4
-    return rate, f"{begun}, {size}"
+    if known.start == "adapter":
+        return 2e-4, "an adapter (Hu et al., 2021); not measured here"
+    begun = {"random": "random weights", "layers": "layers copied from the teacher"}.get(
+        known.start, "pretrained weights"
+    )
+    rates = _RATES["random" if known.start == "random" else "trained"]
+    rate = next(rate for most, rate in rates if known.num_parameters < most)
+    measured = not known.token_classes and known.num_parameters < _MEASURED
+    return rate, f"{begun}, {_size(known.num_parameters)}" + ("" if measured else "; not measured for such a model")
+
+
+def _size(num_parameters: int) -> str:
+    return f"{num_parameters / 1e6:.1f}M parameters"
 
 
 def choose_steps(known: Situation, rows_per_step: int) -> tuple[int, str]:
@@ -133,7 +141,7 @@ def choose_teacher_arguments(
 
 
 def _teacher_rate(start: Start, num_parameters: int) -> tuple[float, str]:
-    size = f"{num_parameters / 1e6:.1f}M parameters"
+    size = _size(num_parameters)
     if start == "random":
         return 1e-3, f"random weights, {size}"
     if start == "adapter":
