@@ -27,6 +27,8 @@ _RATES = {
     "random": ((1e7, 1e-3), (1e8, 3e-4), (math.inf, 1e-4)),
     "trained": ((3e7, 3e-4), (3e8, 1e-4), (math.inf, 5e-5)),
 }
+#: Language models, classifiers by their start -> steps to take where three passes are fewer, and the most passes for that.
+_LEAST_STEPS = {"tokens": (100, 10), "random": (1000, 100), "trained": (500, 100)}
 #: The largest students that were measured had fewer parameters.
 _MEASURED = 2e7
 
@@ -97,10 +99,12 @@ def _size(num_parameters: int) -> str:
 
 
 def choose_steps(known: Situation, rows_per_step: int) -> tuple[int, str]:
-    """The most optimizer steps, and why."""
+    """The most optimizer steps, and why: three passes, and more where those are few steps."""
     epoch = math.ceil(known.rows / rows_per_step)
-    floor = 1000 if known.start == "random" else 500
-    steps = max(3 * epoch, min(floor, 100 * epoch))
+    least, passes = _LEAST_STEPS[
+        "tokens" if known.token_classes else "random" if known.start == "random" else "trained"
+    ]
+    steps = max(3 * epoch, min(least, passes * epoch))
     return steps, f"{steps / epoch:.3g} passes over {known.rows:,} rows"
 
 

@@ -22,7 +22,8 @@ def known(**facts) -> Situation:
 
 
 def test_random_weights_take_larger_steps_than_trained_ones_and_large_models_smaller_ones():
-    rates = {start: choose_learning_rate(known(start=start))[0] for start in ("random", "layers", "pretrained")}
+    starts = ("random", "layers", "pretrained")
+    rates = {start: choose_learning_rate(known(start=start, num_parameters=4_000_000))[0] for start in starts}
     assert rates["random"] > rates["layers"] >= rates["pretrained"]
     for start in ("random", "layers", "pretrained"):
         small, large = (choose_learning_rate(known(start=start, num_parameters=n))[0] for n in (2e6, 1e9))
@@ -37,6 +38,13 @@ def test_few_rows_are_repeated_and_many_are_seen(rows, start):
     epoch = -(-rows // batch)
     assert 3 * epoch <= steps <= 100 * epoch
     assert f"{rows:,} row" in reason
+
+
+def test_a_language_model_repeats_its_rows_less_often():
+    for rows in (10, 1000, 1_000_000):
+        steps = [choose_steps(known(rows=rows, token_classes=tokens), 16)[0] for tokens in (False, True)]
+        assert steps[1] <= steps[0]
+        assert steps[1] <= 10 * -(-rows // 16)
 
 
 def test_evaluations_take_no_more_than_a_part_of_the_run():
