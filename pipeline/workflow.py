@@ -94,7 +94,7 @@ def run(
     for name, config in chosen:
         output = Path(config.output) if config.output is not None else None
         key = _key(config)
-        if output is not None and _is_done(output, name, key):
+        if output is not None and _is_done(output, name, config, key):
             logger.info("%s: %s is up to date", name, redact(str(config.output)))
             if shown is not None and name in shown:
                 shown[name](config)
@@ -136,7 +136,7 @@ def outline(
             why = f"runs: reads {', '.join(waits)}, which a stage before makes"
         else:
             key = _key(config)
-            if output is not None and _is_done(output, name, key):
+            if output is not None and _is_done(output, name, config, key):
                 yield shown, (("stage", "is skipped: up to date"),)
                 continue
             why = "runs: " + _reason(output, name)
@@ -191,27 +191,48 @@ def _state(output: Path, stage: str, key: str) -> str:
     return json.dumps({"key": key, "output": _file(output / _PROOF[stage])}) + "\n"
 
 
-def _is_done(output: Path, stage: str, key: str) -> bool:
+def _is_done(output: Path, stage: str, config: Any, key: str) -> bool:
     mark = _mark(output, stage)
     if not (mark.is_file() and (output / _PROOF[stage]).is_file()):
         return False
-    return mark.read_text(encoding="utf-8") == _state(output, stage, key)
+    kept = mark.read_text(encoding="utf-8")
+    return kept == _state(output, stage, key) or kept == _state(output, stage, _key(config, before=True))
 
 
-def _key(config: Any) -> str:
-    """SHA-256 over the settings and over what they name."""
+#: Defaults of training before they were chosen for student and data: what was made with them stays done.
+_BEFORE = {
+    "epochs": 3.0,
+    "max_steps": -1,
+    "learning_rate": 5e-5,
+    "batch_size": 16,
+    "hard_weight": 0.5,
+    "soft_weight": 0.5,
+    "divergence": "forward-kl",
+}
+
+
+def _key(config: Any, *, before: bool = False) -> str:
+    """SHA-256 over the settings and over what they name.
+
+    Args:
+        before: as it was made when the defaults of training were fixed.
+    """
     settings = dataclasses.asdict(config)
     found: dict[str, Any] = {}
     for name, value in {**settings, **settings.get("data", {})}.items():
-        if name == "dataset" and settings["data"]["data_files"]:
+        if name == "dataset" and settings["data"]["data_files"] and not before:
             continue  # only the files named count, below
         if name in _INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     if isinstance(data := getattr(config, "data", None), DataConfig):
-        found["files"] = _nested_files(data)
+        found["files"] = _nested_files(data, before=before)
     for name in ("overwrite", "report_to"):  # they change nothing of what is made
         settings.pop(name, None)
+    if before:
+        if "model" in settings:  # train-teacher
+            settings.pop("on_bad_row", None)
+        settings |= {name: value for name, value in _BEFORE.items() if settings.get(name, value) is None}
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -239,7 +260,7 @@ def content_of(path: Path) -> str:
     return str(path)
 
 
-def _nested_files(data: DataConfig) -> str | None:
+def _nested_files(data: DataConfig, *, before: bool) -> str | None:
     """SHA-256 of the files that `data_files` names, or of those not at the top of the directory; None where there are none."""
     path = Path(data.dataset).expanduser()
     if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
@@ -249,7 +270,10 @@ def _nested_files(data: DataConfig) -> str | None:
     else:
         splits = files_named(path, data.data_files) if data.data_files else find_files(path, config=data.dataset_config)
         files = [file for members in splits.values() for file in members]
-    nested = [file for file in files if data.data_files or (file.parent != path and file != path)]
+        if data.data_files and not before:
+            named = [f"{split} {file.name} {_file(file)}\n" for split, members in splits.items() for file in members]
+            return hashlib.sha256("".join(named).encode()).hexdigest()
+    nested = [file for file in files if file.parent != path and file != path]
     return hashlib.sha256("".join(f"{_file(file)}\n" for file in nested).encode()).hexdigest() if nested else None
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import sys
 from pathlib import Path
 
 import yaml
 
+from pipeline.config import load_config
+from pipeline.workflow import _key, content_of, stage_configs
 from tests.test_cli import call, project  # noqa: F401 - a fixture
 
 
@@ -51,3 +56,32 @@ def test_only_the_files_named_make_a_stage_stale(project, caplog):
     caplog.clear()
     assert call("run", "run.yaml", "--through", "train-teacher").exit_code == 0
     assert "up to date" not in caplog.text
+
+
+def test_a_file_that_moves_to_another_split_makes_a_stage_stale(project, caplog):
+    project["data"]["data_files"] = {"train": "train*.jsonl", "test": "test*.jsonl"}
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    Path("data/train-2.jsonl").write_text(Path("data/test.jsonl").read_text())
+    assert call("run", "run.yaml", "--through", "train-teacher").exit_code == 0
+    Path("data/train-2.jsonl").rename("data/test-0.jsonl")
+    caplog.clear()
+    assert call("run", "run.yaml", "--through", "train-teacher").exit_code == 0
+    assert "up to date" not in caplog.text
+
+
+def test_what_was_made_with_the_defaults_of_before_stays_done(project):
+    """A teacher that was trained anew by an upgrade would make the cache of the old one useless."""
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    ((_, config),) = stage_configs(load_config("run.yaml"), ("train-teacher",))
+    plain = dataclasses.replace(config, epochs=None, max_steps=None, learning_rate=None, batch_size=None)
+    old = dataclasses.replace(config, epochs=3.0, max_steps=-1, learning_rate=5e-5, batch_size=16)
+    assert _key(plain, before=True) == _key(old, before=True)
+    assert _key(plain) != _key(old)
+    settings = {name: value for name, value in dataclasses.asdict(old).items() if name not in _NEWER}
+    found = {"dataset": [content_of(Path(old.data.dataset))], "model": [content_of(Path(old.model))], "files": None}
+    kept = hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
+    assert _key(plain, before=True) == kept
+
+
+#: Fields that a stage's mark did not have then, or never has.
+_NEWER = ("overwrite", "report_to", "on_bad_row")

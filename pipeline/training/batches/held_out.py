@@ -24,6 +24,9 @@ class HeldOut:
     left: np.ndarray
     """(rows,) bool: what is learnt from. No content is in both."""
 
+    num_equal: int
+    """Rows that are neither: their content is that of a row to measure on."""
+
     @property
     def num_measured(self) -> int:
         """Rows to measure on."""
@@ -53,7 +56,7 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS) -> HeldO
         most: rows to hold out at most.
 
     Returns:
-        None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`.
+        None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
     """
     hashes = rows.column("content_hash")
     teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
@@ -61,11 +64,16 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS) -> HeldO
     if count < FEWEST_ROWS:
         return None
     groups = len(rows.starts) - 1
+    _, number, copies = np.unique(hashes, return_inverse=True, return_counts=True)
+    seldom = copies[number] <= count  # to hold out a text that is on most rows would leave few to learn from
     near = np.zeros(len(hashes), dtype=bool)
     for group in np.unique(np.linspace(0, groups - 1, min(groups, _MOST_GROUPS)).round().astype(int)):
         near[rows.starts[group] : rows.starts[group + 1]] = True
-    chosen = np.flatnonzero(near & teach)
+    chosen = np.flatnonzero(near & teach & seldom)
     chosen = chosen[np.argsort(hashes[chosen], kind="stable")][:count]
+    if len(chosen) < FEWEST_ROWS:
+        return None
     measured = np.zeros(len(hashes), dtype=bool)
     measured[chosen] = True
-    return HeldOut(measured, teach & ~np.isin(hashes, hashes[chosen]))
+    left = teach & ~np.isin(hashes, hashes[chosen])
+    return HeldOut(measured, left, int(teach.sum() - measured.sum() - left.sum()))

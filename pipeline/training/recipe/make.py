@@ -29,9 +29,10 @@ from pipeline.training.recipe.defaults import (
     evaluation_steps,
 )
 
-#: Fields of the `training:` section that say when a run ends, and when it is evaluated and saved.
+#: Fields of the `training:` section that say when a run ends; whether it is evaluated and saved; and how often.
 _LENGTH = ("max_steps", "num_train_epochs")
-_EVALUATION = ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end")
+_EVALUATION = ("eval_strategy", "save_strategy", "load_best_model_at_end")
+_EVERY = ("eval_steps", "save_steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +93,24 @@ def make_recipe(
         if config.early_stopping:
             arguments |= _stop_fields("epoch", None, "loss")
         return Recipe(loss, arguments, config.early_stopping or None, None, tuple(choices))
-    rows_per_step = _rows_per_step(config, arguments["per_device_train_batch_size"])
+    rows_per_step = _rows_per_step(config, cache, arguments["per_device_train_batch_size"])
     steps, reason = choose_steps(known, rows_per_step)
     arguments |= {"max_steps": steps, "warmup_steps": WARMUP}
     measured = _measured(config, cache, mixture, loss, steps, rows_per_step)
-    choices.append(Choice("steps", f"at most {steps:,}" if measured.rows else f"{steps:,}", reason))
+    metric = "agreement" if _learns_labels(loss) and config.hard_labels == "teacher" else "loss"
+    if _learns_labels(loss) and config.hard_labels == "data":
+        reason += ", labelled or not, as a student of the soft labels"
+    asked_for = not measured.rows and bool(config.early_stopping)
+    choices.append(Choice("steps", f"at most {steps:,}" if measured.rows or asked_for else f"{steps:,}", reason))
+    if asked_for:  # as the training: section says it; where there is no split to evaluate on, the trainer refuses
+        return Recipe(
+            loss, arguments | _stop_fields("epoch", None, metric), config.early_stopping, None, tuple(choices)
+        )
     if not measured.rows:
         return Recipe(loss, arguments, None, None, (*choices, Choice("early stopping", "none", measured.reason)))
+    given = next((config.training[name] for name in _EVERY if name in config.training), None)
     every, patience = evaluation_steps(steps, measured.rows, rows_per_step), config.early_stopping or PATIENCE
-    metric = "agreement" if _learns_labels(loss) and config.hard_labels == "teacher" else "loss"
+    every = given if isinstance(given, int) else every
     arguments |= _stop_fields("steps", every, metric)
     stop = f"after {patience} evaluations without a better {metric}"
     choices.append(Choice("early stopping", stop, f"every {every:,} steps on {measured.reason}; the best is kept"))
@@ -119,10 +129,14 @@ def _situation(config: TrainStudentConfig, cache: Cache, student: LoadedModel, m
     )
 
 
-def _rows_per_step(config: TrainStudentConfig, batch_size: int) -> int:
-    """Rows between two steps of the optimizer, over all ranks and accumulated batches."""
+def _rows_per_step(config: TrainStudentConfig, cache: Cache, batch_size: int) -> int:
+    """Rows between two steps of the optimizer, over all ranks and accumulated batches; with a token budget, about so many."""
     rows: int = config.training.get("per_device_train_batch_size", batch_size)
     accumulated: int = config.training.get("gradient_accumulation_steps", 1)
+    if config.batch_tokens is not None:
+        shards = [shard for split in config.split for shard in cache.manifest.split_shards(split)]
+        length = sum(shard.tokens for shard in shards) / sum(shard.rows for shard in shards)
+        rows = min(rows, max(1, int(config.batch_tokens / length)))
     return rows * accumulated * num_ranks()
 
 
@@ -150,14 +164,14 @@ def _measured(
     task = get_task(cache.manifest.contract.task)
     needs_labels = _learns_labels(loss) and config.hard_labels == "data" and not task.classes_are_tokens
     split = config.eval_split or ("validation" if "validation" in cache.splits else None)
-    if split is not None and split not in config.split and not (needs_labels and _without_labels(cache, split)):
+    usable = config.eval_split is not None or (split is not None and split not in config.split)
+    if split is not None and usable and not (needs_labels and _without_labels(cache, split)):
+        cache.dataset(split)  # there is one
         rows = _num_rows(cache, (split,))
         return _Measured(rows, f"{split}, {rows:,} rows")
-    why = (
-        f"no split {split!r} to evaluate on that is not trained on and has what is learnt"
-        if split
-        else "no split validation"
-    )
+    why = f"{split} is trained on, or has no labels" if split is not None else "no split validation"
+    if config.eval_split is not None:
+        return _Measured(0, why)
     if cache.remote is not None or (mixture is not None and mixture.kind == "data"):
         kind = "a cache behind a URL" if cache.remote is not None else "a mix of data"
         return _Measured(0, f"{why}, and no rows are held out of {kind}; name a split with --eval-split")
@@ -168,7 +182,8 @@ def _measured(
     if held_out is None:
         return _Measured(0, f"{why}, and too few rows to hold some out")
     rows, names = held_out.num_measured, ", ".join(config.split)
-    return _Measured(rows, f"{rows:,} rows held out of {names} by content ({why})", held_out)
+    equal = f"; {held_out.num_equal:,} more of equal content are not learnt" if held_out.num_equal else ""
+    return _Measured(rows, f"{rows:,} rows held out of {names} by content ({why}{equal})", held_out)
 
 
 def _learns_labels(loss: Loss) -> bool:

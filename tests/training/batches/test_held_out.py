@@ -68,6 +68,16 @@ def test_too_few_rows_are_not_cut_in_two():
     assert hold_out(rows_of(hashes(1000), 50), np.arange(1000) < 50) is None
 
 
+def test_a_text_on_most_rows_is_learnt_and_not_held_out():
+    many = np.concatenate([np.full(600, hashes(1)[0]), hashes(400, seed=1)])
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(1000)
+        found = hold_out(rows_of(many[order], 50), None)
+        assert found.left.sum() >= 850
+        assert found.num_measured + found.left.sum() + found.num_equal == 1000
+    assert hold_out(rows_of(np.full(1000, hashes(1)[0]), 50), None) is None
+
+
 def test_labels_alone_need_a_label():
     labels = np.array([1.0, np.nan, 0.0])
     assert labelled_rows(rows_of(hashes(3), 2, labels), "cache").tolist() == [True, False, True]

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 import pipeline as softlabel
 from pipeline.cache import Cache
 from pipeline.config import TrainStudentConfig
-from pipeline.errors import MisuseError
+from pipeline.errors import CacheError, MisuseError
 from pipeline.records import Full, Loss, TopK
 from pipeline.training.recipe.make import make_recipe
 from pipeline.training.run import run
@@ -131,6 +131,29 @@ def test_the_split_that_is_named_is_measured_on(tmp_path, cache):
     assert found.held_out is None
     (said,) = [choice for choice in found.choices if choice.name == "early stopping"]
     assert "on test, 100 rows" in said.reason
+
+
+def test_an_early_stopping_that_is_asked_for_is_not_dropped(tmp_path, cache):
+    training = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
+    found = recipe(tmp_path, cache, early_stopping=3, training=training, eval_split="test")
+    assert found.early_stopping == 3
+    assert found.arguments["load_best_model_at_end"] is True
+    every = recipe(tmp_path, cache, training={"save_steps": 7})
+    assert (every.arguments["eval_steps"], every.early_stopping) == (7, 5)
+
+
+def test_a_split_that_is_named_is_never_replaced(tmp_path, cache):
+    """Also where it is trained on, which is warned of, or where it is not there."""
+    assert recipe(tmp_path, cache, eval_split="train").held_out is None
+    with pytest.raises(CacheError, match="no split 'dev'"):
+        recipe(tmp_path, cache, eval_split="dev")
+
+
+def test_a_token_budget_counts_in_the_steps(tmp_path, cache):
+    few, many = (recipe(tmp_path, cache, batch_tokens=tokens).arguments["max_steps"] for tokens in (8, 4096))
+    epoch = cache.manifest.split_shards("train")[0].rows
+    assert few >= 3 * epoch
+    assert few > many
 
 
 def test_a_temperature_is_chosen_that_the_cache_serves(tmp_path, cache):
