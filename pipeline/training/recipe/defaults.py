@@ -19,7 +19,7 @@ PATIENCE, _EVALUATIONS = 5, 20
 #: Share of the steps in which the learning rate rises; then it falls to 0 in a line.
 WARMUP = 0.1
 #: A teacher is trained for at least 3 passes, and more where those are fewer steps than this, up to so many passes: first with random weights.
-_TEACHER_STEPS, _TEACHER_EPOCHS = {True: 600, False: 250}, {True: 40, False: 10}
+_TEACHER_STEPS, _TEACHER_EPOCHS = {True: 600, False: 500}, {True: 40, False: 10}
 
 
 #: How a student begins -> (fewer parameters than this, peak learning rate).

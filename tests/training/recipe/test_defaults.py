@@ -80,7 +80,7 @@ def test_what_is_said_of_a_teacher_stays():
     assert choices == ()
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(100_000, 3.0), (16 * 50, 5.0), (30, 10.0)])
+@pytest.mark.parametrize(("rows", "epochs"), [(100_000, 3.0), (16 * 100, 5.0), (30, 10.0)])
 def test_a_teacher_of_few_rows_sees_them_more_often(rows, epochs):
     nothing = dict.fromkeys(("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps"))
     found, choices = choose_teacher_arguments("pretrained", 22_000_000, rows, nothing)
