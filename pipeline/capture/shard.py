@@ -274,7 +274,7 @@ def label_rows(
     Args:
         uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
     """
-    labels = torch.from_numpy(np.concatenate([task.hard_labels(example) for example in examples])).to(logits.device)
+    labels = torch.from_numpy(task.hard_labels(examples)).to(logits.device)
     if not isinstance(encoding, Sampled):
         uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
     elif uniforms is None:

@@ -309,7 +309,7 @@ def _checked(task: Task, row: LabelledRow, number: int, contract: Contract, seed
         text_bytes=row.text_bytes,
         kept=row.kept,
     )
-    labels = task.hard_labels(example)
+    labels = task.hard_labels([example])
     tokens = contract.tokenizer.vocabulary_size
     _check(
         number,

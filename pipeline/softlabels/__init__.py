@@ -3,7 +3,7 @@
 from pipeline.softlabels.convert import check_conversion, convert
 from pipeline.softlabels.encode import encode, encode_and_score, teacher_scores
 from pipeline.softlabels.narrow import narrow
-from pipeline.softlabels.ragged import concatenate, empty, rows, split_rows
+from pipeline.softlabels.ragged import concatenate, empty, most_likely, rows, split_rows
 from pipeline.softlabels.residual import log_residual_bounds
 from pipeline.softlabels.sampling import counter_uniforms, sample_tail
 from pipeline.softlabels.target import check_temperature, default_temperature, served_temperature, target
@@ -20,6 +20,7 @@ __all__ = [
     "encode",
     "encode_and_score",
     "log_residual_bounds",
+    "most_likely",
     "narrow",
     "rows",
     "sample_tail",

@@ -226,7 +226,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model))
-        truth = torch.from_numpy(np.concatenate([task.hard_labels(row) for row in batch]))
+        truth = torch.from_numpy(task.hard_labels(batch))
         with torch.inference_mode():
             moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             logits = task.gather_logits(model, moved, None if supervised is None else supervised.to(model.device))
@@ -266,7 +266,7 @@ class _Collator:
 
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         inputs, supervised = self.task.collate(rows, self.pad_id)
-        labels = torch.from_numpy(np.concatenate([self.task.hard_labels(row) for row in rows]))
+        labels = torch.from_numpy(self.task.hard_labels(rows))
         if supervised is None:
             return {**inputs, "labels": labels}
         tokens = torch.full(supervised.shape, NO_LABEL)
@@ -302,7 +302,7 @@ def _read(
             raise BadRowError(
                 f"{source.name}: split {split}, row {item.source_row}: {item.reason}; mend or remove the row"
             )
-        if (task.hard_labels(item) != NO_LABEL).any():
+        if (task.hard_labels([item]) != NO_LABEL).any():
             rows.append(item)
     if not rows:
         raise SourceError(

@@ -1,0 +1,145 @@
+"""Rows one by one, and blocks of them by column: from each to the other, and blocks of some rows of others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.cache.format.codec import COLUMNS, narrowed, pack_soft, positions_of, unpack_soft
+from pipeline.records import NO_LABEL, CachedExample, Ragged, RowBlock, Segment, TokenizedExample
+from pipeline.softlabels import concatenate, split_rows
+
+
+def block_of(rows: Sequence[CachedExample], schema: pa.Schema) -> RowBlock:
+    """Rows -> the columns of a schema. The rows share encoding and V; there is at least one."""
+    soft = concatenate([row.soft for row in rows])
+    lists = pack_soft(soft, np.array([len(row.soft) for row in rows]))
+    numbers: dict[str, np.ndarray] = {}
+    others: dict[str, pa.Array] = {}
+    for field in schema:
+        name = field.name
+        if name in lists:
+            continue
+        if name not in COLUMNS:
+            others[name] = pa.array([row.example.kept.get(name) for row in rows], type=field.type)
+            continue
+        values = [_READERS[name](row) for row in rows]
+        if pa.types.is_list(field.type):
+            lists[name] = ragged(values, field.type.value_type.to_pandas_dtype())
+        elif pa.types.is_string(field.type):
+            others[name] = pa.array(values, type=field.type)
+        else:
+            numbers[name] = np.array(values, dtype=field.type.to_pandas_dtype())
+    return RowBlock(soft.encoding, soft.num_classes, lists, numbers, others)
+
+
+def ragged(values: Sequence[np.ndarray], dtype: Any) -> Ragged:
+    """Arrays of several rows -> one column."""
+    return Ragged.of(narrowed(np.concatenate(values), dtype), np.array([len(each) for each in values]))
+
+
+_READERS: dict[str, Callable[[CachedExample], Any]] = {
+    "source_row": lambda row: row.example.source_row,
+    "piece": lambda row: row.example.piece,
+    "content_hash": lambda row: row.content_hash,
+    "text": lambda row: row.example.text,
+    "text_pair": lambda row: row.example.text_pair,
+    "input_ids": lambda row: row.example.input_ids,
+    "token_type_ids": lambda row: row.example.token_type_ids,
+    "supervised": lambda row: row.example.supervised,
+    "document_lengths": lambda row: row.example.document_lengths,
+    "text_bytes": lambda row: row.example.text_bytes,
+    "label": lambda row: NO_LABEL if row.example.label is None else row.example.label,
+    "entropy": lambda row: None if row.entropy is None else row.entropy.numpy(),
+    "teacher_nll_sum": lambda row: row.teacher_nll_sum,
+    "teacher_entropy_sum": lambda row: row.teacher_entropy_sum,
+}
+
+
+def rows_of(block: RowBlock) -> list[CachedExample]:
+    """A block -> its rows. Tensors are views of one copy of each column."""
+    soft = split_rows(unpack_soft(block), positions_of(block).tolist())
+    numbers: dict[str, list[Any]] = {name: values.tolist() for name, values in block.numbers.items()}
+    others: dict[str, list[Any]] = {name: values.to_pylist() for name, values in block.others.items()}
+    lists = {name: _parts(column) for name, column in block.lists.items() if name in _LISTS}
+    none = [None] * len(block)
+    kept = [name for name in block.others if name not in COLUMNS]
+    return [
+        CachedExample(
+            TokenizedExample(
+                source_row=numbers["source_row"][i],
+                piece=numbers["piece"][i],
+                input_ids=lists["input_ids"][i],
+                supervised=lists.get("supervised", none)[i],
+                token_type_ids=lists.get("token_type_ids", none)[i],
+                label=_label(numbers.get("label", none)[i]),
+                text=others.get("text", none)[i],
+                text_pair=others.get("text_pair", none)[i],
+                document_lengths=lists.get("document_lengths", none)[i],
+                text_bytes=numbers.get("text_bytes", none)[i] or 0,
+                kept={name: others[name][i] for name in kept},
+            ),
+            soft[i],
+            numbers["teacher_nll_sum"][i],
+            numbers["teacher_entropy_sum"][i],
+            numbers["content_hash"][i],
+            torch.from_numpy(lists["entropy"][i].astype(np.float32)) if "entropy" in lists else None,
+        )
+        for i in range(len(block))
+    ]
+
+
+_LISTS = ("input_ids", "token_type_ids", "supervised", "document_lengths", "entropy")
+
+
+def _parts(column: Ragged) -> list[np.ndarray]:
+    """The list of each row; Arrow's own memory is read-only, and is copied."""
+    values = column.values if column.values.flags.writeable else column.values.copy()
+    offsets = column.offsets.tolist()
+    return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+
+
+def _label(label: int | None) -> int | None:
+    return None if label == NO_LABEL else label
+
+
+def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) -> RowBlock:
+    """Rows of several blocks of one cache, or of caches with one encoding -> one block. There is at least one segment.
+
+    Args:
+        names: the columns that are wanted; None: all.
+    """
+    first = segments[0][0]
+    if len(segments) == 1 and segments[0][2] - segments[0][1] == len(first):
+        return first
+
+    def wanted(columns: Iterable[str]) -> list[str]:
+        return [name for name in columns if names is None or name in names]
+
+    return RowBlock(
+        first.encoding,
+        first.num_classes,
+        {
+            name: _gather([(block.lists[name], start, stop) for block, start, stop in segments])
+            for name in wanted(first.lists)
+        },
+        {
+            name: np.concatenate([block.numbers[name][start:stop] for block, start, stop in segments])
+            for name in wanted(first.numbers)
+        },
+        {
+            name: pa.concat_arrays([block.others[name][start:stop] for block, start, stop in segments])
+            for name in wanted(first.others)
+        },
+    )
+
+
+def _gather(parts: Sequence[tuple[Ragged, int, int]]) -> Ragged:
+    counts = np.concatenate([column.counts[start:stop] for column, start, stop in parts])
+    values = [column.values[column.offsets[start] : column.offsets[stop]] for column, start, stop in parts]
+    return Ragged.of(np.concatenate(values), counts)
