@@ -9,28 +9,66 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from pipeline.cache.format.codec import COLUMNS, narrowed, pack_soft, positions_of, unpack_soft
-from pipeline.records import NO_LABEL, CachedExample, Ragged, RowBlock, Segment, TokenizedExample
+from pipeline.records import NO_LABEL, CachedExample, Ragged, RowBlock, Segment, SoftLabels, TokenizedExample
 from pipeline.softlabels import concatenate, split_rows
 
 
 def block_of(rows: Sequence[CachedExample], schema: pa.Schema) -> RowBlock:
     """Rows -> the columns of a schema. The rows share encoding and V; there is at least one."""
-    soft = concatenate([row.soft for row in rows])
-    lists = pack_soft(soft, np.array([len(row.soft) for row in rows]))
+    entropies = [row.entropy for row in rows if row.entropy is not None]
+    return make_block(
+        [row.example for row in rows],
+        concatenate([row.soft for row in rows]),
+        [row.teacher_nll_sum for row in rows],
+        [row.teacher_entropy_sum for row in rows],
+        [row.content_hash for row in rows],
+        schema,
+        entropy=torch.cat(entropies) if len(entropies) == len(rows) else None,
+        counts=[len(row.soft) for row in rows],
+    )
+
+
+def make_block(
+    examples: Sequence[TokenizedExample],
+    soft: SoftLabels,
+    nll_sums: Sequence[float],
+    entropy_sums: Sequence[float],
+    hashes: Sequence[int],
+    schema: pa.Schema,
+    *,
+    counts: Sequence[int],
+    entropy: Tensor | None = None,
+) -> RowBlock:
+    """R rows before they are cached, and what the teacher said of them -> the columns of a schema.
+
+    Args:
+        soft: of all rows one after another.
+        nll_sums: (R,) nats.
+        entropy_sums: (R,) nats.
+        hashes: (R,) of their contents.
+        counts: (R,) positions of each row.
+        entropy: (N,) nats, where the schema has it.
+    """
+    positions = np.asarray(counts)
+    lists = pack_soft(soft, positions)
     numbers: dict[str, np.ndarray] = {}
     others: dict[str, pa.Array] = {}
+    if entropy is not None and "entropy" in schema.names:
+        lists["entropy"] = Ragged.of(narrowed(entropy.numpy(), np.float16), positions)
+    sums = {"teacher_nll_sum": nll_sums, "teacher_entropy_sum": entropy_sums, "content_hash": hashes}
     for field in schema:
         name = field.name
         if name in lists:
             continue
         if name not in COLUMNS:
-            others[name] = pa.array([row.example.kept.get(name) for row in rows], type=field.type)
+            others[name] = pa.array([example.kept.get(name) for example in examples], type=field.type)
             continue
-        values = [_READERS[name](row) for row in rows]
+        values: Any = sums[name] if name in sums else [_READERS[name](example) for example in examples]
         if pa.types.is_list(field.type):
-            lists[name] = ragged(values, field.type.value_type.to_pandas_dtype())
+            lists[name] = _ragged(values, field.type.value_type.to_pandas_dtype())
         elif pa.types.is_string(field.type):
             others[name] = pa.array(values, type=field.type)
         else:
@@ -38,26 +76,21 @@ def block_of(rows: Sequence[CachedExample], schema: pa.Schema) -> RowBlock:
     return RowBlock(soft.encoding, soft.num_classes, lists, numbers, others)
 
 
-def ragged(values: Sequence[np.ndarray], dtype: Any) -> Ragged:
-    """Arrays of several rows -> one column."""
-    return Ragged.of(narrowed(np.concatenate(values), dtype), np.array([len(each) for each in values]))
+def _ragged(values: Sequence[np.ndarray], dtype: Any) -> Ragged:
+    return Ragged.of(np.concatenate(values).astype(dtype), np.array([len(each) for each in values]))
 
 
-_READERS: dict[str, Callable[[CachedExample], Any]] = {
-    "source_row": lambda row: row.example.source_row,
-    "piece": lambda row: row.example.piece,
-    "content_hash": lambda row: row.content_hash,
-    "text": lambda row: row.example.text,
-    "text_pair": lambda row: row.example.text_pair,
-    "input_ids": lambda row: row.example.input_ids,
-    "token_type_ids": lambda row: row.example.token_type_ids,
-    "supervised": lambda row: row.example.supervised,
-    "document_lengths": lambda row: row.example.document_lengths,
-    "text_bytes": lambda row: row.example.text_bytes,
-    "label": lambda row: NO_LABEL if row.example.label is None else row.example.label,
-    "entropy": lambda row: None if row.entropy is None else row.entropy.numpy(),
-    "teacher_nll_sum": lambda row: row.teacher_nll_sum,
-    "teacher_entropy_sum": lambda row: row.teacher_entropy_sum,
+_READERS: dict[str, Callable[[TokenizedExample], Any]] = {
+    "source_row": lambda example: example.source_row,
+    "piece": lambda example: example.piece,
+    "text": lambda example: example.text,
+    "text_pair": lambda example: example.text_pair,
+    "input_ids": lambda example: example.input_ids,
+    "token_type_ids": lambda example: example.token_type_ids,
+    "supervised": lambda example: example.supervised,
+    "document_lengths": lambda example: example.document_lengths,
+    "text_bytes": lambda example: example.text_bytes,
+    "label": lambda example: NO_LABEL if example.label is None else example.label,
 }
 
 

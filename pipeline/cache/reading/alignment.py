@@ -95,6 +95,7 @@ def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
     pairs = [
         (label, best)
         for block in blocks
+        if "label" in block.numbers
         for label, best in zip(
             block.numbers["label"].tolist(), most_likely(unpack_soft(block))[0].tolist(), strict=True
         )
