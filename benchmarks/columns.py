@@ -42,9 +42,10 @@ def labelled_rows(count: int) -> Iterator[Any]:
         size = min(10_000, count - start)
         ids = rng.integers(0, VOCABULARY, (size, LENGTH), dtype=np.int32)
         logits = rng.normal(size=(size, 1, CLASSES)).astype(np.float32) * 2
-        labels = rng.integers(0, CLASSES, size).tolist()
+        labels = rng.integers(0, CLASSES, size)
+        logits[np.arange(size), 0, labels] += 2
         for i in range(size):
-            yield softlabel.LabelledRow(input_ids=ids[i], logits=logits[i], label=labels[i])
+            yield softlabel.LabelledRow(input_ids=ids[i], logits=logits[i], label=int(labels[i]))
 
 
 def write(path: Path, count: int) -> Any:
