@@ -145,14 +145,17 @@ def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) 
     """Rows of several blocks of one cache, or of caches with one encoding -> one block. There is at least one segment.
 
     Args:
-        names: the columns that are wanted; None: all.
+        names: the columns that are wanted; None: all. The entropy of each position is left out where one of the caches has none.
     """
     first = segments[0][0]
     if len(segments) == 1 and segments[0][2] - segments[0][1] == len(first):
         return first
 
     def wanted(columns: Iterable[str]) -> list[str]:
-        return [name for name in columns if names is None or name in names]
+        found = [name for name in columns if names is None or name in names]
+        if "entropy" in found and not all("entropy" in block.lists for block, _, _ in segments):
+            found.remove("entropy")
+        return found
 
     return RowBlock(
         first.encoding,

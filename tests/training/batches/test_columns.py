@@ -207,6 +207,23 @@ def test_rows_of_several_caches(tmp_path, lm_tokenizer):
         assert_batch(batch, expected(caches[0], [rows[i][1] for i in numbers], [1.0] * len(numbers), 1.0))
 
 
+def test_the_entropy_of_each_position_counts_where_all_caches_have_it(tmp_path, lm_tokenizer):
+    rows = [token_row(n, Sampled(6.0), 320) for n in range(8)]
+    known = [dataclasses.replace(row, entropy=torch.full((len(row.soft),), 9.0)) for row in rows]
+    caches = [
+        build_wide(tmp_path / "known", lm_tokenizer, Sampled(6.0), known, entropy=True),
+        build_wide(tmp_path / "sums", lm_tokenizer, Sampled(6.0), rows),
+    ]
+    collator = Collator(LM, lm_tokenizer, 1.0)
+    data = TrainingRows(JoinedDataset(caches, "train", window=OPEN))
+    entropies = [
+        -collator.collate(data.__getitems__(numbers)).target.negative_entropy for numbers in ([0, 1], [0, 8], [8, 0])
+    ]
+    assert entropies[0].tolist() == [9.0] * len(entropies[0])
+    for found in entropies[1:]:
+        assert found.numpy() == pytest.approx(rows[0].teacher_entropy_sum / len(rows[0].soft))
+
+
 # ------------------------------------------------------------------------------------------------------- the blocks
 
 
