@@ -1,7 +1,7 @@
 """Every in-memory type, in the order in which data flows through them: one page, longer than others, so that there is one to read first.
 
     source -> Example -> TokenizedExample -> teacher -> SoftLabels -> shard -> Manifest        capture
-    Manifest -> shard -> RowBlock -> StudentBatch -> loss -> student -> EvaluationReport  training
+    Manifest -> shard -> RowBlock -> StudentBatch -> loss -> student -> EvaluationReport       training
 
 Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V classes, G temperatures.
 
