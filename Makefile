@@ -145,6 +145,10 @@ bench-capture: $(STAMP) $(BBC) $(LM) ## stage 1 beside the teacher's bare forwar
 bench-in-place: $(STAMP) ## what a capture fetches of 2 GB of Parquet behind a web server, and its memory
 	$(PY) -m benchmarks.in_place
 
+.PHONY: bench-columns
+bench-columns: $(STAMP) ## rows between Parquet and tensors: decoding, collating, writing, the first step, a step beside plain Trainer
+	$(PY) -m benchmarks.columns
+
 .PHONY: bench-verify
 bench-verify: $(STAMP) ## megabytes of cache that verify reads a second
 	$(PY) -m benchmarks.verifying

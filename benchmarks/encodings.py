@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import pipeline as softlabel
 from pipeline.cache.format.codec import pack
+from pipeline.cache.format.rows import block_of
 from pipeline.cache.format.schema import parquet_settings, soft_columns
 from pipeline.capture.forward import output_matrix, teacher_logits
 from pipeline.capture.plan import plan_batches
@@ -125,7 +126,7 @@ def soft_bytes(rows: list[SoftLabels], encoding: Encoding, num_classes: int) -> 
     """Of the soft labels' columns alone: bytes in Parquet, and the order-0 entropy of their values in bytes."""
     schema = pa.schema(list(soft_columns(encoding, num_classes).items()))
     nothing = TokenizedExample(0, 0, np.zeros(0, dtype=np.int32))
-    table = pack([CachedExample(nothing, soft, 0.0, 0.0, 0) for soft in rows], schema)
+    table = pack(block_of([CachedExample(nothing, soft, 0.0, 0.0, 0) for soft in rows], schema), schema)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, **parquet_settings(schema))
     group = pq.ParquetFile(buffer).metadata.row_group(0)

@@ -213,7 +213,7 @@ def measure_reader(classes: int, rows: int, folder: Path) -> dict[str, float]:
     for _ in range(5):
         started = time.perf_counter()
         positions = sum(
-            len(collator([TrainingRows(data)[i] for i in batch])["labels"]) for batch in BatchOrder(data, 4, seed=0)
+            len(collator(TrainingRows(data).__getitems__(batch))["labels"]) for batch in BatchOrder(data, 4, seed=0)
         )
         rates.append(positions / (time.perf_counter() - started))
     kept = statistics.fmean(len(row.soft.top_ids) + len(row.soft.tail_ids) for row in data) / (LENGTH - 1)

@@ -135,15 +135,21 @@ def track(
     *,
     unit: str = "row",
     stride: int = 1,
+    size: Callable[[Item], int] | None = None,
     shown: bool = True,
 ) -> Iterator[Item]:
-    """The same items, counted as they pass, `stride` at once: several where one takes microseconds. The bar goes at the end."""
+    """The same items, counted as they pass. The bar goes at the end.
+
+    Args:
+        stride: how many are counted at once: several where one takes microseconds.
+        size: what an item counts for; None: 1.
+    """
     with Progress(name, total, unit=unit, shown=shown, leave=False) as progress:
         waiting = 0
         for item in items:
             yield item
-            waiting += 1
-            if waiting == stride:
+            waiting += 1 if size is None else size(item)
+            if waiting >= stride:
                 progress.update(waiting)
                 waiting = 0
         progress.update(waiting)

@@ -1,7 +1,7 @@
 """Every in-memory type, in the order in which data flows through them: one page, longer than others, so that there is one to read first.
 
     source -> Example -> TokenizedExample -> teacher -> SoftLabels -> shard -> Manifest        capture
-    Manifest -> shard -> CachedExample -> StudentBatch -> loss -> student -> EvaluationReport  training
+    Manifest -> shard -> RowBlock -> StudentBatch -> loss -> student -> EvaluationReport       training
 
 Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V classes, G temperatures.
 
@@ -22,6 +22,7 @@ import numpy as np
 from pipeline.errors import MisuseError
 
 if TYPE_CHECKING:  # records are read by `--help`, which must not wait for torch
+    import pyarrow as pa
     from torch import Tensor
 
 #: What the losses and `transformers` skip: a position without a hard label.
@@ -147,6 +148,43 @@ class TokenizedExample:
     def num_positions(self) -> int:
         """N of this row."""
         return 1 if self.supervised is None else int(self.supervised.sum())
+
+
+def offsets_of_counts(counts: np.ndarray) -> np.ndarray:
+    """(R,) counts -> (R + 1,) offsets, int64."""
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """A list of numbers for each of R rows: the numbers of all rows one after another."""
+
+    values: np.ndarray
+    """(sum of the counts,)."""
+    counts: np.ndarray
+    """(R,) integers: how many numbers each row has."""
+    offsets: np.ndarray
+    """(R + 1,) int64: row r owns `values[offsets[r]:offsets[r + 1]]`."""
+
+    @classmethod
+    def of(cls, values: np.ndarray, counts: np.ndarray) -> Ragged:
+        """With the offsets that the counts make."""
+        return cls(values, counts, offsets_of_counts(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBlock:
+    """The tokens and labels of R rows, by column: what a task collates."""
+
+    input_ids: Ragged
+    supervised: Ragged | None = None
+    """As in `TokenizedExample`; None: one position a row."""
+    token_type_ids: Ragged | None = None
+    document_lengths: Ragged | None = None
+    label: np.ndarray | None = None
+    """(R,) int64, -100 where there is none; None: the task has no labels beside the tokens."""
 
 
 # ---------------------------------------------------------------------------------------------------- soft labels
@@ -616,6 +654,27 @@ class CachedExample:
     content_hash: int
     entropy: Tensor | None = None
     """(N,) float32, nats: of each position, where it was stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """R rows of a cache, by column, under the names and in the types that they are stored in."""
+
+    encoding: Encoding
+    num_classes: int
+    lists: Mapping[str, Ragged]
+    """Columns of lists: tokens, soft labels."""
+    numbers: Mapping[str, np.ndarray]
+    """Columns of numbers, (R,) each; `label` is -100 where there is none."""
+    others: Mapping[str, pa.Array]
+    """Texts, and the columns copied from the source."""
+
+    def __len__(self) -> int:
+        return len(self.numbers["source_row"])
+
+
+Segment = tuple[RowBlock, int, int]
+"""The rows `[start, stop)` of a block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) 
             for row in part:
                 stop = start + row.example.num_positions
                 alone = _logits(task, teacher, [row], contract, None)
-                marks.add(row, together[start:stop], alone, torch.from_numpy(task.hard_labels(row.example)))
+                marks.add(row, together[start:stop], alone, torch.from_numpy(task.hard_labels([row.example])))
                 progress.update(1, tokens=row.example.num_tokens)
                 start = stop
     device = device_name(teacher)

@@ -31,6 +31,8 @@ from pipeline.records import (
     Sampled,
     Shard,
     ShardPlan,
+    SoftLabels,
+    TeacherScores,
     TokenizedExample,
 )
 from pipeline.softlabels import (
@@ -281,20 +283,9 @@ def label_rows(
     split: str,
     seed: int,
     store_entropy: bool = False,
-    uniforms: Tensor | None = None,
 ) -> list[CachedExample]:
-    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored.
-
-    Args:
-        uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
-    """
-    labels = torch.from_numpy(np.concatenate([task.hard_labels(example) for example in examples])).to(logits.device)
-    if not isinstance(encoding, Sampled):
-        uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
-    elif uniforms is None:
-        uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
-    soft, scores = encode_and_score(logits, labels, encoding, uniforms)
-    soft = narrow(soft, uniforms)
+    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored."""
+    soft, scores = encode_rows(task, examples, logits, encoding, split=split, seed=seed)
     counts = [example.num_positions for example in examples]
     entropies: Sequence[Tensor | None] = (
         torch.split(scores.entropy.float(), counts) if store_entropy else [None] * len(counts)
@@ -302,8 +293,8 @@ def label_rows(
     parts = zip(
         examples,
         split_rows(soft, counts),
-        _sums(scores.nll, counts),
-        _sums(scores.entropy, counts),
+        row_sums(scores.nll, counts),
+        row_sums(scores.entropy, counts),
         entropies,
         strict=True,
     )
@@ -313,7 +304,34 @@ def label_rows(
     ]
 
 
-def _sums(values: Tensor, counts: Sequence[int]) -> list[float]:
+def encode_rows(
+    task: Task,
+    examples: Sequence[TokenizedExample],
+    logits: Tensor,
+    encoding: Encoding,
+    *,
+    split: str,
+    seed: int,
+    uniforms: Tensor | None = None,
+) -> tuple[SoftLabels, TeacherScores]:
+    """(N, V) logits of several rows -> their soft labels as they are stored, and the scores.
+
+    Args:
+        uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
+
+    Raises:
+        EncodingError: logits of some row cannot be encoded.
+    """
+    labels = torch.from_numpy(task.hard_labels(examples)).to(logits.device)
+    if not isinstance(encoding, Sampled):
+        uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
+    elif uniforms is None:
+        uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
+    soft, scores = encode_and_score(logits, labels, encoding, uniforms)
+    return narrow(soft, uniforms), scores
+
+
+def row_sums(values: Tensor, counts: Sequence[int]) -> list[float]:
     """(N,) values -> the sums of runs of so many, in float64."""
     if set(counts) == {1}:
         found: list[float] = values.double().tolist()

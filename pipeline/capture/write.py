@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,24 +19,25 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.cache import Cache, Layout, Plan
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.format.manifest import NAME
+from pipeline.cache.format.rows import gather, make_block
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.writing.build import begin, finish, record
 from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.plan import library_versions
-from pipeline.capture.shard import label_rows
+from pipeline.capture.shard import encode_rows, row_sums
 from pipeline.errors import BadRowError, EncodingError, MisuseError
 from pipeline.models import tokenizer_info
 from pipeline.progress import Progress
 from pipeline.records import (
     NO_LABEL,
     BadRow,
-    CachedExample,
     Columns,
     Contract,
     Encoding,
     ModelInfo,
     Receipt,
+    RowBlock,
     Sampled,
     Scalar,
     ShardPlan,
@@ -45,9 +47,10 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
-from pipeline.softlabels import counter_uniforms, narrow
+from pipeline.softlabels import concatenate, counter_uniforms, narrow
+from pipeline.softlabels.ragged import owners
 from pipeline.sources.files.loading import redact
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import Task, get_task, token_block
 
 #: Logits that are encoded at once: 8 MB in float32.
 _BATCH_LOGITS = 2 << 20
@@ -170,14 +173,16 @@ def write_cache(
             if not part:
                 break
             plan = ShardPlan(f"{split}-{number:05d}", split, part[0][0], part[-1][0] + 1)
-            cached, bad = _split_bad(chosen, part, contract, seed)
-            longest = max([longest, *(row.example.num_tokens for row in cached)])
+            blocks, bad = _split_bad(chosen, part, contract, schema)
+            longest = max([longest, *(int(block.lists["input_ids"].counts.max()) for block in blocks)])
             if max_length is not None and longest > max_length:
                 raise BadRowError(
                     f"rows {plan.start} to {plan.stop - 1}: expected at most {max_length} tokens, found {longest}; set max_length"
                 )
-            written = write_shard(layout.shard(plan.name), plan, cached, schema)
-            progress.update(len(part), tokens=sum(row.example.num_tokens for row in cached))
+            whole = gather([(block, 0, len(block)) for block in blocks]) if blocks else ()
+            written = write_shard(layout.shard(plan.name), plan, whole, schema)
+            tokens = sum(int(block.lists["input_ids"].counts.sum()) for block in blocks)
+            progress.update(len(part), tokens=tokens)
             record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0, bad))
             plans.append(plan)
     progress.close()
@@ -185,93 +190,89 @@ def write_cache(
     return finish(layout, Plan(contract, tuple(plans)))
 
 
+Numbered = tuple[int, LabelledRow | BadRow]
+
+
 def _split_bad(
-    task: Task, part: Iterable[tuple[int, LabelledRow | BadRow]], contract: Contract, seed: int
-) -> tuple[list[CachedExample], tuple[BadRow, ...]]:
+    task: Task, part: Sequence[Numbered], contract: Contract, schema: pa.Schema
+) -> tuple[list[RowBlock], tuple[BadRow, ...]]:
     """The rows of a shard, and those that are set aside.
 
     Raises:
         BadRowError: the first that is bad, where the contract says stop.
     """
-    cached: list[CachedExample] = []
+    blocks: list[RowBlock] = []
     bad: list[BadRow] = []
-    waiting: list[_Dense] = []
 
-    def set_aside(number: int, split: str, error: BadRowError) -> None:
-        if contract.on_bad_row == "stop":
-            raise error
-        bad.append(BadRow(split, number, " ".join(str(error).split())))
-
-    def encode_waiting() -> None:
-        """The rows that wait, in one batch; where it cannot be encoded, one by one."""
+    def make(batch: Sequence[Numbered]) -> None:
+        """One block; of a batch with a bad row one of each half, down to the row itself."""
         try:
-            cached.extend(_encoded(task, waiting, contract, seed))
-        except EncodingError:
-            for dense in waiting:
-                try:
-                    cached.extend(_encoded(task, [dense], contract, seed))
-                except EncodingError as error:
-                    number = dense.example.source_row
-                    set_aside(number, dense.split, BadRowError(f"row {number}: {error}"))
-        waiting.clear()
+            blocks.append(_make(task, batch, contract, schema))
+        except (BadRowError, EncodingError) as error:
+            if len(batch) > 1:
+                make(batch[: len(batch) // 2])
+                make(batch[len(batch) // 2 :])
+                return
+            number, row = batch[0]
+            reason = f"row {number}: {error}" if isinstance(error, EncodingError) else str(error)
+            if contract.on_bad_row == "stop":
+                raise BadRowError(reason) from None
+            bad.append(BadRow(row.split, number, " ".join(reason.split())))
 
-    held = 0
-
-    for number, row in part:
-        try:
-            if isinstance(row, BadRow):
-                raise BadRowError(row.reason)
-            made = _checked(task, row, number, contract, seed)
-        except BadRowError as error:
-            encode_waiting()  # what is wrong with an earlier row comes first
-            set_aside(number, row.split, error)
-            continue
-        if waiting and (
-            isinstance(made, CachedExample)
-            or made.logits.dtype != waiting[0].logits.dtype
-            or held + made.logits.numel() > _BATCH_LOGITS
-        ):
-            encode_waiting()
-        if isinstance(made, CachedExample):
-            cached.append(made)
-        else:
-            held = made.logits.numel() + (held if waiting else 0)
-            waiting.append(made)
-    encode_waiting()
-    return cached, tuple(bad)
+    for batch in _batches(part):
+        make(batch)
+    return blocks, tuple(bad)
 
 
-@dataclass(frozen=True, slots=True)
-class _Dense:
-    """A row that was checked, and is to be encoded."""
+def _batches(part: Sequence[Numbered]) -> Iterator[Sequence[Numbered]]:
+    """Rows one after another whose soft labels are of one kind and precision, up to so many logits."""
+    start, held, kind = 0, 0, ""
+    for i, (_, row) in enumerate(part):
+        logits = None if isinstance(row, BadRow) else row.logits
+        size = 0 if logits is None else math.prod(np.shape(logits))
+        found = kind if isinstance(row, BadRow) else "ready" if logits is None else str(getattr(logits, "dtype", None))
+        if i > start and (found != kind or held + size > _BATCH_LOGITS):
+            yield part[start:i]
+            start, held = i, 0
+        held, kind = held + size, found
+    yield part[start:]
 
-    example: TokenizedExample
-    logits: Tensor
-    """(N, V)."""
-    split: str
 
-
-def _encoded(task: Task, dense: Sequence[_Dense], contract: Contract, seed: int) -> list[CachedExample]:
-    """Rows of one split and one precision with their soft labels.
+def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.Schema) -> RowBlock:
+    """Rows of one split with their soft labels, as they are stored. What a message says is of the first row: it is asked for where that is the only one.
 
     Raises:
+        BadRowError: parts of a row do not fit each other.
         EncodingError: logits of some row cannot be encoded.
     """
-    if not dense:
-        return []
-    split = dense[0].split
+    rows = [row for _, row in batch if isinstance(row, LabelledRow)]
+    if len(rows) < len(batch):
+        raise BadRowError(next(row.reason for _, row in batch if isinstance(row, BadRow)))
+    examples = [_tokenized(task, row, number) for (number, _), row in zip(batch, rows, strict=True)]
+    _check_ids(task, examples, contract)
+    split, seed = rows[0].split, contract.seed
     uniforms = None
     if isinstance(contract.encoding, Sampled):
-        numbered = [(each.example.source_row, np.arange(len(each.logits))) for each in dense]
-        uniforms = torch.cat([counter_uniforms(seed, split, row, 0, positions) for row, positions in numbered])
-    return label_rows(
-        task,
-        [each.example for each in dense],
-        torch.cat([each.logits for each in dense]),
-        contract.encoding,
-        split=split,
-        seed=seed,
-        uniforms=uniforms,
+        ends = [np.arange(example.num_positions) for example in examples]
+        drawn = [counter_uniforms(seed, split, e.source_row, 0, end) for e, end in zip(examples, ends, strict=True)]
+        uniforms = torch.cat(drawn)
+    if rows[0].logits is not None:
+        logits = torch.cat([_logits(row, example, contract) for row, example in zip(rows, examples, strict=True)])
+        soft, scores = encode_rows(task, examples, logits, contract.encoding, split=split, seed=seed, uniforms=uniforms)
+    else:
+        given = [_ready(row, example, contract) for row, example in zip(rows, examples, strict=True)]
+        soft = concatenate(given)
+        soft = soft if uniforms is None else narrow(soft, uniforms)
+        scores = _scores(rows, soft, torch.from_numpy(task.hard_labels(examples)), [len(each) for each in given])
+    counts = [example.num_positions for example in examples]
+    return make_block(
+        examples,
+        soft,
+        row_sums(scores.nll, counts),
+        row_sums(scores.entropy, counts),
+        [content_hash(example) for example in examples],
+        schema,
+        counts=counts,
     )
 
 
@@ -290,8 +291,7 @@ def _by_split(
         yield split, enumerate(group)
 
 
-def _checked(task: Task, row: LabelledRow, number: int, contract: Contract, seed: int) -> CachedExample | _Dense:
-    """One row, its parts checked against each other; ready soft labels are taken as they are."""
+def _tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
     ids = np.asarray(row.input_ids, dtype=np.int32)
     supervised = None
     if task.classes_are_tokens:
@@ -301,7 +301,7 @@ def _checked(task: Task, row: LabelledRow, number: int, contract: Contract, seed
             raise BadRowError(
                 f"row {number}: supervised: expected {len(ids)} flags, one or more of them set and the last not"
             )
-    example = TokenizedExample(
+    return TokenizedExample(
         source_row=number,
         piece=0,
         input_ids=ids,
@@ -313,53 +313,54 @@ def _checked(task: Task, row: LabelledRow, number: int, contract: Contract, seed
         text_bytes=row.text_bytes,
         kept=row.kept,
     )
-    labels = task.hard_labels(example)
-    tokens = contract.tokenizer.vocabulary_size
-    _check(
-        number,
-        len(ids) > 0 and ids.min() >= 0 and ids.max() < tokens,
-        f"token ids of 0 to {tokens - 1}",
-        ids[:8].tolist(),
-    )
+
+
+def _check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contract) -> None:
+    number = examples[0].source_row
+    tokens = token_block(examples)
+    ids, limit = tokens.input_ids, contract.tokenizer.vocabulary_size
+    fine = bool(ids.counts.all()) and ids.values.min() >= 0 and ids.values.max() < limit
+    _check(number, fine, f"token ids of 0 to {limit - 1}", ids.values[:8].tolist())
+    labels = task.hard_labels(tokens)
     known = labels[labels != NO_LABEL]
-    _check(
-        number,
-        not len(known) or (known.min() >= 0 and known.max() < contract.num_classes),
-        f"labels of 0 to {contract.num_classes - 1}",
-        known[:8].tolist(),
-    )
-    if row.logits is not None:
-        logits = torch.as_tensor(row.logits).detach().cpu()
-        _check(number, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
-        logits = logits[:, : contract.num_classes]
-        _check(
-            number,
-            tuple(logits.shape) == (example.num_positions, contract.num_classes),
-            f"logits of shape {(example.num_positions, contract.num_classes)}",
-            tuple(logits.shape),
-        )
-        return _Dense(example, logits, row.split)
-    if row.soft_labels is not None:
-        soft = narrow(row.soft_labels, counter_uniforms(seed, row.split, number, 0, np.arange(len(row.soft_labels))))
-        _check(
-            number, len(soft) == example.num_positions, f"soft labels of {example.num_positions} positions", len(soft)
-        )
-        _check(number, soft.encoding == contract.encoding, str(contract.encoding), soft.encoding)
-        _check(number, soft.num_classes == contract.num_classes, f"{contract.num_classes} classes", soft.num_classes)
-        scores = row.scores or _scores_of_top(soft, torch.from_numpy(labels))
-    else:
+    fine = not len(known) or (known.min() >= 0 and known.max() < contract.num_classes)
+    _check(number, fine, f"labels of 0 to {contract.num_classes - 1}", known[:8].tolist())
+
+
+def _logits(row: LabelledRow, example: TokenizedExample, contract: Contract) -> Tensor:
+    """(N, V)."""
+    logits = torch.as_tensor(row.logits).detach().cpu()
+    _check(example.source_row, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
+    logits = logits[:, : contract.num_classes]
+    shape = (example.num_positions, contract.num_classes)
+    _check(example.source_row, logits.shape == shape, f"logits of shape {shape}", tuple(logits.shape))
+    return logits
+
+
+def _ready(row: LabelledRow, example: TokenizedExample, contract: Contract) -> SoftLabels:
+    """Soft labels as they were given."""
+    soft, number = row.soft_labels, example.source_row
+    if soft is None:
         raise BadRowError(f"row {number}: expected logits or soft_labels, found neither")
-    sums = float(scores.nll.double().sum()), float(scores.entropy.double().sum())
-    return CachedExample(example, soft, *sums, content_hash(example))
+    positions = example.num_positions
+    _check(number, len(soft) == positions, f"soft labels of {positions} positions", len(soft))
+    _check(number, soft.encoding == contract.encoding, str(contract.encoding), soft.encoding)
+    _check(number, soft.num_classes == contract.num_classes, f"{contract.num_classes} classes", soft.num_classes)
+    return soft
 
 
-def _scores_of_top(soft: SoftLabels, labels: Tensor) -> TeacherScores:
-    """What the kept classes say: nan where the hard label is not among them; the entropy is not known."""
-    owner = torch.repeat_interleave(torch.arange(len(soft)), soft.top_offsets.diff())
+def _scores(rows: Sequence[LabelledRow], soft: SoftLabels, labels: Tensor, counts: Sequence[int]) -> TeacherScores:
+    """Those given, and else what the kept classes say: nan where the hard label is not among them; the entropy is not known."""
+    owner = owners(soft.top_offsets)
     nll = torch.full((len(soft),), torch.nan)
     hit = soft.top_ids == labels[owner]
     nll[owner[hit]] = -soft.top_logprobs[hit]
-    return TeacherScores(nll.masked_fill(labels == NO_LABEL, 0.0), torch.full((len(soft),), torch.nan))
+    nll, entropy = nll.masked_fill(labels == NO_LABEL, 0.0), torch.full((len(soft),), torch.nan)
+    for row, stop, count in zip(rows, np.cumsum(counts).tolist(), counts, strict=True):
+        if row.scores is not None:
+            nll[stop - count : stop] = row.scores.nll
+            entropy[stop - count : stop] = row.scores.entropy
+    return TeacherScores(nll, entropy)
 
 
 def _check(number: int, condition: bool, expected: str, found: object) -> None:

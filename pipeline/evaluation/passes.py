@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from accelerate.utils import send_to_device
@@ -12,7 +11,7 @@ from torch import Tensor
 from pipeline.cache import Cache
 from pipeline.models import LoadedModel, longest_input, pad_id, tokenizer_info
 from pipeline.progress import Progress
-from pipeline.records import CachedExample, StudentBatch, Tokenization
+from pipeline.records import RowBlock, StudentBatch, Tokenization
 from pipeline.softlabels import served_temperature
 from pipeline.tasks import Task
 from pipeline.training.batches.collate import Collator, from_tensors, to_tensors
@@ -20,7 +19,7 @@ from pipeline.training.batches.collate import Collator, from_tensors, to_tensors
 
 def logits_by_batch(
     cache: Cache, task: Task, model: LoadedModel, split: str, batch_size: int, description: str
-) -> Iterator[tuple[Sequence[CachedExample], StudentBatch, Tensor]]:
+) -> Iterator[tuple[RowBlock, StudentBatch, Tensor]]:
     """The rows of a split in order, with what the model makes of them.
 
     Args:
@@ -34,13 +33,13 @@ def logits_by_batch(
     collator = collator_of(cache, task, model)
     dataset = cache.dataset(split)
     with Progress(description, len(dataset)) as progress:
-        for rows in _batches(iter(dataset), batch_size):
-            tensors = send_to_device(to_tensors(collator.collate([(row, True) for row in rows])), model.model.device)
+        for rows in dataset.blocks(batch_size, names=collator.columns):
+            tensors = send_to_device(to_tensors(collator.collate_block(rows)), model.model.device)
             batch = from_tensors(tensors, num_classes)
             with torch.inference_mode():
                 logits = task.gather_logits(model.model, batch.inputs, batch.supervised)[:, :num_classes].float()
             yield rows, batch, logits
-            progress.update(len(rows), tokens=sum(row.example.num_tokens for row in rows))
+            progress.update(len(rows), tokens=int(rows.lists["input_ids"].counts.sum()))
 
 
 def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
@@ -55,8 +54,3 @@ def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
         retokenize=Tokenization(longest) if own_tokenizer else None,
         pad_id=pad_id(model.tokenizer, model.model),
     )
-
-
-def _batches(rows: Iterator[CachedExample], size: int) -> Iterator[Sequence[CachedExample]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch

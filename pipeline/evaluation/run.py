@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import Cache
+from pipeline.cache.format.codec import positions_of, text_bytes_of, tokens_of, unpack_soft
 from pipeline.cache.format.manifest import dump
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import EvaluateConfig, parse_bytes
@@ -25,8 +26,8 @@ from pipeline.models.adapters import adapter_config
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.scoring import score
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, CachedExample, EvaluationReport, ModelEvaluation, Outline, Predictions
-from pipeline.softlabels import default_temperature, served_temperature, teacher_argmax
+from pipeline.records import NO_LABEL, EvaluationReport, ModelEvaluation, Outline, Predictions, RowBlock
+from pipeline.softlabels import default_temperature, most_likely, served_temperature
 from pipeline.tasks import Task, get_task
 from pipeline.training.losses import forward_kl
 from pipeline.training.student import check_fit, load_student
@@ -108,7 +109,7 @@ def evaluate(
     contract = opened.manifest.contract
     task = get_task(contract.task)
     rows = opened.dataset(split)
-    counted = track(rows, "teacher's labels", len(rows), stride=64)
+    counted = track(rows.blocks(), "teacher's labels", len(rows), size=len)
     teacher_predictions = predictions_of_teacher(task, counted, default_temperature(contract.encoding, 1.0))
     labelled = int((teacher_predictions.labels != NO_LABEL).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
@@ -196,15 +197,16 @@ def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: s
     temperature = served_temperature(cache.manifest.contract.encoding)
     parts, labels, owners, kl = [], [], [], []
     teacher: list[np.ndarray] = []
+    text_bytes: list[np.ndarray] = []
     done = 0
     for rows, batch, logits in logits_by_batch(cache, task, student, split, batch_size, f"evaluate {name}"):
         with torch.inference_mode():
             divergence = forward_kl(logits, batch.target, temperature=temperature).double().cpu().numpy()
         parts.append(score(logits, batch.labels))
         labels.append(batch.labels.cpu().numpy())
-        teacher.extend(teacher_argmax(row.soft)[0].numpy() for row in rows)
-        counts = [len(row.soft) for row in rows]
-        owner = np.repeat(np.arange(len(rows)), counts)
+        teacher.append(most_likely(unpack_soft(rows))[0].numpy())
+        text_bytes.append(text_bytes_of(rows))
+        owner = np.repeat(np.arange(len(rows)), positions_of(rows))
         kl.append(np.bincount(owner, weights=divergence, minlength=len(rows)))
         owners.append(owner + done)
         done += len(rows)
@@ -216,27 +218,31 @@ def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: s
         teacher_predicted=np.concatenate(teacher),
         rows=np.concatenate(owners),
         row_kl=np.concatenate(kl),
-        row_text_bytes=np.array([row.example.text_bytes for row in cache.dataset(split)]),
+        row_text_bytes=np.concatenate(text_bytes),
     )
 
 
-def predictions_of_teacher(task: Task, rows: Iterator[CachedExample], temperature: float) -> Predictions:
+def predictions_of_teacher(task: Task, blocks: Iterable[RowBlock], temperature: float) -> Predictions:
     """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution.
 
     `temperature`: of the kept probabilities; its confidence is known at 1 only (else nan), as the students' is taken.
     """
     labels, predicted, confidence, nll, owners, text_bytes = [], [], [], [], [], []
-    for i, row in enumerate(rows):
-        truth = task.hard_labels(row.example)
-        best, peak = teacher_argmax(row.soft)
+    done = 0
+    for rows in blocks:
+        truth = task.hard_labels(tokens_of(rows))
+        best, peak = most_likely(unpack_soft(rows))
+        owner = np.repeat(np.arange(len(rows)), positions_of(rows))
         labels.append(truth)
         predicted.append(best.numpy())
         confidence.append(peak.double().exp().numpy() if temperature == 1 else np.full(len(truth), np.nan))
         known = truth >= 0
-        each = row.teacher_nll_sum / known.sum() if known.any() else np.nan
-        nll.append(np.where(known, each, np.nan))
-        owners.append(np.full(len(truth), i))
-        text_bytes.append(row.example.text_bytes)
+        num_known = np.bincount(owner[known], minlength=len(rows))
+        means = rows.numbers["teacher_nll_sum"].astype(np.float64) / np.where(num_known, num_known, np.nan)
+        nll.append(np.where(known, means[owner], np.nan))
+        owners.append(owner + done)
+        text_bytes.append(text_bytes_of(rows))
+        done += len(rows)
     argmax = np.concatenate(predicted)
     return Predictions(
         labels=np.concatenate(labels),
@@ -245,8 +251,8 @@ def predictions_of_teacher(task: Task, rows: Iterator[CachedExample], temperatur
         nll=np.concatenate(nll),
         teacher_predicted=argmax,
         rows=np.concatenate(owners),
-        row_kl=np.zeros(len(text_bytes)),
-        row_text_bytes=np.array(text_bytes),
+        row_kl=np.zeros(done),
+        row_text_bytes=np.concatenate(text_bytes),
     )
 
 

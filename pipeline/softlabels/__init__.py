@@ -3,7 +3,7 @@
 from pipeline.softlabels.convert import check_conversion, convert
 from pipeline.softlabels.encode import encode, encode_and_score, teacher_scores
 from pipeline.softlabels.narrow import narrow
-from pipeline.softlabels.ragged import concatenate, empty, rows, split_rows
+from pipeline.softlabels.ragged import concatenate, empty, most_likely, rows, split_rows
 from pipeline.softlabels.residual import log_residual_bounds
 from pipeline.softlabels.sampling import counter_uniforms, sample_tail
 from pipeline.softlabels.target import (
@@ -11,7 +11,6 @@ from pipeline.softlabels.target import (
     default_temperature,
     served_temperature,
     target,
-    teacher_argmax,
 )
 from pipeline.softlabels.top import top_soft_labels
 
@@ -26,13 +25,13 @@ __all__ = [
     "encode",
     "encode_and_score",
     "log_residual_bounds",
+    "most_likely",
     "narrow",
     "rows",
     "sample_tail",
     "served_temperature",
     "split_rows",
     "target",
-    "teacher_argmax",
     "teacher_scores",
     "top_soft_labels",
 ]

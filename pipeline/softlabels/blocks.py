@@ -12,14 +12,13 @@ from torch import Tensor
 
 BLOCK = 64
 
-#: Positions at a time. On a CPU (chunk, V) must stay in its caches: at V = 49,152 thirty-two rows of float32 are 6 MB.
-_CHUNK = {"cpu": 32}
-_CHUNK_ELSEWHERE = 1024
+#: Positions at a time. On a CPU (chunk, V) must stay in its caches: at V = 49,152 thirty-two rows of float32 are 6 MB, and so are more of fewer classes.
+_CHUNK, _LEAST, _LOGITS = 1024, 32, 1 << 20
 
 
-def chunk_positions(device: torch.device) -> int:
-    """How many positions are encoded at a time."""
-    return _CHUNK.get(device.type, _CHUNK_ELSEWHERE)
+def chunk_positions(logits: Tensor) -> int:
+    """How many positions of (N, V) logits are encoded at a time."""
+    return _CHUNK if logits.device.type != "cpu" else min(_CHUNK, max(_LEAST, _LOGITS // max(logits.shape[1], 1)))
 
 
 class Workspace:

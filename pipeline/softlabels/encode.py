@@ -68,7 +68,7 @@ def teacher_scores(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
         (N,) and (N,) float32, nats, on the CPU.
     """
     parts = []
-    step, workspace = chunk_positions(logits.device), Workspace()
+    step, workspace = chunk_positions(logits), Workspace()
     for start in range(0, len(logits), step):
         blocks = Blocks.of(logits[start : start + step].detach(), workspace)
         q = blocks.probabilities(temperature)
@@ -100,7 +100,7 @@ def _encode(
 ) -> tuple[SoftLabels, TeacherScores]:
     """Some positions at a time, so that what is made of them stays in the CPU's caches."""
     count, num_classes = logits.shape
-    step, workspace = chunk_positions(logits.device), Workspace()
+    step, workspace = chunk_positions(logits), Workspace()
     kept: list[tuple[int, _Kept]] = []
     scores = []
     for start in range(0, count, step):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.records import Encoding, SoftLabels
+from pipeline.records import Encoding, Full, SoftLabels
 
 
 def offsets_of(counts: Tensor) -> Tensor:
@@ -106,3 +106,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     before = np.cumsum([0, *(int(array[-1]) for array in arrays)])[:-1]
     inner = np.concatenate([array[1:] for array in arrays]) + np.repeat(before, [len(array) - 1 for array in arrays])
     return torch.from_numpy(np.concatenate([np.zeros(1, dtype=np.int64), inner]))
+
+
+def most_likely(soft: SoftLabels) -> tuple[Tensor, Tensor]:
+    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded)."""
+    if isinstance(soft.encoding, Full):
+        logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
+        return ids, logprobs
+    first = soft.top_offsets[:-1]  # by falling probability, before any rounding
+    return soft.top_ids[first], soft.top_logprobs[first]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,11 +70,13 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
     check_temperature(soft.encoding, temperature)
     if isinstance(soft.encoding, Sampled):
         return _sampled_target(soft, soft.encoding, entropy)
+    if isinstance(soft.encoding, Full):
+        return _full_target(soft, temperature)
     scaled = soft.top_logprobs / temperature
     owner = owners(soft.top_offsets)
     log_weights = scaled - segment_logsumexp(scaled, owner, len(soft))[owner]  # (sum K,), each position sums to 1
     log_residual = None
-    if not isinstance(soft.encoding, Full) and tail != "renormalize":
+    if tail != "renormalize":
         outside = log_residual_at(soft, temperature)
         inside = torch.log1p(-outside.exp().clamp(max=1.0))
         log_weights = log_weights + inside[owner]
@@ -85,13 +88,21 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
     return Target(soft.num_classes, soft.top_offsets, soft.top_ids, weights, log_residual, negative_entropy)
 
 
-def teacher_argmax(soft: SoftLabels) -> tuple[Tensor, Tensor]:
-    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded)."""
-    if isinstance(soft.encoding, Full):
-        logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
-        return ids, logprobs
-    first = soft.top_offsets[:-1]  # by falling probability, before any rounding
-    return soft.top_ids[first], soft.top_logprobs[first]
+def _full_target(soft: SoftLabels, temperature: float) -> Target:
+    """As of other encodings, over a matrix of positions and classes."""
+    scaled = (soft.top_logprobs / temperature).view(len(soft), soft.num_classes)
+    peak = scaled.amax(-1, keepdim=True)
+    log_weights = scaled - (peak + _sums((scaled - peak).exp()).log()[:, None])
+    weights = log_weights.exp()
+    negative_entropy = _sums(_xlogx(weights, log_weights))
+    return Target(soft.num_classes, soft.top_offsets, soft.top_ids, weights.flatten(), None, negative_entropy)
+
+
+def _sums(values: Tensor) -> Tensor:
+    """(N, V) -> (N,): one class after another, as sums over ragged classes are taken."""
+    if values.device.type != "cpu":
+        return values.sum(-1)
+    return torch.from_numpy(np.add.reduce(np.ascontiguousarray(values.numpy().T), axis=0))
 
 
 def _sampled_target(soft: SoftLabels, encoding: Sampled, entropy: Tensor | None) -> Target:

@@ -2,7 +2,16 @@
 
 from pipeline.errors import ConfigError
 from pipeline.tasks.causal_lm import CausalLM
-from pipeline.tasks.protocol import Task, check_ids, embedding_rows, free_pad_id, ids_beyond, kept_pad_id, named_ids
+from pipeline.tasks.protocol import (
+    Task,
+    check_ids,
+    embedding_rows,
+    free_pad_id,
+    ids_beyond,
+    kept_pad_id,
+    named_ids,
+    token_block,
+)
 from pipeline.tasks.sequence_classification import SequenceClassification
 
 TASKS: dict[str, Task] = {task.name: task for task in (SequenceClassification(), CausalLM())}
@@ -30,4 +39,5 @@ __all__ = [
     "ids_beyond",
     "kept_pad_id",
     "named_ids",
+    "token_block",
 ]

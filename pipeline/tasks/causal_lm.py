@@ -20,13 +20,15 @@ from pipeline.records import (
     Encoding,
     Example,
     Predictions,
+    Ragged,
     Sampled,
+    TokenBlock,
     Tokenization,
     TokenizedExample,
 )
 from pipeline.tasks.chats import check_chat_settings, settle
 from pipeline.tasks.documents import Document, read_documents
-from pipeline.tasks.protocol import attention_mask, pad
+from pipeline.tasks.protocol import attention_mask, pad, token_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,25 +98,24 @@ class CausalLM:
             else:
                 yield from _cut(fitted, settings.max_length)
 
-    def hard_labels(self, example: TokenizedExample) -> np.ndarray:
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
         """(N,): the token after each supervised position."""
-        assert example.supervised is not None
-        return example.input_ids[np.flatnonzero(example.supervised) + 1].astype(np.int64)
+        tokens = token_block(rows)
+        assert tokens.supervised is not None  # and never of the last token of a row
+        return tokens.input_ids.values[np.flatnonzero(tokens.supervised.values) + 1].astype(np.int64)
 
     def collate(
-        self, examples: Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right. Isolated documents: positions start anew at each, which `transformers` reads as a block mask."""
-        ids = [example.input_ids for example in examples]
-        inputs = {"input_ids": pad(ids, pad_id, length)}
-        supervised = pad(
-            [e.supervised.astype(np.int64) for e in examples if e.supervised is not None], 0, length
-        ).bool()
-        if examples[0].document_lengths is None:
-            inputs["attention_mask"] = attention_mask(ids, length)
+        tokens = token_block(rows)
+        assert tokens.supervised is not None
+        inputs = {"input_ids": pad(tokens.input_ids, pad_id, length)}
+        supervised = pad(tokens.supervised, 0, length).bool()
+        if tokens.document_lengths is None:
+            inputs["attention_mask"] = attention_mask(tokens.input_ids, length)
         else:
-            width = inputs["input_ids"].shape[1]
-            inputs["position_ids"] = torch.stack([_positions(example, width) for example in examples])
+            inputs["position_ids"] = _positions(tokens.input_ids, tokens.document_lengths, inputs["input_ids"].shape[1])
         return inputs, supervised
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
@@ -252,8 +253,9 @@ def _row(parts: Sequence[Document], piece: int, *, isolate: bool) -> TokenizedEx
     )
 
 
-def _positions(example: TokenizedExample, width: int) -> Tensor:
-    """(T,): 0, 1, 2, ... anew at every document, and at the padding."""
-    assert example.document_lengths is not None
-    lengths = [*example.document_lengths.tolist(), width - example.num_tokens]
-    return torch.cat([torch.arange(length) for length in lengths])
+def _positions(tokens: Ragged, documents: Ragged, width: int) -> Tensor:
+    """(B, T): 0, 1, 2, ... anew at every document, and at the padding."""
+    rows = len(tokens.counts)
+    lengths = np.insert(documents.values, documents.offsets[1:], width - tokens.counts)
+    starts = np.cumsum(lengths) - lengths
+    return torch.from_numpy(np.arange(rows * width) - np.repeat(starts, lengths)).view(rows, width)

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ModelError
-from pipeline.records import BadRow, Columns, Encoding, Example, Predictions, Tokenization, TokenizedExample
+from pipeline.records import (
+    NO_LABEL,
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    Predictions,
+    Ragged,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+)
 
 
 class Task(Protocol):
@@ -87,11 +98,11 @@ class Task(Protocol):
     ) -> Iterator[TokenizedExample | BadRow]:
         """Examples of one shard -> rows of the cache, in order, with the supervised positions marked."""
 
-    def hard_labels(self, example: TokenizedExample) -> np.ndarray:
-        """(N,) int64: the hard label of each supervised position, -100 where there is none."""
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(N,) int64: the hard label of each supervised position of all rows, -100 where there is none."""
 
     def collate(
-        self, examples: Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Rows -> what a model's `forward` takes, (B, T) each, and the (B, T) mask of supervised positions (None: one a row)."""
 
@@ -105,18 +116,47 @@ class Task(Protocol):
         """(R,) sums and (R,) weights, whose ratio of totals is the main metric: what the bootstrap resamples."""
 
 
-def pad(rows: Sequence[np.ndarray], value: int, length: int | None = None) -> Tensor:
+def token_block(rows: TokenBlock | Sequence[TokenizedExample]) -> TokenBlock:
+    """Rows by column. They have the same columns; there is at least one."""
+    if isinstance(rows, TokenBlock):
+        return rows
+    labels = [NO_LABEL if row.label is None else row.label for row in rows]
+    return TokenBlock(
+        _ragged([row.input_ids for row in rows]),
+        supervised=_joined([row.supervised for row in rows]),
+        token_type_ids=_joined([row.token_type_ids for row in rows]),
+        document_lengths=_joined([row.document_lengths for row in rows]),
+        label=np.array(labels, dtype=np.int64),
+    )
+
+
+def _joined(values: Sequence[np.ndarray | None]) -> Ragged | None:
+    found = [each for each in values if each is not None]
+    return _ragged(found) if found else None
+
+
+def _ragged(values: Sequence[np.ndarray]) -> Ragged:
+    return Ragged.of(np.concatenate(values), np.array([len(each) for each in values]))
+
+
+def pad(rows: Ragged, value: int, length: int | None = None) -> Tensor:
     """Ragged integer rows -> (B, T) int64, filled on the right with `value` up to `length` or the longest row."""
-    width = length or max(len(row) for row in rows)
-    out = np.full((len(rows), width), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
+    inside = _inside(rows, length)
+    out = np.full(inside.shape, value, dtype=np.int64)
+    out[inside] = rows.values
     return torch.from_numpy(out)
 
 
-def attention_mask(rows: Sequence[np.ndarray], length: int | None = None) -> Tensor:
+def attention_mask(rows: Ragged, length: int | None = None) -> Tensor:
     """(B, T) int64: 1 on tokens, 0 on padding."""
-    return pad([np.ones(len(row), dtype=np.int64) for row in rows], 0, length)
+    return torch.from_numpy(_inside(rows, length).astype(np.int64))
+
+
+def _inside(rows: Ragged, length: int | None) -> np.ndarray:
+    """(B, T) bool: where the rows' own values stand."""
+    counts = rows.counts
+    inside: np.ndarray = np.arange(length or counts.max()) < counts[:, None]
+    return inside
 
 
 def embedding_rows(model: Any) -> int:

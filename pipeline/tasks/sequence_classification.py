@@ -23,10 +23,11 @@ from pipeline.records import (
     Example,
     Full,
     Predictions,
+    TokenBlock,
     Tokenization,
     TokenizedExample,
 )
-from pipeline.tasks.protocol import attention_mask, embedding_rows, free_pad_id, kept_pad_id, pad
+from pipeline.tasks.protocol import attention_mask, embedding_rows, free_pad_id, kept_pad_id, pad, token_block
 
 _BATCH = 1000
 
@@ -117,19 +118,23 @@ class SequenceClassification:
                 cut=(Cut(example.source_row, whole[i] - lengths[i]),) if whole.get(i, 0) > lengths[i] else (),
             )
 
-    def hard_labels(self, example: TokenizedExample) -> np.ndarray:
-        """(1,): the label."""
-        return np.array([NO_LABEL if example.label is None else example.label], dtype=np.int64)
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(B,): the labels."""
+        labels = token_block(rows).label
+        assert labels is not None
+        return labels
 
     def collate(
-        self, examples: Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right."""
-        ids = [example.input_ids for example in examples]
-        inputs = {"input_ids": pad(ids, pad_id, length), "attention_mask": attention_mask(ids, length)}
-        types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
-        if types:
-            inputs["token_type_ids"] = pad(types, 0, length)
+        tokens = token_block(rows)
+        inputs = {
+            "input_ids": pad(tokens.input_ids, pad_id, length),
+            "attention_mask": attention_mask(tokens.input_ids, length),
+        }
+        if tokens.token_type_ids is not None:
+            inputs["token_type_ids"] = pad(tokens.token_type_ids, 0, length)
         return inputs, None
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:

@@ -252,7 +252,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
     for number, batch in enumerate(track(batches, "evaluation", len(batches), unit="step")):
         start = number * batch_size
         inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model))
-        truth = torch.from_numpy(np.concatenate([task.hard_labels(row) for row in batch]))
+        truth = torch.from_numpy(task.hard_labels(batch))
         with torch.inference_mode():
             moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             logits = task.gather_logits(model, moved, None if supervised is None else supervised.to(model.device))
@@ -292,7 +292,7 @@ class _Collator:
 
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         inputs, supervised = self.task.collate(rows, self.pad_id)
-        labels = torch.from_numpy(np.concatenate([self.task.hard_labels(row) for row in rows]))
+        labels = torch.from_numpy(self.task.hard_labels(rows))
         if supervised is None:
             return {**inputs, "labels": labels}
         tokens = torch.full(supervised.shape, NO_LABEL)
@@ -340,7 +340,7 @@ def _read(
                 )
             bad.append(item)
             continue
-        if (task.hard_labels(item) != NO_LABEL).any():
+        if (task.hard_labels([item]) != NO_LABEL).any():
             rows.append(item)
     if bad:
         logger.warning(

@@ -24,7 +24,7 @@ from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, IntegrityError
 from pipeline.records import Full, Sampled, ShardPlan, TopK, TopP
 from pipeline.softlabels import target
-from tests.support.rows import build_cache, make_plan, token_row
+from tests.support.rows import block_from, build_cache, make_plan, token_row
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_memory_is_bounded_by_the_window(cache):
     rows = cache.dataset("train")
     rows.window = 1
     _ = rows[0], rows[59]
-    assert len(rows._decoded) == 1
+    assert len(rows._open) == 1
 
 
 def test_no_such_split(cache):
@@ -293,7 +293,7 @@ def test_the_probe_refuses_a_cache_that_is_out_of_step(lm_tokenizer, shift):
         row = token_row(n, Sampled(6.0), 41, length=60, known=True)
         example = dataclasses.replace(row.example, input_ids=np.roll(row.example.input_ids, shift))
         rows.append(dataclasses.replace(row, example=example))
-    probe = probe_alignment(rows)
+    probe = probe_alignment([block_from(*rows[:25]), block_from(*rows[25:])])
     assert probe.positions >= 1000
     assert probe.verdict == ("aligned" if shift == 0 else "misaligned" if probe.aligned > 3 / 41 else "inconclusive")
     best = {-1: probe.previous, 0: probe.aligned, 1: probe.following}

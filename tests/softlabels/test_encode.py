@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import EncodingError, MisuseError
 from pipeline.records import Full, Sampled, TopK, TopP
-from pipeline.softlabels import concatenate, encode, encode_and_score, narrow, target, teacher_argmax, teacher_scores
+from pipeline.softlabels import concatenate, encode, encode_and_score, most_likely, narrow, target, teacher_scores
 from tests.support.profile import examples
 
 ENCODINGS = [Full(), TopK(5), TopP(0.8), Sampled(12.0)]
@@ -201,7 +201,7 @@ def test_the_most_likely_class_comes_back(encoding, spread):
     """Of a flat distribution too, whose stored weights are rounded to 0 or below those of the tail."""
     logits = logits_of(200, 50, spread=spread)
     uniforms = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ids, logprobs = teacher_argmax(narrow(encode(logits, encoding, uniforms=uniforms), uniforms))
+    ids, logprobs = most_likely(narrow(encode(logits, encoding, uniforms=uniforms), uniforms))
     assert ids.tolist() == logits.argmax(-1).tolist()
     if not isinstance(encoding, Sampled):
         torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1).float())

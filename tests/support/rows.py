@@ -9,6 +9,7 @@ import torch
 
 from pipeline.cache import Cache, Plan
 from pipeline.cache.format.codec import content_hash
+from pipeline.cache.format.rows import block_of
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, finish, record
 from pipeline.cache.writing.writer import write_shard
@@ -20,6 +21,7 @@ from pipeline.records import (
     Encoding,
     ModelInfo,
     Receipt,
+    RowBlock,
     Sampled,
     ShardPlan,
     SourceInfo,
@@ -69,6 +71,19 @@ def class_row(number: int, encoding: Encoding, classes: int, *, seed: int = 0) -
     uniforms = torch.from_numpy(rng.random(1))
     soft = narrow(encode(logits, encoding, uniforms=uniforms), uniforms)
     return CachedExample(example, soft, float(rng.random()), float(rng.random()), content_hash(example))
+
+
+def block_from(*rows: CachedExample) -> RowBlock:
+    """Rows by column, with the columns that they have."""
+    first = rows[0]
+    schema = cache_schema(
+        first.soft.encoding,
+        first.soft.num_classes,
+        token_classes=first.example.supervised is not None,
+        text=first.example.text is not None,
+        entropy=first.entropy is not None,
+    )
+    return block_of(rows, schema)
 
 
 def make_plan(

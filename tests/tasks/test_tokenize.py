@@ -197,7 +197,7 @@ def test_classifier_pairs_truncate_and_carry_token_types(bert_tokenizer):
     )
     assert rows[0].num_tokens == 16
     assert set(rows[0].token_type_ids.tolist()) == {0, 1}
-    assert CLASSIFIER.hard_labels(rows[0]).tolist() == [2]
+    assert CLASSIFIER.hard_labels(rows[:1]).tolist() == [2]
 
 
 @pytest.mark.parametrize(

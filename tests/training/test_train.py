@@ -147,11 +147,12 @@ def test_labels_alone_train_on_the_labelled_rows_alone(tmp_path, cache, teacher)
 
 
 def test_the_teachers_hard_labels_stand_for_the_datas(cache):
-    rows = [(row, True) for row in cache.dataset("train")]
     from pipeline.tasks import get_task
 
-    batch = Collator(get_task("sequence-classification"), cache.tokenizer, 1.0, teacher_labels=True).collate(rows)
-    expected = [int(row.soft.top_ids[row.soft.top_logprobs.argmax()]) for row, _ in rows]
+    rows = list(cache.dataset("train"))
+    collator = Collator(get_task("sequence-classification"), cache.tokenizer, 1.0, teacher_labels=True)
+    batch = collator.collate_block(next(cache.dataset("train").blocks(len(rows))))
+    expected = [int(row.soft.top_ids[row.soft.top_logprobs.argmax()]) for row in rows]
     assert batch.labels.tolist() == expected
 
 
@@ -162,14 +163,15 @@ def test_a_student_with_another_tokenizer_trains_from_the_stored_text(tmp_path, 
     assert result.steps == 5
     report = softlabel.evaluate(cache, {"other": tmp_path / "out"})
     assert 0 <= report.students[0].metrics["accuracy"] <= 1
-    rows = [(row, True) for row in cache.dataset("test")]
+    rows = list(cache.dataset("test"))
     from pipeline.records import Tokenization
     from pipeline.tasks import get_task
 
-    batch = Collator(get_task("sequence-classification"), lm_tokenizer, 1.0, retokenize=Tokenization(64)).collate(rows)
+    collator = Collator(get_task("sequence-classification"), lm_tokenizer, 1.0, retokenize=Tokenization(64))
+    batch = collator.collate_block(next(cache.dataset("test").blocks(len(rows))))
     assert (
-        batch.inputs["input_ids"][0][: len(lm_tokenizer(rows[0][0].example.text)["input_ids"])].tolist()
-        == lm_tokenizer(rows[0][0].example.text)["input_ids"]
+        batch.inputs["input_ids"][0][: len(lm_tokenizer(rows[0].example.text)["input_ids"])].tolist()
+        == lm_tokenizer(rows[0].example.text)["input_ids"]
     )
 
 
@@ -264,7 +266,7 @@ def test_a_filler_row_weighs_nothing(rows):
     from pipeline.tasks import get_task
 
     collator = Collator(get_task("causal-lm"), Cache.open(rows.root).tokenizer, 1.0)
-    batch = collator.collate([TrainingRows(rows)[3], TrainingRows(rows)[~3]])
+    batch = collator.collate(TrainingRows(rows).__getitems__([3, ~3]))
     half = len(batch.labels) // 2
     assert batch.weights.tolist() == [1.0] * half + [0.0] * half
     assert (batch.labels[half:] == -100).all()

@@ -29,7 +29,7 @@ from pipeline.training.schedule import weights_at
 from tests.conftest import tiny_model
 from tests.support.once import once
 from tests.support.processes import ROOT, python, ranks
-from tests.support.rows import token_row
+from tests.support.rows import block_from, token_row
 
 
 @pytest.fixture
@@ -295,9 +295,10 @@ def test_rows_of_similar_length_with_a_token_budget(tmp_path, cache):
 def test_positions_count_by_the_teachers_certainty(lm_tokenizer, encoding):
     row = token_row(0, encoding, 41)
     row = dataclasses.replace(row, entropy=torch.linspace(0.0, 3.0, len(row.soft)))
+    block, flags = block_from(row, row), np.array([True, False])
     task = get_task("causal-lm")
     found = {
-        kind: Collator(task, lm_tokenizer, 1.0, position_weights=kind).collate([(row, True), (row, False)]).soft_weights
+        kind: Collator(task, lm_tokenizer, 1.0, position_weights=kind).collate_block(block, flags).soft_weights
         for kind in ("equal", "certainty", "uncertainty")
     }
     count = len(row.soft)

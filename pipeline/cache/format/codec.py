@@ -1,21 +1,36 @@
-"""`pack` and `unpack`, side by side: rows of the cache <-> Arrow columns.
+"""`pack` and `unpack`, side by side: the columns of several rows as NumPy arrays <-> Arrow columns; and their soft labels <-> the columns that hold them.
 
-List columns hold the positions of a row one after another. `unpack(pack(rows))` is `rows`, up to the float16 of what is stored in it; the rows of a
-`sampled` cache come back as they are, once they are narrow (`softlabels.narrow`).
+Nothing is done row by row. `rows.py` makes blocks of rows, and rows of blocks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
-from pipeline.records import CachedExample, Encoding, Full, Sampled, SoftLabels, TokenizedExample
-from pipeline.softlabels import split_rows
+from pipeline.cache.format.schema import soft_columns
+from pipeline.records import (
+    NO_LABEL,
+    Encoding,
+    Full,
+    Ragged,
+    RowBlock,
+    Sampled,
+    SoftLabels,
+    TokenBlock,
+    TokenizedExample,
+    offsets_of_counts,
+)
+
+_SMALLEST_HALF = np.finfo(np.float16).min
 
 
 def content_hash(example: TokenizedExample) -> int:
@@ -30,57 +45,140 @@ def hash_tokens(input_ids: np.ndarray, label: int | None) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def pack(rows: Sequence[CachedExample], schema: pa.Schema) -> pa.Table:
-    """Rows -> the columns of the schema."""
-    return pa.table([_pack_column(rows, field) for field in schema], schema=schema)
+# ------------------------------------------------------------------------------------------------- block <-> columns
 
 
-def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> list[CachedExample]:
-    """Columns -> rows. Tensors are views of one copy of each column."""
-    columns = {name: _unpack_column(table.column(name)) for name in table.column_names if name not in _SOFT}
-    kept = [name for name in table.column_names if name not in _READERS]
-    soft = _unpack_soft(table, encoding, num_classes)
-    return [_unpack_row(columns, i, kept, soft[i]) for i in range(table.num_rows)]
+def pack(block: RowBlock, schema: pa.Schema) -> pa.Table:
+    """A block -> the columns of the schema."""
+    return pa.table([_pack_column(block, field) for field in schema], schema=schema)
 
 
-# -------------------------------------------------------------------------------------------------- rows -> columns
+def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
+    """Columns -> a block, whose arrays are views of Arrow's memory wherever types allow."""
+    lists, numbers, others = {}, {}, {}
+    for name in table.column_names:
+        array = table.column(name).combine_chunks()
+        if isinstance(array, pa.ChunkedArray):  # of no rows
+            array = pa.concat_arrays([pa.array([], type=array.type), *array.chunks])
+        if name not in COLUMNS or pa.types.is_string(array.type):
+            others[name] = array
+        elif pa.types.is_list(array.type):
+            lists[name] = _flat(array)
+        else:
+            full = pc.fill_null(array, NO_LABEL) if name == "label" else array
+            numbers[name] = full.to_numpy(zero_copy_only=False)
+    return RowBlock(encoding, num_classes, lists, numbers, others)
 
 
-def _pack_column(rows: Sequence[CachedExample], field: pa.Field) -> pa.Array:
-    read = _READERS.get(field.name)
-    if read is None:
-        return pa.array([row.example.kept.get(field.name) for row in rows], type=field.type)
-    values = [read(row) for row in rows]
-    if not pa.types.is_list(field.type):
-        return pa.array(values, type=field.type)
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    flat = np.concatenate(values) if values else np.zeros(0)
-    dtype = field.type.value_type.to_pandas_dtype()
+def _pack_column(block: RowBlock, field: pa.Field) -> pa.Array:
+    if field.name in block.lists:
+        column = block.lists[field.name]
+        values = pa.array(column.values, type=field.type.value_type)
+        return pa.ListArray.from_arrays(column.offsets.astype(np.int32), values, type=field.type)
+    if field.name in block.numbers:
+        numbers = block.numbers[field.name]
+        return pa.array(numbers, type=field.type, mask=numbers == NO_LABEL if field.name == "label" else None)
+    return block.others[field.name].cast(field.type)
+
+
+def _flat(array: pa.ListArray) -> Ragged:
+    """Values of all rows one after another, and offsets into them that start at 0."""
+    offsets = array.offsets.to_numpy()
+    values = array.values[offsets[0] : offsets[-1]].to_numpy(zero_copy_only=False)
+    return Ragged.of(values, np.diff(offsets))
+
+
+# --------------------------------------------------------------------------------------------- soft labels <-> lists
+
+
+def pack_soft(soft: SoftLabels, counts: np.ndarray) -> dict[str, Ragged]:
+    """Soft labels of all rows one after another -> their columns, as they are stored.
+
+    Args:
+        counts: (R,) positions of each row.
+
+    The rows of `sampled` come back as they are, once they are narrow (`softlabels.narrow`); the others up to the float16 of what is stored in it.
+    """
+    types = soft_columns(soft.encoding, soft.num_classes)
+    positions = offsets_of_counts(counts)
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # values, and where each row's begin
+    if isinstance(soft.encoding, Full):
+        logprobs = soft.top_logprobs.reshape(len(soft), soft.num_classes)
+        centred = (logprobs - logprobs.amax(-1, keepdim=True)) if len(soft) else logprobs  # the maximum is 0
+        columns["logits"] = centred.flatten().numpy(), positions * soft.num_classes
+    else:
+        top_offsets, tail_offsets = soft.top_offsets.numpy(), soft.tail_offsets.numpy()
+        columns["top_count"] = np.diff(top_offsets), positions
+        columns["top_ids"] = soft.top_ids.numpy(), top_offsets[positions]
+        if isinstance(soft.encoding, Sampled):
+            weights = (soft.top_logprobs.double().exp() * soft.encoding.steps).round().numpy()
+            columns["top_weights"] = weights, top_offsets[positions]
+            columns["tail_count"] = np.diff(tail_offsets), positions
+            columns["tail_gaps"] = _tail_gaps(soft.tail_ids.numpy(), tail_offsets), tail_offsets[positions]
+        else:
+            columns["top_logprobs"] = soft.top_logprobs.numpy(), top_offsets[positions]
+            grid = soft.log_residuals.shape[-1]
+            columns["log_residuals"] = soft.log_residuals.flatten().numpy(), positions * grid
+    return {
+        name: Ragged(narrowed(values, types[name].value_type.to_pandas_dtype()), np.diff(offsets), offsets)
+        for name, (values, offsets) in columns.items()
+    }
+
+
+def narrowed(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """The values in the type that they are stored in."""
     if dtype == np.float16:  # a log-probability below -65504 is a probability of 0 either way; -inf stays -inf
-        lowest = np.finfo(np.float16).min
-        flat = np.where(np.isneginf(flat), flat, np.maximum(flat, lowest))
-    return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(dtype), type=field.type.value_type), type=field.type)
+        values = np.where(np.isneginf(values), values, np.maximum(values, _SMALLEST_HALF))
+    return values.astype(dtype)
 
 
-def _logits(row: CachedExample) -> np.ndarray:
-    """(N * V,), centred: the maximum of every position is 0."""
-    logprobs = row.soft.top_logprobs.reshape(len(row.soft), row.soft.num_classes)
-    return (logprobs - logprobs.amax(-1, keepdim=True)).flatten().numpy()
+def unpack_soft(block: RowBlock) -> SoftLabels:
+    """The soft labels of all positions of a block, one row after another."""
+    encoding, lists = block.encoding, block.lists
+    if isinstance(encoding, Full):
+        return _unpack_full(_tensor(lists["logits"].values), block.num_classes)
+    top_offsets = torch.from_numpy(offsets_of_counts(lists["top_count"].values))
+    count = len(top_offsets) - 1
+    if isinstance(encoding, Sampled):
+        offsets = offsets_of_counts(lists["tail_count"].values)
+        tail_offsets, sample = torch.from_numpy(offsets), torch.from_numpy(tail_ids(lists["tail_gaps"].values, offsets))
+        logprobs = (_tensor(lists["top_weights"].values).double() / encoding.steps).log().float()
+        residuals = torch.zeros(count, 0)
+    else:
+        tail_offsets, sample = torch.zeros(count + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        logprobs = _tensor(lists["top_logprobs"].values)
+        residuals = _tensor(lists["log_residuals"].values).reshape(count, -1)
+    return SoftLabels(
+        encoding,
+        block.num_classes,
+        top_offsets=top_offsets,
+        top_ids=_tensor(lists["top_ids"].values),
+        top_logprobs=logprobs,
+        tail_offsets=tail_offsets,
+        tail_ids=sample,
+        log_residuals=residuals,
+    )
 
 
-def _top_weights(row: CachedExample) -> np.ndarray:
-    """(sum K,): the weights in whole numbers of 1/steps, which they are already where the row is narrow."""
-    assert isinstance(row.soft.encoding, Sampled)
-    weights: np.ndarray = (row.soft.top_logprobs.double().exp() * row.soft.encoding.steps).round().numpy()
-    return weights
+def _unpack_full(logits: Tensor, num_classes: int) -> SoftLabels:
+    table = logits.reshape(-1, num_classes)  # (N, V)
+    count = len(table)
+    return SoftLabels(
+        Full(),
+        num_classes,
+        top_offsets=torch.arange(count + 1) * num_classes,
+        top_ids=torch.arange(num_classes).expand(count, num_classes).flatten(),
+        top_logprobs=torch.log_softmax(table, -1).flatten(),
+        tail_offsets=torch.zeros(count + 1, dtype=torch.int64),
+        tail_ids=torch.zeros(0, dtype=torch.int64),
+        log_residuals=torch.zeros(count, 0),
+    )
 
 
-def _tail_gaps(row: CachedExample) -> np.ndarray:
+def _tail_gaps(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """(sum K,): of each position the first class, then from each to the next: small numbers, which take fewer bytes."""
-    ids = row.soft.tail_ids.numpy()
     gaps = np.diff(ids, prepend=0)
-    starts = _starts(row.soft.tail_offsets.numpy())
+    starts = _starts(offsets)
     gaps[starts] = ids[starts]
     return gaps
 
@@ -100,135 +198,75 @@ def _starts(offsets: np.ndarray) -> np.ndarray:
     return starts
 
 
-_READERS: dict[str, Callable[[CachedExample], Any]] = {
-    "source_row": lambda row: row.example.source_row,
-    "piece": lambda row: row.example.piece,
-    "content_hash": lambda row: row.content_hash,
-    "text": lambda row: row.example.text,
-    "text_pair": lambda row: row.example.text_pair,
-    "input_ids": lambda row: row.example.input_ids,
-    "token_type_ids": lambda row: row.example.token_type_ids,
-    "supervised": lambda row: row.example.supervised,
-    "document_lengths": lambda row: row.example.document_lengths,
-    "text_bytes": lambda row: row.example.text_bytes,
-    "label": lambda row: row.example.label,
-    "logits": _logits,
-    "top_count": lambda row: row.soft.top_offsets.diff().numpy(),
-    "top_ids": lambda row: row.soft.top_ids.numpy(),
-    "top_logprobs": lambda row: row.soft.top_logprobs.numpy(),
-    "top_weights": _top_weights,
-    "tail_count": lambda row: row.soft.tail_offsets.diff().numpy(),
-    "tail_gaps": _tail_gaps,
-    "log_residuals": lambda row: row.soft.log_residuals.flatten().numpy(),
-    "entropy": lambda row: None if row.entropy is None else row.entropy.numpy(),
-    "teacher_nll_sum": lambda row: row.teacher_nll_sum,
-    "teacher_entropy_sum": lambda row: row.teacher_entropy_sum,
-}
+def _tensor(values: np.ndarray) -> Tensor:
+    """Numbers as torch computes with them: float32 or float64, int64. Arrow's own memory is read-only, and is copied."""
+    if values.dtype == np.float16:
+        values = values.astype(np.float32)
+    elif values.dtype in (np.uint16, np.uint32):  # torch indexes with int64
+        values = values.astype(np.int64)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-#: Columns that the soft labels of a row are made of.
-_SOFT = ("logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps", "log_residuals")
+# ----------------------------------------------------------------------------------------------------- parts of blocks
 
 
-# -------------------------------------------------------------------------------------------------- columns -> rows
-
-
-def _unpack_column(column: pa.ChunkedArray) -> Callable[[int], Any]:
-    """A reader of row i: a NumPy slice for lists, a Python value otherwise."""
-    array = column.combine_chunks()
-    if not pa.types.is_list(array.type):
-        values: list[Any] = array.to_pylist()
-        return values.__getitem__
-    flat, offsets = _flat(array)
-    return lambda i: flat[offsets[i] : offsets[i + 1]]
-
-
-def _flat(array: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values of all rows one after another, as torch takes them, and (rows + 1,) offsets into them."""
-    offsets = array.offsets.to_numpy()
-    flat = array.values.to_numpy(zero_copy_only=False)
-    if flat.dtype == np.float16:
-        flat = flat.astype(np.float32)
-    elif flat.dtype in (np.uint16, np.uint32):  # torch indexes with int64
-        flat = flat.astype(np.int64)
-    return (flat if flat.flags.writeable else flat.copy()), offsets
-
-
-def _unpack_row(columns: dict[str, Callable[[int], Any]], i: int, kept: list[str], soft: SoftLabels) -> CachedExample:
-    def read(name: str) -> Any:
-        return columns[name](i) if name in columns else None
-
-    example = TokenizedExample(
-        source_row=read("source_row"),
-        piece=read("piece"),
-        input_ids=read("input_ids"),
-        supervised=read("supervised"),
-        token_type_ids=read("token_type_ids"),
-        label=read("label"),
-        text=read("text"),
-        text_pair=read("text_pair"),
-        document_lengths=read("document_lengths"),
-        text_bytes=read("text_bytes") or 0,
-        kept={name: read(name) for name in kept},
-    )
-    entropy = None if "entropy" not in columns else torch.from_numpy(read("entropy"))
-    sums = read("teacher_nll_sum"), read("teacher_entropy_sum")
-    return CachedExample(example, soft, *sums, read("content_hash"), entropy)
-
-
-def _unpack_soft(table: pa.Table, encoding: Encoding, num_classes: int) -> list[SoftLabels]:
-    """The soft labels of every row: decoded for all positions at once, and then cut into rows."""
-    found = {name: _flat(table.column(name).combine_chunks()) for name in _SOFT if name in table.column_names}
-    columns = {name: flat[offsets[0] : offsets[-1]] for name, (flat, offsets) in found.items()}
-    if isinstance(encoding, Full):
-        soft = _unpack_full(columns["logits"], num_classes)
-        counts = np.diff(found["logits"][1]) // num_classes
-    else:
-        soft = _unpack_top(columns.__getitem__, encoding, num_classes)
-        counts = np.diff(found["top_count"][1])
-    return split_rows(soft, counts.tolist())
-
-
-def _unpack_full(logits: np.ndarray, num_classes: int) -> SoftLabels:
-    table = torch.from_numpy(logits).reshape(-1, num_classes)  # (N, V)
-    count = len(table)
-    return SoftLabels(
-        Full(),
-        num_classes,
-        top_offsets=torch.arange(count + 1) * num_classes,
-        top_ids=torch.arange(num_classes).repeat(count),
-        top_logprobs=torch.log_softmax(table, -1).flatten(),
-        tail_offsets=torch.zeros(count + 1, dtype=torch.int64),
-        tail_ids=torch.zeros(0, dtype=torch.int64),
-        log_residuals=torch.zeros(count, 0),
+def tokens_of(block: RowBlock) -> TokenBlock:
+    """What a task collates."""
+    lists: Mapping[str, Ragged] = block.lists
+    return TokenBlock(
+        lists["input_ids"],
+        supervised=lists.get("supervised"),
+        token_type_ids=lists.get("token_type_ids"),
+        document_lengths=lists.get("document_lengths"),
+        label=None if "label" not in block.numbers else block.numbers["label"].astype(np.int64),
     )
 
 
-def _unpack_top(read: Callable[[str], Any], encoding: Encoding, num_classes: int) -> SoftLabels:
-    top_offsets = _offsets(read("top_count"))
-    count = len(top_offsets) - 1
-    if isinstance(encoding, Sampled):
-        tail_offsets = _offsets(read("tail_count"))
-        sample = torch.from_numpy(tail_ids(read("tail_gaps"), tail_offsets.numpy()))
-        logprobs = (torch.from_numpy(read("top_weights")).double() / encoding.steps).log().float()
-        residuals = torch.zeros(count, 0)
-    else:
-        tail_offsets, sample = torch.zeros(count + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        logprobs = torch.from_numpy(read("top_logprobs"))
-        residuals = torch.from_numpy(read("log_residuals")).reshape(count, -1)
-    return SoftLabels(
-        encoding,
-        num_classes,
-        top_offsets=top_offsets,
-        top_ids=torch.from_numpy(read("top_ids")),
-        top_logprobs=logprobs,
-        tail_offsets=tail_offsets,
-        tail_ids=sample,
-        log_residuals=residuals,
-    )
+def positions_of(block: RowBlock) -> np.ndarray:
+    """(R,) integers: the supervised positions of each row."""
+    if isinstance(block.encoding, Full):
+        return block.lists["logits"].counts // block.num_classes
+    return block.lists["top_count"].counts
 
 
-def _offsets(counts: np.ndarray) -> torch.Tensor:
-    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return torch.from_numpy(offsets)
+def positions_in_rows(block: RowBlock) -> list[np.ndarray]:
+    """Of each row the supervised positions among its tokens; without such a column there is one, 0."""
+    flags = block.lists.get("supervised")
+    if flags is None:
+        return [np.zeros(1, dtype=np.int64)] * len(block)
+    return [np.flatnonzero(flags.values[start:stop]) for start, stop in itertools.pairwise(flags.offsets.tolist())]
+
+
+def text_bytes_of(block: RowBlock) -> np.ndarray:
+    """(R,) int64; 0 where the task has none."""
+    found = block.numbers.get("text_bytes")
+    return np.zeros(len(block), dtype=np.int64) if found is None else found.astype(np.int64)
+
+
+#: The columns of ours; others come from the source.
+COLUMNS = frozenset(
+    [
+        "source_row",
+        "piece",
+        "content_hash",
+        "text",
+        "text_pair",
+        "input_ids",
+        "token_type_ids",
+        "supervised",
+        "document_lengths",
+        "text_bytes",
+        "label",
+        "logits",
+        "top_count",
+        "top_ids",
+        "top_logprobs",
+        "top_weights",
+        "tail_count",
+        "tail_gaps",
+        "log_residuals",
+        "entropy",
+        "teacher_nll_sum",
+        "teacher_entropy_sum",
+    ]
+)

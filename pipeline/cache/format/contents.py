@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.format.codec import tail_ids
 from pipeline.errors import IntegrityError
 from pipeline.records import Contract, Full, Sampled
 
@@ -90,7 +89,10 @@ def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, posi
         tails, gaps = lists["tail_count"], lists["tail_gaps"]
         check.same(tails.counts, positions, "tail_count: expected one a position")
         check.same(gaps.counts, tails.sums(), "tail_gaps: expected as many as tail_count says")
-        check.range(tail_ids(gaps.values, np.append(0, np.cumsum(tails.values, dtype=np.int64))), classes, "tail_gaps")
+        last = _List(
+            "tail_gaps", tails.values.astype(np.int64), gaps.values
+        ).sums()  # of each position; 0 without a tail
+        check.range(last, classes, "tail_gaps")
         return
     grid = len(getattr(encoding, "temperatures", ()))
     residuals = lists["log_residuals"]

@@ -7,14 +7,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pipeline.cache.format.codec import unpack
+from pipeline.cache.format.codec import unpack, unpack_soft
 from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.probe import probe_alignment
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.reading.shards import open_shard, read_row_group
 from pipeline.errors import ContractError
-from pipeline.records import AlignmentProbe, CachedExample, Shard
+from pipeline.records import NO_LABEL, AlignmentProbe, RowBlock, Shard
+from pipeline.softlabels import most_likely
 from pipeline.softlabels.fidelity import spread
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ def check_alignment(
     if cache.remote is not None:
         probe = cache.manifest.probe
     else:
-        rows = list(spread_rows(cache, splits or cache.splits))
-        probe = probe_alignment(rows)
+        blocks = list(spread_blocks(cache, splits or cache.splits))
+        probe = probe_alignment(blocks)
         if probe is None:
-            _warn_of_chance(name, rows)
+            _warn_of_chance(name, blocks)
     if probe is None:
         return None
     if probe.verdict == "inconclusive":
@@ -68,7 +69,7 @@ def check_alignment(
     return probe
 
 
-def spread_rows(cache: Cache, splits: Sequence[str]) -> Iterator[CachedExample]:
+def spread_blocks(cache: Cache, splits: Sequence[str]) -> Iterator[RowBlock]:
     """Rows from the beginnings of row groups that are evenly spaced over the splits; all rows of a small cache."""
     shards = [shard for split in splits for shard in cache.manifest.split_shards(split)]
     groups = [(shard, i) for shard in shards for i in range(len(shard.row_groups))]
@@ -80,7 +81,7 @@ def spread_rows(cache: Cache, splits: Sequence[str]) -> Iterator[CachedExample]:
         table = read_row_group(open_shard(path), path, group)
         check_contents(table, contract, f"{path}: row group {group}")
         rows = table.num_rows if few else _quota(shard, len(chosen))
-        yield from unpack(table.slice(0, rows), contract.encoding, contract.num_classes)
+        yield unpack(table.slice(0, rows), contract.encoding, contract.num_classes)
 
 
 def _quota(shard: Shard, groups: int) -> int:
@@ -89,12 +90,16 @@ def _quota(shard: Shard, groups: int) -> int:
     return max(1, min(math.ceil(_POSITIONS / groups / per_row), _ROWS // groups))
 
 
-def _warn_of_chance(name: str, rows: Sequence[CachedExample]) -> None:
+def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
     """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same."""
     pairs = [
-        (row.example.label, int(row.soft.top_ids[row.soft.top_logprobs.argmax()]))
-        for row in rows
-        if row.example.label is not None
+        (label, best)
+        for block in blocks
+        if "label" in block.numbers
+        for label, best in zip(
+            block.numbers["label"].tolist(), most_likely(unpack_soft(block))[0].tolist(), strict=True
+        )
+        if label != NO_LABEL
     ]
     count = len(pairs)
     if count < _ENOUGH_ROWS:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pipeline.records import AlignmentProbe, CachedExample, Full, Shard
+from pipeline.cache.format.codec import unpack_soft
+from pipeline.cache.format.rows import gather
+from pipeline.records import AlignmentProbe, Full, RowBlock, Shard
 from pipeline.softlabels import served_temperature, target
+from pipeline.softlabels.ragged import owners
 
 _POSITIONS = 20_000
 _STANDARD_ERRORS = 4.0
 _ENOUGH = 1000
 
 
-def probe_alignment(rows: Iterable[CachedExample]) -> AlignmentProbe | None:
+def probe_alignment(blocks: Iterable[RowBlock]) -> AlignmentProbe | None:
     """Compare the mean target weight of the hard label with that of its neighbours.
 
     A position predicts the token after it, so the weights of the soft labels should be large there: shift 0. Weights of classes that were not
@@ -29,11 +33,11 @@ def probe_alignment(rows: Iterable[CachedExample]) -> AlignmentProbe | None:
     columns: list[np.ndarray] = []
     seen = 0
     num_classes = 1
-    for row in rows:
-        if row.example.supervised is None:
+    for block in blocks:
+        if "supervised" not in block.lists:
             return None
-        num_classes = row.soft.num_classes
-        columns.append(_weights(row))
+        num_classes = block.num_classes
+        columns.append(_weights(_until(block, _POSITIONS - seen)))
         seen += len(columns[-1])
         if seen >= _POSITIONS:
             break
@@ -61,24 +65,62 @@ def first_shards(shards: Iterable[Shard]) -> tuple[Shard, ...]:
     return tuple(found)
 
 
-def _weights(row: CachedExample) -> np.ndarray:
+def _until(block: RowBlock, positions: int) -> RowBlock:
+    """The first rows that have so many positions with both neighbours, or all rows."""
+    place = _Places.of(block)
+    ends = np.cumsum(np.bincount(place.row[place.inner], minlength=len(block)))
+    rows = min(int(np.searchsorted(ends, positions)) + 1, len(block))
+    return gather([(block, 0, rows)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the N supervised positions of a block stand."""
+
+    position: np.ndarray
+    """(N,) among all tokens."""
+    row: np.ndarray
+    """(N,) the row of each."""
+    last: np.ndarray
+    """(N,) the last token of its row."""
+
+    @classmethod
+    def of(cls, block: RowBlock) -> _Places:
+        """Those of a block."""
+        flags = block.lists["supervised"]
+        position = np.flatnonzero(flags.values)
+        row = np.searchsorted(flags.offsets, position, side="right") - 1
+        return cls(position, row, flags.offsets[row + 1] - 1)
+
+    @property
+    def inner(self) -> np.ndarray:
+        """(N,) bool: the token at shift 1 is of the row too."""
+        return self.position + 2 <= self.last
+
+    def token(self, shift: int, block: RowBlock) -> np.ndarray:
+        """(N,) the token that the position predicts, or one so many further; the row's first or last where there is none."""
+        first = block.lists["input_ids"].offsets[self.row]
+        found: np.ndarray = block.lists["input_ids"].values[np.clip(self.position + 1 + shift, first, self.last)]
+        return found
+
+
+def _weights(block: RowBlock) -> np.ndarray:
     """(N, 3): the target weight of the tokens at shift -1, 0 and +1, where all three exist."""
-    assert row.example.supervised is not None
-    positions = np.flatnonzero(row.example.supervised)
-    tokens = row.example.input_ids
-    neighbours = [np.clip(positions + 1 + shift, 0, len(tokens) - 1) for shift in (-1, 0, 1)]
-    if isinstance(row.soft.encoding, Full):
-        wanted = torch.from_numpy(np.stack([tokens[index] for index in neighbours], 1).astype(np.int64))
-        dense = row.soft.top_logprobs.view(len(row.soft), -1).gather(1, wanted).exp().double().numpy()
-        return np.asarray(dense[positions + 2 < len(tokens)])
-    goal = target(row.soft, served_temperature(row.soft.encoding), tail="ignore")
-    owner = np.repeat(np.arange(len(goal)), goal.offsets.diff().numpy())
+    place = _Places.of(block)
+    neighbours = [place.token(shift, block) for shift in (-1, 0, 1)]
+    soft = unpack_soft(block)
+    if isinstance(block.encoding, Full):
+        wanted = torch.from_numpy(np.stack(neighbours, 1).astype(np.int64))
+        dense = soft.top_logprobs.view(len(soft), -1).gather(1, wanted).exp().double().numpy()
+        return np.asarray(dense[place.inner])
+    goal = target(soft, served_temperature(block.encoding), tail="ignore")
+    owner = owners(goal.offsets).numpy()
     ids, weights = goal.ids.numpy(), goal.weights.numpy()
-    out = np.zeros((len(positions), 3))
-    for column, index in enumerate(neighbours):
-        hit = ids == tokens[index][owner]
+    out = np.zeros((len(goal), 3))
+    for column, tokens in enumerate(neighbours):
+        hit = ids == tokens[owner]
         out[owner[hit], column] = weights[hit]
-    return out[positions + 2 < len(tokens)]
+    return np.asarray(out[place.inner])
 
 
 def _lead(differences: np.ndarray) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
-from pipeline.cache.format.codec import unpack
+from pipeline.cache.format.codec import unpack, unpack_soft
 from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.manifest import Layout, load_manifest, strangers
+from pipeline.cache.format.rows import gather, rows_of
 from pipeline.cache.format.schema import soft_columns
 from pipeline.cache.format.tokenizer_files import load_cached_tokenizer
 from pipeline.cache.reading.remote import Remote, RemoteShard, open_remote
@@ -26,7 +28,7 @@ from pipeline.cache.reading.verification import verify
 from pipeline.cache.storage.store import DEFAULT_BYTES
 from pipeline.cache.storage.urls import is_url
 from pipeline.errors import CacheError, IntegrityError
-from pipeline.records import CachedExample, Manifest, Shard, SoftLabels
+from pipeline.records import CachedExample, Manifest, RowBlock, Segment, Shard, SoftLabels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,12 +144,8 @@ class Cache:
         """The soft labels of one row as another reader gives it: a mapping of this cache's columns (lists or arrays)."""
         contract = self.manifest.contract
         types = soft_columns(contract.encoding, contract.num_classes)
-        columns = {name: pa.array([list(row[name])], type=kind) for name, kind in types.items()}
-        others = {"source_row": 0, "piece": 0, "content_hash": 0, "teacher_nll_sum": 0.0, "teacher_entropy_sum": 0.0}
-        columns.update({name: pa.array([value]) for name, value in others.items()})
-        columns["input_ids"] = pa.array([[]], type=pa.list_(pa.int32()))
-        table = pa.table(columns)
-        return unpack(table, contract.encoding, contract.num_classes)[0].soft
+        columns = pa.table({name: pa.array([list(row[name])], type=kind) for name, kind in types.items()})
+        return unpack_soft(unpack(columns, contract.encoding, contract.num_classes))
 
     def check_files(self) -> None:
         """What can be checked without reading the data: shards present, their sizes, rows and columns; no others there.
@@ -164,10 +162,22 @@ class Cache:
             raise IntegrityError(f"{extra[0]}: is not in manifest.json; move it out of the cache")
 
 
-class CacheDataset(Dataset[CachedExample]):
-    """Rows of one split, or of several, by number. A row group is decoded once, and dropped when as many rows were read as it has.
+@dataclass(slots=True)
+class _Open:
+    """A row group that was read."""
 
-    Memory is bounded by `window` row groups, not by the cache. Picklable: each DataLoader worker opens its own files.
+    block: RowBlock
+    left: int
+    """Rows that were not read yet."""
+    rows: list[CachedExample] | None = None
+    """Made when one of them is asked for by itself."""
+
+
+class CacheDataset(Dataset[CachedExample]):
+    """Rows of one split, or of several, by number: one by one, or many at once by column (`segments`, `blocks`).
+
+    A row group is read once, and dropped when as many rows were read as it has. Memory is bounded by `window` row groups, not by the cache. Picklable:
+    each DataLoader worker opens its own files.
     """
 
     def __init__(
@@ -187,9 +197,7 @@ class CacheDataset(Dataset[CachedExample]):
         self.groups = [(shard.name, i) for shard in shards for i in range(len(shard.row_groups))]
         self.starts = np.cumsum([0, *(rows for shard in shards for rows in shard.row_groups)])
         """(groups + 1,): the first row of each row group."""
-        self._decoded: OrderedDict[int, list[CachedExample]] = OrderedDict()
-        self._left: dict[int, int] = {}
-        """Rows of each decoded row group that were not read yet."""
+        self._open: OrderedDict[int, _Open] = OrderedDict()
         self.upcoming: Sequence[int] = ()
         """Row groups that are read next. Behind a URL they are fetched ahead, from when the first of them is decoded: what is only skipped is not."""
         self._announced: set[int] = set()
@@ -201,10 +209,11 @@ class CacheDataset(Dataset[CachedExample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         group = self.group_of(index)
-        row = self._rows(group)[index - int(self.starts[group])]
-        self._left[group] -= 1
-        if not self._left[group]:
-            del self._decoded[group]
+        found = self._group(group)
+        if found.rows is None:
+            found.rows = rows_of(found.block)
+        row = found.rows[index - int(self.starts[group])]
+        self._read_rows(group, found, 1)
         return row
 
     def __iter__(self) -> Iterator[CachedExample]:
@@ -212,8 +221,31 @@ class CacheDataset(Dataset[CachedExample]):
             self.upcoming = range(group, min(group + 3, len(self.groups)))
             yield from (self[row] for row in range(int(self.starts[group]), int(self.starts[group + 1])))
 
+    def segments(self, rows: np.ndarray) -> list[Segment]:
+        """Rows by number, as runs of rows that stand one after another in a row group."""
+        groups = np.searchsorted(self.starts, rows, side="right") - 1
+        follows = (rows[1:] == rows[:-1] + 1) & (groups[1:] == groups[:-1])
+        firsts = np.flatnonzero(np.append(True, ~follows))
+        groups = groups[firsts]
+        counts = np.append(firsts[1:], len(rows)) - firsts
+        places = rows[firsts] - self.starts[groups]
+        found = []
+        for group, place, count in zip(groups.tolist(), places.tolist(), counts.tolist(), strict=True):
+            opened = self._group(group)
+            found.append((opened.block, place, place + count))
+            self._read_rows(group, opened, count)
+        return found
+
+    def blocks(self, rows: int | None = None, *, names: Container[str] | None = None) -> Iterator[RowBlock]:
+        """All rows in order, so many at a time (None: a row group at a time), and the columns of these names (None: all)."""
+        cuts = self.starts if rows is None else np.append(np.arange(0, len(self), rows), len(self))
+        for start, stop in itertools.pairwise(cuts.tolist()):
+            group = self.group_of(start)
+            self.upcoming = range(group, min(group + 3, len(self.groups)))
+            yield gather(self.segments(np.arange(start, stop)), names=names)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": OrderedDict(), "_left": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def group_of(self, index: int) -> int:
         """Which row group a row is in."""
@@ -235,10 +267,11 @@ class CacheDataset(Dataset[CachedExample]):
         parts = [length.to_numpy().astype(np.int64) for length in lengths]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def _rows(self, group: int) -> list[CachedExample]:
-        if group not in self._decoded:
-            while len(self._decoded) >= self.window:
-                self._decoded.popitem(last=False)
+    def _group(self, group: int) -> _Open:
+        found = self._open.get(group)
+        if found is None:
+            while len(self._open) >= self.window:
+                self._open.popitem(last=False)
             self._announce()
             contract = self.manifest.contract
             table = self._read(group)
@@ -246,16 +279,23 @@ class CacheDataset(Dataset[CachedExample]):
             name, i = self.groups[group]
             shard = Layout(self.root).shard(name) if self.remote is None else self.remote.shard(name)
             check_contents(table, contract, f"{shard}: row group {i}")
-            self._decoded[group] = unpack(table, contract.encoding, contract.num_classes)
-            self._left[group] = table.num_rows
-        self._decoded.move_to_end(group)
-        return self._decoded[group]
+            found = _Open(unpack(table, contract.encoding, contract.num_classes), table.num_rows)
+            self._open[group] = found
+        else:
+            self._open.move_to_end(group)
+        return found
+
+    def _read_rows(self, group: int, opened: _Open, rows: int) -> None:
+        """Count rows as read; a row group whose rows were all read is dropped."""
+        opened.left -= rows
+        if opened.left <= 0:
+            del self._open[group]
 
     def _announce(self) -> None:
         if self.remote is None:
             return
         for group in self.upcoming:
-            if group not in self._announced and group not in self._decoded:
+            if group not in self._announced and group not in self._open:
                 self._announced.add(group)
                 self.remote.announce(*self.groups[group])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.format.codec import pack, unpack
+from pipeline.cache.format.codec import narrowed, pack, pack_soft, positions_in_rows, positions_of, unpack, unpack_soft
 from pipeline.cache.format.schema import describe, soft_columns
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.transforms.rewrite import Piece, Rewrite, ancestry, plan_pieces, rewrite, shard_schema
-from pipeline.records import NO_LABEL, CachedExample, Encoding, Full, Sampled
-from pipeline.softlabels import check_conversion, concatenate, counter_uniforms, rows, teacher_scores
+from pipeline.records import NO_LABEL, Encoding, Full, Ragged, RowBlock, Sampled
+from pipeline.softlabels import check_conversion, counter_uniforms, teacher_scores
 from pipeline.softlabels import convert as convert_soft_labels
 from pipeline.softlabels.names import encoding_name
 
@@ -49,8 +49,8 @@ def plan_convert(cache: Cache | str | Path, output: str | Path, *, encoding: Enc
 
     def change(piece: Piece) -> Iterable[pa.Table]:
         for table in piece.row_groups():
-            cached = unpack(table, contract.encoding, contract.num_classes)
-            made = _convert(cached, encoding, piece.plan.split, contract.seed, entropy_anew=anew)
+            block = unpack(table, contract.encoding, contract.num_classes)
+            made = _convert(block, encoding, piece.plan.split, contract.seed, entropy_anew=anew)
             packed = pack(made, changed_schema)
             yield pa.table(
                 [(packed if field.name in changed else table).column(field.name) for field in schema], schema=schema
@@ -69,37 +69,30 @@ def plan_convert(cache: Cache | str | Path, output: str | Path, *, encoding: Enc
     )
 
 
-def _convert(
-    cached: Sequence[CachedExample], encoding: Encoding, split: str, seed: int, *, entropy_anew: bool
-) -> list[CachedExample]:
-    soft = concatenate([row.soft for row in cached])
-    uniforms = torch.cat([_uniforms(row, encoding, split, seed) for row in cached])
-    made = convert_soft_labels(soft, encoding, uniforms=uniforms)
-    entropy = None
+def _convert(block: RowBlock, encoding: Encoding, split: str, seed: int, *, entropy_anew: bool) -> RowBlock:
+    """The columns that change."""
+    soft, counts = unpack_soft(block), positions_of(block)
+    made = convert_soft_labels(soft, encoding, uniforms=_uniforms(block, encoding, split, seed))
+    lists, numbers = pack_soft(made, counts), {}
     if entropy_anew:
         assert isinstance(encoding, Sampled)
         none = torch.full((len(soft),), NO_LABEL)
         logits = soft.top_logprobs.reshape(len(soft), soft.num_classes)
         entropy = teacher_scores(logits, none, temperature=encoding.temperature).entropy
-    out, start = [], 0
-    for row in cached:
-        stop = start + len(row.soft)
-        fresh = dataclasses.replace(row, soft=rows(made, start, stop))
-        if entropy is not None:
-            part = entropy[start:stop]
-            fresh = dataclasses.replace(fresh, entropy=part, teacher_entropy_sum=float(part.double().sum()))
-        out.append(fresh)
-        start = stop
-    return out
+        sums = [float(part.sum()) for part in torch.split(entropy.double(), counts.tolist())]
+        numbers["teacher_entropy_sum"] = np.array(sums, dtype=np.float32)
+        lists["entropy"] = Ragged.of(narrowed(entropy.numpy(), np.float16), counts)
+    return RowBlock(encoding, block.num_classes, lists, numbers, {})
 
 
-def _uniforms(row: CachedExample, encoding: Encoding, split: str, seed: int) -> Tensor:
+def _uniforms(block: RowBlock, encoding: Encoding, split: str, seed: int) -> Tensor:
     """Of all logits those of a capture; of a sample others, independent of those that it was drawn with."""
-    example = row.example
-    positions = np.zeros(1, dtype=np.int64) if example.supervised is None else np.flatnonzero(example.supervised)
-    if isinstance(row.soft.encoding, Sampled) and isinstance(encoding, Sampled):
+    if isinstance(block.encoding, Sampled) and isinstance(encoding, Sampled):
         split = f"{split} sampled anew at {encoding.sample_size}"
-    return counter_uniforms(seed, split, example.source_row, example.piece, positions)
+    numbers = zip(
+        block.numbers["source_row"].tolist(), block.numbers["piece"].tolist(), positions_in_rows(block), strict=True
+    )
+    return torch.cat([counter_uniforms(seed, split, row, piece, positions) for row, piece, positions in numbers])
 
 
 def _schema(before: pa.Schema, source: Encoding, wanted: Encoding, num_classes: int) -> pa.Schema:

@@ -12,7 +12,7 @@ import torch
 from pipeline.cache.reading.reader import Cache, CacheDataset
 from pipeline.cache.views.samples import text_of
 from pipeline.records import NO_LABEL, CachedExample, Full, SoftLabels, Target
-from pipeline.softlabels import concatenate, served_temperature, target, teacher_argmax
+from pipeline.softlabels import concatenate, most_likely, served_temperature, target
 from pipeline.tasks import get_task
 
 #: Most positions that are measured, and most classes of them where all V are kept; rows are measured whole.
@@ -135,8 +135,8 @@ class _Found:
         stored = [row.entropy for row in rows if row.entropy is not None]
         entropy = torch.cat(stored).float() if stored else None
         goal = target(soft, served_temperature(soft.encoding), entropy=entropy)
-        labels = np.concatenate([self._task.hard_labels(row.example) for row in rows])
-        predicted = teacher_argmax(soft)[0].numpy()
+        labels = self._task.hard_labels([row.example for row in rows])
+        predicted = most_likely(soft)[0].numpy()
         full = isinstance(soft.encoding, Full)
         confidence = _confidence(goal, full)
         means = [row.teacher_entropy_sum / max(len(row.soft), 1) for row in rows]

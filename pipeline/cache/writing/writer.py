@@ -6,22 +6,25 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache.format.codec import pack
 from pipeline.cache.format.hashes import file_sha256, footer_sha256
+from pipeline.cache.format.rows import block_of, gather
 from pipeline.cache.format.schema import parquet_settings
 from pipeline.cache.storage.commit import write_atomically
 from pipeline.cache.storage.crash import reached
-from pipeline.records import CachedExample, Shard, ShardPlan
+from pipeline.records import CachedExample, RowBlock, Segment, Shard, ShardPlan
 
 #: Of a row group: what the Hub's viewer and streaming read at once, and what a training window holds.
 _MAX_ROWS = 1000
 _MAX_BYTES = 16 << 20
 
 
-def write_shard(path: Path, plan: ShardPlan, rows: Sequence[CachedExample], schema: pa.Schema) -> Shard:
+def write_shard(path: Path, plan: ShardPlan, rows: RowBlock | Sequence[CachedExample], schema: pa.Schema) -> Shard:
     """Write the rows of one shard, and say what was written.
 
     Page checksums are written, so that a flipped bit is an error and not data (measured: of 300 flips, the default reader and writer let 283
@@ -30,7 +33,10 @@ def write_shard(path: Path, plan: ShardPlan, rows: Sequence[CachedExample], sche
     Raises:
         CacheError: the disk is full, or the directory cannot be written.
     """
-    return write_row_groups(path, plan, (pack(group, schema) for group in _row_groups(rows)), schema)
+    if not len(rows):
+        return write_row_groups(path, plan, (), schema)
+    block = rows if isinstance(rows, RowBlock) else block_of(rows, schema)
+    return write_row_groups(path, plan, (pack(gather([part]), schema) for part in _row_groups(block)), schema)
 
 
 def write_row_groups(path: Path, plan: ShardPlan, groups: Iterable[pa.Table], schema: pa.Schema) -> Shard:
@@ -101,20 +107,28 @@ def _values(table: pa.Table, name: str) -> int:
     return sum(len(chunk.flatten()) for chunk in table.column(name).chunks)
 
 
-def _row_groups(rows: Sequence[CachedExample]) -> Iterator[Sequence[CachedExample]]:
-    start, size = 0, 0
-    for i, row in enumerate(rows):
-        size += _memory(row)
-        if i > start and (i - start >= _MAX_ROWS or size > _MAX_BYTES):
-            yield rows[start:i]
-            start, size = i, _memory(row)
-    if rows:
-        yield rows[start:]
+def _row_groups(block: RowBlock) -> Iterator[Segment]:
+    """Rows that follow each other, up to a number and up to so many bytes."""
+    ends = np.cumsum(_memory(block))
+    start = 0
+    while start < len(block):
+        before = int(ends[start - 1]) if start else 0
+        fit = int(np.searchsorted(ends, before + _MAX_BYTES, side="right"))
+        stop = min(max(fit, start + 1), start + _MAX_ROWS, len(block))
+        yield block, start, stop
+        start = stop
 
 
-def _memory(row: CachedExample) -> int:
-    """Roughly the bytes of a row once read back: what bounds the memory of a training run."""
-    soft, example = row.soft, row.example
-    texts = [example.text, example.text_pair, *example.kept.values()]
-    text = sum(len(value) for value in texts if isinstance(value, str))
-    return 8 * example.num_tokens + 8 * (len(soft.top_ids) + len(soft.tail_ids)) + 4 * soft.log_residuals.numel() + text
+def _memory(block: RowBlock) -> np.ndarray:
+    """(R,) roughly the bytes of each row once read back: what bounds the memory of a training run."""
+    lists = block.lists
+    size = 8 * lists["input_ids"].counts
+    for name in ("logits", "top_ids", "tail_gaps"):
+        if name in lists:
+            size = size + 8 * lists[name].counts
+    if "log_residuals" in lists:
+        size = size + 4 * lists["log_residuals"].counts
+    for texts in block.others.values():
+        if pa.types.is_string(texts.type):
+            size = size + pc.fill_null(pc.utf8_length(texts), 0).to_numpy()
+    return size

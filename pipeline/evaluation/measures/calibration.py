@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
+from pipeline.cache.format.codec import positions_of, tokens_of
 from pipeline.errors import CacheError
 from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.scores import Scores as ScoreTable
@@ -54,8 +55,7 @@ def fit_temperatures(
     labels: list[np.ndarray] = []
     source = fitted_on or split
     for rows, batch, logits in logits_by_batch(cache, task, model, source, batch_size, f"calibrate {name}"):
-        half_of = halves(np.array([row.example.source_row for row in rows]))
-        fold = np.repeat(half_of, [len(row.soft) for row in rows])
+        fold = np.repeat(halves(rows.numbers["source_row"]), positions_of(rows))
         each = scaled_losses(logits, batch.labels)
         for half in (0, 1):
             losses[half] += each[fold == half].sum(0)
@@ -192,7 +192,7 @@ def calibration_split(cache: Cache, task: Task, asked: str | None, reported: str
     name = asked or "validation"
     if asked is None and (name not in cache.splits or name == reported):
         return None
-    labelled = any((task.hard_labels(row.example) != NO_LABEL).any() for row in cache.dataset(name))
+    labelled = any((task.hard_labels(tokens_of(rows)) != NO_LABEL).any() for rows in cache.dataset(name).blocks())
     if asked is not None and not labelled:
         raise CacheError(
             f"--calibration-split {asked}: no row of {cache.root} has a hard label there; name another, or none"

@@ -69,6 +69,7 @@ def main() -> None:
 
 def serve(order: Order, answers: Any) -> None:
     """Load, then take turns."""
+    import numpy as np
     import torch
     import transformers
 
@@ -76,6 +77,7 @@ def serve(order: Order, answers: Any) -> None:
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     from pipeline.cache import Cache
+    from pipeline.cache.format.rows import gather
     from pipeline.evaluation.passes import collator_of
     from pipeline.tasks import get_task
     from pipeline.training.student import load_student
@@ -90,11 +92,12 @@ def serve(order: Order, answers: Any) -> None:
     if model.device.type == "cuda":
         before = 0
     dataset = cache.dataset(order.split)
-    rows = [dataset[i] for i in range(min(order.rows, len(dataset)))]
-    collate = collator_of(cache, task, loaded).collate
+    num_rows = min(order.rows, len(dataset))
+    rows = gather(dataset.segments(np.arange(num_rows)))
+    collate = collator_of(cache, task, loaded).collate_block
 
     def batches(size: int) -> list[Any]:
-        return [collate([(row, True) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
+        return [collate(gather([(rows, i, min(i + size, num_rows))])) for i in range(0, num_rows, size)]
 
     kinds = {False: batches(1), True: batches(order.batch_rows)}
     _say(
@@ -103,8 +106,8 @@ def serve(order: Order, answers: Any) -> None:
             num_parameters=sum(p.numel() for p in model.parameters()),
             device=str(model.device),
             threads=torch.get_num_threads(),
-            tokens=sum(row.example.num_tokens for row in rows) / len(rows),
-            num_rows=len(rows),
+            tokens=len(rows.lists["input_ids"].values) / num_rows,
+            num_rows=num_rows,
             before_bytes=before,
         ),
     )
@@ -122,7 +125,7 @@ def serve(order: Order, answers: Any) -> None:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
         peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else _memory("VmHWM")
-        turn = Turn(tuple(seconds), len(rows), time.process_time() - processor, _spent(energy, _meter()), peak)
+        turn = Turn(tuple(seconds), num_rows, time.process_time() - processor, _spent(energy, _meter()), peak)
         _say(answers, turn)
 
 

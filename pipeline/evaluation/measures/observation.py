@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
+from pipeline.cache.format.codec import positions_of, text_bytes_of, unpack_soft
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.run import predictions_of_teacher
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import score
 from pipeline.progress import track
 from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
-from pipeline.softlabels import default_temperature, served_temperature, target, teacher_argmax
+from pipeline.softlabels import default_temperature, most_likely, served_temperature, target
 from pipeline.tasks import Task
 from pipeline.training.divergences import divergence, forward_kl
 
@@ -113,11 +114,11 @@ def observe(
     """
     plain, scaled = _Parts(), _Parts()
     labels, owners, teacher = [], [], []
-    text_bytes: list[int] = []
+    text_bytes: list[np.ndarray] = []
     done = 0
     for rows, batch, logits in logits_by_batch(cache, task, model, split, batch_size, f"report {name}"):
-        owner = done + np.repeat(np.arange(len(rows)), [len(row.soft) for row in rows])
-        best = torch.cat([teacher_argmax(row.soft)[0] for row in rows])
+        owner = done + np.repeat(np.arange(len(rows)), positions_of(rows))
+        best, _ = most_likely(unpack_soft(rows))
         plain.add(cache, logits, batch.labels, batch.target, best)
         if row_temperatures is not None:
             divisor = torch.from_numpy(row_temperatures[owner]).to(logits)[:, None]
@@ -125,9 +126,9 @@ def observe(
         labels.append(batch.labels.cpu().numpy())
         teacher.append(best.numpy())
         owners.append(owner)
-        text_bytes.extend(row.example.text_bytes for row in rows)
+        text_bytes.append(text_bytes_of(rows))
         done += len(rows)
-    known = (np.concatenate(labels), np.concatenate(teacher), np.concatenate(owners), np.asarray(text_bytes))
+    known = (np.concatenate(labels), np.concatenate(teacher), np.concatenate(owners), np.concatenate(text_bytes))
     return plain.observation(*known), None if row_temperatures is None else scaled.observation(*known)
 
 
@@ -135,12 +136,12 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
     """The teacher on a split, from its cache alone."""
     encoding = cache.manifest.contract.encoding
     dataset = cache.dataset(split)
-    counted = track(dataset, "teacher's labels", len(dataset), stride=64)
+    counted = track(dataset.blocks(), "teacher's labels", len(dataset), size=len)
     predictions = predictions_of_teacher(task, counted, default_temperature(encoding, 1.0))
     positions = len(predictions.labels)
     brier = np.full(positions, np.nan)
     if isinstance(encoding, Full):
-        weights = torch.cat([target(row.soft, 1.0).weights.reshape(len(row.soft), -1) for row in dataset])
+        weights = torch.cat([target(unpack_soft(rows), 1.0).weights for rows in dataset.blocks()]).view(positions, -1)
         brier = brier_scores(weights, torch.from_numpy(predictions.labels))
     zeros = np.zeros(positions)
     surprise = -np.log(np.maximum(predictions.confidence, np.finfo(np.float64).tiny))

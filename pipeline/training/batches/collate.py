@@ -1,9 +1,9 @@
-"""CachedExamples -> StudentBatch -> nested tensors that Trainer can move, and back."""
+"""Rows of a cache -> StudentBatch -> nested tensors that Trainer can move, and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import CacheDataset
+from pipeline.cache.format.codec import COLUMNS, positions_of, text_bytes_of, tokens_of, unpack_soft
+from pipeline.cache.format.rows import gather, rows_of
 from pipeline.models import pad_id
 from pipeline.records import (
     NO_LABEL,
@@ -21,13 +23,32 @@ from pipeline.records import (
     Example,
     Full,
     PositionWeights,
+    RowBlock,
+    Segment,
     StudentBatch,
     Target,
     Tokenization,
     TokenizedExample,
 )
-from pipeline.softlabels import concatenate, target, teacher_argmax
+from pipeline.softlabels import most_likely, target
 from pipeline.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """The rows of one batch, not yet joined."""
+
+    parts: tuple[Sequence[Segment], ...]
+    """The rows of one cache; of several teachers, those of each."""
+    counts: np.ndarray
+    """(B,) bool: whether the row counts."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __iter__(self) -> Iterator[tuple[CachedExample, bool]]:
+        rows = [row for segment in self.parts[0] for row in rows_of(gather([segment]))]
+        return zip(rows, self.counts.tolist(), strict=True)
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,13 @@ class TrainingRows(Dataset[tuple[CachedExample, bool]]):
 
     def __getitem__(self, index: int) -> tuple[CachedExample, bool]:
         return self.dataset[index if index >= 0 else ~index], index >= 0
+
+    def __getitems__(self, indices: Sequence[int]) -> Picked:
+        """As `torch.utils.data.DataLoader` reads a batch."""
+        numbers = np.asarray(indices, dtype=np.int64)
+        counts = numbers >= 0
+        found: Any = self.dataset.segments(np.where(counts, numbers, ~numbers))
+        return Picked(found if isinstance(found, tuple) else (found,), counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +89,36 @@ class Collator:
     for_evaluation: bool = False
     """Say also what the teacher predicts."""
 
-    def __call__(self, rows: Sequence[tuple[CachedExample, bool]]) -> dict[str, Any]:
+    def __call__(self, rows: Picked) -> dict[str, Any]:
         """As `torch.utils.data.DataLoader` calls it."""
         return to_tensors(self.collate(rows))
 
-    def collate(self, rows: Sequence[tuple[CachedExample, bool]]) -> StudentBatch:
-        """B rows, the second of each pair saying whether it counts."""
-        cached = [row for row, _ in rows]
-        examples = [row.example for row in cached]
-        if self.retokenize is not None:
-            examples = _tokenize_anew(self.task, examples, self.tokenizer, self.retokenize)
-        inputs, supervised = self.task.collate(examples, pad_id(self.tokenizer) if self.pad_id is None else self.pad_id)
-        soft = concatenate([row.soft for row in cached])
-        counts = np.array([len(row.soft) for row in cached])
-        labels = torch.from_numpy(np.concatenate([self.task.hard_labels(row.example) for row in cached]))
+    def collate(self, rows: Picked) -> StudentBatch:
+        """B rows of one cache."""
+        return self.collate_block(gather(rows.parts[0], names=self.columns), rows.counts)
+
+    @property
+    def columns(self) -> Container[str]:
+        """Those that batches are made of."""
+        return COLLATED if self.retokenize is None else COLLATED | {"text", "text_pair"}
+
+    def collate_block(self, block: RowBlock, counts: np.ndarray | None = None) -> StudentBatch:
+        """B rows.
+
+        Args:
+            counts: (B,) bool, whether each counts; None: all do.
+        """
+        tokens = tokens_of(block)
+        given = tokens if self.retokenize is None else _tokenize_anew(self.task, block, self.tokenizer, self.retokenize)
+        inputs, supervised = self.task.collate(given, pad_id(self.tokenizer) if self.pad_id is None else self.pad_id)
+        soft = unpack_soft(block)
+        positions = positions_of(block)
+        labels = torch.from_numpy(self.task.hard_labels(tokens))
         if self.teacher_labels:
-            labels, _ = teacher_argmax(soft)
-        weights = torch.from_numpy(np.repeat(np.array([counts_in for _, counts_in in rows], dtype=np.float32), counts))
-        entropy = _entropy(cached, counts)
+            labels, _ = most_likely(soft)
+        flags = np.ones(len(block), dtype=bool) if counts is None else counts
+        weights = torch.from_numpy(np.repeat(flags.astype(np.float32), positions))
+        entropy = None if isinstance(soft.encoding, Full) else _entropy(block, positions)
         goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)
         return StudentBatch(
             inputs=inputs,
@@ -86,13 +126,10 @@ class Collator:
             labels=labels.masked_fill(weights == 0, NO_LABEL),
             target=goal,
             weights=weights,
-            soft_weights=weights
-            * self._position_weights(-goal.negative_entropy if isinstance(soft.encoding, Full) else entropy, goal),
-            source_rows=torch.tensor([row.example.source_row for row in cached]),
-            teacher_predicted=teacher_argmax(soft)[0] if self.for_evaluation else None,
-            text_bytes=torch.tensor([row.example.text_bytes * counts_in for row, counts_in in rows])
-            if self.for_evaluation
-            else None,
+            soft_weights=weights * self._position_weights(-goal.negative_entropy if entropy is None else entropy, goal),
+            source_rows=torch.from_numpy(block.numbers["source_row"].astype(np.int64)),
+            teacher_predicted=most_likely(soft)[0] if self.for_evaluation else None,
+            text_bytes=torch.from_numpy(text_bytes_of(block) * flags) if self.for_evaluation else None,
         )
 
     def _position_weights(self, entropy: Tensor, goal: Target) -> Tensor:
@@ -103,12 +140,18 @@ class Collator:
         return share if self.position_weights == "uncertainty" else 1 - share
 
 
-def _entropy(rows: Sequence[CachedExample], counts: np.ndarray) -> Tensor:
+#: The columns that no batch needs are those that say which row it is, the texts, and what comes from the source.
+COLLATED = COLUMNS - {"piece", "content_hash", "text", "text_pair", "teacher_nll_sum"}
+
+
+def _entropy(block: RowBlock, positions: np.ndarray) -> Tensor:
     """(N,) nats: of each position, or the mean of its row where only the sum was stored."""
-    if rows[0].entropy is not None:
-        return torch.cat([row.entropy for row in rows if row.entropy is not None])
-    means = np.array([row.teacher_entropy_sum for row in rows]) / np.maximum(counts, 1)
-    return torch.from_numpy(np.repeat(np.nan_to_num(means).astype(np.float32), counts))  # unknown: KL up to a constant
+    if "entropy" in block.lists:
+        return torch.from_numpy(block.lists["entropy"].values.astype(np.float32))
+    means = block.numbers["teacher_entropy_sum"].astype(np.float64) / np.maximum(positions, 1)
+    return torch.from_numpy(
+        np.repeat(np.nan_to_num(means).astype(np.float32), positions)
+    )  # unknown: KL up to a constant
 
 
 def to_tensors(batch: StudentBatch) -> dict[str, Any]:
@@ -148,8 +191,13 @@ def target_from_tensors(tensors: Mapping[str, Tensor], num_classes: int) -> Targ
 
 
 def _tokenize_anew(
-    task: Task, examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase, settings: Tokenization
+    task: Task, block: RowBlock, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
 ) -> list[TokenizedExample]:
-    texts = [Example(source_row=e.source_row, text=e.text, text_pair=e.text_pair, label=e.label) for e in examples]
-    tokenized = list(task.tokenize(texts, "", tokenizer, settings))
+    none = [None] * len(block)
+    texts, pairs = (block.others[name].to_pylist() if name in block.others else none for name in ("text", "text_pair"))
+    examples = [
+        Example(source_row=i, text=text, text_pair=pair)
+        for i, (text, pair) in enumerate(zip(texts, pairs, strict=True))
+    ]
+    tokenized = list(task.tokenize(examples, "", tokenizer, settings))
     return [item for item in tokenized if isinstance(item, TokenizedExample)]

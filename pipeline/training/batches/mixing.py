@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.cache import Cache, CacheDataset
+from pipeline.cache.format.codec import tokens_of
+from pipeline.cache.format.rows import gather
 from pipeline.errors import ContractError, MisuseError, TrainingError
-from pipeline.records import NO_LABEL, CachedExample, Manifest, StudentBatch, Target
-from pipeline.training.batches.collate import Collator, to_tensors
+from pipeline.records import NO_LABEL, CachedExample, Manifest, RowBlock, Segment, StudentBatch, Target
+from pipeline.training.batches.collate import Collator, Picked, to_tensors
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class AlignedDataset(Dataset[tuple[CachedExample, ...]]):
     def __getitem__(self, index: int) -> tuple[CachedExample, ...]:
         return (self.first[index], *(rows[int(where[index])] for rows, where in self.others))
 
+    def segments(self, rows: np.ndarray) -> tuple[list[Segment], ...]:
+        """The rows of each cache, as runs."""
+        return (self.first.segments(rows), *(other.segments(where[rows]) for other, where in self.others))
+
 
 def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str | Sequence[str]) -> np.ndarray:
     """(rows of the first,) int64: where each stands in the other."""
@@ -155,6 +161,16 @@ class JoinedDataset(Dataset[CachedExample]):
     def __getitem__(self, index: int) -> CachedExample:
         part = int(np.searchsorted(self.bounds, index, side="right")) - 1
         return self.parts[part][index - int(self.bounds[part])]
+
+    def segments(self, rows: np.ndarray) -> list[Segment]:
+        """The rows as runs, each of one cache."""
+        parts = np.searchsorted(self.bounds, rows, side="right") - 1
+        cuts = np.flatnonzero(np.diff(parts)) + 1
+        return [
+            segment
+            for run, part in zip(np.split(rows, cuts), parts[np.append(0, cuts)].tolist(), strict=True)
+            for segment in self.parts[part].segments(run - self.bounds[part])
+        ]
 
     def column(self, name: str) -> np.ndarray:
         """One plain column of all rows."""
@@ -200,26 +216,20 @@ class TeachersCollator:
     collator: Collator
     weights: tuple[float, ...]
 
-    def __call__(self, rows: Sequence[tuple[tuple[CachedExample, ...], bool]]) -> dict[str, Any]:
+    def __call__(self, rows: Picked) -> dict[str, Any]:
         """As `torch.utils.data.DataLoader` calls it."""
         return to_tensors(self.collate(rows))
 
-    def collate(self, rows: Sequence[tuple[tuple[CachedExample, ...], bool]]) -> StudentBatch:
+    def collate(self, rows: Picked) -> StudentBatch:
         """B rows.
 
         Raises:
             ContractError: teachers have labelled other positions of a row.
         """
-        for examples, _ in rows:
-            example = examples[0].example
-            if any(not _same_positions(example.supervised, other.example.supervised) for other in examples[1:]):
-                raise ContractError(
-                    f"source row {example.source_row}: the teachers have labelled other positions of it than each other; cache it again with the same columns and template"
-                )
-        batches = [
-            self.collator.collate([(examples[t], counts) for examples, counts in rows])
-            for t in range(len(self.weights))
-        ]
+        blocks = [gather(part, names=self.collator.columns) for part in rows.parts]
+        for other in blocks[1:]:
+            _check_positions(blocks[0], other)
+        batches = [self.collator.collate_block(block, rows.counts) for block in blocks]
         first, rest = batches[0], batches[1:]
         soft_weights = [weight * batch.soft_weights for weight, batch in zip(self.weights, batches, strict=True)]
         return dataclasses.replace(
@@ -234,8 +244,18 @@ class TeachersCollator:
         )
 
 
-def _same_positions(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    return (one is None and other is None) or (one is not None and other is not None and np.array_equal(one, other))
+def _check_positions(first: RowBlock, other: RowBlock) -> None:
+    ours, theirs = tokens_of(first).supervised, tokens_of(other).supervised
+    if ours is None or theirs is None:
+        differ = np.arange(len(first) if (ours is None) != (theirs is None) else 0)
+    else:
+        differ = np.flatnonzero(ours.counts != theirs.counts)
+        if not len(differ):
+            differ = np.searchsorted(ours.offsets, np.flatnonzero(ours.values != theirs.values), side="right") - 1
+    if len(differ):
+        raise ContractError(
+            f"source row {first.numbers['source_row'][differ[0]]}: the teachers have labelled other positions of it than each other; cache it again with the same columns and template"
+        )
 
 
 def _stack(targets: Sequence[Target]) -> Target:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache.format.codec import content_hash, pack, unpack
+from pipeline.cache.format.rows import block_of, rows_of
 from pipeline.cache.format.schema import cache_schema
 from pipeline.errors import MisuseError
 from pipeline.records import CachedExample, Full, Sampled, TokenizedExample, TopK, TopP
@@ -51,7 +52,7 @@ def test_token_rows_come_back(lengths, classes, encoding, seed):
         return
     rows = [token_row(n, encoding, classes, length=length, seed=seed) for n, length in enumerate(lengths)]
     schema = cache_schema(encoding, classes, token_classes=True, kept={"id": pa.string()})
-    found = unpack(pack(rows, schema), encoding, classes)
+    found = rows_of(unpack(pack(block_of(rows, schema), schema), encoding, classes))
     assert len(found) == len(rows)
     for one, other in zip(found, rows, strict=True):
         assert_same_row(one, other)
@@ -78,7 +79,7 @@ def test_any_logits_come_back(classes, encoding, spread, dtype, seed):
     example = TokenizedExample(0, 0, np.arange(4, dtype=np.int32), supervised=np.asarray([True, True, True, False]))
     row = CachedExample(example, soft, 1.0, 2.0, content_hash(example))
     schema = cache_schema(encoding, classes, token_classes=True)
-    (found,) = unpack(pack([row], schema), encoding, classes)
+    (found,) = rows_of(unpack(pack(block_of([row], schema), schema), encoding, classes))
     for name in ("top_offsets", "top_ids", "tail_offsets", "tail_ids"):
         assert torch.equal(getattr(found.soft, name), getattr(soft, name)), name
     probabilities = found.soft.top_logprobs.exp(), soft.top_logprobs.exp()
@@ -90,7 +91,7 @@ def test_any_logits_come_back(classes, encoding, spread, dtype, seed):
 def test_class_rows_come_back(encoding, classes):
     rows = [class_row(n, encoding, classes) for n in range(20)]
     schema = cache_schema(encoding, classes, token_classes=False, text=True)
-    for one, other in zip(unpack(pack(rows, schema), encoding, classes), rows, strict=True):
+    for one, other in zip(rows_of(unpack(pack(block_of(rows, schema), schema), encoding, classes)), rows, strict=True):
         assert_same_row(one, other)
 
 
@@ -100,15 +101,16 @@ def test_ids_take_two_bytes_up_to_65536_classes_and_four_beyond():
 
 
 def test_logits_of_full_are_centred():
-    row = class_row(0, Full(), 5)
-    logits = pack([row], cache_schema(Full(), 5, token_classes=False)).column("logits").to_pylist()[0]
+    row, schema = class_row(0, Full(), 5), cache_schema(Full(), 5, token_classes=False)
+    logits = pack(block_of([row], schema), schema).column("logits").to_pylist()[0]
     assert max(logits) == 0
 
 
 def test_a_slice_of_a_table_unpacks_as_its_rows():
     rows = [token_row(n, Sampled(6.0), 41) for n in range(6)]
-    table = pack(rows, cache_schema(Sampled(6.0), 41, token_classes=True, kept={"id": pa.string()}))
-    for one, other in zip(unpack(table.slice(2, 3), Sampled(6.0), 41), rows[2:5], strict=True):
+    schema = cache_schema(Sampled(6.0), 41, token_classes=True, kept={"id": pa.string()})
+    table = pack(block_of(rows, schema), schema)
+    for one, other in zip(rows_of(unpack(table.slice(2, 3), Sampled(6.0), 41)), rows[2:5], strict=True):
         assert_same_row(one, other)
 
 

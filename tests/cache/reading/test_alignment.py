@@ -15,8 +15,9 @@ import pipeline as softlabel
 from pipeline.cache import Cache, Layout, Plan
 from pipeline.cache.format.codec import content_hash
 from pipeline.cache.format.manifest import parse
+from pipeline.cache.format.rows import rows_of
 from pipeline.cache.reading import alignment
-from pipeline.cache.reading.alignment import check_alignment, spread_rows
+from pipeline.cache.reading.alignment import check_alignment, spread_blocks
 from pipeline.cache.writing import build
 from pipeline.cache.writing.build import begin, finish, record
 from pipeline.cache.writing.writer import write_shard
@@ -60,14 +61,18 @@ def test_and_at_capture(misaligned):
     assert not Layout(misaligned.root).manifest.exists()
 
 
+def spread_rows(cache):
+    return [row for block in spread_blocks(cache, cache.splits) for row in rows_of(block)]
+
+
 @pytest.mark.parametrize("encoding", [Full(), TopK(4), Sampled(6.0)], ids=lambda e: e.kind)
 def test_rows_of_a_small_cache_are_all_and_of_a_large_one_spread(tmp_path, lm_tokenizer, encoding, monkeypatch):
     cache = build_cache(tmp_path / "cache", lm_tokenizer, encoding=encoding, per_shard=12, shards=9)
-    rows = list(spread_rows(cache, cache.splits))
+    rows = spread_rows(cache)
     assert [row.example.source_row for row in rows] == list(range(108))
     monkeypatch.setattr(alignment, "_POSITIONS", 60)
     monkeypatch.setattr(alignment, "_ROW_GROUPS", 3)
-    rows = list(spread_rows(cache, cache.splits))
+    rows = spread_rows(cache)
     assert [row.example.source_row for row in rows] == [0, 1, 2, 36, 37, 38, 72, 73, 74]
     whole = list(cache.dataset("train"))
     for row in rows:
@@ -84,7 +89,7 @@ def test_it_reads_a_bounded_number_of_positions(tmp_path, lm_tokenizer, monkeypa
     longest = max(len(row.example.input_ids) for row in cache.dataset("train"))
     bound = whole // 4
     monkeypatch.setattr(alignment, "_POSITIONS", bound)
-    rows = list(spread_rows(cache, cache.splits))
+    rows = spread_rows(cache)
     assert 0 < sum(int(row.example.supervised.sum()) for row in rows) <= bound + longest * len(cache.manifest.shards)
     monkeypatch.undo()
     assert check_alignment(cache) == cache.manifest.probe

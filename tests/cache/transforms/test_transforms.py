@@ -28,7 +28,7 @@ from pipeline.cli import main
 from pipeline.errors import CacheError, ContractError, EncodingError, IntegrityError, MisuseError
 from pipeline.records import Full, ModelInfo, Receipt, Sampled, ShardPlan, SourceInfo, TopK
 from pipeline.softlabels import counter_uniforms, target
-from tests.support.rows import build_cache, make_plan, token_row
+from tests.support.rows import block_from, build_cache, make_plan, token_row
 
 
 def make_cache(root, tokenizer, numbers, *, split="train", encoding=None, **changes):
@@ -316,10 +316,10 @@ def test_a_sample_is_sampled_anew_with_numbers_of_its_own():
     row = token_row(3, Sampled(12.0), 41)
     positions = np.flatnonzero(row.example.supervised)
     drawn = counter_uniforms(0, "train", 3, 0, positions)
-    again = [_uniforms(row, Sampled(size), "train", 0) for size in (6.0, 3.0)]
+    again = [_uniforms(block_from(row), Sampled(size), "train", 0) for size in (6.0, 3.0)]
     assert not torch.isclose(again[0], drawn).any()
     assert not torch.isclose(again[0], again[1]).any()
-    assert torch.equal(_uniforms(token_row(3, Full(), 41), Sampled(6.0), "train", 0), drawn)
+    assert torch.equal(_uniforms(block_from(token_row(3, Full(), 41)), Sampled(6.0), "train", 0), drawn)
 
 
 # ------------------------------------------------------------------------------------------------------ commands

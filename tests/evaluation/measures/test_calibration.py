@@ -19,6 +19,7 @@ from pipeline.evaluation.measures.calibration import (
     scaled_losses,
 )
 from pipeline.evaluation.measures.observation import brier_scores
+from pipeline.records import Full, Ragged, RowBlock
 from pipeline.tasks import get_task
 
 
@@ -110,14 +111,10 @@ class FakeCache:
 def fake_pass(logits, labels):
     """What `logits_by_batch` yields, in batches of 50."""
 
-    class Row:
-        def __init__(self, number):
-            self.example = type("E", (), {"source_row": number})
-            self.soft = [0]
-
     def go(*_args):
         for start in range(0, 200, 50):
-            rows = [Row(n) for n in range(start, start + 50)]
+            one_each = Ragged.of(np.zeros(250), np.full(50, 5))
+            rows = RowBlock(Full(), 5, {"logits": one_each}, {"source_row": np.arange(start, start + 50)}, {})
             yield rows, type("B", (), {"labels": labels[start : start + 50]}), logits[start : start + 50]
 
     return go

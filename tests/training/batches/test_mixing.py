@@ -20,14 +20,14 @@ from pipeline.errors import ContractError, EncodingError, MisuseError
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.softlabels import target
 from pipeline.tasks import get_task
-from pipeline.training.batches.collate import Collator, TrainingRows
+from pipeline.training.batches.collate import Collator, Picked, TrainingRows
 from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Proportions, TeachersCollator, make_mixture
 from pipeline.training.batches.order import BatchOrder
 from pipeline.training.fused import Head, fused_loss
 from pipeline.training.losses import distillation_loss
 from pipeline.training.run import run
 from tests.conftest import tiny_model
-from tests.support.rows import build_cache
+from tests.support.rows import block_from, build_cache
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def make(tmp_path, lm_tokenizer):
 def batch_of(caches, weights, temperature=1.0):
     collator = Collator(get_task("causal-lm"), caches[0].tokenizer, temperature)
     rows = TrainingRows(AlignedDataset(caches, "train", window=4))
-    return TeachersCollator(collator, weights).collate([rows[i] for i in (0, 3, 17, ~20)])
+    return TeachersCollator(collator, weights).collate(rows.__getitems__([0, 3, 17, ~20]))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_teachers_of_other_positions_are_refused(make):
     other = dataclasses.replace(row, example=dataclasses.replace(row.example, supervised=~row.example.supervised))
     collator = TeachersCollator(Collator(get_task("causal-lm"), cache.tokenizer, 1.0), (0.5, 0.5))
     with pytest.raises(ContractError, match="source row 0: the teachers have labelled other positions"):
-        collator.collate([((row, other), True)])
+        collator.collate(Picked(([(block_from(row), 0, 1)], [(block_from(other), 0, 1)]), np.array([True])))
 
 
 def test_teachers_in_another_order_of_rows(tmp_path, make):

@@ -214,7 +214,7 @@ def test_a_row_group_is_decoded_once_an_epoch_and_dropped_when_it_is_done(cached
         loader.batch_sampler.set_epoch(epoch)
         assert len(list(prefetch(iter(loader)))) == 24
     assert len(decoded) == 2 * 12
-    assert not cached._decoded
+    assert not cached._open
 
 
 def test_an_error_while_prefetching_is_raised_where_its_batch_was_due(cached):

@@ -1,0 +1,181 @@
+"""Rows one by one, and blocks of them by column: from each to the other, and blocks of some rows of others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.cache.format.codec import COLUMNS, narrowed, pack_soft, positions_of, unpack_soft
+from pipeline.records import NO_LABEL, CachedExample, Ragged, RowBlock, Segment, SoftLabels, TokenizedExample
+from pipeline.softlabels import concatenate, split_rows
+
+
+def block_of(rows: Sequence[CachedExample], schema: pa.Schema) -> RowBlock:
+    """Rows -> the columns of a schema. The rows share encoding and V; there is at least one."""
+    entropies = [row.entropy for row in rows if row.entropy is not None]
+    return make_block(
+        [row.example for row in rows],
+        concatenate([row.soft for row in rows]),
+        [row.teacher_nll_sum for row in rows],
+        [row.teacher_entropy_sum for row in rows],
+        [row.content_hash for row in rows],
+        schema,
+        entropy=torch.cat(entropies) if len(entropies) == len(rows) else None,
+        counts=[len(row.soft) for row in rows],
+    )
+
+
+def make_block(
+    examples: Sequence[TokenizedExample],
+    soft: SoftLabels,
+    nll_sums: Sequence[float],
+    entropy_sums: Sequence[float],
+    hashes: Sequence[int],
+    schema: pa.Schema,
+    *,
+    counts: Sequence[int],
+    entropy: Tensor | None = None,
+) -> RowBlock:
+    """R rows before they are cached, and what the teacher said of them -> the columns of a schema.
+
+    Args:
+        soft: of all rows one after another.
+        nll_sums: (R,) nats.
+        entropy_sums: (R,) nats.
+        hashes: (R,) of their contents.
+        counts: (R,) positions of each row.
+        entropy: (N,) nats, where the schema has it.
+    """
+    positions = np.asarray(counts)
+    lists = pack_soft(soft, positions)
+    numbers: dict[str, np.ndarray] = {}
+    others: dict[str, pa.Array] = {}
+    if entropy is not None and "entropy" in schema.names:
+        lists["entropy"] = Ragged.of(narrowed(entropy.numpy(), np.float16), positions)
+    sums = {"teacher_nll_sum": nll_sums, "teacher_entropy_sum": entropy_sums, "content_hash": hashes}
+    for field in schema:
+        name = field.name
+        if name in lists:
+            continue
+        if name not in COLUMNS:
+            others[name] = pa.array([example.kept.get(name) for example in examples], type=field.type)
+            continue
+        values: Any = sums[name] if name in sums else [_READERS[name](example) for example in examples]
+        if pa.types.is_list(field.type):
+            lists[name] = _ragged(values, field.type.value_type.to_pandas_dtype())
+        elif pa.types.is_string(field.type):
+            others[name] = pa.array(values, type=field.type)
+        else:
+            numbers[name] = np.array(values, dtype=field.type.to_pandas_dtype())
+    return RowBlock(soft.encoding, soft.num_classes, lists, numbers, others)
+
+
+def _ragged(values: Sequence[np.ndarray], dtype: Any) -> Ragged:
+    return Ragged.of(np.concatenate(values).astype(dtype), np.array([len(each) for each in values]))
+
+
+_READERS: dict[str, Callable[[TokenizedExample], Any]] = {
+    "source_row": lambda example: example.source_row,
+    "piece": lambda example: example.piece,
+    "text": lambda example: example.text,
+    "text_pair": lambda example: example.text_pair,
+    "input_ids": lambda example: example.input_ids,
+    "token_type_ids": lambda example: example.token_type_ids,
+    "supervised": lambda example: example.supervised,
+    "document_lengths": lambda example: example.document_lengths,
+    "text_bytes": lambda example: example.text_bytes,
+    "label": lambda example: NO_LABEL if example.label is None else example.label,
+}
+
+
+def rows_of(block: RowBlock) -> list[CachedExample]:
+    """A block -> its rows. Tensors are views of one copy of each column."""
+    soft = split_rows(unpack_soft(block), positions_of(block).tolist())
+    numbers: dict[str, list[Any]] = {name: values.tolist() for name, values in block.numbers.items()}
+    others: dict[str, list[Any]] = {name: values.to_pylist() for name, values in block.others.items()}
+    lists = {name: _parts(column) for name, column in block.lists.items() if name in _LISTS}
+    none = [None] * len(block)
+    kept = [name for name in block.others if name not in COLUMNS]
+    return [
+        CachedExample(
+            TokenizedExample(
+                source_row=numbers["source_row"][i],
+                piece=numbers["piece"][i],
+                input_ids=lists["input_ids"][i],
+                supervised=lists.get("supervised", none)[i],
+                token_type_ids=lists.get("token_type_ids", none)[i],
+                label=_label(numbers.get("label", none)[i]),
+                text=others.get("text", none)[i],
+                text_pair=others.get("text_pair", none)[i],
+                document_lengths=lists.get("document_lengths", none)[i],
+                text_bytes=numbers.get("text_bytes", none)[i] or 0,
+                kept={name: others[name][i] for name in kept},
+            ),
+            soft[i],
+            numbers["teacher_nll_sum"][i],
+            numbers["teacher_entropy_sum"][i],
+            numbers["content_hash"][i],
+            torch.from_numpy(lists["entropy"][i].astype(np.float32)) if "entropy" in lists else None,
+        )
+        for i in range(len(block))
+    ]
+
+
+_LISTS = ("input_ids", "token_type_ids", "supervised", "document_lengths", "entropy")
+
+
+def _parts(column: Ragged) -> list[np.ndarray]:
+    """The list of each row; Arrow's own memory is read-only, and is copied."""
+    values = column.values if column.values.flags.writeable else column.values.copy()
+    offsets = column.offsets.tolist()
+    return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+
+
+def _label(label: int | None) -> int | None:
+    return None if label == NO_LABEL else label
+
+
+def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) -> RowBlock:
+    """Rows of several blocks of one cache, or of caches with one encoding -> one block. There is at least one segment.
+
+    Args:
+        names: the columns that are wanted; None: all. The entropy of each position is left out where one of the caches has none.
+    """
+    first = segments[0][0]
+    if len(segments) == 1 and segments[0][2] - segments[0][1] == len(first):
+        return first
+
+    def wanted(columns: Iterable[str]) -> list[str]:
+        found = [name for name in columns if names is None or name in names]
+        if "entropy" in found and not all("entropy" in block.lists for block, _, _ in segments):
+            found.remove("entropy")
+        return found
+
+    return RowBlock(
+        first.encoding,
+        first.num_classes,
+        {
+            name: _gather([(block.lists[name], start, stop) for block, start, stop in segments])
+            for name in wanted(first.lists)
+        },
+        {
+            name: np.concatenate([block.numbers[name][start:stop] for block, start, stop in segments])
+            for name in wanted(first.numbers)
+        },
+        {
+            name: pa.concat_arrays([block.others[name][start:stop] for block, start, stop in segments])
+            for name in wanted(first.others)
+        },
+    )
+
+
+def _gather(parts: Sequence[tuple[Ragged, int, int]]) -> Ragged:
+    counts = np.concatenate([column.counts[start:stop] for column, start, stop in parts])
+    values = [column.values[column.offsets[start] : column.offsets[stop]] for column, start, stop in parts]
+    return Ragged.of(np.concatenate(values), counts)
