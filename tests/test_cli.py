@@ -290,14 +290,14 @@ def test_a_stale_teacher_gives_way_and_an_interrupted_student_goes_on(project, c
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_measure", interrupt)
+        patch.setattr(training, "detach_loss", interrupt)
         assert call("run", "run.yaml").exit_code == 130
     caplog.clear()
     assert call("run", "run.yaml", "--through", "train-student").exit_code == 0
     assert "goes on from checkpoint-3" in caplog.text
 
     with monkeypatch.context() as patch:  # another run was interrupted there: what it has left is stale
-        patch.setattr(training, "_measure", interrupt)
+        patch.setattr(training, "detach_loss", interrupt)
         project["train-student"][0]["seed"] = 1
         Path("run.yaml").write_text(yaml.safe_dump(project))
         assert call("run", "run.yaml", "train-student").exit_code == 130
@@ -387,7 +387,7 @@ def test_help_begins_with_what_is_required_and_has_groups():
     titles = [line[:-1] for line in text.splitlines() if re.fullmatch(r"[A-Z]\w+:", line)]
     assert titles == ["Required", "Data", "Model", "Loss", "Training", "Machine", "Output", "Options"]
     assert "[required]" in text
-    assert "[default: 0.5]" in text
+    assert "[default: ghost]" in text
     assert "[default: no-resume]" in text
     assert call("help", "train-student").output == text
     assert call("help").output == call("--help").output

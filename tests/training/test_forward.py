@@ -15,7 +15,7 @@ from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.tasks import get_task
 from pipeline.training import DistillationTrainer, distillation_loss
-from pipeline.training.batches.collate import Collator, from_tensors
+from pipeline.training.batches.collate import Collator, TrainingRows, from_tensors
 from pipeline.training.forward import GIVEN, attach_loss, detach_loss
 from tests.conftest import tiny_model
 from tests.support.rows import build_cache
@@ -33,8 +33,8 @@ def cache(tmp_path_factory, lm_tokenizer) -> Cache:
 
 
 def batch_of(cache: Cache, count: int = 6, **settings):
-    rows = [(row, True) for row in cache.dataset("train")][:count]
-    return Collator(TASK, cache.tokenizer, 1.0, **settings)(rows)
+    picked = TrainingRows(cache.dataset("train")).__getitems__(list(range(count)))
+    return Collator(TASK, cache.tokenizer, 1.0, **settings)(picked)
 
 
 def losses(model, tensors, loss: Loss = LOSS, *, attach: bool = True):

@@ -190,7 +190,7 @@ def test_seeds_determinants_curves_and_costs_of_training(setting, tmp_path):
     a, _, control = found.models
     assert [run.seed for run in a.runs] == [0, 1]
     assert a.made_by == "0.9 forward-kl at T = 2 + 0.1 hard labels"
-    assert control.made_by == "0.5 hard labels"
+    assert control.made_by == "0.1 hard labels"
     line = next(item for item in found.quality if item.name == "a")
     each = [np.nan, np.nan]
     for i, run in enumerate(("a0", "a1")):
