@@ -19,7 +19,7 @@ from pipeline.sources.columns import check_alike, check_inputs, check_kept, chec
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
 from pipeline.sources.files.hub import load_hub
-from pipeline.sources.files.joined import JoinedRows, parts_of
+from pipeline.sources.files.joined import JoinedRows, parts_of, with_partial_columns
 from pipeline.sources.files.layout import EXPECTED, check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
@@ -182,11 +182,9 @@ def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: floa
         raise SourceError(f"{name}: no split; expected at least one data set")
     for split, dataset in splits.items():
         check_split_name(name, split)
-        if isinstance(dataset, ParquetRows):
-            splits[split] = _by_label(dataset, columns.label)
-        elif (
-            not isinstance(dataset, JoinedRows) and dataset.format["type"] == "custom"
-        ):  # rows are read without their format
+        if isinstance(dataset, ParquetRows | JoinedRows):
+            splits[split] = with_partial_columns(dataset, (columns.label,) if columns.label is not None else ())
+        elif dataset.format["type"] == "custom":  # rows are read without their format
             raise SourceError(
                 f"{name}: split {split}: has a transform (with_transform or set_transform), which would not be applied; "
                 "apply it with map(), or take it off with reset_format()"
@@ -215,14 +213,6 @@ def _warn_of_absent(where: str, rows: ParquetRows) -> None:
         logger.warning(
             "%s: column %r is not in every file and is not read: %s has none", where, column, shareable_url(location)
         )
-
-
-def _by_label(rows: ParquetRows, label: str | None) -> Rows:
-    """Files with labels and files without, joined: rows of the others have no label."""
-    if label is None or label not in rows.absent:
-        return rows
-    parts = rows.split_by(label)
-    return JoinedRows(list(parts.values()), names=[shareable_url(name) for name in parts])
 
 
 def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None:

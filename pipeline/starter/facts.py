@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.sources.batches import UNREADABLE, read_rows
 from pipeline.sources.columns import describe
-from pipeline.sources.files.joined import JoinedRows
+from pipeline.sources.files.joined import JoinedRows, with_partial_columns
 from pipeline.sources.files.parquet import ParquetRows
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Facts:
 
 
 def column_facts(splits: Mapping[str, Rows]) -> dict[str, Facts]:
-    """Column -> its facts, over all splits, in the order of the columns."""
+    """Column -> its facts, over all splits, in the order of the columns; also of columns that only some files have."""
+    splits = {split: with_partial_columns(rows) for split, rows in splits.items()}
     kinds: dict[str, str] = {}
     names: dict[str, tuple[str, ...] | None] = {}
     for rows in splits.values():

@@ -122,6 +122,17 @@ def test_unlabelled_rows_whose_labels_are_not_to_be_read(encoder):
     assert sum(start.counts.classes.values()) == 80
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_labels_that_only_some_parquet_files_have(encoder, order):
+    names = ["a.parquet", "b.parquet"][::order]
+    Path("data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows()), f"data/{names[0]}")
+    pq.write_table(pa.Table.from_pylist([{"text": row["text"]} for row in rows(50, seed=1)]), f"data/{names[1]}")
+    start, _, _ = init(dataset="data/*.parquet", model=encoder)
+    assert start.roles.label == "label"
+    assert sum(start.counts.classes.values()) == 80
+
+
 def test_a_directory_of_splits_in_parquet_with_classes_as_numbers(encoder):
     Path("data").mkdir()
     for split, count in (("train", 80), ("test", 30)):

@@ -265,6 +265,19 @@ def test_a_parquet_file_beside_a_csv(tmp_path: Path) -> None:
     assert label_names(source) == ("a", "b")
 
 
+@pytest.mark.parametrize("files", ["abc", "bac", "cba", "bb", "bbc"])
+def test_labels_of_parquet_files_of_which_some_have_none(tmp_path: Path, files: str) -> None:
+    pq.write_table(pa.table({"label": ["x", "y"], "text": ["a0", "a1"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["b0", "b1"]}), tmp_path / "b.parquet")
+    put(tmp_path, "c.csv", "text,label\nc0,x\nc1,y\n")
+    names = [f"train={name}.{'csv' if name == 'c' else 'parquet'}" for name in files]
+    source = load_source(DataConfig(dataset=str(tmp_path), data_files=tuple(names)))
+    labels = LabelMap.for_names(source, ("x", "y")) if source.columns.label else None
+    found = [(row.text, row.label) for row in read_examples(source, "train", 0, 2 * len(files), labels)]
+    assert found == [(f"{name}{i}", None if name == "b" else i) for name in files for i in range(2)]
+    assert (source.columns.label is None) == (set(files) == {"b"})
+
+
 @pytest.mark.parametrize("name", ["b.csv", "b.jsonl", "b.parquet"])
 def test_a_file_without_the_text_column_is_named(tmp_path: Path, name: str) -> None:
     put(tmp_path, "a.csv", LABELLED_CSV)
