@@ -56,7 +56,7 @@ class Start:
     is_teacher: bool
     """The model is used as it is, not fine-tuned first."""
     is_default: bool
-    """Nobody has named it."""
+    """Whether the model is the default one, which no flag has named."""
     evaluated: str
     """The split that students are measured on."""
     can_draw: bool

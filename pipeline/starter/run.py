@@ -20,7 +20,7 @@ from pipeline.sources import Source, label_names, load_source, load_unlabelled, 
 from pipeline.sources.batches import read_rows
 from pipeline.sources.prepare import locate
 from pipeline.starter.counts import Counts, count
-from pipeline.starter.facts import column_facts, sampled_ranges
+from pipeline.starter.facts import Facts, column_facts, sampled_ranges
 from pipeline.starter.page import make_page
 from pipeline.starter.places import listed_files, local_files, with_unlabelled_files
 from pipeline.starter.records import Lengths, Start
@@ -76,7 +76,7 @@ def run(config: InitConfig) -> Start:
             data = named
             source, known_labels = _read(data, added, roles, config)
             counts = count(source, known_labels, data.label_map)
-    _check_counts(config, roles, counts)
+    _check_counts(config, roles, facts, counts)
     known = _known(config, counts)
     rows = sample(source, task, known, data)
     lengths = _lengths(task, known, rows, source, roles)
@@ -185,9 +185,17 @@ def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple
     return data, ()
 
 
-def _check_counts(config: InitConfig, roles: Roles, counts: Counts) -> None:
+def _check_counts(config: InitConfig, roles: Roles, facts: Mapping[str, Facts], counts: Counts) -> None:
     if roles.label is None:
         return
+    used = [name for name, number in counts.classes.items() if number]
+    is_numeric = facts[roles.label].kind in ("integers", "floats")
+    if is_numeric and config.teacher is None and 0 < len(used) < len(counts.classes) / 2:
+        more = f" and {len(used) - 5} more" if len(used) > 5 else ""
+        raise SourceError(
+            f"{config.dataset}: column {roles.label!r}: expected class ids 0 to N without gaps, found only "
+            f"{', '.join(used[:5])}{more}, which would make {len(counts.classes)} classes; write names instead"
+        )
     if not counts.splits["train"].labelled:
         raise SourceError(f"{config.dataset}: split train has no labelled row in column {roles.label!r}")
     if sum(number > 0 for number in counts.classes.values()) < 2:
