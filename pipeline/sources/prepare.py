@@ -24,6 +24,7 @@ from pipeline.sources.files.layout import EXPECTED, check_split_name, files_name
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
 from pipeline.sources.files.told_apart import is_model, missing_path
+from pipeline.sources.labels import fold
 from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
@@ -231,9 +232,16 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
 
 
 def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
-    """Say how many rows have no label because their file has no such column."""
-    if not isinstance(dataset, JoinedRows):
+    """Say how many rows have no label because their file has no such column, and where it is spelt otherwise."""
+    if not isinstance(dataset, JoinedRows) or label is None:
         return
+    for file, part in zip(dataset.names, dataset.parts, strict=True):
+        near = next((name for name in part.column_names if fold(name) == fold(label)), None)
+        if near is not None and label not in part.column_names:
+            logger.warning(
+                "%s: %s: column %r is not read as the label, which is %r: its %d rows have none; spell both alike",
+                *(where, file, near, label, len(part)),
+            )
     without = sum(len(part) for part in dataset.parts if label not in part.column_names)
     if 0 < without < len(dataset):
         logger.info(
