@@ -39,6 +39,11 @@ HOLDOUT = 0.1
 _FEWEST = 30
 #: More letters beside a to z: the texts are not English. German has 2%, English 0.1%.
 _FOREIGN = 0.006
+#: Flags of other commands that messages name -> what does the same here.
+_ELSEWHERE = {
+    "--data-files": "softlabel init has no --data-files: name files after their splits, as train.csv and test.csv, or give one",
+    "--holdout": "softlabel init has no --holdout: add more rows, or a file for the split test",
+}
 _CHARACTERS_OF_TOKEN = 3.5  # fewer than most texts have: too few cut rows, too many only take longer
 #: Rows up to here are not cut, whatever their number.
 _SHORT = 128
@@ -46,6 +51,21 @@ _SHORT = 128
 
 def run(config: InitConfig) -> Start:
     """`softlabel init`: look at a data set and write the file.
+
+    Raises:
+        PipelineError: as `_written` says; where the message names a flag that other commands have, what to do here.
+    """
+    try:
+        return _written(config)
+    except (SourceError, MisuseError) as error:
+        hint = next((hint for flag, hint in _ELSEWHERE.items() if flag in str(error)), None)
+        if hint is None:
+            raise
+        raise type(error)(f"{error} ({hint})") from error
+
+
+def _written(config: InitConfig) -> Start:
+    """What was found and chosen; the file is there.
 
     Raises:
         MisuseError: the file is there already; several columns can be the text or the label; a language model without a teacher.
@@ -66,6 +86,7 @@ def run(config: InitConfig) -> Start:
             f"{config.dataset}: {_why_generative(roles)}: a language model needs its teacher named; give --teacher NAME "
             "(used as it is), or --model NAME (fine-tuned on this data first)"
         )
+    _check_unlabelled(config, roles)
     data, added = with_unlabelled_files(_data(config, roles, found.splits), config.unlabelled)
     source, known_labels = _read(data, added, roles, config)
     counts = count(source, known_labels, data.label_map)
@@ -113,6 +134,19 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise MisuseError(f"--output {output}: expected the name of a YAML file, as distil.yaml")
     if output.exists() and not overwrite:
         raise MisuseError(f"--output {output}: is there already; name another file, or --overwrite to replace it")
+
+
+def _check_unlabelled(config: InitConfig, roles: Roles) -> None:
+    """Check that the data sets of `--unlabelled` have the columns that are read of the labelled one."""
+    inputs = roles.named - {roles.label}
+    for name in config.unlabelled:
+        splits = locate(DataConfig(dataset=name)).splits
+        found = (splits.get("train") or next(iter(splits.values()))).column_names
+        for column in sorted(inputs - set(found)):
+            raise SourceError(
+                f"{name}: --unlabelled: no column {column!r}, which is read of {config.dataset}; found {', '.join(found)}; "
+                "rename a column, so that both have the same names"
+            )
 
 
 def _asked_task(config: InitConfig) -> Task | None:

@@ -324,7 +324,16 @@ def test_long_rows_are_cut_so_that_most_are_whole(encoder):
         ({"dataset": "few.csv"}, SourceError, "few.csv: 9 rows are too few to set some aside as test"),
         ({"dataset": "d.csv", "output": "there.yaml"}, MisuseError, "there.yaml: is there already; .*--overwrite"),
         ({"dataset": "d.csv", "output": "d.csv"}, MisuseError, "expected the name of a YAML file"),
-        ({"dataset": "d.csv", "unlabelled": ("few.jsonl",)}, SourceError, "few.jsonl: .*no column 'text'; found body"),
+        (
+            {"dataset": "d.csv", "unlabelled": ("few.jsonl",)},
+            SourceError,
+            "few.jsonl: --unlabelled: no column 'text', .*; found body; rename",
+        ),
+        (
+            {"dataset": "mixed/*.csv"},
+            SourceError,
+            r"which is which .*\(softlabel init has no --data-files: name files after",
+        ),
         ({"dataset": "d.csv", "unlabelled": ("absent.csv",)}, SourceError, "absent.csv: no such file"),
         ({"dataset": "d.csv", "model": "./absent"}, PipelineError, "./absent: no such directory"),
         ({"dataset": "blank.jsonl"}, SourceError, "column 'label' holds an empty text, .* write null"),
@@ -333,6 +342,8 @@ def test_long_rows_are_cut_so_that_most_are_whole(encoder):
 )
 def test_what_cannot_be_is_one_line(settings, kind, message):
     write_csv("d.csv", rows(), {"text": "text", "label": "label"})
+    for name in ("train", "others"):
+        write_csv(f"mixed/{name}.csv", rows(), {"text": "text", "label": "label"})
     write_csv("few.csv", rows(9), {"text": "text", "label": "label"})
     write_jsonl("few.jsonl", [{"body": "x"}])
     write_jsonl("blank.jsonl", [*rows(), {"text": "x", "label": ""}])
