@@ -53,18 +53,22 @@ def _head(start: Start) -> list[str]:
     lines = [
         *comment(f"Distil {what} into a smaller student. Written by {start.command}"),
         *comment(
-            f"Run every stage: softlabel run {shlex.quote(start.path)}. A stage that is done is skipped; change what you like and run it again."
+            f"Run every stage: softlabel run {shlex.quote(start.path)}. A stage that is done is skipped; "
+            "change what you like and run it again."
         ),
         *comment(
-            "Paths are relative to the directory in which softlabel is started. Keys are flags of the commands: softlabel help train-student lists them."
+            "Paths are relative to the directory in which softlabel is started. Keys are flags of the "
+            "commands: softlabel help train-student lists them."
         ),
     ]
     if start.speed is not None:
         measured = start.speed.is_measured
         lines += comment(
-            "Times are for this machine with nothing else running, from one batch of the model timed on it: right within a factor of two."
+            "Times are for this machine with nothing else running, from one batch of the model timed "
+            "on it: right within a factor of two."
             if measured
-            else "Times are rough: worked out from the size of the model, which is not on this machine or too large to time."
+            else "Times are rough: worked out from the size of the model, which is not on this machine "
+            "or too large to time."
         )
     else:
         lines += comment("No times: the model is not on this machine, and the hub was not reached.")
@@ -101,7 +105,8 @@ def _data(start: Start) -> list[str]:
         lines.append(f"  split: {scalar(list(data.split))}")
     if data.holdout:
         lines += comment(
-            "There is no split test: this share of train is set aside as one, chosen by content; equal texts stay together.",
+            "There is no split test: this share of train is set aside as one, chosen by content; "
+            "equal texts stay together.",
             2,
         )
         lines.append(f"  holdout: {data.holdout}")
@@ -252,7 +257,8 @@ def _init_student(start: Start) -> list[str]:
         layers = f": {len(evenly_spaced(start.known.layers))} of {start.known.layers}"
     return [
         *comment(
-            f"The student begins as a third of the teacher's layers{layers}. For one of another shape: num_layers, hidden_size, num_heads."
+            f"The student begins as a third of the teacher's layers{layers}. "
+            "For one of another shape: num_layers, hidden_size, num_heads."
         ),
         "init-student:",
         f"  teacher: {_teacher(start)}",
@@ -262,7 +268,7 @@ def _init_student(start: Start) -> list[str]:
 
 def _students(start: Start) -> list[str]:
     lines = comment(
-        "The student, and controls that show what the teacher is good for: the same student on an equal footing, without soft labels."
+        "The student, and controls that show what the soft labels add: the same student without soft labels."
     )
     own = f"    student: {_path(start, 'student-init')}"
     cache = f"  - cache: {_path(start, 'cache')}"
@@ -283,7 +289,8 @@ def _students(start: Start) -> list[str]:
     if start.has_unlabelled:
         lines += [
             *comment(
-                "Control: the teacher's most likely class for every row. The difference to the student shows what soft labels add over the teacher's hard predictions.",
+                "Control: the teacher's most likely class for every row. The difference to the student "
+                "shows what soft labels add over the teacher's hard predictions.",
                 2,
             ),
             *(cache, own, f"    output: {_path(start, 'control-teacher-labels')}", "    hard_labels: teacher", *hard),

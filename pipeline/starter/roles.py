@@ -1,4 +1,7 @@
-"""Which column is the text, which the label: by type, values and names. What cannot be told apart is an error."""
+"""Which column is the text and which the label: by type, values and names.
+
+Columns between which nothing decides are an error that names the flag to give.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +177,7 @@ def is_long(each: Facts) -> bool:
 
 
 def _generative(where: str, facts: Mapping[str, Facts], *, named_alone: bool) -> Roles | None:
-    """Chats, prompts with completions, or token ids; `named_alone`: only those whose meaning is beyond doubt."""
+    """Chats, prompts with completions, or token ids; `named_alone`: only those with an unambiguous name."""
     chats = [each.name for each in facts.values() if "role, content" in each.kind or "from, value" in each.kind]
     mixed = [
         n

@@ -53,7 +53,7 @@ def run(config: InitConfig) -> Start:
     """`softlabel init`: look at a data set and write the file.
 
     Raises:
-        PipelineError: as `_written` says; where the message names a flag that other commands have, what to do here.
+        PipelineError: as `_written` says; a message that names a flag of other commands also says what to do here.
     """
     try:
         return _written(config)
@@ -68,7 +68,8 @@ def _written(config: InitConfig) -> Start:
     """What was found and chosen; the file is there.
 
     Raises:
-        MisuseError: the file is there already; several columns can be the text or the label; a language model without a teacher.
+        MisuseError: the file is there already; several columns can be the text or the label; a language model
+            without a teacher.
         SourceError: no data, no column that can be the text or the label, labels that are no classes.
         ModelError: no such model or teacher.
     """
@@ -137,7 +138,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _check_unlabelled(config: InitConfig, roles: Roles) -> None:
-    """Check that the data sets of `--unlabelled` have the columns that are read of the labelled one."""
+    """Check that the data sets of `--unlabelled` have the input columns of the labelled one."""
     inputs = roles.named - {roles.label}
     for name in config.unlabelled:
         splits = locate(DataConfig(dataset=name)).splits
@@ -203,7 +204,7 @@ def _read(data: DataConfig, added: tuple[str, ...], roles: Roles, config: InitCo
 
 
 def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple[DataConfig, tuple[str, ...]]:
-    """A split `test` without labels measures nothing: its rows are read with those of `train`, or not at all."""
+    """The same data with the rows of an unlabelled split `test` in `train`, or without that split."""
     if data.data_files:
         renamed = tuple(
             "train=" + item.removeprefix("test=") if item.startswith("test=") else item for item in data.data_files

@@ -93,7 +93,10 @@ def _separates(sign: str, names: str, lines: Sequence[str]) -> bool:
     """Whether a sign of the first line, `names` without its quoted parts, separates columns in most lines below it too."""
     if sign not in names:
         return False
-    rows = [row for row in csv.reader([f"{line}\n" for line in lines[1:]], delimiter=sign) if row]
+    try:
+        rows = [row for row in csv.reader([f"{line}\n" for line in lines[1:]], delimiter=sign) if row]
+    except csv.Error:  # very long fields, or the ends of lines of another system
+        return True
     return 2 * sum(len(row) > 1 for row in rows) >= len(rows)
 
 
@@ -106,7 +109,10 @@ def _csv_settings(kind: str, separator: str | None) -> dict[str, Any]:
 
 
 def _first_lines(path: Path, most: int) -> list[str]:
-    """The first lines of a text file, compressed or not; one empty line where it cannot be read: the reader says why."""
+    """The first lines of a text file, compressed or not, up to one that is very long.
+
+    One empty line where the file cannot be read: the reader says why.
+    """
     if path.suffix.lower() == ".zst":
         return [""]
     try:
@@ -114,7 +120,8 @@ def _first_lines(path: Path, most: int) -> list[str]:
             lines = list(itertools.takewhile(bool, (handle.readline(_MAX_HEADER_BYTES) for _ in range(most))))
     except (OSError, EOFError, lzma.LZMAError):
         return [""]
-    return [line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in lines] or [""]
+    whole = [*lines[:1], *itertools.takewhile(lambda line: len(line) < _MAX_HEADER_BYTES, lines[1:])]
+    return [line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in whole] or [""]
 
 
 def _header(path: Path, settings: Mapping[str, Any]) -> list[str]:

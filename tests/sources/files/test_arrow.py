@@ -338,6 +338,8 @@ def test_a_semicolon_in_the_name_of_the_only_column(tmp_path: Path) -> None:
     assert texts(source) == ["it is broken", "again; or not", "no answer"]
     put(tmp_path, "b.csv", 'text;label\n"one\ntwo";a\nthree\n')
     assert texts(load_source(DataConfig(dataset=str(tmp_path / "b.csv")))) == ["one\ntwo", "three"]
+    put(tmp_path, "c.csv", "text;label\n" + "long " * 40_000 + ";a\n")
+    assert load_source(DataConfig(dataset=str(tmp_path / "c.csv"))).splits["train"].column_names == ["text", "label"]
 
 
 def test_names_that_end_with_a_comma_and_names_like_an_index(tmp_path: Path) -> None:
