@@ -25,7 +25,7 @@ from pipeline.cache.storage.urls import is_url, pinned
 from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
 from pipeline.config.options import name_and_path
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, ConfigError, MisuseError
 from pipeline.evaluation.report.figures import require_matplotlib
 from pipeline.records import Outline
 from pipeline.sources.files.arrow import is_saved
@@ -90,7 +90,11 @@ def run(
     """
     chosen = list(stage_configs(file, stages, through))
     if any(name == "report" for name, _ in chosen):
-        require_matplotlib()  # before hours of work
+        try:
+            require_matplotlib()  # before hours of work
+        except MisuseError:
+            if not all(_is_done(Path(config.output or ""), name, _key(config)) for name, config in chosen):
+                raise
     for name, config in chosen:
         output = Path(config.output) if config.output is not None else None
         key = _key(config)

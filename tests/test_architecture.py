@@ -57,7 +57,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"facts"},
         {"counts", "roles", "places", "teacher"},
         {"records"},
-        {"times"},
+        {"cautions", "times"},
         {"page"},
         {"run"},
         {"__init__"},

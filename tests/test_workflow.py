@@ -28,6 +28,9 @@ def test_run_ends_with_the_report_where_the_file_has_one(project, caplog, monkey
     assert again.stdout.count("kept in runs/report/report.html") == 1
     assert "report: runs/report is up to date" in caplog.text
     assert Path("runs/report/report.json").stat().st_mtime_ns == made
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        assert call("run", "run.yaml").exit_code == 0
     Path("runs/b/distillation.json").write_text(Path("runs/b/distillation.json").read_text() + " ")  # a changed control
     assert call("run", "run.yaml", "report").exit_code == 0
     assert Path("runs/report/report.json").stat().st_mtime_ns > made

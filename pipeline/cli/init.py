@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from shlex import quote
 from textwrap import fill
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,13 @@ def _init(config: cfg.InitConfig) -> None:
     start = run(config)
     for name, text in _findings(start):
         click.echo(fill(text, 110, initial_indent=f"{name:<10}", subsequent_indent=" " * 10, break_on_hyphens=False))
-    click.echo(f"\nwritten to {config.output}; look at it, then\n    softlabel run {config.output}")
+    click.echo(f"\nwritten to {config.output}; look at it, then\n    softlabel run {quote(config.output)}")
 
 
 def _findings(start: Start) -> Iterator[tuple[str, str]]:
     """What was found and chosen, a line each."""
-    from pipeline.starter.page import class_line, few_line, length_line, other_columns, rare_line, split_line
+    from pipeline.starter.cautions import label_cautions, text_cautions
+    from pipeline.starter.page import class_line, few_line, length_line, moved_line, other_columns, split_line
     from pipeline.starter.roles import summary
 
     yield "task", start.task
@@ -37,8 +39,8 @@ def _findings(start: Start) -> Iterator[tuple[str, str]]:
         yield "text", f"column {name!r}: {summary(start.facts[name])}"
     if start.roles.label is not None:
         yield "label", f"column {start.roles.label!r}: {class_line(start)}"
-    if start.counts.rare:
-        yield "caution", rare_line(start)
+    for caution in (*label_cautions(start), *text_cautions(start)):
+        yield "caution", caution
     if start.others:
         yield "not read", f"{other_columns(start)}"
     for split in start.counts.splits:
@@ -46,6 +48,8 @@ def _findings(start: Start) -> Iterator[tuple[str, str]]:
         yield "rows", split_line(start, split) + held
     for file, rows in start.unlabelled_files.items():
         yield "", f"of these, {rows:,} of {file} without a label"
+    if moved := moved_line(start):
+        yield "caution", moved
     for pair, number in start.counts.shared.items():
         yield "caution", f"{number:,} inputs stand in both of the splits {pair}"
     if few := few_line(start):

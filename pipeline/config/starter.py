@@ -53,3 +53,6 @@ class InitConfig:
             raise MisuseError("--text-column, --messages-column and --prompt-column: give one of them")
         if self.label_column is not None and self.label_column == self.text_column:
             raise MisuseError(f"--label-column {self.label_column}: is the text column too; name another")
+        if self.text_pair_column is not None and self.text_pair_column in (self.text_column, self.label_column):
+            other = "text" if self.text_pair_column == self.text_column else "label"
+            raise MisuseError(f"--text-pair-column {self.text_pair_column}: is the {other} column too; name another")

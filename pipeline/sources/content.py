@@ -113,8 +113,9 @@ def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
     """Which rows belong to the test split.
 
     A row's side depends on its inputs alone: added rows move no other row, equal inputs stay together, and a larger
-    share keeps what a smaller one held out. Rows of files without the label column are held out only where a labelled
-    row of the same inputs is: a test split is there to be measured on.
+    share keeps what a smaller one held out. Rows of files without the label column are held out only where a row of
+    the same inputs in another file is: a test split is there to be measured on. Rows of a file that has the label column
+    are held out whether they have a label or not.
 
     Returns:
         (rows,) bool.
@@ -126,7 +127,7 @@ def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
         dtype=np.uint64,
         count=len(dataset),
     )
-    below = (positions <= np.uint64(limit - 1)) & (limit > 0)
+    below = positions <= np.uint64(limit - 1)
     label = columns.label
     if not isinstance(dataset, JoinedRows) or label is None or label not in dataset.column_names:
         return below

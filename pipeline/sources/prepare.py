@@ -19,11 +19,12 @@ from pipeline.sources.columns import check_alike, check_inputs, check_kept, chec
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
 from pipeline.sources.files.hub import load_hub
-from pipeline.sources.files.joined import JoinedRows, parts_of
+from pipeline.sources.files.joined import JoinedRows, parts_of, with_partial_columns
 from pipeline.sources.files.layout import EXPECTED, check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
 from pipeline.sources.files.told_apart import is_model, missing_path
+from pipeline.sources.labels import fold
 from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
@@ -182,11 +183,9 @@ def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: floa
         raise SourceError(f"{name}: no split; expected at least one data set")
     for split, dataset in splits.items():
         check_split_name(name, split)
-        if isinstance(dataset, ParquetRows):
-            splits[split] = _by_label(dataset, columns.label)
-        elif (
-            not isinstance(dataset, JoinedRows) and dataset.format["type"] == "custom"
-        ):  # rows are read without their format
+        if isinstance(dataset, ParquetRows | JoinedRows):
+            splits[split] = with_partial_columns(dataset, (columns.label,) if columns.label is not None else ())
+        elif dataset.format["type"] == "custom":  # rows are read without their format
             raise SourceError(
                 f"{name}: split {split}: has a transform (with_transform or set_transform), which would not be applied; "
                 "apply it with map(), or take it off with reset_format()"
@@ -217,14 +216,6 @@ def _warn_of_absent(where: str, rows: ParquetRows) -> None:
         )
 
 
-def _by_label(rows: ParquetRows, label: str | None) -> Rows:
-    """Files with labels and files without, joined: rows of the others have no label."""
-    if label is None or label not in rows.absent:
-        return rows
-    parts = rows.split_by(label)
-    return JoinedRows(list(parts.values()), names=[shareable_url(name) for name in parts])
-
-
 def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None:
     where = f"{name}: split {split}"
     if len(dataset) == 0:
@@ -241,9 +232,16 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
 
 
 def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
-    """Say how many rows have no label because their file has no such column."""
-    if not isinstance(dataset, JoinedRows):
+    """Say how many rows have no label because their file has no such column, and where it is spelt otherwise."""
+    if not isinstance(dataset, JoinedRows) or label is None:
         return
+    for file, part in zip(dataset.names, dataset.parts, strict=True):
+        near = next((name for name in part.column_names if fold(name) == fold(label)), None)
+        if near is not None and label not in part.column_names:
+            logger.warning(
+                "%s: %s: column %r is not read as the label, which is %r: its %d rows have none; spell both alike",
+                *(where, file, near, label, len(part)),
+            )
     without = sum(len(part) for part in dataset.parts if label not in part.column_names)
     if 0 < without < len(dataset):
         logger.info(

@@ -41,7 +41,7 @@ class Counts:
     classes: Mapping[str, int]
     """Name -> labelled rows of all splits."""
     rare: tuple[str, ...]
-    """Classes with fewer than `FEW` labelled rows in `train`."""
+    """Classes with labelled rows, but fewer than `FEW` in `train`."""
     shared: Mapping[str, int]
     """"one, other" -> different inputs that stand in both splits."""
     foreign_letters: float
@@ -102,7 +102,7 @@ def count(source: Source, names: Sequence[str], label_map: Sequence[str]) -> Cou
     return Counts(
         splits=splits,
         classes={name: classes[i] for i, name in enumerate(names)},
-        rare=tuple(name for i, name in enumerate(names) if in_train[i] < FEW),
+        rare=tuple(name for i, name in enumerate(names) if classes[i] and in_train[i] < FEW),
         shared=shared,
         foreign_letters=foreign / max(1, letters),
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.sources.batches import UNREADABLE, read_rows
 from pipeline.sources.columns import describe
-from pipeline.sources.files.joined import JoinedRows
+from pipeline.sources.files.joined import JoinedRows, with_partial_columns
 from pipeline.sources.files.parquet import ParquetRows
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Facts:
     """Of these, rows with a value that is not empty."""
     distinct: int
     values: tuple[tuple[object, int], ...]
-    """The values and how often each stands there, the most frequent first; empty where there are very many."""
+    """The values and their counts, the most frequent first; empty where there are very many."""
     class_names: tuple[str, ...] | None
     """Of a column of class labels."""
     mean_chars: float
@@ -62,7 +62,8 @@ class Facts:
 
 
 def column_facts(splits: Mapping[str, Rows]) -> dict[str, Facts]:
-    """Column -> its facts, over all splits, in the order of the columns."""
+    """Column -> its facts over all splits, in the order of the columns, those of some files included."""
+    splits = {split: with_partial_columns(rows) for split, rows in splits.items()}
     kinds: dict[str, str] = {}
     names: dict[str, tuple[str, ...] | None] = {}
     for rows in splits.values():
@@ -93,7 +94,7 @@ def sampled_rows(rows: Rows, names: list[str], most: int = MOST_ROWS) -> Iterato
 
 
 def sampled_ranges(rows: Rows, most: int, runs: int = _RUNS) -> list[range]:
-    """Evenly spaced runs with at most so many rows together; few row groups where rows are read by those."""
+    """Evenly spaced runs of at most `most` rows in total, from few row groups in Parquet files."""
     count = len(rows)
     if count <= most:
         return [range(count)]

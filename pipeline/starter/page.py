@@ -6,12 +6,14 @@ import glob
 import json
 import math
 import os
+import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
+from pipeline.starter.cautions import is_range, label_cautions, text_cautions
 from pipeline.starter.records import Start
 from pipeline.starter.roles import summary
 from pipeline.starter.times import cache_time, student_time, teacher_time
@@ -51,18 +53,22 @@ def _head(start: Start) -> list[str]:
     lines = [
         *comment(f"Distil {what} into a smaller student. Written by {start.command}"),
         *comment(
-            f"Run every stage: softlabel run {start.path}. A stage that is done is skipped; change what you like and run it again."
+            f"Run every stage: softlabel run {shlex.quote(start.path)}. A stage that is done is skipped; "
+            "change what you like and run it again."
         ),
         *comment(
-            "Paths are relative to the directory in which softlabel is started. Keys are flags of the commands: softlabel help train-student lists them."
+            "Paths are relative to the directory in which softlabel is started. Keys are flags of the "
+            "commands: softlabel help train-student lists them."
         ),
     ]
     if start.speed is not None:
         measured = start.speed.is_measured
         lines += comment(
-            "Times are for this machine with nothing else running, from one batch of the model timed on it: right within a factor of two."
+            "Times are for this machine with nothing else running, from one batch of the model timed "
+            "on it: right within a factor of two."
             if measured
-            else "Times are rough: worked out from the size of the model, which is not on this machine or too large to time."
+            else "Times are rough: worked out from the size of the model, which is not on this machine "
+            "or too large to time."
         )
     else:
         lines += comment("No times: the model is not on this machine, and the hub was not reached.")
@@ -83,9 +89,7 @@ def _data(start: Start) -> list[str]:
                 f"Rows of a file without the column {start.roles.label!r}, or with nothing in it, have no label.", 2
             )
         if start.moved:
-            lines += comment(
-                f"The split {start.moved[0]} has no labels to measure with: its rows are read with those of train.", 2
-            )
+            lines += comment(moved_line(start), 2)
         lines.append("  data_files:")
         files: dict[str, list[str]] = {}
         for item in data.data_files:
@@ -97,11 +101,12 @@ def _data(start: Start) -> list[str]:
                 *(f"      - {scalar(pattern)}{_of_file(start, pattern)}" for pattern in patterns),
             ]
     if data.split:
-        lines += comment("The split test has no labels to measure with and is left out.", 2)
+        lines += comment(moved_line(start), 2)
         lines.append(f"  split: {scalar(list(data.split))}")
     if data.holdout:
         lines += comment(
-            "There is no split test: this share of train is set aside as one, chosen by content; equal texts stay together.",
+            "There is no split test: this share of train is set aside as one, chosen by content; "
+            "equal texts stay together.",
             2,
         )
         lines.append(f"  holdout: {data.holdout}")
@@ -127,9 +132,16 @@ def few_line(start: Start) -> str:
         return ""
     points = 98 / math.sqrt(start.measured)
     return (
-        f"Only {start.measured:,} labelled rows in {start.evaluated}: an accuracy of one half is uncertain by {points:.0f} "
-        "points there. Label more rows, or set a larger holdout aside."
+        f"Only {start.measured:,} labelled rows in {start.evaluated}: an accuracy near 50% has a margin of error of "
+        f"{points:.0f} points. Label more rows, or set a larger holdout aside."
     )
+
+
+def moved_line(start: Start) -> str:
+    """Where the rows of a split test without labels are read; empty: there is no such split."""
+    if start.moved:
+        return f"The split {start.moved[0]} has no labels to measure with: its rows are read with those of train."
+    return "The split test has no labels to measure with and is left out." if start.data.split else ""
 
 
 def split_line(start: Start, split: str) -> str:
@@ -156,8 +168,8 @@ def _columns(start: Start) -> Iterator[str]:
             continue
         if key == "label":
             yield from comment(class_line(start), 2)
-            if start.counts.rare:
-                yield from comment(rare_line(start), 2)
+            for caution in label_cautions(start):
+                yield from comment(f"Caution: {caution}", 2)
         else:
             yield from comment(f"{summary(start.facts[name]).capitalize()}.", 2)
         yield f"  {key}_column: {scalar(name)}"
@@ -165,6 +177,8 @@ def _columns(start: Start) -> Iterator[str]:
         yield f"  label_map: {scalar(list(data.label_map))}"
     if start.others:
         yield from comment(f"Other columns, not read: {other_columns(start)}.", 2)
+    for caution in text_cautions(start):
+        yield from comment(f"Caution: {caution}", 2)
     for pair, number in start.counts.shared.items():
         yield from comment(f"Caution: {number:,} inputs stand in both of the splits {pair}.", 2)
 
@@ -173,14 +187,10 @@ def class_line(start: Start) -> str:
     """How many classes there are, and how many rows each has."""
     known = [f"{name} {number:,}" for name, number in sorted(start.counts.classes.items(), key=lambda item: -item[1])]
     more = f", and {len(known) - 12} more" if len(known) > 12 else ""
-    return f"{len(known)} classes: {', '.join(known[:12])}{more}."
-
-
-def rare_line(start: Start) -> str:
-    """Classes that cannot be learnt."""
-    rare = start.counts.rare
-    more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
-    return f"Fewer than 5 labelled rows in train: {', '.join(rare[:8])}{more}; label more of them, or join classes with label_map."
+    unused = [name for name, number in start.counts.classes.items() if not number]
+    numbers = ", numbers being class ids from 0" if is_range(start) else ""
+    without = f" ({len(unused)} without a row{numbers})" if unused else ""
+    return f"{len(known)} classes{without}: {', '.join(known[:12])}{more}."
 
 
 def other_columns(start: Start) -> str:
@@ -247,7 +257,8 @@ def _init_student(start: Start) -> list[str]:
         layers = f": {len(evenly_spaced(start.known.layers))} of {start.known.layers}"
     return [
         *comment(
-            f"The student begins as a third of the teacher's layers{layers}. For one of another shape: num_layers, hidden_size, num_heads."
+            f"The student begins as a third of the teacher's layers{layers}. "
+            "For one of another shape: num_layers, hidden_size, num_heads."
         ),
         "init-student:",
         f"  teacher: {_teacher(start)}",
@@ -257,7 +268,7 @@ def _init_student(start: Start) -> list[str]:
 
 def _students(start: Start) -> list[str]:
     lines = comment(
-        "The student, and controls that show what the teacher is good for: the same student on an equal footing, without soft labels."
+        "The student, and controls that show what the soft labels add: the same student without soft labels."
     )
     own = f"    student: {_path(start, 'student-init')}"
     cache = f"  - cache: {_path(start, 'cache')}"
@@ -278,7 +289,8 @@ def _students(start: Start) -> list[str]:
     if start.has_unlabelled:
         lines += [
             *comment(
-                "Control: the teacher's most likely class for every row. What the student is better by is what softness adds.",
+                "Control: the teacher's most likely class for every row. The difference to the student "
+                "shows what soft labels add over the teacher's hard predictions.",
                 2,
             ),
             *(cache, own, f"    output: {_path(start, 'control-teacher-labels')}", "    hard_labels: teacher", *hard),

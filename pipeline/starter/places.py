@@ -46,8 +46,8 @@ def with_unlabelled_files(data: DataConfig, unlabelled: Sequence[str]) -> tuple[
     """Where the rows without labels are named: among the files of `train`, or in `cache-logits`.
 
     Returns:
-        The section `data`, and `unlabelled` of the section `cache-logits`: what is no file on this machine, or holds labels,
-        which are not to be read.
+        The section `data`, and `unlabelled` of the section `cache-logits`: names of what is no file on this machine, or of
+        files with labels, which are not to be read.
     """
     if not unlabelled:
         return data, ()

@@ -56,7 +56,7 @@ class Start:
     is_teacher: bool
     """The model is used as it is, not fine-tuned first."""
     is_default: bool
-    """Nobody has named it."""
+    """Whether the model is the default one, which no flag has named."""
     evaluated: str
     """The split that students are measured on."""
     can_draw: bool
@@ -70,7 +70,7 @@ class Start:
 
     @property
     def is_split(self) -> bool:
-        """Whether a row that is too long is read in pieces, as documents are; else it loses its end."""
+        """Whether a row that is too long is read in pieces, as documents are; else its end is cut."""
         return self.generative and self.roles.text is not None
 
     @property

@@ -1,4 +1,7 @@
-"""Which column is the text, which the label: by type, values and names. What cannot be told apart is an error."""
+"""Which column is the text and which the label: by type, values and names.
+
+Columns between which nothing decides are an error that names the flag to give.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ _NEVER_LABEL = _words(
     "id ids uid uuid index idx nr no nummer number date datum day time zeit timestamp year jahr month monat url link "
     "language lang sprache split source file"
 )
+#: Words of `_NEVER_LABEL` that also number classes: `class_id`, `label no`.
+_NUMBERING = _words("id ids index idx nr no nummer number")
 _CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
 _PAIRS = (
     ("prompt", "completion"),
@@ -79,6 +84,7 @@ def choose_roles(where: str, facts: Mapping[str, Facts], config: InitConfig, *, 
     for name in (*asked, config.prompt_column, config.completion_column):
         if name is not None and name not in facts:
             raise SourceError(f"{where}: no column {name!r}; found {', '.join(facts)}")
+    _check_flags(config, tokens=tokens)
     if config.prompt_column is not None:
         return Roles(prompt=config.prompt_column, completion=config.completion_column)
     if config.messages_column is not None:
@@ -114,6 +120,25 @@ def choose_roles(where: str, facts: Mapping[str, Facts], config: InitConfig, *, 
             f"{where}: the first line is a row, and no names of columns ({text[:40]!r}, {label!r}); put a line of names first, as text,label"
         )
     return Roles(text=text, text_pair=pair, label=label)
+
+
+def _check_flags(config: InitConfig, *, tokens: bool | None) -> None:
+    """Check that the columns named are those that models of the task read.
+
+    Raises:
+        MisuseError: one that they do not.
+    """
+    if tokens is None:
+        return
+    of_chats = ("messages_column", "prompt_column", "completion_column")
+    wrong = ("text_pair_column", "label_column") if tokens else of_chats
+    given = next((name for name in wrong if getattr(config, name) is not None), None)
+    if given is not None:
+        named = "--teacher" if config.task is None else f"--task {config.task}"
+        model, other = ("a language model", "classifier") if tokens else ("a classifier", "language model")
+        raise MisuseError(
+            f"--{given.replace('_', '-')} does not go with {named}: {model} does not read such a column; drop the flag, or name a {other}"
+        )
 
 
 def listed(facts: Iterable[Facts]) -> str:
@@ -152,7 +177,7 @@ def is_long(each: Facts) -> bool:
 
 
 def _generative(where: str, facts: Mapping[str, Facts], *, named_alone: bool) -> Roles | None:
-    """Chats, prompts with completions, or token ids; `named_alone`: only those whose meaning is beyond doubt."""
+    """Chats, prompts with completions, or token ids; `named_alone`: only those with an unambiguous name."""
     chats = [each.name for each in facts.values() if "role, content" in each.kind or "from, value" in each.kind]
     mixed = [
         n
@@ -197,7 +222,13 @@ def _text(where: str, facts: Mapping[str, Facts], config: InitConfig) -> str:
 
 
 def _possible(facts: Mapping[str, Facts], taken: Collection[str | None]) -> list[Facts]:
-    return [each for each in facts.values() if each.name not in taken and not each.words & _NEVER_LABEL]
+    return [each for each in facts.values() if each.name not in taken and not _is_never_label(each)]
+
+
+def _is_never_label(each: Facts) -> bool:
+    """Whether the name is that of an id, a date or the like; `class_id` is not."""
+    found = each.words & _NEVER_LABEL
+    return bool(found - _NUMBERING if each.words & _LABEL else found)
 
 
 def _label_candidates(facts: Mapping[str, Facts], taken: Collection[str | None]) -> list[Facts]:
@@ -264,7 +295,7 @@ def _can_be_label(each: Facts, *, by_name: bool) -> bool:
 
 
 def _only(where: str, found: Sequence[Facts], usual: frozenset[str], what: str, flag: str, more: str) -> Facts:
-    """The only one, or the only one with a usual name.
+    """The column, where there is one alone, or one alone whose name holds a usual word.
 
     Raises:
         MisuseError: there are several.

@@ -20,7 +20,7 @@ from pipeline.sources import Source, label_names, load_source, load_unlabelled, 
 from pipeline.sources.batches import read_rows
 from pipeline.sources.prepare import locate
 from pipeline.starter.counts import Counts, count
-from pipeline.starter.facts import column_facts, sampled_ranges
+from pipeline.starter.facts import Facts, column_facts, sampled_ranges
 from pipeline.starter.page import make_page
 from pipeline.starter.places import listed_files, local_files, with_unlabelled_files
 from pipeline.starter.records import Lengths, Start
@@ -39,6 +39,11 @@ HOLDOUT = 0.1
 _FEWEST = 30
 #: More letters beside a to z: the texts are not English. German has 2%, English 0.1%.
 _FOREIGN = 0.006
+#: Flags of other commands that messages name -> what does the same here.
+_ELSEWHERE = {
+    "--data-files": "softlabel init has no --data-files: name files after their splits, as train.csv and test.csv, or give one",
+    "--holdout": "softlabel init has no --holdout: add more rows, or a file for the split test",
+}
 _CHARACTERS_OF_TOKEN = 3.5  # fewer than most texts have: too few cut rows, too many only take longer
 #: Rows up to here are not cut, whatever their number.
 _SHORT = 128
@@ -48,7 +53,23 @@ def run(config: InitConfig) -> Start:
     """`softlabel init`: look at a data set and write the file.
 
     Raises:
-        MisuseError: the file is there already; several columns can be the text or the label; a language model without a teacher.
+        PipelineError: as `_written` says; a message that names a flag of other commands also says what to do here.
+    """
+    try:
+        return _written(config)
+    except (SourceError, MisuseError) as error:
+        hint = next((hint for flag, hint in _ELSEWHERE.items() if flag in str(error)), None)
+        if hint is None:
+            raise
+        raise type(error)(f"{error} ({hint})") from error
+
+
+def _written(config: InitConfig) -> Start:
+    """What was found and chosen; the file is there.
+
+    Raises:
+        MisuseError: the file is there already; several columns can be the text or the label; a language model
+            without a teacher.
         SourceError: no data, no column that can be the text or the label, labels that are no classes.
         ModelError: no such model or teacher.
     """
@@ -66,6 +87,7 @@ def run(config: InitConfig) -> Start:
             f"{config.dataset}: {_why_generative(roles)}: a language model needs its teacher named; give --teacher NAME "
             "(used as it is), or --model NAME (fine-tuned on this data first)"
         )
+    _check_unlabelled(config, roles)
     data, added = with_unlabelled_files(_data(config, roles, found.splits), config.unlabelled)
     source, known_labels = _read(data, added, roles, config)
     counts = count(source, known_labels, data.label_map)
@@ -76,7 +98,7 @@ def run(config: InitConfig) -> Start:
             data = named
             source, known_labels = _read(data, added, roles, config)
             counts = count(source, known_labels, data.label_map)
-    _check_counts(config, roles, counts)
+    _check_counts(config, roles, facts, counts)
     known = _known(config, counts)
     rows = sample(source, task, known, data)
     lengths = _lengths(task, known, rows, source, roles)
@@ -113,6 +135,19 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise MisuseError(f"--output {output}: expected the name of a YAML file, as distil.yaml")
     if output.exists() and not overwrite:
         raise MisuseError(f"--output {output}: is there already; name another file, or --overwrite to replace it")
+
+
+def _check_unlabelled(config: InitConfig, roles: Roles) -> None:
+    """Check that the data sets of `--unlabelled` have the input columns of the labelled one."""
+    inputs = roles.named - {roles.label}
+    for name in config.unlabelled:
+        splits = locate(DataConfig(dataset=name)).splits
+        found = (splits.get("train") or next(iter(splits.values()))).column_names
+        for column in sorted(inputs - set(found)):
+            raise SourceError(
+                f"{name}: --unlabelled: no column {column!r}, which is read of {config.dataset}; found {', '.join(found)}; "
+                "rename a column, so that both have the same names"
+            )
 
 
 def _asked_task(config: InitConfig) -> Task | None:
@@ -169,7 +204,7 @@ def _read(data: DataConfig, added: tuple[str, ...], roles: Roles, config: InitCo
 
 
 def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple[DataConfig, tuple[str, ...]]:
-    """A split `test` without labels measures nothing: its rows are read with those of `train`, or not at all."""
+    """The same data with the rows of an unlabelled split `test` in `train`, or without that split."""
     if data.data_files:
         renamed = tuple(
             "train=" + item.removeprefix("test=") if item.startswith("test=") else item for item in data.data_files
@@ -185,9 +220,17 @@ def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple
     return data, ()
 
 
-def _check_counts(config: InitConfig, roles: Roles, counts: Counts) -> None:
+def _check_counts(config: InitConfig, roles: Roles, facts: Mapping[str, Facts], counts: Counts) -> None:
     if roles.label is None:
         return
+    used = [name for name, number in counts.classes.items() if number]
+    is_numeric = facts[roles.label].kind in ("integers", "floats")
+    if is_numeric and config.teacher is None and 0 < len(used) < len(counts.classes) / 2:
+        more = f" and {len(used) - 5} more" if len(used) > 5 else ""
+        raise SourceError(
+            f"{config.dataset}: column {roles.label!r}: expected class ids 0 to N without gaps, found only "
+            f"{', '.join(used[:5])}{more}, which would make {len(counts.classes)} classes; write names instead"
+        )
     if not counts.splits["train"].labelled:
         raise SourceError(f"{config.dataset}: split train has no labelled row in column {roles.label!r}")
     if sum(number > 0 for number in counts.classes.values()) < 2:

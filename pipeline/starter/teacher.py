@@ -1,4 +1,4 @@
-"""What is known of a teacher before it is loaded: where it lies, its tokenizer, its longest row, its speed here."""
+"""What is known of a teacher before it is loaded: its files, tokenizer, longest row and speed here."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Speed:
 
 
 def look_up(name: str) -> Known:
-    """The tokenizer and the configuration of a model: of a directory, of the hub's cache on this machine, else of the hub.
+    """The tokenizer and the configuration of a model: from a directory, the hub's local cache, or the hub.
 
     Raises:
         ModelError: a directory that is no model; no such model on the hub.
@@ -114,7 +114,10 @@ def sample(source: Source, task: Task, known: Known, data: DataConfig) -> list[T
 def measure(
     task: Task, known: Known, rows: Sequence[TokenizedExample], labels: Sequence[str], length: int
 ) -> Speed | None:
-    """How fast the model is here: from a batch, where its weights are on this machine and small; else from its size; None: not known."""
+    """How fast the model is here; None: not known.
+
+    Measured on a batch where the weights are on this machine and small, else estimated from the size of the model.
+    """
     if known.layers is None:
         return None
     student = len(evenly_spaced(known.layers)) / known.layers
@@ -142,7 +145,7 @@ def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Seq
 
 
 def _few(rows: Sequence[TokenizedExample], weights: int, length: int) -> list[TokenizedExample]:
-    """Rows of about the same length that the model reads in a second or so; empty where one alone takes much longer."""
+    """Rows of similar length that the model reads in about a second; empty: one alone takes much longer."""
     tokens = max(1, _OPERATIONS // (2 * weights))
     whole = sorted((row for row in rows if len(row.input_ids) <= length), key=lambda row: len(row.input_ids))
     middle = whole[len(whole) // 2 :] if whole and len(whole[len(whole) // 2].input_ids) <= tokens else whole[:1]
@@ -164,7 +167,7 @@ def _operations_per_second() -> float:
 
 
 def _fastest(compute: Callable[[], Tensor], *, on_cpu: bool) -> float:
-    """Seconds that a computation takes where nothing else runs: what other programs do on busy cores does not count."""
+    """Seconds that a computation takes where nothing else runs; the time of other programs is not counted."""
     import torch
 
     threads = torch.get_num_threads()

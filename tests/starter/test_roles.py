@@ -50,6 +50,9 @@ def roles(tokens: bool | None = None, flags: dict[str, Any] | None = None, **col
         ({"text": TEXTS, "label": few(0.0, 1.0, None)}, Roles(text="text", label="label")),
         ({"text": TITLES, "body": TEXTS, "label": few("x", "y")}, Roles(text="text", label="label")),
         ({"ticketBody": TEXTS, "other": OTHERS, "topic": few("x", "y")}, Roles(text="ticketBody", label="topic")),
+        ({"text": TEXTS, "class_id": few(0, 1, 2), "annotator": few("p", "q")}, Roles(text="text", label="class_id")),
+        ({"text": TEXTS, "labelId": few(0, 1), "note": few("p", "q")}, Roles(text="text", label="labelId")),
+        ({"text": TEXTS, "topic_no": few(0, 1), "class_date": few("p", "q")}, Roles(text="text", label="topic_no")),
         ({"messages": CHATS, "source": few("a", "b")}, Roles(messages="messages")),
         ({"conversations": CHATS, "chosen": CHATS}, Roles(messages="conversations")),
         ({"prompt": TEXTS, "completion": OTHERS}, Roles(prompt="prompt", completion="completion")),
@@ -121,3 +124,17 @@ def test_a_flag_that_cannot_be() -> None:
         roles(flags={"text_column": "nothing"}, text=TEXTS, label=few(0, 1))
     with pytest.raises(SourceError, match=r"column 'text' \(--label-column\): 60 different values"):
         roles(flags={"label_column": "text", "text_column": "other"}, text=TEXTS, other=OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "flag"),
+    [
+        ("sequence-classification", {"messages_column": "chat"}, "--messages-column"),
+        ("sequence-classification", {"prompt_column": "a", "completion_column": "b"}, "--prompt-column"),
+        ("causal-lm", {"text_column": "a", "text_pair_column": "b"}, "--text-pair-column"),
+        ("causal-lm", {"label_column": "b"}, "--label-column"),
+    ],
+)
+def test_a_column_that_models_of_the_task_do_not_read(task: str, flags: dict[str, Any], flag: str) -> None:
+    with pytest.raises(MisuseError, match=f"{flag} does not go with --task {task}: .* drop the flag"):
+        roles(flags={"task": task, **flags}, tokens=task == "causal-lm", a=TEXTS, b=OTHERS, chat=CHATS)

@@ -90,7 +90,7 @@ def test_labelled_rows_alone(encoder):
     text = Path("out.yaml").read_text()
     assert "# Other columns, not read: Nr (integers, a different value on each row)." in text
     assert "3 classes: business 27, sport 27, film 26." in text
-    assert "Only 5 labelled rows in test: an accuracy of one half is uncertain by 44 points there." in " ".join(
+    assert "Only 5 labelled rows in test: an accuracy near 50% has a margin of error of 44 points." in " ".join(
         text.split()
     )
     assert all(len(line) <= 100 for line in text.splitlines())
@@ -119,6 +119,17 @@ def test_unlabelled_rows_whose_labels_are_not_to_be_read(encoder):
     start, _, stages = init(dataset="tickets.csv", unlabelled=("more.csv",), model=encoder)
     assert stages["cache-logits"][0].unlabelled == ("more.csv",)
     assert stages["cache-logits"][0].data.dataset == "tickets.csv"
+    assert sum(start.counts.classes.values()) == 80
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_labels_that_only_some_parquet_files_have(encoder, order):
+    names = ["a.parquet", "b.parquet"][::order]
+    Path("data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows()), f"data/{names[0]}")
+    pq.write_table(pa.Table.from_pylist([{"text": row["text"]} for row in rows(50, seed=1)]), f"data/{names[1]}")
+    start, _, _ = init(dataset="data/*.parquet", model=encoder)
+    assert start.roles.label == "label"
     assert sum(start.counts.classes.values()) == 80
 
 
@@ -246,8 +257,53 @@ def test_rare_classes_empty_and_repeated_texts_are_said(encoder):
     assert sum(split.empty for split in splits) == 1
     assert sum(split.repeated for split in splits) == 4
     assert start.counts.rare == ("other: \n# x",)
-    assert "Fewer than 5 labelled rows in train: other: # x;" in " ".join(Path("out.yaml").read_text().split())
+    assert "Caution: fewer than 5 labelled rows in train: other: x;" in said()
     assert stages["train-teacher"][0].on_bad_row == stages["cache-logits"][0].on_bad_row == "skip"
+
+
+def said() -> str:
+    """The comments of the file in one line."""
+    return " ".join(Path("out.yaml").read_text().replace("# ", "").split())
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_numbers_are_class_ids(encoder, kind):
+    write_jsonl("d.jsonl", [{**row, "label": kind(1 + i % 5)} for i, row in enumerate(rows())])
+    start, _, _ = init(dataset="d.jsonl", model=encoder)
+    assert start.counts.rare == ()
+    assert "6 classes (1 without a row, numbers being class ids from 0): 1 16," in said()
+    write_jsonl("d.jsonl", [{**row, "label": kind(-1 + i % 3)} for i, row in enumerate(rows())])
+    init(dataset="d.jsonl", model=encoder, overwrite=True)
+    assert "Caution: -1 on 27 rows is read as: no label." in said()
+    write_jsonl("d.jsonl", [{**row, "label": kind(100 + 100 * (i % 3))} for i, row in enumerate(rows())])
+    with pytest.raises(
+        SourceError, match="found only 100, 200, 300, which would make 301 classes; write names instead"
+    ):
+        init(dataset="d.jsonl", model=encoder, overwrite=True)
+
+
+def test_what_may_be_a_mistake_is_said(encoder):
+    found = [{"question": row["text"], "label": row["label"]} for row in rows()]
+    for i, row in enumerate(found):
+        row["context"] = f"{row['question']} again and more of it"
+        row["label"] = "Film " if i % 15 == 2 else row["label"]
+    write_jsonl("d.jsonl", found)
+    init(dataset="d.jsonl", model=encoder, text_column="question")
+    assert "Caution: 'film' and 'Film ' differ in case or outer spaces alone and are separate classes" in said()
+    assert "to join them: --label-map 'Film =film'." in said()
+    assert (
+        "Caution: column 'context' also holds text, which is not read; --text-pair-column context reads both." in said()
+    )
+    joined, _, _ = init(
+        dataset="d.jsonl",
+        model=encoder,
+        text_column="question",
+        text_pair_column="context",
+        label_map=("Film =film",),
+        overwrite=True,
+    )
+    assert joined.counts.classes == {"business": 27, "film": 26, "sport": 27}
+    assert "Caution" not in said()
 
 
 def test_long_rows_are_cut_so_that_most_are_whole(encoder):
@@ -268,7 +324,16 @@ def test_long_rows_are_cut_so_that_most_are_whole(encoder):
         ({"dataset": "few.csv"}, SourceError, "few.csv: 9 rows are too few to set some aside as test"),
         ({"dataset": "d.csv", "output": "there.yaml"}, MisuseError, "there.yaml: is there already; .*--overwrite"),
         ({"dataset": "d.csv", "output": "d.csv"}, MisuseError, "expected the name of a YAML file"),
-        ({"dataset": "d.csv", "unlabelled": ("few.jsonl",)}, SourceError, "few.jsonl: .*no column 'text'; found body"),
+        (
+            {"dataset": "d.csv", "unlabelled": ("few.jsonl",)},
+            SourceError,
+            "few.jsonl: --unlabelled: no column 'text', .*; found body; rename",
+        ),
+        (
+            {"dataset": "mixed/*.csv"},
+            SourceError,
+            r"which is which .*\(softlabel init has no --data-files: name files after",
+        ),
         ({"dataset": "d.csv", "unlabelled": ("absent.csv",)}, SourceError, "absent.csv: no such file"),
         ({"dataset": "d.csv", "model": "./absent"}, PipelineError, "./absent: no such directory"),
         ({"dataset": "blank.jsonl"}, SourceError, "column 'label' holds an empty text, .* write null"),
@@ -277,6 +342,8 @@ def test_long_rows_are_cut_so_that_most_are_whole(encoder):
 )
 def test_what_cannot_be_is_one_line(settings, kind, message):
     write_csv("d.csv", rows(), {"text": "text", "label": "label"})
+    for name in ("train", "others"):
+        write_csv(f"mixed/{name}.csv", rows(), {"text": "text", "label": "label"})
     write_csv("few.csv", rows(9), {"text": "text", "label": "label"})
     write_jsonl("few.jsonl", [{"body": "x"}])
     write_jsonl("blank.jsonl", [*rows(), {"text": "x", "label": ""}])
@@ -319,3 +386,20 @@ def test_help_has_it_first_and_no_section_of_a_file():
     done = CliRunner().invoke(main, ["init"])
     assert done.exit_code == 2
     assert done.stderr == "Error: missing --dataset, --output; give the flag\n"
+
+
+def test_the_screen_says_where_test_went_and_quotes_the_file(encoder):
+    write_csv("data/train.csv", rows(), {"text": "text", "label": "label"})
+    write_csv("data/test.csv", rows(40, seed=1), {"text": "text"})
+    done = CliRunner().invoke(main, ["init", "--dataset", "data", "--model", encoder, "--output", "my file.yaml"])
+    assert done.exit_code == 0, done.output
+    assert "The split test has no labels to measure with: its rows are read with those of train." in " ".join(
+        done.stdout.split()
+    )
+    assert done.stdout.endswith("    softlabel run 'my file.yaml'\n")
+
+
+@pytest.mark.parametrize(("other", "what"), [("text_column", "text"), ("label_column", "label")])
+def test_a_pair_is_two_columns(other, what):
+    with pytest.raises(MisuseError, match=f"--text-pair-column x: is the {what} column too; name another"):
+        InitConfig(dataset="d.csv", output="out.yaml", text_pair_column="x", **{other: "x"})

@@ -44,6 +44,10 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _MAX_HEADER_BYTES = 1 << 16
+#: Lines below the first that show whether a sign separates columns.
+_MOST_LINES = 20
+#: What pandas and Arrow call fields of rows that have no name.
+_INDEX = re.compile(r"__index_level_[0-9]+__")
 #: A first line that spreadsheets write and read: what separates the columns.
 _SAID = re.compile(r"(?i:sep)=[;,|\t]")
 #: What a line of a compressed file is read with; of `.zst` only `datasets` reads the rows.
@@ -77,12 +81,23 @@ def _kind(location: str) -> tuple[str, str | None]:
     kind = suffix(PurePath(location.partition("?")[0]))
     if kind != ".csv" or "://" in location:
         return kind, None
-    line = _first_line(Path(location))
-    said = _SAID.fullmatch(line)
+    lines = _first_lines(Path(location), 1 + _MOST_LINES)
+    said = _SAID.fullmatch(lines[0])
     if said is not None:
         return kind, said[0]
-    names = re.sub(r'"[^"]*"', "", line)
-    return kind, None if "," in names else next((sign for sign in (";", "\t") if sign in names), None)
+    names = re.sub(r'"[^"]*"', "", lines[0])
+    return kind, None if "," in names else next((sign for sign in (";", "\t") if _separates(sign, names, lines)), None)
+
+
+def _separates(sign: str, names: str, lines: Sequence[str]) -> bool:
+    """Whether a sign of the first line, `names` without its quoted parts, separates columns in most lines below it too."""
+    if sign not in names:
+        return False
+    try:
+        rows = [row for row in csv.reader([f"{line}\n" for line in lines[1:]], delimiter=sign) if row]
+    except csv.Error:  # very long fields, or the ends of lines of another system
+        return True
+    return 2 * sum(len(row) > 1 for row in rows) >= len(rows)
 
 
 def _csv_settings(kind: str, separator: str | None) -> dict[str, Any]:
@@ -93,16 +108,26 @@ def _csv_settings(kind: str, separator: str | None) -> dict[str, Any]:
     return {**_BUILDERS[kind][1], "sep": separator[-1], **skipped}
 
 
-def _first_line(path: Path, skipped: int = 0) -> str:
-    """The first line, or a later one, of a text file, compressed or not; empty where it cannot be read: the reader says why."""
+def _first_lines(path: Path, most: int) -> list[str]:
+    """The first lines of a text file, compressed or not, up to one that is very long.
+
+    One empty line where the file cannot be read: the reader says why.
+    """
     if path.suffix.lower() == ".zst":
-        return ""
+        return [""]
     try:
         with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as handle:
-            line: bytes = [handle.readline(_MAX_HEADER_BYTES) for _ in range(skipped + 1)][-1]
+            lines = list(itertools.takewhile(bool, (handle.readline(_MAX_HEADER_BYTES) for _ in range(most))))
     except (OSError, EOFError, lzma.LZMAError):
-        return ""
-    return line.decode("utf-8-sig", "replace").rstrip("\r\n")
+        return [""]
+    whole = [*lines[:1], *itertools.takewhile(lambda line: len(line) < _MAX_HEADER_BYTES, lines[1:])]
+    return [line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in whole] or [""]
+
+
+def _header(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The names of the columns of a table in a text file."""
+    line = _first_lines(path, settings.get("skiprows", 0) + 1)[-1]
+    return next(csv.reader([line], delimiter=settings.get("sep", ",")), [])
 
 
 def _columns_differ(paths: Sequence[Path], kind: str, separator: str | None) -> bool:
@@ -110,8 +135,7 @@ def _columns_differ(paths: Sequence[Path], kind: str, separator: str | None) -> 
     if kind not in (".csv", ".tsv"):
         return False
     settings = _csv_settings(kind, separator)
-    lines = [_first_line(path, settings.get("skiprows", 0)) for path in paths]
-    return len({frozenset(next(csv.reader([line], delimiter=settings.get("sep", ",")), [])) for line in lines}) > 1
+    return len({frozenset(_header(path, settings)) for path in paths}) > 1
 
 
 def _converted(locations: Sequence[str], kind: str, separator: str | None, inputs: Sequence[str]) -> list[Dataset]:
@@ -129,6 +153,8 @@ def _converted(locations: Sequence[str], kind: str, separator: str | None, input
         nulls = any(found.data.column(name).null_count for name in inputs if name in found.column_names)
         parts = _one_by_one(locations, kind, separator) if nulls else None
         return [found] if parts is None else parts
+    except SourceError:
+        raise
     except Exception as error:  # whatever a parser raises at a broken file
         parts = _one_by_one(locations, kind, separator)
         if parts is not None:
@@ -138,6 +164,9 @@ def _converted(locations: Sequence[str], kind: str, separator: str | None, input
             where = f"{redact(locations[0].rpartition('/')[0])} ({len(locations)} files)"
         if "corresponds to no data" in str(error):
             raise SourceError(f"{where}: no rows; expected at least one") from None
+        for path in paths:
+            if (found_kind := _disguise(path)) is not None:
+                raise SourceError(f"{path}: cannot be read as {kind[1:]}: {found_kind}") from None
         lines = ((path, _bad_line(path)) for path in paths if suffix(path) == ".jsonl")
         bad = next(((path, line) for path, line in lines if line is not None), None)
         if bad is not None:
@@ -153,6 +182,8 @@ def _one_by_one(locations: Sequence[str], kind: str, separator: str | None) -> l
         return None
     try:
         parts = [_prepared([location], kind, separator) for location in locations]
+    except SourceError:
+        raise
     except Exception:  # the caller says what is wrong
         return None
     return parts if any(part.features != parts[0].features for part in parts) else None
@@ -170,6 +201,8 @@ def _prepared(locations: Sequence[str], kind: str, separator: str | None) -> Dat
         is_new = not folder.is_dir()
         made.download_and_prepare()
         found: Dataset = made.as_dataset(split="train")
+    if builder == "csv":
+        _check_index(redact(locations[0]), found, paths, settings)
     if is_new:
         size = sum(file.stat().st_size for file in folder.iterdir())
         logger.info(
@@ -178,6 +211,29 @@ def _prepared(locations: Sequence[str], kind: str, separator: str | None) -> Dat
             datasets.config.HF_DATASETS_CACHE,
         )
     return found
+
+
+def _check_index(where: str, found: Dataset, paths: Sequence[Path], settings: Mapping[str, Any]) -> None:
+    """Check that the first fields of rows have not become an index, as pandas makes of fields beyond the names.
+
+    Raises:
+        SourceError: rows have more fields than there are names.
+    """
+    index = [name for name in found.column_names if _INDEX.fullmatch(name)]
+    if index and not (paths and index[0] in _header(paths[0], settings)):
+        raise SourceError(
+            f"{where}: rows have more fields than the first line; put quotes around texts with commas or whatever separates "
+            "the columns, or name every column in the first line"
+        )
+
+
+def _disguise(path: Path) -> str | None:
+    """What a file is that is no text in UTF-8, by its first bytes, and what to do about it."""
+    with path.open("rb") as handle:
+        start = handle.read(4)
+    if start == b"PK\x03\x04":
+        return "is a spreadsheet or zip; save it as CSV"
+    return "is UTF-16; save it as UTF-8" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else None
 
 
 def saved_splits(path: Path) -> dict[str, Dataset] | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from pipeline.sources.files.parquet import ParquetRows
+from pipeline.sources.files.remote import shareable_url
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,9 +20,10 @@ Rows: TypeAlias = "OneRows | JoinedRows"
 
 
 class JoinedRows:
-    """The rows of several data sets in order.
+    """The rows of several data sets in order, read as one.
 
-    A column has the type of the first part that has values in it. A row of a part without that column holds null there.
+    The type of a column is that of the first part that has the column with a type other than null. Rows of a part without
+    the column hold null there.
     """
 
     def __init__(
@@ -32,12 +34,13 @@ class JoinedRows:
         label: str | None = None,
         unlabelled: Collection[int] = (),
     ) -> None:
-        """Rows of all parts.
+        """Join data sets into one.
 
         Args:
-            names: what messages call each part: its file. Empty: the parts are not files of one split.
+            parts: the data sets, in the order of their rows.
+            names: the file of each part, for messages. Empty: the parts are not files of one split.
             label: the column with the class label.
-            unlabelled: numbers of the parts whose labels and further columns are not read.
+            unlabelled: indices of the parts whose label column is not read, and whose features are not taken.
         """
         import datasets
 
@@ -111,6 +114,26 @@ class JoinedRows:
 def parts_of(rows: Rows) -> tuple[OneRows, ...]:
     """The data sets that rows are made of."""
     return rows.parts if isinstance(rows, JoinedRows) else (rows,)
+
+
+def with_partial_columns(rows: Rows, only: Collection[str] | None = None) -> Rows:
+    """The same rows with the columns that only some Parquet files have: rows of the other files hold null there.
+
+    Args:
+        rows: the files of one split.
+        only: the columns that count; None: all.
+    """
+    parts: list[OneRows] = []
+    names: list[str] = []
+    given = rows.names if isinstance(rows, JoinedRows) else ("",)
+    for name, part in zip(given, parts_of(rows), strict=True):
+        found: list[tuple[str, OneRows]] = [(name, part)]
+        if isinstance(part, ParquetRows):
+            partial = [column for column in part.absent if only is None or column in only]
+            found = [(shareable_url(location), run) for location, run in part.split_by(*partial)] if partial else found
+        names += [name for name, _ in found]
+        parts += [run for _, run in found]
+    return rows if len(parts) == len(given) else JoinedRows(parts, names=names)
 
 
 def is_in_place(rows: Rows) -> bool:

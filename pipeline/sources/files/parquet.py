@@ -108,12 +108,11 @@ class ParquetRows:
         lacking = {name: [file.location for file in self._files if name not in file.schema.names] for name in names}
         return {name: files[0] for name, files in lacking.items() if files}
 
-    def split_by(self, column: str) -> dict[str, ParquetRows]:
-        """Runs of files that have a column and of files that lack it, in order: each by the name of its first file."""
-        runs = itertools.groupby(self._files, key=lambda file: column in file.schema.names)
+    def split_by(self, *columns: str) -> list[tuple[str, ParquetRows]]:
+        """Runs of files that have the same ones of these columns, in order: each with the location of its first file."""
+        runs = itertools.groupby(self._files, key=lambda file: [name in file.schema.names for name in columns])
         members = [tuple(files) for _, files in runs]
-        given = self._given
-        return {files[0].location: ParquetRows(files, given) for files in members}
+        return [(files[0].location, ParquetRows(files, self._given)) for files in members]
 
     @property
     def starts(self) -> np.ndarray:

@@ -162,6 +162,10 @@ def test_unknown_kind_of_file_and_empty_directory(tmp_path: Path) -> None:
         ("d.jsonl", b'{"text": "a"}\n[1]\n', "line 2: expected an object, found list"),
         ("d.jsonl.gz", b"not gzip", "cannot be read as jsonl: "),
         ("d.csv", b'text,label\n"a,b\n', "cannot be read as csv: "),
+        ("d.csv", "text,label\na,b\n".encode("utf-16"), "d.csv: cannot be read as csv: is UTF-16; save it as UTF-8$"),
+        ("d.csv", b"PK\x03\x04\x14\x00\x06\n\r,\r\n", "d.csv: .*: is a spreadsheet or zip; save it as CSV$"),
+        ("d.csv", b"text,label\na, b,x\n", "d.csv: rows have more fields than the first line; put quotes around"),
+        ("d.csv", b"text,label\nx,a,\ny,b,\n", "d.csv: rows have more fields than the first line"),
         ("d.txt", b"a\n\xff\n", "cannot be read as txt: .*codec can't decode"),
         ("d.parquet", b"PAR1....", "cannot be read as parquet: "),
         ("d.jsonl", b"", "d.jsonl: no rows; expected at least one$"),
@@ -265,6 +269,19 @@ def test_a_parquet_file_beside_a_csv(tmp_path: Path) -> None:
     assert label_names(source) == ("a", "b")
 
 
+@pytest.mark.parametrize("files", ["abc", "bac", "cba", "bb", "bbc"])
+def test_labels_of_parquet_files_of_which_some_have_none(tmp_path: Path, files: str) -> None:
+    pq.write_table(pa.table({"label": ["x", "y"], "text": ["a0", "a1"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["b0", "b1"]}), tmp_path / "b.parquet")
+    put(tmp_path, "c.csv", "text,label\nc0,x\nc1,y\n")
+    names = [f"train={name}.{'csv' if name == 'c' else 'parquet'}" for name in files]
+    source = load_source(DataConfig(dataset=str(tmp_path), data_files=tuple(names)))
+    labels = LabelMap.for_names(source, ("x", "y")) if source.columns.label else None
+    found = [(row.text, row.label) for row in read_examples(source, "train", 0, 2 * len(files), labels)]
+    assert found == [(f"{name}{i}", None if name == "b" else i) for name in files for i in range(2)]
+    assert (source.columns.label is None) == (set(files) == {"b"})
+
+
 @pytest.mark.parametrize("name", ["b.csv", "b.jsonl", "b.parquet"])
 def test_a_file_without_the_text_column_is_named(tmp_path: Path, name: str) -> None:
     put(tmp_path, "a.csv", LABELLED_CSV)
@@ -313,3 +330,32 @@ def test_semicolons_are_seen_in_the_first_line(tmp_path: Path) -> None:
     assert (texts(source), source.columns.label) == (["one, two"], "label")
     put(tmp_path, "b.csv", "text,a;b\none,1\n")
     assert load_source(DataConfig(dataset=str(tmp_path / "b.csv"))).splits["train"].column_names == ["text", "a;b"]
+
+
+def test_a_semicolon_in_the_name_of_the_only_column(tmp_path: Path) -> None:
+    put(tmp_path, "a.csv", "Ticket; text\nit is broken\nagain; or not\nno answer\n")
+    source = load_source(DataConfig(dataset=str(tmp_path / "a.csv"), text_column="Ticket; text"))
+    assert texts(source) == ["it is broken", "again; or not", "no answer"]
+    put(tmp_path, "b.csv", 'text;label\n"one\ntwo";a\nthree\n')
+    assert texts(load_source(DataConfig(dataset=str(tmp_path / "b.csv")))) == ["one\ntwo", "three"]
+    put(tmp_path, "c.csv", "text;label\n" + "long " * 40_000 + ";a\n")
+    assert load_source(DataConfig(dataset=str(tmp_path / "c.csv"))).splits["train"].column_names == ["text", "label"]
+
+
+def test_names_that_end_with_a_comma_and_names_like_an_index(tmp_path: Path) -> None:
+    put(tmp_path, "a.csv", "text,label,\nx,a,\ny,b,\n")
+    assert texts(load_source(DataConfig(dataset=str(tmp_path / "a.csv")))) == ["x", "y"]
+    put(tmp_path, "b.csv", "__index_level_0__,text\n0,x\n")
+    assert texts(load_source(DataConfig(dataset=str(tmp_path / "b.csv")))) == ["x"]
+    put(tmp_path, "c.csv", "text,label\nx, y,a\n")
+    with pytest.raises(SourceError, match=r"c\.csv: rows have more fields"):
+        load_source(DataConfig(dataset=str(tmp_path), data_files=("train=a.csv", "train=c.csv")))
+
+
+@pytest.mark.parametrize("name", ["Label", " label"])
+def test_a_label_column_that_is_spelt_otherwise_in_one_file(tmp_path: Path, name: str, caplog: Any) -> None:
+    put(tmp_path, "a.csv", "text,label\none,x\n")
+    put(tmp_path, "b.csv", f"text,{name}\ntwo,x\n")
+    load_source(DataConfig(dataset=str(tmp_path), data_files=("train=a.csv", "train=b.csv")))
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"b.csv: column {name!r} is not read as the label, which is 'label': its 1 rows have none" in said
