@@ -93,7 +93,7 @@ def run(
         try:
             require_matplotlib()  # before hours of work
         except MisuseError:
-            if not all(_is_done(Path(config.output or ""), name, _key(config)) for name, config in chosen):
+            if not all(_is_done(Path(config.output or ""), name, config, _key(config)) for name, config in chosen):
                 raise
     for name, config in chosen:
         output = Path(config.output) if config.output is not None else None
