@@ -12,6 +12,7 @@ first step, beside which a thread decodes what comes next. Every finished part i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import threading
@@ -166,7 +167,7 @@ def measure_first(folder: Path, repeats: int, sizes: tuple[int, ...]) -> dict[st
         return time.perf_counter() - started
 
     first(next(iter(paths.values())))  # what is imported and set up once
-    return medians(repeats, {name: lambda path=path: first(path) for name, path in paths.items()})
+    return medians(repeats, {name: functools.partial(first, path) for name, path in paths.items()})
 
 
 def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
@@ -177,8 +178,14 @@ def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
     from pipeline.models.arguments import show_progress, training_arguments
 
     set_seed(0)
-    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
-    model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **shape))
+    shape: dict[str, Any] = {
+        "num_labels": CLASSES,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 512,
+    }
+    model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **shape))
     args = training_arguments(
         str(folder / "out"),
         {"logging_steps": 10_000},

@@ -130,6 +130,7 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     output = folder / f"model-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
+    curve: list[dict[str, Any]]
     if trial.student == "teacher":
         metrics = make_teacher(trial.data, output, trial.learning_rate or 0, trial.epochs or 0)
         curve = [{"step": None, **metrics}]
@@ -256,7 +257,7 @@ def key_of(line: Mapping[str, Any]) -> str:
     return json.dumps([line[field.name] for field in dataclasses.fields(Trial)], default=list)
 
 
-def tables(found: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
+def tables(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Accuracy on the validation split at its end and at its best, a line a setting, a column a data set."""
     settings: dict[tuple[str, str, str], dict[str, list[Mapping[str, Any]]]] = {}
     for line in found:
@@ -295,8 +296,8 @@ def main(study: Sequence[str], data: Sequence[str], output: Path, show: bool) ->
                 handle.write(json.dumps(line) + "\n")
             end, best = line["last"]["accuracy"], line["best"]["accuracy"]
             click.echo(f"{key_of(line)}: {end:.1%} (best {best:.1%}) in {line['seconds']} s")
-    for line in tables(read_results(path), output):
-        click.echo(line)
+    for text in tables(read_results(path)):
+        click.echo(text)
 
 
 if __name__ == "__main__":

@@ -315,7 +315,8 @@ class PairedTrainer(softlabel.DistillationTrainer):
         order = np.random.default_rng(self.args.data_seed).permutation(len(data))
         size = self._train_batch_size
         batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
-        return DataLoader(data, batch_sampler=batches, collate_fn=self.collator)
+        collate: Any = self.collator
+        return DataLoader(data, batch_sampler=batches, collate_fn=collate)
 
 
 def train(folder: Path, way: str, seed: int) -> dict[str, float]:
