@@ -18,6 +18,7 @@ from tests.support.once import once
 
 LONG = {
     *("train-teacher", "cache-logits", "train-student", "evaluate", "sweep"),
+    *("verify", "audit", "report"),
     *("merge", "filter", "convert", "import", "push", "pull"),
 }
 CAPTURE = ["--task", "sequence-classification", "--dataset", "data", "--teacher", "teacher"]
@@ -79,6 +80,16 @@ def test_every_command_that_works_long_has_one():
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (["verify", "--cache", "cache"], {"reads": "rows are decoded", "writes": "nothing"}),
+        (["verify", "--cache", "cache", "--quick"], {"reads": "nothing is decoded"}),
+        (
+            ["audit", "--cache", "cache", "--teacher", "teacher", "--rows", "8"],
+            {"reads": "cache: 8 rows", "teacher": "teacher: ", "writes": "a report in cache/reports"},
+        ),
+        (
+            ["report", "--cache", "cache", "--student", "student", "--output", "new"],
+            {"reads": "cache: test, 30 rows", "student": "parameters; student", "writes": "in new"},
+        ),
         (
             ["cache-logits", *CAPTURE, "--output", "new", "--rows-per-shard", "50"],
             {

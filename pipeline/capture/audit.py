@@ -82,12 +82,19 @@ def run(config: AuditConfig) -> Audit:
         ContractError: the teacher's weights, or its tokenizer, are not those that the manifest names.
         PipelineError: see the subclasses.
     """
+    cache, teacher = open_both(config)
+    found = audit(cache, teacher, rows=config.rows, seed=config.seed)
+    stamp = found.time.replace("-", "").replace(":", "")
+    write_text(cache.root / "reports" / f"audit-{stamp}.json", dump(found))
+    return found
+
+
+def open_both(config: AuditConfig) -> tuple[Cache, LoadedModel]:
+    """The cache, and the teacher as the manifest says that it ran."""
     cache = Cache.open(config.cache)
-    contract = cache.manifest.contract
-    task = get_task(contract.task)
-    made_by = contract.teacher
+    made_by = cache.manifest.contract.teacher
     teacher = load_model(
-        task,
+        get_task(cache.manifest.contract.task),
         config.teacher,
         revision=config.teacher_revision or (made_by.revision if not Path(config.teacher).exists() else None),
         dtype=made_by.dtype if made_by.dtype in ("float32", "bfloat16", "float16") else "auto",
@@ -97,10 +104,7 @@ def run(config: AuditConfig) -> Audit:
         trust_remote_code=config.trust_remote_code,
         base_model=config.base_model,
     )
-    found = audit(cache, teacher, rows=config.rows, seed=config.seed)
-    stamp = found.time.replace("-", "").replace(":", "")
-    write_text(cache.root / "reports" / f"audit-{stamp}.json", dump(found))
-    return found
+    return cache, teacher
 
 
 def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) -> Audit:
@@ -110,9 +114,9 @@ def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) 
         ContractError: the teacher's weights, or its tokenizer, are not those that the manifest names.
     """
     contract = cache.manifest.contract
-    _check_teacher(contract, teacher)
+    check_teacher(contract, teacher)
     task = get_task(contract.task)
-    chosen = _choose(cache, rows, seed)
+    chosen = choose_rows(cache, rows, seed)
     marks = _Marks(contract.encoding)
     budget = contract.batch_tokens or task.default_batch_tokens
     with torch.inference_mode(), Progress("audit", len(chosen)) as progress:
@@ -169,7 +173,12 @@ def describe(found: Audit) -> str:
 # ------------------------------------------------------------------------------------------------------------ the rows
 
 
-def _check_teacher(contract: Contract, teacher: LoadedModel) -> None:
+def check_teacher(contract: Contract, teacher: LoadedModel) -> None:
+    """Refuse another teacher than the manifest names.
+
+    Raises:
+        ContractError: other weights, or another tokenizer.
+    """
     info, expected = model_info(teacher), contract.teacher
     pairs = {
         "weights": (expected.weights_sha256, info.weights_sha256),
@@ -189,7 +198,7 @@ def _check_teacher(contract: Contract, teacher: LoadedModel) -> None:
         )
 
 
-def _choose(cache: Cache, rows: int, seed: int) -> list[CachedExample]:
+def choose_rows(cache: Cache, rows: int, seed: int) -> list[CachedExample]:
     """Rows at random over all splits, in order, so that each row group is read once."""
     sets = [cache.dataset(split) for split in cache.splits]
     ends = np.cumsum([len(part) for part in sets])

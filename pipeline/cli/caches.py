@@ -12,7 +12,13 @@ from pipeline.cli.echo import echo_cache
 from pipeline.records import Outline
 
 
-@command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache")
+def _outline_verify(config: cfg.VerifyConfig) -> Outline:
+    from pipeline.outlines.checks import outline_verify
+
+    return outline_verify(config)
+
+
+@command("verify", cfg.VerifyConfig, "softlabel verify --cache runs/cache", outline=_outline_verify)
 def _verify(config: cfg.VerifyConfig) -> None:
     from pipeline.cache import Cache, drop_broken, verify
     from pipeline.cache.format.manifest import dump
@@ -36,7 +42,18 @@ def _verify(config: cfg.VerifyConfig) -> None:
         click.get_current_context().exit(1)
 
 
-@command("audit", cfg.AuditConfig, "softlabel audit --cache runs/cache --teacher runs/teacher --rows 64")
+def _outline_audit(config: cfg.AuditConfig) -> Outline:
+    from pipeline.outlines.checks import outline_audit
+
+    return outline_audit(config)
+
+
+@command(
+    "audit",
+    cfg.AuditConfig,
+    "softlabel audit --cache runs/cache --teacher runs/teacher --rows 64",
+    outline=_outline_audit,
+)
 def _audit(config: cfg.AuditConfig) -> None:
     from pipeline.cache.format.manifest import dump
     from pipeline.capture.audit import describe, run

@@ -13,12 +13,20 @@ from pipeline.errors import IntegrityError
 
 if TYPE_CHECKING:
     from pipeline.evaluation.records import Report
+    from pipeline.records import Outline
+
+
+def _outline_report(config: cfg.ReportConfig) -> Outline:
+    from pipeline.outlines.checks import outline_report
+
+    return outline_report(config)
 
 
 @command(
     "report",
     cfg.ReportConfig,
     "softlabel report --cache runs/cache --teacher runs/teacher --student runs/student --control labels=runs/control --output runs/report",
+    outline=_outline_report,
 )
 def _report(config: cfg.ReportConfig) -> None:
     from pipeline.evaluation.report.report import report

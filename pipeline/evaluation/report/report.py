@@ -42,7 +42,7 @@ def report(config: ReportConfig) -> Report:
         CacheError: a split that is not there or has no label; caches of other rows.
         PipelineError: a student that does not fit its cache.
     """
-    _check_new(Path(config.output), overwrite=config.overwrite)
+    check_new(Path(config.output), overwrite=config.overwrite)
     asked = asked_models(config.student, config.control)
     teachers = open_teachers(config.cache, config.split)
     first = next(iter(teachers.values()))
@@ -94,7 +94,7 @@ def report(config: ReportConfig) -> Report:
     return found
 
 
-def _check_new(output: Path, *, overwrite: bool) -> None:
+def check_new(output: Path, *, overwrite: bool) -> None:
     """Refuse to replace a report before the measuring begins, which may take hours."""
     found = [name for name in ("report.json", "report.html", "report.md") if (output / name).exists()]
     if found and not overwrite:
