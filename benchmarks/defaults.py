@@ -117,12 +117,12 @@ def trials(study: str, found: Sequence[Mapping[str, Any]], data: Sequence[str]) 
 
 
 def best_rate(found: Sequence[Mapping[str, Any]], student: str) -> float | None:
-    """The learning rate with the highest mean of the best accuracies that the study `rate` found for this student."""
+    """The learning rate with the highest mean accuracy that the study `rate` found for this student, of those tried on the most data sets."""
     scores: dict[float, list[float]] = {}
     for line in found:
         if line["study"] == "rate" and line["student"] == student:
             scores.setdefault(line["learning_rate"], []).append(line["best"]["accuracy"])
-    return max(scores, key=lambda rate: float(np.mean(scores[rate]))) if scores else None
+    return max(scores, key=lambda rate: (len(scores[rate]), float(np.mean(scores[rate])))) if scores else None
 
 
 def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
