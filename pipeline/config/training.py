@@ -178,9 +178,7 @@ class TrainStudentConfig:
 
     def loss_over(self, chosen: Loss) -> Loss:
         """The loss that the flags describe; what they leave out is `chosen`'s, its temperature only with its divergence."""
-        says_temperature = self.temperature is not None or self.mixture is not None
-        plain = "forward-kl" if says_temperature and chosen.divergence == "logit-mse" else chosen.divergence
-        divergence = self.divergence or plain
+        divergence = self.divergence or chosen.divergence
         same = divergence == chosen.divergence
         return Loss(
             hard_weight=chosen.hard_weight if self.hard_weight is None else self.hard_weight,
