@@ -35,7 +35,9 @@ ORDER: dict[str, list[set[str]]] = {
     "cache": [{"storage"}, {"format"}, {"reading"}, {"views"}, {"writing"}, {"transforms"}, {"__init__"}],
     "capture": [
         {"forward", "plan", "estimate_table"},
-        {"append", "audit", "automatic", "permutation"},
+        {"append", "audit", "automatic"},
+        {"teachers"},
+        {"permutation"},
         {"job"},
         {"shard", "space"},
         {"head", "estimate", "write"},

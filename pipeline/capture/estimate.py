@@ -30,6 +30,7 @@ from pipeline.capture.plan import (
     ranges_of,
 )
 from pipeline.capture.shard import label_rows
+from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.config import EstimateConfig, parse_bytes
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models import LoadedModel
@@ -53,7 +54,7 @@ from pipeline.softlabels import encode, narrow, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 from pipeline.softlabels.names import encoding_name
 from pipeline.sources import LabelMap, Source, load_source, read_examples
-from pipeline.tasks import Task, check_ids, get_task
+from pipeline.tasks import Task, check_ids, embedding_rows, get_task
 
 #: The choices that are compared, where they have fewer classes than V.
 SAMPLE_SIZES = (6.0, 8.0, 12.0, 17.0, 25.0, 35.0, 50.0, 70.0, 100.0, 200.0)
@@ -78,7 +79,7 @@ def run(config: EstimateConfig) -> Estimate:
         raise MisuseError(f"--write-config {config.write_config}: is there already; remove it, or name another file")
     source = load_source(config.data)
     teacher = load_teacher(task, config)
-    length = row_length(task, teacher, teacher.tokenizer, config.data.max_length)
+    length = row_length(task, LocalTeacher(task, teacher, teacher.tokenizer), config.data.max_length)
     found = estimate(
         task,
         source,
@@ -116,7 +117,7 @@ def estimate(
     projection = None
     split = next(iter(source.splits))
     examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions, label_map)
-    check_ids(teacher.model, examples, teacher.tokenizer, teacher.name)
+    check_ids(embedding_rows(teacher.model), examples, teacher.tokenizer, teacher.name)
     pilots = [_Pilot(encoding) for encoding in _encodings(task, num_classes, tokenization.max_length, temperature)]
     generator = torch.Generator().manual_seed(seed)
     forward_seconds = 0.0

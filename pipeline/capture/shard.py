@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from pipeline.cache.format.codec import content_hash
 from pipeline.cache.storage.crash import reached
 from pipeline.cache.writing.build import record
 from pipeline.cache.writing.writer import write_shard
-from pipeline.capture.forward import broken_rows, device_name, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
+from pipeline.capture.teachers.predictions import Labelled, Predicted, faults, without
+from pipeline.capture.teachers.protocol import Begun
 from pipeline.errors import BadRowError, EncodingError, ModelError
 from pipeline.records import (
     BadRow,
@@ -46,7 +48,7 @@ from pipeline.softlabels import (
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 from pipeline.sources import read_examples
-from pipeline.tasks import Task, embedding_rows, ids_beyond, named_ids
+from pipeline.tasks import Task, ids_beyond, named_ids
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def capture_shards(
     """Make shards one after another, knowing nothing of the others.
 
     While the teacher runs, the shard after is tokenised, and the batch before is encoded. On a GPU that costs no time; on a CPU it takes turns
-    with the teacher, on the processors that a forward pass leaves idle.
+    with the teacher, on the processors that a forward pass leaves idle. A teacher that is not busy has several batches at once, of the next shard too.
 
     Args:
         done: called with each receipt, once it is on disk; in another thread.
@@ -77,21 +79,36 @@ def capture_shards(
     """
     waiting = iter(shards)
     reader, encoder = ThreadPoolExecutor(1, "tokenise"), ThreadPoolExecutor(1, "encode")
+    begun: deque[_Step] = deque()
+    behind: Future[None] | None = None
     try:
         ahead = reader.submit(_read_next, job, waiting)
-        written: Future[None] | None = None
-        while (tokens := _tokens_of(ahead, written)) is not None:
+        while True:
+            while begun and not ahead.done():
+                behind = _take(job, begun.popleft(), encoder, done, behind)
+            tokens = _tokens_of(ahead, behind)
+            if tokens is None:
+                break
             ahead = reader.submit(_read_next, job, waiting)
-            written = _predict(job, tokens, encoder, done, moved, behind=written)
-        if written is not None:
-            written.result()
+            batches = plan_batches([example.num_tokens for example in tokens.examples], job.plan.contract.batch_tokens)
+            labels = _ShardLabels(job, tokens, batches, moved)
+            for number, (members, length) in enumerate(batches):
+                while begun and job.teacher.busy:
+                    behind = _take(job, begun.popleft(), encoder, done, behind)
+                with labels.teacher_runs(members, length):
+                    begun.append(_Step(labels, number, forward(job, [tokens.examples[i] for i in members], length)))
+            begun.append(_Step(labels))
+        while begun:
+            behind = _take(job, begun.popleft(), encoder, done, behind)
+        if behind is not None:
+            behind.result()
     finally:
         reader.shutdown(wait=False, cancel_futures=True)  # it may wait for a shard that nobody will name
         encoder.shutdown(cancel_futures=True)
 
 
 def _tokens_of(ahead: Future[Tokens | None], written: Future[None] | None) -> Tokens | None:
-    """The next shard; what went wrong in writing the one before is told as soon as it is known."""
+    """The next shard; errors from writing the previous one are raised as soon as they are known."""
     if written is not None:
         futures: list[Future[Any]] = [ahead, written]
         wait(futures, return_when=FIRST_COMPLETED)
@@ -118,36 +135,31 @@ def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> Tokens | None:
     return None if shard is None else read_shard(job, shard)
 
 
-def _predict(
-    job: Job,
-    tokens: Tokens,
-    encoder: ThreadPoolExecutor,
-    done: Callable[[Receipt], None],
-    moved: Moved,
-    *,
-    behind: Future[None] | None,
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A batch of a shard that the teacher has begun, or the end of the shard."""
+
+    labels: _ShardLabels
+    number: int = 0
+    begun: Begun | None = None
+    """None: all batches of the shard came before."""
+
+
+def _take(
+    job: Job, step: _Step, encoder: ThreadPoolExecutor, done: Callable[[Receipt], None], behind: Future[None] | None
 ) -> Future[None]:
-    """Run the teacher over one shard; encoding and writing are left to the encoder, which is at most one batch `behind`."""
-    batches = plan_batches([example.num_tokens for example in tokens.examples], job.plan.contract.batch_tokens)
-    labels = _ShardLabels(job, tokens, batches, moved)
-    for number, (members, length) in enumerate(batches):
-        started = time.monotonic()
-        try:
-            logits = forward(job, [tokens.examples[i] for i in members], length)
-            synchronize(logits)
-        except torch.OutOfMemoryError:
-            raise ModelError(
-                f"out of memory in a batch of {len(members)} rows of {length} tokens; the batches are part of what makes the bytes the same, so start anew: "
-                f"--batch-tokens {max(job.plan.contract.batch_tokens // 2, 1)} --overwrite"
-            ) from None
-        labels.forward_seconds += time.monotonic() - started
+    """Wait for a batch; encoding and writing are left to the encoder, which is at most one batch `behind`."""
+    labels = step.labels
+    if step.begun is None:
         if behind is not None:
             behind.result()
-        behind = encoder.submit(labels.add, number, members, logits)
-        del logits
+        return encoder.submit(labels.write, done)
+    members, length = labels.batches[step.number]
+    with labels.teacher_runs(members, length):
+        predicted = step.begun.result()
     if behind is not None:
         behind.result()
-    return encoder.submit(labels.write, done)
+    return encoder.submit(labels.add, step.number, members, predicted)
 
 
 class _ShardLabels:
@@ -156,14 +168,28 @@ class _ShardLabels:
     def __init__(self, job: Job, tokens: Tokens, batches: list[tuple[list[int], int]], moved: Moved) -> None:
         self.forward_seconds = 0.0
         self._started = time.monotonic()
-        self._job, self._tokens, self._batches, self._moved = job, tokens, batches, moved
+        self._job, self._tokens, self.batches, self._moved = job, tokens, batches, moved
         self._seen = self._told = 0
         self._cached: dict[int, CachedExample] = {}
         self._meter = FidelityMeter() if tokens.shard == job.plan.shards[0] else None
         self._measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
 
-    def add(self, number: int, members: list[int], logits: Tensor) -> None:
-        """Encode one batch: (N, V) logits of the rows `members`."""
+    @contextmanager
+    def teacher_runs(self, members: list[int], length: int) -> Iterator[None]:
+        """Count the time that is waited for the teacher."""
+        started = time.monotonic()
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            batch_tokens = self._job.plan.contract.batch_tokens
+            raise ModelError(
+                f"out of memory in a batch of {len(members)} rows of {length} tokens; the batches are part of what makes the bytes the same, so start anew: "
+                f"--batch-tokens {max(batch_tokens // 2, 1)} --overwrite"
+            ) from None
+        self.forward_seconds += time.monotonic() - started
+
+    def add(self, number: int, members: list[int], logits: Predicted) -> None:
+        """Encode one batch: what the teacher predicts for the rows `members`."""
         split = self._tokens.shard.split
         part = [self._tokens.examples[i] for i in members]
         num_tokens = sum(example.num_tokens for example in part)
@@ -171,7 +197,7 @@ class _ShardLabels:
         try:
             made = self._label(part, logits)
         except EncodingError:  # looked for only now: it takes a pass over all logits
-            broken = broken_rows(part, logits, split)
+            broken = faults(logits, part, split)
             if not broken:
                 raise
             self._tokens.bad.extend(broken.values())
@@ -187,7 +213,7 @@ class _ShardLabels:
         before, self._told = self._told, (shard.stop - shard.start) * self._seen // len(self._tokens.examples)
         self._moved(self._told - before, num_tokens)
 
-    def _label(self, part: list[TokenizedExample], logits: Tensor) -> list[CachedExample]:
+    def _label(self, part: list[TokenizedExample], logits: Predicted) -> list[CachedExample]:
         contract = self._job.plan.contract
         return label_rows(
             self._job.task,
@@ -207,8 +233,8 @@ class _ShardLabels:
         receipt = Receipt(
             shard=written,
             plan=tokens.shard,
-            batches=tuple((len(members), length) for members, length in self._batches),
-            device=device_name(job.teacher),
+            batches=tuple((len(members), length) for members, length in self.batches),
+            device=job.teacher.device,
             seconds=round(time.monotonic() - self._started, 3),
             forward_seconds=round(self.forward_seconds, 3),
             bad_rows=tuple(sorted(tokens.bad, key=lambda row: row.source_row)),
@@ -244,7 +270,7 @@ def read_shard(job: Job, shard: ShardPlan) -> Tokens:
     bad: list[BadRow] = []
     counts: Counter[str] = Counter()
     found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
-    limit = embedding_rows(job.teacher.model)
+    limit = job.teacher.embedding_rows
     for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
         if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
             item = _fed(item, shard.split, limit, job.tokenizer)
@@ -269,22 +295,22 @@ def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterat
         yield item
 
 
-def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Tensor:
-    """One pass of the job's teacher."""
-    return teacher_logits(job.task, job.teacher, job.tokenizer, examples, job.plan.contract.num_classes, length)
+def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Begun:
+    """Begin a batch of the job's teacher."""
+    return job.teacher.begin(examples, length, job.plan.contract.encoding)
 
 
 def label_rows(
     task: Task,
     examples: Sequence[TokenizedExample],
-    logits: Tensor,
+    logits: Predicted,
     encoding: Encoding,
     *,
     split: str,
     seed: int,
     store_entropy: bool = False,
 ) -> list[CachedExample]:
-    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored."""
+    """Predictions of several rows -> the rows with their soft labels, as they are stored."""
     soft, scores = encode_rows(task, examples, logits, encoding, split=split, seed=seed)
     counts = [example.num_positions for example in examples]
     entropies: Sequence[Tensor | None] = (
@@ -307,14 +333,14 @@ def label_rows(
 def encode_rows(
     task: Task,
     examples: Sequence[TokenizedExample],
-    logits: Tensor,
+    logits: Predicted,
     encoding: Encoding,
     *,
     split: str,
     seed: int,
     uniforms: Tensor | None = None,
 ) -> tuple[SoftLabels, TeacherScores]:
-    """(N, V) logits of several rows -> their soft labels as they are stored, and the scores.
+    """Predictions of several rows -> their soft labels as they are stored, and the scores.
 
     Args:
         uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
@@ -322,6 +348,8 @@ def encode_rows(
     Raises:
         EncodingError: logits of some row cannot be encoded.
     """
+    if isinstance(logits, Labelled):
+        return logits.checked()
     labels = torch.from_numpy(task.hard_labels(examples)).to(logits.device)
     if not isinstance(encoding, Sampled):
         uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
@@ -340,11 +368,11 @@ def row_sums(values: Tensor, counts: Sequence[int]) -> list[float]:
 
 
 def _measure(
-    job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Tensor, split: str, *, seed: int
+    job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Predicted, split: str, *, seed: int
 ) -> None:
     """Add some positions of a batch to the measurement. It is a report: for want of memory it is left out, and the capture goes on."""
-    matrix = output_matrix(job.teacher.model, job.plan.contract.num_classes)
-    if matrix is None:
+    matrix = job.teacher.output_matrix
+    if matrix is None or isinstance(logits, Labelled):
         return
     encoding = job.plan.contract.encoding
     chosen = torch.tensor(spread(len(logits), _MEASURED_OF_BATCH))
