@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.cache.format.codec import content_hash
+from pipeline.cache.format.rows import in_order, make_block
 from pipeline.cache.storage.crash import reached
 from pipeline.cache.writing.build import record
 from pipeline.cache.writing.writer import write_shard
@@ -24,12 +26,11 @@ from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError, EncodingError, ModelError
 from pipeline.records import (
     BadRow,
-    CachedExample,
     Encoding,
     Example,
     Receipt,
+    RowBlock,
     Sampled,
-    Shard,
     ShardPlan,
     SoftLabels,
     TeacherScores,
@@ -41,7 +42,6 @@ from pipeline.softlabels import (
     encode_and_score,
     narrow,
     served_temperature,
-    split_rows,
     target,
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
@@ -158,7 +158,8 @@ class _ShardLabels:
         self._started = time.monotonic()
         self._job, self._tokens, self._batches, self._moved = job, tokens, batches, moved
         self._seen = self._told = 0
-        self._cached: dict[int, CachedExample] = {}
+        self._blocks: list[RowBlock] = []
+        self._members: list[int] = []
         self._meter = FidelityMeter() if tokens.shard == job.plan.shards[0] else None
         self._measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
 
@@ -168,6 +169,7 @@ class _ShardLabels:
         part = [self._tokens.examples[i] for i in members]
         num_tokens = sum(example.num_tokens for example in part)
         self._seen += len(part)
+        made: RowBlock | None
         try:
             made = self._label(part, logits)
         except EncodingError:  # looked for only now: it takes a pass over all logits
@@ -179,31 +181,27 @@ class _ShardLabels:
             logits = without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
             part = [self._tokens.examples[i] for i in members]
-            made = self._label(part, logits) if part else []
-        self._cached.update(zip(members, made, strict=True))
+            made = self._label(part, logits) if part else None
+        if made is not None:
+            self._blocks.append(made)
+            self._members += members
         if self._meter is not None and part and number in self._measured:
             _measure(self._job, self._meter, part, logits, split, seed=number)
         shard = self._tokens.shard
         before, self._told = self._told, (shard.stop - shard.start) * self._seen // len(self._tokens.examples)
         self._moved(self._told - before, num_tokens)
 
-    def _label(self, part: list[TokenizedExample], logits: Tensor) -> list[CachedExample]:
-        contract = self._job.plan.contract
-        return label_rows(
-            self._job.task,
-            part,
-            logits,
-            contract.encoding,
-            split=self._tokens.shard.split,
-            seed=contract.seed,
-            store_entropy="entropy" in contract.columns,
-        )
+    def _label(self, part: list[TokenizedExample], logits: Tensor) -> RowBlock:
+        contract, schema = self._job.plan.contract, self._job.schema
+        split = self._tokens.shard.split
+        return label_rows(self._job.task, part, logits, contract.encoding, schema, split=split, seed=contract.seed)
 
     def write(self, done: Callable[[Receipt], None]) -> None:
         """Write the shard, then its receipt: it counts from there on."""
         job, tokens = self._job, self._tokens
         reached("shard:encoded")
-        written = _write(job, tokens.shard, [self._cached[i] for i in sorted(self._cached)])
+        block = in_order(self._blocks, self._members) if self._blocks else ()  # (): every row was set aside
+        written = write_shard(job.layout.shard(tokens.shard.name), tokens.shard, block, job.schema)
         receipt = Receipt(
             shard=written,
             plan=tokens.shard,
@@ -279,29 +277,28 @@ def label_rows(
     examples: Sequence[TokenizedExample],
     logits: Tensor,
     encoding: Encoding,
+    schema: pa.Schema,
     *,
     split: str,
     seed: int,
-    store_entropy: bool = False,
-) -> list[CachedExample]:
-    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored."""
+) -> RowBlock:
+    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored.
+
+    Raises:
+        EncodingError: logits of some row cannot be encoded.
+    """
     soft, scores = encode_rows(task, examples, logits, encoding, split=split, seed=seed)
     counts = [example.num_positions for example in examples]
-    entropies: Sequence[Tensor | None] = (
-        torch.split(scores.entropy.float(), counts) if store_entropy else [None] * len(counts)
-    )
-    parts = zip(
+    return make_block(
         examples,
-        split_rows(soft, counts),
+        soft,
         row_sums(scores.nll, counts),
         row_sums(scores.entropy, counts),
-        entropies,
-        strict=True,
+        [content_hash(example) for example in examples],
+        schema,
+        counts=counts,
+        entropy=scores.entropy.float(),
     )
-    return [
-        CachedExample(example, part, nll, entropy, content_hash(example), each)
-        for example, part, nll, entropy, each in parts
-    ]
 
 
 def encode_rows(
@@ -379,9 +376,3 @@ def _stop_unless_skipped(job: Job, bad: Sequence[BadRow]) -> None:
         raise BadRowError(
             f"{job.source.name}: split {row.split}, row {row.source_row}: {row.reason}; mend the row, or set such rows aside with --on-bad-row skip"
         )
-
-
-def _write(job: Job, shard: ShardPlan, cached: Sequence[CachedExample]) -> Shard:
-    if not cached:  # every row was set aside: a receipt, and no file
-        return Shard(shard.name, shard.split, 0, 0, 0, 0, "", ())
-    return write_shard(job.layout.shard(shard.name), shard, cached, job.schema)
