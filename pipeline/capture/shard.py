@@ -320,10 +320,8 @@ def encode_rows(
         EncodingError: logits of some row cannot be encoded.
     """
     labels = torch.from_numpy(task.hard_labels(examples)).to(logits.device)
-    if not isinstance(encoding, Sampled):
-        uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
-    elif uniforms is None:
-        uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
+    if uniforms is None:
+        uniforms = _drawn(examples, encoding, split, seed)
     soft, scores = encode_and_score(logits, labels, encoding, uniforms)
     return narrow(soft, uniforms), scores
 
@@ -345,7 +343,7 @@ def _measure(
         return
     encoding = job.plan.contract.encoding
     chosen = torch.tensor(spread(len(logits), _MEASURED_OF_BATCH))
-    uniforms = torch.cat([_uniforms(example, split, job.plan.contract.seed) for example in examples])[chosen]
+    uniforms = _drawn(examples, encoding, split, job.plan.contract.seed)[chosen]
     picked = logits[chosen.to(logits.device)]
     soft = narrow(encode(picked, encoding, uniforms=uniforms), uniforms)
     temperature = served_temperature(encoding)
@@ -354,6 +352,13 @@ def _measure(
         meter.add(Reference.of(picked, projection, temperature=temperature, seed=seed), target(soft, temperature), soft)
     except torch.OutOfMemoryError:
         logger.warning("fidelity is not measured: the output matrix in float32 does not fit beside the teacher")
+
+
+def _drawn(examples: Sequence[TokenizedExample], encoding: Encoding, split: str, seed: int) -> Tensor:
+    """(N,) float64 of the positions of all rows: 0 where the encoding draws nothing."""
+    if isinstance(encoding, Sampled):
+        return torch.cat([_uniforms(example, split, seed) for example in examples])
+    return torch.zeros(sum(example.num_positions for example in examples), dtype=torch.float64)
 
 
 def _uniforms(example: TokenizedExample, split: str, seed: int) -> Tensor:
