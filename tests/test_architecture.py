@@ -39,6 +39,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"teachers"},
         {"permutation"},
         {"job"},
+        {"reading"},
         {"shard", "space"},
         {"head", "estimate", "write"},
         {"engines"},

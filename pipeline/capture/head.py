@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.cache.views.tokens import marked_tokens
 from pipeline.capture.job import Job
-from pipeline.capture.shard import read_shard
+from pipeline.capture.reading import read_shard
 from pipeline.progress import track
 from pipeline.records import ShardPlan
 from pipeline.sources import holds_chats

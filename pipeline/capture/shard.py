@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.cache.format.codec import content_hash
+from pipeline.cache.format.rows import in_order, make_block
 from pipeline.cache.storage.crash import reached
 from pipeline.cache.writing.build import record
 from pipeline.cache.writing.writer import write_shard
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
+from pipeline.capture.reading import Tokens, losses, read_shard, stop_unless_skipped
 from pipeline.capture.teachers.predictions import Labelled, Predicted, faults, without
 from pipeline.capture.teachers.protocol import Begun
-from pipeline.errors import BadRowError, EncodingError, ModelError
+from pipeline.errors import EncodingError, ModelError
 from pipeline.records import (
-    BadRow,
-    CachedExample,
     Encoding,
-    Example,
     Receipt,
+    RowBlock,
     Sampled,
-    Shard,
     ShardPlan,
     SoftLabels,
     TeacherScores,
@@ -43,12 +43,10 @@ from pipeline.softlabels import (
     encode_and_score,
     narrow,
     served_temperature,
-    split_rows,
     target,
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
-from pipeline.sources import read_examples
-from pipeline.tasks import Task, ids_beyond, named_ids
+from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -117,19 +115,6 @@ def _tokens_of(ahead: Future[Tokens | None], written: Future[None] | None) -> To
     return ahead.result()
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A shard before the teacher has seen it."""
-
-    shard: ShardPlan
-    examples: list[TokenizedExample]
-    bad: list[BadRow]
-    unlabelled: int
-    """Source rows without a label, where labels are read."""
-    blank: int
-    """Source rows with a text of white space alone."""
-
-
 def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> Tokens | None:
     shard = next(waiting, None)
     return None if shard is None else read_shard(job, shard)
@@ -170,7 +155,8 @@ class _ShardLabels:
         self._started = time.monotonic()
         self._job, self._tokens, self.batches, self._moved = job, tokens, batches, moved
         self._seen = self._told = 0
-        self._cached: dict[int, CachedExample] = {}
+        self._blocks: list[RowBlock] = []
+        self._members: list[int] = []
         self._meter = FidelityMeter() if tokens.shard == job.plan.shards[0] else None
         self._measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
 
@@ -194,6 +180,7 @@ class _ShardLabels:
         part = [self._tokens.examples[i] for i in members]
         num_tokens = sum(example.num_tokens for example in part)
         self._seen += len(part)
+        made: RowBlock | None
         try:
             made = self._label(part, logits)
         except EncodingError:  # looked for only now: it takes a pass over all logits
@@ -201,35 +188,31 @@ class _ShardLabels:
             if not broken:
                 raise
             self._tokens.bad.extend(broken.values())
-            _stop_unless_skipped(self._job, self._tokens.bad)
+            stop_unless_skipped(self._job, self._tokens.bad)
             logits = without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
             part = [self._tokens.examples[i] for i in members]
-            made = self._label(part, logits) if part else []
-        self._cached.update(zip(members, made, strict=True))
+            made = self._label(part, logits) if part else None
+        if made is not None:
+            self._blocks.append(made)
+            self._members += members
         if self._meter is not None and part and number in self._measured:
             _measure(self._job, self._meter, part, logits, split, seed=number)
         shard = self._tokens.shard
         before, self._told = self._told, (shard.stop - shard.start) * self._seen // len(self._tokens.examples)
         self._moved(self._told - before, num_tokens)
 
-    def _label(self, part: list[TokenizedExample], logits: Predicted) -> list[CachedExample]:
-        contract = self._job.plan.contract
-        return label_rows(
-            self._job.task,
-            part,
-            logits,
-            contract.encoding,
-            split=self._tokens.shard.split,
-            seed=contract.seed,
-            store_entropy="entropy" in contract.columns,
-        )
+    def _label(self, part: list[TokenizedExample], logits: Predicted) -> RowBlock:
+        contract, schema = self._job.plan.contract, self._job.schema
+        split = self._tokens.shard.split
+        return label_rows(self._job.task, part, logits, contract.encoding, schema, split=split, seed=contract.seed)
 
     def write(self, done: Callable[[Receipt], None]) -> None:
         """Write the shard, then its receipt: it counts from there on."""
         job, tokens = self._job, self._tokens
         reached("shard:encoded")
-        written = _write(job, tokens.shard, [self._cached[i] for i in sorted(self._cached)])
+        block = in_order(self._blocks, self._members) if self._blocks else ()  # (): every row was set aside
+        written = write_shard(job.layout.shard(tokens.shard.name), tokens.shard, block, job.schema)
         receipt = Receipt(
             shard=written,
             plan=tokens.shard,
@@ -241,58 +224,10 @@ class _ShardLabels:
             fidelity=None if self._meter is None else self._meter.result(),
             unlabelled_rows=tokens.unlabelled,
             blank_rows=tokens.blank,
-            **_losses(tokens.examples),
+            **losses(tokens.examples),
         )
         record(job.layout, receipt)
         done(receipt)
-
-
-def _losses(examples: Sequence[TokenizedExample]) -> dict[str, int]:
-    """What a receipt says of rows that were cut, and of chats that are several rows."""
-    cuts = [cut for example in examples for cut in example.cut]
-    chats = [count for example in examples for count in example.split_chats]
-    return {
-        "cut_rows": len({cut.source_row for cut in cuts}),
-        "cut_tokens": sum(cut.tokens for cut in cuts),
-        "cut_supervised_rows": len({cut.source_row for cut in cuts if cut.supervised}),
-        "split_chats": len(chats),
-        "split_chat_rows": sum(chats),
-    }
-
-
-def read_shard(job: Job, shard: ShardPlan) -> Tokens:
-    """Tokens of a shard's rows, in order, and the rows that have none.
-
-    Raises:
-        BadRowError: a row cannot be used, and the contract says stop.
-    """
-    examples: list[TokenizedExample] = []
-    bad: list[BadRow] = []
-    counts: Counter[str] = Counter()
-    found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
-    limit = job.teacher.embedding_rows
-    for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
-        if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
-            item = _fed(item, shard.split, limit, job.tokenizer)
-        if isinstance(item, BadRow):
-            bad.append(item)
-            _stop_unless_skipped(job, bad)
-        else:
-            examples.append(item)
-    labelled = job.labels is not None and job.source.columns.label is not None
-    return Tokens(shard, examples, bad, counts["unlabelled"] if labelled else 0, counts["blank"])
-
-
-def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterator[Example | BadRow]:
-    """The same items; rows without a label, and with a text of white space alone, are counted as they pass."""
-    for item in items:
-        if isinstance(item, Example):
-            completion = item.prompt_completion[1:] if item.prompt_completion else ()
-            counts["unlabelled"] += item.label is None
-            counts["blank"] += any(
-                text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)
-            )
-        yield item
 
 
 def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Begun:
@@ -305,29 +240,28 @@ def label_rows(
     examples: Sequence[TokenizedExample],
     logits: Predicted,
     encoding: Encoding,
+    schema: pa.Schema,
     *,
     split: str,
     seed: int,
-    store_entropy: bool = False,
-) -> list[CachedExample]:
-    """Predictions of several rows -> the rows with their soft labels, as they are stored."""
+) -> RowBlock:
+    """Predictions of several rows -> the rows with their soft labels, as they are stored.
+
+    Raises:
+        EncodingError: logits of some row cannot be encoded.
+    """
     soft, scores = encode_rows(task, examples, logits, encoding, split=split, seed=seed)
     counts = [example.num_positions for example in examples]
-    entropies: Sequence[Tensor | None] = (
-        torch.split(scores.entropy.float(), counts) if store_entropy else [None] * len(counts)
-    )
-    parts = zip(
+    return make_block(
         examples,
-        split_rows(soft, counts),
+        soft,
         row_sums(scores.nll, counts),
         row_sums(scores.entropy, counts),
-        entropies,
-        strict=True,
+        [content_hash(example) for example in examples],
+        schema,
+        counts=counts,
+        entropy=scores.entropy.float(),
     )
-    return [
-        CachedExample(example, part, nll, entropy, content_hash(example), each)
-        for example, part, nll, entropy, each in parts
-    ]
 
 
 def encode_rows(
@@ -351,10 +285,8 @@ def encode_rows(
     if isinstance(logits, Labelled):
         return logits.checked()
     labels = torch.from_numpy(task.hard_labels(examples)).to(logits.device)
-    if not isinstance(encoding, Sampled):
-        uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
-    elif uniforms is None:
-        uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
+    if uniforms is None:
+        uniforms = _drawn(examples, encoding, split, seed)
     soft, scores = encode_and_score(logits, labels, encoding, uniforms)
     return narrow(soft, uniforms), scores
 
@@ -376,7 +308,7 @@ def _measure(
         return
     encoding = job.plan.contract.encoding
     chosen = torch.tensor(spread(len(logits), _MEASURED_OF_BATCH))
-    uniforms = torch.cat([_uniforms(example, split, job.plan.contract.seed) for example in examples])[chosen]
+    uniforms = _drawn(examples, encoding, split, job.plan.contract.seed)[chosen]
     picked = logits[chosen.to(logits.device)]
     soft = narrow(encode(picked, encoding, uniforms=uniforms), uniforms)
     temperature = served_temperature(encoding)
@@ -387,29 +319,13 @@ def _measure(
         logger.warning("fidelity is not measured: the output matrix in float32 does not fit beside the teacher")
 
 
+def _drawn(examples: Sequence[TokenizedExample], encoding: Encoding, split: str, seed: int) -> Tensor:
+    """(N,) float64 of the positions of all rows: 0 where the encoding draws nothing."""
+    if isinstance(encoding, Sampled):
+        return torch.cat([_uniforms(example, split, seed) for example in examples])
+    return torch.zeros(sum(example.num_positions for example in examples), dtype=torch.float64)
+
+
 def _uniforms(example: TokenizedExample, split: str, seed: int) -> Tensor:
     positions = np.zeros(1, dtype=np.int64) if example.supervised is None else np.flatnonzero(example.supervised)
     return counter_uniforms(seed, split, example.source_row, example.piece, positions)
-
-
-def _fed(row: TokenizedExample, split: str, limit: int, tokenizer: Any) -> TokenizedExample | BadRow:
-    """The row, unless it has token ids that the teacher has no embedding for."""
-    beyond = ids_beyond([row], limit)
-    if not beyond:
-        return row
-    reason = f"token ids without a row in the input embedding, which has {limit}: {named_ids(beyond, tokenizer)}"
-    return BadRow(split, row.source_row, reason)
-
-
-def _stop_unless_skipped(job: Job, bad: Sequence[BadRow]) -> None:
-    if job.plan.contract.on_bad_row == "stop":
-        row = bad[-1]
-        raise BadRowError(
-            f"{job.source.name}: split {row.split}, row {row.source_row}: {row.reason}; mend the row, or set such rows aside with --on-bad-row skip"
-        )
-
-
-def _write(job: Job, shard: ShardPlan, cached: Sequence[CachedExample]) -> Shard:
-    if not cached:  # every row was set aside: a receipt, and no file
-        return Shard(shard.name, shard.split, 0, 0, 0, 0, "", ())
-    return write_shard(job.layout.shard(shard.name), shard, cached, job.schema)
