@@ -22,6 +22,7 @@ from pipeline.servers import client as servers_client
 from pipeline.servers import scoring
 from tests.conftest import tiny_model
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
+from tests.support.processes import forked  # noqa: F401 - a fixture
 from tests.support.served import serving
 
 K = 8
@@ -52,7 +53,7 @@ def vllm(model):
 
 
 def served(config, stand_in, output="served", **settings):
-    return config(output, server=(stand_in.url,), **{"top_k": K, "server_patience": 10.0, **settings})
+    return config(output, **{"server": (stand_in.url,), "top_k": K, "server_patience": 10.0, **settings})
 
 
 def local(config, output="local", **settings):
@@ -127,7 +128,7 @@ def test_long_prompts_are_split_by_position(config, model, monkeypatch):
         assert max(len(body["input_ids"]) - body["logprob_start_len"] for body in sglang.asked) == 8
 
 
-def test_parts_workers_and_several_servers(config, model, vllm):
+def test_parts_workers_and_several_servers(config, model, vllm, forked):
     expected = run(served(config, vllm, "one"))
     with serving(model) as second:
         both = (vllm.url, second.url)
@@ -268,8 +269,8 @@ def test_a_dead_server_ends_in_one_line_and_the_same_command_goes_on(config, vll
 
     def post(path, body):
         if len(list((tmp_path / "served" / "receipts").glob("train-*.json"))) >= 2:
-            threading.Thread(target=vllm.stop).start()
-            time.sleep(0.2)
+            vllm.server.socket.close()  # no new connection, and no answer on the open ones
+            raise ConnectionResetError
         return whole(path, body)
 
     vllm.post = post
