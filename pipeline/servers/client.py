@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import httpx2
+from pydantic_core import from_json
 
 from pipeline.errors import ServerError
 from pipeline.servers.addresses import KEY_VARIABLE, is_loopback
@@ -301,10 +302,13 @@ class Client:
                 self._start_threads()
                 self._changed.notify_all()
         try:
-            answer = json.loads(response.content)
+            answer = from_json(response.content, cache_strings="keys")  # twice as fast as json
         except ValueError:
             raise UnusableAnswerError(f"expected JSON, found {response.content[:60]!r}") from None
-        result = read(answer)
+        try:
+            result = read(answer)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UnusableAnswerError(f"not an answer of this API ({type(error).__name__}: {error})") from None
         with self._changed:
             server.answers += 1
             if server.failures:

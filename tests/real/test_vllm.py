@@ -26,7 +26,7 @@ ARTICLES, K = 20, 50
 
 
 def test_vllm_says_what_the_local_model_says(tmp_path):
-    articles = load_dataset("json", data_files={"train": str(DATA / "test.jsonl")}, split="train")
+    articles = load_dataset("json", data_files={"train": str(DATA / "train.jsonl")}, split="train")
     articles = articles.select(range(ARTICLES))
     settings = {"task": "causal-lm", "max_length": 256, "encoding": TopK(K, (1.0,)), "seed": 0}
     caches, speeds = {}, {}

@@ -166,9 +166,14 @@ class ServedTeacher:
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Asked:
         """Ask for every row; isolated documents of a packed row are prompts of their own."""
-        return _Asked(self, rows, encoding, [self._ask(row) for row in rows])
+        return _Asked(self, rows, encoding, [self.ask(row) for row in rows])
 
-    def _ask(self, row: TokenizedExample, url: str | None = None) -> list[Future[TopLogprobs]]:
+    def ask(self, row: TokenizedExample, url: str | None = None) -> list[Future[TopLogprobs]]:
+        """Send the requests of one row.
+
+        Args:
+            url: to which server; default: the least busy.
+        """
         assert row.supervised is not None
         lengths = [row.num_tokens] if row.document_lengths is None else row.document_lengths.tolist()
         found, start = [], 0
@@ -229,7 +234,7 @@ class ServedTeacher:
             return
         row = min(rows, key=lambda each: each.num_tokens)
         urls = self._client.urls
-        asked = [(url, self._ask(row, url)) for url in (urls[0], *urls)]
+        asked = [(url, self.ask(row, url)) for url in (urls[0], *urls)]
         answers = []
         for url, futures in asked:
             try:
