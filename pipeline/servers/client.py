@@ -124,10 +124,15 @@ class Client:
         return self._pace.limit
 
     @property
+    def waiting(self) -> int:
+        """Requests that are to be sent, or sent again."""
+        with self._changed:
+            return len(self._tasks) + self._pausing
+
+    @property
     def busy(self) -> bool:
         """Whether as many requests wait as may be in flight: more would only take memory."""
-        with self._changed:
-            return len(self._tasks) + self._pausing >= self._pace.limit
+        return self.waiting >= self.concurrency
 
     def get(self, path: str, url: str | None = None) -> Any:
         """The JSON that a server gives for a path; None where it has no such path (404).
