@@ -149,6 +149,10 @@ bench-in-place: $(STAMP) ## what a capture fetches of 2 GB of Parquet behind a w
 bench-columns: $(STAMP) ## rows between Parquet and tensors: decoding, collating, writing, the first step, a step beside plain Trainer
 	$(PY) -m benchmarks.columns
 
+.PHONY: bench-scale
+bench-scale: $(STAMP) ## what grows with rows and shards: time and memory of each step, caches of 10^3 to 10^6 rows and 10 to 5,000 shards
+	$(PY) -m benchmarks.scale
+
 .PHONY: bench-verify
 bench-verify: $(STAMP) ## megabytes of cache that verify reads a second
 	$(PY) -m benchmarks.verifying
