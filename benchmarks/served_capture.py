@@ -4,12 +4,14 @@
 
 A stand-in of vLLM on loopback, in a process of its own, answers every prompt after 5 ms with log-probabilities that were
 made before. *Bare*: the client sends the rows of the capture and reads the answers as numbers, nothing else. *Capture*:
-`cache-logits --server`, from the tokens to the committed cache. The two take turns; medians over the repeats.
+`cache-logits --server`, from the tokens to the committed cache. The two take turns; medians over the repeats. Beside the
+throughput stands the processor time of this process, which other load on the machine does not change as much.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,6 +19,7 @@ import socket
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,8 +83,6 @@ def _entries(draw: random.Random) -> str:
     ids = draw.sample(range(VOCABULARY // 2, VOCABULARY), TOP_K)
     weights = sorted((draw.random() ** 4 for _ in ids), reverse=True)
     total = sum(weights) / 0.95
-    import math
-
     parts = (
         f'"{i}":{{"logprob":{math.log(w / total + 1e-9)!r},"rank":{r}}}'
         for r, (i, w) in enumerate(zip(ids, weights, strict=True), 1)
@@ -120,8 +121,8 @@ def make_source(folder: Path, rows: int, length: int) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def measure(url: str, folder: Path, concurrency: int, length: int, output: Path | None) -> float:
-    """Tokens a second: of a capture into `output`, or of the bare requests."""
+def measure(url: str, folder: Path, concurrency: int, length: int, output: Path | None) -> tuple[float, float]:
+    """Tokens a second, and microseconds of processor a token: of a capture into `output`, or of the bare requests."""
     from pipeline.capture.engines.in_process import capture
     from pipeline.capture.job import prepare
     from pipeline.capture.reading import read_shard
@@ -139,32 +140,39 @@ def measure(url: str, folder: Path, concurrency: int, length: int, output: Path 
     )
     job = prepare(config)
     try:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         if output is None:
             rows = [row for shard in job.plan.shards for row in read_shard(job, shard).examples]
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             tokens = bare(job, rows)
         else:
             cache = capture(job)
             assert cache is not None
             tokens = sum(shard.tokens for shard in cache.manifest.shards)
-        return tokens / (time.perf_counter() - started)
+        return tokens / (time.perf_counter() - started), 1e6 * (time.process_time() - used) / tokens
     finally:
         job.teacher.close()
 
 
 def bare(job: Any, rows: list[Any]) -> int:
-    """Send every row and read its answer; how many tokens there were."""
-    from collections import deque
+    """Ask for every row, in the batches of the capture, and read the answers; how many tokens there were."""
+    from pipeline.capture.plan import plan_batches
 
+    contract = job.plan.contract
     waiting: deque[Any] = deque()
-    for row in rows:
+    for members, length in plan_batches([row.num_tokens for row in rows], contract.batch_tokens):
         while waiting and job.teacher.busy:
-            waiting.popleft().result()
-        waiting.append(job.teacher.ask(row)[0])
-    for future in waiting:
-        future.result()
+            _read(waiting.popleft())
+        waiting.append(job.teacher.begin([rows[i] for i in members], length, contract.encoding))
+    while waiting:
+        _read(waiting.popleft())
     return sum(row.num_tokens for row in rows)
+
+
+def _read(asked: Any) -> None:
+    for futures in asked.futures:
+        for future in futures:
+            future.result()
 
 
 @click.command()
@@ -187,23 +195,23 @@ def main(rows: int, length: int, latency: float, concurrency: int, repeats: int)
         folder = Path(name)
         make_source(folder, rows, length)
         found: dict[str, list[float]] = {"bare": [], "capture": []}
+        processor: dict[str, list[float]] = {"bare": [], "capture": []}
         for repeat in range(repeats + 1):
             for way, speeds in found.items():
                 output = folder / f"cache-{repeat}" if way == "capture" else None
-                speed = measure(url, folder, concurrency, length, output)
+                speed, used = measure(url, folder, concurrency, length, output)
                 if repeat:  # the first warms up
                     speeds.append(speed)
+                    processor[way].append(used)
         ratios = [one / other for one, other in zip(found["capture"], found["bare"], strict=True)]
         click.echo(
             f"{rows:,} rows of {length} tokens, top {TOP_K}, {1000 * latency:g} ms, {concurrency} in flight, {repeats} repeats"
         )
         for way, speeds in found.items():
             click.echo(
-                f"{way:<10}{statistics.median(speeds):>10,.0f} tokens a second   {min(speeds):,.0f} to {max(speeds):,.0f}"
+                f"{way:<10}{statistics.median(speeds):>10,.0f} tokens a second ({min(speeds):,.0f} to {max(speeds):,.0f}), {statistics.median(processor[way]):.0f} us of processor a token"
             )
-        click.echo(
-            f"{'ratio':<10}{statistics.median(ratios):>10.2f}                     {min(ratios):.2f} to {max(ratios):.2f}"
-        )
+        click.echo(f"{'ratio':<10}{statistics.median(ratios):>10.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":
