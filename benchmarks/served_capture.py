@@ -34,6 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 VOCABULARY, TOP_K = 8_192, 20
 #: Answers that are made before: prompts take them in turns, with the entries of their own tokens put in.
 _ANSWERS = 8
+_ROWS_PER_SHARD = 100
 
 
 class _Server(ThreadingHTTPServer):
@@ -134,6 +135,7 @@ def measure(url: str, folder: Path, concurrency: int, length: int, output: Path 
         teacher=str(folder / "tokenizer"),
         server=(url,),
         top_k=TOP_K,
+        rows_per_shard=_ROWS_PER_SHARD,
         concurrency=concurrency,
         output=str(output or folder / "bare"),
         overwrite=output is None,
