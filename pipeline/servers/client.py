@@ -1,4 +1,4 @@
-"""Requests to inference servers: several at once, to the least busy server, again where one fails for a while."""
+"""Requests to inference servers: several at once, to the least busy one, sent again on failure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ Answer = TypeVar("Answer")
 
 #: Seconds before a request is sent again: doubled with each failure, from the first to the last.
 _FIRST_WAIT, _LAST_WAIT = 0.25, 30.0
-#: How often a request is sent whose answers cannot be used, and one that fails while others are answered.
+#: How often a request is sent whose answers cannot be used, and one that fails while others are
+#: answered.
 _TRIES, _TRIES_ALONE = 4, 8
 _CONNECT_SECONDS = 10.0
 #: Seconds without a byte after which an answer is given up and asked for again, at most.
@@ -66,7 +67,7 @@ class _Task(Generic[Answer]):
 
 
 class Client:
-    """A client of one or several servers with the same model; `submit` may be called from any thread.
+    """A client of one or several servers of the same model; `submit` may be called from any thread.
 
     Each request is sent to the server with the fewest requests in flight. It is sent again after a growing wait where a
     server is unreachable, slow, overloaded (429, 503) or fails (5xx), until `patience` seconds have gone by since its
@@ -190,7 +191,7 @@ class Client:
         for server in self._servers:
             server.http.close()
 
-    # ------------------------------------------------------------------------------------------------- the requests
+    # ------------------------------------------------------------------------------ the requests
 
     def _start_threads(self) -> None:
         """As many as may have a request in flight, beside those that pause."""
