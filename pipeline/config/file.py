@@ -40,6 +40,7 @@ PATHS = frozenset(
         "runs",
         "student",
         "teacher",
+        "template",
         "to",
         "tokenizer",
         "training",
