@@ -113,7 +113,8 @@ class GenerateConfig:
         "Rows of prompts in a shard; a killed run repeats at most one. Default: shards of about 250 completions.", None
     )
     batch_tokens: int = machine_option(
-        "Tokens of a batch: rows times the longest prompt with its new tokens. Part of what makes the same bytes.", 16384
+        "Tokens of a batch: rows times the longest prompt with its new tokens. Part of what makes the same bytes.",
+        16384,
     )
     engine: Literal["local", "ray"] = machine_option(
         "Who runs the workers: this machine, or Ray (an existing cluster, else a local one).", "local"
@@ -203,7 +204,9 @@ class GenerateConfig:
                     "--prompt-column"
                 )
             if self.as_chat and (self.messages_column is not None or self.prefix_tokens is not None):
-                raise MisuseError("--as-chat goes with --prompt-column or --template: a prompt that is a text of its own")
+                raise MisuseError(
+                    "--as-chat goes with --prompt-column or --template: a prompt that is a text of its own"
+                )
         else:
             if named or self.keep_column:
                 raise MisuseError(f"--template makes the prompts itself; drop {(*named, '--keep-column')[0]}")

@@ -1,6 +1,6 @@
 """The records of a generated data set, in the order in which data flows through them.
 
-    prompts -> Prompt -> Asked -> Completion -> shard -> Generation
+prompts -> Prompt -> Asked -> Completion -> shard -> Generation
 """
 
 from __future__ import annotations
