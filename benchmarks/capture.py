@@ -9,17 +9,22 @@ it and the data set is timed apart, as `start`.
     sampled   this pipeline, from tokens to the committed cache, `sampled` (c = 25; a classifier: `full`)
     top-k     the same, `top-k` (k = 50, three temperatures)
     map       the usual way: datasets.map, batches of 8 rows padded to the longest, log_softmax, topk(50), Python lists
+
+Teachers: SmolLM2-135M (`lm`), MiniLM with a head of five classes (`classifier`), and one so fast that
+the work around it shows (`fast`: BERT, 2 layers of width 128, sentences), whose `bare` is its
+tokenizer, called with 1,000 texts at once, and its forward pass.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +37,8 @@ ROOT = Path(__file__).parents[1]
 PICTURE = Path(__file__).with_suffix(".png")
 WAYS = ("bare", "sampled", "top-k", "map")
 ENGINES = ("process", "workers", "ray")
-LENGTH = {"lm": 1024, "classifier": 256}
-TEACHER = {"lm": "data/bbc_lm/smollm2", "classifier": "data/bbc/minilm"}
+LENGTH = {"lm": 1024, "classifier": 256, "fast": 64}
+TEACHER = {"lm": "data/bbc_lm/smollm2", "classifier": "data/bbc/minilm", "fast": "data/bbc/minilm"}
 TOP_K = 50
 
 
@@ -60,8 +65,10 @@ def articles(kind: str, count: int, folder: Path) -> Path:
     path = folder / f"{kind}-{count}.jsonl"
     if not path.exists():
         tokenizer = AutoTokenizer.from_pretrained(TEACHER[kind])
-        texts = (article.text for article in split_articles(load_articles()).train)
-        fitting = (text for text in texts if kind == "classifier" or len(tokenizer(text).input_ids) <= LENGTH[kind])
+        texts: Iterable[str] = (article.text for article in split_articles(load_articles()).train)
+        if kind == "fast":
+            texts = (s for text in texts for s in re.split(r"(?<=[.!?])\s+", text) if len(s) > 20)
+        fitting = (text for text in texts if kind != "lm" or len(tokenizer(text).input_ids) <= LENGTH[kind])
         path.write_text(
             "".join(json.dumps({"text": text}) + "\n" for text, _ in zip(fitting, range(count), strict=False))
         )
@@ -72,12 +79,18 @@ def teacher_of(kind: str, folder: Path) -> str:
     """The language model as it is; the encoder with a head of five classes, random, which costs what a trained one does."""
     if kind == "lm":
         return TEACHER[kind]
-    path = folder / "teacher"
+    path = folder / f"teacher-{kind}"
     if not path.exists():
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
         set_seed(0)
-        AutoModelForSequenceClassification.from_pretrained(TEACHER[kind], num_labels=5).save_pretrained(path)
+        if kind == "fast":
+            small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+            shape = AutoConfig.from_pretrained(TEACHER[kind], num_labels=5, **small)
+            model = AutoModelForSequenceClassification.from_config(shape)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(TEACHER[kind], num_labels=5)
+        model.save_pretrained(path)
         AutoTokenizer.from_pretrained(TEACHER[kind]).save_pretrained(path)
     return str(path)
 
@@ -111,6 +124,9 @@ def measure(kind: str, way: str, count: int, folder: Path) -> Measured:
         "bare": lambda: bare(job),
         "map": lambda: usual(job, articles(kind, count, folder), LENGTH[kind]),
     }
+    if kind == "fast":
+        texts = [json.loads(line)["text"] for line in articles(kind, count, folder).read_text().splitlines()]
+        work["bare"] = lambda: bare_texts(job, texts)
     bare(job, batches=1)  # warms up
     base = reset_peak()
     began = time.perf_counter()
@@ -129,7 +145,7 @@ def bare(job: Any, batches: int | None = None) -> int:
 
     from pipeline.capture.forward import synchronize
     from pipeline.capture.plan import plan_batches
-    from pipeline.capture.shard import read_shard
+    from pipeline.capture.reading import read_shard
     from pipeline.models import pad_id
 
     tokens = 0
@@ -144,6 +160,23 @@ def bare(job: Any, batches: int | None = None) -> int:
                 synchronize(model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits)
             tokens += sum(e.num_tokens for e in part)
     return tokens
+
+
+def bare_texts(job: Any, texts: list[str]) -> int:
+    """The tokenizer and the model's forward, and nothing else, in the batches of the plan; how many tokens there were."""
+    import torch
+
+    from pipeline.capture.plan import plan_batches
+
+    model, tokenizer, ids = job.teacher.model, job.tokenizer, []
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        ids += tokenizer(part, truncation=True, max_length=LENGTH["fast"]).input_ids
+    for members, _ in plan_batches([*map(len, ids)], job.plan.contract.batch_tokens):
+        inputs = tokenizer.pad({"input_ids": [ids[i] for i in members]}, return_tensors="pt")
+        with torch.inference_mode():
+            model(**inputs.to(model.device))
+    return sum(map(len, ids))
 
 
 def usual(job: Any, path: Path, length: int) -> int:
@@ -310,13 +343,15 @@ def grow(sizes: list[int], folder: Path) -> None:
 @click.command()
 @click.option("--rows", default=40, show_default=True, help="Articles for the language model.")
 @click.option("--classifier-rows", default=400, show_default=True, help="Articles for the classifier.")
+@click.option("--sentences", default=10_000, show_default=True, help="For the fast classifier.")
 @click.option("--repeats", default=3, show_default=True)
-@click.option("--only", type=click.Choice(["lm", "classifier", "engines", "rows"]), multiple=True)
+@click.option("--only", type=click.Choice(["lm", "classifier", "fast", "engines", "rows"]), multiple=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=None, hidden=True)
 @click.option("--measure", "what", type=(str, str, int), default=None, hidden=True)
 def main(
     rows: int,
     classifier_rows: int,
+    sentences: int,
     repeats: int,
     only: tuple[str, ...],
     folder: Path | None,
@@ -341,6 +376,8 @@ def main(
             compare("lm", rows, repeats, folder)
         if not only or "classifier" in only:
             compare("classifier", classifier_rows, repeats, folder)
+        if not only or "fast" in only:
+            compare("fast", sentences, repeats, folder)
         if not only or "engines" in only:
             speeds = {
                 e: statistics.median(in_process(["engine", e, str(rows)], folder) for _ in range(repeats))

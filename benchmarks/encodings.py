@@ -38,7 +38,7 @@ from pipeline.cache.format.rows import block_of
 from pipeline.cache.format.schema import parquet_settings, soft_columns
 from pipeline.capture.forward import output_matrix, teacher_logits
 from pipeline.capture.plan import plan_batches
-from pipeline.capture.shard import label_rows
+from pipeline.capture.shard import encode_rows
 from pipeline.models import LoadedModel, load_model
 from pipeline.models.arguments import show_progress, training_arguments
 from pipeline.records import (
@@ -54,7 +54,7 @@ from pipeline.records import (
     TopK,
     TopP,
 )
-from pipeline.softlabels import concatenate, target
+from pipeline.softlabels import concatenate, split_rows, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference
 from pipeline.sources import from_datasets, read_examples
 from pipeline.tasks import get_task
@@ -78,7 +78,7 @@ def measure_curve(folder: Path, positions: int) -> list[dict[str, Any]]:
         ways += [(f"top-{k}, {name}", TopK(k, (1.0,)), tail) for name, tail in TAILS.items()]
     ways += [(f"top-p {p:g}, ghost", TopP(p, (1.0,)), "ghost") for p in (0.9, 0.98)]
     meters = {name: FidelityMeter() for name, _, _ in ways} | {f"{n} draws": FidelityMeter() for n in DRAWS}
-    kept: dict[Encoding, list[tuple[int, CachedExample]]] = {}
+    kept: dict[Encoding, list[tuple[int, SoftLabels]]] = {}
     matrix = output_matrix(teacher.model, len(teacher.tokenizer))
     assert matrix is not None
     projection = Projection.of(matrix)
@@ -87,19 +87,20 @@ def measure_curve(folder: Path, positions: int) -> list[dict[str, Any]]:
         part = [examples[i] for i in members]
         logits = teacher_logits(get_task("causal-lm"), teacher, teacher.tokenizer, part, len(teacher.tokenizer), width)
         for encoding in dict.fromkeys(encoding for _, encoding, _ in ways):
-            made = label_rows(get_task("causal-lm"), part, logits, encoding, split="train", seed=0)
+            soft, _ = encode_rows(get_task("causal-lm"), part, logits, encoding, split="train", seed=0)
+            made = split_rows(soft, [example.num_positions for example in part])
             kept.setdefault(encoding, []).extend(zip(members, made, strict=True))
         for start in range(0, len(logits), 256):
             reference = Reference.of(logits[start : start + 256], projection, seed=start)
             for name, encoding, tail in ways:
-                soft = _cut(concatenate([row.soft for _, row in kept[encoding][-len(part) :]]), start, start + 256)
+                soft = _cut(concatenate([row for _, row in kept[encoding][-len(part) :]]), start, start + 256)
                 meters[name].add(reference, target(soft, 1.0, tail=tail or "ghost"), soft)
             for n in DRAWS:
                 meters[f"{n} draws"].add(reference, drawn(reference.logprobs.exp(), n, generator))
     count = sum(e.num_positions for e in examples)
     lines = []
     for name, encoding, _ in ways:
-        rows = [row.soft for _, row in sorted(kept[encoding], key=lambda pair: pair[0])]
+        rows = [row for _, row in sorted(kept[encoding], key=lambda pair: pair[0])]
         size, entropy = soft_bytes(rows, encoding, len(teacher.tokenizer))
         lines.append(_line(name, meters[name].result(), size / count, entropy / count))
     for n in DRAWS:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.cache.format.codec import unpack, unpack_soft
+from pipeline.cache.format.rows import in_order
 from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.reading.shards import open_shard
 from pipeline.cache.storage.commit import write_text
@@ -30,18 +31,19 @@ from pipeline.capture.plan import (
     ranges_of,
 )
 from pipeline.capture.shard import label_rows
+from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.config import EstimateConfig, parse_bytes
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models import LoadedModel
 from pipeline.progress import Progress
 from pipeline.records import (
     BadRow,
-    CachedExample,
     Encoding,
     Estimate,
     EstimatedEncoding,
     Example,
     Full,
+    RowBlock,
     Sampled,
     ShardPlan,
     Tokenization,
@@ -53,7 +55,7 @@ from pipeline.softlabels import encode, narrow, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
 from pipeline.softlabels.names import encoding_name
 from pipeline.sources import LabelMap, Source, load_source, read_examples
-from pipeline.tasks import Task, check_ids, get_task
+from pipeline.tasks import Task, check_ids, embedding_rows, get_task
 
 #: The choices that are compared, where they have fewer classes than V.
 SAMPLE_SIZES = (6.0, 8.0, 12.0, 17.0, 25.0, 35.0, 50.0, 70.0, 100.0, 200.0)
@@ -78,7 +80,7 @@ def run(config: EstimateConfig) -> Estimate:
         raise MisuseError(f"--write-config {config.write_config}: is there already; remove it, or name another file")
     source = load_source(config.data)
     teacher = load_teacher(task, config)
-    length = row_length(task, teacher, teacher.tokenizer, config.data.max_length)
+    length = row_length(task, LocalTeacher(task, teacher, teacher.tokenizer), config.data.max_length)
     found = estimate(
         task,
         source,
@@ -116,8 +118,13 @@ def estimate(
     projection = None
     split = next(iter(source.splits))
     examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions, label_map)
-    check_ids(teacher.model, examples, teacher.tokenizer, teacher.name)
-    pilots = [_Pilot(encoding) for encoding in _encodings(task, num_classes, tokenization.max_length, temperature)]
+    check_ids(embedding_rows(teacher.model), examples, teacher.tokenizer, teacher.name)
+    kept = kept_types(source)
+
+    def pilot_of(encoding: Encoding) -> _Pilot:
+        return _Pilot(encoding, _schema(task, encoding, num_classes, examples[0], store_text, kept))
+
+    pilots = [*map(pilot_of, _encodings(task, num_classes, tokenization.max_length, temperature))]
     generator = torch.Generator().manual_seed(seed)
     forward_seconds = 0.0
     shortest = min(examples, key=lambda example: example.num_tokens)
@@ -149,11 +156,14 @@ def estimate(
             some = part[:1] if isinstance(pilot.encoding, Full) and num_classes > _FEW_CLASSES else part
             positions_taken = sum(example.num_positions for example in some)
             started = time.perf_counter()
-            made = label_rows(task, some, logits[:positions_taken], pilot.encoding, split=split, seed=seed)
+            made = label_rows(
+                task, some, logits[:positions_taken], pilot.encoding, pilot.schema, split=split, seed=seed
+            )
             synchronize(logits)
             pilot.seconds += time.perf_counter() - started
             pilot.positions += positions_taken
-            pilot.rows += zip(members, made, strict=False)
+            pilot.blocks.append(made)
+            pilot.rows += members[: len(some)]
             if reference is not None:
                 soft = narrow(encode(picked, pilot.encoding, uniforms=uniforms), uniforms)
                 pilot.meter.add(reference, target(soft, temperature), soft)
@@ -164,10 +174,9 @@ def estimate(
     scale = total_rows / source_rows
     if not pilots[0].rows:
         raise SourceError(f"{source.name}: split {split}: the teacher's logits are not finite on any row of the pilot")
-    kept = kept_types(source)
     lines = []
     for pilot in pilots:
-        size, decoded = _bytes_and_decoding(task, pilot.in_order(), pilot.encoding, num_classes, store_text, kept)
+        size, decoded = _bytes_and_decoding(in_order(pilot.blocks, pilot.rows), pilot.schema)
         per_shard = default_rows_per_shard(
             pilot.encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
         )
@@ -260,36 +269,38 @@ class _Pilot:
     """What one encoding has made so far."""
 
     encoding: Encoding
-    rows: list[tuple[int, CachedExample]] = dataclasses.field(default_factory=list)
-    """Each with its place among the pilot's rows."""
+    schema: pa.Schema
+    blocks: list[RowBlock] = dataclasses.field(default_factory=list)
+    rows: list[int] = dataclasses.field(default_factory=list)
+    """The place of each row of the blocks among the pilot's rows."""
     positions: int = 0
     seconds: float = 0.0
     meter: FidelityMeter = dataclasses.field(default_factory=FidelityMeter)
 
-    def in_order(self) -> list[CachedExample]:
-        """The rows as a shard would hold them."""
-        return [row for _, row in sorted(self.rows, key=lambda pair: pair[0])]
 
-
-def _bytes_and_decoding(
+def _schema(
     task: Task,
-    rows: Sequence[CachedExample],
     encoding: Encoding,
     num_classes: int,
+    example: TokenizedExample,
     store_text: bool,
     kept: Mapping[str, pa.DataType],
-) -> tuple[int, float]:
-    """Bytes of all columns in Parquet, and the seconds that one thread takes to read the rows back."""
-    schema = cache_schema(
+) -> pa.Schema:
+    """The columns that cache-logits would write for rows like this one."""
+    return cache_schema(
         encoding,
         num_classes,
         token_classes=task.classes_are_tokens,
-        token_type_ids=rows[0].example.token_type_ids is not None,
+        token_type_ids=example.token_type_ids is not None,
         text=store_text and not task.classes_are_tokens,
-        text_pair=rows[0].example.text_pair is not None,
-        documents=rows[0].example.document_lengths is not None,
+        text_pair=example.text_pair is not None,
+        documents=example.document_lengths is not None,
         kept=kept,
     )
+
+
+def _bytes_and_decoding(rows: RowBlock, schema: pa.Schema) -> tuple[int, float]:
+    """Bytes of all columns in Parquet, and the seconds that one thread takes to read the rows back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pilot.parquet"
         write_shard(path, ShardPlan("pilot", "train", 0, len(rows)), rows, schema)
@@ -297,7 +308,7 @@ def _bytes_and_decoding(
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         size = sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
         started = time.perf_counter()
-        unpack_soft(unpack(file.read(use_threads=False), encoding, num_classes))
+        unpack_soft(unpack(file.read(use_threads=False), rows.encoding, rows.num_classes))
         return size, time.perf_counter() - started
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Layout, Plan
 from pipeline.cache.format.manifest import check_same_contract
@@ -17,7 +17,6 @@ from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, note_contents
 from pipeline.cache.writing.place import check_place, clear, current_plan, open_layout
 from pipeline.capture.append import appended, new_ranges
-from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.permutation import check_class_order
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
@@ -28,18 +27,11 @@ from pipeline.capture.plan import (
     plan_shards,
     ranges_of,
 )
+from pipeline.capture.teachers.local import LocalTeacher
+from pipeline.capture.teachers.protocol import Teacher
 from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
-from pipeline.models import (
-    LoadedModel,
-    check_isolation,
-    choose_max_length,
-    load_model,
-    longest_input,
-    model_info,
-    set_chat_template,
-    tokenizer_info,
-)
+from pipeline.models import LoadedModel, length_within, load_model, set_chat_template, tokenizer_info
 from pipeline.models.saved import trained_length
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
 from pipeline.sources import (
@@ -64,7 +56,7 @@ class Job:
     task: Task
     source: Source
     labels: LabelMap | None
-    teacher: LoadedModel
+    teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
     schema: pa.Schema
@@ -84,14 +76,13 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     task.check_columns(config.data.columns, config.data.tokenization(2))
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
-    teacher = load_teacher(task, config)
+    teacher = teacher_of(task, config)
     begun = None if config.overwrite else current_plan(layout)
-    length = row_length(task, teacher, teacher.tokenizer, config.data.max_length, begun)
+    length = row_length(task, teacher, config.data.max_length, begun)
     return make_job(
         task,
         source,
         teacher,
-        teacher.tokenizer,
         layout,
         encoding=config.resolve_encoding(task.default_encoding.kind),
         tokenization=config.data.tokenization(length),
@@ -109,13 +100,13 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     )
 
 
-def row_length(
-    task: Task,
-    teacher: LoadedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: int | None,
-    begun: Plan | None = None,
-) -> int:
+def teacher_of(task: Task, config: CacheLogitsConfig) -> Teacher:
+    """The teacher that the flags name."""
+    loaded = load_teacher(task, config)
+    return LocalTeacher(task, loaded, loaded.tokenizer)
+
+
+def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | None = None) -> int:
     """The longest row in tokens: what was asked for, else what the teacher was trained on, else the task's default.
 
     Args:
@@ -124,12 +115,13 @@ def row_length(
     Raises:
         MisuseError: more was asked for than the teacher takes.
     """
-    usual, trained = choose_max_length(task, teacher, tokenizer, asked), trained_length(teacher.name)
+    usual = length_within(task, teacher.name, teacher.longest_input, asked)
+    trained = trained_length(teacher.name)
     if asked is not None or trained is None:
         return usual
     if begun is not None and begun.contract.tokenization.max_length == usual:
         return usual
-    length = min(trained, longest_input(teacher.model, tokenizer))
+    length = min(trained, teacher.longest_input)
     logger.info(
         "rows of at most %d tokens, as %s was trained on; --max-length sets another length", length, teacher.name
     )
@@ -157,8 +149,7 @@ def load_teacher(task: Task, config: CacheLogitsConfig | EstimateConfig) -> Load
 def make_job(
     task: Task,
     source: Source,
-    teacher: LoadedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher,
     layout: Layout,
     *,
     encoding: Encoding,
@@ -184,11 +175,11 @@ def make_job(
         label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the teacher's.
         dry_run: the output is looked at, and stays as it is.
     """
-    num_classes = task.num_classes(teacher.model, tokenizer)
+    tokenizer, num_classes = teacher.tokenizer, teacher.num_classes
     tokenization = task.settle(tokenization, tokenizer, chats=holds_chats(source))
-    check_isolation(teacher.model, tokenization)
+    teacher.check(encoding, tokenization, store_entropy=store_entropy)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
-    label_names = None if task.classes_are_tokens else _label_names(teacher.model)
+    label_names = teacher.label_names
     schema = cache_schema(
         encoding,
         num_classes,
@@ -207,7 +198,7 @@ def make_job(
     found_in_source = survey(source, ranges, by_contents=by_contents)
     row_groups = {} if by_contents else source.row_groups
     labels = _label_map(source, label_names, label_map)
-    compare = partial(check_class_order, task, source, labels, teacher, tokenizer, tokenization, num_classes)
+    compare = partial(check_class_order, task, source, labels, teacher, encoding, tokenization)
     if not label_map and begun is None:
         # Whoever makes the plan looks, before it is written; those who join or resume need not.
         compare(ranges, batch_tokens or task.default_batch_tokens)
@@ -217,7 +208,7 @@ def make_job(
     if append and found is not None and layout.outbox is not None:
         raise CacheError(f"{layout.name}: --append goes with a local directory; pull the cache, append, and push it")
     if batch_tokens is None:
-        measured = None if found else fastest_batch_tokens(task, teacher, tokenizer, num_classes, tokenization)
+        measured = None if found else teacher.fastest_batch_tokens(tokenization)
         found = found or (None if dry_run else current_plan(layout))  # another part may have chosen meanwhile
         batch_tokens = measured if found is None else found.contract.batch_tokens
         assert batch_tokens is not None
@@ -226,7 +217,7 @@ def make_job(
         encoding=encoding,
         num_classes=num_classes,
         label_names=label_names,
-        teacher=model_info(teacher),
+        teacher=teacher.info,
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(
             source.name,
@@ -290,8 +281,3 @@ def _label_map(source: Source, names: tuple[str, ...] | None, label_map: Sequenc
             *(source.name, ", ".join(found), ", ".join(names[:5])),
         )
     return LabelMap.for_names(source, names, label_map)
-
-
-def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
-    config: Any = model.config
-    return tuple(str(config.id2label[i]) for i in range(config.num_labels))

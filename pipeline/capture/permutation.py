@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.capture.forward import teacher_logits
 from pipeline.capture.plan import plan_batches
+from pipeline.capture.teachers.predictions import most_likely
+from pipeline.capture.teachers.protocol import Teacher
 from pipeline.errors import SourceError
-from pipeline.models import LoadedModel
-from pipeline.records import Tokenization, TokenizedExample
+from pipeline.records import Encoding, Tokenization, TokenizedExample
 from pipeline.softlabels import counter_uniforms
 from pipeline.sources import LabelMap, Source, read_examples
 from pipeline.sources.batches import read_rows
@@ -44,10 +44,9 @@ def check_class_order(
     task: Task,
     source: Source,
     labels: LabelMap | None,
-    teacher: LoadedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher,
+    encoding: Encoding,
     tokenization: Tokenization,
-    num_classes: int,
     ranges: Mapping[str, tuple[int, int]],
     batch_tokens: int,
     *,
@@ -67,17 +66,16 @@ def check_class_order(
     if labels is None or len({row.label for row in rows}) < 2:
         return
     sample = _sample(rows, min(_MOST, max(_LEAST, sum(stop - start for start, stop in ranges.values()) // _SHARE)))
-    examples = _read(task, source, labels, tokenizer, tokenization, sample)
+    examples = _read(task, source, labels, teacher.tokenizer, tokenization, sample)
     predicted = np.zeros(len(examples), dtype=np.int64)
     try:
         for members, length in plan_batches([example.num_tokens for example in examples], batch_tokens):
             batch = [examples[i] for i in members]
-            logits = teacher_logits(task, teacher, tokenizer, batch, num_classes, length)
-            predicted[members] = logits.float().nan_to_num(-torch.inf).argmax(-1).cpu().numpy()
+            predicted[members] = most_likely(teacher.begin(batch, length, encoding).result())
     except torch.OutOfMemoryError:
         return  # the capture's own message says what to do
     truth = np.array([int(example.label or 0) for example in examples], dtype=np.int64)
-    moved = better_order(truth, predicted, num_classes)
+    moved = better_order(truth, predicted, teacher.num_classes)
     if not moved:
         return
     shown = {row.label: row.shown for row in reversed(rows)}

@@ -14,6 +14,7 @@ from pipeline.cache import Cache
 from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.in_process import CAPTURE, capture
 from pipeline.capture.job import make_job, prepare, row_length
+from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs
 from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model
@@ -89,10 +90,10 @@ def cache_logits(
             raise MisuseError("cache_logits: a live model needs its tokenizer=...")
         teacher.eval()
         loaded = LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
-    tokenizer = tokenizer or loaded.tokenizer
+    made = LocalTeacher(chosen, loaded, tokenizer or loaded.tokenizer)
     layout = open_layout(output)
     begun = None if settings.get("overwrite") else current_plan(layout)
-    tokenization = _tokenization(row_length(chosen, loaded, tokenizer, max_length, begun), settings)
+    tokenization = _tokenization(row_length(chosen, made, max_length, begun), settings)
     chosen.check_columns(columns, tokenization)
     source, *others = (
         _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
@@ -107,8 +108,7 @@ def cache_logits(
     job = make_job(
         chosen,
         source,
-        loaded,
-        tokenizer,
+        made,
         layout,
         tokenization=tokenization,
         seed=seed,

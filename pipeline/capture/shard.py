@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.cache.format.codec import content_hash
+from pipeline.cache.format.rows import in_order, make_block
 from pipeline.cache.storage.crash import reached
 from pipeline.cache.writing.build import record
 from pipeline.cache.writing.writer import write_shard
-from pipeline.capture.forward import broken_rows, device_name, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import Job
 from pipeline.capture.plan import plan_batches
-from pipeline.errors import BadRowError, EncodingError, ModelError
+from pipeline.capture.reading import Tokens, losses, read_shard, stop_unless_skipped
+from pipeline.capture.teachers.predictions import Labelled, Predicted, faults, without
+from pipeline.capture.teachers.protocol import Begun
+from pipeline.errors import EncodingError, ModelError
 from pipeline.records import (
-    BadRow,
-    CachedExample,
     Encoding,
-    Example,
     Receipt,
+    RowBlock,
     Sampled,
-    Shard,
     ShardPlan,
     SoftLabels,
     TeacherScores,
@@ -41,12 +43,10 @@ from pipeline.softlabels import (
     encode_and_score,
     narrow,
     served_temperature,
-    split_rows,
     target,
 )
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
-from pipeline.sources import read_examples
-from pipeline.tasks import Task, embedding_rows, ids_beyond, named_ids
+from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def capture_shards(
     """Make shards one after another, knowing nothing of the others.
 
     While the teacher runs, the shard after is tokenised, and the batch before is encoded. On a GPU that costs no time; on a CPU it takes turns
-    with the teacher, on the processors that a forward pass leaves idle.
+    with the teacher, on the processors that a forward pass leaves idle. A teacher that is not busy has several batches at once, of the next shard too.
 
     Args:
         done: called with each receipt, once it is on disk; in another thread.
@@ -77,21 +77,36 @@ def capture_shards(
     """
     waiting = iter(shards)
     reader, encoder = ThreadPoolExecutor(1, "tokenise"), ThreadPoolExecutor(1, "encode")
+    begun: deque[_Step] = deque()
+    behind: Future[None] | None = None
     try:
         ahead = reader.submit(_read_next, job, waiting)
-        written: Future[None] | None = None
-        while (tokens := _tokens_of(ahead, written)) is not None:
+        while True:
+            while begun and not ahead.done():
+                behind = _take(job, begun.popleft(), encoder, done, behind)
+            tokens = _tokens_of(ahead, behind)
+            if tokens is None:
+                break
             ahead = reader.submit(_read_next, job, waiting)
-            written = _predict(job, tokens, encoder, done, moved, behind=written)
-        if written is not None:
-            written.result()
+            batches = plan_batches([example.num_tokens for example in tokens.examples], job.plan.contract.batch_tokens)
+            labels = _ShardLabels(job, tokens, batches, moved)
+            for number, (members, length) in enumerate(batches):
+                while begun and job.teacher.busy:
+                    behind = _take(job, begun.popleft(), encoder, done, behind)
+                with labels.teacher_runs(members, length):
+                    begun.append(_Step(labels, number, forward(job, [tokens.examples[i] for i in members], length)))
+            begun.append(_Step(labels))
+        while begun:
+            behind = _take(job, begun.popleft(), encoder, done, behind)
+        if behind is not None:
+            behind.result()
     finally:
         reader.shutdown(wait=False, cancel_futures=True)  # it may wait for a shard that nobody will name
         encoder.shutdown(cancel_futures=True)
 
 
 def _tokens_of(ahead: Future[Tokens | None], written: Future[None] | None) -> Tokens | None:
-    """The next shard; what went wrong in writing the one before is told as soon as it is known."""
+    """The next shard; errors from writing the previous one are raised as soon as they are known."""
     if written is not None:
         futures: list[Future[Any]] = [ahead, written]
         wait(futures, return_when=FIRST_COMPLETED)
@@ -100,54 +115,36 @@ def _tokens_of(ahead: Future[Tokens | None], written: Future[None] | None) -> To
     return ahead.result()
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A shard before the teacher has seen it."""
-
-    shard: ShardPlan
-    examples: list[TokenizedExample]
-    bad: list[BadRow]
-    unlabelled: int
-    """Source rows without a label, where labels are read."""
-    blank: int
-    """Source rows with a text of white space alone."""
-
-
 def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> Tokens | None:
     shard = next(waiting, None)
     return None if shard is None else read_shard(job, shard)
 
 
-def _predict(
-    job: Job,
-    tokens: Tokens,
-    encoder: ThreadPoolExecutor,
-    done: Callable[[Receipt], None],
-    moved: Moved,
-    *,
-    behind: Future[None] | None,
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A batch of a shard that the teacher has begun, or the end of the shard."""
+
+    labels: _ShardLabels
+    number: int = 0
+    begun: Begun | None = None
+    """None: all batches of the shard came before."""
+
+
+def _take(
+    job: Job, step: _Step, encoder: ThreadPoolExecutor, done: Callable[[Receipt], None], behind: Future[None] | None
 ) -> Future[None]:
-    """Run the teacher over one shard; encoding and writing are left to the encoder, which is at most one batch `behind`."""
-    batches = plan_batches([example.num_tokens for example in tokens.examples], job.plan.contract.batch_tokens)
-    labels = _ShardLabels(job, tokens, batches, moved)
-    for number, (members, length) in enumerate(batches):
-        started = time.monotonic()
-        try:
-            logits = forward(job, [tokens.examples[i] for i in members], length)
-            synchronize(logits)
-        except torch.OutOfMemoryError:
-            raise ModelError(
-                f"out of memory in a batch of {len(members)} rows of {length} tokens; the batches are part of what makes the bytes the same, so start anew: "
-                f"--batch-tokens {max(job.plan.contract.batch_tokens // 2, 1)} --overwrite"
-            ) from None
-        labels.forward_seconds += time.monotonic() - started
+    """Wait for a batch; encoding and writing are left to the encoder, which is at most one batch `behind`."""
+    labels = step.labels
+    if step.begun is None:
         if behind is not None:
             behind.result()
-        behind = encoder.submit(labels.add, number, members, logits)
-        del logits
+        return encoder.submit(labels.write, done)
+    members, length = labels.batches[step.number]
+    with labels.teacher_runs(members, length):
+        predicted = step.begun.result()
     if behind is not None:
         behind.result()
-    return encoder.submit(labels.write, done)
+    return encoder.submit(labels.add, step.number, members, predicted)
 
 
 class _ShardLabels:
@@ -156,165 +153,128 @@ class _ShardLabels:
     def __init__(self, job: Job, tokens: Tokens, batches: list[tuple[list[int], int]], moved: Moved) -> None:
         self.forward_seconds = 0.0
         self._started = time.monotonic()
-        self._job, self._tokens, self._batches, self._moved = job, tokens, batches, moved
+        self._job, self._tokens, self.batches, self._moved = job, tokens, batches, moved
         self._seen = self._told = 0
-        self._cached: dict[int, CachedExample] = {}
+        self._blocks: list[RowBlock] = []
+        self._members: list[int] = []
         self._meter = FidelityMeter() if tokens.shard == job.plan.shards[0] else None
         self._measured = set(spread(len(batches), _MEASURED // _MEASURED_OF_BATCH))
 
-    def add(self, number: int, members: list[int], logits: Tensor) -> None:
-        """Encode one batch: (N, V) logits of the rows `members`."""
+    @contextmanager
+    def teacher_runs(self, members: list[int], length: int) -> Iterator[None]:
+        """Count the time that is waited for the teacher."""
+        started = time.monotonic()
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            batch_tokens = self._job.plan.contract.batch_tokens
+            raise ModelError(
+                f"out of memory in a batch of {len(members)} rows of {length} tokens; the batches are part of what makes the bytes the same, so start anew: "
+                f"--batch-tokens {max(batch_tokens // 2, 1)} --overwrite"
+            ) from None
+        self.forward_seconds += time.monotonic() - started
+
+    def add(self, number: int, members: list[int], logits: Predicted) -> None:
+        """Encode one batch: what the teacher predicts for the rows `members`."""
         split = self._tokens.shard.split
         part = [self._tokens.examples[i] for i in members]
         num_tokens = sum(example.num_tokens for example in part)
         self._seen += len(part)
+        made: RowBlock | None
         try:
             made = self._label(part, logits)
         except EncodingError:  # looked for only now: it takes a pass over all logits
-            broken = broken_rows(part, logits, split)
+            broken = faults(logits, part, split)
             if not broken:
                 raise
             self._tokens.bad.extend(broken.values())
-            _stop_unless_skipped(self._job, self._tokens.bad)
+            stop_unless_skipped(self._job, self._tokens.bad)
             logits = without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
             part = [self._tokens.examples[i] for i in members]
-            made = self._label(part, logits) if part else []
-        self._cached.update(zip(members, made, strict=True))
+            made = self._label(part, logits) if part else None
+        if made is not None:
+            self._blocks.append(made)
+            self._members += members
         if self._meter is not None and part and number in self._measured:
             _measure(self._job, self._meter, part, logits, split, seed=number)
         shard = self._tokens.shard
         before, self._told = self._told, (shard.stop - shard.start) * self._seen // len(self._tokens.examples)
         self._moved(self._told - before, num_tokens)
 
-    def _label(self, part: list[TokenizedExample], logits: Tensor) -> list[CachedExample]:
-        contract = self._job.plan.contract
-        return label_rows(
-            self._job.task,
-            part,
-            logits,
-            contract.encoding,
-            split=self._tokens.shard.split,
-            seed=contract.seed,
-            store_entropy="entropy" in contract.columns,
-        )
+    def _label(self, part: list[TokenizedExample], logits: Predicted) -> RowBlock:
+        contract, schema = self._job.plan.contract, self._job.schema
+        split = self._tokens.shard.split
+        return label_rows(self._job.task, part, logits, contract.encoding, schema, split=split, seed=contract.seed)
 
     def write(self, done: Callable[[Receipt], None]) -> None:
         """Write the shard, then its receipt: it counts from there on."""
         job, tokens = self._job, self._tokens
         reached("shard:encoded")
-        written = _write(job, tokens.shard, [self._cached[i] for i in sorted(self._cached)])
+        block = in_order(self._blocks, self._members) if self._blocks else ()  # (): every row was set aside
+        written = write_shard(job.layout.shard(tokens.shard.name), tokens.shard, block, job.schema)
         receipt = Receipt(
             shard=written,
             plan=tokens.shard,
-            batches=tuple((len(members), length) for members, length in self._batches),
-            device=device_name(job.teacher),
+            batches=tuple((len(members), length) for members, length in self.batches),
+            device=job.teacher.device,
             seconds=round(time.monotonic() - self._started, 3),
             forward_seconds=round(self.forward_seconds, 3),
             bad_rows=tuple(sorted(tokens.bad, key=lambda row: row.source_row)),
             fidelity=None if self._meter is None else self._meter.result(),
             unlabelled_rows=tokens.unlabelled,
             blank_rows=tokens.blank,
-            **_losses(tokens.examples),
+            **losses(tokens.examples),
         )
         record(job.layout, receipt)
         done(receipt)
 
 
-def _losses(examples: Sequence[TokenizedExample]) -> dict[str, int]:
-    """What a receipt says of rows that were cut, and of chats that are several rows."""
-    cuts = [cut for example in examples for cut in example.cut]
-    chats = [count for example in examples for count in example.split_chats]
-    return {
-        "cut_rows": len({cut.source_row for cut in cuts}),
-        "cut_tokens": sum(cut.tokens for cut in cuts),
-        "cut_supervised_rows": len({cut.source_row for cut in cuts if cut.supervised}),
-        "split_chats": len(chats),
-        "split_chat_rows": sum(chats),
-    }
-
-
-def read_shard(job: Job, shard: ShardPlan) -> Tokens:
-    """Tokens of a shard's rows, in order, and the rows that have none.
-
-    Raises:
-        BadRowError: a row cannot be used, and the contract says stop.
-    """
-    examples: list[TokenizedExample] = []
-    bad: list[BadRow] = []
-    counts: Counter[str] = Counter()
-    found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
-    limit = embedding_rows(job.teacher.model)
-    for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
-        if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
-            item = _fed(item, shard.split, limit, job.tokenizer)
-        if isinstance(item, BadRow):
-            bad.append(item)
-            _stop_unless_skipped(job, bad)
-        else:
-            examples.append(item)
-    labelled = job.labels is not None and job.source.columns.label is not None
-    return Tokens(shard, examples, bad, counts["unlabelled"] if labelled else 0, counts["blank"])
-
-
-def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterator[Example | BadRow]:
-    """The same items; rows without a label, and with a text of white space alone, are counted as they pass."""
-    for item in items:
-        if isinstance(item, Example):
-            completion = item.prompt_completion[1:] if item.prompt_completion else ()
-            counts["unlabelled"] += item.label is None
-            counts["blank"] += any(
-                text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)
-            )
-        yield item
-
-
-def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Tensor:
-    """One pass of the job's teacher."""
-    return teacher_logits(job.task, job.teacher, job.tokenizer, examples, job.plan.contract.num_classes, length)
+def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Begun:
+    """Begin a batch of the job's teacher."""
+    return job.teacher.begin(examples, length, job.plan.contract.encoding)
 
 
 def label_rows(
     task: Task,
     examples: Sequence[TokenizedExample],
-    logits: Tensor,
+    logits: Predicted,
     encoding: Encoding,
+    schema: pa.Schema,
     *,
     split: str,
     seed: int,
-    store_entropy: bool = False,
-) -> list[CachedExample]:
-    """(N, V) logits of several rows -> the rows with their soft labels, as they are stored."""
+) -> RowBlock:
+    """Predictions of several rows -> the rows with their soft labels, as they are stored.
+
+    Raises:
+        EncodingError: logits of some row cannot be encoded.
+    """
     soft, scores = encode_rows(task, examples, logits, encoding, split=split, seed=seed)
     counts = [example.num_positions for example in examples]
-    entropies: Sequence[Tensor | None] = (
-        torch.split(scores.entropy.float(), counts) if store_entropy else [None] * len(counts)
-    )
-    parts = zip(
+    return make_block(
         examples,
-        split_rows(soft, counts),
+        soft,
         row_sums(scores.nll, counts),
         row_sums(scores.entropy, counts),
-        entropies,
-        strict=True,
+        [content_hash(example) for example in examples],
+        schema,
+        counts=counts,
+        entropy=scores.entropy.float(),
     )
-    return [
-        CachedExample(example, part, nll, entropy, content_hash(example), each)
-        for example, part, nll, entropy, each in parts
-    ]
 
 
 def encode_rows(
     task: Task,
     examples: Sequence[TokenizedExample],
-    logits: Tensor,
+    logits: Predicted,
     encoding: Encoding,
     *,
     split: str,
     seed: int,
     uniforms: Tensor | None = None,
 ) -> tuple[SoftLabels, TeacherScores]:
-    """(N, V) logits of several rows -> their soft labels as they are stored, and the scores.
+    """Predictions of several rows -> their soft labels as they are stored, and the scores.
 
     Args:
         uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
@@ -322,11 +282,11 @@ def encode_rows(
     Raises:
         EncodingError: logits of some row cannot be encoded.
     """
+    if isinstance(logits, Labelled):
+        return logits.checked()
     labels = torch.from_numpy(task.hard_labels(examples)).to(logits.device)
-    if not isinstance(encoding, Sampled):
-        uniforms = torch.zeros(len(labels), dtype=torch.float64)  # nothing is drawn
-    elif uniforms is None:
-        uniforms = torch.cat([_uniforms(example, split, seed) for example in examples])
+    if uniforms is None:
+        uniforms = _drawn(examples, encoding, split, seed)
     soft, scores = encode_and_score(logits, labels, encoding, uniforms)
     return narrow(soft, uniforms), scores
 
@@ -340,15 +300,15 @@ def row_sums(values: Tensor, counts: Sequence[int]) -> list[float]:
 
 
 def _measure(
-    job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Tensor, split: str, *, seed: int
+    job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Predicted, split: str, *, seed: int
 ) -> None:
     """Add some positions of a batch to the measurement. It is a report: for want of memory it is left out, and the capture goes on."""
-    matrix = output_matrix(job.teacher.model, job.plan.contract.num_classes)
-    if matrix is None:
+    matrix = job.teacher.output_matrix
+    if matrix is None or isinstance(logits, Labelled):
         return
     encoding = job.plan.contract.encoding
     chosen = torch.tensor(spread(len(logits), _MEASURED_OF_BATCH))
-    uniforms = torch.cat([_uniforms(example, split, job.plan.contract.seed) for example in examples])[chosen]
+    uniforms = _drawn(examples, encoding, split, job.plan.contract.seed)[chosen]
     picked = logits[chosen.to(logits.device)]
     soft = narrow(encode(picked, encoding, uniforms=uniforms), uniforms)
     temperature = served_temperature(encoding)
@@ -359,29 +319,13 @@ def _measure(
         logger.warning("fidelity is not measured: the output matrix in float32 does not fit beside the teacher")
 
 
+def _drawn(examples: Sequence[TokenizedExample], encoding: Encoding, split: str, seed: int) -> Tensor:
+    """(N,) float64 of the positions of all rows: 0 where the encoding draws nothing."""
+    if isinstance(encoding, Sampled):
+        return torch.cat([_uniforms(example, split, seed) for example in examples])
+    return torch.zeros(sum(example.num_positions for example in examples), dtype=torch.float64)
+
+
 def _uniforms(example: TokenizedExample, split: str, seed: int) -> Tensor:
     positions = np.zeros(1, dtype=np.int64) if example.supervised is None else np.flatnonzero(example.supervised)
     return counter_uniforms(seed, split, example.source_row, example.piece, positions)
-
-
-def _fed(row: TokenizedExample, split: str, limit: int, tokenizer: Any) -> TokenizedExample | BadRow:
-    """The row, unless it has token ids that the teacher has no embedding for."""
-    beyond = ids_beyond([row], limit)
-    if not beyond:
-        return row
-    reason = f"token ids without a row in the input embedding, which has {limit}: {named_ids(beyond, tokenizer)}"
-    return BadRow(split, row.source_row, reason)
-
-
-def _stop_unless_skipped(job: Job, bad: Sequence[BadRow]) -> None:
-    if job.plan.contract.on_bad_row == "stop":
-        row = bad[-1]
-        raise BadRowError(
-            f"{job.source.name}: split {row.split}, row {row.source_row}: {row.reason}; mend the row, or set such rows aside with --on-bad-row skip"
-        )
-
-
-def _write(job: Job, shard: ShardPlan, cached: Sequence[CachedExample]) -> Shard:
-    if not cached:  # every row was set aside: a receipt, and no file
-        return Shard(shard.name, shard.split, 0, 0, 0, 0, "", ())
-    return write_shard(job.layout.shard(shard.name), shard, cached, job.schema)

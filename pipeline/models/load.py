@@ -222,11 +222,15 @@ def choose_max_length(task: Task, loaded: LoadedModel, tokenizer: PreTrainedToke
     Raises:
         MisuseError: more was asked for than the model takes.
     """
-    longest = longest_input(loaded.model, tokenizer)
+    return length_within(task, loaded.name, longest_input(loaded.model, tokenizer), asked)
+
+
+def length_within(task: Task, name: str, longest: int, asked: int | None) -> int:
+    """`choose_max_length` of a model that takes so many tokens."""
     if asked is None:
         return min(longest, task.default_max_length)
     if asked > longest:
-        raise MisuseError(f"--max-length {asked}: {loaded.name} takes at most {longest} tokens")
+        raise MisuseError(f"--max-length {asked}: {name} takes at most {longest} tokens")
     return asked
 
 

@@ -15,7 +15,7 @@ from pipeline.models.detect import detect_task
 from pipeline.models.load import LoadedModel, load_model, longest_input, pad_id
 from pipeline.models.saved import trained_length
 from pipeline.records import Example, TextPrediction, Tokenization, TokenizedExample
-from pipeline.tasks import Task, check_ids
+from pipeline.tasks import Task, check_ids, embedding_rows
 
 
 def run(config: PredictConfig) -> Iterator[TextPrediction]:
@@ -50,7 +50,7 @@ def classify(
         examples = [Example(source_row=i, text=text) for i, text in enumerate(chunk)]
         rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
         tokens = [row for row in rows if isinstance(row, TokenizedExample)]
-        check_ids(model, tokens, loaded.tokenizer, loaded.name)
+        check_ids(embedding_rows(model), tokens, loaded.tokenizer, loaded.name)
         inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer, model))
         placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.inference_mode():

@@ -9,7 +9,6 @@ from pipeline.cache.writing.build import refresh
 from pipeline.cache.writing.claims import finished
 from pipeline.capture.engines.progress import shards_of
 from pipeline.capture.engines.workers import devices_of_workers
-from pipeline.capture.forward import device_name, synchronize
 from pipeline.capture.head import check_head, check_rows, show_first_row
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.plan import plan_batches
@@ -45,10 +44,7 @@ def outline(config: CacheLogitsConfig) -> Outline:
     splits = {split: len(rows) for split, rows in job.source.splits.items()}
     lines = [
         ("reads", f"{job.source.name}: {', '.join(f'{split} {count:,} rows' for split, count in splits.items())}"),
-        (
-            "teacher",
-            f"{job.teacher.name}: {contract.teacher.num_parameters:,} parameters, {contract.teacher.dtype}, on {device_name(job.teacher)}",
-        ),
+        ("teacher", job.teacher.describe(contract.teacher)),
         ("encoding", f"{encoding_name(contract.encoding)} over {contract.num_classes:,} classes"),
         ("columns", ", ".join(contract.columns)),
         (
@@ -93,5 +89,5 @@ def _time(job: Job, rows: int) -> Outline:
 
 def _seconds(job: Job, batch: list[TokenizedExample], length: int) -> float:
     started = time.perf_counter()
-    synchronize(forward(job, batch, length))
+    forward(job, batch, length).result()
     return time.perf_counter() - started

@@ -189,13 +189,12 @@ def named_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return shown + (", ..." if len(ids) > 5 else "")
 
 
-def check_ids(model: Any, rows: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse rows with token ids that the model has no embedding for. Padding is not looked at: it is masked.
+def check_ids(limit: int, rows: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse rows with token ids beyond an input embedding of so many rows. Padding is not looked at: it is masked.
 
     Raises:
         ModelError: names the ids and their tokens.
     """
-    limit = embedding_rows(model)
     beyond = ids_beyond(rows, limit)
     if beyond:
         raise ModelError(

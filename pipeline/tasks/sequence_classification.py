@@ -101,6 +101,7 @@ class SequenceClassification:
             [e.text_pair or "" for e in examples] if paired else None,
             truncation=True,
             max_length=max_length,
+            return_attention_mask=False,
         )
         types = encoded.get("token_type_ids")
         lengths = [len(ids) for ids in encoded["input_ids"]]

@@ -111,7 +111,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
     if names is not None:
         _tell_absent(source, train, names, rows)
-    check_ids(teacher.model, rows, teacher.tokenizer, teacher.name)
+    check_ids(embedding_rows(teacher.model), rows, teacher.tokenizer, teacher.name)
     settings_given = {
         "learning_rate": config.learning_rate,
         "per_device_train_batch_size": config.batch_size,

@@ -65,16 +65,13 @@ def test_a_bias_in_the_tail_alone_is_found(tmp_path, lm_tokenizer, documents, mo
 
     from pipeline.capture import shard
 
-    whole = shard.label_rows
+    whole = shard.encode_rows
 
     def moved(*args, **kwargs):
-        rows = whole(*args, **kwargs)
-        return [
-            dataclasses.replace(r, soft=dataclasses.replace(r.soft, tail_ids=(r.soft.tail_ids + 1).clamp_max(319)))
-            for r in rows
-        ]
+        soft, scores = whole(*args, **kwargs)
+        return dataclasses.replace(soft, tail_ids=(soft.tail_ids + 1).clamp_max(319)), scores
 
-    monkeypatch.setattr(shard, "label_rows", moved)
+    monkeypatch.setattr(shard, "encode_rows", moved)
     cache, teacher = made(tmp_path, lm_tokenizer, documents, Sampled(12.0))
     found = audit(cache, teacher, rows=40)
     assert found.verdict == "differs"

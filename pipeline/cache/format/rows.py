@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.format.codec import COLUMNS, narrowed, pack_soft, positions_of, unpack_soft
-from pipeline.records import NO_LABEL, CachedExample, Ragged, RowBlock, Segment, SoftLabels, TokenizedExample
+from pipeline.records import (
+    NO_LABEL,
+    CachedExample,
+    Ragged,
+    RowBlock,
+    Segment,
+    SoftLabels,
+    TokenizedExample,
+    offsets_of_counts,
+)
 from pipeline.softlabels import concatenate, split_rows
 
 
@@ -179,3 +188,29 @@ def _gather(parts: Sequence[tuple[Ragged, int, int]]) -> Ragged:
     counts = np.concatenate([column.counts[start:stop] for column, start, stop in parts])
     values = [column.values[column.offsets[start] : column.offsets[stop]] for column, start, stop in parts]
     return Ragged.of(np.concatenate(values), counts)
+
+
+def in_order(blocks: Sequence[RowBlock], numbers: Sequence[int]) -> RowBlock:
+    """The rows of all blocks, at least one, by rising number.
+
+    Args:
+        numbers: of the rows of one block after another.
+    """
+    return _take(gather([(block, 0, len(block)) for block in blocks]), np.argsort(numbers))
+
+
+def _take(block: RowBlock, rows: np.ndarray) -> RowBlock:
+    return RowBlock(
+        block.encoding,
+        block.num_classes,
+        {name: _take_lists(column, rows) for name, column in block.lists.items()},
+        {name: values[rows] for name, values in block.numbers.items()},
+        {name: values.take(pa.array(rows)) for name, values in block.others.items()},
+    )
+
+
+def _take_lists(column: Ragged, rows: np.ndarray) -> Ragged:
+    counts = column.counts[rows]
+    offsets = offsets_of_counts(counts)
+    places = np.arange(offsets[-1]) + np.repeat(column.offsets[rows] - offsets[:-1], counts)
+    return Ragged(column.values[places], counts, offsets)

@@ -1,0 +1,97 @@
+"""The rows of one shard as tokens, before the teacher has seen them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.capture.job import Job
+from pipeline.errors import BadRowError
+from pipeline.records import BadRow, Example, ShardPlan, TokenizedExample
+from pipeline.sources import read_examples
+from pipeline.tasks import ids_beyond, named_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A shard before the teacher has seen it."""
+
+    shard: ShardPlan
+    examples: list[TokenizedExample]
+    bad: list[BadRow]
+    unlabelled: int
+    """Source rows without a label, where labels are read."""
+    blank: int
+    """Source rows with a text of white space alone."""
+
+
+def read_shard(job: Job, shard: ShardPlan) -> Tokens:
+    """Tokens of a shard's rows, in order, and the rows that have none.
+
+    Raises:
+        BadRowError: a row cannot be used, and the contract says stop.
+    """
+    examples: list[TokenizedExample] = []
+    bad: list[BadRow] = []
+    counts: Counter[str] = Counter()
+    found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
+    limit = job.teacher.embedding_rows
+    for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
+        if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
+            item = _fed(item, shard.split, limit, job.tokenizer)
+        if isinstance(item, BadRow):
+            bad.append(item)
+            stop_unless_skipped(job, bad)
+        else:
+            examples.append(item)
+    labelled = job.labels is not None and job.source.columns.label is not None
+    return Tokens(shard, examples, bad, counts["unlabelled"] if labelled else 0, counts["blank"])
+
+
+def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterator[Example | BadRow]:
+    """The same items; rows without a label, and with a text of white space alone, are counted as they pass."""
+    for item in items:
+        if isinstance(item, Example):
+            completion = item.prompt_completion[1:] if item.prompt_completion else ()
+            counts["unlabelled"] += item.label is None
+            counts["blank"] += any(
+                text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)
+            )
+        yield item
+
+
+def _fed(row: TokenizedExample, split: str, limit: int, tokenizer: Any) -> TokenizedExample | BadRow:
+    """The row, unless it has token ids that the teacher has no embedding for."""
+    beyond = ids_beyond([row], limit)
+    if not beyond:
+        return row
+    reason = f"token ids without a row in the input embedding, which has {limit}: {named_ids(beyond, tokenizer)}"
+    return BadRow(split, row.source_row, reason)
+
+
+def losses(examples: Sequence[TokenizedExample]) -> dict[str, int]:
+    """Fields of a receipt: what it says of rows that were cut, and of chats that are several rows."""
+    cuts = [cut for example in examples for cut in example.cut]
+    chats = [count for example in examples for count in example.split_chats]
+    return {
+        "cut_rows": len({cut.source_row for cut in cuts}),
+        "cut_tokens": sum(cut.tokens for cut in cuts),
+        "cut_supervised_rows": len({cut.source_row for cut in cuts if cut.supervised}),
+        "split_chats": len(chats),
+        "split_chat_rows": sum(chats),
+    }
+
+
+def stop_unless_skipped(job: Job, bad: Sequence[BadRow]) -> None:
+    """Stop at the last of the bad rows, unless the contract says that such rows are set aside.
+
+    Raises:
+        BadRowError: it says stop.
+    """
+    if job.plan.contract.on_bad_row == "stop":
+        row = bad[-1]
+        raise BadRowError(
+            f"{job.source.name}: split {row.split}, row {row.source_row}: {row.reason}; mend the row, or set such rows aside with --on-bad-row skip"
+        )

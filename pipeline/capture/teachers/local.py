@@ -1,0 +1,142 @@
+"""A local model as the teacher: one forward pass for each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.capture.automatic import fastest_batch_tokens
+from pipeline.capture.forward import device_name, output_matrix, synchronize, teacher_logits
+from pipeline.errors import ModelError
+from pipeline.models import LoadedModel, check_isolation, longest_input, model_info
+from pipeline.records import Encoding, ModelInfo, Tokenization, TokenizedExample
+from pipeline.tasks import Task, embedding_rows
+
+#: Longest row, in tokens, that is predicted twice before the first shard.
+_SHORT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Logits of a forward pass, which a GPU may still be working on."""
+
+    logits: Tensor
+
+    def result(self) -> Tensor:
+        """(N, V) logits."""
+        synchronize(self.logits)
+        return self.logits
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTeacher:
+    """A model in memory; the protocol says what each member is."""
+
+    task: Task
+    loaded: LoadedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+        return self.loaded.name
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self.loaded.model
+
+    @property
+    def num_classes(self) -> int:
+        """V."""
+        return self.task.num_classes(self.model, self.tokenizer)
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Those of its configuration."""
+        if self.task.classes_are_tokens:
+            return None
+        config = self.model.config
+        return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+    @property
+    def info(self) -> ModelInfo:
+        """Name, weights and precision."""
+        return model_info(self.loaded)
+
+    @property
+    def device(self) -> str:
+        """The device model."""
+        return device_name(self.loaded)
+
+    @property
+    def longest_input(self) -> int:
+        """What it has positions for."""
+        return longest_input(self.model, self.tokenizer)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Of its input embedding."""
+        return embedding_rows(self.model)
+
+    @property
+    def output_matrix(self) -> Tensor | None:
+        """(V, H)."""
+        return output_matrix(self.model, self.num_classes)
+
+    @property
+    def busy(self) -> bool:
+        """Always: a second batch would wait for the first, and hold its logits meanwhile."""
+        return True
+
+    def describe(self, info: ModelInfo) -> str:
+        """Parameters, precision and device."""
+        return f"{self.name}: {info.num_parameters:,} parameters, {info.dtype}, on {self.device}"
+
+    def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
+        """Logits serve every encoding; only the attention implementation may not isolate documents."""
+        check_isolation(self.model, tokenization)
+
+    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
+        """Compare the head on supervised positions with the model's plain path, on the shortest row.
+
+        Raises:
+            ModelError: the logits differ by more than the precision explains.
+        """
+        if not rows:
+            return
+        shortest = min(rows, key=lambda row: row.num_tokens)
+        if shortest.num_tokens > _SHORT:
+            return
+        model = self.model
+        inputs, supervised = self.task.collate([shortest], 0)
+        with torch.inference_mode():
+            plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
+        if supervised is not None:
+            plain = plain[supervised.to(model.device)]
+        plain = plain[:, : self.num_classes].float()
+        found = self.begin([shortest], None, encoding).result().float()
+        tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+        finite = plain.isfinite()  # logits that are not are told row by row, later
+        if not bool(finite.any()):
+            return
+        worst = float((plain - found)[finite].abs().max() / plain[finite].abs().max().clamp_min(1.0))
+        if not worst <= tolerance:
+            raise ModelError(
+                f"{self.name}: logits of the supervised positions alone differ from the model's own by {worst:.2g} (expected at most {tolerance:g}); this architecture "
+                "cannot be cached safely: please report it"
+            )
+
+    def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
+        """Measured on this device, by forward passes."""
+        return fastest_batch_tokens(self.task, self.loaded, self.tokenizer, self.num_classes, tokenization)
+
+    def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> Computed:
+        """One forward pass."""
+        logits = teacher_logits(self.task, self.loaded, self.tokenizer, rows, self.num_classes, length)
+        return Computed(logits)

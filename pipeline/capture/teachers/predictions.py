@@ -1,0 +1,63 @@
+"""What a teacher predicts for a batch of rows: dense logits, or soft labels that are made already."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.capture import forward
+from pipeline.errors import EncodingError
+from pipeline.records import BadRow, SoftLabels, TeacherScores, TokenizedExample
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Soft labels of the rows of a batch, from a teacher that does not give all V logits."""
+
+    soft: SoftLabels
+    """N positions: those of all rows of the batch but the ones in `bad`, in order."""
+    scores: TeacherScores
+    """Of the same positions; nan where they are not known."""
+    bad: Mapping[int, str] = field(default_factory=dict)
+    """Place of a row in the batch -> why it has no soft labels."""
+
+    def checked(self) -> tuple[SoftLabels, TeacherScores]:
+        """Soft labels and scores of every row of the batch.
+
+        Raises:
+            EncodingError: some row has none.
+        """
+        if self.bad:
+            place, reason = next(iter(self.bad.items()))
+            raise EncodingError(f"row {place} of the batch: {reason}")
+        return self.soft, self.scores
+
+
+Predicted = Tensor | Labelled
+"""(N, V) logits of the supervised positions, float; or soft labels."""
+
+
+def faults(predicted: Predicted, rows: Sequence[TokenizedExample], split: str) -> dict[int, BadRow]:
+    """The rows of a batch that cannot be cached: place in the batch -> source row and reason."""
+    if isinstance(predicted, Labelled):
+        return {i: BadRow(split, rows[i].source_row, reason) for i, reason in predicted.bad.items()}
+    return forward.broken_rows(rows, predicted, split)
+
+
+def without(broken: Container[int], rows: Sequence[TokenizedExample], predicted: Predicted) -> Predicted:
+    """The predictions of the rows that are not in `broken`."""
+    if isinstance(predicted, Labelled):
+        return Labelled(predicted.soft, predicted.scores)
+    return forward.without(broken, rows, predicted)
+
+
+def most_likely(predicted: Predicted) -> np.ndarray:
+    """(N,) int64: the class of the highest probability at each position."""
+    if isinstance(predicted, Labelled):
+        first: np.ndarray = predicted.soft.top_ids[predicted.soft.top_offsets[:-1]].numpy()
+        return first
+    found: np.ndarray = predicted.float().nan_to_num(-float("inf")).argmax(-1).cpu().numpy()
+    return found
