@@ -26,7 +26,7 @@ from pipeline.generation.job import GenerationJob, few_prompts, generation_layou
 from pipeline.generation.records import Asked, Generation, GenerationPlan
 from pipeline.generation.shard import write_shards
 from pipeline.models import LoadedModel
-from pipeline.records import Receipt, ShardPlan
+from pipeline.records import BadRow, Receipt, ShardPlan
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +207,8 @@ def show_first(job: GenerationJob, *, sample: bool = True) -> None:
     logger.info("first prompt of %s (%d tokens): %s", split, len(first.input_ids), _short(shown))
     if sample:
         found = job.writer.write([Asked(first, split, 0)], job.plan.contract.sampling)[0]
+        if isinstance(found, BadRow):
+            return
         logger.info(
             "its first completion (%d tokens, finish reason %s%s): %s",
             len(found.token_ids),

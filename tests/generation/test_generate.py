@@ -207,7 +207,9 @@ def test_a_live_model_and_data_in_memory(lm_tokenizer, tmp_path):
 
 def test_other_settings_and_other_files_are_refused(config, tmp_path):
     run(config(rows="0:4"))
-    with pytest.raises(ContractError, match=r"out: holds another generation: contract.sampling.temperature: expected 1"):
+    with pytest.raises(
+        ContractError, match=r"out: holds another generation: contract.sampling.temperature: expected 1"
+    ):
         run(config(rows="0:4", temperature=0.5))
     with pytest.raises(ContractError, match=r"contract\.source\.fingerprints"):
         run(config())
