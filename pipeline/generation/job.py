@@ -86,6 +86,22 @@ def prepare(
     check_files(layout, GenerationPlan, overwrite=config.overwrite)
     task = writing_task()
     tokenizer, writer = _writer(config, task, live_model)
+    try:
+        return _job(config, layout, tokenizer, writer, live_prompts, dry_run=dry_run)
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _job(
+    config: GenerateConfig,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
+    writer: Writer,
+    live_prompts: Any,
+    *,
+    dry_run: bool,
+) -> GenerationJob:
     set_chat_template(tokenizer, config.chat_template)
     make_prompts = row_prompts if config.template is None else label_prompts
     prompts: Prompts = make_prompts(config, tokenizer, live=live_prompts)
@@ -169,11 +185,15 @@ def _writer(
             concurrency=config.concurrency,
             patience=config.server_patience,
         )
-        tokenizer = load_tokenizer(
-            config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
-        )
-        ends = end_ids(stated_ends(config.model, config.model_revision), tokenizer)
-        return tokenizer, served_writer(client, tokenizer, model=config.server_model, end_ids=ends)
+        try:
+            tokenizer = load_tokenizer(
+                config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+            )
+            ends = end_ids(stated_ends(config.model, config.model_revision), tokenizer)
+            return tokenizer, served_writer(client, tokenizer, model=config.server_model, end_ids=ends)
+        except BaseException:
+            client.close()
+            raise
     loaded = live_model or _load(task, config)
     return loaded.tokenizer, LocalWriter(task, loaded)
 

@@ -108,6 +108,9 @@ class LocalWriter:
                 f"{tolerance:g}), so that completions would depend on their batch; --batch-tokens 1 writes one at a time"
             )
 
+    def close(self) -> None:
+        """There is nothing to close."""
+
     def _num_classes(self) -> int:
         return self.task.num_classes(self.loaded.model, self.loaded.tokenizer)
 

@@ -52,9 +52,16 @@ def run(config: GenerateConfig) -> Generation | None:
 
         found = run_workers(GENERATION, config, config.num_workers)
     else:
-        found = make_here(GENERATION, prepare(config), part=config.parsed_part)
+        found = _here(config)
     assert found is None or isinstance(found, Generation)
     return found
+
+
+def _here(config: GenerateConfig, **live: Any) -> Any:
+    """In this process."""
+    job = prepare(config, **live)
+    with contextlib.closing(job.writer):
+        return make_here(GENERATION, job, part=config.parsed_part)
 
 
 def generate(
@@ -104,8 +111,7 @@ def generate(
             if is_live:
                 assert tokenizer is not None
                 loaded = LoadedModel(model, tokenizer, name)  # type: ignore[arg-type]
-            job = prepare(config, live_model=loaded, live_prompts=live_prompts)
-            finished_one = make_here(GENERATION, job, part=config.parsed_part)
+            finished_one = _here(config, live_model=loaded, live_prompts=live_prompts)
     if finished_one is None:
         raise MisuseError(f"generate: part {config.part} is done, and others are not; leave part out, or call run()")
     assert isinstance(finished_one, Generation)

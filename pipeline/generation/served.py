@@ -81,6 +81,10 @@ class ServedWriter:
                 found.append(BadRow(each.split, each.prompt.source_row, f"the server refuses the prompt: {error}"))
         return found
 
+    def close(self) -> None:
+        """The client's connections."""
+        self.client.close()
+
     def _submit(self, asked: Asked, sampling: Sampling) -> Future[Completion]:
         return self.client.submit(
             _PATH,

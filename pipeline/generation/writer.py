@@ -60,6 +60,9 @@ class Writer(Protocol):
             ServerError: no server can be used.
         """
 
+    def close(self) -> None:
+        """Give up what is not written yet, and every connection."""
+
 
 def end_ids(stated: object, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a completion: EOS of the tokenizer, and those that a model's generation config states."""

@@ -46,8 +46,15 @@ def expected(settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.2}]
-    + [{"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.05}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_p": 0.8},
+        {"top_k": 5},
+        {"min_p": 0.2},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
+    ],
 )
 def test_tokens_are_drawn_with_their_probabilities(settings):
     """Chi-square over 20,000 draws: 4,000 rows of 5 steps; nothing that a filter leaves out is drawn."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
-import os
 import signal
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 from datasets import Dataset
 
 import pipeline as softlabel
-from pipeline.cache.storage.crash import POINTS
 from pipeline.config import CacheLogitsConfig, DataConfig, TrainStudentConfig
 from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
 from pipeline.generation.run import run
@@ -156,7 +154,7 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_its_text(config, lm_tok
 
 
 def test_what_is_written_is_labelled_and_learnt_by_its_ids(config, tmp_path, lm_tokenizer, save_teacher):
-    """generate -> cache-logits by ids -> train-student: every token of a completion is supervised, and no other."""
+    """Generate -> cache-logits by ids -> train-student: every token of a completion is supervised, and no other."""
     from pipeline.capture.run import run as capture
     from pipeline.training.run import run as train
 
@@ -217,14 +215,10 @@ def test_other_settings_and_other_files_are_refused(config, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(CacheError, match="no generated data set|deletes generated data sets only"):
+        with pytest.raises(CacheError, match=r"no generated data set|deletes generated data sets only"):
             run(config("full", overwrite=overwrite))
     with pytest.raises(MisuseError, match="generate writes to a directory"):
-        run(config(output="x", **{}).__class__(**{**_fields(config()), "output": "s3://bucket/x"}))
-
-
-def _fields(settings):
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+        run(dataclasses.replace(config(), output="s3://bucket/x"))
 
 
 def test_a_cache_and_a_generated_data_set_never_replace_each_other(config, tmp_path, lm_tokenizer):

@@ -78,7 +78,12 @@ def test_a_text_is_a_turn_of_the_user_where_that_is_asked_for(write, chat_tokeni
 
 @pytest.mark.parametrize("column", ["prompt", "messages"])
 def test_chats_are_rendered_up_to_where_the_assistant_writes(write, chat_tokenizer, column):
-    rows = [{column: CHAT}, {column: CHAT[:1]}, {column: [*CHAT, {"role": "user", "content": "why"}]}, {column: CHAT[1:]}]
+    rows = [
+        {column: CHAT},
+        {column: CHAT[:1]},
+        {column: [*CHAT, {"role": "user", "content": "why"}]},
+        {column: CHAT[1:]},
+    ]
     found, job = prompts_of(write(rows))
     assert [item.text for item in found[:3]] == [
         "<eos><user> the cat<eos><assistant> ",
@@ -129,11 +134,23 @@ def test_a_prompt_that_is_too_long_is_a_line_or_set_aside(write):
 @pytest.mark.parametrize(
     ("rows", "settings", "line"),
     [
-        ([{"question": "a"}], {}, r"no column 'prompt' or 'messages'; found question; name the column with --prompt-column"),
+        (
+            [{"question": "a"}],
+            {},
+            r"no column 'prompt' or 'messages'; found question; name the column with --prompt-column",
+        ),
         ([{"question": "a"}], {"prompt_column": "questions"}, r"no column 'questions'; found question"),
         ([{"prompt": 3}], {}, r"column 'prompt' .*: expected"),
-        ([{"messages": CHAT}], {"as_chat": True}, r"--as-chat goes with prompts that are text, and the column 'messages'"),
-        ([{"prompt": "a"}], {"chat_template_kwargs": ("x=1",)}, r"--chat-template-kwargs goes with chats, or with --as-chat"),
+        (
+            [{"messages": CHAT}],
+            {"as_chat": True},
+            r"--as-chat goes with prompts that are text, and the column 'messages'",
+        ),
+        (
+            [{"prompt": "a"}],
+            {"chat_template_kwargs": ("x=1",)},
+            r"--chat-template-kwargs goes with chats, or with --as-chat",
+        ),
         ([{"messages": CHAT}], {}, r"the tokenizer has no chat template; give one with --chat-template"),
         ([{"prompt": "a"}], {"rows": "5:9"}, r"--rows 5:9: no split has such rows"),
     ],
@@ -155,14 +172,20 @@ def test_what_holds_no_prompts_is_a_line(write, rows, settings, line):
         ({"top_k": 0}, "--top-k: expected at least 1"),
         ({"max_new_tokens": 0}, "--max-new-tokens: expected at least 1"),
         ({"stop": ("",)}, "--stop: expected a text, found an empty one"),
-        ({"prompt_column": "a", "prefix_tokens": 3}, "one kind of prompt at a time: found --prompt-column and --prefix"),
+        (
+            {"prompt_column": "a", "prefix_tokens": 3},
+            "one kind of prompt at a time: found --prompt-column and --prefix",
+        ),
         ({"text_column": "body"}, "--text-column goes with --prefix-tokens"),
         ({"label": ("a",)}, "--label, --num-examples and --shots go with --template"),
         ({"template": "x"}, "--template needs --num-examples"),
         ({"template": "x", "num_examples": 3, "dataset": None}, "--template needs the labels"),
         ({"template": "x", "num_examples": 3, "dataset": None, "label": ("a", "a")}, "expected each label once"),
         ({"template": "x", "num_examples": 3, "dataset": None, "label": ("a",), "shots": 2}, "--shots needs --dataset"),
-        ({"template": "x", "num_examples": 3, "prompt_column": "a"}, "--template makes the prompts itself; drop --prompt"),
+        (
+            {"template": "x", "num_examples": 3, "prompt_column": "a"},
+            "--template makes the prompts itself; drop --prompt",
+        ),
         ({"drop": ("none", "cut")}, "--drop none stands alone"),
         ({"part": "0/2", "overwrite": True}, "--part with --overwrite"),
         ({"part": "2/2"}, "--part: expected I/N"),
