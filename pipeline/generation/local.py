@@ -203,9 +203,11 @@ class _Recorder(LogitsProcessor):
 @contextlib.contextmanager
 def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """While it writes, the model has no settings but these: its files may ask for a penalty on repetition, for example."""
-    before = model.generation_config
+    models = [model, *([model.get_base_model()] if hasattr(model, "peft_config") else [])]
+    before = [each.generation_config for each in models]
     model.generation_config = settings
     try:
         yield
     finally:
-        model.generation_config = before
+        for each, its in zip(models, before, strict=True):
+            each.generation_config = its

@@ -205,7 +205,7 @@ class GenerationWork:
 
 def show_first(job: GenerationJob, *, sample: bool = True) -> None:
     """Log the first prompt as tokens, and its first completion, so that a wrong template or setting is seen now."""
-    prompts = few_prompts(job, 1)
+    prompts = few_prompts(job)
     if not prompts:
         return
     first, split = prompts[0], job.plan.shards[0].split
