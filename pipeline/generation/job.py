@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,7 @@ def _begin(layout: Layout, plan: GenerationPlan, tokenizer: PreTrainedTokenizerB
     if found is not None or not create_exclusively(layout.plan, dump(plan)):
         check_same_contract(plan, found or plan_there(layout, GenerationPlan) or plan, layout.name, work=NAMES.work)
     if is_committed(layout, plan):
+        shutil.rmtree(layout.data, ignore_errors=True)  # of a run that was killed just after
         return
     try:
         for directory in (layout.data, layout.plan.parent, layout.root):

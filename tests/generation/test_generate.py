@@ -59,9 +59,12 @@ def test_seeds_rows_and_samples_differ(config):
     assert len(written) > 0.9 * 2 * len(rows)
 
 
-@pytest.mark.parametrize("number", range(3, 75, 9))
+@pytest.mark.parametrize("number", [1, 8, 12, 17, 31, 37, 40, 41])
 def test_killed_anywhere_the_same_command_goes_on(config, tmp_path, number):
-    """At every ninth time that the run comes by a named point: what was finished stays, and the bytes are the same."""
+    """At the plan, a shard, a receipt, a shard of the data set, the card and the end: what was finished stays.
+
+    The bytes are those of a run that nobody has killed.
+    """
     settings = config("killed", num_samples=1, max_new_tokens=4, drop=("cut",), rows="0:8")
     code = f"""
 import os, signal
@@ -77,7 +80,7 @@ with hooked(hook):
     run({settings!r})
 """
     done = python("-c", code)
-    assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+    assert done.returncode == -signal.SIGKILL, done.stderr
     kept = {path: path.stat().st_mtime_ns for path in Path(settings.output).glob("receipts/[!.]*.json")}
     found = run(settings)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
