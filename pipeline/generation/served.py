@@ -30,6 +30,8 @@ _PATH = "/v1/completions"
 _APIS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "library": "ollama"}
 _SEEDS = 1 << 31
 _NO_LIMIT = 1 << 30
+#: Of the first request, by which a server and a tokenizer are compared.
+_PROBED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ def served_writer(
     assert model is not None
     limit = found[model].get("max_model_len")
     api = _APIS.get(str(found[model].get("owned_by", "")).lower(), "openai")
-    takes_ids = _takes_ids(client, model)
+    takes_ids = _takes_ids(client, tokenizer, model)
     if not takes_ids:
         logger.warning(
             "the server takes prompts as text alone: its tokens are not known, those of the data set are the tokenizer's"
@@ -208,14 +210,42 @@ def _models(answer: Any) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _takes_ids(client: Client, model: str) -> bool:
-    """Whether prompts may be token ids: asked with one token."""
-    request = {"model": model, "prompt": [0], "max_tokens": 1, "temperature": 0}
+def _takes_ids(client: Client, tokenizer: PreTrainedTokenizerBase, model: str) -> bool:
+    """Whether prompts may be token ids: asked with a short one.
+
+    Raises:
+        MisuseError: the ids that come back are other text to the tokenizer than to the server.
+    """
+    prompt = [int(i) for i in tokenizer("The", add_special_tokens=False)["input_ids"]]
+    request = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": _PROBED_TOKENS,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
     try:
-        client.submit(_PATH, request, lambda _: None, what="a prompt of token ids", size=2).result()
+        answer = client.submit(_PATH, request, lambda found: found, what="a prompt of token ids", size=2).result()
     except RefusedError:
         return False
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
+    ids, text = choice.get("token_ids"), choice.get("text")
+    if isinstance(ids, list) and isinstance(text, str) and not same_text(tokenizer, ids, text):
+        raise MisuseError(
+            f"--model: its tokenizer reads the token ids of the server's model {model} as other text than the server does "
+            f"(which says {text[:40]!r}); name the tokenizer of that model"
+        )
     return True
+
+
+def same_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
+    """Whether token ids are the same letters and digits as a text; True where a character is cut in two."""
+    if any(not 0 <= i < len(tokenizer) for i in ids):
+        return False
+    own = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    one, other = ("".join(filter(str.isalnum, each)) for each in (own, text))
+    return one == other or "\ufffd" in own + text
 
 
 def _finish_reason(choice: Mapping[str, Any], sampling: Sampling) -> FinishReason:
