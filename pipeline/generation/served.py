@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError, ServerError
 from pipeline.generation.draws import stream_key
-from pipeline.generation.records import Asked, Completion, FinishReason, IdsFrom, Prompt, Sampling, ServerInfo
+from pipeline.generation.records import Asked, Completion, FinishReason, IdsFrom, Prompt, Sampling, ServedModel
 from pipeline.generation.writer import completion_text
 from pipeline.records import BadRow
 from pipeline.servers.answers import RefusedError, UnusableAnswerError
@@ -32,6 +33,7 @@ _SEEDS = 1 << 31
 _NO_LIMIT = 1 << 30
 #: Of the first request, by which a server and a tokenizer are compared.
 _PROBED_TOKENS = 8
+_MOST_VERSION = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class ServedWriter:
     tokenizer: PreTrainedTokenizerBase
     model: str
     api: str
+    version: str | None
     longest: int
     end_ids: tuple[int, ...]
     takes_ids: bool
@@ -61,9 +64,10 @@ class ServedWriter:
         """The tokenizer's vocabulary."""
         return len(self.tokenizer)
 
-    def info(self) -> ServerInfo:
+    def info(self) -> ServedModel:
         """As far as the server says."""
-        return ServerInfo(self.model, self.api)
+        shared = PurePath(self.model).name if self.model.startswith("/") else self.model  # a path of its machine
+        return ServedModel(shared, self.api, self.version)
 
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
         """All of a shard: the server makes the batches."""
@@ -195,6 +199,7 @@ def served_writer(
         tokenizer,
         model,
         api,
+        _version(client),
         limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT,
         end_ids,
         takes_ids,
@@ -208,6 +213,12 @@ def _models(answer: Any) -> dict[str, Mapping[str, Any]]:
         for each in (listed if isinstance(listed, list) else ())
         if isinstance(each, Mapping) and "id" in each
     }
+
+
+def _version(client: Client) -> str | None:
+    answer = client.get("/version")
+    found = answer.get("version") if isinstance(answer, Mapping) else None
+    return found[:_MOST_VERSION] if isinstance(found, str) else None
 
 
 def _takes_ids(client: Client, tokenizer: PreTrainedTokenizerBase, model: str) -> bool:

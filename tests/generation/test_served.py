@@ -197,7 +197,7 @@ def test_a_tokenizer_of_another_model_is_known_by_its_text(lm_tokenizer, bert_to
     assert same_text(lm_tokenizer, lm_tokenizer("é")["input_ids"][:1], "\ufffd")
 
 
-def test_a_server_of_another_model_is_refused(config, serve, monkeypatch):
+def test_a_server_of_another_model_is_refused(config, serve):
     server = serve()
     whole = server.complete
 
@@ -205,6 +205,12 @@ def test_a_server_of_another_model_is_refused(config, serve, monkeypatch):
         status, answer = whole(body)
         return status, {"choices": [answer["choices"][0] | {"text": "something else", "token_ids": [260, 261, 262]}]}
 
-    monkeypatch.setattr(server, "complete", complete)
+    server.complete = complete
     with pytest.raises(MisuseError, match="its tokenizer reads the token ids of the server's model tiny as other text"):
         run(config(server=(server.url,)))
+
+
+def test_no_path_of_the_servers_machine_is_written(config, serve):
+    found = run(config(server=(serve(names=("/home/someone/models/tiny",)).url,), rows="0:2"))
+    assert found.end.contract.model.name == "tiny"
+    assert not [path for path in found.root.rglob("*.*") if path.is_file() and b"/home/" in path.read_bytes()]
