@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.cache import Cache
     from pipeline.capture import LabelledRow, cache_logits, write_cache
     from pipeline.evaluation import evaluate
+    from pipeline.generation import generate
     from pipeline.models.initialize import Shape, init_student
     from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP
     from pipeline.sharing import import_responses
@@ -39,6 +40,7 @@ _EXPORTS = {
     "distillation_loss": "pipeline.training",
     "encode": "pipeline.softlabels",
     "evaluate": "pipeline.evaluation",
+    "generate": "pipeline.generation",
     "import_responses": "pipeline.sharing",
     "init_student": "pipeline.models.initialize",
     "pull": "pipeline.sharing.pull",
@@ -64,6 +66,7 @@ __all__ = [
     "distillation_loss",
     "encode",
     "evaluate",
+    "generate",
     "import_responses",
     "init_student",
     "pull",

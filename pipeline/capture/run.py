@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.cache import Cache
 from pipeline.cache.writing.place import current_plan, open_layout
-from pipeline.capture.engines.in_process import capture
+from pipeline.capture.engines.in_process import CAPTURE, capture
 from pipeline.capture.job import make_job, prepare, row_length
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
@@ -38,16 +38,21 @@ def run(config: CacheLogitsConfig) -> Cache | None:
     if config.engine == "ray":
         from pipeline.capture.engines.on_ray import run_on_ray
 
-        return run_on_ray(config)
+        return _cache(run_on_ray(CAPTURE, config))
     if config.num_workers is not None:
         from pipeline.capture.engines.workers import run_workers
 
-        return run_workers(config, config.num_workers)
+        return _cache(run_workers(CAPTURE, config, config.num_workers))
     job = prepare(config)
     try:
         return capture(job, part=config.parsed_part)
     finally:
         job.teacher.close()
+
+
+def _cache(found: Any) -> Cache | None:
+    assert found is None or isinstance(found, Cache)
+    return found
 
 
 def cache_logits(

@@ -4,6 +4,7 @@ from pipeline.cli import (  # noqa: F401 - each adds its commands
     caches,
     capture,
     evaluation,
+    generation,
     init,
     report,
     run,

@@ -15,6 +15,7 @@ from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeac
 from pipeline.config.data import DataConfig, chat_template_kwargs
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
+from pipeline.config.generation import GenerateConfig
 from pipeline.config.options import flag_name, parse_bytes
 from pipeline.config.predict import PredictConfig
 from pipeline.config.report import ReportConfig
@@ -36,6 +37,7 @@ __all__ = [
     "EstimateConfig",
     "EvaluateConfig",
     "FilterConfig",
+    "GenerateConfig",
     "ImportConfig",
     "InitConfig",
     "InitStudentConfig",

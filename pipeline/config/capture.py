@@ -18,6 +18,8 @@ from pipeline.config.options import (
     model_option,
     output_option,
     parse_bytes,
+    parse_part,
+    parse_rows,
     training_option,
 )
 from pipeline.errors import MisuseError
@@ -212,22 +214,12 @@ class CacheLogitsConfig:
     @property
     def row_range(self) -> tuple[int, int | None] | None:
         """`--rows A:B`, `A:` or `:B`."""
-        if self.rows is None:
-            return None
-        start, colon, stop = self.rows.partition(":")
-        if colon and (start + stop).isdigit() and (not stop or int(start or 0) < int(stop)):
-            return int(start or 0), int(stop) if stop else None
-        raise MisuseError(f"--rows: expected A:B with A below B, as 0:1000 or 1000:, found {self.rows!r}")
+        return parse_rows(self.rows)
 
     @property
     def parsed_part(self) -> tuple[int, int] | None:
         """`--part I/N`: I and N."""
-        if self.part is None:
-            return None
-        number, slash, count = self.part.partition("/")
-        if slash and number.isdigit() and count.isdigit() and int(number) < int(count):
-            return int(number), int(count)
-        raise MisuseError(f"--part: expected I/N with I from 0 to N - 1, as 0/8, found {self.part!r}")
+        return parse_part(self.part)
 
     def _named_by_knob(self) -> str | None:
         knobs = {"top-k": self.top_k, "top-p": self.top_p, "sampled": self.sample_size}

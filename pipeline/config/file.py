@@ -41,6 +41,7 @@ PATHS = frozenset(
         "runs",
         "student",
         "teacher",
+        "template",
         "to",
         "tokenizer",
         "training",

@@ -15,7 +15,7 @@ TaskName = Literal["sequence-classification", "causal-lm"]
 
 
 #: The groups of a command's help, in order.
-Group = Literal["Data", "Model", "Encoding", "Loss", "Training", "Machine", "Output"]
+Group = Literal["Data", "Model", "Sampling", "Encoding", "Loss", "Training", "Machine", "Output"]
 
 
 def option(text: str, default: Any = dataclasses.MISSING, *, group: Group) -> Any:
@@ -33,6 +33,7 @@ def option(text: str, default: Any = dataclasses.MISSING, *, group: Group) -> An
 
 data_option = partial(option, group="Data")
 model_option = partial(option, group="Model")
+sampling_option = partial(option, group="Sampling")
 encoding_option = partial(option, group="Encoding")
 loss_option = partial(option, group="Loss")
 training_option = partial(option, group="Training")
@@ -53,6 +54,34 @@ def check_positive(flag: str, value: int | None) -> None:
     """
     if value is not None and value < 1:
         raise MisuseError(f"{flag}: expected at least 1, found {value}")
+
+
+def parse_rows(text: str | None) -> tuple[int, int | None] | None:
+    """`--rows A:B`, `A:` or `:B`.
+
+    Raises:
+        MisuseError: it is something else.
+    """
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if colon and (start + stop).isdigit() and (not stop or int(start or 0) < int(stop)):
+        return int(start or 0), int(stop) if stop else None
+    raise MisuseError(f"--rows: expected A:B with A below B, as 0:1000 or 1000:, found {text!r}")
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """`--part I/N`: I and N.
+
+    Raises:
+        MisuseError: it is something else.
+    """
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if slash and number.isdigit() and count.isdigit() and int(number) < int(count):
+        return int(number), int(count)
+    raise MisuseError(f"--part: expected I/N with I from 0 to N - 1, as 0/8, found {text!r}")
 
 
 def parse_bytes(flag: str, text: str) -> int:

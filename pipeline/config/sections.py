@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
 from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.generation import GenerateConfig
 from pipeline.config.predict import PredictConfig
 from pipeline.config.report import ReportConfig
 from pipeline.config.sharing import PullConfig, PushConfig
@@ -15,6 +16,7 @@ from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 #: Every command that a YAML file may have a section for, in the order in which one comes to them.
 SECTIONS: dict[str, type] = {
     "train-teacher": TrainTeacherConfig,
+    "generate": GenerateConfig,
     "estimate": EstimateConfig,
     "cache-logits": CacheLogitsConfig,
     "import": ImportConfig,

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.cache import Cache, Layout
+from pipeline.cache import Cache, Layout, Plan
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.writing.place import check_files
 from pipeline.capture import LabelledRow, write_cache
@@ -187,7 +187,7 @@ def outline(config: ImportConfig) -> Outline:
     """
     if is_url(config.output):
         raise MisuseError(f"{redact(config.output)}: import writes to a directory; push it from there")
-    found = check_files(Layout(Path(config.output)), overwrite=config.overwrite)
+    found = check_files(Layout(Path(config.output)), Plan, overwrite=config.overwrite)
     if found is not None and Layout(Path(config.output)).manifest.is_file():
         raise MisuseError(f"--output {config.output}: holds a finished cache; use another, or --overwrite")
     tokenizer = load_tokenizer(config.tokenizer)

@@ -126,6 +126,26 @@ def render_chat(
     return rows
 
 
+def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, kwargs: Sequence[str]) -> str:
+    """The turns of a chat with the generation prompt: the text after which the assistant writes.
+
+    Args:
+        kwargs: `KEY=JSON` each, as a contract states them.
+
+    Raises:
+        SourceError: there is no chat template.
+        MisuseError: an argument that the template does not read.
+        BadRowError: the chat has keys that the template does not read, or the template refuses it.
+    """
+    messages, tools = example.messages or (), example.tools
+    render = make_renderer(find_template(tokenizer, tools), kwargs, tokenizer)
+    turns = _rendered(messages, tools, render)[0]
+    try:
+        return render(turns, tools, prompt=True)[0]
+    except REFUSALS as error:
+        raise BadRowError(f"the chat template refuses it with the generation prompt: {error}") from None
+
+
 def _marked(
     number: int, messages: Sequence[Message], turns: Sequence[Turn], tools: Sequence[Any] | None, render: Renderer
 ) -> Rendered:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -40,7 +40,9 @@ _ADDED = frozenset(
 
 __all__ = [
     "NAME",
+    "AnyPlan",
     "Layout",
+    "Names",
     "Plan",
     "cache_id",
     "check_same_contract",
@@ -54,12 +56,27 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
+class Names:
+    """What messages call the work that is done shard by shard, and its result; and the names of its own files.
+
+    Two kinds of work have different names of files, so that neither goes on in, or deletes, what the other has made.
+    """
+
+    result: str = "cache"
+    work: str = "capture"
+    end: str = "manifest.json"
+    plan: str = "plan.json"
+    shards: str = "data"
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Where each file of a cache stands."""
 
     root: Path
     outbox: Outbox | None = None
     """Of a cache that is made behind a URL: what sends its files there; `root` is where they are made."""
+    names: Names = Names()
 
     @property
     def name(self) -> str:
@@ -69,12 +86,12 @@ class Layout:
     @property
     def manifest(self) -> Path:
         """Written last."""
-        return self.root / "manifest.json"
+        return self.root / self.names.end
 
     @property
     def plan(self) -> Path:
         """Written first: the contract and the shards to be made."""
-        return self.root / "receipts" / "plan.json"
+        return self.root / "receipts" / self.names.plan
 
     @property
     def tokenizer(self) -> Path:
@@ -84,7 +101,7 @@ class Layout:
     @property
     def data(self) -> Path:
         """The shards."""
-        return self.root / "data"
+        return self.root / self.names.shards
 
     def shard(self, name: str) -> Path:
         """A shard's Parquet file."""
@@ -113,6 +130,18 @@ class Plan:
     parent: Parent | None = None
     ancestry: tuple[Ancestor, ...] = ()
     """The caches that it is made from, where it is made from caches."""
+
+
+class AnyPlan(Protocol):
+    """The plan of any work that is done shard by shard: a capture's, or another's with a contract of its own."""
+
+    @property
+    def contract(self) -> Any:
+        """Everything that decides what the shards hold."""
+
+    @property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        """What is to be made."""
 
 
 def dump(record: Any) -> str:
@@ -257,18 +286,20 @@ def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: expected {_short(expected)}, found {_short(found)}"
 
 
-def check_same_contract(expected: Plan, found: Plan, where: str) -> None:
-    """Refuse to mix two captures.
+def check_same_contract(expected: AnyPlan, found: AnyPlan, where: str, *, work: str = "capture") -> None:
+    """Refuse to mix two captures, or what else is done shard by shard.
 
     Raises:
         ContractError: names the first setting that differs.
     """
     first = next(differences(found, expected), None)
     if first is not None:
-        grown = first.startswith(("contract.source.fingerprints", "contract.source.rows", "shards"))
+        grown = work == "capture" and first.startswith(
+            ("contract.source.fingerprints", "contract.source.rows", "shards")
+        )
         hint = ", --append where the data set has only gained rows" if grown else ""
         raise ContractError(
-            f"{where}: holds another capture: {first}; use another --output, the same settings as before{hint}, or --overwrite to start anew"
+            f"{where}: holds another {work}: {first}; use another --output, the same settings as before{hint}, or --overwrite to start anew"
         )
 
 

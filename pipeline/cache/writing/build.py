@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache.format.manifest import (
+    AnyPlan,
     Layout,
     Plan,
     check_same_contract,
@@ -82,10 +83,19 @@ def begin(
     except OSError as error:
         raise full_disk(root, error) from error
     refresh(layout)
+    keep_tokenizer(layout, tokenizer)
+    return layout
+
+
+def keep_tokenizer(layout: Layout, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's files, unless they are there.
+
+    Raises:
+        CacheError: the disk is full, or the directory cannot be written.
+    """
     if not layout.tokenizer.exists():
         write_directory(layout.tokenizer, lambda draft: _save(tokenizer, draft, layout.tokenizer))
         _send(layout, sorted(layout.tokenizer.iterdir()))
-    return layout
 
 
 def refresh(layout: Layout) -> None:
@@ -216,7 +226,7 @@ def record(layout: Layout, receipt: Receipt) -> None:
         layout.shard(name).unlink(missing_ok=True)
 
 
-def missing(layout: Layout, plan: Plan) -> list[str]:
+def missing(layout: Layout, plan: AnyPlan) -> list[str]:
     """Names of the shards that have no receipt, or that of other rows."""
     refresh(layout)
     receipts = ((shard, load_receipt(layout, shard.name)) for shard in plan.shards)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.cache.format.hashes import file_sha256
-from pipeline.cache.format.manifest import Layout, Plan, check_same_contract, load_receipt, parse
+from pipeline.cache.format.manifest import AnyPlan, Layout, check_same_contract, load_receipt, parse
 from pipeline.cache.storage.commit import full_disk
 from pipeline.errors import ContractError
 from pipeline.records import Receipt, ShardPlan
@@ -31,7 +31,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 class Claims:
     """The claims that one process holds. A context: at its end they are free."""
 
-    def __init__(self, layout: Layout, plan: Plan) -> None:
+    def __init__(self, layout: Layout, plan: AnyPlan) -> None:
         self._layout, self._plan = layout, plan
         self._held: dict[str, int] = {}
         self._stopped = threading.Event()
@@ -55,7 +55,8 @@ class Claims:
             ContractError: another capture has taken the directory (`--overwrite`).
         """
         ours = _plan_file(self._layout)
-        check_same_contract(self._plan, parse(Plan, self._layout.plan), self._layout.name)
+        found = parse(type(self._plan), self._layout.plan)
+        check_same_contract(self._plan, found, self._layout.name, work=self._layout.names.work)
         taken: list[ShardPlan] = []
         for shard in shards:
             if not self.hold(shard.name):
@@ -118,7 +119,7 @@ def is_claimed(directory: Path) -> bool:
     return False
 
 
-def sweep_claims(layout: Layout, plan: Plan) -> None:
+def sweep_claims(layout: Layout, plan: AnyPlan) -> None:
     """Remove the claims of killed processes."""
     with Claims(layout, plan) as claims:
         for path in layout.plan.parent.glob(f"{_PREFIX}*"):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
-from pipeline.cache.format.manifest import Layout, Plan, parse
+from pipeline.cache.format.manifest import AnyPlan, Layout, Plan, parse
 from pipeline.cache.format.sanity import contract_problem
 from pipeline.cache.storage.commit import temporary_path
 from pipeline.cache.storage.outbox import Outbox
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.writing.claims import is_claimed
 from pipeline.errors import CacheError, ContractError
+
+PlanType = TypeVar("PlanType", bound=AnyPlan)
 
 
 def open_layout(output: str | Path) -> Layout:
@@ -29,9 +32,14 @@ def open_layout(output: str | Path) -> Layout:
 
 def current_plan(layout: Layout) -> Plan | None:
     """The plan of the capture that is there, finished or not."""
+    return plan_there(layout, Plan)
+
+
+def plan_there(layout: Layout, kind: type[PlanType]) -> PlanType | None:
+    """As `current_plan`, of work that has plans of its own kind."""
     if layout.outbox is not None:
         layout.outbox.fetch("receipts/plan.json")
-    return parse(Plan, layout.plan) if layout.plan.is_file() else None
+    return parse(kind, layout.plan) if layout.plan.is_file() else None
 
 
 def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan | None:
@@ -47,24 +55,30 @@ def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan 
     problem = contract_problem(plan.contract)
     if problem is not None:
         raise ContractError(f"{layout.name}: no cache of these settings could be read: {problem}")
-    return check_files(layout, overwrite=overwrite)
+    return check_files(layout, Plan, overwrite=overwrite)
 
 
-def check_files(layout: Layout, *, overwrite: bool = False) -> Plan | None:
-    """As `check_place`, where the plan is not known yet."""
+def check_files(layout: Layout, kind: type[PlanType], *, overwrite: bool = False) -> PlanType | None:
+    """As `check_place`, where the plan is not known yet.
+
+    Args:
+        kind: of the plans that this work has.
+    """
     if layout.root.exists() and not layout.root.is_dir():
         raise CacheError(f"{layout.root}: expected a directory, found a file")
     if overwrite:
         if _holds_files(layout):
-            _check_is_cache(layout)
+            _check_is_ours(layout)
             if layout.plan.parent.is_dir() and is_claimed(layout.plan.parent):
                 raise _written_by_another(layout)
         return None
     # In this order: a racing capture's first file is its plan.
     holds_files = _holds_files(layout)
-    found = current_plan(layout)
+    found = plan_there(layout, kind)
     if holds_files and found is None:
-        raise CacheError(f"{layout.name}: holds files that are no cache; use an empty or a new directory")
+        raise CacheError(
+            f"{layout.name}: holds files that are no {layout.names.result}; use an empty or a new directory"
+        )
     return found
 
 
@@ -86,7 +100,7 @@ def clear(layout: Layout) -> None:
     """
     if not _holds_files(layout):
         return
-    _check_is_cache(layout)
+    _check_is_ours(layout)
     outbox = layout.outbox
     if outbox is not None:
         # the plan last: without it what is left is no cache that may be deleted
@@ -105,18 +119,18 @@ def clear(layout: Layout) -> None:
     (layout.root / "README.md").unlink(missing_ok=True)
 
 
-def _check_is_cache(layout: Layout) -> None:
+def _check_is_ours(layout: Layout) -> None:
     if layout.outbox is not None:
         layout.outbox.fetch("manifest.json")
         layout.outbox.fetch("receipts/plan.json")
-    half_cleared = any(layout.root.glob(".tmp-*-receipts/plan.json"))  # by a killed command
+    half_cleared = any(layout.root.glob(f".tmp-*-receipts/{layout.names.plan}"))  # by a killed command
     if not layout.plan.exists() and not layout.manifest.exists() and not half_cleared:
         raise CacheError(
-            f"{layout.name}: --overwrite deletes caches only, and this directory holds other files; remove it by hand"
+            f"{layout.name}: --overwrite deletes {layout.names.result}s only, and this directory holds other files; remove it by hand"
         )
 
 
 def _written_by_another(layout: Layout) -> CacheError:
     return CacheError(
-        f"{layout.name}: --overwrite: another process is writing this cache; end it first, or use another --output"
+        f"{layout.name}: --overwrite: another process is writing this {layout.names.result}; end it first, or use another --output"
     )

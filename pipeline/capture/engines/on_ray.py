@@ -1,4 +1,4 @@
-"""Ray as the scheduler of a capture: one actor for each GPU, or for each share of the CPUs.
+"""Ray as the scheduler of a capture, or of other work: one actor for each GPU, or for each share of the CPUs.
 
 Ray starts workers, restarts them and says how far they are. It never writes our Parquet (its tensors become an extension type), and exactly-once comes
 from our receipts, not from its checkpoints.
@@ -16,13 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import Cache
-from pipeline.cache.writing.build import is_finished
 from pipeline.cache.writing.claims import Claims
-from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.deal import Deal
-from pipeline.capture.engines.progress import Tally, Throttle, already, finish_when_whole, outstanding, progress_of
-from pipeline.config import CacheLogitsConfig
+from pipeline.capture.engines.progress import Tally, Throttle, already, progress_of
+from pipeline.capture.engines.work import Config, Work
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.records import Receipt, ShardPlan
 from pipeline.verbosity import level_name, set_level
@@ -33,10 +30,10 @@ _SECONDS_TO_WARN = 30.0
 _OBJECT_STORE_BYTES = 80 << 20  # only names of shards pass through it
 
 
-def run_on_ray(config: CacheLogitsConfig) -> Cache | None:
+def run_on_ray(work: Work, config: Config) -> Any:
     """Share the shards among actors on the cluster of RAY_ADDRESS, the one that runs here, or a new local one.
 
-    Every machine needs this package, the teacher and the data set under the names given, and the output: a shared directory or a URL.
+    Every machine needs this package, the model and the data set under the names given, and the output: a shared directory or a URL.
 
     Raises:
         PipelineError: what a worker met; the others are stopped, and what was finished is kept.
@@ -50,7 +47,7 @@ def run_on_ray(config: CacheLogitsConfig) -> Cache | None:
     if ours:
         _connect(ray)
     try:
-        return _run(ray, config)
+        return _run(ray, work, config)
     finally:
         if ours:
             ray.shutdown()
@@ -65,13 +62,13 @@ class _Share:
     gpus: int
 
 
-def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
-    layout = open_layout(config.output)
+def _run(ray: Any, work: Work, config: Config) -> Any:
+    layout = work.open_layout(config)
     share = _share(ray, config)
     if share.gpus > 1 and config.device_map is None:
         config = dataclasses.replace(config, device_map="auto")
     actor_class = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus)(ShardWorker)
-    actors = {0: actor_class.remote(config, os.getcwd(), share.cpus, level_name())}
+    actors = {0: actor_class.remote(work, config, os.getcwd(), share.cpus, level_name())}
     speaking = {actors[0].ready.remote(is_first=True): 0}
     try:
         _wait(ray, speaking, share)
@@ -82,20 +79,20 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
                 raise CacheError(
                     f"the first worker has died at the start: {str(error).strip().splitlines()[0]}"
                 ) from None
-        config = dataclasses.replace(config, overwrite=False, check_with=None)  # the first has done it
-        plan = current_plan(layout)
+        config = work.after_the_first(config)
+        plan = work.current_plan(layout)
         if plan is None:
             raise CacheError(
                 f"{layout.name}: the first worker's plan is not there: it runs on another machine; use a directory that all machines share, or a URL"
             )
-        waiting = outstanding(layout, plan)
-        if not waiting and is_finished(layout, plan):
-            return already(layout)
+        waiting = work.outstanding(layout, plan, None)
+        if not waiting and work.is_finished(layout, plan):
+            return already(work, layout)
         for number in range(1, min(share.workers, len(waiting))):
-            actors[number] = actor_class.remote(config, os.getcwd(), share.cpus, level_name())
+            actors[number] = actor_class.remote(work, config, os.getcwd(), share.cpus, level_name())
             speaking[actors[number].ready.remote()] = number
         deal = Deal(waiting, len(actors))
-        with progress_of(plan, waiting) as progress:
+        with progress_of(work, plan, waiting) as progress:
             tally = Tally(progress, {shard.name: shard.stop - shard.start for shard in waiting})
             while not deal.is_over:
                 for reference in _wait(ray, speaking, share):
@@ -107,7 +104,7 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
                         logger.warning("worker %d has died; its shards go to another", number)
                         deal.lost(number, how)
                         tally.lost(number)
-                        actors[number] = actor_class.remote(config, os.getcwd(), share.cpus, level_name())
+                        actors[number] = actor_class.remote(work, config, os.getcwd(), share.cpus, level_name())
                         speaking[actors[number].ready.remote()] = number
                         idle = actors.keys() - set(speaking.values())
                     else:
@@ -125,7 +122,7 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
     finally:
         for actor in actors.values():
             ray.kill(actor)
-    return finish_when_whole(layout, plan)
+    return work.finish(layout, plan)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,17 +138,15 @@ class _Said:
 class ShardWorker:
     """A Ray actor: it makes the shards that it is given, one after another."""
 
-    def __init__(self, config: CacheLogitsConfig, directory: str, threads: int, level: str) -> None:
-        self._config, self._directory, self._threads, self._level = config, directory, threads, level
+    def __init__(self, work: Work, config: Config, directory: str, threads: int, level: str) -> None:
+        self._of, self._config, self._directory, self._threads, self._level = work, config, directory, threads, level
         self._given: queue.Queue[str] = queue.Queue()
         self._said: queue.Queue[_Said | BaseException] = queue.Queue()
 
     def ready(self, *, is_first: bool = False) -> None:
-        """Load the teacher and join the capture; the first one looks at the rows of all. Relative paths are those of the command."""
+        """Load the model and join the work; the first one looks at the rows of all. Relative paths are those of the command."""
         import torch
 
-        from pipeline.capture.head import check_head, check_rows
-        from pipeline.capture.job import prepare
         from pipeline.models.quiet import quiet_libraries
 
         if Path(self._directory).is_dir():
@@ -159,10 +154,10 @@ class ShardWorker:
         set_level(self._level)
         quiet_libraries()
         torch.set_num_threads(self._threads)
-        job = prepare(self._config)
+        job = self._of.prepare(self._config)
         if is_first:
-            check_rows(job, outstanding(job.layout, job.plan))
-        check_head(job)
+            self._of.check_rows(job, self._of.outstanding(job.layout, job.plan, None))
+        self._of.check(job)
         threading.Thread(target=self._work, args=(job,), daemon=True).start()
 
     def give(self, name: str) -> None:
@@ -177,8 +172,6 @@ class ShardWorker:
         return found
 
     def _work(self, job: Any) -> None:
-        from pipeline.capture.shard import capture_shards
-
         shards = {shard.name: shard for shard in job.plan.shards}
         claims = Claims(job.layout, job.plan)
 
@@ -186,7 +179,7 @@ class ShardWorker:
             for name in iter(self._given.get, ""):
                 claims.hold(
                     name
-                )  # says that this cache is being written; where another capture holds it, the shard is made all the same
+                )  # says that this output is being written; where another process holds it, the shard is made all the same
                 yield shards[name]
 
         def done(receipt: Receipt) -> None:
@@ -200,7 +193,7 @@ class ShardWorker:
 
         throttle = Throttle()
         try:
-            capture_shards(job, given(), done, moved)
+            self._of.make(job, given(), done, moved)
         except BaseException as error:
             self._said.put(error)
 
@@ -218,7 +211,7 @@ def _connect(ray: Any) -> None:
     signal.signal(signal.SIGTERM, terminate)  # Ray has put its own in place of ours
 
 
-def _share(ray: Any, config: CacheLogitsConfig) -> _Share:
+def _share(ray: Any, config: Config) -> _Share:
     """How many workers, and how much of the cluster each claims: never so much that none could start.
 
     Raises:

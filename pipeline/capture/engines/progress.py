@@ -6,11 +6,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.cache import Cache, Layout, Plan
-from pipeline.cache.format.manifest import load_manifest
-from pipeline.cache.writing.build import finish, missing, opened, refresh, withdraw
+from pipeline.cache.format.manifest import AnyPlan, load_manifest
+from pipeline.cache.writing.build import finish, missing, refresh, withdraw
 from pipeline.cache.writing.claims import finished
+from pipeline.capture.engines.work import Work
 from pipeline.progress import Progress
 from pipeline.records import ShardPlan
 
@@ -34,32 +36,38 @@ def _cache_id(layout: Layout) -> str | None:
     return load_manifest(layout.root).cache_id if layout.manifest.is_file() else None
 
 
-def shards_of(plan: Plan, part: tuple[int, int] | None) -> Sequence[ShardPlan]:
+def shards_of(plan: AnyPlan, part: tuple[int, int] | None) -> Sequence[ShardPlan]:
     """Part I of N: every N-th shard from I on."""
     return plan.shards if part is None else plan.shards[part[0] :: part[1]]
 
 
-def already(layout: Layout) -> Cache:
-    """The cache that was finished before."""
+def already(work: Work, layout: Layout) -> Any:
+    """What was finished before."""
     logger.info("%s is finished already; nothing to do", layout.name)
-    return opened(layout)
+    return work.opened(layout)
 
 
 def finish_when_whole(layout: Layout, plan: Plan) -> Cache | None:
     """Commit, where no shard is missing: whoever finds all receipts does it."""
+    return finish(layout, plan) if is_whole(layout, plan) else None
+
+
+def is_whole(layout: Layout, plan: AnyPlan) -> bool:
+    """Whether every shard has its receipt; says how many have none."""
     absent = missing(layout, plan)
     if absent:
         logger.info(
             "%s: %d of %d shards are still to be made, by other parts", layout.name, len(absent), len(plan.shards)
         )
-        return None
-    return finish(layout, plan)
+    return not absent
 
 
-def progress_of(plan: Plan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None) -> Progress:
+def progress_of(
+    work: Work, plan: AnyPlan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None
+) -> Progress:
     """Source rows, those of finished shards counted already."""
     total, left = (sum(shard.stop - shard.start for shard in shards) for shards in (shards_of(plan, part), waiting))
-    return Progress("cache-logits", total, initial=total - left)
+    return Progress(work.command, total, initial=total - left)
 
 
 @dataclass(slots=True)

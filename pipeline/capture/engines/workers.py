@@ -1,4 +1,4 @@
-"""Local processes that share the shards of one capture, each with a teacher of its own."""
+"""Local processes that share the shards of one capture, or other work, each with a model of its own."""
 
 from __future__ import annotations
 
@@ -18,25 +18,11 @@ from typing import Any
 
 import torch
 
-from pipeline.cache import Cache
-from pipeline.cache.writing.build import is_finished, missing
+from pipeline.cache.writing.build import missing
 from pipeline.cache.writing.claims import Claims
-from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.deal import Deal
-from pipeline.capture.engines.progress import (
-    Tally,
-    Throttle,
-    already,
-    finish_when_whole,
-    outstanding,
-    progress_of,
-    shards_of,
-)
-from pipeline.capture.head import check_head, check_rows, show_first_row
-from pipeline.capture.job import Job, prepare
-from pipeline.capture.shard import capture_shards
-from pipeline.capture.space import warn_of_full_disk
-from pipeline.config import CacheLogitsConfig
+from pipeline.capture.engines.progress import Tally, Throttle, already, progress_of, shards_of
+from pipeline.capture.engines.work import AnyJob, Config, Work
 from pipeline.errors import CacheError, MisuseError, PipelineError
 from pipeline.models.quiet import quiet_libraries
 from pipeline.records import Receipt, ShardPlan
@@ -55,29 +41,29 @@ class _Worker:
     connection: Connection
 
 
-def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
+def run_workers(work: Work, config: Config, count: int) -> Any:
     """Share the shards (of a part) among `count` processes. The first one makes the plan; the others start when it is known.
 
     Raises:
         PipelineError: what a worker met; the others are stopped, and what was finished is kept.
     """
-    layout = open_layout(config.output)
+    layout = work.open_layout(config)
     devices = devices_of_workers(config, count)
     threads = max(1, torch.get_num_threads() // count)
-    workers = [_start(0, config, devices, threads)]
-    config = dataclasses.replace(config, overwrite=False, check_with=None)  # the first has done it
+    workers = [_start(work, 0, config, devices, threads)]
+    config = work.after_the_first(config)
     try:
         _expect_ready(workers[0])
-        plan = current_plan(layout)
+        plan = work.current_plan(layout)
         assert plan is not None  # the first worker has written it
-        waiting = outstanding(layout, plan, config.parsed_part)
-        if not waiting and is_finished(layout, plan):
-            return already(layout)
-        workers += [_start(number, config, devices, threads) for number in range(1, min(count, len(waiting)))]
+        waiting = work.outstanding(layout, plan, config.parsed_part)
+        if not waiting and work.is_finished(layout, plan):
+            return already(work, layout)
+        workers += [_start(work, number, config, devices, threads) for number in range(1, min(count, len(waiting)))]
         deal = Deal(waiting, len(workers))
         idle: dict[int, _Worker] = {}
         _give(deal, workers[0], idle)
-        with progress_of(plan, waiting, config.parsed_part) as progress:
+        with progress_of(work, plan, waiting, config.parsed_part) as progress:
             tally = Tally(progress, {shard.name: shard.stop - shard.start for shard in waiting})
             while not deal.is_over:
                 for worker in _next_to_speak(workers):
@@ -87,7 +73,7 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
                         logger.warning("worker %d has died (%s); its shards go to another", worker.number, how)
                         deal.lost(worker.number, how)
                         tally.lost(worker.number)
-                        workers[worker.number] = _start(worker.number, config, devices, threads)
+                        workers[worker.number] = _start(work, worker.number, config, devices, threads)
                         for other in list(idle.values()):
                             _give(deal, other, idle)
                         continue
@@ -102,7 +88,7 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
                         _give(deal, worker, idle)
     finally:
         _stop(workers)
-    return finish_when_whole(layout, plan)
+    return work.finish(layout, plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +102,7 @@ class _Message:
     """Since the message before."""
 
 
-def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_first: bool, level: str) -> None:
+def _work(work: Work, config: Config, connection: Connection, threads: int, is_first: bool, level: str) -> None:
     """A worker's life. It ends with its parent, in the middle of a shard too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -125,16 +111,15 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_fi
     quiet_libraries()
     torch.set_num_threads(threads)
     try:
-        job = prepare(config)
+        job = work.prepare(config)
         if is_first:
-            if level == "info":
-                logging.getLogger("pipeline.capture.head").setLevel(logging.INFO)
+            for name in work.speaks if level == "info" else ():
+                logging.getLogger(name).setLevel(logging.INFO)
             absent = set(missing(job.layout, job.plan))
             waiting = [shard for shard in shards_of(job.plan, config.parsed_part) if shard.name in absent]
-            warn_of_full_disk(job, waiting)
-            show_first_row(job)
-            check_rows(job, waiting)
-        check_head(job)
+            work.show(job, waiting)
+            work.check_rows(job, waiting)
+        work.check(job)
         connection.send(_Message())
         claims = Claims(job.layout, job.plan)
 
@@ -149,7 +134,7 @@ def _work(config: CacheLogitsConfig, connection: Connection, threads: int, is_fi
                 connection.send(_Message(rows=rows, tokens=tokens))
 
         throttle = Throttle()
-        capture_shards(job, _given(job, connection, claims), done, moved)
+        work.make(job, _given(job, connection, claims), done, moved)
     except PipelineError as error:
         connection.send(_Message(error=error))
     except BaseException:
@@ -164,8 +149,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _given(job: Job, connection: Connection, claims: Claims) -> Iterator[ShardPlan]:
-    """The shards that the parent names. A claim says that this cache is being written; where another capture holds it, the shard is made all the same."""
+def _given(job: AnyJob, connection: Connection, claims: Claims) -> Iterator[ShardPlan]:
+    """The shards that the parent names. A claim says that this output is being written; where another process holds it, the shard is made all the same."""
     shards = {shard.name: shard for shard in job.plan.shards}
     while True:
         try:
@@ -176,7 +161,7 @@ def _given(job: Job, connection: Connection, claims: Claims) -> Iterator[ShardPl
         yield shards[name]
 
 
-def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: int) -> _Worker:
+def _start(work: Work, number: int, config: Config, devices: list[str], threads: int) -> _Worker:
     ours, theirs = _SPAWN.Pipe()
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if devices:
@@ -186,7 +171,7 @@ def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: 
     try:
         process = _SPAWN.Process(
             target=_work,
-            args=(config, theirs, threads, number == 0, level_name()),
+            args=(work, config, theirs, threads, number == 0, level_name()),
             name=f"softlabel-{number}",
             daemon=True,
         )
@@ -200,7 +185,7 @@ def _start(number: int, config: CacheLogitsConfig, devices: list[str], threads: 
     return _Worker(number, process, ours)
 
 
-def devices_of_workers(config: CacheLogitsConfig, count: int) -> list[str]:
+def devices_of_workers(config: Config, count: int) -> list[str]:
     """What each worker sees of the GPUs, as CUDA_VISIBLE_DEVICES; empty: there are none.
 
     Raises:

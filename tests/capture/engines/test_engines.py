@@ -20,9 +20,11 @@ from pipeline.capture.engines.deal import Deal
 from pipeline.capture.run import run
 from pipeline.cli import main
 from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.generation.run import run as generate
 from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.classifier import even, swapped
+from tests.support.generations import config as writing  # noqa: F401 - a fixture
 from tests.support.processes import ROOT, forked, python  # noqa: F401 - a fixture
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
@@ -254,6 +256,16 @@ def test_three_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, t
     assert all(len(made) < 9 for _, made in killed)  # there was work left to be lost
     assert hashes(found) == hashes(serial)
     assert verify(found.root).problems == ()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ray_writes_the_same_generated_data_set(writing, cluster):
+    serial = generate(writing("serial"))
+    found = generate(writing("ray", engine="ray", num_workers=2))
+    assert found.end == serial.end
+    assert [path.read_bytes() for path in sorted(found.root.glob("data/*"))] == [
+        path.read_bytes() for path in sorted(serial.root.glob("data/*"))
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
