@@ -192,7 +192,8 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
         source_datasets=None if source.revision is None else [source.name],
         base_model=None if teacher.revision is None else teacher.name,  # what has no revision is not on the hub
         tags=["soft-labels", "knowledge-distillation", contract.task],
-        configs=[{"config_name": "default", "data_files": files}],
+        # `datasets` keeps what it has read under a directory's last name and a hash of what stands here
+        configs=[{"config_name": "default", "description": f"cache_id {manifest.cache_id}", "data_files": files}],
     )
     schema = _schema(contract)
     if schema is not None:
