@@ -46,7 +46,17 @@ _PROOF = {
 #: Stages that go on from their checkpoints.
 _TRAINING = ("train-teacher", "train-student")
 #: Settings that name what a stage reads.
-_INPUTS = ("dataset", "model", "teacher", "cache", "student", "control", "chat_template", "unlabelled")
+_INPUTS = (
+    "dataset",
+    "model",
+    "teacher",
+    "cache",
+    "student",
+    "control",
+    "chat_template",
+    "unlabelled",
+    "prompt_template",
+)
 
 
 def stage_configs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, note_contents
 from pipeline.cache.writing.place import check_place, clear, current_plan, open_layout
 from pipeline.capture.append import appended, new_ranges
-from pipeline.capture.permutation import check_class_order
+from pipeline.capture.permutation import check_class_order, try_judge
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
     default_rows_per_shard,
@@ -27,6 +28,7 @@ from pipeline.capture.plan import (
     plan_shards,
     ranges_of,
 )
+from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
 from pipeline.config import CacheLogitsConfig, EstimateConfig
@@ -73,10 +75,13 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
         PipelineError: see the subclasses.
     """
     task = get_task(config.task)
-    task.check_columns(config.data.columns, config.data.tokenization(2))
+    settings = config.data.tokenization(2)
+    if config.judging is not None:  # the arguments are those of the prompt's chat template
+        settings = dataclasses.replace(settings, chat_template_kwargs=())
+    task.check_columns(config.data.columns, settings)
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
-    teacher = teacher_of(task, config)
+    teacher = teacher_of(task, config, source)
     begun = None if config.overwrite else current_plan(layout)
     length = row_length(task, teacher, config.data.max_length, begun)
     return make_job(
@@ -100,10 +105,37 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     )
 
 
-def teacher_of(task: Task, config: CacheLogitsConfig) -> Teacher:
-    """The teacher that the flags name."""
+def teacher_of(task: Task, config: CacheLogitsConfig, source: Source) -> Teacher:
+    """The teacher that the flags name.
+
+    Args:
+        source: what it will label; a judge takes the labels' names and its examples from there.
+    """
+    if config.judging is not None:
+        return make_judge(
+            load_teacher(judges_task(task), config),
+            config.judging,
+            source,
+            label_map=config.data.label_map,
+            seed=config.seed,
+            batch_tokens=config.batch_tokens or task.default_batch_tokens,
+            chat_arguments=config.data.tokenization(2).chat_template_kwargs,
+        )
     loaded = load_teacher(task, config)
     return LocalTeacher(task, loaded, loaded.tokenizer)
+
+
+def judges_task(task: Task) -> Task:
+    """The task of the language models that label rows by prompt.
+
+    Raises:
+        MisuseError: rows of this task are not labelled so.
+    """
+    if task.judged_by is None:
+        raise MisuseError(
+            f"--prompt-template, --label-text and --shots are for class labels; --task {task.name} has none"
+        )
+    return get_task(task.judged_by)
 
 
 def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | None = None) -> int:
@@ -199,8 +231,12 @@ def make_job(
     row_groups = {} if by_contents else source.row_groups
     labels = _label_map(source, label_names, label_map)
     compare = partial(check_class_order, task, source, labels, teacher, encoding, tokenization)
-    if not label_map and begun is None:
-        # Whoever makes the plan looks, before it is written; those who join or resume need not.
+    info = teacher.info
+    # Whoever makes the plan looks, before it is written; those who join or resume need not.
+    if begun is None and info.judge is not None:
+        tried = partial(try_judge, task, source, labels, teacher, encoding, tokenization)
+        tried(ranges, batch_tokens or task.default_batch_tokens, compare_order=not label_map)
+    elif not label_map and begun is None:
         compare(ranges, batch_tokens or task.default_batch_tokens)
     if overwrite and not dry_run:
         clear(layout)
@@ -217,7 +253,7 @@ def make_job(
         encoding=encoding,
         num_classes=num_classes,
         label_names=label_names,
-        teacher=teacher.info,
+        teacher=info,
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(
             source.name,

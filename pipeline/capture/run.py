@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.cache import Cache
 from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.in_process import capture
-from pipeline.capture.job import make_job, prepare, row_length
+from pipeline.capture.job import judges_task, make_job, prepare, row_length
+from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.local import LocalTeacher
-from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs
+from pipeline.capture.teachers.protocol import Teacher
+from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs, judging_of
 from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model
 from pipeline.records import AssistantTurns, Columns, Encoding, Tokenization
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
-from pipeline.tasks import get_task
+from pipeline.tasks import Task, get_task
+
+#: Settings of a teacher that labels by prompt.
+_OF_JUDGES = frozenset(("prompt_format", "shots", "shot_tokens", "calibrate"))
 
 
 def run(config: CacheLogitsConfig) -> Cache | None:
@@ -56,6 +62,8 @@ def cache_logits(
     seed: int = 0,
     label_map: Mapping[str | int, str | int] | None = None,
     unlabelled: Sequence[Any] = (),
+    prompt_template: str | Path | None = None,
+    label_text: Mapping[str, str] | Sequence[str] = (),
     **settings: Any,
 ) -> Cache:
     """Run a teacher over a data set and write its soft labels.
@@ -67,7 +75,9 @@ def cache_logits(
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
         label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
         unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
-        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
+        prompt_template: the teacher is a language model that labels by prompt: file of a Jinja template, its text, or "default".
+        label_text: class -> what the language model reads for it; or the classes alone. Default: the data's labels.
+        settings: for such a teacher prompt_format ("auto", "chat", "plain"), shots, shot_tokens, calibrate; packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
             for chats assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
             truncation_side ("right", "left").
 
@@ -78,23 +88,40 @@ def cache_logits(
         PipelineError: see the subclasses.
     """
     chosen = get_task(task)
-    if isinstance(teacher, str | Path):
-        loaded = load_model(chosen, str(teacher))
-    else:
-        if tokenizer is None:
-            raise MisuseError("cache_logits: a live model needs its tokenizer=...")
-        teacher.eval()
-        loaded = LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
-    made = LocalTeacher(chosen, loaded, tokenizer or loaded.tokenizer)
+    judging = judging_of(
+        None if prompt_template is None else str(prompt_template),
+        tuple(f"{name}={text}" for name, text in label_text.items())
+        if isinstance(label_text, Mapping)
+        else tuple(label_text),
+        **{name: settings.pop(name) for name in _OF_JUDGES & settings.keys()},
+    )
+    loaded = _loaded(chosen if judging is None else judges_task(chosen), teacher, tokenizer)
     layout = open_layout(output)
     begun = None if settings.get("overwrite") else current_plan(layout)
-    tokenization = _tokenization(row_length(chosen, made, max_length, begun), settings)
-    chosen.check_columns(columns, tokenization)
+    tokenization = _tokenization(2, settings)
+    chosen.check_columns(
+        columns, tokenization if judging is None else dataclasses.replace(tokenization, chat_template_kwargs=())
+    )
     source, *others = (
         _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
         for each in (dataset, *unlabelled)
     )
     source = with_unlabelled(source, others)
+    label_maps = [f"{data}={model}" for data, model in (label_map or {}).items()]
+    made: Teacher = (
+        LocalTeacher(chosen, loaded, loaded.tokenizer)
+        if judging is None
+        else make_judge(
+            loaded,
+            judging,
+            source,
+            label_map=label_maps,
+            seed=seed,
+            batch_tokens=settings.get("batch_tokens") or chosen.default_batch_tokens,
+            chat_arguments=tokenization.chat_template_kwargs,
+        )
+    )
+    tokenization = dataclasses.replace(tokenization, max_length=row_length(chosen, made, max_length, begun))
     settings = {
         "batch_tokens": chosen.default_batch_tokens,
         "encoding": encoding or chosen.default_encoding,
@@ -107,12 +134,29 @@ def cache_logits(
         layout,
         tokenization=tokenization,
         seed=seed,
-        label_map=[f"{data}={model}" for data, model in (label_map or {}).items()],
+        label_map=label_maps,
         **settings,
     )
     cache = capture(job)
     assert cache is not None  # no part was left out
     return cache
+
+
+def _loaded(
+    task: Task, teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> LoadedModel:
+    """A teacher by name, or a live one.
+
+    Raises:
+        MisuseError: a live one without its tokenizer.
+    """
+    if isinstance(teacher, str | Path):
+        loaded = load_model(task, str(teacher))
+        return loaded if tokenizer is None else dataclasses.replace(loaded, tokenizer=tokenizer)
+    if tokenizer is None:
+        raise MisuseError("cache_logits: a live model needs its tokenizer=...")
+    teacher.eval()
+    return LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
 
 
 def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:

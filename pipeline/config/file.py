@@ -36,6 +36,7 @@ PATHS = frozenset(
         "input",
         "model",
         "output",
+        "prompt_template",
         "requests",
         "runs",
         "student",
