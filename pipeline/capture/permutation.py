@@ -26,6 +26,7 @@ from pipeline.records import Encoding, Tokenization, TokenizedExample
 from pipeline.softlabels import counter_uniforms
 from pipeline.sources import LabelMap, Source, read_examples
 from pipeline.sources.batches import read_rows
+from pipeline.sources.labels import fold
 from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def try_judge(
 
     Args:
         labels, ranges: as in `check_class_order`.
-        compare_order: check the order of the classes too, on the same rows.
+        compare_order: check the order of the classes too, on the same rows, where the data's labels are not the classes' names.
 
     Raises:
         SourceError: as `check_class_order` raises it.
@@ -126,7 +127,8 @@ def try_judge(
             "other --label-text, another --prompt-template, or a larger model",
             *(text, 2 * teacher.num_classes),
         )
-    if compare_order and len({row.label for row in rows}) > 1:
+    by_number = any(fold(row.shown) != fold(labels.class_name(row.label)) for row in rows)
+    if compare_order and by_number and len({row.label for row in rows}) > 1:
         _refuse_other_order(source, labels, rows, truth, predicted, teacher.num_classes, ranges, append=False)
 
 
