@@ -5,6 +5,7 @@ PipelineError               exit code 1; one line: what, where, expected, found,
 |-- ConfigError             a configuration file or value that cannot be used
 |-- SourceError             a data set that is missing, empty, or has other columns or labels than named
 |-- ModelError              a model, adapter or tokenizer that cannot be loaded or does not fit
+|-- ServerError             an inference server that cannot be reached, refuses, or answers what cannot be used
 |-- EncodingError           logits, temperatures or divergences that an encoding cannot serve
 |-- BadRowError             a row whose text or logits cannot be cached
 |-- CacheError              a directory that is not a cache, or cannot be written
@@ -36,6 +37,10 @@ class SourceError(PipelineError):
 
 class ModelError(PipelineError):
     """A model, adapter or tokenizer that cannot be loaded or does not fit."""
+
+
+class ServerError(PipelineError):
+    """An inference server that cannot be reached, refuses, or answers what cannot be used."""
 
 
 class EncodingError(PipelineError):

@@ -405,6 +405,21 @@ class JudgeInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A teacher behind a server: what it was asked, and what it says of itself."""
+
+    api: Literal["vllm", "sglang"]
+    version: str
+    """Of the server's software."""
+    top_logprobs: int
+    """Classes that were asked of each position."""
+    residual_error: float
+    """Mass: the mass outside the top is 1 - the mass of the top, as exact as the server's float32 log-probabilities."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Precision, quantization and so on, where it says so."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Which model made the logits, and everything about its loading that changes one."""
 
@@ -423,6 +438,8 @@ class ModelInfo:
     """What `--base-model` named in place of the adapter's own base."""
     judge: JudgeInfo | None = None
     """A language model that labels by prompt: with which. None: the model has a head for the task."""
+    server: ServerInfo | None = None
+    """Of a teacher behind a server; None: local weights. Manifests leave it out where it is empty."""
 
 
 @dataclass(frozen=True, slots=True)

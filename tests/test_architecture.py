@@ -18,6 +18,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"verbosity"},
         {"records", "progress"},
         {"config"},
+        {"servers"},
         {"sources"},
         {"metrics"},
         {"softlabels"},

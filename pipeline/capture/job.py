@@ -28,12 +28,16 @@ from pipeline.capture.plan import (
     plan_shards,
     ranges_of,
 )
+from pipeline.capture.teachers.judge.local import LocalScorer
+from pipeline.capture.teachers.judge.scorer import Scorer
+from pipeline.capture.teachers.judge.served import ServedScorer
 from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
+from pipeline.capture.teachers.served import ServedTeacher, serve
 from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
-from pipeline.models import LoadedModel, length_within, load_model, set_chat_template, tokenizer_info
+from pipeline.models import LoadedModel, length_within, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.models.saved import trained_length
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
 from pipeline.sources import (
@@ -81,28 +85,33 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     task.check_columns(config.data.columns, settings)
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
+    encoding = config.resolve_encoding(task.default_encoding.kind)
     teacher = teacher_of(task, config, source)
-    begun = None if config.overwrite else current_plan(layout)
-    length = row_length(task, teacher, config.data.max_length, begun)
-    return make_job(
-        task,
-        source,
-        teacher,
-        layout,
-        encoding=config.resolve_encoding(task.default_encoding.kind),
-        tokenization=config.data.tokenization(length),
-        store_text=config.data.store_text,
-        store_entropy=config.store_entropy,
-        batch_tokens=config.batch_tokens or (None if config.auto_batch_tokens else task.default_batch_tokens),
-        rows_per_shard=config.rows_per_shard,
-        rows=config.row_range,
-        seed=config.seed,
-        on_bad_row=config.on_bad_row,
-        overwrite=config.overwrite,
-        append=config.append,
-        label_map=config.data.label_map,
-        dry_run=dry_run,
-    )
+    try:
+        begun = None if config.overwrite else current_plan(layout)
+        length = row_length(task, teacher, config.data.max_length, begun)
+        return make_job(
+            task,
+            source,
+            teacher,
+            layout,
+            encoding=encoding,
+            tokenization=config.data.tokenization(length),
+            store_text=config.data.store_text,
+            store_entropy=config.store_entropy,
+            batch_tokens=config.batch_tokens or (None if config.auto_batch_tokens else task.default_batch_tokens),
+            rows_per_shard=config.rows_per_shard,
+            rows=config.row_range,
+            seed=config.seed,
+            on_bad_row=config.on_bad_row,
+            overwrite=config.overwrite,
+            append=config.append,
+            label_map=config.data.label_map,
+            dry_run=dry_run,
+        )
+    except BaseException:
+        teacher.close()
+        raise
 
 
 def teacher_of(task: Task, config: CacheLogitsConfig, source: Source) -> Teacher:
@@ -111,18 +120,54 @@ def teacher_of(task: Task, config: CacheLogitsConfig, source: Source) -> Teacher
     Args:
         source: what it will label; a judge takes the labels' names and its examples from there.
     """
+    tokenizer = None
+    if config.server:
+        tokenizer = load_tokenizer(
+            config.teacher, revision=config.teacher_revision, trust_remote_code=config.trust_remote_code
+        )
+        set_chat_template(tokenizer, config.data.chat_template)
     if config.judging is not None:
         return make_judge(
-            load_teacher(judges_task(task), config),
+            _scorer_of(judges_task(task), config, tokenizer),
             config.judging,
             source,
             label_map=config.data.label_map,
             seed=config.seed,
-            batch_tokens=config.batch_tokens or task.default_batch_tokens,
             chat_arguments=config.data.tokenization(2).chat_template_kwargs,
         )
+    if tokenizer is not None:
+        return _serve(task, config, tokenizer, config.top_logprobs)
     loaded = load_teacher(task, config)
     return LocalTeacher(task, loaded, loaded.tokenizer)
+
+
+def _serve(
+    task: Task, config: CacheLogitsConfig, tokenizer: PreTrainedTokenizerBase, top_logprobs: int
+) -> ServedTeacher:
+    return serve(
+        task,
+        config.teacher,
+        tokenizer,
+        config.server,
+        model=config.server_model,
+        api=config.server_api,
+        concurrency=config.concurrency,
+        patience=config.server_patience,
+        top_logprobs=top_logprobs,
+        check_with=config.check_with,
+    )
+
+
+def _scorer_of(task: Task, config: CacheLogitsConfig, tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
+    """The language model of a judge.
+
+    Args:
+        task: the language model's.
+        tokenizer: of a served one.
+    """
+    if tokenizer is not None:
+        return ServedScorer(_serve(task, config, tokenizer, 1))
+    return LocalScorer(load_teacher(task, config), config.batch_tokens or get_task(config.task).default_batch_tokens)
 
 
 def judges_task(task: Task) -> Task:

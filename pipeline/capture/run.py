@@ -15,13 +15,18 @@ from pipeline.cache import Cache
 from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.in_process import capture
 from pipeline.capture.job import judges_task, make_job, prepare, row_length
+from pipeline.capture.teachers.judge.local import LocalScorer
+from pipeline.capture.teachers.judge.scorer import Scorer
+from pipeline.capture.teachers.judge.served import ServedScorer
 from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
+from pipeline.capture.teachers.served import ServedTeacher, serve
 from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs, judging_of
+from pipeline.config.capture import SERVED_TOP_K
 from pipeline.errors import MisuseError
-from pipeline.models import LoadedModel, load_model
-from pipeline.records import AssistantTurns, Columns, Encoding, Tokenization
+from pipeline.models import LoadedModel, load_model, load_tokenizer
+from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import Task, get_task
 
@@ -46,7 +51,11 @@ def run(config: CacheLogitsConfig) -> Cache | None:
         from pipeline.capture.engines.workers import run_workers
 
         return run_workers(config, config.num_workers)
-    return capture(prepare(config), part=config.parsed_part)
+    job = prepare(config)
+    try:
+        return capture(job, part=config.parsed_part)
+    finally:
+        job.teacher.close()
 
 
 def cache_logits(
@@ -62,6 +71,7 @@ def cache_logits(
     seed: int = 0,
     label_map: Mapping[str | int, str | int] | None = None,
     unlabelled: Sequence[Any] = (),
+    server: str | Sequence[str] = (),
     prompt_template: str | Path | None = None,
     label_text: Mapping[str, str] | Sequence[str] = (),
     **settings: Any,
@@ -75,10 +85,14 @@ def cache_logits(
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
         label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
         unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
+        server: addresses of vLLM or SGLang servers that run the teacher, as "http://host:8000/v1"; `teacher` then names its tokenizer. The
+            encoding is `TopK(20, (1.0,))` then, where none is given.
         prompt_template: the teacher is a language model that labels by prompt: file of a Jinja template, its text, or "default".
-        label_text: class -> what the language model reads for it; or the classes alone. Default: the data's labels.
-        settings: for such a teacher prompt_format ("auto", "chat", "plain"), shots, shot_tokens, calibrate; packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
-            for chats assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
+        label_text: class -> what the language model reads for it, or the classes alone; default: the data's labels.
+        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
+            with a server server_model, server_api, concurrency, server_patience (seconds), check_with (local weights), top_logprobs (asked of
+            each position, for `TopP`); with a prompt prompt_format ("auto", "chat", "plain"), shots, shot_tokens and calibrate; for chats
+            assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
             truncation_side ("right", "left").
 
     Returns:
@@ -88,17 +102,14 @@ def cache_logits(
         PipelineError: see the subclasses.
     """
     chosen = get_task(task)
-    judging = judging_of(
-        None if prompt_template is None else str(prompt_template),
-        tuple(f"{name}={text}" for name, text in label_text.items())
-        if isinstance(label_text, Mapping)
-        else tuple(label_text),
-        **{name: settings.pop(name) for name in _OF_JUDGES & settings.keys()},
-    )
-    loaded = _loaded(chosen if judging is None else judges_task(chosen), teacher, tokenizer)
+    servers = (server,) if isinstance(server, str) else tuple(server)
+    judging = _judging(prompt_template, label_text, settings)
+    if servers and encoding is None and judging is None:
+        encoding = TopK(SERVED_TOP_K, (1.0,))
     layout = open_layout(output)
     begun = None if settings.get("overwrite") else current_plan(layout)
     tokenization = _tokenization(2, settings)
+    chat_arguments = tokenization.chat_template_kwargs
     chosen.check_columns(
         columns, tokenization if judging is None else dataclasses.replace(tokenization, chat_template_kwargs=())
     )
@@ -108,38 +119,60 @@ def cache_logits(
     )
     source = with_unlabelled(source, others)
     label_maps = [f"{data}={model}" for data, model in (label_map or {}).items()]
-    made: Teacher = (
-        LocalTeacher(chosen, loaded, loaded.tokenizer)
-        if judging is None
-        else make_judge(
-            loaded,
-            judging,
+    made: Teacher
+    if judging is not None:
+        scorer = _scorer(judges_task(chosen), teacher, servers, tokenizer, chosen.default_batch_tokens, settings)
+        made = make_judge(scorer, judging, source, label_map=label_maps, seed=seed, chat_arguments=chat_arguments)
+    elif servers:
+        made = _served(chosen, teacher, servers, tokenizer, encoding, settings)
+    else:
+        loaded = _loaded(chosen, teacher, tokenizer)
+        made = LocalTeacher(chosen, loaded, tokenizer or loaded.tokenizer)
+    try:
+        settings = {
+            "batch_tokens": chosen.default_batch_tokens,
+            "encoding": encoding or chosen.default_encoding,
+            **settings,
+        }
+        job = make_job(
+            chosen,
             source,
-            label_map=label_maps,
+            made,
+            layout,
+            tokenization=dataclasses.replace(tokenization, max_length=row_length(chosen, made, max_length, begun)),
             seed=seed,
-            batch_tokens=settings.get("batch_tokens") or chosen.default_batch_tokens,
-            chat_arguments=tokenization.chat_template_kwargs,
+            label_map=label_maps,
+            **settings,
         )
-    )
-    tokenization = dataclasses.replace(tokenization, max_length=row_length(chosen, made, max_length, begun))
-    settings = {
-        "batch_tokens": chosen.default_batch_tokens,
-        "encoding": encoding or chosen.default_encoding,
-        **settings,
-    }
-    job = make_job(
-        chosen,
-        source,
-        made,
-        layout,
-        tokenization=tokenization,
-        seed=seed,
-        label_map=label_maps,
-        **settings,
-    )
-    cache = capture(job)
+        cache = capture(job)
+    finally:
+        made.close()
     assert cache is not None  # no part was left out
     return cache
+
+
+def _judging(
+    prompt_template: str | Path | None, label_text: Mapping[str, str] | Sequence[str], settings: dict[str, Any]
+) -> Judging | None:
+    """Takes what it needs out of the settings."""
+    texts = [f"{name}={text}" for name, text in label_text.items()] if isinstance(label_text, Mapping) else label_text
+    asked = {name: settings.pop(name) for name in _OF_JUDGES & settings.keys()}
+    return judging_of(None if prompt_template is None else str(prompt_template), tuple(texts), **asked)
+
+
+def _scorer(
+    task: Task,
+    teacher: str | Path | PreTrainedModel,
+    servers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_tokens: int,
+    settings: dict[str, Any],
+) -> Scorer:
+    """The language model of a judge; takes what a server needs out of the settings."""
+    if servers:
+        return ServedScorer(_served(task, teacher, servers, tokenizer, TopK(1, (1.0,)), settings))
+    loaded = _loaded(task, teacher, tokenizer)
+    return LocalScorer(loaded, settings.get("batch_tokens") or batch_tokens)
 
 
 def _loaded(
@@ -157,6 +190,34 @@ def _loaded(
         raise MisuseError("cache_logits: a live model needs its tokenizer=...")
     teacher.eval()
     return LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
+
+
+def _served(
+    task: Task,
+    teacher: str | Path | PreTrainedModel,
+    servers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    encoding: Encoding | None,
+    settings: dict[str, Any],
+) -> ServedTeacher:
+    """Takes what it needs out of the settings."""
+    if not isinstance(teacher, str | Path):
+        raise MisuseError(
+            "cache_logits: with server=... the teacher is the name or path of its tokenizer, found a model"
+        )
+    asked = settings.pop("top_logprobs", SERVED_TOP_K)
+    return serve(
+        task,
+        str(teacher),
+        tokenizer or load_tokenizer(str(teacher)),
+        servers,
+        model=settings.pop("server_model", None),
+        api=settings.pop("server_api", None),
+        concurrency=settings.pop("concurrency", None),
+        patience=settings.pop("server_patience", 600.0),
+        top_logprobs=encoding.k if isinstance(encoding, TopK) else asked,
+        check_with=settings.pop("check_with", None),
+    )
 
 
 def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:

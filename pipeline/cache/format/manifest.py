@@ -35,6 +35,7 @@ _ADDED = frozenset(
         "truncation_side",
         "unlabelled_sources",
         "judge",
+        "server",
     }
 )
 

@@ -82,7 +82,7 @@ def _run(ray: Any, config: CacheLogitsConfig) -> Cache | None:
                 raise CacheError(
                     f"the first worker has died at the start: {str(error).strip().splitlines()[0]}"
                 ) from None
-        config = dataclasses.replace(config, overwrite=False)  # the first has done it
+        config = dataclasses.replace(config, overwrite=False, check_with=None)  # the first has done it
         plan = current_plan(layout)
         if plan is None:
             raise CacheError(
@@ -226,7 +226,7 @@ def _share(ray: Any, config: CacheLogitsConfig) -> _Share:
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
-    each = config.gpus_per_worker or (1 if gpus else 0)
+    each = config.gpus_per_worker or (1 if gpus and config.uses_devices else 0)
     room = sum(int(node.get("GPU", 0)) // each for node in nodes) if each else cpus
     count = config.num_workers or (room if each else len(nodes))
     if count == 0 or count > room or count > cpus:

@@ -65,7 +65,7 @@ def run_workers(config: CacheLogitsConfig, count: int) -> Cache | None:
     devices = devices_of_workers(config, count)
     threads = max(1, torch.get_num_threads() // count)
     workers = [_start(0, config, devices, threads)]
-    config = dataclasses.replace(config, overwrite=False)  # the first has done it
+    config = dataclasses.replace(config, overwrite=False, check_with=None)  # the first has done it
     try:
         _expect_ready(workers[0])
         plan = current_plan(layout)
@@ -212,7 +212,7 @@ def devices_of_workers(config: CacheLogitsConfig, count: int) -> list[str]:
         if visible is not None
         else list(map(str, range(torch.cuda.device_count())))
     )
-    each = config.gpus_per_worker or (1 if found and torch.cuda.is_available() else 0)
+    each = config.gpus_per_worker or (1 if config.uses_devices and found and torch.cuda.is_available() else 0)
     if each * count > len(found):
         raise MisuseError(
             f"--num-workers {count} with --gpus-per-worker {each}: expected {count * each} GPUs, found {len(found)}"

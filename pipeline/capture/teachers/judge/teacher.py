@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.capture.forward import device_name, synchronize
+from pipeline.capture.forward import synchronize
 from pipeline.capture.teachers.judge.labels import labels_of
 from pipeline.capture.teachers.judge.prompts import (
     CONTENT_FREE,
@@ -21,39 +22,36 @@ from pipeline.capture.teachers.judge.prompts import (
     cut_shot,
     leading_ids,
 )
-from pipeline.capture.teachers.judge.scores import LabelScores
+from pipeline.capture.teachers.judge.scorer import BegunScores, Scorer
 from pipeline.capture.teachers.judge.shots import Shots, choose_shots
 from pipeline.capture.teachers.judge.template import check_reads, read_template
-from pipeline.capture.teachers.local import Computed
-from pipeline.errors import MisuseError, ModelError
-from pipeline.models import LoadedModel, longest_input, model_info
+from pipeline.errors import MisuseError
 from pipeline.records import Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source
-from pipeline.tasks import embedding_rows
 from pipeline.tasks.templates import find_template, make_renderer
 
 logger = logging.getLogger(__name__)
 
-#: Rows, and tokens of a row's text, that are predicted twice before the first shard.
-_ROWS, _SHORT = 2, 64
+#: Tokens of the longest text whose row is predicted twice before the first shard.
+_SHORT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
     """A causal language model with a prompt; the protocol says what each member is."""
 
-    loaded: LoadedModel
+    scorer: Scorer
     prompts: Prompts
-    scores: LabelScores
     names: tuple[str, ...]
     prompt: JudgeInfo
+    """As the contract states it."""
     prior: Tensor | None
     """(V,) nats: log of the mean probability of each label after prompts without content; None: not calibrated."""
 
     @property
     def name(self) -> str:
         """As messages name it."""
-        return self.loaded.name
+        return self.scorer.name
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -73,12 +71,12 @@ class Judge:
     @property
     def info(self) -> ModelInfo:
         """The model, and the prompt."""
-        return dataclasses.replace(model_info(self.loaded), judge=self.prompt)
+        return dataclasses.replace(self.scorer.info, judge=self.prompt)
 
     @property
     def device(self) -> str:
-        """The device model."""
-        return device_name(self.loaded)
+        """Where the language model runs."""
+        return self.scorer.device
 
     @property
     def longest_input(self) -> int:
@@ -88,24 +86,24 @@ class Judge:
     @property
     def embedding_rows(self) -> int:
         """Of its input embedding."""
-        return embedding_rows(self.loaded.model)
+        return self.scorer.embedding_rows
 
     @property
     def output_matrix(self) -> Tensor:
         """The identity: a label's score is made of many passes of the output matrix."""
-        return torch.eye(self.num_classes, device=self.loaded.model.device)
+        return torch.eye(self.num_classes)
 
     @property
     def busy(self) -> bool:
-        """Always, as a local model is."""
-        return True
+        """Whether the scorer is."""
+        return self.scorer.busy
 
     def describe(self, info: ModelInfo) -> str:
-        """Parameters, precision, device and prompt."""
+        """The scorer, and the prompt."""
         shots = f", {len(self.prompt.shots)} examples" if self.prompt.shots else ""
         calibrated = ", calibrated" if self.prompt.calibrated else ""
         return (
-            f"{self.name}: {info.num_parameters:,} parameters, {info.dtype}, on {self.device}; labels by prompt ({self.prompt.format}{shots}{calibrated}), "
+            f"{self.scorer.describe(info)}; labels by prompt ({self.prompt.format}{shots}{calibrated}), "
             f"{self.prompts.overhead:,} tokens beside each text, {len(self.prompts.prefix):,} of them passed once"
         )
 
@@ -113,30 +111,19 @@ class Judge:
         """Log-probabilities of all labels serve every encoding."""
 
     def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
-        """Show a prompt; compare the labels' scores with those of whole prompts, one row and one label at a time.
+        """Show a prompt; let the scorer check itself on short ones.
 
         Raises:
-            ModelError: they differ by more than the precision explains.
+            PipelineError: its scores are not sound.
         """
-        short = sorted((row for row in rows if row.num_tokens <= _SHORT), key=lambda row: row.num_tokens)
-        if rows:
-            row = min(rows, key=lambda row: row.num_tokens)
-            logger.info("the prompt of a row: %r, then one of %s", *self._shown(row))
-        if not short:
+        if not rows:
             return
-        batch = [self.prompts.of_row(row) for row in (short[0], short[-1])[: min(len(short), _ROWS)]]
-        found = self.scores(batch)
-        plain = torch.cat([self.scores.plain([prompt]) for prompt in batch])
-        tolerance = 1e-4 if self.loaded.model.dtype in (torch.float32, torch.float64) else 5e-2
-        finite = plain.isfinite()  # those that are not are told row by row, later
-        if not bool(finite.any()):
-            return
-        worst = float((plain - found)[finite].abs().max() / plain[finite].abs().max().clamp_min(1.0))
-        if not worst <= tolerance:
-            raise ModelError(
-                f"{self.name}: log-probabilities of the labels after a shared prompt differ from those of one pass for each by {worst:.2g} (expected at most "
-                f"{tolerance:g}); try --attn-implementation eager, and please report this architecture"
-            )
+        by_length = sorted(rows, key=lambda row: row.num_tokens)
+        logger.info("the prompt of a row: %r, then one of %s", *self._shown(by_length[0]))
+        short = [row for row in by_length if row.num_tokens <= _SHORT]
+        if short:
+            prompts = [self.prompts.of_row(row) for row in (short[0], short[-1])[: len(short)]]
+            self.scorer.compare(prompts, self.prompts.label_ids, self.prompts.prefix)
 
     def _shown(self, row: TokenizedExample) -> tuple[str, str]:
         ids = self.prompts.of_row(row).tolist()
@@ -147,36 +134,51 @@ class Judge:
         """Not measured: the prompt counts beside the rows."""
         raise MisuseError("--auto-batch-tokens does not measure prompts; give --batch-tokens")
 
-    def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> Computed:
+    def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Begun:
         """Score the labels after the prompt of each row."""
-        logits = self.scores([self.prompts.of_row(row) for row in rows])
-        if self.prior is not None:
-            logits = logits - self.prior.to(logits)
-        return Computed(logits)
+        return _Begun(scored(self.scorer, self.prompts, [self.prompts.of_row(row) for row in rows]), self.prior)
+
+    def close(self) -> None:
+        """Close the scorer."""
+        self.scorer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    scores: BegunScores
+    prior: Tensor | None
+
+    def result(self) -> Tensor:
+        """(N, V) log-probabilities of the labels, up to a constant of each row."""
+        found = self.scores.result()
+        synchronize(found)
+        return found if self.prior is None else found - self.prior.to(found)
+
+
+def scored(scorer: Scorer, prompts: Prompts, batch: Sequence[np.ndarray]) -> BegunScores:
+    """Begin to score some prompts."""
+    return scorer.begin(batch, prompts.label_ids, prompts.prefix)
 
 
 def make_judge(
-    loaded: LoadedModel,
+    scorer: Scorer,
     judging: Judging,
     source: Source,
     *,
     label_map: Sequence[str] = (),
     seed: int = 0,
-    batch_tokens: int,
     chat_arguments: Sequence[str] = (),
 ) -> Judge:
     """The judge that the flags ask for.
 
     Args:
-        loaded: a causal language model.
         seed: of the choice of examples.
-        batch_tokens: of a forward pass, prompts and padding included.
         chat_arguments: `KEY=JSON` each, for the chat template.
 
     Raises:
         MisuseError: a template, label or number of examples that cannot be used.
     """
-    tokenizer = loaded.tokenizer
+    tokenizer = scorer.tokenizer
     names, texts = labels_of(source, judging.label_text, label_map)
     template = read_template(judging.template)
     paired = source.columns.text_pair is not None
@@ -203,13 +205,12 @@ def make_judge(
         texts,
         shots,
         paired,
-        longest_input(loaded.model, tokenizer),
+        scorer.positions,
         leading_ids=leading_ids(tokenizer),
     )
-    prompts = _measured(dataclasses.replace(prompts, label_ids=prompts.label_tokens()), loaded.name)
+    prompts = _measured(dataclasses.replace(prompts, label_ids=prompts.label_tokens()), scorer.name)
     _warn_of_prefixes(prompts)
-    scores = LabelScores(loaded, prompts.label_ids, prompts.prefix, batch_tokens)
-    prior = _prior(prompts, scores) if judging.calibrate else None
+    prior = _prior(scorer, prompts) if judging.calibrate else None
     if prior is not None:
         shown = ", ".join(f"{name} {share:.3f}" for name, share in zip(names[:20], prior.exp().tolist(), strict=False))
         logger.info("calibration: the labels' prior, from prompts without content, is %s", shown)
@@ -221,7 +222,7 @@ def make_judge(
         judging.shot_tokens if judging.shots else None,
         judging.calibrate,
     )
-    return Judge(loaded, prompts, scores, names, prompt, prior)
+    return Judge(scorer, prompts, names, prompt, prior)
 
 
 def _measured(prompts: Prompts, name: str) -> Prompts:
@@ -266,12 +267,12 @@ def _warn_of_prefixes(prompts: Prompts) -> None:
                 return
 
 
-def _prior(prompts: Prompts, scores: LabelScores) -> Tensor:
+def _prior(scorer: Scorer, prompts: Prompts) -> Tensor:
     """(V,) nats: what the model says without content, which calibration takes out (Zhao et al., 2021, section 5).
 
     Their W = diag(p)^-1 with b = 0: each probability is divided by the mean one over inputs without content; soft labels
     are what is left, scaled to a sum of 1.
     """
-    found = scores([prompts.fitted(text, text if prompts.paired else None) for text in CONTENT_FREE])
-    synchronize(found)
+    batch = [prompts.fitted(text, text if prompts.paired else None) for text in CONTENT_FREE]
+    found = scored(scorer, prompts, batch).result()
     return torch.log_softmax(found, dim=-1).exp().mean(0).log()

@@ -1,0 +1,59 @@
+"""Addresses of inference servers, and the key that they are asked with."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from urllib.parse import urlsplit, urlunsplit
+
+from pipeline.errors import MisuseError
+
+#: The environment variable that holds the key; there is no flag for it.
+KEY_VARIABLE = "SOFTLABEL_SERVER_KEY"
+
+
+def base_urls(flags: Sequence[str]) -> tuple[str, ...]:
+    """The root address of each server: `http://host:8000` of `http://host:8000/v1/`.
+
+    Raises:
+        MisuseError: no http(s) address, one with a user name or a password in it, or one that is given twice.
+    """
+    found: list[str] = []
+    for flag in flags:
+        parts = urlsplit(flag.strip())
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if "@" in parts.netloc:
+            raise MisuseError(
+                f"--server {_without_user(flag)}: expected an address without a user name or a password; give a key as {KEY_VARIABLE} in the environment"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query or parts.fragment:
+            raise MisuseError(f"--server {flag}: expected an address as http://host:8000/v1")
+        path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+        url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+        if url in found:
+            raise MisuseError(f"--server {flag}: expected each server once, found it twice")
+        found.append(url)
+    return tuple(found)
+
+
+def _without_user(flag: str) -> str:
+    scheme, _, rest = flag.rpartition("//")
+    return f"{scheme}//***@{rest.rpartition('@')[2]}"
+
+
+def server_key() -> str | None:
+    """The key in the environment; None where there is none."""
+    return os.environ.get(KEY_VARIABLE, "").strip() or None
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is this machine's own: proxies of the environment are not for it."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
