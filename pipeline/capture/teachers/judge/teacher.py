@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Judge:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The language model's; rows are the texts alone, without the prompt."""
-        return self.prompts.tokenizer
+        return self.scorer.tokenizer
 
     @property
     def num_classes(self) -> int:
@@ -127,8 +128,8 @@ class Judge:
 
     def _shown(self, row: TokenizedExample) -> tuple[str, str]:
         ids = self.prompts.of_row(row).tolist()
-        labels = (repr(self.tokenizer.decode(list(label))) for label in self.prompts.label_ids[:20])
-        return str(self.tokenizer.decode(ids)), ", ".join(labels)
+        labels = (repr(self.prompts.tokenizer.decode(list(label))) for label in self.prompts.label_ids[:20])
+        return str(self.prompts.tokenizer.decode(ids)), ", ".join(labels)
 
     def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
         """Not measured: the prompt counts beside the rows."""
@@ -178,7 +179,8 @@ def make_judge(
     Raises:
         MisuseError: a template, label or number of examples that cannot be used.
     """
-    tokenizer = scorer.tokenizer
+    # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast tokenizer keeps.
+    tokenizer = copy.deepcopy(scorer.tokenizer)
     names, texts = labels_of(source, judging.label_text, label_map)
     template = read_template(judging.template)
     paired = source.columns.text_pair is not None
