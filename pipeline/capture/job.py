@@ -127,13 +127,15 @@ def teacher_of(task: Task, config: CacheLogitsConfig, source: Source) -> Teacher
         )
         set_chat_template(tokenizer, config.data.chat_template)
     if config.judging is not None:
+        scorer = _scorer_of(judges_task(task), config, tokenizer)
+        arguments = config.data.tokenization(2).chat_template_kwargs
         return make_judge(
-            _scorer_of(judges_task(task), config, tokenizer),
+            scorer,
             config.judging,
             source,
             label_map=config.data.label_map,
             seed=config.seed,
-            chat_arguments=config.data.tokenization(2).chat_template_kwargs,
+            chat_arguments=arguments,
         )
     if tokenizer is not None:
         return _serve(task, config, tokenizer, config.top_logprobs)

@@ -22,6 +22,7 @@ from pipeline.capture.teachers.predictions import most_likely
 from pipeline.capture.teachers.protocol import Teacher
 from pipeline.errors import SourceError
 from pipeline.metrics import share_interval
+from pipeline.progress import Progress
 from pipeline.records import Encoding, Tokenization, TokenizedExample
 from pipeline.softlabels import counter_uniforms
 from pipeline.sources import LabelMap, Source, read_examples
@@ -106,7 +107,8 @@ def try_judge(
     if labels is None or not examples:
         logger.info("%s: no labelled rows to try the teacher on (rows of test are not looked at)", source.name)
         return
-    found = _predict(teacher, examples, encoding, batch_tokens)
+    with Progress("trial of the teacher", len(examples)) as progress:
+        found = _predict(teacher, examples, encoding, batch_tokens, progress)
     if found is None:
         return
     truth, predicted = found
@@ -133,7 +135,11 @@ def try_judge(
 
 
 def _predict(
-    teacher: Teacher, examples: Sequence[TokenizedExample], encoding: Encoding, batch_tokens: int
+    teacher: Teacher,
+    examples: Sequence[TokenizedExample],
+    encoding: Encoding,
+    batch_tokens: int,
+    progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(N,) labels and (N,) most likely classes of labelled rows; None: they do not fit in memory, of which the capture's own message says what to do."""
     predicted = np.zeros(len(examples), dtype=np.int64)
@@ -141,6 +147,8 @@ def _predict(
         for members, length in plan_batches([example.num_tokens for example in examples], batch_tokens):
             batch = [examples[i] for i in members]
             predicted[members] = most_likely(teacher.begin(batch, length, encoding).result())
+            if progress is not None:
+                progress.update(len(batch), tokens=sum(example.num_tokens for example in batch))
     except torch.OutOfMemoryError:
         return None
     return np.array([int(example.label or 0) for example in examples], dtype=np.int64), predicted

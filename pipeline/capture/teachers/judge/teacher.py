@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Tokens of the longest text whose row is predicted twice before the first shard.
 _SHORT = 64
+#: Characters of a prompt that are logged.
+_SHOWN = 1200
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ class Judge:
     def _shown(self, row: TokenizedExample) -> tuple[str, str]:
         ids = self.prompts.of_row(row).tolist()
         labels = (repr(self.prompts.tokenizer.decode(list(label))) for label in self.prompts.label_ids[:20])
-        return str(self.prompts.tokenizer.decode(ids)), ", ".join(labels)
+        text = str(self.prompts.tokenizer.decode(ids))
+        return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}", ", ".join(labels)
 
     def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
         """Not measured: the prompt counts beside the rows."""
@@ -177,8 +180,23 @@ def make_judge(
         chat_arguments: `KEY=JSON` each, for the chat template.
 
     Raises:
-        MisuseError: a template, label or number of examples that cannot be used.
+        MisuseError: a template, label or number of examples that cannot be used; the scorer is closed then.
     """
+    try:
+        return _make_judge(scorer, judging, source, label_map, seed, chat_arguments)
+    except BaseException:
+        scorer.close()
+        raise
+
+
+def _make_judge(
+    scorer: Scorer,
+    judging: Judging,
+    source: Source,
+    label_map: Sequence[str],
+    seed: int,
+    chat_arguments: Sequence[str],
+) -> Judge:
     # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast tokenizer keeps.
     tokenizer = copy.deepcopy(scorer.tokenizer)
     names, texts = labels_of(source, judging.label_text, label_map)
