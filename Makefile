@@ -171,6 +171,10 @@ bench-columns: $(STAMP) ## rows between Parquet and tensors: decoding, collating
 bench-served: $(STAMP) ## a capture from a stand-in server beside the same requests without a cache
 	$(PY) -m benchmarks.served_capture
 
+.PHONY: bench-scale
+bench-scale: $(STAMP) ## what grows with rows and shards: time and memory of each step, caches of 10^3 to 10^6 rows and 10 to 5,000 shards
+	$(PY) -m benchmarks.scale
+
 .PHONY: bench-verify
 bench-verify: $(STAMP) ## megabytes of cache that verify reads a second
 	$(PY) -m benchmarks.verifying

@@ -21,6 +21,7 @@ from pipeline.capture.append import appended, new_ranges
 from pipeline.capture.permutation import check_class_order, try_judge
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
+    MOST_FILES,
     default_rows_per_shard,
     full_row_is_too_large,
     kept_types,
@@ -325,6 +326,12 @@ def make_job(
         encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
     )
     plan = Plan(contract, plan_shards(ranges, per_shard, row_groups=row_groups))
+    if begun is None and len(plan.shards) > MOST_FILES:
+        logger.warning(
+            "%s: %s shards of %s rows; the Hub takes %s files in a folder: --rows-per-shard %d makes as many",
+            *(layout.name, f"{len(plan.shards):,}", f"{per_shard:,}", f"{MOST_FILES:,}"),
+            -(-sum(stop - start for start, stop in ranges.values()) // MOST_FILES),
+        )
     if append and found is not None:
         plan = appended(layout, found, plan, source, per_shard, row_groups)
         if not label_map and plan.parent is not None and plan != found:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import httpx2
+from pydantic_core import from_json
 
 from pipeline.errors import ServerError
 from pipeline.servers.addresses import KEY_VARIABLE, is_loopback
@@ -123,10 +124,15 @@ class Client:
         return self._pace.limit
 
     @property
+    def waiting(self) -> int:
+        """Requests that are to be sent, or sent again."""
+        with self._changed:
+            return len(self._tasks) + self._pausing
+
+    @property
     def busy(self) -> bool:
         """Whether as many requests wait as may be in flight: more would only take memory."""
-        with self._changed:
-            return len(self._tasks) + self._pausing >= self._pace.limit
+        return self.waiting >= self.concurrency
 
     def get(self, path: str, url: str | None = None) -> Any:
         """The JSON that a server gives for a path; None where it has no such path (404).
@@ -301,10 +307,13 @@ class Client:
                 self._start_threads()
                 self._changed.notify_all()
         try:
-            answer = json.loads(response.content)
+            answer = from_json(response.content, cache_strings="keys")  # twice as fast as json
         except ValueError:
             raise UnusableAnswerError(f"expected JSON, found {response.content[:60]!r}") from None
-        result = read(answer)
+        try:
+            result = read(answer)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UnusableAnswerError(f"not an answer of this API ({type(error).__name__}: {error})") from None
         with self._changed:
             server.answers += 1
             if server.failures:

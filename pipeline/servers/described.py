@@ -63,8 +63,10 @@ def _short(found: Described) -> str:
 def _describe(client: Client, url: str, api: Api | None, model: str | None) -> Described:
     models = _models(client.get("/v1/models", url), url)
     entry = _named(models, model, url)
-    info = _mapping(client.get("/get_server_info", url)) if api != "vllm" else {}
-    found = api or _api(entry, info)
+    owner = str(entry.get("owned_by", "")).lower()
+    is_vllm = api == "vllm" or (api is None and owner == "vllm")
+    info = {} if is_vllm else _mapping(client.get("/get_server_info", url) or client.get("/server_info", url))
+    found = api or _api(owner, info)
     if found is None:
         raise ServerError(
             f"{url}: expected vLLM or SGLang, found {str(entry.get('owned_by') or 'another server')[:_MOST_TEXT]}; others give no log-probabilities of a prompt's tokens (--server-api says which it is, where it does not say so itself)"
@@ -102,8 +104,7 @@ def _named(models: Sequence[Mapping[str, Any]], model: str | None, url: str) -> 
     raise ServerError(f"{url}: --server-model {model}: expected one of {names}")
 
 
-def _api(entry: Mapping[str, Any], info: Mapping[str, Any]) -> Api | None:
-    owner = str(entry.get("owned_by", "")).lower()
+def _api(owner: str, info: Mapping[str, Any]) -> Api | None:
     if owner in ("vllm", "sglang"):
         return "vllm" if owner == "vllm" else "sglang"
     return "sglang" if "model_path" in info and "version" in info else None

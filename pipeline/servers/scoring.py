@@ -70,6 +70,8 @@ def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int) -> Requ
         "return_token_ids": True,
     }
 
+    following = np.asarray(ids, dtype=np.int64)[positions + 1]
+
     def read(answer: Any) -> TopLogprobs:
         choice = _first(_member(answer, "choices", list))
         entries = _member(choice, "prompt_logprobs", list)
@@ -81,18 +83,20 @@ def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int) -> Requ
         for p, row in zip(positions, rows, strict=True):
             if not isinstance(row, dict):
                 raise UnusableAnswerError(f"position {p}: expected log-probabilities, found {row!r}")
-        own_keys = [str(ids[p + 1]) for p in positions]
-        tops: list[list[tuple[int, Any]]] = []
-        own: list[Any] = []
-        for p, key, row in zip(positions, own_keys, rows, strict=True):
-            if key not in row:
-                raise UnusableAnswerError(
-                    f"position {p}: expected the log-probability of token {key}, which follows there, found those of others"
-                )
-            pairs = [(int(token), _value(each)) for token, each in row.items() if len(row) <= k or token != key]
-            own.append(_value(row[key]))
-            tops.append(pairs)
-        return _table(tops, own, positions, k)
+        counts = np.array([len(row) for row in rows])
+        tokens = np.array([int(token) for row in rows for token in row], dtype=np.int64)
+        values = np.array([_value(each) for row in rows for each in row.values()], dtype=np.float64)  # null: nan
+        is_own = tokens == np.repeat(following, counts)
+        missing = np.add.reduceat(is_own, np.cumsum(counts) - counts) != 1
+        if missing.any():
+            n = int(missing.argmax())
+            raise UnusableAnswerError(
+                f"position {positions[n]}: expected the log-probability of token {following[n]}, which follows there, found those of others"
+            )
+        # The token that follows is one more where it is none of the most likely.
+        counts_top = counts - (counts == k + 1)
+        in_top = ~(is_own & np.repeat(counts == k + 1, counts))
+        return _table(tokens[in_top], values[in_top], counts_top, values[is_own], positions, k)
 
     return Request("/v1/completions", body, read, len(ids))
 
@@ -115,20 +119,24 @@ def _sglang(ids: Sequence[int], positions: np.ndarray, k: int) -> Request:
         _expect_count(about.get("prompt_tokens", len(ids)), len(ids))
         _expect_count(len(tokens), len(ids) - start)
         _expect_count(len(entries), len(ids) - start)
-        tops: list[list[tuple[int, Any]]] = []
-        own: list[Any] = []
         for p in positions:
             token, entry = tokens[p + 1 - start], entries[p + 1 - start]
             # SGLang writes 0 for the last id of its vocabulary
-            if not isinstance(token, list) or int(token[1]) not in (int(ids[p + 1]), 0):
+            if not isinstance(token, list) or token[1] not in (ids[p + 1], 0):
                 raise UnusableAnswerError(
                     f"position {p}: expected the log-probability of token {ids[p + 1]}, which follows there, found {str(token)[:60]}"
                 )
             if not isinstance(entry, list):
                 raise UnusableAnswerError(f"position {p}: expected log-probabilities, found {entry!r}")
-            tops.append([(int(each[1]), each[0]) for each in entry])
-            own.append(token[0])
-        return _table(tops, own, positions, k)
+        tops = [entries[p + 1 - start] for p in positions]
+        return _table(
+            np.array([int(each[1]) for top in tops for each in top], dtype=np.int64),
+            np.array([each[0] for top in tops for each in top], dtype=np.float64),  # null: nan
+            np.array([len(top) for top in tops]),
+            np.array([tokens[p + 1 - start][0] for p in positions], dtype=np.float64),
+            positions,
+            k,
+        )
 
     return Request("/generate", body, read, len(ids))
 
@@ -156,21 +164,22 @@ def _expect_count(found: int, expected: int) -> None:
         raise UnusableAnswerError(f"expected log-probabilities of {expected} tokens, found {found}")
 
 
-def _table(tops: Sequence[Sequence[tuple[int, Any]]], own: Sequence[Any], positions: np.ndarray, k: int) -> TopLogprobs:
-    """The entries as arrays, by falling log-probability; of equal ones the lower id first."""
-    for p, top in zip(positions, tops, strict=True):
-        if len(top) != k:
-            raise UnusableAnswerError(f"position {p}: expected {k} log-probabilities, found {len(top)}")
-    ids = np.array([[token for token, _ in top] for top in tops], dtype=np.int64)
-    values = np.array([[value for _, value in top] for top in tops], dtype=np.float64)  # None becomes nan
-    following = np.array(own, dtype=np.float64)
-    wrong = np.isnan(values).any(-1) | np.isnan(following) | (values > _POSITIVE).any(-1) | (following > _POSITIVE)
+def _table(
+    tokens: np.ndarray, values: np.ndarray, counts: np.ndarray, own: np.ndarray, positions: np.ndarray, k: int
+) -> TopLogprobs:
+    """The entries of P positions, one after another, as (P, K) by falling log-probability; of equal ones the lower id first."""
+    few = counts != k
+    if few.any():
+        n = int(few.argmax())
+        raise UnusableAnswerError(f"position {positions[n]}: expected {k} log-probabilities, found {counts[n]}")
+    ids, values = tokens.reshape(-1, k), values.reshape(-1, k)
+    wrong = np.isnan(values).any(-1) | np.isnan(own) | (values > _POSITIVE).any(-1) | (own > _POSITIVE)
     wrong |= np.exp(np.minimum(values, 1.0)).sum(-1) > _MOST_MASS
     if wrong.any():
         n = int(wrong.argmax())
         shown = [None if np.isnan(value) else round(float(value), 3) for value in values[n][:4]]
         raise UnusableAnswerError(
-            f"position {positions[n]}: expected log-probabilities, of a mass of at most 1, found {shown}... (of the token that follows: {following[n]:.4g}); are they logits (vLLM: --logprobs-mode raw_logprobs)?",
+            f"position {positions[n]}: expected log-probabilities, of a mass of at most 1, found {shown}... (of the token that follows: {own[n]:.4g}); are they logits (vLLM: --logprobs-mode raw_logprobs)?",
             of_row=True,
         )
     twice = (np.diff(np.sort(ids, -1), axis=-1) == 0).any(-1)
@@ -180,4 +189,4 @@ def _table(tops: Sequence[Sequence[tuple[int, Any]]], own: Sequence[Any], positi
         )
     order = np.lexsort((ids, -values), axis=-1)
     ids, values = np.take_along_axis(ids, order, -1), np.take_along_axis(values, order, -1)
-    return TopLogprobs(ids, np.where(values > _ZERO, np.minimum(values, 0.0), -np.inf), np.minimum(following, 0.0))
+    return TopLogprobs(ids, np.where(values > _ZERO, np.minimum(values, 0.0), -np.inf), np.minimum(own, 0.0))

@@ -80,7 +80,7 @@ class ServedTeacher:
             )
         self.tokenizer = tokenizer
         self._task, self._client, self._described, self._check_with = task, client, described, check_with
-        self._top = top_logprobs
+        self._top, self._largest = top_logprobs, 0
         config = _config(name)
         rows = len(tokenizer) if config is None else int(config.get_text_config().vocab_size)
         self.embedding_rows = max(rows, len(tokenizer)) if config is None else rows
@@ -118,8 +118,8 @@ class ServedTeacher:
 
     @property
     def busy(self) -> bool:
-        """As many rows wait as are asked at once."""
-        return self._client.busy
+        """As many requests wait as may be in flight, and as a batch has: while one batch is awaited, the next is asked for."""
+        return self._client.waiting >= max(self._client.concurrency, self._largest)
 
     def describe(self, info: ModelInfo) -> str:
         """Model, software and addresses."""
@@ -166,9 +166,16 @@ class ServedTeacher:
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Asked:
         """Ask for every row; isolated documents of a packed row are prompts of their own."""
-        return _Asked(self, rows, encoding, [self._ask(row) for row in rows])
+        futures = [self.ask(row) for row in rows]
+        self._largest = max(self._largest, sum(map(len, futures)))
+        return _Asked(self, rows, encoding, futures)
 
-    def _ask(self, row: TokenizedExample, url: str | None = None) -> list[Future[TopLogprobs]]:
+    def ask(self, row: TokenizedExample, url: str | None = None) -> list[Future[TopLogprobs]]:
+        """Send the requests of one row.
+
+        Args:
+            url: to which server; default: the least busy.
+        """
         assert row.supervised is not None
         lengths = [row.num_tokens] if row.document_lengths is None else row.document_lengths.tolist()
         found, start = [], 0
@@ -229,7 +236,7 @@ class ServedTeacher:
             return
         row = min(rows, key=lambda each: each.num_tokens)
         urls = self._client.urls
-        asked = [(url, self._ask(row, url)) for url in (urls[0], *urls)]
+        asked = [(url, self.ask(row, url)) for url in (urls[0], *urls)]
         answers = []
         for url, futures in asked:
             try:

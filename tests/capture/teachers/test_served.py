@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import TrainingArguments
 
 import pipeline as softlabel
 from pipeline.cache.format.manifest import Layout
+from pipeline.capture.audit import audit
 from pipeline.capture.run import run
 from pipeline.errors import BadRowError, ContractError, MisuseError, ModelError, PipelineError, ServerError
+from pipeline.models import LoadedModel
 from pipeline.outlines.capture import outline
 from pipeline.records import TopK, TopP
 from pipeline.servers import client as servers_client
@@ -85,11 +88,32 @@ def test_it_is_the_local_capture(config, stand_in):
     assert contract.teacher.name == "tiny"
     assert stand_in.url not in (found.root / "manifest.json").read_text()
     assert np.isnan(found.dataset("train")[0].teacher_entropy_sum)
+    card = (found.root / "README.md").read_text()
+    assert f"behind {stand_in.api} 0.32.0, the top 8 log-probabilities of each position" in card
+    assert "--server URL --server-model tiny" in card
+    assert "unknown parameters" not in card
+    assert "--dtype" not in card
     receipt = json.loads(Layout(found.root).receipt("train-00000").read_text())
     assert receipt["device"] == f"{stand_in.api} 0.32.0"
     assert found.manifest.probe.verdict != "misaligned"
     for body in stand_in.asked:
         assert all(isinstance(token, int) for token in body.get("prompt", body.get("input_ids")))
+
+
+def test_the_audit_compares_it_with_local_weights(config, vllm, lm_tokenizer):
+    found = run(served(config, vllm))
+    model = tiny_model("llama", len(lm_tokenizer), spread=3.0)
+    assert audit(found, LoadedModel(model, lm_tokenizer, "teacher"), rows=16).verdict == "agrees"
+    other = tiny_model("llama", len(lm_tokenizer), spread=3.0, seed=5)
+    assert audit(found, LoadedModel(other, lm_tokenizer, "teacher"), rows=16).verdict == "differs"
+
+
+def test_a_student_learns_from_it(config, vllm, lm_tokenizer, tmp_path):
+    found = run(served(config, vllm))
+    student = tiny_model("llama", len(lm_tokenizer), seed=3)
+    args = TrainingArguments(output_dir=str(tmp_path / "x"), max_steps=2, report_to="none", disable_tqdm=True)
+    result = softlabel.train_student(found.root, student, tmp_path / "student", args=args)
+    assert np.isfinite(result.soft_loss)
 
 
 def test_a_local_manifest_has_no_word_of_servers(config):
