@@ -6,6 +6,7 @@ label's ids are those that the tokenizer gives it behind the end of the template
 
 from __future__ import annotations
 
+import dataclasses
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,34 +60,42 @@ class Prompts:
     def of_row(self, row: TokenizedExample) -> np.ndarray:
         """(T,) int64: the prompt of a row, whose text is cut where the row's tokens are."""
         text, pair = row.text or "", row.text_pair
+        shots = self.shots.of(text, pair)
         if row.cut:
             text, pair = _cut(self.tokenizer, text, pair, row.num_tokens)
-        return self.fitted(text, pair)
+        return self.fitted(text, pair, shots)
 
-    def fitted(self, text: str, pair: str | None) -> np.ndarray:
-        """(T,) int64: the prompt of a text, which loses tokens of its end where model and labels leave no room."""
+    def fitted(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
+        """(T,) int64: the prompt of a text, which loses tokens of its end where model and labels leave no room.
+
+        Args:
+            shots: the examples; default: those of most rows.
+        """
         most = self.positions - max(map(len, self.label_ids), default=0)
-        ids = self.ids(text, pair)
+        ids = self.ids(text, pair, shots)
         size = len(self.tokenizer(text, pair, verbose=False)["input_ids"]) if len(ids) > most else 0
         while len(ids) > most and size > 0:
             size = max(size - (len(ids) - most) // self.repeats - _SEAM, 0)
             text, pair = _cut(self.tokenizer, text, pair, size)
-            ids = self.ids(text, pair)
+            ids = self.ids(text, pair, shots)
         return ids
 
-    def ids(self, text: str, pair: str | None) -> np.ndarray:
+    def ids(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
         """(T,) int64: the prompt of a text as it is."""
-        return np.asarray(self._tokens(self.text(text, pair)), dtype=np.int64)
+        return np.asarray(self._tokens(self.text(text, pair, shots)), dtype=np.int64)
 
-    def text(self, text: str, pair: str | None, *, answer: str | None = None) -> str:
+    def text(
+        self, text: str, pair: str | None, shots: Sequence[Shot] | None = None, *, answer: str | None = None
+    ) -> str:
         """The prompt as the model reads it.
 
         Args:
+            shots: as in `fitted`.
             answer: with it as the assistant's turn, in a chat; for how the template writes turns.
         """
         shown = [
-            Shown(shot.text, shot.text_pair if self.paired else None, self.label_texts[shot.label])
-            for shot in self.shots.of(text, pair)
+            Shown(shot.shown, shot.shown_pair if self.paired else None, self.label_texts[shot.label])
+            for shot in (self.shots.chosen if shots is None else shots)
         ]
         message = self.template.render(text, pair if self.paired else None, self.label_texts, shown)
         if self.chat is None:
@@ -162,10 +171,10 @@ def common_prefix(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def cut_shot(tokenizer: PreTrainedTokenizerBase, shot: Shot, tokens: int) -> Shot:
-    """An example whose text, and second text, have at most so many tokens each."""
+    """An example that shows at most so many tokens of its text, and of its second text."""
     text, _ = _cut(tokenizer, shot.text, None, tokens, special=False)
     pair = None if shot.text_pair is None else _cut(tokenizer, shot.text_pair, None, tokens, special=False)[0]
-    return Shot(shot.row, text, pair, shot.label)
+    return dataclasses.replace(shot, shown=text, shown_pair=pair)
 
 
 def _cut(

@@ -29,8 +29,12 @@ class Shot:
 
     row: int
     text: str
+    """Of the row, whole: what it is recognised by."""
     text_pair: str | None
     label: int
+    shown: str = ""
+    """Its beginning, as the prompt shows it."""
+    shown_pair: str | None = None
 
     @property
     def place(self) -> str:

@@ -33,8 +33,8 @@ from pipeline.tasks.templates import find_template, make_renderer
 
 logger = logging.getLogger(__name__)
 
-#: Tokens of the longest text whose row is predicted twice before the first shard.
-_SHORT = 64
+#: Tokens of the longest text whose row is predicted twice before the first shard, and labels that are compared.
+_SHORT, _LABELS = 512, 8
 #: Characters of a prompt that are logged.
 _SHOWN = 1200
 
@@ -123,10 +123,9 @@ class Judge:
             return
         by_length = sorted(rows, key=lambda row: row.num_tokens)
         logger.info("the prompt of a row: %r, then one of %s", *self._shown(by_length[0]))
-        short = [row for row in by_length if row.num_tokens <= _SHORT]
-        if short:
-            prompts = [self.prompts.of_row(row) for row in (short[0], short[-1])[: len(short)]]
-            self.scorer.compare(prompts, self.prompts.label_ids, self.prompts.prefix)
+        prompts = [self.prompts.of_row(row) for row in by_length[:2] if row.num_tokens <= _SHORT]
+        if prompts:
+            self.scorer.compare(prompts, self.prompts.label_ids[:_LABELS], self.prompts.prefix)
 
     def _shown(self, row: TokenizedExample) -> tuple[str, str]:
         ids = self.prompts.of_row(row).tolist()
@@ -271,7 +270,7 @@ def _measured(prompts: Prompts, name: str) -> Prompts:
 
 
 def _size(prompts: Prompts, shots: Sequence[Any]) -> int:
-    texts = [text for shot in shots for text in (shot.text, shot.text_pair or "")]
+    texts = [text for shot in shots for text in (shot.shown, shot.shown_pair or "")]
     return sum(len(ids) for ids in prompts.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 

@@ -230,8 +230,8 @@ def test_the_default_template(tokenizer, topics):
     first, second = judge.prompts.shots.chosen
     assert text == (
         "Classify the text into one of these categories: business, film, sport.\n\n"
-        f"Text: {first.text}\nCategory: {judge.names[first.label]}\n\n"
-        f"Text: {second.text}\nCategory: {judge.names[second.label]}\n\n"
+        f"Text: {first.shown}\nCategory: {judge.names[first.label]}\n\n"
+        f"Text: {second.shown}\nCategory: {judge.names[second.label]}\n\n"
         "Text: THE ROW\nCategory:"
     )
     assert judge.prompt.template == tuple(DEFAULT.split("\n"))
@@ -269,6 +269,19 @@ def test_a_row_is_never_its_own_example(topics):
         assert shot.text not in [other.text for other in others]
         assert [other.label for other in others] == [other.label for other in shots.chosen]
     assert shots.of("a text of its own", None) == shots.chosen
+
+
+def test_a_row_that_is_cut_is_never_its_own_example_either(tokenizer, topics):
+    judge = judge_of(tokenizer, topics, Judging(shots=4, shot_tokens=5))
+    shots = judge.prompts.shots
+    rows = {row.source_row: row for row in rows_of(judge, topics, length=12)}
+    assert any(rows[shot.row].cut and shot.shown != shot.text for shot in shots.chosen)
+    for shot in shots.chosen:
+        prompt = tokenizer.decode(judge.prompts.of_row(rows[shot.row]).tolist())
+        spare = next(other for other in reversed(shots.reserve) if other.label == shot.label)
+        assert f"Text: {shot.shown}\nCategory: {judge.names[shot.label]}\n" not in prompt
+        assert f"Text: {spare.shown}\nCategory: {judge.names[shot.label]}\n" in prompt
+        assert prompt.count("Text: ") == 5
 
 
 def test_shots_of_duplicates_other_splits_and_too_few(topics):
