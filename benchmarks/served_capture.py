@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 VOCABULARY, TOP_K = 8_192, 20
-#: Answers that are made before: prompts take them in turns, with the entries of their own tokens put in.
+#: Answers that are made before: prompts take them in turns, with the entries of their own tokens.
 _ANSWERS = 8
 _ROWS_PER_SHARD = 100
 
@@ -80,7 +80,7 @@ def serve(listener: socket.socket, latency: float, length: int) -> None:
 
 
 def _entries(draw: random.Random) -> str:
-    """The top of one position, without the token that follows; ids from half of the vocabulary, which prompts do not use."""
+    """The top of one position; its ids are from the half of the vocabulary that prompts do not use."""
     ids = draw.sample(range(VOCABULARY // 2, VOCABULARY), TOP_K)
     weights = sorted((draw.random() ** 4 for _ in ids), reverse=True)
     total = sum(weights) / 0.95
@@ -123,7 +123,11 @@ def make_source(folder: Path, rows: int, length: int) -> None:
 
 
 def measure(url: str, folder: Path, concurrency: int, length: int, output: Path | None) -> tuple[float, float]:
-    """Tokens a second, and microseconds of processor a token: of a capture into `output`, or of the bare requests."""
+    """Tokens a second and microseconds of processor a token, of a capture or of bare requests.
+
+    Args:
+        output: of the capture; None: the bare requests.
+    """
     from pipeline.capture.engines.in_process import capture
     from pipeline.capture.job import prepare
     from pipeline.capture.reading import read_shard
@@ -157,7 +161,7 @@ def measure(url: str, folder: Path, concurrency: int, length: int, output: Path 
 
 
 def bare(job: Any, rows: list[Any]) -> int:
-    """Ask for every row, in the batches of the capture, and read the answers; how many tokens there were."""
+    """Ask for every row, in the batches of the capture, and read the answers; gives the tokens."""
     from pipeline.capture.plan import plan_batches
 
     contract = job.plan.contract

@@ -1,1 +1,1 @@
-"""HTTP clients of inference servers: vLLM, SGLang and whatever speaks the OpenAI API. Nothing here loads torch."""
+"""HTTP clients of inference servers (vLLM, SGLang, OpenAI-compatible ones), without torch."""

@@ -1,4 +1,4 @@
-"""What an answer that is no result means: whether to wait and ask again, and the line that says what is wrong."""
+"""What a failed request means: whether to send it again, and the line that says what is wrong."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Requests to inference servers: several at once, to the least busy server, again where one fails for a while."""
+"""Requests to inference servers: several at once, to the least busy one, sent again on failure."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -33,9 +34,12 @@ Answer = TypeVar("Answer")
 
 #: Seconds before a request is sent again: doubled with each failure, from the first to the last.
 _FIRST_WAIT, _LAST_WAIT = 0.25, 30.0
-#: How often a request is sent whose answers cannot be used, and one that fails while others are answered.
+#: How often a request is sent whose answers cannot be used, and one that fails while others are
+#: answered.
 _TRIES, _TRIES_ALONE = 4, 8
 _CONNECT_SECONDS = 10.0
+#: Seconds that requests in flight are waited for at the end.
+_CLOSE_SECONDS = 2.0
 #: Seconds without a byte after which an answer is given up and asked for again, at most.
 _READ_SECONDS = 300.0
 
@@ -66,7 +70,7 @@ class _Task(Generic[Answer]):
 
 
 class Client:
-    """A client of one or several servers with the same model; `submit` may be called from any thread.
+    """A client of one or several servers of the same model; `submit` may be called from any thread.
 
     Each request is sent to the server with the fewest requests in flight. It is sent again after a growing wait where a
     server is unreachable, slow, overloaded (429, 503) or fails (5xx), until `patience` seconds have gone by since its
@@ -110,7 +114,8 @@ class Client:
         self._pace = Pace(concurrency, len(urls))
         self._changed = threading.Condition()
         self._tasks: deque[_Task[Any]] = deque()
-        self._running = self._pausing = self._threads = 0
+        self._threads: list[threading.Thread] = []
+        self._running = self._pausing = 0
         self._closed = False
 
     @property
@@ -187,17 +192,21 @@ class Client:
                 task.future.cancel()
             self._tasks.clear()
             self._changed.notify_all()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for thread in self._threads:  # a connection that is opened behind the back of `http.close` stays open
+            thread.join(max(0.0, deadline - time.monotonic()))
         for server in self._servers:
-            server.http.close()
+            with contextlib.suppress(RuntimeError):  # a request that hangs
+                server.http.close()
 
-    # ------------------------------------------------------------------------------------------------- the requests
+    # ------------------------------------------------------------------------------ the requests
 
     def _start_threads(self) -> None:
         """As many as may have a request in flight, beside those that pause."""
         wanted = self._pausing + min(self._pace.limit, self._running + len(self._tasks))
-        while self._threads < min(wanted, MOST):
-            self._threads += 1
-            threading.Thread(target=self._work, name="server-request", daemon=True).start()
+        while len(self._threads) < min(wanted, MOST) and not self._closed:
+            self._threads.append(threading.Thread(target=self._work, name="server-request", daemon=True))
+            self._threads[-1].start()
 
     def _work(self) -> None:
         while (task := self._next()) is not None:

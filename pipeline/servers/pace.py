@@ -1,4 +1,4 @@
-"""How many requests are in flight: as many as make the servers no faster, and fewer where they refuse for load."""
+"""How many requests are in flight: raised while that is faster, lowered on refusals for load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Top log-probabilities at the positions of a prompt: what vLLM and SGLang are asked, and how their answers are read.
+"""Top log-probabilities at positions of a prompt: requests to vLLM and SGLang, and their answers.
 
 Token ids are sent, never text. Every answer is checked: for the ids that were sent, for each position, for K classes.
 """
@@ -14,7 +14,8 @@ import numpy as np
 from pipeline.servers.answers import UnusableAnswerError
 from pipeline.servers.described import Api
 
-#: Positions that are asked of SGLang in one request. More are split: `logprob_start_len` says where each part begins.
+#: Positions that are asked of SGLang in one request. More are split: `logprob_start_len` says where
+#: each part begins.
 _POSITIONS = 2048
 #: What vLLM writes for a probability of 0 is -9999.
 _ZERO = -9000.0
@@ -46,7 +47,7 @@ class Request:
 
 
 def requests_for(api: Api, model: str, ids: Sequence[int], positions: np.ndarray, k: int) -> list[Request]:
-    """What to ask for the predictions at some positions of one prompt, several requests where it is long.
+    """Requests for the predictions at some positions of one prompt; several where it is long.
 
     Args:
         ids: the prompt.
@@ -167,7 +168,7 @@ def _expect_count(found: int, expected: int) -> None:
 def _table(
     tokens: np.ndarray, values: np.ndarray, counts: np.ndarray, own: np.ndarray, positions: np.ndarray, k: int
 ) -> TopLogprobs:
-    """The entries of P positions, one after another, as (P, K) by falling log-probability; of equal ones the lower id first."""
+    """Entries of P positions, one after another -> (P, K), by falling log-probability, then by id."""
     few = counts != k
     if few.any():
         n = int(few.argmax())

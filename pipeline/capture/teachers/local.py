@@ -99,11 +99,11 @@ class LocalTeacher:
         return f"{self.name}: {info.num_parameters:,} parameters, {info.dtype}, on {self.device}"
 
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
-        """Logits serve every encoding; only the attention implementation may not isolate documents."""
+        """Logits serve every encoding; the attention may not isolate documents."""
         check_isolation(self.model, tokenization)
 
     def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
-        """Compare the head on supervised positions with the model's plain path, on the shortest row.
+        """Compare the head on supervised positions with the model's plain path, on a short row.
 
         Raises:
             ModelError: the logits differ by more than the precision explains.

@@ -1,4 +1,4 @@
-"""What a teacher predicts for a batch of rows: dense logits, or soft labels that are made already."""
+"""What a teacher predicts for a batch of rows: dense logits, or ready soft labels."""
 
 from __future__ import annotations
 

@@ -64,11 +64,11 @@ class Teacher(Protocol):
 
     @property
     def output_matrix(self) -> Tensor | None:
-        """(V, H), for the fidelity report (see `forward.output_matrix`); None: fidelity cannot be measured."""
+        """(V, H), for the fidelity report (`forward.output_matrix`); None: there is no report."""
 
     @property
     def busy(self) -> bool:
-        """Whether a batch should be taken from it before another is begun. A local model is always busy."""
+        """Whether a batch is to be taken from it before another is begun. A local model always is."""
 
     def describe(self, info: ModelInfo) -> str:
         """One line for `--dry-run`: name, size, device.
@@ -102,7 +102,7 @@ class Teacher(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of connections and of what is not predicted yet; nothing is asked of it afterwards."""
+        """Close connections and give up what is not predicted yet; it is not used afterwards."""
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> Begun:
         """Begin to predict a batch; called from one thread.

@@ -1,4 +1,4 @@
-"""A teacher behind a server: each row is a prompt of token ids, and its soft labels are the top log-probabilities that come back."""
+"""A teacher behind a server: rows are prompts of token ids, soft labels are top log-probabilities."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-#: Mass: what float32 log-probabilities, and the log-sum-exp over all classes behind them, leave open of 1 - sum(p).
+#: Mass: what float32 log-probabilities, and the log-sum-exp over all classes behind them, leave open
+#: of 1 - sum(p).
 RESIDUAL_ERROR = 1e-5
-#: Nats by which two answers to one row may differ: quietly, and at all. The second is what a half-precision server explains.
+#: Nats by which two answers to one row may differ: without a warning, and at all. The second is what
+#: a server in half precision explains.
 _SAME, _ALIKE = 1e-3, 0.5
 #: Mean nats by which a server may differ from local weights of the same model.
 _CLOSE = 0.1
@@ -99,7 +101,7 @@ class ServedTeacher:
 
     @property
     def info(self) -> ModelInfo:
-        """The served model's name, and what the server says of it. No address: the same model may be served elsewhere tomorrow."""
+        """The served model's name, and what the server says of it; no address, which may change."""
         found = self._described
         server = ServerInfo(found.api, found.version, self._top, RESIDUAL_ERROR, dict(found.settings))
         dtype = found.settings.get("dtype", "unknown").removeprefix("torch.")
@@ -118,7 +120,7 @@ class ServedTeacher:
 
     @property
     def busy(self) -> bool:
-        """As many requests wait as may be in flight, and as a batch has: while one batch is awaited, the next is asked for."""
+        """Whether a batch waits beside the one that is awaited, and as much as may be in flight."""
         return self._client.waiting >= max(self._client.concurrency, self._largest)
 
     def describe(self, info: ModelInfo) -> str:
@@ -162,7 +164,7 @@ class ServedTeacher:
         """Give up what is not answered yet."""
         self._client.close()
 
-    # ------------------------------------------------------------------------------------------------- the predictions
+    # --------------------------------------------------------------------------- the predictions
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Asked:
         """Ask for every row; isolated documents of a packed row are prompts of their own."""
@@ -223,10 +225,12 @@ class ServedTeacher:
             return f"{text}; where the server runs out of memory for log-probabilities, start it with a smaller {flag}"
         return text
 
-    # ------------------------------------------------------------------------------------------------------ the checks
+    # -------------------------------------------------------------------------------- the checks
 
     def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
-        """Ask one short row twice, and of every server, and compare the answers; with `check_with` also with local weights.
+        """Ask one short row twice, and of every server, and compare the answers.
+
+        With `check_with` they are compared with local weights too.
 
         Raises:
             ServerError: the row is refused, or the answers are not of one model.
