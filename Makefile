@@ -32,8 +32,9 @@ LM_MODEL := data/bbc_lm/smollm2/config.json
 LM := $(LM_ROWS) $(LM_MODEL)
 HOUR := $(patsubst %,data/first_hour/%/train.csv,news sentiment tickets dialogue)
 
-# The generated data that CONFIG reads: none, unless it is one of the two demos.
-CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/bbc_lm/demo.yaml,$(CONFIG)),$(LM))
+# The generated data that CONFIG reads: none, unless it is one of the demos.
+CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/bbc_lm/demo.yaml,$(CONFIG)),$(LM)) \
+    $(if $(filter data/bbc_llm/demo.yaml,$(CONFIG)),$(BBC) $(LM))
 
 # The interpreter that counts: the environment's own where there is one, else the one it will be made with.
 BASE = $(or $(wildcard $(PY)),$(PYTHON))

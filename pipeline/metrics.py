@@ -227,6 +227,15 @@ def bootstrap_ratio(
     return Interval(float(low), float(high))
 
 
+def share_interval(count: int, total: int) -> Interval:
+    """Wilson's interval of 95% confidence of a share: `count` of `total`, at least 1, drawn at random (Wilson, 1927)."""
+    z = 1.959964
+    share = count / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return Interval(centre - half, centre + half)
+
+
 def paired_mean_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean of paired differences: of two methods over the same seeds, say.
 

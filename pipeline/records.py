@@ -369,6 +369,41 @@ class Estimate:
 # ----------------------------------------------------------------------------------------------- the cache on disk
 
 
+PromptFormat = Literal["chat", "plain"]
+"""Whether a rendered prompt is the user's message in the tokenizer's chat template, or the text itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """How a language model labels texts by prompt, as the flags of `cache-logits` say it."""
+
+    template: str | None = None
+    """File of a Jinja template, or the template itself; None: the built-in one."""
+    label_text: tuple[str, ...] = ()
+    """`NAME=TEXT` or `NAME` each; none: the names of the data's labels."""
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """auto: chat where the tokenizer has a chat template."""
+    shots: int = 0
+    shot_tokens: int = 64
+    """Longest text of an example, in tokens."""
+    calibrate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeInfo:
+    """The prompt of a language model that labels texts, with everything about it that changes a label's probability."""
+
+    template: tuple[str, ...]
+    """Lines of the Jinja template."""
+    format: PromptFormat
+    label_texts: tuple[str, ...]
+    """What the model reads for each class, in the order of the classes."""
+    shots: tuple[str, ...] = ()
+    """`SPLIT:ROW` of the source rows that are the examples, in the order of the prompt."""
+    shot_tokens: int | None = None
+    calibrated: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """A teacher behind a server: what it was asked, and what it says of itself."""
@@ -401,6 +436,8 @@ class ModelInfo:
     """The backend of `torch.compile`; None: not compiled."""
     base_model: str | None = None
     """What `--base-model` named in place of the adapter's own base."""
+    judge: JudgeInfo | None = None
+    """A language model that labels by prompt: with which. None: the model has a head for the task."""
     server: ServerInfo | None = None
     """Of a teacher behind a server; None: local weights. Manifests leave it out where it is empty."""
 

@@ -46,7 +46,17 @@ _PROOF = {
 #: Stages that go on from their checkpoints.
 _TRAINING = ("train-teacher", "train-student")
 #: Settings that name what a stage reads.
-_INPUTS = ("dataset", "model", "teacher", "cache", "student", "control", "chat_template", "unlabelled")
+_INPUTS = (
+    "dataset",
+    "model",
+    "teacher",
+    "cache",
+    "student",
+    "control",
+    "chat_template",
+    "unlabelled",
+    "prompt_template",
+)
 
 
 def stage_configs(
@@ -235,6 +245,9 @@ def _key(config: Any, *, before: bool = False) -> str:
         settings.pop(name, None)  # they change nothing of what is made
     for name in ("server", "server_model", "server_api"):
         if not settings.get(name):  # what was made before there were servers stays done
+            settings.pop(name, None)
+    if not any(settings.get(name) for name in ("prompt_template", "label_text", "shots")):  # as before prompts
+        for name in ("prompt_template", "label_text", "prompt_format", "shots", "shot_tokens", "calibrate"):
             settings.pop(name, None)
     if before:
         if "model" in settings:  # train-teacher

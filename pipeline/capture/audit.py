@@ -23,7 +23,7 @@ from pipeline.cache.storage.commit import write_text
 from pipeline.capture.forward import device_name, teacher_logits
 from pipeline.capture.plan import plan_batches
 from pipeline.config import AuditConfig
-from pipeline.errors import ContractError
+from pipeline.errors import ContractError, MisuseError
 from pipeline.models import LoadedModel, load_model, model_info, tokenizer_info
 from pipeline.progress import Progress
 from pipeline.records import NO_LABEL, CachedExample, Contract, Encoding, Full, Sampled
@@ -93,6 +93,11 @@ def open_both(config: AuditConfig) -> tuple[Cache, LoadedModel]:
     """The cache, and the teacher as the manifest says that it ran."""
     cache = Cache.open(config.cache)
     made_by = cache.manifest.contract.teacher
+    if made_by.judge is not None:
+        raise MisuseError(
+            f"{config.cache}: its soft labels are those of a language model after a prompt, which audit does not run; "
+            "cache some rows again with the same flags (--rows) into another --output and compare the two"
+        )
     teacher = load_model(
         get_task(cache.manifest.contract.task),
         config.teacher,

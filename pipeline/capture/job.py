@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.writing.build import begin, note_contents
 from pipeline.cache.writing.place import check_place, clear, current_plan, open_layout
 from pipeline.capture.append import appended, new_ranges
-from pipeline.capture.permutation import check_class_order
+from pipeline.capture.permutation import check_class_order, try_judge
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
     MOST_FILES,
@@ -28,9 +29,13 @@ from pipeline.capture.plan import (
     plan_shards,
     ranges_of,
 )
+from pipeline.capture.teachers.judge.local import LocalScorer
+from pipeline.capture.teachers.judge.scorer import Scorer
+from pipeline.capture.teachers.judge.served import ServedScorer
+from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
-from pipeline.capture.teachers.served import serve
+from pipeline.capture.teachers.served import ServedTeacher, serve
 from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
 from pipeline.models import LoadedModel, length_within, load_model, load_tokenizer, set_chat_template, tokenizer_info
@@ -75,11 +80,14 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
         PipelineError: see the subclasses.
     """
     task = get_task(config.task)
-    task.check_columns(config.data.columns, config.data.tokenization(2))
+    settings = config.data.tokenization(2)
+    if config.judging is not None:  # the arguments are those of the prompt's chat template
+        settings = dataclasses.replace(settings, chat_template_kwargs=())
+    task.check_columns(config.data.columns, settings)
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
     encoding = config.resolve_encoding(task.default_encoding.kind)
-    teacher = teacher_of(task, config)
+    teacher = teacher_of(task, config, source)
     try:
         begun = None if config.overwrite else current_plan(layout)
         length = row_length(task, teacher, config.data.max_length, begun)
@@ -107,27 +115,75 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
         raise
 
 
-def teacher_of(task: Task, config: CacheLogitsConfig) -> Teacher:
-    """The teacher that the flags name."""
+def teacher_of(task: Task, config: CacheLogitsConfig, source: Source) -> Teacher:
+    """The teacher that the flags name.
+
+    Args:
+        source: what it will label; a judge takes the labels' names and its examples from there.
+    """
+    tokenizer = None
     if config.server:
         tokenizer = load_tokenizer(
             config.teacher, revision=config.teacher_revision, trust_remote_code=config.trust_remote_code
         )
         set_chat_template(tokenizer, config.data.chat_template)
-        return serve(
-            task,
-            config.teacher,
-            tokenizer,
-            config.server,
-            model=config.server_model,
-            api=config.server_api,
-            concurrency=config.concurrency,
-            patience=config.server_patience,
-            top_logprobs=config.top_logprobs,
-            check_with=config.check_with,
+    if config.judging is not None:
+        scorer = _scorer_of(judges_task(task), config, tokenizer)
+        arguments = config.data.tokenization(2).chat_template_kwargs
+        return make_judge(
+            scorer,
+            config.judging,
+            source,
+            label_map=config.data.label_map,
+            seed=config.seed,
+            chat_arguments=arguments,
         )
+    if tokenizer is not None:
+        return _serve(task, config, tokenizer, config.top_logprobs)
     loaded = load_teacher(task, config)
     return LocalTeacher(task, loaded, loaded.tokenizer)
+
+
+def _serve(
+    task: Task, config: CacheLogitsConfig, tokenizer: PreTrainedTokenizerBase, top_logprobs: int
+) -> ServedTeacher:
+    return serve(
+        task,
+        config.teacher,
+        tokenizer,
+        config.server,
+        model=config.server_model,
+        api=config.server_api,
+        concurrency=config.concurrency,
+        patience=config.server_patience,
+        top_logprobs=top_logprobs,
+        check_with=config.check_with,
+    )
+
+
+def _scorer_of(task: Task, config: CacheLogitsConfig, tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
+    """The language model of a judge.
+
+    Args:
+        task: the language model's.
+        tokenizer: of a served one.
+    """
+    if tokenizer is not None:
+        return ServedScorer(_serve(task, config, tokenizer, 1))
+    return LocalScorer(load_teacher(task, config), config.batch_tokens or get_task(config.task).default_batch_tokens)
+
+
+def judges_task(task: Task) -> Task:
+    """The task of the language models that label rows by prompt.
+
+    Raises:
+        MisuseError: rows of this task are not labelled so.
+    """
+    if task.judged_by is None:
+        raise MisuseError(
+            f"--prompt-template, --label-text and --shots are for class labels; --task {task.name} has none"
+        )
+    return get_task(task.judged_by)
 
 
 def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | None = None) -> int:
@@ -223,8 +279,12 @@ def make_job(
     row_groups = {} if by_contents else source.row_groups
     labels = _label_map(source, label_names, label_map)
     compare = partial(check_class_order, task, source, labels, teacher, encoding, tokenization)
-    if not label_map and begun is None:
-        # Whoever makes the plan looks, before it is written; those who join or resume need not.
+    info = teacher.info
+    # Whoever makes the plan looks, before it is written; those who join or resume need not.
+    if begun is None and info.judge is not None:
+        tried = partial(try_judge, task, source, labels, teacher, encoding, tokenization)
+        tried(ranges, batch_tokens or task.default_batch_tokens, compare_order=not label_map)
+    elif not label_map and begun is None:
         compare(ranges, batch_tokens or task.default_batch_tokens)
     if overwrite and not dry_run:
         clear(layout)
@@ -241,7 +301,7 @@ def make_job(
         encoding=encoding,
         num_classes=num_classes,
         label_names=label_names,
-        teacher=teacher.info,
+        teacher=info,
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(
             source.name,

@@ -6,6 +6,7 @@ order of the classes fits what the teacher predicts far better, that is the like
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 from collections import Counter
@@ -20,14 +21,21 @@ from pipeline.capture.plan import plan_batches
 from pipeline.capture.teachers.predictions import most_likely
 from pipeline.capture.teachers.protocol import Teacher
 from pipeline.errors import SourceError
+from pipeline.metrics import share_interval
+from pipeline.progress import Progress
 from pipeline.records import Encoding, Tokenization, TokenizedExample
 from pipeline.softlabels import counter_uniforms
 from pipeline.sources import LabelMap, Source, read_examples
 from pipeline.sources.batches import read_rows
+from pipeline.sources.labels import fold
 from pipeline.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 #: Rows of the sample: a twentieth of the source within these bounds.
 _LEAST, _MOST, _SHARE = 128, 512, 20
+#: Rows that a judge is tried on.
+_TRIED = 200
 #: Of a source that is read by row group.
 _MOST_ROW_GROUPS = 16
 #: The chance of a refusal where no other order fits better, over all cycles that are tested.
@@ -67,15 +75,97 @@ def check_class_order(
         return
     sample = _sample(rows, min(_MOST, max(_LEAST, sum(stop - start for start, stop in ranges.values()) // _SHARE)))
     examples = _read(task, source, labels, teacher.tokenizer, tokenization, sample)
+    found = _predict(teacher, examples, encoding, batch_tokens)
+    if found is not None:
+        _refuse_other_order(source, labels, rows, *found, teacher.num_classes, ranges, append=append)
+
+
+def try_judge(
+    task: Task,
+    source: Source,
+    labels: LabelMap | None,
+    teacher: Teacher,
+    encoding: Encoding,
+    tokenization: Tokenization,
+    ranges: Mapping[str, tuple[int, int]],
+    batch_tokens: int,
+    *,
+    compare_order: bool,
+) -> None:
+    """Show how often a teacher that never saw a label is right, on labelled rows of any split but test.
+
+    Args:
+        labels, ranges: as in `check_class_order`.
+        compare_order: check the order of the classes too, on the same rows, where the data's labels are not the classes' names.
+
+    Raises:
+        SourceError: as `check_class_order` raises it.
+    """
+    rows = [] if labels is None else _labelled(source, labels, ranges)
+    known = [row for row in rows if not row.split.startswith("test")]
+    examples = [] if labels is None else _read(task, source, labels, teacher.tokenizer, tokenization, known[:_TRIED])
+    if labels is None or not examples:
+        logger.info("%s: no labelled rows to try the teacher on (rows of test are not looked at)", source.name)
+        return
+    with Progress("trial of the teacher", len(examples)) as progress:
+        found = _predict(teacher, examples, encoding, batch_tokens, progress)
+    if found is None:
+        return
+    truth, predicted = found
+    right, count = int((truth == predicted).sum()), len(truth)
+    interval = share_interval(right, count)
+    shares, answers = (np.bincount(ids, minlength=teacher.num_classes) / count for ids in (truth, predicted))
+    common, usual = int(shares.argmax()), int(answers.argmax())
+    text = (
+        f"{teacher.name}: labels {right / count:.1%} of {count} labelled rows of {', '.join(dict.fromkeys(row.split for row in known[:_TRIED]))} right "
+        f"(95% interval {interval.low:.1%} to {interval.high:.1%}); always {labels.class_name(common)!r} would be right on {shares[common]:.1%}; "
+        f"its most frequent answer is {labels.class_name(usual)!r}, on {answers[usual]:.1%}"
+    )
+    if interval.low > shares[common]:
+        logger.info("%s", text)
+    else:
+        logger.warning(
+            "%s: it is not shown to be better than that one answer, and students of it would be no better; try --calibrate, --shots %d, "
+            "other --label-text, another --prompt-template, or a larger model",
+            *(text, 2 * teacher.num_classes),
+        )
+    by_number = any(fold(row.shown) != fold(labels.class_name(row.label)) for row in rows)
+    if compare_order and by_number and len({row.label for row in rows}) > 1:
+        _refuse_other_order(source, labels, rows, truth, predicted, teacher.num_classes, ranges, append=False)
+
+
+def _predict(
+    teacher: Teacher,
+    examples: Sequence[TokenizedExample],
+    encoding: Encoding,
+    batch_tokens: int,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(N,) labels and (N,) most likely classes of labelled rows; None: they do not fit in memory, of which the capture's own message says what to do."""
     predicted = np.zeros(len(examples), dtype=np.int64)
     try:
         for members, length in plan_batches([example.num_tokens for example in examples], batch_tokens):
             batch = [examples[i] for i in members]
             predicted[members] = most_likely(teacher.begin(batch, length, encoding).result())
+            if progress is not None:
+                progress.update(len(batch), tokens=sum(example.num_tokens for example in batch))
     except torch.OutOfMemoryError:
-        return  # the capture's own message says what to do
-    truth = np.array([int(example.label or 0) for example in examples], dtype=np.int64)
-    moved = better_order(truth, predicted, teacher.num_classes)
+        return None
+    return np.array([int(example.label or 0) for example in examples], dtype=np.int64), predicted
+
+
+def _refuse_other_order(
+    source: Source,
+    labels: LabelMap,
+    rows: Sequence[_Row],
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    num_classes: int,
+    ranges: Mapping[str, tuple[int, int]],
+    *,
+    append: bool,
+) -> None:
+    moved = better_order(truth, predicted, num_classes)
     if not moved:
         return
     shown = {row.label: row.shown for row in reversed(rows)}

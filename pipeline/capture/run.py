@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,17 +14,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.cache import Cache
 from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.in_process import CAPTURE, capture
-from pipeline.capture.job import make_job, prepare, row_length
+from pipeline.capture.job import judges_task, make_job, prepare, row_length
+from pipeline.capture.teachers.judge.local import LocalScorer
+from pipeline.capture.teachers.judge.scorer import Scorer
+from pipeline.capture.teachers.judge.served import ServedScorer
+from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
-from pipeline.capture.teachers.served import serve
-from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs
+from pipeline.capture.teachers.served import ServedTeacher, serve
+from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs, judging_of
 from pipeline.config.capture import SERVED_TOP_K
 from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model, load_tokenizer
-from pipeline.records import AssistantTurns, Columns, Encoding, Tokenization, TopK
+from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import Task, get_task
+
+#: Settings of a teacher that labels by prompt.
+_OF_JUDGES = frozenset(("prompt_format", "shots", "shot_tokens", "calibrate"))
 
 
 def run(config: CacheLogitsConfig) -> Cache | None:
@@ -69,6 +77,8 @@ def cache_logits(
     label_map: Mapping[str | int, str | int] | None = None,
     unlabelled: Sequence[Any] = (),
     server: str | Sequence[str] = (),
+    prompt_template: str | Path | None = None,
+    label_text: Mapping[str, str] | Sequence[str] = (),
     **settings: Any,
 ) -> Cache:
     """Run a teacher over a data set and write its soft labels.
@@ -82,9 +92,12 @@ def cache_logits(
         unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
         server: addresses of vLLM or SGLang servers that run the teacher, as "http://host:8000/v1"; `teacher` then names its tokenizer. The
             encoding is `TopK(20, (1.0,))` then, where none is given.
+        prompt_template: the teacher is a language model that labels by prompt: file of a Jinja template, its text, or "default".
+        label_text: class -> what the language model reads for it, or the classes alone; default: the data's labels.
         settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
             with a server server_model, server_api, concurrency, server_patience (seconds), check_with (local weights), top_logprobs (asked of
-            each position, for `TopP`); for chats assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
+            each position, for `TopP`); with a prompt prompt_format ("auto", "chat", "plain"), shots, shot_tokens and calibrate; for chats
+            assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
             truncation_side ("right", "left").
 
     Returns:
@@ -95,23 +108,32 @@ def cache_logits(
     """
     chosen = get_task(task)
     servers = (server,) if isinstance(server, str) else tuple(server)
-    if servers and encoding is None:
+    judging = _judging(prompt_template, label_text, settings)
+    if servers and encoding is None and judging is None:
         encoding = TopK(SERVED_TOP_K, (1.0,))
-    made = (
-        _served(chosen, teacher, servers, tokenizer, encoding, settings)
-        if servers
-        else _local(chosen, teacher, tokenizer)
+    layout = open_layout(output)
+    begun = None if settings.get("overwrite") else current_plan(layout)
+    tokenization = _tokenization(2, settings)
+    chat_arguments = tokenization.chat_template_kwargs
+    chosen.check_columns(
+        columns, tokenization if judging is None else dataclasses.replace(tokenization, chat_template_kwargs=())
     )
+    source, *others = (
+        _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
+        for each in (dataset, *unlabelled)
+    )
+    source = with_unlabelled(source, others)
+    label_maps = [f"{data}={model}" for data, model in (label_map or {}).items()]
+    made: Teacher
+    if judging is not None:
+        scorer = _scorer(judges_task(chosen), teacher, servers, tokenizer, chosen.default_batch_tokens, settings)
+        made = make_judge(scorer, judging, source, label_map=label_maps, seed=seed, chat_arguments=chat_arguments)
+    elif servers:
+        made = _served(chosen, teacher, servers, tokenizer, encoding, settings)
+    else:
+        loaded = _loaded(chosen, teacher, tokenizer)
+        made = LocalTeacher(chosen, loaded, tokenizer or loaded.tokenizer)
     try:
-        layout = open_layout(output)
-        begun = None if settings.get("overwrite") else current_plan(layout)
-        tokenization = _tokenization(row_length(chosen, made, max_length, begun), settings)
-        chosen.check_columns(columns, tokenization)
-        source, *others = (
-            _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
-            for each in (dataset, *unlabelled)
-        )
-        source = with_unlabelled(source, others)
         settings = {
             "batch_tokens": chosen.default_batch_tokens,
             "encoding": encoding or chosen.default_encoding,
@@ -122,9 +144,9 @@ def cache_logits(
             source,
             made,
             layout,
-            tokenization=tokenization,
+            tokenization=dataclasses.replace(tokenization, max_length=row_length(chosen, made, max_length, begun)),
             seed=seed,
-            label_map=[f"{data}={model}" for data, model in (label_map or {}).items()],
+            label_map=label_maps,
             **settings,
         )
         cache = capture(job)
@@ -134,15 +156,45 @@ def cache_logits(
     return cache
 
 
-def _local(task: Task, teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Teacher:
+def _judging(
+    prompt_template: str | Path | None, label_text: Mapping[str, str] | Sequence[str], settings: dict[str, Any]
+) -> Judging | None:
+    """Takes what it needs out of the settings."""
+    texts = [f"{name}={text}" for name, text in label_text.items()] if isinstance(label_text, Mapping) else label_text
+    asked = {name: settings.pop(name) for name in _OF_JUDGES & settings.keys()}
+    return judging_of(None if prompt_template is None else str(prompt_template), tuple(texts), **asked)
+
+
+def _scorer(
+    task: Task,
+    teacher: str | Path | PreTrainedModel,
+    servers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_tokens: int,
+    settings: dict[str, Any],
+) -> Scorer:
+    """The language model of a judge; takes what a server needs out of the settings."""
+    if servers:
+        return ServedScorer(_served(task, teacher, servers, tokenizer, TopK(1, (1.0,)), settings))
+    loaded = _loaded(task, teacher, tokenizer)
+    return LocalScorer(loaded, settings.get("batch_tokens") or batch_tokens)
+
+
+def _loaded(
+    task: Task, teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> LoadedModel:
+    """A teacher by name, or a live one.
+
+    Raises:
+        MisuseError: a live one without its tokenizer.
+    """
     if isinstance(teacher, str | Path):
         loaded = load_model(task, str(teacher))
-    else:
-        if tokenizer is None:
-            raise MisuseError("cache_logits: a live model needs its tokenizer=...")
-        teacher.eval()
-        loaded = LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
-    return LocalTeacher(task, loaded, tokenizer or loaded.tokenizer)
+        return loaded if tokenizer is None else dataclasses.replace(loaded, tokenizer=tokenizer)
+    if tokenizer is None:
+        raise MisuseError("cache_logits: a live model needs its tokenizer=...")
+    teacher.eval()
+    return LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
 
 
 def _served(
@@ -152,7 +204,7 @@ def _served(
     tokenizer: PreTrainedTokenizerBase | None,
     encoding: Encoding | None,
     settings: dict[str, Any],
-) -> Teacher:
+) -> ServedTeacher:
     """Takes what it needs out of the settings."""
     if not isinstance(teacher, str | Path):
         raise MisuseError(

@@ -11,7 +11,7 @@ Precedence: flag, then the command's section, then the shared part, then the def
 """
 
 from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig
-from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig, make_encoding
+from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig, judging_of, make_encoding
 from pipeline.config.data import DataConfig, chat_template_kwargs
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
@@ -54,6 +54,7 @@ __all__ = [
     "chat_template_kwargs",
     "cli_fields",
     "flag_name",
+    "judging_of",
     "load_config",
     "make_encoding",
     "parse_bytes",

@@ -23,7 +23,7 @@ from pipeline.config.options import (
     training_option,
 )
 from pipeline.errors import MisuseError
-from pipeline.records import Encoding, Full, Sampled, TopK, TopP
+from pipeline.records import Encoding, Full, Judging, Sampled, TopK, TopP
 
 #: Classes that a server is asked for where --top-k does not say: vLLM's own limit, unless it was started with another.
 SERVED_TOP_K = 20
@@ -106,6 +106,23 @@ class CacheLogitsConfig:
     trust_remote_code: bool = model_option(
         "Run code that comes with the teacher. Never set by a cache or a manifest.", False
     )
+    prompt_template: str | None = model_option(
+        "Let a language model label class by class: file of a Jinja template of the prompt, or default for the built-in one.",
+        None,
+    )
+    label_text: tuple[str, ...] = model_option(
+        "NAME=TEXT: a class and what a language model reads for it after the prompt, NAME alone for both; repeat for each. Default: the data's labels.",
+        (),
+    )
+    prompt_format: Literal["auto", "chat", "plain"] = model_option(
+        "Whether the prompt is a message in the chat template or plain text; auto: chat where the tokenizer has a template.",
+        "auto",
+    )
+    shots: int = model_option("Examples in the prompt: labelled rows of train, of each label in turn.", 0)
+    shot_tokens: int = model_option("Longest text of an example in the prompt, in tokens.", 64)
+    calibrate: bool = model_option(
+        "Divide each label's probability by its mean over prompts without content (contextual calibration).", False
+    )
     encoding: Literal["full", "top-k", "top-p", "sampled"] | None = encoding_option(
         "What is kept of each distribution. Default: full for classifiers, sampled for language models.", None
     )
@@ -184,6 +201,14 @@ class CacheLogitsConfig:
         self._check_server()
         self.row_range  # noqa: B018 - checks it
         self.parsed_part  # noqa: B018 - checks it
+        self.judging  # noqa: B018 - checks it
+
+    @property
+    def judging(self) -> Judging | None:
+        """How a language model labels by prompt; None: no flag asks for it."""
+        return judging_of(
+            self.prompt_template, self.label_text, self.prompt_format, self.shots, self.shot_tokens, self.calibrate
+        )
 
     def _check_server(self) -> None:
         """Flags that go with a server, and those that go with local weights."""
@@ -233,7 +258,7 @@ class CacheLogitsConfig:
         """
         kind = self.encoding or self._named_by_knob() or default_kind
         top_k, temperatures = self.top_k, self.temperature
-        if self.server:  # it gives the most likely classes, at temperature 1
+        if self.server and self.judging is None:  # it gives the most likely classes, at temperature 1
             kind = self.encoding or ("top-p" if self.top_p is not None else "top-k")
             top_k, temperatures = self.top_logprobs, self.temperature or ((1.0,) if kind in ("top-k", "top-p") else ())
         for flag, value, owner in (
@@ -246,6 +271,34 @@ class CacheLogitsConfig:
                     f"{flag} is a knob of --encoding {owner}, found --encoding {kind}; drop one of the two"
                 )
         return make_encoding(kind, top_k, self.top_p, self.sample_size, temperatures)
+
+
+def judging_of(
+    template: str | None,
+    label_text: tuple[str, ...],
+    prompt_format: Literal["auto", "chat", "plain"] = "auto",
+    shots: int = 0,
+    shot_tokens: int = 64,
+    calibrate: bool = False,
+) -> Judging | None:
+    """How a language model labels by prompt, checked; None: nothing asks for it.
+
+    Raises:
+        MisuseError: a value out of range, or a setting of prompts where there is none.
+    """
+    if shots < 0:
+        raise MisuseError(f"--shots: expected at least 0, found {shots}")
+    check_positive("--shot-tokens", shot_tokens)
+    if template is None and not label_text and not shots:
+        for flag, is_given in (("--prompt-format", prompt_format != "auto"), ("--calibrate", calibrate)):
+            if is_given:
+                raise MisuseError(
+                    f"{flag} is for a language model that labels by prompt; add --prompt-template FILE, or --prompt-template default"
+                )
+        return None
+    return Judging(
+        None if template == "default" else template, label_text, prompt_format, shots, shot_tokens, calibrate
+    )
 
 
 def make_encoding(

@@ -37,6 +37,7 @@ PATHS = frozenset(
         "input",
         "model",
         "output",
+        "prompt_template",
         "requests",
         "runs",
         "student",

@@ -85,9 +85,13 @@ def refuse_missing(model: Any, name: str, missing: Sequence[str], *, new_head: b
     if new_head:
         missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if missing:
+        is_language_model = any("CausalLM" in each for each in model.config.architectures or ())
+        by_prompt = (
+            ', or let the language model label by prompt with "softlabel cache-logits --prompt-template default"'
+        )
         raise ModelError(
             f"{name}: the checkpoint lacks {len(missing)} weights that {type(model).__name__} needs ({_some(missing)}), so its logits "
-            f'would be noise; fine-tune it first with "softlabel train-teacher"'
+            f'would be noise; fine-tune it first with "softlabel train-teacher"{by_prompt if is_language_model else ""}'
         )
 
 

@@ -40,6 +40,7 @@ class CausalLM:
     peft_type: str = "CAUSAL_LM"
     hub_category: str = "text-generation"
     classes_are_tokens: bool = True
+    judged_by: str | None = None
     default_encoding: Encoding = Sampled()
     default_temperature: float = 1.0
     default_max_length: int = 1024

@@ -49,6 +49,10 @@ class Task(Protocol):
         """Whether class i is token i: then teacher and student share a tokenizer, and hard labels are in `input_ids`."""
 
     @property
+    def judged_by(self) -> str | None:
+        """The task whose models can label this task's rows by prompt; None: no model can."""
+
+    @property
     def default_encoding(self) -> Encoding:
         """What is kept where the user does not say."""
 

@@ -41,6 +41,7 @@ class SequenceClassification:
     peft_type: str = "SEQ_CLS"
     hub_category: str = "text-classification"
     classes_are_tokens: bool = False
+    judged_by: str | None = "causal-lm"
     default_encoding: Encoding = Full()
     default_temperature: float = 2.0
     default_max_length: int = 512

@@ -47,6 +47,7 @@ DATA: dict[str, tuple[Any, str]] = {
 }
 #: In the contract too (`test_contract` has them), but of other data, or needing what a test machine lacks.
 ELSEWHERE = {
+    *("prompt_template", "label_text", "prompt_format", "shots", "shot_tokens", "calibrate"),  # `test_judged_captures`
     *("quantization", "base_model", "label_map"),
     *(
         "data_files",

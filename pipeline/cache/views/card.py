@@ -14,7 +14,7 @@ import yaml
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
-from pipeline.cache.views.provenance import origin, rows_text
+from pipeline.cache.views.provenance import judge_text, origin, rows_text
 from pipeline.cache.views.recipes import kept_mass_sql, recipe
 from pipeline.records import Contract, Fidelity, Manifest, SourceContents
 from pipeline.sources import is_of_files
@@ -251,6 +251,11 @@ def _made_from(contract: Contract) -> str:
     lines = {
         "teacher": f"`{_plain(teacher.name)}`, revision {_revision(teacher.revision)}: {_plain(', '.join(settings))}",
         "weights, SHA-256": f"`{teacher.weights_sha256}`",
+        **(
+            {}
+            if (judged := judge_text(contract)) is None
+            else {"labels": f"{_plain(judged)}; the template is `teacher.judge.template` of `manifest.json`"}
+        ),
         **({} if teacher.adapter_sha256 is None else {"adapter, SHA-256": f"`{teacher.adapter_sha256}`"}),
         "tokenizer": f"`tokenizer/`, {tokenizer.vocabulary_size:,} tokens, SHA-256 `{tokenizer.sha256}`"
         + ("" if template is None else f", chat template `{template}`"),

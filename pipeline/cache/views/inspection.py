@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.measures import measure
-from pipeline.cache.views.provenance import rows_text
+from pipeline.cache.views.provenance import judge_text, rows_text
 from pipeline.cache.views.tokens import marked_tokens
 from pipeline.metrics import accuracy
 from pipeline.records import NO_LABEL, CachedExample
@@ -63,6 +63,8 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
         f" ({', '.join(contract.label_names[:8])})" if contract.label_names else ""
     )
     yield f"teacher     {teacher.name} ({teacher.architecture}, {teacher.num_parameters / 1e6:.1f}M parameters, {teacher.dtype}, weights {teacher.weights_sha256[:12]})"
+    if (judged := judge_text(contract)) is not None:
+        yield f"labels      {judged}"
     yield f"tokenizer   {contract.tokenizer.vocabulary_size} tokens, sha256 {contract.tokenizer.sha256[:12]}"
     yield f"source      {source.name}" + (f", revision {source.revision}" if source.revision else "")
     yield f"rows of     {rows_text(contract)}"

@@ -21,7 +21,7 @@ from pipeline.cache.views.agreement import MOST_CLASSES, Agreement, Balance, Con
 from pipeline.cache.views.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Axis, Chart, bars, histogram
 from pipeline.cache.views.inspection import labelled, totals
 from pipeline.cache.views.measures import Disagreement, SplitMeasures, measure
-from pipeline.cache.views.provenance import rows_text
+from pipeline.cache.views.provenance import judge_text, rows_text
 from pipeline.cache.views.samples import sample_of
 from pipeline.records import NO_LABEL, Contract, Full, Sampled
 from pipeline.softlabels.names import encoding_text
@@ -141,6 +141,8 @@ def _facts(cache: Cache) -> list[tuple[str, str]]:
     ]
     if contract.label_names:
         facts.insert(1, ("labels", ", ".join(contract.label_names)))
+    if (judged := judge_text(contract)) is not None:
+        facts.insert(2, ("labelled by", judged))
     if manifest.probe is not None:
         probe = manifest.probe
         facts.append(

@@ -47,6 +47,7 @@ def command(contract: Contract) -> str:
     flags: list[tuple[str, object]] = [
         ("--task", contract.task),
         *_teacher(teacher),
+        *_judge(contract),
         ("--dataset", source.name),
         *(("--unlabelled", each.name) for each in source.unlabelled_sources),
         ("--dataset-config", source.config),
@@ -77,8 +78,34 @@ def command(contract: Contract) -> str:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     words += ["--packing"] * contract.tokenization.packing
     words += ["--isolate-documents"] * contract.tokenization.isolate_documents
+    words += ["--calibrate"] * (teacher.judge is not None and teacher.judge.calibrated)
     words += ["--store-entropy"] * ("entropy" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
+
+
+def _judge(contract: Contract) -> list[tuple[str, object]]:
+    """The flags of a language model that labels by prompt; its template is in the manifest, under no file's name."""
+    judge = contract.teacher.judge
+    if judge is None:
+        return []
+    names = contract.label_names or ()
+    return [
+        ("--prompt-template", "prompt.jinja"),
+        *(("--label-text", f"{name}={text}") for name, text in zip(names, judge.label_texts, strict=False)),
+        ("--prompt-format", judge.format),
+        ("--shots", len(judge.shots) or None),
+        ("--shot-tokens", judge.shot_tokens),
+    ]
+
+
+def judge_text(contract: Contract) -> str | None:
+    """How a language model labels by prompt, in words; None: the teacher is none."""
+    judge = contract.teacher.judge
+    if judge is None:
+        return None
+    examples = f", {len(judge.shots)} examples ({', '.join(judge.shots[:20])})" if judge.shots else ""
+    calibrated = ", calibrated by prompts without content" if judge.calibrated else ""
+    return f"softmax over the labels of the log-probability of their texts after a prompt ({judge.format}{examples}{calibrated})"
 
 
 def _teacher(teacher: ModelInfo) -> list[tuple[str, object]]:

@@ -1,0 +1,127 @@
+"""Examples in a prompt: labelled rows of the training split."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import MisuseError
+from pipeline.records import Example
+from pipeline.softlabels import counter_uniforms
+from pipeline.sources import LabelMap, Source, read_examples
+from pipeline.sources.batches import read_rows
+
+logger = logging.getLogger(__name__)
+
+#: The only split that examples come from: others are there to measure with.
+_SPLIT = "train"
+#: Of a source that is read by row group.
+_MOST_ROW_GROUPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """A labelled row that is shown as an example."""
+
+    row: int
+    text: str
+    """Of the row, whole: what it is recognised by."""
+    text_pair: str | None
+    label: int
+    shown: str = ""
+    """Its beginning, as the prompt shows it."""
+    shown_pair: str | None = None
+
+    @property
+    def place(self) -> str:
+        """As the contract names it."""
+        return f"{_SPLIT}:{self.row}"
+
+    def is_row(self, text: str, text_pair: str | None) -> bool:
+        """Whether a row has the same texts, be it this one or a duplicate of it."""
+        return self.text.strip() == text.strip() and (self.text_pair or "").strip() == (text_pair or "").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Shots:
+    """The examples, and one more of each label in their place for the rows that are examples themselves."""
+
+    chosen: tuple[Shot, ...]
+    reserve: tuple[Shot, ...]
+
+    def of(self, text: str, text_pair: str | None) -> tuple[Shot, ...]:
+        """The examples for a row: those that are not the row itself."""
+        if not any(shot.is_row(text, text_pair) for shot in self.chosen):
+            return self.chosen
+        spare = {shot.label: shot for shot in self.reserve if not shot.is_row(text, text_pair)}
+        found = (spare.get(shot.label) if shot.is_row(text, text_pair) else shot for shot in self.chosen)
+        return tuple(shot for shot in found if shot is not None)
+
+
+def choose_shots(source: Source, labels: LabelMap, names: Sequence[str], count: int, seed: int) -> Shots:
+    """So many labelled rows of `train`, each label in turn, in an order that is a hash of seed and row.
+
+    Raises:
+        MisuseError: `train` has fewer labelled rows.
+        SourceError: a label that is no class.
+    """
+    if not count:
+        return Shots((), ())
+    queues: dict[int, list[Shot]] = defaultdict(list)
+    each = -(-count // len(names)) + 1
+    texts: set[tuple[str, str]] = set()
+    spare: list[Shot] = []
+    for row, label in _labelled(source, labels, seed):
+        if len(queues[label]) >= each and len(spare) >= count:
+            continue
+        shot = _read(source, labels, row)
+        if shot is None or (key := (shot.text.strip(), (shot.text_pair or "").strip())) in texts:
+            continue
+        texts.add(key)
+        (queues[label] if len(queues[label]) < each else spare).append(shot)
+    chosen: list[Shot] = []
+    for turn in range(each):
+        chosen += [queue[turn] for _, queue in sorted(queues.items()) if turn < len(queue)]
+    chosen = [*chosen, *spare]
+    if len(chosen) < count:
+        raise MisuseError(
+            f"--shots {count}: {source.name}: split {_SPLIT} has {len(chosen):,} labelled rows with a text; ask for fewer, or leave --shots out"
+        )
+    without = [name for i, name in enumerate(names) if not queues[i]]
+    if without:
+        logger.warning(
+            "%s: no labelled row of %s has the label %s: the prompt has no example of it",
+            *(source.name, _SPLIT, ", ".join(map(repr, without[:5]))),
+        )
+    chosen, rest = chosen[:count], chosen[count:]
+    return Shots(tuple(chosen), tuple(rest))
+
+
+def _labelled(source: Source, labels: LabelMap, seed: int) -> Iterator[tuple[int, int]]:
+    """Row and label of the labelled rows, in the order of their hashes."""
+    column = source.columns.label
+    dataset = source.splits.get(_SPLIT)
+    if dataset is None or column is None or column not in dataset.column_names:
+        raise MisuseError(
+            f"--shots: {source.name}: no labelled rows in a split {_SPLIT}, found {', '.join(source.splits)}; examples never come from another split, leave --shots out"
+        )
+    found: list[tuple[int, int]] = []
+    for near in source.sample_ranges(_SPLIT, 0, len(dataset), _MOST_ROW_GROUPS):
+        for row, item in enumerate(read_rows(dataset, [column], near.start, near.stop), start=near.start):
+            label = labels.class_id(item[column], split=_SPLIT, row=row)
+            if label is not None:
+                found.append((row, label))
+    keys = counter_uniforms(seed, _SPLIT, 0, 0, np.array([row for row, _ in found], dtype=np.int64)).tolist()
+    yield from (pair for _, pair in sorted(zip(keys, found, strict=True)))
+
+
+def _read(source: Source, labels: LabelMap, row: int) -> Shot | None:
+    """None: the row has no text."""
+    item = next(iter(read_examples(source, _SPLIT, row, row + 1, labels)))
+    if not isinstance(item, Example) or item.label is None or not (item.text or "").strip():
+        return None
+    return Shot(row, item.text or "", item.text_pair, item.label)

@@ -1,0 +1,297 @@
+"""A language model as the teacher of a classifier: labels are scored by their text after a prompt."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.capture.forward import synchronize
+from pipeline.capture.teachers.judge.labels import labels_of
+from pipeline.capture.teachers.judge.prompts import (
+    CONTENT_FREE,
+    Prompts,
+    common_prefix,
+    cut_shot,
+    leading_ids,
+)
+from pipeline.capture.teachers.judge.scorer import BegunScores, Scorer
+from pipeline.capture.teachers.judge.shots import Shots, choose_shots
+from pipeline.capture.teachers.judge.template import check_reads, read_template
+from pipeline.errors import MisuseError
+from pipeline.records import Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
+from pipeline.sources import LabelMap, Source
+from pipeline.tasks.templates import find_template, make_renderer
+
+logger = logging.getLogger(__name__)
+
+#: Tokens of the longest text whose row is predicted twice before the first shard, and labels that are compared.
+_SHORT, _LABELS = 512, 8
+#: Characters of a prompt that are logged.
+_SHOWN = 1200
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A causal language model with a prompt; the protocol says what each member is."""
+
+    scorer: Scorer
+    prompts: Prompts
+    names: tuple[str, ...]
+    prompt: JudgeInfo
+    """As the contract states it."""
+    prior: Tensor | None
+    """(V,) nats: log of the mean probability of each label after prompts without content; None: not calibrated."""
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+        return self.scorer.name
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's; rows are the texts alone, without the prompt."""
+        return self.scorer.tokenizer
+
+    @property
+    def num_classes(self) -> int:
+        """The number of labels."""
+        return len(self.names)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Those of `--label-text`, or of the data."""
+        return self.names
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model, and the prompt."""
+        return dataclasses.replace(self.scorer.info, judge=self.prompt)
+
+    @property
+    def device(self) -> str:
+        """Where the language model runs."""
+        return self.scorer.device
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens of a text that there are positions for, beside the prompt and the longest label."""
+        return self.prompts.longest_text
+
+    @property
+    def embedding_rows(self) -> int:
+        """Of its input embedding."""
+        return self.scorer.embedding_rows
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """The identity: a label's score is made of many passes of the output matrix."""
+        return torch.eye(self.num_classes)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the scorer is."""
+        return self.scorer.busy
+
+    def describe(self, info: ModelInfo) -> str:
+        """The scorer, and the prompt."""
+        shots = f", {len(self.prompt.shots)} examples" if self.prompt.shots else ""
+        calibrated = ", calibrated" if self.prompt.calibrated else ""
+        return (
+            f"{self.scorer.describe(info)}; labels by prompt ({self.prompt.format}{shots}{calibrated}), "
+            f"{self.prompts.overhead:,} tokens beside each text, {len(self.prompts.prefix):,} of them passed once"
+        )
+
+    def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
+        """Log-probabilities of all labels serve every encoding."""
+
+    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
+        """Show a prompt; let the scorer check itself on short ones.
+
+        Raises:
+            PipelineError: its scores are not sound.
+        """
+        if not rows:
+            return
+        by_length = sorted(rows, key=lambda row: row.num_tokens)
+        logger.info("the prompt of a row: %r, then one of %s", *self._shown(by_length[0]))
+        prompts = [self.prompts.of_row(row) for row in by_length[:2] if row.num_tokens <= _SHORT]
+        if prompts:
+            self.scorer.compare(prompts, self.prompts.label_ids[:_LABELS], self.prompts.prefix)
+
+    def _shown(self, row: TokenizedExample) -> tuple[str, str]:
+        ids = self.prompts.of_row(row).tolist()
+        labels = (repr(self.prompts.tokenizer.decode(list(label))) for label in self.prompts.label_ids[:20])
+        text = str(self.prompts.tokenizer.decode(ids))
+        return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}", ", ".join(labels)
+
+    def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
+        """Not measured: the prompt counts beside the rows."""
+        raise MisuseError("--auto-batch-tokens does not measure prompts; give --batch-tokens")
+
+    def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Begun:
+        """Score the labels after the prompt of each row."""
+        return _Begun(scored(self.scorer, self.prompts, [self.prompts.of_row(row) for row in rows]), self.prior)
+
+    def close(self) -> None:
+        """Close the scorer."""
+        self.scorer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    scores: BegunScores
+    prior: Tensor | None
+
+    def result(self) -> Tensor:
+        """(N, V) log-probabilities of the labels, up to a constant of each row."""
+        found = self.scores.result()
+        synchronize(found)
+        return found if self.prior is None else found - self.prior.to(found)
+
+
+def scored(scorer: Scorer, prompts: Prompts, batch: Sequence[np.ndarray]) -> BegunScores:
+    """Begin to score some prompts."""
+    return scorer.begin(batch, prompts.label_ids, prompts.prefix)
+
+
+def make_judge(
+    scorer: Scorer,
+    judging: Judging,
+    source: Source,
+    *,
+    label_map: Sequence[str] = (),
+    seed: int = 0,
+    chat_arguments: Sequence[str] = (),
+) -> Judge:
+    """The judge that the flags ask for.
+
+    Args:
+        seed: of the choice of examples.
+        chat_arguments: `KEY=JSON` each, for the chat template.
+
+    Raises:
+        MisuseError: a template, label or number of examples that cannot be used; the scorer is closed then.
+    """
+    try:
+        return _make_judge(scorer, judging, source, label_map, seed, chat_arguments)
+    except BaseException:
+        scorer.close()
+        raise
+
+
+def _make_judge(
+    scorer: Scorer,
+    judging: Judging,
+    source: Source,
+    label_map: Sequence[str],
+    seed: int,
+    chat_arguments: Sequence[str],
+) -> Judge:
+    # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast tokenizer keeps.
+    tokenizer = copy.deepcopy(scorer.tokenizer)
+    names, texts = labels_of(source, judging.label_text, label_map)
+    template = read_template(judging.template)
+    paired = source.columns.text_pair is not None
+    check_reads(template, texts, paired=paired, shots=bool(judging.shots))
+    chat = None
+    if judging.format == "plain" and chat_arguments:
+        raise MisuseError("--chat-template-kwargs goes with --prompt-format chat, found plain; leave one out")
+    if judging.format == "chat" or (judging.format == "auto" and tokenizer.chat_template):
+        chat = make_renderer(find_template(tokenizer), chat_arguments, tokenizer)
+    shots = Shots((), ())
+    if judging.shots:
+        labels = LabelMap.for_names(source, names, label_map)
+        shots = choose_shots(source, labels, names, judging.shots, seed)
+        shots = Shots(
+            *(
+                tuple(cut_shot(tokenizer, shot, judging.shot_tokens) for shot in part)
+                for part in (shots.chosen, shots.reserve)
+            )
+        )
+    prompts = Prompts(
+        tokenizer,
+        template,
+        chat,
+        texts,
+        shots,
+        paired,
+        scorer.positions,
+        leading_ids=leading_ids(tokenizer),
+    )
+    prompts = _measured(dataclasses.replace(prompts, label_ids=prompts.label_tokens()), scorer.name)
+    _warn_of_prefixes(prompts)
+    prior = _prior(scorer, prompts) if judging.calibrate else None
+    if prior is not None:
+        shown = ", ".join(f"{name} {share:.3f}" for name, share in zip(names[:20], prior.exp().tolist(), strict=False))
+        logger.info("calibration: the labels' prior, from prompts without content, is %s", shown)
+    prompt = JudgeInfo(
+        template.lines,
+        "plain" if chat is None else "chat",
+        texts,
+        tuple(shot.place for shot in shots.chosen),
+        judging.shot_tokens if judging.shots else None,
+        judging.calibrate,
+    )
+    return Judge(scorer, prompts, names, prompt, prior)
+
+
+def _measured(prompts: Prompts, name: str) -> Prompts:
+    """With the common prefix, the tokens that each prompt takes, and how often it shows the texts.
+
+    Raises:
+        MisuseError: the model has no positions for prompt and label.
+    """
+    second = "" if prompts.paired else None
+    empty = prompts.ids("", second)
+    probes = [prompts.ids(text, second) for text in ("a", "7", "Zz")]
+    marker = "softlabel-marker"
+    repeats = max(prompts.text(marker, second).count(marker), 1)
+    longest_label = max(map(len, prompts.label_ids))
+    # A row that is an example itself gets another example in its place.
+    spare = max((_size(prompts, [shot]) for shot in prompts.shots.reserve), default=0)
+    least = min((_size(prompts, [shot]) for shot in prompts.shots.chosen), default=0)
+    overhead = len(empty) + longest_label + max(spare - least, 0)
+    found = dataclasses.replace(prompts, prefix=common_prefix([*probes, empty]), overhead=overhead, repeats=repeats)
+    if found.longest_text < 2:
+        raise MisuseError(
+            f"{name}: the prompt without a text takes {overhead:,} tokens, and the model has positions for {prompts.positions:,}; "
+            "use fewer --shots, a smaller --shot-tokens or a shorter --prompt-template"
+        )
+    return found
+
+
+def _size(prompts: Prompts, shots: Sequence[Any]) -> int:
+    texts = [text for shot in shots for text in (shot.shown, shot.shown_pair or "")]
+    return sum(len(ids) for ids in prompts.tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def _warn_of_prefixes(prompts: Prompts) -> None:
+    """A label whose tokens begin another's is never less likely than it: tokens that follow it are not counted."""
+    for i, short in enumerate(prompts.label_ids):
+        for j, long in enumerate(prompts.label_ids):
+            if i != j and long[: len(short)] == short:
+                logger.warning(
+                    "--label-text: the tokens of %r begin those of %r, so that it is never the less likely of the two; give one of them a text that begins otherwise",
+                    *(prompts.label_texts[i], prompts.label_texts[j]),
+                )
+                return
+
+
+def _prior(scorer: Scorer, prompts: Prompts) -> Tensor:
+    """(V,) nats: what the model says without content, which calibration takes out (Zhao et al., 2021, section 5).
+
+    Their W = diag(p)^-1 with b = 0: each probability is divided by the mean one over inputs without content; soft labels
+    are what is left, scaled to a sum of 1.
+    """
+    batch = [prompts.fitted(text, text if prompts.paired else None) for text in CONTENT_FREE]
+    found = scored(scorer, prompts, batch).result()
+    return torch.log_softmax(found, dim=-1).exp().mean(0).log()

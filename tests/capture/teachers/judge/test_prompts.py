@@ -1,0 +1,351 @@
+"""Prompts: templates, the tokens of labels, examples, and what becomes of long texts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.capture.teachers.judge.labels import labels_of
+from pipeline.capture.teachers.judge.local import LocalScorer
+from pipeline.capture.teachers.judge.shots import choose_shots
+from pipeline.capture.teachers.judge.teacher import make_judge
+from pipeline.capture.teachers.judge.template import DEFAULT, read_template
+from pipeline.errors import MisuseError, SourceError
+from pipeline.models import LoadedModel
+from pipeline.records import Columns, Full, Judging, Tokenization
+from pipeline.sources import LabelMap, from_datasets, read_examples
+from pipeline.tasks import get_task
+from tests.conftest import tiny_model
+
+TASK = get_task("sequence-classification")
+SHORT = "{{ text }} ="
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}]\n{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(lm_tokenizer):
+    found = copy.deepcopy(lm_tokenizer)
+    found.model_max_length = 400
+    return found
+
+
+@pytest.fixture
+def with_bos(tokenizer):
+    found = copy.deepcopy(tokenizer)
+    found.add_special_tokens({"bos_token": "<eos>"})
+    found.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", pair="<eos> $A <eos> $B", special_tokens=[("<eos>", 1)]
+    )
+    return found
+
+
+def judge_of(tokenizer, data, judging=Judging(), columns=Columns(), **settings):  # noqa: B008
+    model = tiny_model("llama", len(tokenizer), spread=3.0)
+    source = from_datasets(data, columns)
+    return make_judge(LocalScorer(LoadedModel(model, tokenizer, "tiny"), 4096), judging, source, **settings)
+
+
+def rows_of(judge, data, split="train", length=40, columns=Columns()):  # noqa: B008
+    source = from_datasets(data, columns)
+    labels = LabelMap.for_names(source, judge.names)
+    examples = read_examples(source, split, 0, len(data[split]), labels)
+    return list(TASK.tokenize(examples, split, judge.tokenizer, Tokenization(length)))
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_of_the_data_and_of_flags(topics):
+    source = from_datasets(topics, Columns())
+    assert labels_of(source, ()) == (("business", "film", "sport"),) * 2
+    given = labels_of(source, ("sport=about a match", "film", "business=a=b"))
+    assert given == (("sport", "film", "business"), ("about a match", "film", "a=b"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (("a=b", "a=c"), "--label-text a: the class is given twice"),
+        (("a=b",), "expected at least 2 classes, found a"),
+        (("a=",), "expected NAME=TEXT"),
+        (("=b", "c"), "expected NAME=TEXT"),
+        (("a=b\nc", "c"), "expected NAME=TEXT"),
+    ],
+)
+def test_bad_label_texts(topics, texts, message):
+    with pytest.raises(MisuseError, match=message):
+        labels_of(from_datasets(topics, Columns()), texts)
+
+
+def test_numbers_and_missing_labels_need_texts():
+    numbered = DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})})
+    with pytest.raises(MisuseError, match=r"labels are numbers \(0, 1\).* --label-text 0=sport"):
+        labels_of(from_datasets(numbered, Columns()), ())
+    bare = DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"]})})
+    with pytest.raises(MisuseError, match="no label column to take the names of the labels from; give each class"):
+        labels_of(from_datasets(bare, Columns(label=None)), ())
+    assert labels_of(from_datasets(numbered, Columns()), ("no", "yes"))[0] == ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("end", "label", "behind"),
+    [
+        (" is", "cat", " cat"),
+        (":", "cat", " cat"),
+        (":\n\n", "cat", "cat"),  # one line end at the end of a template is not part of it
+        (": ", "cat", " cat"),  # the space is the label's
+        (' "', "cat", "cat"),
+        (" (", "cat", "cat"),
+        ("\uff1a", "cat", "cat"),  # a wide colon
+        (":", " cat", " cat"),
+    ],
+)
+def test_a_label_is_what_it_adds_to_the_prompt(tokenizer, topics, end, label, behind):
+    judge = judge_of(tokenizer, topics, Judging("{{ text }}" + end, (f"a={label}", "b=dog ran")))
+    prompts = judge.prompts
+    assert tokenizer.decode(list(prompts.label_ids[0])) == behind
+    for name, ids in zip((behind, "dog ran" if behind[0] != " " else " dog ran"), prompts.label_ids, strict=True):
+        prompt = prompts.text("the mat", None)
+        joint = tokenizer(prompt + name)["input_ids"]
+        assert joint == [*prompts.ids("the mat", None).tolist(), *ids]
+
+
+def test_bos_comes_once(with_bos, topics):
+    plain = judge_of(with_bos, topics, Judging(SHORT))
+    assert plain.prompts.ids("the cat", None).tolist() == with_bos("the cat =")["input_ids"]
+    assert with_bos("the")["input_ids"][0] == 1
+    own = judge_of(with_bos, topics, Judging("<eos>{{ text }} ="))
+    assert own.prompts.ids("the cat", None).tolist() == with_bos("the cat =")["input_ids"]
+    assert 1 not in sum(plain.prompts.label_ids, ())
+    with_bos.chat_template = CHAT
+    chat = judge_of(with_bos, topics, Judging(SHORT))
+    ids = chat.prompts.ids("the cat", None).tolist()
+    assert ids.count(1) == 1
+    assert with_bos.decode(ids) == "<eos>[user]\nthe cat =\n[assistant]\n"
+
+
+def test_a_chat_template_says_what_stands_before_an_answer(tokenizer, topics):
+    tokenizer.chat_template = CHAT.replace("{{ bos_token }}", "")
+    judge = judge_of(tokenizer, topics, Judging(SHORT))
+    assert judge.prompt.format == "chat"
+    assert [tokenizer.decode(list(ids)) for ids in judge.prompts.label_ids] == ["business", "film", "sport"]
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}{% endfor %}"
+    judge = judge_of(tokenizer, topics, Judging(SHORT))
+    assert [tokenizer.decode(list(ids)) for ids in judge.prompts.label_ids] == [" business", " film", " sport"]
+    plain = judge_of(tokenizer, topics, Judging(SHORT, format="plain"))
+    assert plain.prompt.format == "plain"
+    assert tokenizer.decode(plain.prompts.ids("the cat", None).tolist()) == "the cat ="
+
+
+def test_arguments_of_the_chat_template(tokenizer, topics):
+    tokenizer.chat_template = CHAT.replace("{{ bos_token }}", "{{ mood }}")
+    judge = judge_of(tokenizer, topics, Judging(SHORT), chat_arguments=['mood="calm"'])
+    assert judge.prompts.text("a", None).startswith("calm[user]")
+    with pytest.raises(MisuseError, match="does not read it"):
+        judge_of(tokenizer, topics, Judging(SHORT), chat_arguments=["other=1"])
+    with pytest.raises(MisuseError, match="--chat-template-kwargs goes with --prompt-format chat"):
+        judge_of(tokenizer, topics, Judging(SHORT, format="plain"), chat_arguments=["other=1"])
+    tokenizer.chat_template = None
+    with pytest.raises(SourceError, match="no chat template"):
+        judge_of(tokenizer, topics, Judging(SHORT, format="chat"))
+
+
+def test_labels_without_tokens_or_with_those_of_another(bert_tokenizer, topics):
+    found = copy.deepcopy(bert_tokenizer)
+    with pytest.raises(MisuseError, match=r"--label-text: '\\u200b': the tokenizer makes no token of it"):
+        judge_of(found, topics, Judging(SHORT, ("a=\u200b", "b=dog")))
+    with pytest.raises(MisuseError, match="'DOG': has the tokens of the label 'dog'"):
+        judge_of(found, topics, Judging(SHORT, ("a=dog", "b=DOG")))
+
+
+def test_a_label_that_becomes_one_token_with_the_prompt():
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        ["市场 市场 市民 狗"] * 5,
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=100)
+    data = DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})
+    with pytest.raises(MisuseError, match="'场': its first token and the prompt's last become one"):
+        judge_of(made, data, Judging("{{ text }} 市", ("a=场", "b=狗")), Columns(label=None))
+
+
+def test_a_label_that_begins_another_is_said(tokenizer, topics, caplog):
+    judge_of(tokenizer, topics, Judging(SHORT, ("a=dog", "b=dog ran")))
+    assert "the tokens of 'dog' begin those of 'dog ran'" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ txt }}", "cannot be rendered: 'txt' is undefined; a template reads text, text_pair, labels and shots"),
+        ("no variable {{ labels }}", "does not read text; put {{ text }} in it"),
+        ("{{ text }}\n{% if %}", "line 2: Expected an expression"),
+        ("{{ text }}\tx", "line 1: expected text without control characters, found '\\\\t'"),
+        ("{{ text }}" + "x" * 10_000, "expected at most 10,000 characters"),
+        ("{{ text }}{{ ''.__class__.__mro__ }}", "cannot be rendered: access to attribute"),
+        ("{{ text }}{{ 1 / 0 }}", "cannot be rendered: division by zero"),
+    ],
+)
+def test_bad_templates(tokenizer, topics, source, message):
+    with pytest.raises(MisuseError, match=message.replace("{", r"\{").replace("(", r"\(")):
+        judge_of(tokenizer, topics, Judging(source))
+
+
+def test_a_template_that_leaves_out_shots_or_the_second_text(tokenizer, topics):
+    with pytest.raises(MisuseError, match="does not read shots"):
+        judge_of(tokenizer, topics, Judging(SHORT, shots=2))
+    pairs = topics.map(lambda row: {"other": row["text"][::-1]})
+    with pytest.raises(MisuseError, match="does not read text_pair"):
+        judge_of(tokenizer, pairs, Judging(SHORT), Columns(text_pair="other"))
+
+
+def test_a_template_in_a_file(tmp_path):
+    file = tmp_path / "prompt.jinja"
+    file.write_bytes(b"a\r\n{{ text }}:\r\n")
+    template = read_template(str(file))
+    assert template.lines == ("a", "{{ text }}:", "")
+    assert template.render("x", None, ["l"], []) == "a\nx:"
+    with pytest.raises(MisuseError, match=r"--prompt-template .*absent.jinja: cannot be read \(No such file"):
+        read_template(str(tmp_path / "absent.jinja"))
+
+
+def test_the_default_template(tokenizer, topics):
+    judge = judge_of(tokenizer, topics, Judging(shots=2, shot_tokens=6))
+    text = judge.prompts.text("THE ROW", None)
+    first, second = judge.prompts.shots.chosen
+    assert text == (
+        "Classify the text into one of these categories: business, film, sport.\n\n"
+        f"Text: {first.shown}\nCategory: {judge.names[first.label]}\n\n"
+        f"Text: {second.shown}\nCategory: {judge.names[second.label]}\n\n"
+        "Text: THE ROW\nCategory:"
+    )
+    assert judge.prompt.template == tuple(DEFAULT.split("\n"))
+    pairs = topics.map(lambda row: {"other": "river"})
+    paired = judge_of(tokenizer, pairs, Judging(), Columns(text_pair="other"))
+    assert paired.prompts.text("A", "B").endswith("Text: A\nSecond text: B\nCategory:")
+
+
+# --------------------------------------------------------------------------------------------------------------- shots
+
+
+def chosen(data, count, seed=0):
+    source = from_datasets(data, Columns())
+    names = ("business", "film", "sport")
+    return choose_shots(source, LabelMap.for_names(source, names), names, count, seed)
+
+
+def test_shots_are_labelled_rows_of_train_each_label_in_turn(topics):
+    shots = chosen(topics, 7)
+    assert shots == chosen(topics, 7)
+    assert shots != chosen(topics, 7, seed=1)
+    assert sorted(np.bincount([shot.label for shot in shots.chosen]).tolist()) == [2, 2, 3]
+    rows = topics["train"]
+    for shot in (*shots.chosen, *shots.reserve):
+        assert rows[shot.row]["text"] == shot.text
+        assert rows[shot.row]["label"] == ("business", "film", "sport")[shot.label]
+    assert {shot.label for shot in shots.reserve} == {0, 1, 2}
+
+
+def test_a_row_is_never_its_own_example(topics):
+    shots = chosen(topics, 5)
+    for shot in shots.chosen:
+        others = shots.of(f" {shot.text}\n", None)
+        assert len(others) == 5
+        assert shot.text not in [other.text for other in others]
+        assert [other.label for other in others] == [other.label for other in shots.chosen]
+    assert shots.of("a text of its own", None) == shots.chosen
+
+
+def test_a_row_that_is_cut_is_never_its_own_example_either(tokenizer, topics):
+    judge = judge_of(tokenizer, topics, Judging(shots=4, shot_tokens=5))
+    shots = judge.prompts.shots
+    rows = {row.source_row: row for row in rows_of(judge, topics, length=12)}
+    assert any(rows[shot.row].cut and shot.shown != shot.text for shot in shots.chosen)
+    for shot in shots.chosen:
+        prompt = tokenizer.decode(judge.prompts.of_row(rows[shot.row]).tolist())
+        spare = next(other for other in reversed(shots.reserve) if other.label == shot.label)
+        assert f"Text: {shot.shown}\nCategory: {judge.names[shot.label]}\n" not in prompt
+        assert f"Text: {spare.shown}\nCategory: {judge.names[shot.label]}\n" in prompt
+        assert prompt.count("Text: ") == 5
+
+
+def test_shots_of_duplicates_other_splits_and_too_few(topics):
+    twice = DatasetDict(
+        {"train": Dataset.from_dict({"text": ["a", "a", "b", ""], "label": ["film", "film", "sport", "film"]})}
+    )
+    shots = chosen(twice, 2)
+    assert sorted(shot.text for shot in shots.chosen) == ["a", "b"]
+    with pytest.raises(MisuseError, match="--shots 3: in-memory: split train has 2 labelled rows with a text"):
+        chosen(twice, 3)
+    with pytest.raises(MisuseError, match="no labelled rows in a split train, found test; examples never come"):
+        chosen(DatasetDict({"test": topics["test"]}), 2)
+
+
+def test_a_label_without_an_example_is_said(topics, caplog):
+    only = topics["train"].filter(lambda row: row["label"] in ("film", "sport"))
+    assert len(chosen(DatasetDict({"train": only}), 6).chosen) == 6
+    assert "no labelled row of train has the label 'business'" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------- long texts
+
+
+def test_a_long_text_is_cut_and_the_template_is_not(tokenizer, topics):
+    judge = judge_of(tokenizer, topics, Judging("<<{{ text }}>> ="))
+    for row in rows_of(judge, topics, length=10):
+        prompt = tokenizer.decode(judge.prompts.of_row(row).tolist())
+        assert prompt.startswith("<<")
+        assert prompt.endswith(">> =")
+        assert row.text.startswith(prompt[2:-4])
+        assert tokenizer(prompt[2:-4])["input_ids"] == row.input_ids.tolist()
+        assert bool(row.cut) == (prompt[2:-4] != row.text)
+
+
+@pytest.mark.parametrize("source", ["{{ text }} = ", "{{ text }} {{ text }} {{ labels }} =", DEFAULT])
+def test_prompt_and_label_fit_the_model(tokenizer, source):
+    tokenizer.model_max_length = 100
+    long = "".join(chr(200 + i % 90) for i in range(500))  # two or three tokens a character
+    data = DatasetDict({"train": Dataset.from_dict({"text": [long, "the cat"], "label": ["cat", "the long market"]})})
+    judge = judge_of(tokenizer, data, Judging(source))
+    longest = max(map(len, judge.prompts.label_ids))
+    assert 10 < judge.longest_input < 100
+    for row in rows_of(judge, data, length=judge.longest_input):
+        assert len(judge.prompts.of_row(row)) + longest <= 100
+    # what the template makes of a text may be longer than the text
+    ids = dataclasses.replace(judge.prompts, repeats=1).fitted(long, None)
+    assert len(ids) + longest <= 100
+
+
+def test_a_prompt_without_room_is_refused(tokenizer, topics):
+    tokenizer.model_max_length = 30
+    with pytest.raises(
+        MisuseError, match=r"tiny: the prompt without a text takes \d+ tokens, and the model has positions for 30"
+    ):
+        judge_of(tokenizer, topics)
+
+
+def test_calibration_takes_the_prior_of_empty_prompts_out(tokenizer, topics):
+    plain, calibrated = (judge_of(tokenizer, topics, Judging(SHORT, calibrate=c)) for c in (False, True))
+    rows = rows_of(plain, topics)[:5]
+    one, two = (judge.begin(rows, None, Full()).result().softmax(-1) for judge in (plain, calibrated))
+    free = plain.scorer.begin(
+        [plain.prompts.ids(text, None) for text in ("N/A", "[MASK]", "")], plain.prompts.label_ids, plain.prompts.prefix
+    ).result()
+    expected = one / free.softmax(-1).mean(0)
+    np.testing.assert_allclose(two, expected / expected.sum(-1, keepdim=True), rtol=1e-4)
+    assert calibrated.prompt.calibrated
