@@ -42,7 +42,9 @@ def test_the_front_matter_says_what_the_hub_searches(tmp_path, cache):
     assert {"soft-labels", "knowledge-distillation", "causal-lm"} <= set(data["tags"])
     assert "base_model" not in data  # a path of this machine is no model of the hub
     assert [part["split"] for part in data["configs"][0]["data_files"]] == ["train", "test"]
-    assert cache.manifest.cache_id in data["configs"][0]["description"]  # so that `datasets` takes no other cache for it
+    assert (
+        cache.manifest.cache_id in data["configs"][0]["description"]
+    )  # so that `datasets` takes no other cache for it
     assert [split["num_examples"] for split in data["dataset_info"]["splits"]] == [60, 60]
     assert data["dataset_info"]["download_size"] == sum(shard.bytes for shard in cache.manifest.shards)
     assert 'load_dataset("org/name", split="train")' in card.text
