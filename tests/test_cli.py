@@ -394,7 +394,7 @@ def test_help_begins_with_what_is_required_and_has_groups():
     assert call("help", "nonsense").exit_code == 2
     assert call("-V").output == call("--version").output
     listed = re.findall(r"^  ([a-z-]+)  +[A-Z]", call("--help").output.partition("Commands:")[2], re.MULTILINE)
-    assert listed[:4] == ["init", "train-teacher", "estimate", "cache-logits"]
+    assert listed[:5] == ["init", "train-teacher", "generate", "estimate", "cache-logits"]
     assert listed.index("init-student") < listed.index("train-student") < listed.index("evaluate")
     assert set(listed) == set(main.commands)
 

@@ -19,8 +19,10 @@ from pipeline.records import (
     Contract,
     Encoding,
     Full,
+    JudgeInfo,
     ModelInfo,
     Sampled,
+    ServerInfo,
     Shard,
     ShardPlan,
     SourceInfo,
@@ -82,12 +84,26 @@ def mutations(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 #: Other values of fields whose type cannot be told from an empty one.
-OTHERS: dict[str, Any] = {"rows": (0, 7), "unlabelled_sources": (UnlabelledSource("u.csv", None, 5),)}
+OTHERS: dict[str, Any] = {
+    "rows": (0, 7),
+    "unlabelled_sources": (UnlabelledSource("u.csv", None, 5),),
+    "judge": JudgeInfo(("{{ text }}",), "plain", ("good", "bad"), ("train:3",), 7),
+    "server": ServerInfo("vllm", "1", 20, 1e-5, {"dtype": "float16"}),
+}
+
+
+def judged(plain: Contract) -> Contract:
+    """By a language model behind a server."""
+    teacher = dataclasses.replace(plain.teacher, judge=OTHERS["judge"], server=OTHERS["server"])
+    return dataclasses.replace(plain, teacher=teacher)
 
 
 CASES = [
-    pytest.param(base, changed, path, id=f"{base.encoding.kind}-{path}")
-    for base in map(contract, (Full(), TopK(2), TopP(0.5), Sampled(6.0)))
+    pytest.param(base, changed, path, id=f"{name}-{path}")
+    for name, base in (
+        *((encoding.kind, contract(encoding)) for encoding in (Full(), TopK(2), TopP(0.5), Sampled(6.0))),
+        ("judged", judged(contract(Full()))),
+    )
     for path, changed in mutations(base)
 ]
 
@@ -108,7 +124,8 @@ def test_a_capture_with_one_other_setting_is_refused_and_the_setting_named(base,
     shards = (ShardPlan("train-00000", "train", 0, 3),)
     with pytest.raises(ContractError, match=re.escape(f"holds another capture: contract.{path}")):
         check_same_contract(Plan(changed, shards), Plan(base, shards), Path("there"))
-    check_same_contract(Plan(base, shards), Plan(contract(base.encoding), shards), Path("there"))
+    again = contract(base.encoding) if base.teacher.judge is None else judged(contract(base.encoding))
+    check_same_contract(Plan(base, shards), Plan(again, shards), Path("there"))
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ShardPlan)])
