@@ -5,9 +5,9 @@
 The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` and `make demo` prepare both). The student is 6 of
 the teacher's 30 layers, trained first on windows of articles that the teacher has labelled: that is where every way
 starts. A row is 16 tokens of an article and 32 tokens that are learnt: the article's own (off-policy) or the student's
-(on-policy). Every way takes two rounds of 48 rows, each passed over twice in 24 steps of 4 rows, with one schedule a round.
+(on-policy). Every way takes two rounds of 32 rows, each passed over twice in 16 steps of 4 rows, with one schedule a round.
 
-A student is measured on articles that no way has seen: it writes 32 tokens after each of 96 prompts, and the teacher labels
+A student is measured on articles that no way has seen: it writes 32 tokens after each of 64 prompts, and the teacher labels
 them. `teacher's NLL` is the mean of the teacher's negative log-likelihood of what was written, `reverse KL` the mean
 of log p(student) - log p(teacher) over the same tokens, `forward KL` the mean of KL(teacher || student) over the articles' own
 tokens; all in nats a token. Every finished part is kept in `rounds.json`, and a run that was stopped continues with the next.
@@ -30,7 +30,7 @@ import yaml
 
 LAYERS = [0, 1, 2, 27, 28, 29]
 PREFIX, NEW = 16, 32
-START_ROWS, ROUNDS, ROWS, HELD_OUT, PROMPTS = 768, 2, 48, 128, 96
+START_ROWS, ROUNDS, ROWS, HELD_OUT = 768, 2, 32, 64
 #: Windows of one article, so that rows are of many.
 OF_AN_ARTICLE = 3
 TRAINING = {"hard_weight": 0, "soft_weight": 1, "batch_size": 4}
@@ -102,7 +102,7 @@ def start(folder: Path, teacher: Path) -> dict[str, float]:
                 "cache": str(folder / "cache-start"),
                 "student": str(folder / "student-init"),
                 "output": str(folder / "student-0"),
-                "epochs": 1,
+                "max_steps": 96,
                 "learning_rate": 5e-4,
                 "training": QUIET,
                 **TRAINING,
@@ -199,7 +199,7 @@ def measure(folder: Path, teacher: Path, student: Path, here: Path, *, seed: int
     run_file(
         here / "measure.yaml",
         {
-            "generate": writing(student, folder / "data" / "held-out", written, f"0:{PROMPTS}", str(1000 + seed)),
+            "generate": writing(student, folder / "data" / "held-out", written, f"0:{HELD_OUT}", str(1000 + seed)),
             "cache-logits": capture(teacher, written, cache),
         },
     )
