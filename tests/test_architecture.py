@@ -51,7 +51,7 @@ ORDER: dict[str, list[set[str]]] = {
     "generation": [
         {"records"},
         {"draws", "faults", "prompts", "schema", "writer"},
-        {"card", "examples", "local"},
+        {"card", "examples", "local", "served"},
         {"finish"},
         {"job"},
         {"shard"},

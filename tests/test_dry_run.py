@@ -17,7 +17,7 @@ from tests.conftest import tiny_model
 from tests.support.once import once
 
 LONG = {
-    *("train-teacher", "cache-logits", "train-student", "evaluate", "sweep"),
+    *("train-teacher", "generate", "cache-logits", "train-student", "evaluate", "sweep"),
     *("verify", "audit", "report"),
     *("merge", "filter", "convert", "import", "push", "pull"),
 }

@@ -29,8 +29,14 @@ class GenerateConfig:
     """Let a language model write a data set: completions of prompts, or labelled examples."""
 
     model: str = model_option(
-        "Name or path of the model that writes; a PEFT adapter directory or a GGUF file is one too."
+        "Name or path of the model that writes; a PEFT adapter directory or a GGUF file is one too. With --server: of its tokenizer."
     )
+    server: tuple[str, ...] = model_option(
+        "Address of a server with the OpenAI API whose model writes, as http://host:8000/v1; repeat to share the requests among "
+        "several. --model names the tokenizer then. The key is read from SOFTLABEL_SERVER_KEY.",
+        (),
+    )
+    server_model: str | None = model_option("Name of the model on the server. Default: the one that it serves.", None)
     model_revision: str | None = model_option("Revision of a model on the hub.", None)
     base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
     dtype: str = machine_option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
@@ -116,6 +122,12 @@ class GenerateConfig:
         "Tokens of a batch: rows times the longest prompt with its new tokens. Part of what makes the same bytes.",
         16384,
     )
+    concurrency: int | None = machine_option(
+        "Requests in flight at most, to all servers. Default: found by raising it until throughput stops growing.", None
+    )
+    server_patience: float = machine_option(
+        "Seconds for which a request is sent again to servers that are down, slow or overloaded.", 600.0
+    )
     engine: Literal["local", "ray"] = machine_option(
         "Who runs the workers: this machine, or Ray (an existing cluster, else a local one).", "local"
     )
@@ -144,8 +156,12 @@ class GenerateConfig:
             ("--gpus-per-worker", self.gpus_per_worker),
             ("--prefix-tokens", self.prefix_tokens),
             ("--num-examples", self.num_examples),
+            ("--concurrency", self.concurrency),
         ):
             check_positive(flag, value)
+        if not 0 < self.server_patience < math.inf:
+            raise MisuseError(f"--server-patience: expected seconds above 0, found {self.server_patience}")
+        self._check_server()
         if self.gpus_per_worker is not None and self.num_workers is None and self.engine == "local":
             raise MisuseError(
                 "--gpus-per-worker goes with --num-workers or --engine ray; one process takes --device-map auto"
@@ -162,6 +178,23 @@ class GenerateConfig:
             raise MisuseError(f"--drop none stands alone, found {', '.join(self.drop)}")
         self.row_range  # noqa: B018 - checks it
         self.parsed_part  # noqa: B018 - checks it
+
+    def _check_server(self) -> None:
+        if not self.server:
+            if self.server_model is not None or self.concurrency is not None:
+                raise MisuseError("--server-model and --concurrency go with --server")
+            return
+        local = {
+            "--dtype": self.dtype != "auto",
+            "--attn-implementation": self.attn_implementation is not None,
+            "--device-map": self.device_map is not None,
+            "--quantization": self.quantization is not None,
+            "--base-model": self.base_model is not None,
+            "--gpus-per-worker": self.gpus_per_worker is not None,
+        }
+        given = next((flag for flag, is_given in local.items() if is_given), None)
+        if given is not None:
+            raise MisuseError(f"{given} goes with a local model; the model of a --server is as it was started")
 
     def _check_sampling(self) -> None:
         check_positive("--num-samples", self.num_samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from pipeline.generation.local import LocalWriter
 from pipeline.generation.prompts import Prompts, row_prompts
 from pipeline.generation.records import NAMES, GenerationContract, GenerationPlan, Prompt, Sampling
 from pipeline.generation.schema import generated_schema
-from pipeline.generation.writer import Writer
-from pipeline.models import LoadedModel, load_model, set_chat_template, tokenizer_info
+from pipeline.generation.writer import Writer, end_ids, stated_ends
+from pipeline.models import LoadedModel, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.records import BadRow, SourceInfo
+from pipeline.servers.addresses import base_urls, server_key
 from pipeline.sources import fingerprints
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import TASKS, Task
@@ -84,10 +86,24 @@ def prepare(
     layout = generation_layout(config.output)
     check_files(layout, GenerationPlan, overwrite=config.overwrite)
     task = writing_task()
-    loaded = live_model or _load(task, config)
-    tokenizer = loaded.tokenizer
+    tokenizer, writer = _writer(config, task, live_model)
+    try:
+        return _job(config, layout, tokenizer, writer, live_prompts, dry_run=dry_run)
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _job(
+    config: GenerateConfig,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
+    writer: Writer,
+    live_prompts: Any,
+    *,
+    dry_run: bool,
+) -> GenerationJob:
     set_chat_template(tokenizer, config.chat_template)
-    writer: Writer = LocalWriter(task, loaded)
     make_prompts = row_prompts if config.template is None else label_prompts
     prompts: Prompts = make_prompts(config, tokenizer, live=live_prompts)
     sampling = Sampling(
@@ -156,6 +172,33 @@ def problem_of(job: GenerationJob, prompt: Prompt) -> str | None:
     return None
 
 
+def _writer(
+    config: GenerateConfig, task: Task, live_model: LoadedModel | None
+) -> tuple[PreTrainedTokenizerBase, Writer]:
+    """Who writes, and the tokenizer."""
+    if config.server:
+        from pipeline.generation.served import served_writer  # its client loads a library for HTTP
+        from pipeline.servers.client import Client
+
+        client = Client(
+            base_urls(config.server),
+            key=server_key(),
+            concurrency=config.concurrency,
+            patience=config.server_patience,
+        )
+        try:
+            tokenizer = load_tokenizer(
+                config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+            )
+            ends = end_ids(stated_ends(config.model, config.model_revision), tokenizer)
+            return tokenizer, served_writer(client, tokenizer, model=config.server_model, end_ids=ends)
+        except BaseException:
+            client.close()
+            raise
+    loaded = live_model or _load(task, config)
+    return loaded.tokenizer, LocalWriter(task, loaded)
+
+
 def _load(task: Task, config: GenerateConfig) -> LoadedModel:
     return load_model(
         task,
@@ -199,6 +242,7 @@ def _begin(layout: Layout, plan: GenerationPlan, tokenizer: PreTrainedTokenizerB
     if found is not None or not create_exclusively(layout.plan, dump(plan)):
         check_same_contract(plan, found or plan_there(layout, GenerationPlan) or plan, layout.name, work=NAMES.work)
     if is_committed(layout, plan):
+        shutil.rmtree(layout.data, ignore_errors=True)  # of a run that was killed just after
         return
     try:
         for directory in (layout.data, layout.plan.parent, layout.root):

@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from pipeline.capture.forward import device_name
+from pipeline.capture.plan import plan_batches
 from pipeline.errors import ModelError
 from pipeline.generation.draws import SeededDraws, stream_key
-from pipeline.generation.records import Asked, Completion, Prompt, Sampling
-from pipeline.generation.writer import completion_text
+from pipeline.generation.records import Asked, Completion, FinishReason, Prompt, Sampling
+from pipeline.generation.writer import completion_text, end_ids
 from pipeline.models import LoadedModel, longest_input, model_info, pad_id
-from pipeline.records import ModelInfo
+from pipeline.records import BadRow, ModelInfo
 from pipeline.tasks import Task, embedding_rows
 
 #: Longest prompt of the check of padding, and the padding that it gets.
@@ -53,9 +54,7 @@ class LocalWriter:
     def end_ids(self) -> tuple[int, ...]:
         """EOS of the tokenizer, and what the model's generation config names: a chat model ends its turn otherwise."""
         config: Any = getattr(self.loaded.model, "generation_config", None)
-        named = getattr(config, "eos_token_id", None)
-        ids = named if isinstance(named, list) else [named]
-        return tuple(sorted({i for i in [*ids, self.loaded.tokenizer.eos_token_id] if isinstance(i, int)}))
+        return end_ids(getattr(config, "eos_token_id", None), self.loaded.tokenizer)
 
     @property
     def longest(self) -> int:
@@ -71,7 +70,11 @@ class LocalWriter:
         """Weights and precision."""
         return model_info(self.loaded)
 
-    def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion]:
+    def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
+        """Of similar lengths, the longest first."""
+        return plan_batches(lengths, batch_tokens)
+
+    def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion | BadRow]:
         """One call of `generate`."""
         model: Any = self.loaded.model
         prompts = [each.prompt.input_ids for each in asked]
@@ -104,6 +107,9 @@ class LocalWriter:
                 f"{self.name}: the logits of a prompt differ by {worst:.2g} where it is padded on the left (expected at most "
                 f"{tolerance:g}), so that completions would depend on their batch; --batch-tokens 1 writes one at a time"
             )
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
     def _num_classes(self) -> int:
         return self.task.num_classes(self.loaded.model, self.loaded.tokenizer)
@@ -147,7 +153,7 @@ class LocalWriter:
 
     def _completion(
         self, asked: Asked, drawn: np.ndarray, logprobs: np.ndarray, stopped: int | None, sampling: Sampling
-    ) -> Completion:
+    ) -> Completion | BadRow:
         """Of one row: up to and with its first end token, or with the token that has completed a stop text."""
         ends = np.flatnonzero(np.isin(drawn, self.end_ids))
         end = int(ends[0]) + 1 if len(ends) else None
@@ -155,12 +161,10 @@ class LocalWriter:
         ids = drawn[:length].astype(np.int32)
         logprob = float(logprobs[:length].sum())
         if not np.isfinite(logprob):
-            raise ModelError(
-                f"{self.name}: split {asked.split}, row {asked.prompt.source_row}: the logits are not finite; use --dtype float32"
-            )
+            return BadRow(asked.split, asked.prompt.source_row, "the model's logits are not finite")
         text, found = completion_text(self.loaded.tokenizer, asked.prompt.input_ids, ids, sampling.stop)
-        reason = "stop" if found else "eos" if end == length else "length"
-        return Completion(text, ids, reason, logprob)  # type: ignore[arg-type]
+        reason: FinishReason = "stop" if found else "eos" if end == length else "length"
+        return Completion(text, ids, reason, logprob)
 
 
 class _StopTexts(StoppingCriteria):
@@ -199,9 +203,11 @@ class _Recorder(LogitsProcessor):
 @contextlib.contextmanager
 def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """While it writes, the model has no settings but these: its files may ask for a penalty on repetition, for example."""
-    before = model.generation_config
+    models = [model, *([model.get_base_model()] if hasattr(model, "peft_config") else [])]
+    before = [each.generation_config for each in models]
     model.generation_config = settings
     try:
         yield
     finally:
-        model.generation_config = before
+        for each, its in zip(models, before, strict=True):
+            each.generation_config = its

@@ -94,8 +94,12 @@ def row_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, l
     """
     features = _features(live if live is not None else locate(config.data()).splits)
     role, column = _column(config, features)
-    columns = Columns(text=None, label=None, keep=config.keep_column)
-    columns = dataclasses.replace(columns, **{role: column})
+    columns = Columns(
+        text=column if role == "text" else None,
+        messages=column if role == "messages" else None,
+        label=None,
+        keep=config.keep_column,
+    )
     if live is not None:
         source = from_datasets(live, columns, splits=config.split)
     else:

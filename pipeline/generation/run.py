@@ -26,7 +26,7 @@ from pipeline.generation.job import GenerationJob, few_prompts, generation_layou
 from pipeline.generation.records import Asked, Generation, GenerationPlan
 from pipeline.generation.shard import write_shards
 from pipeline.models import LoadedModel
-from pipeline.records import Receipt, ShardPlan
+from pipeline.records import BadRow, Receipt, ShardPlan
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,16 @@ def run(config: GenerateConfig) -> Generation | None:
 
         found = run_workers(GENERATION, config, config.num_workers)
     else:
-        found = make_here(GENERATION, prepare(config), part=config.parsed_part)
+        found = _here(config)
     assert found is None or isinstance(found, Generation)
     return found
+
+
+def _here(config: GenerateConfig, **live: Any) -> Any:
+    """In this process."""
+    job = prepare(config, **live)
+    with contextlib.closing(job.writer):
+        return make_here(GENERATION, job, part=config.parsed_part)
 
 
 def generate(
@@ -104,8 +111,7 @@ def generate(
             if is_live:
                 assert tokenizer is not None
                 loaded = LoadedModel(model, tokenizer, name)  # type: ignore[arg-type]
-            job = prepare(config, live_model=loaded, live_prompts=live_prompts)
-            finished_one = make_here(GENERATION, job, part=config.parsed_part)
+            finished_one = _here(config, live_model=loaded, live_prompts=live_prompts)
     if finished_one is None:
         raise MisuseError(f"generate: part {config.part} is done, and others are not; leave part out, or call run()")
     assert isinstance(finished_one, Generation)
@@ -199,7 +205,7 @@ class GenerationWork:
 
 def show_first(job: GenerationJob, *, sample: bool = True) -> None:
     """Log the first prompt as tokens, and its first completion, so that a wrong template or setting is seen now."""
-    prompts = few_prompts(job, 1)
+    prompts = few_prompts(job)
     if not prompts:
         return
     first, split = prompts[0], job.plan.shards[0].split
@@ -207,6 +213,8 @@ def show_first(job: GenerationJob, *, sample: bool = True) -> None:
     logger.info("first prompt of %s (%d tokens): %s", split, len(first.input_ids), _short(shown))
     if sample:
         found = job.writer.write([Asked(first, split, 0)], job.plan.contract.sampling)[0]
+        if isinstance(found, BadRow):
+            return
         logger.info(
             "its first completion (%d tokens, finish reason %s%s): %s",
             len(found.token_ids),

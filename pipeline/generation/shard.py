@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from pipeline.cache.storage.crash import reached
 from pipeline.cache.writing.build import record
 from pipeline.cache.writing.writer import regroup, write_row_groups
-from pipeline.capture.plan import plan_batches
 from pipeline.errors import BadRowError
 from pipeline.generation.job import GenerationJob, problem_of
 from pipeline.generation.prompts import TOO_SHORT
@@ -77,8 +76,8 @@ def _write_shard(job: GenerationJob, shard: ShardPlan, moved: Callable[[int, int
     asked, bad = read_prompts(job, shard)
     sampling = job.plan.contract.sampling
     lengths = [each.num_tokens + sampling.max_new_tokens for each in asked]
-    batches = plan_batches(lengths, job.plan.contract.batch_tokens)
-    found: dict[int, Completion] = {}
+    batches = job.writer.batches(lengths, job.plan.contract.batch_tokens)
+    found: dict[int, Completion | BadRow] = {}
     told = 0
     for members, _ in batches:
         before = time.monotonic()
@@ -86,10 +85,16 @@ def _write_shard(job: GenerationJob, shard: ShardPlan, moved: Callable[[int, int
         writing += time.monotonic() - before
         found.update(zip(members, completions, strict=True))
         rows = (shard.stop - shard.start) * len(found) // len(asked)
-        moved(rows - told, sum(len(completion.token_ids) for completion in completions))
+        moved(rows - told, sum(len(each.token_ids) for each in completions if isinstance(each, Completion)))
         told = rows
     reached("shard:encoded")
-    ordered = [(asked[i], found[i]) for i in range(len(asked))]
+    ordered: list[tuple[Asked, Completion]] = []
+    for number, each in sorted(found.items()):
+        if isinstance(each, BadRow):
+            bad.append(each)
+            _stop_unless_skipped(job, each)
+        else:
+            ordered.append((asked[number], each))
     tables = (table_of(ordered[i : i + _TABLE_ROWS], job.schema) for i in range(0, len(ordered), _TABLE_ROWS))
     written = write_row_groups(job.layout.shard(shard.name), shard, regroup(tables), job.schema)
     return Receipt(
@@ -99,5 +104,5 @@ def _write_shard(job: GenerationJob, shard: ShardPlan, moved: Callable[[int, int
         device=job.writer.device,
         seconds=round(time.monotonic() - started, 3),
         forward_seconds=round(writing, 3),
-        bad_rows=tuple(bad),
+        bad_rows=tuple(dict.fromkeys(sorted(bad, key=lambda row: row.source_row))),
     )

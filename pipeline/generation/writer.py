@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.generation.records import Asked, Completion, Prompt, Sampling, ServerInfo
-from pipeline.records import ModelInfo
+from pipeline.records import BadRow, ModelInfo
 
 
 class Writer(Protocol):
@@ -45,12 +45,37 @@ class Writer(Protocol):
             ModelError: its batches cannot be trusted.
         """
 
-    def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion]:
-        """The completions of one batch, in order.
+    def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
+        """Which completions are written together: row numbers, and the padded length.
+
+        Args:
+            lengths: tokens of each prompt with its longest completion.
+        """
+
+    def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion | BadRow]:
+        """The completions of one batch, in order; a bad row where there is none.
 
         Raises:
-            ModelError: out of memory, or logits that are not finite.
+            ModelError: out of memory.
+            ServerError: no server can be used.
         """
+
+    def close(self) -> None:
+        """Give up what is not written yet, and every connection."""
+
+
+def end_ids(stated: object, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion: EOS of the tokenizer, and those that a model's generation config states."""
+    ids = stated if isinstance(stated, list) else [stated]
+    return tuple(sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)}))
+
+
+def stated_ends(name: str, revision: str | None = None) -> object:
+    """`eos_token_id` of a generation config beside a tokenizer; None where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
+    except (OSError, ValueError):
+        return None
 
 
 def completion_text(

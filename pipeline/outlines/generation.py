@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 from pipeline.capture.engines.progress import shards_of
 from pipeline.capture.engines.workers import devices_of_workers
 from pipeline.config import GenerateConfig
 from pipeline.errors import MisuseError
-from pipeline.generation.job import few_prompts, prepare
+from pipeline.generation.job import GenerationJob, few_prompts, prepare
 from pipeline.generation.run import GENERATION, show_first
 from pipeline.generation.shard import read_prompts
 from pipeline.records import Outline
@@ -29,6 +30,11 @@ def outline(config: GenerateConfig) -> Outline:
     elif config.num_workers is not None:
         devices_of_workers(config, config.num_workers)
     job = prepare(config, dry_run=True)
+    with contextlib.closing(job.writer):
+        return _outline(config, job)
+
+
+def _outline(config: GenerateConfig, job: GenerationJob) -> Outline:
     sampling, contract = job.plan.contract.sampling, job.plan.contract
     mine = shards_of(job.plan, config.parsed_part)
     waiting = mine if config.overwrite else GENERATION.outstanding(job.layout, job.plan, config.parsed_part)

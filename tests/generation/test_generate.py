@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
-import os
 import signal
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 from datasets import Dataset
 
 import pipeline as softlabel
-from pipeline.cache.storage.crash import POINTS
 from pipeline.config import CacheLogitsConfig, DataConfig, TrainStudentConfig
 from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
 from pipeline.generation.run import run
@@ -61,9 +59,12 @@ def test_seeds_rows_and_samples_differ(config):
     assert len(written) > 0.9 * 2 * len(rows)
 
 
-@pytest.mark.parametrize("number", range(3, 75, 9))
+@pytest.mark.parametrize("number", [1, 8, 12, 17, 31, 37, 40, 41])
 def test_killed_anywhere_the_same_command_goes_on(config, tmp_path, number):
-    """At every ninth time that the run comes by a named point: what was finished stays, and the bytes are the same."""
+    """At the plan, a shard, a receipt, a shard of the data set, the card and the end: what was finished stays.
+
+    The bytes are those of a run that nobody has killed.
+    """
     settings = config("killed", num_samples=1, max_new_tokens=4, drop=("cut",), rows="0:8")
     code = f"""
 import os, signal
@@ -79,7 +80,7 @@ with hooked(hook):
     run({settings!r})
 """
     done = python("-c", code)
-    assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+    assert done.returncode == -signal.SIGKILL, done.stderr
     kept = {path: path.stat().st_mtime_ns for path in Path(settings.output).glob("receipts/[!.]*.json")}
     found = run(settings)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
@@ -156,7 +157,7 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_its_text(config, lm_tok
 
 
 def test_what_is_written_is_labelled_and_learnt_by_its_ids(config, tmp_path, lm_tokenizer, save_teacher):
-    """generate -> cache-logits by ids -> train-student: every token of a completion is supervised, and no other."""
+    """Generate -> cache-logits by ids -> train-student: every token of a completion is supervised, and no other."""
     from pipeline.capture.run import run as capture
     from pipeline.training.run import run as train
 
@@ -207,7 +208,9 @@ def test_a_live_model_and_data_in_memory(lm_tokenizer, tmp_path):
 
 def test_other_settings_and_other_files_are_refused(config, tmp_path):
     run(config(rows="0:4"))
-    with pytest.raises(ContractError, match=r"out: holds another generation: contract.sampling.temperature: expected 1"):
+    with pytest.raises(
+        ContractError, match=r"out: holds another generation: contract.sampling.temperature: expected 1"
+    ):
         run(config(rows="0:4", temperature=0.5))
     with pytest.raises(ContractError, match=r"contract\.source\.fingerprints"):
         run(config())
@@ -215,14 +218,10 @@ def test_other_settings_and_other_files_are_refused(config, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(CacheError, match="no generated data set|deletes generated data sets only"):
+        with pytest.raises(CacheError, match=r"no generated data set|deletes generated data sets only"):
             run(config("full", overwrite=overwrite))
     with pytest.raises(MisuseError, match="generate writes to a directory"):
-        run(config(output="x", **{}).__class__(**{**_fields(config()), "output": "s3://bucket/x"}))
-
-
-def _fields(settings):
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+        run(dataclasses.replace(config(), output="s3://bucket/x"))
 
 
 def test_a_cache_and_a_generated_data_set_never_replace_each_other(config, tmp_path, lm_tokenizer):

@@ -1,0 +1,187 @@
+"""The model of a server writes, by a stand-in on loopback that answers as vLLM does, or takes text alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import datasets
+import pytest
+import torch
+
+from pipeline.errors import BadRowError, ContractError, MisuseError, ServerError
+from pipeline.generation.draws import SeededDraws, stream_key
+from pipeline.generation.records import Sampling
+from pipeline.generation.run import run
+from tests.support.generations import config, writing_model  # noqa: F401 - a fixture
+
+
+class StandIn:
+    """Completions of a tiny model, by its own loop; each request's seed is its random stream."""
+
+    def __init__(self, model, tokenizer, *, owner="vllm", takes_ids=True, names=("tiny",)):
+        self.model, self.tokenizer, self.owner, self.takes_ids, self.names = model, tokenizer, owner, takes_ids, names
+        self.asked: list[dict] = []
+        self.faults: list[int] = []
+        self.lock = threading.Lock()
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                listed = [{"id": name, "owned_by": stand_in.owner, "max_model_len": 60} for name in stand_in.names]
+                self.answer(200, {"data": listed})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with stand_in.lock:
+                    if stand_in.faults:
+                        self.answer(stand_in.faults.pop(), {"error": {"message": "busy"}})
+                        return
+                    self.answer(*stand_in.complete(body))
+
+            def answer(self, status, body):
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def complete(self, body):
+        self.asked.append(body)
+        prompt = body["prompt"]
+        if isinstance(prompt, list) and not self.takes_ids:
+            return 422, {"error": {"message": "prompt: expected a string"}}
+        if isinstance(prompt, str) and "forbidden" in prompt:
+            return 400, {"error": {"message": "no such prompts"}}
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
+        limit = {name: body.get(name) for name in ("top_p", "top_k", "min_p")}
+        sampling = Sampling(1, body["max_tokens"], body["temperature"], stop=(), seed=0, **limit)
+        keys = torch.tensor([body.get("seed", 0)])
+        draws, drawn, reason = SeededDraws(sampling, keys, len(self.tokenizer)), [], "length"
+        ends = self.model.generation_config.eos_token_id
+        for _ in range(body["max_tokens"]):
+            with torch.inference_mode():
+                logits = self.model(torch.tensor([[*ids, *drawn]])).logits[:, -1]
+            drawn.append(int(draws(None, logits).argmax()))
+            if drawn[-1] in ends:
+                reason = "stop"
+                break
+        logprobs = [float(each[0]) for each in draws.logprobs]
+        text = self.tokenizer.decode(drawn, skip_special_tokens=True)
+        choice = {"text": text, "finish_reason": reason, "logprobs": {"token_logprobs": logprobs}}
+        if self.owner == "vllm":
+            choice |= {"stop_reason": None}
+            if body.get("return_token_ids"):
+                choice |= {"token_ids": drawn}
+        return 200, {"choices": [choice]}
+
+
+@pytest.fixture
+def serve(lm_tokenizer):
+    started = []
+
+    def make(**settings):
+        started.append(StandIn(writing_model(len(lm_tokenizer)), lm_tokenizer, **settings))
+        return started[-1]
+
+    yield make
+    for each in started:
+        each.http.shutdown()
+        each.http.server_close()
+
+
+def rows_of(found):
+    return datasets.load_dataset(str(found.root), split="train").to_list()
+
+
+def test_ids_seeds_and_log_probabilities_go_both_ways(config, serve, lm_tokenizer):
+    server = serve()
+    found = run(config(server=(server.url,), temperature=0.8, top_k=40, rows="0:6"))
+    rows = rows_of(found)
+    assert len(rows) == 12
+    assert found.end.contract.model.name == "tiny"
+    assert found.end.contract.model.api == "vllm"
+    prompts = {tuple(request["prompt"]): request for request in server.asked}
+    for row in rows:
+        written = row["input_ids"][row["prompt_tokens"] :]
+        assert tuple(row["input_ids"][: row["prompt_tokens"]]) in prompts
+        assert row["ids_from"] == "server"
+        assert row["finish_reason"] == ("eos" if written[-1] in found.end.contract.end_ids else "length")
+        assert row["completion"] == lm_tokenizer.decode(written, skip_special_tokens=True)
+        ids = torch.tensor([row["input_ids"]])
+        with torch.inference_mode():
+            plain = torch.log_softmax(server.model(ids).logits[0, :-1].double(), -1)
+        each = plain.gather(1, ids[0, 1:, None])[row["prompt_tokens"] - 1 :, 0]
+        assert row["logprob"] == pytest.approx(float(each.sum()), rel=1e-5)
+    seeds = [request["seed"] for request in server.asked if request["max_tokens"] > 1]
+    assert {stream_key(0, "train", row, sample) % 2**31 for row in range(6) for sample in range(2)} <= set(seeds)
+    assert {request["top_k"] for request in server.asked if "top_k" in request} == {40}
+
+
+def test_two_servers_share_the_requests_and_faults_change_nothing(config, serve):
+    one, two = serve(), serve()
+    two.faults = [500, 503, 429]
+    found = run(config("two", server=(one.url, two.url), rows="0:6", concurrency=3))
+    assert one.asked
+    assert two.asked
+    alone = run(config("one", server=(serve().url,), rows="0:6"))
+    assert [row["input_ids"] for row in rows_of(found)] == [row["input_ids"] for row in rows_of(alone)]
+
+
+def test_a_server_that_takes_text_alone(config, serve, lm_tokenizer, caplog):
+    """Its token ids are the tokenizer's, with EOS where it says that it has ended; log-probabilities only where they are the model's."""
+    server = serve(owner="library", takes_ids=False)
+    found = run(config("a", server=(server.url,), rows="0:6"))
+    assert "takes prompts as text alone" in caplog.text
+    for row in rows_of(found):
+        written = row["input_ids"][row["prompt_tokens"] :]
+        assert row["ids_from"] == "tokenizer"
+        assert row["logprob"] < 0
+        body = written[:-1] if row["finish_reason"] == "eos" and written[-1] == 1 else written
+        assert body == lm_tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        if row["finish_reason"] == "eos":
+            assert written[-1] in found.end.contract.end_ids
+    warm = run(config("b", server=(server.url,), rows="0:6", temperature=0.7))
+    assert {row["logprob"] for row in rows_of(warm)} == {None}
+
+
+def test_what_a_server_refuses_is_a_bad_row(config, serve, tmp_path):
+    server = serve(owner="library", takes_ids=False)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "forbidden"}\n')
+    settings = {"server": (server.url,), "dataset": str(tmp_path / "p.jsonl")}
+    with pytest.raises(BadRowError, match=r"row 1: the server refuses the prompt: .*400 no such prompts; mend the row"):
+        run(config(**settings))
+    found = run(config("skip", on_bad_row="skip", **settings))
+    assert (found.counts.completions, found.counts.rows_set_aside) == (2, 1)
+
+
+def test_which_model_and_no_server_are_lines(config, serve, tmp_path):
+    several = serve(names=("a", "b"))
+    with pytest.raises(MisuseError, match="serves a, b; name one with --server-model"):
+        run(config(server=(several.url,)))
+    with pytest.raises(MisuseError, match="--server-model c: expected one that it serves, a, b"):
+        run(config(server=(several.url,), server_model="c"))
+    assert run(config(server=(several.url,), server_model="b", rows="0:2")).end.contract.model.name == "b"
+    with pytest.raises(ContractError, match="holds another generation"):
+        run(config(server=(several.url,), server_model="a", rows="0:2"))
+    with pytest.raises(MisuseError, match="expected an address as http://host:8000/v1"):
+        run(config("other", server=("localhost",)))
+    with pytest.raises(ServerError, match="cannot be reached"):
+        run(config("other", server=("http://127.0.0.1:9/v1",), server_patience=0.5))
+
+
+def test_a_prompt_longer_than_the_server_takes_is_known_before(config, serve):
+    server = serve()
+    with pytest.raises(BadRowError, match="are more than the model takes, 60"):
+        run(config(server=(server.url,), max_new_tokens=60))
+    assert not [request for request in server.asked if request["max_tokens"] > 1]
