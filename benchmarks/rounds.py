@@ -1,16 +1,18 @@
-"""Off-policy distillation, rounds, and rounds mixed with off-policy rows, at equal steps and equal labelled rows.
+"""Off-policy distillation, rounds, and rounds mixed with off-policy rows, at equal steps and rows.
 
     make bench-rounds               (or: python -m benchmarks.rounds)
 
-The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` and `make demo` prepare both). The student is 6 of
-the teacher's 30 layers, trained first on windows of articles that the teacher has labelled: that is where every way
-starts. A row is 16 tokens of an article and 32 tokens that are learnt: the article's own (off-policy) or the student's
-(on-policy). Every way takes two rounds of 32 rows, each passed over twice in 16 steps of 4 rows, with one schedule a round.
+The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` and `make demo` prepare both).
+The student is 6 of the teacher's 30 layers, trained first on windows of articles that the teacher has
+labelled: that is where every way starts. A row is 16 tokens of an article and 32 tokens that are
+learnt: the article's own (off-policy) or the student's (on-policy). Every way takes two rounds of 32
+rows, each passed over twice in 16 steps of 4 rows, with one schedule a round.
 
-A student is measured on articles that no way has seen: it writes 32 tokens after each of 64 prompts, and the teacher labels
-them. `teacher's NLL` is the mean of the teacher's negative log-likelihood of what was written, `reverse KL` the mean
-of log p(student) - log p(teacher) over the same tokens, `forward KL` the mean of KL(teacher || student) over the articles' own
-tokens; all in nats a token. Every finished part is kept in `rounds.json`, and a run that was stopped continues with the next.
+A student is measured on articles that no way has seen: it writes 32 tokens after each of 64 prompts,
+and the teacher labels them. `teacher's NLL` is the mean of the teacher's negative log-likelihood of
+what was written, `reverse KL` the mean of log p(student) - log p(teacher) over the same tokens,
+`forward KL` the mean of KL(teacher || student) over the articles' own tokens; all in nats a token.
+Every finished part is kept in `rounds.json`, and a run that was stopped continues with the next.
 """
 
 from __future__ import annotations
@@ -190,7 +192,7 @@ def writing(model: Path, data: Path, output: Path, rows: str, seed: str) -> dict
 
 
 def measure(folder: Path, teacher: Path, student: Path, here: Path, *, seed: int) -> dict[str, float]:
-    """What a student writes on prompts that it has not seen, and how near it is to the teacher on their own continuations."""
+    """What a student writes after new prompts, and its KL on the articles' own continuations."""
     from pipeline.evaluation import evaluate
     from pipeline.rounds import measure_written
 

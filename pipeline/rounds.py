@@ -1,4 +1,4 @@
-"""What rounds of on-policy distillation show of themselves: how a teacher sees what a student wrote, round by round."""
+"""The progress of on-policy distillation: a teacher's loss on what the student wrote, round by round."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Written:
     teacher_nll: float
     """The teacher's negative log-likelihood, mean over the tokens, nats."""
     reverse_kl: float | None
-    """KL(writer || teacher), nats a token: the mean of log p(writer) - log p(teacher) over the tokens, which estimates it without bias.
-    None: the tokens were not drawn from the writer's own distribution, or not all of them are in the cache."""
+    """KL(writer || teacher), nats a token: the mean of log p(writer) - log p(teacher) over the tokens,
+    an unbiased estimate. None: the tokens were not drawn from the writer's own distribution, or not
+    all of them are in the cache."""
 
 
 def measure_written(cache: Cache | str | Path, written: str | Path) -> Written:
@@ -58,7 +59,10 @@ def measure_written(cache: Cache | str | Path, written: str | Path) -> Written:
 
 
 def _logprob(root: Path, end: GenerationEnd, tokens: int) -> float | None:
-    """Sum over all completions, nats, where they are draws from the model's own distribution and as many tokens as labelled."""
+    """Sum over all completions, nats.
+
+    None: they are not draws from the model's own distribution, or not as many tokens as are labelled.
+    """
     sampling = end.contract.sampling
     filters = (sampling.top_p, sampling.top_k, sampling.min_p)
     if sampling.temperature != 1 or any(value is not None for value in filters) or end.contract.dropped:
@@ -72,7 +76,11 @@ def _logprob(root: Path, end: GenerationEnd, tokens: int) -> float | None:
 
 
 def written_caches(steps: Sequence[tuple[Step, Any]]) -> Mapping[str, tuple[int, str]]:
-    """Directory of a cache -> the round in which its rows were written, and the directory of the generated data set."""
+    """Caches of what a student wrote.
+
+    Returns:
+        Directory of the cache -> its round, and the directory of the generated data set.
+    """
     outputs = {
         (step.round, os.path.normpath(config.output)): config.output
         for step, config in steps

@@ -1,8 +1,8 @@
 """`rounds: N` of a YAML file: sections that are run once a round.
 
-A section that holds `{round}` (1 to N) or `{previous}` (one less) in any of its texts is run once a round, with the numbers put
-in. The sections of one round follow each other in the order of `STAGES`; those without a placeholder are run before the first
-round, but `evaluate` and `report` after the last.
+A section that holds `{round}` (1 to N) or `{previous}` (one less) in any of its texts is run once a
+round, with the numbers put in. The sections of one round follow each other in the order of `STAGES`.
+Those without a placeholder are run before the first round, but `evaluate` and `report` after the last.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _check_placeholders(file: ConfigFile, repeated: list[tuple[str, Mapping[str,
 
 
 def _check_outputs(file: ConfigFile, steps: tuple[Step, ...]) -> None:
-    """Refuse two steps of one stage that write to one place: the second would find the work of the first, or replace it."""
+    """Refuse two steps of one stage that write to one place: the second would replace the first."""
     seen: dict[tuple[str, str], Step] = {}
     for step in steps:
         output = step.section.get("output")
