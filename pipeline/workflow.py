@@ -161,7 +161,9 @@ def outline(
         PipelineError: of a stage whose inputs are there, before its work begins.
     """
     to_come: set[str] = set()
-    for name, config in list(stage_configs(file, stages, through)):
+    steps = list(_steps(file, stages, through))
+    warn_of_own_labels(steps)
+    for name, config in ((step.stage, config) for step, config in steps):
         shown = f"{name} {redact(str(config.output or ''))}".rstrip()
         output = Path(config.output) if config.output is not None else None
         waits = sorted(to_come.intersection(_named_inputs(config)))
