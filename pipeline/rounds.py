@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,22 +95,23 @@ def written_caches(steps: Sequence[tuple[Step, Any]]) -> Mapping[str, tuple[int,
     return found
 
 
-def progress(cache: str, number: int, written: str, told: dict[int, Written]) -> Iterator[str]:
-    """One line on a round whose cache is finished.
+def progress(cache: str, number: int, written: str, told: dict[int, Written]) -> str | None:
+    """One line on a round; None: its cache is not finished, or behind a URL.
 
     Args:
         told: earlier rounds; this one is added.
     """
-    if not (Path(cache) / "manifest.json").is_file():  # one part of it, or it is behind a URL
-        return
+    if not (Path(cache) / "manifest.json").is_file():
+        return None
     found = told[number] = measure_written(cache, written)
     before = told.get(number - 1)
     nll = f" (round {number - 1}: {before.teacher_nll:.3f})" if before is not None else ""
     line = f"round {number}: the teacher's loss on what the student wrote is {found.teacher_nll:.3f} nats a token{nll}"
     if found.reverse_kl is not None:
-        both = before is not None and before.reverse_kl is not None
-        line += f"; KL(student || teacher) {found.reverse_kl:.3f}" + (f" ({before.reverse_kl:.3f})" if both else "")
-    yield f"{line}; {found.tokens:,} tokens"
+        line += f"; KL(student || teacher) {found.reverse_kl:.3f}"
+        if before is not None and before.reverse_kl is not None:
+            line += f" ({before.reverse_kl:.3f})"
+    return f"{line}; {found.tokens:,} tokens"
 
 
 def warn_of_own_labels(steps: Sequence[tuple[Step, Any]]) -> None:

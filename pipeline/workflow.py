@@ -112,7 +112,8 @@ def run(
     for step, config in steps:
         _run_step(step.stage, config, runners, overwrite=overwrite, shown=shown or {})
         if step.stage == "cache-logits" and (found := written.get(os.path.normpath(config.output))) is not None:
-            for line in progress(config.output, *found, told):
+            line = progress(config.output, *found, told)
+            if line is not None:
                 tell(line)
 
 
