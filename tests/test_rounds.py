@@ -34,6 +34,7 @@ from tests.test_cli import call
 
 # --------------------------------------------------------------------------------------------- which steps there are
 
+DEMO = Path(__file__).parents[1] / "data" / "bbc_lm" / "rounds.yaml"
 EACH = {
     "generate": {"model": "s-{previous}", "dataset": "p", "output": "w-{round}", "seed": "{round}"},
     "cache-logits": [
@@ -93,6 +94,14 @@ def test_through_a_stage_ends_after_its_last_step(tmp_path, stage, last):
     assert outputs(file, "cache-logits", through=stage) == [
         name for name in outputs(file, through=stage) if name in ("off", "c-1", "c-2")
     ]
+
+
+def test_the_demo_of_rounds_is_whole():
+    steps = [(name, Path(config.output).name) for name, config in stage_configs(load_config(DEMO))]
+    each = [("generate", "written-{}"), ("cache-logits", "cache-{}"), ("train-student", "student-{}")]
+    rounds = [(name, output.format(number)) for number in (1, 2) for name, output in each]
+    assert [step for step in steps if step in rounds] == rounds == steps[3:-1]
+    assert steps[-1] == ("evaluate", "bbc_lm_rounds")
 
 
 def changed(stage, **settings):

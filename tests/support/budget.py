@@ -23,6 +23,7 @@ BUDGET = {
     "tests/evaluation/report/test_report.py": 25.0,
     "tests/generation/test_generate.py": 30.0,
     "tests/faults/test_faults.py": 20.0,
+    "tests/test_rounds.py": 20.0,
     "tests/capture/test_rows_and_outputs.py": 20.0,
     "tests/evaluation/measures/test_cost.py": 15.0,
     "tests/starter/test_run.py": 15.0,
