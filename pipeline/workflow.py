@@ -270,8 +270,11 @@ def _key(config: Any, *, before: bool = False) -> str:
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     if data is not None:
         found["files"] = _nested_files(data, before=before)
-    for name in ("overwrite", "report_to"):  # they change nothing of what is made
-        settings.pop(name, None)
+    for name in ("overwrite", "report_to", "concurrency", "server_patience", "check_with"):
+        settings.pop(name, None)  # they change nothing of what is made
+    for name in ("server", "server_model", "server_api"):
+        if not settings.get(name):  # what was made before there were servers stays done
+            settings.pop(name, None)
     if before:
         if "model" in settings:  # train-teacher
             settings.pop("on_bad_row", None)

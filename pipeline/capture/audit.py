@@ -100,7 +100,7 @@ def open_both(config: AuditConfig) -> tuple[Cache, LoadedModel]:
         dtype=made_by.dtype if made_by.dtype in ("float32", "bfloat16", "float16") else "auto",
         attn_implementation=config.attn_implementation or made_by.attn_implementation,
         device_map=config.device_map,
-        quantization=made_by.quantization,
+        quantization=made_by.quantization if made_by.server is None else None,  # a server's own is not ours to load
         trust_remote_code=config.trust_remote_code,
         base_model=config.base_model,
     )

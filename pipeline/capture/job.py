@@ -20,6 +20,7 @@ from pipeline.capture.append import appended, new_ranges
 from pipeline.capture.permutation import check_class_order
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
+    MOST_FILES,
     default_rows_per_shard,
     full_row_is_too_large,
     kept_types,
@@ -29,9 +30,10 @@ from pipeline.capture.plan import (
 )
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
+from pipeline.capture.teachers.served import serve
 from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
-from pipeline.models import LoadedModel, length_within, load_model, set_chat_template, tokenizer_info
+from pipeline.models import LoadedModel, length_within, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.models.saved import trained_length
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
 from pipeline.sources import (
@@ -76,32 +78,54 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     task.check_columns(config.data.columns, config.data.tokenization(2))
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
+    encoding = config.resolve_encoding(task.default_encoding.kind)
     teacher = teacher_of(task, config)
-    begun = None if config.overwrite else current_plan(layout)
-    length = row_length(task, teacher, config.data.max_length, begun)
-    return make_job(
-        task,
-        source,
-        teacher,
-        layout,
-        encoding=config.resolve_encoding(task.default_encoding.kind),
-        tokenization=config.data.tokenization(length),
-        store_text=config.data.store_text,
-        store_entropy=config.store_entropy,
-        batch_tokens=config.batch_tokens or (None if config.auto_batch_tokens else task.default_batch_tokens),
-        rows_per_shard=config.rows_per_shard,
-        rows=config.row_range,
-        seed=config.seed,
-        on_bad_row=config.on_bad_row,
-        overwrite=config.overwrite,
-        append=config.append,
-        label_map=config.data.label_map,
-        dry_run=dry_run,
-    )
+    try:
+        begun = None if config.overwrite else current_plan(layout)
+        length = row_length(task, teacher, config.data.max_length, begun)
+        return make_job(
+            task,
+            source,
+            teacher,
+            layout,
+            encoding=encoding,
+            tokenization=config.data.tokenization(length),
+            store_text=config.data.store_text,
+            store_entropy=config.store_entropy,
+            batch_tokens=config.batch_tokens or (None if config.auto_batch_tokens else task.default_batch_tokens),
+            rows_per_shard=config.rows_per_shard,
+            rows=config.row_range,
+            seed=config.seed,
+            on_bad_row=config.on_bad_row,
+            overwrite=config.overwrite,
+            append=config.append,
+            label_map=config.data.label_map,
+            dry_run=dry_run,
+        )
+    except BaseException:
+        teacher.close()
+        raise
 
 
 def teacher_of(task: Task, config: CacheLogitsConfig) -> Teacher:
     """The teacher that the flags name."""
+    if config.server:
+        tokenizer = load_tokenizer(
+            config.teacher, revision=config.teacher_revision, trust_remote_code=config.trust_remote_code
+        )
+        set_chat_template(tokenizer, config.data.chat_template)
+        return serve(
+            task,
+            config.teacher,
+            tokenizer,
+            config.server,
+            model=config.server_model,
+            api=config.server_api,
+            concurrency=config.concurrency,
+            patience=config.server_patience,
+            top_logprobs=config.top_logprobs,
+            check_with=config.check_with,
+        )
     loaded = load_teacher(task, config)
     return LocalTeacher(task, loaded, loaded.tokenizer)
 
@@ -242,6 +266,12 @@ def make_job(
         encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
     )
     plan = Plan(contract, plan_shards(ranges, per_shard, row_groups=row_groups))
+    if begun is None and len(plan.shards) > MOST_FILES:
+        logger.warning(
+            "%s: %s shards of %s rows; the Hub takes %s files in a folder: --rows-per-shard %d makes as many",
+            *(layout.name, f"{len(plan.shards):,}", f"{per_shard:,}", f"{MOST_FILES:,}"),
+            -(-sum(stop - start for start, stop in ranges.values()) // MOST_FILES),
+        )
     if append and found is not None:
         plan = appended(layout, found, plan, source, per_shard, row_groups)
         if not label_map and plan.parent is not None and plan != found:

@@ -18,6 +18,8 @@ from pipeline.tasks import Task
 
 _TARGET_BYTES = 128 << 20
 _MOST_ROWS = 10_000
+#: What the Hub takes in one folder.
+MOST_FILES = 10_000
 #: Above this, one row of `full` language-model logits is refused.
 MAX_ROW_BYTES = 64 << 20
 

@@ -15,12 +15,15 @@ from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.in_process import CAPTURE, capture
 from pipeline.capture.job import make_job, prepare, row_length
 from pipeline.capture.teachers.local import LocalTeacher
+from pipeline.capture.teachers.protocol import Teacher
+from pipeline.capture.teachers.served import serve
 from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs
+from pipeline.config.capture import SERVED_TOP_K
 from pipeline.errors import MisuseError
-from pipeline.models import LoadedModel, load_model
-from pipeline.records import AssistantTurns, Columns, Encoding, Tokenization
+from pipeline.models import LoadedModel, load_model, load_tokenizer
+from pipeline.records import AssistantTurns, Columns, Encoding, Tokenization, TopK
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
-from pipeline.tasks import get_task
+from pipeline.tasks import Task, get_task
 
 
 def run(config: CacheLogitsConfig) -> Cache | None:
@@ -40,7 +43,11 @@ def run(config: CacheLogitsConfig) -> Cache | None:
         from pipeline.capture.engines.workers import run_workers
 
         return _cache(run_workers(CAPTURE, config, config.num_workers))
-    return capture(prepare(config), part=config.parsed_part)
+    job = prepare(config)
+    try:
+        return capture(job, part=config.parsed_part)
+    finally:
+        job.teacher.close()
 
 
 def _cache(found: Any) -> Cache | None:
@@ -61,6 +68,7 @@ def cache_logits(
     seed: int = 0,
     label_map: Mapping[str | int, str | int] | None = None,
     unlabelled: Sequence[Any] = (),
+    server: str | Sequence[str] = (),
     **settings: Any,
 ) -> Cache:
     """Run a teacher over a data set and write its soft labels.
@@ -72,8 +80,11 @@ def cache_logits(
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
         label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
         unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
+        server: addresses of vLLM or SGLang servers that run the teacher, as "http://host:8000/v1"; `teacher` then names its tokenizer. The
+            encoding is `TopK(20, (1.0,))` then, where none is given.
         settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
-            for chats assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
+            with a server server_model, server_api, concurrency, server_patience (seconds), check_with (local weights), top_logprobs (asked of
+            each position, for `TopP`); for chats assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
             truncation_side ("right", "left").
 
     Returns:
@@ -83,41 +94,83 @@ def cache_logits(
         PipelineError: see the subclasses.
     """
     chosen = get_task(task)
+    servers = (server,) if isinstance(server, str) else tuple(server)
+    if servers and encoding is None:
+        encoding = TopK(SERVED_TOP_K, (1.0,))
+    made = (
+        _served(chosen, teacher, servers, tokenizer, encoding, settings)
+        if servers
+        else _local(chosen, teacher, tokenizer)
+    )
+    try:
+        layout = open_layout(output)
+        begun = None if settings.get("overwrite") else current_plan(layout)
+        tokenization = _tokenization(row_length(chosen, made, max_length, begun), settings)
+        chosen.check_columns(columns, tokenization)
+        source, *others = (
+            _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
+            for each in (dataset, *unlabelled)
+        )
+        source = with_unlabelled(source, others)
+        settings = {
+            "batch_tokens": chosen.default_batch_tokens,
+            "encoding": encoding or chosen.default_encoding,
+            **settings,
+        }
+        job = make_job(
+            chosen,
+            source,
+            made,
+            layout,
+            tokenization=tokenization,
+            seed=seed,
+            label_map=[f"{data}={model}" for data, model in (label_map or {}).items()],
+            **settings,
+        )
+        cache = capture(job)
+    finally:
+        made.close()
+    assert cache is not None  # no part was left out
+    return cache
+
+
+def _local(task: Task, teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Teacher:
     if isinstance(teacher, str | Path):
-        loaded = load_model(chosen, str(teacher))
+        loaded = load_model(task, str(teacher))
     else:
         if tokenizer is None:
             raise MisuseError("cache_logits: a live model needs its tokenizer=...")
         teacher.eval()
         loaded = LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
-    made = LocalTeacher(chosen, loaded, tokenizer or loaded.tokenizer)
-    layout = open_layout(output)
-    begun = None if settings.get("overwrite") else current_plan(layout)
-    tokenization = _tokenization(row_length(chosen, made, max_length, begun), settings)
-    chosen.check_columns(columns, tokenization)
-    source, *others = (
-        _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
-        for each in (dataset, *unlabelled)
+    return LocalTeacher(task, loaded, tokenizer or loaded.tokenizer)
+
+
+def _served(
+    task: Task,
+    teacher: str | Path | PreTrainedModel,
+    servers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    encoding: Encoding | None,
+    settings: dict[str, Any],
+) -> Teacher:
+    """Takes what it needs out of the settings."""
+    if not isinstance(teacher, str | Path):
+        raise MisuseError(
+            "cache_logits: with server=... the teacher is the name or path of its tokenizer, found a model"
+        )
+    asked = settings.pop("top_logprobs", SERVED_TOP_K)
+    return serve(
+        task,
+        str(teacher),
+        tokenizer or load_tokenizer(str(teacher)),
+        servers,
+        model=settings.pop("server_model", None),
+        api=settings.pop("server_api", None),
+        concurrency=settings.pop("concurrency", None),
+        patience=settings.pop("server_patience", 600.0),
+        top_logprobs=encoding.k if isinstance(encoding, TopK) else asked,
+        check_with=settings.pop("check_with", None),
     )
-    source = with_unlabelled(source, others)
-    settings = {
-        "batch_tokens": chosen.default_batch_tokens,
-        "encoding": encoding or chosen.default_encoding,
-        **settings,
-    }
-    job = make_job(
-        chosen,
-        source,
-        made,
-        layout,
-        tokenization=tokenization,
-        seed=seed,
-        label_map=[f"{data}={model}" for data, model in (label_map or {}).items()],
-        **settings,
-    )
-    cache = capture(job)
-    assert cache is not None  # no part was left out
-    return cache
 
 
 def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pipeline.config.options import (
     check_positive,
     data_option,
     encoding_option,
+    flag_name,
     machine_option,
     model_option,
     output_option,
@@ -22,6 +24,21 @@ from pipeline.config.options import (
 )
 from pipeline.errors import MisuseError
 from pipeline.records import Encoding, Full, Sampled, TopK, TopP
+
+#: Classes that a server is asked for where --top-k does not say: vLLM's own limit, unless it was started with another.
+SERVED_TOP_K = 20
+#: Settings of local weights, and those of servers.
+_OF_WEIGHTS = (
+    "base_model",
+    "dtype",
+    "attn_implementation",
+    "device_map",
+    "quantization",
+    "torch_compile",
+    "gpus_per_worker",
+    "auto_batch_tokens",
+)
+_OF_SERVERS = ("server_model", "server_api", "check_with", "concurrency", "server_patience")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +84,18 @@ class CacheLogitsConfig:
     teacher: str = model_option("Name or path of the teacher; a PEFT adapter directory or a GGUF file is one too.")
     teacher_revision: str | None = model_option("Revision of a teacher on the hub.", None)
     base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
+    server: tuple[str, ...] = model_option(
+        "Address of a vLLM or SGLang server that runs the teacher, as http://host:8000/v1; repeat for several. --teacher then names its tokenizer; a key is read from SOFTLABEL_SERVER_KEY.",
+        (),
+    )
+    server_model: str | None = model_option(
+        "The teacher's name at the server. Default: the only one that it serves.", None
+    )
+    server_api: Literal["vllm", "sglang"] | None = model_option("How the server is asked. Default: found out.", None)
+    check_with: str | None = model_option(
+        "Local weights of a served teacher: one row of the server is compared with theirs before the first shard.",
+        None,
+    )
     dtype: str = machine_option("Precision of the forward pass: auto, float32, bfloat16 or float16.", "auto")
     attn_implementation: str | None = machine_option("Attention implementation, as transformers names it.", None)
     device_map: str | None = machine_option("Spread the teacher over devices: auto, or a device.", None)
@@ -104,6 +133,12 @@ class CacheLogitsConfig:
     )
     auto_batch_tokens: bool = machine_option(
         "Find out before the first shard how many tokens in a forward pass are fastest, and keep to it.", False
+    )
+    concurrency: int | None = machine_option(
+        "Rows that are asked of servers at once, by each worker. Default: raised until they get no faster.", None
+    )
+    server_patience: float = machine_option(
+        "Seconds for which a request to a slow, restarted or dead server is sent again.", 600.0
     )
     engine: Literal["local", "ray"] = machine_option(
         "Who runs the workers: this machine, or Ray (an existing cluster, else a local one).", "local"
@@ -146,8 +181,35 @@ class CacheLogitsConfig:
             raise MisuseError(
                 "--part is for arrays of jobs that know nothing of each other; --engine ray shares the shards itself"
             )
+        self._check_server()
         self.row_range  # noqa: B018 - checks it
         self.parsed_part  # noqa: B018 - checks it
+
+    def _check_server(self) -> None:
+        """Flags that go with a server, and those that go with local weights."""
+        check_positive("--concurrency", self.concurrency)
+        if not 0 < self.server_patience < math.inf:
+            raise MisuseError(f"--server-patience: expected above 0 seconds, found {self.server_patience}")
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        given = [
+            name for name in (_OF_WEIGHTS if self.server else _OF_SERVERS) if getattr(self, name) != defaults[name]
+        ]
+        if given and self.server:
+            raise MisuseError(
+                f"--{flag_name(given[0])} is for local weights, and --server has the teacher elsewhere: start the server with it, or leave out one of the two"
+            )
+        if given:
+            raise MisuseError(f"--{flag_name(given[0])} goes with --server, found none")
+
+    @property
+    def uses_devices(self) -> bool:
+        """Whether the teacher runs in the workers, on GPUs where there are any."""
+        return not self.server
+
+    @property
+    def top_logprobs(self) -> int:
+        """Classes to ask a server for, of each position: 20 where --top-k does not say, which is what vLLM gives by default."""
+        return self.top_k or SERVED_TOP_K
 
     @property
     def row_range(self) -> tuple[int, int | None] | None:
@@ -170,16 +232,20 @@ class CacheLogitsConfig:
             MisuseError: a knob of another encoding, or a value out of range.
         """
         kind = self.encoding or self._named_by_knob() or default_kind
+        top_k, temperatures = self.top_k, self.temperature
+        if self.server:  # it gives the most likely classes, at temperature 1
+            kind = self.encoding or ("top-p" if self.top_p is not None else "top-k")
+            top_k, temperatures = self.top_logprobs, self.temperature or ((1.0,) if kind in ("top-k", "top-p") else ())
         for flag, value, owner in (
             ("--top-k", self.top_k, "top-k"),
             ("--top-p", self.top_p, "top-p"),
             ("--sample-size", self.sample_size, "sampled"),
         ):
-            if value is not None and kind != owner:
+            if value is not None and kind != owner and not (self.server and flag == "--top-k" and kind == "top-p"):
                 raise MisuseError(
                     f"{flag} is a knob of --encoding {owner}, found --encoding {kind}; drop one of the two"
                 )
-        return make_encoding(kind, self.top_k, self.top_p, self.sample_size, self.temperature)
+        return make_encoding(kind, top_k, self.top_p, self.sample_size, temperatures)
 
 
 def make_encoding(

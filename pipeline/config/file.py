@@ -26,6 +26,7 @@ PATHS = frozenset(
         "base_model",
         "cache",
         "cache_dir",
+        "check_with",
         "chat_template",
         "compression_config",
         "control",

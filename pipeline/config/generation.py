@@ -265,6 +265,11 @@ class GenerateConfig:
         return tuple(fault for fault in FAULTS if fault in self.drop)
 
     @property
+    def uses_devices(self) -> bool:
+        """Whether the model runs in the workers, on GPUs where there are any."""
+        return not self.server
+
+    @property
     def row_range(self) -> tuple[int, int | None] | None:
         """`--rows A:B`, `A:` or `:B`."""
         return parse_rows(self.rows)

@@ -143,7 +143,7 @@ def _settings(contract: GenerationContract) -> list[tuple[str, str]]:
             ("quantization", model.quantization),
         ]
     else:
-        found += [("server", model.api)]
+        found += [("server", f"{model.api} {model.version or ''}".strip())]
     if contract.source is not None:
         found += [
             ("data set", contract.source.name),

@@ -98,18 +98,21 @@ class PromptSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerInfo:
+class ServedModel:
     """The model of a server, as far as it says."""
 
     name: str
     api: str
+    """`vllm`, `sglang`, `llama.cpp`, `ollama`, or `openai` where it does not say."""
+    version: str | None = None
+    """Of the server's software, where it says so."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationContract:
     """Everything that decides what a generated data set holds. Two runs of one contract may share a directory."""
 
-    model: ModelInfo | ServerInfo
+    model: ModelInfo | ServedModel
     tokenizer: TokenizerInfo
     source: SourceInfo | None
     prompts: PromptSettings

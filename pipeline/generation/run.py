@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,6 +157,10 @@ class GenerationWork:
     def prepare(self, config: GenerateConfig) -> GenerationJob:
         """With the model."""
         return prepare(config)
+
+    def after_the_first(self, config: GenerateConfig) -> GenerateConfig:
+        """Nothing is deleted."""
+        return dataclasses.replace(config, overwrite=False)
 
     def current_plan(self, layout: Layout) -> GenerationPlan | None:
         """That of the run that is there."""

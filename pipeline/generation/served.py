@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError, ServerError
 from pipeline.generation.draws import stream_key
-from pipeline.generation.records import Asked, Completion, FinishReason, IdsFrom, Prompt, Sampling, ServerInfo
+from pipeline.generation.records import Asked, Completion, FinishReason, IdsFrom, Prompt, Sampling, ServedModel
 from pipeline.generation.writer import completion_text
 from pipeline.records import BadRow
 from pipeline.servers.answers import RefusedError, UnusableAnswerError
@@ -30,6 +31,9 @@ _PATH = "/v1/completions"
 _APIS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "library": "ollama"}
 _SEEDS = 1 << 31
 _NO_LIMIT = 1 << 30
+#: Of the first request, by which a server and a tokenizer are compared.
+_PROBED_TOKENS = 8
+_MOST_VERSION = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class ServedWriter:
     tokenizer: PreTrainedTokenizerBase
     model: str
     api: str
+    version: str | None
     longest: int
     end_ids: tuple[int, ...]
     takes_ids: bool
@@ -59,9 +64,10 @@ class ServedWriter:
         """The tokenizer's vocabulary."""
         return len(self.tokenizer)
 
-    def info(self) -> ServerInfo:
+    def info(self) -> ServedModel:
         """As far as the server says."""
-        return ServerInfo(self.model, self.api)
+        shared = PurePath(self.model).name if self.model.startswith("/") else self.model  # a path of its machine
+        return ServedModel(shared, self.api, self.version)
 
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
         """All of a shard: the server makes the batches."""
@@ -183,7 +189,7 @@ def served_writer(
     assert model is not None
     limit = found[model].get("max_model_len")
     api = _APIS.get(str(found[model].get("owned_by", "")).lower(), "openai")
-    takes_ids = _takes_ids(client, model)
+    takes_ids = _takes_ids(client, tokenizer, model)
     if not takes_ids:
         logger.warning(
             "the server takes prompts as text alone: its tokens are not known, those of the data set are the tokenizer's"
@@ -193,6 +199,7 @@ def served_writer(
         tokenizer,
         model,
         api,
+        _version(client),
         limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT,
         end_ids,
         takes_ids,
@@ -208,14 +215,48 @@ def _models(answer: Any) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _takes_ids(client: Client, model: str) -> bool:
-    """Whether prompts may be token ids: asked with one token."""
-    request = {"model": model, "prompt": [0], "max_tokens": 1, "temperature": 0}
+def _version(client: Client) -> str | None:
+    answer = client.get("/version")
+    found = answer.get("version") if isinstance(answer, Mapping) else None
+    return found[:_MOST_VERSION] if isinstance(found, str) else None
+
+
+def _takes_ids(client: Client, tokenizer: PreTrainedTokenizerBase, model: str) -> bool:
+    """Whether prompts may be token ids: asked with a short one.
+
+    Raises:
+        MisuseError: the ids that come back are other text to the tokenizer than to the server.
+    """
+    prompt = [int(i) for i in tokenizer("The", add_special_tokens=False)["input_ids"]]
+    request = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": _PROBED_TOKENS,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
     try:
-        client.submit(_PATH, request, lambda _: None, what="a prompt of token ids", size=2).result()
+        answer = client.submit(_PATH, request, lambda found: found, what="a prompt of token ids", size=2).result()
     except RefusedError:
         return False
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
+    ids, text = choice.get("token_ids"), choice.get("text")
+    if isinstance(ids, list) and isinstance(text, str) and not same_text(tokenizer, ids, text):
+        raise MisuseError(
+            f"--model: its tokenizer reads the token ids of the server's model {model} as other text than the server does "
+            f"(which says {text[:40]!r}); name the tokenizer of that model"
+        )
     return True
+
+
+def same_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
+    """Whether token ids are the same letters and digits as a text; True where a character is cut in two."""
+    if any(not 0 <= i < len(tokenizer) for i in ids):
+        return False
+    own = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    one, other = ("".join(filter(str.isalnum, each)) for each in (own, text))
+    return one == other or "\ufffd" in own + text
 
 
 def _finish_reason(choice: Mapping[str, Any], sampling: Sampling) -> FinishReason:

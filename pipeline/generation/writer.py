@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.generation.records import Asked, Completion, Prompt, Sampling, ServerInfo
+from pipeline.generation.records import Asked, Completion, Prompt, Sampling, ServedModel
 from pipeline.records import BadRow, ModelInfo
 
 
@@ -35,7 +35,7 @@ class Writer(Protocol):
     def num_ids(self) -> int:
         """Token ids below this can be read."""
 
-    def info(self) -> ModelInfo | ServerInfo:
+    def info(self) -> ModelInfo | ServedModel:
         """For the contract."""
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:

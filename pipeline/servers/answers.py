@@ -23,6 +23,15 @@ class RefusedError(ServerError):
 class UnusableAnswerError(Exception):
     """An answer of status 200 that is not what was asked for."""
 
+    def __init__(self, said: str, *, of_row: bool = False) -> None:
+        """What was expected, and what was found.
+
+        Args:
+            of_row: the answer is in order but for its numbers: given again and again, it is the request that is bad.
+        """
+        super().__init__(said)
+        self.of_row = of_row
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:

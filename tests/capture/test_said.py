@@ -54,3 +54,12 @@ def test_nothing_is_said_where_there_is_nothing(tmp_path, settings, caplog):
     said = lines_of(caplog, tmp_path, rows, settings)
     assert [line for line in said if "first row" not in line] == []
     assert "None: every row" in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_more_shards_than_a_folder_of_the_hub_takes(tmp_path, settings, caplog, monkeypatch):
+    monkeypatch.setattr("pipeline.capture.job.MOST_FILES", 2)
+    rows = Dataset.from_dict({"text": ["a cat", "a dog", "a tree"]})
+    said = lines_of(caplog, tmp_path, rows, settings, rows_per_shard=1)
+    line = "3 shards of 1 rows; the Hub takes 2 files in a folder: --rows-per-shard 2 makes as many"
+    assert sum(each.endswith(line) for each in said) == 1
+    assert not any("in a folder" in each for each in lines_of(caplog, tmp_path, rows, settings, rows_per_shard=1))

@@ -59,11 +59,13 @@ ELSEWHERE = {
     ),
     *("chat_template_kwargs", "assistant_turns", "truncation_side"),  # `test_chat_captures` has them
     *("completion_column", "input_ids_column", "labels_column", "isolate_documents", "store_text"),
+    *("server", "server_model", "server_api"),  # `teachers/test_served` has them
 }
 #: Changes no logit and no column.
 NO_EFFECT = {
     *("data", "output", "overwrite", "append", "device_map", "trust_remote_code"),
     *("engine", "num_workers", "gpus_per_worker", "part", "auto_batch_tokens"),
+    *("concurrency", "server_patience", "check_with"),
 }
 
 

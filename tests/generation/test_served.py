@@ -14,6 +14,7 @@ from pipeline.errors import BadRowError, ContractError, MisuseError, ServerError
 from pipeline.generation.draws import SeededDraws, stream_key
 from pipeline.generation.records import Sampling
 from pipeline.generation.run import run
+from pipeline.generation.served import same_text
 from tests.support.generations import config, writing_model  # noqa: F401 - a fixture
 
 
@@ -53,7 +54,7 @@ class StandIn:
                 self.wfile.write(data)
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def complete(self, body):
@@ -123,7 +124,7 @@ def test_ids_seeds_and_log_probabilities_go_both_ways(config, serve, lm_tokenize
             plain = torch.log_softmax(server.model(ids).logits[0, :-1].double(), -1)
         each = plain.gather(1, ids[0, 1:, None])[row["prompt_tokens"] - 1 :, 0]
         assert row["logprob"] == pytest.approx(float(each.sum()), rel=1e-5)
-    seeds = [request["seed"] for request in server.asked if request["max_tokens"] > 1]
+    seeds = [request["seed"] for request in server.asked if "seed" in request]
     assert {stream_key(0, "train", row, sample) % 2**31 for row in range(6) for sample in range(2)} <= set(seeds)
     assert {request["top_k"] for request in server.asked if "top_k" in request} == {40}
 
@@ -184,4 +185,32 @@ def test_a_prompt_longer_than_the_server_takes_is_known_before(config, serve):
     server = serve()
     with pytest.raises(BadRowError, match="are more than the model takes, 60"):
         run(config(server=(server.url,), max_new_tokens=60))
-    assert not [request for request in server.asked if request["max_tokens"] > 1]
+    assert not [request for request in server.asked if "seed" in request]
+
+
+def test_a_tokenizer_of_another_model_is_known_by_its_text(lm_tokenizer, bert_tokenizer):
+    ids = lm_tokenizer("the cat sat")["input_ids"]
+    assert same_text(lm_tokenizer, ids, "the cat sat")
+    assert same_text(lm_tokenizer, [*ids, 1], " the cat sat")
+    assert not same_text(bert_tokenizer, [i for i in ids if i < len(bert_tokenizer)], "the cat sat")
+    assert not same_text(lm_tokenizer, [len(lm_tokenizer)], "the")
+    assert same_text(lm_tokenizer, lm_tokenizer("é")["input_ids"][:1], "\ufffd")
+
+
+def test_a_server_of_another_model_is_refused(config, serve):
+    server = serve()
+    whole = server.complete
+
+    def complete(body):
+        status, answer = whole(body)
+        return status, {"choices": [answer["choices"][0] | {"text": "something else", "token_ids": [260, 261, 262]}]}
+
+    server.complete = complete
+    with pytest.raises(MisuseError, match="its tokenizer reads the token ids of the server's model tiny as other text"):
+        run(config(server=(server.url,)))
+
+
+def test_no_path_of_the_servers_machine_is_written(config, serve):
+    found = run(config(server=(serve(names=("/home/someone/models/tiny",)).url,), rows="0:2"))
+    assert found.end.contract.model.name == "tiny"
+    assert not [path for path in found.root.rglob("*.*") if path.is_file() and b"/home/" in path.read_bytes()]

@@ -22,6 +22,7 @@ BUDGET = {
     "tests/capture/test_machine.py": 25.0,
     "tests/evaluation/report/test_report.py": 25.0,
     "tests/generation/test_generate.py": 30.0,
+    "tests/capture/teachers/test_served.py": 25.0,
     "tests/faults/test_faults.py": 20.0,
     "tests/test_rounds.py": 20.0,
     "tests/capture/test_rows_and_outputs.py": 20.0,

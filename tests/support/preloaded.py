@@ -25,6 +25,7 @@ MODULES = (
     "pipeline.capture.run",
     "pipeline.cli",
     "pipeline.evaluation.run",
+    "pipeline.generation.run",
     "pipeline.training.run",
     "pipeline.capture.engines.workers",
 )

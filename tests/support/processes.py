@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
@@ -104,6 +105,31 @@ def ranks(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> 
     return [process.wait() for process in running]
 
 
+def torchrun(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> CompletedProcess[str]:
+    """Run `torchrun --standalone --nproc_per_node COUNT ARGUMENTS`: torch's own launcher, whose ranks are forks of it."""
+    return start(_TORCHRUN, str(count), *arguments, env=env).wait()
+
+
+#: In the place of `-c` or `-m`.
+_TORCHRUN = "torchrun"
+
+
+def _launch(count: int, arguments: list[str]) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    elastic_launch(config, _run)(arguments)
+
+
 def _become(arguments: list[str], environment: dict[str, str], cwd: str, out: str, err: str) -> None:
     """Turn this fork into what `python ARGUMENTS` would be."""
     for path, target in ((out, 1), (err, 2)):
@@ -115,20 +141,27 @@ def _become(arguments: list[str], environment: dict[str, str], cwd: str, out: st
     os.chdir(cwd)
     multiprocessing.set_start_method(None, force=True)  # a fork of the server would start its own children as it was
     tempfile.tempdir = None  # found again, from TMPDIR
-    how, rest = arguments[0], arguments[1:]
     try:
-        if how == "-c":
-            sys.argv = ["-c", *rest[1:]]
-            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
-        elif how == "-m":
-            sys.argv = rest
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        if arguments[0] == _TORCHRUN:
+            _launch(int(arguments[1]), arguments[2:])
         else:
-            sys.argv = arguments
-            runpy.run_path(how, run_name="__main__")
+            _run(arguments)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _run(arguments: list[str]) -> None:
+    how, rest = arguments[0], arguments[1:]
+    if how == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+    elif how == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(how, run_name="__main__")
 
 
 class ForkedWorkers:

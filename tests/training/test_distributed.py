@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from pipeline.training.run import run as train_student
 from pipeline.training.saving import SavingTrainer
 from tests.conftest import tiny_model
 from tests.support import processes
-from tests.support.processes import python
+from tests.support.processes import python, torchrun
 
 SCRIPT = """
 import hashlib, json, os, sys, torch
@@ -103,15 +101,10 @@ def test_sigterm_saves_a_checkpoint_of_all_ranks_and_the_same_command_goes_on(
     script, out = tmp_path / "train.py", tmp_path / "out"
     script.write_text(SIGNALLED)
 
-    def start(signalled: str) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    def start(signalled: str) -> CompletedProcess[str]:
         named = ["--cache", str(tmp_path / "cache"), "--student", str(student), "--output", str(out)]
-        return subprocess.run(
-            [*launcher, "train-student", *named, "--max-steps", "6", "--batch-size", "2"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "SIGNALLED": signalled},
-        )
+        command = [str(script), "train-student", *named, "--max-steps", "6", "--batch-size", "2"]
+        return torchrun(2, *command, env={"SIGNALLED": signalled})
 
     for signalled, step, before in (("rank 1", 2, None), ("launcher 3", 4, 2)):
         stopped = start(signalled)

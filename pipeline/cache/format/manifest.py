@@ -34,6 +34,7 @@ _ADDED = frozenset(
         "chat_template_kwargs",
         "truncation_side",
         "unlabelled_sources",
+        "server",
     }
 )
 

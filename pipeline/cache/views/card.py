@@ -240,9 +240,15 @@ def _made_from(contract: Contract) -> str:
     settings = [teacher.architecture, f"{teacher.num_parameters:,} parameters", teacher.dtype]
     settings += [f"{teacher.attn_implementation} attention"] * (teacher.attn_implementation is not None)
     settings += [str(teacher.quantization)] * (teacher.quantization is not None)
+    if (server := teacher.server) is not None:
+        settings = [
+            f"behind {server.api} {server.version}",
+            f"the top {server.top_logprobs} log-probabilities of each position",
+        ]
+        settings += [f"{name} {value}" for name, value in server.settings.items()]
     template = tokenizer.chat_template_sha256
     lines = {
-        "teacher": f"`{_plain(teacher.name)}`, revision {_revision(teacher.revision)}: {', '.join(settings)}",
+        "teacher": f"`{_plain(teacher.name)}`, revision {_revision(teacher.revision)}: {_plain(', '.join(settings))}",
         "weights, SHA-256": f"`{teacher.weights_sha256}`",
         **({} if teacher.adapter_sha256 is None else {"adapter, SHA-256": f"`{teacher.adapter_sha256}`"}),
         "tokenizer": f"`tokenizer/`, {tokenizer.vocabulary_size:,} tokens, SHA-256 `{tokenizer.sha256}`"

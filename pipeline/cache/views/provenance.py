@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from pipeline.records import Contract, Full, Manifest, Sampled, TopK, TopP
+from pipeline.records import Contract, Full, Manifest, ModelInfo, Sampled, TopK, TopP
 
 
 def origin(manifest: Manifest) -> str:
@@ -46,11 +46,7 @@ def command(contract: Contract) -> str:
     teacher, source, columns = contract.teacher, contract.source, contract.source.columns
     flags: list[tuple[str, object]] = [
         ("--task", contract.task),
-        ("--teacher", teacher.name),
-        ("--teacher-revision", teacher.revision),
-        ("--dtype", teacher.dtype),
-        ("--attn-implementation", teacher.attn_implementation),
-        ("--quantization", teacher.quantization),
+        *_teacher(teacher),
         ("--dataset", source.name),
         *(("--unlabelled", each.name) for each in source.unlabelled_sources),
         ("--dataset-config", source.config),
@@ -85,6 +81,18 @@ def command(contract: Contract) -> str:
     return shlex.join([*words, "--output", "DIR"])
 
 
+def _teacher(teacher: ModelInfo) -> list[tuple[str, object]]:
+    if teacher.server is not None:
+        return [("--teacher", "DIR/tokenizer"), ("--server", "URL"), ("--server-model", teacher.name)]
+    return [
+        ("--teacher", teacher.name),
+        ("--teacher-revision", teacher.revision),
+        ("--dtype", teacher.dtype),
+        ("--attn-implementation", teacher.attn_implementation),
+        ("--quantization", teacher.quantization),
+    ]
+
+
 def _unless(value: str | None, default: str) -> str | None:
     return None if value == default else value
 
@@ -97,4 +105,6 @@ def _encoding(contract: Contract) -> list[tuple[str, object]]:
     if isinstance(encoding, Sampled):
         return [*flags, ("--sample-size", encoding.sample_size), ("--temperature", encoding.temperature)]
     knob = {TopK: ("--top-k", getattr(encoding, "k", None)), TopP: ("--top-p", getattr(encoding, "p", None))}
-    return [*flags, knob[type(encoding)], *(("--temperature", t) for t in encoding.temperatures)]
+    asked = contract.teacher.server
+    more = [("--top-k", asked.top_logprobs)] if asked is not None and isinstance(encoding, TopP) else []
+    return [*flags, knob[type(encoding)], *more, *(("--temperature", t) for t in encoding.temperatures)]

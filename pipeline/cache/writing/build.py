@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
@@ -156,13 +157,17 @@ def _shared(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) -> 
     """Equal contents of two splits, by the tokens that were cached; None where rows are packed or the shards lie elsewhere."""
     if layout.outbox is not None or contract.tokenization.packing:
         return None
-    hashes: dict[str, set[int]] = {}
-    for receipt in receipts:
-        if receipt.shard.rows:
-            column = pq.read_table(layout.shard(receipt.shard.name), columns=["content_hash"])["content_hash"]
-            hashes.setdefault(receipt.shard.split, set()).update(column.to_pylist())
+    shards = [receipt.shard for receipt in receipts if receipt.shard.rows]
+    if len({shard.split for shard in shards}) < 2:
+        return {}
+    parts: dict[str, list[np.ndarray]] = {}
+    for shard in shards:
+        column = pq.read_table(layout.shard(shard.name), columns=["content_hash"])["content_hash"]
+        parts.setdefault(shard.split, []).append(column.to_numpy())
+    hashes = {split: np.unique(np.concatenate(found)) for split, found in parts.items()}
     pairs = itertools.combinations(hashes, 2)
-    return {f"{one}, {other}": count for one, other in pairs if (count := len(hashes[one] & hashes[other]))}
+    shared = {f"{a}, {b}": len(np.intersect1d(hashes[a], hashes[b], assume_unique=True)) for a, b in pairs}
+    return {pair: count for pair, count in shared.items() if count}
 
 
 def is_finished(layout: Layout, plan: Plan) -> bool:

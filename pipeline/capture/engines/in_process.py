@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,10 @@ class Capture:
     def prepare(self, config: CacheLogitsConfig) -> Job:
         """With the teacher."""
         return prepare(config)
+
+    def after_the_first(self, config: CacheLogitsConfig) -> CacheLogitsConfig:
+        """Nothing is deleted, and the server is compared no more."""
+        return dataclasses.replace(config, overwrite=False, check_with=None)
 
     def current_plan(self, layout: Layout) -> Plan | None:
         """That of the capture that is there."""

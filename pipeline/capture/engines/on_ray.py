@@ -79,7 +79,7 @@ def _run(ray: Any, work: Work, config: Config) -> Any:
                 raise CacheError(
                     f"the first worker has died at the start: {str(error).strip().splitlines()[0]}"
                 ) from None
-        config = dataclasses.replace(config, overwrite=False)  # the first has done it
+        config = work.after_the_first(config)
         plan = work.current_plan(layout)
         if plan is None:
             raise CacheError(
@@ -219,7 +219,7 @@ def _share(ray: Any, config: Config) -> _Share:
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
-    each = config.gpus_per_worker or (1 if gpus else 0)
+    each = config.gpus_per_worker or (1 if gpus and config.uses_devices else 0)
     room = sum(int(node.get("GPU", 0)) // each for node in nodes) if each else cpus
     count = config.num_workers or (room if each else len(nodes))
     if count == 0 or count > room or count > cpus:

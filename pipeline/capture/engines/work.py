@@ -46,6 +46,9 @@ class Work(Protocol):
     def prepare(self, config: Any) -> Any:
         """The job; the output is begun, or joined."""
 
+    def after_the_first(self, config: Any) -> Any:
+        """The configuration of the workers after the first, which has done what is done once."""
+
     def current_plan(self, layout: Layout) -> AnyPlan | None:
         """The plan that is there."""
 

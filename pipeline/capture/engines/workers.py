@@ -51,7 +51,7 @@ def run_workers(work: Work, config: Config, count: int) -> Any:
     devices = devices_of_workers(config, count)
     threads = max(1, torch.get_num_threads() // count)
     workers = [_start(work, 0, config, devices, threads)]
-    config = dataclasses.replace(config, overwrite=False)  # the first has done it
+    config = work.after_the_first(config)
     try:
         _expect_ready(workers[0])
         plan = work.current_plan(layout)
@@ -197,7 +197,7 @@ def devices_of_workers(config: Config, count: int) -> list[str]:
         if visible is not None
         else list(map(str, range(torch.cuda.device_count())))
     )
-    each = config.gpus_per_worker or (1 if found and torch.cuda.is_available() else 0)
+    each = config.gpus_per_worker or (1 if config.uses_devices and found and torch.cuda.is_available() else 0)
     if each * count > len(found):
         raise MisuseError(
             f"--num-workers {count} with --gpus-per-worker {each}: expected {count * each} GPUs, found {len(found)}"

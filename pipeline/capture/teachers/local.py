@@ -136,6 +136,9 @@ class LocalTeacher:
         """Measured on this device, by forward passes."""
         return fastest_batch_tokens(self.task, self.loaded, self.tokenizer, self.num_classes, tokenization)
 
+    def close(self) -> None:
+        """Nothing: the model goes with the last reference to it."""
+
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> Computed:
         """One forward pass."""
         logits = teacher_logits(self.task, self.loaded, self.tokenizer, rows, self.num_classes, length)

@@ -101,6 +101,9 @@ class Teacher(Protocol):
             MisuseError: it does not depend on batches.
         """
 
+    def close(self) -> None:
+        """Let go of connections and of what is not predicted yet; nothing is asked of it afterwards."""
+
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> Begun:
         """Begin to predict a batch; called from one thread.
 

@@ -20,9 +20,11 @@ from pipeline.capture.engines.deal import Deal
 from pipeline.capture.run import run
 from pipeline.cli import main
 from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.generation.run import run as generate
 from pipeline.records import ShardPlan
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.classifier import even, swapped
+from tests.support.generations import config as writing  # noqa: F401 - a fixture
 from tests.support.processes import ROOT, forked, python  # noqa: F401 - a fixture
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
@@ -179,25 +181,26 @@ def misnumbered(tmp_path, bert_tokenizer, save_teacher):
     return capture
 
 
-def refused_and_unchanged(capture, root: Path, capfd, *flags: str) -> None:
-    """Where nothing is, and where --overwrite would delete a cache."""
-    for more in ((), ("--overwrite",)):
-        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        done = capture("wrong", *flags, *more)
-        assert done.exit_code == 1
-        *_, line = done.stderr.splitlines()
-        assert line.startswith("Error: ")
-        assert "the data's classes are in another order than the teacher's" in line
-        assert "add --label-map 0=film --label-map 1=sport" in line
-        assert "Traceback" not in done.output + capfd.readouterr().err
-        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
-        if not more:
-            assert not root.exists()
-            assert capture("right").exit_code == 0
+def assert_refused(capture, root: Path, capfd, *flags: str) -> None:
+    """In one line; what is there stays."""
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    done = capture("wrong", *flags)
+    assert done.exit_code == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "the data's classes are in another order than the teacher's" in line
+    assert "add --label-map 0=film --label-map 1=sport" in line
+    assert "Traceback" not in done.output + capfd.readouterr().err
+    assert root.exists() == bool(before)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 def test_workers_refuse_classes_in_another_order(misnumbered, tmp_path, capfd):
-    refused_and_unchanged(misnumbered, tmp_path / "cache", capfd, "--num-workers", "2")
+    """Where nothing is, and where --overwrite would delete a cache."""
+    root = tmp_path / "cache"
+    assert_refused(misnumbered, root, capfd, "--num-workers", "2")
+    assert misnumbered("right").exit_code == 0
+    assert_refused(misnumbered, root, capfd, "--num-workers", "2", "--overwrite")
 
 
 # ------------------------------------------------------------------------------------------------------------- Ray
@@ -256,6 +259,16 @@ def test_three_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, t
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ray_writes_the_same_generated_data_set(writing, cluster):
+    serial = generate(writing("serial"))
+    found = generate(writing("ray", engine="ray", num_workers=2))
+    assert found.end == serial.end
+    assert [path.read_bytes() for path in sorted(found.root.glob("data/*"))] == [
+        path.read_bytes() for path in sorted(serial.root.glob("data/*"))
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, cluster):
     with pytest.raises(PipelineError, match=r"no column 'texts'"):
         run(config("ray", engine="ray", text_column="texts"))
@@ -265,4 +278,5 @@ def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, clust
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_ray_refuses_classes_in_another_order(misnumbered, cluster, tmp_path, capfd):
-    refused_and_unchanged(misnumbered, tmp_path / "cache", capfd, "--engine", "ray", "--num-workers", "2")
+    assert misnumbered("right").exit_code == 0
+    assert_refused(misnumbered, tmp_path / "cache", capfd, "--engine", "ray", "--num-workers", "2", "--overwrite")
