@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import yaml
 
 LAYERS = [0, 1, 2, 27, 28, 29]
@@ -140,7 +141,7 @@ WAYS = (
 
 def train(folder: Path, teacher: Path, way: Way, seed: int) -> dict[str, float]:
     """One way with one seed: train, and measure what it made."""
-    here = folder / f"{way.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+    here = folder_of(folder, way, seed)
     here.mkdir(exist_ok=True)
     num_written = round(way.written * ROWS)
     data, off = folder / "data" / f"seed-{seed}-{{round}}", folder / f"cache-off-{seed}-{{round}}-{ROWS - num_written}"
@@ -238,8 +239,9 @@ def table(parts: Mapping[str, Mapping[str, float]], seeds: int) -> Iterator[str]
     """Lines of Markdown: each way, and its differences from the first, seed by seed."""
     yield f"| way | seeds | {' | '.join(SHOWN.values())} |"
     yield f"|---|---|{'---|' * len(SHOWN)}"
-    first = [f"{parts['start'][name]:.3f}" for name in SHOWN]
-    yield f"| start | | {' | '.join(first)} |"
+    if "start" in parts:
+        first = [f"{parts['start'][name]:.3f}" for name in SHOWN]
+        yield f"| start | | {' | '.join(first)} |"
     there = {way: [s for s in range(seeds) if part_name(way, s) in parts] for way in WAYS}
     for way, found in there.items():
         if found:
@@ -253,6 +255,43 @@ def table(parts: Mapping[str, Mapping[str, float]], seeds: int) -> Iterator[str]
                 for name in SHOWN
             ]
             yield f"| {way.name} minus {WAYS[0].name} | {len(both)} | {' | '.join(cells)} |"
+
+
+def paired(folder: Path, parts: Mapping[str, Any], seeds: int) -> Iterator[str]:
+    """Lines of Markdown: differences from the first way prompt by prompt, over the prompts of all seeds that both have.
+
+    A prompt counts with the mean over its tokens; intervals are 1.96 standard errors.
+    """
+    yield "| way | prompts | teacher's NLL | reverse KL |"
+    yield "|---|---|---|---|"
+    for way in WAYS[1:]:
+        both = [s for s in range(seeds) if part_name(way, s) in parts and part_name(WAYS[0], s) in parts]
+        if both:
+            found = np.concatenate(
+                [by_prompt(folder_of(folder, way, s)) - by_prompt(folder_of(folder, WAYS[0], s)) for s in both]
+            )
+            half = 1.96 * found.std(0, ddof=1) / math.sqrt(len(found))
+            cells = [f"{mean:.3f} ± {width:.3f}" for mean, width in zip(found.mean(0), half, strict=True)]
+            yield f"| {way.name} minus {WAYS[0].name} | {len(found)} | {' | '.join(cells)} |"
+
+
+def by_prompt(here: Path) -> np.ndarray:
+    """(prompts, 2): the teacher's NLL and log p(student) - log p(teacher), means over the tokens after each prompt."""
+    import pyarrow.parquet as pq
+
+    import pipeline as softlabel
+
+    rows = softlabel.Cache.open(here / "cache").dataset("test")
+    written = pq.read_table(here / "written" / "data", columns=["source_row", "logprob", "completion_tokens"])
+    order = np.argsort(np.asarray(written["source_row"]))
+    tokens, logprob = (np.asarray(written[name])[order] for name in ("completion_tokens", "logprob"))
+    nll = rows.column("teacher_nll_sum")[np.argsort(rows.column("source_row"))].astype(np.float64)
+    return np.stack([nll / tokens, (logprob + nll) / tokens], -1)
+
+
+def folder_of(folder: Path, way: Way, seed: int) -> Path:
+    """Where one way with one seed is made."""
+    return folder / f"{way.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
 
 
 def part_name(way: Way, seed: int) -> str:
@@ -278,23 +317,29 @@ class Kept:
         return found
 
 
+def measure_all(folder: Path, teacher: Path, articles: Path, seeds: int, kept: Kept) -> None:
+    """Every part that is not finished."""
+    make_data(folder, teacher, articles, seeds)
+    kept.part("start", lambda: start(folder, teacher))
+    main_ways = [(way, seed) for seed in range(seeds) for way in WAYS[:-1]]
+    for way, seed in [*main_ways, *((WAYS[-1], seed) for seed in range(seeds))]:
+        kept.part(part_name(way, seed), functools.partial(train, folder, teacher, way, seed))
+
+
 @click.command()
 @click.option("--output", default="runs/bench-rounds", show_default=True, help="Where everything goes.")
 @click.option("--teacher", default="data/bbc_lm/smollm2", show_default=True, help="The teacher.")
 @click.option("--articles", default="data/bbc", show_default=True, help="train.jsonl and test.jsonl with a text a row.")
 @click.option("--seeds", default=3, show_default=True, help="Each has its own rows, draws and order.")
-def main(output: str, teacher: str, articles: str, seeds: int) -> None:
+@click.option("--show", is_flag=True, help="Only the tables of what is finished.")
+def main(output: str, teacher: str, articles: str, seeds: int, show: bool) -> None:
     """Off-policy, rounds and mixed rounds at equal steps."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder / "rounds.json")
-    make_data(folder, Path(teacher), Path(articles), seeds)
-    kept.part("start", lambda: start(folder, Path(teacher)))
-    main_ways = [(way, seed) for seed in range(seeds) for way in WAYS[:-1]]
-    for way, seed in [*main_ways, *((WAYS[-1], seed) for seed in range(seeds))]:
-        kept.part(part_name(way, seed), functools.partial(train, folder, Path(teacher), way, seed))
-    for line in table(kept.parts(), seeds):
-        click.echo(line)
+    if not show:
+        measure_all(folder, Path(teacher), Path(articles), seeds, kept)
+    click.echo("\n".join([*table(kept.parts(), seeds), "", *paired(folder, kept.parts(), seeds)]))
 
 
 if __name__ == "__main__":
