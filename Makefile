@@ -87,6 +87,10 @@ demo: $(STAMP) $(CONFIG_DATA) ## classification from teacher to report; CONFIG=F
 demo-lm: $(STAMP) $(LM) ## the same for a language model
 	$(SOFTLABEL) run data/bbc_lm/demo.yaml
 
+.PHONY: demo-rounds
+demo-rounds: $(STAMP) $(LM) ## on-policy: the student writes, the teacher labels what it wrote, twice over
+	$(SOFTLABEL) run data/bbc_lm/rounds.yaml
+
 .PHONY: report
 report: demo ## the demo's answer over 3 seeds: runs/report/report.html
 	$(PY) -m benchmarks.report --config $(CONFIG)
@@ -167,6 +171,10 @@ bench-in-place: $(STAMP) ## what a capture fetches of 2 GB of Parquet behind a w
 .PHONY: bench-columns
 bench-columns: $(STAMP) ## rows between Parquet and tensors: decoding, collating, writing, the first step, a step beside plain Trainer
 	$(PY) -m benchmarks.columns
+
+.PHONY: bench-rounds
+bench-rounds: $(STAMP) $(BBC) $(LM) ## off-policy distillation, rounds, and mixed rounds at equal steps
+	$(PY) -m benchmarks.rounds
 
 .PHONY: bench-served
 bench-served: $(STAMP) ## a capture from a stand-in server beside the same requests without a cache

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.generation import generate
     from pipeline.models.initialize import Shape, init_student
     from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP
+    from pipeline.rounds import measure_written
     from pipeline.sharing import import_responses
     from pipeline.sharing.pull import pull
     from pipeline.sharing.push import push
@@ -43,6 +44,7 @@ _EXPORTS = {
     "generate": "pipeline.generation",
     "import_responses": "pipeline.sharing",
     "init_student": "pipeline.models.initialize",
+    "measure_written": "pipeline.rounds",
     "pull": "pipeline.sharing.pull",
     "push": "pipeline.sharing.push",
     "top_soft_labels": "pipeline.softlabels",
@@ -69,6 +71,7 @@ __all__ = [
     "generate",
     "import_responses",
     "init_student",
+    "measure_written",
     "pull",
     "push",
     "top_soft_labels",

@@ -1,9 +1,9 @@
 """`softlabel run`: every stage of a configuration file in order, those that are done skipped.
 
 A stage is done when its output is there and was made from the same settings and the same inputs. Inputs are compared by
-content (a cache by its manifest), so a changed input makes the stages after it run again. A cache is never deleted unasked: where one of
-other settings or of another teacher is there, the run stops and names the first difference; `--overwrite` makes it anew.
-A report is made from what other stages keep, so a stale one is replaced.
+content (a cache by its manifest), so a changed input makes the stages after it run again. A cache or a generated data set is
+never deleted unasked: where one of other settings or of another teacher is there, the run stops and names the first difference;
+`--overwrite` makes it anew. A report is made from what other stages keep, so a stale one is replaced.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.storage.urls import is_url, pinned
 from pipeline.cache.writing.place import current_plan, open_layout
-from pipeline.config import STAGES, ConfigFile, DataConfig, resolve
+from pipeline.config import STAGES, ConfigFile, DataConfig, GenerateConfig, Step, resolve, steps_of, through_stage
 from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError, MisuseError
 from pipeline.evaluation.report.figures import require_matplotlib
+from pipeline.generation.records import NAMES
 from pipeline.records import Outline
+from pipeline.rounds import Written, progress, warn_of_own_labels, written_caches
 from pipeline.sources.files.arrow import is_saved
 from pipeline.sources.files.layout import files_named, find_files
 from pipeline.sources.files.loading import redact
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 #: Written last by each stage: the output is whole when it is there.
 _PROOF = {
     "train-teacher": "metrics.json",
+    "generate": "generation.json",
     "cache-logits": "manifest.json",
     "init-student": "config.json",
     "train-student": "distillation.json",
@@ -54,29 +58,36 @@ _INPUTS = (
     "student",
     "control",
     "chat_template",
-    "unlabelled",
+    "template",
     "prompt_template",
+    "unlabelled",
 )
 
 
 def stage_configs(
     file: ConfigFile, stages: tuple[str, ...] = (), through: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """The stages to run, in order, each with its configuration; a stage with several sections comes several times.
+    """The stages to run, in order, each with its configuration; one with several sections or rounds comes several times.
+
+    Args:
+        stages: only these. None named: all.
+        through: nothing that comes after the last step of this stage.
 
     Raises:
         ConfigError: a stage that the file does not have.
         PipelineError: a section that is wrong: before anything has run.
     """
+    return ((step.stage, config) for step, config in _steps(file, stages, through))
+
+
+def _steps(file: ConfigFile, stages: tuple[str, ...], through: str | None) -> Iterator[tuple[Step, Any]]:
     for name in (*stages, *([through] if through else [])):
         if name not in file.sections:
             raise ConfigError(f"{file.path}: no section {name!r}; it has {', '.join(file.sections) or 'none'}")
-    order = list(STAGES)
-    last = len(order) if through is None else order.index(through) + 1
-    for name in order[:last]:
-        if name in file.sections and (not stages or name in stages):
-            for section in file.sections[name]:
-                yield name, resolve(STAGES[name], file, section, {})
+    steps = steps_of(file)
+    for step in steps if through is None else through_stage(steps, through):
+        if not stages or step.stage in stages:
+            yield step, resolve(STAGES[step.stage], file, step.section, {})
 
 
 def run(
@@ -87,6 +98,7 @@ def run(
     *,
     overwrite: bool = False,
     shown: Mapping[str, Callable[[Any], None]] | None = None,
+    tell: Callable[[str], None] = logger.info,
 ) -> None:
     """Run what is not done.
 
@@ -94,35 +106,54 @@ def run(
         runners: stage -> a function that runs it and prints its result.
         overwrite: a cache of other settings or inputs gives way; without it that is an error, since a cache may have cost days.
         shown: stage -> a function that prints the result of one that is done.
+        tell: prints a line on each round.
 
     Raises:
         PipelineError: of the stage that failed; the stages before it stay done.
     """
-    chosen = list(stage_configs(file, stages, through))
-    if any(name == "report" for name, _ in chosen):
+    steps = list(_steps(file, stages, through))
+    if any(step.stage == "report" for step, _ in steps):
         try:
             require_matplotlib()  # before hours of work
         except MisuseError:
-            if not all(_is_done(Path(config.output or ""), name, config, _key(config)) for name, config in chosen):
+            if not all(_is_done(Path(config.output or ""), step.stage, config, _key(config)) for step, config in steps):
                 raise
-    for name, config in chosen:
-        output = Path(config.output) if config.output is not None else None
-        key = _key(config)
-        if output is not None and _is_done(output, name, config, key):
-            logger.info("%s: %s is up to date", name, redact(str(config.output)))
-            if shown is not None and name in shown:
-                shown[name](config)
-            continue
-        logger.info("%s: %s", name, redact(str(config.output or "")))
-        if _gives_way(name, config, key, asked=overwrite):
-            config = dataclasses.replace(config, overwrite=True)
-        if output is not None and name in _TRAINING:
-            write_text(_mark(output, name), _begun(key))
-        runners[name](config)
-        if (
-            output is not None and (output / _PROOF[name]).is_file()
-        ):  # not there: one part of a cache, or it is behind a URL
-            _mark(output, name).write_text(_state(output, name, key), encoding="utf-8")
+    warn_of_own_labels(steps)
+    written, told = written_caches(steps), dict[int, Written]()
+    for step, config in steps:
+        _run_step(step.stage, config, runners, overwrite=overwrite, shown=shown or {})
+        if step.stage == "cache-logits" and (found := written.get(os.path.normpath(config.output))) is not None:
+            line = progress(config.output, *found, told)
+            if line is not None:
+                tell(line)
+
+
+def _run_step(
+    name: str,
+    config: Any,
+    runners: Mapping[str, Callable[[Any], None]],
+    *,
+    overwrite: bool,
+    shown: Mapping[str, Callable[[Any], None]],
+) -> None:
+    """Run one step, or show what it has made."""
+    output = Path(config.output) if config.output is not None else None
+    key = _key(config)
+    if output is not None and _is_done(output, name, config, key):
+        logger.info("%s: %s is up to date", name, redact(str(config.output)))
+        if name in shown:
+            shown[name](config)
+        return
+    logger.info("%s: %s", name, redact(str(config.output or "")))
+    if _gives_way(name, config, key, asked=overwrite):
+        config = dataclasses.replace(config, overwrite=True)
+    if output is not None and name in _TRAINING:
+        write_text(_mark(output, name), _begun(key))
+    runners[name](config)
+    if (
+        output is not None and (output / _PROOF[name]).is_file()
+    ):  # not there: one part of a cache, or it is behind a URL
+        _mark(output, name).write_text(_state(output, name, key), encoding="utf-8")
 
 
 def outline(
@@ -142,7 +173,9 @@ def outline(
         PipelineError: of a stage whose inputs are there, before its work begins.
     """
     to_come: set[str] = set()
-    for name, config in list(stage_configs(file, stages, through)):
+    steps = list(_steps(file, stages, through))
+    warn_of_own_labels(steps)
+    for name, config in ((step.stage, config) for step, config in steps):
         shown = f"{name} {redact(str(config.output or ''))}".rstrip()
         output = Path(config.output) if config.output is not None else None
         waits = sorted(to_come.intersection(_named_inputs(config)))
@@ -184,11 +217,17 @@ def _mark(output: Path, stage: str) -> Path:
 
 
 def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
-    """Whether what is there is deleted: a cache when asked to, a stale model or report always, but for an unfinished run of the same settings."""
+    """Whether what is there is deleted.
+
+    A cache or a generated data set gives way when asked to; a stale model or report always, but for an unfinished run of the same
+    settings.
+    """
     if stage == "report":
         return True
     if stage == "cache-logits":
         return asked and current_plan(open_layout(config.output)) is not None
+    if stage == "generate":
+        return asked and Layout(Path(config.output), names=NAMES).plan.is_file()
     if stage not in _TRAINING or getattr(config, "resume", False):
         return False
     mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
@@ -233,13 +272,14 @@ def _key(config: Any, *, before: bool = False) -> str:
     """
     settings = dataclasses.asdict(config)
     found: dict[str, Any] = {}
+    data = _data_of(config)
     for name, value in {**settings, **settings.get("data", {})}.items():
-        if name == "dataset" and settings["data"]["data_files"] and not before:
+        if name == "dataset" and data is not None and data.data_files and not before:
             continue  # only the files named count, below
         if name in _INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
-    if isinstance(data := getattr(config, "data", None), DataConfig):
+    if data is not None:
         found["files"] = _nested_files(data, before=before)
     for name in ("overwrite", "report_to", "concurrency", "server_patience", "check_with"):
         settings.pop(name, None)  # they change nothing of what is made
@@ -254,6 +294,14 @@ def _key(config: Any, *, before: bool = False) -> str:
             settings.pop("on_bad_row", None)
         settings |= {name: value for name, value in _BEFORE.items() if settings.get(name, value) is None}
     return hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _data_of(config: Any) -> DataConfig | None:
+    """Which data set a stage reads rows of; None: of none."""
+    if isinstance(config, GenerateConfig):
+        return config.data() if config.dataset is not None else None
+    data = getattr(config, "data", None)
+    return data if isinstance(data, DataConfig) else None
 
 
 def _manifest_at(url: str) -> str:

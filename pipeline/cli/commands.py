@@ -176,7 +176,7 @@ def command(
         def callback(config: str | None = None, dry_run: bool = False, **flags: Any) -> None:
             file = cfg.load_config(config) if config is not None else None
             given = {key: value for key, value in flags.items() if value is not None and value != ()}
-            sections = (file.sections.get(name) if file is not None else None) or ({},)
+            sections = (cfg.sections_for(file, name) if file is not None else None) or ({},)
             if len(sections) > 1 and "output" in given:
                 raise MisuseError(
                     f"--output: {config} has {len(sections)} {name} sections, which would overwrite each other; name the output in each"

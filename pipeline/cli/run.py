@@ -17,7 +17,9 @@ from pipeline.cli.report import show_report
 @main.command("run", short_help="Run every stage of a configuration file in order.")
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("stages", nargs=-1, type=click.Choice(list(cfg.STAGES)))
-@click.option("--through", type=click.Choice(list(cfg.STAGES)), help="Stop after this stage.")
+@click.option(
+    "--through", type=click.Choice(list(cfg.STAGES)), help="Stop after this stage; with rounds, after its last round."
+)
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -26,7 +28,8 @@ from pipeline.cli.report import show_report
 def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool, dry_run: bool) -> None:
     """Run every stage of a configuration file in order, or the STAGES named.
 
-    A stage whose output was made from the same settings and inputs is skipped.
+    A stage whose output was made from the same settings and inputs is skipped. With rounds: N in the file, the sections that
+    hold {round} or {previous} are run N times: see docs/rounds.md.
 
     \b
     Example:
@@ -41,7 +44,7 @@ def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: b
         for name, lines in outline(cfg.load_config(config), OUTLINES, stages, through, overwrite=overwrite):
             echo_outline(name, lines)
         return
-    run(cfg.load_config(config), FUNCTIONS, stages, through, overwrite=overwrite, shown=shown)
+    run(cfg.load_config(config), FUNCTIONS, stages, through, overwrite=overwrite, shown=shown, tell=click.echo)
 
 
 _run.params.append(dry_run_option())

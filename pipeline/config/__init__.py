@@ -13,12 +13,12 @@ Precedence: flag, then the command's section, then the shared part, then the def
 from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig, judging_of, make_encoding
 from pipeline.config.data import DataConfig, chat_template_kwargs
-from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.evaluation import EvaluateConfig, PredictConfig
 from pipeline.config.file import ConfigFile, cli_fields, load_config, resolve
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.options import flag_name, parse_bytes
-from pipeline.config.predict import PredictConfig
 from pipeline.config.report import ReportConfig
+from pipeline.config.rounds import Step, sections_for, steps_of, through_stage
 from pipeline.config.sections import SECTIONS, STAGES
 from pipeline.config.sharing import PullConfig, PushConfig
 from pipeline.config.starter import InitConfig
@@ -47,6 +47,7 @@ __all__ = [
     "PullConfig",
     "PushConfig",
     "ReportConfig",
+    "Step",
     "SweepConfig",
     "TrainStudentConfig",
     "TrainTeacherConfig",
@@ -59,4 +60,7 @@ __all__ = [
     "make_encoding",
     "parse_bytes",
     "resolve",
+    "sections_for",
+    "steps_of",
+    "through_stage",
 ]

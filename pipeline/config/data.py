@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config.options import data_option as option
 from pipeline.errors import MisuseError
@@ -120,6 +120,24 @@ class DataConfig:
             chat_template_kwargs=chat_template_kwargs(self.chat_template_kwargs),
             truncation_side="left" if self.truncation_side == "left" else None,
         )
+
+
+#: Kinds of input, of which a row has one: the columns of each.
+_KINDS = (
+    ("messages_column",),
+    ("prompt_column", "completion_column"),
+    ("input_ids_column", "labels_column"),
+)
+
+
+def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a data set, of which those of a section come before the shared ones.
+
+    A section that names another kind of input drops the shared columns of the others: token ids in place of chats.
+    """
+    named = [kind for kind in _KINDS if any(own.get(column) is not None for column in kind)]
+    dropped = {column for kind in _KINDS if named and kind not in named for column in kind}
+    return {**{name: value for name, value in shared.items() if name not in dropped}, **own}
 
 
 def chat_template_kwargs(items: Iterable[str]) -> tuple[str, ...]:

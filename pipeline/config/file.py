@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, over
 from pipeline.config.options import flag_name
 from pipeline.config.sections import SECTIONS
 from pipeline.errors import ConfigError, MisuseError
@@ -59,6 +59,8 @@ class ConfigFile:
     path: str
     shared: Mapping[str, Any]
     sections: Mapping[str, tuple[Mapping[str, Any], ...]]
+    rounds: int | None = None
+    """How often the sections of `pipeline.config.rounds` are run. None: none is."""
 
 
 def load_config(path: str | Path) -> ConfigFile:
@@ -79,16 +81,19 @@ def load_config(path: str | Path) -> ConfigFile:
         raise ConfigError(f"{path}: expected a mapping with a section per command, found {type(content).__name__}")
     shared: dict[str, Any] = {}
     sections: dict[str, tuple[Mapping[str, Any], ...]] = {}
+    rounds: int | None = None
     for key, value in content.items():
-        _check_key(path, "", key, ["task", "data", *SECTIONS])
+        _check_key(path, "", key, ["task", "rounds", "data", *SECTIONS])
         if key == "task":
             shared["task"] = value
+        elif key == "rounds":
+            rounds = _checked_rounds(path, value)
         elif key == "data":
             shared["data"] = _checked_section(path, "data", value, DataConfig)
         else:
             parts = value if isinstance(value, list) else [value]
             sections[key] = tuple(_checked_section(path, key, part, SECTIONS[key]) for part in parts)
-    return ConfigFile(str(path), shared, sections)
+    return ConfigFile(str(path), shared, sections, rounds)
 
 
 def resolve(
@@ -115,9 +120,9 @@ def resolve(
     values.update(section)
     if "data" in names:
         shared_data = file.shared.get("data", {}) if file is not None else {}
-        values["data"] = {**shared_data, **section.get("data", {})}
+        values["data"] = over(shared_data, section.get("data", {}))
         data_names = {f.name for f in dataclasses.fields(DataConfig)}
-        values["data"].update({k: v for k, v in flags.items() if k in data_names and k not in names})
+        values["data"] = over(values["data"], {k: v for k, v in flags.items() if k in data_names and k not in names})
     values.update({k: v for k, v in flags.items() if k in names})
     for listed in (f.name for f in dataclasses.fields(config_type) if str(f.type).startswith("tuple[")):  # type: ignore[arg-type]
         if isinstance(values.get(listed), str):  # one, not in a list
@@ -189,6 +194,7 @@ def _checked_section(path: str | Path, name: str, value: Any, config_type: type)
         field_name = known[field_name]
         if field_name in section:
             raise ConfigError(f"{path}: {name}: {field_name} is given twice")
+        _check_quoted(path, f"{name}: {field_name}", item)
         section[field_name] = (
             _checked_section(path, f"{name}: data", item, DataConfig) if field_name == "data" else item
         )
@@ -199,6 +205,20 @@ def _checked_section(path: str | Path, name: str, value: Any, config_type: type)
         if not isinstance(value, list | tuple):
             section[listed] = [] if value is None else [value]
     return section
+
+
+def _checked_rounds(path: str | Path, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{path}: rounds: expected a whole number of at least 1, found {value!r}")
+    return value
+
+
+def _check_quoted(path: str | Path, where: str, item: Any) -> None:
+    """Without quotes, YAML reads `seed: {round}` as a mapping."""
+    for value in item if isinstance(item, list) else [item]:
+        if isinstance(value, dict) and len(value) == 1 and {"round": None, "previous": None}.items() >= value.items():
+            name = next(iter(value))
+            raise ConfigError(f'{path}: {where}: put {{{name}}} in quotes: "{{{name}}}"')
 
 
 def _pairs(value: Mapping[Any, Any], *, as_json: bool) -> Iterator[tuple[Any, Any]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig
 from pipeline.config.capture import CacheLogitsConfig, EstimateConfig, TrainTeacherConfig
-from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.evaluation import EvaluateConfig, PredictConfig
 from pipeline.config.generation import GenerateConfig
-from pipeline.config.predict import PredictConfig
 from pipeline.config.report import ReportConfig
 from pipeline.config.sharing import PullConfig, PushConfig
 from pipeline.config.sweep import SweepConfig
@@ -39,5 +38,5 @@ SECTIONS: dict[str, type] = {
 #: What `run` runs, in this order.
 STAGES: dict[str, type] = {
     name: SECTIONS[name]
-    for name in ("train-teacher", "cache-logits", "init-student", "train-student", "evaluate", "report")
+    for name in ("train-teacher", "generate", "cache-logits", "init-student", "train-student", "evaluate", "report")
 }

@@ -24,6 +24,7 @@ BUDGET = {
     "tests/generation/test_generate.py": 30.0,
     "tests/capture/teachers/test_served.py": 25.0,
     "tests/faults/test_faults.py": 20.0,
+    "tests/test_rounds.py": 20.0,
     "tests/capture/test_rows_and_outputs.py": 20.0,
     "tests/evaluation/measures/test_cost.py": 15.0,
     "tests/starter/test_run.py": 15.0,
