@@ -97,6 +97,22 @@ def test_cached_logits_of_language_models_are_the_models(tmp_path, lm_tokenizer,
     assert entropy < 0.02
 
 
+def test_isolated_documents_are_compared_with_the_models_own_path(tmp_path, lm_tokenizer):
+    """Before the first shard, on a short row of several documents."""
+    texts = Dataset.from_dict({"text": ["the cat", "a dog sat", "the old tree", "a bird"] * 5})
+    cache = softlabel.cache_logits(
+        tiny_model("llama", len(lm_tokenizer), spread=3.0),
+        texts,
+        tmp_path / "c",
+        task="causal-lm",
+        tokenizer=lm_tokenizer,
+        max_length=24,
+        packing=True,
+        isolate_documents=True,
+    )
+    assert all(len(row.example.document_lengths) > 1 for row in cache.dataset("train"))
+
+
 def test_isolated_documents_have_the_logits_that_they_have_alone(tmp_path, lm_tokenizer, documents):
     model = tiny_model("llama", len(lm_tokenizer), spread=3.0)
     cache = softlabel.cache_logits(

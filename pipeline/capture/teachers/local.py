@@ -115,8 +115,10 @@ class LocalTeacher:
             return
         model = self.model
         inputs, supervised = self.task.collate([shortest], 0)
+        # With a cache of keys and values `transformers` does not look for documents in the positions.
+        uncached = {} if supervised is None else {"use_cache": False}
         with torch.inference_mode():
-            plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
+            plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **uncached).logits
         if supervised is not None:
             plain = plain[supervised.to(model.device)]
         plain = plain[:, : self.num_classes].float()
