@@ -230,18 +230,24 @@ def for_append(path: Path) -> Path:
     return copy
 
 
+def no_output(path: Path) -> Path:
+    """The cache as it is, and nothing where another is to be made of it."""
+    shutil.rmtree(path.parent / "made", ignore_errors=True)
+    return path
+
+
 def merge(path: Path) -> None:
     """With a small one."""
     from pipeline.cache.transforms.merge import merge
 
-    merge([path, small_cache(path.parent)], path.parent / "made", overwrite=True)
+    merge([path, small_cache(path.parent)], path.parent / "made")
 
 
 def filter_half(path: Path) -> None:
     """By a condition on the label."""
     from pipeline.cache.transforms.filter import filter_rows
 
-    filter_rows(path, path.parent / "made", where="source_row % 2 = 0", overwrite=True)
+    filter_rows(path, path.parent / "made", where="source_row % 2 = 0")
 
 
 #: Name -> what makes ready, which is not measured, and the step.
@@ -253,8 +259,8 @@ STEPS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "resume epoch": (Path, resume_epoch),
     "resume": (without_last, resume_capture),
     "append": (for_append, append),
-    "merge": (Path, merge),
-    "filter": (Path, filter_half),
+    "merge": (no_output, merge),
+    "filter": (no_output, filter_half),
 }
 
 
@@ -303,7 +309,10 @@ def show(title: str, sizes: list[int], found: dict[str, list[dict[str, float]]])
             row = [value[unit] for value in values]
             growth = [each for each in of_linear(sizes, row, least) if each is not None]
             worst = f"{max(growth):.2f}" if growth else "-"
-            name, shown = (step, "s") if unit == "seconds" else ("", "MB")
+            if "seconds" not in values[0]:
+                name, shown, form = step, "MB", ".3f"
+            else:
+                name, shown = (step, "s") if unit == "seconds" else ("", "MB")
             click.echo(f"  {name:14}{shown:8}" + "".join(f"{each:>12{form}}" for each in row) + f"{worst:>20}")
 
 
