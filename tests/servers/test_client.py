@@ -386,7 +386,10 @@ def test_a_key_that_cannot_be_sent_is_not_quoted(monkeypatch, key):
         ("File /opt/models/llama/x.py: no", "File ...: no"),
         ("10.0.3.7:8000 and gpu-07.internal:8000, localhost:8000", "... and ..., ..."),
         ("request cmpl-0123456789abcdef0123 failed", "request ... failed"),
-        ("maximum context length is 40 tokens (12/13), 1.5 nats", "maximum context length is 40 tokens (12/13), 1.5 nats"),
+        (
+            "maximum context length is 40 tokens (12/13), 1.5 nats",
+            "maximum context length is 40 tokens (12/13), 1.5 nats",
+        ),
         ("C:\\models\\tiny is bad", "... is bad"),
     ],
 )
@@ -396,9 +399,9 @@ def test_what_is_published_names_no_machine(said, published):
 
 def test_a_refusal_names_the_server_in_its_text_alone():
     body = b'{"detail": "no /srv/models/tiny at http://10.0.0.1:8000/v1"}'
-    with answering(lambda _: (400, {}, body)) as url, client_of(url) as client:
-        with pytest.raises(RefusedError, match="http://127") as caught:
-            ask(client).result()
+    refusing = answering(lambda _: (400, {}, body))
+    with refusing as url, client_of(url) as client, pytest.raises(RefusedError, match="http://127") as caught:
+        ask(client).result()
     assert caught.value.reason == "the server refuses it: 400 no ... at ..."
     assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason
 
