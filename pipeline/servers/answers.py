@@ -49,6 +49,10 @@ def _refused(said: str, reason: str) -> RefusedError:
     return RefusedError(said, reason=reason)
 
 
+class RefusedKeyError(ServerError):
+    """A server refuses the key, or asks for one."""
+
+
 class UnusableAnswerError(Exception):
     """An answer of status 200 that is not what was asked for."""
 
@@ -128,7 +132,8 @@ def fault_of_answer(status: int, body: bytes, url: str, what: str, retry_after: 
     text = message_of(body)
     said = f"{url}: {what}: {status} {text}".rstrip()
     if status in (401, 403):
-        return Fault(f"{url}: refuses the key ({status}); set {KEY_VARIABLE} in the environment", final=ServerError)
+        said = f"{url}: refuses the key ({status}); set {KEY_VARIABLE} in the environment"
+        return Fault(said, final=RefusedKeyError)
     if status == 404:
         return Fault(
             f"{said}; expected the base address of a vLLM or SGLang server, as http://host:8000/v1, and the name of a model that it serves (--server-model)",

@@ -244,8 +244,8 @@ class Client:
             else:
                 self._remember(content, path, read)
                 return result
-            if fault.final is ServerError:
-                raise ServerError(self._redacted(fault.said))
+            if fault.final is not None and fault.final is not RefusedError:
+                raise fault.final(self._redacted(fault.said))
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
             asked[server] += 1
