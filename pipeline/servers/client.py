@@ -335,6 +335,7 @@ class Client:
             server = only or choose(self._servers, asked)
             self._running += 1
             server.in_flight += 1
+            server.sent += 1
         return server
 
     def _send(

@@ -25,6 +25,8 @@ class Server:
     url: str
     http: httpx2.Client
     in_flight: int = 0
+    sent: int = 0
+    """Requests so far."""
     failures: int = 0
     """In a row, whatever the request."""
     not_before: float = 0.0
@@ -75,5 +77,6 @@ def choose(servers: Sequence[Server], asked: Mapping[Server, int]) -> Server:
             asked.get(each, 0),
             max(each.not_before - now, 0.0),
             each.in_flight,
+            each.sent,
         ),
     )
