@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 from pipeline.errors import MisuseError, ServerError
@@ -88,7 +89,7 @@ def test_no_more_requests_are_in_flight_than_asked_for():
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.003)
+        time.sleep(0.02)
         with lock:
             now[0] -= 1
         return echo(body)
@@ -269,6 +270,20 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again():
         assert client.submit("/x", {"value": 4}, read, what="row 1").result() == 4
         with pytest.raises(RefusedError, match=r"row 2: expected numbers, found none; asked 4 times"):
             client.submit("/x", {"value": 4}, never, what="row 2").result()
+
+
+def test_an_answer_whose_numbers_are_too_large_is_asked_for_again_and_a_fault_of_ours_is_not_hidden():
+    def overflow(answer):
+        return np.array([int("9" * 20)], dtype=np.int64)
+
+    def broken(answer):
+        raise RuntimeError("a fault of ours")
+
+    with answering(echo) as url, client_of(url) as client:
+        with pytest.raises(ServerError, match=r"row 1: not an answer of this API \(OverflowError.*asked 4 times"):
+            client.submit("/x", {"value": 4}, overflow, what="row 1").result()
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            client.submit("/x", {"value": 4}, broken, what="row 1").result()
 
 
 def test_refusals_for_load_lower_the_pace():

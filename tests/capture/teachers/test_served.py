@@ -171,7 +171,9 @@ def test_rows_are_appended(config, vllm):
 
 
 def test_dry_run_writes_nothing(config, vllm, tmp_path):
+    before = set(threading.enumerate())
     lines = dict(outline(served(config, vllm)))
+    assert not [each for each in threading.enumerate() if each.name == "server-request" and each not in before]
     assert "tiny behind http://127.0.0.1" in lines["teacher"]
     assert not (tmp_path / "served").exists()
 
