@@ -238,7 +238,7 @@ class ServedTeacher:
         return ServerError(f"{error}{self._advice(error)}")
 
     def _asks_too_much(self, error: RefusedError) -> bool:
-        lower = str(error).lower()
+        lower = error.reason.lower()  # without the address
         return "logprobs" in lower and self._described.api == "vllm" and ("max" in lower or "greater" in lower)
 
     def _advice(self, error: RefusedError) -> str:
