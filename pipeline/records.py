@@ -420,6 +420,20 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstAnswer:
+    """What a server said of one short row when a capture began, N positions; later answers are compared with it."""
+
+    input_ids: tuple[int, ...]
+    """Of the row."""
+    top_ids: tuple[tuple[int, ...], ...]
+    """(N, K)."""
+    top_logprobs: tuple[tuple[float, ...], ...]
+    """(N, K), nats."""
+    own_logprobs: tuple[float, ...]
+    """(N,), nats: of the token that follows."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Which model made the logits, and everything about its loading that changes one."""
 

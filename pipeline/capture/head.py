@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from pipeline.cache.views.tokens import marked_tokens
+from pipeline.cache.writing.build import note_answer
 from pipeline.capture.job import Job
 from pipeline.capture.reading import read_shard
+from pipeline.capture.teachers.protocol import Keep
 from pipeline.progress import track
 from pipeline.records import ShardPlan
 from pipeline.sources import holds_chats
@@ -29,15 +32,19 @@ def show_first_row(job: Job) -> None:
         logger.info("first row of %s (predicted tokens in brackets): %s", first.split, tokens)
 
 
-def check_head(job: Job) -> None:
+def check_head(job: Job, keep: Keep | None = None) -> None:
     """Let the teacher check its predictions on one short row of the first shard.
+
+    Args:
+        keep: default: the first answer is kept beside the plan.
 
     Raises:
         PipelineError: they are not sound.
     """
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 16, first.stop))
-    job.teacher.compare(read_shard(job, few).examples, job.plan.contract.encoding)
+    examples = read_shard(job, few).examples
+    job.teacher.compare(examples, job.plan.contract.encoding, keep or partial(note_answer, job.layout))
 
 
 def check_rows(job: Job, shards: Sequence[ShardPlan]) -> None:

@@ -158,6 +158,8 @@ def _serve(
         patience=config.server_patience,
         top_logprobs=top_logprobs,
         check_with=config.check_with,
+        revision=config.teacher_revision,
+        trust_remote_code=config.trust_remote_code,
     )
 
 

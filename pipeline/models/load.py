@@ -266,14 +266,14 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The configuration of a model, without its weights.
 
     Raises:
         ModelError: there is none.
     """
     source, kwargs = _locate(name)
-    return _from_pretrained(AutoConfig, source, name, trust_remote_code=trust_remote_code, **kwargs)
+    return _from_pretrained(AutoConfig, source, name, revision=revision, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def _compile(model: Any, backend: str) -> None:

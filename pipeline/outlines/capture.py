@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 
-from pipeline.cache.writing.build import refresh
+from pipeline.cache.writing.build import noted_answer, refresh
 from pipeline.cache.writing.claims import finished
 from pipeline.capture.engines.progress import shards_of
 from pipeline.capture.engines.workers import devices_of_workers
@@ -35,6 +35,13 @@ def outline(config: CacheLogitsConfig) -> Outline:
     elif config.num_workers is not None:
         devices_of_workers(config, config.num_workers)
     job = prepare(config, dry_run=True)
+    try:
+        return _outline(config, job)
+    finally:
+        job.teacher.close()
+
+
+def _outline(config: CacheLogitsConfig, job: Job) -> Outline:
     refresh(job.layout)
     mine = shards_of(job.plan, config.parsed_part)
     waiting = [shard for shard in mine if config.overwrite or finished(job.layout, shard) is None]
@@ -64,7 +71,7 @@ def outline(config: CacheLogitsConfig) -> Outline:
         return (*lines, ("time", "none: nothing is left to do"))
     show_first_row(job)
     check_rows(job, waiting)
-    check_head(job)
+    check_head(job, lambda _: None if config.overwrite else noted_answer(job.layout))
     return (*lines, *_time(job, rows))
 
 

@@ -46,8 +46,17 @@ def _without_user(flag: str) -> str:
 
 
 def server_key() -> str | None:
-    """The key in the environment; None where there is none."""
-    return os.environ.get(KEY_VARIABLE, "").strip() or None
+    """The key in the environment; None where there is none.
+
+    Raises:
+        MisuseError: it cannot be sent in a header.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise MisuseError(
+            f"{KEY_VARIABLE}: expected printable ASCII without spaces and line breaks, found other characters; set it to the key alone"
+        )
+    return key or None
 
 
 def is_loopback(url: str) -> bool:

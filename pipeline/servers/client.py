@@ -1,15 +1,18 @@
-"""Requests to inference servers: several at once, to the least busy one, sent again on failure."""
+"""Requests to inference servers: several at once, to the least busy one, sent again on failure.
+
+A request that keeps failing is told from a server that fails by a control: the shortest request that has been answered
+before is sent to the same server. Where that is answered, the request is at fault, else the server.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import random
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -20,42 +23,25 @@ from pydantic_core import from_json
 from pipeline.errors import ServerError
 from pipeline.servers.addresses import KEY_VARIABLE, is_loopback
 from pipeline.servers.answers import (
+    AnswerError,
     Fault,
     RefusedError,
     UnusableAnswerError,
-    fault_of_answer,
     fault_of_exception,
 )
 from pipeline.servers.pace import MOST, Pace
-
-logger = logging.getLogger(__name__)
+from pipeline.servers.pool import Server, choose, wait_after
 
 Answer = TypeVar("Answer")
 
-#: Seconds before a request is sent again: doubled with each failure, from the first to the last.
-_FIRST_WAIT, _LAST_WAIT = 0.25, 30.0
-#: How often a request is sent whose answers cannot be used, and one that fails while others are
-#: answered.
-_TRIES, _TRIES_ALONE = 4, 8
+#: How often a request is sent whose answers cannot be used; and how often one fails before the
+#: control is sent, within the patience, and at its end. After the control it is sent once more.
+_TRIES, _TRIES_ALONE, _TRIES_AT_LEAST = 4, 7, 2
 _CONNECT_SECONDS = 10.0
 #: Seconds that requests in flight are waited for at the end.
 _CLOSE_SECONDS = 2.0
 #: Seconds without a byte after which an answer is given up and asked for again, at most.
 _READ_SECONDS = 300.0
-
-
-@dataclass(slots=True)
-class _Server:
-    """One server as the client sees it."""
-
-    url: str
-    http: httpx2.Client
-    in_flight: int = 0
-    answers: int = 0
-    failures: int = 0
-    """In a row."""
-    not_before: float = 0.0
-    """It is down: no request before this time."""
 
 
 @dataclass(slots=True)
@@ -65,16 +51,17 @@ class _Task(Generic[Answer]):
     read: Callable[[Any], Answer]
     what: str
     size: int
-    only: _Server | None
+    only: Server | None
     future: Future[Answer] = field(default_factory=Future)
 
 
 class Client:
     """A client of one or several servers of the same model; `submit` may be called from any thread.
 
-    Each request is sent to the server with the fewest requests in flight. It is sent again after a growing wait where a
-    server is unreachable, slow, overloaded (429, 503) or fails (5xx), until `patience` seconds have gone by since its
-    first failure. The key is read from the environment by the caller and stands in no message.
+    Each request is sent to the server with the fewest requests in flight. It is sent again after a growing wait, and to
+    another server first, where a server is unreachable, slow, overloaded (429, 503) or fails (5xx), until `patience`
+    seconds have gone by since its first failure. A server that fails is left alone for a growing time while there is
+    another. The key is read from the environment by the caller and stands in no message.
     """
 
     def __init__(
@@ -98,7 +85,7 @@ class Client:
         headers = {"Accept": "application/json", **({} if key is None else {"Authorization": f"Bearer {key}"})}
         self.patience = patience
         self._servers = [
-            _Server(
+            Server(
                 url,
                 httpx2.Client(
                     base_url=url,
@@ -112,11 +99,12 @@ class Client:
         ]
         self._key = key
         self._pace = Pace(concurrency, len(urls))
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock is reentrant
         self._tasks: deque[_Task[Any]] = deque()
         self._threads: list[threading.Thread] = []
         self._running = self._pausing = 0
         self._closed = False
+        self._control: tuple[bytes, str, Callable[[Any], Any]] | None = None
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -172,7 +160,7 @@ class Client:
 
         Returns:
             A future of what `read` gives. It raises `RefusedError` where the server refuses this very request (4xx, or
-            5xx while others are answered), and `ServerError` where no server can be used.
+            5xx again and again) and answers the control, and `ServerError` where no server can be used.
         """
         only = None if url is None else next(server for server in self._servers if server.url == url)
         task = _Task(path, json.dumps(body).encode(), read, what, size, only)
@@ -181,7 +169,7 @@ class Client:
                 raise RuntimeError("the client is closed")
             self._tasks.append(task)
             self._start_threads()
-            self._changed.notify()
+            self._changed.notify_all()  # one that pauses between two tries may be the first to wake
         return task.future
 
     def close(self) -> None:
@@ -231,55 +219,55 @@ class Client:
         path: str,
         what: str,
         read: Callable[[Any], Answer],
-        only: _Server | None = None,
+        only: Server | None = None,
         *,
         size: int = 1,
     ) -> Answer:
         """Send a request until it is answered, refused, or patience ends."""
         first_failure: float | None = None
-        failed_alone, unusable, answers = 0, 0, self._answers()
+        unusable, is_suspect = 0, False
+        asked, failed = Counter[Server](), Counter[Server]()
         for attempt in range(1 << 30):
-            server = only or self._least_busy()
+            server = self._taken(only, asked)
             try:
-                return self._send(server, content, path, read, size)
+                result = self._send(server, content, path, read, size)
             except UnusableAnswerError as error:
                 unusable += 1
-                fault = Fault(f"{server.url}: {what}: {error}")
+                fault = Fault(f"{server.url}: {what}: {error}", is_of_server=not error.of_row)
                 if unusable >= _TRIES:
-                    raise (RefusedError if error.of_row else ServerError)(
-                        self._redacted(f"{fault.said}; asked {unusable} times")
-                    ) from None
-            except (httpx2.HTTPError, RuntimeError) as error:
-                if self._closed or not isinstance(error, httpx2.HTTPError):
-                    raise ServerError(f"{what}: the client was closed") from None
+                    final = RefusedError if error.of_row else ServerError
+                    fault = Fault(f"{fault.said}; asked {unusable} times", final=final, reason=str(error))
+            except httpx2.HTTPError as error:
                 fault = fault_of_exception(error, server.url)
-            except _AnswerError as answer:
-                fault = fault_of_answer(answer.status, answer.body, server.url, what, answer.retry_after)
-            if fault.final is not None:
+            except AnswerError as answer:
+                fault = answer.fault(server.url, what)
+            else:
+                self._remember(content, path, read)
+                return result
+            if fault.final is not None and fault.final is not RefusedError:
                 raise fault.final(self._redacted(fault.said))
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
-            if fault.is_of_request:
-                failed_alone, answers = failed_alone + (self._answers() > answers), self._answers()
-                if failed_alone >= _TRIES_ALONE:
-                    raise RefusedError(
-                        self._redacted(f"{fault.said}; asked {failed_alone} times, while others were answered")
-                    )
-            if fault.is_of_load:
-                with self._changed:
-                    self._pace.refused()
-            pause = min(_LAST_WAIT, _FIRST_WAIT * 2 ** min(attempt, 20)) * random.uniform(0.75, 1.25)
-            pause = max(pause, fault.retry_after)
-            if fault.is_down:
-                with self._changed:
-                    if server.failures == 0:
-                        logger.warning("%s; asking again for %.3g s", self._redacted(fault.said), self.patience)
-                    if now >= server.not_before:
-                        server.not_before = now + min(_LAST_WAIT, _FIRST_WAIT * 2 ** min(server.failures, 20))
-                        server.failures += 1
-                others = only is None and any(each.not_before <= now for each in self._servers)
-                pause = 0.0 if others else pause
-            if now + pause - first_failure > self.patience:
+            asked[server] += 1
+            failed[server] += fault.is_of_request
+            if fault.is_of_server:
+                self._failed(server, fault)
+            if fault.final is RefusedError and self._answers_control(server, unknown=True):
+                raise self._refused(fault)
+            pause = max(wait_after(attempt) * random.uniform(0.75, 1.25), fault.retry_after)
+            if only is None and self._has_other(asked):
+                pause = 0.0
+            is_over = now + pause - first_failure > self.patience
+            enough = _TRIES_AT_LEAST if is_over else _TRIES_ALONE
+            if fault.is_of_request and failed.total() >= enough:
+                for each in [each for each in failed if not self._answers_control(each, unknown=False)]:
+                    del failed[each]  # it is the server that fails
+                was_suspect, is_suspect = is_suspect, failed.total() >= enough
+                if is_suspect and was_suspect:
+                    raise self._refused(fault, f"; asked {sum(asked.values())} times, while others were answered")
+                if is_suspect:  # unless the server has begun to answer again just now
+                    continue
+            if is_over:
                 raise ServerError(
                     self._redacted(
                         f"{fault.said}; given up after {self.patience:g} s (--server-patience); what is finished stays: start the server and run the same command again"
@@ -288,14 +276,71 @@ class Client:
             self._pause(pause)
         raise AssertionError("unreachable")
 
-    def _send(
-        self, server: _Server, content: bytes | None, path: str, read: Callable[[Any], Answer], size: int
-    ) -> Answer:
+    def _refused(self, fault: Fault, more: str = "") -> RefusedError:
+        return RefusedError(self._redacted(f"{fault.said}{more}"), reason=self._redacted(fault.reason))
+
+    def _failed(self, server: Server, fault: Fault) -> None:
+        """Leave a server alone for a while; where there is no other to ask, a refusal for load lowers the pace."""
+        said = self._redacted(fault.said)
+        with self._changed:
+            server.failed(said, self.patience, at_once=fault.is_down, retry_after=fault.retry_after)
+            if fault.is_of_load and not self._has_other((server,)):
+                self._pace.refused()
+
+    def _has_other(self, servers: Container[Server]) -> bool:
+        """Whether there is a server to ask beside some."""
+        with self._changed:
+            now = time.monotonic()
+            return any(each not in servers and each.is_usable(now) for each in self._servers)
+
+    def _remember(self, content: bytes | None, path: str, read: Callable[[Any], Any]) -> None:
+        """Keep the shortest request that was answered as the control."""
+        with self._changed:
+            if content is not None and (self._control is None or len(content) < len(self._control[0])):
+                self._control = content, path, read
+
+    def _answers_control(self, server: Server, *, unknown: bool) -> bool:
+        """Whether a server answers a request that has been answered before; `unknown` where none has been.
+
+        Raises:
+            ServerError: the server refuses the control too.
+        """
+        if self._control is None:
+            return unknown
+        what = "a request that was answered before"
+        try:
+            self._send(self._taken(server, {}), *self._control, 1)
+        except AnswerError as answer:
+            fault = answer.fault(server.url, what)
+        except UnusableAnswerError as error:
+            fault = Fault(f"{server.url}: {what}: {error}")
+        except httpx2.HTTPError as error:
+            fault = fault_of_exception(error, server.url)
+        else:
+            return True
+        if fault.final is not None:
+            raise ServerError(
+                self._redacted(
+                    f"{fault.said}; does it run with the settings that it had? What is finished stays: start it with them and run the same command again"
+                )
+            )
+        self._failed(server, fault)
+        return False
+
+    def _taken(self, only: Server | None, asked: Mapping[Server, int]) -> Server:
+        """Wait until a request may be sent, and say where to; `_send` gives the place back."""
         with self._changed:
             while self._running >= self._pace.limit and not self._closed:
                 self._changed.wait()
+            server = only or choose(self._servers, asked)
             self._running += 1
             server.in_flight += 1
+            server.sent += 1
+        return server
+
+    def _send(
+        self, server: Server, content: bytes | None, path: str, read: Callable[[Any], Answer], size: int
+    ) -> Answer:
         answered = False
         try:
             if content is None:
@@ -305,8 +350,12 @@ class Client:
             if content is None and response.status_code == 404:
                 return read(None)
             if response.status_code != 200:
-                raise _AnswerError(response)
+                raise AnswerError(response)
             answered = True
+        except (httpx2.HTTPError, RuntimeError):
+            if not self._closed:
+                raise
+            raise ServerError("the client was closed") from None
         finally:
             with self._changed:
                 self._running -= 1
@@ -321,23 +370,11 @@ class Client:
             raise UnusableAnswerError(f"expected JSON, found {response.content[:60]!r}") from None
         try:
             result = read(answer)
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UnusableAnswerError(f"not an answer of this API ({type(error).__name__}: {error})") from None
         with self._changed:
-            server.answers += 1
-            if server.failures:
-                logger.warning("%s: answers again", server.url)
-                server.failures, server.not_before = 0, 0.0
+            server.answered()
         return result
-
-    def _least_busy(self) -> _Server:
-        """Of the servers that are not down, else of those whose pause ends first."""
-        with self._changed:
-            now = time.monotonic()
-            return min(self._servers, key=lambda server: (max(server.not_before - now, 0.0), server.in_flight))
-
-    def _answers(self) -> int:
-        return sum(server.answers for server in self._servers)
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -354,13 +391,3 @@ class Client:
 
     def _redacted(self, text: str) -> str:
         return text if self._key is None else text.replace(self._key, f"${KEY_VARIABLE}")
-
-
-class _AnswerError(Exception):
-    """An answer with another status than 200."""
-
-    def __init__(self, response: httpx2.Response) -> None:
-        super().__init__(response.status_code)
-        self.status = response.status_code
-        self.body = response.content
-        self.retry_after = response.headers.get("Retry-After")

@@ -15,6 +15,9 @@ Api = Literal["vllm", "sglang"]
 #: What SGLang says of its settings and what changes a prediction.
 _SETTINGS = ("dtype", "quantization", "kv_cache_dtype", "attention_backend", "revision")
 _MOST_TEXT = 200
+#: Tokens of a context that no prompt takes: the one that is generated; and of SGLang's scheduler,
+#: whose longest prompt is below the context less 1 and 5.
+_NOT_PROMPT: Mapping[Api, int] = {"vllm": 1, "sglang": 7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,16 @@ def _describe(client: Client, url: str, api: Api | None, model: str | None) -> D
         api=found,
         model=str(entry["id"]),
         version=str(info.get("version") or "unknown")[:_MOST_TEXT],
-        longest=length - 1 if isinstance(length, int) and length > 1 else None,
-        settings=settings if found == "sglang" else {},
+        longest=max(1, length - _NOT_PROMPT[found]) if isinstance(length, int) and length > 1 else None,
+        settings=settings if found == "sglang" else _root(entry),
     )
+
+
+def _root(entry: Mapping[str, Any]) -> dict[str, str]:
+    """What vLLM says of the weights: the last name of their directory or hub name."""
+    root = entry.get("root")
+    name = PurePath(root).name[:_MOST_TEXT] if isinstance(root, str) else ""
+    return {"root": name} if name else {}
 
 
 def _models(answer: Any, url: str) -> Sequence[Mapping[str, Any]]:

@@ -46,22 +46,25 @@ class Request:
     """Tokens of the prompt."""
 
 
-def requests_for(api: Api, model: str, ids: Sequence[int], positions: np.ndarray, k: int) -> list[Request]:
+def requests_for(
+    api: Api, model: str, ids: Sequence[int], positions: np.ndarray, k: int, rows: int | None = None
+) -> list[Request]:
     """Requests for the predictions at some positions of one prompt; several where it is long.
 
     Args:
         ids: the prompt.
         positions: (P,) int64, rising, each below `len(ids) - 1`.
         k: how many classes of each position.
+        rows: classes of the model, padding included; None: not known.
     """
     if api == "vllm":
-        return [_vllm(model, ids[: int(positions[-1]) + 2], positions, k)]
+        return [_vllm(model, ids[: int(positions[-1]) + 2], positions, k, rows)]
     starts = np.searchsorted(positions, np.arange(positions[0], positions[-1] + 1, _POSITIONS))
     parts = [part for part in np.split(positions, starts[1:]) if len(part)]
-    return [_sglang(ids[: int(part[-1]) + 2], part, k) for part in parts]
+    return [_sglang(ids[: int(part[-1]) + 2], part, k, rows) for part in parts]
 
 
-def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int) -> Request:
+def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int, rows: int | None) -> Request:
     body = {
         "model": model,
         "prompt": list(ids),
@@ -80,13 +83,13 @@ def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int) -> Requ
         given = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
         if given is not None and list(given) != list(ids):
             raise UnusableAnswerError("expected an answer for the token ids that were sent, found one for others")
-        rows = [entries[p + 1] for p in positions]
-        for p, row in zip(positions, rows, strict=True):
+        tops = [entries[p + 1] for p in positions]
+        for p, row in zip(positions, tops, strict=True):
             if not isinstance(row, dict):
                 raise UnusableAnswerError(f"position {p}: expected log-probabilities, found {row!r}")
-        counts = np.array([len(row) for row in rows])
-        tokens = np.array([int(token) for row in rows for token in row], dtype=np.int64)
-        values = np.array([_value(each) for row in rows for each in row.values()], dtype=np.float64)  # null: nan
+        counts = np.array([len(row) for row in tops])
+        tokens = np.array([int(token) for row in tops for token in row], dtype=np.int64)
+        values = np.array([_value(each) for row in tops for each in row.values()], dtype=np.float64)  # null: nan
         is_own = tokens == np.repeat(following, counts)
         missing = np.add.reduceat(is_own, np.cumsum(counts) - counts) != 1
         if missing.any():
@@ -97,12 +100,12 @@ def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int) -> Requ
         # The token that follows is one more where it is none of the most likely.
         counts_top = counts - (counts == k + 1)
         in_top = ~(is_own & np.repeat(counts == k + 1, counts))
-        return _table(tokens[in_top], values[in_top], counts_top, values[is_own], positions, k)
+        return _table(tokens[in_top], values[in_top], counts_top, values[is_own], positions, k, rows)
 
     return Request("/v1/completions", body, read, len(ids))
 
 
-def _sglang(ids: Sequence[int], positions: np.ndarray, k: int) -> Request:
+def _sglang(ids: Sequence[int], positions: np.ndarray, k: int, rows: int | None) -> Request:
     start = int(positions[0])
     body = {
         "input_ids": list(ids),
@@ -137,6 +140,7 @@ def _sglang(ids: Sequence[int], positions: np.ndarray, k: int) -> Request:
             np.array([tokens[p + 1 - start][0] for p in positions], dtype=np.float64),
             positions,
             k,
+            rows,
         )
 
     return Request("/generate", body, read, len(ids))
@@ -166,7 +170,13 @@ def _expect_count(found: int, expected: int) -> None:
 
 
 def _table(
-    tokens: np.ndarray, values: np.ndarray, counts: np.ndarray, own: np.ndarray, positions: np.ndarray, k: int
+    tokens: np.ndarray,
+    values: np.ndarray,
+    counts: np.ndarray,
+    own: np.ndarray,
+    positions: np.ndarray,
+    k: int,
+    classes: int | None = None,
 ) -> TopLogprobs:
     """Entries of P positions, one after another -> (P, K), by falling log-probability, then by id."""
     few = counts != k
@@ -176,6 +186,8 @@ def _table(
     ids, values = tokens.reshape(-1, k), values.reshape(-1, k)
     wrong = np.isnan(values).any(-1) | np.isnan(own) | (values > _POSITIVE).any(-1) | (own > _POSITIVE)
     wrong |= np.exp(np.minimum(values, 1.0)).sum(-1) > _MOST_MASS
+    if classes is not None:  # the most likely of V classes has 1/V or more
+        wrong |= values.max(-1) < -np.log(classes) - _POSITIVE
     if wrong.any():
         n = int(wrong.argmax())
         shown = [None if np.isnan(value) else round(float(value), 3) for value in values[n][:4]]

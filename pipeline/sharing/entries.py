@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.capture import LabelledRow
 from pipeline.errors import BadRowError
 from pipeline.records import Scalar, SoftLabels, TeacherScores, TopK
+from pipeline.softlabels.outside import log_outside
 from pipeline.softlabels.ragged import offsets_of
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 
@@ -179,8 +180,12 @@ def _soft_labels(ids: np.ndarray, logprobs: np.ndarray, num_classes: int, k: int
             raise BadRowError(
                 f"position {position[n]}: expected {what}, found {ids[n][:8].tolist()}, mass {mass[n]:.3f}{why}"
             )
-    residual = torch.from_numpy(np.log(np.maximum(1 - mass, np.finfo(np.float64).tiny))).float()
-    outside_is_none = torch.from_numpy((mass >= 1) | (counts == num_classes))
+    least = np.where(known, logprobs, np.inf).min(-1)  # (N,)
+    with np.errstate(divide="ignore"):  # no class outside
+        most = np.log(np.maximum(num_classes - counts, 0)) + least
+    rounded = log_outside(mass, counts, num_classes, most)
+    residual = np.where(mass < 1, np.log(np.maximum(1 - mass, np.finfo(np.float64).tiny)), rounded)
+    residual = np.where(counts == num_classes, -np.inf, residual)
     return SoftLabels(
         TopK(k, (1.0,)),
         num_classes,
@@ -189,5 +194,5 @@ def _soft_labels(ids: np.ndarray, logprobs: np.ndarray, num_classes: int, k: int
         top_logprobs=torch.from_numpy(logprobs[known]).float(),
         tail_offsets=torch.zeros(len(counts) + 1, dtype=torch.int64),
         tail_ids=torch.zeros(0, dtype=torch.int64),
-        log_residuals=residual.masked_fill(outside_is_none, -torch.inf).unsqueeze(-1),
+        log_residuals=torch.from_numpy(residual).float().unsqueeze(-1),
     )

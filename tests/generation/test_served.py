@@ -15,6 +15,7 @@ from pipeline.generation.draws import SeededDraws, stream_key
 from pipeline.generation.records import Sampling
 from pipeline.generation.run import run
 from pipeline.generation.served import same_text
+from pipeline.servers import pool
 from tests.support.generations import config, writing_model  # noqa: F401 - a fixture
 
 
@@ -129,7 +130,9 @@ def test_ids_seeds_and_log_probabilities_go_both_ways(config, serve, lm_tokenize
     assert {request["top_k"] for request in server.asked if "top_k" in request} == {40}
 
 
-def test_two_servers_share_the_requests_and_faults_change_nothing(config, serve):
+def test_two_servers_share_the_requests_and_faults_change_nothing(config, serve, monkeypatch):
+    monkeypatch.setattr(pool, "FIRST_WAIT", 0.001)  # a server that fails is left alone for a while
+    monkeypatch.setattr(pool, "LAST_WAIT", 0.001)
     one, two = serve(), serve()
     two.faults = [500, 503, 429]
     found = run(config("two", server=(one.url, two.url), rows="0:6", concurrency=3))

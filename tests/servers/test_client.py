@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 from pipeline.errors import MisuseError, ServerError
-from pipeline.servers import client as module
-from pipeline.servers.addresses import base_urls, is_loopback
-from pipeline.servers.answers import RefusedError, UnusableAnswerError, message_of
+from pipeline.servers import pool
+from pipeline.servers.addresses import base_urls, is_loopback, server_key
+from pipeline.servers.answers import RefusedError, UnusableAnswerError, message_of, publishable
 from pipeline.servers.client import Client
 from pipeline.servers.pace import Pace
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "_FIRST_WAIT", 0.005)
-    monkeypatch.setattr(module, "_LAST_WAIT", 0.05)
+    monkeypatch.setattr(pool, "FIRST_WAIT", 0.005)
+    monkeypatch.setattr(pool, "LAST_WAIT", 0.05)
 
 
 class _Server(ThreadingHTTPServer):
@@ -87,7 +89,7 @@ def test_no_more_requests_are_in_flight_than_asked_for():
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.003)
+        time.sleep(0.02)
         with lock:
             now[0] -= 1
         return echo(body)
@@ -141,6 +143,95 @@ def test_one_request_that_fails_while_others_are_answered_is_refused():
             bad.result(0)
 
 
+@pytest.mark.parametrize("patience", [60.0, 0.1])
+def test_a_request_that_always_fails_is_refused_with_nothing_else_to_ask(patience):
+    def answer(body):
+        return (500, {}, b"NaN is not JSON") if body["value"] == 3 else echo(body)
+
+    with answering(answer) as url, client_of(url, patience=patience) as client:
+        assert ask(client, 1).result() == 1
+        with pytest.raises(RefusedError, match=r"row 7: 500 NaN is not JSON; asked \d times, while others") as caught:
+            ask(client, 3).result()
+    assert caught.value.reason == "the server refuses it: 500 NaN is not JSON"
+
+
+def test_a_server_that_fails_at_everything_refuses_no_request():
+    broken = []
+    with (
+        answering(lambda body: (500, {}, b"no") if broken else echo(body)) as url,
+        client_of(url, patience=0.5) as client,
+    ):
+        assert ask(client, 1).result() == 1
+        broken.append(1)
+        with pytest.raises(ServerError, match=r"row 7: 500 no; given up after 0\.5 s") as caught:
+            ask(client, 3).result()
+        assert not isinstance(caught.value, RefusedError)
+        future = ask(client, 4)
+        time.sleep(0.3)
+        broken.clear()
+        assert future.result() == 4
+
+
+@pytest.mark.parametrize("status", [500, 503, 200])
+def test_one_broken_server_of_two_costs_no_row(status):
+    hits = []
+    bad = answering(lambda body: (hits.append(1), (status, {}, b"backend down"))[1])
+    with answering(echo) as good, bad as url, client_of(url, good, concurrency=8, patience=20.0) as client:
+        assert [f.result() for f in [ask(client, i) for i in range(100)]] == list(range(100))
+        assert client.concurrency == 8
+    assert 1 <= len(hits) < 60
+
+
+def test_a_request_is_not_at_fault_where_only_a_broken_server_has_it():
+    broken = []
+    bad = answering(lambda body: (500, {}, b"no") if broken else echo(body))
+    with bad as url, answering(echo) as good, client_of(url, good, patience=20.0) as client:
+        assert client.submit("/x", {"value": 1}, lambda answer: answer["value"], what="row 1", url=url).result() == 1
+        broken.append(1)
+        asked = client.submit("/x", {"value": 2}, lambda answer: answer["value"], what="row 2", url=url)
+        time.sleep(0.6)
+        assert not asked.done()
+        broken.clear()
+        assert asked.result() == 2
+
+
+def test_a_server_that_refuses_what_it_answered_before_is_at_fault():
+    other = []
+
+    def answer(body):
+        return (400, {}, b"greater than max allowed: 5") if other or body["value"] == 3 else echo(body)
+
+    with answering(answer) as url, client_of(url) as client:
+        assert ask(client, 1).result() == 1
+        with pytest.raises(RefusedError):
+            ask(client, 3).result()
+        other.append(1)
+        with pytest.raises(ServerError, match="a request that was answered before: 400 greater than") as caught:
+            ask(client, 4).result()
+        assert not isinstance(caught.value, RefusedError)
+
+
+def test_a_request_is_sent_at_once_while_another_one_pauses():
+    """A pause waits under the lock that requests are handed over with; it must not swallow what wakes a thread."""
+    first = []
+
+    def answer(body):
+        busy = body["value"] == 0 and not first
+        return (first.append(1), (503, {"Retry-After": "8"}, b"busy"))[1] if busy else echo(body)
+
+    def read(answer):
+        time.sleep(0.02)
+        return answer["value"]
+
+    with answering(answer) as url, client_of(url, concurrency=8, patience=60.0) as client:
+        client.submit("/x", {"value": 0}, read, what="row 0")
+        time.sleep(0.3)
+        client.submit("/x", {"value": 1}, read, what="row 1").result()
+        time.sleep(0.2)
+        for n in range(2, 5):
+            assert client.submit("/x", {"value": n}, read, what="row").result(3) == n
+
+
 def test_patience_ends(caplog):
     with client_of("http://127.0.0.1:9", patience=0.2) as client:
         started = time.monotonic()
@@ -179,6 +270,20 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again():
         assert client.submit("/x", {"value": 4}, read, what="row 1").result() == 4
         with pytest.raises(RefusedError, match=r"row 2: expected numbers, found none; asked 4 times"):
             client.submit("/x", {"value": 4}, never, what="row 2").result()
+
+
+def test_an_answer_whose_numbers_are_too_large_is_asked_for_again_and_a_fault_of_ours_is_not_hidden():
+    def overflow(answer):
+        return np.array([int("9" * 20)], dtype=np.int64)
+
+    def broken(answer):
+        raise RuntimeError("a fault of ours")
+
+    with answering(echo) as url, client_of(url) as client:
+        with pytest.raises(ServerError, match=r"row 1: not an answer of this API \(OverflowError.*asked 4 times"):
+            client.submit("/x", {"value": 4}, overflow, what="row 1").result()
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            client.submit("/x", {"value": 4}, broken, what="row 1").result()
 
 
 def test_refusals_for_load_lower_the_pace():
@@ -275,6 +380,45 @@ def test_the_key_is_in_no_message(monkeypatch):
         asked = ask(client)
         with pytest.raises(RefusedError, match=line):
             asked.result()
+
+
+@pytest.mark.parametrize("key", ["planted\nsecret", "planted secret", "planted\u00e9secret", "planted\x07secret"])
+def test_a_key_that_cannot_be_sent_is_not_quoted(monkeypatch, key):
+    monkeypatch.setenv("SOFTLABEL_SERVER_KEY", key)
+    with pytest.raises(MisuseError, match="SOFTLABEL_SERVER_KEY: expected printable ASCII") as caught:
+        server_key()
+    assert "planted" not in str(caught.value)
+    with answering(echo) as url, client_of(url, key="planted\nsecret") as client:
+        with pytest.raises(ServerError, match="check the address, and the key") as refused:
+            ask(client).result()
+        assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "published"),
+    [
+        ("CUDA error at http://gpu-07.internal:8000/v1: no", "CUDA error at ... no"),
+        ("File /opt/models/llama/x.py: no", "File ...: no"),
+        ("10.0.3.7:8000 and gpu-07.internal:8000, localhost:8000", "... and ..., ..."),
+        ("request cmpl-0123456789abcdef0123 failed", "request ... failed"),
+        (
+            "maximum context length is 40 tokens (12/13), 1.5 nats",
+            "maximum context length is 40 tokens (12/13), 1.5 nats",
+        ),
+        ("C:\\models\\tiny is bad", "... is bad"),
+    ],
+)
+def test_what_is_published_names_no_machine(said, published):
+    assert publishable(said) == published
+
+
+def test_a_refusal_names_the_server_in_its_text_alone():
+    body = b'{"detail": "no /srv/models/tiny at http://10.0.0.1:8000/v1"}'
+    refusing = answering(lambda _: (400, {}, body))
+    with refusing as url, client_of(url) as client, pytest.raises(RefusedError, match="http://127") as caught:
+        ask(client).result()
+    assert caught.value.reason == "the server refuses it: 400 no ... at ..."
+    assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from pipeline.capture.teachers.served import top_labels
+from pipeline.capture.teachers.tops import top_labels
 from pipeline.records import TopK, TopP
 from pipeline.servers import scoring
 from pipeline.servers.answers import UnusableAnswerError
 from pipeline.servers.scoring import requests_for
+from pipeline.softlabels import target
+from pipeline.training.divergences import divergence
 
 IDS = [5, 6, 7, 8]
 POSITIONS = np.array([0, 2])
@@ -89,6 +92,29 @@ def test_what_is_wrong_is_named_with_its_position(answer, line):
         vllm().read(answer)
 
 
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_logits_that_are_all_negative_are_found_out(api):
+    (request,) = requests_for(api, "m", IDS, POSITIONS, 2, 50)
+    if api == "vllm":
+        answer = vllm_answer()
+        answer["choices"][0]["prompt_logprobs"][1] = {"6": -4.0, "9": -31.0}  # 1/50 is at -3.9
+    else:
+        answer = sglang_answer(IDS, 0)
+        answer["meta_info"]["input_top_logprobs"][1] = [[-4.0, 6, None], [-31.0, 9, None]]
+    with pytest.raises(UnusableAnswerError, match=r"position 0: .*are they logits") as caught:
+        request.read(answer)
+    assert caught.value.of_row
+    (unknown,) = requests_for(api, "m", IDS, POSITIONS, 2)
+    unknown.read(answer)
+
+
+def test_an_id_beyond_all_numbers_is_an_answer_that_cannot_be_used():
+    answer = vllm_answer()
+    answer["choices"][0]["prompt_logprobs"][1] = {"6": -1.0, "99999999999999999999": -2.0}
+    with pytest.raises(ArithmeticError):  # which the client takes for one
+        vllm().read(answer)
+
+
 def sglang_answer(ids, start, k=2):
     tokens = [[None if i == start else -1.0, ids[i], None] for i in range(start, len(ids))]
     tops = [None, *([[-0.5 - c, 10 + c, None] for c in range(k)] for _ in tokens[1:])]
@@ -128,3 +154,31 @@ def test_soft_labels_of_the_top():
     cut = top_labels(ids, logprobs, TopP(0.4, (1.0,)), 4)
     assert cut.top_ids.tolist() == [3, 0]
     np.testing.assert_allclose(cut.log_residuals.exp().flatten(), [0.5, 0.1], rtol=1e-6)
+
+
+def test_a_position_with_classes_outside_has_mass_there():
+    ids = np.array([[0, 1], [0, 1], [0, 1], [0, 9]])
+    logprobs = np.array([[0.0, -30.0], [-1e-9, -12.0], np.log([0.6, 0.3]), [0.0, -30.0]])
+    soft = top_labels(ids, logprobs, TopK(2, (1.0,)), 4, rows=6).log_residuals.flatten().tolist()
+    assert soft[0] == pytest.approx(np.log(4) - 30)  # no more than 4 classes of the second one's probability
+    assert soft[1] == pytest.approx(np.log(2.0**-24))
+    assert soft[2] == pytest.approx(np.log(0.1))
+    assert soft[3] == pytest.approx(np.log(2.0**-24))  # class 9 is padding, and outside
+    assert top_labels(ids, logprobs, TopP(0.5, (1.0,)), 4, rows=6).log_residuals[2].item() == pytest.approx(np.log(0.4))
+    assert top_labels(ids[:1], logprobs[:1], TopK(2, (1.0,)), 2, rows=2).log_residuals.item() == -np.inf
+    unknown = top_labels(ids, logprobs, TopK(2, (1.0,)), 4).log_residuals.flatten().tolist()
+    assert unknown[0] == pytest.approx(np.log(2.0**-24))
+
+
+def test_a_reverse_kl_of_a_certain_teacher_is_not_negative():
+    """float32 log-probabilities of a teacher that is almost certain sum to 1 or more."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 4096, generator=generator)
+    logits[:, 0] += 24
+    values, ids = torch.log_softmax(logits, -1).topk(8, -1)
+    soft = top_labels(ids.numpy(), values.double().numpy(), TopK(8, (1.0,)), 4096, 4096)
+    student = torch.randn(64, 4096, generator=generator)
+    student[:, 0] += 10
+    for kind in ("forward-kl", "reverse-kl", "jensen-shannon"):
+        found = divergence(student, target(soft, 1.0), kind=kind, temperature=1.0)
+        assert found.min() > -1e-6

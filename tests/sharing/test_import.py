@@ -13,6 +13,7 @@ import pipeline as softlabel
 from pipeline.cache import verify
 from pipeline.cli import main
 from pipeline.errors import BadRowError, SourceError
+from pipeline.sharing.entries import _soft_labels
 from tests.conftest import sentence, tiny_model
 
 K = 5
@@ -111,6 +112,16 @@ def test_every_layout_comes_back_as_the_logits_it_was_made_from(tmp_path, answer
         torch.testing.assert_close(row.soft.log_residuals[:, 0].double().exp(), rest, atol=2e-3, rtol=2e-3)
         nll = -logprobs[positions, torch.tensor(ids)[positions + 1]].sum()
         assert row.teacher_nll_sum == pytest.approx(float(nll), rel=1e-4)
+
+
+def test_a_position_with_classes_outside_has_mass_there():
+    """Where the rounded masses sum to 1; every other position is as it was."""
+    ids = np.array([[0, 1], [0, 1], [0, 1]])
+    logprobs = np.array([[0.0, -30.0], [0.0, -12.0], [np.log(0.6), np.log(0.3)]])
+    soft = _soft_labels(ids, logprobs, 100, 2, np.arange(3)).log_residuals.flatten()
+    expected = [np.log(98) - 30, np.log(2.0**-24), np.log(1 - np.exp(logprobs[2]).sum())]
+    assert soft.tolist() == pytest.approx(expected)
+    assert _soft_labels(ids[:1], logprobs[:1], 2, 2, np.arange(1)).log_residuals.item() == -np.inf
 
 
 def test_a_student_trains_from_an_imported_cache(tmp_path, answers, lm_tokenizer):

@@ -37,6 +37,8 @@ class StandIn:
     api: str = "vllm"
     model: str = "tiny"
     version: str = "0.32.0"
+    root: str | None = None
+    """Where vLLM has its weights from, as it says."""
     longest: int = 4096
     most_logprobs: int = 400
     latency: float = 0.0
@@ -77,6 +79,8 @@ class StandIn:
     def get(self, path: str) -> Any:
         if path == "/v1/models":
             entry = {"id": self.model, "object": "model", "owned_by": self.api, "max_model_len": self.longest}
+            if self.root is not None:
+                entry["root"] = self.root
             return {"object": "list", "data": [entry]}
         if path == "/version" and self.api == "vllm":
             return {"version": self.version}

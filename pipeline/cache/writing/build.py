@@ -42,6 +42,7 @@ from pipeline.errors import CacheError, ContractError
 from pipeline.records import (
     AlignmentProbe,
     Contract,
+    FirstAnswer,
     Manifest,
     Receipt,
     Shard,
@@ -116,6 +117,28 @@ def note_contents(layout: Layout, plan: Plan, contents: SourceContents) -> None:
     if not is_finished(layout, plan):
         write_text(_contents_path(layout), dump(contents))
         _send(layout, [_contents_path(layout)])
+
+
+def note_answer(layout: Layout, answer: FirstAnswer) -> FirstAnswer:
+    """Keep the first answer of a capture beside its plan, whoever has it first; the one that is there then."""
+    path = _answer_path(layout)
+    found = noted_answer(layout)
+    if found is None:
+        path.parent.mkdir(exist_ok=True)
+        found = answer if _create(layout, path, dump(answer)) else noted_answer(layout)
+    return found or answer
+
+
+def noted_answer(layout: Layout) -> FirstAnswer | None:
+    """The first answer of a capture; None where none is kept."""
+    path = _answer_path(layout)
+    if layout.outbox is not None and not path.is_file():
+        layout.outbox.fetch("reports/first-answer.json")
+    return parse(FirstAnswer, path) if path.is_file() else None
+
+
+def _answer_path(layout: Layout) -> Path:
+    return layout.root / "reports" / "first-answer.json"
 
 
 def _contents_path(layout: Layout) -> Path:

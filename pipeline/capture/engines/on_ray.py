@@ -20,8 +20,9 @@ from pipeline.cache.writing.claims import Claims
 from pipeline.capture.engines.deal import Deal
 from pipeline.capture.engines.progress import Tally, Throttle, already, progress_of
 from pipeline.capture.engines.work import Config, Work
-from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.errors import CacheError, MisuseError, PipelineError, ServerError
 from pipeline.records import Receipt, ShardPlan
+from pipeline.servers.answers import RefusedKeyError
 from pipeline.verbosity import level_name, set_level
 
 logger = logging.getLogger(__name__)
@@ -248,6 +249,10 @@ def _answer(ray: Any, reference: Any) -> _Said | None:
         found = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
+        if isinstance(cause, RefusedKeyError):
+            raise ServerError(
+                f"{cause} of the Ray cluster, on every machine, before it starts: the key is not sent through Ray"
+            ) from None
         if isinstance(cause, PipelineError):
             raise cause from None
         raise CacheError(f"a Ray worker met {str(error).strip().splitlines()[-1]}; what was finished is kept") from None

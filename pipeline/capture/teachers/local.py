@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.forward import device_name, output_matrix, synchronize, teacher_logits
+from pipeline.capture.teachers.protocol import Keep
 from pipeline.errors import ModelError
 from pipeline.models import LoadedModel, check_isolation, longest_input, model_info
 from pipeline.records import Encoding, ModelInfo, Tokenization, TokenizedExample
@@ -102,7 +103,7 @@ class LocalTeacher:
         """Logits serve every encoding; the attention may not isolate documents."""
         check_isolation(self.model, tokenization)
 
-    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
+    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
         """Compare the head on supervised positions with the model's plain path, on a short row.
 
         Raises:

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.capture.teachers.predictions import Predicted
-from pipeline.records import Encoding, ModelInfo, Tokenization, TokenizedExample
+from pipeline.records import Encoding, FirstAnswer, ModelInfo, Tokenization, TokenizedExample
+
+#: Keeps the first answer of a capture beside its plan, and gives the one that is there; None: there is none.
+Keep = Callable[[FirstAnswer], FirstAnswer | None]
 
 
 class Begun(Protocol):
@@ -84,11 +87,12 @@ class Teacher(Protocol):
             MisuseError: says how to get the same in another way.
         """
 
-    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
+    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
         """Check, before the first shard and in every process, that its predictions are sound.
 
         Args:
             rows: a few rows of the data set; there may be none.
+            keep: for a teacher that may change between two processes of a capture; None: nothing is kept.
 
         Raises:
             PipelineError: they are not.

@@ -13,6 +13,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.capture.teachers.predictions import Labelled
+from pipeline.capture.teachers.protocol import Keep
+from pipeline.capture.teachers.tops import (
+    difference,
+    difference_to_logprobs,
+    first_answer,
+    join,
+    kept_answer,
+    top_labels,
+)
 from pipeline.errors import MisuseError, ModelError, ServerError
 from pipeline.models import load_model
 from pipeline.models.load import load_config, longest_of
@@ -20,7 +29,6 @@ from pipeline.records import (
     Encoding,
     ModelInfo,
     ServerInfo,
-    SoftLabels,
     TeacherScores,
     Tokenization,
     TokenizedExample,
@@ -32,7 +40,7 @@ from pipeline.servers.answers import RefusedError
 from pipeline.servers.client import Client
 from pipeline.servers.described import Api, Described, describe
 from pipeline.servers.scoring import TopLogprobs, requests_for
-from pipeline.softlabels.ragged import empty, offsets_of
+from pipeline.softlabels.ragged import empty
 from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -40,13 +48,11 @@ logger = logging.getLogger(__name__)
 #: Mass: what float32 log-probabilities, and the log-sum-exp over all classes behind them, leave open
 #: of 1 - sum(p).
 RESIDUAL_ERROR = 1e-5
-#: Nats by which two answers to one row may differ: without a warning, and at all. The second is what
-#: a server in half precision explains.
-_SAME, _ALIKE = 1e-3, 0.5
-#: Mean nats by which a server may differ from local weights of the same model.
-_CLOSE = 0.1
-#: Log-probabilities below this are not compared.
-_LEAST = -10.0
+#: Nats by which two answers to one row may differ without a warning, and in the mean at all. The
+#: second is more than half precision explains.
+_SAME, _CLOSE = 1e-3, 0.1
+#: What servers say of a row that is longer than their context.
+_TOO_LONG = ("context length", "max_model_len", "longer than", "maximum allowed length")
 
 
 class ServedTeacher:
@@ -65,11 +71,14 @@ class ServedTeacher:
         *,
         top_logprobs: int,
         check_with: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """Ask nothing yet.
 
         Args:
             name: directory or hub name of the tokenizer; where there is a configuration beside it, it says how many classes there are.
+            revision: of the configuration.
             top_logprobs: K, classes that are asked of each position.
             check_with: local weights that predictions are compared with before the first shard.
 
@@ -83,10 +92,10 @@ class ServedTeacher:
         self.tokenizer = tokenizer
         self._task, self._client, self._described, self._check_with = task, client, described, check_with
         self._top, self._largest = top_logprobs, 0
-        config = _config(name)
-        rows = len(tokenizer) if config is None else int(config.get_text_config().vocab_size)
-        self.embedding_rows = max(rows, len(tokenizer)) if config is None else rows
-        self.num_classes = min(rows, len(tokenizer))
+        config = _config(name, revision, trust_remote_code)
+        self._rows = None if config is None else int(config.get_text_config().vocab_size)
+        self.embedding_rows = len(tokenizer) if self._rows is None else self._rows
+        self.num_classes = min(self.embedding_rows, len(tokenizer))
         longest = int(tokenizer.model_max_length) if config is None else longest_of(config, tokenizer)
         self.longest_input = min(longest, described.longest or longest)
 
@@ -186,7 +195,8 @@ class ServedTeacher:
             if len(positions):
                 ids = row.input_ids[start : start + length].tolist()
                 what = f"row {row.source_row}"
-                for each in requests_for(self._described.api, self._described.model, ids, positions, self._top):
+                described = self._described
+                for each in requests_for(described.api, described.model, ids, positions, self._top, self._rows):
                     found.append(
                         self._client.submit(each.path, each.body, each.read, what=what, size=each.size, url=url)
                     )
@@ -208,29 +218,46 @@ class ServedTeacher:
         ids, logprobs, own = (
             np.concatenate([getattr(top, name) for top in tops]) for name in ("ids", "logprobs", "own")
         )
-        soft = top_labels(ids, logprobs, encoding, self.num_classes)
+        soft = top_labels(ids, logprobs, encoding, self.num_classes, self._rows)
         scores = TeacherScores(torch.from_numpy(-own).float(), torch.full((len(own),), torch.nan))
         return Labelled(soft, scores, bad)
 
-    def refusal(self, error: RefusedError) -> str:
-        """What a refusal means, with the flag that changes it."""
-        text = str(error)
-        lower = text.lower()
-        if "logprobs" in lower and self._described.api == "vllm" and ("max" in lower or "greater" in lower):
-            return f"{text}; start vLLM with --max-logprobs {self._top}, or ask for fewer with --top-k"
-        if "context length" in lower or "max_model_len" in lower or "longer than" in lower:
-            return f"{text}; start the server with a longer context, or use a smaller --max-length"
-        if "memory" in lower or "asked" in lower:
+    def refused(self, error: RefusedError) -> str:
+        """Why a row has no soft labels, as reports publish it: without the server's address, which is logged.
+
+        Raises:
+            ServerError: it is not the row that the server refuses.
+        """
+        if self._asks_too_much(error):
+            raise self.unusable(error)
+        logger.warning("%s", error)
+        return error.reason + self._advice(error)
+
+    def unusable(self, error: RefusedError) -> ServerError:
+        """A refusal that ends the capture, with the flag that changes it."""
+        return ServerError(f"{error}{self._advice(error)}")
+
+    def _asks_too_much(self, error: RefusedError) -> bool:
+        lower = error.reason.lower()  # without the address
+        return "logprobs" in lower and self._described.api == "vllm" and ("max" in lower or "greater" in lower)
+
+    def _advice(self, error: RefusedError) -> str:
+        lower = str(error).lower()
+        if self._asks_too_much(error):
+            return f"; start vLLM with --max-logprobs {self._top}, or ask for fewer with --top-k"
+        if any(each in lower for each in _TOO_LONG):
+            return "; start the server with a longer context, or use a smaller --max-length"
+        if "memory" in lower or "while others" in lower:
             flag = "--max-num-batched-tokens" if self._described.api == "vllm" else "--chunked-prefill-size"
-            return f"{text}; where the server runs out of memory for log-probabilities, start it with a smaller {flag}"
-        return text
+            return f"; where the server runs out of memory for log-probabilities, start it with a smaller {flag}"
+        return ""
 
     # -------------------------------------------------------------------------------- the checks
 
-    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
-        """Ask one short row twice, and of every server, and compare the answers.
+    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
+        """Ask one short row twice, and of every server, and compare the answers, with that of the capture's begin too.
 
-        With `check_with` they are compared with local weights too.
+        With `check_with` they are compared with local weights.
 
         Raises:
             ServerError: the row is refused, or the answers are not of one model.
@@ -246,35 +273,24 @@ class ServedTeacher:
             try:
                 answers.append((url, join([future.result() for future in futures])))
             except RefusedError as error:
-                raise ServerError(self.refusal(error)) from None
+                raise self.unusable(error) from None
+        first = answers[0][1]
         for url, answer in answers[1:]:
-            worst = _difference(answers[0][1], answer)
             whom = "the same row again" if url == urls[0] else f"{urls[0]}"
-            if worst > _ALIKE:
-                raise ServerError(
-                    f"{url}: its log-probabilities of one row differ from those of {whom} by {worst:.2g} nats (expected at most {_ALIKE:g}); is it one model in one precision?"
-                )
-            if worst > _SAME:
-                logger.warning(
-                    "%s: its log-probabilities of one row differ from those of %s by up to %.2g nats: a capture that is made again will differ as much",
-                    url,
-                    whom,
-                    worst,
-                )
+            _check_alike(url, answer, first, whom, "is it one model in one precision?")
+        noted = None if keep is None else keep(first_answer(row, first))
+        if noted is not None and noted.input_ids == tuple(row.input_ids.tolist()):
+            what = "another model, or other settings; go on with the server of before, or begin anew with --overwrite"
+            _check_alike(urls[0], first, kept_answer(noted), "the server that this capture began with", what)
         if self._check_with is not None:
-            self._compare_with(self._check_with, row, answers[0][1])
+            self._compare_with(self._check_with, row, first)
 
     def _compare_with(self, path: str, row: TokenizedExample, served: TopLogprobs) -> None:
         from pipeline.capture.forward import teacher_logits
 
         loaded = load_model(self._task, path)
         logits = teacher_logits(self._task, loaded, self.tokenizer, [row], self.num_classes)
-        local = torch.log_softmax(logits.float(), -1).cpu().numpy()
-        inside = np.where(served.ids < self.num_classes, served.ids, 0)
-        found = np.take_along_axis(local, inside, -1)
-        seen = (served.logprobs > _LEAST) & (served.ids < self.num_classes)
-        apart = np.abs(served.logprobs - found)[seen]
-        mean, worst = float(apart.mean()), float(apart.max())
+        mean, worst = difference_to_logprobs(served, torch.log_softmax(logits.float(), -1).cpu().numpy())
         if not mean <= _CLOSE:
             raise ModelError(
                 f"--check-with {path}: the server's log-probabilities of one row differ from these weights by {mean:.2g} nats in the mean (expected at most {_CLOSE:g}): {self.name} is another model, or reads other token ids"
@@ -284,6 +300,26 @@ class ServedTeacher:
             self.name,
             path,
             mean,
+            worst,
+        )
+
+
+def _check_alike(url: str, found: TopLogprobs, expected: TopLogprobs, whom: str, what: str) -> None:
+    """Compare answers to one row.
+
+    Raises:
+        ServerError: they are not of one model.
+    """
+    mean, worst = difference(expected, found)
+    if not mean <= _CLOSE:
+        raise ServerError(
+            f"{url}: its log-probabilities of one row differ from those of {whom} by {mean:.2g} nats in the mean (expected at most {_CLOSE:g}): {what}"
+        )
+    if worst > _SAME:
+        logger.warning(
+            "%s: its log-probabilities of one row differ from those of %s by up to %.2g nats: a capture that is made again will differ as much",
+            url,
+            whom,
             worst,
         )
 
@@ -300,11 +336,14 @@ def serve(
     patience: float = 600.0,
     top_logprobs: int,
     check_with: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ServedTeacher:
     """Ask servers what they serve, and make a teacher of it.
 
     Args:
-        name: directory or hub name of the tokenizer.
+        name: directory or hub name of the tokenizer, and of the model's configuration.
+        revision: of the configuration.
         servers: addresses, as http://host:8000/v1.
 
     Raises:
@@ -314,7 +353,17 @@ def serve(
     client = Client(base_urls(servers), key=server_key(), concurrency=concurrency, patience=patience)
     try:
         described = describe(client, api=api, model=model)
-        return ServedTeacher(task, name, tokenizer, client, described, top_logprobs=top_logprobs, check_with=check_with)
+        return ServedTeacher(
+            task,
+            name,
+            tokenizer,
+            client,
+            described,
+            top_logprobs=top_logprobs,
+            check_with=check_with,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     except BaseException:
         client.close()
         raise
@@ -336,61 +385,15 @@ class _Asked:
             try:
                 found.append(join([future.result() for future in futures]))
             except RefusedError as error:
-                found.append(self.teacher.refusal(error))
+                found.append(self.teacher.refused(error))
         return self.teacher.labelled(self.rows, found, self.encoding)
 
 
-def join(parts: Sequence[TopLogprobs]) -> TopLogprobs:
-    """The predictions of one row, from those of its parts."""
-    if len(parts) == 1:
-        return parts[0]
-    return TopLogprobs(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "logprobs", "own"))
-    )
-
-
-def top_labels(ids: np.ndarray, logprobs: np.ndarray, encoding: Encoding, num_classes: int) -> SoftLabels:
-    """Soft labels from the most likely classes; the mass outside is 1 - sum(p).
-
-    Args:
-        ids: (N, K) int64, by falling log-probability; ids from `num_classes` on are the model's padding, and count to the mass outside.
-        logprobs: (N, K) float64, nats, at T = 1; -inf: not there.
-    """
-    kept = np.isfinite(logprobs) & (ids < num_classes)
-    mass = np.where(kept, np.exp(logprobs), 0.0)
-    if isinstance(encoding, TopP):
-        kept &= np.cumsum(mass, -1) - mass < encoding.p
-        mass = np.where(kept, mass, 0.0)
-    counts, total = kept.sum(-1), mass.sum(-1)
-    residual = np.log(np.maximum(1 - total, np.finfo(np.float64).tiny))
-    residual[(total >= 1) | (counts == num_classes)] = -np.inf
-    return SoftLabels(
-        encoding,
-        num_classes,
-        top_offsets=offsets_of(torch.from_numpy(counts)),
-        top_ids=torch.from_numpy(ids[kept]),
-        top_logprobs=torch.from_numpy(logprobs[kept]).float(),
-        tail_offsets=torch.zeros(len(counts) + 1, dtype=torch.int64),
-        tail_ids=torch.zeros(0, dtype=torch.int64),
-        log_residuals=torch.from_numpy(residual).float().unsqueeze(-1),
-    )
-
-
-def _difference(one: TopLogprobs, other: TopLogprobs) -> float:
-    """Nats: the largest difference of a log-probability that both have, and that is not tiny."""
-    worst = float(np.abs(one.own - other.own)[one.own > _LEAST].max(initial=0.0))
-    for n in range(len(one.ids)):
-        _, here, there = np.intersect1d(one.ids[n], other.ids[n], return_indices=True)
-        if not len(here):
-            return np.inf
-        values = one.logprobs[n][here]
-        apart = np.abs(values - other.logprobs[n][there])[values > _LEAST]
-        worst = max(worst, float(apart.max(initial=0.0)))
-    return worst
-
-
-def _config(name: str) -> Any:
+def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     try:
-        return load_config(name)
-    except ModelError:  # a tokenizer alone
+        return load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        logger.warning(
+            "%s; the tokenizer alone says how many classes the model has, and how long its rows may be", error
+        )
         return None

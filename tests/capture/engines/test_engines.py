@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,12 +17,14 @@ from datasets import Dataset
 from pipeline.cache import Layout, verify
 from pipeline.cache.format.manifest import load_receipt
 from pipeline.cache.storage.urls import open_filesystem
+from pipeline.capture.engines import on_ray
 from pipeline.capture.engines.deal import Deal
 from pipeline.capture.run import run
 from pipeline.cli import main
-from pipeline.errors import CacheError, MisuseError, PipelineError
+from pipeline.errors import CacheError, MisuseError, PipelineError, ServerError
 from pipeline.generation.run import run as generate
 from pipeline.records import ShardPlan
+from pipeline.servers.answers import RefusedKeyError
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.classifier import even, swapped
 from tests.support.generations import config as writing  # noqa: F401 - a fixture
@@ -269,6 +272,18 @@ def test_ray_writes_the_same_generated_data_set(writing, cluster):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_key_that_a_ray_worker_lacks_is_said_to_be_the_clusters():
+    class TaskError(Exception):
+        cause = RefusedKeyError("http://gpu:8000: refuses the key (401); set SOFTLABEL_SERVER_KEY in the environment")
+
+    def get(reference):
+        raise TaskError
+
+    ray = SimpleNamespace(get=get, exceptions=SimpleNamespace(RayTaskError=TaskError))
+    with pytest.raises(ServerError, match="in the environment of the Ray cluster, on every machine, before it starts"):
+        on_ray._answer(ray, None)
+
+
 def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, cluster):
     with pytest.raises(PipelineError, match=r"no column 'texts'"):
         run(config("ray", engine="ray", text_column="texts"))

@@ -21,14 +21,15 @@ from pipeline.errors import BadRowError, ContractError, MisuseError, ModelError,
 from pipeline.models import LoadedModel
 from pipeline.outlines.capture import outline
 from pipeline.records import TopK, TopP
-from pipeline.servers import client as servers_client
-from pipeline.servers import scoring
+from pipeline.servers import pool, scoring
 from tests.conftest import tiny_model
 from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.processes import forked  # noqa: F401 - a fixture
 from tests.support.served import serving
 
 K = 8
+#: Source rows of each split, unless a test needs more: three shards and two.
+FEW = "0:14"
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def model(lm_tokenizer):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Retries wait for milliseconds."""
-    monkeypatch.setattr(servers_client, "_FIRST_WAIT", 0.005)
-    monkeypatch.setattr(servers_client, "_LAST_WAIT", 0.05)
+    monkeypatch.setattr(pool, "FIRST_WAIT", 0.005)
+    monkeypatch.setattr(pool, "LAST_WAIT", 0.05)
 
 
 @pytest.fixture(params=["vllm", "sglang"])
@@ -56,11 +57,11 @@ def vllm(model):
 
 
 def served(config, stand_in, output="served", **settings):
-    return config(output, **{"server": (stand_in.url,), "top_k": K, "server_patience": 10.0, **settings})
+    return config(output, **{"server": (stand_in.url,), "top_k": K, "server_patience": 10.0, "rows": FEW, **settings})
 
 
 def local(config, output="local", **settings):
-    return config(output, **{"encoding": "top-k", "top_k": K, "temperature": (1.0,), **settings})
+    return config(output, **{"encoding": "top-k", "top_k": K, "temperature": (1.0,), "rows": FEW, **settings})
 
 
 def assert_same(one, other):
@@ -164,12 +165,15 @@ def test_parts_workers_and_several_servers(config, model, vllm, forked):
 
 
 def test_rows_are_appended(config, vllm):
-    run(served(config, vllm, rows="0:30"))
-    assert hashes(run(served(config, vllm, append=True))) == hashes(run(served(config, vllm, "whole")))
+    run(served(config, vllm, rows="0:12"))
+    expected = run(served(config, vllm, "whole", rows="0:24"))
+    assert hashes(run(served(config, vllm, rows="0:24", append=True))) == hashes(expected)
 
 
 def test_dry_run_writes_nothing(config, vllm, tmp_path):
+    before = set(threading.enumerate())
     lines = dict(outline(served(config, vllm)))
+    assert not [each for each in threading.enumerate() if each.name == "server-request" and each not in before]
     assert "tiny behind http://127.0.0.1" in lines["teacher"]
     assert not (tmp_path / "served").exists()
 
@@ -220,10 +224,10 @@ FAULTS = {
 
 
 def test_with_every_fault_nothing_is_lost_or_repeated(config, vllm):
-    expected = run(served(config, vllm, "whole"))
+    expected = run(served(config, vllm, "whole", rows=None))
     vllm.answered.clear()
     vllm.faults, vllm.fault_every = [*FAULTS.values()] * 2, 2
-    found = run(served(config, vllm, "faults", concurrency=4))
+    found = run(served(config, vllm, "faults", rows=None, concurrency=4))
     assert not vllm.faults
     assert found.manifest == expected.manifest
     rows = [tuple(row.example.input_ids.tolist()) for split in found.splits for row in found.dataset(split)]
@@ -261,12 +265,68 @@ def test_numbers_that_are_none_are_a_bad_row(config, vllm, monkeypatch):
 
     vllm.post = post
     with pytest.raises(
-        BadRowError, match=r"split train, row \d+: http.*position 0: expected log-probabilities.*nan.*--on-bad-row skip"
+        BadRowError, match=r"split train, row \d+: position 0: expected log-probabilities.*nan.*--on-bad-row skip"
     ):
         run(served(config, vllm, "stop"))
     found = run(served(config, vllm, "skip", on_bad_row="skip"))
     assert found.manifest.bad_rows == 1
     assert "position 0" in (found.root / "reports" / "bad-rows.tsv").read_text()
+
+
+def test_a_row_that_the_server_always_fails_is_a_bad_row(config, vllm):
+    whole, poison = vllm.post, []
+
+    def post(path, body):
+        if len(vllm.asked) > 5:
+            poison[:] = poison or [body["prompt"]]
+        return 500 if poison == [body["prompt"]] else whole(path, body)
+
+    vllm.post = post
+    found = run(served(config, vllm, on_bad_row="skip", server_patience=5.0))
+    assert found.manifest.bad_rows == 1
+    assert (
+        "\tthe server refuses it: 500 an injected fault; where" in (found.root / "reports" / "bad-rows.tsv").read_text()
+    )
+    assert not [path for path in found.root.rglob("*") if path.is_file() and b"127.0.0.1" in path.read_bytes()]
+
+
+def test_other_settings_after_a_restart_make_no_bad_rows(config, vllm, tmp_path):
+    whole = vllm.post
+
+    def post(path, body):
+        vllm.most_logprobs = 5 if len(vllm.asked) > 20 else 400
+        return whole(path, body)
+
+    vllm.post = post
+    with pytest.raises(ServerError, match=r"greater than max allowed: 5"):
+        run(served(config, vllm, on_bad_row="skip", concurrency=2))
+    assert not (tmp_path / "served" / "manifest.json").exists()
+
+
+def test_other_weights_do_not_go_on_with_a_capture(config, vllm, lm_tokenizer):
+    found = run(served(config, vllm))
+    assert b"127.0.0.1" not in (found.root / "reports" / "first-answer.json").read_bytes()
+    Layout(found.root).shard("train-00001").unlink()
+    with serving(tiny_model("llama", len(lm_tokenizer), spread=3.0, seed=5)) as other:
+        for ask in (run, outline):
+            with pytest.raises(ServerError, match=r"differ from those of the server that this capture began with by"):
+                ask(served(config, other))
+        outline(served(config, other, overwrite=True))
+    assert hashes(run(served(config, vllm))) == hashes(found)
+
+
+def test_the_weights_that_vllm_names_stand_in_the_contract(config, vllm):
+    vllm.root = "/srv/models/tiny-v1/"
+    found = run(served(config, vllm, rows="0:6"))
+    assert found.manifest.contract.teacher.server.settings == {"root": "tiny-v1"}
+    assert "/srv/models" not in (found.root / "manifest.json").read_text()
+
+
+def test_a_tokenizer_alone_is_a_warning(config, vllm, tmp_path, lm_tokenizer, caplog):
+    lm_tokenizer.save_pretrained(tmp_path / "alone")
+    settings = dataclasses.replace(served(config, vllm, rows="0:6"), teacher=str(tmp_path / "alone"))
+    assert run(settings).manifest.contract.num_classes == len(lm_tokenizer)
+    assert "the tokenizer alone says how many classes" in caplog.text
 
 
 def test_a_server_that_restarts_costs_nothing(config, vllm):
@@ -362,6 +422,11 @@ def test_rows_are_as_long_as_the_server_takes(config, model):
     with (
         serving(model, longest=40) as stand_in,
         pytest.raises(MisuseError, match="--max-length 64: tiny takes at most 39 tokens"),
+    ):
+        run(served(config, stand_in))
+    with (
+        serving(model, api="sglang", longest=40) as stand_in,
+        pytest.raises(MisuseError, match="--max-length 64: tiny takes at most 33 tokens"),
     ):
         run(served(config, stand_in))
 

@@ -26,6 +26,7 @@ from pipeline.capture.teachers.judge.prompts import (
 from pipeline.capture.teachers.judge.scorer import BegunScores, Scorer
 from pipeline.capture.teachers.judge.shots import Shots, choose_shots
 from pipeline.capture.teachers.judge.template import check_reads, read_template
+from pipeline.capture.teachers.protocol import Keep
 from pipeline.errors import MisuseError
 from pipeline.records import Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source
@@ -113,7 +114,7 @@ class Judge:
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
         """Log-probabilities of all labels serve every encoding."""
 
-    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding) -> None:
+    def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
         """Show a prompt; let the scorer check itself on short ones.
 
         Raises:
