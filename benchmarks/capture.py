@@ -343,7 +343,7 @@ def grow(sizes: list[int], folder: Path) -> None:
 @click.command()
 @click.option("--rows", default=40, show_default=True, help="Articles for the language model.")
 @click.option("--classifier-rows", default=400, show_default=True, help="Articles for the classifier.")
-@click.option("--sentences", default=10_000, show_default=True, help="For the fast classifier.")
+@click.option("--sentences", default=24_000, show_default=True, help="For the fast classifier.")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--only", type=click.Choice(["lm", "classifier", "fast", "engines", "rows"]), multiple=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=None, hidden=True)
