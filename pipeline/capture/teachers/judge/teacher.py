@@ -123,9 +123,11 @@ class Judge:
             return
         by_length = sorted(rows, key=lambda row: row.num_tokens)
         logger.info("the prompt of a row: %r, then one of %s", *self._shown(by_length[0]))
-        prompts = [self.prompts.of_row(row) for row in by_length[:2] if row.num_tokens <= _SHORT]
+        prompts = [self.prompts.of_row(row) for row in by_length if row.num_tokens <= _SHORT]
         if prompts:
-            self.scorer.compare(prompts, self.prompts.label_ids[:_LABELS], self.prompts.prefix)
+            self.scorer.compare(
+                two_lengths(prompts, self.prompts), self.prompts.label_ids[:_LABELS], self.prompts.prefix
+            )
 
     def _shown(self, row: TokenizedExample) -> tuple[str, str]:
         ids = self.prompts.of_row(row).tolist()
@@ -156,6 +158,17 @@ class _Begun:
         found = self.scores.result()
         synchronize(found)
         return found if self.prior is None else found - self.prior.to(found)
+
+
+def two_lengths(rows: Sequence[np.ndarray], prompts: Prompts) -> list[np.ndarray]:
+    """The first prompt and the next one of another length, so that one of them is padded beside the other.
+
+    Both begin with the common prefix, if any prompt does. Where all are of one length, the second one has no text.
+    """
+    size = len(prompts.prefix)
+    alike = [ids for ids in rows if np.array_equal(ids[:size], prompts.prefix)] or list(rows)
+    bare = prompts.ids("", "" if prompts.paired else None)
+    return [alike[0], next(ids for ids in (*alike, bare) if len(ids) != len(alike[0]) or ids is bare)]
 
 
 def scored(scorer: Scorer, prompts: Prompts, batch: Sequence[np.ndarray]) -> BegunScores:

@@ -16,12 +16,12 @@ from pipeline.capture.teachers.judge.local import LocalScorer
 from pipeline.capture.teachers.judge.shots import choose_shots
 from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.judge.template import DEFAULT, read_template
-from pipeline.errors import MisuseError, SourceError
+from pipeline.errors import MisuseError, ModelError, SourceError
 from pipeline.models import LoadedModel
 from pipeline.records import Columns, Full, Judging, Tokenization
 from pipeline.sources import LabelMap, from_datasets, read_examples
 from pipeline.tasks import get_task
-from tests.conftest import tiny_model
+from tests.conftest import TINY, tiny_model
 
 TASK = get_task("sequence-classification")
 SHORT = "{{ text }} ="
@@ -349,3 +349,27 @@ def test_calibration_takes_the_prior_of_empty_prompts_out(tokenizer, topics):
     expected = one / free.softmax(-1).mean(0)
     np.testing.assert_allclose(two, expected / expected.sum(-1, keepdim=True), rtol=1e-4)
     assert calibrated.prompt.calibrated
+
+
+@pytest.mark.parametrize("texts", [("the cat ran", "a dog ran", "the dog ran"), ("the cat ran", "a dog", "the cat")])
+def test_two_rows_of_different_lengths_are_compared(tokenizer, texts, monkeypatch):
+    data = DatasetDict({"train": Dataset.from_dict({"text": texts, "label": ["film", "sport", "film"]})})
+    judge = judge_of(tokenizer, data, Judging("Say what it is: {{ text }} ="))
+    seen = []
+    monkeypatch.setattr(LocalScorer, "compare", lambda _, prompts, labels, prefix: seen.append((prompts, prefix)))
+    judge.compare(rows_of(judge, data), Full())
+    ((one, other), prefix), *_ = seen
+    assert len(one) != len(other)
+    assert len(prefix) > 2
+    for ids in (one, other):
+        assert ids[: len(prefix)].tolist() == prefix.tolist()
+
+
+def test_a_model_that_counts_positions_by_itself_is_refused_where_padding_shifts_them(tokenizer, topics, monkeypatch):
+    monkeypatch.setitem(TINY, "mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2})
+    monkeypatch.setattr(LocalScorer, "_allows_gaps", True)
+    source = from_datasets(topics, Columns())
+    model = tiny_model("mpt", len(tokenizer), spread=3.0)
+    judge = make_judge(LocalScorer(LoadedModel(model, tokenizer, "tiny"), 4096), Judging(), source)
+    with pytest.raises(ModelError, match="differ from those of one pass for each"):
+        judge.compare(rows_of(judge, topics), Full())
