@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.capture.teachers.judge.shots import Shot, Shots
 from pipeline.capture.teachers.judge.template import Shown, Template
-from pipeline.errors import MisuseError, SourceError
+from pipeline.errors import BadRowError, MisuseError, SourceError
 from pipeline.records import TokenizedExample
 from pipeline.tasks.templates import REFUSALS, Renderer
 
@@ -58,11 +58,15 @@ class Prompts:
         return max((self.positions - self.overhead) // self.repeats - _SEAM, 0)
 
     def of_row(self, row: TokenizedExample) -> np.ndarray:
-        """(T,) int64: the prompt of a row, whose text is cut where the row's tokens are."""
+        """(T,) int64: the prompt of a row, whose text is cut where the row's tokens are.
+
+        Raises:
+            BadRowError: as `fitted`.
+        """
         text, pair = row.text or "", row.text_pair
         shots = self.shots.of(text, pair)
         if row.cut:
-            text, pair = _cut(self.tokenizer, text, pair, row.num_tokens)
+            text, pair = self._shorter(text, pair, row.num_tokens)
         return self.fitted(text, pair, shots)
 
     def fitted(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
@@ -70,15 +74,26 @@ class Prompts:
 
         Args:
             shots: the examples; default: those of most rows.
+
+        Raises:
+            BadRowError: there is room for none of its tokens.
         """
         most = self.positions - max(map(len, self.label_ids), default=0)
         ids = self.ids(text, pair, shots)
         size = len(self.tokenizer(text, pair, verbose=False)["input_ids"]) if len(ids) > most else 0
-        while len(ids) > most and size > 0:
-            size = max(size - (len(ids) - most) // self.repeats - _SEAM, 0)
-            text, pair = _cut(self.tokenizer, text, pair, size)
+        while len(ids) > most:
+            size = max(size - (len(ids) - most) // self.repeats - _SEAM, min(size - 1, 1))
+            text, pair = self._shorter(text, pair, size)
             ids = self.ids(text, pair, shots)
         return ids
+
+    def _shorter(self, text: str, pair: str | None, tokens: int) -> tuple[str, str | None]:
+        found = _cut(self.tokenizer, text, pair, tokens)
+        if not found[0] or (pair and not found[1]):
+            raise BadRowError(
+                f"no room for the text in the prompt: {max(tokens, 0)} tokens are left for it; use a shorter prompt"
+            )
+        return found
 
     def ids(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
         """(T,) int64: the prompt of a text as it is."""

@@ -26,7 +26,7 @@ from pipeline.capture.teachers.judge.prompts import (
 from pipeline.capture.teachers.judge.scorer import BegunScores, Scorer
 from pipeline.capture.teachers.judge.shots import Shots, choose_shots
 from pipeline.capture.teachers.judge.template import check_reads, read_template
-from pipeline.errors import MisuseError
+from pipeline.errors import BadRowError, MisuseError
 from pipeline.records import Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source
 from pipeline.tasks.templates import find_template, make_renderer
@@ -44,6 +44,8 @@ class Judge:
     """A causal language model with a prompt; the protocol says what each member is."""
 
     scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    """The language model's; rows are the texts alone, without the prompt."""
     prompts: Prompts
     names: tuple[str, ...]
     prompt: JudgeInfo
@@ -55,11 +57,6 @@ class Judge:
     def name(self) -> str:
         """As messages name it."""
         return self.scorer.name
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The language model's; rows are the texts alone, without the prompt."""
-        return self.scorer.tokenizer
 
     @property
     def num_classes(self) -> int:
@@ -119,18 +116,29 @@ class Judge:
         Raises:
             PipelineError: its scores are not sound.
         """
-        if not rows:
-            return
         by_length = sorted(rows, key=lambda row: row.num_tokens)
-        logger.info("the prompt of a row: %r, then one of %s", *self._shown(by_length[0]))
-        prompts = [self.prompts.of_row(row) for row in by_length if row.num_tokens <= _SHORT]
+        found = list(self._of(by_length).items())
+        if not found:
+            return
+        logger.info("the prompt of a row: %r, then one of %s", *self._shown(found[0][1]))
+        prompts = [prompt for i, prompt in found if by_length[i].num_tokens <= _SHORT]
         if prompts:
             self.scorer.compare(
                 two_lengths(prompts, self.prompts), self.prompts.label_ids[:_LABELS], self.prompts.prefix
             )
 
-    def _shown(self, row: TokenizedExample) -> tuple[str, str]:
-        ids = self.prompts.of_row(row).tolist()
+    def _of(self, rows: Sequence[TokenizedExample]) -> dict[int, np.ndarray]:
+        """Place of a row -> its prompt, of the rows that have one."""
+        found = {}
+        for i, row in enumerate(rows):
+            try:
+                found[i] = self.prompts.of_row(row)
+            except BadRowError as error:
+                logger.warning("row %d: %s", row.source_row, error)
+        return found
+
+    def _shown(self, prompt: np.ndarray) -> tuple[str, str]:
+        ids = prompt.tolist()
         labels = (repr(self.prompts.tokenizer.decode(list(label))) for label in self.prompts.label_ids[:20])
         text = str(self.prompts.tokenizer.decode(ids))
         return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}", ", ".join(labels)
@@ -140,8 +148,10 @@ class Judge:
         raise MisuseError("--auto-batch-tokens does not measure prompts; give --batch-tokens")
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Begun:
-        """Score the labels after the prompt of each row."""
-        return _Begun(scored(self.scorer, self.prompts, [self.prompts.of_row(row) for row in rows]), self.prior)
+        """Score the labels after the prompt of each row; one that has no room for its text has NaN."""
+        found = self._of(rows)
+        scores = scored(self.scorer, self.prompts, list(found.values())) if found else None
+        return _Begun(scores, self.prior, tuple(found), len(rows), self.num_classes)
 
     def close(self) -> None:
         """Close the scorer."""
@@ -150,14 +160,25 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    scores: BegunScores
+    scores: BegunScores | None
     prior: Tensor | None
+    places: tuple[int, ...]
+    """Of the rows that have scores."""
+    rows: int
+    num_classes: int
 
     def result(self) -> Tensor:
         """(N, V) log-probabilities of the labels, up to a constant of each row."""
+        if self.scores is None:
+            return torch.full((self.rows, self.num_classes), torch.nan)
         found = self.scores.result()
         synchronize(found)
-        return found if self.prior is None else found - self.prior.to(found)
+        found = found if self.prior is None else found - self.prior.to(found)
+        if len(found) == self.rows:
+            return found
+        whole = found.new_full((self.rows, self.num_classes), torch.nan)
+        whole[list(self.places)] = found
+        return whole
 
 
 def two_lengths(rows: Sequence[np.ndarray], prompts: Prompts) -> list[np.ndarray]:
@@ -210,7 +231,8 @@ def _make_judge(
     chat_arguments: Sequence[str],
 ) -> Judge:
     # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast tokenizer keeps.
-    tokenizer = copy.deepcopy(scorer.tokenizer)
+    own, tokenizer = copy.deepcopy(scorer.tokenizer), copy.deepcopy(scorer.tokenizer)
+    own.truncation_side = tokenizer.truncation_side = "right"  # a text keeps its beginning
     names, texts = labels_of(source, judging.label_text, label_map)
     template = read_template(judging.template)
     paired = source.columns.text_pair is not None
@@ -254,7 +276,7 @@ def _make_judge(
         judging.shot_tokens if judging.shots else None,
         judging.calibrate,
     )
-    return Judge(scorer, prompts, names, prompt, prior)
+    return Judge(scorer, own, prompts, names, prompt, prior)
 
 
 def _measured(prompts: Prompts, name: str) -> Prompts:

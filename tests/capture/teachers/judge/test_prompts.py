@@ -331,6 +331,35 @@ def test_prompt_and_label_fit_the_model(tokenizer, source):
     assert len(ids) + longest <= 100
 
 
+def test_a_tokenizer_that_cuts_at_the_beginning_is_told_to_cut_at_the_end(tokenizer, topics):
+    plain = judge_of(tokenizer, topics, Judging("<<{{ text }}>> ="))
+    tokenizer.truncation_side = "left"
+    judge = judge_of(tokenizer, topics, Judging("<<{{ text }}>> ="))
+    assert tokenizer.truncation_side == "left"  # the caller's stays as it is
+    found = rows_of(judge, topics, length=10)
+    assert any(row.cut for row in found)
+    for row, other in zip(found, rows_of(plain, topics, length=10), strict=True):
+        assert row.input_ids.tolist() == other.input_ids.tolist()
+        assert judge.prompts.of_row(row).tolist() == plain.prompts.of_row(other).tolist()
+
+
+def test_a_row_without_room_for_its_text_is_a_bad_row(tokenizer, topics, caplog):
+    # what the template shows beside a text depends on the text
+    tokenizer.model_max_length = 60
+    judge = judge_of(tokenizer, topics, Judging("{{ ' the' * (90 if text[:1] == 'Z' else 0) }}{{ text }} ="))
+    texts = ["the cat ran", "Zoo market", "a dog", "Z"]
+    data = DatasetDict({"train": Dataset.from_dict({"text": texts, "label": ["film"] * 4})})
+    rows = rows_of(judge, data)
+    found = judge.begin(rows, None, Full()).result()
+    assert found.isfinite().all(-1).tolist() == [True, False, True, False]
+    assert found.isnan().all(-1).tolist() == [False, True, False, True]
+    np.testing.assert_allclose(found[::2], judge.begin(rows[::2], None, Full()).result(), atol=1e-4)
+    assert judge.begin(rows[1::2], None, Full()).result().isnan().all()
+    assert "row 1: no room for the text in the prompt" in caplog.text
+    judge.compare(rows, Full())
+    judge.compare(rows[1::2], Full())
+
+
 def test_a_prompt_without_room_is_refused(tokenizer, topics):
     tokenizer.model_max_length = 30
     with pytest.raises(
