@@ -261,7 +261,7 @@ def _make_judge(
         paired,
         scorer.positions,
         leading_ids=leading_ids(tokenizer),
-    )
+    ).opened()
     prompts = _measured(dataclasses.replace(prompts, label_ids=prompts.label_tokens()), scorer.name)
     _warn_of_prefixes(prompts)
     prior = _prior(scorer, prompts) if judging.calibrate else None

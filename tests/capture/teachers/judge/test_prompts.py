@@ -22,6 +22,7 @@ from pipeline.records import Columns, Full, Judging, Tokenization
 from pipeline.sources import LabelMap, from_datasets, read_examples
 from pipeline.tasks import get_task
 from tests.conftest import TINY, tiny_model
+from tests.support.chats import tokenizer_of
 
 TASK = get_task("sequence-classification")
 SHORT = "{{ text }} ="
@@ -144,6 +145,51 @@ def test_a_chat_template_says_what_stands_before_an_answer(tokenizer, topics):
     plain = judge_of(tokenizer, topics, Judging(SHORT, format="plain"))
     assert plain.prompt.format == "plain"
     assert tokenizer.decode(plain.prompts.ids("the cat", None).tolist()) == "the cat ="
+
+
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_a_label_stands_where_the_chat_template_puts_an_answer(tokenizer, topics):
+    tokenizer.chat_template = THINKS
+    asked, off = (
+        judge_of(tokenizer, topics, Judging(SHORT), chat_arguments=a) for a in ((), ["enable_thinking=false"])
+    )
+    assert asked.prompts.text("a", None).endswith("<assistant>\n<think>\n\n</think>\n\n")
+    assert asked.prompts.text("a", None) == off.prompts.text("a", None)
+    assert asked.prompts.label_ids == off.prompts.label_ids
+    assert [tokenizer.decode(list(ids)) for ids in asked.prompts.label_ids] == ["business", "film", "sport"]
+    # a label that what stands before it holds; white space at its end is the label's
+    tokenizer.chat_template = THINKS.replace("</think>\n\n", "</think> ")
+    found = judge_of(tokenizer, topics, Judging(SHORT, ("a=think", "b=cat"))).prompts
+    assert found.text("a", None).endswith("</think>")
+    assert [tokenizer.decode(list(ids)) for ids in found.label_ids] == [" think", " cat"]
+
+
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [
+        ("qwen-3", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        ("gpt-oss", "<|start|>assistant<|channel|>final<|message|>"),
+        ("qwen-2.5", "<|im_start|>assistant\n"),
+        ("mistral-v0.3", "[/INST]"),
+    ],
+)
+def test_prompts_of_model_families_end_where_an_answer_begins(family, end, topics):
+    judge = judge_of(tokenizer_of(family), topics, Judging(SHORT))
+    assert judge.prompts.text("a", None).endswith(end)
+
+
+def test_a_generation_prompt_that_no_answer_has_is_said(tokenizer, topics, caplog):
+    tokenizer.chat_template = CHAT.replace("{{ bos_token }}", "").replace(
+        "[assistant]\n{% endif", "[assistant]\n<think>\n{% endif"
+    )
+    judge = judge_of(tokenizer, topics, Judging(SHORT))
+    assert judge.prompts.text("a", None).endswith("[assistant]\n<think>\n")
+    assert r"ends the prompt with '<think>\n', and does not write that before an answer" in caplog.text
 
 
 def test_arguments_of_the_chat_template(tokenizer, topics):
