@@ -256,7 +256,7 @@ def make_job(
         dry_run: the output is looked at, and stays as it is.
     """
     tokenizer, num_classes = teacher.tokenizer, teacher.num_classes
-    tokenization = task.settle(tokenization, tokenizer, chats=holds_chats(source))
+    tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
     label_names = teacher.label_names

@@ -29,7 +29,7 @@ from pipeline.capture.teachers.judge.template import check_reads, read_template
 from pipeline.errors import BadRowError, MisuseError
 from pipeline.records import Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source
-from pipeline.tasks.templates import find_template, make_renderer
+from pipeline.tasks.templates import find_template, make_renderer, with_day
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Judge:
     names: tuple[str, ...]
     prompt: JudgeInfo
     """As the contract states it."""
+    chat_arguments: tuple[str, ...]
+    """`KEY=JSON` each, of the chat template: those given, and the day, where its text depends on that."""
     prior: Tensor | None
     """(V,) nats: log of the mean probability of each label after prompts without content; None: not calibrated."""
 
@@ -106,6 +108,10 @@ class Judge:
             f"{self.scorer.describe(info)}; labels by prompt ({self.prompt.format}{shots}{calibrated}), "
             f"{self.prompts.overhead:,} tokens beside each text, {len(self.prompts.prefix):,} of them passed once"
         )
+
+    def settle(self, tokenization: Tokenization) -> Tokenization:
+        """With the arguments of the prompt's chat template."""
+        return dataclasses.replace(tokenization, chat_template_kwargs=self.chat_arguments)
 
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
         """Log-probabilities of all labels serve every encoding."""
@@ -241,7 +247,9 @@ def _make_judge(
     if judging.format == "plain" and chat_arguments:
         raise MisuseError("--chat-template-kwargs goes with --prompt-format chat, found plain; leave one out")
     if judging.format == "chat" or (judging.format == "auto" and tokenizer.chat_template):
-        chat = make_renderer(find_template(tokenizer), chat_arguments, tokenizer)
+        found = find_template(tokenizer)
+        chat_arguments = with_day(found, chat_arguments)
+        chat = make_renderer(found, chat_arguments, tokenizer)
     shots = Shots((), ())
     if judging.shots:
         labels = LabelMap.for_names(source, names, label_map)
@@ -276,7 +284,7 @@ def _make_judge(
         judging.shot_tokens if judging.shots else None,
         judging.calibrate,
     )
-    return Judge(scorer, own, prompts, names, prompt, prior)
+    return Judge(scorer, own, prompts, names, prompt, tuple(chat_arguments), prior)
 
 
 def _measured(prompts: Prompts, name: str) -> Prompts:

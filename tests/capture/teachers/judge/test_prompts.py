@@ -205,6 +205,23 @@ def test_arguments_of_the_chat_template(tokenizer, topics):
         judge_of(tokenizer, topics, Judging(SHORT, format="chat"))
 
 
+@pytest.mark.parametrize("mark", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+def test_the_day_of_a_chat_template_stands_in_the_contract(tokenizer, topics, mark):
+    tokenizer.chat_template = (
+        "{{ strftime_now('%Y') }} {% for m in messages %}[{{ m.role }}] CONTENT {% endfor %}".replace(
+            "CONTENT", mark[0] + "{{ m.content }}" + mark[1]
+        )
+    )
+    judge = judge_of(tokenizer, topics, Judging(SHORT))
+    assert judge.prompts.text("a", None).startswith("2024 [user] a =")
+    assert judge.settle(Tokenization(9)).chat_template_kwargs == ('strftime_now="2024-07-26"',)
+    other = judge_of(tokenizer, topics, Judging(SHORT), chat_arguments=['strftime_now="1999-01-01"'])
+    assert other.prompts.text("a", None).startswith("1999 ")
+    assert other.settle(Tokenization(9)).chat_template_kwargs == ('strftime_now="1999-01-01"',)
+    plain = judge_of(tokenizer, topics, Judging(SHORT, format="plain"))
+    assert plain.settle(Tokenization(9)) == Tokenization(9)
+
+
 def test_labels_without_tokens_or_with_those_of_another(bert_tokenizer, topics):
     found = copy.deepcopy(bert_tokenizer)
     with pytest.raises(MisuseError, match=r"--label-text: '\\u200b': the tokenizer makes no token of it"):
