@@ -27,7 +27,7 @@ from pipeline.capture.teachers.judge.scorer import BegunScores, Scorer
 from pipeline.capture.teachers.judge.shots import Shots, choose_shots
 from pipeline.capture.teachers.judge.template import check_reads, read_template
 from pipeline.errors import BadRowError, MisuseError
-from pipeline.records import Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
+from pipeline.records import Contract, Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source
 from pipeline.tasks.templates import find_template, make_renderer, with_day
 
@@ -211,18 +211,20 @@ def make_judge(
     label_map: Sequence[str] = (),
     seed: int = 0,
     chat_arguments: Sequence[str] = (),
+    begun: Contract | None = None,
 ) -> Judge:
     """The judge that the flags ask for.
 
     Args:
         seed: of the choice of examples.
         chat_arguments: `KEY=JSON` each, for the chat template.
+        begun: of a cache that is there and goes on or grows: its examples stay.
 
     Raises:
         MisuseError: a template, label or number of examples that cannot be used; the scorer is closed then.
     """
     try:
-        return _make_judge(scorer, judging, source, label_map, seed, chat_arguments)
+        return _make_judge(scorer, judging, source, label_map, seed, chat_arguments, begun)
     except BaseException:
         scorer.close()
         raise
@@ -235,6 +237,7 @@ def _make_judge(
     label_map: Sequence[str],
     seed: int,
     chat_arguments: Sequence[str],
+    begun: Contract | None,
 ) -> Judge:
     # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast tokenizer keeps.
     own, tokenizer = copy.deepcopy(scorer.tokenizer), copy.deepcopy(scorer.tokenizer)
@@ -253,7 +256,8 @@ def _make_judge(
     shots = Shots((), ())
     if judging.shots:
         labels = LabelMap.for_names(source, names, label_map)
-        shots = choose_shots(source, labels, names, judging.shots, seed)
+        there = None if begun is None else begun.teacher.judge
+        shots = choose_shots(source, labels, names, judging.shots, seed, there.shots if there is not None else ())
         shots = Shots(
             *(
                 tuple(cut_shot(tokenizer, shot, judging.shot_tokens) for shot in part)

@@ -306,10 +306,10 @@ def test_the_default_template(tokenizer, topics):
 # --------------------------------------------------------------------------------------------------------------- shots
 
 
-def chosen(data, count, seed=0):
+def chosen(data, count, seed=0, begun=()):
     source = from_datasets(data, Columns())
     names = ("business", "film", "sport")
-    return choose_shots(source, LabelMap.for_names(source, names), names, count, seed)
+    return choose_shots(source, LabelMap.for_names(source, names), names, count, seed, begun)
 
 
 def test_shots_are_labelled_rows_of_train_each_label_in_turn(topics):
@@ -345,6 +345,20 @@ def test_a_row_that_is_cut_is_never_its_own_example_either(tokenizer, topics):
         assert f"Text: {shot.shown}\nCategory: {judge.names[shot.label]}\n" not in prompt
         assert f"Text: {spare.shown}\nCategory: {judge.names[shot.label]}\n" in prompt
         assert prompt.count("Text: ") == 5
+
+
+def test_rows_that_are_added_displace_no_example(topics):
+    first = chosen(DatasetDict({"train": topics["train"].select(range(40))}), 6)
+    places = [shot.place for shot in first.chosen]
+    grown = chosen(topics, 6)
+    assert grown.chosen != first.chosen
+    kept = chosen(topics, 6, begun=places)
+    assert kept.chosen == first.chosen
+    assert {shot.label for shot in kept.reserve} == {0, 1, 2}
+    assert not {shot.place for shot in kept.reserve} & set(places)
+    assert chosen(topics, 6, begun=[shot.place for shot in grown.chosen]) == grown
+    assert chosen(topics, 6, begun=["train:1000", *places[1:]]) == grown  # no such row: as if there were nothing
+    assert chosen(topics, 5, begun=places) == chosen(topics, 5)
 
 
 def test_shots_of_duplicates_other_splits_and_too_few(topics):
