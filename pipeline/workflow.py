@@ -63,6 +63,9 @@ _INPUTS = (
     "unlabelled",
 )
 
+#: Those that may be the text itself in place of a file's name.
+_TEMPLATES = ("template", "prompt_template")
+
 
 def stage_configs(
     file: ConfigFile, stages: tuple[str, ...] = (), through: str | None = None
@@ -276,6 +279,8 @@ def _key(config: Any, *, before: bool = False) -> str:
     for name, value in {**settings, **settings.get("data", {})}.items():
         if name == "dataset" and data is not None and data.data_files and not before:
             continue  # only the files named count, below
+        if name in _TEMPLATES and isinstance(value, str) and ("{{" in value or "\n" in value):
+            continue  # its text, which stands in the settings
         if name in _INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]

@@ -86,5 +86,22 @@ def test_what_was_made_with_the_defaults_of_before_stays_done(project):
     assert _key(plain, before=True) == kept
 
 
+def test_a_prompt_template_in_the_file_is_part_of_the_settings(project, tmp_path):
+    long = "Which topic is it?\n" * 20 + "{{ text }}:"
+    project["cache-logits"] |= {"prompt_template": long, "label_text": ["film", "sport"]}
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    ((_, config),) = stage_configs(load_config("run.yaml"), ("cache-logits",))
+    assert config.prompt_template == long
+    assert _key(config) == _key(dataclasses.replace(config))
+    assert _key(config) != _key(dataclasses.replace(config, prompt_template=long + "!"))
+    file = Path("prompt.jinja")
+    named = dataclasses.replace(config, prompt_template=str(file))
+    keys = []
+    for text in ("{{ text }} is", "{{ text }} is about"):
+        file.write_text(text)
+        keys.append(_key(named))
+    assert keys[0] != keys[1]
+
+
 #: Fields that a stage's mark did not have then, or never has.
 _NEWER = ("overwrite", "report_to", "on_bad_row")

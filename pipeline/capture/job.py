@@ -87,9 +87,9 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
     encoding = config.resolve_encoding(task.default_encoding.kind)
-    teacher = teacher_of(task, config, source)
+    begun = None if config.overwrite else current_plan(layout)
+    teacher = teacher_of(task, config, source, begun)
     try:
-        begun = None if config.overwrite else current_plan(layout)
         length = row_length(task, teacher, config.data.max_length, begun)
         return make_job(
             task,
@@ -115,11 +115,12 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
         raise
 
 
-def teacher_of(task: Task, config: CacheLogitsConfig, source: Source) -> Teacher:
+def teacher_of(task: Task, config: CacheLogitsConfig, source: Source, begun: Plan | None) -> Teacher:
     """The teacher that the flags name.
 
     Args:
         source: what it will label; a judge takes the labels' names and its examples from there.
+        begun: a capture that is there already; a judge keeps its examples.
     """
     tokenizer = None
     if config.server:
@@ -137,6 +138,7 @@ def teacher_of(task: Task, config: CacheLogitsConfig, source: Source) -> Teacher
             label_map=config.data.label_map,
             seed=config.seed,
             chat_arguments=arguments,
+            begun=None if begun is None else begun.contract,
         )
     if tokenizer is not None:
         return _serve(task, config, tokenizer, config.top_logprobs)
@@ -258,7 +260,7 @@ def make_job(
         dry_run: the output is looked at, and stays as it is.
     """
     tokenizer, num_classes = teacher.tokenizer, teacher.num_classes
-    tokenization = task.settle(tokenization, tokenizer, chats=holds_chats(source))
+    tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
     label_names = teacher.label_names

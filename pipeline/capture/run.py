@@ -127,7 +127,10 @@ def cache_logits(
     made: Teacher
     if judging is not None:
         scorer = _scorer(judges_task(chosen), teacher, servers, tokenizer, chosen.default_batch_tokens, settings)
-        made = make_judge(scorer, judging, source, label_map=label_maps, seed=seed, chat_arguments=chat_arguments)
+        there = None if begun is None else begun.contract
+        made = make_judge(
+            scorer, judging, source, label_map=label_maps, seed=seed, chat_arguments=chat_arguments, begun=there
+        )
     elif servers:
         made = _served(chosen, teacher, servers, tokenizer, encoding, settings)
     else:

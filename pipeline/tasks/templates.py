@@ -25,7 +25,7 @@ Turn = Mapping[str, Any]
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 #: The argument that names the day that `strftime_now` tells, and the day where it is not given: that of Llama 3.1, whose
-#: template falls back on it. Templates that mark the assistant's tokens keep today's date, as caches of them have it.
+#: template falls back on it. Chats of templates that mark the assistant's tokens keep today's date, as caches of them have it.
 CLOCK, DAY = "strftime_now", "2024-07-26"
 
 #: `transformers` gives a turn's reasoning to templates under each of these names.
@@ -130,8 +130,13 @@ def make_renderer(template: ChatTemplate, kwargs: Sequence[str], tokenizer: PreT
 
 
 def pinned_day(template: ChatTemplate, kwargs: Sequence[str]) -> tuple[str, ...]:
-    """The keyword arguments as the contract states them: with the day, where the text would depend on it."""
-    if template.is_marked or not template.asks_the_date or CLOCK in _parsed(tuple(kwargs)):
+    """The keyword arguments of chats as the contract states them: with the day, where the text would depend on it."""
+    return tuple(kwargs) if template.is_marked else with_day(template, kwargs)
+
+
+def with_day(template: ChatTemplate, kwargs: Sequence[str]) -> tuple[str, ...]:
+    """The keyword arguments with the day, where the text of the template, marked or not, depends on it."""
+    if not template.asks_the_date or CLOCK in _parsed(tuple(kwargs)):
         return tuple(kwargs)
     return tuple(sorted([*kwargs, f"{CLOCK}={json.dumps(DAY)}"]))
 

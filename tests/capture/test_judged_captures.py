@@ -62,6 +62,15 @@ def config(tmp_path, tokenizer, model, topics, save_teacher):
     return make
 
 
+@pytest.fixture
+def few(config, tmp_path):
+    """The same, of data with 24 + 6 rows."""
+    for split, rows in (("train", 24), ("test", 6)):
+        file = tmp_path / "data" / f"{split}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:rows]))
+    return config
+
+
 def naive(model, tokenizer, prompt, labels):
     """Log p(label | prompt) of each label, of whole sequences."""
     ids = tokenizer(prompt)["input_ids"]
@@ -112,10 +121,10 @@ def test_python_and_command_line_make_the_same(config, model, tokenizer, topics,
         np.testing.assert_allclose(a.soft.top_logprobs, b.soft.top_logprobs, atol=1e-4)
 
 
-def test_the_prompt_stands_in_the_contract(config, tmp_path):
+def test_the_prompt_stands_in_the_contract(few, tmp_path):
     (tmp_path / "shots.jinja").write_text(WITH_SHOTS)
     cache = run(
-        config(prompt_template=str(tmp_path / "shots.jinja"), label_text=("sport=goal", "film", "business"), shots=3)
+        few(prompt_template=str(tmp_path / "shots.jinja"), label_text=("sport=goal", "film", "business"), shots=3)
     )
     found = cache.manifest.contract.teacher.judge
     assert found == JudgeInfo(tuple(WITH_SHOTS.split("\n")), "plain", ("goal", "film", "business"), found.shots, 64)
@@ -140,7 +149,7 @@ def test_the_prompt_stands_in_the_contract(config, tmp_path):
         ({"data_settings": {"max_length": 20}}, "tokenization.max_length"),
     ],
 )
-def test_a_resumed_capture_with_another_prompt_is_refused(config, tokenizer, tmp_path, monkeypatch, changed, named):
+def test_a_resumed_capture_with_another_prompt_is_refused(few, tokenizer, tmp_path, monkeypatch, changed, named):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "teacher")
 
@@ -152,17 +161,34 @@ def test_a_resumed_capture_with_another_prompt_is_refused(config, tokenizer, tmp
 
     monkeypatch.setattr(in_process, "capture_shards", stopped)
     with pytest.raises(StoppedError):
-        run(config(prompt_format="plain"))
+        run(few(prompt_format="plain"))
     with pytest.raises(StoppedError):
-        run(config(prompt_format="plain"))
+        run(few(prompt_format="plain"))
     with pytest.raises(ContractError, match=rf"cache: holds another capture: contract\.(teacher\.)?{named}"):
-        run(config(**{"prompt_format": "plain", **changed}))
+        run(few(**{"prompt_format": "plain", **changed}))
 
 
-def test_long_texts_are_counted_and_shots_never_hold_the_row(config, tmp_path, caplog):
+def test_new_rows_are_appended_with_the_examples_of_the_first(config, topics, tmp_path):
+    (tmp_path / "shots.jinja").write_text(WITH_SHOTS)
+    settings = {"prompt_template": str(tmp_path / "shots.jinja"), "shots": 6, "shot_tokens": 4}
+    data = tmp_path / "data" / "train.jsonl"
+    lines = data.read_text().splitlines(keepends=True)
+    seen = []
+    for rows in (30, 60, 90):
+        data.write_text("".join(lines[:rows]))
+        cache = run(config(**settings, append=rows > 30))
+        assert len(cache.dataset("train")) == rows
+        seen.append(cache.manifest.contract.teacher.judge.shots)
+    assert seen == seen[:1] * 3
+    assert run(config("whole", **settings)).manifest.contract.teacher.judge.shots not in seen
+    with pytest.raises(ContractError, match=r"--append: seed: expected 0, found 1"):
+        run(config(**settings, append=True, seed=1))
+
+
+def test_long_texts_are_counted_and_shots_never_hold_the_row(few, tmp_path, caplog):
     (tmp_path / "shots.jinja").write_text(WITH_SHOTS)
     with caplog.at_level(logging.INFO):
-        run(config(prompt_template=str(tmp_path / "shots.jinja"), shots=6, data_settings={"max_length": 12}))
+        run(few(prompt_template=str(tmp_path / "shots.jinja"), shots=6, data_settings={"max_length": 12}))
     assert "rows were cut at the longest row allowed" in caplog.text
 
 
@@ -190,7 +216,7 @@ def taught(config):
     return [row.example.text for row in rows], answers, cache.manifest.contract.label_names
 
 
-def test_a_judge_that_is_right(config, model, tokenizer, tmp_path, caplog):
+def test_a_judge_that_is_right_and_numbers_in_another_order(config, model, tokenizer, tmp_path, caplog):
     texts, answers, names = taught(config)
     data = DatasetDict({"train": Dataset.from_dict({"text": texts, "label": [names[a] for a in answers]})})
     settings = {
@@ -205,6 +231,9 @@ def test_a_judge_that_is_right(config, model, tokenizer, tmp_path, caplog):
     (line,) = [r for r in caplog.records if "labelled rows of train right" in r.message]
     assert "labels 100.0% of 120 labelled rows" in line.message
     assert line.levelno == logging.INFO
+    moved = DatasetDict({"train": Dataset.from_dict({"text": texts, "label": [(a + 1) % 3 for a in answers]})})
+    with pytest.raises(SourceError, match="classes are in another order than the teacher's"):
+        softlabel.cache_logits(model, moved, tmp_path / "moved", calibrate=True, label_text=names, **settings)
 
 
 def test_data_without_labels(config, model, tokenizer, topics, caplog, tmp_path):
@@ -225,33 +254,20 @@ def test_data_without_labels(config, model, tokenizer, topics, caplog, tmp_path)
     assert len(cache.dataset("train")) == 90
 
 
-def test_labels_that_are_not_among_the_texts(config):
+def test_labels_that_are_not_among_the_texts(few):
     with pytest.raises(SourceError, match=r"unknown label 'sport'.*--label-map DATA=MODEL"):
-        run(config(label_text=("business", "film")))
-    cache = run(config(label_text=("business", "rest"), data_settings={"label_map": ("sport=rest", "film=rest")}))
+        run(few(label_text=("business", "film")))
+    cache = run(few(label_text=("business", "rest"), data_settings={"label_map": ("sport=rest", "film=rest")}))
     assert cache.manifest.contract.num_classes == 2
     assert {row.example.label for row in cache.dataset("test")} == {0, 1}
 
 
-def test_numbers_in_another_order_than_the_texts_are_refused(config, model, tokenizer, tmp_path):
-    texts, answers, names = taught(config)
-    data = DatasetDict({"train": Dataset.from_dict({"text": texts, "label": [(a + 1) % 3 for a in answers]})})
-    settings = {
-        "task": "sequence-classification",
-        "tokenizer": tokenizer,
-        "max_length": 30,
-        "prompt_template": TEMPLATE,
-    }
-    with pytest.raises(SourceError, match="classes are in another order than the teacher's"):
-        softlabel.cache_logits(model, data, tmp_path / "moved", calibrate=True, label_text=names, **settings)
-
-
 @pytest.mark.parametrize("api", ["vllm", "sglang"])
-def test_behind_a_server_it_is_the_same(config, model, api):
-    local = run(config("local", shots=2, shot_tokens=5, prompt_template="default", calibrate=True))
+def test_behind_a_server_it_is_the_same(few, model, api):
+    local = run(few("local", shots=2, shot_tokens=5, prompt_template="default", calibrate=True))
     with serving(model, api=api) as stand_in:
         settings = {"server": (stand_in.url,), "server_patience": 10.0}
-        found = run(config("served", shots=2, shot_tokens=5, prompt_template="default", calibrate=True, **settings))
+        found = run(few("served", shots=2, shot_tokens=5, prompt_template="default", calibrate=True, **settings))
     contract = found.manifest.contract
     assert contract.teacher.judge == local.manifest.contract.teacher.judge
     assert contract.teacher.server.api == api
@@ -262,22 +278,22 @@ def test_behind_a_server_it_is_the_same(config, model, api):
             np.testing.assert_allclose(a.soft.top_logprobs, b.soft.top_logprobs, atol=1e-3)
 
 
-def test_a_prompt_that_the_server_refuses_is_a_bad_row(config, model, caplog):
+def test_a_prompt_that_the_server_refuses_is_a_bad_row(few, model, caplog):
     with serving(model) as stand_in:
-        whole = run(config("whole", server=(stand_in.url,), server_patience=5.0))
+        whole = run(few("whole", server=(stand_in.url,), server_patience=5.0))
         described = stand_in.get("/v1/models")
         stand_in.get = lambda path: described if path == "/v1/models" else {"version": stand_in.version}
         stand_in.longest = max(len(body["prompt"]) for body in stand_in.asked)  # says so only when asked for more
         with caplog.at_level(logging.WARNING):
-            found = run(config("skipped", server=(stand_in.url,), server_patience=5.0, on_bad_row="skip"))
-    assert 0 < found.manifest.bad_rows < 40
-    assert len(found.dataset("train")) + len(found.dataset("test")) == 120 - found.manifest.bad_rows
-    assert len(whole.dataset("train")) == 90
+            found = run(few("skipped", server=(stand_in.url,), server_patience=5.0, on_bad_row="skip"))
+    assert 0 < found.manifest.bad_rows < 10
+    assert len(found.dataset("train")) + len(found.dataset("test")) == 30 - found.manifest.bad_rows
+    assert len(whole.dataset("train")) == 24
     assert "a prompt was refused: " in caplog.text
 
 
-def test_a_student_of_another_tokenizer_learns_from_it(config, bert_tokenizer, tmp_path, save_teacher):
-    cache = run(config())
+def test_a_student_of_another_tokenizer_learns_from_it(few, bert_tokenizer, tmp_path, save_teacher):
+    cache = run(few())
     student = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=3), bert_tokenizer, "student")
     result = train(
         TrainStudentConfig(
@@ -294,8 +310,8 @@ def test_a_student_of_another_tokenizer_learns_from_it(config, bert_tokenizer, t
     assert np.isfinite(result.soft_loss)
 
 
-def test_a_student_of_the_same_tokenizer_learns_from_the_texts_ids(config, tokenizer, tmp_path, save_teacher):
-    cache = run(config())
+def test_a_student_of_the_same_tokenizer_learns_from_the_texts_ids(few, tokenizer, tmp_path, save_teacher):
+    cache = run(few())
     student = save_teacher(tiny_model("llama", len(tokenizer), num_labels=3), tokenizer, "student")
     result = train(
         TrainStudentConfig(
@@ -305,26 +321,26 @@ def test_a_student_of_the_same_tokenizer_learns_from_the_texts_ids(config, token
     assert result.steps == 2
 
 
-def test_dry_run_and_refusals(config, tmp_path):
-    lines = dict(outline(config(prompt_template=None, shots=2, shot_tokens=5)))
+def test_dry_run_and_refusals(few, tmp_path):
+    lines = dict(outline(few(prompt_template=None, shots=2, shot_tokens=5)))
     assert "labels by prompt (plain, 2 examples)" in lines["teacher"]
     assert not (tmp_path / "cache").exists()
-    cache = run(config())
+    cache = run(few())
     with pytest.raises(MisuseError, match="are those of a language model after a prompt, which audit does not run"):
         audit.run(AuditConfig(cache=str(cache.root), teacher=str(tmp_path / "teacher")))
     with pytest.raises(MisuseError, match="--auto-batch-tokens does not measure prompts; give --batch-tokens"):
-        run(config("measured", auto_batch_tokens=True))
+        run(few("measured", auto_batch_tokens=True))
     with pytest.raises(ModelError, match="--prompt-template default"):
-        run(config("none", prompt_template=None))
+        run(few("none", prompt_template=None))
     with pytest.raises(MisuseError, match="--calibrate is for a language model that labels by prompt"):
-        config(prompt_template=None, calibrate=True)
+        few(prompt_template=None, calibrate=True)
     with pytest.raises(MisuseError, match="--shots: expected at least 0, found -1"):
-        config(shots=-1)
+        few(shots=-1)
     with pytest.raises(MisuseError, match="are for class labels; --task causal-lm has none"):
         run(
             CacheLogitsConfig(
                 **{
-                    **{f: getattr(config("lm"), f) for f in ("data", "teacher", "output")},
+                    **{f: getattr(few("lm"), f) for f in ("data", "teacher", "output")},
                     "task": "causal-lm",
                     "shots": 2,
                 }

@@ -99,6 +99,10 @@ class LocalTeacher:
         """Parameters, precision and device."""
         return f"{self.name}: {info.num_parameters:,} parameters, {info.dtype}, on {self.device}"
 
+    def settle(self, tokenization: Tokenization) -> Tokenization:
+        """As it is."""
+        return tokenization
+
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
         """Logits serve every encoding; the attention may not isolate documents."""
         check_isolation(self.model, tokenization)

@@ -80,6 +80,9 @@ class Teacher(Protocol):
             info: what the contract says of it; for a local model that takes a pass over its weights.
         """
 
+    def settle(self, tokenization: Tokenization) -> Tokenization:
+        """How rows become tokens, as the contract states it: with what the teacher decides."""
+
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
         """Refuse settings that it cannot serve, before anything is written.
 

@@ -136,6 +136,10 @@ class ServedTeacher:
         """Model, software and addresses."""
         return f"{self.name} behind {', '.join(self._client.urls)}: {self.device}, the top {self._top} log-probabilities of each position"
 
+    def settle(self, tokenization: Tokenization) -> Tokenization:
+        """As it is."""
+        return tokenization
+
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
         """Servers give the most likely classes at temperature 1, and nothing of the others.
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from pipeline.capture.forward import device_name
 from pipeline.capture.teachers.judge.scorer import Labels
@@ -26,6 +27,9 @@ from pipeline.errors import ModelError
 from pipeline.models import LoadedModel, longest_input, model_info, pad_id
 from pipeline.records import ModelInfo
 from pipeline.tasks import embedding_rows
+
+#: Layers of a cache that hold keys and values of tokens, or nothing. Subclasses hold more.
+_OF_TOKENS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 @dataclass(slots=True)
@@ -37,6 +41,8 @@ class LocalScorer:
     """Tokens of a forward pass, prefix and padding included."""
     _takes: frozenset[str] = field(default=frozenset(), init=False)
     """Arguments of the model's `forward`."""
+    _is_recurrent: bool = field(default=False, init=False)
+    """Whether every label is passed with its whole prompt: a recurrent layer has no keys and values to take tokens out of."""
     _kept: tuple[bytes, Any] | None = field(default=None, init=False)
     """A prefix, and its keys and values."""
 
@@ -44,6 +50,11 @@ class LocalScorer:
         model: Any = self.loaded.model
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
         self._takes = frozenset(inspect.signature(inner.forward).parameters)
+        self._is_recurrent = (
+            bool(getattr(model, "_is_stateful", False))
+            or "past_key_values" not in self._takes
+            or any(type(layer) not in _OF_TOKENS for layer in DynamicCache(config=model.config).layers)
+        )
 
     @property
     def name(self) -> str:
@@ -86,7 +97,7 @@ class LocalScorer:
 
     def begin(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> Computed:
         """One pass over the prompts, in batches of similar length, and one for each inner node of the labels' tree."""
-        if self._has_window:  # padding between prefix and text would shift what is within the window
+        if not self._allows_gaps:
             prefix = prefix[:0]
         out: Tensor | None = None
         with torch.inference_mode():
@@ -123,14 +134,15 @@ class LocalScorer:
         """Nothing: the model goes with the last reference to it."""
 
     @property
-    def _has_window(self) -> bool:
-        config: Any = self.loaded.model.config.get_text_config()
-        return bool(getattr(config, "sliding_window", None))
+    def _allows_gaps(self) -> bool:
+        """Whether padding may stand between a prefix and a text.
 
-    @property
-    def _is_recurrent(self) -> bool:
-        """Whether every label is passed with its whole prompt: a recurrent model has no keys and values to take tokens out of."""
-        return bool(getattr(self.loaded.model, "_is_stateful", False)) or "past_key_values" not in self._takes
+        It shifts what is within a window or a chunk, and every position that a model counts by itself; Bloom counts those
+        of the attention mask.
+        """
+        config: Any = self.loaded.model.config.get_text_config()
+        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return ("position_ids" in self._takes or config.model_type == "bloom") and not any(windows)
 
     def plain(self, prompts: Sequence[np.ndarray], labels: Labels) -> Tensor:
         """(N, V): the scores by one pass for each label, over prompt and label; the reference."""

@@ -7,6 +7,7 @@ label's ids are those that the tokenizer gives it behind the end of the template
 from __future__ import annotations
 
 import dataclasses
+import logging
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.capture.teachers.judge.shots import Shot, Shots
 from pipeline.capture.teachers.judge.template import Shown, Template
-from pipeline.errors import MisuseError, SourceError
+from pipeline.errors import BadRowError, MisuseError, SourceError
 from pipeline.records import TokenizedExample
 from pipeline.tasks.templates import REFUSALS, Renderer
+
+logger = logging.getLogger(__name__)
 
 #: Inputs without content, whose mean prediction is the labels' prior (Zhao et al., 2021).
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -41,6 +44,11 @@ class Prompts:
     paired: bool
     positions: int
     """Tokens that the model has positions for."""
+    opening: str = ""
+    """Behind the prompt of every row: what the chat template writes between its generation prompt and an answer, as the
+    empty `<think>` block of Qwen3, if that is more than white space."""
+    gap: str = ""
+    """Between that and the label, in a chat: white space."""
     label_ids: tuple[tuple[int, ...], ...] = ()
     """Of each class, at least one."""
     leading_ids: tuple[int, ...] = ()
@@ -58,11 +66,15 @@ class Prompts:
         return max((self.positions - self.overhead) // self.repeats - _SEAM, 0)
 
     def of_row(self, row: TokenizedExample) -> np.ndarray:
-        """(T,) int64: the prompt of a row, whose text is cut where the row's tokens are."""
+        """(T,) int64: the prompt of a row, whose text is cut where the row's tokens are.
+
+        Raises:
+            BadRowError: as `fitted`.
+        """
         text, pair = row.text or "", row.text_pair
         shots = self.shots.of(text, pair)
         if row.cut:
-            text, pair = _cut(self.tokenizer, text, pair, row.num_tokens)
+            text, pair = self._shorter(text, pair, row.num_tokens)
         return self.fitted(text, pair, shots)
 
     def fitted(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
@@ -70,15 +82,26 @@ class Prompts:
 
         Args:
             shots: the examples; default: those of most rows.
+
+        Raises:
+            BadRowError: there is room for none of its tokens.
         """
         most = self.positions - max(map(len, self.label_ids), default=0)
         ids = self.ids(text, pair, shots)
         size = len(self.tokenizer(text, pair, verbose=False)["input_ids"]) if len(ids) > most else 0
-        while len(ids) > most and size > 0:
-            size = max(size - (len(ids) - most) // self.repeats - _SEAM, 0)
-            text, pair = _cut(self.tokenizer, text, pair, size)
+        while len(ids) > most:
+            size = max(size - (len(ids) - most) // self.repeats - _SEAM, min(size - 1, 1))
+            text, pair = self._shorter(text, pair, size)
             ids = self.ids(text, pair, shots)
         return ids
+
+    def _shorter(self, text: str, pair: str | None, tokens: int) -> tuple[str, str | None]:
+        found = _cut(self.tokenizer, text, pair, tokens)
+        if not found[0] or (pair and not found[1]):
+            raise BadRowError(
+                f"no room for the text in the prompt: {max(tokens, 0)} tokens are left for it; use a shorter prompt"
+            )
+        return found
 
     def ids(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
         """(T,) int64: the prompt of a text as it is."""
@@ -104,7 +127,7 @@ class Prompts:
         try:
             if answer is not None:
                 return self.chat([*turns, {"role": "assistant", "content": answer}])[0]
-            return self.chat(turns, prompt=True)[0]
+            return self.chat(turns, prompt=True)[0] + self.opening
         except REFUSALS as error:
             raise SourceError(
                 f"the chat template does not take a prompt: {' '.join(str(error).split())}; use --prompt-format plain"
@@ -145,13 +168,38 @@ class Prompts:
     def _gap(self, prompt: str, label: str) -> str:
         """What stands between prompt and label: in a chat what its template writes there, else a space where words have one."""
         if self.chat is not None:
-            whole = self.text("", "" if self.paired else None, answer=label)
-            rest = whole[len(prompt) :] if whole.startswith(prompt) else ""
-            gap = rest[: max(rest.find(label), 0)]
-            return gap if gap.isspace() else ""
+            return self.gap
         last = prompt[-1:]
         wide = unicodedata.east_asian_width(last or " ") in ("W", "F")
         return "" if not last or last.isspace() or label[:1].isspace() or wide or last in _OPENING else " "
+
+    def opened(self) -> Prompts:
+        """With `opening` and `gap`, as the chat template writes the assistant's turns."""
+        if self.chat is None:
+            return self
+        second = "" if self.paired else None
+        prompt = self.text("", second)
+        # Two answers that begin differently: what stands before an answer is what both have.
+        answered, other = (self.text("", second, answer=answer) for answer in ("Answer", "Reply"))
+        answered = answered[: _alike(answered, other)]
+        if not answered.startswith(prompt):
+            logger.warning(
+                "the chat template ends the prompt with %r, and does not write that before an answer: labels are scored behind it, where the model may not begin an answer; "
+                "give an argument that leaves it out (--chat-template-kwargs enable_thinking=false in many templates), or --prompt-format plain",
+                prompt[_alike(answered, prompt) :],
+            )
+            return self
+        between = answered[len(prompt) :]
+        opening = between.rstrip(" ") if between.strip() else ""
+        if opening:
+            logger.info("the chat template writes %r before an answer: it stands behind every prompt", opening)
+        return dataclasses.replace(self, opening=opening, gap=between[len(opening) :])
+
+
+def _alike(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

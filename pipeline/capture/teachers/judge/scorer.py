@@ -71,7 +71,7 @@ class Scorer(Protocol):
         """Check, before the first shard, that the scores are sound.
 
         Args:
-            prompts: one or two, short ones.
+            prompts: two short ones, of different lengths.
 
         Raises:
             PipelineError: they are not.

@@ -62,8 +62,13 @@ class Shots:
         return tuple(shot for shot in found if shot is not None)
 
 
-def choose_shots(source: Source, labels: LabelMap, names: Sequence[str], count: int, seed: int) -> Shots:
+def choose_shots(
+    source: Source, labels: LabelMap, names: Sequence[str], count: int, seed: int, begun: Sequence[str] = ()
+) -> Shots:
     """So many labelled rows of `train`, each label in turn, in an order that is a hash of seed and row.
+
+    Args:
+        begun: the places of the examples of a cache that goes on, which rows that were added since do not displace.
 
     Raises:
         MisuseError: `train` has fewer labelled rows.
@@ -97,8 +102,10 @@ def choose_shots(source: Source, labels: LabelMap, names: Sequence[str], count: 
             "%s: no labelled row of %s has the label %s: the prompt has no example of it",
             *(source.name, _SPLIT, ", ".join(map(repr, without[:5]))),
         )
-    chosen, rest = chosen[:count], chosen[count:]
-    return Shots(tuple(chosen), tuple(rest))
+    if begun and [shot.place for shot in chosen[:count]] != list(begun) and len(begun) == count:
+        kept = [shot for shot in (_at(source, labels, place) for place in begun) if shot is not None]
+        chosen = [*kept, *(shot for shot in chosen if shot.place not in begun)] if len(kept) == count else chosen
+    return Shots(tuple(chosen[:count]), tuple(chosen[count:]))
 
 
 def _labelled(source: Source, labels: LabelMap, seed: int) -> Iterator[tuple[int, int]]:
@@ -117,6 +124,13 @@ def _labelled(source: Source, labels: LabelMap, seed: int) -> Iterator[tuple[int
                 found.append((row, label))
     keys = counter_uniforms(seed, _SPLIT, 0, 0, np.array([row for row, _ in found], dtype=np.int64)).tolist()
     yield from (pair for _, pair in sorted(zip(keys, found, strict=True)))
+
+
+def _at(source: Source, labels: LabelMap, place: str) -> Shot | None:
+    """The example at a place of a contract; None: there is none any more."""
+    split, _, row = place.partition(":")
+    rows = len(source.splits[_SPLIT])
+    return _read(source, labels, int(row)) if split == _SPLIT and row.isdecimal() and int(row) < rows else None
 
 
 def _read(source: Source, labels: LabelMap, row: int) -> Shot | None:

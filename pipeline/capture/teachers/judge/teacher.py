@@ -27,10 +27,10 @@ from pipeline.capture.teachers.judge.scorer import BegunScores, Scorer
 from pipeline.capture.teachers.judge.shots import Shots, choose_shots
 from pipeline.capture.teachers.judge.template import check_reads, read_template
 from pipeline.capture.teachers.protocol import Keep
-from pipeline.errors import MisuseError
-from pipeline.records import Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
+from pipeline.errors import BadRowError, MisuseError
+from pipeline.records import Contract, Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source
-from pipeline.tasks.templates import find_template, make_renderer
+from pipeline.tasks.templates import find_template, make_renderer, with_day
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,14 @@ class Judge:
     """A causal language model with a prompt; the protocol says what each member is."""
 
     scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    """The language model's; rows are the texts alone, without the prompt."""
     prompts: Prompts
     names: tuple[str, ...]
     prompt: JudgeInfo
     """As the contract states it."""
+    chat_arguments: tuple[str, ...]
+    """`KEY=JSON` each, of the chat template: those given, and the day, where its text depends on that."""
     prior: Tensor | None
     """(V,) nats: log of the mean probability of each label after prompts without content; None: not calibrated."""
 
@@ -56,11 +60,6 @@ class Judge:
     def name(self) -> str:
         """As messages name it."""
         return self.scorer.name
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The language model's; rows are the texts alone, without the prompt."""
-        return self.scorer.tokenizer
 
     @property
     def num_classes(self) -> int:
@@ -111,6 +110,10 @@ class Judge:
             f"{self.prompts.overhead:,} tokens beside each text, {len(self.prompts.prefix):,} of them passed once"
         )
 
+    def settle(self, tokenization: Tokenization) -> Tokenization:
+        """With the arguments of the prompt's chat template."""
+        return dataclasses.replace(tokenization, chat_template_kwargs=self.chat_arguments)
+
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
         """Log-probabilities of all labels serve every encoding."""
 
@@ -120,16 +123,29 @@ class Judge:
         Raises:
             PipelineError: its scores are not sound.
         """
-        if not rows:
-            return
         by_length = sorted(rows, key=lambda row: row.num_tokens)
-        logger.info("the prompt of a row: %r, then one of %s", *self._shown(by_length[0]))
-        prompts = [self.prompts.of_row(row) for row in by_length[:2] if row.num_tokens <= _SHORT]
+        found = list(self._of(by_length).items())
+        if not found:
+            return
+        logger.info("the prompt of a row: %r, then one of %s", *self._shown(found[0][1]))
+        prompts = [prompt for i, prompt in found if by_length[i].num_tokens <= _SHORT]
         if prompts:
-            self.scorer.compare(prompts, self.prompts.label_ids[:_LABELS], self.prompts.prefix)
+            self.scorer.compare(
+                two_lengths(prompts, self.prompts), self.prompts.label_ids[:_LABELS], self.prompts.prefix
+            )
 
-    def _shown(self, row: TokenizedExample) -> tuple[str, str]:
-        ids = self.prompts.of_row(row).tolist()
+    def _of(self, rows: Sequence[TokenizedExample]) -> dict[int, np.ndarray]:
+        """Place of a row -> its prompt, of the rows that have one."""
+        found = {}
+        for i, row in enumerate(rows):
+            try:
+                found[i] = self.prompts.of_row(row)
+            except BadRowError as error:
+                logger.warning("row %d: %s", row.source_row, error)
+        return found
+
+    def _shown(self, prompt: np.ndarray) -> tuple[str, str]:
+        ids = prompt.tolist()
         labels = (repr(self.prompts.tokenizer.decode(list(label))) for label in self.prompts.label_ids[:20])
         text = str(self.prompts.tokenizer.decode(ids))
         return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}", ", ".join(labels)
@@ -139,8 +155,10 @@ class Judge:
         raise MisuseError("--auto-batch-tokens does not measure prompts; give --batch-tokens")
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Begun:
-        """Score the labels after the prompt of each row."""
-        return _Begun(scored(self.scorer, self.prompts, [self.prompts.of_row(row) for row in rows]), self.prior)
+        """Score the labels after the prompt of each row; one that has no room for its text has NaN."""
+        found = self._of(rows)
+        scores = scored(self.scorer, self.prompts, list(found.values())) if found else None
+        return _Begun(scores, self.prior, tuple(found), len(rows), self.num_classes)
 
     def close(self) -> None:
         """Close the scorer."""
@@ -149,14 +167,36 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    scores: BegunScores
+    scores: BegunScores | None
     prior: Tensor | None
+    places: tuple[int, ...]
+    """Of the rows that have scores."""
+    rows: int
+    num_classes: int
 
     def result(self) -> Tensor:
         """(N, V) log-probabilities of the labels, up to a constant of each row."""
+        if self.scores is None:
+            return torch.full((self.rows, self.num_classes), torch.nan)
         found = self.scores.result()
         synchronize(found)
-        return found if self.prior is None else found - self.prior.to(found)
+        found = found if self.prior is None else found - self.prior.to(found)
+        if len(found) == self.rows:
+            return found
+        whole = found.new_full((self.rows, self.num_classes), torch.nan)
+        whole[list(self.places)] = found
+        return whole
+
+
+def two_lengths(rows: Sequence[np.ndarray], prompts: Prompts) -> list[np.ndarray]:
+    """The first prompt and the next one of another length, so that one of them is padded beside the other.
+
+    Both begin with the common prefix, if any prompt does. Where all are of one length, the second one has no text.
+    """
+    size = len(prompts.prefix)
+    alike = [ids for ids in rows if np.array_equal(ids[:size], prompts.prefix)] or list(rows)
+    bare = prompts.ids("", "" if prompts.paired else None)
+    return [alike[0], next(ids for ids in (*alike, bare) if len(ids) != len(alike[0]) or ids is bare)]
 
 
 def scored(scorer: Scorer, prompts: Prompts, batch: Sequence[np.ndarray]) -> BegunScores:
@@ -172,18 +212,20 @@ def make_judge(
     label_map: Sequence[str] = (),
     seed: int = 0,
     chat_arguments: Sequence[str] = (),
+    begun: Contract | None = None,
 ) -> Judge:
     """The judge that the flags ask for.
 
     Args:
         seed: of the choice of examples.
         chat_arguments: `KEY=JSON` each, for the chat template.
+        begun: of a cache that is there and goes on or grows: its examples stay.
 
     Raises:
         MisuseError: a template, label or number of examples that cannot be used; the scorer is closed then.
     """
     try:
-        return _make_judge(scorer, judging, source, label_map, seed, chat_arguments)
+        return _make_judge(scorer, judging, source, label_map, seed, chat_arguments, begun)
     except BaseException:
         scorer.close()
         raise
@@ -196,9 +238,11 @@ def _make_judge(
     label_map: Sequence[str],
     seed: int,
     chat_arguments: Sequence[str],
+    begun: Contract | None,
 ) -> Judge:
     # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast tokenizer keeps.
-    tokenizer = copy.deepcopy(scorer.tokenizer)
+    own, tokenizer = copy.deepcopy(scorer.tokenizer), copy.deepcopy(scorer.tokenizer)
+    own.truncation_side = tokenizer.truncation_side = "right"  # a text keeps its beginning
     names, texts = labels_of(source, judging.label_text, label_map)
     template = read_template(judging.template)
     paired = source.columns.text_pair is not None
@@ -207,11 +251,14 @@ def _make_judge(
     if judging.format == "plain" and chat_arguments:
         raise MisuseError("--chat-template-kwargs goes with --prompt-format chat, found plain; leave one out")
     if judging.format == "chat" or (judging.format == "auto" and tokenizer.chat_template):
-        chat = make_renderer(find_template(tokenizer), chat_arguments, tokenizer)
+        found = find_template(tokenizer)
+        chat_arguments = with_day(found, chat_arguments)
+        chat = make_renderer(found, chat_arguments, tokenizer)
     shots = Shots((), ())
     if judging.shots:
         labels = LabelMap.for_names(source, names, label_map)
-        shots = choose_shots(source, labels, names, judging.shots, seed)
+        there = None if begun is None else begun.teacher.judge
+        shots = choose_shots(source, labels, names, judging.shots, seed, there.shots if there is not None else ())
         shots = Shots(
             *(
                 tuple(cut_shot(tokenizer, shot, judging.shot_tokens) for shot in part)
@@ -227,7 +274,7 @@ def _make_judge(
         paired,
         scorer.positions,
         leading_ids=leading_ids(tokenizer),
-    )
+    ).opened()
     prompts = _measured(dataclasses.replace(prompts, label_ids=prompts.label_tokens()), scorer.name)
     _warn_of_prefixes(prompts)
     prior = _prior(scorer, prompts) if judging.calibrate else None
@@ -242,7 +289,7 @@ def _make_judge(
         judging.shot_tokens if judging.shots else None,
         judging.calibrate,
     )
-    return Judge(scorer, prompts, names, prompt, prior)
+    return Judge(scorer, own, prompts, names, prompt, tuple(chat_arguments), prior)
 
 
 def _measured(prompts: Prompts, name: str) -> Prompts:

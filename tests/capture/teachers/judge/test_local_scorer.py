@@ -10,11 +10,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from pipeline.capture.teachers.judge.local import LocalScorer
 from pipeline.errors import ModelError
 from pipeline.models import LoadedModel
-from tests.conftest import tiny_model
+from tests.conftest import TINY, tiny_model
 
 #: One token; a tree with two inner nodes; a label that begins another.
 LABELS = ((7,), (8, 9, 10), (8, 9, 11), (8, 12), (9,), (9, 4, 4, 5))
 KINDS = ("llama", "gpt2", "qwen3", "cohere", "opt", "gpt_neox")
+
+
+#: Count positions by themselves, from the start of what is passed or of the mask; or look back a chunk; or have layers without keys.
+OTHERS = {
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
+    "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "alibi": True},
+    "llama4_text": {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+        **{"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 16},
+    },
+    "lfm2": {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    },
+}
 
 
 def prompts_of(rng, sizes, prefix):
@@ -35,9 +51,14 @@ def scorer_of(model, tokenizer, batch_tokens=8192):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [*((kind, torch.float64) for kind in KINDS), *((kind, torch.float32) for kind in ("llama", "gemma2", "mixtral"))],
+    [
+        *((kind, torch.float64) for kind in KINDS),
+        *((kind, torch.float32) for kind in ("llama", "gemma2", "mixtral", *OTHERS)),
+    ],
 )
-def test_scores_are_those_of_one_pass_for_each(kind, dtype, lm_tokenizer):
+def test_scores_are_those_of_one_pass_for_each(kind, dtype, lm_tokenizer, monkeypatch):
+    for other, settings in OTHERS.items():
+        monkeypatch.setitem(TINY, other, settings)
     overrides = {"sliding_window": 8} if kind == "gemma2" else {}
     model = tiny_model(kind, len(lm_tokenizer), spread=3.0, **overrides).to(dtype)
     rng = np.random.default_rng(0)

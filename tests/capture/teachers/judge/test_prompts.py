@@ -16,12 +16,13 @@ from pipeline.capture.teachers.judge.local import LocalScorer
 from pipeline.capture.teachers.judge.shots import choose_shots
 from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.judge.template import DEFAULT, read_template
-from pipeline.errors import MisuseError, SourceError
+from pipeline.errors import MisuseError, ModelError, SourceError
 from pipeline.models import LoadedModel
 from pipeline.records import Columns, Full, Judging, Tokenization
 from pipeline.sources import LabelMap, from_datasets, read_examples
 from pipeline.tasks import get_task
-from tests.conftest import tiny_model
+from tests.conftest import TINY, tiny_model
+from tests.support.chats import tokenizer_of
 
 TASK = get_task("sequence-classification")
 SHORT = "{{ text }} ="
@@ -146,6 +147,51 @@ def test_a_chat_template_says_what_stands_before_an_answer(tokenizer, topics):
     assert tokenizer.decode(plain.prompts.ids("the cat", None).tolist()) == "the cat ="
 
 
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_a_label_stands_where_the_chat_template_puts_an_answer(tokenizer, topics):
+    tokenizer.chat_template = THINKS
+    asked, off = (
+        judge_of(tokenizer, topics, Judging(SHORT), chat_arguments=a) for a in ((), ["enable_thinking=false"])
+    )
+    assert asked.prompts.text("a", None).endswith("<assistant>\n<think>\n\n</think>\n\n")
+    assert asked.prompts.text("a", None) == off.prompts.text("a", None)
+    assert asked.prompts.label_ids == off.prompts.label_ids
+    assert [tokenizer.decode(list(ids)) for ids in asked.prompts.label_ids] == ["business", "film", "sport"]
+    # a label that what stands before it holds; white space at its end is the label's
+    tokenizer.chat_template = THINKS.replace("</think>\n\n", "</think> ")
+    found = judge_of(tokenizer, topics, Judging(SHORT, ("a=think", "b=cat"))).prompts
+    assert found.text("a", None).endswith("</think>")
+    assert [tokenizer.decode(list(ids)) for ids in found.label_ids] == [" think", " cat"]
+
+
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [
+        ("qwen-3", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        ("gpt-oss", "<|start|>assistant<|channel|>final<|message|>"),
+        ("qwen-2.5", "<|im_start|>assistant\n"),
+        ("mistral-v0.3", "[/INST]"),
+    ],
+)
+def test_prompts_of_model_families_end_where_an_answer_begins(family, end, topics):
+    judge = judge_of(tokenizer_of(family), topics, Judging(SHORT))
+    assert judge.prompts.text("a", None).endswith(end)
+
+
+def test_a_generation_prompt_that_no_answer_has_is_said(tokenizer, topics, caplog):
+    tokenizer.chat_template = CHAT.replace("{{ bos_token }}", "").replace(
+        "[assistant]\n{% endif", "[assistant]\n<think>\n{% endif"
+    )
+    judge = judge_of(tokenizer, topics, Judging(SHORT))
+    assert judge.prompts.text("a", None).endswith("[assistant]\n<think>\n")
+    assert r"ends the prompt with '<think>\n', and does not write that before an answer" in caplog.text
+
+
 def test_arguments_of_the_chat_template(tokenizer, topics):
     tokenizer.chat_template = CHAT.replace("{{ bos_token }}", "{{ mood }}")
     judge = judge_of(tokenizer, topics, Judging(SHORT), chat_arguments=['mood="calm"'])
@@ -157,6 +203,23 @@ def test_arguments_of_the_chat_template(tokenizer, topics):
     tokenizer.chat_template = None
     with pytest.raises(SourceError, match="no chat template"):
         judge_of(tokenizer, topics, Judging(SHORT, format="chat"))
+
+
+@pytest.mark.parametrize("mark", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+def test_the_day_of_a_chat_template_stands_in_the_contract(tokenizer, topics, mark):
+    tokenizer.chat_template = (
+        "{{ strftime_now('%Y') }} {% for m in messages %}[{{ m.role }}] CONTENT {% endfor %}".replace(
+            "CONTENT", mark[0] + "{{ m.content }}" + mark[1]
+        )
+    )
+    judge = judge_of(tokenizer, topics, Judging(SHORT))
+    assert judge.prompts.text("a", None).startswith("2024 [user] a =")
+    assert judge.settle(Tokenization(9)).chat_template_kwargs == ('strftime_now="2024-07-26"',)
+    other = judge_of(tokenizer, topics, Judging(SHORT), chat_arguments=['strftime_now="1999-01-01"'])
+    assert other.prompts.text("a", None).startswith("1999 ")
+    assert other.settle(Tokenization(9)).chat_template_kwargs == ('strftime_now="1999-01-01"',)
+    plain = judge_of(tokenizer, topics, Judging(SHORT, format="plain"))
+    assert plain.settle(Tokenization(9)) == Tokenization(9)
 
 
 def test_labels_without_tokens_or_with_those_of_another(bert_tokenizer, topics):
@@ -243,10 +306,10 @@ def test_the_default_template(tokenizer, topics):
 # --------------------------------------------------------------------------------------------------------------- shots
 
 
-def chosen(data, count, seed=0):
+def chosen(data, count, seed=0, begun=()):
     source = from_datasets(data, Columns())
     names = ("business", "film", "sport")
-    return choose_shots(source, LabelMap.for_names(source, names), names, count, seed)
+    return choose_shots(source, LabelMap.for_names(source, names), names, count, seed, begun)
 
 
 def test_shots_are_labelled_rows_of_train_each_label_in_turn(topics):
@@ -282,6 +345,20 @@ def test_a_row_that_is_cut_is_never_its_own_example_either(tokenizer, topics):
         assert f"Text: {shot.shown}\nCategory: {judge.names[shot.label]}\n" not in prompt
         assert f"Text: {spare.shown}\nCategory: {judge.names[shot.label]}\n" in prompt
         assert prompt.count("Text: ") == 5
+
+
+def test_rows_that_are_added_displace_no_example(topics):
+    first = chosen(DatasetDict({"train": topics["train"].select(range(40))}), 6)
+    places = [shot.place for shot in first.chosen]
+    grown = chosen(topics, 6)
+    assert grown.chosen != first.chosen
+    kept = chosen(topics, 6, begun=places)
+    assert kept.chosen == first.chosen
+    assert {shot.label for shot in kept.reserve} == {0, 1, 2}
+    assert not {shot.place for shot in kept.reserve} & set(places)
+    assert chosen(topics, 6, begun=[shot.place for shot in grown.chosen]) == grown
+    assert chosen(topics, 6, begun=["train:1000", *places[1:]]) == grown  # no such row: as if there were nothing
+    assert chosen(topics, 5, begun=places) == chosen(topics, 5)
 
 
 def test_shots_of_duplicates_other_splits_and_too_few(topics):
@@ -331,6 +408,35 @@ def test_prompt_and_label_fit_the_model(tokenizer, source):
     assert len(ids) + longest <= 100
 
 
+def test_a_tokenizer_that_cuts_at_the_beginning_is_told_to_cut_at_the_end(tokenizer, topics):
+    plain = judge_of(tokenizer, topics, Judging("<<{{ text }}>> ="))
+    tokenizer.truncation_side = "left"
+    judge = judge_of(tokenizer, topics, Judging("<<{{ text }}>> ="))
+    assert tokenizer.truncation_side == "left"  # the caller's stays as it is
+    found = rows_of(judge, topics, length=10)
+    assert any(row.cut for row in found)
+    for row, other in zip(found, rows_of(plain, topics, length=10), strict=True):
+        assert row.input_ids.tolist() == other.input_ids.tolist()
+        assert judge.prompts.of_row(row).tolist() == plain.prompts.of_row(other).tolist()
+
+
+def test_a_row_without_room_for_its_text_is_a_bad_row(tokenizer, topics, caplog):
+    # what the template shows beside a text depends on the text
+    tokenizer.model_max_length = 60
+    judge = judge_of(tokenizer, topics, Judging("{{ ' the' * (90 if text[:1] == 'Z' else 0) }}{{ text }} ="))
+    texts = ["the cat ran", "Zoo market", "a dog", "Z"]
+    data = DatasetDict({"train": Dataset.from_dict({"text": texts, "label": ["film"] * 4})})
+    rows = rows_of(judge, data)
+    found = judge.begin(rows, None, Full()).result()
+    assert found.isfinite().all(-1).tolist() == [True, False, True, False]
+    assert found.isnan().all(-1).tolist() == [False, True, False, True]
+    np.testing.assert_allclose(found[::2], judge.begin(rows[::2], None, Full()).result(), atol=1e-4)
+    assert judge.begin(rows[1::2], None, Full()).result().isnan().all()
+    assert "row 1: no room for the text in the prompt" in caplog.text
+    judge.compare(rows, Full())
+    judge.compare(rows[1::2], Full())
+
+
 def test_a_prompt_without_room_is_refused(tokenizer, topics):
     tokenizer.model_max_length = 30
     with pytest.raises(
@@ -349,3 +455,27 @@ def test_calibration_takes_the_prior_of_empty_prompts_out(tokenizer, topics):
     expected = one / free.softmax(-1).mean(0)
     np.testing.assert_allclose(two, expected / expected.sum(-1, keepdim=True), rtol=1e-4)
     assert calibrated.prompt.calibrated
+
+
+@pytest.mark.parametrize("texts", [("the cat ran", "a dog ran", "the dog ran"), ("the cat ran", "a dog", "the cat")])
+def test_two_rows_of_different_lengths_are_compared(tokenizer, texts, monkeypatch):
+    data = DatasetDict({"train": Dataset.from_dict({"text": texts, "label": ["film", "sport", "film"]})})
+    judge = judge_of(tokenizer, data, Judging("Say what it is: {{ text }} ="))
+    seen = []
+    monkeypatch.setattr(LocalScorer, "compare", lambda _, prompts, labels, prefix: seen.append((prompts, prefix)))
+    judge.compare(rows_of(judge, data), Full())
+    ((one, other), prefix), *_ = seen
+    assert len(one) != len(other)
+    assert len(prefix) > 2
+    for ids in (one, other):
+        assert ids[: len(prefix)].tolist() == prefix.tolist()
+
+
+def test_a_model_that_counts_positions_by_itself_is_refused_where_padding_shifts_them(tokenizer, topics, monkeypatch):
+    monkeypatch.setitem(TINY, "mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2})
+    monkeypatch.setattr(LocalScorer, "_allows_gaps", True)
+    source = from_datasets(topics, Columns())
+    model = tiny_model("mpt", len(tokenizer), spread=3.0)
+    judge = make_judge(LocalScorer(LoadedModel(model, tokenizer, "tiny"), 4096), Judging(), source)
+    with pytest.raises(ModelError, match="differ from those of one pass for each"):
+        judge.compare(rows_of(judge, topics), Full())
