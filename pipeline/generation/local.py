@@ -29,7 +29,7 @@ from pipeline.models import LoadedModel, longest_input, model_info, pad_id
 from pipeline.records import BadRow, ModelInfo
 from pipeline.tasks import Task, embedding_rows
 
-#: Longest prompt of the check of padding, and the padding that it gets.
+#: Tokens of a prompt that the check of padding reads at most, and the padding that it gets.
 _CHECKED_TOKENS, _PADDING = 64, 3
 
 
@@ -87,11 +87,11 @@ class LocalWriter:
         return [self._completion(each, drawn[i], logprobs[i], stops.ends[i], sampling) for i, each in enumerate(asked)]
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Compare the logits of a short prompt with those of the same one padded on the left."""
+        """Compare the logits after the beginning of a prompt with those of the same tokens padded on the left."""
         short = min(prompts, key=lambda prompt: len(prompt.input_ids), default=None)
-        if short is None or len(short.input_ids) > _CHECKED_TOKENS or batch_tokens == 1:
+        if short is None or batch_tokens == 1:
             return
-        ids = short.input_ids
+        ids = short.input_ids[: max(1, min(_CHECKED_TOKENS, self.longest - _PADDING - 1))]
         longer = np.concatenate([ids, np.resize(ids, _PADDING)])
         alone, padded = _Recorder(), _Recorder()
         self._generate([ids], 1, alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from datasets import Dataset
 
 import pipeline as softlabel
 from pipeline.config import CacheLogitsConfig, DataConfig, TrainStudentConfig
-from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
+from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError, ModelError
 from pipeline.generation.run import run
 from tests.conftest import tiny_model
 from tests.support.generations import config, hashes, writing_model  # noqa: F401 - a fixture
@@ -257,3 +258,19 @@ def test_the_first_prompt_and_completion_are_shown(config, caplog):
     assert any(line.startswith("its first completion (") for line in said)
     assert said[-1].startswith(f"{config().output}: 16 of 16 completions kept: 0 empty, ")
     assert "none dropped (see --drop)" in said[-1]
+
+
+@pytest.mark.parametrize("text", ["the cat", "the cat sat on a mat " * 9])
+def test_a_model_that_reads_its_padding_is_refused_whatever_its_prompts(text, lm_tokenizer, tmp_path):
+    """Also where every prompt is longer than the 64 tokens that are compared."""
+    model = writing_model(len(lm_tokenizer))
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(*args, **kwargs):
+        return whole(*args, **{**kwargs, "attention_mask": None, "position_ids": None})
+
+    model.forward = forward
+    settings = {"tokenizer": lm_tokenizer, "max_new_tokens": 2}
+    with pytest.raises(ModelError, match=r"differ by .* where it is padded on the left"):
+        softlabel.generate(model, [text], tmp_path / "a", **settings)
