@@ -39,6 +39,8 @@ class LocalWriter:
 
     task: Task
     loaded: LoadedModel
+    stops: tuple[str, ...] = ()
+    """`--stop`; those that are special tokens are ends."""
 
     @property
     def name(self) -> str:
@@ -52,9 +54,9 @@ class LocalWriter:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """EOS of the tokenizer, and what the model's generation config names: a chat model ends its turn otherwise."""
+        """EOS of the tokenizer, and what the model's generation config names (a chat model ends its turn otherwise) or `--stop`."""
         config: Any = getattr(self.loaded.model, "generation_config", None)
-        return end_ids(getattr(config, "eos_token_id", None), self.loaded.tokenizer)
+        return end_ids(getattr(config, "eos_token_id", None), self.loaded.tokenizer, self.stops)
 
     @property
     def longest(self) -> int:

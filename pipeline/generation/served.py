@@ -7,6 +7,7 @@ a server that keeps to it gives the same completion whoever asks, where its arit
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import MisuseError, ServerError
 from pipeline.generation.draws import stream_key
 from pipeline.generation.records import Asked, Completion, FinishReason, IdsFrom, Prompt, Sampling, ServedModel
-from pipeline.generation.writer import completion_text
+from pipeline.generation.writer import completion_text, end_ids, special_stops, turn_end
 from pipeline.records import BadRow
 from pipeline.servers.answers import RefusedError, UnusableAnswerError
 from pipeline.servers.client import Client
@@ -31,6 +32,33 @@ _PATH = "/v1/completions"
 _APIS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "library": "ollama"}
 _SEEDS = 1 << 31
 _NO_LIMIT = 1 << 30
+#: Settings of the draws at which they change nothing. All are sent with each request: for one that is absent a server
+#: applies its own, or what the model's generation config says.
+_NEUTRAL = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+#: The same of llama.cpp, whose names are others, and whose other samplers a model's file may turn on.
+_NEUTRAL_LLAMA_CPP = {
+    **{name: value for name, value in _NEUTRAL.items() if name != "repetition_penalty"},
+    "top_k": 0,
+    "repeat_penalty": 1.0,
+    "typical_p": 1.0,
+    "top_n_sigma": -1.0,
+    "xtc_probability": 0.0,
+    "dry_multiplier": 0.0,
+    "dynatemp_range": 0.0,
+    "mirostat": 0,
+}
+#: Ollama's completions endpoint reads these three; for the others, which it leaves unread, the Modelfile's hold.
+_NEUTRAL_OLLAMA = {name: _NEUTRAL[name] for name in ("top_p", "presence_penalty", "frequency_penalty")}
+_UNREAD_BY_OLLAMA = ("top_k", "min_p", "repeat_penalty")
+#: APIs that take token ids as stops.
+_STOP_IDS = ("vllm", "sglang")
 #: Of the first request, by which a server and a tokenizer are compared.
 _PROBED_TOKENS = 8
 _MOST_VERSION = 100
@@ -48,6 +76,16 @@ class ServedWriter:
     longest: int
     end_ids: tuple[int, ...]
     takes_ids: bool
+    settings: Mapping[str, float]
+    """Of the draws, as requests hold them."""
+    own_settings: tuple[str, ...]
+    """Those that the server does not take."""
+    special_stops: Mapping[str, int]
+    """Of `--stop`: special token -> its id."""
+    text_end: int | None
+    """The token that ends a completion of a text, where the server does not say which has; None: not known."""
+    chat_end: int | None
+    """The same of a chat."""
 
     @property
     def name(self) -> str:
@@ -67,14 +105,20 @@ class ServedWriter:
     def info(self) -> ServedModel:
         """As far as the server says."""
         shared = PurePath(self.model).name if self.model.startswith("/") else self.model  # a path of its machine
-        return ServedModel(shared, self.api, self.version)
+        return ServedModel(shared, self.api, self.version, self.own_settings)
 
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
         """All of a shard: the server makes the batches."""
         return [(list(range(len(lengths))), max(lengths))] if lengths else []
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Nothing: the first completion, which is shown, has been asked for."""
+        """Say where the end tokens are not known. The first completion, which is shown, has been asked for."""
+        if prompts and self.api not in _STOP_IDS and self._end(prompts[0]) is None:
+            logger.warning(
+                "the server does not say which token ends a completion, and it may be any of %s: none is added, so that no end is "
+                "learnt (finish reason stop)",
+                ", ".join(map(str, self.end_ids)) or "none",
+            )
 
     def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion | BadRow]:
         """One request for each."""
@@ -102,17 +146,18 @@ class ServedWriter:
 
     def _request(self, asked: Asked, sampling: Sampling) -> dict[str, Any]:
         key = stream_key(sampling.seed, asked.split, asked.prompt.source_row, asked.sample)
-        settings = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+        stop_ids = list(self.special_stops.values())
         return {
             "model": self.model,
             "prompt": asked.prompt.input_ids.tolist() if self.takes_ids else self._text(asked.prompt),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
-            **{name: value for name, value in settings.items() if value is not None},
+            **self.settings,
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
             "seed": key % _SEEDS,
             "logprobs": 1,
             **({"return_token_ids": True} if self.api == "vllm" else {}),
+            **({"stop_token_ids": stop_ids} if stop_ids and self.api in _STOP_IDS else {}),
         }
 
     def _text(self, prompt: Prompt) -> str:
@@ -124,7 +169,8 @@ class ServedWriter:
         """What a response says.
 
         Raises:
-            UnusableAnswerError: it is none, or holds token ids that the tokenizer does not have.
+            UnusableAnswerError: it is none, ends for another reason than an end or its length, or holds token ids that the
+                tokenizer does not have.
         """
         choices = answer.get("choices") if isinstance(answer, Mapping) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
@@ -132,17 +178,42 @@ class ServedWriter:
         if not isinstance(text, str):
             raise UnusableAnswerError("expected choices with a text, found none")
         assert isinstance(choice, Mapping)
-        reason = _finish_reason(choice, sampling)
+        reason, end = self._finish(choice, sampling)
         ids, ids_from = self._ids(choice, text)
-        ended = reason == "eos" and not (len(ids) and int(ids[-1]) in self.end_ids)
-        eos = self.tokenizer.eos_token_id
-        if ended and eos is not None:  # a response ends before it
-            ids = np.append(ids, np.int32(eos))
+        if reason == "eos" and not (len(ids) and int(ids[-1]) in self.end_ids):  # a response ends before it
+            end = self._end(asked.prompt) if end is None else end
+            if end is None:
+                reason = "stop"
+            else:
+                ids = np.append(ids, np.int32(end))
         if len(ids) > sampling.max_new_tokens + 1 and ids_from == "server":
             raise UnusableAnswerError(f"expected at most {sampling.max_new_tokens} tokens, found {len(ids)}")
         if ids_from == "server":
             text = completion_text(self.tokenizer, asked.prompt.input_ids, ids, sampling.stop)[0]
         return Completion(text, ids.astype(np.int32), reason, self._logprob(choice, sampling), ids_from)
+
+    def _finish(self, choice: Mapping[str, Any], sampling: Sampling) -> tuple[FinishReason, int | None]:
+        """Why a completion ends, and the token that ends it as far as the server says (vLLM's and SGLang's do).
+
+        `eos` only where that is known: of a server that does not say which of the two has ended it, a stop text has.
+        """
+        given = choice.get("finish_reason")
+        if given in ("length", "eos_token"):
+            return ("length" if given == "length" else "eos"), None
+        if given not in (
+            "stop",
+            "stop_sequence",
+        ):  # abort, error, content_filter, repetition, null: not the model's end
+            raise UnusableAnswerError(f"expected the finish reason stop or length, found {given!r}", of_row=True)
+        key = "stop_reason" if "stop_reason" in choice else "matched_stop"
+        by, texts = choice.get(key), set(sampling.stop) - set(self.special_stops)
+        if isinstance(by, int) and by in self.end_ids:
+            return "eos", by
+        said = key == "stop_reason" and key in choice and given == "stop"
+        return ("stop" if isinstance(by, str) or (texts and not said) else "eos"), None
+
+    def _end(self, prompt: Prompt) -> int | None:
+        return self.chat_end if prompt.is_chat else self.text_end
 
     def _ids(self, choice: Mapping[str, Any], text: str) -> tuple[np.ndarray, IdsFrom]:
         given = choice.get("token_ids")
@@ -168,12 +239,12 @@ class ServedWriter:
 
 
 def served_writer(
-    client: Client, tokenizer: PreTrainedTokenizerBase, *, model: str | None, end_ids: tuple[int, ...]
+    client: Client, tokenizer: PreTrainedTokenizerBase, *, model: str | None, sampling: Sampling, stated_ends: object
 ) -> ServedWriter:
     """Ask the servers what they serve.
 
     Raises:
-        MisuseError: no such model there, or several and none is named.
+        MisuseError: no such model there, or several and none is named; a filter that the server does not take.
         ServerError: no server can be used.
     """
     found: dict[str, Mapping[str, Any]] = {}
@@ -189,21 +260,50 @@ def served_writer(
     assert model is not None
     limit = found[model].get("max_model_len")
     api = _APIS.get(str(found[model].get("owned_by", "")).lower(), "openai")
-    takes_ids = _takes_ids(client, tokenizer, model)
+    settings = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+    asked = {name: value for name, value in settings.items() if value is not None}
+    takes_ids, taken, own = _agreed(client, tokenizer, model, api, asked, sampling.temperature)
     if not takes_ids:
         logger.warning(
             "the server takes prompts as text alone: its tokens are not known, those of the data set are the tokenizer's"
         )
+    stops, chat_end = special_stops(tokenizer, sampling.stop), turn_end(tokenizer)
+    if stops and api not in _STOP_IDS:
+        logger.warning(
+            "--stop %s: a special token, which the server takes as a text; it ends a completion where the server writes special "
+            "tokens out",
+            ", ".join(stops),
+        )
+    known = end_ids(stated_ends, tokenizer)
+    ends = tuple(sorted({*known, *stops.values(), *([] if chat_end is None else [chat_end])}))
     return ServedWriter(
-        client,
-        tokenizer,
-        model,
-        api,
-        _version(client),
-        limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT,
-        end_ids,
-        takes_ids,
+        client=client,
+        tokenizer=tokenizer,
+        model=model,
+        api=api,
+        version=_version(client),
+        longest=limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT,
+        end_ids=ends,
+        takes_ids=takes_ids,
+        settings=taken,
+        own_settings=own,
+        special_stops=stops,
+        text_end=_only(_ends_of_texts(stated_ends, tokenizer), stops),
+        chat_end=_only(known if chat_end is None else (chat_end,), stops),
     )
+
+
+def _ends_of_texts(stated: object, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What may end a text that is no chat: EOS of the tokenizer, unless the generation config states other ends alone."""
+    eos = tokenizer.eos_token_id
+    its = end_ids(stated, tokenizer) if stated is None else tuple(stated if isinstance(stated, list) else [stated])
+    return (eos,) if isinstance(eos, int) and eos in its else its
+
+
+def _only(ends: Sequence[int], stops: Mapping[str, int]) -> int | None:
+    """The one token that may have ended a completion, if there is one."""
+    possible = {*ends, *stops.values()}
+    return possible.pop() if len(possible) == 1 else None
 
 
 def _models(answer: Any) -> dict[str, Mapping[str, Any]]:
@@ -221,24 +321,80 @@ def _version(client: Client) -> str | None:
     return found[:_MOST_VERSION] if isinstance(found, str) else None
 
 
-def _takes_ids(client: Client, tokenizer: PreTrainedTokenizerBase, model: str) -> bool:
-    """Whether prompts may be token ids: asked with a short one.
+def _agreed(
+    client: Client,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    api: str,
+    asked: Mapping[str, float],
+    temperature: float,
+) -> tuple[bool, dict[str, float], tuple[str, ...]]:
+    """Find out with short prompts what requests may hold.
+
+    Args:
+        asked: the filters that the flags name.
+
+    Returns:
+        Whether prompts may be token ids; the settings of the draws; and the names of those that the server does not take.
 
     Raises:
-        MisuseError: the ids that come back are other text to the tokenizer than to the server.
+        MisuseError: it does not take one that is asked for, or the ids that come back are other text to the tokenizer than to
+            the server.
+        ServerError: no server can be used, or it refuses such a request.
+    """
+    neutral = {"llama.cpp": _NEUTRAL_LLAMA_CPP, "ollama": _NEUTRAL_OLLAMA}.get(api, _NEUTRAL)
+    settings = {**neutral, **asked}
+    own = _UNREAD_BY_OLLAMA if api == "ollama" else ()
+    while True:
+        takes_ids, refusal = _asked(client, tokenizer, model, {"temperature": temperature, **settings}, api)
+        refused = [] if refusal is None else [name for name in settings if re.search(rf"\b{name}\b", str(refusal))]
+        if refusal is not None and not refused:
+            raise refusal
+        own = (*own, *refused)
+        wanted = next((name for name in own if name in asked), None)
+        if wanted is not None:
+            raise MisuseError(
+                f"--{wanted.replace('_', '-')} {asked[wanted]:g}: the server ({api}) does not take it"
+                f"{'' if refusal is None else f' ({refusal})'}; leave it out, or use vLLM, SGLang or llama.cpp"
+            )
+        if refusal is None:
+            break
+        settings = {name: value for name, value in settings.items() if name not in refused}
+    if own:
+        logger.warning(
+            "the server (%s) does not take %s: it applies its own, and the card says so", api, ", ".join(own)
+        )
+    elif api == "openai":
+        logger.warning(
+            "the server does not say what software it is: whether it reads top_k, min_p and the penalties is not known"
+        )
+    return takes_ids, settings, own
+
+
+def _asked(
+    client: Client, tokenizer: PreTrainedTokenizerBase, model: str, settings: Mapping[str, float], api: str
+) -> tuple[bool, RefusedError | None]:
+    """Whether prompts may be token ids; and why a prompt is refused as ids and as text, where it is.
+
+    Raises:
+        MisuseError: see `_agreed`.
     """
     prompt = [int(i) for i in tokenizer("The", add_special_tokens=False)["input_ids"]]
-    request = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": _PROBED_TOKENS,
-        "temperature": 0,
-        "return_token_ids": True,
-    }
-    try:
-        answer = client.submit(_PATH, request, lambda found: found, what="a prompt of token ids", size=2).result()
-    except RefusedError:
-        return False
+    refusal = None
+    for form in (prompt, "The"):
+        ids = {"return_token_ids": True} if api == "vllm" else {}
+        request = {"model": model, "prompt": form, "max_tokens": _PROBED_TOKENS, **settings, **ids}
+        try:
+            answer = client.submit(_PATH, request, lambda found: found, what="a short prompt", size=2).result()
+        except RefusedError as error:
+            refusal = error
+        else:
+            _check_text(answer, tokenizer, model)
+            return form is prompt, None
+    return False, refusal
+
+
+def _check_text(answer: Any, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
     ids, text = choice.get("token_ids"), choice.get("text")
@@ -247,7 +403,6 @@ def _takes_ids(client: Client, tokenizer: PreTrainedTokenizerBase, model: str) -
             f"--model: its tokenizer reads the token ids of the server's model {model} as other text than the server does "
             f"(which says {text[:40]!r}); name the tokenizer of that model"
         )
-    return True
 
 
 def same_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
@@ -257,11 +412,3 @@ def same_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str)
     own = str(tokenizer.decode(list(ids), skip_special_tokens=True))
     one, other = ("".join(filter(str.isalnum, each)) for each in (own, text))
     return one == other or "\ufffd" in own + text
-
-
-def _finish_reason(choice: Mapping[str, Any], sampling: Sampling) -> FinishReason:
-    """`eos` only where that is known: of a server that does not say which of the two has stopped it, a stop text has."""
-    if choice.get("finish_reason") == "length":
-        return "length"
-    stopped = choice.get("stop_reason", "" if sampling.stop else None)
-    return "stop" if isinstance(stopped, str) else "eos"
