@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -12,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import AddedToken
 
 import pipeline as softlabel
 from pipeline.config import CacheLogitsConfig, DataConfig, TrainStudentConfig
@@ -274,3 +276,21 @@ def test_a_model_that_reads_its_padding_is_refused_whatever_its_prompts(text, lm
     settings = {"tokenizer": lm_tokenizer, "max_new_tokens": 2}
     with pytest.raises(ModelError, match=r"differ by .* where it is padded on the left"):
         softlabel.generate(model, [text], tmp_path / "a", **settings)
+
+
+def test_a_stop_that_is_a_special_token_is_an_end(lm_tokenizer, tmp_path, caplog):
+    """No text of a completion holds it, so that its id ends the completion; it is learnt."""
+    tokenizer = copy.deepcopy(lm_tokenizer)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    token = tokenizer.convert_tokens_to_ids("<|turn|>")
+    model = writing_model(len(tokenizer), ends=0)
+    model.generation_config.eos_token_id = [1]
+    settings = {"tokenizer": tokenizer, "max_new_tokens": 24, "num_samples": 40, "temperature": 2.0}
+    with caplog.at_level(logging.INFO, "pipeline"):
+        found = softlabel.generate(model, ["the cat"], tmp_path / "a", stop=("<|turn|>",), **settings)
+    assert f"--stop <|turn|> is a special token (id {token}): it ends a completion" in caplog.text
+    assert found.end.contract.end_ids == (1, token)
+    rows = [row["input_ids"][row["prompt_tokens"] :] for row in rows_of(found)]
+    assert any(row[-1] == token for row in rows)
+    assert not any(token in row[:-1] for row in rows)
+    assert all((row["finish_reason"] == "eos") == (row["input_ids"][-1] in (1, token)) for row in rows_of(found))
