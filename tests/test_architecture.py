@@ -50,7 +50,7 @@ ORDER: dict[str, list[set[str]]] = {
     ],
     "generation": [
         {"records"},
-        {"draws", "faults", "prompts", "schema", "writer"},
+        {"agreement", "draws", "faults", "prompts", "schema", "writer"},
         {"card", "examples", "local", "served"},
         {"finish"},
         {"job"},

@@ -143,7 +143,10 @@ def _settings(contract: GenerationContract) -> list[tuple[str, str]]:
             ("quantization", model.quantization),
         ]
     else:
-        found += [("server", f"{model.api} {model.version or ''}".strip())]
+        found += [
+            ("server", f"{model.api} {model.version or ''}".strip()),
+            ("settings that are the server's own, unknown", ", ".join(model.own_settings) or None),
+        ]
     if contract.source is not None:
         found += [
             ("data set", contract.source.name),

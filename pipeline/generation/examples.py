@@ -63,7 +63,7 @@ class LabelPrompts:
                 yield BadRow(split, row, "the template renders an empty prompt")
                 continue
             rendered, ids = text_prompt(text, self.settings, self.tokenizer, self.vocabulary)
-            yield Prompt(row, rendered, ids, label=label)
+            yield Prompt(row, rendered, ids, label=label, is_chat=self.settings.are_chats)
 
     def _shots(self, row: int, label: str) -> list[Shot]:
         """Drawn for each prompt, without replacement, by its seed and row."""

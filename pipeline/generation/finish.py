@@ -1,8 +1,9 @@
 """The end of a run: find the completions to drop, write the rest as the data set, its card, and last `generation.json`.
 
 What is a duplicate depends on all shards, so that it is known only here. The rule does not depend on who has made which shard
-when: the shards are read in the order of the plan, and of equal completions the first stays. Killed anywhere in between, the
-same command begins the pass again, from the shards with all completions, which are removed when the data set is committed.
+when: the shards are read in the order of the plan, and of equal completions the first without another fault
+that is dropped stays. Killed anywhere in between, the same command begins the pass again, from the shards with
+all completions, which are removed when the data set is committed.
 """
 
 from __future__ import annotations
@@ -137,10 +138,15 @@ class _Tally:
     counted: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[str, int, int, str]] = field(default_factory=list)
     """Split, source row, sample and faults of each that is left out."""
-    seen: set[int] = field(default_factory=set)
+    stays: dict[int, bool] = field(default_factory=dict)
+    """Content of each completion so far -> whether one of this content stays."""
 
-    def faults(self, row: dict[str, object]) -> list[Fault]:
-        """Of one completion; counts them."""
+    def drops(self, row: dict[str, object], droppable: Sequence[Fault]) -> list[Fault]:
+        """Count the faults of one completion.
+
+        Returns:
+            Those for which it is dropped. An equal completion that is dropped itself makes no duplicate of it.
+        """
         text, ids = str(row["completion"]), np.asarray(row["input_ids"], dtype=np.int32)
         written = ids[np.asarray(row["labels"]) != NO_LABEL]
         content = " ".join(text.split()).encode() if self.labelled else ids.tobytes()
@@ -149,13 +155,15 @@ class _Tally:
             "empty": not text.strip(),
             "cut": row["finish_reason"] == "length",
             "repeated": is_repeated(written),
-            "duplicate": key in self.seen,
+            "duplicate": key in self.stays,
         }
-        self.seen.add(key)
         found = [fault for fault in FAULTS if flags[fault]]
         self.counted.update([*found, str(row["finish_reason"]), "completions"])
         self.counted["tokens"] += len(written)
-        return found
+        stays = self.stays.get(key, False)
+        dropped = [fault for fault in found if fault in droppable and (fault != "duplicate" or stays)]
+        self.stays[key] = stays or not dropped
+        return dropped
 
     def counts(self, receipts: Sequence[Receipt]) -> Counts:
         """All in all."""
@@ -187,8 +195,7 @@ def _kept_shard(layout: Layout, plan: GenerationPlan, receipt: Receipt, tally: _
 
 
 def _stays(row: dict[str, object], receipt: Receipt, plan: GenerationPlan, tally: _Tally) -> bool:
-    found = tally.faults(row)
-    dropped = [fault for fault in found if fault in plan.contract.dropped]
+    dropped = tally.drops(row, plan.contract.dropped)
     if dropped:
         place = (receipt.plan.split, cast(int, row["source_row"]), cast(int, row["sample"]))
         tally.dropped.append((*place, ",".join(dropped)))

@@ -26,7 +26,7 @@ from pipeline.generation.local import LocalWriter
 from pipeline.generation.prompts import Prompts, row_prompts
 from pipeline.generation.records import NAMES, GenerationContract, GenerationPlan, Prompt, Sampling
 from pipeline.generation.schema import generated_schema
-from pipeline.generation.writer import Writer, end_ids, stated_ends
+from pipeline.generation.writer import Writer, special_stops, stated_ends
 from pipeline.models import LoadedModel, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.records import BadRow, SourceInfo
 from pipeline.servers.addresses import base_urls, server_key
@@ -103,19 +103,12 @@ def _job(
     *,
     dry_run: bool,
 ) -> GenerationJob:
-    set_chat_template(tokenizer, config.chat_template)
     make_prompts = row_prompts if config.template is None else label_prompts
     prompts: Prompts = make_prompts(config, tokenizer, live=live_prompts)
-    sampling = Sampling(
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        stop=config.stop,
-        seed=config.seed,
-    )
+    for stop, token in special_stops(tokenizer, config.stop).items():
+        logger.info(
+            "--stop %s is a special token (id %d): it ends a completion as EOS does, and is learnt", stop, token
+        )
     if not writer.end_ids and not config.stop:
         logger.warning(
             "%s: has no end-of-sequence token, so that every completion is cut at --max-new-tokens; --stop TEXT ends them",
@@ -129,7 +122,7 @@ def _job(
         tokenizer=tokenizer_info(tokenizer),
         source=None if source is None else _source_info(prompts, config),
         prompts=prompts.settings,
-        sampling=sampling,
+        sampling=_sampling(config),
         end_ids=writer.end_ids,
         dropped=config.dropped,
         batch_tokens=config.batch_tokens,
@@ -147,6 +140,19 @@ def _job(
     else:
         _begin(layout, plan, tokenizer, overwrite=config.overwrite)
     return GenerationJob(prompts, writer, tokenizer, plan, schema, layout)
+
+
+def _sampling(config: GenerateConfig) -> Sampling:
+    return Sampling(
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        stop=config.stop,
+        seed=config.seed,
+    )
 
 
 def few_prompts(job: GenerationJob, count: int = _LOOKED_AT) -> list[Prompt]:
@@ -190,13 +196,17 @@ def _writer(
             tokenizer = load_tokenizer(
                 config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
             )
-            ends = end_ids(stated_ends(config.model, config.model_revision), tokenizer)
-            return tokenizer, served_writer(client, tokenizer, model=config.server_model, end_ids=ends)
+            set_chat_template(tokenizer, config.chat_template)
+            stated = stated_ends(config.model, config.model_revision)
+            return tokenizer, served_writer(
+                client, tokenizer, model=config.server_model, sampling=_sampling(config), stated_ends=stated
+            )
         except BaseException:
             client.close()
             raise
     loaded = live_model or _load(task, config)
-    return loaded.tokenizer, LocalWriter(task, loaded)
+    set_chat_template(loaded.tokenizer, config.chat_template)
+    return loaded.tokenizer, LocalWriter(task, loaded, config.stop)
 
 
 def _load(task: Task, config: GenerateConfig) -> LoadedModel:

@@ -29,7 +29,7 @@ from pipeline.models import LoadedModel, longest_input, model_info, pad_id
 from pipeline.records import BadRow, ModelInfo
 from pipeline.tasks import Task, embedding_rows
 
-#: Longest prompt of the check of padding, and the padding that it gets.
+#: Tokens of a prompt that the check of padding reads at most, and the padding that it gets.
 _CHECKED_TOKENS, _PADDING = 64, 3
 
 
@@ -39,6 +39,8 @@ class LocalWriter:
 
     task: Task
     loaded: LoadedModel
+    stops: tuple[str, ...] = ()
+    """`--stop`; those that are special tokens are ends."""
 
     @property
     def name(self) -> str:
@@ -52,9 +54,9 @@ class LocalWriter:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """EOS of the tokenizer, and what the model's generation config names: a chat model ends its turn otherwise."""
+        """EOS of the tokenizer, and what the model's generation config names (a chat model ends its turn otherwise) or `--stop`."""
         config: Any = getattr(self.loaded.model, "generation_config", None)
-        return end_ids(getattr(config, "eos_token_id", None), self.loaded.tokenizer)
+        return end_ids(getattr(config, "eos_token_id", None), self.loaded.tokenizer, self.stops)
 
     @property
     def longest(self) -> int:
@@ -87,11 +89,11 @@ class LocalWriter:
         return [self._completion(each, drawn[i], logprobs[i], stops.ends[i], sampling) for i, each in enumerate(asked)]
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Compare the logits of a short prompt with those of the same one padded on the left."""
+        """Compare the logits after the beginning of a prompt with those of the same tokens padded on the left."""
         short = min(prompts, key=lambda prompt: len(prompt.input_ids), default=None)
-        if short is None or len(short.input_ids) > _CHECKED_TOKENS or batch_tokens == 1:
+        if short is None or batch_tokens == 1:
             return
-        ids = short.input_ids
+        ids = short.input_ids[: max(1, min(_CHECKED_TOKENS, self.longest - _PADDING - 1))]
         longer = np.concatenate([ids, np.resize(ids, _PADDING)])
         alone, padded = _Recorder(), _Recorder()
         self._generate([ids], 1, alone)

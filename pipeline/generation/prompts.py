@@ -79,7 +79,7 @@ class RowPrompts:
             ids = chat_ids(text, self.tokenizer)
         else:
             text, ids = text_prompt(example.text or "", self.settings, self.tokenizer, self.vocabulary)
-        return Prompt(example.source_row, text, ids, kept=example.kept)
+        return Prompt(example.source_row, text, ids, kept=example.kept, is_chat=self.settings.are_chats)
 
 
 def row_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, live: Any = None) -> RowPrompts:

@@ -39,6 +39,8 @@ class Prompt:
     label: str | None = None
     """With a template: what the example is asked for."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
+    is_chat: bool = False
+    """Rendered with the chat template: the completion is a turn of the assistant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,11 @@ class PromptSettings:
     num_examples: int | None = None
     shots: int = 0
 
+    @property
+    def are_chats(self) -> bool:
+        """Whether the prompts are rendered with the chat template."""
+        return self.kind == "chats" or self.as_chat
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -106,6 +113,8 @@ class ServedModel:
     """`vllm`, `sglang`, `llama.cpp`, `ollama`, or `openai` where it does not say."""
     version: str | None = None
     """Of the server's software, where it says so."""
+    own_settings: tuple[str, ...] = ()
+    """Settings of the draws that the server takes from nobody: it applies its own."""
 
 
 @dataclass(frozen=True, slots=True)

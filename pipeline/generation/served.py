@@ -17,22 +17,22 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError, ServerError
+from pipeline.generation.agreement import PATH, agree
 from pipeline.generation.draws import stream_key
 from pipeline.generation.records import Asked, Completion, FinishReason, IdsFrom, Prompt, Sampling, ServedModel
-from pipeline.generation.writer import completion_text
+from pipeline.generation.writer import completion_text, end_ids, special_stops, turn_end
 from pipeline.records import BadRow
 from pipeline.servers.answers import RefusedError, UnusableAnswerError
 from pipeline.servers.client import Client
 
 logger = logging.getLogger(__name__)
 
-_PATH = "/v1/completions"
 #: What `owned_by` of `/v1/models` says -> the name of the API.
 _APIS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "library": "ollama"}
 _SEEDS = 1 << 31
 _NO_LIMIT = 1 << 30
-#: Of the first request, by which a server and a tokenizer are compared.
-_PROBED_TOKENS = 8
+#: APIs that take token ids as stops.
+_STOP_IDS = ("vllm", "sglang")
 _MOST_VERSION = 100
 
 
@@ -48,6 +48,16 @@ class ServedWriter:
     longest: int
     end_ids: tuple[int, ...]
     takes_ids: bool
+    settings: Mapping[str, float]
+    """Of the draws, as requests hold them."""
+    own_settings: tuple[str, ...]
+    """Those that the server does not take."""
+    special_stops: Mapping[str, int]
+    """Of `--stop`: special token -> its id."""
+    text_end: int | None
+    """The token that ends a completion of a text, where the server does not say which has; None: not known."""
+    chat_end: int | None
+    """The same of a chat."""
 
     @property
     def name(self) -> str:
@@ -67,14 +77,20 @@ class ServedWriter:
     def info(self) -> ServedModel:
         """As far as the server says."""
         shared = PurePath(self.model).name if self.model.startswith("/") else self.model  # a path of its machine
-        return ServedModel(shared, self.api, self.version)
+        return ServedModel(shared, self.api, self.version, self.own_settings)
 
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
         """All of a shard: the server makes the batches."""
         return [(list(range(len(lengths))), max(lengths))] if lengths else []
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Nothing: the first completion, which is shown, has been asked for."""
+        """Say where the end tokens are not known. The first completion, which is shown, has been asked for."""
+        if prompts and self.api not in _STOP_IDS and self._end(prompts[0]) is None:
+            logger.warning(
+                "the server does not say which token ends a completion, and it may be any of %s: none is added, so that no end is "
+                "learnt (finish reason stop)",
+                ", ".join(map(str, self.end_ids)) or "none",
+            )
 
     def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion | BadRow]:
         """One request for each."""
@@ -84,7 +100,9 @@ class ServedWriter:
             try:
                 found.append(future.result())
             except RefusedError as error:
-                found.append(BadRow(each.split, each.prompt.source_row, f"the server refuses the prompt: {error}"))
+                found.append(
+                    BadRow(each.split, each.prompt.source_row, f"the server refuses the prompt: {error.reason}")
+                )
         return found
 
     def close(self) -> None:
@@ -93,7 +111,7 @@ class ServedWriter:
 
     def _submit(self, asked: Asked, sampling: Sampling) -> Future[Completion]:
         return self.client.submit(
-            _PATH,
+            PATH,
             self._request(asked, sampling),
             lambda answer: self._completion(answer, asked, sampling),
             what=f"split {asked.split}, row {asked.prompt.source_row}",
@@ -102,17 +120,18 @@ class ServedWriter:
 
     def _request(self, asked: Asked, sampling: Sampling) -> dict[str, Any]:
         key = stream_key(sampling.seed, asked.split, asked.prompt.source_row, asked.sample)
-        settings = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+        stop_ids = list(self.special_stops.values())
         return {
             "model": self.model,
             "prompt": asked.prompt.input_ids.tolist() if self.takes_ids else self._text(asked.prompt),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
-            **{name: value for name, value in settings.items() if value is not None},
+            **self.settings,
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
             "seed": key % _SEEDS,
             "logprobs": 1,
             **({"return_token_ids": True} if self.api == "vllm" else {}),
+            **({"stop_token_ids": stop_ids} if stop_ids and self.api in _STOP_IDS else {}),
         }
 
     def _text(self, prompt: Prompt) -> str:
@@ -124,7 +143,8 @@ class ServedWriter:
         """What a response says.
 
         Raises:
-            UnusableAnswerError: it is none, or holds token ids that the tokenizer does not have.
+            UnusableAnswerError: it is none, ends for another reason than an end or its length, or holds token ids that the
+                tokenizer does not have.
         """
         choices = answer.get("choices") if isinstance(answer, Mapping) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
@@ -132,17 +152,42 @@ class ServedWriter:
         if not isinstance(text, str):
             raise UnusableAnswerError("expected choices with a text, found none")
         assert isinstance(choice, Mapping)
-        reason = _finish_reason(choice, sampling)
+        reason, end = self._finish(choice, sampling)
         ids, ids_from = self._ids(choice, text)
-        ended = reason == "eos" and not (len(ids) and int(ids[-1]) in self.end_ids)
-        eos = self.tokenizer.eos_token_id
-        if ended and eos is not None:  # a response ends before it
-            ids = np.append(ids, np.int32(eos))
+        if reason == "eos" and not (len(ids) and int(ids[-1]) in self.end_ids):  # a response ends before it
+            end = self._end(asked.prompt) if end is None else end
+            if end is None:
+                reason = "stop"
+            else:
+                ids = np.append(ids, np.int32(end))
         if len(ids) > sampling.max_new_tokens + 1 and ids_from == "server":
             raise UnusableAnswerError(f"expected at most {sampling.max_new_tokens} tokens, found {len(ids)}")
         if ids_from == "server":
             text = completion_text(self.tokenizer, asked.prompt.input_ids, ids, sampling.stop)[0]
         return Completion(text, ids.astype(np.int32), reason, self._logprob(choice, sampling), ids_from)
+
+    def _finish(self, choice: Mapping[str, Any], sampling: Sampling) -> tuple[FinishReason, int | None]:
+        """Why a completion ends, and the token that ends it as far as the server says (vLLM's and SGLang's do).
+
+        `eos` only where that is known: of a server that does not say which of the two has ended it, a stop text has.
+        """
+        given = choice.get("finish_reason")
+        if given in ("length", "eos_token"):
+            return ("length" if given == "length" else "eos"), None
+        if given not in (
+            "stop",
+            "stop_sequence",
+        ):  # abort, error, content_filter, repetition, null: not the model's end
+            raise UnusableAnswerError(f"expected the finish reason stop or length, found {given!r}", of_row=True)
+        key = "stop_reason" if "stop_reason" in choice else "matched_stop"
+        by, texts = choice.get(key), set(sampling.stop) - set(self.special_stops)
+        if isinstance(by, int) and by in self.end_ids:
+            return "eos", by
+        said = key == "stop_reason" and key in choice and given == "stop"
+        return ("stop" if isinstance(by, str) or (texts and not said) else "eos"), None
+
+    def _end(self, prompt: Prompt) -> int | None:
+        return self.chat_end if prompt.is_chat else self.text_end
 
     def _ids(self, choice: Mapping[str, Any], text: str) -> tuple[np.ndarray, IdsFrom]:
         given = choice.get("token_ids")
@@ -168,12 +213,12 @@ class ServedWriter:
 
 
 def served_writer(
-    client: Client, tokenizer: PreTrainedTokenizerBase, *, model: str | None, end_ids: tuple[int, ...]
+    client: Client, tokenizer: PreTrainedTokenizerBase, *, model: str | None, sampling: Sampling, stated_ends: object
 ) -> ServedWriter:
     """Ask the servers what they serve.
 
     Raises:
-        MisuseError: no such model there, or several and none is named.
+        MisuseError: no such model there, or several and none is named; a filter that the server does not take.
         ServerError: no server can be used.
     """
     found: dict[str, Mapping[str, Any]] = {}
@@ -189,21 +234,50 @@ def served_writer(
     assert model is not None
     limit = found[model].get("max_model_len")
     api = _APIS.get(str(found[model].get("owned_by", "")).lower(), "openai")
-    takes_ids = _takes_ids(client, tokenizer, model)
+    settings = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+    asked = {name: value for name, value in settings.items() if value is not None}
+    takes_ids, taken, own = agree(client, tokenizer, model, api, asked, sampling.temperature)
     if not takes_ids:
         logger.warning(
             "the server takes prompts as text alone: its tokens are not known, those of the data set are the tokenizer's"
         )
+    stops, chat_end = special_stops(tokenizer, sampling.stop), turn_end(tokenizer)
+    if stops and api not in _STOP_IDS:
+        logger.warning(
+            "--stop %s: a special token, which the server takes as a text; it ends a completion where the server writes special "
+            "tokens out",
+            ", ".join(stops),
+        )
+    known = end_ids(stated_ends, tokenizer)
+    ends = tuple(sorted({*known, *stops.values(), *([] if chat_end is None else [chat_end])}))
     return ServedWriter(
-        client,
-        tokenizer,
-        model,
-        api,
-        _version(client),
-        limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT,
-        end_ids,
-        takes_ids,
+        client=client,
+        tokenizer=tokenizer,
+        model=model,
+        api=api,
+        version=_version(client),
+        longest=limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT,
+        end_ids=ends,
+        takes_ids=takes_ids,
+        settings=taken,
+        own_settings=own,
+        special_stops=stops,
+        text_end=_only(_ends_of_texts(stated_ends, tokenizer), stops),
+        chat_end=_only(known if chat_end is None else (chat_end,), stops),
     )
+
+
+def _ends_of_texts(stated: object, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What may end a text that is no chat: EOS of the tokenizer, unless the generation config states other ends alone."""
+    eos = tokenizer.eos_token_id
+    its = end_ids(stated, tokenizer) if stated is None else tuple(stated if isinstance(stated, list) else [stated])
+    return (eos,) if isinstance(eos, int) and eos in its else its
+
+
+def _only(ends: Sequence[int], stops: Mapping[str, int]) -> int | None:
+    """The one token that may have ended a completion, if there is one."""
+    possible = {*ends, *stops.values()}
+    return possible.pop() if len(possible) == 1 else None
 
 
 def _models(answer: Any) -> dict[str, Mapping[str, Any]]:
@@ -219,49 +293,3 @@ def _version(client: Client) -> str | None:
     answer = client.get("/version")
     found = answer.get("version") if isinstance(answer, Mapping) else None
     return found[:_MOST_VERSION] if isinstance(found, str) else None
-
-
-def _takes_ids(client: Client, tokenizer: PreTrainedTokenizerBase, model: str) -> bool:
-    """Whether prompts may be token ids: asked with a short one.
-
-    Raises:
-        MisuseError: the ids that come back are other text to the tokenizer than to the server.
-    """
-    prompt = [int(i) for i in tokenizer("The", add_special_tokens=False)["input_ids"]]
-    request = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": _PROBED_TOKENS,
-        "temperature": 0,
-        "return_token_ids": True,
-    }
-    try:
-        answer = client.submit(_PATH, request, lambda found: found, what="a prompt of token ids", size=2).result()
-    except RefusedError:
-        return False
-    choices = answer.get("choices") if isinstance(answer, Mapping) else None
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
-    ids, text = choice.get("token_ids"), choice.get("text")
-    if isinstance(ids, list) and isinstance(text, str) and not same_text(tokenizer, ids, text):
-        raise MisuseError(
-            f"--model: its tokenizer reads the token ids of the server's model {model} as other text than the server does "
-            f"(which says {text[:40]!r}); name the tokenizer of that model"
-        )
-    return True
-
-
-def same_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
-    """Whether token ids are the same letters and digits as a text; True where a character is cut in two."""
-    if any(not 0 <= i < len(tokenizer) for i in ids):
-        return False
-    own = str(tokenizer.decode(list(ids), skip_special_tokens=True))
-    one, other = ("".join(filter(str.isalnum, each)) for each in (own, text))
-    return one == other or "\ufffd" in own + text
-
-
-def _finish_reason(choice: Mapping[str, Any], sampling: Sampling) -> FinishReason:
-    """`eos` only where that is known: of a server that does not say which of the two has stopped it, a stop text has."""
-    if choice.get("finish_reason") == "length":
-        return "length"
-    stopped = choice.get("stop_reason", "" if sampling.stop else None)
-    return "stop" if isinstance(stopped, str) else "eos"

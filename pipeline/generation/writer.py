@@ -8,8 +8,10 @@ from typing import Protocol
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.errors import PipelineError
 from pipeline.generation.records import Asked, Completion, Prompt, Sampling, ServedModel
 from pipeline.records import BadRow, ModelInfo
+from pipeline.tasks.templates import REFUSALS, find_template, make_renderer
 
 
 class Writer(Protocol):
@@ -64,10 +66,44 @@ class Writer(Protocol):
         """Give up what is not written yet, and every connection."""
 
 
-def end_ids(stated: object, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: EOS of the tokenizer, and those that a model's generation config states."""
+def end_ids(stated: object, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> tuple[int, ...]:
+    """The tokens that end a completion.
+
+    Args:
+        stated: `eos_token_id` of a model's generation config.
+        stops: `--stop`; those that are special tokens are among the ends.
+
+    Returns:
+        These and EOS of the tokenizer, in order.
+    """
     ids = stated if isinstance(stated, list) else [stated]
-    return tuple(sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)}))
+    known = [*ids, tokenizer.eos_token_id, *special_stops(tokenizer, stops).values()]
+    return tuple(sorted({i for i in known if isinstance(i, int)}))
+
+
+def special_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> dict[str, int]:
+    """The texts among `stops` that are exactly one special token, with its id: no decoded completion holds them."""
+    special = _special_tokens(tokenizer)
+    return {stop: special[stop] for stop in stops if stop in special}
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind a turn of the assistant; None where there is none."""
+    said = "softlabel"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    try:
+        rendered = make_renderer(find_template(tokenizer), (), tokenizer)(turns)[0]
+    except (PipelineError, *REFUSALS):
+        return None
+    behind = tokenizer(rendered.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    special = set(_special_tokens(tokenizer).values())
+    return next((int(i) for i in behind if i in special), None)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text -> id of the tokens that decoding leaves out."""
+    named = set(tokenizer.all_special_ids)
+    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in named}
 
 
 def stated_ends(name: str, revision: str | None = None) -> object:

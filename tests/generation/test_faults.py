@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import CacheError
 from pipeline.generation.faults import is_repeated, longest_run
+from pipeline.generation.finish import _Tally
 from pipeline.generation.run import run
 from tests.support.generations import config, hashes  # noqa: F401 - a fixture
 from tests.support.processes import forked  # noqa: F401 - a fixture
@@ -101,3 +102,19 @@ def test_empty_completions_are_counted(config):
 def test_no_completion_left_is_a_line(config):
     with pytest.raises(CacheError, match=r"no completion is left: 0 of 16 completions kept: .* another --drop"):
         run(config(drop=("cut",), max_new_tokens=1, rows="0:4", stop=(), model=config().model, temperature=0.01))
+
+
+def test_an_equal_completion_that_is_dropped_itself_makes_no_duplicate():
+    """The text of a cut example is that of a whole one: the whole one stays, and one more like it does not."""
+
+    def row(finish_reason):
+        return {"completion": "so it ends", "input_ids": [1, 2], "labels": [-100, 2], "finish_reason": finish_reason}
+
+    tally = _Tally(labelled=True)
+    assert [tally.drops(row(reason), ("cut", "duplicate")) for reason in ("length", "eos", "length", "eos")] == [
+        ["cut"],
+        [],
+        ["cut", "duplicate"],
+        ["duplicate"],
+    ]
+    assert (tally.counted["duplicate"], tally.counted["cut"]) == (3, 2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import logging
 import signal
 from pathlib import Path
@@ -11,10 +13,11 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import AddedToken
 
 import pipeline as softlabel
 from pipeline.config import CacheLogitsConfig, DataConfig, TrainStudentConfig
-from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError
+from pipeline.errors import CacheError, ContractError, IntegrityError, MisuseError, ModelError
 from pipeline.generation.run import run
 from tests.conftest import tiny_model
 from tests.support.generations import config, hashes, writing_model  # noqa: F401 - a fixture
@@ -257,3 +260,37 @@ def test_the_first_prompt_and_completion_are_shown(config, caplog):
     assert any(line.startswith("its first completion (") for line in said)
     assert said[-1].startswith(f"{config().output}: 16 of 16 completions kept: 0 empty, ")
     assert "none dropped (see --drop)" in said[-1]
+
+
+@pytest.mark.parametrize("text", ["the cat", "the cat sat on a mat " * 9])
+def test_a_model_that_reads_its_padding_is_refused_whatever_its_prompts(text, lm_tokenizer, tmp_path):
+    """Also where every prompt is longer than the 64 tokens that are compared."""
+    model = writing_model(len(lm_tokenizer))
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(*args, **kwargs):
+        return whole(*args, **{**kwargs, "attention_mask": None, "position_ids": None})
+
+    model.forward = forward
+    settings = {"tokenizer": lm_tokenizer, "max_new_tokens": 2}
+    with pytest.raises(ModelError, match=r"differ by .* where it is padded on the left"):
+        softlabel.generate(model, [text], tmp_path / "a", **settings)
+
+
+def test_a_stop_that_is_a_special_token_is_an_end(lm_tokenizer, tmp_path, caplog):
+    """No text of a completion holds it, so that its id ends the completion; it is learnt."""
+    tokenizer = copy.deepcopy(lm_tokenizer)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    token = tokenizer.convert_tokens_to_ids("<|turn|>")
+    model = writing_model(len(tokenizer), ends=0)
+    model.generation_config.eos_token_id = [1]
+    settings = {"tokenizer": tokenizer, "max_new_tokens": 24, "num_samples": 40, "temperature": 2.0}
+    with caplog.at_level(logging.INFO, "pipeline"):
+        found = softlabel.generate(model, ["the cat"], tmp_path / "a", stop=("<|turn|>",), **settings)
+    assert f"--stop <|turn|> is a special token (id {token}): it ends a completion" in caplog.text
+    assert found.end.contract.end_ids == (1, token)
+    rows = [row["input_ids"][row["prompt_tokens"] :] for row in rows_of(found)]
+    assert any(row[-1] == token for row in rows)
+    assert not any(token in row[:-1] for row in rows)
+    assert all((row["finish_reason"] == "eos") == (row["input_ids"][-1] in (1, token)) for row in rows_of(found))

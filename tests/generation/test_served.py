@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
 from pipeline.errors import BadRowError, ContractError, MisuseError, ServerError
+from pipeline.generation.agreement import same_text
 from pipeline.generation.draws import SeededDraws, stream_key
-from pipeline.generation.records import Sampling
+from pipeline.generation.records import Asked, Prompt, Sampling
 from pipeline.generation.run import run
-from pipeline.generation.served import same_text
+from pipeline.generation.served import served_writer
 from pipeline.servers import pool
+from tests.support.chats import tokenizer_of
 from tests.support.generations import config, writing_model  # noqa: F401 - a fixture
+
+#: What the stand-in applies for a field that a request does not hold, as servers do.
+DEFAULTS = {"top_p": 0.3, "top_k": 1, "min_p": 0.5, "repetition_penalty": 1.7}
 
 
 class StandIn:
     """Completions of a tiny model, by its own loop; each request's seed is its random stream."""
 
-    def __init__(self, model, tokenizer, *, owner="vllm", takes_ids=True, names=("tiny",)):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        owner="vllm",
+        takes_ids=True,
+        names=("tiny",),
+        defaults=DEFAULTS,
+        refuses=(),
+        says=None,
+    ):
+        self.defaults = {} if owner == "library" else defaults
+        self.refuses, self.says = refuses, says
         self.model, self.tokenizer, self.owner, self.takes_ids, self.names = model, tokenizer, owner, takes_ids, names
         self.asked: list[dict] = []
         self.faults: list[int] = []
@@ -66,14 +86,21 @@ class StandIn:
         if isinstance(prompt, str) and "forbidden" in prompt:
             return 400, {"error": {"message": "no such prompts"}}
         ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
-        limit = {name: body.get(name) for name in ("top_p", "top_k", "min_p")}
+        for name in self.refuses:
+            if name in body:
+                return 400, {"error": {"message": f"unknown field `{name}`"}}
+        limit = {name: body.get(name, self.defaults.get(name)) for name in ("top_p", "top_k", "min_p")}
+        limit = {name: value if value and value > 0 else None for name, value in limit.items()}
+        penalty = body.get("repetition_penalty", self.defaults.get("repetition_penalty", 1.0))
         sampling = Sampling(1, body["max_tokens"], body["temperature"], stop=(), seed=0, **limit)
         keys = torch.tensor([body.get("seed", 0)])
         draws, drawn, reason = SeededDraws(sampling, keys, len(self.tokenizer)), [], "length"
-        ends = self.model.generation_config.eos_token_id
+        ends = {*self.model.generation_config.eos_token_id, *body.get("stop_token_ids", ())}
         for _ in range(body["max_tokens"]):
             with torch.inference_mode():
                 logits = self.model(torch.tensor([[*ids, *drawn]])).logits[:, -1]
+                seen = list({*ids, *drawn})
+                logits[:, seen] = torch.where(logits[:, seen] > 0, logits[:, seen] / penalty, logits[:, seen] * penalty)
             drawn.append(int(draws(None, logits).argmax()))
             if drawn[-1] in ends:
                 reason = "stop"
@@ -85,6 +112,8 @@ class StandIn:
             choice |= {"stop_reason": None}
             if body.get("return_token_ids"):
                 choice |= {"token_ids": drawn}
+        if self.says is not None:
+            choice |= self.says(choice, drawn)
         return 200, {"choices": [choice]}
 
 
@@ -217,3 +246,94 @@ def test_no_path_of_the_servers_machine_is_written(config, serve):
     found = run(config(server=(serve(names=("/home/someone/models/tiny",)).url,), rows="0:2"))
     assert found.end.contract.model.name == "tiny"
     assert not [path for path in found.root.rglob("*.*") if path.is_file() and b"/home/" in path.read_bytes()]
+
+
+def written(found):
+    return [row["input_ids"][row["prompt_tokens"] :] for row in rows_of(found)]
+
+
+def test_a_server_applies_no_setting_that_nobody_asked_for(config, serve):
+    """Its defaults of absent fields change nothing; a neutral field that it refuses is left out, in one line and in the card."""
+    plain = run(config("plain", server=(serve(defaults={}).url,), rows="0:4"))
+    server = serve()
+    found = run(config("found", server=(server.url,), rows="0:4"))
+    assert written(found) == written(plain)
+    assert all(body["presence_penalty"] == body["frequency_penalty"] == 0 for body in server.asked)
+    assert found.end.contract.model.own_settings == ()
+
+
+def test_a_setting_that_a_server_refuses_is_said_and_stands_in_the_card(config, serve, caplog):
+    server = serve(refuses=("min_p", "frequency_penalty"))
+    found = run(config(server=(server.url,), rows="0:2"))
+    assert "does not take min_p, frequency_penalty: it applies its own" in caplog.text
+    assert found.end.contract.model.own_settings == ("min_p", "frequency_penalty")
+    assert "| `min_p, frequency_penalty` |" in (found.root / "README.md").read_text()
+    with pytest.raises(MisuseError, match=r"--min-p 0.2: the server \(vllm\) does not take it"):
+        run(config("other", server=(server.url,), rows="0:2", min_p=0.2))
+    with pytest.raises(MisuseError, match=r"--top-k 5: the server \(ollama\) does not take it; leave it out"):
+        run(config("other", server=(serve(owner="library").url,), rows="0:2", top_k=5))
+
+
+@pytest.mark.parametrize("reason", ["abort", "content_filter", "repetition", None])
+def test_what_is_no_end_of_the_model_is_never_learnt_as_one(config, serve, reason, monkeypatch):
+    monkeypatch.setattr("pipeline.servers.client._FIRST_WAIT", 0.001)
+    server = serve(says=lambda choice, drawn: {"finish_reason": reason})
+    with pytest.raises(
+        ServerError, match=f"expected the finish reason stop or length, found {reason!r}; asked 4 times"
+    ):
+        run(config(server=(server.url,), rows="0:1"))
+
+
+def served(tokenizer, *, stated=None, says=None, **sampling):
+    """The completion that is made of a choice, through a writer that has asked nothing."""
+    settings = Sampling(1, 9, 1.0, None, None, None, sampling.pop("stop", ()), 0)
+    return lambda choice, *, api="openai", chat=False: _completion(tokenizer, settings, stated, choice, api, chat)
+
+
+def _completion(tokenizer, sampling, stated, choice, api, chat):
+    class Answers:
+        urls = ("http://one",)
+
+        def get(self, path, url=None):
+            return {"data": [{"id": "m", "owned_by": api}]} if path == "/v1/models" else None
+
+        def submit(self, *_, **__):
+            done = Future()
+            done.set_result({})
+            return done
+
+    writer = served_writer(Answers(), tokenizer, model=None, sampling=sampling, stated_ends=stated)
+    prompt = Prompt(0, "a", np.asarray(tokenizer("a")["input_ids"], dtype=np.int32), is_chat=chat)
+    return writer._completion({"choices": [choice]}, Asked(prompt, "train", 0), sampling)
+
+
+def test_the_end_token_is_that_of_the_models_turn_or_none():
+    gemma = tokenizer_of("gemma-3")
+    eos, turn = gemma.eos_token_id, gemma.convert_tokens_to_ids("<end_of_turn>")
+    assert eos != turn
+    choice = {"text": "the cat", "finish_reason": "stop"}
+    ids = gemma("the cat", add_special_tokens=False)["input_ids"]
+    for stated, chat, end, reason in (
+        (None, True, turn, "eos"),
+        ([eos, turn], True, turn, "eos"),
+        (None, False, eos, "eos"),
+        ([turn], False, turn, "eos"),
+        ([turn, 7], False, None, "stop"),
+    ):
+        found = served(gemma, stated=stated)(choice, chat=chat)
+        assert found.finish_reason == reason
+        assert found.token_ids.tolist() == [*ids, *([] if end is None else [end])]
+    for api, key in (("vllm", "stop_reason"), ("sglang", "matched_stop")):
+        said = served(gemma, stated=[eos, turn], stop=("z",))({**choice, key: turn}, api=api)
+        assert (said.finish_reason, said.token_ids[-1]) == ("eos", turn)
+    assert served(gemma, stop=("z",))(choice).finish_reason == "stop"
+    assert served(gemma)({**choice, "finish_reason": "eos_token"}).finish_reason == "eos"
+
+
+def test_a_stop_that_is_a_special_token_ends_a_served_completion(config, serve, lm_tokenizer, caplog):
+    stop = next(t.content for i, t in lm_tokenizer.added_tokens_decoder.items() if t.special and i != 1)
+    server = serve()
+    found = run(config(server=(server.url,), stop=(stop,), rows="0:2"))
+    token = lm_tokenizer.convert_tokens_to_ids(stop)
+    assert token in found.end.contract.end_ids
+    assert {tuple(body["stop_token_ids"]) for body in server.asked if "seed" in body} == {(token,)}

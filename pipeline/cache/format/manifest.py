@@ -36,6 +36,7 @@ _ADDED = frozenset(
         "unlabelled_sources",
         "judge",
         "server",
+        "own_settings",
     }
 )
 

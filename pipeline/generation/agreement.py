@@ -1,0 +1,138 @@
+"""Which settings a server takes: asked with short prompts, before the first completion."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError
+from pipeline.servers.answers import RefusedError
+from pipeline.servers.client import Client
+
+logger = logging.getLogger(__name__)
+
+PATH = "/v1/completions"
+#: Of the first request, by which a server and a tokenizer are compared.
+_PROBED_TOKENS = 8
+#: Settings of the draws at which they change nothing. All are sent with each request: for one that is absent a server
+#: applies its own, or what the model's generation config says.
+_NEUTRAL = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+#: The same of llama.cpp, whose names are others, and whose other samplers a model's file may turn on.
+_NEUTRAL_LLAMA_CPP = {
+    **{name: value for name, value in _NEUTRAL.items() if name != "repetition_penalty"},
+    "top_k": 0,
+    "repeat_penalty": 1.0,
+    "typical_p": 1.0,
+    "top_n_sigma": -1.0,
+    "xtc_probability": 0.0,
+    "dry_multiplier": 0.0,
+    "dynatemp_range": 0.0,
+    "mirostat": 0,
+}
+#: Ollama's completions endpoint reads these three; for the others, which it leaves unread, the Modelfile's hold.
+_NEUTRAL_OLLAMA = {name: _NEUTRAL[name] for name in ("top_p", "presence_penalty", "frequency_penalty")}
+_UNREAD_BY_OLLAMA = ("top_k", "min_p", "repeat_penalty")
+
+
+def agree(
+    client: Client,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    api: str,
+    asked: Mapping[str, float],
+    temperature: float,
+) -> tuple[bool, dict[str, float], tuple[str, ...]]:
+    """Find out with short prompts what requests may hold.
+
+    Args:
+        asked: the filters that the flags name.
+
+    Returns:
+        Whether prompts may be token ids; the settings of the draws; and the names of those that the server does not take.
+
+    Raises:
+        MisuseError: it does not take one that is asked for, or the ids that come back are other text to the tokenizer than to
+            the server.
+        ServerError: no server can be used, or it refuses such a request.
+    """
+    neutral = {"llama.cpp": _NEUTRAL_LLAMA_CPP, "ollama": _NEUTRAL_OLLAMA}.get(api, _NEUTRAL)
+    settings = {**neutral, **asked}
+    own = _UNREAD_BY_OLLAMA if api == "ollama" else ()
+    while True:
+        takes_ids, refusal = _asked(client, tokenizer, model, {"temperature": temperature, **settings}, api)
+        refused = [] if refusal is None else [name for name in settings if re.search(rf"\b{name}\b", str(refusal))]
+        if refusal is not None and not refused:
+            raise refusal
+        own = (*own, *refused)
+        wanted = next((name for name in own if name in asked), None)
+        if wanted is not None:
+            raise MisuseError(
+                f"--{wanted.replace('_', '-')} {asked[wanted]:g}: the server ({api}) does not take it"
+                f"{'' if refusal is None else f' ({refusal})'}; leave it out, or use vLLM, SGLang or llama.cpp"
+            )
+        if refusal is None:
+            break
+        settings = {name: value for name, value in settings.items() if name not in refused}
+    if own:
+        logger.warning(
+            "the server (%s) does not take %s: it applies its own, and the card says so", api, ", ".join(own)
+        )
+    elif api == "openai":
+        logger.warning(
+            "the server does not say what software it is: whether it reads top_k, min_p and the penalties is not known"
+        )
+    return takes_ids, settings, own
+
+
+def _asked(
+    client: Client, tokenizer: PreTrainedTokenizerBase, model: str, settings: Mapping[str, float], api: str
+) -> tuple[bool, RefusedError | None]:
+    """Whether prompts may be token ids; and why a prompt is refused as ids and as text, where it is.
+
+    Raises:
+        MisuseError: see `agree`.
+    """
+    prompt = [int(i) for i in tokenizer("The", add_special_tokens=False)["input_ids"]]
+    refusal = None
+    for form in (prompt, "The"):
+        ids = {"return_token_ids": True} if api == "vllm" else {}
+        request = {"model": model, "prompt": form, "max_tokens": _PROBED_TOKENS, **settings, **ids}
+        try:
+            answer = client.submit(PATH, request, lambda found: found, what="a short prompt", size=2).result()
+        except RefusedError as error:
+            refusal = error
+        else:
+            _check_text(answer, tokenizer, model)
+            return form is prompt, None
+    return False, refusal
+
+
+def _check_text(answer: Any, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
+    ids, text = choice.get("token_ids"), choice.get("text")
+    if isinstance(ids, list) and isinstance(text, str) and not same_text(tokenizer, ids, text):
+        raise MisuseError(
+            f"--model: its tokenizer reads the token ids of the server's model {model} as other text than the server does "
+            f"(which says {text[:40]!r}); name the tokenizer of that model"
+        )
+
+
+def same_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
+    """Whether token ids are the same letters and digits as a text; True where a character is cut in two."""
+    if any(not 0 <= i < len(tokenizer) for i in ids):
+        return False
+    own = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    one, other = ("".join(filter(str.isalnum, each)) for each in (own, text))
+    return one == other or "\ufffd" in own + text
