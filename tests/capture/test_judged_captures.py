@@ -185,10 +185,10 @@ def test_new_rows_are_appended_with_the_examples_of_the_first(config, topics, tm
         run(config(**settings, append=True, seed=1))
 
 
-def test_long_texts_are_counted_and_shots_never_hold_the_row(few, tmp_path, caplog):
+def test_long_texts_are_counted_and_shots_never_hold_the_row(config, tmp_path, caplog):
     (tmp_path / "shots.jinja").write_text(WITH_SHOTS)
     with caplog.at_level(logging.INFO):
-        run(few(prompt_template=str(tmp_path / "shots.jinja"), shots=6, data_settings={"max_length": 12}))
+        run(config(prompt_template=str(tmp_path / "shots.jinja"), shots=6, data_settings={"max_length": 12}))
     assert "rows were cut at the longest row allowed" in caplog.text
 
 
@@ -286,7 +286,7 @@ def test_a_prompt_that_the_server_refuses_is_a_bad_row(few, model, caplog):
         stand_in.longest = max(len(body["prompt"]) for body in stand_in.asked)  # says so only when asked for more
         with caplog.at_level(logging.WARNING):
             found = run(few("skipped", server=(stand_in.url,), server_patience=5.0, on_bad_row="skip"))
-    assert 0 < found.manifest.bad_rows < 10
+    assert 0 < found.manifest.bad_rows < 20
     assert len(found.dataset("train")) + len(found.dataset("test")) == 30 - found.manifest.bad_rows
     assert len(whole.dataset("train")) == 24
     assert "a prompt was refused: " in caplog.text

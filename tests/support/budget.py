@@ -32,6 +32,7 @@ BUDGET = {
     "tests/sharing/test_share.py": 15.0,
     "tests/generation/test_served.py": 12.0,
     "tests/capture/test_estimate.py": 12.0,
+    "tests/capture/test_judged_captures.py": 15.0,
     "tests/cache/reading/test_hostile.py": 12.0,
     "tests/training/test_remote.py": 12.0,
     "tests/training/test_distributed.py": 12.0,
