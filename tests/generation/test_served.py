@@ -276,7 +276,7 @@ def test_a_setting_that_a_server_refuses_is_said_and_stands_in_the_card(config, 
 
 @pytest.mark.parametrize("reason", ["abort", "content_filter", "repetition", None])
 def test_what_is_no_end_of_the_model_is_never_learnt_as_one(config, serve, reason, monkeypatch):
-    monkeypatch.setattr("pipeline.servers.client._FIRST_WAIT", 0.001)
+    monkeypatch.setattr("pipeline.servers.pool.FIRST_WAIT", 0.001)
     server = serve(says=lambda choice, drawn: {"finish_reason": reason})
     with pytest.raises(
         ServerError, match=f"expected the finish reason stop or length, found {reason!r}; asked 4 times"

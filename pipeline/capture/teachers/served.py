@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.capture.teachers.predictions import Labelled
 from pipeline.capture.teachers.protocol import Keep
 from pipeline.capture.teachers.tops import (
-    difference,
+    CLOSE,
+    check_alike,
     difference_to_logprobs,
     first_answer,
     join,
@@ -48,9 +49,6 @@ logger = logging.getLogger(__name__)
 #: Mass: what float32 log-probabilities, and the log-sum-exp over all classes behind them, leave open
 #: of 1 - sum(p).
 RESIDUAL_ERROR = 1e-5
-#: Nats by which two answers to one row may differ without a warning, and in the mean at all. The
-#: second is more than half precision explains.
-_SAME, _CLOSE = 1e-3, 0.1
 #: What servers say of a row that is longer than their context.
 _TOO_LONG = ("context length", "max_model_len", "longer than", "maximum allowed length")
 
@@ -281,11 +279,11 @@ class ServedTeacher:
         first = answers[0][1]
         for url, answer in answers[1:]:
             whom = "the same row again" if url == urls[0] else f"{urls[0]}"
-            _check_alike(url, answer, first, whom, "is it one model in one precision?")
+            check_alike(url, answer, first, whom, "is it one model in one precision?")
         noted = None if keep is None else keep(first_answer(row, first))
         if noted is not None and noted.input_ids == tuple(row.input_ids.tolist()):
             what = "another model, or other settings; go on with the server of before, or begin anew with --overwrite"
-            _check_alike(urls[0], first, kept_answer(noted), "the server that this capture began with", what)
+            check_alike(urls[0], first, kept_answer(noted), "the server that this capture began with", what)
         if self._check_with is not None:
             self._compare_with(self._check_with, row, first)
 
@@ -295,35 +293,15 @@ class ServedTeacher:
         loaded = load_model(self._task, path)
         logits = teacher_logits(self._task, loaded, self.tokenizer, [row], self.num_classes)
         mean, worst = difference_to_logprobs(served, torch.log_softmax(logits.float(), -1).cpu().numpy())
-        if not mean <= _CLOSE:
+        if not mean <= CLOSE:
             raise ModelError(
-                f"--check-with {path}: the server's log-probabilities of one row differ from these weights by {mean:.2g} nats in the mean (expected at most {_CLOSE:g}): {self.name} is another model, or reads other token ids"
+                f"--check-with {path}: the server's log-probabilities of one row differ from these weights by {mean:.2g} nats in the mean (expected at most {CLOSE:g}): {self.name} is another model, or reads other token ids"
             )
         logger.info(
             "%s: log-probabilities of one row differ from %s by %.2g nats in the mean, %.2g at most",
             self.name,
             path,
             mean,
-            worst,
-        )
-
-
-def _check_alike(url: str, found: TopLogprobs, expected: TopLogprobs, whom: str, what: str) -> None:
-    """Compare answers to one row.
-
-    Raises:
-        ServerError: they are not of one model.
-    """
-    mean, worst = difference(expected, found)
-    if not mean <= _CLOSE:
-        raise ServerError(
-            f"{url}: its log-probabilities of one row differ from those of {whom} by {mean:.2g} nats in the mean (expected at most {_CLOSE:g}): {what}"
-        )
-    if worst > _SAME:
-        logger.warning(
-            "%s: its log-probabilities of one row differ from those of %s by up to %.2g nats: a capture that is made again will differ as much",
-            url,
-            whom,
             worst,
         )
 

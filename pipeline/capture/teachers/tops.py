@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from pipeline.errors import ServerError
 from pipeline.records import Encoding, FirstAnswer, SoftLabels, TokenizedExample, TopP
 from pipeline.servers.scoring import TopLogprobs
 from pipeline.softlabels.outside import log_outside
 from pipeline.softlabels.ragged import offsets_of
 
+logger = logging.getLogger(__name__)
+
+#: Nats by which two answers to one row may differ without a warning, and in the mean at all. The
+#: second is more than half precision explains.
+SAME, CLOSE = 1e-3, 0.1
 #: Log-probabilities below this are not compared.
 _LEAST = -10.0
 #: Positions of the first answer that are kept, and what is kept of a probability of 0.
@@ -105,3 +112,23 @@ def difference_to_logprobs(served: TopLogprobs, local: np.ndarray) -> tuple[floa
     found = np.take_along_axis(local, np.where(served.ids < num_classes, served.ids, 0), -1)
     apart = np.abs(served.logprobs - found)[(served.logprobs > _LEAST) & (served.ids < num_classes)]
     return float(apart.mean()), float(apart.max())
+
+
+def check_alike(url: str, found: TopLogprobs, expected: TopLogprobs, whom: str, what: str) -> None:
+    """Compare answers to one row.
+
+    Raises:
+        ServerError: they are not of one model.
+    """
+    mean, worst = difference(expected, found)
+    if not mean <= CLOSE:
+        raise ServerError(
+            f"{url}: its log-probabilities of one row differ from those of {whom} by {mean:.2g} nats in the mean (expected at most {CLOSE:g}): {what}"
+        )
+    if worst > SAME:
+        logger.warning(
+            "%s: its log-probabilities of one row differ from those of %s by up to %.2g nats: a capture that is made again will differ as much",
+            url,
+            whom,
+            worst,
+        )
