@@ -279,7 +279,7 @@ def test_what_is_no_end_of_the_model_is_never_learnt_as_one(config, serve, reaso
     monkeypatch.setattr("pipeline.servers.pool.FIRST_WAIT", 0.001)
     server = serve(says=lambda choice, drawn: {"finish_reason": reason})
     with pytest.raises(
-        ServerError, match=f"expected the finish reason stop or length, found {reason!r}; asked 4 times"
+        BadRowError, match=f"expected the finish reason stop or length, found {reason!r}; asked 4 times"
     ):
         run(config(server=(server.url,), rows="0:1"))
 
