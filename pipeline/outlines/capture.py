@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 
 from pipeline.cache.writing.build import noted_answer, refresh
 from pipeline.cache.writing.claims import finished
 from pipeline.capture.engines.progress import shards_of
-from pipeline.capture.engines.workers import devices_of_workers
+from pipeline.capture.engines.workers import check_engine
 from pipeline.capture.head import check_head, check_rows, show_first_row
 from pipeline.capture.job import Job, prepare
 from pipeline.capture.plan import plan_batches
 from pipeline.capture.shard import forward
 from pipeline.capture.space import sample_rows, warn_of_full_disk
 from pipeline.config import CacheLogitsConfig
-from pipeline.errors import MisuseError
 from pipeline.progress import duration, size
 from pipeline.records import Outline, TokenizedExample
 from pipeline.softlabels.names import encoding_name
@@ -29,11 +27,7 @@ def outline(config: CacheLogitsConfig) -> Outline:
     Raises:
         PipelineError: as `run` raises it.
     """
-    if config.engine == "ray":
-        if importlib.util.find_spec("ray") is None:
-            raise MisuseError("--engine ray needs Ray; pip install 'soft-label-pipeline[ray]'")
-    elif config.num_workers is not None:
-        devices_of_workers(config, config.num_workers)
+    check_engine(config)
     job = prepare(config, dry_run=True)
     try:
         return _outline(config, job)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 
 from pipeline.capture.engines.progress import shards_of
-from pipeline.capture.engines.workers import devices_of_workers
+from pipeline.capture.engines.workers import check_engine
 from pipeline.config import GenerateConfig
-from pipeline.errors import MisuseError
 from pipeline.generation.job import GenerationJob, few_prompts, prepare
 from pipeline.generation.run import GENERATION, show_first
 from pipeline.generation.shard import read_prompts
@@ -24,11 +22,7 @@ def outline(config: GenerateConfig) -> Outline:
     Raises:
         PipelineError: as `run` raises it.
     """
-    if config.engine == "ray":
-        if importlib.util.find_spec("ray") is None:
-            raise MisuseError("--engine ray needs Ray; pip install 'soft-label-pipeline[ray]'")
-    elif config.num_workers is not None:
-        devices_of_workers(config, config.num_workers)
+    check_engine(config)
     job = prepare(config, dry_run=True)
     with contextlib.closing(job.writer):
         return _outline(config, job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -183,6 +184,19 @@ def _start(work: Work, number: int, config: Config, devices: list[str], threads:
             del os.environ["CUDA_VISIBLE_DEVICES"]
     theirs.close()
     return _Worker(number, process, ours)
+
+
+def check_engine(config: Config) -> None:
+    """Whether the workers that are asked for can be had, before anything is loaded.
+
+    Raises:
+        MisuseError: no Ray, or not as many GPUs.
+    """
+    if config.engine == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise MisuseError("--engine ray needs Ray; pip install 'soft-label-pipeline[ray]'")
+    elif config.num_workers is not None:
+        devices_of_workers(config, config.num_workers)
 
 
 def devices_of_workers(config: Config, count: int) -> list[str]:
