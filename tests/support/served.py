@@ -49,6 +49,9 @@ class StandIn:
     """Each serves for one request, in order; later requests are answered as they should be."""
     fault_every: int = 1
     """A fault for each so many requests."""
+    most_faults: int = 1 << 30
+    """Of one prompt: a row that is answered wrongly again and again ends the capture."""
+    faulted: Counter[tuple[int, ...]] = field(default_factory=Counter)
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     answered: Counter[tuple[int, ...]] = field(default_factory=Counter)
@@ -164,8 +167,11 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
                 stand_in.in_flight += 1
                 stand_in.most_in_flight = max(stand_in.most_in_flight, stand_in.in_flight)
                 crowded = stand_in.in_flight > stand_in.most_at_once
-                due = len(stand_in.asked) % stand_in.fault_every == 0
-                fault = stand_in.faults.pop(0) if stand_in.faults and due and not crowded else None
+                prompt = tuple(body.get("prompt") or body.get("input_ids") or ())
+                due = len(stand_in.asked) % stand_in.fault_every == 0 and not crowded
+                due &= stand_in.faulted[prompt] < stand_in.most_faults
+                fault = stand_in.faults.pop(0) if stand_in.faults and due else None
+                stand_in.faulted[prompt] += fault is not None
             try:
                 time.sleep(stand_in.latency)
                 if crowded:
@@ -185,7 +191,6 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
                 else:
                     self._send(200, found)
                     if fault is None:
-                        prompt = tuple(body.get("prompt") or body["input_ids"])
                         with stand_in.lock:
                             stand_in.answered[prompt] += 1
             finally:

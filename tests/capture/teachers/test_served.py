@@ -226,7 +226,7 @@ FAULTS = {
 def test_with_every_fault_nothing_is_lost_or_repeated(config, vllm):
     expected = run(served(config, vllm, "whole", rows=None))
     vllm.answered.clear()
-    vllm.faults, vllm.fault_every = [*FAULTS.values()] * 2, 2
+    vllm.faults, vllm.fault_every, vllm.most_faults = [*FAULTS.values()] * 2, 2, 2
     found = run(served(config, vllm, "faults", rows=None, concurrency=4))
     assert not vllm.faults
     assert found.manifest == expected.manifest
