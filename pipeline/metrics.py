@@ -126,12 +126,13 @@ def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
 
     Args:
         predicted: (N,) integers.
-        teacher_predicted: (N,) integers.
+        teacher_predicted: (N,) integers; positions of -100 do not count: the teacher says nothing there.
 
     Returns:
         In [0, 1]; nan where there is no position.
     """
-    return float((predicted == teacher_predicted).mean()) if predicted.size else math.nan
+    known = teacher_predicted != NO_LABEL
+    return float((predicted == teacher_predicted)[known].mean()) if known.any() else math.nan
 
 
 # ------------------------------------------------------------------------------------------------------ as they are read

@@ -307,6 +307,21 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class VocabularyMap:
+    """A linear map of distributions: the mass of teacher token t goes to student token `first_token[t]`.
+
+    A target that is unbiased stays so: E[M q_hat] = M q, where M has one 1 in each column.
+    """
+
+    first_token: np.ndarray
+    """(V of the teacher,) int64; -1 where the student has no token for it: its mass is left out."""
+    num_classes: int
+    """V of the student."""
+    is_special: np.ndarray
+    """(V of the student,) bool: stands for no text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fidelity:
     """How faithful an encoding's target is, measured on a sample of positions with all V logits at hand; `softlabels.fidelity` has the formulas."""
 

@@ -25,6 +25,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"tasks"},
         {"models"},
         {"cache"},
+        {"cross_tokenizer"},
         {"capture", "training"},
         {"evaluation", "generation"},
         {"sharing", "outlines"},
@@ -56,6 +57,15 @@ ORDER: dict[str, list[set[str]]] = {
         {"job"},
         {"shard"},
         {"run"},
+        {"__init__"},
+    ],
+    "cross_tokenizer": [
+        {"token_bytes"},
+        {"vocabulary_map"},
+        {"rows"},
+        {"kept"},
+        {"view"},
+        {"opening"},
         {"__init__"},
     ],
     "training": [

@@ -19,6 +19,7 @@ from pipeline.cache.format.manifest import dump
 from pipeline.cache.reading.alignment import check_alignment
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import TrainStudentConfig, parse_bytes
+from pipeline.cross_tokenizer.opening import cache_for, caches_for
 from pipeline.errors import MisuseError
 from pipeline.models import (
     LABELS,
@@ -86,8 +87,16 @@ def run(
         if cache is not None
         else [Cache.open(path, cache_dir=config.cache_dir, cache_bytes=kept) for path in config.cache]
     )
-    cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     _check_apart(config.output, config.student)
+    caches = caches_for(
+        caches,
+        config.student,
+        config.split,
+        trust_remote_code=config.trust_remote_code,
+        base_model=config.base_model,
+        cache_dir=config.cache_dir,
+    )
+    cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     check_fields(config.training)
     set_seed(config.seed)  # a new head or adapter is random too
     student = load_student(
@@ -149,6 +158,8 @@ def train_student(
     set_seed(0 if args is None else args.seed)  # a new head is random too
     if isinstance(student, str | Path):
         _check_apart(output, student)
+        opened = cache_for(opened, str(student), split)
+        contract = opened.manifest.contract
         loaded = load_student(contract, str(student))
     else:
         loaded = LoadedModel(student, opened.tokenizer, type(student).__name__)
@@ -216,7 +227,7 @@ def fit(
     if not resume and not overwrite:
         _check_unfinished(output)
     for each in (cache, *(mixture.others if mixture is not None else ())):
-        check_alignment(each, list(splits))
+        check_alignment(each.as_captured, list(splits))
     own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
     started = time.monotonic()

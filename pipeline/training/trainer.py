@@ -104,6 +104,7 @@ class DistillationTrainer(SavingTrainer):
             retokenize=None if student_tokenizer is None else Tokenization(max_length or settings.max_length),
             teacher_labels=teacher_labels,
             position_weights=loss.position_weights,
+            vocabulary_map=cache.vocabulary_map,
         )
         self.batch_tokens = batch_tokens
         refuse_unused(args, trainer_kwargs)
@@ -355,7 +356,8 @@ class DistillationTrainer(SavingTrainer):
             measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
             metrics.update({("nll" if name == "loss" else name): value for name, value in measured.items()})
         metrics["agreement"] = agreement(predictions.predicted, predictions.teacher_predicted)
-        metrics["divergence"] = float(found["divergence"][known].mean())
+        aligned = known & (found["teacher_predicted"] != NO_LABEL)
+        metrics["divergence"] = float(found["divergence"][aligned].mean())
         return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

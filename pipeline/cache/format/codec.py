@@ -30,6 +30,9 @@ from pipeline.records import (
     offsets_of_counts,
 )
 
+#: Of rows that are read in the tokens of a student: which of the teacher's positions each of its own is aligned with.
+TEACHER_POSITION = "teacher_position"
+
 _SMALLEST_HALF = np.finfo(np.float16).min
 
 
@@ -223,7 +226,13 @@ def tokens_of(block: RowBlock) -> TokenBlock:
 
 
 def positions_of(block: RowBlock) -> np.ndarray:
-    """(R,) integers: the supervised positions of each row."""
+    """(R,) integers: the supervised positions of each row; of a row in a student's tokens, those of the student."""
+    found = block.lists.get(TEACHER_POSITION)
+    return labelled_positions_of(block) if found is None else found.counts
+
+
+def labelled_positions_of(block: RowBlock) -> np.ndarray:
+    """(R,) integers: the positions of each row that the teacher has labelled, which the soft labels are of."""
     if isinstance(block.encoding, Full):
         return block.lists["logits"].counts // block.num_classes
     return block.lists["top_count"].counts

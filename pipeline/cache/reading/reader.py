@@ -28,7 +28,7 @@ from pipeline.cache.reading.verification import verify
 from pipeline.cache.storage.store import DEFAULT_BYTES
 from pipeline.cache.storage.urls import is_url
 from pipeline.errors import CacheError, IntegrityError
-from pipeline.records import CachedExample, Manifest, RowBlock, Segment, Shard, SoftLabels
+from pipeline.records import CachedExample, Manifest, RowBlock, Segment, Shard, SoftLabels, VocabularyMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +92,16 @@ class Cache:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that made the token ids."""
         return load_cached_tokenizer(self.root / "tokenizer")
+
+    @property
+    def as_captured(self) -> Cache:
+        """The cache in the teacher's own tokens, where this one is read in a student's."""
+        return self
+
+    @property
+    def vocabulary_map(self) -> VocabularyMap | None:
+        """What makes the teacher's classes those of a student with another tokenizer; None: they are the same."""
+        return None
 
     @property
     def location(self) -> str:
@@ -279,11 +289,16 @@ class CacheDataset(Dataset[CachedExample]):
             name, i = self.groups[group]
             shard = Layout(self.root).shard(name) if self.remote is None else self.remote.shard(name)
             check_contents(table, contract, f"{shard}: row group {i}")
-            found = _Open(unpack(table, contract.encoding, contract.num_classes), table.num_rows)
+            found = _Open(self._block(group, table), table.num_rows)
             self._open[group] = found
         else:
             self._open.move_to_end(group)
         return found
+
+    def _block(self, group: int, table: pa.Table) -> RowBlock:
+        """The rows of a row group by column."""
+        contract = self.manifest.contract
+        return unpack(table, contract.encoding, contract.num_classes)
 
     def _read_rows(self, group: int, opened: _Open, rows: int) -> None:
         """Count rows as read; a row group whose rows were all read is dropped."""

@@ -14,7 +14,15 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import CacheDataset
-from pipeline.cache.format.codec import COLUMNS, positions_of, text_bytes_of, tokens_of, unpack_soft
+from pipeline.cache.format.codec import (
+    COLUMNS,
+    TEACHER_POSITION,
+    labelled_positions_of,
+    positions_of,
+    text_bytes_of,
+    tokens_of,
+    unpack_soft,
+)
 from pipeline.cache.format.rows import gather, rows_of
 from pipeline.models import pad_id
 from pipeline.records import (
@@ -24,13 +32,17 @@ from pipeline.records import (
     Full,
     PositionWeights,
     RowBlock,
+    Sampled,
     Segment,
     StudentBatch,
     Target,
     Tokenization,
     TokenizedExample,
+    VocabularyMap,
+    offsets_of_counts,
 )
 from pipeline.softlabels import most_likely, target
+from pipeline.softlabels.mapped import at_positions, map_classes, map_target
 from pipeline.tasks import Task
 
 
@@ -88,6 +100,8 @@ class Collator:
     """What rows are padded with; None: as the tokenizer says."""
     for_evaluation: bool = False
     """Say also what the teacher predicts."""
+    vocabulary_map: VocabularyMap | None = None
+    """Of rows in the tokens of a student that are not the teacher's."""
 
     def __call__(self, rows: Picked) -> dict[str, Any]:
         """As `torch.utils.data.DataLoader` calls it."""
@@ -112,23 +126,28 @@ class Collator:
         given = tokens if self.retokenize is None else _tokenize_anew(self.task, block, self.tokenizer, self.retokenize)
         inputs, supervised = self.task.collate(given, pad_id(self.tokenizer) if self.pad_id is None else self.pad_id)
         soft = unpack_soft(block)
-        positions = positions_of(block)
-        labels = torch.from_numpy(self.task.hard_labels(tokens))
-        if self.teacher_labels:
-            labels, _ = most_likely(soft)
-        flags = np.ones(len(block), dtype=bool) if counts is None else counts
-        weights = torch.from_numpy(np.repeat(flags.astype(np.float32), positions))
-        entropy = None if isinstance(soft.encoding, Full) else _entropy(block, positions)
+        entropy = None if isinstance(soft.encoding, Full) else _entropy(block, labelled_positions_of(block))
         goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)
+        counted = self._position_weights(-goal.negative_entropy if entropy is None else entropy, goal)
+        predicted = most_likely(soft)[0] if self.for_evaluation or self.teacher_labels else None
+        if self.vocabulary_map is not None:
+            where = _aligned(block)
+            goal = map_target(goal, where, self.vocabulary_map, is_sample=isinstance(soft.encoding, Sampled))
+            counted = at_positions(counted, where, 0.0)
+            predicted = None if predicted is None else map_classes(predicted, where, self.vocabulary_map)
+        flags = np.ones(len(block), dtype=bool) if counts is None else counts
+        weights = torch.from_numpy(np.repeat(flags.astype(np.float32), positions_of(block)))
+        labels = torch.from_numpy(self.task.hard_labels(tokens)) if not self.teacher_labels else predicted
+        assert labels is not None
         return StudentBatch(
             inputs=inputs,
             supervised=supervised,
             labels=labels.masked_fill(weights == 0, NO_LABEL),
             target=goal,
             weights=weights,
-            soft_weights=weights * self._position_weights(-goal.negative_entropy if entropy is None else entropy, goal),
+            soft_weights=weights * counted,
             source_rows=torch.from_numpy(block.numbers["source_row"].astype(np.int64)),
-            teacher_predicted=most_likely(soft)[0] if self.for_evaluation else None,
+            teacher_predicted=predicted if self.for_evaluation else None,
             text_bytes=torch.from_numpy(text_bytes_of(block) * flags) if self.for_evaluation else None,
         )
 
@@ -141,7 +160,14 @@ class Collator:
 
 
 #: The columns that no batch needs are those that say which row it is, the texts, and what comes from the source.
-COLLATED = COLUMNS - {"piece", "content_hash", "text", "text_pair", "teacher_nll_sum"}
+COLLATED = (COLUMNS | {TEACHER_POSITION}) - {"piece", "content_hash", "text", "text_pair", "teacher_nll_sum"}
+
+
+def _aligned(block: RowBlock) -> Tensor:
+    """(N,) int64: which of all the teacher's positions in the block each of the student's is aligned with; -1: none."""
+    where = block.lists[TEACHER_POSITION]
+    before = offsets_of_counts(labelled_positions_of(block))[:-1]
+    return torch.from_numpy(np.where(where.values < 0, -1, where.values + np.repeat(before, where.counts)))
 
 
 def _entropy(block: RowBlock, positions: np.ndarray) -> Tensor:

@@ -68,7 +68,7 @@ def make_mixture(
 
 
 def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
-    ours, theirs = first.manifest.contract, other.manifest.contract
+    ours, theirs = first.as_captured.manifest.contract, other.as_captured.manifest.contract
     pairs: list[tuple[str, Any, Any]] = [
         ("task", ours.task, theirs.task),
         ("number of classes", ours.num_classes, theirs.num_classes),

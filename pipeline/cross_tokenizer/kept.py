@@ -1,0 +1,207 @@
+"""The rows of a cache in a student's tokens, made once and kept in the user's cache directory, a file for each shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cache import Cache, CacheDataset
+from pipeline.cache.format.codec import unpack
+from pipeline.cache.storage.commit import write_atomically
+from pipeline.cross_tokenizer.rows import CachedTokens, Retokenizer, StudentRow
+from pipeline.cross_tokenizer.vocabulary_map import NONE
+from pipeline.progress import Progress
+from pipeline.records import Contract, Ragged, RowBlock, Shard, VocabularyMap
+
+#: Of how rows are aligned: files of another version are made again.
+_VERSION = 1
+#: What is read of a cache.
+_READ = ("input_ids", "supervised", "piece", "text_bytes", "document_lengths", "text")
+_LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
+_TYPES = {
+    **{name: pa.list_(pa.int32()) for name in _LISTS},
+    "supervised": pa.list_(pa.bool_()),
+    "text_bytes": pa.int64(),
+    "is_rebuilt": pa.bool_(),
+    "num_cut": pa.int32(),
+    "num_agreeing": pa.int32(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the supervised positions of some rows."""
+
+    rows: int = 0
+    not_rebuilt: int = 0
+    """Rows whose text their token ids do not tell."""
+    positions: int = 0
+    """Of the student."""
+    aligned: int = 0
+    agreeing: int = 0
+    """Aligned positions whose hard label is the token that the teacher's becomes."""
+    cut_rows: int = 0
+    cut: int = 0
+    """Positions beyond the student's longest row."""
+    longest: int = 0
+    """Tokens of the longest row."""
+
+    def __add__(self, other: Counts) -> Counts:
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
+        return Counts(**{**sums, "longest": max(self.longest, other.longest)})
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The files of one cache and one student."""
+
+    cache: Cache
+    retokenizer: Retokenizer
+    vocabulary_map: VocabularyMap
+    directory: Path
+
+    def make(self, shards: tuple[Shard, ...]) -> None:
+        """Make the files that are not there. Several ranks begin at different shards, and what one has made another leaves."""
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        first = rank * len(shards) // max(world, 1)
+        ordered = [*shards[first:], *shards[:first]]
+        missing = [shard for shard in ordered if not self.path(shard.name).is_file()]
+        if not missing:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with Progress("student's tokens", sum(shard.rows for shard in missing)) as progress:
+            for shard in missing:
+                if not self.path(shard.name).is_file():
+                    write_atomically(self.path(shard.name), partial(self._write, shard))
+                progress.update(shard.rows)
+
+    def path(self, shard: str) -> Path:
+        """The file of a shard."""
+        return self.directory / f"{Path(shard).stem}.parquet"
+
+    def read(self, shard: str, group: int) -> RowBlock:
+        """The rows of a row group: the columns that take the place of the cache's, and more."""
+        contract = self.cache.manifest.contract
+        table = pq.ParquetFile(self.path(shard)).read_row_group(group)
+        return unpack_kept(table, contract)
+
+    def counts(self, shards: tuple[Shard, ...]) -> Counts:
+        """Of the rows of some shards."""
+        found = Counts()
+        for shard in shards:
+            for group in range(len(shard.row_groups)):
+                found += _counts(self.read(shard.name, group))
+        return found
+
+    def num_tokens(self, shards: tuple[str, ...]) -> np.ndarray:
+        """(rows,) int64: the length of each row."""
+        tables = [pq.read_table(self.path(name), columns=["input_ids"]) for name in shards]
+        return np.concatenate([np.diff(t["input_ids"].combine_chunks().offsets.to_numpy()) for t in tables]).astype(
+            np.int64
+        )
+
+    def _write(self, shard: Shard, path: Path) -> None:
+        contract = self.cache.manifest.contract
+        isolated = contract.tokenization.isolate_documents
+        names = [name for name in _LISTS if isolated or name != "document_lengths"]
+        schema = pa.schema({name: kind for name, kind in _TYPES.items() if name in names or name not in _LISTS})
+        rows = CacheDataset(self.cache.root, self.cache.manifest, (shard,), remote=self.cache.remote)
+        columns = [name for name in _READ if name in contract.columns]
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for table in rows.tables(columns):
+                made = self.retokenizer.rows(list(_tokens(unpack(table, contract.encoding, contract.num_classes))))
+                agreeing = self._agreeing(table, made)
+                writer.write_table(_table(made, agreeing, schema))
+
+    def _agreeing(self, table: pa.Table, made: list[StudentRow]) -> np.ndarray:
+        """(rows,) how many hard labels of aligned positions are the token that the teacher's becomes."""
+        found = np.zeros(len(made), dtype=np.int32)
+        columns = zip(table["input_ids"].to_pylist(), table["supervised"].to_pylist(), made, strict=True)
+        for i, (ids, supervised, row) in enumerate(columns):
+            theirs = np.asarray(ids[1:])[np.asarray(supervised[:-1], dtype=bool)]
+            ours = row.input_ids[1:][row.supervised[:-1]]
+            aligned = row.teacher_position != NONE
+            labels = theirs[row.teacher_position[aligned]]
+            known = labels < len(self.vocabulary_map.first_token)
+            mapped = np.where(known, self.vocabulary_map.first_token[np.where(known, labels, 0)], NONE)
+            found[i] = int((mapped == ours[aligned]).sum())
+        return found
+
+
+def directory_of(cache: Cache, student_sha256: str, max_length: int, num_classes: int, root: Path) -> Path:
+    """Where the rows of a cache are kept for a tokenizer: named by what decides them."""
+    decides = f"{_VERSION} {cache.manifest.cache_id} {student_sha256} {max_length} {num_classes}"
+    key = hashlib.sha256(decides.encode()).hexdigest()[:16]
+    return root / "cross-tokenizer" / f"{cache.manifest.cache_id[:16]}-{key}"
+
+
+def unpack_kept(table: pa.Table, contract: Contract) -> RowBlock:
+    """A row group of a kept file by column."""
+    lists, numbers = {}, {}
+    for name in table.column_names:
+        array = table[name].combine_chunks()
+        if pa.types.is_list(array.type):
+            offsets = array.offsets.to_numpy()
+            lists[name] = Ragged.of(
+                array.values[offsets[0] : offsets[-1]].to_numpy(zero_copy_only=False), np.diff(offsets)
+            )
+        else:
+            numbers[name] = array.to_numpy(zero_copy_only=False)
+    return RowBlock(contract.encoding, contract.num_classes, lists, numbers, {})
+
+
+def _counts(block: RowBlock) -> Counts:
+    positions, cut = block.lists["teacher_position"].values, block.numbers["num_cut"]
+    return Counts(
+        rows=len(cut),
+        not_rebuilt=int((~block.numbers["is_rebuilt"].astype(bool)).sum()),
+        positions=len(positions),
+        aligned=int((positions != NONE).sum()),
+        agreeing=int(block.numbers["num_agreeing"].sum()),
+        cut_rows=int((cut > 0).sum()),
+        cut=int(cut.sum()),
+        longest=int(block.lists["input_ids"].counts.max(initial=0)),
+    )
+
+
+def _tokens(block: RowBlock) -> Iterator[CachedTokens]:
+    texts = block.others["text"].to_pylist() if "text" in block.others else None
+    documents = block.lists.get("document_lengths")
+    ids, supervised = block.lists["input_ids"], block.lists["supervised"]
+    for i in range(len(ids.counts)):
+        start, stop = int(ids.offsets[i]), int(ids.offsets[i + 1])
+        yield CachedTokens(
+            input_ids=ids.values[start:stop],
+            supervised=supervised.values[start:stop].astype(bool),
+            continues=bool(block.numbers["piece"][i] > 0),
+            text_bytes=int(block.numbers["text_bytes"][i]) if "text_bytes" in block.numbers else None,
+            text=None if texts is None else texts[i],
+            document_lengths=None
+            if documents is None
+            else documents.values[documents.offsets[i] : documents.offsets[i + 1]],
+        )
+
+
+def _table(rows: list[StudentRow], agreeing: np.ndarray, schema: pa.Schema) -> pa.Table:
+    columns: dict[str, Any] = {}
+    for field in schema:
+        if field.name == "num_agreeing":
+            columns[field.name] = pa.array(agreeing, type=field.type)
+        elif pa.types.is_list(field.type):
+            parts = [getattr(row, field.name) for row in rows]
+            offsets = np.append(0, np.cumsum([len(part) for part in parts])).astype(np.int32)
+            values = pa.array(np.concatenate(parts), type=field.type.value_type)
+            columns[field.name] = pa.ListArray.from_arrays(pa.array(offsets), values)
+        else:
+            columns[field.name] = pa.array([getattr(row, field.name) for row in rows], type=field.type)
+    return pa.table(columns, schema=schema)

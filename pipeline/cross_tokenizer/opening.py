@@ -1,0 +1,187 @@
+"""Open caches for a student: as they are where it has their tokenizer, else in its own tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.cache import Cache
+from pipeline.cache.format.codec import unpack_soft
+from pipeline.cache.storage.store import default_directory
+from pipeline.cross_tokenizer.kept import Counts, KeptRows, directory_of
+from pipeline.cross_tokenizer.rows import Retokenizer
+from pipeline.cross_tokenizer.token_bytes import TokenBytes
+from pipeline.cross_tokenizer.view import RetokenizedCache, retokenized, shards_of
+from pipeline.cross_tokenizer.vocabulary_map import map_vocabulary
+from pipeline.errors import ContractError
+from pipeline.models import tokenizer_info
+from pipeline.models.adapters import adapter_config, adapter_folder, base_name
+from pipeline.models.load import load_config, load_tokenizer, longest_of
+from pipeline.softlabels import served_temperature, target
+from pipeline.softlabels.mapped import map_target
+from pipeline.tasks import get_task
+
+logger = logging.getLogger(__name__)
+
+#: Shares of the student's positions that are aligned, and of those where the map agrees with the text: below these a warning, or an error.
+_FEW_ALIGNED, _FEW_AGREEING, _TOO_FEW = 0.5, 0.8, 0.2
+#: Rows whose soft labels are looked at for the mass that the map moves to special tokens, or loses.
+_SAMPLE = 256
+
+
+def caches_for(
+    caches: Sequence[Cache],
+    student: str,
+    split: str | Sequence[str],
+    *,
+    trust_remote_code: bool = False,
+    base_model: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> list[Cache]:
+    """The caches as a student reads them, each by `cache_for`."""
+    return [
+        cache_for(
+            cache, student, split, trust_remote_code=trust_remote_code, base_model=base_model, cache_dir=cache_dir
+        )
+        for cache in caches
+    ]
+
+
+def cache_for(
+    cache: Cache,
+    student: str,
+    split: str | Sequence[str],
+    *,
+    trust_remote_code: bool = False,
+    base_model: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Cache:
+    """A cache as a student reads it. For another tokenizer its rows are aligned first, and what became of them is said in a line.
+
+    Args:
+        student: a name, or a directory.
+        split: what is read now; other splits are aligned when they are read.
+        base_model: of an adapter, in place of what it names.
+        cache_dir: where aligned rows are kept; None: `softlabel` in the user's cache directory.
+
+    Raises:
+        ContractError: the student's tokenizer cannot be aligned, or so few positions are that nothing would be learnt from the teacher.
+    """
+    contract = cache.manifest.contract
+    if not get_task(contract.task).classes_are_tokens:
+        return cache
+    tokenizer, config = _of_student(student, trust_remote_code=trust_remote_code, base_model=base_model)
+    if tokenizer is None or tokenizer_info(tokenizer).sha256 == contract.tokenizer.sha256:
+        return cache
+    return open_retokenized(cache, student, tokenizer, config, split, cache_dir=cache_dir)
+
+
+def open_retokenized(
+    cache: Cache,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    split: str | Sequence[str],
+    *,
+    cache_dir: str | Path | None = None,
+) -> RetokenizedCache:
+    """`cache_for` a tokenizer that is known to be another one."""
+    if not tokenizer.is_fast:
+        raise ContractError(
+            f"{name}: its tokenizer is not the cache's, and is a slow one, which does not say what text each token covers; give it a tokenizer.json"
+        )
+    info = tokenizer_info(tokenizer)
+    contract = cache.manifest.contract
+    num_classes = min(len(tokenizer), int(config.get_text_config().vocab_size))
+    longest = longest_of(config, tokenizer)
+    longest = longest if longest < 1 << 24 else 8 * contract.tokenization.max_length
+    theirs, ours = TokenBytes.of(cache.tokenizer), TokenBytes.of(tokenizer)
+    mapping = map_vocabulary(theirs, ours, contract.num_classes, num_classes)
+    root = default_directory() if cache_dir is None else Path(cache_dir)
+    kept = KeptRows(
+        cache,
+        Retokenizer(theirs, ours, mapping.first_token, longest),
+        mapping,
+        directory_of(cache, info.sha256, longest, num_classes, root),
+    )
+    shards = shards_of(cache, split)
+    kept.make(shards)
+    view = retokenized(cache, kept, tokenizer, info)
+    _say(view, name, kept.counts(shards), split)
+    return view
+
+
+def _of_student(name: str, *, trust_remote_code: bool, base_model: str | None) -> tuple[Any, Any]:
+    """Tokenizer and configuration, as `load_model` finds them."""
+    adapter, folder = adapter_config(name), adapter_folder(name)
+    base = base_name(name, adapter, base_model)
+    own = folder is None or (folder / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(name if own else base, trust_remote_code=trust_remote_code)
+    return tokenizer, load_config(base, trust_remote_code=trust_remote_code)
+
+
+def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequence[str]) -> None:
+    """One line of what became of the rows, and warnings.
+
+    Raises:
+        ContractError: too few positions are aligned.
+    """
+    aligned = counts.aligned / max(counts.positions, 1)
+    agreeing = counts.agreeing / max(counts.aligned, 1)
+    special, lost = _moved_mass(view, split)
+    logger.info(
+        "%s: another tokenizer than the cache's: %.1f%% of its %d positions are aligned with the teacher's, the others learn from hard labels alone; "
+        "at %.1f%% of the aligned ones the teacher's token becomes the one that the text has; mass: %.2g%% to special tokens, %.2g%% lost",
+        *(name, 100 * aligned, counts.positions, 100 * agreeing, 100 * special, 100 * lost),
+    )
+    if counts.not_rebuilt:
+        logger.warning(
+            "%s: the text of %d of %d rows is not told by their token ids (unknown tokens, or a normalizer): they are trained on hard labels alone; "
+            "a cache made with --store-text has their texts",
+            *(view.where, counts.not_rebuilt, counts.rows),
+        )
+    if counts.cut:
+        logger.warning(
+            "%s: takes %d tokens a row: %d of %d rows are longer in its tokens and are cut, %d of %d positions are left out",
+            *(name, view.manifest.contract.tokenization.max_length, counts.cut_rows, counts.rows, counts.cut),
+            counts.cut + counts.positions,
+        )
+    if counts.positions and aligned < _TOO_FEW:
+        raise ContractError(
+            f"{name}: expected at least {_TOO_FEW:.0%} of its positions to be aligned with the teacher's, found {aligned:.1%} ({counts.aligned} of "
+            f"{counts.positions}): hardly anything would be learnt from the soft labels; use a tokenizer that cuts the text at the same bytes more often"
+        )
+    if aligned < _FEW_ALIGNED:
+        logger.warning(
+            "%s: fewer than half of its positions begin where a token of the teacher does: most learn from hard labels alone",
+            name,
+        )
+    if counts.aligned and agreeing < _FEW_AGREEING:
+        logger.warning(
+            "%s: at %.1f%% of the aligned positions the teacher's token becomes another one than the text has: the student's tokens are longer than "
+            "the teacher's, and the mapped target pulls towards their beginnings; see --align spans",
+            *(name, 100 * (1 - agreeing)),
+        )
+
+
+def _moved_mass(view: RetokenizedCache, split: str | Sequence[str]) -> tuple[float, float]:
+    """Mean mass of an aligned position on the student's special tokens, and on none, over the first rows."""
+    mapping = view.vocabulary_map
+    assert mapping is not None
+    special = lost = 0.0
+    count = seen = 0
+    is_special = torch.from_numpy(mapping.is_special)
+    for block in view.as_captured.dataset(split).blocks(_SAMPLE):
+        goal = target(unpack_soft(block), served_temperature(block.encoding))
+        mapped = map_target(goal, torch.arange(len(goal)), mapping)
+        special += float(mapped.weights[is_special[mapped.ids]].sum())
+        lost += float(goal.weights.sum() - mapped.weights.sum())
+        count, seen = count + len(goal), seen + len(block)
+        if seen >= _SAMPLE:
+            break
+    return special / max(count, 1), max(lost, 0.0) / max(count, 1)

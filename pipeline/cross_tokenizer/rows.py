@@ -1,0 +1,351 @@
+"""Rows of a cache in the tokens of a student, and which of the teacher's positions predicts the same text.
+
+Both tokenizations cover the same bytes. A position of the student is aligned with the position of the teacher whose
+next token begins at the same byte of the same text. A *span* is the text between two bytes where tokens of both begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.cross_tokenizer.token_bytes import Run, TokenBytes
+from pipeline.cross_tokenizer.vocabulary_map import NONE
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTokens:
+    """What a cache says of the tokens of one row."""
+
+    input_ids: np.ndarray
+    """(T,) integers."""
+    supervised: np.ndarray
+    """(T,) bool."""
+    continues: bool = False
+    """It begins inside a text: a later piece of one."""
+    text_bytes: int | None = None
+    """Bytes that the supervised positions predict; None: not known."""
+    text: str | None = None
+    """The text of the row, where it was stored."""
+    document_lengths: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StudentRow:
+    """A row in the student's tokens. M: its supervised positions, S: its spans."""
+
+    input_ids: np.ndarray
+    """(T,) int32."""
+    supervised: np.ndarray
+    """(T,) bool."""
+    teacher_position: np.ndarray
+    """(M,) int32: which of the teacher's supervised positions predicts text from the same byte on; -1: none does."""
+    span: np.ndarray
+    """(M,) int32: the span that the predicted token is in; -1: in none that both predict."""
+    span_start: np.ndarray
+    """(S,) int32: the first of the teacher's supervised positions that predict the span."""
+    span_stop: np.ndarray
+    """(S,) int32: behind the last."""
+    text_bytes: int
+    """That the supervised positions predict."""
+    document_lengths: np.ndarray | None
+    is_rebuilt: bool
+    """False: the text cannot be told from the token ids, so that nothing is aligned."""
+    num_cut: int
+    """Supervised positions beyond the longest row, which are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Special:
+    """A special token of the student."""
+
+    token: int
+    teacher: int
+    """The teacher's token that it stands for; -1: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text of the row."""
+
+    run: Run
+    first: int
+    """The teacher's token that it begins with."""
+    kind: str
+    """start: of a text; inside: later in it; after: a special token."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A text in the student's tokens."""
+
+    text: _Text
+    ids: np.ndarray
+    starts: np.ndarray
+    """(t,) bytes, as in the run."""
+    ends: np.ndarray
+    is_valid: bool
+    """False: the bytes of the run are no UTF-8."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The tokens of a student's row."""
+
+    ids: np.ndarray
+    num_bytes: np.ndarray
+    predicted: np.ndarray
+    """(T,) bool."""
+    teacher: np.ndarray
+    """(T,) the teacher's token that begins where it begins; -1: none."""
+    span_first: np.ndarray
+    """(T,) the first token of the teacher in the span that begins with it; -1: no span begins with it."""
+    span_last: np.ndarray
+    """(T,) the last one; -1: the span does not end where a token of both ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retokenizer:
+    """Reads rows of a teacher's tokens as rows of a student's."""
+
+    teacher: TokenBytes
+    student: TokenBytes
+    first_token: np.ndarray
+    """As in `VocabularyMap`: for special tokens."""
+    max_length: int
+    """Longest row of the student, in tokens."""
+
+    def rows(self, rows: Sequence[CachedTokens]) -> list[StudentRow]:
+        """Rows in order; the texts of all are tokenized together."""
+        plans = [[self._parts(row, start, stop) for start, stop in _documents(row)] for row in rows]
+        every = [part for plan in plans for document in plan for part in document if isinstance(part, _Text)]
+        encoded = self._encode(every)
+        return [self._row(row, plan, encoded) for row, plan in zip(rows, plans, strict=True)]
+
+    def _parts(self, row: CachedTokens, start: int, stop: int) -> list[_Special | _Text]:
+        """One document of a row: texts, and special tokens between them."""
+        ids = row.input_ids[start:stop].astype(np.int64)
+        inside = row.continues and start == 0
+        runs = list(self.teacher.runs(ids, continues=inside))
+        if row.text_bytes == self._num_predicted(row, runs) + 1 and runs[0].adds_space:
+            runs = list(self.teacher.runs(ids, continues=True))  # the space is the text's: then none is added
+        if row.text is not None and len(runs) == 1:
+            runs = [self._with_text(runs[0], ids, row.text)]
+        parts: list[_Special | _Text] = []
+        theirs, ours = self.teacher.vocabulary.prefix, self.student.vocabulary.prefix
+        at = 0
+        if not inside and tuple(ids[: len(theirs)].tolist()) == theirs:
+            parts.extend(_Special(token, NONE) for token in ours)
+            at = len(theirs)
+        for number, run in enumerate(runs):
+            between = self._specials(ids, at, run.first, start)
+            parts.extend(between)
+            kind = "after" if number or between else "inside" if inside else "start"
+            parts.append(_Text(run, start + run.first, kind))
+            at = run.first + len(run.starts)
+        return parts + self._specials(ids, at, len(ids), start)
+
+    def _num_predicted(self, row: CachedTokens, runs: Sequence[Run]) -> int:
+        """Bytes that the supervised positions of a row predict; -2 where it has several documents, or no text."""
+        if row.document_lengths is not None or not runs:
+            return -2
+        predicted = np.append(False, row.supervised[:-1])
+        return sum(
+            int((run.ends - run.starts)[predicted[run.first : run.first + len(run.starts)]].sum()) for run in runs
+        )
+
+    def _specials(self, ids: np.ndarray, at: int, stop: int, start: int) -> list[_Special | _Text]:
+        known = [
+            (i, int(self.first_token[ids[i]]) if ids[i] < len(self.first_token) else NONE) for i in range(at, stop)
+        ]
+        return [_Special(token, start + i) for i, token in known if token != NONE]
+
+    def _with_text(self, run: Run, ids: np.ndarray, text: str) -> Run:
+        """The run with the stored text, where its tokens are that text's."""
+        found, num_bytes, offsets = self.teacher.vocabulary.encode(text)
+        if not offsets or not np.array_equal(found, ids[run.first : run.first + len(run.starts)]):
+            return run
+        ends = np.cumsum(num_bytes)
+        return Run(run.first, text.encode(), ends - num_bytes, ends, run.adds_space, True)
+
+    # ---------------------------------------------------------------------------------------- the student's side
+
+    def _encode(self, texts: Sequence[_Text]) -> Iterator[_Encoded]:
+        decoded = [_decode(text.run.text) for text in texts]
+        anchored = [self._needs_anchor(text) for text in texts]
+        plain: Any = iter(())
+        strings = [
+            string.removeprefix(" ") if text.kind == "inside" and self.student.vocabulary.adds_space else string
+            for text, (string, _, _) in zip(texts, decoded, strict=True)
+        ]
+        chosen = [string for string, with_anchor in zip(strings, anchored, strict=True) if not with_anchor]
+        if chosen:
+            found = self.student.tokenizer(
+                chosen, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+            )
+            plain = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        for text, string, (whole, skipped, is_valid), with_anchor in zip(
+            texts, strings, decoded, anchored, strict=True
+        ):
+            ids, offsets = self._after_special(string) if with_anchor else next(plain)
+            ids = np.asarray(ids, dtype=np.int32)
+            ends = np.cumsum(self.student.vocabulary.bytes_of_text(string, ids, offsets)) if len(ids) else ids
+            ends = ends + len(whole.encode()) - len(string.encode()) + skipped
+            starts = np.append(0, ends[:-1]) if len(ids) else ends
+            yield _Encoded(text, ids, starts, ends, is_valid)
+
+    def _needs_anchor(self, text: _Text) -> bool:
+        """Whether the student would put a space before the text, and would not behind a special token."""
+        found = self.student.vocabulary
+        return text.kind == "after" and found.adds_space and not found.adds_space_after_special
+
+    def _after_special(self, string: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens and offsets of a text that stands behind a special token."""
+        tokenizer = self.student.tokenizer
+        anchor = tokenizer.eos_token or next(iter(tokenizer.all_special_tokens), "")
+        found = tokenizer(anchor + string, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = list(zip(found["input_ids"], found["offset_mapping"], strict=True))[1:]
+        shift = len(anchor)
+        return [token for token, _ in pairs], [(max(a - shift, 0), max(b - shift, 0)) for _, (a, b) in pairs]
+
+    def _row(
+        self, row: CachedTokens, plan: Sequence[Sequence[_Special | _Text]], encoded: Iterator[_Encoded]
+    ) -> StudentRow:
+        predicted = np.append(False, row.supervised[:-1])
+        position = np.where(predicted, np.cumsum(predicted) - 1, NONE)  # of the teacher, by the token it predicts
+        columns: list[_Columns] = []
+        lengths, is_rebuilt, num_bytes = [], True, 0
+        for document in plan:
+            lengths.append(0)
+            for part in document:
+                if isinstance(part, _Special):
+                    columns.append(_special(part, predicted))
+                else:
+                    found = next(encoded)
+                    run = found.text.run
+                    is_rebuilt &= found.is_valid and run.is_exact
+                    num_bytes += int(
+                        (run.ends - run.starts)[predicted[part.first : part.first + len(run.starts)]].sum()
+                    )
+                    columns.append(self._text(found, predicted))
+                lengths[-1] += len(columns[-1].ids)
+        is_rebuilt &= row.text_bytes is None or row.text_bytes == num_bytes
+        if not sum(lengths):  # a row is never empty
+            columns.append(_special(_Special(self._filler(), NONE), predicted))
+            lengths[-1] = 1
+        joined = _Columns(*(np.concatenate([getattr(c, name) for c in columns]) for name in _Columns.__slots__))
+        isolated = row.document_lengths is not None
+        return _finished(joined, position, self.max_length, lengths if isolated else None, is_rebuilt=is_rebuilt)
+
+    def _filler(self) -> int:
+        tokenizer = self.student.tokenizer
+        return next((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if isinstance(i, int)), 0)
+
+    def _text(self, found: _Encoded, predicted: np.ndarray) -> _Columns:
+        run, first = found.text.run, found.text.first
+        theirs = predicted[first : first + len(run.starts)]
+        some = np.flatnonzero(run.ends > run.starts)  # tokens of no bytes begin nowhere
+        starts = run.starts[some]
+        unlearnt = np.append(0, np.cumsum(np.where(theirs, 0, run.ends - run.starts)[some]))
+        bounds = np.append(starts, len(run.text))
+        before = np.interp(found.starts, bounds, unlearnt)
+        behind = np.interp(np.maximum(found.ends, np.minimum(found.starts + 1, len(run.text))), bounds, unlearnt)
+        place = np.searchsorted(starts, found.starts)
+        place = np.minimum(place, max(len(starts) - 1, 0))
+        meets = (starts[place] == found.starts) if len(starts) else np.zeros(len(found.ids), dtype=bool)
+        meets = meets & (found.ends > found.starts)
+        alike = len(found.ids) > 0 and run.adds_space == self.student.begins_with_added_space(
+            int(found.ids[0]), int(found.ends[0])
+        )
+        teacher = np.where(meets & (alike | (found.starts > 0)), first + (some[place] if len(some) else 0), NONE)
+        if alike and found.ends[0] == 0 == run.ends[0]:  # the beginning of a word by itself, in both
+            teacher[0] = first
+        return _Columns(
+            found.ids, found.ends - found.starts, before == behind, teacher, *_spans(found, meets, some, place)
+        )
+
+
+def _special(part: _Special, predicted: np.ndarray) -> _Columns:
+    one = np.array([part.teacher])
+    flag = np.array([part.teacher != NONE and bool(predicted[part.teacher])])
+    return _Columns(np.array([part.token], dtype=np.int32), np.zeros(1, dtype=np.int64), flag, one, one, one)
+
+
+def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's first and last token of the span that begins with each token of a text; see `_Columns`."""
+    run, first = found.text.run, found.text.first
+    span_first, span_last = (np.full(len(found.ids), NONE) for _ in range(2))
+    heads = np.flatnonzero(meets)
+    if not len(heads):
+        return span_first, span_last
+    begins = np.searchsorted(run.starts, found.starts[heads])  # tokens of no bytes before the first letter belong to it
+    ends = np.append(begins[1:], len(run.starts))
+    is_whole = np.ones(len(heads), dtype=bool)
+    is_whole[-1] = int(found.ends[-1]) == len(run.text)
+    span_first[heads] = first + begins
+    span_last[heads] = np.where(is_whole, first + ends - 1, NONE)
+    return span_first, span_last
+
+
+def _finished(
+    columns: _Columns, position: np.ndarray, longest: int, lengths: list[int] | None, *, is_rebuilt: bool
+) -> StudentRow:
+    """Cut to the longest row, positions in place of tokens, spans that both predict whole."""
+    predicted = columns.predicted.copy()
+    predicted[0] = False
+    kept = np.arange(len(predicted)) < longest
+    targets = predicted & kept
+    span = np.cumsum(columns.span_first != NONE) - 1  # of each token; -1 before the first one
+    heads = np.flatnonzero(columns.span_first != NONE)
+    first, last = columns.span_first[heads], columns.span_last[heads]
+    sizes = np.bincount(span[span >= 0], minlength=len(heads))
+    learnt = np.bincount(span[(span >= 0) & targets], minlength=len(heads))
+    theirs = np.append(0, np.cumsum(position != NONE))
+    learnt_by_teacher = theirs[last + 1] - theirs[first]
+    is_good = (last != NONE) & (sizes == learnt) & (learnt_by_teacher == last + 1 - first) & is_rebuilt
+    number = np.where(is_good, np.cumsum(is_good) - 1, NONE)
+    aligned = (
+        np.where(columns.teacher != NONE, position[columns.teacher], NONE)
+        if is_rebuilt
+        else np.full(len(predicted), NONE)
+    )
+    return StudentRow(
+        input_ids=columns.ids[kept].astype(np.int32),
+        supervised=np.append(predicted[kept][1:], False),
+        teacher_position=aligned[targets].astype(np.int32),
+        span=np.where(span >= 0, np.append(number, NONE)[span], NONE)[targets].astype(np.int32),
+        span_start=position[first[is_good]].astype(np.int32),
+        span_stop=(position[first[is_good]] + (last - first + 1)[is_good]).astype(np.int32),
+        text_bytes=int(columns.num_bytes[targets].sum()),
+        document_lengths=None if lengths is None else _cut_lengths(lengths, longest),
+        is_rebuilt=is_rebuilt,
+        num_cut=int((predicted & ~kept).sum()),
+    )
+
+
+def _cut_lengths(lengths: list[int], longest: int) -> np.ndarray:
+    ends = np.minimum(np.cumsum(lengths), longest)
+    found: np.ndarray = np.diff(ends, prepend=0).astype(np.int32)
+    return found[found > 0]
+
+
+def _documents(row: CachedTokens) -> list[tuple[int, int]]:
+    """Where each of its documents begins and ends; one where they are not isolated."""
+    if row.document_lengths is None:
+        return [(0, len(row.input_ids))]
+    ends = np.cumsum(row.document_lengths).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _decode(data: bytes) -> tuple[str, int, bool]:
+    """Text; how many bytes of a character cut before it are left out; whether the rest is UTF-8 up to a character cut at its end."""
+    skipped = next((n for n in range(min(4, len(data))) if data[n] & 0xC0 != 0x80), 0)
+    try:
+        return data[skipped:].decode(), skipped, True
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            return data[skipped : skipped + error.start].decode(), skipped, True
+        return data[skipped:].decode(errors="replace"), skipped, False

@@ -1,0 +1,94 @@
+"""A cache as a student with another tokenizer reads it: its own tokens, the teacher's soft labels, and how they meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.cache import Cache, CacheDataset
+from pipeline.cross_tokenizer.kept import KeptRows
+from pipeline.records import RowBlock, Shard, VocabularyMap
+
+#: Columns of the kept rows that take the place of the cache's, or stand beside them.
+_LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
+
+
+class RetokenizedDataset(CacheDataset):
+    """Rows of a split: tokens, hard labels and text bytes are the student's, soft labels the teacher's."""
+
+    def __init__(self, kept: KeptRows, shards: tuple[Shard, ...], *, window: int) -> None:
+        super().__init__(kept.cache.root, kept.cache.manifest, shards, window=window, remote=kept.cache.remote)
+        self.kept = kept
+
+    def num_tokens(self) -> np.ndarray:
+        """(rows,) int64: the length of each row in the student's tokens."""
+        return self.kept.num_tokens(tuple(dict.fromkeys(name for name, _ in self.groups)))
+
+    def _block(self, group: int, table: pa.Table) -> RowBlock:
+        block, kept = super()._block(group, table), self.kept.read(*self.groups[group])
+        lists = {**block.lists, **{name: kept.lists[name] for name in _LISTS if name in kept.lists}}
+        numbers = dict(block.numbers)
+        if "text_bytes" in numbers:
+            numbers["text_bytes"] = kept.numbers["text_bytes"]
+        return RowBlock(block.encoding, block.num_classes, lists, numbers, block.others)
+
+
+@dataclass(frozen=True)
+class RetokenizedCache(Cache):
+    """See above. The contract says the student's tokenizer and classes; `as_captured` is the cache itself."""
+
+    kept: KeptRows | None = None
+    student_tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def as_captured(self) -> Cache:
+        """The cache in the teacher's own tokens."""
+        assert self.kept is not None
+        return self.kept.cache
+
+    @property
+    def vocabulary_map(self) -> VocabularyMap | None:
+        """What makes the teacher's classes the student's."""
+        assert self.kept is not None
+        return self.kept.vocabulary_map
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        return self.student_tokenizer
+
+    def dataset(self, split: str | Sequence[str], *, window: int = 8) -> CacheDataset:
+        """The rows of a split, or of several one after another; see `Cache.dataset`. What is not kept yet is made."""
+        assert self.kept is not None
+        shards = shards_of(self.as_captured, split)
+        self.kept.make(shards)
+        return RetokenizedDataset(self.kept, shards, window=window)
+
+
+def shards_of(cache: Cache, split: str | Sequence[str]) -> tuple[Shard, ...]:
+    """The shards of a split, or of several.
+
+    Raises:
+        CacheError: there is no such split.
+    """
+    cache.dataset(split)  # which says what splits there are
+    names = (split,) if isinstance(split, str) else tuple(split)
+    return tuple(shard for name in names for shard in cache.manifest.split_shards(name))
+
+
+def retokenized(cache: Cache, kept: KeptRows, tokenizer: PreTrainedTokenizerBase, info: Any) -> RetokenizedCache:
+    """A cache read through the kept rows of a student."""
+    contract = cache.manifest.contract
+    settings = dataclasses.replace(contract.tokenization, max_length=kept.retokenizer.max_length)
+    changed = dataclasses.replace(
+        contract, tokenizer=info, tokenization=settings, num_classes=kept.vocabulary_map.num_classes
+    )
+    return RetokenizedCache(
+        cache.root, dataclasses.replace(cache.manifest, contract=changed), cache.remote, kept, tokenizer
+    )
