@@ -53,4 +53,6 @@ def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
         served_temperature(contract.encoding),
         retokenize=Tokenization(longest) if own_tokenizer else None,
         pad_id=pad_id(model.tokenizer, model.model),
+        for_evaluation=True,
+        vocabulary_map=cache.vocabulary_map,
     )

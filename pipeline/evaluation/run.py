@@ -16,6 +16,7 @@ from pipeline.cache.format.manifest import dump
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.config.options import name_and_path
+from pipeline.cross_tokenizer.opening import cache_for
 from pipeline.errors import MisuseError
 from pipeline.evaluation.continuations import check_prompts, continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
@@ -31,6 +32,9 @@ from pipeline.softlabels import default_temperature, most_likely, served_tempera
 from pipeline.tasks import Task, get_task
 from pipeline.training.losses import forward_kl
 from pipeline.training.student import check_fit, load_student
+
+#: What is compared between tokenizers, and what is not: numbers a token.
+BITS_PER_BYTE, OF_TOKENS = "bits_per_byte", ("loss", "perplexity")
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
@@ -71,7 +75,8 @@ def outline(config: EvaluateConfig) -> Outline:
         check_prompts(task)
     lines = [("reads", f"{cache.where}: {config.split}, {rows:,} rows, {contract.num_classes:,} classes")]
     for name, path in students.items():
-        loaded = load_student(contract, path, new_head=False, base_model=bases.get(name))
+        known = cache_for(cache, path, config.split, base_model=bases.get(name)).manifest.contract
+        loaded = load_student(known, path, new_head=False, base_model=bases.get(name))
         count = sum(p.numel() for p in loaded.model.parameters())
         lines.append((name, f"{path}: {count:,} parameters, on {loaded.model.device.type}"))
     lines.append(("batch", f"{config.batch_size or task.default_eval_rows} rows a forward pass"))
@@ -100,7 +105,8 @@ def evaluate(
         Metrics of the teacher and of each student; for each student also agreement with the teacher, KL(teacher || student) in nats a
         position (for `top-k` and `top-p` over the kept classes and one bucket, a lower bound; for `sampled` an unbiased estimate), the
         teacher's size over the student's, and retention with its 95% interval. Of a split without hard labels there are
-        no metrics and no retention.
+        no metrics and no retention. Where a student has another tokenizer, retention is of bits per byte, its loss a token
+        is left out, and agreement and KL are over the positions that are aligned with the teacher's.
 
     Raises:
         PipelineError: a student that does not fit, a split that is not there.
@@ -119,23 +125,33 @@ def evaluate(
         num_parameters=contract.teacher.num_parameters,
         metrics=task.metrics(teacher_predictions, contract.num_classes) if labelled else {},
     )
+    views = {
+        name: cache_for(opened, str(student), split, base_model=(base_models or {}).get(name))
+        for name, student in students.items()
+        if isinstance(student, str | Path)
+    }
+    comparison = _Comparison(
+        task, teacher, teacher_predictions, seed, in_bytes=any(v is not opened for v in views.values())
+    )
     lines = []
     for name, student in students.items():
+        view = views.get(name, opened)
+        known = view.manifest.contract
         if isinstance(student, str | Path):
-            loaded = load_student(contract, str(student), new_head=False, base_model=(base_models or {}).get(name))
+            loaded = load_student(known, str(student), new_head=False, base_model=(base_models or {}).get(name))
         else:
             loaded = LoadedModel(student.eval(), opened.tokenizer, name)
             check_fit(task, contract, loaded)
-        predictions = _predict(opened, task, loaded, name, split, batch_size or task.default_eval_rows)
+        predictions, kl = _predict(view, task, loaded, name, split, batch_size or task.default_eval_rows)
         warn_of_doubts(predictions, name, split)
-        lines.append(_line(task, contract.num_classes, name, loaded, teacher, predictions, teacher_predictions, seed))
+        lines.append(comparison.line(name, loaded, predictions, kl, view))
     return EvaluationReport(
         cache_id=opened.manifest.cache_id,
         task=task.name,
         split=split,
         rows=len(rows),
         positions=len(teacher_predictions.labels),
-        main_metric=task.main_metric,
+        main_metric=comparison.metric,
         teacher=teacher,
         students=tuple(lines),
         temperature=served_temperature(contract.encoding),
@@ -157,60 +173,85 @@ def _bases(students: Mapping[str, str], base_model: str | None) -> dict[str, str
     return dict.fromkeys(adapters, base_model)
 
 
-def _line(
-    task: Task,
-    num_classes: int,
-    name: str,
-    loaded: LoadedModel,
-    teacher: ModelEvaluation,
-    predictions: Predictions,
-    teacher_predictions: Predictions,
-    seed: int,
-) -> ModelEvaluation:
-    num_parameters = sum(p.numel() for p in loaded.model.parameters())
-    line = ModelEvaluation(
-        name=name,
-        num_parameters=num_parameters,
-        metrics={},
-        agreement=agreement(predictions.predicted, predictions.teacher_predicted),
-        kl=float(predictions.row_kl.sum() / len(predictions.labels)),
-        size_ratio=teacher.num_parameters / num_parameters if teacher.num_parameters else None,
-    )
-    if not teacher.metrics:  # no hard label
-        return line
-    metrics = task.metrics(predictions, num_classes)
-    ours, theirs = metrics[task.main_metric], teacher.metrics[task.main_metric]
-    scores, weights = task.row_scores(predictions)
-    teacher_scores, _ = task.row_scores(teacher_predictions)
-    return dataclasses.replace(
-        line,
-        metrics=metrics,
-        retention=_ratio(ours, theirs) if task.higher_is_better else _ratio(theirs, ours),
-        retention_interval=bootstrap_ratio(
-            scores[weights > 0], teacher_scores[weights > 0], seed=seed, inverse=not task.higher_is_better
-        ),
-    )
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Comparison:
+    """What students are compared with, and by what."""
+
+    task: Task
+    teacher: ModelEvaluation
+    predictions: Predictions
+    """Of the teacher."""
+    seed: int
+    in_bytes: bool
+    """Whether a student has another tokenizer: then losses are compared a byte of text, not a token."""
+
+    @property
+    def metric(self) -> str:
+        """What retention is taken of."""
+        return BITS_PER_BYTE if self.in_bytes else self.task.main_metric
+
+    def line(self, name: str, loaded: LoadedModel, found: Predictions, kl: float, cache: Cache) -> ModelEvaluation:
+        """One student."""
+        num_parameters = sum(p.numel() for p in loaded.model.parameters())
+        line = ModelEvaluation(
+            name=name,
+            num_parameters=num_parameters,
+            metrics={},
+            agreement=agreement(found.predicted, found.teacher_predicted),
+            kl=kl,
+            size_ratio=self.teacher.num_parameters / num_parameters if self.teacher.num_parameters else None,
+        )
+        if not self.teacher.metrics:  # no hard label
+            return line
+        metrics = self.task.metrics(found, cache.manifest.contract.num_classes)
+        if cache.vocabulary_map is not None:  # of other tokens: no number to compare
+            metrics = {key: value for key, value in metrics.items() if key not in OF_TOKENS}
+        ours, theirs = metrics[self.metric], self.teacher.metrics[self.metric]
+        scores, weights = self._row_scores(found)
+        teacher_scores, _ = self._row_scores(self.predictions)
+        higher = self.task.higher_is_better
+        return dataclasses.replace(
+            line,
+            metrics=metrics,
+            retention=_ratio(ours, theirs) if higher else _ratio(theirs, ours),
+            retention_interval=bootstrap_ratio(
+                scores[weights > 0], teacher_scores[weights > 0], seed=self.seed, inverse=not higher
+            ),
+        )
+
+    def _row_scores(self, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """The task's; in bytes, as if each row had the bytes that the teacher predicts of it: rows may be cut, or begin a token later."""
+        scores, weights = self.task.row_scores(found)
+        if not self.in_bytes:
+            return scores, weights
+        known = found.row_text_bytes > 0
+        a_byte = np.divide(scores, found.row_text_bytes, where=known, out=np.zeros_like(scores))
+        return a_byte * self.predictions.row_text_bytes, np.where(known, self.predictions.row_text_bytes, 0)
 
 
-def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: str, batch_size: int) -> Predictions:
-    """One pass of a student over a split."""
+def _predict(
+    cache: Cache, task: Task, student: LoadedModel, name: str, split: str, batch_size: int
+) -> tuple[Predictions, float]:
+    """One pass of a student over a split, and KL(teacher || student) a position that both have."""
     temperature = served_temperature(cache.manifest.contract.encoding)
     parts, labels, owners, kl = [], [], [], []
     teacher: list[np.ndarray] = []
     text_bytes: list[np.ndarray] = []
-    done = 0
+    done = compared = 0
     for rows, batch, logits in logits_by_batch(cache, task, student, split, batch_size, f"evaluate {name}"):
         with torch.inference_mode():
             divergence = forward_kl(logits, batch.target, temperature=temperature).double().cpu().numpy()
+        assert batch.teacher_predicted is not None
         parts.append(score(logits, batch.labels))
         labels.append(batch.labels.cpu().numpy())
-        teacher.append(most_likely(unpack_soft(rows))[0].numpy())
+        teacher.append(batch.teacher_predicted.cpu().numpy())
         text_bytes.append(text_bytes_of(rows))
         owner = np.repeat(np.arange(len(rows)), positions_of(rows))
         kl.append(np.bincount(owner, weights=divergence, minlength=len(rows)))
+        compared += int((batch.soft_weights > 0).sum())
         owners.append(owner + done)
         done += len(rows)
-    return Predictions(
+    predictions = Predictions(
         labels=np.concatenate(labels),
         predicted=np.concatenate([part.predicted for part in parts]),
         confidence=np.concatenate([part.confidence for part in parts]),
@@ -220,6 +261,7 @@ def _predict(cache: Cache, task: Task, student: LoadedModel, name: str, split: s
         row_kl=np.concatenate(kl),
         row_text_bytes=np.concatenate(text_bytes),
     )
+    return predictions, float(predictions.row_kl.sum() / max(compared, 1))
 
 
 def predictions_of_teacher(task: Task, blocks: Iterable[RowBlock], temperature: float) -> Predictions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipeline.metrics import number
@@ -62,7 +63,7 @@ def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:
         line.name,
         f"{line.num_parameters / 1e6:.1f}M" if line.num_parameters >= 1e5 else f"{line.num_parameters or ''}",
         "" if line.size_ratio is None else f"{line.size_ratio:.1f}x",
-        *(number(name, line.metrics[name]) for name in metrics),
+        *(number(name, line.metrics.get(name, math.nan)) for name in metrics),
         "" if line.agreement is None else f"{line.agreement:.1%}",
         "" if line.kl is None else f"{line.kl:.3f}",
         "" if line.retention is None else f"{line.retention:.1%}",

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.capture.run import run as capture
 from pipeline.config import TrainStudentConfig
+from pipeline.cross_tokenizer.kept import KeptRows
+from pipeline.cross_tokenizer.opening import cache_for, open_retokenized
+from pipeline.errors import ContractError
+from pipeline.evaluation import evaluate
+from pipeline.evaluation.table import format_table
+from pipeline.records import Loss
+from pipeline.tasks import get_task
+from pipeline.training.batches.collate import Collator
+from pipeline.training.losses import distillation_loss
 from pipeline.training.run import run as train
 from tests.conftest import WORDS, tiny_model
 from tests.support.captures import config  # noqa: F401
@@ -75,3 +86,102 @@ def test_a_student_with_another_tokenizer_learns(tmp_path, cached, caplog, name)
     assert np.isfinite(found.soft_loss)
     log = [e for e in json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"] if "loss" in e]
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_the_same_tokenizer_through_the_map_is_the_ordinary_path(tmp_path, cached):
+    tokenizer = cached.tokenizer
+    model = tiny_model("llama", len(tokenizer), seed=5)
+    view = open_retokenized(cached, "same", tokenizer, model.config, "train")
+    task = get_task("causal-lm")
+    plain = Collator(task, tokenizer, 1.0, pad_id=0, for_evaluation=True)
+    through = dataclasses.replace(plain, vocabulary_map=view.vocabulary_map)
+    pairs = zip(cached.dataset("train").blocks(8), view.dataset("train").blocks(8), strict=True)
+    for ours, theirs in pairs:
+        one, other = plain.collate_block(ours), through.collate_block(theirs)
+        assert torch.equal(one.inputs["input_ids"], other.inputs["input_ids"])
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.soft_weights, other.soft_weights)
+        assert torch.equal(one.teacher_predicted, other.teacher_predicted)
+        assert torch.equal(one.text_bytes, other.text_bytes)
+        logits = task.gather_logits(model, one.inputs, one.supervised)
+        losses = [
+            distillation_loss(logits, b.target, labels=b.labels, loss=Loss(), soft_weights=b.soft_weights)
+            for b in (one, other)
+        ]
+        assert losses[0].total.item() == pytest.approx(losses[1].total.item(), rel=1e-5)
+
+
+def test_evaluate_compares_tokenizers_by_the_byte(tmp_path, cached):
+    other = student(tmp_path, byte_level(290))
+    same = tmp_path / "same"
+    tiny_model("llama", len(cached.tokenizer), seed=4).save_pretrained(same)
+    cached.tokenizer.save_pretrained(same)
+    report = evaluate(cached, {"other": str(other), "same": str(same)}, split="test")
+    assert report.main_metric == "bits_per_byte"
+    found = {line.name: line for line in report.students}
+    assert set(found["other"].metrics) == {"bits_per_byte", "accuracy", "ece"}
+    for line in found.values():
+        ratio = report.teacher.metrics["bits_per_byte"] / line.metrics["bits_per_byte"]
+        assert line.retention == pytest.approx(ratio)
+        assert line.retention_interval.low <= ratio * 1.05
+        assert line.retention_interval.high >= ratio * 0.95
+    assert "bits_per_byte kept of the teacher's" in format_table(report)
+    # By hand: nats of every predicted byte of the split, over its bytes.
+    model = AutoModelForCausalLM.from_pretrained(other).eval()
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    nats = num_bytes = 0.0
+    for row in cached.dataset("test"):
+        text = cached.tokenizer.decode(row.example.input_ids)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logp = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        teacher_first = len(cached.tokenizer.decode(row.example.input_ids[:1]).encode())
+        starts = np.cumsum([0, *(len(tokenizer.decode([i]).encode()) for i in ids[0].tolist())])
+        for j in range(1, ids.shape[1]):
+            if starts[j] >= teacher_first:
+                nats -= float(logp[j - 1, ids[0, j]])
+                num_bytes += starts[j + 1] - starts[j]
+    assert found["other"].metrics["bits_per_byte"] == pytest.approx(nats / num_bytes / np.log(2), rel=1e-4)
+
+
+def test_alignment_is_made_once_and_again_for_another_tokenizer(tmp_path, cached, monkeypatch):
+    path = student(tmp_path, byte_level(290))
+    made = []
+    monkeypatch.setattr(
+        KeptRows,
+        "_write",
+        lambda self, shard, path, write=KeptRows._write: (made.append(shard.name), write(self, shard, path)),
+    )
+    for _ in range(2):
+        cache_for(cached, str(path), "train")
+    assert made == [shard.name for shard in cached.manifest.split_shards("train")]
+    cache_for(cached, str(student(tmp_path, byte_level(300), "other")), "train")
+    assert len(made) == 2 * len(cached.manifest.split_shards("train"))
+
+
+def test_rows_longer_than_the_student_takes_are_cut_and_counted(tmp_path, cached, caplog):
+    path = student(tmp_path, byte_level(290), max_position_embeddings=40)
+    view = cache_for(cached, str(path), "train")
+    assert view.dataset("train").num_tokens().max() == 40
+    assert "takes 40 tokens a row" in caplog.text
+    kept = sum(len(b.lists["teacher_position"].values) for b in view.dataset("train").blocks())
+    whole = cache_for(cached, str(student(tmp_path, byte_level(290), "long")), "train")
+    assert (
+        f"{sum(len(b.lists['teacher_position'].values) for b in whole.dataset('train').blocks()) - kept} of"
+        in caplog.text
+    )
+
+
+def test_tokenizers_that_hardly_meet_are_refused(tmp_path, cached, monkeypatch, caplog):
+    """Bytes against words: most positions begin inside a word."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet))
+    path = student(tmp_path, PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"))
+    cache_for(cached, str(path), "train")
+    assert "fewer than half of its positions begin where a token of the teacher does" in caplog.text
+    monkeypatch.setattr("pipeline.cross_tokenizer.opening._TOO_FEW", 0.5)
+    with pytest.raises(ContractError, match=r"expected at least 50% of its positions to be aligned.*found \d\d\.\d%"):
+        cache_for(cached, str(path), "train")
