@@ -322,6 +322,24 @@ class VocabularyMap:
 
 
 @dataclass(frozen=True, slots=True)
+class Spans:
+    """Stretches of text where the tokens of teacher and student begin and end together, over N positions of the student.
+
+    The student's log-probability of a span is the sum over its positions of those of their hard labels: the tokens of the text.
+    """
+
+    owner: Tensor
+    """(N,) int64: the span that the position's hard label is a token of; -1: none."""
+    teacher_logprobs: Tensor
+    """(S,) float, nats: the teacher's log-probability of the span's text, the sum over its own tokens."""
+    weights: Tensor
+    """(S,) float, at least 0: how much each span counts; 0 for those of the rows that do not count."""
+
+    def __len__(self) -> int:
+        return self.teacher_logprobs.numel()
+
+
+@dataclass(frozen=True, slots=True)
 class Fidelity:
     """How faithful an encoding's target is, measured on a sample of positions with all V logits at hand; `softlabels.fidelity` has the formulas."""
 
@@ -679,7 +697,7 @@ PositionWeights = Literal["equal", "certainty", "uncertainty"]
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """hard_weight * cross-entropy(labels) + soft_weight * T^2 * divergence(teacher_T, student_T)."""
+    """hard_weight * cross-entropy(labels) + soft_weight * T^2 * divergence(teacher_T, student_T), and span_weight * the loss over aligned spans."""
 
     hard_weight: float = 0.5
     soft_weight: float = 0.5
@@ -696,6 +714,10 @@ class Loss:
     """None: `warmup-stable-decay` ends at 0, the others where they began."""
     position_weights: PositionWeights = "equal"
     """Soft term: by 1 - H / log V of the teacher (`certainty`) or by H / log V (`uncertainty`), H its entropy at the position."""
+    span_weight: float = 0.0
+    """Of the likelihood of aligned spans, where teacher and student have different tokenizers; no schedule changes it."""
+    span_temperature: float | None = None
+    """By which the spans' log-probabilities are divided; None: `training.spans.SPAN_TEMPERATURE`."""
 
     def __post_init__(self) -> None:
         weights = {
@@ -703,6 +725,7 @@ class Loss:
             "--soft-weight": self.soft_weight,
             "--hard-weight-end": self.hard_weight_end or 0.0,
             "--soft-weight-end": self.soft_weight_end or 0.0,
+            "--span-weight": self.span_weight,
         }
         for flag, value in weights.items():
             if not 0 <= value < math.inf:
@@ -711,6 +734,10 @@ class Loss:
             raise MisuseError("--hard-weight and --soft-weight: expected one of them above 0, found 0 and 0")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise MisuseError(f"--temperature: expected above 0, found {self.temperature}")
+        if self.span_temperature is not None and not self.span_weight:
+            raise MisuseError("--span-temperature goes with a --span-weight above 0")
+        if self.span_temperature is not None and not 0 < self.span_temperature < math.inf:
+            raise MisuseError(f"--span-temperature: expected above 0, found {self.span_temperature}")
         if self.mixture is not None and self.divergence not in ("jensen-shannon", "skewed-kl"):
             raise MisuseError(
                 f"--mixture goes with --divergence jensen-shannon or skewed-kl, found --divergence {self.divergence}"
@@ -781,6 +808,8 @@ class StudentBatch:
     """(N,) int64, for evaluation: the teacher's most likely class."""
     text_bytes: Tensor | None = None
     """(B,) int64, for evaluation: of the rows that count."""
+    spans: Spans | None = None
+    """Over the N positions: what the loss over aligned spans needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -797,6 +826,10 @@ class LossTerms:
     """() how many positions have a hard label."""
     num_soft: Tensor
     """() how many positions count."""
+    span_sum: Tensor
+    """() weighted sum over aligned spans of the losses of `training.spans`; 0 without spans."""
+    num_spans: Tensor
+    """() the weights of the spans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -842,6 +875,8 @@ class TrainResult:
     """With early stopping: the steps that it might have taken."""
     best_step: int | None = None
     """The step whose weights were kept, where the best evaluation was; None: the last step's."""
+    span_loss: float | None = None
+    """As `soft_loss`, over aligned spans; None without them."""
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

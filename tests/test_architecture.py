@@ -69,7 +69,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "training": [
-        {"settings", "batches", "checkpoints", "divergences", "schedule", "stopping", "student"},
+        {"settings", "batches", "checkpoints", "divergences", "schedule", "spans", "stopping", "student"},
         {"losses", "card", "recipe"},
         {"fused"},
         {"forward"},

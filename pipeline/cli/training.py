@@ -57,7 +57,7 @@ def _train_student(config: cfg.TrainStudentConfig) -> None:
 def _echo_training(result: TrainResult) -> None:
     from pipeline.metrics import on_split
 
-    losses = {"hard loss": result.hard_loss, "soft loss": result.soft_loss}
+    losses = {"hard loss": result.hard_loss, "soft loss": result.soft_loss, "span loss": result.span_loss}
     known = {name: value for name, value in losses.items() if value is not None}
     trained = on_split(known, str(result.split), result.rows).lstrip()
     most = "" if result.most_steps is None else f" of at most {result.most_steps:,}"

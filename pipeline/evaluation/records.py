@@ -72,6 +72,8 @@ class Model:
             parts.append(f"{loss.soft_weight:g} {loss.divergence} at T = {loss.temperature:g}")
         if loss.hard_weight or loss.hard_weight_end:
             parts.append(f"{loss.hard_weight:g} {'teacher' if teacher_labels else 'hard'} labels")
+        if loss.span_weight:
+            parts.append(f"{loss.span_weight:g} aligned spans")
         return " + ".join(parts)
 
 

@@ -20,6 +20,7 @@ from pipeline.models import LoadedModel, public_name
 from pipeline.records import Encoding, Loss, ModelInfo, SourceInfo, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.divergences import MIXTURE
+from pipeline.training.spans import span_temperature
 
 CARD = "README.md"
 
@@ -111,7 +112,7 @@ def make_card(
     folder = Path(result.output).resolve().name
     model = student.model.get_base_model() if adapter else student.model  # type: ignore[operator]
     tag = _pipeline_tag(type(model).__name__)
-    soft = result.loss.soft_weight or result.loss.soft_weight_end
+    soft = result.loss.soft_weight or result.loss.soft_weight_end or result.loss.span_weight
     learnt = "soft" if soft else "hard" if teacher_labels else "none"
     cache_licence, start_licence = licence_of(cache.root), licence_of(Path(student.name))
     parents = [name for name, on_hub in (start, teacher) if on_hub]
@@ -171,6 +172,10 @@ def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
         factor = {"logit-mse": "", "total-variation": "T * "}.get(loss.divergence, "T^2 * ")
         weight = _weight(loss.soft_weight, loss.soft_weight_end, loss.schedule)
         terms.append(f"{weight} * {factor}{loss.divergence} from the teacher{_details(loss)}")
+    if loss.span_weight:
+        terms.append(
+            f"{loss.span_weight:g} * binary KL from the teacher over aligned spans at tau = {span_temperature(loss):g}"
+        )
     schedule = "" if loss.schedule == "constant" else f" (weights change over the run: {loss.schedule})"
     return " + ".join(terms) + schedule
 

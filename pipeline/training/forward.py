@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
-from pipeline.records import Loss
+from pipeline.records import Loss, Spans
 from pipeline.tasks import Task
 from pipeline.training.batches.collate import target_from_tensors
 from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
@@ -34,7 +34,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 #: What of a batch `distillation=` takes; beside it `counts` and `loss_weights`.
-GIVEN = ("supervised", "labels", "weights", "soft_weights", "target")
+GIVEN = ("supervised", "labels", "weights", "soft_weights", "target", "spans")
+#: The sums of a loss and what each is divided by, as `LossTerms` has them.
+SUMS = ("hard_sum", "num_hard", "soft_sum", "num_soft", "span_sum", "num_spans")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,9 @@ def _fused(
     hidden: Tensor, head: Head, given: Mapping[str, Any], settings: _Settings, *, scores: bool
 ) -> dict[str, Tensor]:
     target = target_from_tensors(given["target"], settings.num_classes)
-    terms = fused_loss(hidden, head, target, loss=settings.loss, temperature=settings.temperature, **_counts(given))
+    terms = fused_loss(
+        hidden, head, target, loss=settings.loss, temperature=settings.temperature, **_counts(given, settings.loss)
+    )
     found = _as_dict(terms)
     if scores:
         more = fused_scores(
@@ -159,7 +163,9 @@ def _fused(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _dense(logits: Tensor, given: Mapping[str, Any], settings: _Settings, *, scores: bool) -> dict[str, Tensor]:
     target = target_from_tensors(given["target"], settings.num_classes)
-    terms = distillation_loss(logits, target, loss=settings.loss, temperature=settings.temperature, **_counts(given))
+    terms = distillation_loss(
+        logits, target, loss=settings.loss, temperature=settings.temperature, **_counts(given, settings.loss)
+    )
     found = _as_dict(terms)
     if scores:
         cut = logits[:, : settings.num_classes].float()
@@ -168,8 +174,12 @@ def _dense(logits: Tensor, given: Mapping[str, Any], settings: _Settings, *, sco
     return found
 
 
-def _counts(given: Mapping[str, Any]) -> dict[str, Any]:
-    counts, weights = given.get("counts"), given.get("loss_weights")
+def _counts(given: Mapping[str, Any], loss: Loss) -> dict[str, Any]:
+    counts, weights, spans = given.get("counts"), given.get("loss_weights"), given.get("spans")
+    if loss.span_weight and spans is None:
+        raise TrainingError(
+            f"--span-weight {loss.span_weight:g}: expected aligned spans with the batch, found none; leave it out"
+        )
     return {
         "labels": given["labels"],
         "weights": given["weights"],
@@ -177,6 +187,8 @@ def _counts(given: Mapping[str, Any]) -> dict[str, Any]:
         "loss_weights": None if weights is None else (float(weights[0]), float(weights[1])),
         "num_hard": None if counts is None else counts[0],
         "num_soft": None if counts is None else counts[1],
+        "spans": None if spans is None else Spans(**spans),
+        "num_spans": None if counts is None or spans is None else counts[2],
     }
 
 
@@ -235,7 +247,7 @@ def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[s
     """What one batch of an evaluation leaves, on the CPU."""
     names = ("predicted", "confidence", "nll", "divergence")
     scores = {name: found[name].double().cpu().numpy() for name in names}
-    sums = {name: np.asarray([float(found[name])]) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
+    sums = {name: np.asarray([float(found[name])]) for name in SUMS}
     return {
         **scores,
         **sums,

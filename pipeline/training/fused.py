@@ -17,35 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.records import NO_LABEL, Loss, LossTerms, Target
+from pipeline.records import NO_LABEL, Loss, LossTerms, Spans, Target
 from pipeline.training.divergences import divergence, owners, scale_of
-from pipeline.training.losses import check_labels
+from pipeline.training.losses import add_spans, check_labels
+from pipeline.training.spans import fused_nll
+from pipeline.training.spans.head import Head, matmul_dtype
+from pipeline.training.spans.head import chunk_positions as default_positions
 
-#: Bytes of one chunk's float32 logits: large enough for the matrix products, small enough to be nothing beside the model.
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-#: But at least so many positions: each chunk reads and writes the gradient of the whole output matrix once.
-_LEAST_POSITIONS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """How a model makes logits of hidden states: cap * tanh(scale * (h W^T + b) / cap); without a cap, scale * (h W^T + b)."""
-
-    weight: Tensor
-    """(V', H)."""
-    bias: Tensor | None = None
-    """(V',)."""
-    scale: float = 1.0
-    cap: float = math.inf
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V'), as the model's own code makes them."""
-        return self.transform(torch.nn.functional.linear(hidden, self.weight, self.bias))
-
-    def transform(self, logits: Tensor) -> Tensor:
-        """What the model does to the output of its matrix."""
-        scaled = logits if self.scale == 1.0 else logits * self.scale
-        return scaled if self.cap == math.inf else torch.tanh(scaled / self.cap) * self.cap
+__all__ = ["Head", "Scores", "fused_loss", "fused_scores", "scores_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +52,8 @@ def fused_loss(
     loss_weights: tuple[float, float] | None = None,
     num_hard: Tensor | float | None = None,
     num_soft: Tensor | float | None = None,
+    spans: Spans | None = None,
+    num_spans: Tensor | float | None = None,
     chunk_positions: int | None = None,
 ) -> LossTerms:
     """`distillation_loss(head.logits(hidden), ...)`, value and gradient, without the logits.
@@ -82,7 +63,7 @@ def fused_loss(
         chunk_positions: positions at once. Default: 32 MB of logits on a CPU, 256 MB on a GPU.
 
     Raises:
-        TrainingError: a label outside [0, V).
+        TrainingError: a label outside [0, V); spans that do not fit the positions.
     """
     check_labels(labels, target.num_classes)
     hard, soft = loss_weights or (loss.hard_weight, loss.soft_weight)
@@ -99,12 +80,27 @@ def fused_loss(
         soft_factor=soft / soft_divisor if soft_divisor else 0.0,
         loss=loss,
         temperature=temperature,
-        chunk=chunk_positions or _chunk_positions(target.num_classes, hidden.device.type),
-        dtype=_matmul_dtype(hidden),
+        chunk=chunk_positions or default_positions(target.num_classes, hidden.device.type),
+        dtype=matmul_dtype(hidden),
         needs_grad=torch.is_grad_enabled(),
     )
     total, hard_sum, soft_sum = _FusedLoss.apply(hidden, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
-    return LossTerms(total, hard_sum, soft_sum, hard_count, soft_count)
+    terms = LossTerms(
+        total, hard_sum, soft_sum, hard_count, soft_count, torch.zeros_like(hard_sum), torch.zeros_like(hard_sum)
+    )
+    if spans is None or not loss.span_weight:
+        return terms
+
+    def nll(positions: Tensor) -> Tensor:
+        return fused_nll(
+            hidden[positions],
+            head,
+            job.labels[positions],
+            num_classes=target.num_classes,
+            chunk_positions=chunk_positions,
+        )
+
+    return add_spans(terms, nll, spans, job.labels, loss=loss, num_spans=num_spans)
 
 
 @torch.no_grad()
@@ -113,7 +109,7 @@ def fused_scores(
 ) -> Scores:
     """Predictions at the supervised positions, chunk by chunk; arguments as of `fused_loss`."""
     parts = []
-    step = _chunk_positions(target.num_classes, hidden.device.type)
+    step = default_positions(target.num_classes, hidden.device.type)
     for start in range(0, len(target), step):
         part = _slice(target, start, start + step)
         logits = head.logits(hidden[start : start + step])[:, : target.num_classes].float()
@@ -175,8 +171,11 @@ class _FusedLoss(torch.autograd.Function):
             )
             hard_sum = torch.zeros((), dtype=accumulate, device=hidden.device)
             soft_sum = torch.zeros_like(hard_sum)
-            for start in range(0, len(job.target), job.chunk):
-                stop = min(start + job.chunk, len(job.target))
+            count = (
+                len(job.target) if job.hard_factor or job.soft_factor else 0
+            )  # neither: aligned spans alone are learnt
+            for start in range(0, count, job.chunk):
+                stop = min(start + job.chunk, count)
                 inputs = hidden[start:stop].to(job.dtype)
                 raw = torch.nn.functional.linear(inputs, matrix, offset).to(accumulate)  # (C, V)
                 hard, soft, grad = _chunk(raw, job, start, stop, needs_grad=needs_hidden or needs_weight or needs_bias)
@@ -336,14 +335,3 @@ def _slice(target: Target, start: int, stop: int) -> Target:
         None if target.log_residual is None else target.log_residual[start:stop],
         target.negative_entropy[start:stop],
     )
-
-
-def _chunk_positions(num_classes: int, device: str) -> int:
-    return max(_LEAST_POSITIONS, _CHUNK_BYTES.get(device, 256 << 20) // (4 * num_classes))
-
-
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """As autocast would have the matrix product; but gradients of a mean over thousands of positions underflow in float16."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return torch.float32 if dtype == torch.float16 else dtype

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from pipeline.errors import ContractError, TrainingError
-from pipeline.records import NO_LABEL, Loss, LossTerms, Target
+from pipeline.errors import ContractError
+from pipeline.records import NO_LABEL, Loss, LossTerms, Spans, Target
 from pipeline.training.divergences import divergence, forward_kl, scale_of
+from pipeline.training.spans import check_spans, owned, span_sums, span_temperature
+from pipeline.training.spans.nll import check_labels
 
-__all__ = ["check_labels", "distillation_loss", "forward_kl"]
+__all__ = ["add_spans", "check_labels", "distillation_loss", "forward_kl"]
 
 
 def distillation_loss(
@@ -24,6 +29,8 @@ def distillation_loss(
     soft_weights: Tensor | None = None,
     num_hard: Tensor | float | None = None,
     num_soft: Tensor | float | None = None,
+    spans: Spans | None = None,
+    num_spans: Tensor | float | None = None,
 ) -> LossTerms:
     """hard_weight * mean CE(labels) + soft_weight * T^2 * mean D(teacher_T, student_T)   (Hinton, Vinyals and Dean, 2015).
 
@@ -41,13 +48,16 @@ def distillation_loss(
         num_hard: what the hard sum is divided by; default: the labelled positions here. With several ranks or accumulated batches, the
             count over all of them.
         num_soft: the same for the soft sum; default: the sum of `soft_weights`.
+        spans: aligned spans over the N positions: adds `span_weight` times their mean loss (see `training.spans`). Without them, or at weight 0,
+            there is no such term.
+        num_spans: what the sum over spans is divided by; default: the sum of their weights here.
 
     Returns:
         The loss to minimise and its parts.
 
     Raises:
         ContractError: fewer student classes than the target has.
-        TrainingError: a label outside [0, V).
+        TrainingError: a label outside [0, V); spans that do not fit the positions.
     """
     if student_logits.shape[-1] < target.num_classes:
         raise ContractError(f"the student has {student_logits.shape[-1]} classes, the cache {target.num_classes}")
@@ -59,10 +69,12 @@ def distillation_loss(
     loss_weights = loss_weights or (loss.hard_weight, loss.soft_weight)
     zero = logits[:0].sum()  # keeps the graph when a term has no position
     hard_sum, hard_count = zero, zero.detach()
+    counted = torch.full((len(target),), NO_LABEL, device=logits.device)
     if labels is not None:
         check_labels(labels, target.num_classes)
         known = (labels != NO_LABEL) & (weights > 0)
         hard_count = known.sum()
+        counted = labels.masked_fill(~known, NO_LABEL)
         if loss_weights[0] and bool(known.any()):
             hard_sum = torch.nn.functional.cross_entropy(logits[known], labels[known], reduction="sum")
     soft_sum = zero
@@ -72,20 +84,42 @@ def distillation_loss(
     soft_count = soft_weights.sum().detach()
     total = loss_weights[0] * _mean(hard_sum, hard_count if num_hard is None else num_hard)
     total = total + loss_weights[1] * _mean(soft_sum, soft_count if num_soft is None else num_soft)
-    return LossTerms(total, hard_sum.detach(), soft_sum.detach(), hard_count, soft_count)
+    none = zero.detach()
+    terms = LossTerms(total, hard_sum.detach(), soft_sum.detach(), hard_count, soft_count, none, none)
+    if spans is None or not loss.span_weight:
+        return terms
+
+    def nll(positions: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits[positions], counted[positions], reduction="none")
+
+    return add_spans(terms, nll, spans, counted, loss=loss, num_spans=num_spans)
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse hard labels that are no class.
+def add_spans(
+    terms: LossTerms,
+    nll: Callable[[Tensor], Tensor],
+    spans: Spans,
+    labels: Tensor,
+    *,
+    loss: Loss,
+    num_spans: Tensor | float | None,
+) -> LossTerms:
+    """Add `span_weight` times the mean loss over aligned spans to the total.
 
-    Raises:
-        TrainingError: names the first one.
+    Args:
+        nll: from (M,) numbers of positions to their (M,) negative log-likelihoods, with gradients: only those of the positions in a span are made.
+        labels: (N,) int64, -100 where none counts.
+        num_spans: as of `distillation_loss`.
     """
-    wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= num_classes))
-    if bool(wrong.any()):
-        raise TrainingError(
-            f"hard label: expected 0 to {num_classes - 1} (or {NO_LABEL} for none), found {int(labels[wrong][0])}"
-        )
+    check_spans(spans, labels)
+    positions, part = owned(spans)
+    total, count = span_sums(nll(positions), part, temperature=span_temperature(loss))
+    return replace(
+        terms,
+        total=terms.total + loss.span_weight * _mean(total, count if num_spans is None else num_spans),
+        span_sum=total.detach(),
+        num_spans=count,
+    )
 
 
 def _mean(total: Tensor, count: Tensor | float) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from pipeline.errors import MisuseError
-from pipeline.records import Predictions
+from pipeline.records import Loss, Predictions
 from pipeline.tasks import Task
 from pipeline.training.settings import NEED_EVALUATION, REFUSED, REFUSED_PARAMETERS
 
@@ -42,6 +42,22 @@ def refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) ->
     if args.fsdp and "RANK" not in os.environ:
         raise MisuseError(
             "training: fsdp: shards the student over ranks, and this is one process; start it with torchrun --nproc_per_node N, or leave it out"
+        )
+
+
+def refuse_spans(loss: Loss, *, teacher_labels: bool, several_teachers: bool) -> None:
+    """Refuse a loss over aligned spans where the likelihood of the text, or the teacher's of it, is not one number.
+
+    Raises:
+        MisuseError: hard labels that are not the text's, or several teachers.
+    """
+    if loss.span_weight and teacher_labels:
+        raise MisuseError(
+            "--span-weight: takes the likelihood of the text's own tokens, and --hard-labels teacher puts others in their place; leave one of them out"
+        )
+    if loss.span_weight and several_teachers:
+        raise MisuseError(
+            "--span-weight: compares with one teacher's likelihood of the text, found several teachers; give one --cache, or leave it out"
         )
 
 

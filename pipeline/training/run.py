@@ -42,6 +42,7 @@ from pipeline.training.forward import detach_loss
 from pipeline.training.recipe.defaults import Choice, choose_loss
 from pipeline.training.recipe.make import make_recipe
 from pipeline.training.saving import BeforeTraining, no_directory
+from pipeline.training.spans import span_temperature
 from pipeline.training.stopping import CheckpointOnSigterm
 from pipeline.training.student import add_adapter, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
@@ -296,7 +297,9 @@ def fit(
     result = TrainResult(
         output=str(output),
         cache_id=cache.manifest.cache_id,
-        loss=dataclasses.replace(loss, temperature=trainer.temperature),
+        loss=dataclasses.replace(
+            loss, temperature=trainer.temperature, span_temperature=span_temperature(loss) if loss.span_weight else None
+        ),
         learning_rate=args.learning_rate,
         seed=args.seed,
         steps=trainer.state.global_step,
@@ -314,6 +317,7 @@ def fit(
         split=origin.split,
         rows=trainer.rows_of_an_epoch,
         mixed=origin.mixed,
+        span_loss=last.get("span_loss"),
     )
     if args.should_save:
         card = make_card(cache, student, result, splits=splits, teacher_labels=teacher_labels)

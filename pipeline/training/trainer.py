@@ -30,8 +30,8 @@ from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixt
 from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epoch
 from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
-from pipeline.training.forward import GIVEN, attach_loss, kept_scores
-from pipeline.training.refusals import check_metric, choose_eval_split, refuse_unused, use_one_gpu
+from pipeline.training.forward import GIVEN, SUMS, attach_loss, kept_scores
+from pipeline.training.refusals import check_metric, choose_eval_split, refuse_spans, refuse_unused, use_one_gpu
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class DistillationTrainer(SavingTrainer):
     """Trains a student on hard and soft labels of a cache.
 
-    loss = hard_weight * sum CE / N_hard + soft_weight * T^2 * sum D / N_soft, both N counted over all ranks and accumulated batches, so that the
-    same rows give the same gradient however they are dealt.
+    loss = hard_weight * sum CE / N_hard + soft_weight * T^2 * sum D / N_soft + span_weight * sum w L / sum w over aligned spans, where batches have them;
+    each divisor is counted over all ranks and accumulated batches, so that the same rows give the same gradient however they are dealt.
     """
 
     def __init__(
@@ -94,6 +94,9 @@ class DistillationTrainer(SavingTrainer):
             self.temperature = served_temperature(contract.encoding)
         for each in contracts:
             self._check_entropy(each.encoding, each.columns)
+        refuse_spans(
+            loss, teacher_labels=teacher_labels, several_teachers=mixture is not None and mixture.kind == "teachers"
+        )
         settings = contract.tokenization
         self.collator = Collator(
             task=self.task,
@@ -122,7 +125,7 @@ class DistillationTrainer(SavingTrainer):
         asked = None if held_out is not None else choose_eval_split(args, cache.splits, split, eval_split)
         self.eval_split = asked
         self.rows_of_an_epoch = rows_of_epoch(rows, self.keep)
-        self._totals = np.zeros(4)
+        self._totals = np.zeros(len(SUMS))
         self._where_last = ""
         self._epoch: Iterator[Any] | None = None
         self._ahead: Generator[Any, None, None] = prefetch(iter(()))
@@ -234,10 +237,11 @@ class DistillationTrainer(SavingTrainer):
         return epoch_iterator if self.args.dataloader_num_workers else self._ahead
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """(2,): labelled positions and weights of the soft term, over the accumulated batches and all ranks. Trainer's own counts hard labels only."""
+        """(3,): labelled positions, weights of the soft term and of spans, over the accumulated batches and all ranks. Trainer's own counts labels only."""
         hard = sum(int((batch["labels"] != NO_LABEL).sum()) for batch in batch_samples)
         soft = sum(float(batch["soft_weights"].sum()) for batch in batch_samples)
-        counts = torch.tensor([[float(hard), soft]], device=device)
+        spans = sum(float(batch["spans"]["weights"].sum()) for batch in batch_samples if "spans" in batch)
+        counts = torch.tensor([[float(hard), soft, spans]], device=device)
         return self.accelerator.gather(counts).sum(0) if self.args.world_size > 1 else counts[0]
 
     # ---------------------------------------------------------------------------------------------------- loss
@@ -256,7 +260,8 @@ class DistillationTrainer(SavingTrainer):
         given["loss_weights"] = torch.tensor(weights)
         if num_items_in_batch is not None:
             given["counts"] = num_items_in_batch
-            if not bool((num_items_in_batch * torch.tensor(weights, device=num_items_in_batch.device)).any()):
+            weighted = zip(num_items_in_batch.tolist(), (*weights, self.loss.span_weight), strict=False)
+            if not any(count * weight for count, weight in weighted):
                 raise TrainingError(
                     f"{self._where(inputs)}: no position with a weight, hard or soft, so that there is nothing to learn from; "
                     "give a larger --batch-size, or a --soft-weight"
@@ -268,11 +273,11 @@ class DistillationTrainer(SavingTrainer):
         if not torch.isfinite(found["total"]):
             raise TrainingError(
                 f"{self._where(inputs)}: expected a finite loss, found {float(found['total'].detach())} (hard {float(found['hard_sum']):.4g}, "
-                f"soft {float(found['soft_sum']):.4g}); the checkpoints before are whole; train anew with a lower --learning-rate"
+                f"soft {float(found['soft_sum']):.4g}, spans {float(found['span_sum']):.4g}); the checkpoints before are whole; train anew with a lower --learning-rate"
             )
         if model.training:
             self._where_last = self._where(inputs)
-            self._totals += [float(found[name]) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")]
+            self._totals += [float(found[name]) for name in SUMS]
         scale = self.args.world_size if num_items_in_batch is not None and model.training else 1
         total = found["total"] * scale
         return (total, found) if return_outputs else total
@@ -347,17 +352,20 @@ class DistillationTrainer(SavingTrainer):
             row_text_bytes=found["text_bytes"].sum(keepdims=True),
         )
         self.predictions = predictions
-        sums = {name: float(found[name].sum()) for name in ("hard_sum", "num_hard", "soft_sum", "num_soft")}
+        sums = {name: float(found[name].sum()) for name in SUMS}
         hard_weight, soft_weight = weights_of_evaluation(self.loss)
         hard = hard_weight * sums["hard_sum"] / sums["num_hard"] if sums["num_hard"] else 0.0
         soft = soft_weight * sums["soft_sum"] / sums["num_soft"] if sums["num_soft"] else 0.0
-        metrics = {"loss": hard + soft}
+        span = sums["span_sum"] / sums["num_spans"] if sums["num_spans"] else 0.0
+        metrics = {"loss": hard + soft + self.loss.span_weight * span}
         if (predictions.labels != NO_LABEL).any():
             measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
             metrics.update({("nll" if name == "loss" else name): value for name, value in measured.items()})
         metrics["agreement"] = agreement(predictions.predicted, predictions.teacher_predicted)
         aligned = known & (found["teacher_predicted"] != NO_LABEL)
         metrics["divergence"] = float(found["divergence"][aligned].mean())
+        if sums["num_spans"]:
+            metrics["span_loss"] = span
         return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -372,13 +380,15 @@ class DistillationTrainer(SavingTrainer):
         totals = torch.tensor(self._totals[None], device=self.args.device, dtype=torch.float32)
         if self.args.world_size > 1:
             totals = self.accelerator.gather(totals)
-        hard, num_hard, soft, num_soft = totals.double().sum(0).tolist()
-        self._totals = np.zeros(4)
+        hard, num_hard, soft, num_soft, span, num_spans = totals.double().sum(0).tolist()
+        self._totals = np.zeros(len(SUMS))
         losses = {}
         if num_hard and (self.loss.hard_weight or self.loss.hard_weight_end):
             losses["hard_loss"] = float(hard / num_hard)
         if num_soft and (self.loss.soft_weight or self.loss.soft_weight_end):
             losses["soft_loss"] = float(soft / num_soft)
+        if num_spans:
+            losses["span_loss"] = float(span / num_spans)
         return losses
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -213,6 +213,10 @@ def test_a_card_of_somebody_elses_is_not_overwritten(tmp_path, cache, teacher):
             Loss(0.0, 1.0, 1.0, "skewed-kl", tail="renormalize", mixture=0.2),
             "1 * T^2 * skewed-kl from the teacher at T = 1, the teacher's share in the mixture 0.2, classes outside the top: renormalize",
         ),
+        (
+            Loss(0.5, 0.0, span_weight=0.25),
+            "0.5 * cross-entropy with the data's labels + 0.25 * binary KL from the teacher over aligned spans at tau = 100",
+        ),
     ],
 )
 def test_losses_in_words(loss, text):

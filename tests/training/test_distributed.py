@@ -29,9 +29,14 @@ from pipeline.tasks import get_task
 cache, student, output, batch, extra = sys.argv[1:]
 cache = softlabel.Cache.open(cache)
 settings = {"max_steps": 12, "per_device_train_batch_size": int(batch), "learning_rate": 1e-3, "save_strategy": "no", "use_cpu": True}
-args = training_arguments(output, {"logging_steps": 1, **settings, **json.loads(extra)})
+extra = json.loads(extra)
+loss = softlabel.Loss(0.5, 0.5, span_weight=extra.pop("span_weight", 0.0))
+args = training_arguments(output, {"logging_steps": 1, **settings, **extra})
 model = get_task(cache.manifest.contract.task).auto_class.from_pretrained(student)
-trainer = softlabel.DistillationTrainer(model, args, cache=cache, loss=softlabel.Loss(0.5, 0.5))
+trainer = softlabel.DistillationTrainer(model, args, cache=cache, loss=loss)
+if loss.span_weight:
+    from tests.support.spans import with_spans
+    with_spans(trainer)
 digests = []
 class Watch(__import__("transformers").TrainerCallback):
     def on_step_end(self, *args, **kwargs):
@@ -40,7 +45,8 @@ class Watch(__import__("transformers").TrainerCallback):
 trainer.add_callback(Watch())
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-found = {"world_size": args.world_size, "digests": digests, "losses": losses, "metrics": trainer.evaluate()}
+spans = [entry["span_loss"] for entry in trainer.state.log_history if "span_loss" in entry]
+found = {"world_size": args.world_size, "digests": digests, "losses": losses, "spans": spans, "metrics": trainer.evaluate()}
 with open(f"{output}-{args.process_index}.json", "w") as file:
     json.dump(found, file)
 """
@@ -167,3 +173,24 @@ def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, l
     assert_alike(train(tmp_path, cache.root, 2, 4), alone)
     sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     assert_alike(train(tmp_path, cache.root, 2, 4, **sharded), alone)
+
+
+@pytest.mark.slow
+def test_two_ranks_count_aligned_spans_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
+    """Unequal numbers of spans with unequal weights on the ranks, under DDP and FSDP; the backward pass reads the output matrix again."""
+    documents["validation"] = documents["test"]
+    teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
+    cache = softlabel.cache_logits(
+        teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32
+    )
+    tiny_model("llama", len(lm_tokenizer), seed=1, spread=2.0, num_hidden_layers=1).save_pretrained(
+        tmp_path / "student"
+    )
+    alone = train(tmp_path, cache.root, 1, 4, span_weight=0.7, gradient_accumulation_steps=2)[0]
+    assert len(alone["spans"]) == 12
+    sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    for extra in ({}, sharded):
+        found = train(tmp_path, cache.root, 2, 4, span_weight=0.7, **extra)
+        assert_alike(found, alone)
+        assert found[0]["spans"] == pytest.approx(alone["spans"], rel=1e-5)
+        assert found[0]["metrics"]["eval_span_loss"] == pytest.approx(alone["metrics"]["eval_span_loss"], rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import types
 
@@ -11,14 +12,16 @@ import torch
 
 import pipeline as softlabel
 from pipeline.cache import Cache
+from pipeline.errors import TrainingError
 from pipeline.models.arguments import training_arguments
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.tasks import get_task
 from pipeline.training import DistillationTrainer, distillation_loss
-from pipeline.training.batches.collate import Collator, TrainingRows, from_tensors
+from pipeline.training.batches.collate import Collator, TrainingRows, from_tensors, to_tensors
 from pipeline.training.forward import GIVEN, attach_loss, detach_loss
 from tests.conftest import tiny_model
 from tests.support.rows import build_cache
+from tests.support.spans import pairs
 
 TASK = get_task("causal-lm")
 LOSS = Loss()
@@ -228,3 +231,32 @@ def test_a_trainers_steps_are_those_of_the_dense_loss(tmp_path, lm_tokenizer, en
         return model.lm_head.weight.detach()
 
     torch.testing.assert_close(weights(True), weights(False), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
+def test_aligned_spans_in_the_fused_loss_are_those_of_dense_logits(cache, lm_tokenizer, kind, checkpointing):
+    """A plain head, one with a cap, one with a scale; tied matrices among them."""
+    model = tiny_model(kind, len(lm_tokenizer), spread=3.0).double().train()
+    batch = from_tensors(batch_of(cache), 320)
+    batch = dataclasses.replace(batch, spans=pairs(batch))
+    tensors, loss = to_tensors(batch), Loss(0.2, 0.3, span_weight=0.5, span_temperature=3.0)
+    logits = TASK.gather_logits(model, batch.inputs, batch.supervised)
+    settings = {"labels": batch.labels, "loss": loss, "temperature": 1.0, "weights": batch.weights}
+    expected = distillation_loss(logits, batch.target, spans=batch.spans, **settings)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(expected.total, parameters, allow_unused=True)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    found = losses(model, tensors, loss)
+    assert float(expected.span_sum) > 1
+    torch.testing.assert_close(found["span_sum"], expected.span_sum, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found["total"], expected.total, rtol=1e-6, atol=1e-8)
+    for a, b in zip(torch.autograd.grad(found["total"], parameters, allow_unused=True), wanted, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_a_span_weight_without_spans_is_refused(cache, lm_tokenizer):
+    with pytest.raises(TrainingError, match=r"--span-weight 0.5: expected aligned spans with the batch, found none"):
+        losses(tiny_model("llama", len(lm_tokenizer)), batch_of(cache), Loss(span_weight=0.5))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import TrainingError
-from pipeline.records import Full, Loss, Sampled, Target, TopK, TopP
+from pipeline.records import Full, Loss, Sampled, Spans, Target, TopK, TopP
 from pipeline.softlabels import encode, target
 from pipeline.training import distillation_loss
 from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
@@ -75,7 +75,7 @@ def assert_equal_to_dense(
     for chunk in (1, 4, 1000):
         fused = fused_loss(hidden, head, goal, chunk_positions=chunk, **shared)
         terms = [name for name, weight in (("hard_sum", loss.hard_weight), ("soft_sum", loss.soft_weight)) if weight]
-        for name in ("total", "num_hard", "num_soft", *terms):
+        for name in ("total", "num_hard", "num_soft", "span_sum", "num_spans", *terms):
             torch.testing.assert_close(
                 getattr(fused, name), getattr(dense, name), rtol=1e-9, atol=1e-10, check_dtype=False
             )
@@ -234,3 +234,50 @@ def test_scores_are_those_of_the_logits(kind):
         torch.testing.assert_close(
             getattr(found, name), getattr(expected, name), equal_nan=True, check_dtype=False, rtol=1e-5, atol=1e-5
         )
+
+
+def spans_over(labels: torch.Tensor, weights: torch.Tensor) -> Spans:
+    """Spans of two positions that have labels, the last ones in none; every third does not count."""
+    positions = ((labels != -100) & (weights > 0)).nonzero().squeeze(-1)
+    positions = positions[: len(positions) // 2 * 2]
+    owner = torch.full_like(labels, -1)
+    owner[positions] = torch.arange(len(positions)) // 2
+    count = len(positions) // 2
+    weighted = torch.linspace(0.5, 2.0, count, dtype=torch.float64)
+    weighted[::3] = 0.0
+    return Spans(owner, -torch.linspace(0.1, 9.0, count, dtype=torch.float64), weighted)
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, math.inf), (2.0, 5.0)])
+@pytest.mark.parametrize("num_spans", [None, 7.5])
+def test_aligned_spans_are_the_dense_ones(weights, scale, cap, num_spans):
+    parts = make(25, 41, ENCODINGS["sampled"], 1.0, padded=3, bias=True)
+    spans = spans_over(*parts[-2:])
+    assert len(spans) > 6
+    loss = Loss(*weights, span_weight=0.8, span_temperature=3.0)
+    assert_equal_to_dense(*parts, loss, 1.0, scale=scale, cap=cap, spans=spans, num_spans=num_spans)
+
+
+def test_spans_without_a_weight_change_nothing():
+    hidden, weight, _, goal, labels, weights = make(25, 41, ENCODINGS["sampled"], 1.0)
+    shared = {"labels": labels, "temperature": 1.0, "weights": weights, "soft_weights": weights}
+    plain = fused_loss(hidden, Head(weight), goal, loss=Loss(), **shared)
+    spans = spans_over(labels, weights)
+    beside = fused_loss(hidden, Head(weight), goal, loss=Loss(), spans=spans, **shared)
+    assert torch.equal(plain.total, beside.total)
+    assert (float(plain.num_spans), float(beside.num_spans)) == (0.0, 0.0)
+    added = fused_loss(hidden, Head(weight), goal, loss=Loss(span_weight=0.5), spans=spans, **shared)
+    torch.testing.assert_close(added.total - plain.total, 0.5 * added.span_sum / spans.weights.sum())
+    assert float(added.span_sum) > 0
+
+
+def test_spans_that_do_not_fit_are_refused():
+    hidden, weight, _, goal, labels, weights = make(25, 41, ENCODINGS["sampled"], 1.0)
+    spans = spans_over(labels, weights)
+    shared = {"temperature": 1.0, "loss": Loss(span_weight=1.0), "spans": spans}
+    none = torch.zeros_like(weights)  # no position counts
+    with pytest.raises(TrainingError, match="span 1 counts, and 0 of its 2 positions have a hard label"):
+        fused_loss(hidden, Head(weight), goal, labels=labels, weights=none, soft_weights=none, **shared)
+    with pytest.raises(TrainingError, match="span 1 counts, and 0 of its 2"):
+        distillation_loss(Head(weight).logits(hidden), goal, labels=None, **shared)

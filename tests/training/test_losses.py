@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipeline.errors import ContractError, TrainingError
-from pipeline.records import Full, Loss, Sampled, TopK
+from pipeline.records import Full, Loss, Sampled, Spans, TopK
 from pipeline.softlabels import encode, target, teacher_scores
 from pipeline.training import distillation_loss
 from pipeline.training.losses import forward_kl
+from pipeline.training.spans import span_loss
 
 
 def pair(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,3 +165,26 @@ def test_a_label_that_is_no_class_is_refused(label):
     teacher, student = pair(2, 41)
     with pytest.raises(TrainingError, match=f"0 to 40.*found {label}"):
         distillation_loss(student, target(encode(teacher, Full()), 1.0), labels=torch.tensor([1, label]), loss=Loss())
+
+
+def test_aligned_spans_are_a_third_mean():
+    teacher, student = torch.randn(6, 41), torch.randn(6, 41, requires_grad=True)
+    goal = target(encode(teacher, TopK(4)), 1.0)
+    labels = torch.tensor([3, 5, 40, 0, 7, 9])
+    spans = Spans(torch.tensor([0, 0, -1, 1, 1, 1]), torch.tensor([-2.0, -5.0]), torch.tensor([1.0, 0.5]))
+    plain = distillation_loss(student, goal, labels=labels, loss=Loss())
+    loss = Loss(span_weight=0.3, span_temperature=2.0)
+    found = distillation_loss(student, goal, labels=labels, loss=loss, spans=spans)
+    nll = torch.nn.functional.cross_entropy(student, labels, reduction="none")
+    each = span_loss(
+        torch.stack([nll[:2].sum(), nll[3:].sum()]), replace(spans, owner=torch.arange(2)), temperature=2.0
+    )
+    expected = each[0] + 0.5 * each[1]
+    torch.testing.assert_close(found.span_sum, expected.detach())
+    assert float(found.num_spans) == 1.5
+    torch.testing.assert_close(found.total, plain.total + 0.3 * expected / 1.5)
+    assert (float(found.hard_sum), float(found.soft_sum)) == (float(plain.hard_sum), float(plain.soft_sum))
+    larger = distillation_loss(student, goal, labels=labels, loss=loss, spans=spans, num_spans=6)
+    torch.testing.assert_close(larger.total, plain.total + 0.3 * expected / 6)
+    (grad,) = torch.autograd.grad(found.total - plain.total, student)
+    assert not grad[2].any()  # in no span

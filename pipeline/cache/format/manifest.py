@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
-#: Fields that came after the first release: where they are empty, manifests have the bytes and ids that they had before.
+#: Fields that came after the first release: where they are empty, manifests and the records of runs have the bytes and ids that they had before.
 _ADDED = frozenset(
     {
         "label_map",
@@ -37,6 +37,9 @@ _ADDED = frozenset(
         "judge",
         "server",
         "own_settings",
+        "span_weight",
+        "span_temperature",
+        "span_loss",
     }
 )
 

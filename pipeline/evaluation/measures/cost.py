@@ -234,7 +234,8 @@ def _receipt(layout: Layout, name: str) -> Receipt | None:
 def _uses_teacher(run: Provenance) -> bool:
     if run.loss is None:
         return False
-    return bool(run.loss.soft_weight or run.loss.soft_weight_end or run.teacher_labels)
+    loss = run.loss
+    return bool(loss.soft_weight or loss.soft_weight_end or loss.span_weight or run.teacher_labels)
 
 
 def training_entries(run: Provenance, *names: str) -> Iterator[tuple[float, tuple[float, ...]]]:

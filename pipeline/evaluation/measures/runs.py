@@ -85,7 +85,8 @@ def provenance(directory: str, caches: Mapping[str, Cache]) -> Provenance:
 def _rows_that_teach(cache: Cache, origin: Origin) -> int:
     """Rows of the splits in one pass: trained on labels alone, those that have one."""
     splits = origin.split.split(", ")
-    labels_alone = not (origin.loss.soft_weight or origin.loss.soft_weight_end or origin.teacher_labels)
+    loss = origin.loss
+    labels_alone = not (loss.soft_weight or loss.soft_weight_end or loss.span_weight or origin.teacher_labels)
     if labels_alone and cache.manifest.contract.columns.get("label", "").startswith("int"):
         return int((~np.isnan(cache.dataset(splits).column("label").astype(np.float64))).sum())
     return sum(shard.rows for split in splits for shard in cache.manifest.split_shards(split))

@@ -216,10 +216,11 @@ def pareto_front(points: Sequence[tuple[float, float]], *, higher: bool) -> list
 
 
 def draw_training(report: Report, style: Style) -> Any:
-    """A panel each for the soft loss, the hard loss, the learning rate and the evaluations, where the log has them."""
+    """A panel each for the soft loss, the hard loss, the loss over aligned spans, the learning rate and the evaluations, where the log has them."""
     shown = {
         "soft_loss": "soft loss",
         "hard_loss": "hard loss",
+        "span_loss": "span loss",
         "learning_rate": "learning rate",
         f"eval_{report.main_metric}": f"evaluation: {report.main_metric}",
         "eval_nll": "evaluation: loss",

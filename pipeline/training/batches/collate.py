@@ -34,6 +34,7 @@ from pipeline.records import (
     RowBlock,
     Sampled,
     Segment,
+    Spans,
     StudentBatch,
     Target,
     Tokenization,
@@ -201,12 +202,16 @@ def to_tensors(batch: StudentBatch) -> dict[str, Any]:
             tensors[name] = getattr(batch, name)
     if goal.log_residual is not None:
         tensors["target"]["log_residual"] = goal.log_residual
+    if batch.spans is not None:
+        tensors["spans"] = {name: getattr(batch.spans, name) for name in ("owner", "teacher_logprobs", "weights")}
     return tensors
 
 
 def from_tensors(tensors: Mapping[str, Any], num_classes: int) -> StudentBatch:
     """The inverse of `to_tensors`."""
     parts = {"supervised": None, **tensors, "target": target_from_tensors(tensors["target"], num_classes)}
+    if "spans" in tensors:
+        parts["spans"] = Spans(**tensors["spans"])
     return StudentBatch(**parts)
 
 

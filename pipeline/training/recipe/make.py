@@ -201,4 +201,5 @@ def _without_labels(cache: Cache, split: str) -> bool:
 
 def _loss_text(loss: Loss) -> str:
     temperature = "" if loss.temperature is None else f" at temperature {loss.temperature:g}"
-    return f"{loss.hard_weight:g} hard labels + {loss.soft_weight:g} {loss.divergence}{temperature}"
+    spans = f" + {loss.span_weight:g} aligned spans" if loss.span_weight else ""
+    return f"{loss.hard_weight:g} hard labels + {loss.soft_weight:g} {loss.divergence}{temperature}{spans}"
