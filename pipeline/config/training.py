@@ -93,6 +93,11 @@ class TrainStudentConfig:
         "Soft term: count positions equally, or by how certain or uncertain the teacher is there (language models: cache with --store-entropy).",
         "equal",
     )
+    align: Literal["map", "spans", "both"] = loss_option(
+        "Students with another tokenizer, the soft term: the teacher's tokens mapped to the student's; the likelihood of spans of text that both begin "
+        "and end (cache with --store-label-logprobs); or both, each at the soft weight.",
+        "map",
+    )
     hard_labels: Literal["data", "teacher"] = loss_option(
         "Whose hard labels: the data's, or the teacher's most likely class (a control).", "data"
     )
@@ -146,6 +151,8 @@ class TrainStudentConfig:
             object.__setattr__(self, "split", (self.split,))
         if not self.split or len(set(self.split)) < len(self.split):
             raise MisuseError(f"--split: expected splits, each once, found {', '.join(self.split) or 'none'}")
+        if self.align == "spans" and self.soft_weight_end is not None:
+            raise MisuseError("--soft-weight-end does not go with --align spans, whose weight no schedule changes")
         self.loss_over(Loss())  # checks the weights and the temperature
         if not self.cache:
             raise MisuseError("--cache: expected at least one")
@@ -180,9 +187,11 @@ class TrainStudentConfig:
         """The loss that the flags describe; what they leave out is `chosen`'s, its temperature only with its divergence."""
         divergence = self.divergence or chosen.divergence
         same = divergence == chosen.divergence
+        soft = chosen.soft_weight if self.soft_weight is None else self.soft_weight
         return Loss(
             hard_weight=chosen.hard_weight if self.hard_weight is None else self.hard_weight,
-            soft_weight=chosen.soft_weight if self.soft_weight is None else self.soft_weight,
+            soft_weight=0.0 if self.align == "spans" else soft,
+            span_weight=0.0 if self.align == "map" else soft,
             temperature=chosen.temperature if self.temperature is None and same else self.temperature,
             divergence=divergence,
             tail=self.tail_policy,

@@ -15,6 +15,7 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
+from pipeline.cache.format.codec import LABEL_LOGPROBS
 from pipeline.cache.format.manifest import dump
 from pipeline.cache.reading.alignment import check_alignment
 from pipeline.cache.storage.commit import write_text
@@ -97,6 +98,7 @@ def run(
         base_model=config.base_model,
         cache_dir=config.cache_dir,
     )
+    _check_spans(config, caches)
     cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     check_fields(config.training)
     set_seed(config.seed)  # a new head or adapter is random too
@@ -325,6 +327,22 @@ def fit(
         write_text(output / _PROOF, dump(result))
     trainer.push_saved()
     return result
+
+
+def _check_spans(config: TrainStudentConfig, caches: Sequence[Cache]) -> None:
+    """Refuse `--align` where there is nothing to align, or nothing is known of spans."""
+    if config.align == "map":
+        return
+    for cache in caches:
+        if cache.vocabulary_map is None:
+            raise MisuseError(
+                f"--align {config.align}: is for students with another tokenizer, and {config.student} has that of {cache.where}; leave it out"
+            )
+        if LABEL_LOGPROBS not in cache.manifest.contract.columns:
+            raise MisuseError(
+                f"--align {config.align}: needs the teacher's log-probability of each token, and {cache.where} has no column {LABEL_LOGPROBS}; "
+                "cache again with --store-label-logprobs"
+            )
 
 
 def _held_out_rows(held_out: HeldOut | None) -> dict[str, int]:

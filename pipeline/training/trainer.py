@@ -108,6 +108,7 @@ class DistillationTrainer(SavingTrainer):
             teacher_labels=teacher_labels,
             position_weights=loss.position_weights,
             vocabulary_map=cache.vocabulary_map,
+            with_spans=loss.span_weight > 0,
         )
         self.batch_tokens = batch_tokens
         refuse_unused(args, trainer_kwargs)

@@ -32,6 +32,8 @@ from pipeline.records import (
 
 #: Of rows that are read in the tokens of a student: which of the teacher's positions each of its own is aligned with.
 TEACHER_POSITION = "teacher_position"
+#: The teacher's log-probability of each position's hard label, where it was stored.
+LABEL_LOGPROBS = "label_logprobs"
 
 _SMALLEST_HALF = np.finfo(np.float16).min
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.cache import CacheDataset
 from pipeline.cache.format.codec import (
     COLUMNS,
+    LABEL_LOGPROBS,
     TEACHER_POSITION,
     labelled_positions_of,
     positions_of,
@@ -103,6 +104,8 @@ class Collator:
     """Say also what the teacher predicts."""
     vocabulary_map: VocabularyMap | None = None
     """Of rows in the tokens of a student that are not the teacher's."""
+    with_spans: bool = False
+    """Give also the spans of text that the tokens of both begin and end."""
 
     def __call__(self, rows: Picked) -> dict[str, Any]:
         """As `torch.utils.data.DataLoader` calls it."""
@@ -115,7 +118,8 @@ class Collator:
     @property
     def columns(self) -> Container[str]:
         """Those that batches are made of."""
-        return COLLATED if self.retokenize is None else COLLATED | {"text", "text_pair"}
+        spans = _SPANS if self.with_spans else frozenset[str]()
+        return COLLATED | spans if self.retokenize is None else COLLATED | {"text", "text_pair"}
 
     def collate_block(self, block: RowBlock, counts: np.ndarray | None = None) -> StudentBatch:
         """B rows.
@@ -150,6 +154,7 @@ class Collator:
             source_rows=torch.from_numpy(block.numbers["source_row"].astype(np.int64)),
             teacher_predicted=predicted if self.for_evaluation else None,
             text_bytes=torch.from_numpy(text_bytes_of(block) * flags) if self.for_evaluation else None,
+            spans=_spans(block, flags) if self.with_spans else None,
         )
 
     def _position_weights(self, entropy: Tensor, goal: Target) -> Tensor:
@@ -162,6 +167,26 @@ class Collator:
 
 #: The columns that no batch needs are those that say which row it is, the texts, and what comes from the source.
 COLLATED = (COLUMNS | {TEACHER_POSITION}) - {"piece", "content_hash", "text", "text_pair", "teacher_nll_sum"}
+
+
+_SPANS = frozenset(["span", "span_start", "span_stop", LABEL_LOGPROBS])
+
+
+def _spans(block: RowBlock, flags: np.ndarray) -> Spans:
+    """The spans of all rows; those of rows that do not count have no weight."""
+    owner, first, last = (block.lists[name] for name in ("span", "span_start", "span_stop"))
+    logprobs = block.lists[LABEL_LOGPROBS]
+    finite = np.maximum(logprobs.values.astype(np.float64), np.finfo(np.float16).min)
+    upto = np.append(0.0, np.cumsum(finite))
+    before = np.repeat(logprobs.offsets[:-1], first.counts)
+    numbers = np.where(owner.values < 0, -1, owner.values + np.repeat(first.offsets[:-1], owner.counts))
+    return Spans(
+        owner=torch.from_numpy(numbers.astype(np.int64)),
+        teacher_logprobs=torch.from_numpy(
+            (upto[last.values + before] - upto[first.values + before]).astype(np.float32)
+        ),
+        weights=torch.from_numpy(np.repeat(flags.astype(np.float32), first.counts)),
+    )
 
 
 def _aligned(block: RowBlock) -> Tensor:

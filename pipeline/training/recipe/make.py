@@ -188,7 +188,7 @@ def _measured(
 
 def _learns_labels(loss: Loss) -> bool:
     """Whether the soft labels have no part in the loss."""
-    return not (loss.soft_weight or loss.soft_weight_end)
+    return not (loss.soft_weight or loss.soft_weight_end or loss.span_weight)
 
 
 def _num_rows(cache: Cache, splits: Sequence[str]) -> int:
