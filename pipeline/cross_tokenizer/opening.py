@@ -34,24 +34,6 @@ _FEW_ALIGNED, _FEW_AGREEING, _TOO_FEW = 0.5, 0.8, 0.2
 _SAMPLE = 256
 
 
-def caches_for(
-    caches: Sequence[Cache],
-    student: str,
-    split: str | Sequence[str],
-    *,
-    trust_remote_code: bool = False,
-    base_model: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> list[Cache]:
-    """The caches as a student reads them, each by `cache_for`."""
-    return [
-        cache_for(
-            cache, student, split, trust_remote_code=trust_remote_code, base_model=base_model, cache_dir=cache_dir
-        )
-        for cache in caches
-    ]
-
-
 def cache_for(
     cache: Cache,
     student: str,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainingArguments
 
-from pipeline.errors import MisuseError
-from pipeline.records import Loss, Predictions
+from pipeline.errors import EncodingError, MisuseError
+from pipeline.records import Contract, Full, Loss, Predictions
 from pipeline.tasks import Task
 from pipeline.training.settings import NEED_EVALUATION, REFUSED, REFUSED_PARAMETERS
 
@@ -147,3 +147,17 @@ def choose_eval_split(
     if asked in trained_on:
         logger.warning("split %s: is trained on too: its metrics say nothing of other rows", asked)
     return asked
+
+
+def refuse_position_weights(loss: Loss, task: Task, contract: Contract) -> None:
+    """Refuse to weigh positions by an entropy that was not stored.
+
+    Raises:
+        EncodingError: says how to cache it.
+    """
+    known = isinstance(contract.encoding, Full) or "entropy" in contract.columns or not task.classes_are_tokens
+    if loss.position_weights != "equal" and not known:
+        raise EncodingError(
+            f"--position-weights {loss.position_weights}: needs the teacher's entropy at each position, and this cache holds sums over rows; "
+            "cache again with --store-entropy"
+        )

@@ -15,12 +15,11 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.cache import Cache
-from pipeline.cache.format.codec import LABEL_LOGPROBS
 from pipeline.cache.format.manifest import dump
 from pipeline.cache.reading.alignment import check_alignment
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import TrainStudentConfig, parse_bytes
-from pipeline.cross_tokenizer.opening import cache_for, caches_for
+from pipeline.cross_tokenizer.opening import cache_for
 from pipeline.errors import MisuseError
 from pipeline.models import (
     LABELS,
@@ -45,7 +44,7 @@ from pipeline.training.recipe.make import make_recipe
 from pipeline.training.saving import BeforeTraining, no_directory
 from pipeline.training.spans import span_temperature
 from pipeline.training.stopping import CheckpointOnSigterm
-from pipeline.training.student import add_adapter, check_fit, load_student
+from pipeline.training.student import add_adapter, caches_for_student, check_fit, load_student
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -90,15 +89,7 @@ def run(
         else [Cache.open(path, cache_dir=config.cache_dir, cache_bytes=kept) for path in config.cache]
     )
     _check_apart(config.output, config.student)
-    caches = caches_for(
-        caches,
-        config.student,
-        config.split,
-        trust_remote_code=config.trust_remote_code,
-        base_model=config.base_model,
-        cache_dir=config.cache_dir,
-    )
-    _check_spans(config, caches)
+    caches = caches_for_student(config, caches)
     cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     check_fields(config.training)
     set_seed(config.seed)  # a new head or adapter is random too
@@ -327,22 +318,6 @@ def fit(
         write_text(output / _PROOF, dump(result))
     trainer.push_saved()
     return result
-
-
-def _check_spans(config: TrainStudentConfig, caches: Sequence[Cache]) -> None:
-    """Refuse `--align` where there is nothing to align, or nothing is known of spans."""
-    if config.align == "map":
-        return
-    for cache in caches:
-        if cache.vocabulary_map is None:
-            raise MisuseError(
-                f"--align {config.align}: is for students with another tokenizer, and {config.student} has that of {cache.where}; leave it out"
-            )
-        if LABEL_LOGPROBS not in cache.manifest.contract.columns:
-            raise MisuseError(
-                f"--align {config.align}: needs the teacher's log-probability of each token, and {cache.where} has no column {LABEL_LOGPROBS}; "
-                "cache again with --store-label-logprobs"
-            )
 
 
 def _held_out_rows(held_out: HeldOut | None) -> dict[str, int]:

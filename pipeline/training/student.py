@@ -4,15 +4,61 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+from pipeline.cache import Cache
+from pipeline.cache.format.codec import LABEL_LOGPROBS
 from pipeline.config import TrainStudentConfig
+from pipeline.cross_tokenizer.opening import cache_for
 from pipeline.errors import ContractError, MisuseError, ModelError, PipelineError
 from pipeline.models import LoadedModel, check_isolation, load_model, longest_input, tokenizer_info
 from pipeline.models.adapters import adapter_config, adapter_labels, base_name
 from pipeline.models.load import load_config
 from pipeline.records import Contract
 from pipeline.tasks import Task, get_task
+
+
+def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> list[Cache]:
+    """The caches as the student reads them: for another tokenizer than theirs, in its own tokens.
+
+    Raises:
+        ContractError: the tokenizers cannot be aligned.
+        MisuseError: `--align` where there is nothing to align, or nothing is known of spans.
+    """
+    found = [
+        cache_for(
+            cache,
+            config.student,
+            config.split,
+            trust_remote_code=config.trust_remote_code,
+            base_model=config.base_model,
+            cache_dir=config.cache_dir,
+        )
+        for cache in caches
+    ]
+    _check_align(config, found)
+    return found
+
+
+def _check_align(config: TrainStudentConfig, caches: Sequence[Cache]) -> None:
+    """Refuse `--align` where there is nothing to align, or nothing is known of spans.
+
+    Raises:
+        MisuseError: says which.
+    """
+    if config.align == "map":
+        return
+    for cache in caches:
+        if cache.vocabulary_map is None:
+            raise MisuseError(
+                f"--align {config.align}: is for students with another tokenizer, and {config.student} has that of {cache.where}; leave it out"
+            )
+        if LABEL_LOGPROBS not in cache.manifest.contract.columns:
+            raise MisuseError(
+                f"--align {config.align}: needs the teacher's log-probability of each token, and {cache.where} has no column {LABEL_LOGPROBS}; "
+                "cache again with --store-label-logprobs"
+            )
 
 
 def load_student(

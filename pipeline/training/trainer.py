@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.errors import EncodingError, MisuseError, TrainingError
+from pipeline.errors import MisuseError, TrainingError
 from pipeline.metrics import agreement
 from pipeline.models import pad_id
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, Full, Loss, Predictions, Tokenization
+from pipeline.records import NO_LABEL, Loss, Predictions, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
@@ -31,7 +31,14 @@ from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epo
 from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, SUMS, attach_loss, kept_scores
-from pipeline.training.refusals import check_metric, choose_eval_split, refuse_spans, refuse_unused, use_one_gpu
+from pipeline.training.refusals import (
+    check_metric,
+    choose_eval_split,
+    refuse_position_weights,
+    refuse_spans,
+    refuse_unused,
+    use_one_gpu,
+)
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
 
@@ -93,7 +100,7 @@ class DistillationTrainer(SavingTrainer):
         else:  # the target is made all the same, to be logged: at a temperature that there is
             self.temperature = served_temperature(contract.encoding)
         for each in contracts:
-            self._check_entropy(each.encoding, each.columns)
+            refuse_position_weights(loss, self.task, each)
         refuse_spans(
             loss, teacher_labels=teacher_labels, several_teachers=mixture is not None and mixture.kind == "teachers"
         )
@@ -153,14 +160,6 @@ class DistillationTrainer(SavingTrainer):
             return self.cache.dataset(split, window=window)
         made = AlignedDataset if self.mixture.kind == "teachers" else JoinedDataset
         return made((self.cache, *self.mixture.others), split, window=window)
-
-    def _check_entropy(self, encoding: Any, columns: Mapping[str, str]) -> None:
-        known = isinstance(encoding, Full) or "entropy" in columns or not self.task.classes_are_tokens
-        if self.loss.position_weights != "equal" and not known:
-            raise EncodingError(
-                f"--position-weights {self.loss.position_weights}: needs the teacher's entropy at each position, and this cache holds sums over rows; "
-                "cache again with --store-entropy"
-            )
 
     def _rows_that_teach(self, dataset: Any, teacher_labels: bool) -> np.ndarray | None:
         """With labels alone, unlabelled rows would be steps without a gradient: they are left out. None: every row counts."""
