@@ -93,14 +93,14 @@ class DistillationTrainer(SavingTrainer):
         self.temperature = loss.temperature or default_temperature(contract.encoding, self.task.default_temperature)
         self.mixture = mixture
         contracts = [each.manifest.contract for each in (cache, *(mixture.others if mixture is not None else ()))]
-        if loss.soft_weight or loss.soft_weight_end:
-            for each in contracts:
-                check_temperature(each.encoding, self.temperature)
-                check_divergence(each.encoding, loss)
-        else:  # the target is made all the same, to be logged: at a temperature that there is
-            self.temperature = served_temperature(contract.encoding)
+        is_soft = loss.soft_weight or loss.soft_weight_end
         for each in contracts:
             refuse_position_weights(loss, self.task, each)
+            if is_soft:
+                check_temperature(each.encoding, self.temperature)
+                check_divergence(each.encoding, loss)
+        if not is_soft:  # the target is made all the same, to be logged: at a temperature that there is
+            self.temperature = served_temperature(contract.encoding)
         refuse_spans(
             loss, teacher_labels=teacher_labels, several_teachers=mixture is not None and mixture.kind == "teachers"
         )
@@ -362,8 +362,7 @@ class DistillationTrainer(SavingTrainer):
             measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
             metrics.update({("nll" if name == "loss" else name): value for name, value in measured.items()})
         metrics["agreement"] = agreement(predictions.predicted, predictions.teacher_predicted)
-        aligned = known & (found["teacher_predicted"] != NO_LABEL)
-        metrics["divergence"] = float(found["divergence"][aligned].mean())
+        metrics["divergence"] = float(found["divergence"][known & (found["teacher_predicted"] != NO_LABEL)].mean())
         if sums["num_spans"]:
             metrics["span_loss"] = span
         return metrics
