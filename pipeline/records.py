@@ -722,6 +722,8 @@ class CachedExample:
     content_hash: int
     entropy: Tensor | None = None
     """(N,) float32, nats: of each position, where it was stored."""
+    label_logprobs: Tensor | None = None
+    """(N,) float32, nats: log softmax(z)[hard label] of each position, where it was stored; -inf is a probability of 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def estimate(
     teacher: LoadedModel,
     *,
     tokenization: Tokenization,
-    store_text: bool = True,
+    store_text: bool | None = None,
     batch_tokens: int,
     positions: int = 2048,
     temperature: float = 1.0,
@@ -283,7 +283,7 @@ def _schema(
     encoding: Encoding,
     num_classes: int,
     example: TokenizedExample,
-    store_text: bool,
+    store_text: bool | None,
     kept: Mapping[str, pa.DataType],
 ) -> pa.Schema:
     """The columns that cache-logits would write for rows like this one."""
@@ -292,7 +292,7 @@ def _schema(
         num_classes,
         token_classes=task.classes_are_tokens,
         token_type_ids=example.token_type_ids is not None,
-        text=store_text and not task.classes_are_tokens,
+        text=store_text is not False and not task.classes_are_tokens,
         text_pair=example.text_pair is not None,
         documents=example.document_lengths is not None,
         kept=kept,

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pyarrow as pa
 
-from pipeline.errors import SourceError
-from pipeline.records import Encoding, Full, Sampled, ShardPlan, TopK
+from pipeline.errors import MisuseError, SourceError
+from pipeline.records import Columns, Encoding, Full, Sampled, ShardPlan, Tokenization, TopK
 from pipeline.sources import Source
 from pipeline.sources.files.joined import parts_of
 from pipeline.tasks import Task
@@ -108,6 +108,31 @@ def kept_types(source: Source) -> dict[str, pa.DataType]:
                     f"{source.name}: split {split}: column {name}: expected {kept[name]}, as in the splits before, found {kind}"
                 )
     return kept
+
+
+def check_stored(
+    task: Task, columns: Columns, tokenization: Tokenization, *, store_text: bool | None, store_label_logprobs: bool
+) -> None:
+    """Refuse to store what the rows of this data set do not have.
+
+    Args:
+        store_text: None: as the task does where nothing is asked for.
+
+    Raises:
+        MisuseError: names the flag.
+    """
+    if store_label_logprobs and not task.classes_are_tokens:
+        raise MisuseError(
+            f"--store-label-logprobs is for language models, where every position has a hard label, the token that follows; --task {task.name} has classes; leave it out"
+        )
+    if not store_text or not task.classes_are_tokens:
+        return
+    if tokenization.packing:
+        raise MisuseError(
+            "--store-text does not go with --packing: a packed row is made of pieces of several texts; leave out one of the two"
+        )
+    if columns.input_ids is not None:
+        raise MisuseError("--store-text: rows of token ids (--input-ids-column) have no text; leave it out")
 
 
 def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:

@@ -52,7 +52,8 @@ def _bytes_per_row(job: Job, *, overwrite: bool) -> float:
         rows = sum(receipt.plan.stop - receipt.plan.start for receipt in done)
         return sum(receipt.shard.bytes for receipt in done) / max(rows, 1)
     contract = job.plan.contract
-    per_position = bytes_per_position(contract.encoding, contract.num_classes) + 2 * ("entropy" in contract.columns)
+    per_position = bytes_per_position(contract.encoding, contract.num_classes)
+    per_position += 2 * sum(name in contract.columns for name in ("entropy", "label_logprobs"))
     total = 0.0
     examples, rows = sample_rows(job)
     for item in examples:

@@ -266,6 +266,7 @@ COLUMNS = frozenset(
         "tail_gaps",
         "log_residuals",
         "entropy",
+        "label_logprobs",
         "teacher_nll_sum",
         "teacher_entropy_sum",
     ]

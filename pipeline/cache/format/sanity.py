@@ -80,6 +80,7 @@ def _of_columns(contract: Contract, token_classes: bool) -> Iterator[str]:
         text_pair="text_pair" in found,
         documents="document_lengths" in found,
         entropy="entropy" in found,
+        label_logprobs=token_classes and "label_logprobs" in found,
     )
     expected = describe(schema)
     for name, kind in expected.items():

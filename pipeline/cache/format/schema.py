@@ -26,6 +26,7 @@ def cache_schema(
     text_pair: bool = False,
     documents: bool = False,
     entropy: bool = False,
+    label_logprobs: bool = False,
     kept: Mapping[str, pa.DataType] | None = None,
 ) -> pa.Schema:
     """The Arrow schema of every shard of a cache.
@@ -58,6 +59,8 @@ def cache_schema(
     columns["teacher_entropy_sum"] = pa.float32()
     if entropy:
         columns["entropy"] = pa.list_(pa.float16())
+    if label_logprobs:
+        columns["label_logprobs"] = pa.list_(pa.float16())
     for name, kind in (kept or {}).items():
         if name in columns:
             raise MisuseError(f"--keep-column {name}: a cache has a column of this name already; rename the source's")
