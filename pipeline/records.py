@@ -128,7 +128,10 @@ class TokenizedExample:
     token_type_ids: np.ndarray | None = None
     label: int | None = None
     text: str | None = None
+    """Language models, where it is kept: the part of the source's text that the tokens cover."""
     text_pair: str | None = None
+    messages: str | None = None
+    """Chats, where they are kept: JSON of the turns that the row was rendered from, the tools, and the numbers of the turns that it learns."""
     document_lengths: np.ndarray | None = None
     """Lengths in tokens of the isolated documents that the row is packed from, int32; None: attention is not cut."""
     text_bytes: int = 0

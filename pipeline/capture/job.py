@@ -29,6 +29,7 @@ from pipeline.capture.plan import (
     library_versions,
     plan_shards,
     ranges_of,
+    text_columns,
 )
 from pipeline.capture.teachers.judge.local import LocalScorer
 from pipeline.capture.teachers.judge.scorer import Scorer
@@ -281,7 +282,7 @@ def make_job(
         num_classes,
         token_classes=task.classes_are_tokens,
         token_type_ids="token_type_ids" in tokenizer.model_input_names and not task.classes_are_tokens,
-        text=store_text is not False and not task.classes_are_tokens,
+        **text_columns(task, store_text, chats=holds_chats(source)),
         text_pair=source.columns.text_pair is not None,
         documents=tokenization.isolate_documents,
         entropy=store_entropy,

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pyarrow as pa
 
+from pipeline.cache.format.codec import COLUMNS
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns, Encoding, Full, Sampled, ShardPlan, Tokenization, TopK
 from pipeline.sources import Source
@@ -95,8 +96,14 @@ def kept_types(source: Source) -> dict[str, pa.DataType]:
     """The Arrow type of each column to keep, as Parquet gives it back.
 
     Raises:
+        MisuseError: a column with the name of one of a cache's own, which would be read in its place.
         SourceError: two splits have another type for one column.
     """
+    for name in source.columns.keep:
+        if name in COLUMNS:
+            raise MisuseError(
+                f"--keep-column {name}: a column of this name means something else in a cache; rename the source's"
+            )
     kept: dict[str, pa.DataType] = {}
     for split, rows in source.splits.items():
         for part, name in itertools.product(parts_of(rows), source.columns.keep):
@@ -133,6 +140,13 @@ def check_stored(
         )
     if columns.input_ids is not None:
         raise MisuseError("--store-text: rows of token ids (--input-ids-column) have no text; leave it out")
+
+
+def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[str, bool]:
+    """Arguments of `cache_schema`: which columns hold the texts."""
+    if not task.classes_are_tokens:
+        return {"text": store_text is not False}
+    return {"text": bool(store_text) and not chats, "messages": bool(store_text) and chats}
 
 
 def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:

@@ -57,7 +57,7 @@ def _bytes_per_row(job: Job, *, overwrite: bool) -> float:
     total = 0.0
     examples, rows = sample_rows(job)
     for item in examples:
-        text = len(item.text or "") + len(item.text_pair or "")
+        text = sum(len(each or "") for each in (item.text, item.text_pair, item.messages))
         total += _ROW_BYTES + _TOKEN_BYTES * item.num_tokens + per_position * item.num_positions + text
     return total / max(rows, 1)
 
@@ -68,7 +68,8 @@ def sample_rows(job: Job) -> tuple[list[TokenizedExample], int]:
     rows = 0
     for split, row in _sample(job):
         found = read_examples(job.source, split, row, row + 1, job.labels)
-        made = job.task.tokenize(found, split, job.tokenizer, job.plan.contract.tokenization)
+        texts = bool(job.plan.contract.columns.keys() & {"text", "messages"})
+        made = job.task.tokenize(found, split, job.tokenizer, job.plan.contract.tokenization, texts=texts)
         examples += [item for item in made if isinstance(item, TokenizedExample)]
         rows += 1
     return examples, rows

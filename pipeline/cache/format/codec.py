@@ -251,6 +251,7 @@ COLUMNS = frozenset(
         "content_hash",
         "text",
         "text_pair",
+        "messages",
         "input_ids",
         "token_type_ids",
         "supervised",

@@ -24,6 +24,7 @@ def cache_schema(
     token_type_ids: bool = False,
     text: bool = False,
     text_pair: bool = False,
+    messages: bool = False,
     documents: bool = False,
     entropy: bool = False,
     label_logprobs: bool = False,
@@ -44,6 +45,8 @@ def cache_schema(
         columns["text"] = pa.string()
         if text_pair:
             columns["text_pair"] = pa.string()
+    if messages:
+        columns["messages"] = pa.string()
     columns["input_ids"] = pa.list_(pa.int32())
     if token_type_ids:
         columns["token_type_ids"] = pa.list_(pa.int32())
