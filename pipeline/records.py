@@ -350,6 +350,18 @@ class EstimatedEncoding:
 
 
 @dataclass(frozen=True, slots=True)
+class EstimatedColumn:
+    """What a column that is stored on request takes, whatever the encoding."""
+
+    flag: str
+    bytes_per_position: float
+    """In Parquet."""
+    total_bytes: int
+    included: bool
+    """Whether the figures of the encodings have it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What `softlabel estimate` found out; the totals are the pilot's, scaled up by source rows."""
 
@@ -367,6 +379,8 @@ class Estimate:
     chosen: Encoding | None = None
     scale_tokens: float | None = None
     gpus: int = 1
+    columns: tuple[EstimatedColumn, ...] = ()
+    """Of language models."""
 
 
 # ----------------------------------------------------------------------------------------------- the cache on disk

@@ -272,7 +272,14 @@ def make_job(
         dry_run: the output is looked at, and stays as it is.
     """
     tokenizer, num_classes = teacher.tokenizer, teacher.num_classes
-    check_stored(task, source.columns, tokenization, store_text=store_text, store_label_logprobs=store_label_logprobs)
+    check_stored(
+        task,
+        source.columns,
+        tokenization,
+        store_text=store_text,
+        store_label_logprobs=store_label_logprobs,
+        fast_tokenizer=tokenizer.is_fast,
+    )
     tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)

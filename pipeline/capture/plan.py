@@ -118,12 +118,19 @@ def kept_types(source: Source) -> dict[str, pa.DataType]:
 
 
 def check_stored(
-    task: Task, columns: Columns, tokenization: Tokenization, *, store_text: bool | None, store_label_logprobs: bool
+    task: Task,
+    columns: Columns,
+    tokenization: Tokenization,
+    *,
+    store_text: bool | None,
+    store_label_logprobs: bool = False,
+    fast_tokenizer: bool = True,
 ) -> None:
     """Refuse to store what the rows of this data set do not have.
 
     Args:
         store_text: None: as the task does where nothing is asked for.
+        fast_tokenizer: whether the tokenizer knows the characters of each token.
 
     Raises:
         MisuseError: names the flag.
@@ -140,6 +147,8 @@ def check_stored(
         )
     if columns.input_ids is not None:
         raise MisuseError("--store-text: rows of token ids (--input-ids-column) have no text; leave it out")
+    if not fast_tokenizer:
+        raise MisuseError("--store-text needs a fast tokenizer, which knows the characters of each token; leave it out")
 
 
 def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[str, bool]:
