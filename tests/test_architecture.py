@@ -36,7 +36,7 @@ ORDER: dict[str, list[set[str]]] = {
     ],
     "cache": [{"storage"}, {"format"}, {"reading"}, {"views"}, {"writing"}, {"transforms"}, {"__init__"}],
     "capture": [
-        {"forward", "plan"},
+        {"forward", "labelled", "plan"},
         {"append", "audit", "automatic"},
         {"teachers"},
         {"permutation"},
