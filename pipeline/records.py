@@ -128,7 +128,10 @@ class TokenizedExample:
     token_type_ids: np.ndarray | None = None
     label: int | None = None
     text: str | None = None
+    """Language models, where it is kept: the part of the source's text that the tokens cover."""
     text_pair: str | None = None
+    messages: str | None = None
+    """Chats, where they are kept: JSON of the turns that the row was rendered from, the tools, and the numbers of the turns that it learns."""
     document_lengths: np.ndarray | None = None
     """Lengths in tokens of the isolated documents that the row is packed from, int32; None: attention is not cut."""
     text_bytes: int = 0
@@ -380,6 +383,18 @@ class EstimatedEncoding:
 
 
 @dataclass(frozen=True, slots=True)
+class EstimatedColumn:
+    """What a column that is stored on request takes, whatever the encoding."""
+
+    flag: str
+    bytes_per_position: float
+    """In Parquet."""
+    total_bytes: int
+    included: bool
+    """Whether the figures of the encodings have it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What `softlabel estimate` found out; the totals are the pilot's, scaled up by source rows."""
 
@@ -397,6 +412,8 @@ class Estimate:
     chosen: Encoding | None = None
     scale_tokens: float | None = None
     gpus: int = 1
+    columns: tuple[EstimatedColumn, ...] = ()
+    """Of language models."""
 
 
 # ----------------------------------------------------------------------------------------------- the cache on disk
@@ -764,6 +781,8 @@ class CachedExample:
     content_hash: int
     entropy: Tensor | None = None
     """(N,) float32, nats: of each position, where it was stored."""
+    label_logprobs: Tensor | None = None
+    """(N,) float32, nats: log softmax(z)[hard label] of each position, where it was stored; -inf is a probability of 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ ORDER: dict[str, list[set[str]]] = {
     ],
     "cache": [{"storage"}, {"format"}, {"reading"}, {"views"}, {"writing"}, {"transforms"}, {"__init__"}],
     "capture": [
-        {"forward", "plan", "estimate_table"},
+        {"forward", "labelled", "plan"},
         {"append", "audit", "automatic"},
         {"teachers"},
         {"permutation"},

@@ -22,12 +22,14 @@ from pipeline.capture.permutation import check_class_order, try_judge
 from pipeline.capture.plan import (
     MAX_ROW_BYTES,
     MOST_FILES,
+    check_stored,
     default_rows_per_shard,
     full_row_is_too_large,
     kept_types,
     library_versions,
     plan_shards,
     ranges_of,
+    text_columns,
 )
 from pipeline.capture.teachers.judge.local import LocalScorer
 from pipeline.capture.teachers.judge.scorer import Scorer
@@ -84,6 +86,13 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     if config.judging is not None:  # the arguments are those of the prompt's chat template
         settings = dataclasses.replace(settings, chat_template_kwargs=())
     task.check_columns(config.data.columns, settings)
+    check_stored(
+        task,
+        config.data.columns,
+        settings,
+        store_text=config.data.store_text,
+        store_label_logprobs=config.store_label_logprobs,
+    )
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
     encoding = config.resolve_encoding(task.default_encoding.kind)
@@ -100,6 +109,7 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
             tokenization=config.data.tokenization(length),
             store_text=config.data.store_text,
             store_entropy=config.store_entropy,
+            store_label_logprobs=config.store_label_logprobs,
             batch_tokens=config.batch_tokens or (None if config.auto_batch_tokens else task.default_batch_tokens),
             rows_per_shard=config.rows_per_shard,
             rows=config.row_range,
@@ -240,8 +250,9 @@ def make_job(
     tokenization: Tokenization,
     batch_tokens: int | None,
     seed: int,
-    store_text: bool = True,
+    store_text: bool | None = None,
     store_entropy: bool = False,
+    store_label_logprobs: bool = False,
     rows_per_shard: int | None = None,
     rows: tuple[int, int | None] | None = None,
     on_bad_row: Any = "stop",
@@ -254,12 +265,21 @@ def make_job(
 
     Args:
         batch_tokens: None: as many as are fastest here; a capture that is joined has chosen already.
+        store_text: None: classifiers keep their texts, language models none.
         rows: the source rows `[start, stop)` of each split; None: all.
         append: a finished cache of the first rows grows by those that it has not.
         label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the teacher's.
         dry_run: the output is looked at, and stays as it is.
     """
     tokenizer, num_classes = teacher.tokenizer, teacher.num_classes
+    check_stored(
+        task,
+        source.columns,
+        tokenization,
+        store_text=store_text,
+        store_label_logprobs=store_label_logprobs,
+        fast_tokenizer=tokenizer.is_fast,
+    )
     tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
@@ -269,10 +289,11 @@ def make_job(
         num_classes,
         token_classes=task.classes_are_tokens,
         token_type_ids="token_type_ids" in tokenizer.model_input_names and not task.classes_are_tokens,
-        text=store_text and not task.classes_are_tokens,
+        **text_columns(task, store_text, chats=holds_chats(source)),
         text_pair=source.columns.text_pair is not None,
         documents=tokenization.isolate_documents,
         entropy=store_entropy,
+        label_logprobs=store_label_logprobs,
         kept=kept_types(source),
     )
     ranges = ranges_of(source, rows)
@@ -319,7 +340,7 @@ def make_job(
             source.unlabelled,
         ),
         tokenization=tokenization,
-        store_text=store_text,
+        store_text=store_text is not False,
         batch_tokens=batch_tokens,
         seed=seed,
         versions=library_versions(),

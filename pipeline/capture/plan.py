@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pyarrow as pa
 
-from pipeline.errors import SourceError
-from pipeline.records import Encoding, Full, Sampled, ShardPlan, TopK
+from pipeline.cache.format.codec import COLUMNS
+from pipeline.errors import MisuseError, SourceError
+from pipeline.records import Columns, Encoding, Full, Sampled, ShardPlan, Tokenization, TopK
 from pipeline.sources import Source
 from pipeline.sources.files.joined import parts_of
 from pipeline.tasks import Task
@@ -95,8 +96,14 @@ def kept_types(source: Source) -> dict[str, pa.DataType]:
     """The Arrow type of each column to keep, as Parquet gives it back.
 
     Raises:
+        MisuseError: a column with the name of one of a cache's own, which would be read in its place.
         SourceError: two splits have another type for one column.
     """
+    for name in source.columns.keep:
+        if name in COLUMNS:
+            raise MisuseError(
+                f"--keep-column {name}: a column of this name means something else in a cache; rename the source's"
+            )
     kept: dict[str, pa.DataType] = {}
     for split, rows in source.splits.items():
         for part, name in itertools.product(parts_of(rows), source.columns.keep):
@@ -108,6 +115,47 @@ def kept_types(source: Source) -> dict[str, pa.DataType]:
                     f"{source.name}: split {split}: column {name}: expected {kept[name]}, as in the splits before, found {kind}"
                 )
     return kept
+
+
+def check_stored(
+    task: Task,
+    columns: Columns,
+    tokenization: Tokenization,
+    *,
+    store_text: bool | None,
+    store_label_logprobs: bool = False,
+    fast_tokenizer: bool = True,
+) -> None:
+    """Refuse to store what the rows of this data set do not have.
+
+    Args:
+        store_text: None: as the task does where nothing is asked for.
+        fast_tokenizer: whether the tokenizer knows the characters of each token.
+
+    Raises:
+        MisuseError: names the flag.
+    """
+    if store_label_logprobs and not task.classes_are_tokens:
+        raise MisuseError(
+            f"--store-label-logprobs is for language models, where every position has a hard label, the token that follows; --task {task.name} has classes; leave it out"
+        )
+    if not store_text or not task.classes_are_tokens:
+        return
+    if tokenization.packing:
+        raise MisuseError(
+            "--store-text does not go with --packing: a packed row is made of pieces of several texts; leave out one of the two"
+        )
+    if columns.input_ids is not None:
+        raise MisuseError("--store-text: rows of token ids (--input-ids-column) have no text; leave it out")
+    if not fast_tokenizer:
+        raise MisuseError("--store-text needs a fast tokenizer, which knows the characters of each token; leave it out")
+
+
+def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[str, bool]:
+    """Arguments of `cache_schema`: which columns hold the texts."""
+    if not task.classes_are_tokens:
+        return {"text": store_text is not False}
+    return {"text": bool(store_text) and not chats, "messages": bool(store_text) and chats}
 
 
 def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:

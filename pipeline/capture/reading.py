@@ -38,7 +38,8 @@ def read_shard(job: Job, shard: ShardPlan) -> Tokens:
     counts: Counter[str] = Counter()
     found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
     limit = job.teacher.embedding_rows
-    for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization):
+    texts = bool(job.plan.contract.columns.keys() & {"text", "messages"})
+    for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization, texts=texts):
         if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
             item = _fed(item, shard.split, limit, job.tokenizer)
         if isinstance(item, BadRow):

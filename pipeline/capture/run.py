@@ -94,9 +94,9 @@ def cache_logits(
             encoding is `TopK(20, (1.0,))` then, where none is given.
         prompt_template: the teacher is a language model that labels by prompt: file of a Jinja template, its text, or "default".
         label_text: class -> what the language model reads for it, or the classes alone; default: the data's labels.
-        settings: packing, isolate_documents, store_text, store_entropy, batch_tokens, rows_per_shard, rows, on_bad_row, overwrite, append;
-            with a server server_model, server_api, concurrency, server_patience (seconds), check_with (local weights), top_logprobs (asked of
-            each position, for `TopP`); with a prompt prompt_format ("auto", "chat", "plain"), shots, shot_tokens and calibrate; for chats
+        settings: packing, isolate_documents, store_text, store_entropy, store_label_logprobs, batch_tokens, rows_per_shard, rows,
+            on_bad_row, overwrite, append; with a server server_model, server_api, concurrency, server_patience (seconds), check_with
+            (local weights), top_logprobs (asked of each position, for `TopP`); with a prompt prompt_format ("auto", "chat", "plain"), shots, shot_tokens and calibrate; for chats
             assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
             truncation_side ("right", "left").
 

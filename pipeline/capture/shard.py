@@ -261,6 +261,7 @@ def label_rows(
         schema,
         counts=counts,
         entropy=scores.entropy.float(),
+        label_logprobs=-scores.nll.float(),
     )
 
 

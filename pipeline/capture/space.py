@@ -52,11 +52,12 @@ def _bytes_per_row(job: Job, *, overwrite: bool) -> float:
         rows = sum(receipt.plan.stop - receipt.plan.start for receipt in done)
         return sum(receipt.shard.bytes for receipt in done) / max(rows, 1)
     contract = job.plan.contract
-    per_position = bytes_per_position(contract.encoding, contract.num_classes) + 2 * ("entropy" in contract.columns)
+    per_position = bytes_per_position(contract.encoding, contract.num_classes)
+    per_position += 2 * sum(name in contract.columns for name in ("entropy", "label_logprobs"))
     total = 0.0
     examples, rows = sample_rows(job)
     for item in examples:
-        text = len(item.text or "") + len(item.text_pair or "")
+        text = sum(len(each or "") for each in (item.text, item.text_pair, item.messages))
         total += _ROW_BYTES + _TOKEN_BYTES * item.num_tokens + per_position * item.num_positions + text
     return total / max(rows, 1)
 
@@ -67,7 +68,8 @@ def sample_rows(job: Job) -> tuple[list[TokenizedExample], int]:
     rows = 0
     for split, row in _sample(job):
         found = read_examples(job.source, split, row, row + 1, job.labels)
-        made = job.task.tokenize(found, split, job.tokenizer, job.plan.contract.tokenization)
+        texts = bool(job.plan.contract.columns.keys() & {"text", "messages"})
+        made = job.task.tokenize(found, split, job.tokenizer, job.plan.contract.tokenization, texts=texts)
         examples += [item for item in made if isinstance(item, TokenizedExample)]
         rows += 1
     return examples, rows

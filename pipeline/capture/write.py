@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Layout, Plan
@@ -24,13 +22,21 @@ from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.writing.build import begin, finish, record
 from pipeline.cache.writing.writer import write_shard
+from pipeline.capture.labelled import (
+    LabelledRow,
+    check_ids,
+    label_logprobs,
+    logits_of,
+    ready_of,
+    scores_of,
+    tokenized,
+)
 from pipeline.capture.plan import library_versions
 from pipeline.capture.shard import encode_rows, row_sums
 from pipeline.errors import BadRowError, EncodingError, MisuseError
 from pipeline.models import tokenizer_info
 from pipeline.progress import Progress
 from pipeline.records import (
-    NO_LABEL,
     BadRow,
     Columns,
     Contract,
@@ -39,43 +45,16 @@ from pipeline.records import (
     Receipt,
     RowBlock,
     Sampled,
-    Scalar,
     ShardPlan,
-    SoftLabels,
     SourceInfo,
-    TeacherScores,
     Tokenization,
-    TokenizedExample,
 )
 from pipeline.softlabels import concatenate, counter_uniforms, narrow
-from pipeline.softlabels.ragged import owners
 from pipeline.sources.files.loading import redact
-from pipeline.tasks import Task, get_task, token_block
+from pipeline.tasks import Task, get_task
 
 #: Logits that are encoded at once: 8 MB in float32.
 _BATCH_LOGITS = 2 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledRow:
-    """Tokens, and what a teacher predicts at their supervised positions: dense logits or ready soft labels."""
-
-    input_ids: Sequence[int] | np.ndarray
-    logits: Tensor | np.ndarray | None = None
-    """(N, V) float, row n made at supervised position n."""
-    soft_labels: SoftLabels | None = None
-    """N positions; with `scores`, where they are known."""
-    scores: TeacherScores | None = None
-    supervised: Sequence[bool] | np.ndarray | None = None
-    """(T,) bool, token tasks. Default: every position but the last."""
-    label: int | None = None
-    text: str | None = None
-    text_pair: str | None = None
-    token_type_ids: Sequence[int] | np.ndarray | None = None
-    text_bytes: int = 0
-    split: str = "train"
-    kept: Mapping[str, Scalar] = field(default_factory=dict)
-    """Columns to copy into the cache, those of the first row, as text."""
 
 
 def write_cache(
@@ -93,6 +72,8 @@ def write_cache(
     rows_per_shard: int = 1000,
     seed: int = 0,
     on_bad_row: Literal["stop", "skip"] = "stop",
+    store_text: bool | None = None,
+    store_label_logprobs: bool = False,
     overwrite: bool = False,
 ) -> Cache:
     """Write a cache from labelled rows, as they come.
@@ -103,6 +84,9 @@ def write_cache(
         teacher: who made the logits: a name, or all that is known.
         num_classes: V; default: the tokenizer's vocabulary (token tasks), or the number of label names.
         max_length: the longest row that is allowed; default: the longest that comes.
+        store_text: keep the texts, or the messages, of the rows; None: of classifiers those that have one.
+        store_label_logprobs: language models: keep the log-probability of each token that follows. It is known of dense logits, of ready soft
+            labels with `scores`, and where the token is among the kept classes; a row with a position of which it is not is a bad row.
         on_bad_row: `skip`: a `BadRow` among the rows, and a row whose parts do not fit each other, is set aside.
 
     Returns:
@@ -129,13 +113,17 @@ def write_cache(
             break
     if first is None:
         raise MisuseError("write_cache: expected rows, found none")
+    _check_stored(chosen, first, store_text=store_text, store_label_logprobs=store_label_logprobs)
+    keeps = store_text is not False if not chosen.classes_are_tokens else bool(store_text)
     schema = cache_schema(
         encoding,
         classes,
         token_classes=chosen.classes_are_tokens,
         token_type_ids=first.token_type_ids is not None,
-        text=first.text is not None and not chosen.classes_are_tokens,
+        text=keeps and first.text is not None,
         text_pair=first.text_pair is not None,
+        messages=keeps and first.messages is not None,
+        label_logprobs=store_label_logprobs,
         kept=dict.fromkeys(first.kept, pa.string()),
     )
     info = (
@@ -152,7 +140,7 @@ def write_cache(
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(source, None, None, Columns(text=None, label=None), {}),
         tokenization=Tokenization(max_length or 0),
-        store_text=first.text is not None,
+        store_text=store_text is not False and (first.text is not None or first.messages is not None),
         batch_tokens=0,
         seed=seed,
         versions=library_versions(),
@@ -248,8 +236,8 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
     rows = [row for _, row in batch if isinstance(row, LabelledRow)]
     if len(rows) < len(batch):
         raise BadRowError(next(row.reason for _, row in batch if isinstance(row, BadRow)))
-    examples = [_tokenized(task, row, number) for (number, _), row in zip(batch, rows, strict=True)]
-    _check_ids(task, examples, contract)
+    examples = [tokenized(task, row, number) for (number, _), row in zip(batch, rows, strict=True)]
+    check_ids(task, examples, contract)
     split, seed = rows[0].split, contract.seed
     uniforms = None
     if isinstance(contract.encoding, Sampled):
@@ -257,13 +245,13 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
         drawn = [counter_uniforms(seed, split, e.source_row, 0, end) for e, end in zip(examples, ends, strict=True)]
         uniforms = torch.cat(drawn)
     if rows[0].logits is not None:
-        logits = torch.cat([_logits(row, example, contract) for row, example in zip(rows, examples, strict=True)])
+        logits = torch.cat([logits_of(row, example, contract) for row, example in zip(rows, examples, strict=True)])
         soft, scores = encode_rows(task, examples, logits, contract.encoding, split=split, seed=seed, uniforms=uniforms)
     else:
-        given = [_ready(row, example, contract) for row, example in zip(rows, examples, strict=True)]
+        given = [ready_of(row, example, contract) for row, example in zip(rows, examples, strict=True)]
         soft = concatenate(given)
         soft = soft if uniforms is None else narrow(soft, uniforms)
-        scores = _scores(rows, soft, torch.from_numpy(task.hard_labels(examples)), [len(each) for each in given])
+        scores = scores_of(rows, soft, torch.from_numpy(task.hard_labels(examples)), [len(each) for each in given])
     counts = [example.num_positions for example in examples]
     return make_block(
         examples,
@@ -273,7 +261,19 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
         [content_hash(example) for example in examples],
         schema,
         counts=counts,
+        label_logprobs=label_logprobs(rows, examples, scores, contract.encoding)
+        if "label_logprobs" in schema.names
+        else None,
     )
+
+
+def _check_stored(task: Task, first: LabelledRow, *, store_text: bool | None, store_label_logprobs: bool) -> None:
+    if store_label_logprobs and not task.classes_are_tokens:
+        raise MisuseError("write_cache: store_label_logprobs is for language models; leave it out")
+    if store_text and first.text is None and first.messages is None:
+        raise MisuseError("write_cache: store_text: expected rows with text or messages, found none in the first")
+    if first.messages is not None and (first.text is not None or not task.classes_are_tokens):
+        raise MisuseError("write_cache: messages are of language models, in place of text; give one of the two")
 
 
 def _by_split(
@@ -289,83 +289,6 @@ def _by_split(
             )
         seen.add(split)
         yield split, enumerate(group)
-
-
-def _tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
-    ids = np.asarray(row.input_ids, dtype=np.int32)
-    supervised = None
-    if task.classes_are_tokens:
-        default = np.arange(len(ids)) < len(ids) - 1
-        supervised = default if row.supervised is None else np.asarray(row.supervised, dtype=bool)
-        if len(supervised) != len(ids) or not supervised.any() or supervised[-1]:
-            raise BadRowError(
-                f"row {number}: supervised: expected {len(ids)} flags, one or more of them set and the last not"
-            )
-    return TokenizedExample(
-        source_row=number,
-        piece=0,
-        input_ids=ids,
-        supervised=supervised,
-        token_type_ids=None if row.token_type_ids is None else np.asarray(row.token_type_ids, dtype=np.int32),
-        label=row.label,
-        text=row.text,
-        text_pair=row.text_pair,
-        text_bytes=row.text_bytes,
-        kept=row.kept,
-    )
-
-
-def _check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contract) -> None:
-    number = examples[0].source_row
-    tokens = token_block(examples)
-    ids, limit = tokens.input_ids, contract.tokenizer.vocabulary_size
-    fine = bool(ids.counts.all()) and ids.values.min() >= 0 and ids.values.max() < limit
-    _check(number, fine, f"token ids of 0 to {limit - 1}", ids.values[:8].tolist())
-    labels = task.hard_labels(tokens)
-    known = labels[labels != NO_LABEL]
-    fine = not len(known) or (known.min() >= 0 and known.max() < contract.num_classes)
-    _check(number, fine, f"labels of 0 to {contract.num_classes - 1}", known[:8].tolist())
-
-
-def _logits(row: LabelledRow, example: TokenizedExample, contract: Contract) -> Tensor:
-    """(N, V)."""
-    logits = torch.as_tensor(row.logits).detach().cpu()
-    _check(example.source_row, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
-    logits = logits[:, : contract.num_classes]
-    shape = (example.num_positions, contract.num_classes)
-    _check(example.source_row, logits.shape == shape, f"logits of shape {shape}", tuple(logits.shape))
-    return logits
-
-
-def _ready(row: LabelledRow, example: TokenizedExample, contract: Contract) -> SoftLabels:
-    """Soft labels as they were given."""
-    soft, number = row.soft_labels, example.source_row
-    if soft is None:
-        raise BadRowError(f"row {number}: expected logits or soft_labels, found neither")
-    positions = example.num_positions
-    _check(number, len(soft) == positions, f"soft labels of {positions} positions", len(soft))
-    _check(number, soft.encoding == contract.encoding, str(contract.encoding), soft.encoding)
-    _check(number, soft.num_classes == contract.num_classes, f"{contract.num_classes} classes", soft.num_classes)
-    return soft
-
-
-def _scores(rows: Sequence[LabelledRow], soft: SoftLabels, labels: Tensor, counts: Sequence[int]) -> TeacherScores:
-    """Those given, and else what the kept classes say: nan where the hard label is not among them; the entropy is not known."""
-    owner = owners(soft.top_offsets)
-    nll = torch.full((len(soft),), torch.nan)
-    hit = soft.top_ids == labels[owner]
-    nll[owner[hit]] = -soft.top_logprobs[hit]
-    nll, entropy = nll.masked_fill(labels == NO_LABEL, 0.0), torch.full((len(soft),), torch.nan)
-    for row, stop, count in zip(rows, np.cumsum(counts).tolist(), counts, strict=True):
-        if row.scores is not None:
-            nll[stop - count : stop] = row.scores.nll
-            entropy[stop - count : stop] = row.scores.entropy
-    return TeacherScores(nll, entropy)
-
-
-def _check(number: int, condition: bool, expected: str, found: object) -> None:
-    if not condition:
-        raise BadRowError(f"row {number}: expected {expected}, found {found}")
 
 
 def _drop_shards(layout: Layout) -> None:

@@ -68,8 +68,8 @@ def _cache_logits(config: cfg.CacheLogitsConfig) -> None:
 )
 def _estimate(config: cfg.EstimateConfig) -> None:
     from pipeline.cache.format.manifest import dump
-    from pipeline.capture.estimate import run
-    from pipeline.capture.estimate_table import format_estimate
+    from pipeline.capture.estimate.run import run
+    from pipeline.capture.estimate.table import format_estimate
 
     found = run(config)
     click.echo(dump(found) if config.json else format_estimate(found), nl=not config.json)

@@ -229,7 +229,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     options: dict[str, Any] = {}
     if field.name in PATHS:
         options["shell_complete"] = click.Path().shell_complete
-    if hint is bool:
+    if hint is bool or hint == bool | None:
         return FieldOption(field, [field.name, f"{flag}/--no-{cfg.flag_name(field.name)}"])
     if typing.get_origin(hint) is tuple:
         literal = typing.get_origin(arguments[0]) is typing.Literal

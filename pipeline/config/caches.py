@@ -87,6 +87,10 @@ class ImportConfig:
     top_k: int | None = encoding_option(
         "Log-probabilities to keep of each position. Default: 20 of a response, all of a row of a table.", None
     )
+    store_label_logprobs: bool = encoding_option(
+        "Store the teacher's log-probability of each token that follows too (2 bytes a position); a row where it is not known is a bad row.",
+        False,
+    )
     split: str = data_option("Split that the rows become.", "train")
     position_zero: Literal["auto", "empty", "filled"] = data_option(
         "Whether the first entry is empty, each speaking of its own token (vLLM, OpenAI), or filled, speaking of the next. auto finds out.",

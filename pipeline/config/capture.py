@@ -138,6 +138,10 @@ class CacheLogitsConfig:
     store_entropy: bool = encoding_option(
         "Store the teacher's entropy at each position too (2 bytes), not only its sum over the row.", False
     )
+    store_label_logprobs: bool = encoding_option(
+        "Language models: store the teacher's log-probability of each token that follows too (2 bytes a position).",
+        False,
+    )
     output: str = output_option("Directory of the cache, or a URL that fsspec opens, as s3://bucket/cache.")
     overwrite: bool = output_option("Delete what the output directory holds and start anew.", False)
     append: bool = output_option("Add the rows that the data set has gained to a finished cache, as new shards.", False)

@@ -68,8 +68,9 @@ class DataConfig:
     truncation_side: Literal["right", "left"] = option(
         "Where chats and prompts that are too long lose tokens.", "right"
     )
-    store_text: bool = option(
-        "Keep the texts, so that a student with another tokenizer can train (classification).", True
+    store_text: bool | None = option(
+        "Keep the texts, and of chats the messages, so that a student with another tokenizer can train. Default: classification alone.",
+        None,
     )
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ def run(config: ImportConfig) -> Cache:
         max_length=config.max_length,
         requests=config.requests,
         on_bad_row=config.on_bad_row,
+        store_label_logprobs=config.store_label_logprobs,
         overwrite=config.overwrite,
     )
 
@@ -74,6 +75,7 @@ def import_responses(
     max_length: int | None = None,
     requests: str | Path | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
+    store_label_logprobs: bool = False,
     overwrite: bool = False,
 ) -> Cache:
     """Write a `top-k` cache from a server's responses, or from rows that hold top log-probabilities.
@@ -85,6 +87,8 @@ def import_responses(
             `auto` compares the weight of the token that does follow under both, over the first rows.
         compression_config: how DistillKit has packed; default: `compression_config.yaml` beside the first file.
         requests: the input file of a batch, where the answers do not hold their prompts; told by `custom_id`.
+        store_label_logprobs: keep the log-probability of each token that follows. A server's response has it everywhere; a table may not, and
+            such a row is a bad row.
         on_bad_row: `skip`: a failed request, and a row that cannot be used, is set aside and listed in `reports/bad-rows.tsv`.
 
     Returns:
@@ -117,6 +121,7 @@ def import_responses(
         source=opened.kind,
         rows_per_shard=opened.rows_per_shard,
         on_bad_row=on_bad_row,
+        store_label_logprobs=store_label_logprobs,
         overwrite=overwrite,
     )
 

@@ -80,16 +80,18 @@ class CausalLM:
         split: str,
         tokenizer: PreTrainedTokenizerBase,
         settings: Tokenization,
+        *,
+        texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
         """Documents are cut into pieces of `max_length` tokens, or with packing joined by EOS first.
 
         A piece starts with the last token of the one before, so that every token but a document's first is predicted once. Chats, prompts and rows with
-        labels of their own are truncated instead: a later piece would have lost its prompt.
+        labels of their own are truncated instead: a later piece would have lost its prompt. Packed rows keep no texts.
         """
         if settings.packing:
             yield from _pack(read_documents(examples, split, tokenizer, settings), split, tokenizer, settings)
             return
-        for document in read_documents(examples, split, tokenizer, settings):
+        for document in read_documents(examples, split, tokenizer, settings, texts=texts):
             if isinstance(document, BadRow):
                 yield document
                 continue
@@ -240,12 +242,14 @@ def _row(parts: Sequence[Document], piece: int, *, isolate: bool) -> TokenizedEx
     """`predicted` speaks of tokens, `supervised` of the positions before them."""
     predicted = np.concatenate([part.predicted for part in parts])
     num_bytes = np.concatenate([part.num_bytes for part in parts])
-    example = parts[0].example
+    example, covered, conversation = parts[0].example, parts[0].covered, parts[0].conversation
     return TokenizedExample(
         source_row=example.source_row,
         piece=piece,
         input_ids=np.concatenate([part.input_ids for part in parts]).astype(np.int32),
         supervised=np.append(predicted[1:], False),
+        text=None if covered is None else covered.shown,
+        messages=None if conversation is None else conversation.to_json(predicted),
         document_lengths=np.asarray([len(part.input_ids) for part in parts], dtype=np.int32) if isolate else None,
         text_bytes=int(num_bytes[1:][predicted[1:]].sum()),
         kept=example.kept,

@@ -108,7 +108,7 @@ def render_chat(
     if mode == "last":
         learnt = learnt[-1:]
     if template.is_marked and mode in ("auto", "all"):
-        return [Rendered(text, _learnt(messages, spans))]
+        return [Rendered(text, _learnt(messages, spans), len(messages), learnt)]
     if not learnt:
         roles = ", ".join(dict.fromkeys(message.role for message in messages))
         raise BadRowError(f"expected a turn of the assistant to learn from, found the roles {roles}")
@@ -116,7 +116,7 @@ def render_chat(
         return [_marked(number, messages, turns, tools, render) for number in learnt]
     found = list(replies(learnt, turns, tools, render, control))
     if mode == "each":
-        return [Rendered(reply.text, [(reply.start, len(reply.text))]) for reply in found]
+        return [share_rows([reply])[0] for reply in found]
     rows = share_rows(found)
     if mode == "all" and len(rows) > 1:
         raise BadRowError(
@@ -155,7 +155,7 @@ def _marked(
     except REFUSALS as error:
         raise BadRowError(f"turn {number}: the chat template refuses the chat up to it: {error}") from None
     others = [dataclasses.replace(message, learnt=i == number) for i, message in enumerate(messages[: number + 1])]
-    return Rendered(text, _learnt(others, spans))
+    return Rendered(text, _learnt(others, spans), number + 1, [number])
 
 
 def _learnt(messages: Sequence[Message], spans: list[Span]) -> list[Span]:

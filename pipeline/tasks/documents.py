@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Cut, Example, Tokenization
 from pipeline.tasks.chats import render_chat
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
+from pipeline.tasks.texts import Conversation, Covered, Index
 from pipeline.tasks.turns import Rendered, control_tokens
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,10 @@ class Document:
     """The first of several rows of a chat: how many they are."""
     cut: Cut | None = None
     """What was cut off."""
+    covered: Covered | None = None
+    """The characters of each token, where texts are kept."""
+    conversation: Conversation | None = None
+    """The turns of a chat, where they are kept."""
 
     @property
     def may_be_cut(self) -> bool:
@@ -58,6 +64,7 @@ class Document:
             is_closed=False,
             split_chat=0 if start else self.split_chat,
             cut=None if start else self.cut,
+            **self._origin(slice(start, stop)),
         )
 
     def truncated(self, longest: int, *, left: bool, bos_id: int | None) -> Document:
@@ -69,8 +76,20 @@ class Document:
         predicted[: opening + 1 if left else 1] = False
         lost = Cut(self.example.source_row, len(rest) - longest, int(self.predicted.sum() - predicted.sum()))
         return dataclasses.replace(
-            self, input_ids=self.input_ids[kept], predicted=predicted, num_bytes=self.num_bytes[kept], cut=lost
+            self,
+            input_ids=self.input_ids[kept],
+            predicted=predicted,
+            num_bytes=self.num_bytes[kept],
+            cut=lost,
+            **self._origin(kept),
         )
+
+    def _origin(self, index: Index) -> dict[str, Any]:
+        """What some of the tokens were made of."""
+        return {
+            "covered": None if self.covered is None else self.covered.take(index),
+            "conversation": None if self.conversation is None else self.conversation.take(index),
+        }
 
     def with_eos(self, eos_id: int) -> Document:
         """Closed by EOS, which is to be predicted where all of the text is."""
@@ -85,9 +104,17 @@ class Document:
 
 
 def read_documents(
-    examples: Iterable[Example | BadRow], split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
+    examples: Iterable[Example | BadRow],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Tokenization,
+    *,
+    texts: bool = False,
 ) -> Iterator[Document | BadRow]:
     """Tokenize each example by the kind of its input, at its full length. A chat may be several documents.
+
+    Args:
+        texts: with what each was made of; the tokenizer is a fast one.
 
     Rows of token ids that begin or end in padding which is to be learnt are counted in a warning.
 
@@ -103,7 +130,7 @@ def read_documents(
             yield example
             continue
         try:
-            documents = _tokenize(example, vocabulary, settings, control)
+            documents = _tokenize(example, vocabulary, settings, control, texts)
         except BadRowError as error:
             yield BadRow(split, example.source_row, str(error))
             continue
@@ -140,23 +167,26 @@ def _learns_padding(document: Document, pad_id: int | None) -> bool:
 
 
 def _tokenize(
-    example: Example, vocabulary: Vocabulary, settings: Tokenization, control: re.Pattern[str]
+    example: Example, vocabulary: Vocabulary, settings: Tokenization, control: re.Pattern[str], texts: bool
 ) -> list[Document]:
     if example.messages is not None:
-        return _from_chat(example, vocabulary, settings, control)
+        return _from_chat(example, vocabulary, settings, control, texts)
     if example.prompt_completion is not None:
-        return [_from_prompt(example, vocabulary)]
+        return [_from_prompt(example, vocabulary, texts)]
     if example.input_ids is not None:
         ids = np.asarray(example.input_ids, dtype=np.int32)
         labels = np.asarray(example.token_labels if example.token_labels is not None else example.input_ids)
         return [_document(example, ids, labels != NO_LABEL, vocabulary.bytes_of_ids(ids))]
-    ids, num_bytes, _ = vocabulary.encode(example.text or "")
-    ids, num_bytes = vocabulary.enclose(ids, num_bytes)
-    return [_document(example, ids, np.ones(len(ids), dtype=bool), num_bytes)]
+    text = example.text or ""
+    bare, num_bytes, offsets = vocabulary.encode(text)
+    opened, ids = vocabulary.open(bare, num_bytes)[0], bare
+    ids, num_bytes = vocabulary.enclose(bare, num_bytes)
+    document = _document(example, ids, np.ones(len(ids), dtype=bool), num_bytes)
+    return [_covering(document, Covered.of(text, offsets), len(opened) - len(bare)) if texts else document]
 
 
 def _from_chat(
-    example: Example, vocabulary: Vocabulary, settings: Tokenization, control: re.Pattern[str]
+    example: Example, vocabulary: Vocabulary, settings: Tokenization, control: re.Pattern[str], texts: bool
 ) -> list[Document]:
     tokenizer = vocabulary.tokenizer
     rows = render_chat(example, tokenizer, settings, control)
@@ -167,19 +197,38 @@ def _from_chat(
         )
     several = len(rows) if len(rows) > 1 and settings.assistant_turns in (None, "auto") else 0
     return [
-        dataclasses.replace(_from_text(example, row, vocabulary), piece=piece, split_chat=0 if piece else several)
+        dataclasses.replace(
+            _from_text(example, row, vocabulary, texts), piece=piece, split_chat=0 if piece else several
+        )
         for piece, row in enumerate(rows)
     ]
 
 
-def _from_text(example: Example, row: Rendered, vocabulary: Vocabulary) -> Document:
+def _from_text(example: Example, row: Rendered, vocabulary: Vocabulary, texts: bool) -> Document:
     tokenizer = vocabulary.tokenizer
     ids, num_bytes, offsets = vocabulary.encode(row.text)
     learnt = overlapping(offsets, row.spans)
     twice = int(len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id)  # the template's, and the first turn's
     ends = tokenizer.eos_token is not None and row.text.rstrip().endswith(str(tokenizer.eos_token))
     document = _document(example, ids[twice:], learnt[twice:], num_bytes[twice:])
-    return dataclasses.replace(document, is_closed=ends)
+    conversation = _conversation(example, row, offsets, learnt).take(slice(twice, None)) if texts else None
+    return dataclasses.replace(document, is_closed=ends, conversation=conversation)
+
+
+def _conversation(
+    example: Example, row: Rendered, offsets: Sequence[tuple[int, int]], learnt: np.ndarray
+) -> Conversation:
+    """The turns of a row, and to which of them each token that is learnt belongs."""
+    turn_of: np.ndarray | None = np.full(len(learnt), -1, dtype=np.int64)
+    assert turn_of is not None
+    if len(row.numbers) == 1:
+        turn_of[learnt] = row.numbers[0]
+    elif len(row.numbers) == len(row.spans):
+        for number, span in zip(row.numbers, row.spans, strict=True):
+            turn_of[overlapping(offsets, [span])] = number
+    else:
+        turn_of = None
+    return Conversation((example.messages or ())[: row.num_turns], example.tools, tuple(row.numbers), turn_of)
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> np.ndarray:
@@ -198,7 +247,7 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, i
     return found
 
 
-def _from_prompt(example: Example, vocabulary: Vocabulary) -> Document:
+def _from_prompt(example: Example, vocabulary: Vocabulary, texts: bool) -> Document:
     """The completion's tokens are to be predicted, and EOS after them.
 
     Prompt and completion are tokenized apart, so that no token straddles the border. Tokenizers that put a space in
@@ -215,12 +264,23 @@ def _from_prompt(example: Example, vocabulary: Vocabulary) -> Document:
                 f"no token of the completion begins after the prompt: {len(ids)} tokens of the joined text, all of the prompt"
             )
         before, after = (ids[:first], num_bytes[:first]), (ids[first:], num_bytes[first:])
+        covered = Covered.of(text, offsets) if texts else None
     else:
-        before, after = vocabulary.encode(prompt)[:2], vocabulary.encode(completion)[:2]
+        (*before, asked), (*after, answered) = vocabulary.encode(prompt), vocabulary.encode(completion)
+        covered = Covered.of(prompt, asked).joined(Covered.of(completion, answered)) if texts else None
+    bare = len(before[0])
     before = vocabulary.open(*before)
     after = vocabulary.close(*after)
     ids = np.concatenate([before[0], after[0]])
-    return _document(example, ids, np.arange(len(ids)) >= len(before[0]), np.concatenate([before[1], after[1]]))
+    predicted = np.arange(len(ids)) >= len(before[0])
+    document = _document(example, ids, predicted, np.concatenate([before[1], after[1]]))
+    return document if covered is None else _covering(document, covered, len(before[0]) - bare)
+
+
+def _covering(document: Document, covered: Covered, before: int) -> Document:
+    """A document with the characters of its tokens, of which so many were put before those of the text."""
+    after = len(document.input_ids) - before - len(covered.starts)
+    return dataclasses.replace(document, covered=covered.enclosed(before, after))
 
 
 def _first_letter(text: str, offset: tuple[int, int]) -> int:

@@ -99,8 +99,14 @@ class Task(Protocol):
         split: str,
         tokenizer: PreTrainedTokenizerBase,
         settings: Tokenization,
+        *,
+        texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Examples of one shard -> rows of the cache, in order, with the supervised positions marked."""
+        """Examples of one shard -> rows of the cache, in order, with the supervised positions marked.
+
+        Args:
+            texts: language models: with the text or the messages that each row is of; the tokenizer is a fast one, and rows are not packed.
+        """
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
         """(N,) int64: the hard label of each supervised position of all rows, -100 where there is none."""

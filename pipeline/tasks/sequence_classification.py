@@ -85,8 +85,10 @@ class SequenceClassification:
         split: str,
         tokenizer: PreTrainedTokenizerBase,
         settings: Tokenization,
+        *,
+        texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Texts longer than `max_length` are truncated, as `transformers` does."""
+        """Texts longer than `max_length` are truncated, as `transformers` does; each row has its whole text in any case."""
         for chunk in _batched(examples):
             good = [item for item in chunk if isinstance(item, Example)]
             tokens = iter(self._tokenize_texts(good, tokenizer, settings.max_length)) if good else iter(())

@@ -43,6 +43,10 @@ class Rendered:
 
     text: str
     spans: list[Span]
+    num_turns: int
+    """The turns of the chat that it was rendered from, from the first on."""
+    numbers: list[int]
+    """The turns that are to be learnt. Where they are as many as the spans, a span is of each."""
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -58,9 +62,10 @@ def share_rows(replies: Sequence[Reply]) -> list[Rendered]:
         span = (reply.start, len(reply.text))
         host = next((row for row in rows if row.text.startswith(reply.text)), None)
         if host is None:
-            rows.insert(0, Rendered(reply.text, [span]))
+            rows.insert(0, Rendered(reply.text, [span], reply.number + 1, [reply.number]))
         else:
             host.spans.insert(0, span)
+            host.numbers.insert(0, reply.number)
     return rows
 
 

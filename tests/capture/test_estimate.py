@@ -129,7 +129,7 @@ def test_sizes_as_people_write_them():
 
 
 def test_a_live_data_set_is_a_source_too(lm_tokenizer):
-    from pipeline.capture.estimate import estimate
+    from pipeline.capture.estimate.run import estimate
     from pipeline.models import LoadedModel
     from pipeline.records import Columns, Tokenization
     from pipeline.sources import from_datasets

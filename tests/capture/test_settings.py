@@ -27,6 +27,7 @@ CONTRACT: dict[str, tuple[Any, str]] = {
     "sample_size": (7.0, "encoding.sample_size"),
     "temperature": ((2.0,), "encoding.temperature"),
     "store_entropy": (True, "columns.entropy"),
+    "store_label_logprobs": (True, "columns.label_logprobs"),
     "rows_per_shard": (9, "shards"),
     "batch_tokens": (77, "batch_tokens"),
     "torch_compile": ("eager", "teacher.compiler"),

@@ -198,3 +198,63 @@ def test_ready_labels_of_sampled_are_rounded_without_bias(tmp_path, lm_tokenizer
     q = float(torch.softmax(logits, -1)[0, 1])
     assert set(np.round(weights * 80).astype(int)) == {3, 4}
     assert abs(weights.mean() - q) < 4 * weights.std() / np.sqrt(len(weights))
+
+
+def settings_of(tokenizer, encoding, **more):
+    return {"task": "causal-lm", "tokenizer": tokenizer, "encoding": encoding, "teacher": "t", **more}
+
+
+@pytest.mark.parametrize("encoding", [Full(), TopK(4), Sampled(10.0, temperature=2.0)], ids=lambda e: e.kind)
+def test_the_log_probability_of_each_next_token_is_kept_on_request(tmp_path, lm_tokenizer, encoding):
+    settings = settings_of(lm_tokenizer, encoding, store_label_logprobs=True)
+    cache = softlabel.write_cache(token_rows(6), tmp_path / "c", **settings)
+    assert verify(cache.root).problems == ()
+    for row, given in zip(cache.dataset("train"), token_rows(6), strict=True):
+        expected = -teacher_scores(given.logits, torch.tensor(given.input_ids[1:])).nll
+        torch.testing.assert_close(row.label_logprobs, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_row_where_it_is_not_known_is_a_bad_row(tmp_path, lm_tokenizer):
+    def ready(encoding, *, scored=False):
+        for given in token_rows(4):
+            soft, labels = encode(given.logits, encoding), torch.tensor(given.input_ids[1:])
+            scores = teacher_scores(given.logits, labels) if scored else None
+            yield softlabel.LabelledRow(given.input_ids, soft_labels=soft, scores=scores)
+
+    rows = list(ready(TopK(320)))
+    rows[2] = list(ready(TopK(320)))[2]
+    near = encode(torch.eye(320)[:39], TopK(1))  # the most likely is 0, 1, 2, ...: not what follows
+    rows[2] = softlabel.LabelledRow(rows[2].input_ids, soft_labels=dataclasses.replace(near, encoding=TopK(320)))
+    settings = settings_of(lm_tokenizer, TopK(320), store_label_logprobs=True)
+    message = (
+        r"row 2: label_logprobs: the log-probability of the token that follows is not known at \d+ of 39 positions"
+    )
+    with pytest.raises(BadRowError, match=message):
+        softlabel.write_cache(rows, tmp_path / "c", **settings)
+    made = softlabel.write_cache(rows, tmp_path / "d", on_bad_row="skip", **settings)
+    assert [row.example.source_row for row in made.dataset("train")] == [0, 1, 3]
+    assert made.manifest.bad_rows == 1
+    settings = settings_of(lm_tokenizer, Sampled(10.0), store_label_logprobs=True)
+    with pytest.raises(BadRowError, match=r"row 0: label_logprobs: .* not known at 39 of 39 positions"):
+        softlabel.write_cache(ready(Sampled(10.0)), tmp_path / "e", **settings)
+    made = softlabel.write_cache(ready(Sampled(10.0), scored=True), tmp_path / "f", **settings)
+    assert made.dataset("train")[0].label_logprobs.shape == (39,)
+
+
+def test_texts_and_messages_are_kept_on_request(tmp_path, lm_tokenizer):
+    def rows(**fields):
+        return [dataclasses.replace(row, **fields) for row in token_rows(3)]
+
+    settings = settings_of(lm_tokenizer, TopK(4))
+    chat = '{"messages": [{"role": "assistant", "content": "hi"}], "tools": null, "learnt": [0]}'
+    for name, fields in (("text", {"text": "the cat"}), ("messages", {"messages": chat})):
+        made = softlabel.write_cache(rows(**fields), tmp_path / name, store_text=True, **settings)
+        assert getattr(made.dataset("train")[0].example, name) == fields[name]
+        assert made.manifest.contract.store_text
+        assert verify(made.root).problems == ()
+        plain = softlabel.write_cache(rows(**fields), tmp_path / f"{name}-plain", **settings)
+        assert name not in plain.manifest.contract.columns
+    with pytest.raises(MisuseError, match="store_text: expected rows with text or messages, found none"):
+        softlabel.write_cache(rows(), tmp_path / "x", store_text=True, **settings)
+    with pytest.raises(MisuseError, match="messages are of language models, in place of text"):
+        softlabel.write_cache(rows(text="a", messages=chat), tmp_path / "x", store_text=True, **settings)

@@ -424,3 +424,39 @@ def test_chat_answers_without_prompt_ids_take_the_template(tmp_path, answers, lm
     requests.write_text(requests.read_text() + json.dumps(asked[0]) + "\n")
     with pytest.raises(SourceError, match=r"requests\.jsonl line 13: custom_id 'q11' is there twice"):
         imported(tmp_path, tokenizer, lines, "h", requests=requests)
+
+
+def unlikely(ids, logprobs):
+    """The same, with every fourth token none of the most likely."""
+    lower = logprobs.clone()
+    places = torch.arange(3, len(ids) - 1, 4)
+    lower[places, torch.tensor(ids)[places + 1]] -= 12.0
+    return ids, torch.log_softmax(lower, -1)
+
+
+@pytest.mark.parametrize("layout", [vllm, vllm_filled, completions, chat])
+def test_the_log_probability_of_each_next_token_is_kept_on_request(tmp_path, answers, lm_tokenizer, layout):
+    """A server says it of every token, among the most likely or not."""
+    answers = [unlikely(*answer) for answer in answers]
+    file = write(tmp_path / "r.jsonl", answers, layout, lm_tokenizer)
+    lm_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = [
+        "import",
+        "--input",
+        str(file),
+        "--output",
+        str(tmp_path / "c"),
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+    ]
+    done = CliRunner().invoke(main, [*words, "--teacher", "t", "--top-k", str(K), "--store-label-logprobs"])
+    assert done.exit_code == 0, done.output
+    cache = softlabel.Cache.open(tmp_path / "c")
+    outside = 0
+    for row, (ids, logprobs) in zip(cache.dataset("train"), answers, strict=True):
+        positions = np.flatnonzero(row.example.supervised)
+        expected = logprobs[positions, torch.tensor(ids)[positions + 1]]
+        torch.testing.assert_close(row.label_logprobs.double(), expected, atol=1e-3, rtol=1e-3)
+        outside += int((expected < logprobs[positions].topk(K).values[:, -1]).sum())
+    assert outside > 0
+    assert verify(cache.root).problems == ()

@@ -379,3 +379,24 @@ def test_packed_bytes_that_are_wrong_are_named(tmp_path, known, lm_tokenizer, va
     (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SourceError, match=f"line 1: compressed_logprobs: entry 3: {message}"):
         softlabel.import_responses([tmp_path / "a.jsonl"], tmp_path / "c", tokenizer=lm_tokenizer, teacher="t")
+
+
+def test_a_table_that_does_not_know_each_next_token_is_told_so(tmp_path, lm_tokenizer, known):
+    (tmp_path / "in").mkdir()
+    ids, logprobs = known[0]
+    lower = logprobs.clone()
+    lower[::4, ids[1:][::4]] -= 20.0
+    logprobs = torch.log_softmax(lower, -1)
+    path = target_token_ids([(ids, logprobs), *known[1:]], tmp_path / "in")
+    settings = {"tokenizer": lm_tokenizer, "teacher": "t", "store_label_logprobs": True}
+    following = torch.tensor(ids)[1:, None]
+    unknown = int((logprobs[:-1].topk(K).indices != following).all(-1).sum())
+    assert unknown > 0
+    message = rf"row 0: label_logprobs: .* not known at {unknown} of {len(ids) - 1} positions.*leave out --store-label-logprobs"
+    with pytest.raises(BadRowError, match=message):
+        softlabel.import_responses([path], tmp_path / "c", **settings)
+    cache = softlabel.import_responses([path], tmp_path / "d", on_bad_row="skip", **settings)
+    assert [row.example.source_row for row in cache.dataset("train")] == list(range(1, 10))
+    following = torch.tensor(known[1][0])[1:, None]
+    expected = known[1][1][:-1].gather(-1, following)[:, 0]
+    torch.testing.assert_close(cache.dataset("train")[0].label_logprobs.double(), expected, atol=1e-3, rtol=1e-3)

@@ -33,6 +33,7 @@ BUDGET = {
     "tests/generation/test_served.py": 12.0,
     "tests/capture/test_estimate.py": 12.0,
     "tests/capture/test_judged_captures.py": 15.0,
+    "tests/capture/test_label_logprobs.py": 15.0,
     "tests/cache/reading/test_hostile.py": 12.0,
     "tests/training/test_remote.py": 12.0,
     "tests/training/test_distributed.py": 12.0,

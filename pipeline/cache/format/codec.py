@@ -262,6 +262,7 @@ COLUMNS = frozenset(
         "content_hash",
         "text",
         "text_pair",
+        "messages",
         "input_ids",
         "token_type_ids",
         "supervised",
@@ -277,6 +278,7 @@ COLUMNS = frozenset(
         "tail_gaps",
         "log_residuals",
         "entropy",
+        "label_logprobs",
         "teacher_nll_sum",
         "teacher_entropy_sum",
     ]

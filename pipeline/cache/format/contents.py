@@ -61,6 +61,10 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
         check(int(table.column("text_bytes").to_numpy().min()) >= 0, "text_bytes: expected at least 0")
     if "entropy" in lists:
         check.same(lists["entropy"].counts, positions, "entropy: expected one a position")
+    if "label_logprobs" in lists:
+        check.same(lists["label_logprobs"].counts, positions, "label_logprobs: expected one a position")
+        found = lists["label_logprobs"].values
+        check(_are_log_probabilities(found), "label_logprobs: expected log-probabilities, at most 0")
     if isinstance(contract.encoding, Full):
         logits = lists["logits"]
         check.same(
@@ -113,7 +117,7 @@ _CHECKED = (
         "document_lengths",
     ),
     *("label", "logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps"),
-    *("log_residuals", "entropy", "teacher_nll_sum", "teacher_entropy_sum"),
+    *("log_residuals", "entropy", "label_logprobs", "teacher_nll_sum", "teacher_entropy_sum"),
 )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from pipeline.softlabels import concatenate, split_rows
 def block_of(rows: Sequence[CachedExample], schema: pa.Schema) -> RowBlock:
     """Rows -> the columns of a schema. The rows share encoding and V; there is at least one."""
     entropies = [row.entropy for row in rows if row.entropy is not None]
+    logprobs = [row.label_logprobs for row in rows if row.label_logprobs is not None]
     return make_block(
         [row.example for row in rows],
         concatenate([row.soft for row in rows]),
@@ -36,6 +38,7 @@ def block_of(rows: Sequence[CachedExample], schema: pa.Schema) -> RowBlock:
         [row.content_hash for row in rows],
         schema,
         entropy=torch.cat(entropies) if len(entropies) == len(rows) else None,
+        label_logprobs=torch.cat(logprobs) if len(logprobs) == len(rows) else None,
         counts=[len(row.soft) for row in rows],
     )
 
@@ -50,6 +53,7 @@ def make_block(
     *,
     counts: Sequence[int],
     entropy: Tensor | None = None,
+    label_logprobs: Tensor | None = None,
 ) -> RowBlock:
     """R rows before they are cached, and what the teacher said of them -> the columns of a schema.
 
@@ -60,6 +64,7 @@ def make_block(
         hashes: (R,) of their contents.
         counts: (R,) positions of each row.
         entropy: (N,) nats, where the schema has it.
+        label_logprobs: (N,) nats, where the schema has it; what rounding has put above 0 becomes 0.
     """
     positions = np.asarray(counts)
     lists = pack_soft(soft, positions)
@@ -67,6 +72,8 @@ def make_block(
     others: dict[str, pa.Array] = {}
     if entropy is not None and "entropy" in schema.names:
         lists["entropy"] = Ragged.of(narrowed(entropy.numpy(), np.float16), positions)
+    if label_logprobs is not None and "label_logprobs" in schema.names:
+        lists["label_logprobs"] = Ragged.of(narrowed(label_logprobs.clamp(max=0).numpy(), np.float16), positions)
     sums = {"teacher_nll_sum": nll_sums, "teacher_entropy_sum": entropy_sums, "content_hash": hashes}
     for field in schema:
         name = field.name
@@ -94,6 +101,7 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "piece": lambda example: example.piece,
     "text": lambda example: example.text,
     "text_pair": lambda example: example.text_pair,
+    "messages": lambda example: example.messages,
     "input_ids": lambda example: example.input_ids,
     "token_type_ids": lambda example: example.token_type_ids,
     "supervised": lambda example: example.supervised,
@@ -122,6 +130,7 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
                 label=_label(numbers.get("label", none)[i]),
                 text=others.get("text", none)[i],
                 text_pair=others.get("text_pair", none)[i],
+                messages=others.get("messages", none)[i],
                 document_lengths=lists.get("document_lengths", none)[i],
                 text_bytes=numbers.get("text_bytes", none)[i] or 0,
                 kept={name: others[name][i] for name in kept},
@@ -130,13 +139,21 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
             numbers["teacher_nll_sum"][i],
             numbers["teacher_entropy_sum"][i],
             numbers["content_hash"][i],
-            torch.from_numpy(lists["entropy"][i].astype(np.float32)) if "entropy" in lists else None,
+            _floats(lists, "entropy", i),
+            _floats(lists, "label_logprobs", i),
         )
         for i in range(len(block))
     ]
 
 
-_LISTS = ("input_ids", "token_type_ids", "supervised", "document_lengths", "entropy")
+_LISTS = ("input_ids", "token_type_ids", "supervised", "document_lengths", "entropy", "label_logprobs")
+#: Columns that some caches of a task have and others not, as `cache-logits` was asked.
+_OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages"})
+
+
+def _floats(lists: Mapping[str, list[np.ndarray]], name: str, row: int) -> Tensor | None:
+    """The list of a row as float32; None: there is no such column."""
+    return torch.from_numpy(lists[name][row].astype(np.float32)) if name in lists else None
 
 
 def _parts(column: Ragged) -> list[np.ndarray]:
@@ -154,7 +171,7 @@ def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) 
     """Rows of several blocks of one cache, or of caches with one encoding -> one block. There is at least one segment.
 
     Args:
-        names: the columns that are wanted; None: all. The entropy of each position is left out where one of the caches has none.
+        names: the columns that are wanted; None: all. An optional column, as the entropy of each position, is left out where one of the caches has none.
     """
     first = segments[0][0]
     if len(segments) == 1 and segments[0][2] - segments[0][1] == len(first):
@@ -162,9 +179,7 @@ def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) 
 
     def wanted(columns: Iterable[str]) -> list[str]:
         found = [name for name in columns if names is None or name in names]
-        if "entropy" in found and not all("entropy" in block.lists for block, _, _ in segments):
-            found.remove("entropy")
-        return found
+        return [name for name in found if name not in _OPTIONAL or all(map(partial(_has, name), segments))]
 
     return RowBlock(
         first.encoding,
@@ -182,6 +197,11 @@ def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) 
             for name in wanted(first.others)
         },
     )
+
+
+def _has(name: str, segment: Segment) -> bool:
+    block = segment[0]
+    return name in block.lists or name in block.others
 
 
 def _gather(parts: Sequence[tuple[Ragged, int, int]]) -> Ragged:

@@ -78,8 +78,10 @@ def _of_columns(contract: Contract, token_classes: bool) -> Iterator[str]:
         token_type_ids="token_type_ids" in found,
         text="text" in found,
         text_pair="text_pair" in found,
+        messages=token_classes and "messages" in found,
         documents="document_lengths" in found,
         entropy="entropy" in found,
+        label_logprobs=token_classes and "label_logprobs" in found,
     )
     expected = describe(schema)
     for name, kind in expected.items():

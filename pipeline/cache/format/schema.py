@@ -24,8 +24,10 @@ def cache_schema(
     token_type_ids: bool = False,
     text: bool = False,
     text_pair: bool = False,
+    messages: bool = False,
     documents: bool = False,
     entropy: bool = False,
+    label_logprobs: bool = False,
     kept: Mapping[str, pa.DataType] | None = None,
 ) -> pa.Schema:
     """The Arrow schema of every shard of a cache.
@@ -43,6 +45,8 @@ def cache_schema(
         columns["text"] = pa.string()
         if text_pair:
             columns["text_pair"] = pa.string()
+    if messages:
+        columns["messages"] = pa.string()
     columns["input_ids"] = pa.list_(pa.int32())
     if token_type_ids:
         columns["token_type_ids"] = pa.list_(pa.int32())
@@ -58,6 +62,8 @@ def cache_schema(
     columns["teacher_entropy_sum"] = pa.float32()
     if entropy:
         columns["entropy"] = pa.list_(pa.float16())
+    if label_logprobs:
+        columns["label_logprobs"] = pa.list_(pa.float16())
     for name, kind in (kept or {}).items():
         if name in columns:
             raise MisuseError(f"--keep-column {name}: a cache has a column of this name already; rename the source's")

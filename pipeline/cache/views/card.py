@@ -15,7 +15,7 @@ from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
 from pipeline.cache.views.provenance import judge_text, origin, rows_text
-from pipeline.cache.views.recipes import kept_mass_sql, recipe
+from pipeline.cache.views.recipes import kept_mass_sql, on_request, recipe
 from pipeline.records import Contract, Fidelity, Manifest, SourceContents
 from pipeline.sources import is_of_files
 from pipeline.sources.files.loading import redact
@@ -127,7 +127,7 @@ def make_card(
         cache_id=manifest.cache_id,
         made_from=_made_from(contract),
         alignment=_alignment(manifest),
-        columns=found.columns,
+        columns="\n\n".join([found.columns, *on_request(contract)]),
         fidelity="" if fidelity is None else _fidelity(fidelity),
         mass="" if masses is None else _masses(masses, picture),
         location=location,

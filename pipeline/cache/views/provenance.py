@@ -80,6 +80,10 @@ def command(contract: Contract) -> str:
     words += ["--isolate-documents"] * contract.tokenization.isolate_documents
     words += ["--calibrate"] * (teacher.judge is not None and teacher.judge.calibrated)
     words += ["--store-entropy"] * ("entropy" in contract.columns)
+    words += ["--store-text"] * bool(
+        "supervised" in contract.columns and contract.columns.keys() & {"text", "messages"}
+    )
+    words += ["--store-label-logprobs"] * ("label_logprobs" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
 
 

@@ -44,6 +44,13 @@ def recipe(contract: Contract) -> Recipe:
     )
 
 
+def on_request(contract: Contract) -> list[str]:
+    """What the columns of language models hold that are stored on request alone: a paragraph each."""
+    if "supervised" not in contract.columns:
+        return []
+    return [text for name, text in _ON_REQUEST.items() if name in contract.columns]
+
+
 def kept_mass_sql(manifest: Manifest) -> str | None:
     """A DuckDB query, run in the cache's directory: the mean mass of each split on the classes that are kept for certain."""
     mass = recipe(manifest.contract).kept_mass
@@ -68,6 +75,19 @@ def kept_mass_sql(manifest: Manifest) -> str | None:
         "from read_parquet('data/*.parquet', filename = true) group by split order by split;\n"
     )
 
+
+_ON_REQUEST = {
+    "text": (
+        "`text`: the part of the source's text that the row's tokens cover. What is supervised is the end of it, `text_bytes` bytes; a character that two pieces share is in the text of both."
+    ),
+    "messages": (
+        "`messages`: the conversation that the row was rendered from, as JSON: `messages` (the turns, as the chat template was given them), `tools` (or null), and `learnt`, the numbers of\n"
+        "the turns that this row learns, from 0. A row that was cut to its longest length has the whole conversation, and no turn among `learnt` that was cut off."
+    ),
+    "label_logprobs": (
+        "`label_logprobs[n]`: the teacher's log-probability (nats, at temperature 1) of the token that follows position n."
+    ),
+}
 
 _FULL = "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T."
 _FULL_NUMPY = """import numpy as np

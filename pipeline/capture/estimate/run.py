@@ -17,22 +17,23 @@ from pipeline.cache.format.codec import unpack, unpack_soft
 from pipeline.cache.format.rows import in_order
 from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.reading.shards import open_shard
-from pipeline.cache.storage.commit import write_text
 from pipeline.cache.writing.writer import write_shard
-from pipeline.capture.estimate_table import human
+from pipeline.capture.estimate.choice import choose, write_config
 from pipeline.capture.forward import broken_rows, output_matrix, synchronize, teacher_logits, without
 from pipeline.capture.job import load_teacher, row_length
 from pipeline.capture.plan import (
+    check_stored,
     default_rows_per_shard,
     full_row_is_too_large,
     kept_types,
     plan_batches,
     plan_shards,
     ranges_of,
+    text_columns,
 )
 from pipeline.capture.shard import label_rows
 from pipeline.capture.teachers.local import LocalTeacher
-from pipeline.config import EstimateConfig, parse_bytes
+from pipeline.config import EstimateConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models import LoadedModel
 from pipeline.progress import Progress
@@ -40,6 +41,7 @@ from pipeline.records import (
     BadRow,
     Encoding,
     Estimate,
+    EstimatedColumn,
     EstimatedEncoding,
     Example,
     Full,
@@ -53,8 +55,7 @@ from pipeline.records import (
 )
 from pipeline.softlabels import encode, narrow, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
-from pipeline.softlabels.names import encoding_name
-from pipeline.sources import LabelMap, Source, load_source, read_examples
+from pipeline.sources import LabelMap, Source, holds_chats, load_source, read_examples
 from pipeline.tasks import Task, check_ids, embedding_rows, get_task
 
 #: The choices that are compared, where they have fewer classes than V.
@@ -64,6 +65,8 @@ TOP_PS = (0.9, 0.98)
 #: Runs of neighbouring rows that a pilot reads, evenly spaced over the split.
 _RUNS = 8
 _FEW_CLASSES = 4096
+#: Columns of language models that are stored on request: flag -> the columns, of which a cache has one.
+_ON_REQUEST = {"--store-text": ("text", "messages"), "--store-label-logprobs": ("label_logprobs",)}
 #: Positions of a batch that fidelity is measured at.
 _MEASURED_OF_BATCH = 256
 
@@ -93,9 +96,9 @@ def run(config: EstimateConfig) -> Estimate:
         seed=config.seed,
         label_map=config.data.label_map,
     )
-    found = dataclasses.replace(found, chosen=_choose(found, config), scale_tokens=config.scale, gpus=config.gpus)
+    found = dataclasses.replace(found, chosen=choose(found, config), scale_tokens=config.scale, gpus=config.gpus)
     if config.write_config is not None:
-        _write_config(config, found)
+        write_config(config, found)
     return found
 
 
@@ -105,7 +108,7 @@ def estimate(
     teacher: LoadedModel,
     *,
     tokenization: Tokenization,
-    store_text: bool = True,
+    store_text: bool | None = None,
     batch_tokens: int,
     positions: int = 2048,
     temperature: float = 1.0,
@@ -113,18 +116,28 @@ def estimate(
     label_map: Sequence[str] = (),
 ) -> Estimate:
     """Run the teacher over about so many positions and encode them in every way."""
+    fast = bool(teacher.tokenizer.is_fast)
+    check_stored(task, source.columns, tokenization, store_text=store_text, fast_tokenizer=fast)
     num_classes = task.num_classes(teacher.model, teacher.tokenizer)
     matrix = output_matrix(teacher.model, num_classes)
     projection = None
     split = next(iter(source.splits))
-    examples, source_rows = _pilot_rows(task, source, teacher, split, tokenization, positions, label_map)
+    with_texts = fast and not tokenization.packing and source.columns.input_ids is None
+    examples, source_rows = _pilot_rows(
+        task, source, teacher, split, tokenization, positions, label_map, texts=with_texts
+    )
     check_ids(embedding_rows(teacher.model), examples, teacher.tokenizer, teacher.name)
     kept = kept_types(source)
 
-    def pilot_of(encoding: Encoding) -> _Pilot:
-        return _Pilot(encoding, _schema(task, encoding, num_classes, examples[0], store_text, kept))
+    def schema_of(encoding: Encoding, texts: bool | None, *, label_logprobs: bool = False) -> pa.Schema:
+        texts_of = text_columns(task, texts, chats=holds_chats(source))
+        return _schema(task, encoding, num_classes, examples[0], texts_of, kept, label_logprobs=label_logprobs)
 
-    pilots = [*map(pilot_of, _encodings(task, num_classes, tokenization.max_length, temperature))]
+    encodings = _encodings(task, num_classes, tokenization.max_length, temperature)
+    pilots = [_Pilot(encoding, schema_of(encoding, store_text)) for encoding in encodings]
+    if task.classes_are_tokens:  # the columns that are stored on request, beside those of the first encoding
+        more = schema_of(pilots[0].encoding, with_texts, label_logprobs=True)
+        pilots[0].asked, pilots[0].schema = frozenset(pilots[0].schema.names), more
     generator = torch.Generator().manual_seed(seed)
     forward_seconds = 0.0
     shortest = min(examples, key=lambda example: example.num_tokens)
@@ -175,8 +188,12 @@ def estimate(
     if not pilots[0].rows:
         raise SourceError(f"{source.name}: split {split}: the teacher's logits are not finite on any row of the pilot")
     lines = []
+    columns: list[EstimatedColumn] = []
     for pilot in pilots:
-        size, decoded = _bytes_and_decoding(in_order(pilot.blocks, pilot.rows), pilot.schema)
+        sizes, decoded = _bytes_and_decoding(in_order(pilot.blocks, pilot.rows), pilot.schema)
+        if pilot.asked is not None:
+            columns = _on_request(sizes, pilot.asked, pilot.positions, counted * scale)
+        size = sum(taken for name, taken in sizes.items() if pilot.asked is None or name in pilot.asked)
         per_shard = default_rows_per_shard(
             pilot.encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
         )
@@ -204,7 +221,25 @@ def estimate(
         positions=int(counted * scale),
         tokens_per_second=tokens / forward_seconds,
         encodings=tuple(lines),
+        columns=tuple(columns),
     )
+
+
+def _on_request(
+    sizes: Mapping[str, int], asked: frozenset[str], positions: int, all_positions: float
+) -> list[EstimatedColumn]:
+    """What the columns that are stored on request take.
+
+    Args:
+        sizes: bytes of each column of the pilot.
+        asked: the columns that the figures of the encodings count.
+    """
+    return [
+        EstimatedColumn(flag, sizes[name] / positions, int(sizes[name] / positions * all_positions), name in asked)
+        for flag, names in _ON_REQUEST.items()
+        for name in names
+        if name in sizes
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- the pilot
@@ -218,6 +253,8 @@ def _pilot_rows(
     settings: Tokenization,
     positions: int,
     label_map: Sequence[str],
+    *,
+    texts: bool,
 ) -> tuple[list[TokenizedExample], int]:
     """Rows with about so many positions, from evenly spaced runs of neighbours, and how many source rows they are.
 
@@ -245,7 +282,7 @@ def _pilot_rows(
             if quota <= 0:
                 break
         used += len(taken)
-        made = task.tokenize(taken, split, teacher.tokenizer, settings)
+        made = task.tokenize(taken, split, teacher.tokenizer, settings, texts=texts)
         examples += [item for item in made if isinstance(item, TokenizedExample)]
     if not examples:
         raise SourceError(
@@ -276,6 +313,8 @@ class _Pilot:
     positions: int = 0
     seconds: float = 0.0
     meter: FidelityMeter = dataclasses.field(default_factory=FidelityMeter)
+    asked: frozenset[str] | None = None
+    """The columns that its figures count, where its schema has others too."""
 
 
 def _schema(
@@ -283,8 +322,10 @@ def _schema(
     encoding: Encoding,
     num_classes: int,
     example: TokenizedExample,
-    store_text: bool,
+    texts: Mapping[str, bool],
     kept: Mapping[str, pa.DataType],
+    *,
+    label_logprobs: bool,
 ) -> pa.Schema:
     """The columns that cache-logits would write for rows like this one."""
     return cache_schema(
@@ -292,89 +333,24 @@ def _schema(
         num_classes,
         token_classes=task.classes_are_tokens,
         token_type_ids=example.token_type_ids is not None,
-        text=store_text and not task.classes_are_tokens,
+        **texts,
         text_pair=example.text_pair is not None,
         documents=example.document_lengths is not None,
+        label_logprobs=label_logprobs,
         kept=kept,
     )
 
 
-def _bytes_and_decoding(rows: RowBlock, schema: pa.Schema) -> tuple[int, float]:
-    """Bytes of all columns in Parquet, and the seconds that one thread takes to read the rows back."""
+def _bytes_and_decoding(rows: RowBlock, schema: pa.Schema) -> tuple[dict[str, int], float]:
+    """Bytes of each column in Parquet, and the seconds that one thread takes to read the rows back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pilot.parquet"
         write_shard(path, ShardPlan("pilot", "train", 0, len(rows)), rows, schema)
         file = open_shard(path)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        size = sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
+        sizes = dict.fromkeys(schema.names, 0)
+        for column in (group.column(i) for group in groups for i in range(group.num_columns)):
+            sizes[column.path_in_schema.partition(".")[0]] += column.total_compressed_size
         started = time.perf_counter()
         unpack_soft(unpack(file.read(use_threads=False), rows.encoding, rows.num_classes))
-        return size, time.perf_counter() - started
-
-
-# --------------------------------------------------------------------------------------------------------- the choice
-
-
-def _choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
-    """What `--target-noise` or `--budget` asks for, of the encodings without bias, which more data does not mend.
-
-    Raises:
-        MisuseError: none of those compared reaches it; says what the nearest does.
-    """
-    if config.target_noise is None and config.budget is None:
-        return None
-    known = [
-        (line.fidelity.noise_share, line)
-        for line in found.encodings
-        if isinstance(line.encoding, Sampled | Full) and line.fidelity is not None
-    ]
-    if not known:
-        raise MisuseError("--target-noise, --budget: the teacher has no output matrix in memory to tell the noise by")
-    if config.target_noise is not None:
-        fitting = [line for noise, line in known if noise <= config.target_noise]
-        if not fitting:
-            noise, best = min(known, key=lambda pair: pair[0])
-            raise MisuseError(
-                f"--target-noise {config.target_noise:g}: the least noise of those compared is {noise:.4f} ({encoding_name(best.encoding)}); ask for more"
-            )
-        return min(fitting, key=lambda line: line.bytes_per_position).encoding
-    budget = parse_bytes("--budget", config.budget or "")
-    affordable = [(noise, line) for noise, line in known if line.total_bytes <= budget]
-    if not affordable:
-        least = min((line for _, line in known), key=lambda line: line.total_bytes)
-        raise MisuseError(
-            f"--budget {config.budget}: the smallest of those compared takes {human(least.total_bytes)} ({encoding_name(least.encoding)}); allow more, or cache fewer rows"
-        )
-    return min(affordable, key=lambda pair: pair[0])[1].encoding
-
-
-def _write_config(config: EstimateConfig, found: Estimate) -> None:
-    """The stage `cache-logits` of a YAML file, ready to run."""
-    import yaml
-
-    assert found.chosen is not None
-    defaults = {f.name: f.default for f in dataclasses.fields(type(config.data))}
-    data = {
-        f.name: getattr(config.data, f.name)
-        for f in dataclasses.fields(config.data)
-        if getattr(config.data, f.name) != defaults[f.name]
-    }
-    capture = {
-        name: getattr(config, name)
-        for name in ("teacher", "teacher_revision", "attn_implementation", "device_map", "quantization", "batch_tokens")
-        if getattr(config, name) is not None
-    }
-    if config.trust_remote_code:
-        capture["trust_remote_code"] = True
-    encoding = found.chosen
-    knobs = {"k": "top_k", "p": "top_p", "sample_size": "sample_size"}
-    capture.update(dtype=config.dtype, encoding=encoding.kind, output="runs/cache")
-    capture.update({key: getattr(encoding, name) for name, key in knobs.items() if hasattr(encoding, name)})
-    if not isinstance(encoding, Full):
-        capture["temperature"] = list(getattr(encoding, "temperatures", [getattr(encoding, "temperature", 1.0)]))
-    content = {
-        "task": config.task,
-        "data": {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()},
-        "cache-logits": capture,
-    }
-    write_text(Path(config.write_config or ""), yaml.safe_dump(content, sort_keys=False))
+        return sizes, time.perf_counter() - started

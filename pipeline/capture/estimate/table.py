@@ -40,6 +40,10 @@ def _lines(found: Estimate) -> Iterator[str]:
     yield "noise     of the target in a student's gradient, as a share of what one label drawn from the teacher has; it averages away with more data"
     yield "bias      the same of what does not average away"
     yield "overhead  of encoding, over the teacher's pass; not overlapped with it here"
+    for column in found.columns:
+        size = f"{column.bytes_per_position:.1f} B a position, {human(column.total_bytes)}"
+        where = "counted above" if column.included else "more, not counted above"
+        yield f"{column.flag}: {size} {where}"
     if found.scale_tokens is not None:
         yield ""
         yield from _projection(found, found.scale_tokens)

@@ -1,0 +1,1 @@
+"""What each encoding would cost and lose, from a pilot."""

@@ -1,0 +1,157 @@
+"""Rows that some other program has labelled: their parts, checked against each other and the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadRowError
+from pipeline.records import (
+    NO_LABEL,
+    Contract,
+    Encoding,
+    Sampled,
+    Scalar,
+    SoftLabels,
+    TeacherScores,
+    TokenizedExample,
+)
+from pipeline.softlabels.ragged import owners
+from pipeline.tasks import Task, token_block
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """Tokens, and what a teacher predicts at their supervised positions: dense logits or ready soft labels."""
+
+    input_ids: Sequence[int] | np.ndarray
+    logits: Tensor | np.ndarray | None = None
+    """(N, V) float, row n made at supervised position n."""
+    soft_labels: SoftLabels | None = None
+    """N positions; with `scores`, where they are known."""
+    scores: TeacherScores | None = None
+    supervised: Sequence[bool] | np.ndarray | None = None
+    """(T,) bool, token tasks. Default: every position but the last."""
+    label: int | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    messages: str | None = None
+    """Chats, in place of `text`: the JSON that `TokenizedExample.messages` is."""
+    token_type_ids: Sequence[int] | np.ndarray | None = None
+    text_bytes: int = 0
+    split: str = "train"
+    kept: Mapping[str, Scalar] = field(default_factory=dict)
+    """Columns to copy into the cache, those of the first row, as text."""
+
+
+def tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
+    """The row as it is cached, without what the teacher said.
+
+    Raises:
+        BadRowError: flags that do not fit the tokens.
+    """
+    ids = np.asarray(row.input_ids, dtype=np.int32)
+    supervised = None
+    if task.classes_are_tokens:
+        default = np.arange(len(ids)) < len(ids) - 1
+        supervised = default if row.supervised is None else np.asarray(row.supervised, dtype=bool)
+        if len(supervised) != len(ids) or not supervised.any() or supervised[-1]:
+            raise BadRowError(
+                f"row {number}: supervised: expected {len(ids)} flags, one or more of them set and the last not"
+            )
+    return TokenizedExample(
+        source_row=number,
+        piece=0,
+        input_ids=ids,
+        supervised=supervised,
+        token_type_ids=None if row.token_type_ids is None else np.asarray(row.token_type_ids, dtype=np.int32),
+        label=row.label,
+        text=row.text,
+        text_pair=row.text_pair,
+        messages=row.messages,
+        text_bytes=row.text_bytes,
+        kept=row.kept,
+    )
+
+
+def check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contract) -> None:
+    """Token ids and hard labels are within the contract's vocabulary and classes.
+
+    Raises:
+        BadRowError: some are not.
+    """
+    number = examples[0].source_row
+    tokens = token_block(examples)
+    ids, limit = tokens.input_ids, contract.tokenizer.vocabulary_size
+    fine = bool(ids.counts.all()) and ids.values.min() >= 0 and ids.values.max() < limit
+    _check(number, fine, f"token ids of 0 to {limit - 1}", ids.values[:8].tolist())
+    labels = task.hard_labels(tokens)
+    known = labels[labels != NO_LABEL]
+    fine = not len(known) or (known.min() >= 0 and known.max() < contract.num_classes)
+    _check(number, fine, f"labels of 0 to {contract.num_classes - 1}", known[:8].tolist())
+
+
+def logits_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -> Tensor:
+    """(N, V)."""
+    logits = torch.as_tensor(row.logits).detach().cpu()
+    _check(example.source_row, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
+    logits = logits[:, : contract.num_classes]
+    shape = (example.num_positions, contract.num_classes)
+    _check(example.source_row, logits.shape == shape, f"logits of shape {shape}", tuple(logits.shape))
+    return logits
+
+
+def ready_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -> SoftLabels:
+    """Soft labels as they were given."""
+    soft, number = row.soft_labels, example.source_row
+    if soft is None:
+        raise BadRowError(f"row {number}: expected logits or soft_labels, found neither")
+    positions = example.num_positions
+    _check(number, len(soft) == positions, f"soft labels of {positions} positions", len(soft))
+    _check(number, soft.encoding == contract.encoding, str(contract.encoding), soft.encoding)
+    _check(number, soft.num_classes == contract.num_classes, f"{contract.num_classes} classes", soft.num_classes)
+    return soft
+
+
+def scores_of(rows: Sequence[LabelledRow], soft: SoftLabels, labels: Tensor, counts: Sequence[int]) -> TeacherScores:
+    """Those given, and else what the kept classes say: nan where the hard label is not among them; the entropy is not known."""
+    owner = owners(soft.top_offsets)
+    nll = torch.full((len(soft),), torch.nan)
+    hit = soft.top_ids == labels[owner]
+    nll[owner[hit]] = -soft.top_logprobs[hit]
+    nll, entropy = nll.masked_fill(labels == NO_LABEL, 0.0), torch.full((len(soft),), torch.nan)
+    for row, stop, count in zip(rows, np.cumsum(counts).tolist(), counts, strict=True):
+        if row.scores is not None:
+            nll[stop - count : stop] = row.scores.nll
+            entropy[stop - count : stop] = row.scores.entropy
+    return TeacherScores(nll, entropy)
+
+
+def label_logprobs(
+    rows: Sequence[LabelledRow], examples: Sequence[TokenizedExample], scores: TeacherScores, encoding: Encoding
+) -> Tensor:
+    """(N,) float32, nats: of the token after each position, at temperature 1.
+
+    Raises:
+        BadRowError: it is not known at some position; the message is of the first row.
+    """
+    nll = scores.nll.float().clone()
+    if isinstance(encoding, Sampled):  # whose kept classes have rounded weights, at a temperature of their own
+        of_row = torch.tensor([example.num_positions for example in examples])
+        unknown = torch.tensor([row.logits is None and row.scores is None for row in rows])
+        nll[unknown.repeat_interleave(of_row)] = torch.nan
+    if bool(nll.isnan().any()):
+        raise BadRowError(
+            f"row {examples[0].source_row}: label_logprobs: the log-probability of the token that follows is not known at {int(nll.isnan().sum())} of {len(nll)} positions, "
+            "where it is not among the classes given; leave out --store-label-logprobs, or set such rows aside with --on-bad-row skip"
+        )
+    return -nll
+
+
+def _check(number: int, condition: bool, expected: str, found: object) -> None:
+    if not condition:
+        raise BadRowError(f"row {number}: expected {expected}, found {found}")
