@@ -176,6 +176,10 @@ bench-columns: $(STAMP) ## rows between Parquet and tensors: decoding, collating
 bench-rounds: $(STAMP) $(BBC) $(LM) ## off-policy distillation, rounds, and mixed rounds at equal steps
 	$(PY) -m benchmarks.rounds
 
+.PHONY: bench-cross-tokenizer
+bench-cross-tokenizer: $(STAMP) $(BBC_ROWS) $(LM) ## students with another tokenizer: mapped targets, spans, a small vocabulary
+	$(PY) -m benchmarks.cross_tokenizer
+
 .PHONY: bench-served
 bench-served: $(STAMP) ## a capture from a stand-in server beside the same requests without a cache
 	$(PY) -m benchmarks.served_capture

@@ -17,7 +17,7 @@ from pipeline.capture.run import run as capture
 from pipeline.config import TrainStudentConfig
 from pipeline.cross_tokenizer.kept import KeptRows
 from pipeline.cross_tokenizer.opening import cache_for, open_retokenized
-from pipeline.errors import ContractError
+from pipeline.errors import ContractError, MisuseError
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.table import format_table
 from pipeline.records import Loss
@@ -185,3 +185,47 @@ def test_tokenizers_that_hardly_meet_are_refused(tmp_path, cached, monkeypatch, 
     monkeypatch.setattr("pipeline.cross_tokenizer.opening._TOO_FEW", 0.5)
     with pytest.raises(ContractError, match=r"expected at least 50% of its positions to be aligned.*found \d\d\.\d%"):
         cache_for(cached, str(path), "train")
+
+
+@pytest.mark.parametrize("align", ["spans", "both"])
+def test_spans_are_learnt_from_stored_log_probabilities(tmp_path, config, align):
+    cached = capture(config("cache", store_label_logprobs=True))
+    path = student(tmp_path, byte_level(290))
+    found = train(train_config(tmp_path, path, align=align))
+    assert found.span_loss is not None
+    assert (found.soft_loss is None) == (align == "spans")
+    view = cache_for(cached, str(path), "train")
+    collator = Collator(
+        get_task("causal-lm"), view.tokenizer, 1.0, pad_id=0, vocabulary_map=view.vocabulary_map, with_spans=True
+    )
+    rows = list(cached.dataset("train").blocks(8))
+    for original, block in zip(rows, view.dataset("train").blocks(8), strict=True):
+        spans = collator.collate_block(block).spans
+        total = sum(float(part) for part in spans.teacher_logprobs)
+        everything = -float(original.numbers["teacher_nll_sum"].sum())
+        assert everything * 1.002 <= total <= 0, "spans are of tokens that both predict"
+        assert total == pytest.approx(everything, rel=0.1)
+
+
+def test_spans_of_the_same_tokenizer_are_its_tokens(tmp_path, config):
+    cached = capture(config("cache", store_label_logprobs=True))
+    model = tiny_model("llama", len(cached.tokenizer))
+    view = open_retokenized(cached, "same", cached.tokenizer, model.config, "train")
+    collator = Collator(
+        get_task("causal-lm"), view.tokenizer, 1.0, pad_id=0, vocabulary_map=view.vocabulary_map, with_spans=True
+    )
+    pairs = zip(cached.dataset("train").blocks(8), view.dataset("train").blocks(8), strict=True)
+    for original, block in pairs:
+        spans = collator.collate_block(block).spans
+        stored = original.lists["label_logprobs"].values.astype(np.float32)
+        assert spans.owner.tolist() == list(range(len(stored)))
+        np.testing.assert_allclose(spans.teacher_logprobs.numpy(), stored, rtol=1e-4, atol=1e-4)
+
+
+def test_spans_without_what_they_need_are_refused(tmp_path, cached, save_teacher):
+    path = student(tmp_path, byte_level(290))
+    with pytest.raises(MisuseError, match=r"--align spans: needs.*cache again with --store-label-logprobs"):
+        train(train_config(tmp_path, path, align="spans"))
+    same = save_teacher(tiny_model("llama", len(cached.tokenizer)), cached.tokenizer, "same")
+    with pytest.raises(MisuseError, match=r"--align both: is for students with another tokenizer.*leave it out"):
+        train(train_config(tmp_path, same, align="both"))

@@ -166,7 +166,15 @@ class Collator:
 
 
 #: The columns that no batch needs are those that say which row it is, the texts, and what comes from the source.
-COLLATED = (COLUMNS | {TEACHER_POSITION}) - {"piece", "content_hash", "text", "text_pair", "teacher_nll_sum"}
+COLLATED = (COLUMNS | {TEACHER_POSITION}) - {
+    "piece",
+    "content_hash",
+    "text",
+    "text_pair",
+    "messages",
+    "teacher_nll_sum",
+    LABEL_LOGPROBS,
+}
 
 
 _SPANS = frozenset(["span", "span_start", "span_stop", LABEL_LOGPROBS])
