@@ -63,6 +63,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"token_bytes"},
         {"vocabulary_map"},
         {"rows"},
+        {"chats"},
         {"kept"},
         {"view"},
         {"opening"},

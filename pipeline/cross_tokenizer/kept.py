@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from pipeline.cache import Cache, CacheDataset
 from pipeline.cache.format.codec import unpack
 from pipeline.cache.storage.commit import write_atomically
-from pipeline.cross_tokenizer.rows import CachedTokens, Retokenizer, StudentRow
+from pipeline.cross_tokenizer.chats import ChatRenderer
+from pipeline.cross_tokenizer.rows import CachedTokens, Retokenizer, StudentRow, without_alignment
 from pipeline.cross_tokenizer.vocabulary_map import NONE
 from pipeline.progress import Progress
 from pipeline.records import Contract, Ragged, RowBlock, Shard, VocabularyMap
@@ -26,7 +27,7 @@ from pipeline.records import Contract, Ragged, RowBlock, Shard, VocabularyMap
 #: Of how rows are aligned: files of another version are made again.
 _VERSION = 1
 #: What is read of a cache.
-_READ = ("input_ids", "supervised", "piece", "text_bytes", "document_lengths", "text")
+_READ = ("input_ids", "supervised", "source_row", "piece", "text_bytes", "document_lengths", "text", "messages")
 _LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
 _TYPES = {
     **{name: pa.list_(pa.int32()) for name in _LISTS},
@@ -35,6 +36,7 @@ _TYPES = {
     "is_rebuilt": pa.bool_(),
     "num_cut": pa.int32(),
     "num_agreeing": pa.int32(),
+    "num_dropped": pa.int32(),
 }
 
 
@@ -53,6 +55,8 @@ class Counts:
     cut_rows: int = 0
     cut: int = 0
     """Positions beyond the student's longest row."""
+    dropped: int = 0
+    """Special tokens of the teacher that the student has none for."""
     longest: int = 0
     """Tokens of the longest row."""
 
@@ -69,6 +73,8 @@ class KeptRows:
     retokenizer: Retokenizer
     vocabulary_map: VocabularyMap
     directory: Path
+    renderer: ChatRenderer | None = None
+    """Of conversations that the cache has stored, for a student with a chat template of its own."""
 
     def make(self, shards: tuple[Shard, ...]) -> None:
         """Make the files that are not there. Several ranks begin at different shards, and what one has made another leaves."""
@@ -119,9 +125,17 @@ class KeptRows:
         columns = [name for name in _READ if name in contract.columns]
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for table in rows.tables(columns):
-                made = self.retokenizer.rows(list(_tokens(unpack(table, contract.encoding, contract.num_classes))))
+                made = self._made(list(_tokens(unpack(table, contract.encoding, contract.num_classes))))
                 agreeing = self._agreeing(table, made)
                 writer.write_table(_table(made, agreeing, schema))
+
+    def _made(self, rows: list[CachedTokens]) -> list[StudentRow]:
+        """The student's rows. Conversations that its template does not take are read as the teacher's row, on hard labels alone."""
+        if self.renderer is None:
+            return self.retokenizer.rows(rows)
+        found = [None if row.messages is None else self.renderer.row(row) for row in rows]
+        left = iter(self.retokenizer.rows([row for row, chat in zip(rows, found, strict=True) if chat is None]))
+        return [without_alignment(next(left)) if chat is None else chat for chat in found]
 
     def _agreeing(self, table: pa.Table, made: list[StudentRow]) -> np.ndarray:
         """(rows,) how many hard labels of aligned positions are the token that the teacher's becomes."""
@@ -138,9 +152,13 @@ class KeptRows:
         return found
 
 
-def directory_of(cache: Cache, student_sha256: str, max_length: int, num_classes: int, root: Path) -> Path:
-    """Where the rows of a cache are kept for a tokenizer: named by what decides them."""
-    decides = f"{_VERSION} {cache.manifest.cache_id} {student_sha256} {max_length} {num_classes}"
+def directory_of(cache: Cache, student: str, max_length: int, num_classes: int, root: Path) -> Path:
+    """Where the rows of a cache are kept for a tokenizer: named by what decides them.
+
+    Args:
+        student: what tells its tokenizer and chat template from others.
+    """
+    decides = f"{_VERSION} {cache.manifest.cache_id} {student} {max_length} {num_classes}"
     key = hashlib.sha256(decides.encode()).hexdigest()[:16]
     return root / "cross-tokenizer" / f"{cache.manifest.cache_id[:16]}-{key}"
 
@@ -170,12 +188,14 @@ def _counts(block: RowBlock) -> Counts:
         agreeing=int(block.numbers["num_agreeing"].sum()),
         cut_rows=int((cut > 0).sum()),
         cut=int(cut.sum()),
+        dropped=int(block.numbers["num_dropped"].sum()),
         longest=int(block.lists["input_ids"].counts.max(initial=0)),
     )
 
 
 def _tokens(block: RowBlock) -> Iterator[CachedTokens]:
     texts = block.others["text"].to_pylist() if "text" in block.others else None
+    messages = block.others["messages"].to_pylist() if "messages" in block.others else None
     documents = block.lists.get("document_lengths")
     ids, supervised = block.lists["input_ids"], block.lists["supervised"]
     for i in range(len(ids.counts)):
@@ -186,6 +206,8 @@ def _tokens(block: RowBlock) -> Iterator[CachedTokens]:
             continues=bool(block.numbers["piece"][i] > 0),
             text_bytes=int(block.numbers["text_bytes"][i]) if "text_bytes" in block.numbers else None,
             text=None if texts is None else texts[i],
+            messages=None if messages is None else messages[i],
+            source_row=int(block.numbers["source_row"][i]),
             document_lengths=None
             if documents is None
             else documents.values[documents.offsets[i] : documents.offsets[i + 1]],

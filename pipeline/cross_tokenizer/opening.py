@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache
 from pipeline.cache.format.codec import unpack_soft
 from pipeline.cache.storage.store import default_directory
+from pipeline.cross_tokenizer.chats import ChatRenderer
 from pipeline.cross_tokenizer.kept import Counts, KeptRows, directory_of
 from pipeline.cross_tokenizer.rows import Retokenizer
 from pipeline.cross_tokenizer.token_bytes import TokenBytes
@@ -84,18 +86,43 @@ def open_retokenized(
     longest = longest if longest < 1 << 24 else 8 * contract.tokenization.max_length
     theirs, ours = TokenBytes.of(cache.tokenizer), TokenBytes.of(tokenizer)
     mapping = map_vocabulary(theirs, ours, contract.num_classes, num_classes)
+    renderer = _renderer(cache, name, theirs, ours, mapping.first_token, longest)
+    template = info.chat_template_sha256 if renderer is not None else ""
     root = default_directory() if cache_dir is None else Path(cache_dir)
     kept = KeptRows(
         cache,
         Retokenizer(theirs, ours, mapping.first_token, longest),
         mapping,
-        directory_of(cache, info.sha256, longest, num_classes, root),
+        directory_of(cache, f"{info.sha256} {template}", longest, num_classes, root),
+        renderer,
     )
     shards = shards_of(cache, split)
     kept.make(shards)
     view = retokenized(cache, kept, tokenizer, info)
     _say(view, name, kept.counts(shards), split)
     return view
+
+
+def _renderer(
+    cache: Cache, name: str, theirs: TokenBytes, ours: TokenBytes, first_token: np.ndarray, longest: int
+) -> ChatRenderer | None:
+    """What renders stored conversations for a student with another chat template; None: there are none, or it has the same.
+
+    Raises:
+        ContractError: the cache has rows of conversations and not the conversations.
+    """
+    contract = cache.manifest.contract
+    template = tokenizer_info(ours.tokenizer).chat_template_sha256
+    is_chat = contract.tokenization.assistant_turns is not None or "messages" in contract.columns
+    is_chat = is_chat or contract.source.columns.messages is not None
+    if not is_chat or template is None or template == contract.tokenizer.chat_template_sha256:
+        return None
+    if "messages" not in contract.columns:
+        raise ContractError(
+            f"{name}: has a chat template of its own, and {cache.where} holds conversations only as the teacher's template writes them; "
+            "cache again with --store-text"
+        )
+    return ChatRenderer.of(theirs, ours, first_token, contract.tokenization, longest)
 
 
 def _of_student(name: str, *, trust_remote_code: bool, base_model: str | None) -> tuple[Any, Any]:
@@ -126,6 +153,12 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
             "%s: the text of %d of %d rows is not told by their token ids (unknown tokens, or a normalizer): they are trained on hard labels alone; "
             "a cache made with --store-text has their texts",
             *(view.where, counts.not_rebuilt, counts.rows),
+        )
+    if counts.dropped:
+        logger.warning(
+            "%s: has no counterpart of %d special tokens of the teacher's in these rows: they are left out",
+            name,
+            counts.dropped,
         )
     if counts.cut:
         logger.warning(

@@ -6,6 +6,7 @@ next token begins at the same byte of the same text. A *span* is the text betwee
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ class CachedTokens:
     """Bytes that the supervised positions predict; None: not known."""
     text: str | None = None
     """The text of the row, where it was stored."""
+    source_row: int = 0
+    messages: str | None = None
+    """The conversation that it was rendered from, where it was stored: the column `messages`."""
     document_lengths: np.ndarray | None = None
 
 
@@ -56,6 +60,8 @@ class StudentRow:
     """False: the text cannot be told from the token ids, so that nothing is aligned."""
     num_cut: int
     """Supervised positions beyond the longest row, which are left out."""
+    num_dropped: int = 0
+    """Special tokens of the teacher's row that the student has none for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class _Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
+class Columns:
     """The tokens of a student's row."""
 
     ids: np.ndarray
@@ -216,7 +222,7 @@ class Retokenizer:
     ) -> StudentRow:
         predicted = np.append(False, row.supervised[:-1])
         position = np.where(predicted, np.cumsum(predicted) - 1, NONE)  # of the teacher, by the token it predicts
-        columns: list[_Columns] = []
+        columns: list[Columns] = []
         lengths, is_rebuilt, num_bytes = [], True, 0
         for document in plan:
             lengths.append(0)
@@ -236,15 +242,21 @@ class Retokenizer:
         if not sum(lengths):  # a row is never empty
             columns.append(_special(_Special(self._filler(), NONE), predicted))
             lengths[-1] = 1
-        joined = _Columns(*(np.concatenate([getattr(c, name) for c in columns]) for name in _Columns.__slots__))
-        isolated = row.document_lengths is not None
-        return _finished(joined, position, self.max_length, lengths if isolated else None, is_rebuilt=is_rebuilt)
+        joined = Columns(*(np.concatenate([getattr(c, name) for c in columns]) for name in Columns.__slots__))
+        kept = None if row.document_lengths is None else lengths
+        found = finished(joined, position, self.max_length, kept, is_rebuilt=is_rebuilt)
+        return dataclasses.replace(found, num_dropped=self._num_dropped(row.input_ids))
+
+    def _num_dropped(self, ids: np.ndarray) -> int:
+        known = ids[ids < min(len(self.first_token), len(self.teacher.is_special))]
+        dropped = self.teacher.is_special[known] & (self.first_token[known] == NONE)
+        return int((dropped & ~np.isin(known, self.teacher.vocabulary.prefix)).sum())
 
     def _filler(self) -> int:
         tokenizer = self.student.tokenizer
         return next((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if isinstance(i, int)), 0)
 
-    def _text(self, found: _Encoded, predicted: np.ndarray) -> _Columns:
+    def _text(self, found: _Encoded, predicted: np.ndarray) -> Columns:
         run, first = found.text.run, found.text.first
         theirs = predicted[first : first + len(run.starts)]
         some = np.flatnonzero(run.ends > run.starts)  # tokens of no bytes begin nowhere
@@ -263,19 +275,19 @@ class Retokenizer:
         teacher = np.where(meets & (alike | (found.starts > 0)), first + (some[place] if len(some) else 0), NONE)
         if alike and found.ends[0] == 0 == run.ends[0]:  # the beginning of a word by itself, in both
             teacher[0] = first
-        return _Columns(
+        return Columns(
             found.ids, found.ends - found.starts, before == behind, teacher, *_spans(found, meets, some, place)
         )
 
 
-def _special(part: _Special, predicted: np.ndarray) -> _Columns:
+def _special(part: _Special, predicted: np.ndarray) -> Columns:
     one = np.array([part.teacher])
     flag = np.array([part.teacher != NONE and bool(predicted[part.teacher])])
-    return _Columns(np.array([part.token], dtype=np.int32), np.zeros(1, dtype=np.int64), flag, one, one, one)
+    return Columns(np.array([part.token], dtype=np.int32), np.zeros(1, dtype=np.int64), flag, one, one, one)
 
 
 def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's first and last token of the span that begins with each token of a text; see `_Columns`."""
+    """The teacher's first and last token of the span that begins with each token of a text; see `Columns`."""
     run, first = found.text.run, found.text.first
     span_first, span_last = (np.full(len(found.ids), NONE) for _ in range(2))
     heads = np.flatnonzero(meets)
@@ -290,8 +302,8 @@ def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarr
     return span_first, span_last
 
 
-def _finished(
-    columns: _Columns, position: np.ndarray, longest: int, lengths: list[int] | None, *, is_rebuilt: bool
+def finished(
+    columns: Columns, position: np.ndarray, longest: int, lengths: list[int] | None, *, is_rebuilt: bool
 ) -> StudentRow:
     """Cut to the longest row, positions in place of tokens, spans that both predict whole."""
     predicted = columns.predicted.copy()
@@ -323,6 +335,19 @@ def _finished(
         document_lengths=None if lengths is None else _cut_lengths(lengths, longest),
         is_rebuilt=is_rebuilt,
         num_cut=int((predicted & ~kept).sum()),
+    )
+
+
+def without_alignment(row: StudentRow) -> StudentRow:
+    """The row, trained on hard labels alone."""
+    none = np.zeros(0, dtype=np.int32)
+    return dataclasses.replace(
+        row,
+        teacher_position=np.full_like(row.teacher_position, NONE),
+        span=np.full_like(row.span, NONE),
+        span_start=none,
+        span_stop=none,
+        is_rebuilt=False,
     )
 
 

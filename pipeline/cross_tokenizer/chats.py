@@ -1,0 +1,203 @@
+"""A stored conversation by the student's own chat template, aligned with the teacher's row inside the assistant's turns.
+
+Between the turns the two rows hold different text, and templates write into the turns too: a channel, an empty thought.
+Turn by turn, both are followed from their beginning, and from where each part of the message begins in them, as far as
+they have the same bytes. A special token is written as its counterpart, so that the end of a turn is one of these bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.cross_tokenizer.rows import CachedTokens, Columns, StudentRow, finished
+from pipeline.cross_tokenizer.token_bytes import TokenBytes
+from pipeline.cross_tokenizer.vocabulary_map import NONE
+from pipeline.errors import BadRowError, MisuseError
+from pipeline.records import Example, Message, Tokenization, TokenizedExample
+from pipeline.tasks import get_task
+from pipeline.tasks.texts import read_conversation
+
+#: Cut afterwards: a row of the student loses its end, as other rows do.
+_ANY_LENGTH = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRenderer:
+    """Renders conversations for a student."""
+
+    teacher: TokenBytes
+    student: TokenBytes
+    first_token: np.ndarray
+    """As in `VocabularyMap`: for special tokens."""
+    settings: Tokenization
+    max_length: int
+
+    @classmethod
+    def of(
+        cls,
+        teacher: TokenBytes,
+        student: TokenBytes,
+        first_token: np.ndarray,
+        contract: Tokenization,
+        max_length: int,
+    ) -> ChatRenderer:
+        """With the arguments of the teacher's chat template that the student's reads too.
+
+        Raises:
+            SourceError: the student's chat template cannot be read.
+        """
+        plain = Tokenization(_ANY_LENGTH, assistant_turns="auto")
+        settings = _settled(plain, contract.chat_template_kwargs, student.tokenizer)
+        return cls(teacher, student, first_token, settings, max_length)
+
+    def row(self, row: CachedTokens) -> StudentRow | None:
+        """The student's row; None: its chat template refuses the conversation, or puts no turn of it into a row."""
+        assert row.messages is not None
+        try:
+            messages, tools = read_conversation(row.messages)
+        except BadRowError:
+            return None
+        example = Example(row.source_row, messages=messages, tools=tools)
+        made = list(get_task("causal-lm").tokenize([example], "", self.student.tokenizer, self.settings))
+        rows = [each for each in made if isinstance(each, TokenizedExample)]
+        if not rows:
+            return None
+        whole = rows[-1]  # of several, the last has most of the conversation
+        found = self._aligned(row, whole, messages)
+        lost = sum(each.num_positions for each in rows[:-1])
+        return dataclasses.replace(found, num_cut=found.num_cut + lost)
+
+    def _aligned(self, row: CachedTokens, made: TokenizedExample, messages: Sequence[Message]) -> StudentRow:
+        assert made.supervised is not None
+        theirs = _turns(row.input_ids, row.supervised, self.teacher, self.first_token)
+        ours = _turns(made.input_ids, made.supervised, self.student, np.arange(len(self.student.pieces)))
+        size = len(made.input_ids)
+        teacher, first, last = (np.full(size, NONE, dtype=np.int64) for _ in range(3))
+        learnt = [message for message in messages if message.role == "assistant" and message.learnt]
+        is_rebuilt = len(theirs) == len(ours)
+        for number, (turn, other) in enumerate(zip(ours, theirs, strict=False) if is_rebuilt else ()):
+            said = learnt[number] if len(learnt) == len(ours) else None
+            _align(turn, other, _regions(turn.text, other.text, said), teacher, first, last)
+            behind = int(turn.tokens[-1]) + 1
+            if behind < size and first[behind] == NONE:  # no span reaches into what the template writes
+                first[behind] = 0
+        predicted = np.append(False, row.supervised[:-1])
+        position = np.where(predicted, np.cumsum(predicted) - 1, NONE)
+        num_bytes = self.student.vocabulary.bytes_of_ids(made.input_ids)
+        columns = Columns(
+            made.input_ids.astype(np.int32), num_bytes, np.append(False, made.supervised[:-1]), teacher, first, last
+        )
+        return finished(columns, position, self.max_length, None, is_rebuilt=is_rebuilt)
+
+
+def _settled(plain: Tokenization, kwargs: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+    task = get_task("causal-lm")
+    try:
+        return task.settle(dataclasses.replace(plain, chat_template_kwargs=kwargs), tokenizer, chats=True)
+    except MisuseError:  # an argument that this template does not read
+        return task.settle(plain, tokenizer, chats=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A stretch of tokens that are learnt."""
+
+    tokens: np.ndarray
+    """(t,) which of the row."""
+    starts: np.ndarray
+    """(t,) bytes."""
+    ends: np.ndarray
+    """(t,)."""
+    text: bytes
+
+
+def _turns(ids: np.ndarray, supervised: np.ndarray, vocabulary: TokenBytes, names: np.ndarray) -> list[_Turn]:
+    """The learnt stretches of a row.
+
+    Args:
+        names: (V,) of each token the student's token that a special one is written as; -1: it has none.
+    """
+    predicted = np.append(False, supervised[:-1])
+    bounds = np.flatnonzero(np.diff(np.concatenate([[False], predicted, [False]]).astype(np.int8)))
+    turns = []
+    for start, stop in bounds.reshape(-1, 2).tolist():
+        pieces = [_written(int(token), vocabulary, names) for token in ids[start:stop].tolist()]
+        ends = np.cumsum([len(piece) for piece in pieces])
+        turns.append(_Turn(np.arange(start, stop), np.append(0, ends[:-1]), ends, b"".join(pieces)))
+    return turns
+
+
+def _written(token: int, vocabulary: TokenBytes, names: np.ndarray) -> bytes:
+    """Its bytes; of a token that stands for no text, or for one that is not known, a name that no text has."""
+    piece = vocabulary.pieces[token] if token < len(vocabulary.pieces) else None
+    if piece is not None:
+        return piece
+    name = int(names[token]) if token < len(names) else NONE
+    return b"\xff%d\xff" % name if name != NONE else b"\xff-%d\xff" % token
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Bytes that both turns have: `[ours, ours + size)` and `[theirs, theirs + size)`."""
+
+    ours: int
+    theirs: int
+    size: int
+
+
+def _regions(ours: bytes, theirs: bytes, said: Message | None) -> list[_Region]:
+    """What the two have in common, in order, none within another."""
+    anchors = [(0, 0), (len(ours) - len(ours.lstrip()), len(theirs) - len(theirs.lstrip()))]
+    for text in _parts(said):
+        anchors.append((ours.find(text), theirs.find(text)))
+    found: list[_Region] = []
+    for one, other in anchors:
+        if one < 0 or other < 0 or any(region.ours <= one < region.ours + region.size for region in found):
+            continue
+        if size := _common(ours[one:], theirs[other:]):
+            found.append(_Region(one, other, size))
+    return sorted(found, key=lambda region: region.ours)
+
+
+def _parts(said: Message | None) -> list[bytes]:
+    """The texts of a message, as templates write them."""
+    if said is None:
+        return []
+    texts = [said.content, *(value for value in said.fields.values() if isinstance(value, str))]
+    return [text.strip().encode() for text in texts if text and text.strip()]
+
+
+def _align(
+    ours: _Turn, theirs: _Turn, regions: Sequence[_Region], teacher: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> None:
+    """Fill in which token of the teacher begins where each of the student's does, and the spans between them."""
+    begins = dict(zip(theirs.starts.tolist(), range(len(theirs.starts)), strict=True))
+    for region in regions:
+        inside = (ours.starts >= region.ours) & (ours.starts < region.ours + region.size) & (ours.ends > ours.starts)
+        mapped = {
+            i: begins.get(int(ours.starts[i]) - region.ours + region.theirs) for i in np.flatnonzero(inside).tolist()
+        }
+        heads = [(i, other) for i, other in mapped.items() if other is not None]
+        for (i, other), after in zip(heads, [*heads[1:], None], strict=True):
+            token = int(ours.tokens[i])
+            if first[token] not in (NONE, 0):
+                continue
+            teacher[token] = first[token] = theirs.tokens[other]
+            ends_alike = ours.ends[i] - region.ours == theirs.ends[other] - region.theirs <= region.size
+            last[token] = (
+                theirs.tokens[after[1] - 1] if after is not None else theirs.tokens[other] if ends_alike else NONE
+            )
+            if after is None and i + 1 < len(ours.tokens) and first[ours.tokens[i + 1]] == NONE:
+                first[ours.tokens[i + 1]] = 0  # where the common bytes end, so does the last span
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """Bytes that both begin with."""
+    size = min(len(one), len(other))
+    differs = np.flatnonzero(np.frombuffer(one[:size], np.uint8) != np.frombuffer(other[:size], np.uint8))
+    return int(differs[0]) if len(differs) else size
