@@ -56,7 +56,7 @@ def span_loss(nll: Tensor, spans: Spans, *, temperature: float = SPAN_TEMPERATUR
     inside = spans.owner >= 0
     surprisal = nll.new_zeros(len(spans)).index_add(0, spans.owner[inside], nll[inside])  # (S,)
     counted = spans.weights > 0
-    teacher = torch.where(counted, -spans.teacher_logprobs.to(nll.dtype), 0.0)
+    teacher = -spans.teacher_logprobs.to(nll.dtype)
     found: Tensor = _BinaryKL.apply(surprisal, teacher, counted, temperature)  # type: ignore[no-untyped-call]
     return found
 
