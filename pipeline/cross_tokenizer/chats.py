@@ -63,26 +63,27 @@ class ChatRenderer:
         except BadRowError:
             return None
         example = Example(row.source_row, messages=messages, tools=tools)
-        made = list(get_task("causal-lm").tokenize([example], "", self.student.tokenizer, self.settings))
+        made = list(get_task("causal-lm").tokenize([example], "", self.student.tokenizer, self.settings, texts=True))
         rows = [each for each in made if isinstance(each, TokenizedExample)]
         if not rows:
             return None
         whole = rows[-1]  # of several, the last has most of the conversation
         found = self._aligned(row, whole, messages)
-        lost = sum(each.num_positions for each in rows[:-1])
-        return dataclasses.replace(found, num_cut=found.num_cut + lost)
+        return dataclasses.replace(found, num_in_other_rows=sum(each.num_positions for each in rows[:-1]))
 
     def _aligned(self, row: CachedTokens, made: TokenizedExample, messages: Sequence[Message]) -> StudentRow:
         assert made.supervised is not None
-        theirs = _turns(row.input_ids, row.supervised, self.teacher, self.first_token)
-        ours = _turns(made.input_ids, made.supervised, self.student, np.arange(len(self.student.pieces)))
+        theirs = self._numbered(_turns(row.input_ids, row.supervised, self.teacher, self.first_token), messages)
+        own = read_conversation(made.messages or "")[0]
+        names = np.arange(len(self.student.pieces))
+        ours = self._numbered(_turns(made.input_ids, made.supervised, self.student, names), own)
         size = len(made.input_ids)
         teacher, first, last = (np.full(size, NONE, dtype=np.int64) for _ in range(3))
-        learnt = [message for message in messages if message.role == "assistant" and message.learnt]
-        is_rebuilt = len(theirs) == len(ours)
-        for number, (turn, other) in enumerate(zip(ours, theirs, strict=False) if is_rebuilt else ()):
-            said = learnt[number] if len(learnt) == len(ours) else None
-            _align(turn, other, _regions(turn.text, other.text, said), teacher, first, last)
+        is_rebuilt = theirs is not None and ours is not None
+        for number, turn in (ours or {}).items():
+            other = (theirs or {}).get(number)
+            if other is not None:
+                _align(turn, other, _regions(turn.text, other.text, messages[number]), teacher, first, last)
             behind = int(turn.tokens[-1]) + 1
             if behind < size and first[behind] == NONE:  # no span reaches into what the template writes
                 first[behind] = 0
@@ -93,6 +94,11 @@ class ChatRenderer:
             made.input_ids.astype(np.int32), num_bytes, np.append(False, made.supervised[:-1]), teacher, first, last
         )
         return finished(columns, position, self.max_length, None, is_rebuilt=is_rebuilt)
+
+    def _numbered(self, turns: Sequence[_Turn], messages: Sequence[Message]) -> dict[int, _Turn] | None:
+        """The turns by their numbers in the conversation; None: they are not those that are to be learnt."""
+        numbers = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
+        return dict(zip(numbers, turns, strict=True)) if len(numbers) == len(turns) else None
 
 
 def _settled(plain: Tokenization, kwargs: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Tokenization:
@@ -150,7 +156,7 @@ class _Region:
     size: int
 
 
-def _regions(ours: bytes, theirs: bytes, said: Message | None) -> list[_Region]:
+def _regions(ours: bytes, theirs: bytes, said: Message) -> list[_Region]:
     """What the two have in common, in order, none within another."""
     anchors = [(0, 0), (len(ours) - len(ours.lstrip()), len(theirs) - len(theirs.lstrip()))]
     for text in _parts(said):
@@ -164,10 +170,8 @@ def _regions(ours: bytes, theirs: bytes, said: Message | None) -> list[_Region]:
     return sorted(found, key=lambda region: region.ours)
 
 
-def _parts(said: Message | None) -> list[bytes]:
+def _parts(said: Message) -> list[bytes]:
     """The texts of a message, as templates write them."""
-    if said is None:
-        return []
     texts = [said.content, *(value for value in said.fields.values() if isinstance(value, str))]
     return [text.strip().encode() for text in texts if text and text.strip()]
 
@@ -178,12 +182,12 @@ def _align(
     """Fill in which token of the teacher begins where each of the student's does, and the spans between them."""
     begins = dict(zip(theirs.starts.tolist(), range(len(theirs.starts)), strict=True))
     for region in regions:
-        inside = (ours.starts >= region.ours) & (ours.starts < region.ours + region.size) & (ours.ends > ours.starts)
+        inside = (ours.starts >= region.ours) & (ours.ends <= region.ours + region.size) & (ours.ends > ours.starts)
         mapped = {
             i: begins.get(int(ours.starts[i]) - region.ours + region.theirs) for i in np.flatnonzero(inside).tolist()
         }
         heads = [(i, other) for i, other in mapped.items() if other is not None]
-        for (i, other), after in zip(heads, [*heads[1:], None], strict=True):
+        for (i, other), after in zip(heads, [*heads[1:], None], strict=False):
             token = int(ours.tokens[i])
             if first[token] not in (NONE, 0):
                 continue

@@ -37,6 +37,7 @@ _TYPES = {
     "num_cut": pa.int32(),
     "num_agreeing": pa.int32(),
     "num_dropped": pa.int32(),
+    "num_in_other_rows": pa.int32(),
 }
 
 
@@ -57,6 +58,8 @@ class Counts:
     """Positions beyond the student's longest row."""
     dropped: int = 0
     """Special tokens of the teacher that the student has none for."""
+    in_other_rows: int = 0
+    """Positions of turns that the student's chat template does not put into the row that holds them."""
     longest: int = 0
     """Tokens of the longest row."""
 
@@ -189,6 +192,7 @@ def _counts(block: RowBlock) -> Counts:
         cut_rows=int((cut > 0).sum()),
         cut=int(cut.sum()),
         dropped=int(block.numbers["num_dropped"].sum()),
+        in_other_rows=int(block.numbers["num_in_other_rows"].sum()),
         longest=int(block.lists["input_ids"].counts.max(initial=0)),
     )
 

@@ -160,6 +160,12 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
             name,
             counts.dropped,
         )
+    if counts.in_other_rows:
+        logger.warning(
+            "%s: its chat template puts the turns of some conversations into several rows, of which the last is kept: %d of %d positions are left out; "
+            "a cache made with --assistant-turns each has a row for each turn",
+            *(name, counts.in_other_rows, counts.in_other_rows + counts.positions),
+        )
     if counts.cut:
         logger.warning(
             "%s: takes %d tokens a row: %d of %d rows are longer in its tokens and are cut, %d of %d positions are left out",

@@ -60,6 +60,8 @@ class StudentRow:
     """False: the text cannot be told from the token ids, so that nothing is aligned."""
     num_cut: int
     """Supervised positions beyond the longest row, which are left out."""
+    num_in_other_rows: int = 0
+    """Supervised positions of turns that the student's chat template does not put into this row."""
     num_dropped: int = 0
     """Special tokens of the teacher's row that the student has none for."""
 
