@@ -73,12 +73,16 @@ def test_dashes_and_underscores_are_the_same_in_a_section(tmp_path: Path) -> Non
 )
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, key: str, lines: tuple[int, int]) -> None:
     """YAML itself keeps the last, so that a whole section would be lost silently."""
-    with pytest.raises(ConfigError, match=rf"run.yaml: {key}: is given in line {lines[0]} and again in line {lines[1]},"):
+    with pytest.raises(
+        ConfigError, match=rf"run.yaml: {key}: is given in line {lines[0]} and again in line {lines[1]},"
+    ):
         load(tmp_path, text)
 
 
 def test_aliases_and_merged_keys_are_no_key_given_twice(tmp_path: Path) -> None:
-    text = "evaluate: &one {cache: c, split: a}\nreport: {<<: *one, split: b}\ntrain-student: {training: &t {optim: *t}}\n"
+    text = (
+        "evaluate: &one {cache: c, split: a}\nreport: {<<: *one, split: b}\ntrain-student: {training: &t {optim: *t}}\n"
+    )
     assert load(tmp_path, text).sections["report"][0]["split"] == "b"
 
 

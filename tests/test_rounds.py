@@ -18,15 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.cache import Cache
 from pipeline.config import CacheLogitsConfig, DataConfig, load_config, resolve, sections_for, steps_of
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, PipelineError
 from pipeline.records import Loss
 from pipeline.rounds import measure_written
+from pipeline.steps import warn_of_steps
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
 from pipeline.training.batches.mixing import JoinedDataset
 from pipeline.training.fused import Head, fused_loss
 from pipeline.training.losses import distillation_loss
-from pipeline.workflow import stage_configs
+from pipeline.workflow import _steps, stage_configs
 from tests.conftest import WORDS, tiny_model
 from tests.support.generations import writing_model
 from tests.support.processes import python
@@ -42,7 +43,12 @@ EACH = {
         {"teacher": "t", "output": "c-{round}", "data": {"dataset": "w-{round}"}},
     ],
     "init-student": {"teacher": "t", "output": "s-0"},
-    "train-student": {"cache": ["c-{round}", "off"], "student": "s-{previous}", "output": "s-{round}"},
+    "train-student": {
+        "cache": ["c-{round}", "off"],
+        "mix": "data",
+        "student": "s-{previous}",
+        "output": "s-{round}",
+    },
     "evaluate": {"cache": "off", "student": ["s-0", "s-2"], "output": "e"},
 }
 
@@ -132,16 +138,92 @@ def changed(stage, **settings):
             "data.dataset: 'w-{round}' is shared by all sections",
         ),
         (
+            {"rounds": 1, **changed("generate", model="s-{previus}")},
+            "generate: model: 's-{previus}': {previus} is no placeholder; did you mean {previous}?",
+        ),
+        ({"rounds": 1, **changed("cache-logits", data={"dataset": "w-{ round }", "split": "a-{round}"})}, "did you mean {round}?"),
+        ({"rounds": 1, **changed("train-student", output="s-{round:02}", cache=["c-{round}"], mix=None)}, "did you mean {round}?"),
+        (
+            {"rounds": 2, **changed("cache-logits", output="w-{round}")},
+            "cache-logits: output: w-1 is written by generate too; name another",
+        ),
+        (
+            {"rounds": 2, **changed("generate", model="s-{round}")},
+            "generate in round 1 reads s-1, which train-student makes later in round 1; ",
+        ),
+        (
+            {"rounds": 2, **changed("cache-logits", data={"dataset": "w-{round}"}), "generate": {
+                **EACH["generate"], "dataset": "./c-{round}"}},
+            "generate in round 1 reads c-1, which cache-logits makes later in round 1; ",
+        ),
+        (
+            {"rounds": 2, **changed("train-student", student="./s-{round}")},
+            "train-student s-1: student and output are one directory",
+        ),
+        ({"rounds": 2, **changed("train-student", mix=None)}, "train-student s-1: several --cache: say --mix teachers"),
+        (
+            {"rounds": 2, **changed("train-student", proportion=[1])},
+            "train-student s-1: --proportion: expected 2 above 0, one for each --cache, found 1",
+        ),
+        (
+            {"rounds": 2, **changed("train-student", divergence="reverse-kl")},
+            "train-student s-1: c-1: --divergence reverse-kl: is not linear in the teacher's probabilities",
+        ),
+        (
+            {"rounds": 2, **EACH, "cache-logits": [EACH["cache-logits"][0], {**EACH["cache-logits"][1], "top_k": 8}]},
+            "train-student s-1: off: encoding: expected top-k, k 8, temperatures (1.0, 2.0, 4.0), as c-1 has, found sampled,",
+        ),
+        (
             {"rounds": 2, **changed("generate", seed={"round": None})},
             'generate: seed: put {round} in quotes: "{round}"',
         ),
     ],
 )  # fmt: skip
 def test_what_makes_no_rounds_is_refused_in_one_line(tmp_path, content, message):
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(PipelineError) as refused:
         list(stage_configs(load(tmp_path, **content)))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_braces_that_are_no_placeholder_stay(tmp_path):
+    """Of templates and stops, and of names that are like neither."""
+    asked = {"stop": ["{round:d}"], "chat_template_kwargs": ["a={rounds}"], "dataset": "p-{lang}"}
+    file = load(tmp_path, rounds=1, **changed("generate", **asked))
+    assert "w-1" in outputs(file)
+
+
+def warnings_of(caplog, file):
+    caplog.clear()
+    warn_of_steps(_steps(file, (), None))
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_one_seed_in_all_rounds_is_warned_of(tmp_path, caplog):
+    share = changed("train-student", proportion=[0.5, 0.5], seed="{round}")
+    assert warnings_of(caplog, load(tmp_path, rounds=3, **share)) == []
+    share["generate"] = {**share["generate"], "seed": 7}
+    (line,) = warnings_of(caplog, load(tmp_path, rounds=3, **share))
+    assert line.startswith("generate: seed 7 on the same prompts in round 1 and in round 2: the same random numbers")
+    for others in ({"rows": "{previous}0:{round}0"}, {"temperature": 0}, {"dataset": "p-{round}"}):
+        share["generate"] |= others
+        assert warnings_of(caplog, load(tmp_path, rounds=3, **share)) == [], others
+    share = changed("train-student", proportion=[0.5, 0.5])
+    (line,) = warnings_of(caplog, load(tmp_path, rounds=3, **share))
+    assert line.startswith("train-student: seed 0 in round 1 and in round 2: its proportion of off is of the same rows")
+    assert warnings_of(caplog, load(tmp_path, rounds=1, **share)) == []
+
+
+def test_held_out_rows_that_a_student_writes_after_are_warned_of(tmp_path, caplog):
+    file = load(tmp_path, rounds=2, data={"holdout": 0.1}, **changed("generate", dataset="./d"))
+    lines = warnings_of(caplog, file)
+    assert [line.partition(":")[0] for line in lines] == ["cache-logits c-1", "generate w-1"]
+    assert "holdout 0.1 sets aside rows of what was written" in lines[0]
+    assert "those that holdout 0.1 sets aside as test in off included" in lines[1]
+    off, own = EACH["cache-logits"]
+    own = {**own, "data": {**own["data"], "holdout": 0}}
+    both = {**EACH, "cache-logits": [off, own], "generate": {**EACH["generate"], "dataset": "d", "split": "test"}}
+    assert warnings_of(caplog, load(tmp_path, rounds=2, data={"holdout": 0.1}, **both)) == []
 
 
 def test_a_command_of_its_own_does_not_take_a_placeholder_for_a_name(tmp_path, monkeypatch):

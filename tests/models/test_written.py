@@ -45,7 +45,7 @@ def test_ids_of_another_tokenizer_are_refused_before_they_are_labelled(tmp_path,
 
     ids = {"input_ids_column": "input_ids", "labels_column": "labels"}
     for dataset in (written, f"{written}/data", f"{written}/data/train-00000.parquet"):
-        with pytest.raises(ContractError, match="token ids of another tokenizer than that of .*teacher") as refused:
+        with pytest.raises(ContractError, match=r"token ids of another tokenizer than that of .*teacher") as refused:
             label(dataset, teacher, "cache", **ids)
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "cache").exists()

@@ -52,19 +52,31 @@ def make_mixture(
     """
     if len(caches) < 2:
         return None
-    if kind is None:
-        raise MisuseError(
-            "several --cache: say --mix teachers (the same rows, labelled by each) or --mix data (different rows)"
-        )
-    if shares and (len(shares) != len(caches) or not all(0 < share < float("inf") for share in shares)):
-        flag = "--teacher-weight" if kind == "teachers" else "--proportion"
-        raise MisuseError(
-            f"{flag}: expected {len(caches)} above 0, one for each --cache, found {', '.join(map(str, shares)) or 'none'}"
-        )
+    kind = checked_kind(len(caches), kind, shares)
     for other in caches[1:]:
         _check_alike(caches[0], other, same_encoding=kind == "data")
     given = list(shares) or ([1.0] * len(caches) if kind == "teachers" else [])
     return Mixture(kind, tuple(caches[1:]), tuple(share / sum(given) for share in given) or None)
+
+
+def checked_kind(
+    caches: int, kind: Literal["teachers", "data"] | None, shares: Sequence[float]
+) -> Literal["teachers", "data"]:
+    """How several caches are mixed.
+
+    Raises:
+        MisuseError: as of `make_mixture`.
+    """
+    if kind is None:
+        raise MisuseError(
+            "several --cache: say --mix teachers (the same rows, labelled by each) or --mix data (different rows)"
+        )
+    if shares and (len(shares) != caches or not all(0 < share < float("inf") for share in shares)):
+        flag = "--teacher-weight" if kind == "teachers" else "--proportion"
+        raise MisuseError(
+            f"{flag}: expected {caches} above 0, one for each --cache, found {', '.join(map(str, shares)) or 'none'}"
+        )
+    return kind
 
 
 def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
