@@ -145,17 +145,17 @@ def progress(cache: str, made_of: WrittenCache, told: dict[tuple[int, int], Writ
     before = told.get((made_of.section, made_of.round - 1))
     nll = f" (round {made_of.round - 1}: {before.teacher_nll:.3f})" if before is not None else ""
     what = "what the student wrote" + (" and its prompts" if found.tokens > found.written_tokens else "")
-    line = f"round {made_of.round}, {made_of.written}: the teacher's loss on {what} is {found.teacher_nll:.3f} nats a token{nll}"
+    line = f"round {made_of.round}: the teacher's loss on {what} is {found.teacher_nll:.3f} nats a token{nll}"
     if found.reverse_kl is not None:
         line += f"; KL(student || teacher) {found.reverse_kl:.3f}"
         if before is not None and before.reverse_kl is not None:
             line += f" ({before.reverse_kl:.3f})"
     if found.tokens == found.written_tokens:
-        return f"{line}; {found.tokens:,} tokens"
+        return f"{line}; {found.tokens:,} tokens of {made_of.written}"
     if found.tokens < found.written_tokens:
-        return f"{line}; {found.tokens:,} of the {found.written_tokens:,} tokens written are in {cache}"
+        return f"{line}; {found.tokens:,} of the {found.written_tokens:,} tokens of {made_of.written} are in {cache}"
     return (
-        f"{line}; {found.tokens:,} tokens, of which {found.written_tokens:,} were written: {cache} learns the prompts too; "
+        f"{line}; {found.tokens:,} tokens of {made_of.written}, of which {found.written_tokens:,} were written: {cache} learns the prompts too; "
         "labels_column: labels leaves them out"
     )
 

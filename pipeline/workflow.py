@@ -28,6 +28,7 @@ from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError, MisuseError
 from pipeline.evaluation.report.figures import require_matplotlib
 from pipeline.generation.records import NAMES
+from pipeline.models.saved import checkpoints
 from pipeline.records import Outline
 from pipeline.rounds import Written, progress, warn_of_own_labels, written_caches
 from pipeline.sources.files.arrow import is_saved
@@ -218,7 +219,9 @@ def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
     if stage not in _TRAINING or getattr(config, "resume", False):
         return False
     mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
-    return asked or proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key)
+    if asked or proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key):
+        return True
+    return not checkpoints(Path(config.output))  # killed while its weights were saved: there is nothing to go on from
 
 
 def _begun(key: str) -> str:

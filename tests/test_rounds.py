@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -20,7 +24,7 @@ from pipeline.cache import Cache
 from pipeline.config import CacheLogitsConfig, DataConfig, load_config, resolve, sections_for, steps_of
 from pipeline.errors import CacheError, PipelineError
 from pipeline.records import Loss
-from pipeline.rounds import measure_written
+from pipeline.rounds import Written, WrittenCache, measure_written, progress, written_caches
 from pipeline.steps import warn_of_steps
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
@@ -375,6 +379,29 @@ with hooked(hook):
     assert Path("written-3/generation.json").is_file()
 
 
+def test_a_round_killed_when_its_weights_are_saved_is_trained_again(tmp_path, project):
+    """Without checkpoints there is nothing to go on from, and the weights of a run that has not ended are nobody's."""
+    project["rounds"] = 1
+    load(tmp_path, **project)
+    code = """
+import os, signal
+from pipeline.cli import main
+from pipeline.training import run
+run.make_card = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main.main(["run", "rounds.yaml"], standalone_mode=False)
+"""
+    done = python("-c", code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert Path("student-1/model.safetensors").is_file()
+    assert not Path("student-1/distillation.json").exists()
+    saved = weights_of("student-1")
+    done = call("run", "rounds.yaml")
+    assert done.exit_code == 0, done.output
+    assert Path("student-1/distillation.json").is_file()
+    again = weights_of("student-1")
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
 def test_a_changed_prompt_makes_the_rounds_anew_when_asked_to(tmp_path, project):
     project["rounds"] = 1
     load(tmp_path, **project)
@@ -430,8 +457,17 @@ def test_the_teachers_loss_and_the_reverse_kl_are_those_of_plain_passes(captured
     assert f"is {found.teacher_nll:.3f} nats a token; KL(student || teacher) {found.reverse_kl:.3f}" in printed
 
 
+SERVED = {"name": "m", "api": "openai", "version": None, "own_settings": ["repetition_penalty"]}
+
+
 @pytest.mark.parametrize(
-    "changed", [("sampling", "temperature", 0.7), ("sampling", "top_k", 3), ("dropped", None, ["cut"])]
+    "changed",
+    [
+        ("sampling", "temperature", 0.7),
+        ("sampling", "top_k", 3),
+        ("dropped", None, ["cut"]),
+        ("model", None, SERVED),
+    ],
 )
 def test_no_reverse_kl_of_draws_that_are_not_the_students_own(captured, tmp_path, changed):
     folder, _ = captured
@@ -448,6 +484,85 @@ def test_no_reverse_kl_of_draws_that_are_not_the_students_own(captured, tmp_path
     assert whole.reverse_kl is not None
     with pytest.raises(CacheError, match="no finished generated data set here"):
         measure_written(folder / "cache-1", tmp_path)
+
+
+def changed_copy(folder, target, change):
+    """The data set of the first round with other values in a column."""
+    shutil.copytree(folder / "written-1", target)
+    for path in (target / "data").glob("*.parquet"):
+        table = pq.read_table(path)
+        for name, values in change(table).items():
+            field = table.schema.field(name)
+            table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+        pq.write_table(table, path)
+    return target
+
+
+def test_draws_without_a_filter_are_the_students_own_and_those_with_other_ids_are_not(captured, tmp_path):
+    folder, _ = captured
+    whole = measure_written(folder / "cache-1", folder / "written-1")
+    shutil.copytree(folder / "written-1", tmp_path / "written")
+    end = tmp_path / "written" / "generation.json"
+    end.write_text(end.read_text().replace('"top_p": null', '"top_p": 1.0'))
+    assert measure_written(folder / "cache-1", tmp_path / "written") == whole
+    retokenized = changed_copy(folder, tmp_path / "ids", lambda table: {"ids_from": ["tokenizer"] * len(table)})
+    found = measure_written(folder / "cache-1", retokenized)
+    assert found == dataclasses.replace(whole, reverse_kl=None)
+
+
+def test_the_cache_of_another_data_set_is_refused_however_many_tokens_it_has(captured, tmp_path):
+    folder, _ = captured
+    other = changed_copy(
+        folder, tmp_path / "other", lambda t: {"input_ids": [[7, *row[1:]] for row in t["input_ids"].to_pylist()]}
+    )
+    with pytest.raises(CacheError, match=r"cache-1: is not of .*other: 12 of its 12 rows are not among the 12 written"):
+        measure_written(folder / "cache-1", other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "on what the student wrote and its prompts is .* tokens of written-1, of which 91 were written: .*labels_column"),
+        (("--labels-column", "labels", "--max-length", "6"), "on what the student wrote is .*; 25 of the 91 tokens of written-1"),
+    ],
+)  # fmt: skip
+def test_a_cache_of_more_or_less_than_was_written_is_told(captured, tmp_path, flags, said):
+    folder, _ = captured
+    base = (
+        "cache-logits",
+        "--task",
+        "causal-lm",
+        "--teacher",
+        str(folder / "teacher"),
+        "--input-ids-column",
+        "input_ids",
+    )
+    done = call(*base, "--dataset", str(folder / "written-1"), "--output", str(tmp_path / "c"), *flags)
+    assert done.exit_code == 0, done.output
+    with contextlib.chdir(folder):
+        line = progress(str(tmp_path / "c"), WrittenCache(1, "written-1", 0), {})
+    assert re.search(said, line), line
+    assert "KL(" not in line
+
+
+def test_a_round_is_compared_with_the_same_sections_of_the_round_before(captured, tmp_path):
+    """A round that writes after prompts to learn and after others to measure on has two figures."""
+    two = [EACH["generate"], {**EACH["generate"], "output": "h-{round}"}]
+    caches = [*EACH["cache-logits"], {"teacher": "t", "output": "hc-{round}", "data": {"dataset": "h-{round}"}}]
+    file = load(tmp_path, rounds=2, **{**EACH, "generate": two, "cache-logits": caches})
+    found = written_caches(_steps(file, (), None))
+    assert {os.path.basename(cache): each for cache, each in found.items()} == {
+        f"{prefix}c-{number}": WrittenCache(number, f"{name}-{number}", section)
+        for number in (1, 2)
+        for prefix, name, section in (("", "w", 0), ("h", "h", 1))
+    }
+    folder, _ = captured
+    with contextlib.chdir(folder):
+        told = {(1, 1): Written(1, 77.0, None, 1)}
+        first = progress("cache-1", WrittenCache(1, "written-1", 0), told)
+        again = progress("cache-1", WrittenCache(2, "written-1", 0), told)
+    nll = re.search(r"is ([0-9.]+) nats", first)[1]
+    assert f"is {nll} nats a token (round 1: {nll}); KL" in again
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -209,12 +209,19 @@ class Proportions:
         for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
             rows = np.arange(start, stop)
             pools.append(rows if self.keep is None else rows[self.keep[rows]])
+        empty = next((number for number, pool in enumerate(pools, start=1) if not len(pool)), None)
+        if empty is not None:
+            raise TrainingError(
+                f"--proportion: cache {empty} has no row to learn from (of {len(pools)}, in the order of --cache); leave it out, or "
+                "capture more rows"
+            )
         most = min(len(pool) / share for pool, share in zip(pools, self.shares, strict=True))
         for number, (pool, share) in enumerate(zip(pools, self.shares, strict=True)):
             count = min(len(pool), round(most * share))
             if not count:
                 raise TrainingError(
-                    f"--proportion: cache {number + 1} would give no row to an epoch; give it a larger one"
+                    f"--proportion: cache {number + 1} would give no row to an epoch of {most:.1f} rows, the most that the others "
+                    f"have at their shares (its share is {share:.3g}); give it a larger one, or the others more rows"
                 )
             order = np.random.default_rng([self.seed, number]).permutation(pool)
             mask[order[(epoch * count + np.arange(count)) % len(order)]] = True
