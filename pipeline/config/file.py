@@ -7,7 +7,7 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,7 +147,7 @@ def resolve(
             or_key = ", or the key in --config FILE.yaml" if config_type in SECTIONS.values() else ""
             raise MisuseError(f"{where}missing {', '.join(missing)}; give the flag{or_key}")
     try:
-        checked: ConfigType = _adapter(config_type).validate_python(values)
+        checked: ConfigType = _adapter(config_type).validate_python(values)  # type: ignore[arg-type]
         return checked
     except ValidationError as error:
         first = error.errors()[0]
@@ -157,7 +157,7 @@ def resolve(
 
 
 @functools.cache
-def _adapter(config_type: Hashable) -> Any:
+def _adapter(config_type: type) -> Any:
     """Made once for each command: a file with many rounds has thousands of sections."""
     from pydantic import TypeAdapter
 
