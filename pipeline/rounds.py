@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.cache import Cache
+from pipeline.cache.format.codec import hash_tokens
 from pipeline.cache.format.manifest import parse
-from pipeline.config import CacheLogitsConfig, GenerateConfig, Step, TrainStudentConfig
+from pipeline.config import CacheLogitsConfig, GenerateConfig, TrainStudentConfig
 from pipeline.errors import CacheError
-from pipeline.generation.records import NAMES, GenerationEnd
+from pipeline.generation.records import NAMES, GenerationEnd, ServedModel
+from pipeline.steps import Resolved, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,15 @@ class Written:
     """A teacher's view of what a model wrote."""
 
     tokens: int
-    """Written, and labelled by the teacher."""
+    """Labelled by the teacher: what was written, and as far as the cache learns more, that."""
     teacher_nll: float
     """The teacher's negative log-likelihood, mean over the tokens, nats."""
     reverse_kl: float | None
     """KL(writer || teacher), nats a token: the mean of log p(writer) - log p(teacher) over the tokens,
-    an unbiased estimate. None: the tokens were not drawn from the writer's own distribution, or not
-    all of them are in the cache."""
+    an estimate without bias but for that of a mean over rows of several lengths. None: the tokens were not
+    drawn from the writer's own distribution, or the cache is not of them all and of them alone."""
+    written_tokens: int
+    """Of all completions: more than `tokens` where the cache has lost some, fewer where it learns prompts too."""
 
 
 def measure_written(cache: Cache | str | Path, written: str | Path) -> Written:
@@ -43,84 +46,127 @@ def measure_written(cache: Cache | str | Path, written: str | Path) -> Written:
         written: directory of the generated data set.
 
     Raises:
-        CacheError: one of the two is not finished, or the cache has no position.
+        CacheError: one of the two is not finished, the cache has no position, or is of rows that are not in the data set.
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache, verify="none")
-    end_file = Path(written) / NAMES.end
+    root = Path(written)
+    end_file = root / NAMES.end
     if not end_file.is_file():
         raise CacheError(f"{written}: no finished generated data set here ({NAMES.end} is missing)")
     tokens = sum(shard.positions for shard in opened.manifest.shards)
     if not tokens:
         raise CacheError(f"{opened.where}: expected soft labels of what was written, found no position")
+    end = parse(GenerationEnd, end_file)
+    counted, logprob = 0, 0.0
+    own = _are_own_draws(end)
+    written_rows, longest = Counter[int](), 0
+    for shard in end.shards:
+        table = pq.read_table(root / "data" / f"{shard.name}.parquet", columns=_COLUMNS)
+        counted += int(np.asarray(table["completion_tokens"]).sum())
+        own = own and not table["logprob"].null_count and "tokenizer" not in table["ids_from"].to_pylist()
+        logprob += float(np.nansum(np.asarray(table["logprob"].to_pylist(), dtype=np.float64)))
+        for ids in table["input_ids"]:
+            row = np.asarray(ids.values, dtype=np.int32)
+            written_rows[hash_tokens(row, None)] += 1
+            longest = max(longest, len(row))
+    labelled = Counter(
+        np.concatenate([opened.dataset(split).column("content_hash") for split in opened.splits]).tolist()
+    )
+    _check_of_these(opened, str(written), labelled, written_rows, longest)
     sums = [opened.dataset(split).column("teacher_nll_sum") for split in opened.splits]
     nll = float(np.concatenate(sums).astype(np.float64).sum())
-    logprob = _logprob(Path(written), parse(GenerationEnd, end_file), tokens)
-    return Written(tokens, nll / tokens, None if logprob is None else (logprob + nll) / tokens)
+    whole = own and counted == tokens and labelled == written_rows
+    return Written(tokens, nll / tokens, (logprob + nll) / tokens if whole else None, counted)
 
 
-def _logprob(root: Path, end: GenerationEnd, tokens: int) -> float | None:
-    """Sum over all completions, nats.
+_COLUMNS = ["completion_tokens", "logprob", "ids_from", "input_ids"]
 
-    None: they are not draws from the model's own distribution, or not as many tokens as are labelled.
+
+def _are_own_draws(end: GenerationEnd) -> bool:
+    """Whether all completions of a model are there, each drawn from its own distribution."""
+    sampling, model = end.contract.sampling, end.contract.model
+    filtered = sampling.top_k is not None or sampling.min_p is not None or sampling.top_p not in (None, 1)
+    changed = isinstance(model, ServedModel) and model.own_settings
+    return sampling.temperature == 1 and not filtered and not changed and not end.contract.dropped
+
+
+def _check_of_these(cache: Cache, written: str, labelled: Counter[int], rows: Counter[int], longest: int) -> None:
+    """Refuse the cache of another data set: its sums would be put beside the draws of this one.
+
+    A row that was cut, or tokenised again from its text, is another row: nothing can be said of such a cache.
     """
-    sampling = end.contract.sampling
-    filters = (sampling.top_p, sampling.top_k, sampling.min_p)
-    if sampling.temperature != 1 or any(value is not None for value in filters) or end.contract.dropped:
-        return None
-    columns = ["completion_tokens", "logprob"]
-    tables = [pq.read_table(root / "data" / f"{shard.name}.parquet", columns=columns) for shard in end.shards]
-    if any(table["logprob"].null_count for table in tables):
-        return None
-    counted = sum(int(np.asarray(table["completion_tokens"]).sum()) for table in tables)
-    return sum(float(np.asarray(table["logprob"]).sum()) for table in tables) if counted == tokens else None
+    contract = cache.manifest.contract
+    if contract.source.columns.input_ids is None or contract.tokenization.max_length < longest:
+        return
+    others = (labelled - rows).total()
+    if others:
+        raise CacheError(
+            f"{cache.where}: is not of {written}: {others:,} of its {labelled.total():,} rows are not among the {rows.total():,} "
+            "written there; name the data set that this cache was made from"
+        )
 
 
-def written_caches(steps: Sequence[tuple[Step, Any]]) -> Mapping[str, tuple[int, str]]:
-    """Caches of what a student wrote.
+@dataclass(frozen=True, slots=True)
+class WrittenCache:
+    """A cache of what the student of a round wrote."""
 
-    Returns:
-        Directory of the cache -> its round, and the directory of the generated data set.
-    """
+    round: int
+    written: str
+    """Directory of the generated data set."""
+    section: int
+    """Which of the sections of `generate` wrote it, from 0."""
+
+
+def written_caches(steps: Sequence[Resolved]) -> Mapping[str, WrittenCache]:
+    """Place of each cache of what a student wrote -> what is known of it."""
     outputs = {
-        (step.round, os.path.normpath(config.output)): config.output
+        (step.round, place_of(config.output)): (config.output, step.section_number)
         for step, config in steps
         if isinstance(config, GenerateConfig)
     }
-    found: dict[str, tuple[int, str]] = {}
+    found: dict[str, WrittenCache] = {}
     for step, config in steps:
         if isinstance(config, CacheLogitsConfig) and step.round is not None:
-            written = outputs.get((step.round, os.path.normpath(config.data.dataset)))
+            written = outputs.get((step.round, place_of(config.data.dataset)))
             if written is not None:
-                found[os.path.normpath(config.output)] = (step.round, written)
+                found[place_of(config.output)] = WrittenCache(step.round, *written)
     return found
 
 
-def progress(cache: str, number: int, written: str, told: dict[int, Written]) -> str | None:
+def progress(cache: str, made_of: WrittenCache, told: dict[tuple[int, int], Written]) -> str | None:
     """One line on a round; None: its cache is not finished, or behind a URL.
 
     Args:
-        told: earlier rounds; this one is added.
+        told: by section and round, what was found in earlier rounds; this one is added.
     """
     if not (Path(cache) / "manifest.json").is_file():
         return None
-    found = told[number] = measure_written(cache, written)
-    before = told.get(number - 1)
-    nll = f" (round {number - 1}: {before.teacher_nll:.3f})" if before is not None else ""
-    line = f"round {number}: the teacher's loss on what the student wrote is {found.teacher_nll:.3f} nats a token{nll}"
+    found = told[made_of.section, made_of.round] = measure_written(cache, made_of.written)
+    before = told.get((made_of.section, made_of.round - 1))
+    nll = f" (round {made_of.round - 1}: {before.teacher_nll:.3f})" if before is not None else ""
+    what = "what the student wrote" + (" and its prompts" if found.tokens > found.written_tokens else "")
+    line = f"round {made_of.round}: the teacher's loss on {what} is {found.teacher_nll:.3f} nats a token{nll}"
     if found.reverse_kl is not None:
         line += f"; KL(student || teacher) {found.reverse_kl:.3f}"
         if before is not None and before.reverse_kl is not None:
             line += f" ({before.reverse_kl:.3f})"
-    return f"{line}; {found.tokens:,} tokens"
+    if found.tokens == found.written_tokens:
+        return f"{line}; {found.tokens:,} tokens of {made_of.written}"
+    if found.tokens < found.written_tokens:
+        return f"{line}; {found.tokens:,} of the {found.written_tokens:,} tokens of {made_of.written} are in {cache}"
+    return (
+        f"{line}; {found.tokens:,} tokens of {made_of.written}, of which {found.written_tokens:,} were written: {cache} learns the prompts too; "
+        "labels_column: labels leaves them out"
+    )
 
 
-def warn_of_own_labels(steps: Sequence[tuple[Step, Any]]) -> None:
+def warn_of_own_labels(steps: Sequence[Resolved]) -> None:
     """Warn where a student would learn, as hard labels, the tokens that it wrote itself."""
     written = written_caches(steps)
     for _, config in steps:
         if not isinstance(config, TrainStudentConfig) or config.hard_labels == "teacher":
             continue
-        own = [cache for cache in config.cache if os.path.normpath(cache) in written]
+        own = [cache for cache in config.cache if place_of(cache) in written]
         if own and (config.hard_weight is None or config.hard_weight > 0):
             said = "is not given" if config.hard_weight is None else f"is {config.hard_weight:g}"
             logger.warning(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -29,11 +28,13 @@ from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError, MisuseError
 from pipeline.evaluation.report.figures import require_matplotlib
 from pipeline.generation.records import NAMES
+from pipeline.models.saved import checkpoints
 from pipeline.records import Outline
 from pipeline.rounds import Written, progress, warn_of_own_labels, written_caches
 from pipeline.sources.files.arrow import is_saved
 from pipeline.sources.files.layout import files_named, find_files
 from pipeline.sources.files.loading import redact
+from pipeline.steps import INPUTS, check_steps, named_inputs, place_of, warn_of_steps
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +50,6 @@ _PROOF = {
 }
 #: Stages that go on from their checkpoints.
 _TRAINING = ("train-teacher", "train-student")
-#: Settings that name what a stage reads.
-_INPUTS = (
-    "dataset",
-    "model",
-    "teacher",
-    "cache",
-    "student",
-    "control",
-    "chat_template",
-    "template",
-    "prompt_template",
-    "unlabelled",
-)
-
 #: Those that may be the text itself in place of a file's name.
 _TEMPLATES = ("template", "prompt_template")
 
@@ -83,14 +70,18 @@ def stage_configs(
     return ((step.stage, config) for step, config in _steps(file, stages, through))
 
 
-def _steps(file: ConfigFile, stages: tuple[str, ...], through: str | None) -> Iterator[tuple[Step, Any]]:
+def _steps(file: ConfigFile, stages: tuple[str, ...], through: str | None) -> list[tuple[Step, Any]]:
     for name in (*stages, *([through] if through else [])):
         if name not in file.sections:
             raise ConfigError(f"{file.path}: no section {name!r}; it has {', '.join(file.sections) or 'none'}")
     steps = steps_of(file)
-    for step in steps if through is None else through_stage(steps, through):
-        if not stages or step.stage in stages:
-            yield step, resolve(STAGES[step.stage], file, step.section, {})
+    found: list[tuple[Step, Any]] = [
+        (step, resolve(STAGES[step.stage], file, step.section, {}))
+        for step in (steps if through is None else through_stage(steps, through))
+        if not stages or step.stage in stages
+    ]
+    check_steps(file, found)
+    return found
 
 
 def run(
@@ -114,7 +105,7 @@ def run(
     Raises:
         PipelineError: of the stage that failed; the stages before it stay done.
     """
-    steps = list(_steps(file, stages, through))
+    steps = _steps(file, stages, through)
     if any(step.stage == "report" for step, _ in steps):
         try:
             require_matplotlib()  # before hours of work
@@ -122,11 +113,12 @@ def run(
             if not all(_is_done(Path(config.output or ""), step.stage, config, _key(config)) for step, config in steps):
                 raise
     warn_of_own_labels(steps)
-    written, told = written_caches(steps), dict[int, Written]()
+    warn_of_steps(steps)
+    written, told = written_caches(steps), dict[tuple[int, int], Written]()
     for step, config in steps:
         _run_step(step.stage, config, runners, overwrite=overwrite, shown=shown or {})
-        if step.stage == "cache-logits" and (found := written.get(os.path.normpath(config.output))) is not None:
-            line = progress(config.output, *found, told)
+        if step.stage == "cache-logits" and (found := written.get(place_of(config.output))) is not None:
+            line = progress(config.output, found, told)
             if line is not None:
                 tell(line)
 
@@ -176,12 +168,13 @@ def outline(
         PipelineError: of a stage whose inputs are there, before its work begins.
     """
     to_come: set[str] = set()
-    steps = list(_steps(file, stages, through))
+    steps = _steps(file, stages, through)
     warn_of_own_labels(steps)
+    warn_of_steps(steps)
     for name, config in ((step.stage, config) for step, config in steps):
         shown = f"{name} {redact(str(config.output or ''))}".rstrip()
         output = Path(config.output) if config.output is not None else None
-        waits = sorted(to_come.intersection(_named_inputs(config)))
+        waits = sorted(to_come.intersection(named_inputs(config)))
         if waits:
             why = f"runs: reads {', '.join(waits)}, which a stage before makes"
         else:
@@ -207,14 +200,6 @@ def _reason(output: Path | None, stage: str) -> str:
     return "has other settings or inputs" if _mark(output, stage).is_file() else "was not made by softlabel run"
 
 
-def _named_inputs(config: Any) -> set[str]:
-    """Paths that a stage reads."""
-    settings = dataclasses.asdict(config)
-    found = [value for name, value in {**settings, **settings.get("data", {})}.items() if name in _INPUTS and value]
-    names = itertools.chain.from_iterable(value if isinstance(value, tuple) else [value] for value in found)
-    return {os.path.normpath(name_and_path(name)[1]) for name in names}
-
-
 def _mark(output: Path, stage: str) -> Path:
     return output / f".stage-{stage}.json"
 
@@ -234,7 +219,9 @@ def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
     if stage not in _TRAINING or getattr(config, "resume", False):
         return False
     mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
-    return asked or proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key)
+    if asked or proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key):
+        return True
+    return not checkpoints(Path(config.output))  # killed while its weights were saved: there is nothing to go on from
 
 
 def _begun(key: str) -> str:
@@ -281,7 +268,7 @@ def _key(config: Any, *, before: bool = False) -> str:
             continue  # only the files named count, below
         if name in _TEMPLATES and isinstance(value, str) and ("{{" in value or "\n" in value):
             continue  # its text, which stands in the settings
-        if name in _INPUTS and value is not None:
+        if name in INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     if data is not None:

@@ -29,6 +29,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"capture", "training"},
         {"evaluation", "generation"},
         {"sharing", "outlines"},
+        {"steps"},
         {"rounds"},
         {"workflow"},
         {"starter", "sweep"},

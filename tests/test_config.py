@@ -63,6 +63,29 @@ def test_dashes_and_underscores_are_the_same_in_a_section(tmp_path: Path) -> Non
     assert load(tmp_path, "train-student: {batch_size: 4}").sections == dashes
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("generate: {model: a}\ntask: causal-lm\ngenerate: {model: b}\n", "generate", (1, 3)),
+        ("train-student:\n  cache: c\n  epochs: 1\n  epochs: 2\n", "epochs", (3, 4)),
+        ("train-student:\n- cache: c\n  training:\n    optim: a\n    optim: b\n", "optim", (4, 5)),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, key: str, lines: tuple[int, int]) -> None:
+    """YAML itself keeps the last, so that a whole section would be lost silently."""
+    with pytest.raises(
+        ConfigError, match=rf"run.yaml: {key}: is given in line {lines[0]} and again in line {lines[1]},"
+    ):
+        load(tmp_path, text)
+
+
+def test_aliases_and_merged_keys_are_no_key_given_twice(tmp_path: Path) -> None:
+    text = (
+        "evaluate: &one {cache: c, split: a}\nreport: {<<: *one, split: b}\ntrain-student: {training: &t {optim: *t}}\n"
+    )
+    assert load(tmp_path, text).sections["report"][0]["split"] == "b"
+
+
 def test_a_list_of_sections_is_several_students(tmp_path: Path) -> None:
     file = load(tmp_path, "train-student:\n- {cache: c, student: s, output: a}\n- {cache: c, student: s, output: b}\n")
     runs = [resolve(TrainStudentConfig, file, section, {}) for section in file.sections["train-student"]]
@@ -185,7 +208,7 @@ def test_a_value_of_another_type_is_named(flags: dict[str, Any], named: str) -> 
 
 def test_a_value_of_another_type_names_its_file(tmp_path: Path) -> None:
     file = load(tmp_path, "evaluate: {cache: c, student: s, batch-size: big}")
-    with pytest.raises(ConfigError, match=r"run\.yaml.*batch.size.*big"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: evaluate: batch.size.*big"):
         resolve(EvaluateConfig, file, file.sections["evaluate"][0], {})
 
 

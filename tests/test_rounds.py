@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -18,15 +22,16 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.cache import Cache
 from pipeline.config import CacheLogitsConfig, DataConfig, load_config, resolve, sections_for, steps_of
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, PipelineError
 from pipeline.records import Loss
-from pipeline.rounds import measure_written
+from pipeline.rounds import Written, WrittenCache, measure_written, progress, written_caches
+from pipeline.steps import warn_of_steps
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
 from pipeline.training.batches.mixing import JoinedDataset
 from pipeline.training.fused import Head, fused_loss
 from pipeline.training.losses import distillation_loss
-from pipeline.workflow import stage_configs
+from pipeline.workflow import _steps, stage_configs
 from tests.conftest import WORDS, tiny_model
 from tests.support.generations import writing_model
 from tests.support.processes import python
@@ -42,7 +47,12 @@ EACH = {
         {"teacher": "t", "output": "c-{round}", "data": {"dataset": "w-{round}"}},
     ],
     "init-student": {"teacher": "t", "output": "s-0"},
-    "train-student": {"cache": ["c-{round}", "off"], "student": "s-{previous}", "output": "s-{round}"},
+    "train-student": {
+        "cache": ["c-{round}", "off"],
+        "mix": "data",
+        "student": "s-{previous}",
+        "output": "s-{round}",
+    },
     "evaluate": {"cache": "off", "student": ["s-0", "s-2"], "output": "e"},
 }
 
@@ -132,16 +142,92 @@ def changed(stage, **settings):
             "data.dataset: 'w-{round}' is shared by all sections",
         ),
         (
+            {"rounds": 1, **changed("generate", model="s-{previus}")},
+            "generate: model: 's-{previus}': {previus} is no placeholder; did you mean {previous}?",
+        ),
+        ({"rounds": 1, **changed("cache-logits", data={"dataset": "w-{ round }", "split": "a-{round}"})}, "did you mean {round}?"),
+        ({"rounds": 1, **changed("train-student", output="s-{round:02}", cache=["c-{round}"], mix=None)}, "did you mean {round}?"),
+        (
+            {"rounds": 2, **changed("cache-logits", output="w-{round}")},
+            "cache-logits: output: w-1 is written by generate too; name another",
+        ),
+        (
+            {"rounds": 2, **changed("generate", model="s-{round}")},
+            "generate in round 1 reads s-1, which train-student makes later in round 1; ",
+        ),
+        (
+            {"rounds": 2, **changed("cache-logits", data={"dataset": "w-{round}"}), "generate": {
+                **EACH["generate"], "dataset": "./c-{round}"}},
+            "generate in round 1 reads c-1, which cache-logits makes later in round 1; ",
+        ),
+        (
+            {"rounds": 2, **changed("train-student", student="./s-{round}")},
+            "train-student s-1: student and output are one directory",
+        ),
+        ({"rounds": 2, **changed("train-student", mix=None)}, "train-student s-1: several --cache: say --mix teachers"),
+        (
+            {"rounds": 2, **changed("train-student", proportion=[1])},
+            "train-student s-1: --proportion: expected 2 above 0, one for each --cache, found 1",
+        ),
+        (
+            {"rounds": 2, **changed("train-student", divergence="reverse-kl")},
+            "train-student s-1: c-1: --divergence reverse-kl: is not linear in the teacher's probabilities",
+        ),
+        (
+            {"rounds": 2, **EACH, "cache-logits": [EACH["cache-logits"][0], {**EACH["cache-logits"][1], "top_k": 8}]},
+            "train-student s-1: off: encoding: expected top-k, k 8, temperatures (1.0, 2.0, 4.0), as c-1 has, found sampled,",
+        ),
+        (
             {"rounds": 2, **changed("generate", seed={"round": None})},
             'generate: seed: put {round} in quotes: "{round}"',
         ),
     ],
 )  # fmt: skip
 def test_what_makes_no_rounds_is_refused_in_one_line(tmp_path, content, message):
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(PipelineError) as refused:
         list(stage_configs(load(tmp_path, **content)))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_braces_that_are_no_placeholder_stay(tmp_path):
+    """Of templates and stops, and of names that are like neither."""
+    asked = {"stop": ["{round:d}"], "chat_template_kwargs": ["a={rounds}"], "dataset": "p-{lang}"}
+    file = load(tmp_path, rounds=1, **changed("generate", **asked))
+    assert "w-1" in outputs(file)
+
+
+def warnings_of(caplog, file):
+    caplog.clear()
+    warn_of_steps(_steps(file, (), None))
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_one_seed_in_all_rounds_is_warned_of(tmp_path, caplog):
+    share = changed("train-student", proportion=[0.5, 0.5], seed="{round}")
+    assert warnings_of(caplog, load(tmp_path, rounds=3, **share)) == []
+    share["generate"] = {**share["generate"], "seed": 7}
+    (line,) = warnings_of(caplog, load(tmp_path, rounds=3, **share))
+    assert line.startswith("generate: seed 7 on the same prompts in round 1 and in round 2: the same random numbers")
+    for others in ({"rows": "{previous}0:{round}0"}, {"temperature": 0}, {"dataset": "p-{round}"}):
+        share["generate"] |= others
+        assert warnings_of(caplog, load(tmp_path, rounds=3, **share)) == [], others
+    share = changed("train-student", proportion=[0.5, 0.5])
+    (line,) = warnings_of(caplog, load(tmp_path, rounds=3, **share))
+    assert line.startswith("train-student: seed 0 in round 1 and in round 2: its proportion of off is of the same rows")
+    assert warnings_of(caplog, load(tmp_path, rounds=1, **share)) == []
+
+
+def test_held_out_rows_that_a_student_writes_after_are_warned_of(tmp_path, caplog):
+    file = load(tmp_path, rounds=2, data={"holdout": 0.1}, **changed("generate", dataset="./d"))
+    lines = warnings_of(caplog, file)
+    assert [line.partition(":")[0] for line in lines] == ["cache-logits c-1", "generate w-1"]
+    assert "holdout 0.1 sets aside rows of what was written" in lines[0]
+    assert "those that holdout 0.1 sets aside as test in off included" in lines[1]
+    off, own = EACH["cache-logits"]
+    own = {**own, "data": {**own["data"], "holdout": 0}}
+    both = {**EACH, "cache-logits": [off, own], "generate": {**EACH["generate"], "dataset": "d", "split": "test"}}
+    assert warnings_of(caplog, load(tmp_path, rounds=2, data={"holdout": 0.1}, **both)) == []
 
 
 def test_a_command_of_its_own_does_not_take_a_placeholder_for_a_name(tmp_path, monkeypatch):
@@ -293,6 +379,29 @@ with hooked(hook):
     assert Path("written-3/generation.json").is_file()
 
 
+def test_a_round_killed_when_its_weights_are_saved_is_trained_again(tmp_path, project):
+    """Without checkpoints there is nothing to go on from, and the weights of a run that has not ended are nobody's."""
+    project["rounds"] = 1
+    load(tmp_path, **project)
+    code = """
+import os, signal
+from pipeline.cli import main
+from pipeline.training import run
+run.make_card = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main.main(["run", "rounds.yaml"], standalone_mode=False)
+"""
+    done = python("-c", code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert Path("student-1/model.safetensors").is_file()
+    assert not Path("student-1/distillation.json").exists()
+    saved = weights_of("student-1")
+    done = call("run", "rounds.yaml")
+    assert done.exit_code == 0, done.output
+    assert Path("student-1/distillation.json").is_file()
+    again = weights_of("student-1")
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
 def test_a_changed_prompt_makes_the_rounds_anew_when_asked_to(tmp_path, project):
     project["rounds"] = 1
     load(tmp_path, **project)
@@ -348,8 +457,17 @@ def test_the_teachers_loss_and_the_reverse_kl_are_those_of_plain_passes(captured
     assert f"is {found.teacher_nll:.3f} nats a token; KL(student || teacher) {found.reverse_kl:.3f}" in printed
 
 
+SERVED = {"name": "m", "api": "openai", "version": None, "own_settings": ["repetition_penalty"]}
+
+
 @pytest.mark.parametrize(
-    "changed", [("sampling", "temperature", 0.7), ("sampling", "top_k", 3), ("dropped", None, ["cut"])]
+    "changed",
+    [
+        ("sampling", "temperature", 0.7),
+        ("sampling", "top_k", 3),
+        ("dropped", None, ["cut"]),
+        ("model", None, SERVED),
+    ],
 )
 def test_no_reverse_kl_of_draws_that_are_not_the_students_own(captured, tmp_path, changed):
     folder, _ = captured
@@ -366,6 +484,85 @@ def test_no_reverse_kl_of_draws_that_are_not_the_students_own(captured, tmp_path
     assert whole.reverse_kl is not None
     with pytest.raises(CacheError, match="no finished generated data set here"):
         measure_written(folder / "cache-1", tmp_path)
+
+
+def changed_copy(folder, target, change):
+    """The data set of the first round with other values in a column."""
+    shutil.copytree(folder / "written-1", target)
+    for path in (target / "data").glob("*.parquet"):
+        table = pq.read_table(path)
+        for name, values in change(table).items():
+            field = table.schema.field(name)
+            table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+        pq.write_table(table, path)
+    return target
+
+
+def test_draws_without_a_filter_are_the_students_own_and_those_with_other_ids_are_not(captured, tmp_path):
+    folder, _ = captured
+    whole = measure_written(folder / "cache-1", folder / "written-1")
+    shutil.copytree(folder / "written-1", tmp_path / "written")
+    end = tmp_path / "written" / "generation.json"
+    end.write_text(end.read_text().replace('"top_p": null', '"top_p": 1.0'))
+    assert measure_written(folder / "cache-1", tmp_path / "written") == whole
+    retokenized = changed_copy(folder, tmp_path / "ids", lambda table: {"ids_from": ["tokenizer"] * len(table)})
+    found = measure_written(folder / "cache-1", retokenized)
+    assert found == dataclasses.replace(whole, reverse_kl=None)
+
+
+def test_the_cache_of_another_data_set_is_refused_however_many_tokens_it_has(captured, tmp_path):
+    folder, _ = captured
+    other = changed_copy(
+        folder, tmp_path / "other", lambda t: {"input_ids": [[7, *row[1:]] for row in t["input_ids"].to_pylist()]}
+    )
+    with pytest.raises(CacheError, match=r"cache-1: is not of .*other: 12 of its 12 rows are not among the 12 written"):
+        measure_written(folder / "cache-1", other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "on what the student wrote and its prompts is .* tokens of written-1, of which 91 were written: .*labels_column"),
+        (("--labels-column", "labels", "--max-length", "6"), "on what the student wrote is .*; 25 of the 91 tokens of written-1"),
+    ],
+)  # fmt: skip
+def test_a_cache_of_more_or_less_than_was_written_is_told(captured, tmp_path, flags, said):
+    folder, _ = captured
+    base = (
+        "cache-logits",
+        "--task",
+        "causal-lm",
+        "--teacher",
+        str(folder / "teacher"),
+        "--input-ids-column",
+        "input_ids",
+    )
+    done = call(*base, "--dataset", str(folder / "written-1"), "--output", str(tmp_path / "c"), *flags)
+    assert done.exit_code == 0, done.output
+    with contextlib.chdir(folder):
+        line = progress(str(tmp_path / "c"), WrittenCache(1, "written-1", 0), {})
+    assert re.search(said, line), line
+    assert "KL(" not in line
+
+
+def test_a_round_is_compared_with_the_same_sections_of_the_round_before(captured, tmp_path):
+    """A round that writes after prompts to learn and after others to measure on has two figures."""
+    two = [EACH["generate"], {**EACH["generate"], "output": "h-{round}"}]
+    caches = [*EACH["cache-logits"], {"teacher": "t", "output": "hc-{round}", "data": {"dataset": "h-{round}"}}]
+    file = load(tmp_path, rounds=2, **{**EACH, "generate": two, "cache-logits": caches})
+    found = written_caches(_steps(file, (), None))
+    assert {os.path.basename(cache): each for cache, each in found.items()} == {
+        f"{prefix}c-{number}": WrittenCache(number, f"{name}-{number}", section)
+        for number in (1, 2)
+        for prefix, name, section in (("", "w", 0), ("h", "h", 1))
+    }
+    folder, _ = captured
+    with contextlib.chdir(folder):
+        told = {(1, 1): Written(1, 77.0, None, 1)}
+        first = progress("cache-1", WrittenCache(1, "written-1", 0), told)
+        again = progress("cache-1", WrittenCache(2, "written-1", 0), told)
+    nll = re.search(r"is ([0-9.]+) nats", first)[1]
+    assert f"is {nll} nats a token (round 1: {nll}); KL" in again
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -42,6 +42,7 @@ from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
 from pipeline.models import LoadedModel, length_within, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.models.saved import trained_length
+from pipeline.models.written import check_written_ids
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
 from pipeline.sources import (
     LabelMap,
@@ -99,6 +100,8 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     begun = None if config.overwrite else current_plan(layout)
     teacher = teacher_of(task, config, source, begun)
     try:
+        if config.data.input_ids_column is not None:
+            check_written_ids(config.data.dataset, teacher.tokenizer, teacher.name)
         length = row_length(task, teacher, config.data.max_length, begun)
         return make_job(
             task,

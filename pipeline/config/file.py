@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -72,11 +73,19 @@ def load_config(path: str | Path) -> ConfigFile:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        twice = _given_twice(yaml.compose(text, Loader=yaml.SafeLoader), set())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a YAML file with a section per command") from None
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if twice is not None:
+        key, first, second = twice
+        raise ConfigError(
+            f"{path}: {key}: is given in line {first} and again in line {second}, where the second alone would count; "
+            "remove one, or make several sections of one command a list (- {...})"
+        )
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping with a section per command, found {type(content).__name__}")
     shared: dict[str, Any] = {}
@@ -111,7 +120,7 @@ def resolve(
         MisuseError: a required option is missing, or options contradict each other.
         ConfigError: a value of another type.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     values: dict[str, Any] = {}
     names = {f.name for f in dataclasses.fields(config_type)}  # type: ignore[arg-type]
@@ -128,7 +137,8 @@ def resolve(
         if isinstance(values.get(listed), str):  # one, not in a list
             values[listed] = [values[listed]]
     values = _with_homes(values)
-    where = f"{file.path}: " if file is not None else ""
+    section_name = next((name for name, known in SECTIONS.items() if known is config_type), None)
+    where = "" if file is None else f"{file.path}: " + (f"{section_name}: " if section_name else "")
     for owner, given in ((config_type, values), (DataConfig, values.get("data"))):
         if given is None:
             continue
@@ -137,12 +147,21 @@ def resolve(
             or_key = ", or the key in --config FILE.yaml" if config_type in SECTIONS.values() else ""
             raise MisuseError(f"{where}missing {', '.join(missing)}; give the flag{or_key}")
     try:
-        return TypeAdapter(config_type).validate_python(values)
+        checked: ConfigType = _adapter(config_type).validate_python(values)  # type: ignore[arg-type]
+        return checked
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
         raise ConfigError(f"{where}{key.replace('_', '-') or config_type.__name__}: {first['msg']}{found}") from None
+
+
+@functools.cache
+def _adapter(config_type: type) -> Any:
+    """Made once for each command: a file with many rounds has thousands of sections."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(config_type)
 
 
 def cli_fields(config_type: type) -> Iterator[dataclasses.Field[Any]]:
@@ -205,6 +224,29 @@ def _checked_section(path: str | Path, name: str, value: Any, config_type: type)
         if not isinstance(value, list | tuple):
             section[listed] = [] if value is None else [value]
     return section
+
+
+def _given_twice(node: Any, seen: set[int]) -> tuple[str, int, int] | None:
+    """The first key that stands twice in one mapping of a composed file, and its two lines: YAML keeps the last silently.
+
+    Args:
+        seen: nodes that have been looked at, since aliases may repeat them without end; this one is added.
+    """
+    if node is None or node.id == "scalar" or id(node) in seen:
+        return None
+    seen.add(id(node))
+    if node.id == "sequence":
+        return next((found for item in node.value if (found := _given_twice(item, seen)) is not None), None)
+    lines: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.id == "scalar" and key.value != "<<":
+            if (name := (key.tag, key.value)) in lines:
+                return key.value, lines[name], line
+            lines[name] = line
+        if (found := _given_twice(value, seen)) is not None:
+            return found
+    return None
 
 
 def _checked_rounds(path: str | Path, value: Any) -> int:

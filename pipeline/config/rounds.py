@@ -7,7 +7,9 @@ Those without a placeholder are run before the first round, but `evaluate` and `
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ from pipeline.errors import ConfigError
 #: Stages that are run after the last round where they have no placeholder.
 _LAST = ("evaluate", "report")
 _ROUND, _PREVIOUS = "{round}", "{previous}"
+#: A word in single braces.
+_BRACES = re.compile(r"(?<!\{)\{\s*([A-Za-z_]+)[^{}]*\}(?!\})")
+#: Keys whose texts may hold braces of their own.
+_FREE_TEXTS = ("template", "prompt_template", "chat_template_kwargs", "label_text", "stop", "prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,8 @@ class Step:
     section: Mapping[str, Any]
     round: int | None = None
     """From 1; None: outside the rounds."""
+    section_number: int = 0
+    """Which of the sections of its stage it is of, from 0."""
 
 
 def steps_of(file: ConfigFile) -> tuple[Step, ...]:
@@ -38,23 +46,19 @@ def steps_of(file: ConfigFile) -> tuple[Step, ...]:
     Raises:
         ConfigError: a placeholder without `rounds`, `rounds` without a placeholder, or two steps with one output.
     """
-    plain = [
-        Step(stage, section)
+    each = [
+        Step(stage, section, section_number=number)
         for stage in STAGES
-        for section in file.sections.get(stage, ())
-        if placeholder_in(section) is None
+        for number, section in enumerate(file.sections.get(stage, ()))
     ]
-    repeated = [
-        (stage, section)
-        for stage in STAGES
-        for section in file.sections.get(stage, ())
-        if placeholder_in(section) is not None
-    ]
-    _check_placeholders(file, repeated)
+    plain = [step for step in each if placeholder_in(step.section) is None]
+    repeated = [step for step in each if placeholder_in(step.section) is not None]
+    _check_placeholders(file, [(step.stage, step.section) for step in repeated])
+    _check_spelling(file)
     rounds = [
-        Step(stage, _filled(section, number), number)
+        Step(step.stage, _filled(step.section, number), number, step.section_number)
         for number in range(1, (file.rounds or 0) + 1)
-        for stage, section in repeated
+        for step in repeated
     ]
     if file.rounds is None:
         return tuple(plain)
@@ -136,15 +140,38 @@ def _check_placeholders(file: ConfigFile, repeated: list[tuple[str, Mapping[str,
         )
 
 
+def _check_spelling(file: ConfigFile) -> None:
+    """Refuse what was meant as a placeholder and is none: a directory of that name would be written."""
+    if file.rounds is None:
+        return
+    for stage in STAGES:
+        for section in file.sections.get(stage, ()):
+            for key, text in _texts(section, ""):
+                if key.rpartition(".")[2] in _FREE_TEXTS:
+                    continue
+                for found in _BRACES.finditer(text):
+                    near = difflib.get_close_matches(found[1].lower(), ["round", "previous"], n=1)
+                    if near and found[0] not in (_ROUND, _PREVIOUS):
+                        raise ConfigError(
+                            f"{file.path}: {stage}: {key}: {text!r}: {found[0]} is no placeholder; did you mean {{{near[0]}}}? "
+                            f"{_ROUND} and {_PREVIOUS} alone are"
+                        )
+
+
 def _check_outputs(file: ConfigFile, steps: tuple[Step, ...]) -> None:
-    """Refuse two steps of one stage that write to one place: the second would replace the first."""
+    """Refuse two steps that write to one place: the second would replace the first, or stop there."""
     seen: dict[tuple[str, str], Step] = {}
     for step in steps:
         output = step.section.get("output")
         if not isinstance(output, str):
             continue
-        place = (step.stage, output if "://" in output else os.path.normpath(Path(output).expanduser()))
+        kind = step.stage if step.stage in _LAST else "made"  # an evaluation may stand beside what it is of
+        place = (kind, output if "://" in output else os.path.abspath(Path(output).expanduser()))
         first = seen.setdefault(place, step)
+        if first.stage != step.stage:
+            raise ConfigError(
+                f"{file.path}: {step.stage}: output: {output} is written by {first.stage} too; name another"
+            )
         if first is not step:
             raise ConfigError(
                 f"{file.path}: {step.stage}: output: {output} is written {_when(first)} and {_when(step)}; put {_ROUND} "

@@ -122,7 +122,20 @@ def row_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, l
             "the prompts are plain texts, which the model goes on from; the tokenizer has a chat template: --as-chat makes "
             "each a turn of the user"
         )
-    return RowPrompts(source, ranges_of(source, config.row_range), settings, tokenizer, read_vocabulary(tokenizer))
+    ranges = ranges_of(source, config.row_range)
+    _tell_of_fewer(source.name, config.row_range, ranges)
+    return RowPrompts(source, ranges, settings, tokenizer, read_vocabulary(tokenizer))
+
+
+def _tell_of_fewer(name: str, asked: tuple[int, int | None] | None, ranges: Mapping[str, tuple[int, int]]) -> None:
+    """Warn where no split has as many rows as `--rows` asks for: rounds that take one part after another run out of prompts."""
+    start, stop = asked or (0, None)
+    split, (_, last) = max(ranges.items(), key=lambda item: item[1][1])
+    if stop is not None and last < stop:
+        logger.warning(
+            "%s: --rows %d:%d: split %s has %s rows, which give %s prompts of the %s asked for",
+            *(name, start, stop, split, f"{last:,}", f"{last - start:,}", f"{stop - start:,}"),
+        )
 
 
 def template_kwargs(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

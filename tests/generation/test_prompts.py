@@ -206,3 +206,11 @@ def test_data_in_memory_of_another_kind(lm_tokenizer, tmp_path):
         softlabel.generate(model, [{"prompt": "a"}], tmp_path / "o", tokenizer=lm_tokenizer)
     with pytest.raises(SourceError, match="in-memory: no column 'prompt' or 'messages'; found text"):
         softlabel.generate(model, Dataset.from_dict({"text": ["a"]}), tmp_path / "o", tokenizer=lm_tokenizer)
+
+
+def test_prompts_that_run_out_are_told(config, caplog):
+    """Rows that no split has, as of a round that takes the next part: not those of a split that is shorter than another."""
+    prepare(config(rows="2:10"), dry_run=True)
+    assert "--rows" not in caplog.text
+    prepare(config(rows="10:30"), dry_run=True)
+    assert "--rows 10:30: split train has 14 rows, which give 4 prompts of the 20 asked for" in caplog.text

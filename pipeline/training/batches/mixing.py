@@ -52,19 +52,31 @@ def make_mixture(
     """
     if len(caches) < 2:
         return None
-    if kind is None:
-        raise MisuseError(
-            "several --cache: say --mix teachers (the same rows, labelled by each) or --mix data (different rows)"
-        )
-    if shares and (len(shares) != len(caches) or not all(0 < share < float("inf") for share in shares)):
-        flag = "--teacher-weight" if kind == "teachers" else "--proportion"
-        raise MisuseError(
-            f"{flag}: expected {len(caches)} above 0, one for each --cache, found {', '.join(map(str, shares)) or 'none'}"
-        )
+    kind = checked_kind(len(caches), kind, shares)
     for other in caches[1:]:
         _check_alike(caches[0], other, same_encoding=kind == "data")
     given = list(shares) or ([1.0] * len(caches) if kind == "teachers" else [])
     return Mixture(kind, tuple(caches[1:]), tuple(share / sum(given) for share in given) or None)
+
+
+def checked_kind(
+    caches: int, kind: Literal["teachers", "data"] | None, shares: Sequence[float]
+) -> Literal["teachers", "data"]:
+    """How several caches are mixed.
+
+    Raises:
+        MisuseError: as of `make_mixture`.
+    """
+    if kind is None:
+        raise MisuseError(
+            "several --cache: say --mix teachers (the same rows, labelled by each) or --mix data (different rows)"
+        )
+    if shares and (len(shares) != caches or not all(0 < share < float("inf") for share in shares)):
+        flag = "--teacher-weight" if kind == "teachers" else "--proportion"
+        raise MisuseError(
+            f"{flag}: expected {caches} above 0, one for each --cache, found {', '.join(map(str, shares)) or 'none'}"
+        )
+    return kind
 
 
 def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
@@ -197,12 +209,19 @@ class Proportions:
         for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
             rows = np.arange(start, stop)
             pools.append(rows if self.keep is None else rows[self.keep[rows]])
+        empty = next((number for number, pool in enumerate(pools, start=1) if not len(pool)), None)
+        if empty is not None:
+            raise TrainingError(
+                f"--proportion: cache {empty} has no row to learn from (of {len(pools)}, in the order of --cache); leave it out, or "
+                "capture more rows"
+            )
         most = min(len(pool) / share for pool, share in zip(pools, self.shares, strict=True))
         for number, (pool, share) in enumerate(zip(pools, self.shares, strict=True)):
             count = min(len(pool), round(most * share))
             if not count:
                 raise TrainingError(
-                    f"--proportion: cache {number + 1} would give no row to an epoch; give it a larger one"
+                    f"--proportion: cache {number + 1} would give no row to an epoch of {most:.1f} rows, the most that the others "
+                    f"have at their shares (its share is {share:.3g}); give it a larger one, or the others more rows"
                 )
             order = np.random.default_rng([self.seed, number]).permutation(pool)
             mask[order[(epoch * count + np.arange(count)) % len(order)]] = True

@@ -16,7 +16,7 @@ from pipeline.cache import Cache
 from pipeline.cache.transforms import filter_rows
 from pipeline.cli import main
 from pipeline.config import TrainStudentConfig
-from pipeline.errors import ContractError, EncodingError, MisuseError
+from pipeline.errors import ContractError, EncodingError, MisuseError, TrainingError
 from pipeline.records import Full, Loss, Sampled, TopK
 from pipeline.softlabels import target
 from pipeline.tasks import get_task
@@ -266,3 +266,15 @@ def test_the_command(tmp_path, make, lm_tokenizer):
     done = CliRunner().invoke(main, [*command, "--max-steps", "2"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "2 steps" in done.stdout
+
+
+def test_a_share_that_leaves_no_row_and_a_cache_without_rows_are_told_apart():
+    with pytest.raises(TrainingError, match=r"--proportion: cache 2 has no row to learn from \(of 2"):
+        Proportions((0, 4, 4), (0.5, 0.5), None, 0)(0)
+    keep = np.array([False, False, True, True])
+    with pytest.raises(TrainingError, match="cache 1 has no row to learn from"):
+        Proportions((0, 2, 4), (0.5, 0.5), keep, 0)(0)
+    with pytest.raises(
+        TrainingError, match=r"cache 1 would give no row to an epoch of 4\.0 rows, .*its share is 0\.01"
+    ):
+        Proportions((0, 400, 404), (0.01, 0.99), None, 0)(0)
