@@ -31,7 +31,7 @@ VOCABULARY, SHORT = 8192, 1024
 TRAIN, TEST = 120, 40
 LENGTH = 256
 SHAPE = (4, 192, 4)
-EPOCHS, BATCH, RATE = 6, 8, 2e-3
+EPOCHS, BATCH, RATE = 4, 8, 2e-3
 
 
 @dataclass(frozen=True)

@@ -135,3 +135,104 @@ def test_the_same_tokenizer_gives_the_identity(family: str, text: str) -> None:
             assert found.teacher_position.tolist() == list(range(len(found.teacher_position)))
             spans = [b - a for a, b in zip(found.span_start.tolist(), found.span_stop.tolist(), strict=True)]
             assert set(spans[1:]) <= {1}  # a lone beginning of a word and its first letter are one
+
+
+def rests(family: str, ids: np.ndarray, lengths: np.ndarray, places: np.ndarray) -> list[tuple[int, bytes]]:
+    """Of each token: its document, and the bytes from there to the end of the document."""
+    ends = np.cumsum(lengths)
+    found = []
+    for place in places.tolist():
+        document = int(np.searchsorted(ends, place, side="right"))
+        pieces = [BYTES[family].pieces[i] or b"" for i in ids[place : ends[document]].tolist()]
+        found.append((document, b"".join(pieces)))
+    return found
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("pair", [("gpt2", "qwen"), ("qwen", "gpt2"), ("gpt2", "roberta")], ids="-".join)
+def test_packed_documents_keep_their_bounds(pair: tuple[str, str], isolate: bool) -> None:
+    teacher, student = pair
+    tokenizer: Any = FAMILIES[teacher]
+    documents = [
+        Example(i, text=text) for i, text in enumerate(["the cat sat", "é 😀 on a mat", "it isn't 10", "x" * 30])
+    ]
+    made = get_task("causal-lm").tokenize(
+        documents, "train", tokenizer, Tokenization(24, packing=True, isolate_documents=isolate)
+    )
+    rows = [row for row in made if isinstance(row, TokenizedExample)]
+    assert len(rows) > 1
+    for row in rows:
+        assert row.supervised is not None
+        lengths = row.document_lengths
+        given = CachedTokens(
+            row.input_ids, row.supervised, row.piece > 0, row.text_bytes, None, document_lengths=lengths
+        )
+        found = RETOKENIZERS[pair].rows([given])[0]
+        assert found.is_rebuilt
+        eos = BYTES[student].tokenizer.eos_token_id
+        theirs = np.flatnonzero(row.input_ids == tokenizer.eos_token_id)
+        assert (found.input_ids == eos).sum() == len(theirs)
+        if lengths is None:
+            assert found.document_lengths is None
+            continue
+        assert found.document_lengths is not None
+        assert found.document_lengths.sum() == len(found.input_ids)
+        assert len(found.document_lengths) == len(lengths)
+        one = rests(teacher, row.input_ids, lengths, np.flatnonzero(row.supervised) + 1)
+        other = rests(student, found.input_ids, found.document_lengths, np.flatnonzero(found.supervised) + 1)
+        for mine, his in enumerate(found.teacher_position.tolist()):
+            assert his == -1 or other[mine] == one[his]
+        assert (found.teacher_position >= 0).mean() > 0.8
+
+
+@pytest.mark.parametrize("student", ["gpt2", "mistral"])
+def test_only_the_completion_is_learnt(student: str) -> None:
+    tokenizer: Any = FAMILIES["qwen"]
+    example = Example(0, prompt_completion=("the cat sat", " on a mat"))
+    made = get_task("causal-lm").tokenize([example], "train", tokenizer, Tokenization(64))
+    (row,) = (row for row in made if isinstance(row, TokenizedExample))
+    found = RETOKENIZERS["qwen", student].rows([cached(row)])[0]
+    ids = found.input_ids[1:][found.supervised[:-1]]
+    assert b"".join(BYTES[student].pieces[i] or b"" for i in ids.tolist()) == b" on a mat"
+    assert ids[-1] == FAMILIES[student].eos_token_id
+    assert found.teacher_position[-1] == row.num_positions - 1
+
+
+@pytest.mark.parametrize("teacher", ["bert", "t5", "deberta"])
+def test_a_stored_text_aligns_rows_whose_tokens_do_not_tell_it(teacher: str) -> None:
+    text = "The  Cat\n\nsat É on  a mat"
+    tokenizer: Any = FAMILIES[teacher]
+    made = get_task("causal-lm").tokenize([Example(0, text=text)], "train", tokenizer, Tokenization(64), texts=True)
+    (row,) = (row for row in made if isinstance(row, TokenizedExample))
+    assert row.text == text
+    without, found = (RETOKENIZERS[teacher, "gpt2"].rows([cached(row, each)])[0] for each in (None, text))
+    assert not without.is_rebuilt
+    assert found.is_rebuilt
+    assert FAMILIES["gpt2"].decode(found.input_ids, skip_special_tokens=True) == text
+    assert (found.teacher_position >= 0).any()
+
+
+def test_a_row_that_is_cut_keeps_its_beginning() -> None:
+    text = "the cat sat on a mat it isn't 10"
+    (row,) = rows_of("gpt2", text)
+    whole = RETOKENIZERS["gpt2", "llama2"].rows([cached(row)])[0]
+    part = retokenizer("gpt2", "llama2", max_length=5).rows([cached(row)])[0]
+    assert part.input_ids.tolist() == whole.input_ids[:5].tolist()
+    assert part.num_cut == int(whole.supervised.sum() - part.supervised.sum()) > 0
+    assert part.teacher_position.tolist() == whole.teacher_position[:4].tolist()
+    assert not part.supervised[-1]
+
+
+def test_a_special_token_without_a_counterpart_is_left_out_and_counted() -> None:
+    pair = BYTES["gpt2"], BYTES["bert"]
+    mapping = map_vocabulary(*pair, len(pair[0].pieces), len(pair[1].pieces))
+    first = mapping.first_token.copy()
+    user = FAMILIES["gpt2"].convert_tokens_to_ids("<|user|>")
+    assert first[user] == FAMILIES["bert"].convert_tokens_to_ids("<|user|>"), "of the same text"
+    assert first[FAMILIES["gpt2"].eos_token_id] == FAMILIES["bert"].eos_token_id
+    first[user] = -1
+    ids = np.asarray(FAMILIES["gpt2"]("the cat<|user|> sat", add_special_tokens=False)["input_ids"])
+    supervised = np.append(np.ones(len(ids) - 1, dtype=bool), False)
+    found = Retokenizer(*pair, first, 64).rows([CachedTokens(ids, supervised)])[0]
+    assert found.num_dropped == 1
+    assert FAMILIES["bert"].decode(found.input_ids) == "the cat sat"
