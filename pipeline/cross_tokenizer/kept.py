@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,26 +73,10 @@ class KeptRows:
     """The files of one cache and one student."""
 
     cache: Cache
-    retokenizer: Retokenizer
     vocabulary_map: VocabularyMap
     directory: Path
-    renderer: ChatRenderer | None = None
-    """Of conversations that the cache has stored, for a student with a chat template of its own."""
-
-    def make(self, shards: tuple[Shard, ...]) -> None:
-        """Make the files that are not there. Several ranks begin at different shards, and what one has made another leaves."""
-        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        first = rank * len(shards) // max(world, 1)
-        ordered = [*shards[first:], *shards[:first]]
-        missing = [shard for shard in ordered if not self.path(shard.name).is_file()]
-        if not missing:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with Progress("student's tokens", sum(shard.rows for shard in missing)) as progress:
-            for shard in missing:
-                if not self.path(shard.name).is_file():
-                    write_atomically(self.path(shard.name), partial(self._write, shard))
-                progress.update(shard.rows)
+    max_length: int
+    """Longest row of the student, in tokens."""
 
     def path(self, shard: str) -> Path:
         """The file of a shard."""
@@ -115,21 +99,45 @@ class KeptRows:
     def num_tokens(self, shards: tuple[str, ...]) -> np.ndarray:
         """(rows,) int64: the length of each row."""
         tables = [pq.read_table(self.path(name), columns=["input_ids"]) for name in shards]
-        return np.concatenate([np.diff(t["input_ids"].combine_chunks().offsets.to_numpy()) for t in tables]).astype(
-            np.int64
-        )
+        parts = [np.diff(table["input_ids"].combine_chunks().offsets.to_numpy()) for table in tables]
+        return np.concatenate(parts).astype(np.int64)
 
-    def _write(self, shard: Shard, path: Path) -> None:
-        contract = self.cache.manifest.contract
+    def missing(self, shards: tuple[Shard, ...]) -> list[Shard]:
+        """Shards without a file, in the order in which this rank makes them: several ranks begin at different ones."""
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        first = rank * len(shards) // max(world, 1)
+        return [shard for shard in (*shards[first:], *shards[:first]) if not self.path(shard.name).is_file()]
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes the rows of a student."""
+
+    retokenizer: Retokenizer
+    renderer: ChatRenderer | None = None
+    """Of conversations that the cache has stored, for a student with a chat template of its own."""
+
+    def make(self, kept: KeptRows, shards: Sequence[Shard]) -> None:
+        """Make the files of some shards; what another rank has made meanwhile is left."""
+        kept.directory.mkdir(parents=True, exist_ok=True)
+        with Progress("student's tokens", sum(shard.rows for shard in shards)) as progress:
+            for shard in shards:
+                if not kept.path(shard.name).is_file():
+                    write_atomically(kept.path(shard.name), partial(self._write, kept, shard))
+                progress.update(shard.rows)
+
+    def _write(self, kept: KeptRows, shard: Shard, path: Path) -> None:
+        contract = kept.cache.manifest.contract
         isolated = contract.tokenization.isolate_documents
         names = [name for name in _LISTS if isolated or name != "document_lengths"]
         schema = pa.schema({name: kind for name, kind in _TYPES.items() if name in names or name not in _LISTS})
-        rows = CacheDataset(self.cache.root, self.cache.manifest, (shard,), remote=self.cache.remote)
+        rows = CacheDataset(kept.cache.root, kept.cache.manifest, (shard,), remote=kept.cache.remote)
         columns = [name for name in _READ if name in contract.columns]
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for table in rows.tables(columns):
-                made = self._made(list(_tokens(unpack(table, contract.encoding, contract.num_classes))))
-                agreeing = self._agreeing(table, made)
+                block = unpack(table, contract.encoding, contract.num_classes)
+                made = self._made(list(_tokens(block)))
+                agreeing = _agreeing(block, made, kept.vocabulary_map.first_token)
                 writer.write_table(_table(made, agreeing, schema))
 
     def _made(self, rows: list[CachedTokens]) -> list[StudentRow]:
@@ -140,19 +148,37 @@ class KeptRows:
         left = iter(self.retokenizer.rows([row for row, chat in zip(rows, found, strict=True) if chat is None]))
         return [without_alignment(next(left)) if chat is None else chat for chat in found]
 
-    def _agreeing(self, table: pa.Table, made: list[StudentRow]) -> np.ndarray:
-        """(rows,) how many hard labels of aligned positions are the token that the teacher's becomes."""
-        found = np.zeros(len(made), dtype=np.int32)
-        columns = zip(table["input_ids"].to_pylist(), table["supervised"].to_pylist(), made, strict=True)
-        for i, (ids, supervised, row) in enumerate(columns):
-            theirs = np.asarray(ids[1:])[np.asarray(supervised[:-1], dtype=bool)]
-            ours = row.input_ids[1:][row.supervised[:-1]]
-            aligned = row.teacher_position != NONE
-            labels = theirs[row.teacher_position[aligned]]
-            known = labels < len(self.vocabulary_map.first_token)
-            mapped = np.where(known, self.vocabulary_map.first_token[np.where(known, labels, 0)], NONE)
-            found[i] = int((mapped == ours[aligned]).sum())
-        return found
+
+def _agreeing(block: RowBlock, made: list[StudentRow], first_token: np.ndarray) -> np.ndarray:
+    """(rows,) how many hard labels of aligned positions are the token that the teacher's becomes."""
+    ids, supervised = block.lists["input_ids"], block.lists["supervised"]
+    found = np.zeros(len(made), dtype=np.int32)
+    for i, row in enumerate(made):
+        own = slice(int(ids.offsets[i]), int(ids.offsets[i + 1]))
+        theirs = ids.values[own][1:][supervised.values[own][:-1].astype(bool)]
+        ours = row.input_ids[1:][row.supervised[:-1]]
+        aligned = row.teacher_position != NONE
+        labels = theirs[row.teacher_position[aligned]]
+        known = labels < len(first_token)
+        found[i] = int((np.where(known, first_token[np.where(known, labels, 0)], NONE) == ours[aligned]).sum())
+    return found
+
+
+def kept_map(directory: Path, make: Callable[[], VocabularyMap]) -> VocabularyMap:
+    """The map of vocabularies that is kept beside the rows, made where it is not there yet."""
+    path = directory / "map.npz"
+    if not path.is_file():
+        made = make()
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, partial(_save_map, made))
+        return made
+    with np.load(path, allow_pickle=False) as found:
+        return VocabularyMap(found["first_token"], len(found["is_special"]), found["is_special"])
+
+
+def _save_map(mapping: VocabularyMap, path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, first_token=mapping.first_token, is_special=mapping.is_special)
 
 
 def directory_of(cache: Cache, student: str, max_length: int, num_classes: int, root: Path) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +15,7 @@ from pipeline.cache import Cache
 from pipeline.cache.format.codec import unpack_soft
 from pipeline.cache.storage.store import default_directory
 from pipeline.cross_tokenizer.chats import ChatRenderer
-from pipeline.cross_tokenizer.kept import Counts, KeptRows, directory_of
+from pipeline.cross_tokenizer.kept import Counts, KeptRows, Maker, directory_of, kept_map
 from pipeline.cross_tokenizer.rows import Retokenizer
 from pipeline.cross_tokenizer.token_bytes import TokenBytes
 from pipeline.cross_tokenizer.view import RetokenizedCache, retokenized, shards_of
@@ -24,6 +24,7 @@ from pipeline.errors import ContractError
 from pipeline.models import tokenizer_info
 from pipeline.models.adapters import adapter_config, adapter_folder, base_name
 from pipeline.models.load import load_config, load_tokenizer, longest_of
+from pipeline.records import TokenizerInfo
 from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.mapped import map_target
 from pipeline.tasks import get_task
@@ -84,45 +85,46 @@ def open_retokenized(
     num_classes = min(len(tokenizer), int(config.get_text_config().vocab_size))
     longest = longest_of(config, tokenizer)
     longest = longest if longest < 1 << 24 else 8 * contract.tokenization.max_length
-    theirs, ours = TokenBytes.of(cache.tokenizer), TokenBytes.of(tokenizer)
-    mapping = map_vocabulary(theirs, ours, contract.num_classes, num_classes)
-    renderer = _renderer(cache, name, theirs, ours, mapping.first_token, longest)
-    template = info.chat_template_sha256 if renderer is not None else ""
+    template = _own_template(cache, name, info)
     root = default_directory() if cache_dir is None else Path(cache_dir)
-    kept = KeptRows(
-        cache,
-        Retokenizer(theirs, ours, mapping.first_token, longest),
-        mapping,
-        directory_of(cache, f"{info.sha256} {template}", longest, num_classes, root),
-        renderer,
-    )
-    shards = shards_of(cache, split)
-    kept.make(shards)
-    view = retokenized(cache, kept, tokenizer, info)
-    _say(view, name, kept.counts(shards), split)
+    directory = directory_of(cache, f"{info.sha256} {template}", longest, num_classes, root)
+
+    @functools.cache
+    def both() -> tuple[TokenBytes, TokenBytes]:
+        return TokenBytes.of(cache.tokenizer), TokenBytes.of(tokenizer)
+
+    mapping = kept_map(directory, lambda: map_vocabulary(*both(), contract.num_classes, num_classes))
+
+    def prepare() -> Maker:
+        retokenizer = Retokenizer(*both(), mapping.first_token, longest)
+        if not template:
+            return Maker(retokenizer)
+        return Maker(retokenizer, ChatRenderer.of(*both(), mapping.first_token, contract.tokenization, longest))
+
+    kept = KeptRows(cache, mapping, directory, longest)
+    view = retokenized(cache, kept, prepare, tokenizer, info)
+    view.dataset(split)
+    _say(view, name, kept.counts(shards_of(cache, split)), split)
     return view
 
 
-def _renderer(
-    cache: Cache, name: str, theirs: TokenBytes, ours: TokenBytes, first_token: np.ndarray, longest: int
-) -> ChatRenderer | None:
-    """What renders stored conversations for a student with another chat template; None: there are none, or it has the same.
+def _own_template(cache: Cache, name: str, info: TokenizerInfo) -> str:
+    """The hash of the chat template that conversations are rendered with for a student; empty: there are none, or its template is the teacher's.
 
     Raises:
         ContractError: the cache has rows of conversations and not the conversations.
     """
-    contract = cache.manifest.contract
-    template = tokenizer_info(ours.tokenizer).chat_template_sha256
+    contract, template = cache.manifest.contract, info.chat_template_sha256
     is_chat = contract.tokenization.assistant_turns is not None or "messages" in contract.columns
     is_chat = is_chat or contract.source.columns.messages is not None
     if not is_chat or template is None or template == contract.tokenizer.chat_template_sha256:
-        return None
+        return ""
     if "messages" not in contract.columns:
         raise ContractError(
             f"{name}: has a chat template of its own, and {cache.where} holds conversations only as the teacher's template writes them; "
             "cache again with --store-text"
         )
-    return ChatRenderer.of(theirs, ours, first_token, contract.tokenization, longest)
+    return template
 
 
 def _of_student(name: str, *, trust_remote_code: bool, base_model: str | None) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.cross_tokenizer.kept import KeptRows
+from pipeline.cross_tokenizer.kept import KeptRows, Maker
 from pipeline.records import RowBlock, Shard, VocabularyMap
 
 #: Columns of the kept rows that take the place of the cache's, or stand beside them.
@@ -44,6 +44,7 @@ class RetokenizedCache(Cache):
     """See above. The contract says the student's tokenizer and classes; `as_captured` is the cache itself."""
 
     kept: KeptRows | None = None
+    prepare: Callable[[], Maker] | None = None
     student_tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -66,8 +67,10 @@ class RetokenizedCache(Cache):
     def dataset(self, split: str | Sequence[str], *, window: int = 8) -> CacheDataset:
         """The rows of a split, or of several one after another; see `Cache.dataset`. What is not kept yet is made."""
         assert self.kept is not None
+        assert self.prepare is not None
         shards = shards_of(self.as_captured, split)
-        self.kept.make(shards)
+        if missing := self.kept.missing(shards):
+            self.prepare().make(self.kept, missing)
         return RetokenizedDataset(self.kept, shards, window=window)
 
 
@@ -82,13 +85,15 @@ def shards_of(cache: Cache, split: str | Sequence[str]) -> tuple[Shard, ...]:
     return tuple(shard for name in names for shard in cache.manifest.split_shards(name))
 
 
-def retokenized(cache: Cache, kept: KeptRows, tokenizer: PreTrainedTokenizerBase, info: Any) -> RetokenizedCache:
-    """A cache read through the kept rows of a student."""
+def retokenized(
+    cache: Cache, kept: KeptRows, prepare: Callable[[], Maker], tokenizer: PreTrainedTokenizerBase, info: Any
+) -> RetokenizedCache:
+    """A cache read through the kept rows of a student; `prepare` gives what makes those that are missing."""
     contract = cache.manifest.contract
-    settings = dataclasses.replace(contract.tokenization, max_length=kept.retokenizer.max_length)
+    settings = dataclasses.replace(contract.tokenization, max_length=kept.max_length)
     changed = dataclasses.replace(
         contract, tokenizer=info, tokenization=settings, num_classes=kept.vocabulary_map.num_classes
     )
     return RetokenizedCache(
-        cache.root, dataclasses.replace(cache.manifest, contract=changed), cache.remote, kept, tokenizer
+        cache.root, dataclasses.replace(cache.manifest, contract=changed), cache.remote, kept, prepare, tokenizer
     )

@@ -151,7 +151,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
     if task.classes_are_tokens and not same_tokenizer:
         raise ContractError(
             f"{student.name}: the student's tokenizer is not the cache's (expected {contract.tokenizer.vocabulary_size} tokens, sha256 "
-            f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); soft labels of tokens need the teacher's tokenizer: use a student of its family, or softlabel init-student"
+            f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); give it by name or path, so that its own tokenizer is read and aligned with the cache's"
         )
     if not same_tokenizer and not contract.store_text:
         raise ContractError(

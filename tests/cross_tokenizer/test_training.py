@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from pipeline.capture.run import run as capture
 from pipeline.config import TrainStudentConfig
-from pipeline.cross_tokenizer.kept import KeptRows
+from pipeline.cross_tokenizer.kept import Maker
 from pipeline.cross_tokenizer.opening import cache_for, open_retokenized
 from pipeline.errors import ContractError, MisuseError
 from pipeline.evaluation import evaluate
@@ -147,11 +147,13 @@ def test_evaluate_compares_tokenizers_by_the_byte(tmp_path, cached):
 def test_alignment_is_made_once_and_again_for_another_tokenizer(tmp_path, cached, monkeypatch):
     path = student(tmp_path, byte_level(290))
     made = []
-    monkeypatch.setattr(
-        KeptRows,
-        "_write",
-        lambda self, shard, path, write=KeptRows._write: (made.append(shard.name), write(self, shard, path)),
-    )
+    write = Maker._write
+
+    def counted(self, kept, shard, path):
+        made.append(shard.name)
+        write(self, kept, shard, path)
+
+    monkeypatch.setattr(Maker, "_write", counted)
     for _ in range(2):
         cache_for(cached, str(path), "train")
     assert made == [shard.name for shard in cached.manifest.split_shards("train")]
