@@ -266,8 +266,9 @@ def _from_prompt(example: Example, vocabulary: Vocabulary, texts: bool) -> Docum
         before, after = (ids[:first], num_bytes[:first]), (ids[first:], num_bytes[first:])
         covered = Covered.of(text, offsets) if texts else None
     else:
-        (*before, asked), (*after, answered) = vocabulary.encode(prompt), vocabulary.encode(completion)
-        covered = Covered.of(prompt, asked).joined(Covered.of(completion, answered)) if texts else None
+        asked, answered = vocabulary.encode(prompt), vocabulary.encode(completion)
+        before, after = asked[:2], answered[:2]
+        covered = Covered.of(prompt, asked[2]).joined(Covered.of(completion, answered[2])) if texts else None
     bare = len(before[0])
     before = vocabulary.open(*before)
     after = vocabulary.close(*after)

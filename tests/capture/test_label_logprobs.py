@@ -16,6 +16,7 @@ from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.rows import block_of, gather, rows_of
 from pipeline.cache.format.schema import cache_schema
 from pipeline.cache.transforms import convert, filter_rows, merge
+from pipeline.cache.views.inspection import describe
 from pipeline.capture import shard as module
 from pipeline.capture.run import run
 from pipeline.errors import ContractError, IntegrityError, MisuseError
@@ -68,6 +69,9 @@ def test_it_is_the_log_softmax_at_the_next_token(tmp_path, lm_tokenizer, documen
     assert assert_stored(found, model, lm_tokenizer) == sum(shard.positions for shard in plain.manifest.shards)
     assert verify(found.root).problems == ()
     assert "--store-label-logprobs" in (found.root / "README.md").read_text()
+    shown = [list(describe(cache, split=None, rows=1, tokens=4, top=2)) for cache in (plain, found)]
+    assert [any("logprob" in line for line in lines) for lines in shown] == [False, True]
+    assert f"{float(found.dataset('train')[0].label_logprobs[0]):>9.2f}  '" in "\n".join(shown[1])
     hashed = [[row.content_hash for row in cache.dataset("train")] for cache in (plain, found)]
     assert hashed[0] == hashed[1]
 

@@ -126,11 +126,14 @@ def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator
     mean_entropy = row.teacher_entropy_sum / max(len(row.soft), 1)
     kept = (row.soft.top_offsets.diff() + row.soft.tail_offsets.diff()).float()
     yield f"  teacher: {row.teacher_nll_sum / max(len(row.soft), 1):.2f} nats a token, entropy {mean_entropy:.2f}; {float(kept.mean()):.1f} classes kept a position"
-    yield f"  {'position':>8}  {'next token':<18}{'kept':>6}{'entropy':>9}  soft labels"
+    own = row.label_logprobs
+    logprob = "" if own is None else f"{'logprob':>9}"
+    yield f"  {'position':>8}  {'next token':<18}{'kept':>6}{'entropy':>9}{logprob}  soft labels"
     for n, position in enumerate(np.flatnonzero(row.example.supervised)[:tokens].tolist()):
         believed = "  ".join(f"{decode([i])!r} {weight:.1%}" for i, weight in _best(row, n, top))
         entropy = "-" if row.entropy is None else f"{float(row.entropy[n]):.2f}"
-        yield f"  {position:>8}  {decode([ids[position + 1]])!r:<18}{int(kept[n]):>6}{entropy:>9}  {believed}"
+        logprob = "" if own is None else f"{float(own[n]):>9.2f}"
+        yield f"  {position:>8}  {decode([ids[position + 1]])!r:<18}{int(kept[n]):>6}{entropy:>9}{logprob}  {believed}"
 
 
 def _best(row: CachedExample, n: int, top: int) -> list[tuple[int, float]]:
