@@ -214,10 +214,13 @@ class Retokenizer:
         """Tokens and offsets of a text that stands behind a special token."""
         tokenizer = self.student.tokenizer
         anchor = tokenizer.eos_token or next(iter(tokenizer.all_special_tokens), "")
-        found = tokenizer(anchor + string, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = list(zip(found["input_ids"], found["offset_mapping"], strict=True))[1:]
+        found = tokenizer(anchor + string, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         shift = len(anchor)
-        return [token for token, _ in pairs], [(max(a - shift, 0), max(b - shift, 0)) for _, (a, b) in pairs]
+        pairs = [p for p in zip(found["input_ids"], found["offset_mapping"], strict=True) if p[1][1] > shift]
+        if self.student.is_special[[token for token, _ in pairs]].any():  # the text spells one, and is only text
+            found = tokenizer(string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+            return found["input_ids"], found["offset_mapping"]
+        return [token for token, _ in pairs], [(max(a - shift, 0), b - shift) for _, (a, b) in pairs]
 
     def _row(
         self, row: CachedTokens, plan: Sequence[Sequence[_Special | _Text]], encoded: Iterator[_Encoded]
@@ -293,9 +296,14 @@ def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarr
     run, first = found.text.run, found.text.first
     span_first, span_last = (np.full(len(found.ids), NONE) for _ in range(2))
     heads = np.flatnonzero(meets)
+    if len(found.ids) and not meets[0]:
+        if len(heads) and not found.ends[: heads[0]].any():  # a lone beginning of a word belongs to its first letter
+            heads[0] = 0
+        else:  # what stands before the first meeting is in no span, and not in that of the part before
+            span_first[0] = first
     if not len(heads):
         return span_first, span_last
-    begins = np.searchsorted(run.starts, found.starts[heads])  # tokens of no bytes before the first letter belong to it
+    begins = np.searchsorted(run.starts, np.where(heads == 0, 0, found.starts[heads]))  # with tokens of no bytes
     ends = np.append(begins[1:], len(run.starts))
     is_whole = np.ones(len(heads), dtype=bool)
     is_whole[-1] = int(found.ends[-1]) == len(run.text)

@@ -50,6 +50,10 @@ def _check_align(config: TrainStudentConfig, caches: Sequence[Cache]) -> None:
     if config.align == "map":
         return
     for cache in caches:
+        if not get_task(cache.manifest.contract.task).classes_are_tokens:
+            raise MisuseError(
+                f"--align {config.align}: goes with language models, whose classes are tokens; leave it out"
+            )
         if cache.vocabulary_map is None:
             raise MisuseError(
                 f"--align {config.align}: is for students with another tokenizer, and {config.student} has that of {cache.where}; leave it out"

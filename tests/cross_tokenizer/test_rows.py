@@ -236,3 +236,25 @@ def test_a_special_token_without_a_counterpart_is_left_out_and_counted() -> None
     found = Retokenizer(*pair, first, 64).rows([CachedTokens(ids, supervised)])[0]
     assert found.num_dropped == 1
     assert FAMILIES["bert"].decode(found.input_ids) == "the cat sat"
+
+
+@pytest.mark.parametrize("student", ["llama2", "mistral", "prefix-space"])
+def test_spans_stay_within_their_text(student: str) -> None:
+    """After a special token, texts whose first word has a beginning of its own, or that spell a special token."""
+    teacher: Any = FAMILIES["gpt2"]
+    texts = ["the cat", "é sat", "a </s> b"]
+    ids: list[int] = []
+    for text in texts:
+        ids += teacher(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] + [teacher.eos_token_id]
+    row = CachedTokens(np.asarray(ids), np.append(np.ones(len(ids) - 1, dtype=bool), False))
+    found = RETOKENIZERS["gpt2", student].rows([row])[0]
+    assert found.is_rebuilt
+    assert (found.input_ids == BYTES[student].tokenizer.eos_token_id).sum() == 3
+    predicted = found.input_ids[1:][found.supervised[:-1]].tolist()
+    pieces = BYTES["gpt2"].pieces
+    for span, (start, stop) in enumerate(zip(found.span_start.tolist(), found.span_stop.tolist(), strict=True)):
+        theirs = b"".join(pieces[i] or b"<special>" for i in ids[start + 1 : stop + 1])
+        mine = [predicted[i] for i in np.flatnonzero(found.span == span)]
+        ours = b"".join(BYTES[student].pieces[i] or b"<special>" for i in mine)
+        assert ours in (theirs, b" " + theirs)
+    assert len(found.span_start) >= 6
