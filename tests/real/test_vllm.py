@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 import pipeline as softlabel
 from pipeline.capture.teachers.served import join, serve
@@ -25,23 +25,29 @@ pytestmark = [
     ),
 ]
 
+FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-logprobs", "100", "--max-model-len", "512")
 DATA = Path(__file__).parents[2] / "data" / "bbc_lm"
 ARTICLES, K = 20, 50
 
 
-def test_vllm_says_what_the_local_model_says(tmp_path):
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """One server for all tests: it takes a minute to start."""
+    with serving(DATA / "smollm2", tmp_path_factory.mktemp("vllm") / "vllm.log", *FLAGS) as found:
+        yield found
+
+
+def test_vllm_says_what_the_local_model_says(tmp_path, url):
     articles = load_dataset("json", data_files={"train": str(DATA / "train.jsonl")}, split="train")
     articles = articles.select(range(ARTICLES))
     settings = {"task": "causal-lm", "max_length": 256, "encoding": TopK(K, (1.0,)), "seed": 0}
     caches, speeds = {}, {}
-    flags = ("--dtype", "float32", "--enforce-eager", "--max-logprobs", "100", "--max-model-len", "512")
-    with serving(DATA / "smollm2", tmp_path / "vllm.log", *flags) as url:
-        for name, more in (("local", {}), ("served", {"server": url, "check_with": str(DATA / "smollm2")})):
-            started = time.perf_counter()
-            caches[name] = softlabel.cache_logits(DATA / "smollm2", articles, tmp_path / name, **settings, **more)
-            tokens = sum(shard.tokens for shard in caches[name].manifest.shards)
-            speeds[name] = tokens / (time.perf_counter() - started)
-        exact = _worst_before_rounding(url, [caches["served"].dataset("train")[i].example for i in range(4)])
+    for name, more in (("local", {}), ("served", {"server": url, "check_with": str(DATA / "smollm2")})):
+        started = time.perf_counter()
+        caches[name] = softlabel.cache_logits(DATA / "smollm2", articles, tmp_path / name, **settings, **more)
+        tokens = sum(shard.tokens for shard in caches[name].manifest.shards)
+        speeds[name] = tokens / (time.perf_counter() - started)
+    exact = _worst_before_rounding(url, [caches["served"].dataset("train")[i].example for i in range(4)])
     worst = mass = 0.0
     positions = ties = 0
     for ours, theirs in zip(caches["local"].dataset("train"), caches["served"].dataset("train"), strict=True):
@@ -72,6 +78,50 @@ def test_vllm_says_what_the_local_model_says(tmp_path):
     assert worst <= 2e-3
     assert mass <= 2e-3
     assert ties <= positions // 100
+
+
+def test_vllm_writes_what_the_local_model_writes(tmp_path, url):
+    """The likeliest tokens are the same up to the first near tie: then texts part."""
+    articles = load_dataset("json", data_files={"train": str(DATA / "train.jsonl")}, split="train")
+    prompts = articles.select(range(8))
+    settings = {"prefix_tokens": 32, "max_new_tokens": 32, "temperature": 0.0, "seed": 0}
+    found = {}
+    for name, more in (("local", {}), ("served", {"server": [url]})):
+        softlabel.generate(str(DATA / "smollm2"), prompts, tmp_path / name, **settings, **more)
+        found[name] = load_dataset("parquet", data_dir=str(tmp_path / name / "data"), split="train")
+    assert len(found["local"]) == len(found["served"]) == 8
+    equal = [a == b for a, b in zip(found["local"]["input_ids"], found["served"]["input_ids"], strict=True)]
+    served = np.asarray(found["served"]["logprob"], dtype=np.float64)
+    local = np.asarray(found["local"]["logprob"], dtype=np.float64)
+    apart = np.abs(served - local)[np.asarray(equal)].max(initial=0.0)
+    print(
+        f"\nvLLM writes as a local pass: {sum(equal)} of 8 texts of 32 tokens equal, their log-probabilities within {apart:.2g} nats"
+    )
+    assert sum(equal) >= 6
+    assert apart <= 2e-2
+
+
+def test_vllm_judges_as_the_local_model_judges(tmp_path, url):
+    texts = [
+        "The striker scored twice in the final.",
+        "Shares fell after the bank's profit warning.",
+        "The film won three awards.",
+    ] * 4
+    rows = Dataset.from_dict({"text": [f"{i}. {text}" for i, text in enumerate(texts)]})
+    settings = {
+        "task": "sequence-classification",
+        "prompt_template": "default",
+        "label_text": ["sport", "business", "film"],
+    }
+    caches = {
+        name: softlabel.cache_logits(str(DATA / "smollm2"), rows, tmp_path / name, **settings, **more)
+        for name, more in (("local", {}), ("served", {"server": url}))
+    }
+    local, served = (
+        np.stack([row.soft.top_logprobs.numpy() for row in caches[name].dataset("train")]) for name in caches
+    )
+    print(f"\nvLLM judges as a local pass: log-probabilities of labels within {np.abs(local - served).max():.2g} nats")
+    assert np.abs(local - served).max() <= 1e-2
 
 
 def _worst_before_rounding(url: str, rows: list[TokenizedExample]) -> float:
