@@ -112,6 +112,7 @@ def _make(
             raise MisuseError(
                 "init_student: a live teacher needs its teacher_tokenizer=... beside a tokenizer=... by name"
             )
+        found: PreTrainedTokenizerBase
         if opened is not None and size is not None:
             same = tokenizer_info(theirs).sha256 == opened.manifest.contract.tokenizer.sha256
             found = train_on_cache(opened, theirs if same else opened.tokenizer, size)

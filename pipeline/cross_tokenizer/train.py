@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -39,20 +40,22 @@ _SETTINGS = (
 
 
 @dataclass
-class _Counts:
-    """Of the texts that were read so far."""
+class _Read:
+    """What was read so far."""
 
     num_rows: int = 0
     num_bytes: int = 0
     num_unknown: int = 0
     """Texts with tokens that do not tell what they stand for: left out."""
+    last: int = -1
+    """The last token of the row before."""
 
 
 def train_on_cache(cache: Cache, base: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer on the texts of a cache's split `train`, a row group at a time.
 
-    Texts that were stored are read; else those of a language model's cache are rebuilt from the token ids. A row of a long
-    document is a text of its own.
+    Texts that were stored are read; else those of a language model's cache are rebuilt from the token ids, row by row: where
+    a long document goes on in another row, a word may be cut.
 
     Args:
         base: as in `train_tokenizer`.
@@ -62,16 +65,16 @@ def train_on_cache(cache: Cache, base: PreTrainedTokenizerBase, size: int) -> Pr
         MisuseError: the size has no room for the 256 bytes and the special tokens.
     """
     _check_size(base, size)
-    counts = _Counts()
-    trained = train_tokenizer(base, _texts(cache, counts), size)
-    if counts.num_unknown:
+    read = _Read()
+    trained = train_tokenizer(base, _texts(cache, read), size)
+    if read.num_unknown:
         logger.warning(
             "%s: %d texts are left out of the tokenizer's training: their tokens do not tell what they stand for (unknown tokens)",
-            *(cache.where, counts.num_unknown),
+            *(cache.where, read.num_unknown),
         )
-    if not counts.num_bytes:
+    if not read.num_bytes:
         raise CacheError(f"{cache.where}: expected text in split {SPLIT!r} to train a tokenizer on, found none")
-    found = f"{counts.num_bytes} bytes of text in {counts.num_rows} rows of {cache.where}, split {SPLIT}"
+    found = f"{read.num_bytes} bytes of text in {read.num_rows} rows of {cache.where}, split {SPLIT}"
     if len(trained) < size:
         logger.warning(
             "--tokenizer train:%d: the vocabulary has %d tokens, fewer than asked for: no further pair of tokens is in %s",
@@ -191,7 +194,7 @@ def _with_ids(part: Any, raw: Tokenizer) -> Any:
     return changed
 
 
-def _texts(cache: Cache, counts: _Counts) -> Iterator[str]:
+def _texts(cache: Cache, read: _Read) -> Iterator[str]:
     """Texts of the split, a row group at a time; counted as they are read."""
     contract = cache.manifest.contract
     stored = [name for name in _TEXTS if name in contract.columns]
@@ -202,11 +205,12 @@ def _texts(cache: Cache, counts: _Counts) -> Iterator[str]:
     rows = cache.dataset(SPLIT)
     codes = None if stored else TokenBytes.of(cache.tokenizer)
     with Progress("text for the tokenizer", len(rows)) as progress:
-        for table in rows.tables(stored or ["input_ids"]):
-            counts.num_rows += table.num_rows
-            found = _stored_texts(table) if codes is None else _rebuilt_texts(table, codes, counts)
+        for table in rows.tables(stored or ["input_ids", "piece"]):
+            read.num_rows += table.num_rows
+            packed = contract.tokenization.packing
+            found = _stored_texts(table) if codes is None else _rebuilt_texts(table, codes, read, packed=packed)
             for text in found:
-                counts.num_bytes += len(text.encode("utf-8", "replace"))
+                read.num_bytes += len(text.encode("utf-8", "replace"))
                 yield text
             progress.update(table.num_rows)
 
@@ -216,15 +220,21 @@ def _stored_texts(table: pa.Table) -> Iterator[str]:
         yield from (text for text in column.to_pylist() if text)
 
 
-def _rebuilt_texts(table: pa.Table, codes: TokenBytes, counts: _Counts) -> Iterator[str]:
-    """Texts between special tokens; what added tokens spell is left out, since no other token ever covers it."""
+def _rebuilt_texts(table: pa.Table, codes: TokenBytes, read: _Read, *, packed: bool) -> Iterator[str]:
+    """Texts between special tokens; what added tokens spell is left out, since no other token ever covers it.
+
+    A row that goes on with a document begins with the last token of the row before, which is left out too. Packed rows do
+    not say which of them go on.
+    """
     literal = "|".join(re.escape(text) for text in codes.vocabulary.literal.values())
-    ids = table["input_ids"].combine_chunks()
+    ids, later = table["input_ids"].combine_chunks(), table["piece"].to_numpy() > 0
     values, offsets = ids.flatten().to_numpy(), np.append(0, np.cumsum(ids.value_lengths().to_numpy()))
-    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        for run in codes.runs(values[start:stop].astype(np.int64)):
+    for row, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        goes_on = bool(later[row] or packed) and int(values[start]) == read.last
+        read.last = int(values[stop - 1])
+        for run in codes.runs(values[start + goes_on : stop].astype(np.int64), continues=goes_on):
             if not run.is_exact:
-                counts.num_unknown += 1
+                read.num_unknown += 1
                 continue
             text = run.text.decode(errors="ignore")  # a row may begin or end inside a character
             yield from (part for part in (re.split(literal, text) if literal else [text]) if part)

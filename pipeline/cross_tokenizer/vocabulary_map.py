@@ -60,7 +60,8 @@ def counterpart(token: int, teacher: PreTrainedTokenizerBase, student: PreTraine
     """The student's special token for one of the teacher's: of the same text, else of the same role."""
     name = teacher.convert_ids_to_tokens(token)
     if name in student.all_special_tokens or name in student.get_added_vocab():
-        return int(student.convert_tokens_to_ids(str(name)))
+        found: Any = student.convert_tokens_to_ids(str(name))
+        return int(found)
     for role in _ROLES:
         if getattr(teacher, role, None) == token and getattr(student, role, None) is not None:
             return int(getattr(student, role))

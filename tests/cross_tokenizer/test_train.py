@@ -31,7 +31,7 @@ from tests.support.chats import tokenizer_of
 from tests.tasks.families import FAMILIES
 
 TEXTS = ["the cat sat on a mat", "it isn't 10 or 20, naïve 漢字 😀", "def f(x):\n    return x + 1\n"] * 20
-SAMPLE = "the cat isn't 漢字 \r\n  on <|user|> a naïve 😀 mat"
+SAMPLE = "the cat isn't 漢字 \r\n  on <|user|>a naïve 😀 mat"
 
 
 @pytest.fixture(autouse=True)
