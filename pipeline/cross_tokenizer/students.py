@@ -13,7 +13,7 @@ from pipeline.cross_tokenizer.embeddings import new_vocabulary
 from pipeline.cross_tokenizer.train import train_on_cache
 from pipeline.errors import MisuseError
 from pipeline.models import load_tokenizer, tokenizer_info
-from pipeline.models.initialize import NewStudent, Shape, make_student
+from pipeline.models.initialize import NewStudent, Shape, check_request, make_student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -98,6 +98,8 @@ def _make(
     size = trained_size(tokenizer) if isinstance(tokenizer, str) else None
     if (size is None) != (cache is None):
         raise MisuseError("init_student: tokenizer='train:SIZE' and cache=... go together")
+    if tokenizer is not None:
+        check_request(teacher, output, layers=layers, config=config)  # a tokenizer may take long
     opened = cache if isinstance(cache, Cache) or cache is None else Cache.open(cache)
     theirs = teacher_tokenizer
     if theirs is None and isinstance(teacher, str | Path):

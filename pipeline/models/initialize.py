@@ -66,6 +66,40 @@ def evenly_spaced(total: int) -> tuple[int, ...]:
     return (0,) if count == 1 else tuple(round(i * (total - 1) / (count - 1)) for i in range(count))
 
 
+def check_request(
+    teacher: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    config: Shape | PreTrainedConfig | None = None,
+) -> Any:
+    """What can be told about a student before its teacher's weights are read, or a tokenizer is trained for it.
+
+    Returns:
+        The teacher's configuration.
+
+    Raises:
+        MisuseError, ModelError: as `make_student`.
+    """
+    if layers is not None and config is not None:
+        raise MisuseError("init_student: give either layers=... or config=...")
+    if isinstance(teacher, str | Path):
+        if Path(output).resolve() == Path(teacher).resolve():
+            raise MisuseError(f"--output {output}: is the teacher's own directory; use another")
+        if adapter_config(str(teacher)) is not None:
+            raise ModelError(
+                f"{teacher}: is an adapter, which has no layers of its own; merge it into its base model first (PEFT: merge_and_unload)"
+            )
+    base: Any = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
+    total = int(base.get_text_config().num_hidden_layers)
+    for layer in layers or ():
+        if not 0 <= layer < total:
+            raise MisuseError(f"--layer {layer}: the teacher has layers 0 to {total - 1}")
+    if isinstance(config, Shape):
+        _scale(base, config)
+    return base
+
+
 def make_student(
     teacher: str | Path | PreTrainedModel,
     output: str | Path,
@@ -90,20 +124,12 @@ def make_student(
         MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide.
         ModelError: the teacher cannot be loaded, its layers cannot be found, or its weights cannot take another vocabulary.
     """
-    if layers is not None and config is not None:
-        raise MisuseError("init_student: give either layers=... or config=...")
+    base = check_request(teacher, output, layers=layers, config=config)
+    total = int(base.get_text_config().num_hidden_layers)
     if isinstance(teacher, str | Path):
-        if Path(output).resolve() == Path(teacher).resolve():
-            raise MisuseError(f"--output {output}: is the teacher's own directory; use another")
-        if adapter_config(str(teacher)) is not None:
-            raise ModelError(
-                f"{teacher}: is an adapter, which has no layers of its own; merge it into its base model first (PEFT: merge_and_unload)"
-            )
         tokenizer = tokenizer or load_tokenizer(str(teacher))
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
-    base = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
-    total = int(base.get_text_config().num_hidden_layers)
     if config is None:
         layers = evenly_spaced(total) if layers is None else layers
         if isinstance(teacher, PreTrainedModel):
@@ -158,16 +184,13 @@ def _count(config: Any) -> int:
 def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: NewVocabulary | None) -> PreTrainedModel:
     """A model of the same class with fewer layers, weights copied; embeddings and head of another vocabulary are made of the teacher's."""
     total = teacher.config.get_text_config().num_hidden_layers
-    for layer in layers:
-        if not 0 <= layer < total:
-            raise MisuseError(f"--layer {layer}: the teacher has layers 0 to {total - 1}")
     config = _resized(teacher.config, list(layers))
     prefix = _layer_list(teacher, total)
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
     weights = teacher.state_dict()
     if vocabulary is not None:
         config = with_vocabulary(config, vocabulary)
-        weights |= rows_of_vocabulary(teacher, vocabulary)
+        weights |= rows_of_vocabulary(teacher, vocabulary, config)
     chosen = {}
     for name, tensor in weights.items():
         match = pattern.fullmatch(name)

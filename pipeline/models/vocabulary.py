@@ -100,12 +100,17 @@ def check_vocabulary(config: Any, vocabulary: NewVocabulary | None) -> None:
         )
 
 
-def rows_of_vocabulary(teacher: PreTrainedModel, vocabulary: NewVocabulary) -> dict[str, Tensor]:
+def rows_of_vocabulary(teacher: PreTrainedModel, vocabulary: NewVocabulary, config: Any) -> dict[str, Tensor]:
     """Embedding and head of a vocabulary, by their names in the teacher's state; weights that are tied come under each name.
 
     A token that the teacher has too keeps its row. Another one begins with the mean of the rows of the teacher's tokens
     that its bytes are made of. That is a heuristic: it is close enough to begin from, and no more (Gee et al. 2022,
     "Fast Vocabulary Transfer for Language Model Compression").
+
+    Positions that are counted from the padding's id on (RoBERTa) are moved with it.
+
+    Args:
+        config: of the student, by `with_vocabulary`.
 
     Returns:
         Name -> (size, D), or (size,) of a bias, in the dtype of the teacher.
@@ -114,11 +119,21 @@ def rows_of_vocabulary(teacher: PreTrainedModel, vocabulary: NewVocabulary) -> d
     head: Any = teacher.get_output_embeddings()
     parts = [embedding.weight, *([] if head is None else [head.weight, getattr(head, "bias", None)])]
     places = {part.data_ptr() for part in parts if part is not None}
-    return {
+    rows = {
         name: _mean_rows(tensor, vocabulary)
         for name, tensor in teacher.state_dict().items()
         if tensor.data_ptr() in places and len(tensor) == len(embedding.weight)
     }
+    return rows | _moved_positions(teacher, (config.pad_token_id or 0) - (teacher.config.pad_token_id or 0))
+
+
+def _moved_positions(teacher: PreTrainedModel, shift: int) -> dict[str, Tensor]:
+    positions = {
+        name: module
+        for name, module in teacher.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    }
+    return {f"{name}.weight": torch.roll(module.weight.detach(), shift, 0) for name, module in positions.items()}
 
 
 def _mean_rows(weight: Tensor, vocabulary: NewVocabulary) -> Tensor:

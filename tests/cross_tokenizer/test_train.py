@@ -249,6 +249,19 @@ def test_another_tokenizer_leaves_no_file_of_the_one_before(tmp_path, lm_tokeniz
     assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == len(lm_tokenizer)
 
 
+def test_what_is_wrong_with_the_student_is_said_before_a_tokenizer_is_trained(tmp_path, config, monkeypatch):
+    capture(config("cache"))
+    monkeypatch.setattr("pipeline.cross_tokenizer.students.train_on_cache", lambda *_: pytest.fail("was trained"))
+    teacher, cache = tmp_path / "teacher", tmp_path / "cache"
+    for more, output, said in [
+        ({"layers": [9]}, "s", "layers 0 to 3"),
+        ({"config": softlabel.Shape(1, 30, 4)}, "s", "expected a multiple of --num-heads"),
+        ({}, "teacher", "is the teacher's own directory"),
+    ]:
+        with pytest.raises(MisuseError, match=said):
+            softlabel.init_student(teacher, tmp_path / output, tokenizer="train:300", cache=cache, **more)
+
+
 def test_the_same_tokenizer_is_the_ordinary_student(tmp_path, lm_tokenizer, save_teacher):
     teacher = save_teacher(tiny_model("llama", len(lm_tokenizer)), lm_tokenizer)
     plain = softlabel.init_student(teacher, tmp_path / "a")
