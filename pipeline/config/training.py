@@ -24,7 +24,9 @@ from pipeline.records import Divergence, Loss, PositionWeights, Schedule
 class InitStudentConfig:
     """Make a student: a smaller config with random weights, or chosen layers of the teacher."""
 
-    teacher: str = model_option("Name or path of the teacher, whose architecture and tokenizer the student takes.")
+    teacher: str = model_option(
+        "Name or path of the teacher, whose architecture the student takes, and its tokenizer where --tokenizer names no other."
+    )
     output: str = output_option("Directory of the student.")
     layer: tuple[int, ...] = model_option(
         "Layer of the teacher to copy, from 0; repeat for several. Default: a third of them, evenly spaced, where no shape is given.",

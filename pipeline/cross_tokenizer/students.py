@@ -11,9 +11,10 @@ from pipeline.config import InitStudentConfig
 from pipeline.config.training import trained_size
 from pipeline.cross_tokenizer.embeddings import new_vocabulary
 from pipeline.cross_tokenizer.train import train_on_cache
-from pipeline.errors import MisuseError
+from pipeline.errors import MisuseError, ModelError
 from pipeline.models import load_tokenizer, tokenizer_info
 from pipeline.models.initialize import NewStudent, Shape, check_request, make_student
+from pipeline.models.vocabulary import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def _make(
             same = tokenizer_info(theirs).sha256 == opened.manifest.contract.tokenizer.sha256
             found = train_on_cache(opened, theirs if same else opened.tokenizer, size)
         else:
-            found = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+            found = _load(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         if tokenizer_info(found).sha256 == tokenizer_info(theirs).sha256:
             theirs = found  # with its own chat template
         else:
@@ -127,3 +128,12 @@ def _make(
     return make_student(
         teacher, output, layers=layers, config=config, tokenizer=theirs, vocabulary=vocabulary, seed=seed
     )
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(
+            f"--tokenizer {name}: expected a directory with a tokenizer (tokenizer.json, or the files of its kind), found none of them there"
+        )
+    return load_tokenizer(name)

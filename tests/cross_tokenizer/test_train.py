@@ -272,8 +272,8 @@ def test_the_same_tokenizer_is_the_ordinary_student(tmp_path, lm_tokenizer, save
 def test_what_is_no_tokenizer_or_has_no_text(tmp_path, lm_tokenizer, bert_tokenizer, save_teacher, topics):
     teacher = save_teacher(tiny_model("llama", len(lm_tokenizer)), lm_tokenizer)
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "absent"):
-        with pytest.raises(ModelError, match=name) as error:
+    for name, said in {"empty": "empty: expected a directory with a tokenizer", "absent": "no such directory"}.items():
+        with pytest.raises(ModelError, match=said) as error:
             softlabel.init_student(teacher, tmp_path / "s", tokenizer=str(tmp_path / name))
         assert "\n" not in str(error.value)
     with pytest.raises(CacheError, match="nothing"):
