@@ -54,8 +54,8 @@ class _Read:
 def train_on_cache(cache: Cache, base: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer on the texts of a cache's split `train`, a row group at a time.
 
-    Texts that were stored are read; else those of a language model's cache are rebuilt from the token ids, row by row: where
-    a long document goes on in another row, a word may be cut.
+    A classifier's texts are the stored ones. A language model's are rebuilt from the token ids, row by row: where a long
+    document goes on in another row, a word may be cut. A stored text stands in for tokens that do not tell theirs.
 
     Args:
         base: as in `train_tokenizer`.
@@ -197,15 +197,16 @@ def _with_ids(part: Any, raw: Tokenizer) -> Any:
 def _texts(cache: Cache, read: _Read) -> Iterator[str]:
     """Texts of the split, a row group at a time; counted as they are read."""
     contract = cache.manifest.contract
-    stored = [name for name in _TEXTS if name in contract.columns]
-    if not stored and not get_task(contract.task).classes_are_tokens:
+    rebuilt = get_task(contract.task).classes_are_tokens
+    stored = [name for name in (_TEXTS[:1] if rebuilt else _TEXTS) if name in contract.columns]
+    if not stored and not rebuilt:
         raise CacheError(
             f"{cache.where}: a tokenizer is trained on texts, and this cache of {contract.task} holds none; cache again with --store-text"
         )
     rows = cache.dataset(SPLIT)
-    codes = None if stored else TokenBytes.of(cache.tokenizer)
+    codes = TokenBytes.of(cache.tokenizer) if rebuilt else None
     with Progress("text for the tokenizer", len(rows)) as progress:
-        for table in rows.tables(stored or ["input_ids", "piece"]):
+        for table in rows.tables([*stored, "input_ids", "piece"] if rebuilt else stored):
             read.num_rows += table.num_rows
             packed = contract.tokenization.packing
             found = _stored_texts(table) if codes is None else _rebuilt_texts(table, codes, read, packed=packed)
@@ -226,13 +227,18 @@ def _rebuilt_texts(table: pa.Table, codes: TokenBytes, read: _Read, *, packed: b
     A row that goes on with a document begins with the last token of the row before, which is left out too. Packed rows do
     not say which of them go on.
     """
+    texts = table["text"].to_pylist() if "text" in table.column_names else [None] * table.num_rows
     literal = "|".join(re.escape(text) for text in codes.vocabulary.literal.values())
     ids, later = table["input_ids"].combine_chunks(), table["piece"].to_numpy() > 0
     values, offsets = ids.flatten().to_numpy(), np.append(0, np.cumsum(ids.value_lengths().to_numpy()))
     for row, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         goes_on = bool(later[row] or packed) and int(values[start]) == read.last
         read.last = int(values[stop - 1])
-        for run in codes.runs(values[start + goes_on : stop].astype(np.int64), continues=goes_on):
+        runs = list(codes.runs(values[start + goes_on : stop].astype(np.int64), continues=goes_on))
+        if texts[row] and not all(run.is_exact for run in runs):
+            yield texts[row]
+            continue
+        for run in runs:
             if not run.is_exact:
                 read.num_unknown += 1
                 continue

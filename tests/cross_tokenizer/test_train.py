@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from tokenizers import processors
@@ -19,7 +20,7 @@ from pipeline.config import InitStudentConfig, TrainStudentConfig
 from pipeline.cross_tokenizer.embeddings import new_vocabulary
 from pipeline.cross_tokenizer.students import run
 from pipeline.cross_tokenizer.token_bytes import TokenBytes
-from pipeline.cross_tokenizer.train import train_on_cache, train_tokenizer
+from pipeline.cross_tokenizer.train import _Read, _rebuilt_texts, train_on_cache, train_tokenizer
 from pipeline.errors import CacheError, MisuseError, ModelError
 from pipeline.models import tokenizer_info
 from pipeline.training.run import run as train
@@ -131,6 +132,19 @@ def test_a_tokenizer_of_a_caches_text_is_that_of_the_texts(config, documents, lm
     assert len(whole) < 5000
     assert f"the vocabulary has {len(whole)} tokens, fewer than asked for" in caplog.text
     assert set(made.get_vocab()) < set(whole.get_vocab())
+
+
+def test_a_stored_text_stands_in_for_unknown_tokens():
+    codes = TokenBytes.of(FAMILIES["bert"])
+    known, unknown = (codes.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the cat", "the 漢"))
+    table = pa.table({"input_ids": [known, unknown], "piece": pa.array([0, 0], pa.int32())})
+    read = _Read()
+    assert [text.strip() for text in _rebuilt_texts(table, codes, read, packed=False)] == ["the cat"]
+    assert read.num_unknown == 1
+    stored = table.append_column("text", pa.array(["The cat", "The 漢"]))
+    read = _Read()
+    assert [text.strip() for text in _rebuilt_texts(stored, codes, read, packed=False)] == ["the cat", "The 漢"]
+    assert read.num_unknown == 0
 
 
 def test_a_capture_a_student_with_its_own_tokenizer_and_its_training(tmp_path, config):
@@ -272,7 +286,10 @@ def test_the_same_tokenizer_is_the_ordinary_student(tmp_path, lm_tokenizer, save
 def test_what_is_no_tokenizer_or_has_no_text(tmp_path, lm_tokenizer, bert_tokenizer, save_teacher, topics):
     teacher = save_teacher(tiny_model("llama", len(lm_tokenizer)), lm_tokenizer)
     (tmp_path / "empty").mkdir()
-    for name, said in {"empty": "empty: expected a directory with a tokenizer", "absent": "no such directory"}.items():
+    for name, said in {
+        "empty": "empty: expected a directory with a tokenizer",
+        "absent": "no such file or directory",
+    }.items():
         with pytest.raises(ModelError, match=said) as error:
             softlabel.init_student(teacher, tmp_path / "s", tokenizer=str(tmp_path / name))
         assert "\n" not in str(error.value)
