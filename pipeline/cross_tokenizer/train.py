@@ -227,7 +227,7 @@ def _rebuilt_texts(table: pa.Table, codes: TokenBytes, read: _Read, *, packed: b
     A row that goes on with a document begins with the last token of the row before, which is left out too. Packed rows do
     not say which of them go on.
     """
-    texts = table["text"].to_pylist() if "text" in table.column_names else [None] * table.num_rows
+    texts: list[str | None] = table["text"].to_pylist() if "text" in table.column_names else [None] * table.num_rows
     literal = "|".join(re.escape(text) for text in codes.vocabulary.literal.values())
     ids, later = table["input_ids"].combine_chunks(), table["piece"].to_numpy() > 0
     values, offsets = ids.flatten().to_numpy(), np.append(0, np.cumsum(ids.value_lengths().to_numpy()))
@@ -235,8 +235,9 @@ def _rebuilt_texts(table: pa.Table, codes: TokenBytes, read: _Read, *, packed: b
         goes_on = bool(later[row] or packed) and int(values[start]) == read.last
         read.last = int(values[stop - 1])
         runs = list(codes.runs(values[start + goes_on : stop].astype(np.int64), continues=goes_on))
-        if texts[row] and not all(run.is_exact for run in runs):
-            yield texts[row]
+        text = texts[row]
+        if text and not all(run.is_exact for run in runs):
+            yield text
             continue
         for run in runs:
             if not run.is_exact:
