@@ -33,7 +33,8 @@ import numpy as np
 
 from pipeline.capture.run import run as capture
 from pipeline.config import CacheLogitsConfig, DataConfig, TrainStudentConfig, TrainTeacherConfig
-from pipeline.models.initialize import Shape, init_student
+from pipeline.cross_tokenizer.students import init_student
+from pipeline.models.initialize import Shape
 from pipeline.models.quiet import quiet_libraries
 from pipeline.training.run import run as train
 from pipeline.training.teacher import run as train_teacher

@@ -18,9 +18,10 @@ import numpy as np
 from pipeline.cache import Cache
 from pipeline.cli import FUNCTIONS
 from pipeline.config import ConfigFile, InitStudentConfig, TrainStudentConfig, load_config, resolve
+from pipeline.cross_tokenizer.students import init_student
 from pipeline.evaluation import evaluate
 from pipeline.metrics import paired_mean_interval
-from pipeline.models.initialize import Shape, init_student
+from pipeline.models.initialize import Shape
 from pipeline.models.quiet import quiet_libraries
 from pipeline.training.run import run as train
 from pipeline.workflow import run as run_stages

@@ -15,9 +15,10 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from pipeline.cache import Cache
     from pipeline.capture import LabelledRow, cache_logits, write_cache
+    from pipeline.cross_tokenizer.students import init_student
     from pipeline.evaluation import evaluate
     from pipeline.generation import generate
-    from pipeline.models.initialize import Shape, init_student
+    from pipeline.models.initialize import Shape
     from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP
     from pipeline.rounds import measure_written
     from pipeline.sharing import import_responses
@@ -43,7 +44,7 @@ _EXPORTS = {
     "evaluate": "pipeline.evaluation",
     "generate": "pipeline.generation",
     "import_responses": "pipeline.sharing",
-    "init_student": "pipeline.models.initialize",
+    "init_student": "pipeline.cross_tokenizer.students",
     "measure_written": "pipeline.rounds",
     "pull": "pipeline.sharing.pull",
     "push": "pipeline.sharing.push",

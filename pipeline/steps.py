@@ -31,6 +31,7 @@ INPUTS = (
     "template",
     "prompt_template",
     "unlabelled",
+    "tokenizer",
 )
 
 #: A step, and its section as the configuration of its command.

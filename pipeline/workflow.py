@@ -275,6 +275,9 @@ def _key(config: Any, *, before: bool = False) -> str:
         found["files"] = _nested_files(data, before=before)
     for name in ("overwrite", "report_to", "concurrency", "server_patience", "check_with"):
         settings.pop(name, None)  # they change nothing of what is made
+    if "tokenizer" in settings and settings["tokenizer"] is None:  # students that were made before they could have one
+        for name in ("tokenizer", "cache"):
+            settings.pop(name)
     for name in ("server", "server_model", "server_api"):
         if not settings.get(name):  # what was made before there were servers stays done
             settings.pop(name, None)

@@ -63,11 +63,12 @@ ORDER: dict[str, list[set[str]]] = {
     "cross_tokenizer": [
         {"token_bytes"},
         {"vocabulary_map"},
+        {"train", "embeddings"},
         {"rows"},
         {"chats"},
         {"kept"},
         {"view"},
-        {"opening"},
+        {"opening", "students"},
         {"__init__"},
     ],
     "training": [

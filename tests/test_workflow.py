@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.config import load_config
-from pipeline.workflow import _key, content_of, stage_configs
+from pipeline.workflow import _key, content_of, outline, stage_configs
 from tests.test_cli import call, project  # noqa: F401 - a fixture
 
 
@@ -105,3 +105,26 @@ def test_a_prompt_template_in_the_file_is_part_of_the_settings(project, tmp_path
 
 #: Fields that a stage's mark did not have then, or never has.
 _NEWER = ("overwrite", "report_to", "on_bad_row")
+
+
+def test_a_student_whose_tokenizer_is_trained_waits_for_the_cache(project):
+    project["init-student"] |= {"tokenizer": "train:290", "cache": "runs/cache"}
+    Path("run.yaml").write_text(yaml.safe_dump(project, sort_keys=False))
+    ((_, config),) = stage_configs(load_config("run.yaml"), ("init-student",))
+    told = dict(outline(load_config("run.yaml"), {}))
+    waits = "runs: reads runs/cache, runs/teacher, which a stage before makes"
+    assert told["init-student runs/init"] == (("stage", waits),)
+    assert call("run", "run.yaml", "--through", "init-student").exit_code == 0
+    made = _key(config)
+    assert json.loads(Path("runs/init/config.json").read_text())["vocab_size"] == 290
+    Path("runs/cache/manifest.json").write_text(Path("runs/cache/manifest.json").read_text() + " ")
+    assert _key(config) != made
+
+
+def test_students_that_were_made_before_they_could_have_a_tokenizer_stay_done(project):
+    ((_, config),) = stage_configs(load_config("run.yaml"), ("init-student",))
+    settings = dataclasses.asdict(config)
+    assert (settings.pop("tokenizer"), settings.pop("cache")) == (None, None)
+    found = {"teacher": [content_of(Path(config.teacher))]}
+    kept = hashlib.sha256(json.dumps([settings, found], sort_keys=True, default=str).encode()).hexdigest()
+    assert _key(config) == kept

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "softlabel init-student --teacher runs/teacher --num-layers 2 --hidden-size 128 --num-heads 2 --output runs/student-init",
 )
 def _init_student(config: cfg.InitStudentConfig) -> None:
-    from pipeline.models.initialize import run
+    from pipeline.cross_tokenizer.students import run
 
     made = run(config)
     if made.layers:
@@ -32,6 +32,12 @@ def _init_student(config: cfg.InitStudentConfig) -> None:
     if made.teacher_parameters:
         size += f", {made.num_parameters / made.teacher_parameters:.1%} of the teacher's {made.teacher_parameters:,}"
     click.echo(f"student: {made.path}  {size}; {copied}")
+    own = made.vocabulary
+    if own is not None:
+        origin = ""
+        if own.sources is not None:
+            origin = f"; of their embeddings {own.num_copied:,} are the teacher's, {own.num_averaged:,} means of those that their bytes are made of, {own.num_unknown:,} the mean of all"
+        click.echo(f"  tokenizer: its own, {len(own.tokenizer):,} tokens{origin}")
 
 
 def _outline_student(config: cfg.TrainStudentConfig) -> Outline:

@@ -24,7 +24,9 @@ from pipeline.records import Divergence, Loss, PositionWeights, Schedule
 class InitStudentConfig:
     """Make a student: a smaller config with random weights, or chosen layers of the teacher."""
 
-    teacher: str = model_option("Name or path of the teacher, whose architecture and tokenizer the student takes.")
+    teacher: str = model_option(
+        "Name or path of the teacher, whose architecture the student takes, and its tokenizer where --tokenizer names no other."
+    )
     output: str = output_option("Directory of the student.")
     layer: tuple[int, ...] = model_option(
         "Layer of the teacher to copy, from 0; repeat for several. Default: a third of them, evenly spaced, where no shape is given.",
@@ -33,9 +35,23 @@ class InitStudentConfig:
     num_layers: int | None = model_option("Layers of a student with random weights.", None)
     hidden_size: int | None = model_option("Width of a student with random weights.", None)
     num_heads: int | None = model_option("Attention heads of a student with random weights.", None)
+    tokenizer: str | None = model_option(
+        "Tokenizer of the student: a directory, a hub name, or train:SIZE for a byte-level BPE of so many tokens, trained on the text of --cache. "
+        "Default: the teacher's.",
+        None,
+    )
+    cache: str | None = data_option(
+        "With --tokenizer train:SIZE: directory or URL of the cache whose text (split train) the tokenizer is trained on.",
+        None,
+    )
     seed: int = model_option("Seed of the random weights.", 0)
 
     def __post_init__(self) -> None:
+        is_trained = self.tokenizer is not None and trained_size(self.tokenizer) is not None
+        if is_trained and self.cache is None:
+            raise MisuseError(f"--tokenizer {self.tokenizer}: needs --cache, whose text the tokenizer is trained on")
+        if self.cache is not None and not is_trained:
+            raise MisuseError("--cache goes with --tokenizer train:SIZE, which is trained on its text")
         shape = (self.num_layers, self.hidden_size, self.num_heads)
         if self.layer and any(value is not None for value in shape):
             raise MisuseError(
@@ -45,6 +61,22 @@ class InitStudentConfig:
             raise MisuseError(
                 "--num-layers, --hidden-size and --num-heads go together; without them evenly spaced layers of the teacher are copied"
             )
+
+
+def trained_size(tokenizer: str) -> int | None:
+    """How many tokens `train:SIZE` asks for; None: it is a name or a path.
+
+    Raises:
+        MisuseError: SIZE is no whole number above 256, the number of bytes.
+    """
+    kind, colon, size = tokenizer.partition(":")
+    if kind != "train" or not colon:
+        return None
+    if not (size.isascii() and size.isdigit()) or int(size) < 256:
+        raise MisuseError(
+            f"--tokenizer {tokenizer}: expected train:SIZE with a number of tokens of at least 256 (all bytes) and the special tokens, as train:8192"
+        )
+    return int(size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,9 +29,7 @@ def map_vocabulary(teacher: TokenBytes, student: TokenBytes, num_teacher: int, n
         num_teacher: classes of the cache.
         num_student: classes of the student's output.
     """
-    first = np.full(num_teacher, NONE, dtype=np.int64)
-    _map_equal(first, teacher, student)
-    _map_special(first, teacher, student)
+    first = counterparts(teacher, student, num_teacher)
     left = [i for i in np.flatnonzero(first == NONE).tolist() if i < len(teacher.pieces) and teacher.pieces[i]]
     texts: list[str] = []
     numbers: list[int] = []
@@ -50,11 +48,20 @@ def map_vocabulary(teacher: TokenBytes, student: TokenBytes, num_teacher: int, n
     return VocabularyMap(first, num_student, special)
 
 
-def _counterpart(token: int, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> int | None:
+def counterparts(teacher: TokenBytes, student: TokenBytes, num_teacher: int) -> np.ndarray:
+    """(num_teacher,) int64: the student's token of the same bytes, for a special one of the same text or role; -1: there is none."""
+    first = np.full(num_teacher, NONE, dtype=np.int64)
+    _map_equal(first, teacher, student)
+    _map_special(first, teacher, student)
+    return first
+
+
+def counterpart(token: int, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> int | None:
     """The student's special token for one of the teacher's: of the same text, else of the same role."""
     name = teacher.convert_ids_to_tokens(token)
     if name in student.all_special_tokens or name in student.get_added_vocab():
-        return student.get_vocab()[str(name)]
+        found: Any = student.convert_tokens_to_ids(str(name))
+        return int(found)
     for role in _ROLES:
         if getattr(teacher, role, None) == token and getattr(student, role, None) is not None:
             return int(getattr(student, role))
@@ -104,7 +111,7 @@ def _is_byte(student: TokenBytes, token: int) -> bool:
 
 def _map_special(first: np.ndarray, teacher: TokenBytes, student: TokenBytes) -> None:
     for i in np.flatnonzero(teacher.is_special[: len(first)]).tolist():
-        found = _counterpart(i, teacher.tokenizer, student.tokenizer)
+        found = counterpart(i, teacher.tokenizer, student.tokenizer)
         first[i] = NONE if found is None else found
     unknown, theirs = teacher.tokenizer.unk_token_id, student.tokenizer.unk_token_id
     if unknown is not None and unknown < len(first) and first[unknown] == NONE and theirs is not None:

@@ -16,12 +16,19 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from pipeline.config import InitStudentConfig
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models.adapters import adapter_config
 from pipeline.models.detect import detect_task
 from pipeline.models.load import as_it_came, load_config, load_model, load_tokenizer
 from pipeline.models.start import write_start
+from pipeline.models.vocabulary import (
+    TOKENIZER_FILES,
+    NewVocabulary,
+    check_shapes,
+    check_vocabulary,
+    rows_of_vocabulary,
+    with_vocabulary,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +53,8 @@ class NewStudent:
     num_layers: int
     """Of the student."""
     teacher_layers: int
-
-
-def run(config: InitStudentConfig) -> NewStudent:
-    """`softlabel init-student`: the shape or the layers that the flags name, else evenly spaced layers."""
-    shape = None
-    if config.num_layers is not None:
-        shape = Shape(config.num_layers, config.hidden_size or 0, config.num_heads or 0)
-    return make_student(config.teacher, config.output, layers=config.layer or None, config=shape, seed=config.seed)
+    vocabulary: NewVocabulary | None = None
+    """Its own; None: the teacher's."""
 
 
 def evenly_spaced(total: int) -> tuple[int, ...]:
@@ -65,43 +66,21 @@ def evenly_spaced(total: int) -> tuple[int, ...]:
     return (0,) if count == 1 else tuple(round(i * (total - 1) / (count - 1)) for i in range(count))
 
 
-def init_student(
+def check_request(
     teacher: str | Path | PreTrainedModel,
     output: str | Path,
     *,
     layers: Sequence[int] | None = None,
     config: Shape | PreTrainedConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    seed: int = 0,
-) -> Path:
-    """Write a student as an ordinary model directory, with the teacher's tokenizer.
-
-    Args:
-        teacher: a name, a path or a live model (then with its `tokenizer`).
-        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them. Default, where
-            there is no `config` either: a third of the teacher's, evenly spaced.
-        config: a shape, or a whole config (whose `architectures` names the class), for a student with random weights.
+) -> Any:
+    """What can be told about a student before its teacher's weights are read, or a tokenizer is trained for it.
 
     Returns:
-        The directory.
+        The teacher's configuration.
 
     Raises:
-        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide.
-        ModelError: the teacher cannot be loaded, or its layers cannot be found.
+        MisuseError, ModelError: as `make_student`.
     """
-    return make_student(teacher, output, layers=layers, config=config, tokenizer=tokenizer, seed=seed).path
-
-
-def make_student(
-    teacher: str | Path | PreTrainedModel,
-    output: str | Path,
-    *,
-    layers: Sequence[int] | None = None,
-    config: Shape | PreTrainedConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    seed: int = 0,
-) -> NewStudent:
-    """As `init_student`, with the sizes of both models."""
     if layers is not None and config is not None:
         raise MisuseError("init_student: give either layers=... or config=...")
     if isinstance(teacher, str | Path):
@@ -111,30 +90,74 @@ def make_student(
             raise ModelError(
                 f"{teacher}: is an adapter, which has no layers of its own; merge it into its base model first (PEFT: merge_and_unload)"
             )
+    base: Any = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
+    total = int(base.get_text_config().num_hidden_layers)
+    for layer in layers or ():
+        if not 0 <= layer < total:
+            raise MisuseError(f"--layer {layer}: the teacher has layers 0 to {total - 1}")
+    if isinstance(config, Shape):
+        _scale(base, config)
+    return base
+
+
+def make_student(
+    teacher: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    config: Shape | PreTrainedConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocabulary: NewVocabulary | None = None,
+    seed: int = 0,
+) -> NewStudent:
+    """Write a student as an ordinary model directory.
+
+    Args:
+        teacher: a name, a path or a live model (then with its `tokenizer`).
+        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them. Default, where
+            there is no `config` either: a third of the teacher's, evenly spaced.
+        config: a shape, or a whole config (whose `architectures` names the class), for a student with random weights.
+        tokenizer: the teacher's, as it is written beside the student. Default: the one beside the teacher.
+        vocabulary: a tokenizer that is written in its place, with embeddings and head of its size.
+
+    Raises:
+        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide.
+        ModelError: the teacher cannot be loaded, its layers cannot be found, or its weights cannot take another vocabulary.
+    """
+    base = check_request(teacher, output, layers=layers, config=config)
+    total = int(base.get_text_config().num_hidden_layers)
+    if isinstance(teacher, str | Path):
         tokenizer = tokenizer or load_tokenizer(str(teacher))
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
-    base = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
-    total = int(base.get_text_config().num_hidden_layers)
     if config is None:
         layers = evenly_spaced(total) if layers is None else layers
         if isinstance(teacher, PreTrainedModel):
-            student, teacher_parameters = _copy_layers(teacher, layers), teacher.num_parameters()
+            student, teacher_parameters = _copy_layers(teacher, layers, vocabulary), teacher.num_parameters()
         else:
             loaded = load_model(detect_task(str(teacher)), str(teacher))
             with as_it_came(loaded):
-                student, teacher_parameters = _copy_layers(loaded.model, layers), loaded.model.num_parameters()
+                teacher_parameters = loaded.model.num_parameters()
+                student = _copy_layers(loaded.model, layers, vocabulary)
     else:
         set_seed(seed)
-        student = _class_of(base)(_scale(base, config)) if isinstance(config, Shape) else _class_of(config)(config)
+        if isinstance(config, Shape):
+            scaled = _scale(base, config)
+            student = _class_of(base)(scaled if vocabulary is None else with_vocabulary(scaled, vocabulary))
+        else:
+            check_vocabulary(config, vocabulary)
+            student = _class_of(config)(config)
         teacher_parameters = teacher.num_parameters() if isinstance(teacher, PreTrainedModel) else _count(base)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as draft:
         student.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
+        (tokenizer if vocabulary is None else vocabulary.tokenizer).save_pretrained(draft)
         write_start(Path(draft), "random" if layers is None else "layers")
         path.mkdir(exist_ok=True)
+        for name in TOKENIZER_FILES:  # of a student that was there, whose tokenizer had other ones
+            if not Path(draft, name).exists():
+                (path / name).unlink(missing_ok=True)
         for file in sorted(
             Path(draft).iterdir(), key=lambda f: f.name == "config.json"
         ):  # the file that makes it a model comes last
@@ -146,6 +169,7 @@ def make_student(
         tuple(layers or ()),
         int(student.config.get_text_config().num_hidden_layers),
         total,
+        vocabulary,
     )
 
 
@@ -157,16 +181,16 @@ def _count(config: Any) -> int:
         return int(_class_of(config)(copy.deepcopy(config)).num_parameters())
 
 
-def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A model of the same class with fewer layers, weights copied."""
+def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: NewVocabulary | None) -> PreTrainedModel:
+    """A model of the same class with fewer layers, weights copied; embeddings and head of another vocabulary are made of the teacher's."""
     total = teacher.config.get_text_config().num_hidden_layers
-    for layer in layers:
-        if not 0 <= layer < total:
-            raise MisuseError(f"--layer {layer}: the teacher has layers 0 to {total - 1}")
     config = _resized(teacher.config, list(layers))
     prefix = _layer_list(teacher, total)
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
     weights = teacher.state_dict()
+    if vocabulary is not None:
+        config = with_vocabulary(config, vocabulary)
+        weights |= rows_of_vocabulary(teacher, vocabulary, config)
     chosen = {}
     for name, tensor in weights.items():
         match = pattern.fullmatch(name)
@@ -177,6 +201,8 @@ def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedM
             if old == int(match[1]):
                 chosen[f"{prefix}.{new}.{match[2]}"] = tensor
     student: Any = type(teacher)(config)
+    if vocabulary is not None:
+        check_shapes(student, chosen)
     student.to(teacher.dtype).load_state_dict(chosen)
     result: PreTrainedModel = student
     return result

@@ -26,7 +26,7 @@ from pipeline.evaluation import evaluate
 from pipeline.evaluation.report.report import report as write_report
 from pipeline.evaluation.report.summary import summary
 from pipeline.models.arguments import training_arguments
-from pipeline.models.initialize import init_student
+from pipeline.models.initialize import make_student
 from pipeline.models.saved import checkpoints
 from pipeline.progress import duration
 from pipeline.records import Outline, TrainResult
@@ -208,7 +208,7 @@ def _begin(config: SweepConfig, start: Start, seed: int) -> str:
     teacher = str(config.teacher)
     directory, key = _start_directory(config, start, seed), _start_key(config, start, seed)
     if not _is_finished(directory, key, "config.json"):
-        init_student(teacher, directory, config=start.shape, layers=start.layers or None, seed=seed)
+        make_student(teacher, directory, config=start.shape, layers=start.layers or None, seed=seed)
         _set_mark(directory, key, "config.json")
     return str(directory)
 

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import pipeline as softlabel
 from pipeline.config import InitStudentConfig
+from pipeline.cross_tokenizer.students import run
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models import load_model, longest_input, model_info, public_name, tokenizer_info
-from pipeline.models.initialize import evenly_spaced, run
+from pipeline.models.initialize import evenly_spaced
 from pipeline.models.load import LoadedModel
 from pipeline.tasks import get_task
 from tests.conftest import TINY, tiny_model

@@ -36,6 +36,7 @@ BUDGET = {
     "tests/capture/test_label_logprobs.py": 15.0,
     "tests/capture/test_stored_texts.py": 20.0,
     "tests/tasks/test_texts.py": 10.0,
+    "tests/cross_tokenizer/test_train.py": 15.0,
     "tests/cache/reading/test_hostile.py": 12.0,
     "tests/training/test_remote.py": 12.0,
     "tests/training/test_distributed.py": 18.0,

@@ -1,0 +1,139 @@
+"""`softlabel init-student`: a student from its teacher, with the teacher's tokenizer, another one, or one that is trained for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.cache import Cache
+from pipeline.config import InitStudentConfig
+from pipeline.config.training import trained_size
+from pipeline.cross_tokenizer.embeddings import new_vocabulary
+from pipeline.cross_tokenizer.train import train_on_cache
+from pipeline.errors import MisuseError, ModelError
+from pipeline.models import load_tokenizer, tokenizer_info
+from pipeline.models.initialize import NewStudent, Shape, check_request, make_student
+from pipeline.models.vocabulary import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def run(config: InitStudentConfig) -> NewStudent:
+    """The shape or the layers that the flags name, else evenly spaced layers."""
+    shape = None
+    if config.num_layers is not None:
+        shape = Shape(config.num_layers, config.hidden_size or 0, config.num_heads or 0)
+    return _make(
+        config.teacher,
+        config.output,
+        layers=config.layer or None,
+        config=shape,
+        tokenizer=config.tokenizer,
+        cache=config.cache,
+        seed=config.seed,
+    )
+
+
+def init_student(
+    teacher: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    config: Shape | PreTrainedConfig | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    cache: str | Path | Cache | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a student as an ordinary model directory, with the teacher's tokenizer or another one.
+
+    With another tokenizer, embedding and head have its size. Where layers are copied, a token that the teacher has too
+    keeps its row, and another one begins with the mean of the rows of the teacher's tokens that its bytes are made of.
+
+    Args:
+        teacher: a name, a path or a live model.
+        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them. Default, where
+            there is no `config` either: a third of the teacher's, evenly spaced.
+        config: a shape, or a whole config (whose `architectures` names the class), for a student with random weights.
+        tokenizer: of the student: a name, a directory, a live one, or "train:SIZE" for a byte-level BPE of so many tokens
+            that is trained on the text of `cache`. Default: the teacher's. A live one beside a live teacher without
+            `teacher_tokenizer` is the teacher's.
+        cache: what a tokenizer is trained on (split `train`).
+        teacher_tokenizer: of a live teacher. Default: `tokenizer`, or the cache's.
+
+    Returns:
+        The directory.
+
+    Raises:
+        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide; a
+            size that is no number, or too small; a cache without a tokenizer to train, or the other way round.
+        ModelError: teacher or tokenizer cannot be loaded, or its layers cannot be found.
+        CacheError: there is no such cache, or it holds no text.
+    """
+    made = _make(
+        teacher,
+        output,
+        layers=layers,
+        config=config,
+        tokenizer=tokenizer,
+        cache=cache,
+        teacher_tokenizer=teacher_tokenizer,
+        seed=seed,
+    )
+    return made.path
+
+
+def _make(
+    teacher: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    layers: Sequence[int] | None,
+    config: Shape | PreTrainedConfig | None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    cache: str | Path | Cache | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int,
+) -> NewStudent:
+    size = trained_size(tokenizer) if isinstance(tokenizer, str) else None
+    if (size is None) != (cache is None):
+        raise MisuseError("init_student: tokenizer='train:SIZE' and cache=... go together")
+    if tokenizer is not None:
+        check_request(teacher, output, layers=layers, config=config)  # a tokenizer may take long
+    opened = cache if isinstance(cache, Cache) or cache is None else Cache.open(cache)
+    theirs = teacher_tokenizer
+    if theirs is None and isinstance(teacher, str | Path):
+        theirs = load_tokenizer(str(teacher)) if tokenizer is not None else None
+    elif theirs is None and tokenizer is not None and not isinstance(tokenizer, str | Path):
+        theirs, tokenizer = tokenizer, None
+    elif theirs is None and opened is not None:
+        theirs = opened.tokenizer
+    vocabulary = None
+    if tokenizer is not None:
+        if theirs is None:
+            raise MisuseError(
+                "init_student: a live teacher needs its teacher_tokenizer=... beside a tokenizer=... by name"
+            )
+        found: PreTrainedTokenizerBase
+        if opened is not None and size is not None:
+            same = tokenizer_info(theirs).sha256 == opened.manifest.contract.tokenizer.sha256
+            found = train_on_cache(opened, theirs if same else opened.tokenizer, size)
+        else:
+            found = _load(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+        if tokenizer_info(found).sha256 == tokenizer_info(theirs).sha256:
+            theirs = found  # with its own chat template
+        else:
+            vocabulary = new_vocabulary(theirs, found, with_rows=config is None)
+    return make_student(
+        teacher, output, layers=layers, config=config, tokenizer=theirs, vocabulary=vocabulary, seed=seed
+    )
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(
+            f"--tokenizer {name}: expected a directory with a tokenizer (tokenizer.json, or the files of its kind), found none of them there"
+        )
+    return load_tokenizer(name)
