@@ -228,7 +228,8 @@ class Retokenizer:
         predicted = np.append(False, row.supervised[:-1])
         position = np.where(predicted, np.cumsum(predicted) - 1, NONE)  # of the teacher, by the token it predicts
         columns: list[Columns] = []
-        lengths, is_rebuilt, num_bytes = [], True, 0
+        lengths: list[int] = []
+        is_rebuilt, num_bytes = True, 0
         for document in plan:
             lengths.append(0)
             for part in document:
