@@ -87,8 +87,8 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     if config.judging is not None:  # the arguments are those of the prompt's chat template
         settings = dataclasses.replace(settings, chat_template_kwargs=())
     task.check_columns(config.data.columns, settings)
-    stored = {"store_text": config.data.store_text, "store_label_logprobs": config.store_label_logprobs}
-    check_stored(task, config.data.columns, settings, **stored)
+    texts, logprobs = config.data.store_text, config.store_label_logprobs
+    check_stored(task, config.data.columns, settings, store_text=texts, store_label_logprobs=logprobs)
     layout = open_layout(config.output)
     source = with_unlabelled(load_source(config.data), load_unlabelled(config.unlabelled, config.data))
     encoding = config.resolve_encoding(task.default_encoding.kind)

@@ -250,8 +250,8 @@ class Retokenizer:
             lengths[-1] = 1
         joined = Columns(*(np.concatenate([getattr(c, name) for c in columns]) for name in Columns.__slots__))
         kept = None if row.document_lengths is None else lengths
-        found = finished(joined, position, self.max_length, kept, is_rebuilt=is_rebuilt)
-        return dataclasses.replace(found, num_dropped=self._num_dropped(row.input_ids))
+        made = finished(joined, position, self.max_length, kept, is_rebuilt=is_rebuilt)
+        return dataclasses.replace(made, num_dropped=self._num_dropped(row.input_ids))
 
     def _num_dropped(self, ids: np.ndarray) -> int:
         known = ids[ids < min(len(self.first_token), len(self.teacher.is_special))]
