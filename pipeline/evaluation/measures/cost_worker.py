@@ -39,6 +39,8 @@ class Ready:
     tokens: float
     """Of the rows, on average."""
     num_rows: int
+    text_bytes: int
+    """That the rows' supervised positions predict."""
     before_bytes: int | None
     """Resident memory before loading."""
 
@@ -77,12 +79,14 @@ def serve(order: Order, answers: Any) -> None:
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     from pipeline.cache import Cache
+    from pipeline.cache.format.codec import text_bytes_of
     from pipeline.cache.format.rows import gather
+    from pipeline.cross_tokenizer.opening import cache_for
     from pipeline.evaluation.passes import collator_of
     from pipeline.tasks import get_task
     from pipeline.training.student import load_student
 
-    cache = Cache.open(order.cache, verify="none")
+    cache = cache_for(Cache.open(order.cache, verify="none"), order.model, order.split)
     contract = cache.manifest.contract
     task = get_task(contract.task)
     _forget_peak()
@@ -108,6 +112,7 @@ def serve(order: Order, answers: Any) -> None:
             threads=torch.get_num_threads(),
             tokens=len(rows.lists["input_ids"].values) / num_rows,
             num_rows=num_rows,
+            text_bytes=int(text_bytes_of(rows).sum()),
             before_bytes=before,
         ),
     )
