@@ -38,6 +38,8 @@ class Candidate:
     cache: str
     """Whose rows it runs on."""
     num_parameters: int
+    own_tokens: bool = False
+    """Its tokenizer is not the cache's."""
 
 
 def measure_costs(
@@ -64,7 +66,9 @@ def measure_costs(
     with contextlib.ExitStack() as stack:
         workers = [
             stack.enter_context(
-                _Worker(item, Order(item.cache, item.directory, split, LATENCY_ROWS, batch_rows, threads))
+                _Worker(
+                    item, Order(item.cache, item.directory, split, LATENCY_ROWS, batch_rows, threads, item.own_tokens)
+                )
             )
             for item in candidates
         ]

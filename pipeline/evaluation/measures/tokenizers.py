@@ -18,7 +18,8 @@ def tokenizer_notes(subjects: Sequence[Subject]) -> tuple[str, ...]:
         *(_bytes_and_positions(subject) for subject in own),
         f"Left out of {names}, since they are of other tokens than the teacher's: loss, perplexity, accuracy, Brier score, NLL, and the errors of the teacher that are mended.",
         f"Agreement, KL and Jensen-Shannon divergence of {names} are over the positions that are aligned with the teacher's, whose distribution is mapped to the model's "
-        "tokens; of an encoding that samples, KL is a lower bound there, since the mapped distribution has at most the teacher's entropy.",
+        "tokens. Where the encoding samples, the teacher's entropy stands for that of the mapped distribution, which is at most as large, so that KL is rather too small; "
+        "without --store-entropy it is a row's mean entropy.",
     )
 
 

@@ -270,7 +270,8 @@ def _costs(
         candidates.append(Candidate("teacher", config.teacher, first.cache.location, count))
     directories = {item.name: item.directories[0] for item in asked_models(config.student, config.control)}
     candidates += [
-        Candidate(s.name, directories[s.name], s.teacher.cache.location, s.model.num_parameters) for s in subjects
+        Candidate(s.name, directories[s.name], s.teacher.cache.location, s.model.num_parameters, s.has_own_tokens)
+        for s in subjects
     ]
     return measure_costs(
         candidates,
