@@ -862,6 +862,19 @@ class MixedCache:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnTokenizer:
+    """Of a student whose tokenizer is not the teacher's: how much of what it was trained on both cut at the same bytes."""
+
+    vocabulary_size: int
+    positions: int
+    """Of the student, in the training splits."""
+    aligned: int
+    """Of these: a token of the teacher begins at the same byte as the student's next one."""
+    agreeing: int
+    """Of these: the teacher's token becomes the one that the text has."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainResult:
     """What a training run leaves: kept beside the student as `distillation.json`."""
 
@@ -896,6 +909,8 @@ class TrainResult:
     """The step whose weights were kept, where the best evaluation was; None: the last step's."""
     span_loss: float | None = None
     """As `soft_loss`, over aligned spans; None without them."""
+    own_tokenizer: OwnTokenizer | None = None
+    """None: the teacher's."""
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

@@ -91,7 +91,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "evaluation": [
-        {"records", "passes", "continuations", "table", "text_bytes"},
+        {"records", "passes", "continuations", "table", "text_bytes", "basis"},
         {"run"},
         {"measures"},
         {"report"},

@@ -12,8 +12,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.cross_tokenizer.kept import KeptRows, Maker
-from pipeline.records import RowBlock, Shard, VocabularyMap
+from pipeline.cross_tokenizer.kept import Counts, KeptRows, Maker
+from pipeline.records import OwnTokenizer, RowBlock, Shard, VocabularyMap
 
 #: Columns of the kept rows that take the place of the cache's, or stand beside them.
 _LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
@@ -83,6 +83,19 @@ def shards_of(cache: Cache, split: str | Sequence[str]) -> tuple[Shard, ...]:
     cache.dataset(split)  # which says what splits there are
     names = (split,) if isinstance(split, str) else tuple(split)
     return tuple(shard for name in names for shard in cache.manifest.split_shards(name))
+
+
+def own_tokenizer(caches: Sequence[Cache], split: str | Sequence[str]) -> OwnTokenizer | None:
+    """How the student's tokens meet the teachers' in a split of all caches; None: they are the teachers'."""
+    views = [cache for cache in caches if isinstance(cache, RetokenizedCache)]
+    if not views:
+        return None
+    found = Counts()
+    for view in views:
+        assert view.kept is not None
+        found += view.kept.counts(shards_of(view.as_captured, split))
+    size = views[0].manifest.contract.tokenizer.vocabulary_size
+    return OwnTokenizer(size, found.positions, found.aligned, found.agreeing)
 
 
 def retokenized(

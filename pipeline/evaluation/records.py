@@ -146,7 +146,7 @@ class Closeness:
     on_errors: float
     """Agreement where the teacher is wrong: mistakes that it copies."""
     mended: float
-    """Right answers where the teacher is wrong."""
+    """Right answers where the teacher is wrong; nan of tokens that are not the teacher's."""
     kl: Measured | None
     js: Measured | None
 
@@ -156,8 +156,9 @@ class SliceLine:
     """One model on one class, or on one band of token frequencies."""
 
     name: str
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    """None, as `loss`: of tokens that are not the teacher's."""
+    loss: float | None
     agreement: float
     kl: float | None
 
@@ -205,7 +206,8 @@ class Calibration:
     name: str
     ece: float
     brier: Measured | None
-    nll: Measured
+    nll: Measured | None
+    """None: of tokens that are not the teacher's."""
     bins: tuple[Bin, ...]
     temperature: float | None = None
     """Of temperature scaling; the mean over seeds and folds. None: as trained."""
@@ -239,6 +241,8 @@ class Cost:
     peak_bytes: int | None = None
     """Most resident memory while it ran, above that of the process before it loaded the model."""
     joules_per_thousand: float | None = None
+    bytes_per_second: Spread | None = None
+    """Bytes of text a second, in batches; None: all models have the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +257,8 @@ class Machine:
     """Of the rows measured, on average."""
     energy: str
     """How the energy was found, in words."""
+    bytes_per_row: int | None = None
+    """Of text, on average; None: all models have the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,3 +355,5 @@ class Report:
     machine: Machine | None
     break_even: tuple[BreakEven, ...]
     determinants: tuple[Determinant, ...]
+    tokenizer_notes: tuple[str, ...] = ()
+    """Where a model has another tokenizer than its teacher: what is compared, and what is left out."""

@@ -18,6 +18,7 @@ from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.config.options import name_and_path
 from pipeline.cross_tokenizer.opening import cache_for
 from pipeline.errors import MisuseError
+from pipeline.evaluation.basis import OF_TOKENS, Basis, on_bytes_of
 from pipeline.evaluation.continuations import check_prompts, continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.text_bytes import warn_of_text_bytes
@@ -32,9 +33,6 @@ from pipeline.softlabels import default_temperature, most_likely, served_tempera
 from pipeline.tasks import Task, get_task
 from pipeline.training.losses import forward_kl
 from pipeline.training.student import check_fit, load_student
-
-#: What is compared between tokenizers, and what is not: numbers a token.
-BITS_PER_BYTE, OF_TOKENS = "bits_per_byte", ("loss", "perplexity")
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
@@ -130,9 +128,8 @@ def evaluate(
         for name, student in students.items()
         if isinstance(student, str | Path)
     }
-    comparison = _Comparison(
-        task, teacher, teacher_predictions, seed, in_bytes=any(v is not opened for v in views.values())
-    )
+    basis = Basis(task, in_bytes=any(v is not opened for v in views.values()))
+    comparison = _Comparison(basis, teacher, teacher_predictions, seed)
     lines = []
     for name, student in students.items():
         view = views.get(name, opened)
@@ -151,7 +148,7 @@ def evaluate(
         split=split,
         rows=len(rows),
         positions=len(teacher_predictions.labels),
-        main_metric=comparison.metric,
+        main_metric=basis.main_metric,
         teacher=teacher,
         students=tuple(lines),
         temperature=served_temperature(contract.encoding),
@@ -177,18 +174,11 @@ def _bases(students: Mapping[str, str], base_model: str | None) -> dict[str, str
 class _Comparison:
     """What students are compared with, and by what."""
 
-    task: Task
+    basis: Basis
     teacher: ModelEvaluation
     predictions: Predictions
     """Of the teacher."""
     seed: int
-    in_bytes: bool
-    """Whether a student has another tokenizer: then losses are compared a byte of text, not a token."""
-
-    @property
-    def metric(self) -> str:
-        """What retention is taken of."""
-        return BITS_PER_BYTE if self.in_bytes else self.task.main_metric
 
     def line(self, name: str, loaded: LoadedModel, found: Predictions, kl: float, cache: Cache) -> ModelEvaluation:
         """One student."""
@@ -203,13 +193,14 @@ class _Comparison:
         )
         if not self.teacher.metrics:  # no hard label
             return line
-        metrics = self.task.metrics(found, cache.manifest.contract.num_classes)
+        metrics = self.basis.task.metrics(found, cache.manifest.contract.num_classes)
         if cache.vocabulary_map is not None:  # of other tokens: no number to compare
             metrics = {key: value for key, value in metrics.items() if key not in OF_TOKENS}
-        ours, theirs = metrics[self.metric], self.teacher.metrics[self.metric]
+        main = self.basis.main_metric
+        ours, theirs = metrics[main], self.teacher.metrics[main]
         scores, weights = self._row_scores(found)
         teacher_scores, _ = self._row_scores(self.predictions)
-        higher = self.task.higher_is_better
+        higher = self.basis.higher_is_better
         return dataclasses.replace(
             line,
             metrics=metrics,
@@ -221,12 +212,10 @@ class _Comparison:
 
     def _row_scores(self, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """The task's; in bytes, as if each row had the bytes that the teacher predicts of it: rows may be cut, or begin a token later."""
-        scores, weights = self.task.row_scores(found)
-        if not self.in_bytes:
-            return scores, weights
-        known = found.row_text_bytes > 0
-        a_byte = np.divide(scores, found.row_text_bytes, where=known, out=np.zeros_like(scores))
-        return a_byte * self.predictions.row_text_bytes, np.where(known, self.predictions.row_text_bytes, 0)
+        scores, weights = self.basis.row_scores(found)
+        return (
+            on_bytes_of(scores, weights, self.predictions.row_text_bytes) if self.basis.in_bytes else (scores, weights)
+        )
 
 
 def _predict(

@@ -11,7 +11,7 @@ from pipeline.config import AuditConfig, ReportConfig, VerifyConfig
 from pipeline.evaluation.measures.calibration import calibration_split
 from pipeline.evaluation.measures.runs import asked_models
 from pipeline.evaluation.report.figures import require_matplotlib
-from pipeline.evaluation.report.report import check_new, open_teachers
+from pipeline.evaluation.report.report import check_new, open_teachers, read_by
 from pipeline.progress import size
 from pipeline.records import Outline
 from pipeline.tasks import get_task
@@ -66,14 +66,16 @@ def outline_report(config: ReportConfig) -> Outline:
     asked = asked_models(config.student, config.control)
     teachers = open_teachers(config.cache, config.split)
     first = next(iter(teachers.values()))
-    contract = first.cache.manifest.contract
-    fitted_on = calibration_split(first.cache, get_task(contract.task), config.calibration_split, config.split)
+    task = get_task(first.cache.manifest.contract.task)
+    fitted_on = calibration_split(first.cache, task, config.calibration_split, config.split)
     lines = [
         ("reads", f"{', '.join(config.cache)}: {config.split}, {first.seen.num_rows:,} rows"),
         ("calibration", f"on {fitted_on}" if fitted_on else f"crosswise on halves of {config.split}"),
     ]
     for item in asked:
-        models = [load_student(contract, path, new_head=False).model for path in item.directories]
+        contracts = [read_by(path, teachers, config.split)[1].manifest.contract for path in item.directories]
+        pairs = zip(contracts, item.directories, strict=True)
+        models = [load_student(contract, path, new_head=False).model for contract, path in pairs]
         parameters = sum(p.numel() for p in models[0].parameters())
         lines.append((item.name, f"{item.role}: {parameters:,} parameters; {', '.join(item.directories)}"))
     rounds = f"{config.rounds} rounds of latency, memory and energy" if config.rounds else "no costs are measured"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config import SweepConfig
+from pipeline.evaluation.basis import BITS_PER_BYTE, Basis
 from pipeline.evaluation.table import aligned
 from pipeline.metrics import number
 from pipeline.records import Interval, Loss, TrainResult
@@ -85,17 +86,22 @@ def make_report(
     teachers: Mapping[str, Mapping[str, float]],
     eval_split: str | None,
 ) -> SweepReport:
-    """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels; ties by the loss."""
-    main = "nll" if task.main_metric == "loss" else task.main_metric
+    """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels; ties by the loss.
+
+    Where a student has another tokenizer than its teacher, by bits a byte of text in place of a loss a token.
+    """
+    basis = Basis(task, in_bytes=_in_bytes(runs))
+    main = "nll" if basis.main_metric == "loss" else basis.main_metric
     measured = [run.result.metrics for run in runs if run.result is not None]
     known = set.intersection(*(set(metrics) for metrics in measured)) if measured and eval_split else set()
     chosen_by = next((name for name in (main, "agreement") if name in known), None)
-    higher = chosen_by == "agreement" or task.higher_is_better
+    higher = chosen_by == "agreement" or basis.higher_is_better
+    tie = BITS_PER_BYTE if basis.in_bytes else "nll"
     names = list(dict.fromkeys(run.group for run in runs))
     groups = [_group(name, [run for run in runs if run.group == name], chosen_by) for name in names]
     if chosen_by is not None:
         sign = -1 if higher else 1
-        groups.sort(key=lambda g: (not g.seeds, sign * g.metrics.get(chosen_by, 0.0), g.metrics.get("nll", 0.0)))
+        groups.sort(key=lambda g: (not g.seeds, sign * g.metrics.get(chosen_by, 0.0), g.metrics.get(tie, 0.0)))
     best = next((g.name for g in groups if g.role == "student" and g.seeds), None) if chosen_by else None
     shown = dataclasses.replace(config, cache=tuple(map(redact, config.cache)))  # without credentials in URLs
     return SweepReport(shown, tuple(runs), tuple(groups), eval_split, chosen_by, higher, best, teachers)
@@ -119,7 +125,8 @@ def _group(name: str, runs: Sequence[SweepRun], chosen_by: str | None) -> SweepG
 
 def format_leaderboard(report: SweepReport) -> str:
     """A line a group, the best first; the teachers above, on the same split. Divergences are left out: each is at its run's own temperature."""
-    shown = [name for name in dict.fromkeys([report.chosen_by, "accuracy", "nll", "agreement"]) if name]
+    of_tokens = [BITS_PER_BYTE] if _in_bytes(report.runs) else ["accuracy", "nll"]
+    shown = [name for name in dict.fromkeys([report.chosen_by, *of_tokens, "agreement"]) if name]
     known = {name for group in report.groups for name in group.metrics} if report.eval_split else set()
     metrics = [name for name in shown if name in known]
     titles = [*metrics[:1], *(["lowest to highest"] if _ranged(report) else []), *metrics[1:]]
@@ -147,14 +154,27 @@ def _notes(report: SweepReport) -> str:
             "  reported would flatter the choice"
         )
     direction = "highest" if report.higher_is_better else "lowest"
+    in_bytes = _in_bytes(report.runs)
+    tie = BITS_PER_BYTE if in_bytes else "nll"
+    tied = "" if report.chosen_by == BITS_PER_BYTE else f" (a tie: by the lowest {tie})"
     notes = [
-        f"chosen on the split {report.eval_split}, by the {direction} {report.chosen_by}, the mean over seeds (a tie: by the lowest nll); never on {report.settings.report_split}",
+        f"chosen on the split {report.eval_split}, by the {direction} {report.chosen_by}, the mean over seeds{tied}; never on {report.settings.report_split}",
         "seconds: of training, the mean over seeds",
     ]
+    if in_bytes:
+        own = dict.fromkeys(run.student for run in report.runs if run.result is not None and run.result.own_tokenizer)
+        notes.append(
+            f"another tokenizer than the teacher's: {', '.join(own)}; losses and accuracies a token are left out, agreement is over the aligned positions"
+        )
     if report.best is not None:
         directories = [run.directory for run in report.runs if run.group == report.best and run.result is not None]
         notes.append(f"best: {report.best}, in {', '.join(directories)} of {report.settings.output}")
     return "\n".join(f"  {note}" for note in notes)
+
+
+def _in_bytes(runs: Sequence[SweepRun]) -> bool:
+    """Whether a student has another tokenizer than its teacher."""
+    return any(run.result is not None and run.result.own_tokenizer is not None for run in runs)
 
 
 def _ranged(report: SweepReport) -> bool:

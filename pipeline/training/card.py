@@ -33,7 +33,7 @@ _BODY = """
 |---|---|
 | task | {task} |
 | labels | {labels} |
-| parameters | {parameters} |
+{tokenizer}| parameters | {parameters} |
 | teacher | {teacher} |
 | data set | `{source}`, {split}: {rows:,} rows of at most {max_length} tokens |
 | cache_id | `{cache_id}` |
@@ -139,6 +139,7 @@ def make_card(
         teacher=f"`{teacher[0]}` ({_of_teacher(contract.teacher)})",
         task=contract.task,
         labels="the tokens of its vocabulary" if contract.label_names is None else _labels(contract.label_names),
+        tokenizer=_tokenizer(result),
         parameters=f"{result.num_parameters:,}"
         + (
             "" if result.num_trainable == result.num_parameters else f", of which {result.num_trainable:,} were trained"
@@ -159,6 +160,21 @@ def make_card(
         licences="\n".join(f"| {what} | {licence} |" for what, licence in licences.items()),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _tokenizer(result: TrainResult) -> str:
+    """A row of the table where it is not the teacher's."""
+    own = result.own_tokenizer
+    if own is None:
+        return ""
+    loss = result.loss
+    soft = bool(loss.soft_weight or loss.soft_weight_end)
+    align = "both" if soft and loss.span_weight else "spans" if loss.span_weight else "map" if soft else None
+    return (
+        f"| tokenizer | its own, of {own.vocabulary_size:,} tokens, not the teacher's: {own.aligned / max(own.positions, 1):.1%} of its {own.positions:,} positions are aligned with "
+        f"the teacher's, at {own.agreeing / max(own.aligned, 1):.1%} of these the teacher's token becomes the one that the text has"
+        f"{'' if align is None else f'; `--align {align}`'} |\n"
+    )
 
 
 def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
@@ -259,6 +275,11 @@ def _metrics(result: TrainResult) -> str:
     if not result.metrics:
         return "It was not measured in training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
     lines = "".join(f"| {name} | {value:.4f} |\n" for name, value in result.metrics.items())
+    if result.own_tokenizer is not None:
+        lines += (
+            "\n`nll`, `loss`, `perplexity` and `accuracy` are of its own tokens, which are not the teacher's: between tokenizers compare `bits_per_byte`. `agreement` and "
+            "`divergence` are over the aligned positions.\n"
+        )
     counted = "" if result.eval_rows is None else f", {result.eval_rows:,} rows"
     return (
         f"At the end of training, on the cache's split `{result.eval_split}`{counted} (losses and divergences in nats; `nll` with the labels, `agreement` and `divergence` with the "

@@ -20,6 +20,7 @@ from pipeline.cache.reading.alignment import check_alignment
 from pipeline.cache.storage.commit import write_text
 from pipeline.config import TrainStudentConfig, parse_bytes
 from pipeline.cross_tokenizer.opening import cache_for
+from pipeline.cross_tokenizer.view import own_tokenizer
 from pipeline.errors import MisuseError
 from pipeline.models import (
     LABELS,
@@ -222,7 +223,7 @@ def fit(
         _check_unfinished(output)
     for each in (cache, *(mixture.others if mixture is not None else ())):
         check_alignment(each.as_captured, list(splits))
-    own_tokenizer = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
+    is_retokenized = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
     max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
     started = time.monotonic()
     info = model_info(student)
@@ -250,7 +251,7 @@ def fit(
         eval_split=eval_split,
         teacher_labels=teacher_labels,
         batch_tokens=batch_tokens,
-        student_tokenizer=student.tokenizer if own_tokenizer else None,
+        student_tokenizer=student.tokenizer if is_retokenized else None,
         max_length=max_length,
         mixture=mixture,
         held_out=held_out,
@@ -311,6 +312,9 @@ def fit(
         rows=trainer.rows_of_an_epoch,
         mixed=origin.mixed,
         span_loss=last.get("span_loss"),
+        own_tokenizer=own_tokenizer([cache, *(mixture.others if mixture is not None else ())], splits)
+        if args.should_save
+        else None,
     )
     if args.should_save:
         card = make_card(cache, student, result, splits=splits, teacher_labels=teacher_labels)

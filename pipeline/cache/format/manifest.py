@@ -39,6 +39,10 @@ _ADDED = frozenset(
         "own_settings",
         "span_weight",
         "span_temperature",
+        "own_tokenizer",
+        "tokenizer_notes",
+        "bytes_per_second",
+        "bytes_per_row",
         "span_loss",
     }
 )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.format.codec import COLUMNS, narrowed, pack_soft, positions_of, unpack_soft
+from pipeline.cache.format.codec import COLUMNS, labelled_positions_of, narrowed, pack_soft, unpack_soft
 from pipeline.records import (
     NO_LABEL,
     CachedExample,
@@ -113,7 +113,7 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
 
 def rows_of(block: RowBlock) -> list[CachedExample]:
     """A block -> its rows. Tensors are views of one copy of each column."""
-    soft = split_rows(unpack_soft(block), positions_of(block).tolist())
+    soft = split_rows(unpack_soft(block), labelled_positions_of(block).tolist())
     numbers: dict[str, list[Any]] = {name: values.tolist() for name, values in block.numbers.items()}
     others: dict[str, list[Any]] = {name: values.to_pylist() for name, values in block.others.items()}
     lists = {name: _parts(column) for name, column in block.lists.items() if name in _LISTS}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.cache.format.codec import positions_of, tokens_of
+from pipeline.cache.format.codec import positions_of, text_bytes_of, tokens_of
 from pipeline.errors import CacheError
+from pipeline.evaluation.basis import Basis
 from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.scores import Scores as ScoreTable
 from pipeline.evaluation.passes import logits_by_batch
@@ -42,7 +43,7 @@ class TemperatureFit:
 
 
 def fit_temperatures(
-    cache: Cache, task: Task, model: LoadedModel, name: str, split: str, fitted_on: str | None, batch_size: int
+    cache: Cache, basis: Basis, model: LoadedModel, name: str, split: str, fitted_on: str | None, batch_size: int
 ) -> TemperatureFit:
     """The temperature that minimises the loss (Guo et al. 2017), for each row of a split, of labels that are not that row's.
 
@@ -53,19 +54,22 @@ def fit_temperatures(
     losses = np.zeros((2, len(GRID)))  # of each half
     parts: list[Scores] = []
     labels: list[np.ndarray] = []
+    num_bytes = 0
     source = fitted_on or split
-    for rows, batch, logits in logits_by_batch(cache, task, model, source, batch_size, f"calibrate {name}"):
+    for rows, batch, logits in logits_by_batch(cache, basis.task, model, source, batch_size, f"calibrate {name}"):
         fold = np.repeat(halves(rows.numbers["source_row"]), positions_of(rows))
         each = scaled_losses(logits, batch.labels)
         for half in (0, 1):
             losses[half] += each[fold == half].sum(0)
         parts.append(score(logits, batch.labels))
         labels.append(batch.labels.cpu().numpy())
+        num_bytes += int(text_bytes_of(rows).sum())
     folds = halves(cache.dataset(split).column("source_row"))
     if fitted_on is None:
         return TemperatureFit(np.array([best_temperature(losses[1 - half]) for half in (0, 1)])[folds], None)
-    metrics = task.metrics(_predictions(parts, np.concatenate(labels)), cache.manifest.contract.num_classes)
-    return TemperatureFit(np.full(len(folds), best_temperature(losses.sum(0))), metrics[task.main_metric])
+    predictions = _predictions(parts, np.concatenate(labels), num_bytes)
+    metrics = basis.task.metrics(predictions, cache.manifest.contract.num_classes)
+    return TemperatureFit(np.full(len(folds), best_temperature(losses.sum(0))), metrics[basis.main_metric])
 
 
 def halves(source_rows: np.ndarray) -> np.ndarray:
@@ -74,7 +78,7 @@ def halves(source_rows: np.ndarray) -> np.ndarray:
     return (hashed >> np.uint64(63)).astype(np.int64)
 
 
-def _predictions(parts: list[Scores], labels: np.ndarray) -> Predictions:
+def _predictions(parts: list[Scores], labels: np.ndarray, num_bytes: int) -> Predictions:
     predicted = np.concatenate([part.predicted for part in parts])
     return Predictions(
         labels=labels,
@@ -84,7 +88,7 @@ def _predictions(parts: list[Scores], labels: np.ndarray) -> Predictions:
         teacher_predicted=predicted,
         rows=np.zeros(len(labels), dtype=np.int64),
         row_kl=np.zeros(1),
-        row_text_bytes=np.zeros(1, dtype=np.int64),
+        row_text_bytes=np.array([num_bytes], dtype=np.int64),
     )
 
 
@@ -157,7 +161,7 @@ def calibration_line(
         name=name,
         ece=float(np.mean(errors)),
         brier=scores.measured(name, "brier") if scores.has(name, "brier") else None,
-        nll=scores.measured(name, "loss"),
+        nll=scores.measured(name, "loss") if (name, "loss") in scores.columns else None,
         bins=pooled(diagrams),
         temperature=temperature,
     )

@@ -38,10 +38,19 @@ class Candidate:
     cache: str
     """Whose rows it runs on."""
     num_parameters: int
+    own_tokens: bool = False
+    """Its tokenizer is not the cache's."""
 
 
 def measure_costs(
-    candidates: Sequence[Candidate], split: str, *, rounds: int, batch_rows: int, threads: int | None, watts: float
+    candidates: Sequence[Candidate],
+    split: str,
+    *,
+    rounds: int,
+    batch_rows: int,
+    threads: int | None,
+    watts: float,
+    in_bytes: bool = False,
 ) -> tuple[tuple[Cost, ...], Machine | None]:
     """Each model in a process of its own; in each round every model has a turn, in an order that changes, so that noise of the machine hits all alike.
 
@@ -50,13 +59,16 @@ def measure_costs(
     Args:
         rounds: that count; 0: only sizes are told.
         watts: of one busy core, where the meter cannot be read.
+        in_bytes: models have different tokens: bytes of text are counted too.
     """
     if not rounds or not candidates:
         return tuple(Cost(item.name, item.num_parameters, disk_bytes(item.directory)) for item in candidates), None
     with contextlib.ExitStack() as stack:
         workers = [
             stack.enter_context(
-                _Worker(item, Order(item.cache, item.directory, split, LATENCY_ROWS, batch_rows, threads))
+                _Worker(
+                    item, Order(item.cache, item.directory, split, LATENCY_ROWS, batch_rows, threads, item.own_tokens)
+                )
             )
             for item in candidates
         ]
@@ -85,6 +97,7 @@ def measure_costs(
                 speedup_batched=None if base is None else _speedup(turns[base, True], batched),
                 peak_bytes=_above(ready[i].before_bytes, max((t.peak_bytes or 0) for t in (*single, *batched))),
                 joules_per_thousand=_joules(batched, watts, metered=metered),
+                bytes_per_second=spread([ready[i].text_bytes / sum(t.seconds) for t in batched]) if in_bytes else None,
             )
         )
     energy = (
@@ -99,6 +112,7 @@ def measure_costs(
         batch_rows=min(batch_rows, ready[0].num_rows),
         tokens=round(ready[0].tokens),
         energy=energy,
+        bytes_per_row=round(ready[0].text_bytes / ready[0].num_rows) if in_bytes else None,
     )
     return tuple(costs), machine
 

@@ -27,6 +27,8 @@ class Order:
     """Rows of the split to run on."""
     batch_rows: int
     threads: int | None
+    own_tokens: bool = False
+    """The model's tokenizer is not the cache's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Ready:
     tokens: float
     """Of the rows, on average."""
     num_rows: int
+    text_bytes: int
+    """That the rows' supervised positions predict."""
     before_bytes: int | None
     """Resident memory before loading."""
 
@@ -77,17 +81,20 @@ def serve(order: Order, answers: Any) -> None:
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     from pipeline.cache import Cache
+    from pipeline.cache.format.codec import text_bytes_of
     from pipeline.cache.format.rows import gather
     from pipeline.evaluation.passes import collator_of
     from pipeline.tasks import get_task
     from pipeline.training.student import load_student
 
     cache = Cache.open(order.cache, verify="none")
-    contract = cache.manifest.contract
-    task = get_task(contract.task)
+    task = get_task(cache.manifest.contract.task)
     _forget_peak()
-    before = _memory("VmRSS")
-    loaded = load_student(contract, order.model, new_head=False)
+    before, loading = _memory("VmRSS"), None
+    if order.own_tokens:
+        loaded, cache, before, loading = _with_own_tokens(cache, order, before)
+    else:
+        loaded = load_student(cache.manifest.contract, order.model, new_head=False)
     model = loaded.model
     if model.device.type == "cuda":
         before = 0
@@ -108,6 +115,7 @@ def serve(order: Order, answers: Any) -> None:
             threads=torch.get_num_threads(),
             tokens=len(rows.lists["input_ids"].values) / num_rows,
             num_rows=num_rows,
+            text_bytes=int(text_bytes_of(rows).sum()),
             before_bytes=before,
         ),
     )
@@ -124,9 +132,40 @@ def serve(order: Order, answers: Any) -> None:
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else _memory("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else _most(_memory("VmHWM"), loading)
         turn = Turn(tuple(seconds), num_rows, time.process_time() - processor, _spent(energy, _meter()), peak)
         _say(answers, turn)
+
+
+def _with_own_tokens(cache: Any, order: Order, before: int | None) -> tuple[Any, Any, int | None, int | None]:
+    """A model with another tokenizer than the cache's, and the cache in its tokens. The memory that the alignment takes is not the model's.
+
+    Args:
+        before: resident memory before loading, bytes.
+
+    Returns:
+        Model; cache; `before` with what the alignment holds; the peak of loading, on the same count.
+    """
+    import gc
+
+    from pipeline.cross_tokenizer.opening import cache_for
+    from pipeline.models import load_model
+    from pipeline.tasks import get_task
+    from pipeline.training.student import check_fit
+
+    task = get_task(cache.manifest.contract.task)
+    loaded = load_model(task, order.model, dtype="float32", trainable=True)
+    loading, held = _memory("VmHWM"), _memory("VmRSS")
+    view = cache_for(cache, order.model, order.split)
+    check_fit(task, view.manifest.contract, loaded)
+    gc.collect()
+    grown = (_memory("VmRSS") or 0) - (held or 0)
+    _forget_peak()
+    return loaded, view, None if before is None else before + grown, None if loading is None else loading + grown
+
+
+def _most(*values: int | None) -> int | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _say(answers: Any, answer: Ready | Turn) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pipeline.evaluation.basis import Basis
 from pipeline.evaluation.measures.quality import retention
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
 from pipeline.evaluation.records import Determinant, Level
-from pipeline.tasks import Task
 
 ARCHITECTURE = "Does the student's architecture decide?"
 TEACHER = "Does the quality of the teacher decide?"
@@ -18,7 +18,7 @@ BALANCE = "Does the balance of the hyperparameters decide?"
 QUESTIONS = (ARCHITECTURE, TEACHER, BALANCE)
 
 
-def determinants(task: Task, subjects: Sequence[Subject], scores: Scores) -> tuple[Determinant, ...]:
+def determinants(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tuple[Determinant, ...]:
     """One table for each factor that has more than one value among the students; controls are no part of it.
 
     A level's mean is over the students that share the value, whatever else they differ in: in a full grid that is the factor's main effect.
@@ -26,7 +26,7 @@ def determinants(task: Task, subjects: Sequence[Subject], scores: Scores) -> tup
     students = [subject for subject in subjects if subject.model.role == "student"]
     factors: list[tuple[str, str, Callable[[Subject], str | None]]] = [
         (ARCHITECTURE, "architecture", _architecture),
-        (TEACHER, "teacher", lambda s: _teacher(task, s, scores)),
+        (TEACHER, "teacher", lambda s: _teacher(basis, s, scores)),
         (BALANCE, "temperature", lambda s: _loss(s, "temperature")),
         (BALANCE, "soft : hard weight", _weights),
         (BALANCE, "divergence", lambda s: _loss(s, "divergence")),
@@ -40,15 +40,15 @@ def determinants(task: Task, subjects: Sequence[Subject], scores: Scores) -> tup
             if value is not None:
                 groups.setdefault(value, []).append(student)
         if len(groups) > 1:
-            levels = tuple(_level(task, value, members, scores) for value, members in groups.items())
+            levels = tuple(_level(basis, value, members, scores) for value, members in groups.items())
             means = [level.mean for level in levels]
             found.append(Determinant(question, factor, levels, max(means) - min(means)))
     return tuple(found)
 
 
-def _level(task: Task, value: str, members: Sequence[Subject], scores: Scores) -> Level:
-    means = [scores[member.name, task.main_metric].mean for member in members]
-    kept = [retention(task, scores, member.name, member.teacher.name).value for member in members]
+def _level(basis: Basis, value: str, members: Sequence[Subject], scores: Scores) -> Level:
+    means = [scores[member.name, basis.main_metric].mean for member in members]
+    kept = [retention(basis, scores, member.name, member.teacher.name).value for member in members]
     names = tuple(member.name for member in members)
     return Level(value, names, float(np.mean(means)), min(means), max(means), float(np.mean(kept)))
 
@@ -57,10 +57,10 @@ def _architecture(subject: Subject) -> str:
     return f"{subject.model.architecture}, {subject.model.num_parameters / 1e6:.1f}M"
 
 
-def _teacher(task: Task, subject: Subject, scores: Scores) -> str:
-    value = scores[subject.teacher.name, task.main_metric].mean
-    shown = f"{value:.1%}" if task.main_metric == "accuracy" else f"{value:.3f}"
-    return f"{subject.teacher.name}, {task.main_metric} {shown}"
+def _teacher(basis: Basis, subject: Subject, scores: Scores) -> str:
+    value = scores[subject.teacher.name, basis.main_metric].mean
+    shown = f"{value:.1%}" if basis.main_metric == "accuracy" else f"{value:.3f}"
+    return f"{subject.teacher.name}, {basis.main_metric} {shown}"
 
 
 def _loss(subject: Subject, name: str) -> str | None:

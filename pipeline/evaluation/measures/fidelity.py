@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,14 +33,16 @@ def closeness(subject: Subject, scores: Scores) -> Closeness:
         agreement=scores.measured(subject.name, "agreement"),
         on_right=_over_seeds(subject.seen, "agrees", teacher.right),
         on_errors=_over_seeds(subject.seen, "agrees", wrong),
-        mended=_over_seeds(subject.seen, "right", wrong),
+        mended=float("nan") if subject.has_own_tokens else _over_seeds(subject.seen, "right", wrong),
         kl=scores.measured(subject.name, "kl") if scores.has(subject.name, "kl") else None,
         js=scores.measured(subject.name, "js") if scores.has(subject.name, "js") else None,
     )
 
 
 def _over_seeds(seen: Sequence[Observation], what: str, where: np.ndarray) -> float:
-    return float(np.mean([getattr(one, what)[where].mean() for one in seen])) if where.any() else float("nan")
+    """`where`: (T,) bool, over the teacher's positions."""
+    found = [(getattr(one, what), one.at(where)) for one in seen]
+    return float(np.mean([values[at].mean() for values, at in found])) if all(at.any() for _, at in found) else math.nan
 
 
 def slices(
@@ -64,13 +67,14 @@ def slices(
 
 
 def _slice_line(subject: Subject, where: np.ndarray) -> SliceLine:
-    known = position_kl_is_known(subject.teacher.cache.manifest.contract)
+    """Of a model with its own tokens over the aligned positions; what is right there is another token, and nothing to compare."""
+    known, own = position_kl_is_known(subject.teacher.cache.manifest.contract), subject.has_own_tokens
     return SliceLine(
         name=subject.name,
-        accuracy=_over_seeds(subject.seen, "right", where),
-        loss=float(np.mean([one.predictions.nll[where].mean() for one in subject.seen])),
+        accuracy=None if own else _over_seeds(subject.seen, "right", where),
+        loss=None if own else float(np.mean([one.predictions.nll[where].mean() for one in subject.seen])),
         agreement=_over_seeds(subject.seen, "agrees", where),
-        kl=float(np.mean([one.kl[where].mean() for one in subject.seen])) if known else None,
+        kl=_over_seeds(subject.seen, "kl", where) if known else None,
     )
 
 
@@ -105,7 +109,7 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
     """Where the first seed of a student is farthest from its teacher: by KL, or where that is not known by position, by what it gives to the teacher's choice."""
     if not count:
         return ()
-    seen, teacher, cache = subject.seen[0], subject.teacher.seen, subject.teacher.cache
+    seen, teacher, cache = subject.seen[0], subject.teacher.seen, subject.cache
     distance = seen.kl if position_kl_is_known(cache.manifest.contract) else seen.surprise
     worst = np.argsort(-distance, kind="stable")[:count]
     starts = np.concatenate([[0], np.cumsum(np.bincount(seen.predictions.rows, minlength=seen.num_rows))])
@@ -114,8 +118,11 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
     for position in worst.tolist():
         number = int(seen.predictions.rows[position])
         row = dataset[number]
-        believed = teacher.predictions.confidence[position]
-        choice = class_name(cache, int(teacher.predictions.predicted[position]))
+        theirs = position if seen.teacher_position is None else int(seen.teacher_position[position])
+        if theirs < 0:  # nobody is apart there
+            continue
+        believed = teacher.predictions.confidence[theirs]
+        choice = class_name(subject.teacher.cache, int(teacher.predictions.predicted[theirs]))
         answer = class_name(cache, int(seen.predictions.predicted[position]))
         found.append(
             Example(

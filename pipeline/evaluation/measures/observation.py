@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.cache.format.codec import positions_of, text_bytes_of, unpack_soft
+from pipeline.cache.format.codec import labelled_positions_of, positions_of, text_bytes_of, unpack_soft
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.run import predictions_of_teacher
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import score
 from pipeline.progress import track
 from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
-from pipeline.softlabels import default_temperature, most_likely, served_temperature, target
+from pipeline.softlabels import default_temperature, served_temperature, target
 from pipeline.tasks import Task
+from pipeline.training.batches.collate import aligned_positions
 from pipeline.training.divergences import divergence, forward_kl
 
 
@@ -34,7 +35,10 @@ class Observation:
     js: np.ndarray | None
     """(N,) Jensen-Shannon divergence, nats; None: not defined for the encoding."""
     surprise: np.ndarray
-    """(N,) -log of what the model gives to the teacher's most likely class, nats."""
+    """(N,) -log of what the model gives to the teacher's most likely class, nats; 0 where it has none for it."""
+    teacher_position: np.ndarray | None = None
+    """(N,) int64: of a model with another tokenizer, which of the teacher's positions each is aligned with; -1: none. There KL and JS
+    are 0, and nobody agrees. None: its positions are the teacher's."""
 
     @property
     def num_rows(self) -> int:
@@ -59,8 +63,19 @@ class Observation:
         same: np.ndarray = self.predictions.predicted == self.predictions.teacher_predicted
         return same
 
+    def at(self, where: np.ndarray) -> np.ndarray:
+        """(T,) bool over the teacher's positions -> (N,) bool: the model's own positions that are aligned with one of these, and may agree."""
+        if self.teacher_position is None:
+            return where
+        known = (self.teacher_position >= 0) & (self.predictions.teacher_predicted != NO_LABEL)
+        found: np.ndarray = known & where[np.maximum(self.teacher_position, 0)]
+        return found
+
     def by_position(self) -> Mapping[str, np.ndarray]:
-        """(N,) each: what metrics are means of. Those of the truth are 0 where there is none."""
+        """(N,) each: what metrics are means of. Those of the truth are 0 where there is none; of tokens that are not the teacher's there are none."""
+        if self.teacher_position is not None:
+            values = {"agreement": self.agrees.astype(np.float64), "kl": self.kl}
+            return values if self.js is None else {**values, "js": self.js}
         known = self.labelled
         values = {
             "accuracy": self.right.astype(np.float64),
@@ -76,9 +91,18 @@ class Observation:
         return np.bincount(self.predictions.rows, weights=values, minlength=self.num_rows)
 
     def row_weights(self, metric: str) -> np.ndarray:
-        """(R,) positions of each row that count: labelled ones, or all where the truth is not asked."""
-        known = np.ones(len(self.agrees)) if metric in ("agreement", "kl", "js") else self.labelled.astype(np.float64)
-        return self.row_sums(known)
+        """(R,) positions of each row that count: labelled ones, or where the truth is not asked all that are aligned."""
+        if metric not in ("agreement", "kl", "js"):
+            known = self.labelled
+        elif self.teacher_position is None:
+            known = np.ones(len(self.agrees), dtype=bool)
+        else:
+            known = (
+                (self.predictions.teacher_predicted != NO_LABEL)
+                if metric == "agreement"
+                else self.teacher_position >= 0
+            )
+        return self.row_sums(known.astype(np.float64))
 
 
 def position_kl_is_known(contract: Contract) -> bool:
@@ -115,20 +139,31 @@ def observe(
     plain, scaled = _Parts(), _Parts()
     labels, owners, teacher = [], [], []
     text_bytes: list[np.ndarray] = []
-    done = 0
+    aligned: list[np.ndarray] = []
+    done = labelled = 0
     for rows, batch, logits in logits_by_batch(cache, task, model, split, batch_size, f"report {name}"):
         owner = done + np.repeat(np.arange(len(rows)), positions_of(rows))
-        best, _ = most_likely(unpack_soft(rows))
-        plain.add(cache, logits, batch.labels, batch.target, best)
+        assert batch.teacher_predicted is not None
+        best = batch.teacher_predicted.cpu()
+        is_aligned = None
+        if cache.vocabulary_map is not None:
+            where = aligned_positions(rows)
+            is_aligned = where >= 0
+            aligned.append(torch.where(is_aligned, where + labelled, -1).numpy())
+            labelled += int(labelled_positions_of(rows).sum())
+        plain.add(cache, logits, batch.labels, batch.target, best, is_aligned)
         if row_temperatures is not None:
             divisor = torch.from_numpy(row_temperatures[owner]).to(logits)[:, None]
-            scaled.add(cache, logits / divisor, batch.labels, batch.target, best)
+            scaled.add(cache, logits / divisor, batch.labels, batch.target, best, is_aligned)
         labels.append(batch.labels.cpu().numpy())
         teacher.append(best.numpy())
         owners.append(owner)
         text_bytes.append(text_bytes_of(rows))
         done += len(rows)
-    known = (np.concatenate(labels), np.concatenate(teacher), np.concatenate(owners), np.concatenate(text_bytes))
+    known = (
+        *(np.concatenate(parts) for parts in (labels, teacher, owners, text_bytes)),
+        np.concatenate(aligned) if aligned else None,
+    )
     return plain.observation(*known), None if row_temperatures is None else scaled.observation(*known)
 
 
@@ -163,7 +198,9 @@ class _Parts:
         self.columns: dict[str, list[np.ndarray]] = {}
 
     @torch.inference_mode()
-    def add(self, cache: Cache, logits: Tensor, labels: Tensor, goal: Target, best: Tensor) -> None:
+    def add(
+        self, cache: Cache, logits: Tensor, labels: Tensor, goal: Target, best: Tensor, is_aligned: Tensor | None
+    ) -> None:
         encoding = cache.manifest.contract.encoding
         temperature = served_temperature(encoding)
         scores = score(logits, labels)
@@ -174,16 +211,25 @@ class _Parts:
             "nll": scores.nll,
             "brier": brier_scores(logprobs.exp(), labels),
             "kl": forward_kl(logits, goal, temperature=temperature).double().cpu().numpy(),
-            "surprise": -logprobs.gather(-1, best.to(logits.device)[:, None])[:, 0].double().cpu().numpy(),
+            "surprise": -logprobs.gather(-1, best.to(logits.device).clamp_min(0)[:, None])[:, 0].double().cpu().numpy(),
         }
         if not isinstance(encoding, Sampled):
             js = divergence(logits, goal, kind="jensen-shannon", temperature=temperature)
             found["js"] = js.double().cpu().numpy()
+        if is_aligned is not None:
+            for name, known in (("kl", is_aligned), ("js", is_aligned), ("surprise", best != NO_LABEL)):
+                if name in found:
+                    found[name] = np.where(known.numpy(), found[name], 0.0)
         for name, values in found.items():
             self.columns.setdefault(name, []).append(values)
 
     def observation(
-        self, labels: np.ndarray, teacher: np.ndarray, owners: np.ndarray, text_bytes: np.ndarray
+        self,
+        labels: np.ndarray,
+        teacher: np.ndarray,
+        owners: np.ndarray,
+        text_bytes: np.ndarray,
+        aligned: np.ndarray | None,
     ) -> Observation:
         found = {name: np.concatenate(parts) for name, parts in self.columns.items()}
         predictions = Predictions(
@@ -196,4 +242,4 @@ class _Parts:
             row_kl=np.bincount(owners, weights=found["kl"], minlength=len(text_bytes)),
             row_text_bytes=text_bytes,
         )
-        return Observation(predictions, found["brier"], found["kl"], found.get("js"), found["surprise"])
+        return Observation(predictions, found["brier"], found["kl"], found.get("js"), found["surprise"], aligned)

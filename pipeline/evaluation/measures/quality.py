@@ -8,33 +8,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.evaluation.basis import BITS_PER_BYTE, OF_TOKENS, Basis, on_bytes_of
 from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.scores import HIGHER, Scores
 from pipeline.evaluation.measures.statistics import holm, mcnemar, paired_permutation, paired_t
 from pipeline.evaluation.measures.subjects import Subject, Teacher, same_seeds
 from pipeline.evaluation.records import Comparison, GapShare, Measured, Quality, TeacherLine
 from pipeline.metrics import paired_mean_interval
-from pipeline.tasks import Task
 
 #: Differences below this share of the teacher's metric are rounding, not quality.
 NEGLIGIBLE = 1e-4
+
+#: What is left out of a model whose tokens are not the teacher's.
+OF_OWN_TOKENS = (*OF_TOKENS, "accuracy")
 
 _FEW = 4
 """Students that are each compared with every control."""
 
 
-def compared_metrics(task: Task, scores: Scores) -> tuple[str, ...]:
-    """The main metric, then the other one of accuracy and loss."""
-    others = [name for name in ("accuracy", "loss") if name != task.main_metric and name in scores.metrics]
-    return (task.main_metric, *others)
+def compared_metrics(basis: Basis, scores: Scores) -> tuple[str, ...]:
+    """The main metric, then the other one of accuracy and loss, where all have the same tokens."""
+    if basis.in_bytes:
+        return (basis.main_metric,)
+    others = [name for name in ("accuracy", "loss") if name != basis.main_metric and name in scores.metrics]
+    return (basis.main_metric, *others)
 
 
-def is_higher(task: Task, metric: str) -> bool:
+def is_higher(basis: Basis, metric: str) -> bool:
     """The direction of a metric."""
-    return task.higher_is_better if metric == task.main_metric else metric in HIGHER
+    return basis.higher_is_better if metric == basis.main_metric else metric in HIGHER
 
 
-def teacher_line(task: Task, teacher: Teacher, scores: Scores) -> TeacherLine:
+def teacher_line(basis: Basis, teacher: Teacher, scores: Scores) -> TeacherLine:
     """The teacher's metrics, with intervals over rows."""
     contract = teacher.cache.manifest.contract
     return TeacherLine(
@@ -42,11 +47,11 @@ def teacher_line(task: Task, teacher: Teacher, scores: Scores) -> TeacherLine:
         cache=contract.teacher.name,
         cache_id=teacher.cache.manifest.cache_id,
         num_parameters=contract.teacher.num_parameters,
-        metrics=_metrics(task, contract.num_classes, teacher.name, (teacher.seen,), scores),
+        metrics=_metrics(basis, contract.num_classes, teacher.name, (teacher.seen,), scores),
     )
 
 
-def quality_lines(task: Task, subjects: Sequence[Subject], scores: Scores) -> tuple[Quality, ...]:
+def quality_lines(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tuple[Quality, ...]:
     """Each student and control, as trained and then with temperature scaling."""
     lines = []
     for subject in subjects:
@@ -54,36 +59,36 @@ def quality_lines(task: Task, subjects: Sequence[Subject], scores: Scores) -> tu
             (subject.name, subject.seen, False),
             (subject.scaled_name, subject.scaled, True),
         ):
-            num_classes = subject.teacher.cache.manifest.contract.num_classes
+            num_classes = subject.cache.manifest.contract.num_classes
             lines.append(
                 Quality(
                     name=name,
                     role=subject.model.role,
                     teacher=subject.teacher.name,
                     num_seeds=len(seen),
-                    metrics=_metrics(task, num_classes, name, seen, scores),
-                    retention=retention(task, scores, name, subject.teacher.name),
-                    difference=difference(task, scores, name, subject.teacher.name, task.main_metric),
+                    metrics=_metrics(basis, num_classes, name, seen, scores),
+                    retention=retention(basis, scores, name, subject.teacher.name),
+                    difference=difference(basis, scores, name, subject.teacher.name, basis.main_metric),
                     scaled=scaled,
                 )
             )
     return tuple(lines)
 
 
-def retention(task: Task, scores: Scores, name: str, teacher: str) -> Measured:
+def retention(basis: Basis, scores: Scores, name: str, teacher: str) -> Measured:
     """A model's main metric over its teacher's; for a loss the teacher's over its own."""
-    pair = (name, teacher) if task.higher_is_better else (teacher, name)
-    return scores.combined(lambda a, b: a / b, pair, task.main_metric)
+    pair = (name, teacher) if basis.higher_is_better else (teacher, name)
+    return scores.combined(lambda a, b: a / b, pair, basis.main_metric)
 
 
-def difference(task: Task, scores: Scores, first: str, second: str, metric: str, *, paired: bool = True) -> Measured:
+def difference(basis: Basis, scores: Scores, first: str, second: str, metric: str, *, paired: bool = True) -> Measured:
     """How much better the first is; below 0: worse."""
-    pair = (first, second) if is_higher(task, metric) else (second, first)
+    pair = (first, second) if is_higher(basis, metric) else (second, first)
     return scores.combined(lambda a, b: a - b, pair, metric, paired=paired)
 
 
 def comparisons(
-    task: Task, subjects: Sequence[Subject], headline: Subject, scores: Scores, *, seed: int
+    basis: Basis, subjects: Sequence[Subject], headline: Subject, scores: Scores, *, seed: int
 ) -> tuple[Comparison, ...]:
     """Each student with its teacher and with every control, and the headline student with the other students; p-values adjusted together.
 
@@ -93,36 +98,36 @@ def comparisons(
     students = [subject for subject in subjects if subject.model.role == "student"]
     controls = [subject for subject in subjects if subject.model.role == "control"]
     found = []
-    for metric in compared_metrics(task, scores):
+    for metric in compared_metrics(basis, scores):
         for student in students:
             met = controls if student is headline or len(students) <= _FEW else []
             others: list[Subject] = [*met, *(students if student is headline else ())]
-            found.append(_against_teacher(task, student, metric, scores, seed))
-            found += [_pair(task, student, other, metric, scores, seed) for other in others if other is not student]
-            if metric == "loss":
-                found += [_pair(task, student, control, metric, scores, seed, scaled=True) for control in met]
+            found.append(_against_teacher(basis, student, metric, scores, seed))
+            found += [_pair(basis, student, other, metric, scores, seed) for other in others if other is not student]
+            if metric in ("loss", BITS_PER_BYTE):
+                found += [_pair(basis, student, control, metric, scores, seed, scaled=True) for control in met]
     adjusted = holm([item.p_value for item in found])
     return tuple(dataclasses.replace(item, p_adjusted=p) for item, p in zip(found, adjusted, strict=True))
 
 
-def gap_shares(task: Task, subjects: Sequence[Subject], scores: Scores) -> tuple[GapShare, ...]:
+def gap_shares(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tuple[GapShare, ...]:
     """Of each student over each control of the same teacher."""
     found = []
-    for metric in compared_metrics(task, scores):
+    for metric in compared_metrics(basis, scores):
         for student in (subject for subject in subjects if subject.model.role == "student"):
             for control in (subject for subject in subjects if subject.model.role == "control"):
                 if control.teacher is not student.teacher:
                     continue
-                share = gap_share(task, student, control, metric, scores)
+                share = gap_share(basis, student, control, metric, scores)
                 found.append(GapShare(student.name, control.name, metric, share))
     return tuple(found)
 
 
-def gap_share(task: Task, student: Subject, control: Subject, metric: str, scores: Scores) -> Measured | None:
+def gap_share(basis: Basis, student: Subject, control: Subject, metric: str, scores: Scores) -> Measured | None:
     """(student - control) / (teacher - control); None where less than 97.5% of the resamples have the control behind the teacher."""
     names = (student.name, control.name, student.teacher.name)
     behind = scores[names[2], metric].resampled - scores[names[1], metric].resampled
-    if not is_higher(task, metric):
+    if not is_higher(basis, metric):
         behind = -behind
     least = NEGLIGIBLE * abs(scores[names[2], metric].mean)
     if not np.isfinite(behind).all() or np.quantile(behind, 0.025) <= least:
@@ -131,12 +136,14 @@ def gap_share(task: Task, student: Subject, control: Subject, metric: str, score
 
 
 def _metrics(
-    task: Task, num_classes: int, name: str, seen: Sequence[Observation], scores: Scores
+    basis: Basis, num_classes: int, name: str, seen: Sequence[Observation], scores: Scores
 ) -> dict[str, Measured]:
     """The task's metrics and the Brier score. Those that are no mean over positions have an interval over seeds only."""
-    by_seed = [task.metrics(one.predictions, num_classes) for one in seen]
+    by_seed = [basis.task.metrics(one.predictions, num_classes) for one in seen]
     found = {}
     for metric in by_seed[0]:
+        if seen[0].teacher_position is not None and metric in OF_OWN_TOKENS:
+            continue
         if scores.has(name, metric):
             found[metric] = scores.measured(name, metric)
             continue
@@ -153,24 +160,24 @@ def _apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(np.abs(first - second) <= NEGLIGIBLE * np.abs(second), 0.0, first - second)
 
 
-def _against_teacher(task: Task, student: Subject, metric: str, scores: Scores, seed: int) -> Comparison:
+def _against_teacher(basis: Basis, student: Subject, metric: str, scores: Scores, seed: int) -> Comparison:
     """The teacher has one seed, with which every seed of the student is paired."""
     teacher = student.teacher
     return _compare(
-        task, (student.name, student.seen), (teacher.name, (teacher.seen,)), metric, scores, seed, paired=True
+        basis, (student.name, student.seen), (teacher.name, (teacher.seen,)), metric, scores, seed, paired=True
     )
 
 
 def _pair(
-    task: Task, first: Subject, second: Subject, metric: str, scores: Scores, seed: int, *, scaled: bool = False
+    basis: Basis, first: Subject, second: Subject, metric: str, scores: Scores, seed: int, *, scaled: bool = False
 ) -> Comparison:
     other = (second.scaled_name, second.scaled) if scaled else (second.name, second.seen)
     paired = same_seeds(first, second)
-    return _compare(task, (first.name, first.seen), other, metric, scores, seed, paired=paired)
+    return _compare(basis, (first.name, first.seen), other, metric, scores, seed, paired=paired)
 
 
 def _compare(
-    task: Task,
+    basis: Basis,
     first: tuple[str, Sequence[Observation]],
     second: tuple[str, Sequence[Observation]],
     metric: str,
@@ -180,14 +187,18 @@ def _compare(
     paired: bool,
 ) -> Comparison:
     a, b = scores[first[0], metric], scores[second[0], metric]
+    ours, theirs = (a.rows, a.weights), (b.rows, b.weights)
+    if metric == BITS_PER_BYTE:  # the same bytes of each row, so that sums can be compared
+        ours = on_bytes_of(*ours, b.weights)
+        theirs = on_bytes_of(*theirs, ours[1])
     single = len(first[1]) == len(second[1]) == 1
     one_a_row = bool((a.weights <= 1).all())
     if metric == "accuracy" and single and one_a_row:
         test, p = "McNemar, exact", mcnemar(a.rows > 0.5, b.rows > 0.5)
-    elif not np.array_equal(a.weights, b.weights):  # a ratio whose denominators differ: no sum over rows to flip
+    elif not np.array_equal(ours[1], theirs[1]):  # a ratio whose denominators differ: no sum over rows to flip
         test, p = "none", math.nan
     else:
-        test, p = "sign flips over rows", paired_permutation(_apart(a.rows, b.rows), seed=seed)
+        test, p = "sign flips over rows", paired_permutation(_apart(ours[0], theirs[0]), seed=seed)
     seeds = None
     if paired and (len(a.by_seed) > 1 or len(b.by_seed) > 1):
         seeds = paired_t(a.by_seed - b.by_seed)
@@ -195,7 +206,7 @@ def _compare(
         first=first[0],
         second=second[0],
         metric=metric,
-        difference=difference(task, scores, first[0], second[0], metric, paired=paired),
+        difference=difference(basis, scores, first[0], second[0], metric, paired=paired),
         test=test,
         p_value=p,
         p_adjusted=math.nan,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from pipeline.evaluation.basis import Basis
 from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.statistics import measured, proportion, resampled_means
 from pipeline.evaluation.records import Measured
-from pipeline.tasks import Task
 
 #: Metrics that are better when larger; the others are losses, errors and divergences.
 HIGHER = ("accuracy", "agreement", "macro_f1")
@@ -38,7 +38,9 @@ class Column:
 class Scores:
     """Model and metric -> `Column`. All models share the resamples of a metric, so that differences and ratios of columns are paired."""
 
-    def __init__(self, task: Task, observed: Mapping[str, Sequence[Observation]], *, resamples: int, seed: int) -> None:
+    def __init__(
+        self, basis: Basis, observed: Mapping[str, Sequence[Observation]], *, resamples: int, seed: int
+    ) -> None:
         """Set up.
 
         Args:
@@ -47,10 +49,10 @@ class Scores:
         self.columns: dict[tuple[str, str], Column] = {}
         first = next(iter(observed.values()))[0]
         self.metrics = tuple(first.by_position())
-        if task.main_metric not in self.metrics:
-            self.metrics = (task.main_metric, *self.metrics)
+        if basis.main_metric not in self.metrics:
+            self.metrics = (basis.main_metric, *self.metrics)
         for metric in self.metrics:
-            sums = {name: [_sums(task, metric, one) for one in many] for name, many in observed.items()}
+            sums = {name: [_sums(basis, metric, one) for one in many] for name, many in observed.items()}
             known = [name for name, many in sums.items() if all(item is not None for item in many)]
             stacked = {name: np.array([item for item in sums[name] if item is not None]) for name in known}
             if not stacked:  # (S, 2, R) each
@@ -99,12 +101,12 @@ class Scores:
         return measured(value, resampled, [float(v) for v in np.atleast_1d(by_seed)] if len(by_seed) else ())
 
 
-def _sums(task: Task, metric: str, observation: Observation) -> np.ndarray | None:
+def _sums(basis: Basis, metric: str, observation: Observation) -> np.ndarray | None:
     """(2, R): sums and weights whose ratio of totals is the metric; None: the observation has no such metric."""
     by_position = observation.by_position()
     if metric in by_position:
         return np.array([observation.row_sums(by_position[metric]), observation.row_weights(metric)])
-    if metric == task.main_metric:
-        scores, weights = task.row_scores(observation.predictions)
+    if metric == basis.main_metric:
+        scores, weights = basis.row_scores(observation.predictions)
         return np.array([np.where(weights > 0, scores, 0.0), weights])
     return None

@@ -24,6 +24,8 @@ class Subject:
 
     model: Model
     teacher: Teacher
+    cache: Cache
+    """The teacher's, as the model reads it: for another tokenizer, in its own tokens."""
     seen: tuple[Observation, ...]
     """As trained, by seed."""
     scaled: tuple[Observation, ...]
@@ -42,6 +44,11 @@ class Subject:
     def scaled_name(self) -> str:
         """Of the same with temperature scaling."""
         return f"{self.model.name}, scaled"
+
+    @property
+    def has_own_tokens(self) -> bool:
+        """Whether its tokenizer is not the teacher's."""
+        return self.cache.vocabulary_map is not None
 
     @property
     def seeds(self) -> tuple[int | None, ...]:

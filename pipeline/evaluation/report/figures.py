@@ -226,6 +226,8 @@ def draw_training(report: Report, style: Style) -> Any:
         "eval_nll": "evaluation: loss",
         "eval_agreement": "evaluation: agreement",
     }
+    if report.tokenizer_notes:  # losses a token, of different tokens
+        shown = {name: label for name, label in shown.items() if not name.endswith(("loss", "nll"))}
     if not report.higher_is_better:  # the evaluation's own `loss` is what is minimised
         shown.pop("eval_loss", None)
     panels = [

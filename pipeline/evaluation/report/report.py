@@ -11,7 +11,9 @@ from pipeline.cache import Cache
 from pipeline.cache.format.manifest import dump
 from pipeline.cache.storage.commit import write_atomically, write_text
 from pipeline.config import ReportConfig
+from pipeline.cross_tokenizer.opening import cache_for
 from pipeline.errors import CacheError, ContractError, MisuseError
+from pipeline.evaluation.basis import Basis
 from pipeline.evaluation.measures.calibration import calibration_line, calibration_split, fit_temperatures
 from pipeline.evaluation.measures.cost import Candidate, break_even, measure_costs
 from pipeline.evaluation.measures.determinants import determinants
@@ -21,13 +23,14 @@ from pipeline.evaluation.measures.quality import comparisons, gap_shares, qualit
 from pipeline.evaluation.measures.runs import Asked, asked_models, describe_model, provenance
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject, Teacher
+from pipeline.evaluation.measures.tokenizers import tokenizer_notes
 from pipeline.evaluation.records import Calibration, Cost, Machine, Model, Report
 from pipeline.evaluation.report.figures import Picture, draw_all
 from pipeline.evaluation.report.page import make_markdown, make_page
 from pipeline.evaluation.report.verdict import headline, verdict
 from pipeline.softlabels import served_temperature
 from pipeline.sources.files.loading import redact
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import get_task
 from pipeline.training.student import load_student
 
 
@@ -49,19 +52,21 @@ def report(config: ReportConfig) -> Report:
     contract = first.cache.manifest.contract
     task = get_task(contract.task)
     fitted_on = calibration_split(first.cache, task, config.calibration_split, config.split)
-    subjects = [look(item, task, teachers, config, fitted_on) for item in asked]
-    scores = Scores(task, _observed(teachers.values(), subjects), resamples=config.resamples, seed=config.seed)
-    chosen, how = headline(task, subjects, fitted_on)
-    shares = gap_shares(task, subjects, scores)
+    views = {path: read_by(path, teachers, config.split) for item in asked for path in item.directories}
+    basis = Basis(task, in_bytes=any(cache.vocabulary_map is not None for _, cache in views.values()))
+    subjects = [look(item, basis, views, teachers, config, fitted_on) for item in asked]
+    scores = Scores(basis, _observed(teachers.values(), subjects), resamples=config.resamples, seed=config.seed)
+    chosen, how = headline(basis, subjects, fitted_on)
+    shares = gap_shares(basis, subjects, scores)
     slice_kind, sliced = slices(task, subjects, first.cache, first.seen)
-    costs, machine = _costs(config, teachers, subjects, task)
+    costs, machine = _costs(config, teachers, subjects, basis)
     found = Report(
         task=task.name,
         split=config.split,
         rows=first.seen.num_rows,
         positions=len(first.seen.predictions.labels),
-        main_metric=task.main_metric,
-        higher_is_better=task.higher_is_better,
+        main_metric=basis.main_metric,
+        higher_is_better=basis.higher_is_better,
         encoding=contract.encoding.kind,
         temperature=served_temperature(contract.encoding),
         calibration=(
@@ -69,11 +74,11 @@ def report(config: ReportConfig) -> Report:
             if fitted_on
             else f"fitted crosswise: on half of the split {config.split} for the other half"
         ),
-        verdict=verdict(task, chosen, how, subjects, shares, scores, split=config.split),
-        teachers=tuple(teacher_line(task, teacher, scores) for teacher in teachers.values()),
+        verdict=verdict(basis, chosen, how, subjects, shares, scores, split=config.split),
+        teachers=tuple(teacher_line(basis, teacher, scores) for teacher in teachers.values()),
         models=tuple(subject.model for subject in subjects),
-        quality=quality_lines(task, subjects, scores),
-        comparisons=comparisons(task, subjects, chosen, scores, seed=config.seed),
+        quality=quality_lines(basis, subjects, scores),
+        comparisons=comparisons(basis, subjects, chosen, scores, seed=config.seed),
         gap_shares=shares,
         closeness=tuple(closeness(subject, scores) for subject in subjects),
         divergence_note=divergence_note(contract),
@@ -88,7 +93,8 @@ def report(config: ReportConfig) -> Report:
             for teacher in teachers.values()
             if (item := break_even(teacher.name, teacher.cache, [run for s in subjects for run in s.model.runs]))
         ),
-        determinants=determinants(task, subjects, scores),
+        determinants=determinants(basis, subjects, scores),
+        tokenizer_notes=tokenizer_notes(subjects),
     )
     write(found, draw_all(found), Path(config.output))
     return found
@@ -132,17 +138,40 @@ def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:
     return found
 
 
+def read_by(directory: str, teachers: Mapping[str, Teacher], split: str) -> tuple[Teacher, Cache]:
+    """The teacher that a model is compared with, its own where that is among them, and its cache as the model reads it.
+
+    Raises:
+        ContractError: its tokenizer cannot be aligned with the teacher's.
+    """
+    own = teachers.get(provenance(directory, {}).cache_id or "", next(iter(teachers.values())))
+    return own, cache_for(own.cache, directory, split)
+
+
 def look(
-    item: Asked, task: Task, teachers: Mapping[str, Teacher], config: ReportConfig, fitted_on: str | None
+    item: Asked,
+    basis: Basis,
+    views: Mapping[str, tuple[Teacher, Cache]],
+    teachers: Mapping[str, Teacher],
+    config: ReportConfig,
+    fitted_on: str | None,
 ) -> Subject:
-    """Every seed of one student or control, each loaded once: on the calibration split, then on the reported one."""
+    """Every seed of one student or control, each loaded once: on the calibration split, then on the reported one.
+
+    Args:
+        views: directory -> see `read_by`.
+
+    Raises:
+        MisuseError: the seeds have different tokenizers.
+    """
+    task = basis.task
     caches = {cache_id: teacher.cache for cache_id, teacher in teachers.items()}
     runs = sorted(
         ((provenance(directory, caches), directory) for directory in item.directories),
         key=lambda pair: -1 if pair[0].seed is None else pair[0].seed,
     )
-    own = teachers.get(runs[0][0].cache_id or "", next(iter(teachers.values())))
-    cache = own.cache
+    own, cache = views[runs[0][1]]
+    _check_seeds(item, [views[directory][1] for _, directory in runs])
     batch_size = config.batch_size or task.default_eval_rows
     seen, scaled, fits = [], [], []
     described, num_parameters = "", 0
@@ -150,8 +179,10 @@ def look(
         label = item.name if len(runs) == 1 else f"{item.name} (seed {run.seed})"
         loaded = load_student(cache.manifest.contract, directory, new_head=False)
         described = describe_model(loaded.model)
+        if cache.vocabulary_map is not None:
+            described = f"{described}, its own tokenizer of {len(loaded.tokenizer):,} tokens"
         num_parameters = sum(p.numel() for p in loaded.model.parameters())
-        fit = fit_temperatures(cache, task, loaded, label, config.split, fitted_on, batch_size)
+        fit = fit_temperatures(cache, basis, loaded, label, config.split, fitted_on, batch_size)
         plain, with_scaling = observe(cache, task, loaded, label, config.split, batch_size, fit.row_temperatures)
         seen.append(plain)
         scaled.extend([] if with_scaling is None else [with_scaling])
@@ -167,6 +198,7 @@ def look(
             runs=tuple(run for run, _ in runs),
         ),
         teacher=own,
+        cache=cache,
         seen=tuple(seen),
         scaled=tuple(scaled),
         temperatures=tuple(float(fit.row_temperatures.mean()) for fit in fits),
@@ -189,6 +221,15 @@ def _write_image(path: Path, image: bytes) -> None:
 
 def _fill(path: Path, image: bytes) -> None:
     path.write_bytes(image)
+
+
+def _check_seeds(item: Asked, caches: Sequence[Cache]) -> None:
+    found = dict.fromkeys(cache.manifest.contract.tokenizer.sha256[:12] for cache in caches)
+    if len(found) > 1:
+        raise MisuseError(
+            f"--{item.role} {item.name}: its directories are seeds of one student and have different tokenizers (sha256 {', '.join(found)}); "
+            "give each tokenizer a NAME=DIR of its own"
+        )
 
 
 def _check_same(first: Teacher, cache: Cache, seen: Observation, path: str) -> None:
@@ -219,7 +260,7 @@ def _calibrations(teachers: Iterable[Teacher], subjects: Sequence[Subject], scor
 
 
 def _costs(
-    config: ReportConfig, teachers: Mapping[str, Teacher], subjects: Sequence[Subject], task: Task
+    config: ReportConfig, teachers: Mapping[str, Teacher], subjects: Sequence[Subject], basis: Basis
 ) -> tuple[tuple[Cost, ...], Machine | None]:
     """Of the first seed of each: seeds differ in their weights alone."""
     first = next(iter(teachers.values()))
@@ -229,13 +270,15 @@ def _costs(
         candidates.append(Candidate("teacher", config.teacher, first.cache.location, count))
     directories = {item.name: item.directories[0] for item in asked_models(config.student, config.control)}
     candidates += [
-        Candidate(s.name, directories[s.name], s.teacher.cache.location, s.model.num_parameters) for s in subjects
+        Candidate(s.name, directories[s.name], s.teacher.cache.location, s.model.num_parameters, s.has_own_tokens)
+        for s in subjects
     ]
     return measure_costs(
         candidates,
         config.split,
         rounds=config.rounds,
-        batch_rows=config.batch_size or task.default_eval_rows,
+        batch_rows=config.batch_size or basis.task.default_eval_rows,
         threads=config.threads,
         watts=config.watts,
+        in_bytes=basis.in_bytes,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipeline.evaluation.measures.determinants import QUESTIONS
-from pipeline.evaluation.records import BreakEven, Cost, Measured, Quality, Report, TeacherLine
-from pipeline.evaluation.report.forms import p_value, parameters, size, spread_text, uncertainty, with_interval
+from pipeline.evaluation.records import Measured, Quality, Report, TeacherLine
+from pipeline.evaluation.report.cost_section import cost_section
+from pipeline.evaluation.report.forms import p_value, parameters, uncertainty, with_interval
+from pipeline.evaluation.report.parts import Quote, Section, Table
 from pipeline.metrics import number
 
 MEANING = {
@@ -22,41 +23,9 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Text cells; the first column is a name, the others are figures."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Quote:
-    """A text from the data set, and what was said of it."""
-
-    title: str
-    text: str | None
-    facts: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One part of the page."""
-
-    anchor: str
-    title: str
-    text: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    figures: tuple[str, ...] = ()
-    """Names of pictures; those that were not drawn are left out."""
-    quotes: tuple[Quote, ...] = ()
-
-
 def sections(report: Report) -> tuple[Section, ...]:
     """Everything below the verdict, in order; sections without content are left out."""
-    found = [_quality(report), _fidelity(report), _calibration(report), _cost(report), _training(report)]
+    found = [_quality(report), _fidelity(report), _calibration(report), cost_section(report), _training(report)]
     found += [_determinants(report), _how(report)]
     return tuple(section for section in found if section is not None)
 
@@ -71,6 +40,8 @@ def quality_table(report: Report) -> Table:
     kind = "over" if report.higher_is_better else "under"
     notes.append(f"retention: {main} {kind} the teacher's, in percent")
     notes.append(f"in brackets: {_of_intervals(report)}")
+    if report.tokenizer_notes:
+        notes.append("-: of tokens that are not the teacher's, and no number to compare")
     caption = f"{report.rows:,} rows, {report.positions:,} positions of the split {report.split}"
     return Table(caption, header, tuple(rows), tuple(notes))
 
@@ -144,7 +115,7 @@ def _quality(report: Report) -> Section:
         )
     if report.comparisons:
         tables.append(_comparison_table(report))
-    return Section("quality", "Quality", (), (*tables, _who(report)), ("quality", "pareto"))
+    return Section("quality", "Quality", report.tokenizer_notes, (*tables, _who(report)), ("quality", "pareto"))
 
 
 def _comparison_table(report: Report) -> Table:
@@ -165,7 +136,12 @@ def _comparison_table(report: Report) -> Table:
         ("", "in", "gain", "test", "p", "p, Holm", "p over seeds"),
         tuple(rows),
         (
-            "gain: above 0, the first is better; points of accuracy, nats of loss",
+            "gain: above 0, the first is better; "
+            + (
+                "bits a byte, each row taken with the bytes that the second predicts of it"
+                if report.tokenizer_notes
+                else "points of accuracy, nats of loss"
+            ),
             "p, Holm: adjusted for the number of comparisons in this table; p over seeds: paired t-test, not adjusted",
         ),
     )
@@ -252,7 +228,7 @@ def _calibration(report: Report) -> Section:
             "" if line.temperature is None else f"{line.temperature:.2f}",
             number("ece", line.ece),
             "-" if line.brier is None else with_interval(line.brier),
-            with_interval(line.nll),
+            "-" if line.nll is None else with_interval(line.nll),
         )
         for line in report.calibrations
     ]
@@ -264,98 +240,13 @@ def _calibration(report: Report) -> Section:
     return Section("calibration", "Calibration", text, (table,), ("reliability",))
 
 
-def _cost(report: Report) -> Section:
-    measured = report.machine is not None
-    header = ["", "parameters", "bytes on disk"]
-    if measured:
-        header += [
-            "one row, ms",
-            "rows a second",
-            "faster, one row",
-            "faster, batched",
-            "peak memory",
-            "J / 1,000",
-        ]
-    rows = [
-        (
-            cost.name,
-            parameters(cost.num_parameters),
-            "-" if cost.disk_bytes is None else size(cost.disk_bytes),
-            *(_measured_cost(cost) if measured else ()),
-        )
-        for cost in report.costs
-    ]
-    notes = []
-    if report.machine is not None:
-        machine = report.machine
-        notes = [
-            f"medians, in brackets the quartiles, of {machine.rounds} rounds after one to warm up; models take turns in each round, in processes of their own",
-            f"{machine.device}, {machine.threads} thread(s), float32; rows of {machine.tokens} tokens on average, one by one or {machine.batch_rows} in a batch; tokenization is not timed",
-            "faster: the teacher's seconds over the model's, round by round; peak memory: resident while it runs, above that of the process before it loaded the model",
-            f"J / 1,000: joules for 1,000 rows in batches, {machine.energy}",
-        ]
-    tables = [Table("Running a model", tuple(header), tuple(rows), tuple(notes))]
-    if report.break_even:
-        tables.append(
-            Table(
-                "The cache against a teacher in the loop",
-                ("", "bytes", "capture", "teacher, one pass", "pays for itself after", "passes made here", "saved"),
-                tuple(_break_even_row(item) for item in report.break_even),
-                (
-                    "of the training split; a pass is one epoch of one student, in each of which a teacher in the loop would run over every row again",
-                    "measured where the cache was made; decoding the cache, and the memory of a teacher in the loop, are left out",
-                ),
-            )
-        )
-    runs = [(model.name, run) for model in report.models for run in model.runs if run.steps is not None]
-    if runs:
-        tables.append(
-            Table(
-                "Training",
-                ("", "seed", "steps", "passes", "seconds"),
-                tuple(
-                    (
-                        name,
-                        str(run.seed),
-                        f"{run.steps:,}",
-                        "-" if run.passes is None else f"{run.passes:.1f}",
-                        "-" if run.seconds is None else f"{run.seconds:,.0f}",
-                    )
-                    for name, run in runs
-                ),
-            )
-        )
-    return Section("cost", "Cost", (), tuple(tables))
-
-
-def _measured_cost(cost: Cost) -> tuple[str, ...]:
-    return (
-        spread_text(cost.latency, 1000, ".1f"),
-        spread_text(cost.throughput, 1, ",.0f"),
-        spread_text(cost.speedup, 1, ".1f", "x"),
-        spread_text(cost.speedup_batched, 1, ".1f", "x"),
-        "-" if cost.peak_bytes is None else size(cost.peak_bytes),
-        "-" if cost.joules_per_thousand is None else f"{cost.joules_per_thousand:.1f}",
-    )
-
-
-def _break_even_row(item: BreakEven) -> tuple[str, ...]:
-    return (
-        item.cache,
-        size(item.cache_bytes),
-        f"{item.capture_seconds:.1f} s on {item.device}",
-        f"{item.pass_seconds:.1f} s",
-        f"{item.passes:.2f} passes",
-        "-" if item.passes_made is None else f"{item.passes_made:.1f}",
-        "-" if item.saved_seconds is None else f"{item.saved_seconds:,.0f} s",
-    )
-
-
 def _training(report: Report) -> Section | None:
     if not any(run.history for model in report.models for run in model.runs):
         return None
     text = (
-        "Both terms of the loss at the scale of cross-entropy, as they were logged; paler lines are further seeds.",
+        "Losses a token are left out, since the models have different tokens; paler lines are further seeds."
+        if report.tokenizer_notes
+        else "Both terms of the loss at the scale of cross-entropy, as they were logged; paler lines are further seeds.",
     )
     return Section("training", "Training", text, (), ("training",))
 

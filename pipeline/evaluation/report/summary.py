@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from pipeline.evaluation.records import Report
-from pipeline.evaluation.report.sections import Table, quality_table
+from pipeline.evaluation.report.parts import Table
+from pipeline.evaluation.report.sections import quality_table
 from pipeline.evaluation.table import aligned
 
 

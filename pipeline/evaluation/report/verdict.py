@@ -7,16 +7,16 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.evaluation.basis import Basis
 from pipeline.evaluation.measures.quality import NEGLIGIBLE, difference, retention
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
 from pipeline.evaluation.records import GapShare, Verdict
 from pipeline.evaluation.report.forms import uncertainty, with_interval
 from pipeline.metrics import number
-from pipeline.tasks import Task
 
 
-def headline(task: Task, subjects: Sequence[Subject], split: str | None) -> tuple[Subject, str]:
+def headline(basis: Basis, subjects: Sequence[Subject], split: str | None) -> tuple[Subject, str]:
     """The student that the answer is about, and how it was chosen: never on the rows that are reported."""
     students = [subject for subject in subjects if subject.model.role == "student"]
     if len(students) == 1:
@@ -24,7 +24,7 @@ def headline(task: Task, subjects: Sequence[Subject], split: str | None) -> tupl
     ranked = [student for student in students if student.chosen_by is not None]
     if split is None or len(ranked) < len(students):
         return students[0], "the first student named"
-    best = (max if task.higher_is_better else min)(ranked, key=lambda s: s.chosen_by or 0.0)
+    best = (max if basis.higher_is_better else min)(ranked, key=lambda s: s.chosen_by or 0.0)
     return best, f"the best of {len(students)} students on the split {split}"
 
 
@@ -33,7 +33,7 @@ _MARGIN = 0.01
 
 
 def verdict(
-    task: Task,
+    basis: Basis,
     student: Subject,
     chosen: str,
     subjects: Sequence[Subject],
@@ -47,8 +47,8 @@ def verdict(
     `no` where the whole interval of the difference lies below 0, `better` where it lies above, `yes` where none of it is further below than a hundredth of
     the teacher's metric; else `open`, since that no difference was found does not say that there is none.
     """
-    metric = task.main_metric
-    gain = difference(task, scores, student.name, student.teacher.name, metric)
+    metric = basis.main_metric
+    gain = difference(basis, scores, student.name, student.teacher.name, metric)
     interval = gain.interval
     least = NEGLIGIBLE * abs(scores[student.teacher.name, metric].mean)
     theirs = scores[student.teacher.name, metric].mean
@@ -61,7 +61,7 @@ def verdict(
         answer = "better"
     elif interval.low >= -_MARGIN * abs(theirs):
         answer = "yes"
-    kept = retention(task, scores, student.name, student.teacher.name)
+    kept = retention(basis, scores, student.name, student.teacher.name)
     ours = scores[student.name, metric].mean
     teacher_parameters = student.teacher.cache.manifest.contract.teacher.num_parameters
     size = (
@@ -84,7 +84,7 @@ def verdict(
     controls = [subject for subject in subjects if subject.model.role == "control"]
     if controls:
         each = "; ".join(
-            f"{control.name} keeps {with_interval(retention(task, scores, control.name, control.teacher.name), share=True)}"
+            f"{control.name} keeps {with_interval(retention(basis, scores, control.name, control.teacher.name), share=True)}"
             for control in controls
         )
         beside = f"Controls: {each}."

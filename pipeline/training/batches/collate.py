@@ -136,7 +136,7 @@ class Collator:
         counted = self._position_weights(-goal.negative_entropy if entropy is None else entropy, goal)
         predicted = most_likely(soft)[0] if self.for_evaluation or self.teacher_labels else None
         if self.vocabulary_map is not None:
-            where = _aligned(block)
+            where = aligned_positions(block)
             goal = map_target(goal, where, self.vocabulary_map, is_sample=isinstance(soft.encoding, Sampled))
             counted = at_positions(counted, where, 0.0)
             predicted = None if predicted is None else map_classes(predicted, where, self.vocabulary_map)
@@ -197,7 +197,7 @@ def _spans(block: RowBlock, flags: np.ndarray) -> Spans:
     )
 
 
-def _aligned(block: RowBlock) -> Tensor:
+def aligned_positions(block: RowBlock) -> Tensor:
     """(N,) int64: which of all the teacher's positions in the block each of the student's is aligned with; -1: none."""
     where = block.lists[TEACHER_POSITION]
     before = offsets_of_counts(labelled_positions_of(block))[:-1]

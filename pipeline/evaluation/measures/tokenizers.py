@@ -1,0 +1,36 @@
+"""What a report compares where a model has another tokenizer than its teacher, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.evaluation.measures.subjects import Subject
+
+
+def tokenizer_notes(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """A line each; none where all models have the tokens of their teachers."""
+    own = [subject for subject in subjects if subject.has_own_tokens]
+    if not own:
+        return ()
+    names = ", ".join(subject.name for subject in own)
+    return (
+        f"Another tokenizer than the teacher's: {names}. Models are compared by bits per byte of text, each over its own tokens of the same rows.",
+        *(_bytes_and_positions(subject) for subject in own),
+        f"Left out of {names}, since they are of other tokens than the teacher's: loss, perplexity, accuracy, Brier score, NLL, and the errors of the teacher that are mended.",
+        f"Agreement, KL and Jensen-Shannon divergence of {names} are over the positions that are aligned with the teacher's, whose distribution is mapped to the model's "
+        "tokens. Where the encoding samples, the teacher's entropy stands for that of the mapped distribution, which is at most as large, so that KL is rather too small; "
+        "without --store-entropy it is a row's mean entropy.",
+    )
+
+
+def _bytes_and_positions(subject: Subject) -> str:
+    """How much of the text the numbers of a model are of."""
+    seen = subject.seen[0]
+    assert seen.teacher_position is not None
+    theirs = int(subject.teacher.seen.predictions.row_text_bytes.sum())
+    ours, count = int(seen.predictions.row_text_bytes.sum()), len(seen.teacher_position)
+    aligned = int((seen.teacher_position >= 0).sum())
+    return (
+        f"{subject.name} predicts {ours:,} bytes of these rows in {count:,} tokens, its teacher {theirs:,} bytes in {len(subject.teacher.seen.predictions.labels):,}; "
+        f"{aligned / max(count, 1):.1%} of its positions are aligned."
+    )
