@@ -25,16 +25,11 @@ from pipeline.training.batches.collate import Collator
 from pipeline.training.run import run as train
 from pipeline.training.trainer import DistillationTrainer
 from tests.conftest import tiny_model
-from tests.cross_tokenizer.test_training import byte_level, own_cache_directory, student, train_config
+from tests.cross_tokenizer.test_training import byte_level, cached, own_cache_directory, student, train_config
 from tests.support.captures import config
 from tests.support.flaky import flaky
 
-__all__ = ["config", "flaky", "own_cache_directory"]
-
-
-@pytest.fixture
-def cached(config):
-    return capture(config("cache"))
+__all__ = ["cached", "config", "flaky", "own_cache_directory"]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline.cache import Cache
 from pipeline.capture.run import run as capture
 from pipeline.config import TrainStudentConfig
 from pipeline.cross_tokenizer.kept import Maker
@@ -26,8 +27,11 @@ from pipeline.training.batches.collate import Collator
 from pipeline.training.losses import distillation_loss
 from pipeline.training.run import run as train
 from tests.conftest import WORDS, tiny_model
-from tests.support.captures import config  # noqa: F401
+from tests.support.captures import config
+from tests.support.once import once
 from tests.tasks.families import FAMILIES
+
+__all__ = ["config"]
 
 
 def byte_level(size: int, *, eos: str = "<end>") -> PreTrainedTokenizerFast:
@@ -50,8 +54,9 @@ def own_cache_directory(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cached(config):
-    return capture(config("cache"))
+def cached(config, tmp_path):
+    once("tests.cross_tokenizer", lambda folder: capture(config(str(folder))), tmp_path / "cache")
+    return Cache.open(tmp_path / "cache")
 
 
 def student(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str = "small", **settings: int) -> Path:

@@ -160,11 +160,10 @@ def observe(
         owners.append(owner)
         text_bytes.append(text_bytes_of(rows))
         done += len(rows)
-    known = (
-        *(np.concatenate(parts) for parts in (labels, teacher, owners, text_bytes)),
-        np.concatenate(aligned) if aligned else None,
-    )
-    return plain.observation(*known), None if row_temperatures is None else scaled.observation(*known)
+    known = [np.concatenate(parts) for parts in (labels, teacher, owners, text_bytes)]
+    places = np.concatenate(aligned) if aligned else None
+    found = plain.observation(*known, places)
+    return found, None if row_temperatures is None else scaled.observation(*known, places)
 
 
 def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
