@@ -99,7 +99,7 @@ def parse_bytes(flag: str, text: str) -> int:
 def cache_dir_option() -> Any:
     """Where shards of caches behind URLs are kept."""
     return machine_option(
-        "A cache behind a URL: directory for what is fetched of it. Default: softlabel in the user's cache directory.",
+        "Directory for what is fetched of a cache behind a URL, and for the rows of students with another tokenizer. Default: softlabel in the user's cache directory.",
         None,
     )
 

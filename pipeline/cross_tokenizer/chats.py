@@ -8,8 +8,9 @@ they have the same bytes. A special token is written as its counterpart, so that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,8 @@ from pipeline.tasks.texts import read_conversation
 
 #: Cut afterwards: a row of the student loses its end, as other rows do.
 _ANY_LENGTH = 1 << 30
+#: Of a text that a turn has so often, the last ones are looked at.
+_MOST_PLACES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,16 +161,31 @@ class _Region:
 
 def _regions(ours: bytes, theirs: bytes, said: Message) -> list[_Region]:
     """What the two have in common, in order, none within another."""
-    anchors = [(0, 0), (len(ours) - len(ours.lstrip()), len(theirs) - len(theirs.lstrip()))]
-    for text in _parts(said):
-        anchors.append((ours.find(text), theirs.find(text)))
     found: list[_Region] = []
-    for one, other in anchors:
-        if one < 0 or other < 0 or any(region.ours <= one < region.ours + region.size for region in found):
-            continue
-        if size := _common(ours[one:], theirs[other:]):
+
+    def is_new(place: int) -> bool:
+        return not any(region.ours <= place < region.ours + region.size for region in found)
+
+    def add(pairs: Iterable[tuple[int, int]]) -> None:
+        """Of several pairs of places, those from which both go on alike the longest: the answer may be in the thought too."""
+        sizes = [(_common(ours[one:], theirs[other:]), one, other) for one, other in pairs if is_new(one)]
+        size, one, other = max(sizes, default=(0, 0, 0))
+        if size:
             found.append(_Region(one, other, size))
+
+    add([(0, 0)])
+    add([(len(ours) - len(ours.lstrip()), len(theirs) - len(theirs.lstrip()))])
+    for text in sorted(_parts(said), key=len, reverse=True):  # a part that is in another one is met behind it
+        add(product(*(islice(_places(turn, text), _MOST_PLACES) for turn in (ours, theirs))))
     return sorted(found, key=lambda region: region.ours)
+
+
+def _places(turn: bytes, text: bytes) -> Iterator[int]:
+    """Where a turn has a text, from the last one on."""
+    at = turn.rfind(text)
+    while at >= 0:
+        yield at
+        at = turn.rfind(text, 0, at + len(text) - 1)
 
 
 def _parts(said: Message) -> list[bytes]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +24,11 @@ from pipeline.cache.storage.commit import write_atomically
 from pipeline.cross_tokenizer.chats import ChatRenderer
 from pipeline.cross_tokenizer.rows import CachedTokens, Retokenizer, StudentRow, without_alignment
 from pipeline.cross_tokenizer.vocabulary_map import NONE
+from pipeline.errors import CacheError, ContractError
 from pipeline.progress import Progress
 from pipeline.records import Contract, Ragged, RowBlock, Shard, VocabularyMap
+
+logger = logging.getLogger(__name__)
 
 #: Of how rows are aligned: files of another version are made again.
 _VERSION = 1
@@ -84,9 +90,21 @@ class KeptRows:
 
     def read(self, shard: str, group: int) -> RowBlock:
         """The rows of a row group: the columns that take the place of the cache's, and more."""
-        contract = self.cache.manifest.contract
-        table = pq.ParquetFile(self.path(shard)).read_row_group(group)
-        return unpack_kept(table, contract)
+        return unpack_kept(self._table(shard, group=group), self.cache.manifest.contract)
+
+    def _table(self, shard: str, *, group: int | None = None, columns: list[str] | None = None) -> pa.Table:
+        """A row group of a file, or all of it.
+
+        Raises:
+            CacheError: its bytes were changed.
+        """
+        path = self.path(shard)
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                return file.read(columns=columns) if group is None else file.read_row_group(group, columns=columns)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise CacheError(f"{path}: is damaged ({why}); delete it, and the same command makes it again") from None
 
     def counts(self, shards: tuple[Shard, ...]) -> Counts:
         """Of the rows of some shards."""
@@ -98,15 +116,29 @@ class KeptRows:
 
     def num_tokens(self, shards: tuple[str, ...]) -> np.ndarray:
         """(rows,) int64: the length of each row."""
-        tables = [pq.read_table(self.path(name), columns=["input_ids"]) for name in shards]
+        tables = [self._table(name, columns=["input_ids"]) for name in shards]
         parts = [np.diff(table["input_ids"].combine_chunks().offsets.to_numpy()) for table in tables]
         return np.concatenate(parts).astype(np.int64)
 
     def missing(self, shards: tuple[Shard, ...]) -> list[Shard]:
-        """Shards without a file, in the order in which this rank makes them: several ranks begin at different ones."""
+        """Shards without a whole file, in the order in which this rank makes them: several ranks begin at different ones."""
         rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         first = rank * len(shards) // max(world, 1)
-        return [shard for shard in (*shards[first:], *shards[:first]) if not self.path(shard.name).is_file()]
+        return [shard for shard in (*shards[first:], *shards[:first]) if not self.has(shard)]
+
+    def has(self, shard: Shard) -> bool:
+        """Whether the file of a shard is there, with as many rows as the shard; one that is not is made again, which is logged."""
+        path = self.path(shard.name)
+        try:
+            with pq.ParquetFile(path) as file:
+                groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (pa.ArrowException, OSError):
+            groups = ()
+        if groups != shard.row_groups:
+            logger.warning("%s: is damaged: it is made again", path)
+        return groups == shard.row_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +151,9 @@ class Maker:
 
     def make(self, kept: KeptRows, shards: Sequence[Shard]) -> None:
         """Make the files of some shards; what another rank has made meanwhile is left."""
-        kept.directory.mkdir(parents=True, exist_ok=True)
         with Progress("student's tokens", sum(shard.rows for shard in shards)) as progress:
             for shard in shards:
-                if not kept.path(shard.name).is_file():
+                if not kept.has(shard):
                     write_atomically(kept.path(shard.name), partial(self._write, kept, shard))
                 progress.update(shard.rows)
 
@@ -133,10 +164,11 @@ class Maker:
         schema = pa.schema({name: kind for name, kind in _TYPES.items() if name in names or name not in _LISTS})
         rows = CacheDataset(kept.cache.root, kept.cache.manifest, (shard,), remote=kept.cache.remote)
         columns = [name for name in _READ if name in contract.columns]
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
             for table in rows.tables(columns):
                 block = unpack(table, contract.encoding, contract.num_classes)
                 made = self._made(list(_tokens(block)))
+                _check_ids(made, kept.vocabulary_map.num_classes)
                 agreeing = _agreeing(block, made, kept.vocabulary_map.first_token)
                 writer.write_table(_table(made, agreeing, schema))
 
@@ -147,6 +179,20 @@ class Maker:
         found = [None if row.messages is None else self.renderer.row(row) for row in rows]
         left = iter(self.retokenizer.rows([row for row, chat in zip(rows, found, strict=True) if chat is None]))
         return [without_alignment(next(left)) if chat is None else chat for chat in found]
+
+
+def _check_ids(made: list[StudentRow], num_classes: int) -> None:
+    """Refuse tokens that the student's model does not have.
+
+    Raises:
+        ContractError: names the largest.
+    """
+    largest = max((int(row.input_ids.max(initial=0)) for row in made), default=0)
+    if largest >= num_classes:
+        raise ContractError(
+            f"the student's tokenizer writes the text with token {largest}: expected tokens below {num_classes}, as its model and the length of its "
+            "vocabulary say; resize_token_embeddings gives the model all of them, or take the tokenizer that belongs to it"
+        )
 
 
 def _agreeing(block: RowBlock, made: list[StudentRow], first_token: np.ndarray) -> np.ndarray:
@@ -167,13 +213,15 @@ def _agreeing(block: RowBlock, made: list[StudentRow], first_token: np.ndarray) 
 def kept_map(directory: Path, make: Callable[[], VocabularyMap]) -> VocabularyMap:
     """The map of vocabularies that is kept beside the rows, made where it is not there yet."""
     path = directory / "map.npz"
-    if not path.is_file():
-        made = make()
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, partial(_save_map, made))
-        return made
-    with np.load(path, allow_pickle=False) as found:
-        return VocabularyMap(found["first_token"], len(found["is_special"]), found["is_special"])
+    if path.is_file():
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+                return VocabularyMap(found["first_token"], len(found["is_special"]), found["is_special"])
+        except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error):
+            logger.warning("%s: is damaged: it is made again", path)
+    made = make()
+    write_atomically(path, partial(_save_map, made))
+    return made
 
 
 def _save_map(mapping: VocabularyMap, path: Path) -> None:

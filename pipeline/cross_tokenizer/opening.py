@@ -45,6 +45,7 @@ def cache_for(
     trust_remote_code: bool = False,
     base_model: str | None = None,
     cache_dir: str | Path | None = None,
+    teaches: bool = True,
 ) -> Cache:
     """A cache as a student reads it. For another tokenizer its rows are aligned first, and what became of them is said in a line.
 
@@ -53,6 +54,7 @@ def cache_for(
         split: what is read now; other splits are aligned when they are read.
         base_model: of an adapter, in place of what it names.
         cache_dir: where aligned rows are kept; None: `softlabel` in the user's cache directory.
+        teaches: whether something is learnt from the teacher: then too few aligned positions are an error.
 
     Raises:
         ContractError: the student's tokenizer cannot be aligned, or so few positions are that nothing would be learnt from the teacher.
@@ -63,7 +65,7 @@ def cache_for(
     tokenizer, config = _of_student(student, trust_remote_code=trust_remote_code, base_model=base_model)
     if tokenizer is None or tokenizer_info(tokenizer).sha256 == contract.tokenizer.sha256:
         return cache
-    return open_retokenized(cache, student, tokenizer, config, split, cache_dir=cache_dir)
+    return open_retokenized(cache, student, tokenizer, config, split, cache_dir=cache_dir, teaches=teaches)
 
 
 def open_retokenized(
@@ -74,6 +76,7 @@ def open_retokenized(
     split: str | Sequence[str],
     *,
     cache_dir: str | Path | None = None,
+    teaches: bool = True,
 ) -> RetokenizedCache:
     """`cache_for` a tokenizer that is known to be another one."""
     if not tokenizer.is_fast:
@@ -104,7 +107,7 @@ def open_retokenized(
     kept = KeptRows(cache, mapping, directory, longest)
     view = retokenized(cache, kept, prepare, tokenizer, info)
     view.dataset(split)
-    _say(view, name, kept.counts(shards_of(cache, split)), split)
+    _say(view, name, kept.counts(shards_of(cache, split)), split, teaches=teaches)
     return view
 
 
@@ -136,11 +139,11 @@ def _of_student(name: str, *, trust_remote_code: bool, base_model: str | None) -
     return tokenizer, load_config(base, trust_remote_code=trust_remote_code)
 
 
-def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequence[str]) -> None:
+def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequence[str], *, teaches: bool) -> None:
     """One line of what became of the rows, and warnings.
 
     Raises:
-        ContractError: too few positions are aligned.
+        ContractError: too few positions are aligned to learn from the teacher.
     """
     aligned = counts.aligned / max(counts.positions, 1)
     agreeing = counts.agreeing / max(counts.aligned, 1)
@@ -174,6 +177,8 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
             *(name, view.manifest.contract.tokenization.max_length, counts.cut_rows, counts.rows, counts.cut),
             counts.cut + counts.positions,
         )
+    if not teaches:
+        return
     if counts.positions and aligned < _TOO_FEW:
         raise ContractError(
             f"{name}: expected at least {_TOO_FEW:.0%} of its positions to be aligned with the teacher's, found {aligned:.1%} ({counts.aligned} of "

@@ -184,6 +184,7 @@ class Retokenizer:
     def _encode(self, texts: Sequence[_Text]) -> Iterator[_Encoded]:
         decoded = [_decode(text.run.text) for text in texts]
         anchored = [self._needs_anchor(text) for text in texts]
+        covering = dataclasses.replace(self.student.vocabulary, special=frozenset())  # what a text spells is text
         plain: Any = iter(())
         strings = [
             string.removeprefix(" ") if text.kind == "inside" and self.student.vocabulary.adds_space else string
@@ -200,7 +201,7 @@ class Retokenizer:
         ):
             ids, offsets = self._after_special(string) if with_anchor else next(plain)
             ids = np.asarray(ids, dtype=np.int32)
-            ends = np.cumsum(self.student.vocabulary.bytes_of_text(string, ids, offsets)) if len(ids) else ids
+            ends = np.cumsum(covering.bytes_of_text(string, ids, offsets)) if len(ids) else ids
             ends = ends + len(whole.encode()) - len(string.encode()) + skipped
             starts = np.append(0, ends[:-1]) if len(ids) else ends
             yield _Encoded(text, ids, starts, ends, is_valid)
@@ -289,7 +290,8 @@ class Retokenizer:
 def _special(part: _Special, predicted: np.ndarray) -> Columns:
     one = np.array([part.teacher])
     flag = np.array([part.teacher != NONE and bool(predicted[part.teacher])])
-    return Columns(np.array([part.token], dtype=np.int32), np.zeros(1, dtype=np.int64), flag, one, one, one)
+    head = np.maximum(one, 0)  # the student's own BOS is in no span, and not in that of the document before
+    return Columns(np.array([part.token], dtype=np.int32), np.zeros(1, dtype=np.int64), flag, one, head, one)
 
 
 def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -181,9 +181,13 @@ def _encode(texts: list[str], student: TokenBytes) -> Any:
 def _first_after(anchor: str, texts: list[str], student: TokenBytes) -> np.ndarray:
     """(texts,) int64: the first token that begins where the anchor ends; -1 where none does."""
     out = np.full(len(texts), NONE, dtype=np.int64)
+    behind = len(anchor.encode())
     found = _encode([anchor + text for text in texts], student)
     for i, (ids, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True)):
-        at = next((j for j, (start, stop) in enumerate(offsets) if start == len(anchor) and stop > start), None)
+        # by bytes, as rows are aligned: offsets may leave out the space that a word begins with (`trim_offsets`)
+        sizes = student.vocabulary.bytes_of_text(anchor + texts[i], np.asarray(ids, dtype=np.int32), offsets)
+        starts = np.cumsum(sizes) - sizes
+        at = next(iter(np.flatnonzero((starts == behind) & (sizes > 0)).tolist()), None)
         piece = None if at is None else student.pieces[ids[at]]
         if piece and (not anchor or texts[i].encode().startswith(piece)):
             out[i] = ids[at]

@@ -38,7 +38,9 @@ from pipeline.training.student import check_fit, load_student
 def run(config: EvaluateConfig) -> EvaluationReport:
     """`softlabel evaluate`: the report, also kept as `evaluation.json` where an output directory is given."""
     students, cache, bases = _opened(config)
-    report = evaluate(cache, students, split=config.split, batch_size=config.batch_size, base_models=bases)
+    report = evaluate(
+        cache, students, split=config.split, batch_size=config.batch_size, base_models=bases, cache_dir=config.cache_dir
+    )
     if config.prompt:
         models = students if config.teacher is None else {"teacher": config.teacher, **students}
         report = dataclasses.replace(
@@ -73,8 +75,10 @@ def outline(config: EvaluateConfig) -> Outline:
         check_prompts(task)
     lines = [("reads", f"{cache.where}: {config.split}, {rows:,} rows, {contract.num_classes:,} classes")]
     for name, path in students.items():
-        known = cache_for(cache, path, config.split, base_model=bases.get(name)).manifest.contract
-        loaded = load_student(known, path, new_head=False, base_model=bases.get(name))
+        base = bases.get(name)
+        view = cache_for(cache, path, config.split, base_model=base, cache_dir=config.cache_dir, teaches=False)
+        known = view.manifest.contract
+        loaded = load_student(known, path, new_head=False, base_model=base)
         count = sum(p.numel() for p in loaded.model.parameters())
         lines.append((name, f"{path}: {count:,} parameters, on {loaded.model.device.type}"))
     lines.append(("batch", f"{config.batch_size or task.default_eval_rows} rows a forward pass"))
@@ -90,6 +94,7 @@ def evaluate(
     batch_size: int | None = None,
     seed: int = 0,
     base_models: Mapping[str, str] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> EvaluationReport:
     """Compare students with their teacher.
 
@@ -98,6 +103,7 @@ def evaluate(
         batch_size: rows in a forward pass; default: the task's.
         seed: of the bootstrap.
         base_models: name -> base model of a student that is an adapter, in place of the one that it names.
+        cache_dir: where the rows of students with another tokenizer are kept; None: `softlabel` in the user's cache directory.
 
     Returns:
         Metrics of the teacher and of each student; for each student also agreement with the teacher, KL(teacher || student) in nats a
@@ -124,7 +130,14 @@ def evaluate(
         metrics=task.metrics(teacher_predictions, contract.num_classes) if labelled else {},
     )
     views = {
-        name: cache_for(opened, str(student), split, base_model=(base_models or {}).get(name))
+        name: cache_for(
+            opened,
+            str(student),
+            split,
+            base_model=(base_models or {}).get(name),
+            cache_dir=cache_dir,
+            teaches=False,
+        )
         for name, student in students.items()
         if isinstance(student, str | Path)
     }

@@ -39,8 +39,11 @@ _POWER: dict[Divergence, int] = {
 MIXTURE: dict[Divergence, float] = {"jensen-shannon": 0.5, "skewed-kl": 0.1}
 
 
-def check_divergence(encoding: Encoding, loss: Loss) -> None:
+def check_divergence(encoding: Encoding, loss: Loss, *, is_mapped: bool = False) -> None:
     """Refuse a divergence that an encoding cannot serve.
+
+    Args:
+        is_mapped: the student has another tokenizer, so that the target is over other classes than the teacher's.
 
     Raises:
         EncodingError: not linear in q for `sampled`, logits for what holds none; names the encodings that serve it.
@@ -56,6 +59,11 @@ def check_divergence(encoding: Encoding, loss: Loss) -> None:
         raise EncodingError(
             f"--divergence logit-mse: needs the logit of every class, which encoding {encoding.kind} does not keep; cache again with --encoding full, "
             "or use forward-kl with a high --temperature, whose limit it is"
+        )
+    if kind == "logit-mse" and is_mapped:
+        raise EncodingError(
+            "--divergence logit-mse: compares the logits of the same classes, and a student with another tokenizer has others; "
+            "use forward-kl with a high --temperature, whose limit it is"
         )
     if kind != "forward-kl" and loss.tail != "ghost":
         raise MisuseError(

@@ -26,6 +26,8 @@ def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> l
         ContractError: the tokenizers cannot be aligned.
         MisuseError: `--align` where there is nothing to align, or nothing is known of spans.
     """
+    first, last = config.soft_weight, config.soft_weight_end
+    teaches = first != 0 or bool(last) or config.hard_labels == "teacher"
     found = [
         cache_for(
             cache,
@@ -34,6 +36,7 @@ def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> l
             trust_remote_code=config.trust_remote_code,
             base_model=config.base_model,
             cache_dir=config.cache_dir,
+            teaches=teaches,
         )
         for cache in caches
     ]

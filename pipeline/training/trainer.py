@@ -98,7 +98,7 @@ class DistillationTrainer(SavingTrainer):
             refuse_position_weights(loss, self.task, each)
             if is_soft:
                 check_temperature(each.encoding, self.temperature)
-                check_divergence(each.encoding, loss)
+                check_divergence(each.encoding, loss, is_mapped=cache.vocabulary_map is not None)
         if not is_soft:  # the target is made all the same, to be logged: at a temperature that there is
             self.temperature = served_temperature(contract.encoding)
         refuse_spans(

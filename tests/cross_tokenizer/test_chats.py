@@ -117,3 +117,16 @@ def test_a_conversation_that_the_template_refuses_is_left_to_the_text() -> None:
     assert row.supervised is not None
     assert renderer.row(CachedTokens(row.input_ids, row.supervised, messages=row.messages)) is None
     assert renderer.row(CachedTokens(row.input_ids, row.supervised, messages="no JSON")) is None
+
+
+def test_an_answer_that_the_thought_says_too_is_met_in_the_answer() -> None:
+    """Both write thought and answer, with other text between them."""
+    messages = (turn("user", "the cat?"), turn("assistant", "sat.", reasoning_content="on the mat sat. the cat"))
+    row = teacher_rows("qwen-3", messages)[0]
+    found = student_row(("qwen-3", "gpt-oss"), row)
+    assert found.is_rebuilt
+    ids = found.input_ids[1:][found.supervised[:-1]].tolist()
+    text = [tokenizer_of("gpt-oss").decode(ids[i:], skip_special_tokens=True) for i in range(len(ids))]
+    met = [text[i] for i in np.flatnonzero(found.teacher_position >= 0)]
+    assert any(each.startswith("on the mat sat. the cat") for each in met)
+    assert "sat." in met, "the answer"

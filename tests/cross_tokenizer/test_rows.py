@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from pipeline.cross_tokenizer.rows import CachedTokens, Retokenizer, StudentRow
 from pipeline.cross_tokenizer.token_bytes import TokenBytes
@@ -258,3 +260,48 @@ def test_spans_stay_within_their_text(student: str) -> None:
         ours = b"".join(BYTES[student].pieces[i] or b"<special>" for i in mine)
         assert ours in (theirs, b" " + theirs)
     assert len(found.span_start) >= 6
+
+
+def test_a_word_goes_to_its_first_token_where_offsets_leave_its_space_out() -> None:
+    """RoBERTa's `trim_offsets`: the token " the" covers "the" alone."""
+    student: Any = FAMILIES["roberta"]
+    for teacher in ("gpt2", "llama2", "mistral", "bert"):
+        mapping = map_vocabulary(BYTES[teacher], BYTES["roberta"], len(BYTES[teacher].pieces), len(student))
+        for token, piece in enumerate(BYTES[teacher].pieces):
+            if piece:
+                assert mapping.first_token[token] >= 0, piece
+                assert piece.startswith(BYTES["roberta"].pieces[mapping.first_token[token]] or b"?")
+
+
+def test_a_text_that_spells_a_token_of_a_role_stays_aligned() -> None:
+    """EOS that is an ordinary added token is read in a text, whatever is asked of special ones."""
+    tokenizer = copy.deepcopy(FAMILIES["qwen"])
+    tokenizer.add_tokens([AddedToken("<eot>", special=False, normalized=False)])
+    tokenizer.eos_token = "<eot>"
+    student = TokenBytes.of(tokenizer)
+    mapping = map_vocabulary(BYTES["gpt2"], student, len(BYTES["gpt2"].pieces), len(student.pieces))
+    ids = np.asarray(FAMILIES["gpt2"]("the <eot> cat sat", add_special_tokens=False)["input_ids"])
+    row = CachedTokens(ids, np.append(np.ones(len(ids) - 1, dtype=bool), False))
+    found = Retokenizer(BYTES["gpt2"], student, mapping.first_token, 64).rows([row])[0]
+    ours = tokenizer.convert_ids_to_tokens(found.input_ids.tolist())
+    theirs = FAMILIES["gpt2"].convert_ids_to_tokens(ids.tolist())
+    met = [(ours[i + 1], theirs[p + 1]) for i, p in enumerate(found.teacher_position.tolist()) if p >= 0]
+    assert met == [("Ġ", "Ġ"), ("<eot>", "<"), ("Ġcat", "Ġcat"), ("Ġsat", "Ġsat")]
+    assert found.text_bytes == len("the <eot> cat sat") - len("the")
+
+
+def test_the_bos_of_a_document_leaves_the_spans_of_the_one_before() -> None:
+    """A student with a BOS of its own reads isolated documents of a teacher without one."""
+    teacher: Any = FAMILIES["qwen"]
+    documents = [Example(i, text=text) for i, text in enumerate(["the cat sat", "on a mat", "it isn't 10"])]
+    made = get_task("causal-lm").tokenize(
+        documents, "train", teacher, Tokenization(40, packing=True, isolate_documents=True)
+    )
+    (row,) = (row for row in made if isinstance(row, TokenizedExample))
+    assert row.supervised is not None
+    packed = CachedTokens(row.input_ids, row.supervised, False, row.text_bytes, document_lengths=row.document_lengths)
+    found = RETOKENIZERS["qwen", "gpt2"].rows([packed])[0]
+    tokens = found.input_ids[1:][found.supervised[:-1]]
+    ends = np.flatnonzero(tokens == FAMILIES["gpt2"].eos_token_id)
+    assert len(ends) == 3
+    assert (found.span[ends] >= 0).all()
