@@ -39,7 +39,7 @@ ORDER: dict[str, list[set[str]]] = {
     "cache": [{"storage"}, {"format"}, {"reading"}, {"views"}, {"writing"}, {"transforms"}, {"__init__"}],
     "capture": [
         {"forward", "labelled", "plan"},
-        {"append", "audit", "automatic"},
+        {"append", "audit", "automatic", "written"},
         {"teachers"},
         {"permutation"},
         {"job"},

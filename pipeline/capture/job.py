@@ -38,11 +38,11 @@ from pipeline.capture.teachers.judge.teacher import make_judge
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.capture.teachers.protocol import Teacher
 from pipeline.capture.teachers.served import ServedTeacher, serve
+from pipeline.capture.written import check_written_ids
 from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
 from pipeline.models import LoadedModel, length_within, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.models.saved import trained_length
-from pipeline.models.written import check_written_ids
 from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
 from pipeline.sources import (
     LabelMap,

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.capture.run import run as capture
+from pipeline.capture.written import check_written_ids
 from pipeline.config import CacheLogitsConfig, DataConfig, GenerateConfig
 from pipeline.errors import ContractError
 from pipeline.generation.run import run as generate
-from pipeline.models.written import check_written_ids
 from tests.conftest import WORDS, tiny_model
 from tests.support.generations import writing_model
 
