@@ -176,7 +176,7 @@ def _regions(ours: bytes, theirs: bytes, said: Message) -> list[_Region]:
     add([(0, 0)])
     add([(len(ours) - len(ours.lstrip()), len(theirs) - len(theirs.lstrip()))])
     for text in sorted(_parts(said), key=len, reverse=True):  # a part that is in another one is met behind it
-        add(product(*(islice(_places(turn, text), _MOST_PLACES) for turn in (ours, theirs))))
+        add(product(islice(_places(ours, text), _MOST_PLACES), islice(_places(theirs, text), _MOST_PLACES)))
     return sorted(found, key=lambda region: region.ours)
 
 

@@ -160,10 +160,15 @@ def observe(
         owners.append(owner)
         text_bytes.append(text_bytes_of(rows))
         done += len(rows)
-    known = [np.concatenate(parts) for parts in (labels, teacher, owners, text_bytes)]
+    known = {
+        "labels": np.concatenate(labels),
+        "teacher": np.concatenate(teacher),
+        "owners": np.concatenate(owners),
+        "text_bytes": np.concatenate(text_bytes),
+    }
     places = np.concatenate(aligned) if aligned else None
-    found = plain.observation(*known, places)
-    return found, None if row_temperatures is None else scaled.observation(*known, places)
+    found = plain.observation(**known, aligned=places)
+    return found, None if row_temperatures is None else scaled.observation(**known, aligned=places)
 
 
 def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
