@@ -9,6 +9,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
+from pipeline.evaluation.basis import Basis
 from pipeline.evaluation.measures import calibration
 from pipeline.evaluation.measures.calibration import (
     best_temperature,
@@ -124,7 +125,7 @@ def test_a_row_is_never_scaled_by_its_own_label(monkeypatch):
     task = get_task("sequence-classification")
     logits, labels = logits_and_labels(200, temperature=3.0)
     monkeypatch.setattr(calibration, "logits_by_batch", fake_pass(logits, labels))
-    before = fit_temperatures(FakeCache(), task, None, "s", "test", None, 50)
+    before = fit_temperatures(FakeCache(), Basis(task), None, "s", "test", None, 50)
     assert before.main_metric is None
     first, second = halves(np.arange(200)) == 0, halves(np.arange(200)) == 1
     assert 80 <= first.sum() <= 120
@@ -132,7 +133,7 @@ def test_a_row_is_never_scaled_by_its_own_label(monkeypatch):
     other = labels.clone()
     other[first] = (other[first] + 1) % 5  # what the first half is divided by does not hang on its labels
     monkeypatch.setattr(calibration, "logits_by_batch", fake_pass(logits, other))
-    after = fit_temperatures(FakeCache(), task, None, "s", "test", None, 50)
+    after = fit_temperatures(FakeCache(), Basis(task), None, "s", "test", None, 50)
     assert (after.row_temperatures[first] == before.row_temperatures[first]).all()
     assert (after.row_temperatures[second] != before.row_temperatures[second]).all()
 
@@ -141,7 +142,7 @@ def test_another_split_gives_one_temperature_and_the_metric_there(monkeypatch):
     task = get_task("sequence-classification")
     logits, labels = logits_and_labels(200, temperature=3.0)
     monkeypatch.setattr(calibration, "logits_by_batch", fake_pass(logits, labels))
-    found = fit_temperatures(FakeCache(), task, None, "s", "test", "validation", 50)
+    found = fit_temperatures(FakeCache(), Basis(task), None, "s", "test", "validation", 50)
     assert len(set(found.row_temperatures)) == 1
     assert found.row_temperatures[0] == pytest.approx(best_temperature(scaled_losses(logits, labels).sum(0)))
     assert found.main_metric == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
