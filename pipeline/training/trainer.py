@@ -115,7 +115,7 @@ class DistillationTrainer(SavingTrainer):
             teacher_labels=teacher_labels,
             position_weights=loss.position_weights,
             vocabulary_map=cache.vocabulary_map,
-            with_spans=loss.span_weight > 0,
+            with_spans=loss.span_weight > 0 and cache.vocabulary_map is not None,
         )
         self.batch_tokens = batch_tokens
         refuse_unused(args, trainer_kwargs)
