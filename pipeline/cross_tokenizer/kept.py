@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.cache.format.codec import unpack
+from pipeline.cache.format.codec import flat, unpack
 from pipeline.cache.storage.commit import write_atomically
 from pipeline.cross_tokenizer.chats import ChatRenderer
 from pipeline.cross_tokenizer.rows import CachedTokens, Retokenizer, StudentRow, without_alignment
 from pipeline.cross_tokenizer.vocabulary_map import NONE
 from pipeline.errors import CacheError, ContractError
 from pipeline.progress import Progress
-from pipeline.records import Contract, Ragged, RowBlock, Shard, VocabularyMap
+from pipeline.records import Contract, RowBlock, Shard, VocabularyMap
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,10 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 #: What is read of a cache.
 _READ = ("input_ids", "supervised", "source_row", "piece", "text_bytes", "document_lengths", "text", "messages")
-_LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
+#: Lists of the kept rows: they take the place of the cache's, or stand beside them.
+LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
 _TYPES = {
-    **{name: pa.list_(pa.int32()) for name in _LISTS},
+    **{name: pa.list_(pa.int32()) for name in LISTS},
     "supervised": pa.list_(pa.bool_()),
     "text_bytes": pa.int64(),
     "is_rebuilt": pa.bool_(),
@@ -66,12 +67,9 @@ class Counts:
     """Special tokens of the teacher that the student has none for."""
     in_other_rows: int = 0
     """Positions of turns that the student's chat template does not put into the row that holds them."""
-    longest: int = 0
-    """Tokens of the longest row."""
 
     def __add__(self, other: Counts) -> Counts:
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
-        return Counts(**{**sums, "longest": max(self.longest, other.longest)})
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ class Maker:
     def _write(self, kept: KeptRows, shard: Shard, path: Path) -> None:
         contract = kept.cache.manifest.contract
         isolated = contract.tokenization.isolate_documents
-        names = [name for name in _LISTS if isolated or name != "document_lengths"]
-        schema = pa.schema({name: kind for name, kind in _TYPES.items() if name in names or name not in _LISTS})
+        names = [name for name in LISTS if isolated or name != "document_lengths"]
+        schema = pa.schema({name: kind for name, kind in _TYPES.items() if name in names or name not in LISTS})
         rows = CacheDataset(kept.cache.root, kept.cache.manifest, (shard,), remote=kept.cache.remote)
         columns = [name for name in _READ if name in contract.columns]
         with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
@@ -246,10 +244,7 @@ def unpack_kept(table: pa.Table, contract: Contract) -> RowBlock:
     for name in table.column_names:
         array = table[name].combine_chunks()
         if pa.types.is_list(array.type):
-            offsets = array.offsets.to_numpy()
-            lists[name] = Ragged.of(
-                array.values[offsets[0] : offsets[-1]].to_numpy(zero_copy_only=False), np.diff(offsets)
-            )
+            lists[name] = flat(array)
         else:
             numbers[name] = array.to_numpy(zero_copy_only=False)
     return RowBlock(contract.encoding, contract.num_classes, lists, numbers, {})
@@ -267,7 +262,6 @@ def _counts(block: RowBlock) -> Counts:
         cut=int(cut.sum()),
         dropped=int(block.numbers["num_dropped"].sum()),
         in_other_rows=int(block.numbers["num_in_other_rows"].sum()),
-        longest=int(block.lists["input_ids"].counts.max(initial=0)),
     )
 
 

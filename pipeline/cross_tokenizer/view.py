@@ -12,11 +12,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, CacheDataset
-from pipeline.cross_tokenizer.kept import Counts, KeptRows, Maker
+from pipeline.cross_tokenizer.kept import LISTS, Counts, KeptRows, Maker
 from pipeline.records import OwnTokenizer, RowBlock, Shard, VocabularyMap
-
-#: Columns of the kept rows that take the place of the cache's, or stand beside them.
-_LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
 
 
 class RetokenizedDataset(CacheDataset):
@@ -32,7 +29,7 @@ class RetokenizedDataset(CacheDataset):
 
     def _block(self, group: int, table: pa.Table) -> RowBlock:
         block, kept = super()._block(group, table), self.kept.read(*self.groups[group])
-        lists = {**block.lists, **{name: kept.lists[name] for name in _LISTS if name in kept.lists}}
+        lists = {**block.lists, **{name: kept.lists[name] for name in LISTS if name in kept.lists}}
         numbers = dict(block.numbers)
         if "text_bytes" in numbers:
             numbers["text_bytes"] = kept.numbers["text_bytes"]

@@ -12,7 +12,7 @@ from pipeline.tasks import Task
 
 BITS_PER_BYTE = "bits_per_byte"
 #: Numbers a token, which say nothing between tokenizers.
-OF_TOKENS = ("loss", "perplexity")
+OF_TOKENS = ("loss", "perplexity", "accuracy")
 
 
 @dataclass(frozen=True, slots=True)

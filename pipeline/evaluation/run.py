@@ -208,7 +208,7 @@ class _Comparison:
             return line
         metrics = self.basis.task.metrics(found, cache.manifest.contract.num_classes)
         if cache.vocabulary_map is not None:  # of other tokens: no number to compare
-            metrics = {key: value for key, value in metrics.items() if key not in (*OF_TOKENS, "accuracy")}
+            metrics = {key: value for key, value in metrics.items() if key not in OF_TOKENS}
         main = self.basis.main_metric
         ours, theirs = metrics[main], self.teacher.metrics[main]
         scores, weights = self._row_scores(found)

@@ -68,7 +68,7 @@ def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
         if name not in COLUMNS or pa.types.is_string(array.type):
             others[name] = array
         elif pa.types.is_list(array.type):
-            lists[name] = _flat(array)
+            lists[name] = flat(array)
         else:
             full = pc.fill_null(array, NO_LABEL) if name == "label" else array
             numbers[name] = full.to_numpy(zero_copy_only=False)
@@ -86,7 +86,7 @@ def _pack_column(block: RowBlock, field: pa.Field) -> pa.Array:
     return block.others[field.name].cast(field.type)
 
 
-def _flat(array: pa.ListArray) -> Ragged:
+def flat(array: pa.ListArray) -> Ragged:
     """Values of all rows one after another, and offsets into them that start at 0."""
     offsets = array.offsets.to_numpy()
     values = array.values[offsets[0] : offsets[-1]].to_numpy(zero_copy_only=False)

@@ -156,7 +156,7 @@ def _with_own_tokens(cache: Any, order: Order, before: int | None) -> tuple[Any,
     task = get_task(cache.manifest.contract.task)
     loaded = load_model(task, order.model, dtype="float32", trainable=True)
     loading, held = _memory("VmHWM"), _memory("VmRSS")
-    view = cache_for(cache, order.model, order.split)
+    view = cache_for(cache, order.model, order.split, teaches=False)
     check_fit(task, view.manifest.contract, loaded)
     gc.collect()
     grown = (_memory("VmRSS") or 0) - (held or 0)

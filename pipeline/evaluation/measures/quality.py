@@ -19,9 +19,6 @@ from pipeline.metrics import paired_mean_interval
 #: Differences below this share of the teacher's metric are rounding, not quality.
 NEGLIGIBLE = 1e-4
 
-#: What is left out of a model whose tokens are not the teacher's.
-OF_OWN_TOKENS = (*OF_TOKENS, "accuracy")
-
 _FEW = 4
 """Students that are each compared with every control."""
 
@@ -142,7 +139,7 @@ def _metrics(
     by_seed = [basis.task.metrics(one.predictions, num_classes) for one in seen]
     found = {}
     for metric in by_seed[0]:
-        if seen[0].teacher_position is not None and metric in OF_OWN_TOKENS:
+        if seen[0].teacher_position is not None and metric in OF_TOKENS:
             continue
         if scores.has(name, metric):
             found[metric] = scores.measured(name, metric)

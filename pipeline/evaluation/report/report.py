@@ -145,7 +145,7 @@ def read_by(directory: str, teachers: Mapping[str, Teacher], split: str) -> tupl
         ContractError: its tokenizer cannot be aligned with the teacher's.
     """
     own = teachers.get(provenance(directory, {}).cache_id or "", next(iter(teachers.values())))
-    return own, cache_for(own.cache, directory, split)
+    return own, cache_for(own.cache, directory, split, teaches=False)
 
 
 def look(
