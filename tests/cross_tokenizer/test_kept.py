@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -115,14 +116,17 @@ def test_another_longest_row_is_kept_apart(tmp_path, cached):
     assert one.dataset("train").num_tokens().max() == 40 < other.dataset("train").num_tokens().max()
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_read_the_same_batches(tmp_path, cached, context):
+@pytest.mark.parametrize("how", ["worker", "pickled"])
+def test_workers_read_the_same_batches(tmp_path, cached, how):
+    """A worker that is started anew is given its rows and collator pickled."""
     view = view_of(cached, student(tmp_path, byte_level(290)))
     collator = Collator(get_task("causal-lm"), view.tokenizer, 1.0, pad_id=0, vocabulary_map=view.vocabulary_map)
     rows = TrainingRows(view.dataset("train"))
-    settings = {"batch_size": 8, "collate_fn": collator}
-    alone = DataLoader(rows, **settings)
-    by_workers = DataLoader(rows, num_workers=2, multiprocessing_context=context, **settings)
+    alone = DataLoader(rows, batch_size=8, collate_fn=collator)
+    given, number = (rows, collator), 1
+    if how == "pickled":
+        given, number = pickle.loads(pickle.dumps(given)), 0
+    by_workers = DataLoader(given[0], batch_size=8, collate_fn=given[1], num_workers=number)
     for one, other in zip(alone, by_workers, strict=True):
         assert torch.equal(one["inputs"]["input_ids"], other["inputs"]["input_ids"])
         assert torch.equal(one["target"]["weights"], other["target"]["weights"])

@@ -40,6 +40,8 @@ BUDGET = {
     "tests/cross_tokenizer/test_training.py": 20.0,
     "tests/cross_tokenizer/test_options.py": 20.0,
     "tests/cross_tokenizer/test_rows.py": 10.0,
+    "tests/cross_tokenizer/test_kept.py": 15.0,
+    "tests/cross_tokenizer/test_ranks.py": 20.0,
     "tests/cross_tokenizer/test_chats.py": 10.0,
     "tests/evaluation/report/test_report_tokenizers.py": 30.0,
     "tests/sweep/test_tokenizers.py": 15.0,
