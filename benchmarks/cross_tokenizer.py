@@ -10,6 +10,9 @@ teacher's own tokenizer with as many parameters, nearly all of which are its emb
 400 articles; the students have the BPE of 8,192 tokens, so that a token of theirs is several of the
 teacher's.
 
+"Both" has the weight of the mapped target and that of the spans; beside it stands the mapped target alone with as
+much weight as the two.
+
 Every way has the same rows, steps, schedule and, seed by seed, the same first weights. The measure is bits per byte
 on articles that no way has seen; intervals are paired t intervals over the seeds. What is finished is kept in
 `runs.json`, and a run that was stopped continues with the next.
@@ -47,12 +50,13 @@ MAPPED = {"hard_weight": 0.1, "soft_weight": 0.9}
 WAYS = (
     Way("cross-entropy alone", {"hard_weight": 1.0, "soft_weight": 0.0}),
     Way("mapped target", MAPPED),
+    Way("mapped target, twice its weight", {"hard_weight": 0.1, "soft_weight": 1.8}),
     Way("spans", {**MAPPED, "align": "spans"}),
     Way("both", {**MAPPED, "align": "both"}),
     Way("the teacher's tokenizer, cross-entropy alone", {"hard_weight": 1.0, "soft_weight": 0.0}, own=False),
     Way("the teacher's tokenizer, soft labels", MAPPED, own=False),
 )
-PAIRS = {"small-vocabulary": WAYS, "long-tokens": WAYS[:4]}
+PAIRS = {"small-vocabulary": WAYS, "long-tokens": WAYS[:5]}
 
 
 def articles(folder: Path, split: str, count: int) -> list[str]:
