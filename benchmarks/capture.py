@@ -187,7 +187,7 @@ def usual(job: Any, path: Path, length: int) -> int:
     model, tokenizer = job.teacher.model, job.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    k = min(TOP_K, model.config.get_text_config().vocab_size if job.task.classes_are_tokens else 3)
+    k = min(TOP_K, model.config.get_text_config().vocab_size if job.task.predicts_tokens else 3)
 
     def label(rows: dict[str, list[str]]) -> dict[str, Any]:
         found = tokenizer(rows["text"], truncation=True, max_length=length, padding=True, return_tensors="pt").to(

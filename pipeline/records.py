@@ -36,6 +36,12 @@ Outline = tuple[tuple[str, str], ...]
 #: Which turns of the assistant are learnt: all of them, in one row if they have one context; each in a row; the last.
 AssistantTurns = Literal["auto", "all", "each", "last"]
 
+#: Where hard labels come from: a value of the source for each row, or for each position; or the tokens of the row themselves.
+LabelSource = Literal["row", "positions", "tokens"]
+
+#: How a student with another tokenizer learns from a cache: the stored texts are tokenized anew, or the tokens of both are aligned by their bytes.
+OtherTokenizers = Literal["texts", "bytes"]
+
 
 # ------------------------------------------------------------------------------------------------ source -> tokens
 

@@ -66,7 +66,7 @@ def fastest_batch_tokens(
 
 def _row(task: Task, tokenizer: PreTrainedTokenizerBase, model: Any, length: int) -> TokenizedExample:
     ids = np.full(length, pad_id(tokenizer, model), dtype=np.int32)
-    supervised = np.arange(length) < length - 1 if task.classes_are_tokens else None
+    supervised = task.default_positions(ids) if task.marks_positions else None
     types = np.zeros(length, dtype=np.int32) if "token_type_ids" in tokenizer.model_input_names else None
     return TokenizedExample(0, 0, ids, supervised, types)
 

@@ -285,8 +285,9 @@ def make_job(
     schema = cache_schema(
         encoding,
         num_classes,
-        token_classes=task.classes_are_tokens,
-        token_type_ids="token_type_ids" in tokenizer.model_input_names and not task.classes_are_tokens,
+        labels=task.label_source,
+        marks_positions=task.marks_positions,
+        token_type_ids="token_type_ids" in tokenizer.model_input_names and task.takes_token_types,
         **text_columns(task, store_text, chats=holds_chats(source)),
         text_pair=source.columns.text_pair is not None,
         documents=tokenization.isolate_documents,
@@ -346,7 +347,7 @@ def make_job(
         on_bad_row=on_bad_row,
     )
     per_shard = rows_per_shard or default_rows_per_shard(
-        encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
+        encoding, num_classes, max_length=tokenization.max_length, marks_positions=task.marks_positions
     )
     plan = Plan(contract, plan_shards(ranges, per_shard, row_groups=row_groups))
     if begun is None and len(plan.shards) > MOST_FILES:

@@ -56,12 +56,13 @@ def tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
     """
     ids = np.asarray(row.input_ids, dtype=np.int32)
     supervised = None
-    if task.classes_are_tokens:
-        default = np.arange(len(ids)) < len(ids) - 1
+    if task.marks_positions:
+        default = task.default_positions(ids)
         supervised = default if row.supervised is None else np.asarray(row.supervised, dtype=bool)
-        if len(supervised) != len(ids) or not supervised.any() or supervised[-1]:
+        last = task.label_source == "tokens"
+        if len(supervised) != len(ids) or not supervised.any() or (last and supervised[-1]):
             raise BadRowError(
-                f"row {number}: supervised: expected {len(ids)} flags, one or more of them set and the last not"
+                f"row {number}: supervised: expected {len(ids)} flags, one or more of them set{' and the last not' if last else ''}"
             )
     return TokenizedExample(
         source_row=number,

@@ -80,7 +80,7 @@ def _cuts(start: int, stop: int, most: int, row_groups: Sequence[int]) -> list[i
     return cuts
 
 
-def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: int, token_classes: bool) -> int:
+def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: int, marks_positions: bool) -> int:
     """Source rows whose shard stays around 128 MB, at a guess from above of the bytes a position."""
     if isinstance(encoding, Full):
         per_position = 4 * num_classes
@@ -88,7 +88,7 @@ def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: 
         per_position = int(2 * encoding.sample_size)
     else:
         per_position = 4 * encoding.k if isinstance(encoding, TopK) else 256
-    row_bytes = max_length * (4 + per_position) if token_classes else 4 * max_length + per_position
+    row_bytes = max_length * (4 + per_position) if marks_positions else 4 * max_length + per_position
     return max(1, min(_MOST_ROWS, _TARGET_BYTES // row_bytes))
 
 
@@ -135,11 +135,11 @@ def check_stored(
     Raises:
         MisuseError: names the flag.
     """
-    if store_label_logprobs and not task.classes_are_tokens:
+    if store_label_logprobs and task.label_source != "tokens":
         raise MisuseError(
             f"--store-label-logprobs is for language models, where every position has a hard label, the token that follows; --task {task.name} has classes; leave it out"
         )
-    if not store_text or not task.classes_are_tokens:
+    if not store_text or task.stores_text:
         return
     if tokenization.packing:
         raise MisuseError(
@@ -153,14 +153,14 @@ def check_stored(
 
 def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[str, bool]:
     """Arguments of `cache_schema`: which columns hold the texts."""
-    if not task.classes_are_tokens:
+    if task.stores_text:
         return {"text": store_text is not False}
     return {"text": bool(store_text) and not chats, "messages": bool(store_text) and chats}
 
 
 def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:
     """Whether `full` is refused: a row of a language model's float16 logits would pass 64 MB."""
-    return task.classes_are_tokens and 2 * num_classes * max_length > MAX_ROW_BYTES
+    return task.marks_positions and 2 * num_classes * max_length > MAX_ROW_BYTES
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:

@@ -98,10 +98,10 @@ def write_cache(
         CacheError: see its subclasses; the soft labels may be out of step with the tokens.
     """
     chosen = get_task(task)
-    classes = num_classes or (len(tokenizer) if chosen.classes_are_tokens else len(label_names or ()))
+    classes = num_classes or (len(tokenizer) if chosen.predicts_tokens else len(label_names or ()))
     if classes < 2:
         raise MisuseError("write_cache: give label_names=..., or num_classes=... of at least 2")
-    if not chosen.classes_are_tokens and label_names is None:
+    if chosen.names_classes and label_names is None:
         label_names = tuple(f"LABEL_{i}" for i in range(classes))
     iterator = iter(rows)
     head: list[LabelledRow | BadRow] = []
@@ -114,11 +114,12 @@ def write_cache(
     if first is None:
         raise MisuseError("write_cache: expected rows, found none")
     _check_stored(chosen, first, store_text=store_text, store_label_logprobs=store_label_logprobs)
-    keeps = store_text is not False if not chosen.classes_are_tokens else bool(store_text)
+    keeps = store_text is not False if chosen.stores_text else bool(store_text)
     schema = cache_schema(
         encoding,
         classes,
-        token_classes=chosen.classes_are_tokens,
+        labels=chosen.label_source,
+        marks_positions=chosen.marks_positions,
         token_type_ids=first.token_type_ids is not None,
         text=keeps and first.text is not None,
         text_pair=first.text_pair is not None,
@@ -135,7 +136,7 @@ def write_cache(
         task=task,
         encoding=encoding,
         num_classes=classes,
-        label_names=None if chosen.classes_are_tokens else label_names,
+        label_names=label_names if chosen.names_classes else None,
         teacher=info,
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(source, None, None, Columns(text=None, label=None), {}),
@@ -268,11 +269,11 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
 
 
 def _check_stored(task: Task, first: LabelledRow, *, store_text: bool | None, store_label_logprobs: bool) -> None:
-    if store_label_logprobs and not task.classes_are_tokens:
+    if store_label_logprobs and task.label_source != "tokens":
         raise MisuseError("write_cache: store_label_logprobs is for language models; leave it out")
     if store_text and first.text is None and first.messages is None:
         raise MisuseError("write_cache: store_text: expected rows with text or messages, found none in the first")
-    if first.messages is not None and (first.text is not None or not task.classes_are_tokens):
+    if first.messages is not None and (first.text is not None or task.label_source != "tokens"):
         raise MisuseError("write_cache: messages are of language models, in place of text; give one of the two")
 
 

@@ -20,7 +20,7 @@ from pipeline.cross_tokenizer.token_bytes import TokenBytes
 from pipeline.cross_tokenizer.vocabulary_map import NONE
 from pipeline.errors import BadRowError, MisuseError
 from pipeline.records import Example, Message, Tokenization, TokenizedExample
-from pipeline.tasks import get_task
+from pipeline.tasks import writing_task
 from pipeline.tasks.texts import read_conversation
 
 #: Cut afterwards: a row of the student loses its end, as other rows do.
@@ -66,7 +66,7 @@ class ChatRenderer:
         except BadRowError:
             return None
         example = Example(row.source_row, messages=messages, tools=tools)
-        made = list(get_task("causal-lm").tokenize([example], "", self.student.tokenizer, self.settings, texts=True))
+        made = list(writing_task().tokenize([example], "", self.student.tokenizer, self.settings, texts=True))
         rows = [each for each in made if isinstance(each, TokenizedExample)]
         if not rows:
             return None
@@ -105,7 +105,7 @@ class ChatRenderer:
 
 
 def _settled(plain: Tokenization, kwargs: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-    task = get_task("causal-lm")
+    task = writing_task()
     try:
         return task.settle(dataclasses.replace(plain, chat_template_kwargs=kwargs), tokenizer, chats=True)
     except MisuseError:  # an argument that this template does not read

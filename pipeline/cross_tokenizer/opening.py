@@ -60,7 +60,7 @@ def cache_for(
         ContractError: the student's tokenizer cannot be aligned, or so few positions are that nothing would be learnt from the teacher.
     """
     contract = cache.manifest.contract
-    if not get_task(contract.task).classes_are_tokens:
+    if get_task(contract.task).other_tokenizers != "bytes":
         return cache
     tokenizer, config = _of_student(student, trust_remote_code=trust_remote_code, base_model=base_model)
     if tokenizer is None or tokenizer_info(tokenizer).sha256 == contract.tokenizer.sha256:

@@ -197,7 +197,7 @@ def _with_ids(part: Any, raw: Tokenizer) -> Any:
 def _texts(cache: Cache, read: _Read) -> Iterator[str]:
     """Texts of the split, a row group at a time; counted as they are read."""
     contract = cache.manifest.contract
-    rebuilt = get_task(contract.task).classes_are_tokens
+    rebuilt = get_task(contract.task).other_tokenizers == "bytes"
     stored = [name for name in (_TEXTS[:1] if rebuilt else _TEXTS) if name in contract.columns]
     if not stored and not rebuilt:
         raise CacheError(

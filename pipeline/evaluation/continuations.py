@@ -47,5 +47,5 @@ def check_prompts(task: Task) -> None:
     Raises:
         MisuseError: the task is another.
     """
-    if not task.classes_are_tokens:
+    if not task.continues_prompts:
         raise MisuseError(f"--prompt is for language models; the cache is of the task {task.name}")

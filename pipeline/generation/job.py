@@ -32,7 +32,7 @@ from pipeline.records import BadRow, SourceInfo
 from pipeline.servers.addresses import base_urls, server_key
 from pipeline.sources import fingerprints
 from pipeline.sources.files.loading import redact
-from pipeline.tasks import TASKS, Task
+from pipeline.tasks import Task, writing_task
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,6 @@ def generation_layout(output: str | Path) -> Layout:
     if is_url(str(output)):
         raise MisuseError(f"{redact(str(output))}: generate writes to a directory; copy it from there")
     return Layout(Path(output), names=NAMES)
-
-
-def writing_task() -> Task:
-    """The task whose models write: its classes are tokens."""
-    return next(task for task in TASKS.values() if task.classes_are_tokens)
 
 
 def prepare(

@@ -169,7 +169,7 @@ def with_adapter(model: Any, name: str, folder: Path, missing: Sequence[str], *,
     return adapted
 
 
-def refuse_prompt_tokens(model: Any, name: str, *, classes_are_tokens: bool) -> None:
+def refuse_prompt_tokens(model: Any, name: str, *, marks_positions: bool) -> None:
     """Refuse an adapter that puts tokens of its own before each row, where these move the positions whose logits are taken.
 
     Encoders take the first position, whatever stands there.
@@ -181,7 +181,7 @@ def refuse_prompt_tokens(model: Any, name: str, *, classes_are_tokens: bool) -> 
     kind = getattr(settings.peft_type, "value", str(settings.peft_type))
     if not settings.is_prompt_learning or kind == "PREFIX_TUNING":
         return
-    if classes_are_tokens or type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+    if marks_positions or type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ModelError(
             f"{name}: is an adapter of the kind {kind}, which puts {settings.num_virtual_tokens} tokens before each row and so moves its positions; "
             "expected one that does not, as LoRA, IA3 or prefix tuning"

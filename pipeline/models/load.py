@@ -117,7 +117,7 @@ def load_model(
         refuse_more_blocks(base, read_gguf_metadata(path)[1], config.get_text_config().num_hidden_layers)
     if folder is not None:
         model = with_adapter(model, name, folder, missing, base=base, trainable=trainable)
-        refuse_prompt_tokens(model, name, classes_are_tokens=task.classes_are_tokens)
+        refuse_prompt_tokens(model, name, marks_positions=task.marks_positions)
     else:
         refuse_missing(model, name, missing, new_head=new_head)
     commit = None if folder is None or Path(name).expanduser().exists() else folder.name

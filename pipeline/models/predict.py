@@ -24,7 +24,7 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     task = detect_task(config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
     loaded = load_model(task, config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
     longest = config.max_length or trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
-    if task.classes_are_tokens:
+    if task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
     else:

@@ -31,6 +31,7 @@ from pipeline.sharing.entries import TopEntries, labelled, shift_differences
 from pipeline.sharing.responses import needs_template, read_requests, read_responses
 from pipeline.sharing.tables import is_table, read_entries, read_parquet
 from pipeline.sources.files.loading import redact
+from pipeline.tasks import writing_task
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def import_responses(
     return write_cache(
         _rows(rows, split, on_bad_row),
         output,
-        task="causal-lm",
+        task=writing_task().name,
         tokenizer=tokenizer,
         encoding=TopK(opened.top_k, (1.0,)),
         teacher=teacher,

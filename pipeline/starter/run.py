@@ -80,9 +80,9 @@ def _written(config: InitConfig) -> Start:
     task = _asked_task(config)
     if not any(each.rows for each in facts.values()):
         raise SourceError(f"{config.dataset}: no rows; expected at least one")
-    roles = choose_roles(config.dataset, facts, config, tokens=None if task is None else task.classes_are_tokens)
+    roles = choose_roles(config.dataset, facts, config, tokens=None if task is None else task.predicts_tokens)
     task = task or _task_of(roles)
-    if task.classes_are_tokens and config.model is None and config.teacher is None:
+    if task.predicts_tokens and config.model is None and config.teacher is None:
         raise MisuseError(
             f"{config.dataset}: {_why_generative(roles)}: a language model needs its teacher named; give --teacher NAME "
             "(used as it is), or --model NAME (fine-tuned on this data first)"
@@ -107,7 +107,7 @@ def _written(config: InitConfig) -> Start:
         path=config.output,
         command=_command(config),
         task=task.name,
-        generative=task.classes_are_tokens,
+        generative=task.continues_prompts,
         data=data,
         added=added,
         roles=roles,
@@ -157,7 +157,8 @@ def _asked_task(config: InitConfig) -> Task | None:
 
 
 def _task_of(roles: Roles) -> Task:
-    return next(task for task in TASKS.values() if task.classes_are_tokens == (roles.label is None))
+    source = "tokens" if roles.label is None else "row"
+    return next(task for task in TASKS.values() if task.label_source == source)
 
 
 def _why_generative(roles: Roles) -> str:
@@ -260,7 +261,7 @@ def _lengths(task: Task, known: Known, rows: list[TokenizedExample], source: Sou
     longest = int(sizes.max())
     wanted = longest if longest <= _SHORT else most
     chosen = min(limit, max(16, -(-wanted // 16) * 16))
-    in_pieces = task.classes_are_tokens and roles.text is not None
+    in_pieces = task.label_source == "tokens" and roles.text is not None
     return Lengths(
         median=int(np.median(sizes)),
         most=most,
@@ -291,7 +292,7 @@ def _rows_of(name: str) -> int:
 
 def _evaluated(task: Task, counts: Counts) -> str:
     for split in ("test", "validation"):
-        if split in counts.splits and (task.classes_are_tokens or counts.splits[split].labelled):
+        if split in counts.splits and (task.label_source == "tokens" or counts.splits[split].labelled):
             return split
     return "test"
 

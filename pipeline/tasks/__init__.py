@@ -29,6 +29,11 @@ def get_task(name: str) -> Task:
         raise ConfigError(f"task {name!r}: expected one of {', '.join(TASKS)}") from None
 
 
+def writing_task() -> Task:
+    """The task whose models write: they go on from a prompt."""
+    return next(task for task in TASKS.values() if task.continues_prompts)
+
+
 __all__ = [
     "TASKS",
     "Task",
@@ -40,4 +45,5 @@ __all__ = [
     "kept_pad_id",
     "named_ids",
     "token_block",
+    "writing_task",
 ]

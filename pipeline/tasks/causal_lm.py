@@ -19,6 +19,8 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    LabelSource,
+    OtherTokenizers,
     Predictions,
     Ragged,
     Sampled,
@@ -30,6 +32,16 @@ from pipeline.tasks.chats import check_chat_settings, settle
 from pipeline.tasks.documents import Document, read_documents
 from pipeline.tasks.protocol import attention_mask, pad, token_block
 
+_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+inputs = tokenizer("A text", truncation=True, max_length={max_length}, return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class CausalLM:
@@ -39,7 +51,16 @@ class CausalLM:
     auto_class: Any = AutoModelForCausalLM
     peft_type: str = "CAUSAL_LM"
     hub_category: str = "text-generation"
-    classes_are_tokens: bool = True
+    usage: str = _USAGE
+    marks_positions: bool = True
+    label_source: LabelSource = "tokens"
+    names_classes: bool = False
+    predicts_tokens: bool = True
+    fuses_head: bool = True
+    continues_prompts: bool = True
+    takes_token_types: bool = False
+    stores_text: bool = False
+    other_tokenizers: OtherTokenizers = "bytes"
     judged_by: str | None = None
     default_encoding: Encoding = Sampled()
     default_temperature: float = 1.0
@@ -100,6 +121,10 @@ class CausalLM:
                 yield fitted
             else:
                 yield from _cut(fitted, settings.max_length)
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """All but the last, which no token follows."""
+        return np.arange(len(input_ids)) < len(input_ids) - 1
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
         """(N,): the token after each supervised position."""

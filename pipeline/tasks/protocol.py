@@ -17,6 +17,8 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    LabelSource,
+    OtherTokenizers,
     Predictions,
     Ragged,
     TokenBlock,
@@ -45,8 +47,44 @@ class Task(Protocol):
         """The task as the hub's search names it."""
 
     @property
-    def classes_are_tokens(self) -> bool:
-        """Whether class i is token i: then teacher and student share a tokenizer, and hard labels are in `input_ids`."""
+    def usage(self) -> str:
+        """How a student is used, for its card: Markdown with the fields `tag`, `folder` and `max_length`."""
+
+    @property
+    def marks_positions(self) -> bool:
+        """Whether a row marks which of its tokens have soft labels; else it has one position."""
+
+    @property
+    def label_source(self) -> LabelSource:
+        """Where hard labels come from."""
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether the classes have names, which contract and model state; a model that is trained gets a new head for those of its data."""
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether class i is token i of the tokenizer."""
+
+    @property
+    def fuses_head(self) -> bool:
+        """Whether the loss can be taken chunk by chunk of the output embedding, so that (N, V) never exists."""
+
+    @property
+    def continues_prompts(self) -> bool:
+        """Whether a model can go on from a prompt: write data sets, answer as a server, read chats."""
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether `token_type_ids` are stored where the tokenizer makes them."""
+
+    @property
+    def stores_text(self) -> bool:
+        """Whether texts are stored where the user does not say."""
+
+    @property
+    def other_tokenizers(self) -> OtherTokenizers:
+        """How a student with another tokenizer learns from a cache."""
 
     @property
     def judged_by(self) -> str | None:
@@ -107,6 +145,9 @@ class Task(Protocol):
         Args:
             texts: language models: with the text or the messages that each row is of; the tokenizer is a fast one, and rows are not packed.
         """
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """(T,) token ids of a row -> (T,) bool: its positions, where nothing says which they are and rows mark them."""
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
         """(N,) int64: the hard label of each supervised position of all rows, -100 where there is none."""

@@ -22,6 +22,8 @@ from pipeline.records import (
     Encoding,
     Example,
     Full,
+    LabelSource,
+    OtherTokenizers,
     Predictions,
     TokenBlock,
     Tokenization,
@@ -32,6 +34,15 @@ from pipeline.tasks.protocol import attention_mask, embedding_rows, free_pad_id,
 _BATCH = 1000
 
 
+_USAGE = """```python
+from transformers import pipeline
+
+classify = pipeline("{tag}", model="{folder}")
+print(classify("a text", truncation=True, max_length={max_length}))
+```
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceClassification:
     """See `Task`."""
@@ -40,7 +51,16 @@ class SequenceClassification:
     auto_class: Any = AutoModelForSequenceClassification
     peft_type: str = "SEQ_CLS"
     hub_category: str = "text-classification"
-    classes_are_tokens: bool = False
+    usage: str = _USAGE
+    marks_positions: bool = False
+    label_source: LabelSource = "row"
+    names_classes: bool = True
+    predicts_tokens: bool = False
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = True
+    stores_text: bool = True
+    other_tokenizers: OtherTokenizers = "texts"
     judged_by: str | None = "causal-lm"
     default_encoding: Encoding = Full()
     default_temperature: float = 2.0
@@ -121,6 +141,10 @@ class SequenceClassification:
                 kept=example.kept,
                 cut=(Cut(example.source_row, whole[i] - lengths[i]),) if whole.get(i, 0) > lengths[i] else (),
             )
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """None: a row marks no tokens."""
+        return np.zeros(len(input_ids), dtype=bool)
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
         """(B,): the labels."""

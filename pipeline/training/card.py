@@ -63,24 +63,6 @@ What it may be used for depends on all that it was made from:
 {licences}
 """
 
-_CLASSIFIER = """```python
-from transformers import pipeline
-
-classify = pipeline("{tag}", model="{folder}")
-print(classify("a text", truncation=True, max_length={max_length}))
-```
-"""
-
-_LANGUAGE_MODEL = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-inputs = tokenizer("A text", truncation=True, max_length={max_length}, return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
-```
-"""
-
 _ADAPTER = """It is an adapter (PEFT) of the model that it began as, which has to be where `adapter_config.json` says:
 
     softlabel predict --model {folder} --text "a text" --max-length {max_length}
@@ -125,7 +107,7 @@ def make_card(
         teacher=teacher[0],
         cache_id=result.cache_id,
     )
-    template = _ADAPTER if adapter else _LANGUAGE_MODEL if get_task(contract.task).classes_are_tokens else _CLASSIFIER
+    template = _ADAPTER if adapter else get_task(contract.task).usage
     licences = {
         f"the teacher, `{teacher[0]}`": _UNKNOWN.format(where="the cache's manifest"),
         f"the data set, `{source[0]}`": _UNKNOWN.format(where="the cache's manifest"),

@@ -84,8 +84,8 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
     inner = innermost(model)
     # Taken from `self` at each call: a copy (deepcopy, AveragedModel) runs on its own weights.
     plain = getattr(inner.forward, "__func__", type(inner).forward)
-    transform, reason = (None, "") if not task.classes_are_tokens else _read_transform(inner)
-    if task.classes_are_tokens and transform is None:
+    transform, reason = _read_transform(inner) if task.fuses_head else (None, "")
+    if task.fuses_head and transform is None:
         logger.warning(
             "%s: %s; the loss is taken over dense logits, (positions, %d) at once",
             type(inner).__name__,

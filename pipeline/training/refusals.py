@@ -155,7 +155,7 @@ def refuse_position_weights(loss: Loss, task: Task, contract: Contract) -> None:
     Raises:
         EncodingError: says how to cache it.
     """
-    known = isinstance(contract.encoding, Full) or "entropy" in contract.columns or not task.classes_are_tokens
+    known = isinstance(contract.encoding, Full) or "entropy" in contract.columns or not task.marks_positions
     if loss.position_weights != "equal" and not known:
         raise EncodingError(
             f"--position-weights {loss.position_weights}: needs the teacher's entropy at each position, and this cache holds sums over rows; "

@@ -53,7 +53,7 @@ def _check_align(config: TrainStudentConfig, caches: Sequence[Cache]) -> None:
     if config.align == "map":
         return
     for cache in caches:
-        if not get_task(cache.manifest.contract.task).classes_are_tokens:
+        if get_task(cache.manifest.contract.task).other_tokenizers != "bytes":
             raise MisuseError(
                 f"--align {config.align}: goes with language models, whose classes are tokens; leave it out"
             )
@@ -97,7 +97,7 @@ def load_student(
         name,
         dtype="float32",
         label_names=names,
-        new_head=new_head and not task.classes_are_tokens,
+        new_head=new_head and task.names_classes,
         trainable=True,
         trust_remote_code=trust_remote_code,
         base_model=base_model,
@@ -155,7 +155,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         ContractError: names what differs.
     """
     same_tokenizer = tokenizer_info(student.tokenizer).sha256 == contract.tokenizer.sha256
-    if task.classes_are_tokens and not same_tokenizer:
+    if task.other_tokenizers == "bytes" and not same_tokenizer:
         raise ContractError(
             f"{student.name}: the student's tokenizer is not the cache's (expected {contract.tokenizer.vocabulary_size} tokens, sha256 "
             f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); give it by name or path, so that its own tokenizer is read and aligned with the cache's"
@@ -165,10 +165,10 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
             f"{student.name}: the student has another tokenizer, and the cache holds no texts to tokenize anew; cache again with --store-text"
         )
     found = task.num_classes(student.model, student.tokenizer)
-    if found < contract.num_classes or (not task.classes_are_tokens and found != contract.num_classes):
+    if found < contract.num_classes or (task.names_classes and found != contract.num_classes):
         raise ContractError(f"{student.name}: expected {contract.num_classes} classes, as the cache has, found {found}")
     embedding: Any = student.model.get_input_embeddings()
-    if task.classes_are_tokens and embedding.num_embeddings < contract.num_classes:
+    if task.predicts_tokens and embedding.num_embeddings < contract.num_classes:
         raise ContractError(
             f"{student.name}: has an input embedding of {embedding.num_embeddings} tokens, expected at least {contract.num_classes}, as its output and the cache have; "
             "resize_token_embeddings makes both of one size"

@@ -91,15 +91,15 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     task.check_columns(config.data.columns, config.data.tokenization(2))
     before = _check_output(config)
     check_fields(config.training)
-    source = load_source(config.data, label_required=not task.classes_are_tokens)
-    names = None if task.classes_are_tokens else label_names(source, config.data.label_map)
+    source = load_source(config.data, label_required=task.label_source != "tokens")
+    names = label_names(source, config.data.label_map) if task.names_classes else None
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task,
         config.model,
         dtype="float32",
         label_names=names,
-        new_head=not task.classes_are_tokens,
+        new_head=task.names_classes,
         trainable=True,
         base_model=config.base_model,
     )

@@ -148,7 +148,7 @@ class DistillationTrainer(SavingTrainer):
             **trainer_kwargs,
         )
         if evaluated is not None:
-            known = self.task.classes_are_tokens or not np.isnan(evaluated.column("label")).all()
+            known = self.task.label_source == "tokens" or not np.isnan(evaluated.column("label")).all()
             check_metric(args, self.task, contract.num_classes, labelled=known)
         self.loss_is_scaled_for_ga = True
         # Where Trainer has put the model: the trial of its head may need the GPU.
@@ -164,7 +164,7 @@ class DistillationTrainer(SavingTrainer):
     def _rows_that_teach(self, dataset: Any, teacher_labels: bool) -> np.ndarray | None:
         """With labels alone, unlabelled rows would be steps without a gradient: they are left out. None: every row counts."""
         soft = self.loss.soft_weight or self.loss.soft_weight_end
-        if soft or teacher_labels or self.task.classes_are_tokens:
+        if soft or teacher_labels or self.task.label_source == "tokens":
             return None
         return labelled_rows(dataset, self.cache.where)
 

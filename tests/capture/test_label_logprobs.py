@@ -140,7 +140,9 @@ def row_with(number: int, logprobs: list[float] | None):
 
 
 def block_with(*rows):
-    schema = cache_schema(TopK(4), 41, token_classes=True, label_logprobs=rows[0].label_logprobs is not None)
+    schema = cache_schema(
+        TopK(4), 41, labels="tokens", marks_positions=True, label_logprobs=rows[0].label_logprobs is not None
+    )
     return block_of(rows, schema)
 
 

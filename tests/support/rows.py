@@ -79,7 +79,8 @@ def block_from(*rows: CachedExample) -> RowBlock:
     schema = cache_schema(
         first.soft.encoding,
         first.soft.num_classes,
-        token_classes=first.example.supervised is not None,
+        labels="row" if first.example.supervised is None else "tokens",
+        marks_positions=first.example.supervised is not None,
         text=first.example.text is not None,
         entropy=first.entropy is not None,
     )
@@ -89,7 +90,9 @@ def block_from(*rows: CachedExample) -> RowBlock:
 def make_plan(
     tokenizer, encoding: Encoding, classes: int, shards: tuple[ShardPlan, ...], *, tokens: bool, kept=None
 ) -> tuple[Plan, object]:
-    schema = cache_schema(encoding, classes, token_classes=tokens, text=not tokens, kept=kept)
+    schema = cache_schema(
+        encoding, classes, labels="tokens" if tokens else "row", marks_positions=tokens, text=not tokens, kept=kept
+    )
     contract = Contract(
         task="causal-lm" if tokens else "sequence-classification",
         encoding=encoding,

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.errors import PipelineError
 from pipeline.records import Contract, Full, Manifest, Sampled, Shard, TopK
-from pipeline.tasks import get_task
+from pipeline.tasks import Task, get_task
 
 #: Shard names are file names, not paths: nothing in a manifest can point out of the cache.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
@@ -47,12 +47,12 @@ def _of_contract(contract: Contract) -> Iterator[str]:
     if not 2 <= classes <= _MOST_CLASSES:
         yield f"num_classes: expected 2 to {_MOST_CLASSES}, found {classes}"
     names = contract.label_names
-    if (names is None) != task.classes_are_tokens or (names is not None and len(names) != classes):
-        yield f"label_names: expected {'none' if task.classes_are_tokens else classes}, found {names if names is None else len(names)}"
+    if (names is not None) != task.names_classes or (names is not None and len(names) != classes):
+        yield f"label_names: expected {classes if task.names_classes else 'none'}, found {names if names is None else len(names)}"
     vocabulary = contract.tokenizer.vocabulary_size
     if not 1 <= vocabulary <= _MOST_CLASSES:
         yield f"tokenizer.vocabulary_size: expected 1 to {_MOST_CLASSES}, found {vocabulary}"
-    if task.classes_are_tokens and classes > vocabulary:
+    if task.predicts_tokens and classes > vocabulary:
         yield f"num_classes: expected at most the {vocabulary} tokens of the tokenizer, found {classes}"
     for name, token in contract.tokenizer.special_ids.items():
         if not 0 <= token < vocabulary:
@@ -65,23 +65,24 @@ def _of_contract(contract: Contract) -> Iterator[str]:
             yield f"encoding.temperatures: expected 1 to 64 above 0, found {grid[:8]}"
         if not (encoding.k >= 1 if isinstance(encoding, TopK) else 0 < encoding.p <= 1):
             yield f"encoding: expected k of at least 1 or p in (0, 1], found {encoding}"
-    yield from _of_columns(contract, task.classes_are_tokens)
+    yield from _of_columns(contract, task)
 
 
-def _of_columns(contract: Contract, token_classes: bool) -> Iterator[str]:
+def _of_columns(contract: Contract, task: Task) -> Iterator[str]:
     """The columns are those of the encoding and the task, each of its one type, and kept ones of plain types."""
     found = contract.columns
     schema = cache_schema(
         contract.encoding,
         contract.num_classes,
-        token_classes=token_classes,
+        labels=task.label_source,
+        marks_positions=task.marks_positions,
         token_type_ids="token_type_ids" in found,
         text="text" in found,
         text_pair="text_pair" in found,
-        messages=token_classes and "messages" in found,
+        messages=task.continues_prompts and "messages" in found,
         documents="document_lengths" in found,
         entropy="entropy" in found,
-        label_logprobs=token_classes and "label_logprobs" in found,
+        label_logprobs=task.label_source == "tokens" and "label_logprobs" in found,
     )
     expected = describe(schema)
     for name, kind in expected.items():

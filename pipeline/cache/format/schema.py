@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import MisuseError
-from pipeline.records import Encoding, Full, Sampled
+from pipeline.records import Encoding, Full, LabelSource, Sampled
 
 FORMAT_VERSION = 1
 
@@ -20,7 +20,8 @@ def cache_schema(
     encoding: Encoding,
     num_classes: int,
     *,
-    token_classes: bool,
+    labels: LabelSource,
+    marks_positions: bool,
     token_type_ids: bool = False,
     text: bool = False,
     text_pair: bool = False,
@@ -33,7 +34,8 @@ def cache_schema(
     """The Arrow schema of every shard of a cache.
 
     Args:
-        token_classes: class i is token i: `supervised` and `text_bytes` instead of `label`.
+        labels: where hard labels come from: `row` has the column `label`, `positions` has `labels`, `tokens` has `text_bytes` of what is predicted.
+        marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
 
@@ -50,12 +52,15 @@ def cache_schema(
     columns["input_ids"] = pa.list_(pa.int32())
     if token_type_ids:
         columns["token_type_ids"] = pa.list_(pa.int32())
-    if token_classes:
+    if marks_positions:
         columns["supervised"] = pa.list_(pa.bool_())
+    if labels == "tokens":
         columns["text_bytes"] = pa.int32()
-        if documents:
-            columns["document_lengths"] = pa.list_(pa.int32())
-    else:
+    elif labels == "positions":
+        columns["labels"] = pa.list_(pa.int32())
+    if documents:
+        columns["document_lengths"] = pa.list_(pa.int32())
+    if labels == "row":
         columns["label"] = pa.int32()
     columns.update(soft_columns(encoding, num_classes))
     columns["teacher_nll_sum"] = pa.float32()

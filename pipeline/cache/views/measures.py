@@ -154,7 +154,7 @@ class _Found:
         }
         for name, part in parts.items():
             self._arrays[name].append(part)
-        if not self._task.classes_are_tokens:
+        if not self._task.marks_positions:
             self._add_disagreements(rows, labels, predicted, confidence)
 
     def _add_disagreements(

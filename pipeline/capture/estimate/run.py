@@ -135,7 +135,7 @@ def estimate(
 
     encodings = _encodings(task, num_classes, tokenization.max_length, temperature)
     pilots = [_Pilot(encoding, schema_of(encoding, store_text)) for encoding in encodings]
-    if task.classes_are_tokens:  # the columns that are stored on request, beside those of the first encoding
+    if task.label_source == "tokens":  # the columns that are stored on request, beside those of the first encoding
         more = schema_of(pilots[0].encoding, with_texts, label_logprobs=True)
         pilots[0].asked, pilots[0].schema = frozenset(pilots[0].schema.names), more
     generator = torch.Generator().manual_seed(seed)
@@ -195,7 +195,7 @@ def estimate(
             columns = _on_request(sizes, pilot.asked, pilot.positions, counted * scale)
         size = sum(taken for name, taken in sizes.items() if pilot.asked is None or name in pilot.asked)
         per_shard = default_rows_per_shard(
-            pilot.encoding, num_classes, max_length=tokenization.max_length, token_classes=task.classes_are_tokens
+            pilot.encoding, num_classes, max_length=tokenization.max_length, marks_positions=task.marks_positions
         )
         seconds = pilot.seconds / pilot.positions * counted
         lines.append(
@@ -263,7 +263,7 @@ def _pilot_rows(
     """
     count = len(source.splits[split])
     labels = None
-    if not task.classes_are_tokens:
+    if task.names_classes:
         config: Any = teacher.model.config
         labels = LabelMap.for_names(source, tuple(str(config.id2label[i]) for i in range(config.num_labels)), label_map)
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
@@ -331,7 +331,8 @@ def _schema(
     return cache_schema(
         encoding,
         num_classes,
-        token_classes=task.classes_are_tokens,
+        labels=task.label_source,
+        marks_positions=task.marks_positions,
         token_type_ids=example.token_type_ids is not None,
         **texts,
         text_pair=example.text_pair is not None,

@@ -60,7 +60,7 @@ class LocalTeacher:
     @property
     def label_names(self) -> tuple[str, ...] | None:
         """Those of its configuration."""
-        if self.task.classes_are_tokens:
+        if not self.task.names_classes:
             return None
         config = self.model.config
         return tuple(str(config.id2label[i]) for i in range(config.num_labels))

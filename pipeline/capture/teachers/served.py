@@ -83,7 +83,7 @@ class ServedTeacher:
         Raises:
             MisuseError: a task whose classes are no tokens.
         """
-        if not task.classes_are_tokens:
+        if not task.continues_prompts:
             raise MisuseError(
                 f"--server: {task.name} has classes that are no tokens, and a server gives probabilities of tokens; capture with local weights, without --server"
             )

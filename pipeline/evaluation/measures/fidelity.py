@@ -50,7 +50,7 @@ def slices(
 ) -> tuple[str, tuple[Slice, ...]]:
     """What the slices are, and every model on each: classes by their label; tokens by how often they stand in the training split."""
     labels = teacher.predictions.labels
-    if task.classes_are_tokens:
+    if task.predicts_tokens:
         kind, names, members = _token_bands(cache, labels)
     else:
         kind = "class"
@@ -142,7 +142,7 @@ def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | 
     """The row's text, or of tokens what stands before the position and its token; None where the cache was made to keep no texts."""
     if not cache.manifest.contract.store_text:
         return None
-    if not task.classes_are_tokens:
+    if not task.marks_positions:
         pair = [text for text in (row.example.text, row.example.text_pair) if text is not None]
         return _short(" | ".join(pair)) if pair else None
     assert row.example.supervised is not None

@@ -37,8 +37,8 @@ _MEASURED = 2e7
 class Situation:
     """What is known before the first step."""
 
-    token_classes: bool
-    """Language models: one distribution a token."""
+    predicts_tokens: bool
+    """Whether the classes are tokens."""
     start: Start
     num_parameters: int
     rows: int
@@ -58,9 +58,9 @@ class Choice:
         return f"{self.name} {self.value}: {self.reason}"
 
 
-def choose_loss(encoding: Encoding, *, token_classes: bool) -> tuple[Loss, str]:
+def choose_loss(encoding: Encoding, *, predicts_tokens: bool) -> tuple[Loss, str]:
     """The loss, and why."""
-    if token_classes:
+    if predicts_tokens:
         return Loss(0.5, 0.5), "a language model"
     return Loss(0.1, 0.9, _served(encoding, 2.0)), "a classifier"
 
@@ -76,7 +76,7 @@ def _served(encoding: Encoding, wanted: float) -> float | None:
 
 def choose_batch_size(known: Situation) -> tuple[int, str]:
     """Rows per device and step, and why."""
-    if known.token_classes:
+    if known.predicts_tokens:
         return 16, "language model"
     return 32, f"{known.rows:,} rows"
 
@@ -90,7 +90,7 @@ def choose_learning_rate(known: Situation) -> tuple[float, str]:
     )
     rates = _RATES["random" if known.start == "random" else "trained"]
     rate = next(rate for most, rate in rates if known.num_parameters < most)
-    measured = not known.token_classes and known.num_parameters < _MEASURED
+    measured = not known.predicts_tokens and known.num_parameters < _MEASURED
     return rate, f"{begun}, {_size(known.num_parameters)}" + ("" if measured else "; not measured for such a model")
 
 
@@ -102,7 +102,7 @@ def choose_steps(known: Situation, rows_per_step: int) -> tuple[int, str]:
     """The most optimizer steps, and why: three passes, and more where those are few steps."""
     epoch = math.ceil(known.rows / rows_per_step)
     least, passes = _LEAST_STEPS[
-        "tokens" if known.token_classes else "random" if known.start == "random" else "trained"
+        "tokens" if known.predicts_tokens else "random" if known.start == "random" else "trained"
     ]
     steps = max(3 * epoch, min(least, passes * epoch))
     return steps, f"{steps / epoch:.3g} passes over {known.rows:,} rows"

@@ -74,7 +74,7 @@ def make_recipe(
     known = _situation(config, cache, student, mixture)
     choices: list[Choice] = []
     if loss is None:
-        base, reason = choose_loss(known.encoding, token_classes=known.token_classes)
+        base, reason = choose_loss(known.encoding, predicts_tokens=known.predicts_tokens)
         loss = config.loss_over(base)
         if loss == base:
             choices.append(Choice("loss", _loss_text(loss), reason))
@@ -121,7 +121,7 @@ def _situation(config: TrainStudentConfig, cache: Cache, student: LoadedModel, m
     contract = cache.manifest.contract
     more = mixture.others if mixture is not None and mixture.kind == "data" else ()
     return Situation(
-        token_classes=get_task(contract.task).classes_are_tokens,
+        predicts_tokens=get_task(contract.task).predicts_tokens,
         start=start_of(student.model, student.name),
         num_parameters=sum(p.numel() for p in student.model.parameters()),
         rows=sum(_num_rows(each, config.split) for each in (cache, *more)),
@@ -162,7 +162,7 @@ def _measured(
     if any(name in config.training for name in _EVALUATION):
         return _Measured(0, "the training: section says when to evaluate and save")
     task = get_task(cache.manifest.contract.task)
-    needs_labels = _learns_labels(loss) and config.hard_labels == "data" and not task.classes_are_tokens
+    needs_labels = _learns_labels(loss) and config.hard_labels == "data" and task.label_source != "tokens"
     split = config.eval_split or ("validation" if "validation" in cache.splits else None)
     usable = config.eval_split is not None or (split is not None and split not in config.split)
     if split is not None and usable and not (needs_labels and _without_labels(cache, split)):

@@ -51,7 +51,7 @@ def test_token_rows_come_back(lengths, classes, encoding, seed):
     if classes > 1000 and encoding == Full():
         return
     rows = [token_row(n, encoding, classes, length=length, seed=seed) for n, length in enumerate(lengths)]
-    schema = cache_schema(encoding, classes, token_classes=True, kept={"id": pa.string()})
+    schema = cache_schema(encoding, classes, labels="tokens", marks_positions=True, kept={"id": pa.string()})
     found = rows_of(unpack(pack(block_of(rows, schema), schema), encoding, classes))
     assert len(found) == len(rows)
     for one, other in zip(found, rows, strict=True):
@@ -78,7 +78,7 @@ def test_any_logits_come_back(classes, encoding, spread, dtype, seed):
     soft = narrow(encode(logits, encoding, uniforms=uniforms), uniforms)
     example = TokenizedExample(0, 0, np.arange(4, dtype=np.int32), supervised=np.asarray([True, True, True, False]))
     row = CachedExample(example, soft, 1.0, 2.0, content_hash(example))
-    schema = cache_schema(encoding, classes, token_classes=True)
+    schema = cache_schema(encoding, classes, labels="tokens", marks_positions=True)
     (found,) = rows_of(unpack(pack(block_of([row], schema), schema), encoding, classes))
     for name in ("top_offsets", "top_ids", "tail_offsets", "tail_ids"):
         assert torch.equal(getattr(found.soft, name), getattr(soft, name)), name
@@ -90,25 +90,31 @@ def test_any_logits_come_back(classes, encoding, spread, dtype, seed):
 @pytest.mark.parametrize("classes", [2, 5, 150])
 def test_class_rows_come_back(encoding, classes):
     rows = [class_row(n, encoding, classes) for n in range(20)]
-    schema = cache_schema(encoding, classes, token_classes=False, text=True)
+    schema = cache_schema(encoding, classes, labels="row", marks_positions=False, text=True)
     for one, other in zip(rows_of(unpack(pack(block_of(rows, schema), schema), encoding, classes)), rows, strict=True):
         assert_same_row(one, other)
 
 
 def test_ids_take_two_bytes_up_to_65536_classes_and_four_beyond():
-    assert cache_schema(TopK(4), 65536, token_classes=True).field("top_ids").type.value_type == pa.uint16()
-    assert cache_schema(TopK(4), 65537, token_classes=True).field("top_ids").type.value_type == pa.uint32()
+    assert (
+        cache_schema(TopK(4), 65536, labels="tokens", marks_positions=True).field("top_ids").type.value_type
+        == pa.uint16()
+    )
+    assert (
+        cache_schema(TopK(4), 65537, labels="tokens", marks_positions=True).field("top_ids").type.value_type
+        == pa.uint32()
+    )
 
 
 def test_logits_of_full_are_centred():
-    row, schema = class_row(0, Full(), 5), cache_schema(Full(), 5, token_classes=False)
+    row, schema = class_row(0, Full(), 5), cache_schema(Full(), 5, labels="row", marks_positions=False)
     logits = pack(block_of([row], schema), schema).column("logits").to_pylist()[0]
     assert max(logits) == 0
 
 
 def test_a_slice_of_a_table_unpacks_as_its_rows():
     rows = [token_row(n, Sampled(6.0), 41) for n in range(6)]
-    schema = cache_schema(Sampled(6.0), 41, token_classes=True, kept={"id": pa.string()})
+    schema = cache_schema(Sampled(6.0), 41, labels="tokens", marks_positions=True, kept={"id": pa.string()})
     table = pack(block_of(rows, schema), schema)
     for one, other in zip(rows_of(unpack(table.slice(2, 3), Sampled(6.0), 41)), rows[2:5], strict=True):
         assert_same_row(one, other)
@@ -123,4 +129,4 @@ def test_content_hash_is_of_tokens_and_label():
 
 def test_a_kept_column_may_not_take_the_name_of_ours():
     with pytest.raises(MisuseError, match="--keep-column input_ids"):
-        cache_schema(Full(), 5, token_classes=False, kept={"input_ids": pa.int64()})
+        cache_schema(Full(), 5, labels="row", marks_positions=False, kept={"input_ids": pa.int64()})

@@ -242,7 +242,9 @@ def test_the_readmes_recipes_are_conditions():
     table = readme[readme.index("| for | `--where` |") : readme.index("A validation split from the training rows")]
     recipes = re.findall(r"^\|[^|]+\| `(.+)` \|$", table, re.MULTILINE)[1:]
     assert len(recipes) == 6
-    schema = cache_schema(TopK(4), 41, token_classes=True, kept={"domain": pa.string(), "label": pa.int32()})
+    schema = cache_schema(
+        TopK(4), 41, labels="tokens", marks_positions=True, kept={"domain": pa.string(), "label": pa.int32()}
+    )
     for recipe in recipes:
         assert Condition(recipe, schema).keep(schema.empty_table()).tolist() == []
 

@@ -150,7 +150,7 @@ def test_classifiers(tmp_path, lm_tokenizer, encoding):
 def build_wide(root, tokenizer, encoding, rows, **columns) -> Cache:
     """A cache of two shards with other columns than `build_cache` makes."""
     classes, tokens = rows[0].soft.num_classes, rows[0].example.supervised is not None
-    schema = cache_schema(encoding, classes, token_classes=tokens, **columns)
+    schema = cache_schema(encoding, classes, labels="tokens" if tokens else "row", marks_positions=tokens, **columns)
     half = len(rows) // 2
     shards = (ShardPlan("train-00000", "train", 0, half), ShardPlan("train-00001", "train", half, 2 * half))
     plan, _ = make_plan(tokenizer, encoding, classes, shards, tokens=tokens)

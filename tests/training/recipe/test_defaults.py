@@ -17,7 +17,13 @@ from pipeline.training.recipe.defaults import (
 
 
 def known(**facts) -> Situation:
-    plain = {"token_classes": False, "start": "layers", "num_parameters": 15_000_000, "rows": 5000, "encoding": Full()}
+    plain = {
+        "predicts_tokens": False,
+        "start": "layers",
+        "num_parameters": 15_000_000,
+        "rows": 5000,
+        "encoding": Full(),
+    }
     return Situation(**{**plain, **facts})
 
 
@@ -42,7 +48,7 @@ def test_few_rows_are_repeated_and_many_are_seen(rows, start):
 
 def test_a_language_model_repeats_its_rows_less_often():
     for rows in (10, 1000, 1_000_000):
-        steps = [choose_steps(known(rows=rows, token_classes=tokens), 16)[0] for tokens in (False, True)]
+        steps = [choose_steps(known(rows=rows, predicts_tokens=tokens), 16)[0] for tokens in (False, True)]
         assert steps[1] <= steps[0]
         assert steps[1] <= 10 * -(-rows // 16)
 
@@ -62,7 +68,7 @@ def test_evaluations_take_no_more_than_a_part_of_the_run():
     [(Full(), 2.0), (Sampled(25.0, 1.5), None), (TopK(5, (1.0, 4.0)), 2.0), (TopP(0.9, (3.0, 4.0)), 3.0)],
 )
 def test_the_temperature_is_one_that_the_cache_serves(encoding, temperature):
-    loss, _ = choose_loss(encoding, token_classes=False)
+    loss, _ = choose_loss(encoding, predicts_tokens=False)
     if loss.divergence == "logit-mse":
         assert isinstance(encoding, Full)
     else:
@@ -70,7 +76,7 @@ def test_the_temperature_is_one_that_the_cache_serves(encoding, temperature):
 
 
 def test_a_language_model_is_trained_at_temperature_one_or_the_caches_own():
-    assert choose_loss(Sampled(25.0), token_classes=True)[0].temperature is None
+    assert choose_loss(Sampled(25.0), predicts_tokens=True)[0].temperature is None
 
 
 def test_what_is_said_of_a_teacher_stays():
