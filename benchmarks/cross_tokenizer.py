@@ -7,7 +7,7 @@
 teacher's own tokenizer with as many parameters, nearly all of which are its embedding.
 
 **Long tokens.** The other direction: the teacher is a language model with a BPE of 1,024 tokens, trained here on
-400 articles; the students have the BPE of 8,192 tokens, so that a token of theirs is several of the
+1,200 articles; the students have the BPE of 8,192 tokens, so that a token of theirs is several of the
 teacher's.
 
 "Both" has the weight of the mapped target and that of the spans; beside it stands the mapped target alone with as
@@ -30,7 +30,7 @@ import click
 import numpy as np
 
 VOCABULARY, SHORT = 8192, 1024
-TRAIN, TEST, SHORT_TRAIN = 120, 40, 400
+TRAIN, TEST, SHORT_TRAIN = 120, 40, 1200
 LENGTH = 256
 SHAPE = (4, 192, 4)
 EPOCHS, BATCH, RATE = 4, 8, 2e-3

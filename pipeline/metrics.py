@@ -7,7 +7,7 @@ without an answer does not cost the other ones. torchmetrics and scipy load on f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -57,6 +57,64 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int) -> 
         return math.nan
     predictions, targets = (torch.from_numpy(values[known].astype(np.int64)) for values in (predicted, labels))
     return float(multiclass_f1_score(predictions, targets, num_classes=num_classes, average="macro"))
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The entities of a row of tags.
+
+    Args:
+        tags: "O", or the label of an entity, with the place of the word in it before a dash: BIO, BIOES, BILOU, or none.
+
+    Returns:
+        (label, first word, word behind the last) of each, in order. A tag that goes on with an entity that is not open begins one, as in the evaluation of
+        CoNLL-2000 (conlleval) and in seqeval's default mode.
+    """
+    found: list[tuple[str, int, int]] = []
+    start, before, label_before = 0, _OUTSIDE, ""
+    for i, tag in enumerate([*tags, _OUTSIDE]):
+        prefix, dash, label = tag.partition("-")
+        if prefix not in _PREFIXES or not dash:
+            prefix, label = (_OUTSIDE, "") if tag == _OUTSIDE else ("I", tag)
+        is_open = before != _OUTSIDE
+        ends = is_open and (before in _LAST or prefix in _FIRST or prefix == _OUTSIDE or label != label_before)
+        if ends:
+            found.append((label_before, start, i))
+        if prefix != _OUTSIDE and (ends or not is_open):
+            start = i
+        before, label_before = prefix, label
+    return found
+
+
+def entity_counts(
+    labels: np.ndarray, predicted: np.ndarray, rows: np.ndarray, names: Sequence[str], num_rows: int
+) -> np.ndarray:
+    """Entities of each row, over its labelled positions.
+
+    Args:
+        labels: (N,) integers, -100 where unknown.
+        predicted: (N,) integers.
+        rows: (N,) the row of each position, not falling.
+        names: of the classes. Without one called "O" every position is an entity by itself, as of parts of speech.
+
+    Returns:
+        (R, 3) int64: right ones (label and both ends), predicted ones, true ones.
+    """
+    known = np.flatnonzero(labels != NO_LABEL)
+    if _OUTSIDE not in names:
+        right = np.bincount(rows[known], weights=labels[known] == predicted[known], minlength=num_rows)
+        every = np.bincount(rows[known], minlength=num_rows)
+        return np.stack([right.astype(np.int64), every, every], 1)
+    counts = np.zeros((num_rows, 3), dtype=np.int64)
+    parts = np.split(known, np.flatnonzero(np.diff(rows[known])) + 1) if len(known) else []
+    for part in parts:
+        true, found = (set(entities([names[i] for i in values[part].tolist()])) for values in (labels, predicted))
+        counts[rows[part[0]]] = len(true & found), len(found), len(true)
+    return counts
+
+
+_OUTSIDE = "O"
+_FIRST, _LAST = ("B", "S", "U"), ("E", "S", "L", "U")
+_PREFIXES = ("I", *_FIRST, *_LAST)
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, num_bins: int = 15) -> float:
@@ -138,7 +196,7 @@ def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------------ as they are read
 
 #: Shares of positions or of mass, read in percent.
-_SHARES = ("accuracy", "macro_f1", "ece", "agreement")
+_SHARES = ("accuracy", "f1", "precision", "recall", "macro_f1", "ece", "agreement")
 
 
 def number(name: str | None, value: float) -> str:
@@ -167,6 +225,7 @@ def bootstrap_ratio(
     teacher_row_scores: np.ndarray,
     row_weights: np.ndarray | None = None,
     *,
+    of: tuple[np.ndarray, np.ndarray] | None = None,
     seed: int = 0,
     resamples: int = 2000,
     inverse: bool = False,
@@ -181,12 +240,13 @@ def bootstrap_ratio(
             (correct predictions, nats). Nan in a row of both models: the row has no label and is left out.
         teacher_row_scores: (R,) float, the same for the teacher.
         row_weights: (R,) float, needed where the scores are means over a row rather than sums: its number of positions.
+        of: (R,) each, student and teacher: what the scores are shares of, where it differs between them, as predicted and true entities do.
         seed: of the resampling.
         resamples: how many times R rows are drawn with replacement.
         inverse: teacher over student, for a metric that is better when smaller.
 
     Returns:
-        The 2.5% and 97.5% percentiles of sum(student) / sum(teacher) over the resamples; exactly (1, 1) for equal
+        The 2.5% and 97.5% percentiles of sum(student) / sum(teacher) over the resamples, with `of` each over the sum of its own; exactly (1, 1) for equal
         scores. Nan for fewer than two rows, and where only one of the models has a nan. A resample with a zero
         denominator counts as inf, and not at all where its numerator is zero too.
 
@@ -205,11 +265,12 @@ def bootstrap_ratio(
     labelled = ~(np.isnan(student_row_scores) & np.isnan(teacher_row_scores))
     pair = (teacher_row_scores, student_row_scores) if inverse else (student_row_scores, teacher_row_scores)
     numerators, denominators = (scores[labelled].astype(np.float64) * weights[labelled] for scores in pair)
+    wholes = () if of is None else tuple(whole[labelled] for whole in (of[::-1] if inverse else of))
     if numerators.size < 2 or np.isnan(numerators.sum() + denominators.sum()):
         return _UNKNOWN
     result = stats.bootstrap(
-        (numerators, denominators),
-        lambda *samples, axis: np.stack([sample.sum(axis=axis) for sample in samples]),  # (2, batch)
+        (numerators, denominators, *wholes),
+        lambda *samples, axis: np.stack([sample.sum(axis=axis) for sample in samples]),  # (2 or 4, batch)
         n_resamples=resamples,
         batch=max(1, RESAMPLE_CHUNK // numerators.size),
         vectorized=True,
@@ -217,9 +278,9 @@ def bootstrap_ratio(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    sums = result.bootstrap_distribution  # (2, resamples); the ratio is taken here, where 0 / 0 can be left out
+    sums = result.bootstrap_distribution  # (2 or 4, resamples); the ratio is taken here, where 0 / 0 can be left out
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = sums[0] / sums[1]
+        ratios = sums[0] / sums[1] if of is None else (sums[0] / sums[2]) / (sums[1] / sums[3])
     ratios = ratios[~np.isnan(ratios)]
     if not ratios.size:
         return _UNKNOWN

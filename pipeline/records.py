@@ -39,8 +39,9 @@ AssistantTurns = Literal["auto", "all", "each", "last"]
 #: Where hard labels come from: a value of the source for each row, or for each position; or the tokens of the row themselves.
 LabelSource = Literal["row", "positions", "tokens"]
 
-#: How a student with another tokenizer learns from a cache: the stored texts are tokenized anew, or the tokens of both are aligned by their bytes.
-OtherTokenizers = Literal["texts", "bytes"]
+#: How a student with another tokenizer learns from a cache: the stored texts or words
+#: are tokenized anew, or the tokens of both are aligned by their bytes.
+OtherTokenizers = Literal["texts", "bytes", "words"]
 
 
 # ------------------------------------------------------------------------------------------------ source -> tokens
@@ -52,6 +53,8 @@ class Columns:
 
     text: str | None = "text"
     text_pair: str | None = None
+    words: str | None = None
+    """Lists of words, of which each has a label."""
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
@@ -76,11 +79,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of a source, columns mapped, not tokenized. Exactly one of the four inputs is set."""
+    """One row of a source, columns mapped, not tokenized. Exactly one of the five inputs is set."""
 
     source_row: int
     text: str | None = None
     text_pair: str | None = None
+    words: tuple[str, ...] | None = None
+    word_labels: tuple[int, ...] | None = None
+    """Class ids, one a word, -100 where a word has none; None: the row has no labels."""
     messages: tuple[Message, ...] | None = None
     tools: tuple[Mapping[str, object], ...] | None = None
     """Chats only: the descriptions of the tools, for the chat template."""
@@ -133,6 +139,10 @@ class TokenizedExample:
     """(T,) bool: the positions that carry soft labels. None: the task has one position per example."""
     token_type_ids: np.ndarray | None = None
     label: int | None = None
+    labels: np.ndarray | None = None
+    """(N,) int32: the hard label of each supervised position, -100 where there is none; None: the task has none by position."""
+    words: tuple[str, ...] | None = None
+    """(N,) the words that the supervised positions are the beginnings of."""
     text: str | None = None
     """Language models, where it is kept: the part of the source's text that the tokens cover."""
     text_pair: str | None = None
@@ -193,7 +203,9 @@ class TokenBlock:
     token_type_ids: Ragged | None = None
     document_lengths: Ragged | None = None
     label: np.ndarray | None = None
-    """(R,) int64, -100 where there is none; None: the task has no labels beside the tokens."""
+    """(R,) int64, -100 where there is none; None: the task has no label a row."""
+    labels: Ragged | None = None
+    """One a supervised position, -100 where there is none; None: the task has none by position."""
 
 
 # ---------------------------------------------------------------------------------------------------- soft labels
@@ -942,6 +954,8 @@ class Predictions:
     """(R,) float64: the sum over the row's positions of KL(teacher || model), nats."""
     row_text_bytes: np.ndarray
     """(R,) int64."""
+    label_names: tuple[str, ...] | None = None
+    """Of the classes, where they have names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -997,6 +1011,15 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class WordPrediction:
+    """The likeliest label of one word."""
+
+    word: str
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
 class TextPrediction:
     """What a model says of one text."""
 
@@ -1005,3 +1028,5 @@ class TextPrediction:
     """Classifiers: the likeliest labels and their probabilities, the likeliest first."""
     continuation: str | None = None
     """Language models: how they go on."""
+    words: tuple[WordPrediction, ...] = ()
+    """Token classifiers: every word that the model has read."""

@@ -37,6 +37,10 @@ class LabelledRow:
     supervised: Sequence[bool] | np.ndarray | None = None
     """(T,) bool, token tasks. Default: every position but the last."""
     label: int | None = None
+    labels: Sequence[int] | np.ndarray | None = None
+    """(N,) token classification: of each position, -100 where there is none. Default: none anywhere."""
+    words: Sequence[str] | None = None
+    """(N,) token classification: the words of the positions, which are stored with `store_text`."""
     text: str | None = None
     text_pair: str | None = None
     messages: str | None = None
@@ -55,7 +59,7 @@ def tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
         BadRowError: flags that do not fit the tokens.
     """
     ids = np.asarray(row.input_ids, dtype=np.int32)
-    supervised = None
+    supervised = labels = None
     if task.marks_positions:
         default = task.default_positions(ids)
         supervised = default if row.supervised is None else np.asarray(row.supervised, dtype=bool)
@@ -64,6 +68,12 @@ def tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
             raise BadRowError(
                 f"row {number}: supervised: expected {len(ids)} flags, one or more of them set{' and the last not' if last else ''}"
             )
+    if task.label_source == "positions":
+        count = 0 if supervised is None else int(supervised.sum())
+        labels = np.full(count, NO_LABEL) if row.labels is None else np.asarray(row.labels)
+        for name, found in (("labels", len(labels)), ("words", count if row.words is None else len(row.words))):
+            if found != count:
+                raise BadRowError(f"row {number}: {name}: expected {count}, one a supervised position, found {found}")
     return TokenizedExample(
         source_row=number,
         piece=0,
@@ -71,6 +81,8 @@ def tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
         supervised=supervised,
         token_type_ids=None if row.token_type_ids is None else np.asarray(row.token_type_ids, dtype=np.int32),
         label=row.label,
+        labels=None if labels is None else labels.astype(np.int32),
+        words=None if row.words is None else tuple(row.words),
         text=row.text,
         text_pair=row.text_pair,
         messages=row.messages,

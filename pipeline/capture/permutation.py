@@ -23,7 +23,7 @@ from pipeline.capture.teachers.protocol import Teacher
 from pipeline.errors import SourceError
 from pipeline.metrics import share_interval
 from pipeline.progress import Progress
-from pipeline.records import Encoding, Tokenization, TokenizedExample
+from pipeline.records import NO_LABEL, Encoding, Tokenization, TokenizedExample
 from pipeline.softlabels import counter_uniforms
 from pipeline.sources import LabelMap, Source, read_examples
 from pipeline.sources.batches import read_rows
@@ -75,7 +75,7 @@ def check_class_order(
         return
     sample = _sample(rows, min(_MOST, max(_LEAST, sum(stop - start for start, stop in ranges.values()) // _SHARE)))
     examples = _read(task, source, labels, teacher.tokenizer, tokenization, sample)
-    found = _predict(teacher, examples, encoding, batch_tokens)
+    found = _predict(task, teacher, examples, encoding, batch_tokens) if examples else None
     if found is not None:
         _refuse_other_order(source, labels, rows, *found, teacher.num_classes, ranges, append=append)
 
@@ -108,7 +108,7 @@ def try_judge(
         logger.info("%s: no labelled rows to try the teacher on (rows of test are not looked at)", source.name)
         return
     with Progress("trial of the teacher", len(examples)) as progress:
-        found = _predict(teacher, examples, encoding, batch_tokens, progress)
+        found = _predict(task, teacher, examples, encoding, batch_tokens, progress)
     if found is None:
         return
     truth, predicted = found
@@ -135,6 +135,7 @@ def try_judge(
 
 
 def _predict(
+    task: Task,
     teacher: Teacher,
     examples: Sequence[TokenizedExample],
     encoding: Encoding,
@@ -142,16 +143,19 @@ def _predict(
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(N,) labels and (N,) most likely classes of labelled rows; None: they do not fit in memory, of which the capture's own message says what to do."""
-    predicted = np.zeros(len(examples), dtype=np.int64)
+    stops = np.cumsum([example.num_positions for example in examples])
+    predicted = np.zeros(int(stops[-1]), dtype=np.int64)
     try:
         for members, length in plan_batches([example.num_tokens for example in examples], batch_tokens):
             batch = [examples[i] for i in members]
-            predicted[members] = most_likely(teacher.begin(batch, length, encoding).result())
+            places = [np.arange(stops[i] - examples[i].num_positions, stops[i]) for i in members]
+            predicted[np.concatenate(places)] = most_likely(teacher.begin(batch, length, encoding).result())
             if progress is not None:
                 progress.update(len(batch), tokens=sum(example.num_tokens for example in batch))
     except torch.OutOfMemoryError:
         return None
-    return np.array([int(example.label or 0) for example in examples], dtype=np.int64), predicted
+    truth = task.hard_labels(examples)
+    return truth[truth != NO_LABEL], predicted[truth != NO_LABEL]
 
 
 def _refuse_other_order(
@@ -191,7 +195,7 @@ def _refuse_other_order(
         else ("the data's classes", f"add {flags}")
     )
     raise SourceError(
-        f"{source.name}: {whose} are in another order than the teacher's: of {int(touched.sum())} rows it predicts the label of {ours:.0%}, and of {theirs:.0%} "
+        f"{source.name}: {whose} are in another order than the teacher's: of {int(touched.sum())} {'words' if source.columns.words else 'rows'} it predicts the label of {ours:.0%}, and of {theirs:.0%} "
         f"where {pairs}{', ...' if len(moved) > 8 else ''}; {mend} (or, if the labels are right as they are, {as_it_is})"
     )
 
@@ -324,10 +328,21 @@ def _labelled(source: Source, labels: LabelMap, ranges: Mapping[str, tuple[int, 
             drawn[near.start - start : near.stop - start] = True
         keys = counter_uniforms(0, split, 0, 0, np.arange(start, stop)).tolist()
         for i, (key, row) in enumerate(zip(keys, read_rows(dataset, [column], start, stop), strict=True), start=start):
-            label = labels.class_id(row[column], split=split, row=i)
-            if label is not None and drawn[i - start]:
-                found.append((key, _Row(split, i, label, labels.shown(row[column], split))))
+            seen = {}
+            for value in _single(row[column]):
+                label = labels.class_id(value, split=split, row=i)
+                if label is not None:
+                    seen[label] = labels.shown(value, split)
+            if drawn[i - start]:
+                found += [(key, _Row(split, i, label, shown)) for label, shown in seen.items()]
     return [row for _, row in sorted(found, key=lambda pair: (pair[0], pair[1].split))]
+
+
+def _single(value: object) -> Sequence[object]:
+    """The labels of a row: one, or those of its words. Those of spans are names, whatever their order, and are read with the text."""
+    if not isinstance(value, list):
+        return [value]
+    return [] if any(isinstance(each, dict) for each in value) else [each for each in value if each != NO_LABEL]
 
 
 def _sample(rows: Sequence[_Row], size: int) -> list[_Row]:
@@ -349,12 +364,15 @@ def _read(
     tokenization: Tokenization,
     sample: Sequence[_Row],
 ) -> list[TokenizedExample]:
-    """The tokens of the rows, without those that cannot be used: the capture says what is wrong with them."""
+    """The tokens of the rows, each once, without those that cannot be used: the capture says what is wrong with them."""
     found: dict[tuple[str, int], list[TokenizedExample]] = {}
     for row in sorted(sample, key=lambda row: (row.split, row.number)):  # one row group after another
         item = read_examples(source, row.split, row.number, row.number + 1, labels)
         tokens = task.tokenize(item, row.split, tokenizer, tokenization)
         found[row.split, row.number] = [
-            each for each in tokens if isinstance(each, TokenizedExample) and each.label is not None
+            each
+            for each in tokens
+            if isinstance(each, TokenizedExample) and (task.hard_labels([each]) != NO_LABEL).any()
         ]
-    return [each for row in sample for each in found[row.split, row.number]]
+    places = dict.fromkeys((row.split, row.number) for row in sample)
+    return [each for place in places for each in found[place]]

@@ -153,6 +153,8 @@ def check_stored(
 
 def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[str, bool]:
     """Arguments of `cache_schema`: which columns hold the texts."""
+    if task.other_tokenizers == "words":
+        return {"words": store_text is not False}
     if task.stores_text:
         return {"text": store_text is not False}
     return {"text": bool(store_text) and not chats, "messages": bool(store_text) and chats}

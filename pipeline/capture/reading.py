@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.capture.job import Job
 from pipeline.errors import BadRowError
-from pipeline.records import BadRow, Example, ShardPlan, TokenizedExample
+from pipeline.records import NO_LABEL, BadRow, Example, ShardPlan, TokenizedExample
 from pipeline.sources import read_examples
 from pipeline.tasks import ids_beyond, named_ids
 
@@ -56,7 +56,7 @@ def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterat
     for item in items:
         if isinstance(item, Example):
             completion = item.prompt_completion[1:] if item.prompt_completion else ()
-            counts["unlabelled"] += item.label is None
+            counts["unlabelled"] += item.label is None and not any(i != NO_LABEL for i in item.word_labels or ())
             counts["blank"] += any(
                 text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)
             )

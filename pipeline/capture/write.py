@@ -121,6 +121,7 @@ def write_cache(
         labels=chosen.label_source,
         marks_positions=chosen.marks_positions,
         token_type_ids=first.token_type_ids is not None,
+        words=keeps and first.words is not None,
         text=keeps and first.text is not None,
         text_pair=first.text_pair is not None,
         messages=keeps and first.messages is not None,
@@ -141,7 +142,8 @@ def write_cache(
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(source, None, None, Columns(text=None, label=None), {}),
         tokenization=Tokenization(max_length or 0),
-        store_text=store_text is not False and (first.text is not None or first.messages is not None),
+        store_text=store_text is not False
+        and any(each is not None for each in (first.text, first.messages, first.words)),
         batch_tokens=0,
         seed=seed,
         versions=library_versions(),
@@ -271,8 +273,10 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
 def _check_stored(task: Task, first: LabelledRow, *, store_text: bool | None, store_label_logprobs: bool) -> None:
     if store_label_logprobs and task.label_source != "tokens":
         raise MisuseError("write_cache: store_label_logprobs is for language models; leave it out")
-    if store_text and first.text is None and first.messages is None:
-        raise MisuseError("write_cache: store_text: expected rows with text or messages, found none in the first")
+    if store_text and first.text is None and first.messages is None and first.words is None:
+        raise MisuseError(
+            "write_cache: store_text: expected rows with text, words or messages, found none in the first"
+        )
     if first.messages is not None and (first.text is not None or task.label_source != "tokens"):
         raise MisuseError("write_cache: messages are of language models, in place of text; give one of the two")
 

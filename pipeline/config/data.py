@@ -35,6 +35,9 @@ class DataConfig:
     )
     text_column: str = option("Column with the text.", "text")
     text_pair_column: str | None = option("Column with the second text of a pair.", None)
+    words_column: str | None = option(
+        "Column with lists of words, each of which gets a label; --label-column holds lists of as many labels.", None
+    )
     messages_column: str | None = option(
         "Column with chats ({role, content} lists); only the assistant's turns are supervised.", None
     )
@@ -44,7 +47,10 @@ class DataConfig:
     labels_column: str | None = option(
         "With --input-ids-column: token labels, -100 where a token is not to be learnt.", None
     )
-    label_column: str = option("Column with the hard label; it may be missing, on some rows or on all.", "label")
+    label_column: str = option(
+        "Column with the hard label; it may be missing, on some rows or on all. Token classification: lists of labels, or spans {start, end, label} of the text.",
+        "label",
+    )
     label_map: tuple[str, ...] = option(
         "Class labels: DATA=MODEL, a name or number of the data and the model's class (name, LABEL_i or number); repeat for several.",
         (),
@@ -89,7 +95,8 @@ class DataConfig:
             data, _, model = item.rpartition("=")
             if not data.strip() or not model.strip():
                 raise MisuseError(f"--label-map: expected DATA=MODEL, found {item!r}")
-        inputs = [c for c in (self.messages_column, self.prompt_column, self.input_ids_column) if c is not None]
+        named = (self.words_column, self.messages_column, self.prompt_column, self.input_ids_column)
+        inputs = [column for column in named if column is not None]
         if inputs and self.text_pair_column is not None:
             inputs.append(self.text_pair_column)
         if len(inputs) > 1:
@@ -98,10 +105,11 @@ class DataConfig:
     @property
     def columns(self) -> Columns:
         """The columns named, with `text` only where nothing else is the input."""
-        other = self.messages_column or self.prompt_column or self.input_ids_column
+        other = self.words_column or self.messages_column or self.prompt_column or self.input_ids_column
         return Columns(
             text=None if other else self.text_column,
             text_pair=self.text_pair_column,
+            words=self.words_column,
             messages=self.messages_column,
             prompt=self.prompt_column,
             completion=self.completion_column,
@@ -125,6 +133,7 @@ class DataConfig:
 
 #: Kinds of input, of which a row has one: the columns of each.
 _KINDS = (
+    ("words_column",),
     ("messages_column",),
     ("prompt_column", "completion_column"),
     ("input_ids_column", "labels_column"),

@@ -9,12 +9,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.models import LoadedModel, longest_input, pad_id, tokenizer_info
+from pipeline.models import LoadedModel, pad_id, tokenizer_info
 from pipeline.progress import Progress
 from pipeline.records import RowBlock, StudentBatch, Tokenization
 from pipeline.softlabels import served_temperature
 from pipeline.tasks import Task
-from pipeline.training.batches.collate import Collator, from_tensors, to_tensors
+from pipeline.training.batches.collate import Collator, from_tensors, longest_row, to_tensors
 
 
 def logits_by_batch(
@@ -46,12 +46,11 @@ def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
     """What makes the model's batches: the cache's tokens, or its texts in the model's own."""
     contract = cache.manifest.contract
     own_tokenizer = tokenizer_info(model.tokenizer).sha256 != contract.tokenizer.sha256
-    longest = min(contract.tokenization.max_length, longest_input(model.model, model.tokenizer))
     return Collator(
         task,
         model.tokenizer,
         served_temperature(contract.encoding),
-        retokenize=Tokenization(longest) if own_tokenizer else None,
+        retokenize=Tokenization(longest_row(task, contract, model)) if own_tokenizer else None,
         pad_id=pad_id(model.tokenizer, model.model),
         for_evaluation=True,
         vocabulary_map=cache.vocabulary_map,

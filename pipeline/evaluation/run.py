@@ -120,7 +120,9 @@ def evaluate(
     task = get_task(contract.task)
     rows = opened.dataset(split)
     counted = track(rows.blocks(), "teacher's labels", len(rows), size=len)
-    teacher_predictions = predictions_of_teacher(task, counted, default_temperature(contract.encoding, 1.0))
+    teacher_predictions = predictions_of_teacher(
+        task, counted, default_temperature(contract.encoding, 1.0), contract.label_names
+    )
     labelled = int((teacher_predictions.labels != NO_LABEL).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
     warn_of_text_bytes(opened, split)
@@ -212,14 +214,19 @@ class _Comparison:
         main = self.basis.main_metric
         ours, theirs = metrics[main], self.teacher.metrics[main]
         scores, weights = self._row_scores(found)
-        teacher_scores, _ = self._row_scores(self.predictions)
+        teacher_scores, teacher_weights = self._row_scores(self.predictions)
+        each = (weights > 0) | (teacher_weights > 0)
         higher = self.basis.higher_is_better
         return dataclasses.replace(
             line,
             metrics=metrics,
             retention=_ratio(ours, theirs) if higher else _ratio(theirs, ours),
             retention_interval=bootstrap_ratio(
-                scores[weights > 0], teacher_scores[weights > 0], seed=self.seed, inverse=not higher
+                scores[each],
+                teacher_scores[each],
+                of=None if np.array_equal(weights, teacher_weights) else (weights[each], teacher_weights[each]),
+                seed=self.seed,
+                inverse=not higher,
             ),
         )
 
@@ -262,11 +269,14 @@ def _predict(
         rows=np.concatenate(owners),
         row_kl=np.concatenate(kl),
         row_text_bytes=np.concatenate(text_bytes),
+        label_names=cache.manifest.contract.label_names,
     )
     return predictions, float(predictions.row_kl.sum() / max(compared, 1))
 
 
-def predictions_of_teacher(task: Task, blocks: Iterable[RowBlock], temperature: float) -> Predictions:
+def predictions_of_teacher(
+    task: Task, blocks: Iterable[RowBlock], temperature: float, label_names: tuple[str, ...] | None = None
+) -> Predictions:
     """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution.
 
     `temperature`: of the kept probabilities; its confidence is known at 1 only (else nan), as the students' is taken.
@@ -297,6 +307,7 @@ def predictions_of_teacher(task: Task, blocks: Iterable[RowBlock], temperature: 
         rows=np.concatenate(owners),
         row_kl=np.zeros(done),
         row_text_bytes=np.concatenate(text_bytes),
+        label_names=label_names,
     )
 
 

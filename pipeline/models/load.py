@@ -234,6 +234,11 @@ def length_within(task: Task, name: str, longest: int, asked: int | None) -> int
     return asked
 
 
+def class_names(model: Any) -> tuple[str, ...]:
+    """The names of the classes of a model's head, in order."""
+    return tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
+
+
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest row in tokens that the model has positions for."""
     return longest_of(model.config, tokenizer)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _INPUT_FLAGS = {
     "text": "--text-column",
     "text_pair": "--text-pair-column",
+    "words": "--words-column",
     "messages": "--messages-column",
     "prompt": "--prompt-column",
     "completion": "--completion-column",
@@ -37,7 +38,7 @@ def one_input(columns: Columns) -> Columns:
         raise MisuseError("--prompt-column and --completion-column go together; give both or neither")
     if columns.labels is not None and columns.input_ids is None:
         raise MisuseError("--labels-column goes with --input-ids-column; for class labels use --label-column")
-    others = [name for name in (columns.messages, columns.prompt, columns.input_ids) if name is not None]
+    others = [name for name in (columns.words, columns.messages, columns.prompt, columns.input_ids) if name is not None]
     if columns.text_pair is not None and (others or columns.text is None):
         raise MisuseError("--text-pair-column goes with --text-column, and with no other kind of input")
     if len(others) > 1:
@@ -90,6 +91,11 @@ def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
             continue
         if role in _TEXT_ROLES:
             _check_text(where, role, name, found)
+        elif role == "words":
+            if found != "lists of text":
+                raise SourceError(
+                    f"{where}: column {name!r} (--words-column): expected lists of words, found {found}; name another column"
+                )
         elif role == "messages":
             _check_messages(where, name, dataset.features[name], found)
         elif found != "lists of integers":
@@ -105,7 +111,7 @@ def check_alike(where: str, dataset: JoinedRows, columns: Columns) -> None:
         SourceError: two files that do not.
     """
     labelled = [part for i, part in enumerate(dataset.parts) if columns.label and dataset.holds(i, columns.label)]
-    names = {tuple(getattr(part.features[columns.label], "names", None) or ()) for part in labelled}
+    names = {class_names(part.features[columns.label]) for part in labelled}
     if len(names) > 1:
         raise SourceError(
             f"{where}: column {columns.label!r}: files have different names of classes; write names in place of numbers"
@@ -130,18 +136,40 @@ def check_kept(where: str, dataset: Rows, columns: Columns) -> None:
             )
 
 
-def check_label(where: str, dataset: Rows, name: str) -> None:
-    """Check that a label column, where there is one, holds one name or class id a row.
+def check_label(where: str, dataset: Rows, columns: Columns) -> None:
+    """Check that the label column, where there is one, holds one name or class id a row; of rows of words, a list of them; or spans of a text.
 
     Raises:
-        SourceError: a column of lists, structs or mixed types.
+        SourceError: a column of another type.
     """
-    if name in dataset.column_names:
-        found = describe(dataset.features[name])
-        if found not in _SCALARS:
+    name = columns.label
+    if name is None or name not in dataset.column_names:
+        return
+    found = describe(dataset.features[name])
+    if columns.words is not None:
+        if found != "nulls" and found.removeprefix("lists of ") not in _SCALARS:
             raise SourceError(
-                f"{where}: column {name!r} (--label-column): expected one name or class id a row, found {found}; name another column"
+                f"{where}: column {name!r} (--label-column): expected a list of names or class ids, one a word, found {found}; name another column"
             )
+    elif found not in _SCALARS and not (columns.text is not None and holds_spans(dataset, name)):
+        raise SourceError(
+            f"{where}: column {name!r} (--label-column): expected one name or class id a row, found {found}; name another column"
+        )
+
+
+def holds_spans(dataset: Rows, name: str) -> bool:
+    """Whether a column holds lists of {start, end, label}: characters of a text."""
+    feature = dataset.features.get(name)
+    item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    return isinstance(item, dict) and {"start", "end", "label"} <= set(item)
+
+
+def class_names(feature: Any) -> tuple[str, ...]:
+    """The names of a column of `ClassLabel`, of lists of it, or of spans with such labels; () where it has none."""
+    if isinstance(feature, dict):
+        return class_names(feature["label"]) if "label" in feature else ()
+    item = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    return tuple(getattr(feature, "names", None) or ()) or (() if item is None else class_names(item))
 
 
 def describe(feature: Any) -> str:

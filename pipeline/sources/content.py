@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.progress import track
 from pipeline.records import Columns, SourceContents, SplitContents
 from pipeline.sources.batches import Row, read_rows
-from pipeline.sources.columns import input_roles, side_roles, used_roles
+from pipeline.sources.columns import class_names, input_roles, side_roles, used_roles
 from pipeline.sources.files.joined import JoinedRows, is_in_place, parts_of
 from pipeline.sources.files.parquet import ParquetRows
 from pipeline.sources.source import Source
@@ -154,7 +154,7 @@ def _fingerprint(dataset: Rows, roles: dict[str, str], start: int, stop: int, *,
 
 
 def _header(dataset: Rows, roles: dict[str, str]) -> hashlib._Hash:
-    names = {role: getattr(dataset.features.get(name), "names", None) for role, name in roles.items()}
+    names = {role: list(class_names(dataset.features.get(name))) or None for role, name in roles.items()}
     return hashlib.sha256(_line(names.items()))
 
 

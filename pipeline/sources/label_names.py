@@ -6,9 +6,10 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from pipeline.errors import SourceError
-from pipeline.sources.columns import check_label
+from pipeline.sources.columns import check_label, class_names, holds_spans
 from pipeline.sources.labels import MEND, Names, fold, order, raw_labels, sides, whole_number
 from pipeline.sources.source import Source
+from pipeline.sources.words import tags_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def label_names(source: Source, label_map: Sequence[str] = ()) -> tuple[str, ...
 
     Returns:
         The names of a `ClassLabel` column; else the distinct texts of all splits, sorted (numbers as numbers); else "0" to the largest number.
+        Of spans the tags of words: "O", and "B-" and "I-" before each label.
 
     Raises:
         SourceError: no label column, no labelled row, both names and numbers, or numbers that are no classes.
@@ -33,10 +35,10 @@ def label_names(source: Source, label_map: Sequence[str] = ()) -> tuple[str, ...
         raise SourceError(f"{source.name}: no label column; name it with --label-column")
     given = _Renamed(label_map)
     for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, column)
-        if column in dataset.column_names and (names := getattr(dataset.features[column], "names", None)):
+        check_label(f"{source.name}: split {split}", dataset, source.columns)
+        if column in dataset.column_names and (names := class_names(dataset.features[column])):
             renamed = [given.name(name, str(i)) for i, name in enumerate(names)]
-            return _distinct(renamed, source, column)
+            return _distinct(tags_of(renamed) if holds_spans(dataset, column) else renamed, source, column)
     texts: dict[str, str] = {}
     numbers: set[int] = set()
     number_at = ""
@@ -55,7 +57,9 @@ def label_names(source: Source, label_map: Sequence[str] = ()) -> tuple[str, ...
                 f"{where}: found both names and numbers in column {column!r} (a number at {number_at}); use one or the other"
             )
     if texts:
-        return _distinct(sorted((given.name(text) for text in texts), key=order), source, column)
+        found = sorted((given.name(text) for text in texts), key=order)
+        spans = any(holds_spans(dataset, column) for dataset in source.splits.values())
+        return _distinct(tags_of(found) if spans else found, source, column)
     if not numbers:
         raise SourceError(
             f"{source.name}: no labelled row in column {column!r}; label some rows, or name another column with --label-column"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import SourceError
 from pipeline.sources.batches import UNREADABLE, read_rows
-from pipeline.sources.columns import check_label
+from pipeline.sources.columns import check_label, class_names, holds_spans
 from pipeline.sources.source import Source
 
 logger = logging.getLogger(__name__)
@@ -93,18 +93,23 @@ class LabelMap:
             raise SourceError(
                 f"{source.name}: --label-map: no label column; found {found}; name it with --label-column"
             )
+        if label_map and any(holds_spans(dataset, column or "") for dataset in source.splits.values()):
+            raise SourceError(
+                f"{source.name}: --label-map is for labels of rows and words, and column {column!r} holds spans; rename their labels in the data"
+            )
         class_ids: dict[str, tuple[int, ...]] = {}
-        class_names: dict[str, tuple[str, ...]] = {}
+        named: dict[str, tuple[str, ...]] = {}
         for split, dataset in source.splits.items():
             if column is None or column not in dataset.column_names:
                 continue
             where = f"{source.name}: split {split}"
-            check_label(where, dataset, column)
-            found_names = getattr(dataset.features[column], "names", None)
-            if found_names is not None:
-                class_names[split] = tuple(found_names)
-                class_ids[split] = _class_ids(class_names[split], known, given, where)
-        made = cls(source.name, known, numbers, unclear, class_ids, class_names, given)
+            check_label(where, dataset, source.columns)
+            found_names = class_names(dataset.features[column])
+            if found_names:
+                named[split] = found_names
+            if found_names and not holds_spans(dataset, column):
+                class_ids[split] = _class_ids(named[split], known, given, where)
+        made = cls(source.name, known, numbers, unclear, class_ids, named, given)
         if column is not None:
             made._check_given(source, column)
         return made
@@ -190,10 +195,10 @@ class LabelMap:
             return
         values: dict[str, None] = {}
         used: set[str | None] = set()
-        for split, dataset in source.splits.items():
+        for split in source.splits:
             raw: Sequence[object] = range(-1, len(self.class_names.get(split, ())))
             if split not in self.class_names:
-                raw = list(dict.fromkeys(row.get(column) for row in read_rows(dataset, [column])))
+                raw = list(dict.fromkeys(value for _, value in raw_labels(source, column, (split,))))
             for value in raw:
                 used.add(self._given_key(value, split, f"{source.name}: split {split}"))
                 if value is not None and value != -1:
@@ -234,11 +239,17 @@ def sides(item: str) -> tuple[str, str]:
     return data, model
 
 
-def raw_labels(source: Source, column: str) -> Iterator[tuple[str, object]]:
-    """Every value of a label column, each with its place for messages."""
-    for split, dataset in source.splits.items():
-        for i, row in enumerate(read_rows(dataset, [column])):
-            yield f"{source.name}: split {split}, row {i}", row.get(column)
+def raw_labels(source: Source, column: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, object]]:
+    """Every value of a label column, those of lists and spans one by one, each with its place for messages.
+
+    Args:
+        splits: default: all.
+    """
+    for split in splits or source.splits:
+        for i, row in enumerate(read_rows(source.splits[split], [column])):
+            value = row.get(column)
+            for each in value if isinstance(value, list) else [value]:
+                yield f"{source.name}: split {split}, row {i}", each["label"] if isinstance(each, dict) else each
 
 
 def whole_number(value: object, where: str) -> int | None:

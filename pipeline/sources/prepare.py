@@ -272,7 +272,7 @@ def _require_label(source: Source, column: str | None) -> None:
         found = ", ".join(next(iter(source.splits.values())).column_names)
         raise SourceError(f"{source.name}: no label column {column!r}; found {found}; name it with --label-column")
     for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, source.columns.label)
+        check_label(f"{source.name}: split {split}", dataset, source.columns)
 
 
 def _shareable_name(path: Path) -> str:

@@ -10,9 +10,11 @@ from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Columns, Example, Scalar
 from pipeline.sources.batches import UNREADABLE, Row, read_rows
 from pipeline.sources.chats import read_messages, read_tools
-from pipeline.sources.columns import ATTENTION_MASK, TOOLS, input_roles, side_roles
+from pipeline.sources.columns import ATTENTION_MASK, TOOLS, holds_spans, input_roles, side_roles
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of, read_text
+from pipeline.sources.word_labels import span_labels, word_labels
+from pipeline.sources.words import read_words
 
 if TYPE_CHECKING:
     from pipeline.sources.labels import LabelMap
@@ -50,6 +52,7 @@ def _examples(source: Source, split: str, start: int, stop: int, labels: LabelMa
     label_column = columns.label if labels is not None else None
     dataset = source.splits[split]
     beside = side_roles(dataset, columns).values()
+    by_spans = label_column is not None and holds_spans(dataset, label_column)
     names = [*input_roles(columns).values(), *beside, *columns.keep, *([label_column] if label_column else [])]
     for i, row in enumerate(read_rows(dataset, names, start, stop), start=start):
         try:
@@ -62,8 +65,26 @@ def _examples(source: Source, split: str, start: int, stop: int, labels: LabelMa
         if labels is None or label_column is None:
             yield example
         else:
-            label = labels.class_id(row.get(label_column), split=split, row=i)
-            yield dataclasses.replace(example, label=label)
+            try:
+                yield _labelled(example, row.get(label_column), labels, by_spans=by_spans, split=split)
+            except BadRowError as error:
+                yield BadRow(split, i, f"{label_column}: {error}")
+
+
+def _labelled(example: Example, value: object, labels: LabelMap, *, by_spans: bool, split: str) -> Example:
+    """The example with what its label column says.
+
+    Raises:
+        BadRowError: labels that do not fit the words or the text.
+        SourceError: a label that is no class.
+    """
+    number = example.source_row
+    if example.words is not None:
+        return dataclasses.replace(example, word_labels=word_labels(labels, value, example.words, split, number))
+    if by_spans and example.text is not None:
+        words, found = span_labels(labels, value, example.text, split, number)
+        return dataclasses.replace(example, words=words, word_labels=found)
+    return dataclasses.replace(example, label=labels.class_id(value, split=split, row=number))
 
 
 def _example(i: int, row: Row, columns: Columns, kept: dict[str, Scalar]) -> Example:
@@ -81,6 +102,8 @@ def _example(i: int, row: Row, columns: Columns, kept: dict[str, Scalar]) -> Exa
             part = _attended(ATTENTION_MASK, row[ATTENTION_MASK], ids)
             ids, token_labels = ids[part], None if token_labels is None else token_labels[part]
         return Example(i, input_ids=ids, token_labels=token_labels, kept=kept)
+    if columns.words is not None:
+        return Example(i, words=read_words(columns.words, row[columns.words]), kept=kept)
     assert columns.text is not None  # one_input() saw to it
     pair = None if columns.text_pair is None else read_text(columns.text_pair, row[columns.text_pair])
     return Example(i, text=read_text(columns.text, row[columns.text]), text_pair=pair, kept=kept)

@@ -13,8 +13,9 @@ from pipeline.tasks.protocol import (
     token_block,
 )
 from pipeline.tasks.sequence_classification import SequenceClassification
+from pipeline.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, Task] = {task.name: task for task in (SequenceClassification(), CausalLM())}
+TASKS: dict[str, Task] = {task.name: task for task in (SequenceClassification(), CausalLM(), TokenClassification())}
 
 
 def get_task(name: str) -> Task:

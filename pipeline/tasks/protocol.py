@@ -178,6 +178,7 @@ def token_block(rows: TokenBlock | Sequence[TokenizedExample]) -> TokenBlock:
         token_type_ids=_joined([row.token_type_ids for row in rows]),
         document_lengths=_joined([row.document_lengths for row in rows]),
         label=np.array(labels, dtype=np.int64),
+        labels=_joined([row.labels for row in rows]),
     )
 
 

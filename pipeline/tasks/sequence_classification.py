@@ -119,6 +119,10 @@ class SequenceClassification:
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> Iterator[TokenizedExample]:
         paired = examples[0].text_pair is not None
+        if examples[0].word_labels is not None:
+            raise MisuseError(
+                f"--task {self.name} has one label a row, and --label-column holds spans of the text; for these give --task token-classification"
+            )
         encoded = tokenizer(
             [e.text or "" for e in examples],
             [e.text_pair or "" for e in examples] if paired else None,

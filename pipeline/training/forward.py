@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
-from pipeline.records import Loss, Spans
+from pipeline.records import Loss, Predictions, Spans
 from pipeline.tasks import Task
 from pipeline.training.batches.collate import target_from_tensors
 from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
@@ -253,4 +253,32 @@ def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[s
         **sums,
         "predicted": found["predicted"].cpu().numpy(),
         **{name: batch[name].numpy() for name in ("labels", "weights", "teacher_predicted", "text_bytes")},
+        "owner": np.repeat(batch["source_rows"].numpy(), _num_positions(batch)),
     }
+
+
+def _num_positions(batch: Mapping[str, Any]) -> np.ndarray:
+    """(B,): of each row."""
+    supervised = batch.get("supervised")
+    counts: np.ndarray = np.ones(1, dtype=np.int64) if supervised is None else supervised.sum(1).numpy()
+    return counts
+
+
+def predictions_of(found: Mapping[str, np.ndarray], label_names: tuple[str, ...] | None) -> Predictions:
+    """The `kept_scores` of all batches, one after another -> what was predicted where a position counts."""
+    known = found["weights"] > 0
+    owner = found["owner"][known]
+    rows = np.concatenate([[0], np.cumsum(np.diff(owner) != 0)]).astype(np.int64)[: len(owner)]
+    text_bytes = np.zeros(int(rows.max(initial=0)) + 1, dtype=np.int64)
+    text_bytes[0] = found["text_bytes"].sum()
+    return Predictions(
+        labels=found["labels"][known],
+        predicted=found["predicted"][known],
+        confidence=found["confidence"][known],
+        nll=found["nll"][known],
+        teacher_predicted=found["teacher_predicted"][known],
+        rows=rows,
+        row_kl=np.zeros(len(text_bytes)),
+        row_text_bytes=text_bytes,
+        label_names=label_names,
+    )

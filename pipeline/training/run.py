@@ -25,7 +25,6 @@ from pipeline.errors import MisuseError
 from pipeline.models import (
     LABELS,
     LoadedModel,
-    longest_input,
     model_info,
     tokenizer_info,
 )
@@ -35,6 +34,7 @@ from pipeline.models.load import as_it_came
 from pipeline.models.saved import cast_weights, checkpoints, model_files, remove, round_weights
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
+from pipeline.training.batches.collate import longest_row
 from pipeline.training.batches.held_out import HeldOut
 from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
@@ -224,7 +224,7 @@ def fit(
     for each in (cache, *(mixture.others if mixture is not None else ())):
         check_alignment(each.as_captured, list(splits))
     is_retokenized = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
-    max_length = min(contract.tokenization.max_length, longest_input(student.model, student.tokenizer))
+    max_length = longest_row(get_task(contract.task), contract, student)
     started = time.monotonic()
     info = model_info(student)
     origin = Origin(

@@ -16,7 +16,7 @@ from pipeline.models import LoadedModel, check_isolation, load_model, longest_in
 from pipeline.models.adapters import adapter_config, adapter_labels, base_name
 from pipeline.models.load import load_config
 from pipeline.records import Contract
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import TASKS, Task, get_task
 
 
 def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> list[Cache]:
@@ -211,7 +211,9 @@ def _stated_labels(name: str, trust_remote_code: bool, base_model: str | None) -
     if adapter is not None:
         if (kept := adapter_labels(name)) is not None:
             return kept
-        if adapter.get("task_type") == "SEQ_CLS" or adapter.get("modules_to_save"):
+        if any(
+            task.peft_type == adapter.get("task_type") and task.names_classes for task in TASKS.values()
+        ) or adapter.get("modules_to_save"):
             return None
     try:
         config = load_config(base_name(name, adapter, base_model), trust_remote_code=trust_remote_code)

@@ -25,6 +25,7 @@ from pipeline.models import (
     LABELS,
     LoadedModel,
     choose_max_length,
+    class_names,
     load_model,
     model_info,
     pad_id,
@@ -110,7 +111,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     skip = config.on_bad_row == "skip"
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
     if names is not None:
-        _tell_absent(source, train, names, rows)
+        _tell_absent(task, source, train, names, rows)
     check_ids(embedding_rows(teacher.model), rows, teacher.tokenizer, teacher.name)
     settings_given = {
         "learning_rate": config.learning_rate,
@@ -269,6 +270,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
         rows=np.concatenate(owners),
         row_kl=np.zeros(len(rows)),
         row_text_bytes=np.array([row.text_bytes for row in rows]),
+        label_names=class_names(loaded.model) if task.names_classes else None,
     )
 
 
@@ -285,7 +287,7 @@ class _Rows(Dataset[TokenizedExample]):
 
 @dataclass(frozen=True, slots=True)
 class _Collator:
-    """Inputs, and `labels` where the model's own loss looks for them: one a row, or shifted by one token."""
+    """Inputs, and `labels` where the model's own loss looks for them: one a row, at its position, or shifted by one token."""
 
     task: Task
     pad_id: int
@@ -296,6 +298,9 @@ class _Collator:
         if supervised is None:
             return {**inputs, "labels": labels}
         tokens = torch.full(supervised.shape, NO_LABEL)
+        if self.task.label_source == "positions":
+            tokens[supervised] = labels
+            return {**inputs, "labels": tokens}
         tokens[:, 1:][supervised[:, :-1]] = labels  # what position t predicts stands at t + 1
         return {**inputs, "labels": tokens}
 
@@ -306,9 +311,11 @@ def _split_names(source: Source) -> tuple[str, str | None]:
     return "train", next((name for name in ("validation", "test") if name in source.splits), None)
 
 
-def _tell_absent(source: Source, split: str, names: Sequence[str], rows: Sequence[TokenizedExample]) -> None:
+def _tell_absent(
+    task: Task, source: Source, split: str, names: Sequence[str], rows: Sequence[TokenizedExample]
+) -> None:
     """Say which classes the teacher is given that no row to learn from has: labels 1 to 3 make a class 0."""
-    seen = {row.label for row in rows}
+    seen = set(task.hard_labels(rows).tolist())
     absent = [name for i, name in enumerate(names) if i not in seen]
     if absent:
         logger.warning(

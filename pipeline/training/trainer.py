@@ -21,16 +21,16 @@ from pipeline.errors import MisuseError, TrainingError
 from pipeline.metrics import agreement
 from pipeline.models import pad_id
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, Loss, Predictions, Tokenization
+from pipeline.records import NO_LABEL, Loss, Tokenization
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
-from pipeline.training.batches.held_out import HeldOut, labelled_rows
+from pipeline.training.batches.held_out import HeldOut, labelled_rows, which_labelled
 from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
 from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epoch
 from pipeline.training.batches.prefetch import prefetch
 from pipeline.training.divergences import check_divergence
-from pipeline.training.forward import GIVEN, SUMS, attach_loss, kept_scores
+from pipeline.training.forward import GIVEN, SUMS, attach_loss, kept_scores, predictions_of
 from pipeline.training.refusals import (
     check_metric,
     choose_eval_split,
@@ -148,7 +148,7 @@ class DistillationTrainer(SavingTrainer):
             **trainer_kwargs,
         )
         if evaluated is not None:
-            known = self.task.label_source == "tokens" or not np.isnan(evaluated.column("label")).all()
+            known = bool(which_labelled(evaluated, self.task).any())
             check_metric(args, self.task, contract.num_classes, labelled=known)
         self.loss_is_scaled_for_ga = True
         # Where Trainer has put the model: the trial of its head may need the GPU.
@@ -166,7 +166,7 @@ class DistillationTrainer(SavingTrainer):
         soft = self.loss.soft_weight or self.loss.soft_weight_end
         if soft or teacher_labels or self.task.label_source == "tokens":
             return None
-        return labelled_rows(dataset, self.cache.where)
+        return labelled_rows(dataset, self.task, self.cache.where)
 
     # ------------------------------------------------------------------------------------------------- batches
 
@@ -341,16 +341,7 @@ class DistillationTrainer(SavingTrainer):
 
     def _metrics(self, found: Mapping[str, np.ndarray]) -> dict[str, float]:
         known = found["weights"] > 0
-        predictions = Predictions(
-            labels=found["labels"][known],
-            predicted=found["predicted"][known],
-            confidence=found["confidence"][known],
-            nll=found["nll"][known],
-            teacher_predicted=found["teacher_predicted"][known],
-            rows=np.zeros(int(known.sum()), dtype=np.int64),
-            row_kl=np.zeros(1),
-            row_text_bytes=found["text_bytes"].sum(keepdims=True),
-        )
+        predictions = predictions_of(found, self.cache.manifest.contract.label_names)
         self.predictions = predictions
         sums = {name: float(found[name].sum()) for name in SUMS}
         hard_weight, soft_weight = weights_of_evaluation(self.loss)

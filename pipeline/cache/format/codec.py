@@ -39,11 +39,12 @@ _SMALLEST_HALF = np.finfo(np.float16).min
 
 
 def content_hash(example: TokenizedExample) -> int:
-    """Identity by content: a 64-bit hash of the token ids and the label."""
-    return hash_tokens(example.input_ids, example.label)
+    """Identity by content: a 64-bit hash of the token ids and the labels."""
+    labels = example.label if example.labels is None else tuple(example.labels.tolist())
+    return hash_tokens(example.input_ids, labels)
 
 
-def hash_tokens(input_ids: np.ndarray, label: int | None) -> int:
+def hash_tokens(input_ids: np.ndarray, label: int | tuple[int, ...] | None) -> int:
     """`content_hash` of a row's parts."""
     digest = hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=8)
     digest.update(str(label).encode())
@@ -65,7 +66,7 @@ def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
         array = table.column(name).combine_chunks()
         if isinstance(array, pa.ChunkedArray):  # of no rows
             array = pa.concat_arrays([pa.array([], type=array.type), *array.chunks])
-        if name not in COLUMNS or pa.types.is_string(array.type):
+        if name not in COLUMNS or _is_text(array.type):
             others[name] = array
         elif pa.types.is_list(array.type):
             lists[name] = flat(array)
@@ -73,6 +74,11 @@ def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
             full = pc.fill_null(array, NO_LABEL) if name == "label" else array
             numbers[name] = full.to_numpy(zero_copy_only=False)
     return RowBlock(encoding, num_classes, lists, numbers, others)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Texts, or lists of them, which stay Arrow's."""
+    return bool(pa.types.is_string(kind.value_type if pa.types.is_list(kind) else kind))
 
 
 def _pack_column(block: RowBlock, field: pa.Field) -> pa.Array:
@@ -224,6 +230,7 @@ def tokens_of(block: RowBlock) -> TokenBlock:
         token_type_ids=lists.get("token_type_ids"),
         document_lengths=lists.get("document_lengths"),
         label=None if "label" not in block.numbers else block.numbers["label"].astype(np.int64),
+        labels=lists.get("labels"),
     )
 
 
@@ -263,12 +270,14 @@ COLUMNS = frozenset(
         "text",
         "text_pair",
         "messages",
+        "words",
         "input_ids",
         "token_type_ids",
         "supervised",
         "document_lengths",
         "text_bytes",
         "label",
+        "labels",
         "logits",
         "top_count",
         "top_ids",

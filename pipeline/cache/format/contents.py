@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import IntegrityError
-from pipeline.records import Contract, Full, Sampled
+from pipeline.records import NO_LABEL, Contract, Full, Sampled
+from pipeline.tasks import get_task
 
 #: Columns that may be empty in a row; those of the source may too.
 _NULLABLE = ("label",)
@@ -48,7 +49,8 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     if "supervised" in lists:
         flags = lists["supervised"]
         check.same(flags.counts, tokens.counts, "supervised: expected one flag for each token")
-        check(not flags.values[flags.ends - 1].any(), "supervised: expected the last token of a row not to be")
+        if get_task(contract.task).label_source == "tokens":
+            check(not flags.values[flags.ends - 1].any(), "supervised: expected the last token of a row not to be")
         positions = flags.sums()
     if "document_lengths" in lists:
         documents = lists["document_lengths"]
@@ -57,6 +59,12 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     if "label" in ours:
         labels = table.column("label").drop_null().to_numpy()
         check.range(labels, contract.num_classes, "label")
+    if "labels" in lists:
+        check.same(lists["labels"].counts, positions, "labels: expected one a position")
+        known = lists["labels"].values
+        check.range(known[known != NO_LABEL], contract.num_classes, "labels")
+    if "words" in table.column_names:
+        check.same(_list(table, "words", check, values=False).counts, positions, "words: expected one a position")
     if "text_bytes" in ours:
         check(int(table.column("text_bytes").to_numpy().min()) >= 0, "text_bytes: expected at least 0")
     if "entropy" in lists:
@@ -116,7 +124,7 @@ _CHECKED = (
         "text_bytes",
         "document_lengths",
     ),
-    *("label", "logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps"),
+    *("label", "labels", "logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps"),
     *("log_residuals", "entropy", "label_logprobs", "teacher_nll_sum", "teacher_entropy_sum"),
 )
 
@@ -143,12 +151,14 @@ class _List:
         return sums
 
 
-def _list(table: pa.Table, name: str, check: _Check) -> _List:
+def _list(table: pa.Table, name: str, check: _Check, *, values: bool = True) -> _List:
+    """A list column; without its values only its lengths and that it has no nulls."""
     array = table.column(name).combine_chunks()
     offsets = array.offsets.to_numpy()
-    values = array.values[offsets[0] : offsets[-1]]
-    check(array.null_count == 0 and values.null_count == 0, f"{name}: expected a value everywhere, found nulls")
-    return _List(name, np.diff(offsets).astype(np.int64), values.to_numpy(zero_copy_only=False))
+    items = array.values[offsets[0] : offsets[-1]]
+    check(array.null_count == 0 and items.null_count == 0, f"{name}: expected a value everywhere, found nulls")
+    numbers = items.to_numpy(zero_copy_only=False) if values else np.zeros(0)
+    return _List(name, np.diff(offsets).astype(np.int64), numbers)
 
 
 def _are_log_probabilities(values: np.ndarray) -> bool:

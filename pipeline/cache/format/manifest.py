@@ -44,6 +44,7 @@ _ADDED = frozenset(
         "bytes_per_second",
         "bytes_per_row",
         "span_loss",
+        "words",
     }
 )
 

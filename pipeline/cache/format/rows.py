@@ -83,7 +83,9 @@ def make_block(
             others[name] = pa.array([example.kept.get(name) for example in examples], type=field.type)
             continue
         values: Any = sums[name] if name in sums else [_READERS[name](example) for example in examples]
-        if pa.types.is_list(field.type):
+        if name == "words":
+            others[name] = pa.array([list(each) for each in values], type=field.type)
+        elif pa.types.is_list(field.type):
             lists[name] = _ragged(values, field.type.value_type.to_pandas_dtype())
         elif pa.types.is_string(field.type):
             others[name] = pa.array(values, type=field.type)
@@ -108,6 +110,8 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "document_lengths": lambda example: example.document_lengths,
     "text_bytes": lambda example: example.text_bytes,
     "label": lambda example: NO_LABEL if example.label is None else example.label,
+    "labels": lambda example: example.labels,
+    "words": lambda example: example.words,
 }
 
 
@@ -128,6 +132,8 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
                 supervised=lists.get("supervised", none)[i],
                 token_type_ids=lists.get("token_type_ids", none)[i],
                 label=_label(numbers.get("label", none)[i]),
+                labels=lists.get("labels", none)[i],
+                words=_words(others.get("words", none)[i]),
                 text=others.get("text", none)[i],
                 text_pair=others.get("text_pair", none)[i],
                 messages=others.get("messages", none)[i],
@@ -146,9 +152,9 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
     ]
 
 
-_LISTS = ("input_ids", "token_type_ids", "supervised", "document_lengths", "entropy", "label_logprobs")
+_LISTS = ("input_ids", "token_type_ids", "supervised", "labels", "document_lengths", "entropy", "label_logprobs")
 #: Columns that some caches of a task have and others not, as `cache-logits` was asked.
-_OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages"})
+_OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages", "words"})
 
 
 def _floats(lists: Mapping[str, list[np.ndarray]], name: str, row: int) -> Tensor | None:
@@ -161,6 +167,10 @@ def _parts(column: Ragged) -> list[np.ndarray]:
     values = column.values if column.values.flags.writeable else column.values.copy()
     offsets = column.offsets.tolist()
     return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+
+
+def _words(words: list[str] | None) -> tuple[str, ...] | None:
+    return None if words is None else tuple(words)
 
 
 def _label(label: int | None) -> int | None:

@@ -26,6 +26,7 @@ def cache_schema(
     text: bool = False,
     text_pair: bool = False,
     messages: bool = False,
+    words: bool = False,
     documents: bool = False,
     entropy: bool = False,
     label_logprobs: bool = False,
@@ -49,6 +50,8 @@ def cache_schema(
             columns["text_pair"] = pa.string()
     if messages:
         columns["messages"] = pa.string()
+    if words:
+        columns["words"] = pa.list_(pa.string())
     columns["input_ids"] = pa.list_(pa.int32())
     if token_type_ids:
         columns["token_type_ids"] = pa.list_(pa.int32())
@@ -103,6 +106,8 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
             planes[path], levels[path] = "BYTE_STREAM_SPLIT", 16
         elif not pa.types.is_list(field.type) and field.name not in _OURS:
             dictionary.append(field.name)
+        elif field.name == "words":
+            dictionary.append(path)
     return {
         "compression": "zstd",
         "compression_level": levels,

@@ -7,6 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from pipeline.cache.format.codec import unpack, unpack_soft
 from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.manifest import Layout
@@ -90,15 +92,18 @@ def _quota(shard: Shard, groups: int) -> int:
     return max(1, min(math.ceil(_POSITIONS / groups / per_row), _ROWS // groups))
 
 
+def _labels(block: RowBlock) -> np.ndarray | None:
+    """(N,) hard labels, -100 where there is none; None: they are tokens."""
+    return block.lists["labels"].values if "labels" in block.lists else block.numbers.get("label")
+
+
 def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
     """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same."""
     pairs = [
         (label, best)
         for block in blocks
-        if "label" in block.numbers
-        for label, best in zip(
-            block.numbers["label"].tolist(), most_likely(unpack_soft(block))[0].tolist(), strict=True
-        )
+        if (known := _labels(block)) is not None
+        for label, best in zip(known.tolist(), most_likely(unpack_soft(block))[0].tolist(), strict=True)
         if label != NO_LABEL
     ]
     count = len(pairs)
@@ -109,9 +114,10 @@ def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
     agreement = sum(label == best for label, best in pairs) / count
     if chance < 1 and (agreement - chance) * math.sqrt(count) <= _STANDARD_ERRORS * math.sqrt(chance * (1 - chance)):
         logger.warning(
-            "%s: the teacher's most likely class is the hard label in %.1f%% of %d rows, where chance makes it %.1f%%: is it trained, and are its labels in the data's order?",
+            "%s: the teacher's most likely class is the hard label in %.1f%% of %d %s, where chance makes it %.1f%%: is it trained, and are its labels in the data's order?",
             name,
             100 * agreement,
             count,
+            "words" if any("labels" in block.lists for block in blocks) else "rows",
             100 * chance,
         )

@@ -189,10 +189,11 @@ def _check_hashes(table: pa.Table, where: str) -> None:
     ids = table.column("input_ids").combine_chunks()
     offsets, tokens = ids.offsets.to_numpy(), ids.values.to_numpy().astype("<i4")
     names = table.column_names
-    labels = table.column("label").to_pylist() if "label" in names else [None] * table.num_rows
+    name = next((name for name in ("label", "labels") if name in names), None)
+    labels = [None] * table.num_rows if name is None else table.column(name).to_pylist()
     stored = table.column("content_hash").to_pylist()
     for row, label in enumerate(labels):
-        found = hash_tokens(tokens[offsets[row] : offsets[row + 1]], label)
+        found = hash_tokens(tokens[offsets[row] : offsets[row + 1]], tuple(label) if isinstance(label, list) else label)
         _expect(
             found == stored[row],
             where,

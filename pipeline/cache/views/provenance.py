@@ -56,6 +56,7 @@ def command(contract: Contract) -> str:
         ("--holdout", source.holdout or None),
         ("--text-column", columns.text if columns.text != "text" else None),
         ("--text-pair-column", columns.text_pair),
+        ("--words-column", columns.words),
         ("--messages-column", columns.messages),
         ("--prompt-column", columns.prompt),
         ("--completion-column", columns.completion),

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -35,7 +34,7 @@ from pipeline.capture.shard import label_rows
 from pipeline.capture.teachers.local import LocalTeacher
 from pipeline.config import EstimateConfig
 from pipeline.errors import MisuseError, SourceError
-from pipeline.models import LoadedModel
+from pipeline.models import LoadedModel, class_names
 from pipeline.progress import Progress
 from pipeline.records import (
     BadRow,
@@ -264,8 +263,7 @@ def _pilot_rows(
     count = len(source.splits[split])
     labels = None
     if task.names_classes:
-        config: Any = teacher.model.config
-        labels = LabelMap.for_names(source, tuple(str(config.id2label[i]) for i in range(config.num_labels)), label_map)
+        labels = LabelMap.for_names(source, class_names(teacher.model), label_map)
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
     starts = [count * i // runs for i in range(runs)]
     unpacked = dataclasses.replace(settings, packing=False, isolate_documents=False)

@@ -14,7 +14,7 @@ from pipeline.capture.automatic import fastest_batch_tokens
 from pipeline.capture.forward import device_name, output_matrix, synchronize, teacher_logits
 from pipeline.capture.teachers.protocol import Keep
 from pipeline.errors import ModelError
-from pipeline.models import LoadedModel, check_isolation, longest_input, model_info
+from pipeline.models import LoadedModel, check_isolation, class_names, longest_input, model_info
 from pipeline.records import Encoding, ModelInfo, Tokenization, TokenizedExample
 from pipeline.tasks import Task, embedding_rows
 
@@ -62,8 +62,7 @@ class LocalTeacher:
         """Those of its configuration."""
         if not self.task.names_classes:
             return None
-        config = self.model.config
-        return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        return class_names(self.model)
 
     @property
     def info(self) -> ModelInfo:

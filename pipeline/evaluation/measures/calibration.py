@@ -54,7 +54,8 @@ def fit_temperatures(
     losses = np.zeros((2, len(GRID)))  # of each half
     parts: list[Scores] = []
     labels: list[np.ndarray] = []
-    num_bytes = 0
+    owners: list[np.ndarray] = []
+    text_bytes: list[np.ndarray] = []
     source = fitted_on or split
     for rows, batch, logits in logits_by_batch(cache, basis.task, model, source, batch_size, f"calibrate {name}"):
         fold = np.repeat(halves(rows.numbers["source_row"]), positions_of(rows))
@@ -63,12 +64,16 @@ def fit_temperatures(
             losses[half] += each[fold == half].sum(0)
         parts.append(score(logits, batch.labels))
         labels.append(batch.labels.cpu().numpy())
-        num_bytes += int(text_bytes_of(rows).sum())
+        owners.append(np.repeat(np.arange(len(rows)), positions_of(rows)) + sum(map(len, text_bytes)))
+        text_bytes.append(text_bytes_of(rows))
     folds = halves(cache.dataset(split).column("source_row"))
     if fitted_on is None:
         return TemperatureFit(np.array([best_temperature(losses[1 - half]) for half in (0, 1)])[folds], None)
-    predictions = _predictions(parts, np.concatenate(labels), num_bytes)
-    metrics = basis.task.metrics(predictions, cache.manifest.contract.num_classes)
+    contract = cache.manifest.contract
+    predictions = _predictions(
+        parts, np.concatenate(labels), np.concatenate(owners), np.concatenate(text_bytes), contract.label_names
+    )
+    metrics = basis.task.metrics(predictions, contract.num_classes)
     return TemperatureFit(np.full(len(folds), best_temperature(losses.sum(0))), metrics[basis.main_metric])
 
 
@@ -78,7 +83,9 @@ def halves(source_rows: np.ndarray) -> np.ndarray:
     return (hashed >> np.uint64(63)).astype(np.int64)
 
 
-def _predictions(parts: list[Scores], labels: np.ndarray, num_bytes: int) -> Predictions:
+def _predictions(
+    parts: list[Scores], labels: np.ndarray, owners: np.ndarray, text_bytes: np.ndarray, names: tuple[str, ...] | None
+) -> Predictions:
     predicted = np.concatenate([part.predicted for part in parts])
     return Predictions(
         labels=labels,
@@ -86,9 +93,10 @@ def _predictions(parts: list[Scores], labels: np.ndarray, num_bytes: int) -> Pre
         confidence=np.concatenate([part.confidence for part in parts]),
         nll=np.concatenate([part.nll for part in parts]),
         teacher_predicted=predicted,
-        rows=np.zeros(len(labels), dtype=np.int64),
-        row_kl=np.zeros(1),
-        row_text_bytes=np.array([num_bytes], dtype=np.int64),
+        rows=owners,
+        row_kl=np.zeros(len(text_bytes)),
+        row_text_bytes=text_bytes,
+        label_names=names,
     )
 
 

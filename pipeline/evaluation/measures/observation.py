@@ -167,8 +167,10 @@ def observe(
         "text_bytes": np.concatenate(text_bytes),
     }
     places = np.concatenate(aligned) if aligned else None
-    found = plain.observation(**known, aligned=places)
-    return found, None if row_temperatures is None else scaled.observation(**known, aligned=places)
+    found = plain.observation(**known, aligned=places, names=cache.manifest.contract.label_names)
+    return found, None if row_temperatures is None else scaled.observation(
+        **known, aligned=places, names=cache.manifest.contract.label_names
+    )
 
 
 def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
@@ -176,7 +178,9 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
     encoding = cache.manifest.contract.encoding
     dataset = cache.dataset(split)
     counted = track(dataset.blocks(), "teacher's labels", len(dataset), size=len)
-    predictions = predictions_of_teacher(task, counted, default_temperature(encoding, 1.0))
+    predictions = predictions_of_teacher(
+        task, counted, default_temperature(encoding, 1.0), cache.manifest.contract.label_names
+    )
     positions = len(predictions.labels)
     brier = np.full(positions, np.nan)
     if isinstance(encoding, Full):
@@ -234,6 +238,7 @@ class _Parts:
         owners: np.ndarray,
         text_bytes: np.ndarray,
         aligned: np.ndarray | None,
+        names: tuple[str, ...] | None,
     ) -> Observation:
         found = {name: np.concatenate(parts) for name, parts in self.columns.items()}
         predictions = Predictions(
@@ -245,5 +250,6 @@ class _Parts:
             rows=owners,
             row_kl=np.bincount(owners, weights=found["kl"], minlength=len(text_bytes)),
             row_text_bytes=text_bytes,
+            label_names=names,
         )
         return Observation(predictions, found["brier"], found["kl"], found.get("js"), found["surprise"], aligned)

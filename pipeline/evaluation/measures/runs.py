@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.cache import Cache
 from pipeline.cache.format.manifest import parse
 from pipeline.config.options import name_and_path
@@ -18,6 +16,8 @@ from pipeline.errors import MisuseError, PipelineError
 from pipeline.evaluation.records import Provenance, Role
 from pipeline.models import public_name
 from pipeline.records import TrainResult
+from pipeline.tasks import get_task
+from pipeline.training.batches.held_out import which_labelled
 from pipeline.training.run import ORIGIN, Origin
 
 
@@ -87,8 +87,8 @@ def _rows_that_teach(cache: Cache, origin: Origin) -> int:
     splits = origin.split.split(", ")
     loss = origin.loss
     labels_alone = not (loss.soft_weight or loss.soft_weight_end or loss.span_weight or origin.teacher_labels)
-    if labels_alone and cache.manifest.contract.columns.get("label", "").startswith("int"):
-        return int((~np.isnan(cache.dataset(splits).column("label").astype(np.float64))).sum())
+    if labels_alone:
+        return int(which_labelled(cache.dataset(splits), get_task(cache.manifest.contract.task)).sum())
     return sum(shard.rows for split in splits for shard in cache.manifest.split_shards(split))
 
 

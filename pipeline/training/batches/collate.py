@@ -25,10 +25,12 @@ from pipeline.cache.format.codec import (
     unpack_soft,
 )
 from pipeline.cache.format.rows import gather, rows_of
-from pipeline.models import pad_id
+from pipeline.errors import ContractError
+from pipeline.models import LoadedModel, longest_input, pad_id, tokenizer_info
 from pipeline.records import (
     NO_LABEL,
     CachedExample,
+    Contract,
     Example,
     Full,
     PositionWeights,
@@ -119,7 +121,7 @@ class Collator:
     def columns(self) -> Container[str]:
         """Those that batches are made of."""
         spans = _SPANS if self.with_spans else frozenset[str]()
-        return COLLATED | spans if self.retokenize is None else COLLATED | {"text", "text_pair"}
+        return COLLATED | spans if self.retokenize is None else COLLATED | {"text", "text_pair", "words"}
 
     def collate_block(self, block: RowBlock, counts: np.ndarray | None = None) -> StudentBatch:
         """B rows.
@@ -172,6 +174,7 @@ COLLATED = (COLUMNS | {TEACHER_POSITION}) - {
     "text",
     "text_pair",
     "messages",
+    "words",
     "teacher_nll_sum",
     LABEL_LOGPROBS,
 }
@@ -254,14 +257,44 @@ def target_from_tensors(tensors: Mapping[str, Tensor], num_classes: int) -> Targ
     return Target(num_classes=num_classes, log_residual=parts.pop("log_residual", None), **parts)
 
 
+def longest_row(task: Task, contract: Contract, student: LoadedModel) -> int:
+    """Tokens of a student's longest row: those of the cache, as far as it takes them; in tokens of its own all that it takes where words may not be cut off."""
+    longest = longest_input(student.model, student.tokenizer)
+    cached = contract.tokenization.max_length
+    if task.other_tokenizers == "words" and tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256:
+        return min(longest, _MOST_TOKENS_FOR_ONE * cached)
+    return min(cached, longest)
+
+
+#: Tokens of a student for one of the teacher's, at most.
+_MOST_TOKENS_FOR_ONE = 8
+
+
 def _tokenize_anew(
     task: Task, block: RowBlock, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
 ) -> list[TokenizedExample]:
     none = [None] * len(block)
-    texts, pairs = (block.others[name].to_pylist() if name in block.others else none for name in ("text", "text_pair"))
+    texts, pairs, words = (
+        block.others[name].to_pylist() if name in block.others else none for name in ("text", "text_pair", "words")
+    )
     examples = [
-        Example(source_row=i, text=text, text_pair=pair)
-        for i, (text, pair) in enumerate(zip(texts, pairs, strict=True))
+        Example(source_row=i, text=text, text_pair=pair, words=None if row is None else tuple(row))
+        for i, (text, pair, row) in enumerate(zip(texts, pairs, words, strict=True))
     ]
     tokenized = list(task.tokenize(examples, "", tokenizer, settings))
-    return [item for item in tokenized if isinstance(item, TokenizedExample)]
+    rows = [item for item in tokenized if isinstance(item, TokenizedExample)]
+    if task.marks_positions:
+        _check_positions(block, rows, settings)
+    return rows
+
+
+def _check_positions(block: RowBlock, rows: Sequence[TokenizedExample], settings: Tokenization) -> None:
+    """Raise `ContractError` where a row in the student's tokens lacks words that the teacher has labelled."""
+    expected = positions_of(block)
+    found = np.array([row.num_positions for row in rows])
+    if not np.array_equal(found, expected):
+        row = int(np.flatnonzero(found != expected)[0])
+        raise ContractError(
+            f"source row {block.numbers['source_row'][row]}: {expected[row]} words are labelled, and {found[row]} of them are within the {settings.max_length} tokens that the "
+            "student takes; cache again with a smaller --max-length"
+        )

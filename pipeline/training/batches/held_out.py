@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import TrainingError
+from pipeline.records import NO_LABEL
+from pipeline.tasks import Task
 
 #: A tenth of the rows is held out, at most so many, of at most so many row groups: those are decoded for each evaluation.
 _SHARE, MOST_ROWS, _MOST_GROUPS = 0.1, 2000, 64
@@ -33,13 +35,23 @@ class HeldOut:
         return int(self.measured.sum())
 
 
-def labelled_rows(rows: Any, where: str) -> np.ndarray:
-    """(rows,) bool: which rows of a classifier's split have a label.
+def which_labelled(rows: Any, task: Task) -> np.ndarray:
+    """(rows,) bool: which rows of a split have a hard label."""
+    if task.label_source == "row":
+        labelled: np.ndarray = ~np.isnan(rows.column("label").astype(np.float64))
+        return labelled
+    if task.label_source == "positions":
+        return np.array([bool((labels != NO_LABEL).any()) for labels in rows.column("labels")], dtype=bool)
+    return np.ones(len(rows), dtype=bool)
+
+
+def labelled_rows(rows: Any, task: Task, where: str) -> np.ndarray:
+    """`which_labelled`, of a split that is trained on hard labels alone.
 
     Raises:
         TrainingError: none.
     """
-    labelled: np.ndarray = ~np.isnan(rows.column("label").astype(np.float64))
+    labelled = which_labelled(rows, task)
     if not labelled.any():
         raise TrainingError(
             f"{where}: --soft-weight 0 trains on hard labels, and no row has one; give --soft-weight, or --hard-labels teacher"

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pipeline.cache import Cache
 from pipeline.config import TrainStudentConfig
 from pipeline.models import LoadedModel
@@ -15,7 +13,7 @@ from pipeline.models.arguments import num_ranks
 from pipeline.models.start import start_of
 from pipeline.records import Loss
 from pipeline.tasks import get_task
-from pipeline.training.batches.held_out import FEWEST_ROWS, MOST_ROWS, HeldOut, hold_out, labelled_rows
+from pipeline.training.batches.held_out import FEWEST_ROWS, MOST_ROWS, HeldOut, hold_out, labelled_rows, which_labelled
 from pipeline.training.batches.mixing import Mixture
 from pipeline.training.recipe.defaults import (
     PATIENCE,
@@ -176,7 +174,7 @@ def _measured(
         kind = "a cache behind a URL" if cache.remote is not None else "a mix of data"
         return _Measured(0, f"{why}, and no rows are held out of {kind}; name a split with --eval-split")
     train = cache.dataset(config.split)
-    keep = labelled_rows(train, cache.where) if needs_labels else None
+    keep = labelled_rows(train, task, cache.where) if needs_labels else None
     affordable = rows_per_step * evaluation_steps(steps, 0, rows_per_step) // 2
     held_out = hold_out(train, keep, min(MOST_ROWS, max(FEWEST_ROWS, affordable)))
     if held_out is None:
@@ -196,7 +194,7 @@ def _num_rows(cache: Cache, splits: Sequence[str]) -> int:
 
 
 def _without_labels(cache: Cache, split: str) -> bool:
-    return bool(np.isnan(cache.dataset(split).column("label").astype(np.float64)).all())
+    return not which_labelled(cache.dataset(split), get_task(cache.manifest.contract.task)).any()
 
 
 def _loss_text(loss: Loss) -> str:

@@ -1,0 +1,76 @@
+"""Labels of words: a list of them, or spans of characters of a text."""
+
+from __future__ import annotations
+
+from pipeline.errors import BadRowError
+from pipeline.records import NO_LABEL
+from pipeline.sources.batches import UNREADABLE
+from pipeline.sources.labels import LabelMap
+from pipeline.sources.values import kind_of
+from pipeline.sources.words import OUTSIDE, split_words, tags_of_span
+
+
+def word_labels(
+    labels: LabelMap, value: object, words: tuple[str, ...], split: str, row: int
+) -> tuple[int, ...] | None:
+    """Class ids of a row's words, -100 for null, -100 and what else means unlabelled; None: the row has no labels.
+
+    Raises:
+        BadRowError: no list, or not one label a word.
+        SourceError: a label that is no class.
+    """
+    if value is None or value is UNREADABLE:
+        return None
+    if not isinstance(value, list):
+        raise BadRowError(f"expected a list, found {kind_of(value)}")
+    if len(value) != len(words):
+        raise BadRowError(f"expected {len(words)} labels, one a word, found {len(value)}")
+    found = [None if each == NO_LABEL else labels.class_id(each, split=split, row=row) for each in value]
+    return tuple(NO_LABEL if each is None else each for each in found)
+
+
+def span_labels(
+    labels: LabelMap, value: object, text: str, split: str, row: int
+) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """The words of a text with their class ids; a span that begins or ends inside a word cuts it there. (None, None): the row has no labels.
+
+    Raises:
+        BadRowError: spans that are none, reach beyond the text, hold no word, or overlap; a text without words.
+        SourceError: a label that is no class.
+    """
+    if value is None or value is UNREADABLE:
+        return None, None
+    spans = sorted(_spans(value, labels, text, split))
+    places = split_words(text, [cut for start, end, _ in spans for cut in (start, end)])
+    if not places:
+        raise BadRowError("the text has no words")
+    tags = [OUTSIDE] * len(places)
+    reached = 0
+    for start, end, label in spans:
+        if start < reached:
+            raise BadRowError(
+                f"the span of characters {start} to {end} ({label}) overlaps the one before it; expected one label a word"
+            )
+        inside = [i for i, (first, last) in enumerate(places) if start <= first and last <= end]
+        if not inside:
+            raise BadRowError(f"the span of characters {start} to {end} ({label}) holds no word")
+        for i, tag in zip(inside, tags_of_span(label, len(inside), labels.names.ids), strict=True):
+            tags[i] = tag
+        reached = end
+    found = [labels.class_id(tag, split=split, row=row) for tag in tags]
+    return tuple(text[first:last] for first, last in places), tuple(NO_LABEL if i is None else i for i in found)
+
+
+def _spans(value: object, labels: LabelMap, text: str, split: str) -> list[tuple[int, int, str]]:
+    """(start, end, label) of each span."""
+    if not isinstance(value, list):
+        raise BadRowError(f"expected a list of spans, found {kind_of(value)}")
+    found = []
+    for i, span in enumerate(value):
+        start, end, label = (span.get(key) if isinstance(span, dict) else None for key in ("start", "end", "label"))
+        if not isinstance(start, int) or not isinstance(end, int) or label is None:
+            raise BadRowError(f"[{i}]: expected {{start, end, label}}, found {str(span)[:80]}")
+        if not 0 <= start < end <= len(text):
+            raise BadRowError(f"[{i}]: expected characters within 0 to {len(text)}, found {start} to {end}")
+        found.append((start, end, labels.shown(label, split)))
+    return found

@@ -1,0 +1,66 @@
+"""Words: lists of them as rows hold them, texts split into them, and the tags that the words of a span get."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Iterable
+
+from pipeline.errors import BadRowError
+from pipeline.sources.values import kind_of, read_text
+
+#: Scripts that are written without spaces: each character is a word, as BERT's basic tokenizer has it.
+_ALONE = "\u2e80-\u2fdf\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+|[^\w\s]")
+OUTSIDE = "O"
+
+
+def read_words(name: str, value: object) -> tuple[str, ...]:
+    """A value of a column of words.
+
+    Raises:
+        BadRowError: null, no list, empty, or a word that is no text, empty or white space. `name` begins the message.
+    """
+    if not isinstance(value, list):
+        raise BadRowError(f"{name} is null" if value is None else f"{name}: expected a list, found {kind_of(value)}")
+    if not value:
+        raise BadRowError(f"{name} is empty")
+    words = tuple(read_text(f"{name}[{i}]", word) for i, word in enumerate(value))
+    blank = next((i for i, word in enumerate(words) if word.isspace()), None)
+    if blank is not None:
+        raise BadRowError(f"{name}[{blank}]: expected a word, found white space")
+    return words
+
+
+def split_words(text: str, cuts: Collection[int] = ()) -> list[tuple[int, int]]:
+    """The characters `[start, end)` of each word: runs of letters, digits and underscores, and every other sign by itself.
+
+    Args:
+        cuts: places that are between words in any case.
+
+    Ideographs and kana are words one by one. Other scripts without spaces, as Thai, come as whole runs: bring such rows as words.
+    """
+    found: list[tuple[int, int]] = []
+    inner = sorted(cuts)
+    for match in _WORD.finditer(text):
+        bounds = [match.start(), *(cut for cut in inner if match.start() < cut < match.end()), match.end()]
+        found += itertools.pairwise(bounds)
+    return found
+
+
+def tags_of(labels: Iterable[str]) -> list[str]:
+    """The tags of words that spans with these labels become, in the scheme BIO."""
+    return [OUTSIDE, *(f"{prefix}-{label}" for label in labels for prefix in ("B", "I"))]
+
+
+def tags_of_span(label: str, count: int, names: Collection[str]) -> list[str]:
+    """The tags of the words of one span, in the scheme that the model's class names follow: BIOES, BILOU, BIO, IO, or the label alone."""
+    prefixes = {name.partition("-")[0] for name in names if name.partition("-")[2] == label}
+    if not prefixes:
+        return [label] * count
+    single = next((prefix for prefix in ("S", "U") if prefix in prefixes), None)
+    last = next((prefix for prefix in ("E", "L") if prefix in prefixes), "I")
+    first = "B" if "B" in prefixes else "I"
+    if count == 1:
+        return [f"{single or first}-{label}"]
+    return [f"{first}-{label}", *[f"I-{label}"] * (count - 2), f"{last}-{label}"]

@@ -1,0 +1,271 @@
+"""A class for each word: N = the words of a row, each at its first token; V = number of labels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError, ModelError
+from pipeline.metrics import accuracy, entity_counts, expected_calibration_error, mean_nll
+from pipeline.records import (
+    NO_LABEL,
+    BadRow,
+    Columns,
+    Cut,
+    Encoding,
+    Example,
+    Full,
+    LabelSource,
+    OtherTokenizers,
+    Predictions,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.sources.words import split_words
+from pipeline.tasks.protocol import attention_mask, pad, token_block
+
+_BATCH = 1000
+_USAGE = """```python
+from transformers import pipeline
+
+tag = pipeline("{tag}", model="{folder}", aggregation_strategy="first")
+print(tag("a text"))
+```
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClassification:
+    """See `Task`."""
+
+    name: str = "token-classification"
+    auto_class: Any = AutoModelForTokenClassification
+    peft_type: str = "TOKEN_CLS"
+    hub_category: str = "token-classification"
+    usage: str = _USAGE
+    marks_positions: bool = True
+    label_source: LabelSource = "positions"
+    names_classes: bool = True
+    predicts_tokens: bool = False
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = True
+    stores_text: bool = True
+    other_tokenizers: OtherTokenizers = "words"
+    judged_by: str | None = None
+    default_encoding: Encoding = Full()
+    default_temperature: float = 2.0
+    default_max_length: int = 512
+    default_batch_tokens: int = 8192
+    default_eval_rows: int = 32
+    main_metric: str = "f1"
+    higher_is_better: bool = True
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Words, or a text that is split into words."""
+        if columns.words is None and (columns.text is None or columns.text_pair is not None):
+            raise MisuseError(
+                f"--task {self.name} reads --words-column, or --text-column with spans in --label-column; chats, prompts, pairs and token ids are for other tasks"
+            )
+        if tokenization.packing:
+            raise MisuseError(f"--packing is for language models; --task {self.name} has one text a row")
+        if tokenization.assistant_turns or tokenization.chat_template_kwargs or tokenization.truncation_side:
+            raise MisuseError(
+                "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
+                f"--task {self.name} reads words, and keeps the first"
+            )
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """As they are."""
+        return settings
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The number of labels."""
+        config: Any = model.config
+        if config.num_labels < 2:
+            raise ModelError(
+                f"{config.name_or_path or 'the model'}: expected a token classifier of at least 2 labels, found {config.num_labels}"
+            )
+        return int(config.num_labels)
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Words become tokens as in a text with spaces between them; those beyond `max_length` tokens are cut off.
+
+        Raises:
+            MisuseError: a tokenizer that does not know the word of each token; rows with one label for all words.
+        """
+        if not tokenizer.is_fast:
+            raise MisuseError(
+                f"--task {self.name} needs a fast tokenizer, which knows the word of each token; found {type(tokenizer).__name__}"
+            )
+        space = _space(tokenizer)
+        iterator = iter(examples)
+        while chunk := tuple(itertools.islice(iterator, _BATCH)):
+            found = [item if isinstance(item, BadRow) else self._with_words(item, split) for item in chunk]
+            good = [item for item in found if isinstance(item, Example)]
+            rows = iter(_tokenize_words(good, split, tokenizer, settings.max_length, space) if good else ())
+            for item in found:
+                yield item if isinstance(item, BadRow) else next(rows)
+
+    def _with_words(self, example: Example, split: str) -> Example | BadRow:
+        if example.label is not None:
+            raise MisuseError(
+                f"--task {self.name}: row {example.source_row} has one label for the whole row; expected a list of labels, one a word (--words-column), or spans "
+                "{start, end, label} of the text; name their column with --label-column"
+            )
+        if example.words is not None:
+            return example
+        text = example.text or ""
+        words = tuple(text[start:end] for start, end in split_words(text))
+        return replace(example, words=words) if words else BadRow(split, example.source_row, "the text has no words")
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """All tokens."""
+        return np.ones(len(input_ids), dtype=bool)
+
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(N,): the labels of the words."""
+        labels = token_block(rows).labels
+        assert labels is not None
+        return labels.values.astype(np.int64)
+
+    def collate(
+        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Padded on the right."""
+        tokens = token_block(rows)
+        assert tokens.supervised is not None
+        inputs = {
+            "input_ids": pad(tokens.input_ids, pad_id, length),
+            "attention_mask": attention_mask(tokens.input_ids, length),
+        }
+        if tokens.token_type_ids is not None:
+            inputs["token_type_ids"] = pad(tokens.token_type_ids, 0, length)
+        return inputs, pad(tokens.supervised, 0, length).bool()
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(N, V): those of the first token of each word."""
+        assert supervised is not None
+        logits: Tensor = model(**inputs).logits  # (B, T, V)
+        return logits[supervised.to(logits.device)]
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """F1, precision and recall of entities (of words where no class is "O"), accuracy of words, loss and calibration, over the labelled words."""
+        known = predictions.labels != NO_LABEL
+        correct = predictions.predicted[known] == predictions.labels[known]
+        right, found, true = self._entities(predictions).sum(0).tolist()
+        return {
+            "f1": _share(2 * right, found + true),
+            "precision": _share(right, found),
+            "recall": _share(right, true),
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "loss": mean_nll(predictions.nll),
+            "ece": expected_calibration_error(predictions.confidence[known], correct),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Twice the right entities, and predicted and true ones together: the ratio of totals is F1."""
+        counts = self._entities(predictions).astype(np.float64)
+        return 2 * counts[:, 0], counts[:, 1] + counts[:, 2]
+
+    def _entities(self, predictions: Predictions) -> np.ndarray:
+        names = predictions.label_names or tuple(map(str, range(1 + int(predictions.labels.max(initial=0)))))
+        return entity_counts(
+            predictions.labels, predictions.predicted, predictions.rows, names, len(predictions.row_text_bytes)
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    """Nan where there is nothing to share."""
+    return part / whole if whole else float("nan")
+
+
+def _space(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a word that is not the first begins with, so that its tokens are those that it has in a text.
+
+    Byte-level tokenizers without `add_prefix_space` would take separate words for one long one.
+    """
+
+    def ids(words: list[str] | str) -> list[int]:
+        encoded = tokenizer(words, is_split_into_words=isinstance(words, list), add_special_tokens=False)
+        return list(encoded["input_ids"])
+
+    text = ids("a b")
+    return " " if ids(["a", "b"]) != text and ids(["a", " b"]) == text else ""
+
+
+def _tokenize_words(
+    examples: Sequence[Example], split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, space: str
+) -> Iterator[TokenizedExample | BadRow]:
+    words = [[word if i == 0 else space + word for i, word in enumerate(example.words or ())] for example in examples]
+    encoded = tokenizer(words, is_split_into_words=True, return_attention_mask=False, verbose=False)
+    if tokenizer.unk_token is not None and _name_unknown(words, encoded, tokenizer.unk_token):
+        encoded = tokenizer(words, is_split_into_words=True, return_attention_mask=False, verbose=False)
+    cut = tokenizer(
+        words, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False
+    )
+    types = cut.get("token_type_ids")
+    for i, example in enumerate(examples):
+        assert example.words is not None
+        places = _first_tokens(cut.word_ids(i))
+        whole = _first_tokens(encoded.word_ids(i))
+        if len(whole) < len(example.words):
+            lost = next(k for k in range(len(example.words)) if k not in whole)
+            reason = f"word {lost}, {example.words[lost]!r}: the tokenizer makes no token of it, and has none for unknown words; take it out, with its label"
+            yield BadRow(split, example.source_row, reason)
+            continue
+        if not places:
+            yield BadRow(split, example.source_row, f"no word is left within --max-length {max_length}")
+            continue
+        ids = np.asarray(cut["input_ids"][i], dtype=np.int32)
+        supervised = np.zeros(len(ids), dtype=bool)
+        supervised[list(places.values())] = True
+        labels = example.word_labels or (NO_LABEL,) * len(example.words)
+        lost_tokens = len(encoded["input_ids"][i]) - len(ids)
+        lost_labels = sum(label != NO_LABEL for label in labels[len(places) :])
+        yield TokenizedExample(
+            source_row=example.source_row,
+            piece=0,
+            input_ids=ids,
+            supervised=supervised,
+            token_type_ids=None if types is None else np.asarray(types[i], dtype=np.int32),
+            labels=np.asarray(labels[: len(places)], dtype=np.int32),
+            words=example.words[: len(places)],
+            kept=example.kept,
+            cut=(Cut(example.source_row, lost_tokens, lost_labels),) if lost_tokens else (),
+        )
+
+
+def _name_unknown(words: Sequence[list[str]], encoded: Any, unknown: str) -> bool:
+    """Put the token for unknown words in place of those that no token is made of, as zero-width marks. Returns whether there are any."""
+    found = False
+    for i, row in enumerate(words):
+        missing = set(range(len(row))) - set(encoded.word_ids(i))
+        found = found or bool(missing)
+        for k in missing:
+            row[k] = unknown
+    return found
+
+
+def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
+    """Number of a word -> place of its first token."""
+    found: dict[int, int] = {}
+    for place, word in enumerate(word_ids):
+        if word is not None:
+            found.setdefault(word, place)
+    return found
