@@ -147,7 +147,7 @@ def check_label(where: str, dataset: Rows, columns: Columns) -> None:
         return
     found = describe(dataset.features[name])
     if columns.words is not None:
-        if found != "nulls" and found.removeprefix("lists of ") not in _SCALARS:
+        if found != "nulls" and found not in [f"lists of {scalar}" for scalar in _SCALARS]:
             raise SourceError(
                 f"{where}: column {name!r} (--label-column): expected a list of names or class ids, one a word, found {found}; name another column"
             )

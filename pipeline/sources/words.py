@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Collection, Iterable
+
+import regex
 
 from pipeline.errors import BadRowError
 from pipeline.sources.values import kind_of, read_text
 
-#: Scripts that are written without spaces: each character is a word, as BERT's basic tokenizer has it.
-_ALONE = "\u2e80-\u2fdf\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+|[^\w\s]")
+#: Ideographs and kana, which are written without spaces: each is a word, as in BERT's basic tokenizer. Else runs of letters with
+#: their marks and joiners, digits and underscores; every other sign is a word by itself.
+_WORD = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}]\p{M}*"
+    r"|[[\p{L}\p{M}\p{N}_\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}]]+"
+    r"|\S",
+    regex.VERSION1,
+)
 OUTSIDE = "O"
 
 
@@ -33,7 +39,7 @@ def read_words(name: str, value: object) -> tuple[str, ...]:
 
 
 def split_words(text: str, cuts: Collection[int] = ()) -> list[tuple[int, int]]:
-    """The characters `[start, end)` of each word: runs of letters, digits and underscores, and every other sign by itself.
+    """The characters `[start, end)` of each word: runs of letters and digits, and every other sign by itself.
 
     Args:
         cuts: places that are between words in any case.
