@@ -19,6 +19,8 @@ from pipeline.metrics import (
     agreement,
     bits_per_byte,
     bootstrap_ratio,
+    entities,
+    entity_counts,
     expected_calibration_error,
     macro_f1,
     mean_nll,
@@ -265,3 +267,67 @@ def test_too_few_differences() -> None:
     assert is_unknown(paired_mean_interval(np.array([1.0])))
     assert is_unknown(paired_mean_interval(np.array([1.0, np.nan])))
     assert paired_mean_interval(np.array([0.5, 0.5])) == Interval(0.5, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ entities
+
+TAGS = ("O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B", "E-B", "S-B", "I-C")
+
+
+def test_entities_are_those_of_seqeval() -> None:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        tags = rng.choice(TAGS, rng.integers(0, 10)).tolist()
+        assert entities(tags) == [(label, first, last + 1) for label, first, last in get_entities(tags)], tags
+
+
+def test_entities_of_other_schemes() -> None:
+    assert entities(["B-A", "L-A", "U-A", "O"]) == [("A", 0, 2), ("A", 2, 3)]
+    assert entities(["A", "A", "O", "A", "B"]) == [
+        ("A", 0, 2),
+        ("A", 3, 4),
+        ("B", 4, 5),
+    ]  # no places: neighbours are one
+    assert entities(["I-A", "I-A", "I-B"]) == [("A", 0, 2), ("B", 2, 3)]
+    assert entities(["B-new-york", "X-y"]) == [("new-york", 0, 1), ("X-y", 1, 2)]
+    assert entities([]) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # seqeval's, of labels that nobody has
+def test_counts_of_entities_are_those_of_seqeval() -> None:
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 12, 40)
+    rows = np.repeat(np.arange(40), lengths)
+    labels, predicted = rng.integers(0, len(TAGS), (2, len(rows)))
+    predicted = np.where(rng.random(len(rows)) < 0.8, labels, predicted)
+    right, found, true = entity_counts(labels, predicted, rows, TAGS, 40).sum(0)
+    cuts = np.cumsum(lengths)[:-1]
+    truth, guess = ([[TAGS[i] for i in part] for part in np.split(values, cuts)] for values in (labels, predicted))
+    assert right / found == pytest.approx(precision_score(truth, guess))
+    assert right / true == pytest.approx(recall_score(truth, guess))
+    assert 2 * right / (found + true) == pytest.approx(f1_score(truth, guess))
+
+
+def test_words_without_a_label_have_no_part_in_entities() -> None:
+    names = ("O", "B-A", "I-A")
+    labels, predicted = np.array([1, NO_LABEL, 2, 0]), np.array([1, 2, 2, 1])
+    counts = entity_counts(labels, predicted, np.array([0, 0, 0, 2]), names, 4)
+    assert counts.tolist() == [[1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_shares_of_different_wholes_are_resampled_together() -> None:
+    """F1 of a student over that of a teacher, by hand: a ratio of two ratios of sums."""
+    rng = np.random.default_rng(2)
+    a, b, of_a, of_b = rng.random((4, 50)) + 0.5
+    found = bootstrap_ratio(a, b, of=(of_a, of_b), seed=3)
+    picks = [np.random.default_rng(i).integers(0, 50, 50) for i in range(2000)]
+    ratios = [(a[i].sum() / of_a[i].sum()) / (b[i].sum() / of_b[i].sum()) for i in picks]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    assert found.low == pytest.approx(low, rel=0.02)
+    assert found.high == pytest.approx(high, rel=0.02)
+    assert bootstrap_ratio(a, b, of=(of_a, of_a)) == bootstrap_ratio(a, b, of=(2 * of_a, 2 * of_a))
+    assert bootstrap_ratio(a, b, of=(of_a, of_b), inverse=True) == bootstrap_ratio(b, a, of=(of_b, of_a))
