@@ -78,6 +78,11 @@ def _written(config: InitConfig) -> Start:
     found = locate(DataConfig(dataset=config.dataset, dataset_config=config.dataset_config))
     facts = column_facts(found.splits)
     task = _asked_task(config)
+    if task is not None and task.label_source == "positions":
+        raise MisuseError(
+            f"--teacher {config.teacher}: is a model of the task {task.name}; init writes run files for classification and language models: write one by hand, as "
+            "data/entities/demo.yaml"
+        )
     if not any(each.rows for each in facts.values()):
         raise SourceError(f"{config.dataset}: no rows; expected at least one")
     roles = choose_roles(config.dataset, facts, config, tokens=None if task is None else task.predicts_tokens)
