@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -57,6 +58,50 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int) -> 
         return math.nan
     predictions, targets = (torch.from_numpy(values[known].astype(np.int64)) for values in (predicted, labels))
     return float(multiclass_f1_score(predictions, targets, num_classes=num_classes, average="macro"))
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScores:
+    """Means over the labels of a row that has several at once; nan where no label has what they need."""
+
+    macro_f1: float
+    """Over the labels that are true or predicted somewhere."""
+    average_precision: float
+    """The area under precision over recall, as a sum over thresholds; over the labels that some row has."""
+    calibration_error: float
+    """How far the probability that a row has the label is from how often it does; 15 bins of equal width."""
+
+
+def label_scores(labels: np.ndarray, probabilities: np.ndarray) -> LabelScores:
+    """Scores of each label, and their means.
+
+    Args:
+        labels: (R, L) integers, 1 where the row has the label, 0 where not, -100 where it is not known.
+        probabilities: (R, L) float, of having it; nan where it is not known.
+
+    torchmetrics computes each label's; scikit-learn agrees on F1 and average precision.
+    """
+    import torch
+    from torchmetrics.functional.classification import (
+        binary_average_precision,
+        binary_calibration_error,
+        binary_f1_score,
+    )
+
+    found: dict[str, list[float]] = {"f1": [], "precision": [], "calibration": []}
+    for truth, share in zip(labels.T, probabilities.T, strict=True):
+        known = truth != NO_LABEL
+        if not known.any() or np.isnan(share[known]).any():
+            continue
+        target = torch.from_numpy(truth[known].astype(np.int64))
+        given = torch.from_numpy(np.clip(share[known], 0.0, 1.0, dtype=np.float64))
+        found["calibration"].append(float(binary_calibration_error(given, target, n_bins=15, norm="l1")))
+        if target.any():
+            found["precision"].append(float(binary_average_precision(given, target)))
+        if target.any() or bool((given > 0.5).any()):
+            found["f1"].append(float(binary_f1_score(given, target)))
+    means = [float(np.mean(values)) if values else math.nan for values in found.values()]
+    return LabelScores(*means)
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -196,7 +241,7 @@ def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------------ as they are read
 
 #: Shares of positions or of mass, read in percent.
-_SHARES = ("accuracy", "f1", "precision", "recall", "macro_f1", "ece", "agreement")
+_SHARES = ("accuracy", "average_precision", "f1", "precision", "recall", "macro_f1", "ece", "agreement")
 
 
 def number(name: str | None, value: float) -> str:

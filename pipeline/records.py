@@ -39,6 +39,9 @@ AssistantTurns = Literal["auto", "all", "each", "last"]
 #: Where hard labels come from: a value of the source for each row, or for each position; or the tokens of the row themselves.
 LabelSource = Literal["row", "positions", "tokens"]
 
+#: What the label names of a cache are of: the classes of every position, or the positions of every row, of which each is one label that is there or not.
+LabelNames = Literal["classes", "positions"]
+
 #: How a student with another tokenizer learns from a cache: the stored texts or words
 #: are tokenized anew, or the tokens of both are aligned by their bytes.
 OtherTokenizers = Literal["texts", "bytes", "words"]
@@ -95,6 +98,8 @@ class Example:
     token_labels: tuple[int, ...] | None = None
     """Pre-tokenized rows only: -100 where a token is not to be learnt, aligned with `input_ids` (not shifted)."""
     label: int | None = None
+    flags: tuple[int, ...] | None = None
+    """Several labels at once: 1 for each of the model's labels that the row has, 0 for the others, -100 where it is not known."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
 
 
@@ -136,7 +141,7 @@ class TokenizedExample:
     input_ids: np.ndarray
     """(T,) int32."""
     supervised: np.ndarray | None = None
-    """(T,) bool: the positions that carry soft labels. None: the task has one position per example."""
+    """(T,) bool: the positions that carry soft labels. None: the task has one position per example, or one for each of the model's labels."""
     token_type_ids: np.ndarray | None = None
     label: int | None = None
     labels: np.ndarray | None = None
@@ -166,6 +171,8 @@ class TokenizedExample:
     @property
     def num_positions(self) -> int:
         """N of this row."""
+        if self.labels is not None:
+            return len(self.labels)
         return 1 if self.supervised is None else int(self.supervised.sum())
 
 

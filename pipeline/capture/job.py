@@ -301,7 +301,7 @@ def make_job(
     by_contents = begun is not None and not any(map(is_of_files, begun.contract.source.fingerprints.values()))
     found_in_source = survey(source, ranges, by_contents=by_contents)
     row_groups = {} if by_contents else source.row_groups
-    labels = _label_map(source, label_names, label_map)
+    labels = _label_map(task, source, label_names, label_map)
     compare = partial(check_class_order, task, source, labels, teacher, encoding, tokenization)
     info = teacher.info
     # Whoever makes the plan looks, before it is written; those who join or resume need not.
@@ -378,7 +378,7 @@ def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_lengt
         )
 
 
-def _label_map(source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]) -> LabelMap | None:
+def _label_map(task: Task, source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]) -> LabelMap | None:
     """How the data's labels become classes; None where classes are tokens.
 
     Raises:
@@ -394,4 +394,4 @@ def _label_map(source: Source, names: tuple[str, ...] | None, label_map: Sequenc
             "%s: no label column, found %s: the cache will have no hard labels for the teacher's classes (%s); if the data has some, name them with --label-column",
             *(source.name, ", ".join(found), ", ".join(names[:5])),
         )
-    return LabelMap.for_names(source, names, label_map)
+    return LabelMap.for_names(source, names, label_map, several=task.names == "positions")

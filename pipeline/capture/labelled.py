@@ -52,8 +52,11 @@ class LabelledRow:
     """Columns to copy into the cache, those of the first row, as text."""
 
 
-def tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
+def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> TokenizedExample:
     """The row as it is cached, without what the teacher said.
+
+    Args:
+        num_names: label names of the cache.
 
     Raises:
         BadRowError: flags that do not fit the tokens.
@@ -69,11 +72,11 @@ def tokenized(task: Task, row: LabelledRow, number: int) -> TokenizedExample:
                 f"row {number}: supervised: expected {len(ids)} flags, one or more of them set{' and the last not' if last else ''}"
             )
     if task.label_source == "positions":
-        count = 0 if supervised is None else int(supervised.sum())
+        count = num_names if supervised is None else int(supervised.sum())
         labels = np.full(count, NO_LABEL) if row.labels is None else np.asarray(row.labels)
         for name, found in (("labels", len(labels)), ("words", count if row.words is None else len(row.words))):
             if found != count:
-                raise BadRowError(f"row {number}: {name}: expected {count}, one a supervised position, found {found}")
+                raise BadRowError(f"row {number}: {name}: expected {count}, one a position, found {found}")
     return TokenizedExample(
         source_row=number,
         piece=0,

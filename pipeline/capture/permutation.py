@@ -70,6 +70,8 @@ def check_class_order(
     Raises:
         SourceError: names the labels, and the `--label-map` that would mend it; or a label that is no class.
     """
+    if task.names == "positions":  # each label is a class by itself
+        return
     rows = [] if labels is None else _labelled(source, labels, ranges)
     if labels is None or len({row.label for row in rows}) < 2:
         return
@@ -342,7 +344,11 @@ def _single(value: object) -> Sequence[object]:
     """The labels of a row: one, or those of its words. Those of spans are names, whatever their order, and are read with the text."""
     if not isinstance(value, list):
         return [value]
-    return [] if any(isinstance(each, dict) for each in value) else [each for each in value if each != NO_LABEL]
+    return (
+        []
+        if any(isinstance(each, dict | bool | float) for each in value)
+        else [each for each in value if each != NO_LABEL]
+    )
 
 
 def _sample(rows: Sequence[_Row], size: int) -> list[_Row]:

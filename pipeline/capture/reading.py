@@ -56,7 +56,9 @@ def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterat
     for item in items:
         if isinstance(item, Example):
             completion = item.prompt_completion[1:] if item.prompt_completion else ()
-            counts["unlabelled"] += item.label is None and not any(i != NO_LABEL for i in item.word_labels or ())
+            counts["unlabelled"] += item.label is None and not any(
+                i != NO_LABEL for i in item.word_labels or item.flags or ()
+            )
             counts["blank"] += any(
                 text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)
             )

@@ -328,5 +328,6 @@ def _drawn(examples: Sequence[TokenizedExample], encoding: Encoding, split: str,
 
 
 def _uniforms(example: TokenizedExample, split: str, seed: int) -> Tensor:
-    positions = np.zeros(1, dtype=np.int64) if example.supervised is None else np.flatnonzero(example.supervised)
+    supervised = example.supervised
+    positions = np.arange(example.num_positions) if supervised is None else np.flatnonzero(supervised)
     return counter_uniforms(seed, split, example.source_row, example.piece, positions)

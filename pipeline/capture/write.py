@@ -98,10 +98,13 @@ def write_cache(
         CacheError: see its subclasses; the soft labels may be out of step with the tokens.
     """
     chosen = get_task(task)
-    classes = num_classes or (len(tokenizer) if chosen.predicts_tokens else len(label_names or ()))
+    if chosen.names == "positions" and not label_names:
+        raise MisuseError("write_cache: give label_names=...: a row has a position for each")
+    usual = len(tokenizer) if chosen.predicts_tokens else len(label_names or ())
+    classes = 2 if chosen.names == "positions" else num_classes or usual
     if classes < 2:
         raise MisuseError("write_cache: give label_names=..., or num_classes=... of at least 2")
-    if chosen.names_classes and label_names is None:
+    if chosen.names is not None and label_names is None:
         label_names = tuple(f"LABEL_{i}" for i in range(classes))
     iterator = iter(rows)
     head: list[LabelledRow | BadRow] = []
@@ -137,7 +140,7 @@ def write_cache(
         task=task,
         encoding=encoding,
         num_classes=classes,
-        label_names=label_names if chosen.names_classes else None,
+        label_names=label_names if chosen.names is not None else None,
         teacher=info,
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(source, None, None, Columns(text=None, label=None), {}),
@@ -239,7 +242,10 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
     rows = [row for _, row in batch if isinstance(row, LabelledRow)]
     if len(rows) < len(batch):
         raise BadRowError(next(row.reason for _, row in batch if isinstance(row, BadRow)))
-    examples = [tokenized(task, row, number) for (number, _), row in zip(batch, rows, strict=True)]
+    examples = [
+        tokenized(task, row, number, len(contract.label_names or ()))
+        for (number, _), row in zip(batch, rows, strict=True)
+    ]
     check_ids(task, examples, contract)
     split, seed = rows[0].split, contract.seed
     uniforms = None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pipeline.errors import MisuseError
 
-TaskName = Literal["sequence-classification", "causal-lm", "token-classification"]
+TaskName = Literal["sequence-classification", "causal-lm", "token-classification", "multi-label-classification"]
 
 
 #: The groups of a command's help, in order.

@@ -26,8 +26,11 @@ def detect_task(name: str, *, trust_remote_code: bool = False, base_model: str |
         what = f"an adapter of the type {kind!r}"
     else:
         base = base_name(name, adapter, base_model)
-        architecture = (load_config(base, trust_remote_code=trust_remote_code).architectures or [""])[0]
-        found = next((task for task in TASKS.values() if architecture in _class_names(task.auto_class)), None)
+        config = load_config(base, trust_remote_code=trust_remote_code)
+        architecture = (config.architectures or [""])[0]
+        tasks = [task for task in TASKS.values() if architecture in _class_names(task.auto_class)]
+        stated = [task for task in tasks if task.problem_type == config.problem_type]
+        found = next(iter([*stated, *tasks]), None)
         what = f"the architecture {architecture!r}"
     if found is None:
         raise ModelError(f"{name}: expected a model of the task {' or '.join(TASKS)}, found {what}")

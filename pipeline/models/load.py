@@ -103,6 +103,13 @@ def load_model(
         config.num_labels = len(label_names)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: i for i, label in enumerate(label_names)}
+    if task.problem_type is not None:
+        if adapter is not None:
+            raise ModelError(
+                f"{name}: is an adapter, which does not say that it gives several labels at once; merge it into its base model first"
+            )
+        if new_head or config.problem_type is None:
+            config.problem_type = task.problem_type
     options: dict[str, Any] = {"dtype": _dtype(dtype), "config": config, "output_loading_info": True}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

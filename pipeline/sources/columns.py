@@ -136,8 +136,11 @@ def check_kept(where: str, dataset: Rows, columns: Columns) -> None:
             )
 
 
-def check_label(where: str, dataset: Rows, columns: Columns) -> None:
+def check_label(where: str, dataset: Rows, columns: Columns, *, several: bool = False) -> None:
     """Check that the label column, where there is one, holds one name or class id a row; of rows of words, a list of them; or spans of a text.
+
+    Args:
+        several: a row has several labels at once: expect lists.
 
     Raises:
         SourceError: a column of another type.
@@ -151,6 +154,12 @@ def check_label(where: str, dataset: Rows, columns: Columns) -> None:
             raise SourceError(
                 f"{where}: column {name!r} (--label-column): expected a list of names or class ids, one a word, found {found}; name another column"
             )
+    elif several:
+        if found != "nulls" and found not in [f"lists of {scalar}" for scalar in _SCALARS]:
+            raise SourceError(
+                f"{where}: column {name!r} (--label-column): expected a list of the labels that a row has, or of one boolean or float a class, found {found}; "
+                "name another column, or make lists of it"
+            )
     elif found not in _SCALARS and not (columns.text is not None and holds_spans(dataset, name)):
         raise SourceError(
             f"{where}: column {name!r} (--label-column): expected one name or class id a row, found {found}; name another column"
@@ -162,6 +171,11 @@ def holds_spans(dataset: Rows, name: str) -> bool:
     feature = dataset.features.get(name)
     item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
     return isinstance(item, dict) and {"start", "end", "label"} <= set(item)
+
+
+def holds_flags(dataset: Rows, name: str) -> bool:
+    """Whether a column holds lists of one number a class: booleans or floats."""
+    return describe(dataset.features.get(name)) in ("lists of booleans", "lists of floats")
 
 
 def class_names(feature: Any) -> tuple[str, ...]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
-from pipeline.sources.columns import check_label, class_names, holds_spans
+from pipeline.sources.batches import read_rows
+from pipeline.sources.columns import check_label, class_names, holds_flags, holds_spans
 from pipeline.sources.labels import MEND, Names, fold, order, raw_labels, sides, whole_number
 from pipeline.sources.source import Source
 from pipeline.sources.words import tags_of
+
+if TYPE_CHECKING:
+    from pipeline.sources.files.joined import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +22,12 @@ logger = logging.getLogger(__name__)
 _MAX_CLASSES = 100_000
 
 
-def label_names(source: Source, label_map: Sequence[str] = ()) -> tuple[str, ...]:
+def label_names(source: Source, label_map: Sequence[str] = (), *, several: bool = False) -> tuple[str, ...]:
     """Names of the classes that a data set has, in the order of their ids.
 
     Args:
         label_map: `DATA=MODEL` each: the class named MODEL is made for the label DATA.
+        several: a row has several labels at once.
 
     Returns:
         The names of a `ClassLabel` column; else the distinct texts of all splits, sorted (numbers as numbers); else "0" to the largest number.
@@ -35,10 +41,22 @@ def label_names(source: Source, label_map: Sequence[str] = ()) -> tuple[str, ...
         raise SourceError(f"{source.name}: no label column; name it with --label-column")
     given = _Renamed(label_map)
     for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, source.columns)
+        check_label(f"{source.name}: split {split}", dataset, source.columns, several=several)
         if column in dataset.column_names and (names := class_names(dataset.features[column])):
             renamed = [given.name(name, str(i)) for i, name in enumerate(names)]
             return _distinct(tags_of(renamed) if holds_spans(dataset, column) else renamed, source, column)
+    wide = [
+        len(value)
+        for split in source.splits.values()
+        if several and holds_flags(split, column)
+        for value in _lists(split, column)
+    ]
+    if wide:
+        if min(wide) < max(wide):
+            raise SourceError(
+                f"{source.name}: column {column!r}: expected lists of one number for each class, found lists of {min(wide)} and of {max(wide)}"
+            )
+        return _distinct([given.name(str(i)) for i in range(wide[0])], source, column)
     texts: dict[str, str] = {}
     numbers: set[int] = set()
     number_at = ""
@@ -66,6 +84,10 @@ def label_names(source: Source, label_map: Sequence[str] = ()) -> tuple[str, ...
         )
     every = [*([-1] if -1 in numbers else []), *range(max(numbers) + 1)]
     return _distinct([given.name(str(i)) for i in every], source, column)
+
+
+def _lists(dataset: Rows, column: str) -> Iterator[list[object]]:
+    return (value for row in read_rows(dataset, [column]) if isinstance(value := row[column], list))
 
 
 class _Renamed:

@@ -70,9 +70,13 @@ class LabelMap:
     """Split with a `ClassLabel` column -> its names."""
     given: Names
     """`--label-map`: data value -> class id. It comes before all else."""
+    several: bool = False
+    """A row has several labels at once."""
 
     @classmethod
-    def for_names(cls, source: Source, names: tuple[str, ...], label_map: Sequence[str] = ()) -> LabelMap:
+    def for_names(
+        cls, source: Source, names: tuple[str, ...], label_map: Sequence[str] = (), *, several: bool = False
+    ) -> LabelMap:
         """A map to positions in `names`.
 
         Text is looked up without regard to case and surrounding space. Integers are looked up where a name is that number, and else are
@@ -80,6 +84,7 @@ class LabelMap:
 
         Args:
             label_map: `DATA=MODEL` each: a name or number of the data, and a name, `LABEL_i` or number of the model.
+            several: a row has several labels at once.
 
         Raises:
             SourceError: a label column of another type; a side of the label map that is not known.
@@ -103,13 +108,13 @@ class LabelMap:
             if column is None or column not in dataset.column_names:
                 continue
             where = f"{source.name}: split {split}"
-            check_label(where, dataset, source.columns)
+            check_label(where, dataset, source.columns, several=several)
             found_names = class_names(dataset.features[column])
             if found_names:
                 named[split] = found_names
             if found_names and not holds_spans(dataset, column):
                 class_ids[split] = _class_ids(named[split], known, given, where)
-        made = cls(source.name, known, numbers, unclear, class_ids, named, given)
+        made = cls(source.name, known, numbers, unclear, class_ids, named, given, several)
         if column is not None:
             made._check_given(source, column)
         return made

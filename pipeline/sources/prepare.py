@@ -48,13 +48,14 @@ class Located:
     splits: Mapping[str, Rows]
 
 
-def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
+def load_source(data: DataConfig, *, label_required: bool = False, several: bool = False) -> Source:
     """Find a data set, local, behind a URL or on the hub, and make it ready to be read.
 
     A local path that exists comes before a hub data set of the same name.
 
     Args:
         label_required: whether a missing label column is an error.
+        several: a row has several labels at once.
 
     Raises:
         SourceError: nothing there, nothing in it, or columns that are missing or of another type.
@@ -63,7 +64,7 @@ def load_source(data: DataConfig, *, label_required: bool = False) -> Source:
     found = locate(data)
     source = _prepare(found.name, dict(found.splits), data.columns, data.holdout, data.split)
     if label_required:
-        _require_label(source, data.columns.label)
+        _require_label(source, data.columns.label, several=several)
     return dataclasses.replace(source, config=data.dataset_config, revision=found.revision)
 
 
@@ -267,12 +268,12 @@ def _hold_out(name: str, splits: dict[str, Rows], columns: Columns, share: float
     return {**splits, "train": kept, "test": held}
 
 
-def _require_label(source: Source, column: str | None) -> None:
+def _require_label(source: Source, column: str | None, *, several: bool) -> None:
     if source.columns.label is None:
         found = ", ".join(next(iter(source.splits.values())).column_names)
         raise SourceError(f"{source.name}: no label column {column!r}; found {found}; name it with --label-column")
     for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, source.columns)
+        check_label(f"{source.name}: split {split}", dataset, source.columns, several=several)
 
 
 def _shareable_name(path: Path) -> str:

@@ -13,7 +13,7 @@ from pipeline.sources.chats import read_messages, read_tools
 from pipeline.sources.columns import ATTENTION_MASK, TOOLS, holds_spans, input_roles, side_roles
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of, read_text
-from pipeline.sources.word_labels import span_labels, word_labels
+from pipeline.sources.word_labels import flags, span_labels, word_labels
 from pipeline.sources.words import read_words
 
 if TYPE_CHECKING:
@@ -62,11 +62,17 @@ def _examples(source: Source, split: str, start: int, stop: int, labels: LabelMa
         except BadRowError as error:
             yield BadRow(split, i, str(error))
             continue
-        if labels is None or label_column is None:
+        if labels is None or (label_column is None and not labels.several):
             yield example
         else:
             try:
-                yield _labelled(example, row.get(label_column), labels, by_spans=by_spans, split=split)
+                yield _labelled(
+                    example,
+                    None if label_column is None else row.get(label_column),
+                    labels,
+                    by_spans=by_spans,
+                    split=split,
+                )
             except BadRowError as error:
                 yield BadRow(split, i, f"{label_column}: {error}")
 
@@ -84,6 +90,8 @@ def _labelled(example: Example, value: object, labels: LabelMap, *, by_spans: bo
     if by_spans and example.text is not None:
         words, found = span_labels(labels, value, example.text, split, number)
         return dataclasses.replace(example, words=words, word_labels=found)
+    if labels.several:
+        return dataclasses.replace(example, flags=flags(labels, value, split, number))
     return dataclasses.replace(example, label=labels.class_id(value, split=split, row=number))
 
 

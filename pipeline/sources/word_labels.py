@@ -1,4 +1,4 @@
-"""Labels of words: a list of them, or spans of characters of a text."""
+"""Several labels of one row: one for each word, spans of characters of a text, or those of the model's that the row has."""
 
 from __future__ import annotations
 
@@ -59,6 +59,37 @@ def span_labels(
         reached = end
     found = [labels.class_id(tag, split=split, row=row) for tag in tags]
     return tuple(text[first:last] for first, last in places), tuple(NO_LABEL if i is None else i for i in found)
+
+
+def flags(labels: LabelMap, value: object, split: str, row: int) -> tuple[int, ...]:
+    """1 for each class that a list of labels names, 0 for the others; of a list of booleans or floats, one for each class, what it says.
+
+    Returns:
+        One number for each class in order; all -100 where the row has no labels.
+
+    Raises:
+        BadRowError: a label twice; not as many booleans or floats as there are classes, or one that is neither 0 nor 1.
+        SourceError: a label that is no class.
+    """
+    count = len(labels.names.ids)
+    if value is None or value is UNREADABLE:
+        return (NO_LABEL,) * count
+    if not isinstance(value, list):
+        raise BadRowError(f"expected a list, found {kind_of(value)}")
+    if value and all(each is None or isinstance(each, bool | float) for each in value):
+        if len(value) != count:
+            raise BadRowError(f"expected {count} numbers, one for each class, found {len(value)}")
+        odd = next((each for each in value if each is not None and each == each and each not in (0, 1)), None)
+        if odd is not None:
+            raise BadRowError(f"expected 0 or 1 for each class, found {odd}")
+        return tuple(NO_LABEL if each is None or each != each else int(each) for each in value)
+    found = [labels.class_id(each, split=split, row=row) for each in value]
+    if len(set(found)) < len(found):
+        twice = next(each for i, each in enumerate(value) if each in value[:i])
+        raise BadRowError(
+            f"label {twice!r} twice; expected the labels that the row has, each once; if the column holds a number for each class, make it booleans or floats"
+        )
+    return tuple(int(i in found) for i in range(count))
 
 
 def _spans(value: object, labels: LabelMap, text: str, split: str) -> list[tuple[int, int, str]]:

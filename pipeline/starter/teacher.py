@@ -133,8 +133,8 @@ def measure(
 
 
 def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Sequence[str]) -> float:
-    names = tuple(labels) or None if task.names_classes else None
-    loaded = load_model(task, place, dtype="float32", label_names=names, new_head=task.names_classes)
+    names = tuple(labels) or None if task.names is not None else None
+    loaded = load_model(task, place, dtype="float32", label_names=names, new_head=task.names is not None)
     model = loaded.model
     inputs, supervised = task.collate(rows, pad_id(loaded.tokenizer, model))
     moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -2,6 +2,7 @@
 
 from pipeline.errors import ConfigError
 from pipeline.tasks.causal_lm import CausalLM
+from pipeline.tasks.multi_label_classification import MultiLabelClassification
 from pipeline.tasks.protocol import (
     Task,
     check_ids,
@@ -15,7 +16,10 @@ from pipeline.tasks.protocol import (
 from pipeline.tasks.sequence_classification import SequenceClassification
 from pipeline.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, Task] = {task.name: task for task in (SequenceClassification(), CausalLM(), TokenClassification())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (SequenceClassification(), CausalLM(), TokenClassification(), MultiLabelClassification())
+}
 
 
 def get_task(name: str) -> Task:

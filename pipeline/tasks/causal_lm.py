@@ -19,6 +19,7 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    LabelNames,
     LabelSource,
     OtherTokenizers,
     Predictions,
@@ -54,7 +55,8 @@ class CausalLM:
     usage: str = _USAGE
     marks_positions: bool = True
     label_source: LabelSource = "tokens"
-    names_classes: bool = False
+    names: LabelNames | None = None
+    problem_type: str | None = None
     predicts_tokens: bool = True
     fuses_head: bool = True
     continues_prompts: bool = True
@@ -167,6 +169,11 @@ class CausalLM:
         finally:
             hook.remove()
         return logits[0]
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, T, V) -> (N, V)."""
+        assert supervised is not None
+        return logits[supervised]
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Loss, perplexity, bits per byte, next-token accuracy and calibration."""

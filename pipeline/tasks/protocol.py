@@ -17,6 +17,7 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    LabelNames,
     LabelSource,
     OtherTokenizers,
     Predictions,
@@ -59,8 +60,12 @@ class Task(Protocol):
         """Where hard labels come from."""
 
     @property
-    def names_classes(self) -> bool:
-        """Whether the classes have names, which contract and model state; a model that is trained gets a new head for those of its data."""
+    def names(self) -> LabelNames | None:
+        """What has names, which contract and model state: the classes, or the positions of a row. A model that is trained gets a new head for those of its data."""
+
+    @property
+    def problem_type(self) -> str | None:
+        """`config.problem_type` of its models, where their architecture is another task's too; None: the other one."""
 
     @property
     def predicts_tokens(self) -> bool:
@@ -159,6 +164,9 @@ class Task(Protocol):
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
         """One forward pass -> (N, V) logits at the supervised positions."""
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """What a model's `forward` returns as logits -> (N, V) at the supervised positions."""
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """The columns of the evaluation table; has the main metric among them."""

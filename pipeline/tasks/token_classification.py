@@ -21,6 +21,7 @@ from pipeline.records import (
     Encoding,
     Example,
     Full,
+    LabelNames,
     LabelSource,
     OtherTokenizers,
     Predictions,
@@ -52,7 +53,8 @@ class TokenClassification:
     usage: str = _USAGE
     marks_positions: bool = True
     label_source: LabelSource = "positions"
-    names_classes: bool = True
+    names: LabelNames | None = "classes"
+    problem_type: str | None = None
     predicts_tokens: bool = False
     fuses_head: bool = False
     continues_prompts: bool = False
@@ -163,6 +165,11 @@ class TokenClassification:
         assert supervised is not None
         logits: Tensor = model(**inputs).logits  # (B, T, V)
         return logits[supervised.to(logits.device)]
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, T, V) -> (N, V): those of the first token of each word."""
+        assert supervised is not None
+        return logits[supervised]
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """F1, precision and recall of entities (of words where no class is "O"), accuracy of words, loss and calibration, over the labelled words."""

@@ -260,7 +260,8 @@ def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[s
 def _num_positions(batch: Mapping[str, Any]) -> np.ndarray:
     """(B,): of each row."""
     supervised = batch.get("supervised")
-    counts: np.ndarray = np.ones(1, dtype=np.int64) if supervised is None else supervised.sum(1).numpy()
+    rows, positions = len(batch["source_rows"]), len(batch["labels"])
+    counts: np.ndarray = np.full(rows, positions // rows) if supervised is None else supervised.sum(1).numpy()
     return counts
 
 

@@ -12,7 +12,7 @@ from pipeline.cache.format.codec import LABEL_LOGPROBS
 from pipeline.config import TrainStudentConfig
 from pipeline.cross_tokenizer.opening import cache_for
 from pipeline.errors import ContractError, MisuseError, ModelError, PipelineError
-from pipeline.models import LoadedModel, check_isolation, load_model, longest_input, tokenizer_info
+from pipeline.models import LoadedModel, check_isolation, class_names, load_model, longest_input, tokenizer_info
 from pipeline.models.adapters import adapter_config, adapter_labels, base_name
 from pipeline.models.load import load_config
 from pipeline.records import Contract
@@ -97,7 +97,7 @@ def load_student(
         name,
         dtype="float32",
         label_names=names,
-        new_head=new_head and task.names_classes,
+        new_head=new_head and task.names is not None,
         trainable=True,
         trust_remote_code=trust_remote_code,
         base_model=base_model,
@@ -116,6 +116,10 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
     if hasattr(student.model, "peft_config"):
         raise MisuseError(
             f"--lora-r: {student.name} is an adapter already, which is trained further as it is; leave --lora-r out, or merge it into its base model first (PEFT: merge_and_unload)"
+        )
+    if task.problem_type is not None:
+        raise MisuseError(
+            f"--lora-r: an adapter does not say that it gives several labels at once, so that nothing could load it for --task {task.name}; leave it out"
         )
     try:
         from peft import LoraConfig, get_peft_model
@@ -165,7 +169,11 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
             f"{student.name}: the student has another tokenizer, and the cache holds no texts to tokenize anew; cache again with --store-text"
         )
     found = task.num_classes(student.model, student.tokenizer)
-    if found < contract.num_classes or (task.names_classes and found != contract.num_classes):
+    if task.names == "positions" and contract.label_names != class_names(student.model):
+        raise ContractError(
+            f"{student.name}: expected the labels {', '.join(contract.label_names or ())}, as the cache has, found {', '.join(class_names(student.model))}"
+        )
+    if found < contract.num_classes or (task.names == "classes" and found != contract.num_classes):
         raise ContractError(f"{student.name}: expected {contract.num_classes} classes, as the cache has, found {found}")
     embedding: Any = student.model.get_input_embeddings()
     if task.predicts_tokens and embedding.num_embeddings < contract.num_classes:
@@ -212,7 +220,7 @@ def _stated_labels(name: str, trust_remote_code: bool, base_model: str | None) -
         if (kept := adapter_labels(name)) is not None:
             return kept
         if any(
-            task.peft_type == adapter.get("task_type") and task.names_classes for task in TASKS.values()
+            task.peft_type == adapter.get("task_type") and task.names is not None for task in TASKS.values()
         ) or adapter.get("modules_to_save"):
             return None
     try:

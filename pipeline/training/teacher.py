@@ -92,21 +92,22 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     task.check_columns(config.data.columns, config.data.tokenization(2))
     before = _check_output(config)
     check_fields(config.training)
-    source = load_source(config.data, label_required=task.label_source != "tokens")
-    names = label_names(source, config.data.label_map) if task.names_classes else None
+    several = task.names == "positions"
+    source = load_source(config.data, label_required=task.label_source != "tokens", several=several)
+    names = label_names(source, config.data.label_map, several=several) if task.names is not None else None
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task,
         config.model,
         dtype="float32",
         label_names=names,
-        new_head=task.names_classes,
+        new_head=task.names is not None,
         trainable=True,
         base_model=config.base_model,
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
-    labels = None if names is None else LabelMap.for_names(source, names, config.data.label_map)
+    labels = None if names is None else LabelMap.for_names(source, names, config.data.label_map, several=several)
     train, held_out = _split_names(source)
     skip = config.on_bad_row == "skip"
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
@@ -270,7 +271,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
         rows=np.concatenate(owners),
         row_kl=np.zeros(len(rows)),
         row_text_bytes=np.array([row.text_bytes for row in rows]),
-        label_names=class_names(loaded.model) if task.names_classes else None,
+        label_names=class_names(loaded.model) if task.names is not None else None,
     )
 
 
@@ -295,6 +296,8 @@ class _Collator:
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         inputs, supervised = self.task.collate(rows, self.pad_id)
         labels = torch.from_numpy(self.task.hard_labels(rows))
+        if self.task.names == "positions":
+            return {**inputs, "labels": labels.view(len(rows), -1).float()}
         if supervised is None:
             return {**inputs, "labels": labels}
         tokens = torch.full(supervised.shape, NO_LABEL)
@@ -315,7 +318,8 @@ def _tell_absent(
     task: Task, source: Source, split: str, names: Sequence[str], rows: Sequence[TokenizedExample]
 ) -> None:
     """Say which classes the teacher is given that no row to learn from has: labels 1 to 3 make a class 0."""
-    seen = set(task.hard_labels(rows).tolist())
+    labels = task.hard_labels(rows)
+    seen = set(np.flatnonzero(labels.reshape(len(rows), -1).any(0)) if task.names == "positions" else labels.tolist())
     absent = [name for i, name in enumerate(names) if i not in seen]
     if absent:
         logger.warning(
@@ -347,7 +351,8 @@ def _read(
                 )
             bad.append(item)
             continue
-        if (task.hard_labels([item]) != NO_LABEL).any():
+        known = task.hard_labels([item]) != NO_LABEL
+        if known.all() if task.names == "positions" else known.any():  # the loss of several labels takes all of them
             rows.append(item)
     if bad:
         logger.warning(

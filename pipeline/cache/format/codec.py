@@ -248,10 +248,10 @@ def labelled_positions_of(block: RowBlock) -> np.ndarray:
 
 
 def positions_in_rows(block: RowBlock) -> list[np.ndarray]:
-    """Of each row the supervised positions among its tokens; without such a column there is one, 0."""
+    """Of each row the supervised positions among its tokens; without such a column they are numbered from 0."""
     flags = block.lists.get("supervised")
     if flags is None:
-        return [np.zeros(1, dtype=np.int64)] * len(block)
+        return [np.arange(count) for count in labelled_positions_of(block).tolist()]
     return [np.flatnonzero(flags.values[start:stop]) for start, stop in itertools.pairwise(flags.offsets.tolist())]
 
 

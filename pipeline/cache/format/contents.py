@@ -60,6 +60,8 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
         labels = table.column("label").drop_null().to_numpy()
         check.range(labels, contract.num_classes, "label")
     if "labels" in lists:
+        if "supervised" not in lists:  # a position for each name
+            positions = np.full(table.num_rows, len(contract.label_names or ()), dtype=np.int64)
         check.same(lists["labels"].counts, positions, "labels: expected one a position")
         known = lists["labels"].values
         check.range(known[known != NO_LABEL], contract.num_classes, "labels")

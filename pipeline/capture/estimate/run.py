@@ -262,8 +262,8 @@ def _pilot_rows(
     """
     count = len(source.splits[split])
     labels = None
-    if task.names_classes:
-        labels = LabelMap.for_names(source, class_names(teacher.model), label_map)
+    if task.names is not None:
+        labels = LabelMap.for_names(source, class_names(teacher.model), label_map, several=task.names == "positions")
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
     starts = [count * i // runs for i in range(runs)]
     unpacked = dataclasses.replace(settings, packing=False, isolate_documents=False)

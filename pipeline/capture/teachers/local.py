@@ -60,7 +60,7 @@ class LocalTeacher:
     @property
     def label_names(self) -> tuple[str, ...] | None:
         """Those of its configuration."""
-        if not self.task.names_classes:
+        if self.task.names is None:
             return None
         return class_names(self.model)
 
@@ -123,9 +123,8 @@ class LocalTeacher:
         uncached = {} if supervised is None else {"use_cache": False}
         with torch.inference_mode():
             plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **uncached).logits
-        if supervised is not None:
-            plain = plain[supervised.to(model.device)]
-        plain = plain[:, : self.num_classes].float()
+        marks = None if supervised is None else supervised.to(model.device)
+        plain = self.task.at_positions(plain, marks)[:, : self.num_classes].float()
         found = self.begin([shortest], None, encoding).result().float()
         tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
         finite = plain.isfinite()  # logits that are not are told row by row, later

@@ -13,7 +13,7 @@ from pipeline.evaluation.measures.statistics import measured, proportion, resamp
 from pipeline.evaluation.records import Measured
 
 #: Metrics that are better when larger; the others are losses, errors and divergences.
-HIGHER = ("accuracy", "agreement", "f1", "precision", "recall", "macro_f1")
+HIGHER = ("accuracy", "agreement", "average_precision", "f1", "precision", "recall", "macro_f1")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

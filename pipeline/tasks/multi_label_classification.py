@@ -1,0 +1,181 @@
+"""Several labels for a text at once: N = the number of labels, a position for each; V = 2, whether the row has it.
+
+A label's logit z is the distribution softmax(0, z) over "no" and "yes", whose probability of "yes" is the sigmoid of z. So
+cross-entropy is the binary one, and the soft term the binary KL of each label, times T^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError, ModelError
+from pipeline.metrics import accuracy, label_scores, mean_nll
+from pipeline.records import (
+    NO_LABEL,
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    Full,
+    LabelNames,
+    LabelSource,
+    OtherTokenizers,
+    Predictions,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.tasks.protocol import token_block
+from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
+
+_USAGE = """```python
+from transformers import pipeline
+
+label = pipeline("{tag}", model="{folder}", top_k=None)  # a probability for each label
+print(label("a text", truncation=True, max_length={max_length}))
+```
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class MultiLabelClassification:
+    """See `Task`."""
+
+    name: str = "multi-label-classification"
+    auto_class: Any = AutoModelForSequenceClassification
+    peft_type: str = "SEQ_CLS"
+    hub_category: str = "text-classification"
+    usage: str = _USAGE
+    marks_positions: bool = False
+    label_source: LabelSource = "positions"
+    names: LabelNames | None = "positions"
+    problem_type: str | None = "multi_label_classification"
+    predicts_tokens: bool = False
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = True
+    stores_text: bool = True
+    other_tokenizers: OtherTokenizers = "texts"
+    judged_by: str | None = None
+    default_encoding: Encoding = Full()
+    default_temperature: float = 2.0
+    default_max_length: int = 512
+    default_batch_tokens: int = 8192
+    default_eval_rows: int = 32
+    main_metric: str = "f1"
+    higher_is_better: bool = True
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Only texts and pairs of texts are classified."""
+        if columns.text is None:
+            raise MisuseError(
+                f"--task {self.name} reads --text-column (and --text-pair-column); words, chats, prompts and token ids are for other tasks"
+            )
+        if tokenization.packing:
+            raise MisuseError(f"--packing is for language models; --task {self.name} has one text a row")
+        if tokenization.assistant_turns or tokenization.chat_template_kwargs or tokenization.truncation_side:
+            raise MisuseError(
+                "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
+                f"--task {self.name} reads texts, and keeps their beginning"
+            )
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """As they are."""
+        return settings
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """2: each label is there or not."""
+        config: Any = model.config
+        if config.problem_type not in (None, self.problem_type):
+            raise ModelError(
+                f"{config.name_or_path or 'the model'}: expected a classifier of several labels at once, found {config.problem_type}"
+            )
+        return 2
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Texts longer than `max_length` are truncated."""
+        return tokenize_texts(examples, tokenizer, settings.max_length, self._labels)
+
+    def _labels(self, example: Example) -> dict[str, Any]:
+        return {} if example.flags is None else {"labels": np.asarray(example.flags, dtype=np.int32)}
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """None: a row marks no tokens."""
+        return np.zeros(len(input_ids), dtype=bool)
+
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(N,): 1 for each label that a row has, 0 for the others."""
+        labels = token_block(rows).labels
+        assert labels is not None
+        return labels.values.astype(np.int64)
+
+    def collate(
+        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Padded on the right."""
+        return collate_texts(rows, pad_id, length), None
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(N, 2): 0 and the logit of each label of each row."""
+        return self.at_positions(row_logits(model, inputs), None)
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, labels) -> (N, 2): 0 and the logit of each label of each row."""
+        flat = logits.flatten()
+        return torch.stack([torch.zeros_like(flat), flat], -1)
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Micro and macro F1, average precision, accuracy of single labels, loss and calibration, over what is labelled."""
+        right, found, true = _counts(predictions).sum(0).tolist()
+        scores = label_scores(
+            *_by_label(predictions, predictions.labels, _share_of_yes(predictions)),
+        )
+        return {
+            "f1": 2 * right / (found + true) if found + true else float("nan"),
+            "macro_f1": scores.macro_f1,
+            "average_precision": scores.average_precision,
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "loss": mean_nll(predictions.nll),
+            "ece": scores.calibration_error,
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Twice the right labels, and predicted and true ones together: the ratio of totals is micro F1."""
+        counts = _counts(predictions).astype(np.float64)
+        return 2 * counts[:, 0], counts[:, 1] + counts[:, 2]
+
+
+def _counts(predictions: Predictions) -> np.ndarray:
+    """(R, 3): labels that are right, predicted and true, over what is labelled."""
+    known = predictions.labels != NO_LABEL
+    found, true = (known & (values == 1) for values in (predictions.predicted, predictions.labels))
+    rows = len(predictions.row_text_bytes)
+    parts = [np.bincount(predictions.rows[each], minlength=rows) for each in (found & true, found, true)]
+    return np.stack(parts, 1)
+
+
+def _share_of_yes(predictions: Predictions) -> np.ndarray:
+    """(N,) the probability that the row has the label; nan where it is not known."""
+    confidence = predictions.confidence
+    return np.where(predictions.predicted == 1, confidence, 1 - confidence)
+
+
+def _by_label(predictions: Predictions, *values: np.ndarray) -> list[np.ndarray]:
+    """(N,) -> (R, labels)."""
+    count = 1 if predictions.label_names is None else len(predictions.label_names)
+    return [each.reshape(-1, count) for each in values]
