@@ -165,7 +165,8 @@ def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator
 def _words(cache: Cache, row: CachedExample, words: int, top: int) -> Iterator[str]:
     """A line a word: its label, and the classes that the teacher finds likely."""
     labels, names = row.example.labels, cache.manifest.contract.label_names or ()
-    assert row.example.supervised is not None and labels is not None
+    assert row.example.supervised is not None
+    assert labels is not None
     found = [
         _short(word if word.isprintable() else repr(word), 24)
         for word in words_of(cache.tokenizer, row.example)[:words]
