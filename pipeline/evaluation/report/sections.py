@@ -47,7 +47,7 @@ def quality_table(report: Report) -> Table:
     notes.append(f"in brackets: {_of_intervals(report)}")
     if report.tokenizer_notes:
         notes.append("-: of tokens that are not the teacher's, and no number to compare")
-    caption = f"{report.rows:,} rows, {report.positions:,} {_unit(report)} of the split {report.split}"
+    caption = f"{report.rows:,} rows, {report.positions:,} {unit(report)} of the split {report.split}"
     return Table(caption, header, tuple(rows), tuple(notes))
 
 
@@ -56,7 +56,8 @@ def _of_words(report: Report) -> bool:
     return get_task(report.task).label_source == "positions"
 
 
-def _unit(report: Report) -> str:
+def unit(report: Report) -> str:
+    """What the positions of a report are."""
     return "words" if _of_words(report) else "positions"
 
 
@@ -247,7 +248,7 @@ def _slice_tables(report: Report) -> list[Table]:
             teacher = [number(field, item.teacher_accuracy)] if of_teacher else []
             rows.append((item.name, f"{item.positions:,}", *teacher, *shown))
         if any(getattr(line, field) is not None for line in report.slices[0].models):
-            header = (report.slice_kind.partition(",")[0], _unit(report), *(["teacher"] if of_teacher else []), *names)
+            header = (report.slice_kind.partition(",")[0], unit(report), *(["teacher"] if of_teacher else []), *names)
             tables.append(Table(f"{caption} by {report.slice_kind}", header, tuple(rows)))
     return tables
 
@@ -315,6 +316,6 @@ def _how(report: Report) -> Section:
     text = (
         f"Task {report.task}, encoding {report.encoding}. {caches}. Teachers' figures come from the caches; no teacher was loaded for them.",
         f"The answer is about {report.verdict.student}, {report.verdict.chosen}; {uncertainty(best.retention, best.num_seeds)}.",
-        f"Intervals resample rows, all models together, since {_unit(report)} of one row depend on each other and a row that is hard is hard for all.",
+        f"Intervals resample rows, all models together, since {unit(report)} of one row depend on each other and a row that is hard is hard for all.",
     )
     return Section("how", "How this was measured", text)
