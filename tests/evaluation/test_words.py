@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForTokenClassification, set_seed
 
 import pipeline as softlabel
 from pipeline.cache import Cache
+from pipeline.cache.views.tokens import marked_tokens
 from pipeline.config import ReportConfig
 from pipeline.evaluation import format_table
 from pipeline.evaluation.report.report import report
@@ -49,6 +51,20 @@ def setting(tmp_path, bert_tokenizer, save_teacher):
     return Cache.open(tmp_path / "cache"), str(student)
 
 
+def test_the_first_row_is_logged_with_its_labelled_tokens(setting, tmp_path, caplog):
+    cache, student = setting
+    caplog.set_level(logging.INFO)
+    softlabel.cache_logits(
+        student, sentences(), tmp_path / "logged", task="token-classification",
+        columns=Columns(text=None, words="tokens", label="ner_tags"),
+    )  # fmt: skip
+    (line,) = (each.getMessage() for each in caplog.records if "first row of" in each.getMessage())
+    start = "first row of train (labelled tokens in brackets): "
+    assert line.startswith(start)
+    row = next(iter(cache.dataset("train"))).example
+    assert line == start + marked_tokens(cache.tokenizer, row.input_ids.tolist(), row.supervised, follows=False)
+
+
 def test_the_table_says_what_entities_and_words_are(setting):
     cache, student = setting
     found = softlabel.evaluate(cache, {"s": student})
@@ -65,7 +81,7 @@ def test_the_table_says_what_entities_and_words_are(setting):
     assert "accuracy: share of right answers (language models: of next tokens)" in other
 
 
-def test_the_report_shows_the_word_at_stake(setting, tmp_path, plain_pictures):  # noqa: F811 - the fixture
+def test_the_report_shows_the_word_at_stake(setting, tmp_path, plain_pictures):
     cache, student = setting
     found = report(
         ReportConfig(cache=str(cache.root), student=(f"s={student}",), output=str(tmp_path / "r"), rounds=0,
