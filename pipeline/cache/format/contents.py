@@ -59,12 +59,16 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     if "label" in ours:
         labels = table.column("label").drop_null().to_numpy()
         check.range(labels, contract.num_classes, "label")
-    if "labels" in lists:
-        check.same(lists["labels"].counts, positions, "labels: expected one a position")
-        known = lists["labels"].values
-        check.range(known[known != NO_LABEL], contract.num_classes, "labels")
-    if "words" in table.column_names:
-        check.same(_list(table, "words", check, values=False).counts, positions, "words: expected one a position")
+    if "position_labels" in lists:
+        check.same(lists["position_labels"].counts, positions, "position_labels: expected one a position")
+        known = lists["position_labels"].values
+        check.range(known[known != NO_LABEL], contract.num_classes, "position_labels")
+    if "position_words" in table.column_names:
+        check.same(
+            _list(table, "position_words", check, values=False).counts,
+            positions,
+            "position_words: expected one a position",
+        )
     if "text_bytes" in ours:
         check(int(table.column("text_bytes").to_numpy().min()) >= 0, "text_bytes: expected at least 0")
     if "entropy" in lists:
@@ -124,7 +128,17 @@ _CHECKED = (
         "text_bytes",
         "document_lengths",
     ),
-    *("label", "labels", "logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps"),
+    *(
+        "label",
+        "position_labels",
+        "logits",
+        "top_count",
+        "top_ids",
+        "top_logprobs",
+        "top_weights",
+        "tail_count",
+        "tail_gaps",
+    ),
     *("log_residuals", "entropy", "label_logprobs", "teacher_nll_sum", "teacher_entropy_sum"),
 )
 

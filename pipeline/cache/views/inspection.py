@@ -55,7 +55,7 @@ def labelled(cache: Cache) -> dict[str, int]:
 
 def _labelled_words(cache: Cache, split: str) -> int:
     """Read from the shards of a split, a row group at a time."""
-    tables = cache.dataset(split).tables(["labels"])
+    tables = cache.dataset(split).tables(["position_labels"])
     return sum(int((pc.list_flatten(table.column(0)).to_numpy() != NO_LABEL).sum()) for table in tables)
 
 

@@ -86,7 +86,7 @@ def command(contract: Contract) -> str:
     words += ["--store-text"] * bool(
         "supervised" in contract.columns and contract.columns.keys() & {"text", "messages"}
     )
-    words += ["--no-store-text"] * (labels_words and "words" not in contract.columns)
+    words += ["--no-store-text"] * (labels_words and "position_words" not in contract.columns)
     words += ["--store-label-logprobs"] * ("label_logprobs" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
 

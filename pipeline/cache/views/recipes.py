@@ -93,8 +93,8 @@ _ON_REQUEST = {
 }
 
 _OF_WORDS = {
-    "labels": f"`labels[n]`: the hard label of the n-th word, the number of its class in `label_names` of `manifest.json`, from 0; {NO_LABEL} where it has none.",
-    "words": "`words[n]`: the n-th word, as the source has it or as its text was split.",
+    "position_labels": f"`position_labels[n]`: the hard label of the n-th word, the number of its class in `label_names` of `manifest.json`, from 0; {NO_LABEL} where it has none.",
+    "position_words": "`position_words[n]`: the n-th word, as the source has it or as its text was split.",
 }
 
 _FULL = "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T."

@@ -157,9 +157,9 @@ def test_the_card_says_what_labels_and_words_are(cache, tmp_path, bert_tokenizer
     text = make_card(cache.manifest)
     assert "the first token of each word" in text
     assert "of the token after it" not in text
-    assert "`labels[n]`" in text
-    assert "`words[n]`" in text
-    assert "`words[n]`" not in make_card(build(tmp_path / "bare", bert_tokenizer, store_text=False).manifest)
+    assert "`position_labels[n]`" in text
+    assert "`position_words[n]`" in text
+    assert "`position_words[n]`" not in make_card(build(tmp_path / "bare", bert_tokenizer, store_text=False).manifest)
 
 
 @pytest.mark.parametrize("stored", [True, False])
