@@ -137,7 +137,7 @@ def test_the_page_is_of_words(cache, tmp_path):
 
 def test_words_that_were_not_stored_are_decoded_from_their_tokens(tmp_path, bert_tokenizer):
     cache = build(tmp_path / "cache", bert_tokenizer, store_text=False)
-    assert "words" not in cache.manifest.contract.columns
+    assert "position_words" not in cache.manifest.contract.columns
     row = next(iter(cache.dataset("train"))).example
     starts = [*np.flatnonzero(row.supervised).tolist(), len(row.input_ids) - 1]
     expected = [bert_tokenizer.decode(row.input_ids[a:b].tolist()) for a, b in itertools.pairwise(starts)]
