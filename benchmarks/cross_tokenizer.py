@@ -65,10 +65,10 @@ def articles(folder: Path, split: str, count: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def make_data(folder: Path, source: Path) -> Path:
+def make_data(folder: Path, source: Path, train: int) -> Path:
     """The articles to learn from, and those to measure on."""
     data = folder / "data"
-    for split, count in (("train", TRAIN), ("test", TEST)):
+    for split, count in (("train", train), ("test", TEST)):
         write_rows(data / f"{split}.jsonl", articles(source, split, count))
     return data
 
@@ -133,14 +133,14 @@ def width_of(vocabulary: int, parameters: int) -> int:
     return min(range(16, 513, 8), key=lambda width: abs(count(width) - parameters))
 
 
-def train_and_measure(cache: Path, student: Path, output: Path, way: Way, seed: int) -> float:
+def train_and_measure(cache: Path, student: Path, output: Path, way: Way, seed: int, epochs: int) -> float:
     """Bits per byte of a student on the test split."""
     from pipeline.config import TrainStudentConfig
     from pipeline.evaluation import evaluate
     from pipeline.training.run import run
 
     run(TrainStudentConfig(
-        cache=(str(cache),), student=str(student), output=str(output), epochs=EPOCHS, batch_size=BATCH,
+        cache=(str(cache),), student=str(student), output=str(output), epochs=epochs, batch_size=BATCH,
         learning_rate=RATE, seed=seed, overwrite=True, **way.settings,
         training={"save_strategy": "no", "warmup_steps": 0.1, "lr_scheduler_type": "cosine", "eval_strategy": "no"},
     ))  # fmt: skip
@@ -190,7 +190,9 @@ def short_teacher(folder: Path, teacher: Path, data: Path, source: Path) -> Path
     return output
 
 
-def run_pair(pair: str, folder: Path, teacher: Path, data: Path, seeds: int, runs: Runs) -> None:
+def run_pair(
+    pair: str, folder: Path, teacher: Path, data: Path, seeds: int, runs: Runs, ways: tuple[str, ...], epochs: int
+) -> None:
     """All ways and seeds of one pair of tokenizers."""
     cache = folder / f"cache-{pair}"
     make_cache(teacher, data, cache)
@@ -204,13 +206,13 @@ def run_pair(pair: str, folder: Path, teacher: Path, data: Path, seeds: int, run
         parameters = make_student(teacher, folder / "start-own", own, SHAPE[1], seed)
         for way in PAIRS[pair]:
             key = f"{pair}/{way.name}/{seed}"
-            if key in runs.found:
+            if key in runs.found or (ways and way.name not in ways):
                 continue
             start, count = folder / "start-own", parameters
             if not way.own:
                 start = folder / "start-theirs"
                 count = make_student(teacher, start, theirs, width_of(len(theirs), parameters), seed)
-            bits = train_and_measure(cache, start, folder / "student", way, seed)
+            bits = train_and_measure(cache, start, folder / "student", way, seed, epochs)
             runs.keep(key, {"bits_per_byte": bits, "parameters": count})
             click.echo(f"{key}: {bits:.4f} bits per byte, {count:,} parameters")
 
@@ -252,8 +254,21 @@ def table(found: Mapping[str, Any], seeds: int) -> str:
 @click.option("--articles", default="data/bbc", show_default=True, help="Directory of the demo's articles.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="How many.")
 @click.option("--pair", default=tuple(PAIRS), multiple=True, type=click.Choice(list(PAIRS)), help="Which pairs.")
+@click.option("--way", multiple=True, type=click.Choice([way.name for way in WAYS]), help="Which ways. Default: all.")
+@click.option("--train", default=TRAIN, show_default=True, type=click.IntRange(1), help="Articles to learn from.")
+@click.option("--epochs", default=EPOCHS, show_default=True, type=click.IntRange(1), help="Passes over them.")
 @click.option("--show", is_flag=True, help="Print the tables of what is finished.")
-def main(output: str, teacher: str, articles: str, seeds: int, pair: tuple[str, ...], show: bool) -> None:
+def main(
+    output: str,
+    teacher: str,
+    articles: str,
+    seeds: int,
+    pair: tuple[str, ...],
+    way: tuple[str, ...],
+    train: int,
+    epochs: int,
+    show: bool,
+) -> None:
     """Bits per byte of students with another tokenizer."""
     from pipeline.models.quiet import quiet_libraries
 
@@ -262,11 +277,11 @@ def main(output: str, teacher: str, articles: str, seeds: int, pair: tuple[str, 
     runs = Runs(folder / "runs.json")
     if not show:
         quiet_libraries()
-        data = make_data(folder, Path(articles))
+        data = make_data(folder, Path(articles), train)
         for name in pair:
             of_pair = Path(teacher) if name == "small-vocabulary" else None
             of_pair = of_pair or short_teacher(folder, Path(teacher), data, Path(articles))
-            run_pair(name, folder, of_pair, data, seeds, runs)
+            run_pair(name, folder, of_pair, data, seeds, runs, way, epochs)
     click.echo(table(runs.found, seeds))
 
 

@@ -21,7 +21,7 @@ PATTERNS_LABELLED = 10
 def main() -> None:
     """Write the three files."""
     labelled = sentences(0, LABELLED, patterns=PATTERNS_LABELLED)
-    train = [{"tokens": words, "ner_tags": tags} for words, tags in labelled]
+    train: list[dict[str, object]] = [{"tokens": words, "ner_tags": tags} for words, tags in labelled]
     train += [{"tokens": words, "ner_tags": None} for words, _ in sentences(4, TRAIN - LABELLED)]
     validation = [{"tokens": words, "ner_tags": tags} for words, tags in sentences(1, VALIDATION)]
     halves = [*sentences(2, TEST // 2), *sentences(3, TEST // 2, new_names=True)]

@@ -21,15 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 def show_first_row(job: Job) -> None:
-    """Log the first row as tokens, those that are predicted in brackets, so that a wrong template or mask is seen now."""
+    """Log the first row as tokens, those that are predicted or labelled in brackets, so that a wrong template or mask is seen now."""
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 1, first.stop))
     examples = read_shard(job, few).examples
     if holds_chats(job.source):
         logger.info("chats: %s", supervision(job.plan.contract.tokenization, job.tokenizer))
     for example in examples[:1]:
-        tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised)
-        logger.info("first row of %s (predicted tokens in brackets): %s", first.split, tokens)
+        follows = example.labels is None
+        tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised, follows=follows)
+        marked = "predicted" if follows else "labelled"
+        logger.info("first row of %s (%s tokens in brackets): %s", first.split, marked, tokens)
 
 
 def check_head(job: Job, keep: Keep | None = None) -> None:

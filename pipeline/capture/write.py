@@ -281,7 +281,7 @@ def _check_stored(task: Task, first: LabelledRow, *, store_text: bool | None, st
         raise MisuseError("write_cache: store_label_logprobs is for language models; leave it out")
     if store_text and first.text is None and first.messages is None and first.words is None:
         raise MisuseError(
-            "write_cache: store_text: expected rows with text, words or messages, found none in the first"
+            f"write_cache: store_text: expected rows with {'words' if task.other_tokenizers == 'words' else 'text or messages'}, found none in the first"
         )
     if first.messages is not None and (first.text is not None or task.label_source != "tokens"):
         raise MisuseError("write_cache: messages are of language models, in place of text; give one of the two")

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 def echo_cache(cache: Cache, output: str) -> None:
     """The size of each split of a cache."""
-    from pipeline.cache.views.inspection import labelled, totals
+    from pipeline.cache.views.inspection import labelled, labels_words, totals
     from pipeline.sources.files.loading import redact
 
     click.echo(f"cache: {redact(output)}  cache_id {cache.manifest.cache_id[:16]}")
-    labels = labelled(cache)
+    labels, of = labelled(cache), " words" * labels_words(cache)
     for split, total in totals(cache).items():
-        known = f", {labels[split]:,} labelled" if split in labels else ""
+        known = f", {labels[split]:,} labelled{of}" if split in labels else ""
         click.echo(
             f"  {split}: {total['rows']:,} rows{known}, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"
         )

@@ -59,8 +59,8 @@ def _predict(config: cfg.PredictConfig) -> None:
 
 
 def _as_json(found: TextPrediction) -> str:
-    """One line, with what there is: labels or a continuation."""
-    known = {name: value for name, value in dataclasses.asdict(found).items() if value not in (None, {})}
+    """One line, with what there is: labels, a continuation, or words."""
+    known = {name: value for name, value in dataclasses.asdict(found).items() if value not in (None, {}, ())}
     return json.dumps(known, ensure_ascii=False)
 
 
@@ -69,5 +69,13 @@ def _shown(found: TextPrediction) -> str:
     text = found.text if len(found.text) <= 80 else found.text[:77] + "..."
     if found.continuation is not None:
         return f"{text!r} goes on:\n  {' '.join(found.continuation.split())}"
+    if found.words:
+        words = [each.word if each.word.isprintable() else repr(each.word) for each in found.words]
+        width, of_label = max(map(len, words)), max(len(each.label) for each in found.words)
+        lines = [
+            f"  {word.ljust(width)}  {each.label.ljust(of_label)}  {each.probability:6.1%}"
+            for word, each in zip(words, found.words, strict=True)
+        ]
+        return "\n".join([repr(text), *lines])
     width = max(map(len, found.labels))
     return "\n".join([repr(text), *(f"  {label.ljust(width)}  {p:6.1%}" for label, p in found.labels.items())])

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 
 from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
+from pipeline.tasks import get_task
 
 _MEANING = {
     "accuracy": "share of right answers (language models: of next tokens)",
+    "f1": "of entities, right where label and both ends are: harmonic mean of precision and recall (without a class O: of words)",
+    "precision": "share of the predicted entities that are right",
+    "recall": "share of the true entities that are found",
     "macro_f1": "F1, the mean over classes",
     "loss": "mean negative log-likelihood of the truth, nats",
     "perplexity": "exp(loss)",
@@ -25,17 +29,20 @@ def format_table(report: EvaluationReport) -> str:
     header = ["", "parameters", "size", *metrics, "agreement", "KL", *kept]
     lines = [header, *(_cells(line, metrics)[: len(header)] for line in (report.teacher, *report.students))]
     table = "\n".join(aligned(lines))
-    notes = [f"{name}: {_MEANING[name]}" for name in metrics if name in _MEANING]
+    of_words = get_task(report.task).label_source == "positions"
+    unit = "word" if of_words else "position"
+    meaning = {**_MEANING, "accuracy": "share of words with the right class"} if of_words else _MEANING
+    notes = [f"{name}: {meaning[name]}" for name in metrics if name in meaning]
     notes += [
         "size: the teacher's parameters over the model's",
-        "agreement: share of positions where the model's most likely class is the teacher's",
-        f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a position",
+        f"agreement: share of {unit}s where the model's most likely class is the teacher's",
+        f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a {unit}",
     ]
     if metrics:
         notes.append(f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over rows")
     else:
         notes.append("the split has no hard labels: students are compared with the teacher alone")
-    title = f"{report.task}, split {report.split}: {report.rows} rows, {report.positions} positions"
+    title = f"{report.task}, split {report.split}: {report.rows} rows, {report.positions} {unit}s"
     if report.labelled is not None and report.labelled < report.positions:
         title += f", {report.labelled} labelled"
     parts = [title, table, "\n".join(f"  {note}" for note in notes)]

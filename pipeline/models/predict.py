@@ -1,7 +1,8 @@
-"""What a model says of a text: the classes that it finds likely, or how it goes on. A student can be tried with it from the shell."""
+"""What a model says of a text: the classes that it finds likely, of all of it or of each word, or how it goes on. A student can be tried with it from the shell."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.models.detect import detect_task
 from pipeline.models.load import LoadedModel, load_model, longest_input, pad_id
 from pipeline.models.saved import trained_length
-from pipeline.records import Example, TextPrediction, Tokenization, TokenizedExample
+from pipeline.records import BadRow, Example, TextPrediction, Tokenization, TokenizedExample, WordPrediction
 from pipeline.tasks import Task, check_ids, embedding_rows
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: PredictConfig) -> Iterator[TextPrediction]:
@@ -27,6 +30,8 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
+    elif task.label_source == "positions":
+        yield from label_words(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     else:
         yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
 
@@ -57,6 +62,49 @@ def classify(
             found = torch.softmax(task.gather_logits(model, placed, supervised).float(), -1).topk(min(top, count))
         for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
             yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
+
+
+def label_words(
+    task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, batch_size: int
+) -> Iterator[TextPrediction]:
+    """The most likely label of each word of each text with its probability, as an evaluation computes them.
+
+    Args:
+        max_length: tokens; the words of longer texts that are beyond have no prediction, and a warning says how many they are.
+
+    Raises:
+        ModelError: the model does not choose one of several labels.
+        SourceError: a text without a word that can be read.
+    """
+    model: Any = loaded.model
+    names = [str(model.config.id2label[i]) for i in range(task.num_classes(model, loaded.tokenizer))]
+    num_cut = lost_tokens = 0
+    for start in range(0, len(texts), batch_size):
+        chunk = texts[start : start + batch_size]
+        examples = [Example(source_row=start + i, text=text) for i, text in enumerate(chunk)]
+        tokens = []
+        for number, row in enumerate(
+            task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length)), start + 1
+        ):
+            if isinstance(row, BadRow):
+                raise SourceError(f"text {number}: {row.reason}")
+            tokens.append(row)
+            num_cut += bool(row.cut)
+            lost_tokens += sum(cut.tokens for cut in row.cut)
+        check_ids(embedding_rows(model), tokens, loaded.tokenizer, loaded.name)
+        inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer, model))
+        placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        with torch.inference_mode():
+            found = torch.softmax(task.gather_logits(model, placed, supervised).float(), -1).max(-1)
+        answers = zip(found.values.tolist(), found.indices.tolist(), strict=True)
+        for text, row in zip(chunk, tokens, strict=True):
+            said = [(word, *next(answers)) for word in row.words or ()]
+            yield TextPrediction(text, words=tuple(WordPrediction(word, names[i], value) for word, value, i in said))
+    if num_cut:
+        logger.warning(
+            "%d of %d texts were cut to %d tokens, and lost %d: the words beyond have no label; --max-length sets the longest",
+            num_cut, len(texts), max_length, lost_tokens,
+        )  # fmt: skip
 
 
 def continue_text(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:

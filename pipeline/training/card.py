@@ -48,7 +48,7 @@ _BODY = """
 ## Use
 
 {usage}
-Texts of more than {max_length} tokens are longer than any that it was trained on: cut them, as above, or do not rely on the result.
+Texts of more than {max_length} tokens are longer than any that it was trained on: {cut}, or do not rely on the result.
 
 ## Intended use and limits
 
@@ -138,6 +138,7 @@ def make_card(
         learning_rate=result.learning_rate,
         seed=result.seed,
         metrics=_metrics(result),
+        cut="cut them, as above" if "{max_length}" in template else "split them",
         usage=template.format(tag=tag, folder=folder, max_length=result.max_length),
         licences="\n".join(f"| {what} | {licence} |" for what, licence in licences.items()),
     )
@@ -257,6 +258,8 @@ def _metrics(result: TrainResult) -> str:
     if not result.metrics:
         return "It was not measured in training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
     lines = "".join(f"| {name} | {value:.4f} |\n" for name, value in result.metrics.items())
+    if "f1" in result.metrics:
+        lines += "\n`f1`, `precision` and `recall` are of entities, right where label and both ends are (without a class `O`: of words), `accuracy` is of words.\n"
     if result.own_tokenizer is not None:
         lines += (
             "\n`nll`, `loss`, `perplexity` and `accuracy` are of its own tokens, which are not the teacher's: between tokenizers compare `bits_per_byte`. `agreement` and "

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForTokenClassification
 
 import pipeline as softlabel
 from pipeline.cache import Cache
 from pipeline.errors import MisuseError
 from pipeline.models import load_model
-from pipeline.records import Loss, Sampled, TopK
+from pipeline.records import Columns, Loss, Sampled, TopK
 from pipeline.tasks import get_task
 from pipeline.training.card import describe_loss, make_card
 from pipeline.training.run import run
-from tests.conftest import tiny_model
+from tests.conftest import TINY, tiny_model
+from tests.support.entities import TAGS, sentences
 from tests.support.once import once
 from tests.training.test_train import NAMES, config, student_of
 
@@ -170,6 +172,24 @@ def test_language_models_and_adapters(tmp_path, lm_tokenizer, documents, save_te
     assert str(tmp_path) not in text
     assert ModelCard(text).data.library_name == "peft"
     assert "of which" in text
+
+
+def test_a_card_of_word_labels_says_what_is_counted(tmp_path, bert_tokenizer, save_teacher):
+    shape = AutoConfig.for_model(
+        "bert", vocab_size=len(bert_tokenizer), pad_token_id=0, num_labels=len(TAGS), **TINY["bert"]
+    )
+    shape.id2label, shape.label2id = dict(enumerate(TAGS)), {name: i for i, name in enumerate(TAGS)}
+    teacher = save_teacher(AutoModelForTokenClassification.from_config(shape), bert_tokenizer)
+    rows = sentences()
+    rows["validation"] = rows.pop("test")
+    columns = Columns(text=None, words="tokens", label="ner_tags")
+    cache = softlabel.cache_logits(str(teacher), rows, tmp_path / "cache", task="token-classification", columns=columns)
+    result = run(config(cache, teacher, tmp_path / "out", max_steps=2))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| f1 | {result.metrics['f1']:.4f} |" in card
+    assert "`f1`, `precision` and `recall` are of entities" in card
+    assert "split them, or do not rely on the result" in card
+    assert "as above" not in card
 
 
 def test_the_code_of_a_card_runs(tmp_path, cache, teacher, lm_tokenizer, documents, save_teacher, monkeypatch, capsys):

@@ -149,7 +149,7 @@ def test_without_the_words_another_tokenizer_is_refused(tmp_path, teacher, lm_to
     bare = softlabel.cache_logits(
         str(teacher), sentences(), tmp_path / "bare", task=TASK, columns=WORDS, store_text=False
     )
-    assert "words" not in bare.manifest.contract.columns
+    assert "position_words" not in bare.manifest.contract.columns
     assert bare.dataset("train")[0].example.words is None
     with pytest.raises(ContractError, match="the cache holds no texts to tokenize anew; cache again with --store-text"):
         train(bare, pretrained(tmp_path / "start", lm_tokenizer), tmp_path / "student")
@@ -175,7 +175,7 @@ def test_caches_are_merged_filtered_and_converted(tmp_path, cache):
     joined = merge([cache, cache], tmp_path / "joined")
     words = [row.example.words for row in cache.dataset("test")]
     assert [row.example.words for row in joined.dataset("test")] == list(dict.fromkeys(words))
-    few = filter_rows(cache, tmp_path / "few", where="len(words) > 5")
+    few = filter_rows(cache, tmp_path / "few", where="len(position_words) > 5")
     assert all(len(row.example.words) > 5 for row in few.dataset("train"))
     smaller = convert(cache, tmp_path / "smaller", encoding=TopK(3))
     assert not verify(smaller.root).problems

@@ -230,7 +230,7 @@ def tokens_of(block: RowBlock) -> TokenBlock:
         token_type_ids=lists.get("token_type_ids"),
         document_lengths=lists.get("document_lengths"),
         label=None if "label" not in block.numbers else block.numbers["label"].astype(np.int64),
-        labels=lists.get("labels"),
+        labels=lists.get("position_labels"),
     )
 
 
@@ -270,14 +270,14 @@ COLUMNS = frozenset(
         "text",
         "text_pair",
         "messages",
-        "words",
+        "position_words",
         "input_ids",
         "token_type_ids",
         "supervised",
         "document_lengths",
         "text_bytes",
         "label",
-        "labels",
+        "position_labels",
         "logits",
         "top_count",
         "top_ids",

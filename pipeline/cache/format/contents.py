@@ -59,14 +59,12 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     if "label" in ours:
         labels = table.column("label").drop_null().to_numpy()
         check.range(labels, contract.num_classes, "label")
-    if "labels" in lists:
+    if "position_labels" in lists:
         if "supervised" not in lists:  # a position for each name
             positions = np.full(table.num_rows, len(contract.label_names or ()), dtype=np.int64)
-        check.same(lists["labels"].counts, positions, "labels: expected one a position")
-        known = lists["labels"].values
-        check.range(known[known != NO_LABEL], contract.num_classes, "labels")
-    if "words" in table.column_names:
-        check.same(_list(table, "words", check, values=False).counts, positions, "words: expected one a position")
+        check.same(lists["position_labels"].counts, positions, "position_labels: expected one a position")
+        known = lists["position_labels"].values
+        check.range(known[known != NO_LABEL], contract.num_classes, "position_labels")
     if "text_bytes" in ours:
         check(int(table.column("text_bytes").to_numpy().min()) >= 0, "text_bytes: expected at least 0")
     if "entropy" in lists:
@@ -126,7 +124,17 @@ _CHECKED = (
         "text_bytes",
         "document_lengths",
     ),
-    *("label", "labels", "logits", "top_count", "top_ids", "top_logprobs", "top_weights", "tail_count", "tail_gaps"),
+    *(
+        "label",
+        "position_labels",
+        "logits",
+        "top_count",
+        "top_ids",
+        "top_logprobs",
+        "top_weights",
+        "tail_count",
+        "tail_gaps",
+    ),
     *("log_residuals", "entropy", "label_logprobs", "teacher_nll_sum", "teacher_entropy_sum"),
 )
 

@@ -83,7 +83,7 @@ def make_block(
             others[name] = pa.array([example.kept.get(name) for example in examples], type=field.type)
             continue
         values: Any = sums[name] if name in sums else [_READERS[name](example) for example in examples]
-        if name == "words":
+        if name == "position_words":
             others[name] = pa.array([list(each) for each in values], type=field.type)
         elif pa.types.is_list(field.type):
             lists[name] = _ragged(values, field.type.value_type.to_pandas_dtype())
@@ -110,8 +110,8 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "document_lengths": lambda example: example.document_lengths,
     "text_bytes": lambda example: example.text_bytes,
     "label": lambda example: NO_LABEL if example.label is None else example.label,
-    "labels": lambda example: example.labels,
-    "words": lambda example: example.words,
+    "position_labels": lambda example: example.labels,
+    "position_words": lambda example: example.words,
 }
 
 
@@ -132,8 +132,8 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
                 supervised=lists.get("supervised", none)[i],
                 token_type_ids=lists.get("token_type_ids", none)[i],
                 label=_label(numbers.get("label", none)[i]),
-                labels=lists.get("labels", none)[i],
-                words=_words(others.get("words", none)[i]),
+                labels=lists.get("position_labels", none)[i],
+                words=_words(others.get("position_words", none)[i]),
                 text=others.get("text", none)[i],
                 text_pair=others.get("text_pair", none)[i],
                 messages=others.get("messages", none)[i],
@@ -152,9 +152,17 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
     ]
 
 
-_LISTS = ("input_ids", "token_type_ids", "supervised", "labels", "document_lengths", "entropy", "label_logprobs")
+_LISTS = (
+    "input_ids",
+    "token_type_ids",
+    "supervised",
+    "position_labels",
+    "document_lengths",
+    "entropy",
+    "label_logprobs",
+)
 #: Columns that some caches of a task have and others not, as `cache-logits` was asked.
-_OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages", "words"})
+_OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages", "position_words"})
 
 
 def _floats(lists: Mapping[str, list[np.ndarray]], name: str, row: int) -> Tensor | None:

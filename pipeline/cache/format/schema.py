@@ -35,7 +35,7 @@ def cache_schema(
     """The Arrow schema of every shard of a cache.
 
     Args:
-        labels: where hard labels come from: `row` has the column `label`, `positions` has `labels`, `tokens` has `text_bytes` of what is predicted.
+        labels: where hard labels come from: `row` has the column `label`, `positions` has `position_labels`, `tokens` has `text_bytes` of what is predicted.
         marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
@@ -51,7 +51,7 @@ def cache_schema(
     if messages:
         columns["messages"] = pa.string()
     if words:
-        columns["words"] = pa.list_(pa.string())
+        columns["position_words"] = pa.list_(pa.string())
     columns["input_ids"] = pa.list_(pa.int32())
     if token_type_ids:
         columns["token_type_ids"] = pa.list_(pa.int32())
@@ -60,7 +60,7 @@ def cache_schema(
     if labels == "tokens":
         columns["text_bytes"] = pa.int32()
     elif labels == "positions":
-        columns["labels"] = pa.list_(pa.int32())
+        columns["position_labels"] = pa.list_(pa.int32())
     if documents:
         columns["document_lengths"] = pa.list_(pa.int32())
     if labels == "row":
@@ -106,7 +106,7 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
             planes[path], levels[path] = "BYTE_STREAM_SPLIT", 16
         elif not pa.types.is_list(field.type) and field.name not in _OURS:
             dictionary.append(field.name)
-        elif field.name == "words":
+        elif field.name == "position_words":
             dictionary.append(path)
     return {
         "compression": "zstd",

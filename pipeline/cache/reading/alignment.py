@@ -94,7 +94,7 @@ def _quota(shard: Shard, groups: int) -> int:
 
 def _labels(block: RowBlock) -> np.ndarray | None:
     """(N,) hard labels, -100 where there is none; None: they are tokens."""
-    return block.lists["labels"].values if "labels" in block.lists else block.numbers.get("label")
+    return block.lists["position_labels"].values if "position_labels" in block.lists else block.numbers.get("label")
 
 
 def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
@@ -118,6 +118,6 @@ def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
             name,
             100 * agreement,
             count,
-            "words" if any("labels" in block.lists for block in blocks) else "rows",
+            "words" if any("position_labels" in block.lists for block in blocks) else "rows",
             100 * chance,
         )

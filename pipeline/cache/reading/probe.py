@@ -34,7 +34,7 @@ def probe_alignment(blocks: Iterable[RowBlock]) -> AlignmentProbe | None:
     seen = 0
     num_classes = 1
     for block in blocks:
-        if "supervised" not in block.lists or "labels" in block.lists:
+        if "supervised" not in block.lists or "position_labels" in block.lists:
             return None
         num_classes = block.num_classes
         columns.append(_weights(_until(block, _POSITIONS - seen)))

@@ -189,7 +189,7 @@ def _check_hashes(table: pa.Table, where: str) -> None:
     ids = table.column("input_ids").combine_chunks()
     offsets, tokens = ids.offsets.to_numpy(), ids.values.to_numpy().astype("<i4")
     names = table.column_names
-    name = next((name for name in ("label", "labels") if name in names), None)
+    name = next((name for name in ("label", "position_labels") if name in names), None)
     labels = [None] * table.num_rows if name is None else table.column(name).to_pylist()
     stored = table.column("content_hash").to_pylist()
     for row, label in enumerate(labels):

@@ -284,6 +284,11 @@ def _alignment(manifest: Manifest) -> str:
         return (
             "The soft labels of a row are what the teacher predicts for the whole of it, the classes those of `label`."
         )
+    if get_task(manifest.contract.task).label_source == "positions":
+        return (
+            "`supervised` marks the positions of `input_ids` that carry soft labels, the first token of each word: the n-th of them has\n"
+            "the n-th soft labels, which are what the teacher predicts for the n-th word. A word that was cut off has no position."
+        )
     text = (
         "`supervised` marks the positions of `input_ids` that carry soft labels: the n-th of them has the n-th soft labels, which are\n"
         "the prediction made *at* that position, of the token after it."

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache.format.manifest import Layout
@@ -13,19 +14,31 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.measures import measure
 from pipeline.cache.views.provenance import judge_text, rows_text
 from pipeline.cache.views.tokens import marked_tokens
+from pipeline.cache.views.words import words_of
 from pipeline.metrics import accuracy
-from pipeline.records import NO_LABEL, CachedExample
+from pipeline.records import NO_LABEL, CachedExample, Full
 from pipeline.softlabels import rows as positions_of
 from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.names import encoding_text
+from pipeline.tasks import get_task
 
 #: Rows of a split that the agreement of teacher and labels is taken over, about a second's work.
 _AGREEMENT_ROWS = 10_000
 
 
+def labels_words(cache: Cache) -> bool:
+    """Whether the soft labels of a cache are of words: each position has a hard label of its own, which is no token."""
+    return get_task(cache.manifest.contract.task).label_source == "positions"
+
+
 def labelled(cache: Cache) -> dict[str, int]:
-    """How many rows of each split have a hard label, as the footers of its shards say; {} where that is not known: token classes, a cache behind a URL."""
+    """How many rows, or words, of each split have a hard label; {} where that is not known: token classes, a cache behind a URL.
+
+    Of rows the footers of the shards tell; of words the column is read.
+    """
     found: dict[str, int] = {}
+    if labels_words(cache):
+        return {} if cache.remote is not None else {split: _labelled_words(cache, split) for split in cache.splits}
     for shard in cache.manifest.shards:
         path = Layout(cache.root).shard(shard.name)
         if cache.remote is not None or "label" not in cache.manifest.contract.columns or not path.is_file():
@@ -38,6 +51,12 @@ def labelled(cache: Cache) -> dict[str, int]:
                 return {}
             found[shard.split] = found.get(shard.split, 0) + group.num_rows - statistics.null_count
     return found
+
+
+def _labelled_words(cache: Cache, split: str) -> int:
+    """Read from the shards of a split, a row group at a time."""
+    tables = cache.dataset(split).tables(["position_labels"])
+    return sum(int((pc.list_flatten(table.column(0)).to_numpy() != NO_LABEL).sum()) for table in tables)
 
 
 def totals(cache: Cache) -> dict[str, dict[str, float]]:
@@ -83,13 +102,20 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     for row in itertools.islice(cache.dataset(chosen), rows):
         yield ""
         yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}, {row.example.num_tokens} tokens"
-        yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised)}"
-        yield from _classes(cache, row, top) if row.example.supervised is None else _tokens(cache, row, tokens, top)
+        follows = row.example.labels is None
+        yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised, follows=follows)}"
+        if row.example.supervised is None:
+            yield from _classes(cache, row, top)
+        elif follows:
+            yield from _tokens(cache, row, tokens, top)
+        else:
+            yield from _words(cache, row, tokens, top)
 
 
 def _agreements(cache: Cache) -> Iterator[str]:
     """Classifiers: a line for each split with labels; none behind a URL, where it would fetch what nobody asked for."""
-    if cache.remote is not None or "label" not in cache.manifest.contract.columns:
+    of_words = labels_words(cache)
+    if cache.remote is not None or not (of_words or "label" in cache.manifest.contract.columns):
         return
     for split in cache.splits:
         found = measure(cache, split, most=_AGREEMENT_ROWS)
@@ -98,7 +124,7 @@ def _agreements(cache: Cache) -> Iterator[str]:
             continue
         rows = len(found.lengths)
         of = "" if rows == found.rows else f", in a sample of {rows:,} of {found.rows:,} rows"
-        yield f"{split}: teacher agrees with the labels on {accuracy(found.labels, found.predicted):.1%} of {count:,} labelled rows{of}"
+        yield f"{split}: teacher agrees with the labels on {accuracy(found.labels, found.predicted):.1%} of {count:,} labelled {'words' if of_words else 'rows'}{of}"
 
 
 def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
@@ -134,6 +160,36 @@ def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator
         entropy = "-" if row.entropy is None else f"{float(row.entropy[n]):.2f}"
         logprob = "" if own is None else f"{float(own[n]):>9.2f}"
         yield f"  {position:>8}  {decode([ids[position + 1]])!r:<18}{int(kept[n]):>6}{entropy:>9}{logprob}  {believed}"
+
+
+def _words(cache: Cache, row: CachedExample, words: int, top: int) -> Iterator[str]:
+    """A line a word: its label, and the classes that the teacher finds likely."""
+    labels, names = row.example.labels, cache.manifest.contract.label_names or ()
+    assert row.example.supervised is not None
+    assert labels is not None
+    found = [
+        _short(word if word.isprintable() else repr(word), 24)
+        for word in words_of(cache.tokenizer, row.example)[:words]
+    ]
+    known = int((labels != NO_LABEL).sum())
+    mean_entropy = row.teacher_entropy_sum / max(len(row.soft), 1)
+    loss = f"{row.teacher_nll_sum / known:.2f} nats a labelled word, " if known else ""
+    yield f"  teacher: {loss}entropy {mean_entropy:.2f}"
+    shows_kept = not isinstance(row.soft.encoding, Full)
+    kept = (row.soft.top_offsets.diff() + row.soft.tail_offsets.diff()).tolist()
+    given = ["none" if label == NO_LABEL else names[label] for label in labels[:words].tolist()]
+    word_width, label_width = max(4, *map(len, found)), max(5, *map(len, given))
+    of_kept = f"{'kept':>6}" if shows_kept else ""
+    of_entropy = "" if row.entropy is None else f"{'entropy':>9}"
+    yield f"  {'position':>8}  {'word':<{word_width}}  {'label':<{label_width}}{of_kept}{of_entropy}  teacher"
+    places = np.flatnonzero(row.example.supervised).tolist()
+    for n, (position, word, label) in enumerate(zip(places, found, given, strict=False)):
+        believed = "  ".join(f"{names[i]} {weight:.1%}" for i, weight in _best(row, n, top))
+        of_kept = f"{kept[n]:>6}" if shows_kept else ""
+        of_entropy = "" if row.entropy is None else f"{float(row.entropy[n]):>9.2f}"
+        yield f"  {position:>8}  {word:<{word_width}}  {label:<{label_width}}{of_kept}{of_entropy}  {believed}"
+    if len(places) > len(found):
+        yield f"  ... {len(places) - len(found)} more words"
 
 
 def _best(row: CachedExample, n: int, top: int) -> list[tuple[int, float]]:

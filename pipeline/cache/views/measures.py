@@ -11,6 +11,7 @@ import torch
 
 from pipeline.cache.reading.reader import Cache, CacheDataset
 from pipeline.cache.views.samples import text_of
+from pipeline.cache.views.words import in_context, words_of
 from pipeline.records import NO_LABEL, CachedExample, Full, SoftLabels, Target
 from pipeline.softlabels import concatenate, most_likely, served_temperature, target
 from pipeline.tasks import get_task
@@ -27,7 +28,7 @@ _DISAGREEMENTS, _CHARACTERS = 6, 400
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """A row whose label is not the teacher's most likely class."""
+    """A row, or a word, whose label is not the teacher's most likely class."""
 
     source_row: int
     label: int
@@ -35,6 +36,7 @@ class Disagreement:
     confidence: float
     """The teacher's weight on its most likely class."""
     text: str
+    """Of the row; a word is in brackets, in its context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,19 +156,22 @@ class _Found:
         }
         for name, part in parts.items():
             self._arrays[name].append(part)
-        if not self._task.marks_positions:
+        if self._task.label_source != "tokens":
             self._add_disagreements(rows, labels, predicted, confidence)
 
     def _add_disagreements(
         self, rows: Sequence[CachedExample], labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
     ) -> None:
-        """One position a row; texts are made of the few rows that may be shown."""
+        """Texts are made of the few positions that may be shown."""
+        ends = np.cumsum([len(row.soft) for row in rows])  # (R,)
         wrong = np.flatnonzero((labels != predicted) & (labels != NO_LABEL))
         for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:_DISAGREEMENTS].tolist():
-            text = " ".join(text_of(self._cache, rows[i]).split())
+            number = int(np.searchsorted(ends, i, side="right"))
+            row = rows[number]
+            text = self._text(row, i - int(ends[number]) + len(row.soft))
             self._disagreements.append(
                 Disagreement(
-                    rows[i].example.source_row,
+                    row.example.source_row,
                     int(labels[i]),
                     int(predicted[i]),
                     float(confidence[i]),
@@ -174,6 +179,12 @@ class _Found:
                 )
             )
         self._disagreements = sorted(self._disagreements, key=lambda d: -d.confidence)[:_DISAGREEMENTS]
+
+    def _text(self, row: CachedExample, position: int) -> str:
+        """What a position of a row is of: its text, or a word in its context."""
+        if row.example.labels is not None:
+            return in_context(words_of(self._cache.tokenizer, row.example), position)
+        return " ".join(text_of(self._cache, row).split())
 
     def measures(self, split: str, rows: int, positions: int) -> SplitMeasures:
         arrays = {

@@ -19,7 +19,7 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.views.agreement import MOST_CLASSES, Agreement, Balance, Confusion, agreement, balance, confusion
 from pipeline.cache.views.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Axis, Chart, bars, histogram
-from pipeline.cache.views.inspection import labelled, totals
+from pipeline.cache.views.inspection import labelled, labels_words, totals
 from pipeline.cache.views.measures import Disagreement, SplitMeasures, measure
 from pipeline.cache.views.provenance import judge_text, rows_text
 from pipeline.cache.views.samples import sample_of
@@ -77,6 +77,7 @@ def write_page(
             parts=[_split_part(cache, found) for found in measured],
             split=chosen,
             is_tokens=contract.label_names is None,
+            of="words" if labels_words(cache) else "rows",
             names=contract.label_names or (),
             samples=[sample_of(cache, row, tokens=tokens, top=top) for row in shown],
         ),
@@ -109,7 +110,7 @@ def _heads(cache: Cache) -> list[tuple[str, str]]:
 
 
 def _labelled(cache: Cache, measured: Sequence[SplitMeasures]) -> dict[str, int]:
-    """Rows with a label of the splits for which that is known: from the footers, or where all of a split was measured."""
+    """Rows, or words, with a label of the splits for which that is known: from the footers, or where all of a split was measured."""
     if cache.manifest.contract.label_names is None:
         return {}
     counted = {each.split: int((each.labels != NO_LABEL).sum()) for each in measured if len(each.lengths) == each.rows}
@@ -159,7 +160,7 @@ def _facts(cache: Cache) -> list[tuple[str, str]]:
 
 def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
     contract = cache.manifest.contract
-    names, counted = contract.label_names, None
+    names, counted, words = contract.label_names, None, labels_words(cache)
     most, of = (_MOST_TOKENS, "tokens") if names is None else (MOST_CLASSES, "classes")
 
     def named(i: int) -> str:
@@ -177,9 +178,9 @@ def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
         )
     return SplitPart(
         found.split,
-        _measured(found, is_tokens=names is None),
-        tuple(_summary(found, agreed, is_tokens=names is None)),
-        tuple(_charts(contract, found)),
+        _measured(found, "positions" if names is None else "words" if words else None),
+        tuple(_summary(found, agreed, is_tokens=names is None, of="words" if words else "rows")),
+        tuple(_charts(contract, found, "positions" if names is None else "words" if words else "rows")),
         counted,
         agreed,
         None if names is None else confusion(found.labels, found.predicted, names),
@@ -187,24 +188,24 @@ def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
     )
 
 
-def _measured(found: SplitMeasures, *, is_tokens: bool) -> str:
-    """`All 300 rows`, or how many of how many."""
+def _measured(found: SplitMeasures, unit: str | None) -> str:
+    """`All 300 rows`, or how many of how many; `unit`: what rows have many of, None: one position each."""
     rows, positions = len(found.lengths), len(found.labels)
     if not found.rows:
         return "No rows."
-    of = f", {positions:,} positions" if is_tokens else ""
+    of = f", {positions:,} {unit}" if unit else ""
     if rows == found.rows:
         return f"All {rows:,} rows{of}."
-    whole = f", {positions:,} of {found.positions:,} positions" if is_tokens else ""
+    whole = f", {positions:,} of {found.positions:,} {unit}" if unit else ""
     return f"A sample: {rows:,} of {found.rows:,} rows{whole}, from all over the split."
 
 
-def _summary(found: SplitMeasures, agreed: Agreement, *, is_tokens: bool) -> list[str]:
-    """Sentences about teacher and labels."""
+def _summary(found: SplitMeasures, agreed: Agreement, *, is_tokens: bool, of: str) -> list[str]:
+    """Sentences about teacher and labels, which are of rows or words."""
     if not found.rows:
         return []
     if not agreed.labelled:
-        return ["No row has a label: there is nothing to compare the teacher with."]
+        return [f"No {of.removesuffix('s')} has a label: there is nothing to compare the teacher with."]
     share = f"{agreed.accuracy:.1%}"
     if is_tokens:
         lines = [
@@ -218,20 +219,21 @@ def _summary(found: SplitMeasures, agreed: Agreement, *, is_tokens: bool) -> lis
             )
         return lines
     lines = [
-        f"The teacher agrees with the labels on {share} of {agreed.labelled:,} labelled rows ({agreed.agreed:,}); "
+        f"The teacher agrees with the labels on {share} of {agreed.labelled:,} labelled {of} ({agreed.agreed:,}); "
         f"the most frequent label, \u2068{agreed.most_frequent}\u2069, is that of {agreed.most_frequent_count / agreed.labelled:.1%}."
     ]
     if agreed.unlabelled:
-        lines.append(f"{agreed.unlabelled:,} rows have no label.")
+        lines.append(f"{agreed.unlabelled:,} {of} have no label.")
     return lines
 
 
-def _charts(contract: Contract, found: SplitMeasures) -> list[Chart]:
-    encoding, unit = contract.encoding, "rows" if contract.label_names is not None else "positions"
+def _charts(contract: Contract, found: SplitMeasures, unit: str) -> list[Chart]:
+    """`unit`: what a soft label is of, `positions`, `words` or `rows`."""
+    encoding = contract.encoding
     share = Axis("share of the teacher's mass", 0.0, 1.0, percent=True)
     uniform = math.log(contract.num_classes)
     of_uniform = (uniform, f"ln V = {uniform:.3f}: uniform over {contract.num_classes:,} classes")
-    by = "by position" if found.by_position and unit == "positions" else "" if unit == "rows" else "mean of each row"
+    by = "" if unit == "rows" else f"by {unit.removesuffix('s')}" if found.by_position else "mean of each row"
     charts = [
         histogram("Confidence", found.confidence, "Weight of the teacher's most likely class", axis=share, of=unit),
         histogram(

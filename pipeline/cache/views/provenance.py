@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from pipeline.records import Contract, Full, Manifest, ModelInfo, Sampled, TopK, TopP
+from pipeline.tasks import get_task
 
 
 def origin(manifest: Manifest) -> str:
@@ -73,6 +74,7 @@ def command(contract: Contract) -> str:
         ("--seed", contract.seed),
         ("--on-bad-row", contract.on_bad_row if contract.on_bad_row != "stop" else None),
     ]
+    labels_words = get_task(contract.task).label_source == "positions"
     words = ["softlabel", "cache-logits"]
     for flag, value in flags:
         if value is not None:
@@ -84,6 +86,7 @@ def command(contract: Contract) -> str:
     words += ["--store-text"] * bool(
         "supervised" in contract.columns and contract.columns.keys() & {"text", "messages"}
     )
+    words += ["--no-store-text"] * (labels_words and "position_words" not in contract.columns)
     words += ["--store-label-logprobs"] * ("label_logprobs" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.records import Contract, Encoding, Full, Manifest, Sampled
+from pipeline.records import NO_LABEL, Contract, Encoding, Full, Manifest, Sampled
+from pipeline.tasks import get_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,11 @@ def recipe(contract: Contract) -> Recipe:
 
 
 def on_request(contract: Contract) -> list[str]:
-    """What the columns of language models hold that are stored on request alone: a paragraph each."""
+    """What the columns hold that are no soft labels, of language models those that are stored on request alone: a paragraph each."""
     if "supervised" not in contract.columns:
         return []
+    if get_task(contract.task).label_source == "positions":
+        return [text for name, text in _OF_WORDS.items() if name in contract.columns]
     return [text for name, text in _ON_REQUEST.items() if name in contract.columns]
 
 
@@ -87,6 +90,11 @@ _ON_REQUEST = {
     "label_logprobs": (
         "`label_logprobs[n]`: the teacher's log-probability (nats, at temperature 1) of the token that follows position n."
     ),
+}
+
+_OF_WORDS = {
+    "position_labels": f"`position_labels[n]`: the hard label of the n-th word, the number of its class in `label_names` of `manifest.json`, from 0; {NO_LABEL} where it has none.",
+    "position_words": "`position_words[n]`: the n-th word, as the source has it or as its text was split.",
 }
 
 _FULL = "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T."

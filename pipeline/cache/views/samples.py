@@ -1,4 +1,4 @@
-"""Sample rows of a cache as a page shows them: tokens or classes with their heaviest soft labels."""
+"""Sample rows of a cache as a page shows them: tokens, words or classes with their heaviest soft labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.cache.reading.reader import Cache
-from pipeline.records import CachedExample
+from pipeline.cache.views.words import words_of
+from pipeline.records import NO_LABEL, CachedExample
 from pipeline.softlabels import served_temperature, target
 
 if TYPE_CHECKING:
@@ -31,16 +32,18 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a sample row, and the teacher's predictions for its place."""
+    """One token or word of a sample row, and the teacher's predictions for its place."""
 
     text: str
     candidates: tuple[Candidate, ...] = ()
     weight: float | None = None
-    """The target weight of the token itself; None: it carries no soft labels."""
+    """The target weight of the token itself, or of the word's label; None: it carries no soft labels, or no label."""
     kept: int = 0
     entropy: float | None = None
     rest: float = 0.0
     """The mass that is not shown."""
+    label: str | None = None
+    """The class of a word; None: it has none, or is a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,20 @@ class Sample:
     title: str
     facts: str
     tokens: tuple[Token, ...] = ()
+    words: tuple[Token, ...] = ()
     cut: int = 0
-    """Tokens, or characters of the text, that are left out."""
+    """Tokens, words, or characters of the text, that are left out."""
     text: str = ""
     candidates: tuple[Candidate, ...] = ()
     """Classifiers: the classes of the row."""
 
 
 def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sample:
-    """One row of a cache, at most `tokens` of its tokens and `top` soft labels of each position."""
+    """One row of a cache, at most `tokens` of its tokens or words and `top` soft labels of each position."""
     title = f"Source row {row.example.source_row}" + (f", piece {row.example.piece}" if row.example.piece else "")
     goal = target(row.soft, served_temperature(row.soft.encoding))
+    if row.example.labels is not None:
+        return _word_sample(cache, row, goal, title, tokens, top)
     if row.example.supervised is not None:
         return _token_sample(cache, row, goal, title, tokens, top)
     names = cache.manifest.contract.label_names or ()
@@ -115,6 +121,34 @@ def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, to
     count = max(len(row.soft), 1)
     facts = f"{len(ids):,} tokens, {len(row.soft):,} with soft labels; teacher's loss {row.teacher_nll_sum / count:.2f} nats a token"
     return Sample(title, facts, tokens=tuple(shown), cut=max(0, len(ids) - tokens))
+
+
+def _word_sample(cache: Cache, row: CachedExample, goal: Target, title: str, words: int, top: int) -> Sample:
+    names, labels = cache.manifest.contract.label_names or (), row.example.labels
+    assert labels is not None
+    found = words_of(cache.tokenizer, row.example)
+    shown = []
+    for n, (word, label) in enumerate(zip(found[:words], labels.tolist(), strict=False)):
+        part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
+        hit = goal.weights[part].numpy()[goal.ids[part].numpy() == label]
+        best = _heaviest(goal, n, top)
+        known = label != NO_LABEL
+        shown.append(
+            Token(
+                word,
+                candidates=tuple(Candidate(names[i], weight, i == label) for i, weight in best),
+                weight=(float(hit[0]) if len(hit) else 0.0) if known else None,
+                kept=part.stop - part.start,
+                entropy=None if row.entropy is None else float(row.entropy[n]),
+                rest=max(0.0, 1.0 - sum(weight for _, weight in best)),
+                label=names[label] if known else None,
+            )
+        )
+    known_labels = int((labels != NO_LABEL).sum())
+    facts = f"{row.example.num_tokens:,} tokens, {len(found):,} words, {known_labels:,} of them labelled"
+    if known_labels:
+        facts += f"; teacher's loss {row.teacher_nll_sum / known_labels:.2f} nats a labelled word"
+    return Sample(title, facts, words=tuple(shown), cut=max(0, len(found) - words))
 
 
 def _heaviest(goal: Target, n: int, top: int) -> list[tuple[int, float]]:

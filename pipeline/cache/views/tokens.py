@@ -1,4 +1,4 @@
-"""A row as its tokens, those that are predicted in brackets."""
+"""A row as its tokens, those that are predicted or labelled in brackets."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import numpy as np
 _MOST_TOKENS = 80
 
 
-def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | None) -> str:
+def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | None, *, follows: bool = True) -> str:
     """The tokens of a row in one line: `<s> the [cat] [sat]`.
 
     Args:
-        supervised: (T,) bool, the positions with soft labels; each predicts the token after it, which is the one in
-            brackets. None: the row has one soft label for the whole of it, and no token is marked.
+        supervised: (T,) bool, the positions with soft labels, which predict the tokens in brackets. None: the row has one
+            soft label for the whole of it, and no token is marked.
+        follows: whether a position predicts the token after it; else its soft labels are of its own token.
 
     Of a long row the 80 tokens from just before the first marked one are shown.
     """
     predicted = np.zeros(len(ids), dtype=bool)
     if supervised is not None:
-        predicted[1:] = supervised[:-1]
+        predicted = np.append(False, supervised[:-1]) if follows else supervised
     first = int(predicted.argmax()) if predicted.any() else 0
     start = max(0, min(first - _MOST_TOKENS // 4, len(ids) - _MOST_TOKENS))
     stop = min(start + _MOST_TOKENS, len(ids))

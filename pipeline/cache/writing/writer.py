@@ -97,9 +97,10 @@ def regroup(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _positions(table: pa.Table) -> int:
-    """Supervised positions; without such a column each row is one."""
+    """Supervised positions; without such a column each row is one, or has one for each of its labels."""
     if "supervised" not in table.column_names:
-        return int(table.num_rows)
+        is_several = "position_labels" in table.column_names
+        return _values(table, "position_labels") if is_several else int(table.num_rows)
     return sum(int(chunk.flatten().true_count) for chunk in table.column("supervised").chunks)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.cache import Cache
+from pipeline.cache.views.words import in_context, words_of
 from pipeline.evaluation.measures.observation import Observation, position_kl_is_known
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
@@ -139,12 +140,17 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
 
 
 def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | None:
-    """The row's text, or of tokens what stands before the position and its token; None where the cache was made to keep no texts."""
+    """The row's text, or of words the one in brackets among those beside it, or of tokens what stands before the position and its token.
+
+    None where the cache was made to keep no texts.
+    """
     if not cache.manifest.contract.store_text:
         return None
     if not task.marks_positions:
         pair = [text for text in (row.example.text, row.example.text_pair) if text is not None]
         return _short(" | ".join(pair)) if pair else None
+    if row.example.labels is not None:
+        return _short(in_context(words_of(cache.tokenizer, row.example), position))
     assert row.example.supervised is not None
     end = int(np.flatnonzero(row.example.supervised)[position]) + 1
     before = str(cache.tokenizer.decode(row.example.input_ids[max(0, end - 40) : end].tolist()))

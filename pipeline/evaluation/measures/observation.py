@@ -18,7 +18,7 @@ from pipeline.models.scoring import score
 from pipeline.progress import track
 from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
 from pipeline.softlabels import default_temperature, served_temperature, target
-from pipeline.tasks import Task
+from pipeline.tasks import Task, get_task
 from pipeline.training.batches.collate import aligned_positions
 from pipeline.training.divergences import divergence, forward_kl
 
@@ -113,7 +113,8 @@ def position_kl_is_known(contract: Contract) -> bool:
 def divergence_note(contract: Contract) -> str:
     """What KL and JS mean with an encoding, for readers."""
     encoding = contract.encoding
-    at = f"at temperature {served_temperature(encoding):g}, nats a position"
+    unit = "word" if get_task(contract.task).label_source == "positions" else "position"
+    at = f"at temperature {served_temperature(encoding):g}, nats a {unit}"
     if isinstance(encoding, Full):
         return f"KL(teacher, model) and Jensen-Shannon divergence {at}, over all classes."
     if isinstance(encoding, Sampled):

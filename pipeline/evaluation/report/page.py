@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.evaluation.records import Report
 from pipeline.evaluation.report.figures import Picture
-from pipeline.evaluation.report.sections import sections
+from pipeline.evaluation.report.sections import sections, unit
 
 #: What Markdown reads as markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]#|~!$])")
@@ -39,7 +39,9 @@ def _render(template: str, report: Report, pictures: Sequence[Picture], *, autoe
     environment.filters["data_uri"] = _data_uri
     environment.filters["markdown"] = escape_markdown
     named: dict[str, Any] = {picture.name: picture for picture in pictures}
-    text: str = environment.get_template(template).render(report=report, sections=sections(report), pictures=named)
+    text: str = environment.get_template(template).render(
+        report=report, sections=sections(report), unit=unit(report), pictures=named
+    )
     return text
 
 

@@ -11,9 +11,13 @@ from pipeline.evaluation.report.cost_section import cost_section
 from pipeline.evaluation.report.forms import p_value, parameters, uncertainty, with_interval
 from pipeline.evaluation.report.parts import Quote, Section, Table
 from pipeline.metrics import number
+from pipeline.tasks import get_task
 
 MEANING = {
     "accuracy": "share of right answers (language models: of next tokens)",
+    "f1": "of entities, right where label and both ends are: harmonic mean of precision and recall (without a class O: of words)",
+    "precision": "share of the predicted entities that are right",
+    "recall": "share of the true entities that are found",
     "macro_f1": "F1, the mean over classes",
     "loss": "mean negative log-likelihood of the truth, nats",
     "perplexity": "exp(loss)",
@@ -36,14 +40,25 @@ def quality_table(report: Report) -> Table:
     header = ("", "parameters", "seeds", main, "retention", *metrics)
     rows = [_teacher_row(line, main, metrics) for line in report.teachers]
     rows += [_quality_row(report, line, main, metrics) for line in report.quality]
-    notes = [f"{name}: {MEANING[name]}" for name in (main, *metrics) if name in MEANING]
+    meaning = {**MEANING, "accuracy": "share of words with the right class"} if _of_words(report) else MEANING
+    notes = [f"{name}: {meaning[name]}" for name in (main, *metrics) if name in meaning]
     kind = "over" if report.higher_is_better else "under"
     notes.append(f"retention: {main} {kind} the teacher's, in percent")
     notes.append(f"in brackets: {_of_intervals(report)}")
     if report.tokenizer_notes:
         notes.append("-: of tokens that are not the teacher's, and no number to compare")
-    caption = f"{report.rows:,} rows, {report.positions:,} positions of the split {report.split}"
+    caption = f"{report.rows:,} rows, {report.positions:,} {unit(report)} of the split {report.split}"
     return Table(caption, header, tuple(rows), tuple(notes))
+
+
+def _of_words(report: Report) -> bool:
+    """Whether every position is a word."""
+    return get_task(report.task).label_source == "positions"
+
+
+def unit(report: Report) -> str:
+    """What the positions of a report are."""
+    return "words" if _of_words(report) else "positions"
 
 
 def _of_intervals(report: Report) -> str:
@@ -140,10 +155,27 @@ def _comparison_table(report: Report) -> Table:
             + (
                 "bits a byte, each row taken with the bytes that the second predicts of it"
                 if report.tokenizer_notes
-                else "points of accuracy, nats of loss"
+                else f"points of {_points(report)}, nats of loss"
             ),
+            *_untested(report),
             "p, Holm: adjusted for the number of comparisons in this table; p over seeds: paired t-test, not adjusted",
         ),
+    )
+
+
+def _points(report: Report) -> str:
+    """The compared metrics that are shares."""
+    shares = dict.fromkeys(item.metric for item in report.comparisons if number(item.metric, 0.5).endswith("%"))
+    return " and ".join(shares) or "accuracy"
+
+
+def _untested(report: Report) -> tuple[str, ...]:
+    """Why some lines have no test."""
+    metrics = dict.fromkeys(item.metric for item in report.comparisons if item.test == "none")
+    if not metrics or report.tokenizer_notes:
+        return ()
+    return (
+        f"none: the models' {' and '.join(metrics)} are shares of different numbers of predicted entities, so that no sum over rows can be tested; see the interval",
     )
 
 
@@ -216,7 +248,7 @@ def _slice_tables(report: Report) -> list[Table]:
             teacher = [number(field, item.teacher_accuracy)] if of_teacher else []
             rows.append((item.name, f"{item.positions:,}", *teacher, *shown))
         if any(getattr(line, field) is not None for line in report.slices[0].models):
-            header = (report.slice_kind.partition(",")[0], "positions", *(["teacher"] if of_teacher else []), *names)
+            header = (report.slice_kind.partition(",")[0], unit(report), *(["teacher"] if of_teacher else []), *names)
             tables.append(Table(f"{caption} by {report.slice_kind}", header, tuple(rows)))
     return tables
 
@@ -284,6 +316,6 @@ def _how(report: Report) -> Section:
     text = (
         f"Task {report.task}, encoding {report.encoding}. {caches}. Teachers' figures come from the caches; no teacher was loaded for them.",
         f"The answer is about {report.verdict.student}, {report.verdict.chosen}; {uncertainty(best.retention, best.num_seeds)}.",
-        "Intervals resample rows, all models together, since positions of one row depend on each other and a row that is hard is hard for all.",
+        f"Intervals resample rows, all models together, since {unit(report)} of one row depend on each other and a row that is hard is hard for all.",
     )
     return Section("how", "How this was measured", text)

@@ -121,7 +121,7 @@ class Collator:
     def columns(self) -> Container[str]:
         """Those that batches are made of."""
         spans = _SPANS if self.with_spans else frozenset[str]()
-        return COLLATED | spans if self.retokenize is None else COLLATED | {"text", "text_pair", "words"}
+        return COLLATED | spans if self.retokenize is None else COLLATED | {"text", "text_pair", "position_words"}
 
     def collate_block(self, block: RowBlock, counts: np.ndarray | None = None) -> StudentBatch:
         """B rows.
@@ -174,7 +174,7 @@ COLLATED = (COLUMNS | {TEACHER_POSITION}) - {
     "text",
     "text_pair",
     "messages",
-    "words",
+    "position_words",
     "teacher_nll_sum",
     LABEL_LOGPROBS,
 }
@@ -275,7 +275,8 @@ def _tokenize_anew(
 ) -> list[TokenizedExample]:
     none = [None] * len(block)
     texts, pairs, words = (
-        block.others[name].to_pylist() if name in block.others else none for name in ("text", "text_pair", "words")
+        block.others[name].to_pylist() if name in block.others else none
+        for name in ("text", "text_pair", "position_words")
     )
     examples = [
         Example(source_row=i, text=text, text_pair=pair, words=None if row is None else tuple(row))

@@ -41,7 +41,7 @@ def which_labelled(rows: Any, task: Task) -> np.ndarray:
         labelled: np.ndarray = ~np.isnan(rows.column("label").astype(np.float64))
         return labelled
     if task.label_source == "positions":
-        return np.array([bool((labels != NO_LABEL).any()) for labels in rows.column("labels")], dtype=bool)
+        return np.array([bool((labels != NO_LABEL).any()) for labels in rows.column("position_labels")], dtype=bool)
     return np.ones(len(rows), dtype=bool)
 
 

@@ -100,6 +100,7 @@ class FakeCache:
     class manifest:  # noqa: N801
         class contract:  # noqa: N801
             num_classes = 5
+            label_names = None
 
     def dataset(self, _split):
         class Rows:
