@@ -78,7 +78,7 @@ def cache(tmp_path, teacher) -> Cache:
 
 
 def train(cache: Cache, student: Path, output: Path, **settings: Any) -> Any:
-    settings = {"max_steps": 200, "batch_size": 16, "learning_rate": 3e-3, "early_stopping": 0, **settings}
+    settings = {"max_steps": 300, "batch_size": 16, "learning_rate": 3e-3, "early_stopping": 0, **settings}
     return run(TrainStudentConfig(cache=(str(cache.root),), student=str(student), output=str(output), **settings))
 
 

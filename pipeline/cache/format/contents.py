@@ -65,6 +65,9 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
         check.same(lists["position_labels"].counts, positions, "position_labels: expected one a position")
         known = lists["position_labels"].values
         check.range(known[known != NO_LABEL], contract.num_classes, "position_labels")
+    if "position_words" in table.column_names:
+        words = _list(table, "position_words", check, values=False)
+        check.same(words.counts, positions, "position_words: expected one a position")
     if "text_bytes" in ours:
         check(int(table.column("text_bytes").to_numpy().min()) >= 0, "text_bytes: expected at least 0")
     if "entropy" in lists:
