@@ -27,6 +27,7 @@ STAMP_VLLM := $(VLLM)/.installed
 BBC_ROWS := $(addprefix data/bbc/,train.jsonl validation.jsonl test.jsonl)
 BBC_MODEL := data/bbc/minilm/config.json
 BBC := $(BBC_ROWS) $(BBC_MODEL)
+SEVERAL := $(addprefix data/bbc_several/,train.jsonl validation.jsonl test.jsonl)
 ENTITIES := $(addprefix data/entities/,train.jsonl validation.jsonl test.jsonl)
 LM_ROWS := $(addprefix data/bbc_lm/,train.jsonl test.jsonl)
 LM_MODEL := data/bbc_lm/smollm2/config.json
@@ -35,7 +36,8 @@ HOUR := $(patsubst %,data/first_hour/%/train.csv,news sentiment tickets dialogue
 
 # The generated data that CONFIG reads: none, unless it is one of the demos.
 CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/bbc_lm/demo.yaml,$(CONFIG)),$(LM)) \
-    $(if $(filter data/bbc_llm/demo.yaml,$(CONFIG)),$(BBC) $(LM)) $(if $(filter data/entities/demo.yaml,$(CONFIG)),$(ENTITIES) $(BBC_MODEL))
+    $(if $(filter data/bbc_llm/demo.yaml,$(CONFIG)),$(BBC) $(LM)) $(if $(filter data/entities/demo.yaml,$(CONFIG)),$(ENTITIES) $(BBC_MODEL)) \
+    $(if $(filter data/bbc_several/demo.yaml,$(CONFIG)),$(SEVERAL) $(BBC_MODEL))
 
 # The interpreter that counts: the environment's own where there is one, else the one it will be made with.
 BASE = $(or $(wildcard $(PY)),$(PYTHON))
@@ -200,7 +202,7 @@ clean: ## remove runs, build output and tool caches
 
 .PHONY: distclean
 distclean: clean ## remove the demos' data and models and the virtual environment too
-	rm -rf $(BBC_ROWS) $(LM_ROWS) $(ENTITIES) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL)) $(dir $(HOUR))
+	rm -rf $(BBC_ROWS) $(LM_ROWS) $(ENTITIES) $(SEVERAL) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL)) $(dir $(HOUR))
 	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
 
 # The rows are made again when the scripts change. The model folders are made only where there are none.
@@ -209,6 +211,9 @@ $(BBC_ROWS) &: data/bbc/prepare.py data/bbc/articles.py | $(STAMP)
 
 $(BBC_MODEL): | $(BBC_ROWS)
 	@test -e $@ || $(PY) -m data.bbc.prepare
+
+$(SEVERAL) &: data/bbc_several/prepare.py data/bbc/articles.py | $(STAMP)
+	$(PY) -m data.bbc_several.prepare
 
 $(ENTITIES) &: data/entities/prepare.py data/entities/sentences.py | $(STAMP)
 	$(PY) -m data.entities.prepare

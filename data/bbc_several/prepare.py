@@ -1,0 +1,58 @@
+"""Make the data of the demo of several labels: `python -m data.bbc_several.prepare`.
+
+A text is the beginnings of one to three BBC articles, one after another; its labels are their topics. Articles of one split
+of `data/bbc` stay in that split. The labelled training texts are made of its first 400 training articles, the unlabelled
+ones of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from data.bbc.articles import Article, load_articles, split_articles
+
+WORDS = 18
+NUM_LABELLED, NUM_UNLABELLED, NUM_VALIDATION, NUM_TEST = 300, 1700, 200, 400
+NUM_ARTICLES = 400
+
+
+def texts(articles: Sequence[Article], count: int, rng: random.Random, *, labelled: bool = True) -> list[str]:
+    """So many texts as lines of JSON, with the topics in them."""
+    found = []
+    for _ in range(count):
+        parts = rng.sample(articles, rng.choice([1, 2, 2, 3]))
+        text = " ... ".join(" ".join(part.text.split()[:WORDS]) for part in parts)
+        topics = sorted({part.topic for part in parts}) if labelled else None
+        found.append(json.dumps({"text": text, "topics": topics}) + "\n")
+    return found
+
+
+@click.command()
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("data/bbc_several"),
+    show_default=True,
+    help="Folder to write to.",
+)
+def main(output: Path) -> None:
+    """Write the three splits."""
+    rng, split = random.Random(0), split_articles(load_articles())
+    train = texts(split.train[:NUM_ARTICLES], NUM_LABELLED, rng)
+    train += texts(split.train[NUM_ARTICLES:], NUM_UNLABELLED, rng, labelled=False)
+    parts = {
+        "train": train,
+        "validation": texts(split.validation, NUM_VALIDATION, rng),
+        "test": texts(split.test, NUM_TEST, rng),
+    }
+    for name, lines in parts.items():
+        (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
