@@ -22,6 +22,7 @@ from pipeline.metrics import (
     entities,
     entity_counts,
     expected_calibration_error,
+    label_scores,
     macro_f1,
     mean_nll,
     paired_mean_interval,
@@ -331,3 +332,45 @@ def test_shares_of_different_wholes_are_resampled_together() -> None:
     assert found.high == pytest.approx(high, rel=0.02)
     assert bootstrap_ratio(a, b, of=(of_a, of_a)) == bootstrap_ratio(a, b, of=(2 * of_a, 2 * of_a))
     assert bootstrap_ratio(a, b, of=(of_a, of_b), inverse=True) == bootstrap_ratio(b, a, of=(of_b, of_a))
+
+
+# ------------------------------------------------------------------------------------------------ several labels at once
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_of_labels_are_those_of_scikit_learn(seed: int) -> None:
+    from sklearn.metrics import average_precision_score, f1_score
+
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, (80, 4))
+    shares = np.clip(0.25 * rng.standard_normal((80, 4)) + 0.2 + 0.6 * labels, 0, 1)
+    found = label_scores(labels, shares)
+    assert found.macro_f1 == pytest.approx(f1_score(labels, shares > 0.5, average="macro"), abs=1e-6)
+    assert found.average_precision == pytest.approx(average_precision_score(labels, shares, average="macro"), abs=1e-6)
+    errors = [expected_calibration_error_of_yes(labels[:, i], shares[:, i]) for i in range(4)]
+    assert found.calibration_error == pytest.approx(np.mean(errors), abs=1e-6)
+
+
+def expected_calibration_error_of_yes(labels: np.ndarray, shares: np.ndarray) -> float:
+    """By hand: 15 bins of equal width; a share of 1 has one to itself, as torchmetrics counts."""
+    bins = np.floor(shares * 15)
+    parts = [bins == number for number in np.unique(bins)]
+    return sum(part.mean() * abs(shares[part].mean() - labels[part].mean()) for part in parts)
+
+
+def test_labels_that_are_not_known_have_no_part() -> None:
+    labels = np.array([[1, NO_LABEL], [0, NO_LABEL], [1, NO_LABEL], [NO_LABEL, NO_LABEL]])
+    shares = np.array([[0.9, 0.5], [0.1, 0.5], [0.4, 0.5], [0.0, 0.5]])
+    found = label_scores(labels, shares)
+    assert found.macro_f1 == pytest.approx(2 / 3)
+    assert found.average_precision == pytest.approx(1.0)
+    nothing = label_scores(labels[:, 1:], shares[:, 1:])
+    assert all(math.isnan(value) for value in (nothing.macro_f1, nothing.average_precision, nothing.calibration_error))
+
+
+def test_a_label_that_is_nowhere_counts_only_where_it_is_predicted() -> None:
+    labels = np.array([[1, 0, 0], [0, 0, 0]])
+    shares = np.array([[0.9, 0.1, 0.8], [0.1, 0.2, 0.3]])
+    found = label_scores(labels, shares)
+    assert found.macro_f1 == pytest.approx((1 + 0) / 2)  # the second is neither there nor predicted
+    assert found.average_precision == pytest.approx(1.0)
