@@ -5,6 +5,9 @@
 
 Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V classes, G temperatures.
 
+A position's target is one distribution over V classes. Several independent ones (labels of which a text may have none or
+all) are several positions of two classes.
+
 Row n of a `SoftLabels` is the prediction *made at* supervised position n. A sequence classifier makes one per example.
 A causal language model makes one per supervised token position t, and it predicts token t + 1: the hard label of
 position t is `input_ids[t + 1]`. The last token of a row and the last token of a document are never supervised.

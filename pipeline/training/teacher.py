@@ -343,6 +343,7 @@ def _read(
     examples = track(read_examples(source, split, 0, count, labels), f"read {split}", count, stride=64)
     rows: list[TokenizedExample] = []
     bad: list[BadRow] = []
+    partial = 0
     for item in task.tokenize(examples, split, tokenizer, settings):
         if isinstance(item, BadRow):
             if not skip:
@@ -352,8 +353,14 @@ def _read(
             bad.append(item)
             continue
         known = task.hard_labels([item]) != NO_LABEL
-        if known.all() if task.names == "positions" else known.any():  # the loss of several labels takes all of them
+        if task.names == "positions" and known.any() and not known.all():  # the model's own loss takes all labels
+            partial += 1
+        elif known.any():
             rows.append(item)
+    if partial:
+        logger.warning(
+            "%s: split %s: %d rows are left out, of which only some labels are known", source.name, split, partial
+        )
     if bad:
         logger.warning(
             "%s: split %s: %d rows are left out (--on-bad-row skip); the first is row %d: %s",

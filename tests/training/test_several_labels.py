@@ -216,3 +216,22 @@ def test_an_adapter_is_refused(tmp_path, cache, bert_tokenizer):
     pytest.importorskip("peft")
     with pytest.raises(MisuseError, match="--lora-r: an adapter does not say that it gives several labels at once"):
         train(cache, pretrained(tmp_path / "start", bert_tokenizer), tmp_path / "student", lora_r=2)
+
+
+def test_rows_of_which_some_labels_are_not_known(tmp_path, bert_tokenizer, cache, teacher, caplog):
+    """A teacher's own loss takes all labels of a row; a student learns from those that are known."""
+    data = texts().map(
+        lambda row, i: {"flags": None if row["label"] is None else [None if i % 2 else 1.0, 0.0, float(i % 3 == 0)]},
+        with_indices=True,
+        remove_columns="label",
+    )
+    folder = write(tmp_path / "partial", data)
+    settings = {"task": TASK, "data": DataConfig(dataset=str(folder), label_column="flags", label_map=())}
+    base = pretrained(tmp_path / "small", bert_tokenizer, **SMALL)
+    train_teacher(TrainTeacherConfig(**settings, model=str(base), output=str(tmp_path / "other"), max_steps=2))
+    assert "split train: 90 rows are left out, of which only some labels are known" in caplog.text
+    found = softlabel.cache_logits(str(teacher), data, tmp_path / "c", task=TASK, columns=Columns(label="flags"))
+    labels = np.concatenate([row.example.labels for row in found.dataset("train")])
+    assert (labels == NO_LABEL).sum() == 3 * 30 + 90
+    result = train(found, base, tmp_path / "student", max_steps=3)
+    assert np.isfinite(result.hard_loss)
