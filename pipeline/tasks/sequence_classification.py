@@ -72,6 +72,10 @@ class SequenceClassification:
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Only texts and pairs of texts are classified."""
+        if columns.words is not None:
+            raise MisuseError(
+                f"--words-column has a label for each word; --task {self.name} has one a row; for words give --task token-classification"
+            )
         if columns.text is None:
             raise MisuseError(
                 f"--task {self.name} reads --text-column (and --text-pair-column); chats, prompts and token ids are for causal-lm"
@@ -119,7 +123,7 @@ class SequenceClassification:
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> Iterator[TokenizedExample]:
         paired = examples[0].text_pair is not None
-        if examples[0].word_labels is not None:
+        if any(example.word_labels is not None for example in examples):
             raise MisuseError(
                 f"--task {self.name} has one label a row, and --label-column holds spans of the text; for these give --task token-classification"
             )

@@ -112,9 +112,21 @@ def test_one_label_for_all_words_is_refused(bert_tokenizer):
         MisuseError, match="row 0 has one label for the whole row; expected a list of labels, one a word"
     ):
         list(TASK.tokenize([Example(0, text="the cat", label=1)], "train", bert_tokenizer, Tokenization(64)))
-    given = [Example(0, text="the", words=("the",), word_labels=(0,))]
+    given = [Example(0, text="so"), Example(1, text="the", words=("the",), word_labels=(0,))]
     with pytest.raises(MisuseError, match="give --task token-classification"):
         list(get_task("sequence-classification").tokenize(given, "train", bert_tokenizer, Tokenization(64)))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("causal-lm", "--words-column is for token classification"),
+        ("sequence-classification", "for words give --task token-classification"),
+    ],
+)
+def test_words_are_of_this_task_alone(task, message):
+    with pytest.raises(MisuseError, match=message):
+        get_task(task).check_columns(Columns(text=None, words="tokens"), Tokenization(8))
 
 
 @pytest.mark.parametrize(
