@@ -21,8 +21,9 @@ from pipeline.config import DataConfig, TrainStudentConfig, TrainTeacherConfig
 from pipeline.errors import BadRowError, ContractError, ModelError, SourceError, TrainingError
 from pipeline.evaluation import evaluate
 from pipeline.models import load_model
-from pipeline.records import NO_LABEL, Columns, TopK
+from pipeline.records import NO_LABEL, Columns, Tokenization, TopK
 from pipeline.tasks import get_task
+from pipeline.training.batches.collate import Collator
 from pipeline.training.run import run
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TINY
@@ -143,6 +144,14 @@ def test_a_row_that_the_student_cannot_take_whole_is_told(tmp_path, cache, lm_to
         ContractError, match=r"words are labelled, and . of them are within the 6 tokens that the student takes"
     ):
         train(cache, start, tmp_path / "student", max_steps=1)
+
+
+def test_a_row_that_the_student_cannot_read_is_told(cache, lm_tokenizer):
+    collator = Collator(get_task(TASK), lm_tokenizer, 1.0, retokenize=Tokenization(0))
+    with pytest.raises(
+        ContractError, match=r"source row 0: the student's tokenizer cannot read the row: no word is left"
+    ):
+        collator.collate_block(next(iter(cache.dataset("train").blocks())))
 
 
 def test_without_the_words_another_tokenizer_is_refused(tmp_path, teacher, lm_tokenizer):
