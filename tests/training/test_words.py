@@ -17,11 +17,13 @@ from pipeline.cache import Cache, verify
 from pipeline.cache.transforms.convert import convert
 from pipeline.cache.transforms.filter import filter_rows
 from pipeline.cache.transforms.merge import merge
+from pipeline.capture.labelled import LabelledRow
+from pipeline.capture.write import write_cache
 from pipeline.config import DataConfig, TrainStudentConfig, TrainTeacherConfig
-from pipeline.errors import BadRowError, ContractError, ModelError, SourceError, TrainingError
+from pipeline.errors import BadRowError, ContractError, MisuseError, ModelError, SourceError, TrainingError
 from pipeline.evaluation import evaluate
 from pipeline.models import load_model
-from pipeline.records import NO_LABEL, Columns, Tokenization, TopK
+from pipeline.records import NO_LABEL, Columns, Full, Tokenization, TopK
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator
 from pipeline.training.run import run
@@ -162,6 +164,52 @@ def test_without_the_words_another_tokenizer_is_refused(tmp_path, teacher, lm_to
     assert bare.dataset("train")[0].example.words is None
     with pytest.raises(ContractError, match="the cache holds no texts to tokenize anew; cache again with --store-text"):
         train(bare, pretrained(tmp_path / "start", lm_tokenizer), tmp_path / "student")
+
+
+def written(folder: Path, tokenizer: Any, *rows: dict[str, Any]) -> Cache:
+    """Rows of four tokens, of which the second and the fourth begin words."""
+    logits = np.eye(2, 3, dtype=np.float32)
+    made = [LabelledRow([2, 5, 6, 7], logits, supervised=[False, True, False, True], **row) for row in rows]
+    return write_cache(made, folder, task=TASK, tokenizer=tokenizer, encoding=Full(), teacher="a", num_classes=3)
+
+
+def test_rows_of_ones_own_are_written(tmp_path, bert_tokenizer, lm_tokenizer):
+    cache = written(
+        tmp_path / "a", bert_tokenizer, {"labels": [0, NO_LABEL], "words": ["a", "b"]}, {"words": ["c", "d"]}
+    )
+    first, second = (row.example for row in cache.dataset("train"))
+    assert (first.words, first.labels.tolist()) == (("a", "b"), [0, NO_LABEL])
+    assert (second.words, second.labels.tolist()) == (("c", "d"), [NO_LABEL, NO_LABEL])
+    bare = written(tmp_path / "b", bert_tokenizer, {"text": "a b"})
+    with pytest.raises(ContractError, match="the cache holds no texts to tokenize anew"):
+        train(bare, pretrained(tmp_path / "start", lm_tokenizer), tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"labels": [0]}, "row 1: labels: expected 2, one a supervised position, found 1"),
+        ({"labels": [0, 3]}, r"row 1: expected labels of 0 to 2, found \[0, 3\]"),
+        ({"labels": [2**32, 0]}, "row 1: labels: expected class ids, found"),
+        ({"labels": [0.5, 0]}, "row 1: labels: expected class ids, found"),
+        ({"labels": ["O", "O"]}, "row 1: labels: expected class ids, found"),
+        ({"words": ["a"]}, "row 1: words: expected 2, one a supervised position, found 1"),
+        ({"words": ["a", None]}, r"row 1: words\[1\] is null"),
+        ({"words": "ab"}, "row 1: words: expected a list, found str"),
+        ({"words": None}, "row 1: expected words, as the first row has, found none"),
+    ],
+)
+def test_rows_of_ones_own_that_do_not_fit(tmp_path, bert_tokenizer, row, message):
+    with pytest.raises(BadRowError, match=message):
+        written(tmp_path / "a", bert_tokenizer, {"words": ["a", "b"]}, {"words": ["a", "b"], **row})
+
+
+def test_words_are_of_this_task_alone(tmp_path, bert_tokenizer):
+    row = LabelledRow([2, 5], np.zeros((1, 2), np.float32), words=["a"])
+    with pytest.raises(MisuseError, match="words and labels of words are of token classification"):
+        write_cache(
+            [row], tmp_path / "a", task="sequence-classification", tokenizer=bert_tokenizer, encoding=Full(), teacher="a", num_classes=2
+        )  # fmt: skip
 
 
 def test_labels_alone_leave_out_the_rows_without(tmp_path, cache, bert_tokenizer, caplog):
