@@ -241,7 +241,7 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
         raise BadRowError(next(row.reason for _, row in batch if isinstance(row, BadRow)))
     examples = [tokenized(task, row, number) for (number, _), row in zip(batch, rows, strict=True)]
     check_ids(task, examples, contract)
-    bare = next((each for each in examples if each.words is None), None) if "words" in schema.names else None
+    bare = next((each for each in examples if each.words is None), None) if "position_words" in schema.names else None
     if bare is not None:
         raise BadRowError(f"row {bare.source_row}: expected words, as the first row has, found none")
     split, seed = rows[0].split, contract.seed

@@ -212,6 +212,18 @@ def test_words_are_of_this_task_alone(tmp_path, bert_tokenizer):
         )  # fmt: skip
 
 
+def test_columns_that_a_source_calls_words_and_labels_are_kept(tmp_path, bert_tokenizer):
+    kept = [{"words": "1", "labels": "x"}, {"words": "2", "labels": None}]
+    rows = [LabelledRow([2, 5 + i], np.eye(1, 2, dtype=np.float32), text="a", kept=each) for i, each in enumerate(kept)]
+    cache = write_cache(
+        rows, tmp_path / "a", task="sequence-classification", tokenizer=bert_tokenizer, encoding=Full(), teacher="a", num_classes=2
+    )  # fmt: skip
+    assert not verify(cache.root).problems
+    assert [row.example.kept for row in Cache.open(cache.root).dataset("train")] == kept
+    few = filter_rows(cache, tmp_path / "b", where="words = '2'")
+    assert [row.example.kept for row in few.dataset("train")] == kept[1:]
+
+
 def test_labels_alone_leave_out_the_rows_without(tmp_path, cache, bert_tokenizer, caplog):
     caplog.set_level(logging.INFO)
     start = pretrained(tmp_path / "start", bert_tokenizer)
