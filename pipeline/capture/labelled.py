@@ -21,6 +21,7 @@ from pipeline.records import (
     TokenizedExample,
 )
 from pipeline.softlabels.ragged import owners
+from pipeline.sources.words import read_words
 from pipeline.tasks import Task, token_block
 
 
@@ -35,7 +36,7 @@ class LabelledRow:
     """N positions; with `scores`, where they are known."""
     scores: TeacherScores | None = None
     supervised: Sequence[bool] | np.ndarray | None = None
-    """(T,) bool, token tasks. Default: every position but the last."""
+    """(T,) bool, token tasks. Default: every position, of language models but the last."""
     label: int | None = None
     labels: Sequence[int] | np.ndarray | None = None
     """(N,) token classification: of each position, -100 where there is none. Default: none anywhere."""
@@ -59,7 +60,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         num_names: label names of the cache.
 
     Raises:
-        BadRowError: flags that do not fit the tokens.
+        BadRowError: flags, labels or words that do not fit the tokens.
     """
     ids = np.asarray(row.input_ids, dtype=np.int32)
     supervised = labels = None
@@ -72,11 +73,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
                 f"row {number}: supervised: expected {len(ids)} flags, one or more of them set{' and the last not' if last else ''}"
             )
     if task.label_source == "positions":
-        count = num_names if supervised is None else int(supervised.sum())
-        labels = np.full(count, NO_LABEL) if row.labels is None else np.asarray(row.labels)
-        for name, found in (("labels", len(labels)), ("words", count if row.words is None else len(row.words))):
-            if found != count:
-                raise BadRowError(f"row {number}: {name}: expected {count}, one a position, found {found}")
+        labels = _labels_of(row, number, num_names if supervised is None else int(supervised.sum()))
     return TokenizedExample(
         source_row=number,
         piece=0,
@@ -84,7 +81,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         supervised=supervised,
         token_type_ids=None if row.token_type_ids is None else np.asarray(row.token_type_ids, dtype=np.int32),
         label=row.label,
-        labels=None if labels is None else labels.astype(np.int32),
+        labels=labels,
         words=None if row.words is None else tuple(row.words),
         text=row.text,
         text_pair=row.text_pair,
@@ -92,6 +89,24 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         text_bytes=row.text_bytes,
         kept=row.kept,
     )
+
+
+def _labels_of(row: LabelledRow, number: int, count: int) -> np.ndarray:
+    """(N,) int32: the labels; the words are looked at too.
+
+    Raises:
+        BadRowError: not one a position, labels that are no class ids, or words that are no text.
+    """
+    labels = np.full(count, NO_LABEL) if row.labels is None else np.asarray(row.labels)
+    whole = labels.ndim == 1 and (labels.dtype.kind in "iu" or not len(labels))
+    if not whole or np.abs(labels.astype(np.float64)).max(initial=0) > np.iinfo(np.int32).max:
+        raise BadRowError(f"row {number}: labels: expected class ids, found {str(row.labels)[:80]}")
+    if row.words is not None:
+        read_words(f"row {number}: words", row.words if isinstance(row.words, str) else list(row.words))
+    for name, found in (("labels", len(labels)), ("words", count if row.words is None else len(row.words))):
+        if found != count:
+            raise BadRowError(f"row {number}: {name}: expected {count}, one a supervised position, found {found}")
+    return labels.astype(np.int32)
 
 
 def check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contract) -> None:

@@ -247,6 +247,9 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
         for (number, _), row in zip(batch, rows, strict=True)
     ]
     check_ids(task, examples, contract)
+    bare = next((each for each in examples if each.words is None), None) if "position_words" in schema.names else None
+    if bare is not None:
+        raise BadRowError(f"row {bare.source_row}: expected words, as the first row has, found none")
     split, seed = rows[0].split, contract.seed
     uniforms = None
     if isinstance(contract.encoding, Sampled):
@@ -279,6 +282,11 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
 def _check_stored(task: Task, first: LabelledRow, *, store_text: bool | None, store_label_logprobs: bool) -> None:
     if store_label_logprobs and task.label_source != "tokens":
         raise MisuseError("write_cache: store_label_logprobs is for language models; leave it out")
+    is_other = task.label_source != "positions" and first.labels is not None
+    if is_other or (task.other_tokenizers != "words" and first.words is not None):
+        raise MisuseError(
+            f"write_cache: words and labels of words are of token classification; the rows are of {task.name}"
+        )
     if store_text and first.text is None and first.messages is None and first.words is None:
         raise MisuseError(
             f"write_cache: store_text: expected rows with {'words' if task.other_tokenizers == 'words' else 'text or messages'}, found none in the first"

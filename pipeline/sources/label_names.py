@@ -74,16 +74,17 @@ def label_names(source: Source, label_map: Sequence[str] = (), *, several: bool 
             raise SourceError(
                 f"{where}: found both names and numbers in column {column!r} (a number at {number_at}); use one or the other"
             )
+    spans = any(holds_spans(dataset, column) for dataset in source.splits.values())
     if texts:
         found = sorted((given.name(text) for text in texts), key=order)
-        spans = any(holds_spans(dataset, column) for dataset in source.splits.values())
         return _distinct(tags_of(found) if spans else found, source, column)
     if not numbers:
         raise SourceError(
             f"{source.name}: no labelled row in column {column!r}; label some rows, or name another column with --label-column"
         )
     every = [*([-1] if -1 in numbers else []), *range(max(numbers) + 1)]
-    return _distinct([given.name(str(i)) for i in every], source, column)
+    named = [given.name(str(i)) for i in every]
+    return _distinct(tags_of(named) if spans else named, source, column)
 
 
 def _lists(dataset: Rows, column: str) -> Iterator[list[object]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import SourceError
+from pipeline.records import NO_LABEL
 from pipeline.sources.batches import UNREADABLE, read_rows
 from pipeline.sources.columns import check_label, class_names, holds_spans
 from pipeline.sources.source import Source
@@ -245,7 +246,7 @@ def sides(item: str) -> tuple[str, str]:
 
 
 def raw_labels(source: Source, column: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, object]]:
-    """Every value of a label column, those of lists and spans one by one, each with its place for messages.
+    """Every value of a label column, those of lists and spans one by one and without -100, each with its place for messages.
 
     Args:
         splits: default: all.
@@ -253,7 +254,7 @@ def raw_labels(source: Source, column: str, splits: Sequence[str] = ()) -> Itera
     for split in splits or source.splits:
         for i, row in enumerate(read_rows(source.splits[split], [column])):
             value = row.get(column)
-            for each in value if isinstance(value, list) else [value]:
+            for each in [each for each in value if each != NO_LABEL] if isinstance(value, list) else [value]:
                 yield f"{source.name}: split {split}, row {i}", each["label"] if isinstance(each, dict) else each
 
 

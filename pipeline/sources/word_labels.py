@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.errors import BadRowError
+from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL
 from pipeline.sources.batches import UNREADABLE
-from pipeline.sources.labels import LabelMap
+from pipeline.sources.labels import LabelMap, listed
 from pipeline.sources.values import kind_of
 from pipeline.sources.words import OUTSIDE, split_words, tags_of_span
 
@@ -54,8 +54,14 @@ def span_labels(
         inside = [i for i, (first, last) in enumerate(places) if start <= first and last <= end]
         if not inside:
             raise BadRowError(f"the span of characters {start} to {end} ({label}) holds no word")
+        where = f"{labels.source}: split {split}, row {row}"
         for i, tag in zip(inside, tags_of_span(label, len(inside), labels.names.ids), strict=True):
             tags[i] = tag
+            if labels.names.find(tag, where) is None:
+                raise SourceError(
+                    f"{where}: a span with the unknown label {label!r}; expected that of one of {listed(labels.names.ids)}; rename it in the data, "
+                    "or name another column with --label-column"
+                )
         reached = end
     found = [labels.class_id(tag, split=split, row=row) for tag in tags]
     return tuple(text[first:last] for first, last in places), tuple(NO_LABEL if i is None else i for i in found)

@@ -60,8 +60,13 @@ def tags_of(labels: Iterable[str]) -> list[str]:
 
 
 def tags_of_span(label: str, count: int, names: Collection[str]) -> list[str]:
-    """The tags of the words of one span, in the scheme that the model's class names follow: BIOES, BILOU, BIO, IO, or the label alone."""
-    prefixes = {name.partition("-")[0] for name in names if name.partition("-")[2] == label}
+    """The tags of the words of one span, in the scheme that the model's class names follow: BIOES, BILOU, BIO, IO, or the label alone. Case and surrounding space do not count."""
+    wanted = label.strip().casefold()
+    prefixes = {
+        prefix.strip().upper()
+        for prefix, _, rest in (name.partition("-") for name in names)
+        if rest.strip().casefold() == wanted
+    }
     if not prefixes:
         return [label] * count
     single = next((prefix for prefix in ("S", "U") if prefix in prefixes), None)

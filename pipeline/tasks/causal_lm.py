@@ -73,10 +73,14 @@ class CausalLM:
     higher_is_better: bool = False
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Pairs of texts are for classifiers; a packed row has no one value of a kept column; settings go with their inputs."""
+        """Pairs of texts and words are for classifiers; a packed row has no one value of a kept column; settings go with their inputs."""
         if columns.text_pair is not None:
             raise MisuseError(
                 f"--text-pair-column is for classifiers; --task {self.name} takes --prompt-column and --completion-column"
+            )
+        if columns.words is not None:
+            raise MisuseError(
+                f"--words-column is for token classification; --task {self.name} takes --text-column, --messages-column or --prompt-column"
             )
         if tokenization.packing and columns.keep:
             raise MisuseError("--keep-column does not go with --packing: a packed row holds several source rows")

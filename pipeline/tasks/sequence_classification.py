@@ -69,6 +69,10 @@ class SequenceClassification:
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Only texts and pairs of texts are classified."""
+        if columns.words is not None:
+            raise MisuseError(
+                f"--words-column has a label for each word; --task {self.name} has one a row; for words give --task token-classification"
+            )
         if columns.text is None:
             raise MisuseError(
                 f"--task {self.name} reads --text-column (and --text-pair-column); chats, prompts and token ids are for causal-lm"

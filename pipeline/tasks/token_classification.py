@@ -223,9 +223,7 @@ def _tokenize_words(
     encoded = tokenizer(words, is_split_into_words=True, return_attention_mask=False, verbose=False)
     if tokenizer.unk_token is not None and _name_unknown(words, encoded, tokenizer.unk_token):
         encoded = tokenizer(words, is_split_into_words=True, return_attention_mask=False, verbose=False)
-    cut = tokenizer(
-        words, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False
-    )
+    cut = _cut(tokenizer, words, max_length)
     types = cut.get("token_type_ids")
     for i, example in enumerate(examples):
         assert example.words is not None
@@ -256,6 +254,18 @@ def _tokenize_words(
             kept=example.kept,
             cut=(Cut(example.source_row, lost_tokens, lost_labels),) if lost_tokens else (),
         )
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, words: Sequence[list[str]], max_length: int) -> Any:
+    """The beginnings of rows, whichever end the tokenizer itself would cut off."""
+    side = tokenizer.truncation_side
+    tokenizer.truncation_side = "right"
+    try:
+        return tokenizer(
+            words, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False
+        )
+    finally:
+        tokenizer.truncation_side = side
 
 
 def _name_unknown(words: Sequence[list[str]], encoded: Any, unknown: str) -> bool:

@@ -164,7 +164,8 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
             f"{student.name}: the student's tokenizer is not the cache's (expected {contract.tokenizer.vocabulary_size} tokens, sha256 "
             f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); give it by name or path, so that its own tokenizer is read and aligned with the cache's"
         )
-    if not same_tokenizer and not contract.store_text:
+    stored = "position_words" in contract.columns if task.other_tokenizers == "words" else contract.store_text
+    if not same_tokenizer and not stored:
         raise ContractError(
             f"{student.name}: the student has another tokenizer, and the cache holds no texts to tokenize anew; cache again with --store-text"
         )

@@ -126,6 +126,9 @@ def test_names_of_words():
     assert label_names(of_words([["a"]], [[2]])) == ("0", "1", "2")
     assert label_names(of_words([["a"]], [[0]], ["O", "B-X"])) == ("O", "B-X")
     assert label_names(of_spans(["Ann"], [[span(0, 3, "PER")]])) == ("O", "B-PER", "I-PER")
+    numbered: dict[str, Any] = {"start": 0, "end": 3, "label": 1}
+    assert label_names(of_spans(["Ann"], [[numbered]])) == ("O", "B-0", "I-0", "B-1", "I-1")
+    assert label_names(of_words([["a", "b"]], [[NO_LABEL, 1]])) == ("0", "1")
 
 
 def test_the_names_of_lists_count_in_the_fingerprint():
@@ -170,6 +173,19 @@ def test_spans_that_do_not_fit_are_set_aside(spans, reason):
     _, row = rows_of(of_spans(["Ann", "Ann Lee"], [[span(0, 3, "PER")], spans]))
     assert isinstance(row, BadRow)
     assert re.search(reason, row.reason)
+
+
+def test_labels_of_spans_are_found_without_regard_to_case_and_space():
+    (row,) = rows_of(of_spans(["Ann Lee"], [[span(0, 7, "per ")]]))
+    assert tags_in(row) == [("Ann", "B-PER"), ("Lee", "I-PER")]
+
+
+def test_a_span_with_an_unknown_label_is_an_error_that_does_not_send_to_the_label_map():
+    with pytest.raises(
+        SourceError, match="row 0: a span with the unknown label 'ORG'; expected that of one of O, B-PER"
+    ) as found:
+        rows_of(of_spans(["Acme"], [[span(0, 4, "ORG")]]))
+    assert "--label-map" not in str(found.value)
 
 
 def test_a_label_map_and_spans_exclude_each_other():

@@ -88,6 +88,16 @@ def test_words_beyond_the_longest_row_are_cut(bert_tokenizer):
     assert bad == BadRow("train", 0, "no word is left within --max-length 2")
 
 
+def test_the_first_words_are_kept_whichever_end_the_tokenizer_cuts(bert_tokenizer):
+    left = copy.deepcopy(bert_tokenizer)
+    left.truncation_side = "left"
+    rows = [tokenize(each, ("the", "cat", "sat"), max_length=4, labels=[(0, 1, 2)]) for each in (left, bert_tokenizer)]
+    found, expected = (row for (row,) in rows)
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert (found.words, found.labels.tolist()) == (("the", "cat"), [0, 1])
+    assert left.truncation_side == "left"
+
+
 def test_texts_are_split_into_words(bert_tokenizer):
     given = [Example(0, text="the cat, sat"), Example(1, text=" \n"), BadRow("train", 2, "no")]
     first, second, third = TASK.tokenize(given, "train", bert_tokenizer, Tokenization(64))
@@ -102,9 +112,21 @@ def test_one_label_for_all_words_is_refused(bert_tokenizer):
         MisuseError, match="row 0 has one label for the whole row; expected a list of labels, one a word"
     ):
         list(TASK.tokenize([Example(0, text="the cat", label=1)], "train", bert_tokenizer, Tokenization(64)))
-    given = [Example(0, text="the", words=("the",), word_labels=(0,))]
+    given = [Example(0, text="so"), Example(1, text="the", words=("the",), word_labels=(0,))]
     with pytest.raises(MisuseError, match="give --task token-classification"):
         list(get_task("sequence-classification").tokenize(given, "train", bert_tokenizer, Tokenization(64)))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("causal-lm", "--words-column is for token classification"),
+        ("sequence-classification", "for words give --task token-classification"),
+    ],
+)
+def test_words_are_of_this_task_alone(task, message):
+    with pytest.raises(MisuseError, match=message):
+        get_task(task).check_columns(Columns(text=None, words="tokens"), Tokenization(8))
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ import pipeline as softlabel
 from pipeline.cache import Cache, verify
 from pipeline.cache.transforms.convert import convert
 from pipeline.cache.transforms.merge import merge
+from pipeline.capture.labelled import LabelledRow
+from pipeline.capture.write import write_cache
 from pipeline.config import DataConfig, TrainStudentConfig, TrainTeacherConfig
-from pipeline.errors import ContractError, MisuseError, ModelError, SourceError
+from pipeline.errors import BadRowError, ContractError, MisuseError, ModelError, SourceError
 from pipeline.evaluation import evaluate
 from pipeline.models.detect import detect_task
-from pipeline.records import NO_LABEL, Columns, Sampled
+from pipeline.records import NO_LABEL, Columns, Full, Sampled
 from pipeline.training.run import run
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
@@ -235,3 +237,23 @@ def test_rows_of_which_some_labels_are_not_known(tmp_path, bert_tokenizer, cache
     assert (labels == NO_LABEL).sum() == 3 * 30 + 90
     result = train(found, base, tmp_path / "student", max_steps=3)
     assert np.isfinite(result.hard_loss)
+
+
+def test_rows_of_ones_own(tmp_path, bert_tokenizer):
+    def rows(labels: Any) -> list[LabelledRow]:
+        logits = np.array([[0.0, 2.0], [0.0, -1.0], [0.0, 0.5]], dtype=np.float32)
+        return [LabelledRow([2, 5, 3], logits, text="a", labels=labels)]
+
+    settings = {"task": TASK, "tokenizer": bert_tokenizer, "encoding": Full(), "teacher": "t"}
+    cache = write_cache(rows([1, 0, NO_LABEL]), tmp_path / "a", label_names=NAMES, **settings)
+    assert not verify(cache.root).problems
+    (row,) = cache.dataset("train")
+    assert row.example.labels.tolist() == [1, 0, NO_LABEL]
+    yes = row.soft.top_logprobs.view(3, 2)[:, 1]
+    torch.testing.assert_close(
+        yes, torch.nn.functional.logsigmoid(torch.tensor([2.0, -1.0, 0.5])), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(BadRowError, match="row 0: labels: expected 3, one a position, found 2|expected 3"):
+        write_cache(rows([1, 0]), tmp_path / "b", label_names=NAMES, **settings)
+    with pytest.raises(MisuseError, match=r"give label_names=...: a row has a position for each"):
+        write_cache(rows([1, 0, 0]), tmp_path / "c", **settings)

@@ -17,12 +17,15 @@ from pipeline.cache import Cache, verify
 from pipeline.cache.transforms.convert import convert
 from pipeline.cache.transforms.filter import filter_rows
 from pipeline.cache.transforms.merge import merge
+from pipeline.capture.labelled import LabelledRow
+from pipeline.capture.write import write_cache
 from pipeline.config import DataConfig, TrainStudentConfig, TrainTeacherConfig
-from pipeline.errors import BadRowError, ContractError, ModelError, SourceError, TrainingError
+from pipeline.errors import BadRowError, ContractError, MisuseError, ModelError, SourceError, TrainingError
 from pipeline.evaluation import evaluate
 from pipeline.models import load_model
-from pipeline.records import NO_LABEL, Columns, TopK
+from pipeline.records import NO_LABEL, Columns, Full, Tokenization, TopK
 from pipeline.tasks import get_task
+from pipeline.training.batches.collate import Collator
 from pipeline.training.run import run
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TINY
@@ -145,6 +148,14 @@ def test_a_row_that_the_student_cannot_take_whole_is_told(tmp_path, cache, lm_to
         train(cache, start, tmp_path / "student", max_steps=1)
 
 
+def test_a_row_that_the_student_cannot_read_is_told(cache, lm_tokenizer):
+    collator = Collator(get_task(TASK), lm_tokenizer, 1.0, retokenize=Tokenization(0))
+    with pytest.raises(
+        ContractError, match=r"source row 0: the student's tokenizer cannot read the row: no word is left"
+    ):
+        collator.collate_block(next(iter(cache.dataset("train").blocks())))
+
+
 def test_without_the_words_another_tokenizer_is_refused(tmp_path, teacher, lm_tokenizer):
     bare = softlabel.cache_logits(
         str(teacher), sentences(), tmp_path / "bare", task=TASK, columns=WORDS, store_text=False
@@ -153,6 +164,64 @@ def test_without_the_words_another_tokenizer_is_refused(tmp_path, teacher, lm_to
     assert bare.dataset("train")[0].example.words is None
     with pytest.raises(ContractError, match="the cache holds no texts to tokenize anew; cache again with --store-text"):
         train(bare, pretrained(tmp_path / "start", lm_tokenizer), tmp_path / "student")
+
+
+def written(folder: Path, tokenizer: Any, *rows: dict[str, Any]) -> Cache:
+    """Rows of four tokens, of which the second and the fourth begin words."""
+    logits = np.eye(2, 3, dtype=np.float32)
+    made = [LabelledRow([2, 5, 6, 7], logits, supervised=[False, True, False, True], **row) for row in rows]
+    return write_cache(made, folder, task=TASK, tokenizer=tokenizer, encoding=Full(), teacher="a", num_classes=3)
+
+
+def test_rows_of_ones_own_are_written(tmp_path, bert_tokenizer, lm_tokenizer):
+    cache = written(
+        tmp_path / "a", bert_tokenizer, {"labels": [0, NO_LABEL], "words": ["a", "b"]}, {"words": ["c", "d"]}
+    )
+    first, second = (row.example for row in cache.dataset("train"))
+    assert (first.words, first.labels.tolist()) == (("a", "b"), [0, NO_LABEL])
+    assert (second.words, second.labels.tolist()) == (("c", "d"), [NO_LABEL, NO_LABEL])
+    bare = written(tmp_path / "b", bert_tokenizer, {"text": "a b"})
+    with pytest.raises(ContractError, match="the cache holds no texts to tokenize anew"):
+        train(bare, pretrained(tmp_path / "start", lm_tokenizer), tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"labels": [0]}, "row 1: labels: expected 2, one a supervised position, found 1"),
+        ({"labels": [0, 3]}, r"row 1: expected labels of 0 to 2, found \[0, 3\]"),
+        ({"labels": [2**32, 0]}, "row 1: labels: expected class ids, found"),
+        ({"labels": [0.5, 0]}, "row 1: labels: expected class ids, found"),
+        ({"labels": ["O", "O"]}, "row 1: labels: expected class ids, found"),
+        ({"words": ["a"]}, "row 1: words: expected 2, one a supervised position, found 1"),
+        ({"words": ["a", None]}, r"row 1: words\[1\] is null"),
+        ({"words": "ab"}, "row 1: words: expected a list, found str"),
+        ({"words": None}, "row 1: expected words, as the first row has, found none"),
+    ],
+)
+def test_rows_of_ones_own_that_do_not_fit(tmp_path, bert_tokenizer, row, message):
+    with pytest.raises(BadRowError, match=message):
+        written(tmp_path / "a", bert_tokenizer, {"words": ["a", "b"]}, {"words": ["a", "b"], **row})
+
+
+def test_words_are_of_this_task_alone(tmp_path, bert_tokenizer):
+    row = LabelledRow([2, 5], np.zeros((1, 2), np.float32), words=["a"])
+    with pytest.raises(MisuseError, match="words and labels of words are of token classification"):
+        write_cache(
+            [row], tmp_path / "a", task="sequence-classification", tokenizer=bert_tokenizer, encoding=Full(), teacher="a", num_classes=2
+        )  # fmt: skip
+
+
+def test_columns_that_a_source_calls_words_and_labels_are_kept(tmp_path, bert_tokenizer):
+    kept = [{"words": "1", "labels": "x"}, {"words": "2", "labels": None}]
+    rows = [LabelledRow([2, 5 + i], np.eye(1, 2, dtype=np.float32), text="a", kept=each) for i, each in enumerate(kept)]
+    cache = write_cache(
+        rows, tmp_path / "a", task="sequence-classification", tokenizer=bert_tokenizer, encoding=Full(), teacher="a", num_classes=2
+    )  # fmt: skip
+    assert not verify(cache.root).problems
+    assert [row.example.kept for row in Cache.open(cache.root).dataset("train")] == kept
+    few = filter_rows(cache, tmp_path / "b", where="words = '2'")
+    assert [row.example.kept for row in few.dataset("train")] == kept[1:]
 
 
 def test_labels_alone_leave_out_the_rows_without(tmp_path, cache, bert_tokenizer, caplog):

@@ -81,9 +81,9 @@ def _of_columns(contract: Contract, task: Task) -> Iterator[str]:
         token_type_ids="token_type_ids" in found,
         text="text" in found,
         text_pair="text_pair" in found,
-        words="position_words" in found,
+        words=task.other_tokenizers == "words" and "position_words" in found,
         messages=task.continues_prompts and "messages" in found,
-        documents="document_lengths" in found,
+        documents=task.label_source == "tokens" and "document_lengths" in found,
         entropy="entropy" in found,
         label_logprobs=task.label_source == "tokens" and "label_logprobs" in found,
     )

@@ -29,6 +29,7 @@ from pipeline.errors import ContractError
 from pipeline.models import LoadedModel, longest_input, pad_id, tokenizer_info
 from pipeline.records import (
     NO_LABEL,
+    BadRow,
     CachedExample,
     Contract,
     Example,
@@ -285,8 +286,19 @@ def _tokenize_anew(
     tokenized = list(task.tokenize(examples, "", tokenizer, settings))
     rows = [item for item in tokenized if isinstance(item, TokenizedExample)]
     if task.marks_positions:
+        _check_whole(block, tokenized)
         _check_positions(block, rows, settings)
     return rows
+
+
+def _check_whole(block: RowBlock, tokenized: Sequence[TokenizedExample | BadRow]) -> None:
+    """Raise `ContractError` where a row has no tokens of the student's at all."""
+    bad = next((item for item in tokenized if isinstance(item, BadRow)), None)
+    if bad is not None:
+        raise ContractError(
+            f"source row {block.numbers['source_row'][bad.source_row]}: the student's tokenizer cannot read the row: {bad.reason}; "
+            "take such rows out with filter, or choose another student"
+        )
 
 
 def _check_positions(block: RowBlock, rows: Sequence[TokenizedExample], settings: Tokenization) -> None:
