@@ -253,7 +253,7 @@ def test_rows_of_ones_own(tmp_path, bert_tokenizer):
     torch.testing.assert_close(
         yes, torch.nn.functional.logsigmoid(torch.tensor([2.0, -1.0, 0.5])), atol=1e-5, rtol=1e-5
     )
-    with pytest.raises(BadRowError, match="row 0: labels: expected 3, one a position, found 2|expected 3"):
+    with pytest.raises(BadRowError, match="row 0: labels: expected 3, one a"):
         write_cache(rows([1, 0]), tmp_path / "b", label_names=NAMES, **settings)
     with pytest.raises(MisuseError, match=r"give label_names=...: a row has a position for each"):
         write_cache(rows([1, 0, 0]), tmp_path / "c", **settings)
