@@ -30,8 +30,9 @@ def show_first_row(job: Job) -> None:
     for example in examples[:1]:
         follows = example.labels is None
         tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised, follows=follows)
-        marked = "predicted" if follows else "labelled"
-        logger.info("first row of %s (%s tokens in brackets): %s", first.split, marked, tokens)
+        marked = " (predicted tokens in brackets)" if follows else " (labelled tokens in brackets)"
+        marked = marked if example.supervised is not None or follows else ""
+        logger.info("first row of %s%s: %s", first.split, marked, tokens)
 
 
 def check_head(job: Job, keep: Keep | None = None) -> None:

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 def echo_cache(cache: Cache, output: str) -> None:
     """The size of each split of a cache."""
-    from pipeline.cache.views.inspection import labelled, labels_words, totals
+    from pipeline.cache.views.inspection import labelled, totals
+    from pipeline.cache.views.units import unit_of
     from pipeline.sources.files.loading import redact
+    from pipeline.tasks import get_task
 
     click.echo(f"cache: {redact(output)}  cache_id {cache.manifest.cache_id[:16]}")
-    labels, of = labelled(cache), " words" * labels_words(cache)
+    unit = unit_of(get_task(cache.manifest.contract.task))
+    labels, of = labelled(cache), f" {unit}" if unit in ("words", "labels") else ""
     for split, total in totals(cache).items():
         known = f", {labels[split]:,} labelled{of}" if split in labels else ""
         click.echo(

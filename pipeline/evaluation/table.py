@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pipeline.cache.views.units import unit_of
 from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
@@ -22,6 +23,19 @@ _MEANING = {
 }
 
 
+#: What metrics mean where positions are words, or labels.
+OF_UNIT = {
+    "words": {"accuracy": "share of words with the right class"},
+    "labels": {
+        "f1": "of all labels together (micro): harmonic mean of precision and recall",
+        "macro_f1": "F1, the mean over labels",
+        "average_precision": "area under precision over recall, the mean over labels",
+        "accuracy": "share of labels that are right, those that a row has not included",
+        "ece": "expected calibration error of the probability of a label, the mean over labels",
+    },
+}
+
+
 def format_table(report: EvaluationReport) -> str:
     """The report as text: a line a model, the teacher first."""
     metrics = list(report.teacher.metrics)
@@ -29,9 +43,9 @@ def format_table(report: EvaluationReport) -> str:
     header = ["", "parameters", "size", *metrics, "agreement", "KL", *kept]
     lines = [header, *(_cells(line, metrics)[: len(header)] for line in (report.teacher, *report.students))]
     table = "\n".join(aligned(lines))
-    of_words = get_task(report.task).label_source == "positions"
-    unit = "word" if of_words else "position"
-    meaning = {**_MEANING, "accuracy": "share of words with the right class"} if of_words else _MEANING
+    kind = unit_of(get_task(report.task))
+    unit = {"words": "word", "labels": "label"}.get(kind, "position")
+    meaning = {**_MEANING, **OF_UNIT.get(kind, {})}
     notes = [f"{name}: {meaning[name]}" for name in metrics if name in meaning]
     notes += [
         "size: the teacher's parameters over the model's",

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.config import PredictConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.models.detect import detect_task
-from pipeline.models.load import LoadedModel, load_model, longest_input, pad_id
+from pipeline.models.load import LoadedModel, class_names, load_model, longest_input, pad_id
 from pipeline.models.saved import trained_length
 from pipeline.records import BadRow, Example, TextPrediction, Tokenization, TokenizedExample, WordPrediction
 from pipeline.tasks import Task, check_ids, embedding_rows
@@ -30,10 +31,44 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
+    elif task.names == "positions":
+        yield from score_labels(
+            task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows
+        )
     elif task.label_source == "positions":
         yield from label_words(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     else:
         yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
+
+
+def score_labels(
+    task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int, batch_size: int
+) -> Iterator[TextPrediction]:
+    """The `top` likeliest of several labels of each text, each with the probability that the text has it.
+
+    Args:
+        max_length: tokens; longer texts are cut.
+    """
+    names = class_names(loaded.model)
+    for start in range(0, len(texts), batch_size):
+        chunk = texts[start : start + batch_size]
+        shares = _probabilities(task, loaded, chunk, max_length)[:, 1].view(len(chunk), len(names))
+        found = shares.topk(min(top, len(names)))
+        for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
+            yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
+
+
+def _probabilities(task: Task, loaded: LoadedModel, texts: Sequence[str], max_length: int) -> Tensor:
+    """(N, V) at all positions of the texts."""
+    model: Any = loaded.model
+    examples = [Example(source_row=i, text=text) for i, text in enumerate(texts)]
+    rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
+    tokens = [row for row in rows if isinstance(row, TokenizedExample)]
+    check_ids(embedding_rows(model), tokens, loaded.tokenizer, loaded.name)
+    inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer, model))
+    placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with torch.inference_mode():
+        return torch.softmax(task.gather_logits(model, placed, supervised).float(), -1)
 
 
 def classify(
@@ -52,14 +87,7 @@ def classify(
     names = [str(model.config.id2label[i]) for i in range(count)]
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
-        examples = [Example(source_row=i, text=text) for i, text in enumerate(chunk)]
-        rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
-        tokens = [row for row in rows if isinstance(row, TokenizedExample)]
-        check_ids(embedding_rows(model), tokens, loaded.tokenizer, loaded.name)
-        inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer, model))
-        placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        with torch.inference_mode():
-            found = torch.softmax(task.gather_logits(model, placed, supervised).float(), -1).topk(min(top, count))
+        found = _probabilities(task, loaded, chunk, max_length).topk(min(top, count))
         for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
             yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
 

@@ -280,6 +280,11 @@ def _revision(revision: str | None) -> str:
 
 
 def _alignment(manifest: Manifest) -> str:
+    if get_task(manifest.contract.task).names == "positions":
+        return (
+            "A row has soft labels for each of `label_names` of `manifest.json`, in their order: what the teacher predicts of it, whether the row has the label,\n"
+            "over two classes, no and yes. Their hard labels are in `position_labels`."
+        )
     if "supervised" not in manifest.contract.columns:
         return (
             "The soft labels of a row are what the teacher predicts for the whole of it, the classes those of `label`."

@@ -13,7 +13,9 @@ from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.measures import measure
 from pipeline.cache.views.provenance import judge_text, rows_text
+from pipeline.cache.views.samples import share_of_yes, text_of
 from pipeline.cache.views.tokens import marked_tokens
+from pipeline.cache.views.units import classes_text, unit_of
 from pipeline.cache.views.words import words_of
 from pipeline.metrics import accuracy
 from pipeline.records import NO_LABEL, CachedExample, Full
@@ -26,19 +28,14 @@ from pipeline.tasks import get_task
 _AGREEMENT_ROWS = 10_000
 
 
-def labels_words(cache: Cache) -> bool:
-    """Whether the soft labels of a cache are of words: each position has a hard label of its own, which is no token."""
-    return get_task(cache.manifest.contract.task).label_source == "positions"
-
-
 def labelled(cache: Cache) -> dict[str, int]:
-    """How many rows, or words, of each split have a hard label; {} where that is not known: token classes, a cache behind a URL.
+    """How many rows, words or labels of each split have a hard label; {} where that is not known: token classes, a cache behind a URL.
 
-    Of rows the footers of the shards tell; of words the column is read.
+    Of rows the footers of the shards tell; of words and labels the column is read.
     """
     found: dict[str, int] = {}
-    if labels_words(cache):
-        return {} if cache.remote is not None else {split: _labelled_words(cache, split) for split in cache.splits}
+    if get_task(cache.manifest.contract.task).label_source == "positions":
+        return {} if cache.remote is not None else {split: _labelled_positions(cache, split) for split in cache.splits}
     for shard in cache.manifest.shards:
         path = Layout(cache.root).shard(shard.name)
         if cache.remote is not None or "label" not in cache.manifest.contract.columns or not path.is_file():
@@ -53,7 +50,7 @@ def labelled(cache: Cache) -> dict[str, int]:
     return found
 
 
-def _labelled_words(cache: Cache, split: str) -> int:
+def _labelled_positions(cache: Cache, split: str) -> int:
     """Read from the shards of a split, a row group at a time."""
     tables = cache.dataset(split).tables(["position_labels"])
     return sum(int((pc.list_flatten(table.column(0)).to_numpy() != NO_LABEL).sum()) for table in tables)
@@ -78,7 +75,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     contract = cache.manifest.contract
     teacher, source = contract.teacher, contract.source
     yield f"cache_id    {cache.manifest.cache_id}"
-    yield f"task        {contract.task}, {contract.num_classes} classes" + (
+    yield f"task        {contract.task}, {classes_text(contract).replace(",", "")}" + (
         f" ({', '.join(contract.label_names[:8])})" if contract.label_names else ""
     )
     yield f"teacher     {teacher.name} ({teacher.architecture}, {teacher.num_parameters / 1e6:.1f}M parameters, {teacher.dtype}, weights {teacher.weights_sha256[:12]})"
@@ -103,8 +100,11 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
         yield ""
         yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}, {row.example.num_tokens} tokens"
         follows = row.example.labels is None
+        several = get_task(contract.task).names == "positions"
         yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised, follows=follows)}"
-        if row.example.supervised is None:
+        if several:
+            yield from _labels(cache, row, top)
+        elif row.example.supervised is None:
             yield from _classes(cache, row, top)
         elif follows:
             yield from _tokens(cache, row, tokens, top)
@@ -114,8 +114,8 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
 
 def _agreements(cache: Cache) -> Iterator[str]:
     """Classifiers: a line for each split with labels; none behind a URL, where it would fetch what nobody asked for."""
-    of_words = labels_words(cache)
-    if cache.remote is not None or not (of_words or "label" in cache.manifest.contract.columns):
+    unit = unit_of(get_task(cache.manifest.contract.task))
+    if cache.remote is not None or unit == "positions":
         return
     for split in cache.splits:
         found = measure(cache, split, most=_AGREEMENT_ROWS)
@@ -124,7 +124,7 @@ def _agreements(cache: Cache) -> Iterator[str]:
             continue
         rows = len(found.lengths)
         of = "" if rows == found.rows else f", in a sample of {rows:,} of {found.rows:,} rows"
-        yield f"{split}: teacher agrees with the labels on {accuracy(found.labels, found.predicted):.1%} of {count:,} labelled {'words' if of_words else 'rows'}{of}"
+        yield f"{split}: teacher agrees with the labels on {accuracy(found.labels, found.predicted):.1%} of {count:,} {'known' if unit == 'labels' else 'labelled'} {unit}{of}"
 
 
 def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
@@ -138,6 +138,20 @@ def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
     label = "none" if row.example.label is None else names[row.example.label]
     believed = "  ".join(f"{names[i]} {weight:.1%}" for i, weight in _best(row, 0, top))
     yield f"  label {label}; teacher: {believed}"
+
+
+def _labels(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
+    """The text, the labels that it has, and those that the teacher finds likeliest."""
+    names, labels = cache.manifest.contract.label_names or (), row.example.labels
+    assert labels is not None
+    yield f"  {_short(' '.join(text_of(cache, row).split()), 160)}"
+    has = [name for name, label in zip(names, labels.tolist(), strict=True) if label == 1]
+    unknown = int((labels == NO_LABEL).sum())
+    given = ", ".join(has) or ("not known" if unknown == len(labels) else "none")
+    shares = share_of_yes(row)
+    best = np.argsort(-shares, kind="stable")[:top]
+    likeliest = "  ".join(f"{names[i]} {shares[i]:.1%}" for i in best.tolist())
+    yield f"  labels {given}{f' ({unknown} not known)' if 0 < unknown < len(labels) else ''}; teacher: {likeliest}"
 
 
 def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator[str]:

@@ -182,6 +182,9 @@ class _Found:
 
     def _text(self, row: CachedExample, position: int) -> str:
         """What a position of a row is of: its text, or a word in its context."""
+        if row.example.labels is not None and row.example.supervised is None:
+            names = self._cache.manifest.contract.label_names or ()
+            return f"{names[position]}: {' '.join(text_of(self._cache, row).split())}"
         if row.example.labels is not None:
             return in_context(words_of(self._cache.tokenizer, row.example), position)
         return " ".join(text_of(self._cache, row).split())

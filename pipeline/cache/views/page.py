@@ -19,13 +19,15 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.views.agreement import MOST_CLASSES, Agreement, Balance, Confusion, agreement, balance, confusion
 from pipeline.cache.views.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Axis, Chart, bars, histogram
-from pipeline.cache.views.inspection import labelled, labels_words, totals
+from pipeline.cache.views.inspection import labelled, totals
 from pipeline.cache.views.measures import Disagreement, SplitMeasures, measure
 from pipeline.cache.views.provenance import judge_text, rows_text
 from pipeline.cache.views.samples import sample_of
+from pipeline.cache.views.units import classes_of, classes_text, unit_of
 from pipeline.records import NO_LABEL, Contract, Full, Sampled
 from pipeline.softlabels.names import encoding_text
 from pipeline.sources.files.loading import redact
+from pipeline.tasks import get_task
 
 #: Tokens whose counts a language model's page shows.
 _MOST_TOKENS = 12
@@ -77,11 +79,16 @@ def write_page(
             parts=[_split_part(cache, found) for found in measured],
             split=chosen,
             is_tokens=contract.label_names is None,
-            of="words" if labels_words(cache) else "rows",
-            names=contract.label_names or (),
+            of=_of(cache),
+            names=classes_of(contract) or (),
             samples=[sample_of(cache, row, tokens=tokens, top=top) for row in shown],
         ),
     )
+
+
+def _of(cache: Cache) -> str:
+    """What is labelled: rows, words, or the answers whether a row has a label."""
+    return {"positions": "rows", "labels": "answers"}.get(unit := unit_of(get_task(cache.manifest.contract.task)), unit)
 
 
 def _template() -> Any:
@@ -102,7 +109,7 @@ def _heads(cache: Cache) -> list[tuple[str, str]]:
     contract = cache.manifest.contract
     return [
         ("cache_id", cache.manifest.cache_id),
-        ("task", f"{contract.task}, {contract.num_classes:,} classes"),
+        ("task", f"{contract.task}, {classes_text(contract)}"),
         ("teacher", _teacher(contract)),
         ("encoding", encoding_text(contract.encoding)),
         ("source", redact(contract.source.name)),
@@ -129,7 +136,7 @@ def _facts(cache: Cache) -> list[tuple[str, str]]:
     manifest, contract = cache.manifest, cache.manifest.contract
     teacher, source = contract.teacher, contract.source
     facts = [
-        ("task", f"{contract.task}, {contract.num_classes:,} classes"),
+        ("task", f"{contract.task}, {classes_text(contract)}"),
         ("teacher", f"{redact(teacher.name)}{f' at {teacher.revision}' if teacher.revision else ''}"),
         ("model", f"{teacher.architecture}, {teacher.num_parameters:,} parameters, {teacher.dtype}"),
         ("weights", teacher.weights_sha256),
@@ -160,7 +167,8 @@ def _facts(cache: Cache) -> list[tuple[str, str]]:
 
 def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
     contract = cache.manifest.contract
-    names, counted, words = contract.label_names, None, labels_words(cache)
+    names, counted, of_what = classes_of(contract), None, _of(cache)
+    unit = "positions" if names is None else of_what
     most, of = (_MOST_TOKENS, "tokens") if names is None else (MOST_CLASSES, "classes")
 
     def named(i: int) -> str:
@@ -178,9 +186,9 @@ def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
         )
     return SplitPart(
         found.split,
-        _measured(found, "positions" if names is None else "words" if words else None),
-        tuple(_summary(found, agreed, is_tokens=names is None, of="words" if words else "rows")),
-        tuple(_charts(contract, found, "positions" if names is None else "words" if words else "rows")),
+        _measured(found, None if unit == "rows" else unit),
+        tuple(_summary(found, agreed, is_tokens=names is None, of=of_what)),
+        tuple(_charts(contract, found, unit)),
         counted,
         agreed,
         None if names is None else confusion(found.labels, found.predicted, names),
@@ -228,7 +236,7 @@ def _summary(found: SplitMeasures, agreed: Agreement, *, is_tokens: bool, of: st
 
 
 def _charts(contract: Contract, found: SplitMeasures, unit: str) -> list[Chart]:
-    """`unit`: what a soft label is of, `positions`, `words` or `rows`."""
+    """`unit`: what a soft label is of, `positions`, `words`, `answers` or `rows`."""
     encoding = contract.encoding
     share = Axis("share of the teacher's mass", 0.0, 1.0, percent=True)
     uniform = math.log(contract.num_classes)

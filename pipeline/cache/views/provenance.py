@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from pipeline.cache.views.units import unit_of
 from pipeline.records import Contract, Full, Manifest, ModelInfo, Sampled, TopK, TopP
 from pipeline.tasks import get_task
 
@@ -74,7 +75,7 @@ def command(contract: Contract) -> str:
         ("--seed", contract.seed),
         ("--on-bad-row", contract.on_bad_row if contract.on_bad_row != "stop" else None),
     ]
-    labels_words = get_task(contract.task).label_source == "positions"
+    of_words = unit_of(get_task(contract.task)) == "words"
     words = ["softlabel", "cache-logits"]
     for flag, value in flags:
         if value is not None:
@@ -86,7 +87,7 @@ def command(contract: Contract) -> str:
     words += ["--store-text"] * bool(
         "supervised" in contract.columns and contract.columns.keys() & {"text", "messages"}
     )
-    words += ["--no-store-text"] * (labels_words and "position_words" not in contract.columns)
+    words += ["--no-store-text"] * (of_words and "position_words" not in contract.columns)
     words += ["--store-label-logprobs"] * ("label_logprobs" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.cache.views.units import unit_of
 from pipeline.records import NO_LABEL, Contract, Encoding, Full, Manifest, Sampled
 from pipeline.tasks import get_task
 
@@ -47,9 +48,12 @@ def recipe(contract: Contract) -> Recipe:
 
 def on_request(contract: Contract) -> list[str]:
     """What the columns hold that are no soft labels, of language models those that are stored on request alone: a paragraph each."""
+    unit = unit_of(get_task(contract.task))
+    if unit == "labels":
+        return [_OF_LABELS]
     if "supervised" not in contract.columns:
         return []
-    if get_task(contract.task).label_source == "positions":
+    if unit == "words":
         return [text for name, text in _OF_WORDS.items() if name in contract.columns]
     return [text for name, text in _ON_REQUEST.items() if name in contract.columns]
 
@@ -96,6 +100,8 @@ _OF_WORDS = {
     "position_labels": f"`position_labels[n]`: the hard label of the n-th word, the number of its class in `label_names` of `manifest.json`, from 0; {NO_LABEL} where it has none.",
     "position_words": "`position_words[n]`: the n-th word, as the source has it or as its text was split.",
 }
+
+_OF_LABELS = f"`position_labels[n]`: 1 where the row has the n-th of `label_names` of `manifest.json`, 0 where it has not, {NO_LABEL} where that is not known. A position is one of these labels, in their order, of two classes: 0 is no, 1 is yes."
 
 _FULL = "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T."
 _FULL_NUMPY = """import numpy as np

@@ -65,6 +65,8 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
     """One row of a cache, at most `tokens` of its tokens or words and `top` soft labels of each position."""
     title = f"Source row {row.example.source_row}" + (f", piece {row.example.piece}" if row.example.piece else "")
     goal = target(row.soft, served_temperature(row.soft.encoding))
+    if row.example.labels is not None and row.example.supervised is None:
+        return _label_sample(cache, row, title, top)
     if row.example.labels is not None:
         return _word_sample(cache, row, goal, title, tokens, top)
     if row.example.supervised is not None:
@@ -78,6 +80,31 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
         cut=max(0, len(text) - _CHARACTERS),
         candidates=tuple(Candidate(names[i], weight, i == label) for i, weight in _heaviest(goal, 0, top)),
     )
+
+
+def _label_sample(cache: Cache, row: CachedExample, title: str, top: int) -> Sample:
+    """A text with several labels: the likeliest, each with its probability."""
+    names, labels, text = cache.manifest.contract.label_names or (), row.example.labels, text_of(cache, row)
+    assert labels is not None
+    has = [name for name, label in zip(names, labels.tolist(), strict=True) if label == 1]
+    known = bool((labels != NO_LABEL).any())
+    shares = share_of_yes(row)
+    best = np.argsort(-shares, kind="stable")[:top].tolist()
+    return Sample(
+        title,
+        f"labels {', '.join(has) or 'none'}" if known else "labels not known",
+        text=text[:_CHARACTERS],
+        cut=max(0, len(text) - _CHARACTERS),
+        candidates=tuple(Candidate(names[i], float(shares[i]), int(labels[i]) == 1) for i in best),
+    )
+
+
+def share_of_yes(row: CachedExample) -> np.ndarray:
+    """(N,) float64: the teacher's probability that the row has each of several labels."""
+    goal = target(row.soft, served_temperature(row.soft.encoding))
+    owner = np.repeat(np.arange(len(goal)), goal.offsets.diff().numpy())
+    yes = goal.ids.numpy() == 1
+    return np.bincount(owner[yes], weights=goal.weights.double().numpy()[yes], minlength=len(goal))
 
 
 def text_of(cache: Cache, row: CachedExample) -> str:

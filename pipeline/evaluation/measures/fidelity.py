@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.cache import Cache
+from pipeline.cache.views.units import classes_of
 from pipeline.cache.views.words import in_context, words_of
 from pipeline.evaluation.measures.observation import Observation, position_kl_is_known
 from pipeline.evaluation.measures.scores import Scores
@@ -53,6 +54,12 @@ def slices(
     labels = teacher.predictions.labels
     if task.predicts_tokens:
         kind, names, members = _token_bands(cache, labels)
+    elif task.names == "positions":
+        kind, names = "label", list(cache.manifest.contract.label_names or ())
+        place = np.arange(len(labels)) % len(names)
+        common = np.argsort(-np.bincount(place[labels == 1], minlength=len(names)), kind="stable")[:_MOST_SLICES]
+        members = [teacher.labelled & (place == i) for i in sorted(common.tolist())]
+        names = [names[i] for i in sorted(common.tolist())]
     else:
         kind = "class"
         classes, counts = np.unique(labels[teacher.labelled], return_counts=True)
@@ -100,7 +107,7 @@ def token_counts(cache: Cache, split: str) -> np.ndarray:
 
 def class_name(cache: Cache, number: int) -> str:
     """A label's name; a token as text, quoted; '' for none."""
-    names = cache.manifest.contract.label_names
+    names = classes_of(cache.manifest.contract)
     if number < 0:
         return ""
     return names[number] if names is not None else repr(str(cache.tokenizer.decode([number])))
@@ -148,7 +155,8 @@ def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | 
         return None
     if not task.marks_positions:
         pair = [text for text in (row.example.text, row.example.text_pair) if text is not None]
-        return _short(" | ".join(pair)) if pair else None
+        label = f"{(cache.manifest.contract.label_names or ())[position]}: " if task.names == "positions" else ""
+        return label + _short(" | ".join(pair)) if pair else None
     if row.example.labels is not None:
         return _short(in_context(words_of(cache.tokenizer, row.example), position))
     assert row.example.supervised is not None

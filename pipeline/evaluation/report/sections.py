@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pipeline.cache.views.units import unit_of
 from pipeline.evaluation.measures.determinants import QUESTIONS
 from pipeline.evaluation.records import Measured, Quality, Report, TeacherLine
 from pipeline.evaluation.report.cost_section import cost_section
 from pipeline.evaluation.report.forms import p_value, parameters, uncertainty, with_interval
 from pipeline.evaluation.report.parts import Quote, Section, Table
+from pipeline.evaluation.table import OF_UNIT
 from pipeline.metrics import number
 from pipeline.tasks import get_task
 
@@ -40,7 +42,7 @@ def quality_table(report: Report) -> Table:
     header = ("", "parameters", "seeds", main, "retention", *metrics)
     rows = [_teacher_row(line, main, metrics) for line in report.teachers]
     rows += [_quality_row(report, line, main, metrics) for line in report.quality]
-    meaning = {**MEANING, "accuracy": "share of words with the right class"} if _of_words(report) else MEANING
+    meaning = {**MEANING, **OF_UNIT.get(unit_of(get_task(report.task)), {})}
     notes = [f"{name}: {meaning[name]}" for name in (main, *metrics) if name in meaning]
     kind = "over" if report.higher_is_better else "under"
     notes.append(f"retention: {main} {kind} the teacher's, in percent")
@@ -51,14 +53,10 @@ def quality_table(report: Report) -> Table:
     return Table(caption, header, tuple(rows), tuple(notes))
 
 
-def _of_words(report: Report) -> bool:
-    """Whether every position is a word."""
-    return get_task(report.task).label_source == "positions"
-
-
 def unit(report: Report) -> str:
     """What the positions of a report are."""
-    return "words" if _of_words(report) else "positions"
+    found = unit_of(get_task(report.task))
+    return "positions" if found == "rows" else found
 
 
 def _of_intervals(report: Report) -> str:

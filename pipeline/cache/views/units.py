@@ -1,0 +1,31 @@
+"""What the positions of a cache are, in words, and what their classes are called."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipeline.records import Contract
+from pipeline.tasks import Task, get_task
+
+Unit = Literal["rows", "words", "labels", "positions"]
+
+
+def unit_of(task: Task) -> Unit:
+    """What a soft label is of: a whole row, a word, one of several labels of a row, or a position among tokens."""
+    if task.names == "positions":
+        return "labels"
+    if task.label_source == "positions":
+        return "words"
+    return "positions" if task.marks_positions else "rows"
+
+
+def classes_of(contract: Contract) -> tuple[str, ...] | None:
+    """The names of the classes of a position; None: they are tokens."""
+    return ("no", "yes") if get_task(contract.task).names == "positions" else contract.label_names
+
+
+def classes_text(contract: Contract) -> str:
+    """How many classes a position has, or of how many labels it is whether a row has them."""
+    if get_task(contract.task).names == "positions":
+        return f"{len(contract.label_names or ()):,} labels"
+    return f"{contract.num_classes:,} classes"
