@@ -75,7 +75,8 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     contract = cache.manifest.contract
     teacher, source = contract.teacher, contract.source
     yield f"cache_id    {cache.manifest.cache_id}"
-    yield f"task        {contract.task}, {classes_text(contract).replace(",", "")}" + (
+    classes = classes_text(contract).replace(",", "")
+    yield f"task        {contract.task}, {classes}" + (
         f" ({', '.join(contract.label_names[:8])})" if contract.label_names else ""
     )
     yield f"teacher     {teacher.name} ({teacher.architecture}, {teacher.num_parameters / 1e6:.1f}M parameters, {teacher.dtype}, weights {teacher.weights_sha256[:12]})"
