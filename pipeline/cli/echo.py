@@ -21,9 +21,9 @@ def echo_cache(cache: Cache, output: str) -> None:
 
     click.echo(f"cache: {redact(output)}  cache_id {cache.manifest.cache_id[:16]}")
     unit = unit_of(get_task(cache.manifest.contract.task))
-    labels, of = labelled(cache), f" {unit}" if unit in ("words", "labels") else ""
+    labels, of = labelled(cache), {"words": "labelled words", "labels": "known labels"}.get(unit, "labelled")
     for split, total in totals(cache).items():
-        known = f", {labels[split]:,} labelled{of}" if split in labels else ""
+        known = f", {labels[split]:,} {of}" if split in labels else ""
         click.echo(
             f"  {split}: {total['rows']:,} rows{known}, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"
         )

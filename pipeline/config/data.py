@@ -48,7 +48,7 @@ class DataConfig:
         "With --input-ids-column: token labels, -100 where a token is not to be learnt.", None
     )
     label_column: str = option(
-        "Column with the hard label; it may be missing, on some rows or on all. Token classification: lists of labels, or spans {start, end, label} of the text.",
+        "Column with the hard label; it may be missing, on some rows or on all. Token classification: lists of labels, or spans {start, end, label} of the text; several labels at once: lists.",
         "label",
     )
     label_map: tuple[str, ...] = option(
