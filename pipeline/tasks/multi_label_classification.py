@@ -32,7 +32,7 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
-from pipeline.tasks.protocol import token_block
+from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
 from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
 
 _USAGE = """```python
@@ -78,13 +78,7 @@ class MultiLabelClassification:
             raise MisuseError(
                 f"--task {self.name} reads --text-column (and --text-pair-column); words, chats, prompts and token ids are for other tasks"
             )
-        if tokenization.packing:
-            raise MisuseError(f"--packing is for language models; --task {self.name} has one text a row")
-        if tokenization.assistant_turns or tokenization.chat_template_kwargs or tokenization.truncation_side:
-            raise MisuseError(
-                "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
-                f"--task {self.name} reads texts, and keeps their beginning"
-            )
+        refuse_settings_of_language_models(self.name, tokenization, "texts, and keeps their beginning")
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
         """As they are."""

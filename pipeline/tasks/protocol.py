@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import ModelError
+from pipeline.errors import MisuseError, ModelError
 from pipeline.records import (
     NO_LABEL,
     BadRow,
@@ -173,6 +173,25 @@ class Task(Protocol):
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """(R,) sums and (R,) weights, whose ratio of totals is the main metric: what the bootstrap resamples."""
+
+
+def refuse_settings_of_language_models(name: str, tokenization: Tokenization, reads: str) -> None:
+    """Refuse packing, and settings of chats.
+
+    Args:
+        name: of the task.
+        reads: what it reads, and what of it it keeps, for the message.
+
+    Raises:
+        MisuseError: names the flags.
+    """
+    if tokenization.packing:
+        raise MisuseError(f"--packing is for language models; --task {name} has one text a row")
+    if tokenization.assistant_turns or tokenization.chat_template_kwargs or tokenization.truncation_side:
+        raise MisuseError(
+            "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
+            f"--task {name} reads {reads}"
+        )
 
 
 def token_block(rows: TokenBlock | Sequence[TokenizedExample]) -> TokenBlock:

@@ -27,7 +27,7 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
-from pipeline.tasks.protocol import token_block
+from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
 from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
 
 _USAGE = """```python
@@ -77,14 +77,7 @@ class SequenceClassification:
             raise MisuseError(
                 f"--task {self.name} reads --text-column (and --text-pair-column); chats, prompts and token ids are for causal-lm"
             )
-        if tokenization.packing:
-            raise MisuseError(f"--packing is for language models; --task {self.name} has one text a row")
-        chats = tokenization.assistant_turns, tokenization.chat_template_kwargs, tokenization.truncation_side
-        if any(chats):
-            raise MisuseError(
-                "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
-                f"--task {self.name} reads texts, and keeps their beginning"
-            )
+        refuse_settings_of_language_models(self.name, tokenization, "texts, and keeps their beginning")
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
         """As they are: a class is given to a text, not to a chat."""

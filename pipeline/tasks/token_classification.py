@@ -30,7 +30,7 @@ from pipeline.records import (
     TokenizedExample,
 )
 from pipeline.sources.words import split_words
-from pipeline.tasks.protocol import attention_mask, pad, token_block
+from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
 
 _BATCH = 1000
 _USAGE = """```python
@@ -76,13 +76,7 @@ class TokenClassification:
             raise MisuseError(
                 f"--task {self.name} reads --words-column, or --text-column with spans in --label-column; chats, prompts, pairs and token ids are for other tasks"
             )
-        if tokenization.packing:
-            raise MisuseError(f"--packing is for language models; --task {self.name} has one text a row")
-        if tokenization.assistant_turns or tokenization.chat_template_kwargs or tokenization.truncation_side:
-            raise MisuseError(
-                "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
-                f"--task {self.name} reads words, and keeps the first"
-            )
+        refuse_settings_of_language_models(self.name, tokenization, "words, and keeps the first")
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
         """As they are."""
