@@ -94,7 +94,7 @@ def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
         elif role == "words":
             if found != "lists of text":
                 raise SourceError(
-                    f"{where}: column {name!r} (--words-column): expected lists of words, found {found}; name another column"
+                    f"{where}: column {name!r} (--words-column): expected lists of words, found {found}; name another column, or make lists of it (a CSV file holds none; JSON Lines and Parquet do)"
                 )
         elif role == "messages":
             _check_messages(where, name, dataset.features[name], found)
