@@ -855,6 +855,8 @@ class StudentBatch:
     """(N,) int64, for evaluation: the teacher's most likely class."""
     text_bytes: Tensor | None = None
     """(B,) int64, for evaluation: of the rows that count."""
+    num_positions: Tensor | None = None
+    """(B,) int64, for evaluation: supervised positions of each row."""
     spans: Spans | None = None
     """Over the N positions: what the loss over aligned spans needs."""
 

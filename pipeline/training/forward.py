@@ -253,16 +253,11 @@ def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[s
         **sums,
         "predicted": found["predicted"].cpu().numpy(),
         **{name: batch[name].numpy() for name in ("labels", "weights", "teacher_predicted", "text_bytes")},
-        "owner": np.repeat(batch["source_rows"].numpy(), _num_positions(batch)),
+        # Of several teachers the positions stand once for each, and count once.
+        "owner": np.resize(
+            np.repeat(batch["source_rows"].numpy(), batch["num_positions"].numpy()), len(batch["labels"])
+        ),
     }
-
-
-def _num_positions(batch: Mapping[str, Any]) -> np.ndarray:
-    """(B,): of each row."""
-    supervised = batch.get("supervised")
-    rows, positions = len(batch["source_rows"]), len(batch["labels"])
-    counts: np.ndarray = np.full(rows, positions // rows) if supervised is None else supervised.sum(1).numpy()
-    return counts
 
 
 def predictions_of(found: Mapping[str, np.ndarray], label_names: tuple[str, ...] | None) -> Predictions:

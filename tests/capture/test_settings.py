@@ -56,6 +56,7 @@ ELSEWHERE = {
         "dataset_revision",
         "split",
         "text_pair_column",
+        "words_column",
         "messages_column",
         "prompt_column",
     ),

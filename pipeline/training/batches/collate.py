@@ -157,6 +157,7 @@ class Collator:
             source_rows=torch.from_numpy(block.numbers["source_row"].astype(np.int64)),
             teacher_predicted=predicted if self.for_evaluation else None,
             text_bytes=torch.from_numpy(text_bytes_of(block) * flags) if self.for_evaluation else None,
+            num_positions=torch.from_numpy(positions_of(block).astype(np.int64)) if self.for_evaluation else None,
             spans=_spans(block, flags) if self.with_spans else None,
         )
 
@@ -234,7 +235,7 @@ def to_tensors(batch: StudentBatch) -> dict[str, Any]:
             "negative_entropy": goal.negative_entropy,
         },
     }
-    for name in ("supervised", "teacher_predicted", "text_bytes"):
+    for name in ("supervised", "teacher_predicted", "text_bytes", "num_positions"):
         if getattr(batch, name) is not None:
             tensors[name] = getattr(batch, name)
     if goal.log_residual is not None:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import TrainingError
+from pipeline.tasks import get_task
 from pipeline.training.batches.held_out import FEWEST_ROWS, hold_out, labelled_rows
+
+CLASSES = get_task("sequence-classification")
 
 
 def rows_of(hashes: np.ndarray, size: int, labels: np.ndarray | None = None) -> SimpleNamespace:
@@ -80,6 +83,6 @@ def test_a_text_on_most_rows_is_learnt_and_not_held_out():
 
 def test_labels_alone_need_a_label():
     labels = np.array([1.0, np.nan, 0.0])
-    assert labelled_rows(rows_of(hashes(3), 2, labels), "cache").tolist() == [True, False, True]
+    assert labelled_rows(rows_of(hashes(3), 2, labels), CLASSES, "cache").tolist() == [True, False, True]
     with pytest.raises(TrainingError, match="no row has one"):
-        labelled_rows(rows_of(hashes(3), 2, np.full(3, np.nan)), "cache")
+        labelled_rows(rows_of(hashes(3), 2, np.full(3, np.nan)), CLASSES, "cache")
