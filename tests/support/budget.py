@@ -49,6 +49,8 @@ BUDGET = {
     "tests/training/test_remote.py": 12.0,
     "tests/training/test_distributed.py": 18.0,
     "tests/training/test_spans.py": 12.0,
+    "tests/training/test_words.py": 10.0,
+    "tests/training/test_several_labels.py": 10.0,
     "tests/cache/transforms/test_transforms.py": 12.0,
 }
 
