@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from pipeline.cache.writing.build import missing
 from pipeline.cache.writing.claims import Claims
@@ -107,6 +108,8 @@ def _work(work: Work, config: Config, connection: Connection, threads: int, is_f
     """A worker's life. It ends with its parent, in the middle of a shard too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Bars of the libraries would share a lock between processes, whose semaphore Python calls leaked when the worker is stopped.
+    tqdm.set_lock(threading.RLock())
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     set_level("warning" if level == "info" else level)  # information that is the same for all is not repeated
     quiet_libraries()
