@@ -967,7 +967,7 @@ class Predictions:
     row_text_bytes: np.ndarray
     """(R,) int64."""
     label_names: tuple[str, ...] | None = None
-    """Of the classes, where they have names."""
+    """Of the classes, or of the positions of every row, where they have names."""
 
 
 @dataclass(frozen=True, slots=True)

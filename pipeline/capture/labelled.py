@@ -39,7 +39,7 @@ class LabelledRow:
     """(T,) bool, token tasks. Default: every position, of language models but the last."""
     label: int | None = None
     labels: Sequence[int] | np.ndarray | None = None
-    """(N,) token classification: of each position, -100 where there is none. Default: none anywhere."""
+    """(N,) token classification and several labels at once: of each position, -100 where there is none. Default: none anywhere."""
     words: Sequence[str] | None = None
     """(N,) token classification: the words of the positions, which are stored with `store_text`."""
     text: str | None = None

@@ -344,11 +344,7 @@ def _single(value: object) -> Sequence[object]:
     """The labels of a row: one, or those of its words. Those of spans are names, whatever their order, and are read with the text."""
     if not isinstance(value, list):
         return [value]
-    return (
-        []
-        if any(isinstance(each, dict | bool | float) for each in value)
-        else [each for each in value if each != NO_LABEL]
-    )
+    return [] if any(isinstance(each, dict) for each in value) else [each for each in value if each != NO_LABEL]
 
 
 def _sample(rows: Sequence[_Row], size: int) -> list[_Row]:

@@ -215,7 +215,8 @@ class _Comparison:
         ours, theirs = metrics[main], self.teacher.metrics[main]
         scores, weights = self._row_scores(found)
         teacher_scores, teacher_weights = self._row_scores(self.predictions)
-        each = (weights > 0) | (teacher_weights > 0)
+        alike = self.basis.in_bytes or np.array_equal(weights, teacher_weights)  # then a row counts alike for both
+        each = weights > 0 if alike else (weights > 0) | (teacher_weights > 0)
         higher = self.basis.higher_is_better
         return dataclasses.replace(
             line,
@@ -224,7 +225,7 @@ class _Comparison:
             retention_interval=bootstrap_ratio(
                 scores[each],
                 teacher_scores[each],
-                of=None if np.array_equal(weights, teacher_weights) else (weights[each], teacher_weights[each]),
+                of=None if alike else (weights[each], teacher_weights[each]),
                 seed=self.seed,
                 inverse=not higher,
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.cache.views.units import unit_of
+from pipeline.cache.views.units import position_name
 from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
@@ -25,8 +25,8 @@ _MEANING = {
 
 #: What metrics mean where positions are words, or labels.
 OF_UNIT = {
-    "words": {"accuracy": "share of words with the right class"},
-    "labels": {
+    "word": {"accuracy": "share of words with the right class"},
+    "label": {
         "f1": "of all labels together (micro): harmonic mean of precision and recall",
         "macro_f1": "F1, the mean over labels",
         "average_precision": "area under precision over recall, the mean over labels",
@@ -43,9 +43,9 @@ def format_table(report: EvaluationReport) -> str:
     header = ["", "parameters", "size", *metrics, "agreement", "KL", *kept]
     lines = [header, *(_cells(line, metrics)[: len(header)] for line in (report.teacher, *report.students))]
     table = "\n".join(aligned(lines))
-    kind = unit_of(get_task(report.task))
-    unit = {"words": "word", "labels": "label"}.get(kind, "position")
-    meaning = {**_MEANING, **OF_UNIT.get(kind, {})}
+    task = get_task(report.task)
+    unit = position_name(task)
+    meaning = {**_MEANING, **OF_UNIT.get(unit, {})}
     notes = [f"{name}: {meaning[name]}" for name in metrics if name in meaning]
     notes += [
         "size: the teacher's parameters over the model's",

@@ -31,41 +31,17 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
-    elif task.names == "positions":
-        yield from score_labels(
-            task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows
-        )
-    elif task.label_source == "positions":
+    elif task.marks_positions:
         yield from label_words(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     else:
         yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
 
 
-def score_labels(
-    task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int, batch_size: int
-) -> Iterator[TextPrediction]:
-    """The `top` likeliest of several labels of each text, each with the probability that the text has it.
-
-    Args:
-        max_length: tokens; longer texts are cut.
-    """
-    names = class_names(loaded.model)
-    for start in range(0, len(texts), batch_size):
-        chunk = texts[start : start + batch_size]
-        shares = _probabilities(task, loaded, chunk, max_length)[:, 1].view(len(chunk), len(names))
-        found = shares.topk(min(top, len(names)))
-        for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
-            yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
-
-
-def _probabilities(task: Task, loaded: LoadedModel, texts: Sequence[str], max_length: int) -> Tensor:
-    """(N, V) at all positions of the texts."""
+def _probabilities(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -> Tensor:
+    """(N, V) at all positions of the rows."""
     model: Any = loaded.model
-    examples = [Example(source_row=i, text=text) for i, text in enumerate(texts)]
-    rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
-    tokens = [row for row in rows if isinstance(row, TokenizedExample)]
-    check_ids(embedding_rows(model), tokens, loaded.tokenizer, loaded.name)
-    inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer, model))
+    check_ids(embedding_rows(model), rows, loaded.tokenizer, loaded.name)
+    inputs, supervised = task.collate(rows, pad_id(loaded.tokenizer, model))
     placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with torch.inference_mode():
         return torch.softmax(task.gather_logits(model, placed, supervised).float(), -1)
@@ -74,7 +50,7 @@ def _probabilities(task: Task, loaded: LoadedModel, texts: Sequence[str], max_le
 def classify(
     task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int, batch_size: int
 ) -> Iterator[TextPrediction]:
-    """The `top` most likely labels of each text with their probabilities, as an evaluation computes them.
+    """The `top` most likely labels of each text with their probabilities, as an evaluation computes them; of several labels at once each has its own.
 
     Args:
         max_length: tokens; longer texts are cut.
@@ -82,12 +58,16 @@ def classify(
     Raises:
         ModelError: the model does not choose one of several labels.
     """
-    model: Any = loaded.model
-    count = task.num_classes(model, loaded.tokenizer)
-    names = [str(model.config.id2label[i]) for i in range(count)]
+    task.num_classes(loaded.model, loaded.tokenizer)  # it has labels to choose from
+    names = class_names(loaded.model)
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
-        found = _probabilities(task, loaded, chunk, max_length).topk(min(top, count))
+        examples = [Example(source_row=i, text=text) for i, text in enumerate(chunk)]
+        rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
+        shares = _probabilities(task, loaded, [row for row in rows if isinstance(row, TokenizedExample)])
+        if task.names == "positions":  # of each label by itself, that the text has it
+            shares = shares[:, 1].view(len(chunk), len(names))
+        found = shares.topk(min(top, len(names)))
         for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
             yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
 
@@ -104,8 +84,8 @@ def label_words(
         ModelError: the model does not choose one of several labels.
         SourceError: a text without a word that can be read.
     """
-    model: Any = loaded.model
-    names = [str(model.config.id2label[i]) for i in range(task.num_classes(model, loaded.tokenizer))]
+    task.num_classes(loaded.model, loaded.tokenizer)
+    names = class_names(loaded.model)
     num_cut = lost_tokens = 0
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
@@ -119,11 +99,7 @@ def label_words(
             tokens.append(row)
             num_cut += bool(row.cut)
             lost_tokens += sum(cut.tokens for cut in row.cut)
-        check_ids(embedding_rows(model), tokens, loaded.tokenizer, loaded.name)
-        inputs, supervised = task.collate(tokens, pad_id(loaded.tokenizer, model))
-        placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        with torch.inference_mode():
-            found = torch.softmax(task.gather_logits(model, placed, supervised).float(), -1).max(-1)
+        found = _probabilities(task, loaded, tokens).max(-1)
         answers = zip(found.values.tolist(), found.indices.tolist(), strict=True)
         for text, row in zip(chunk, tokens, strict=True):
             said = [(word, *next(answers)) for word in row.words or ()]

@@ -77,7 +77,7 @@ def flags(labels: LabelMap, value: object, split: str, row: int) -> tuple[int, .
         BadRowError: a label twice; not as many booleans or floats as there are classes, or one that is neither 0 nor 1.
         SourceError: a label that is no class.
     """
-    count = len(labels.names.ids)
+    count = 1 + max(labels.names.ids.values())  # two classes may have one name
     if value is None or value is UNREADABLE:
         return (NO_LABEL,) * count
     if not isinstance(value, list):

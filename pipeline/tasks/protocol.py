@@ -53,7 +53,7 @@ class Task(Protocol):
 
     @property
     def marks_positions(self) -> bool:
-        """Whether a row marks which of its tokens have soft labels; else it has one position."""
+        """Whether a row marks which of its tokens have soft labels; else it has one position, or one for each label name."""
 
     @property
     def label_source(self) -> LabelSource:

@@ -18,7 +18,7 @@ from transformers.modelcard import TASK_MAPPING
 from pipeline.cache import Cache
 from pipeline.models import LoadedModel, public_name
 from pipeline.records import Encoding, Loss, ModelInfo, SourceInfo, TrainResult
-from pipeline.tasks import get_task
+from pipeline.tasks import Task, get_task
 from pipeline.training.divergences import MIXTURE
 from pipeline.training.spans import span_temperature
 
@@ -137,7 +137,7 @@ def make_card(
         steps=result.steps,
         learning_rate=result.learning_rate,
         seed=result.seed,
-        metrics=_metrics(result),
+        metrics=_metrics(result, get_task(contract.task)),
         cut="cut them, as above" if "{max_length}" in template else "split them",
         usage=template.format(tag=tag, folder=folder, max_length=result.max_length),
         licences="\n".join(f"| {what} | {licence} |" for what, licence in licences.items()),
@@ -254,11 +254,13 @@ def _encoding(encoding: Encoding) -> str:
     return ", ".join([encoding.kind, *(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())])
 
 
-def _metrics(result: TrainResult) -> str:
+def _metrics(result: TrainResult, task: Task) -> str:
     if not result.metrics:
         return "It was not measured in training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
     lines = "".join(f"| {name} | {value:.4f} |\n" for name, value in result.metrics.items())
-    if "f1" in result.metrics:
+    if task.names == "positions":
+        lines += "\n`f1` is of all labels together (micro), `macro_f1` and `average_precision` are means over labels, `accuracy` is of single labels.\n"
+    elif "f1" in result.metrics:
         lines += "\n`f1`, `precision` and `recall` are of entities, right where label and both ends are (without a class `O`: of words), `accuracy` is of words.\n"
     if result.own_tokenizer is not None:
         lines += (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForTokenClassification, set_seed
+from transformers import AutoModelForTokenClassification
 
 import pipeline as softlabel
 from pipeline.cache import Cache, verify
@@ -19,37 +19,20 @@ from pipeline.cache.transforms.filter import filter_rows
 from pipeline.cache.transforms.merge import merge
 from pipeline.capture.labelled import LabelledRow
 from pipeline.capture.write import write_cache
-from pipeline.config import DataConfig, TrainStudentConfig, TrainTeacherConfig
+from pipeline.config import DataConfig, TrainTeacherConfig
 from pipeline.errors import BadRowError, ContractError, MisuseError, ModelError, SourceError, TrainingError
 from pipeline.evaluation import evaluate
 from pipeline.models import load_model
 from pipeline.records import NO_LABEL, Columns, Full, Tokenization, TopK
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator
-from pipeline.training.run import run
 from pipeline.training.teacher import run as train_teacher
-from tests.conftest import TINY
 from tests.support.entities import TAGS, entities, sentences
 from tests.support.once import once
+from tests.support.teaching import pretrained, train, write
 
 TASK = "token-classification"
 WORDS = Columns(text=None, words="tokens", label="ner_tags")
-
-
-def pretrained(path: Path, tokenizer: Any, seed: int = 0, **overrides: Any) -> Path:
-    """An encoder without a head for the task."""
-    set_seed(seed)
-    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), pad_token_id=0, **{**TINY["bert"], **overrides})
-    AutoModelForMaskedLM.from_config(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def write(folder: Path, rows: DatasetDict) -> Path:
-    folder.mkdir(exist_ok=True)
-    for split, part in rows.items():
-        part.to_json(folder / f"{split}.jsonl")
-    return folder
 
 
 @pytest.fixture
@@ -87,11 +70,6 @@ def cache(tmp_path, teacher) -> Cache:
 
     once((__name__, "cache"), make, tmp_path)
     return Cache.open(tmp_path / "cache")
-
-
-def train(cache: Cache, student: Path, output: Path, **settings: Any) -> Any:
-    settings = {"max_steps": 120, "batch_size": 16, "learning_rate": 4e-3, "early_stopping": 0, **settings}
-    return run(TrainStudentConfig(cache=(str(cache.root),), student=str(student), output=str(output), **settings))
 
 
 def test_cached_values_are_the_models(cache, teacher):
@@ -275,10 +253,11 @@ def test_texts_with_spans_make_the_same_cache_as_words(tmp_path, teacher, cache)
         assert all(a.content_hash == b.content_hash and a.example.words == b.example.words for a, b in pairs)
 
 
-def test_numbers_in_another_order_than_the_teachers_are_refused(tmp_path, teacher):
-    """Integers without names: the data counts O first, the teacher's head has it last."""
+@pytest.mark.parametrize("kind", [int, float])
+def test_numbers_in_another_order_than_the_teachers_are_refused(tmp_path, teacher, kind):
+    """Numbers without names, floats where some tool had nulls: the data counts O first, the teacher's head has it last."""
     rows = entities(2, 300)
-    rows["ner_tags"] = [[TAGS.index(tag) for tag in tags] for tags in rows["ner_tags"]]
+    rows["ner_tags"] = [[kind(TAGS.index(tag)) for tag in tags] for tags in rows["ner_tags"]]
     with pytest.raises(
         SourceError, match=r"are in another order than the teacher's: of .* words it predicts the label of"
     ):
@@ -306,6 +285,8 @@ def test_models_with_another_head_are_refused(tmp_path, teacher, bert_tokenizer)
 def test_an_adapter_has_its_new_head(tmp_path, cache, bert_tokenizer):
     pytest.importorskip("peft")
     start = pretrained(tmp_path / "start", bert_tokenizer)
-    train(cache, start, tmp_path / "student", lora_r=4, lora_target=("query", "value"), max_steps=60)
+    train(
+        cache, start, tmp_path / "student", lora_r=4, lora_target=("query", "value"), max_steps=200, learning_rate=1e-2
+    )
     found = evaluate(cache, {"student": tmp_path / "student"}).students[0]
-    assert found.agreement > 0.5
+    assert found.agreement > 0.85  # 0.7 is that of the largest class

@@ -47,10 +47,13 @@ def _of_contract(contract: Contract) -> Iterator[str]:
     if not 2 <= classes <= _MOST_CLASSES:
         yield f"num_classes: expected 2 to {_MOST_CLASSES}, found {classes}"
     names = contract.label_names
-    if (names is not None) != (task.names is not None) or (
-        names is not None and task.names == "classes" and len(names) != classes
-    ):
-        yield f"label_names: expected {classes if task.names is not None else 'none'}, found {names if names is None else len(names)}"
+    if task.names == "positions":
+        if classes != 2:
+            yield f"num_classes: expected 2, as a label of several has, found {classes}"
+        if not names or len(names) > _MOST_CLASSES:
+            yield f"label_names: expected 1 to {_MOST_CLASSES}, found {names if names is None else len(names)}"
+    elif (None if names is None else len(names)) != (None if task.names is None else classes):
+        yield f"label_names: expected {'none' if task.names is None else classes}, found {names if names is None else len(names)}"
     vocabulary = contract.tokenizer.vocabulary_size
     if not 1 <= vocabulary <= _MOST_CLASSES:
         yield f"tokenizer.vocabulary_size: expected 1 to {_MOST_CLASSES}, found {vocabulary}"

@@ -36,7 +36,7 @@ def cache_schema(
 
     Args:
         labels: where hard labels come from: `row` has the column `label`, `positions` has `position_labels`, `tokens` has `text_bytes` of what is predicted.
-        marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position.
+        marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position, or one for each label name.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
 

@@ -19,6 +19,11 @@ def unit_of(task: Task) -> Unit:
     return "positions" if task.marks_positions else "rows"
 
 
+def position_name(task: Task) -> str:
+    """One position, where what it is of is told: `word`, `label` or `position`."""
+    return {"words": "word", "labels": "label"}.get(unit_of(task), "position")
+
+
 def classes_of(contract: Contract) -> tuple[str, ...] | None:
     """The names of the classes of a position; None: they are tokens."""
     return ("no", "yes") if get_task(contract.task).names == "positions" else contract.label_names

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.cache.format.codec import labelled_positions_of, positions_of, text_bytes_of, unpack_soft
-from pipeline.cache.views.units import unit_of
+from pipeline.cache.views.units import position_name
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.run import predictions_of_teacher
 from pipeline.models import LoadedModel
@@ -114,7 +114,7 @@ def position_kl_is_known(contract: Contract) -> bool:
 def divergence_note(contract: Contract) -> str:
     """What KL and JS mean with an encoding, for readers."""
     encoding = contract.encoding
-    unit = {"words": "word", "labels": "label"}.get(unit_of(get_task(contract.task)), "position")
+    unit = position_name(get_task(contract.task))
     at = f"at temperature {served_temperature(encoding):g}, nats a {unit}"
     if isinstance(encoding, Full):
         return f"KL(teacher, model) and Jensen-Shannon divergence {at}, over all classes."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.cache.views.units import unit_of
+from pipeline.cache.views.units import position_name
 from pipeline.evaluation.measures.determinants import QUESTIONS
 from pipeline.evaluation.records import Measured, Quality, Report, TeacherLine
 from pipeline.evaluation.report.cost_section import cost_section
@@ -42,7 +42,7 @@ def quality_table(report: Report) -> Table:
     header = ("", "parameters", "seeds", main, "retention", *metrics)
     rows = [_teacher_row(line, main, metrics) for line in report.teachers]
     rows += [_quality_row(report, line, main, metrics) for line in report.quality]
-    meaning = {**MEANING, **OF_UNIT.get(unit_of(get_task(report.task)), {})}
+    meaning = {**MEANING, **OF_UNIT.get(position_name(get_task(report.task)), {})}
     notes = [f"{name}: {meaning[name]}" for name in (main, *metrics) if name in meaning]
     kind = "over" if report.higher_is_better else "under"
     notes.append(f"retention: {main} {kind} the teacher's, in percent")
@@ -55,8 +55,7 @@ def quality_table(report: Report) -> Table:
 
 def unit(report: Report) -> str:
     """What the positions of a report are."""
-    found = unit_of(get_task(report.task))
-    return "positions" if found == "rows" else found
+    return f"{position_name(get_task(report.task))}s"
 
 
 def _of_intervals(report: Report) -> str:
@@ -173,7 +172,7 @@ def _untested(report: Report) -> tuple[str, ...]:
     if not metrics or report.tokenizer_notes:
         return ()
     return (
-        f"none: the models' {' and '.join(metrics)} are shares of different numbers of predicted entities, so that no sum over rows can be tested; see the interval",
+        f"none: the models' {' and '.join(metrics)} are shares of different numbers of predictions, so that no sum over rows can be tested; see the interval",
     )
 
 
