@@ -6,7 +6,8 @@
 Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V classes, G temperatures.
 
 A position's target is one distribution over V classes. Several independent ones (labels of which a text may have none or
-all) are several positions of two classes.
+all) are several positions of two classes. A score is a position of one class, V = 1, whose logit is the score itself, in
+the unit of the data.
 
 Row n of a `SoftLabels` is the prediction *made at* supervised position n. A sequence classifier makes one per example.
 A causal language model makes one per supervised token position t, and it predicts token t + 1: the hard label of
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # records are read by `--help`, which must not wait for torch
     import pyarrow as pa
     from torch import Tensor
 
-#: What the losses and `transformers` skip: a position without a hard label.
+#: What the losses and `transformers` skip: a position without a hard label. Where labels are scores, nan is.
 NO_LABEL = -100
 
 Scalar = str | int | float | bool | None
@@ -41,6 +42,12 @@ AssistantTurns = Literal["auto", "all", "each", "last"]
 
 #: Where hard labels come from: a value of the source for each row, or for each position; or the tokens of the row themselves.
 LabelSource = Literal["row", "positions", "tokens"]
+
+#: What the label column of a data set holds: one class a row (of words one a word), the classes that a row has, or scores.
+LabelColumn = Literal["class", "classes", "scores"]
+
+#: What a position's target is: a distribution over classes, or one number.
+TargetKind = Literal["distribution", "score"]
 
 #: What the label names of a cache are of: the classes of every position, or the positions of every row, of which each is one label that is there or not.
 LabelNames = Literal["classes", "positions"]
@@ -68,6 +75,8 @@ class Columns:
     labels: str | None = None
     label: str | None = "label"
     keep: tuple[str, ...] = ()
+    group: str | None = None
+    """Whose rows are compared with each other: the query of some documents. It is kept too. Manifests leave it out where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,8 @@ class Example:
     label: int | None = None
     flags: tuple[int, ...] | None = None
     """Several labels at once: 1 for each of the model's labels that the row has, 0 for the others, -100 where it is not known."""
+    scores: tuple[float, ...] | None = None
+    """One for each of the model's outputs, nan where it is not known."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
 
 
@@ -148,7 +159,7 @@ class TokenizedExample:
     token_type_ids: np.ndarray | None = None
     label: int | None = None
     labels: np.ndarray | None = None
-    """(N,) int32: the hard label of each supervised position, -100 where there is none; None: the task has none by position."""
+    """(N,) int32: the hard label of each supervised position, -100 where there is none; of scores float32, nan where there is none. None: the task has none by position."""
     words: tuple[str, ...] | None = None
     """(N,) the words that the supervised positions are the beginnings of."""
     text: str | None = None
@@ -215,7 +226,13 @@ class TokenBlock:
     label: np.ndarray | None = None
     """(R,) int64, -100 where there is none; None: the task has no label a row."""
     labels: Ragged | None = None
-    """One a supervised position, -100 where there is none; None: the task has none by position."""
+    """One a supervised position, -100 (of scores nan) where there is none; None: the task has none by position."""
+
+
+def is_known(labels: Any) -> Any:
+    """(N,) hard labels, a NumPy array or a tensor -> (N,) bool: which of them are known; class ids but -100, scores but nan."""
+    is_float = labels.dtype.kind == "f" if isinstance(labels, np.ndarray) else labels.is_floating_point()
+    return labels == labels if is_float else labels != NO_LABEL
 
 
 # ---------------------------------------------------------------------------------------------------- soft labels
@@ -281,7 +298,14 @@ def top_steps(sample_size: float) -> int:
 _MOST_STEPS = 65_535
 
 
-Encoding = Full | TopK | TopP | Sampled
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The score of every position as the teacher gives it: no distribution, and nothing to leave out."""
+
+    kind: Literal["score"] = "score"
+
+
+Encoding = Full | TopK | TopP | Sampled | Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +319,7 @@ class SoftLabels:
     top_ids: Tensor
     """(sum K,) int64, by falling probability (`full`: by id)."""
     top_logprobs: Tensor
-    """(sum K,) float32, nats, of softmax(z), or of softmax(z / T) for `sampled`; there, once narrow, of a whole number of 1/steps, which may be 0."""
+    """(sum K,) float32, nats, of softmax(z), or of softmax(z / T) for `sampled`; there, once narrow, of a whole number of 1/steps, which may be 0. `score`: the score."""
     tail_offsets: Tensor
     """(N + 1,) int64."""
     tail_ids: Tensor
@@ -312,7 +336,7 @@ class TeacherScores:
     """What the full logits say and the kept classes do not, per position, nats."""
 
     nll: Tensor
-    """(N,) float32, -log softmax(z)[hard label]; 0 where there is no hard label."""
+    """(N,) float32, -log softmax(z)[hard label], of scores the squared error; 0 where there is no hard label."""
     entropy: Tensor
     """(N,) float32, of the distribution whose log-probabilities are kept (T = 1, or the T of `sampled`)."""
 
@@ -327,11 +351,15 @@ class Target:
     ids: Tensor
     """(sum K,) int64."""
     weights: Tensor
-    """(sum K,) float: probabilities, or unbiased estimates of them (then they need not sum to 1)."""
+    """(sum K,) float: probabilities, or unbiased estimates of them (then they need not sum to 1); `score`: the scores."""
     log_residual: Tensor | None
     """(N,) float, log of the teacher's mass outside `ids`; None: there is none to match."""
     negative_entropy: Tensor
     """(N,) float, nats: sum_i q_i log q_i of each position, which turns a cross-entropy into a KL (`sampled`: the mean over the row)."""
+    unit: Tensor | None = None
+    """(N,) float, scores alone: the standard deviation of the teacher's scores of the position's output, in which differences are taken."""
+    group: Tensor | None = None
+    """(N,) int64, scores alone: which positions are compared with each other; None: the data names no groups."""
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -615,6 +643,26 @@ class BadRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """Of some numbers."""
+
+    count: int
+    mean: float
+    deviation: float
+    """Sum of the squared distances from the mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Mean and standard deviation of some scores, by output: what they are learnt in."""
+
+    mean: np.ndarray
+    """(outputs,) float32."""
+    std: np.ndarray
+    """(outputs,) float32, above 0: 1 where the scores do not vary."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One line of the shard table."""
 
@@ -629,6 +677,8 @@ class Shard:
     """Rows of each row group."""
     footer_sha256: str = ""
     """Of what Parquet says of columns and pages, which its page checksums do not cover: checked whenever a shard is opened."""
+    moments: tuple[Moments, ...] = ()
+    """Of the teacher's scores, one for each output, from which students take their unit. Manifests leave it out where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -735,7 +785,17 @@ class Manifest:
 
 # ---------------------------------------------------------------------------------------------- cache -> student
 
-Divergence = Literal["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "total-variation", "logit-mse"]
+Divergence = Literal[
+    "forward-kl",
+    "reverse-kl",
+    "jensen-shannon",
+    "skewed-kl",
+    "total-variation",
+    "logit-mse",
+    "mse",
+    "margin-mse",
+    "listwise-kl",
+]
 Schedule = Literal["constant", "linear", "cosine", "warmup-stable-decay"]
 PositionWeights = Literal["equal", "certainty", "uncertainty"]
 
@@ -843,7 +903,7 @@ class StudentBatch:
     supervised: Tensor | None
     """(B, T) bool: where the N positions are. None: one position a row."""
     labels: Tensor
-    """(N,) int64 hard labels, -100 where there is none."""
+    """(N,) int64 hard labels, -100 where there is none; of scores float32, nan where there is none."""
     target: Target
     weights: Tensor
     """(N,) float: how much each position counts; 0 for the rows that fill up the last step of several ranks."""
@@ -852,7 +912,7 @@ class StudentBatch:
     source_rows: Tensor
     """(B,) int64: which rows of the source these are, for messages."""
     teacher_predicted: Tensor | None = None
-    """(N,) int64, for evaluation: the teacher's most likely class."""
+    """(N,) int64, for evaluation: the teacher's most likely class; of scores float32, its score."""
     text_bytes: Tensor | None = None
     """(B,) int64, for evaluation: of the rows that count."""
     num_positions: Tensor | None = None
@@ -951,17 +1011,17 @@ class Predictions:
     """What one model predicted at N positions, and what the teacher and the truth say there."""
 
     labels: np.ndarray
-    """(N,) int64, -100 where unknown."""
+    """(N,) int64, -100 where unknown; of scores float, nan where unknown."""
     predicted: np.ndarray
-    """(N,) int64, the argmax."""
+    """(N,) int64, the argmax; of scores float, the score."""
     confidence: np.ndarray
-    """(N,) float64, the probability of the argmax."""
+    """(N,) float64, the probability of the argmax; of scores nan."""
     nll: np.ndarray
-    """(N,) float64, nats; nan where there is no label."""
+    """(N,) float64, nats, of scores the squared error; nan where there is no label."""
     teacher_predicted: np.ndarray
-    """(N,) int64."""
+    """(N,) int64, of scores float."""
     rows: np.ndarray
-    """(N,) int64: the row of the split that each position belongs to. Intervals resample rows, since positions of one row depend on each other."""
+    """(N,) int64: the row of the split that each position belongs to, or the group of rows. Intervals resample them, since positions of one row depend on each other."""
     row_kl: np.ndarray
     """(R,) float64: the sum over the row's positions of KL(teacher || model), nats."""
     row_text_bytes: np.ndarray
@@ -1042,3 +1102,5 @@ class TextPrediction:
     """Language models: how they go on."""
     words: tuple[WordPrediction, ...] = ()
     """Token classifiers: every word that the model has read."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Models of scores: what each output gives."""

@@ -76,7 +76,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "training": [
-        {"settings", "batches", "checkpoints", "divergences", "schedule", "spans", "stopping", "student"},
+        {"settings", "batches", "checkpoints", "divergences", "schedule", "scores", "spans", "stopping", "student"},
         {"losses", "card", "recipe"},
         {"fused"},
         {"forward"},

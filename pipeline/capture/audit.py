@@ -26,7 +26,15 @@ from pipeline.config import AuditConfig
 from pipeline.errors import ContractError, MisuseError
 from pipeline.models import LoadedModel, load_model, model_info, tokenizer_info
 from pipeline.progress import Progress
-from pipeline.records import NO_LABEL, CachedExample, Contract, Encoding, Full, Sampled
+from pipeline.records import (
+    NO_LABEL,
+    CachedExample,
+    Contract,
+    Encoding,
+    Full,
+    Sampled,
+    Score,
+)
 from pipeline.softlabels.ragged import owners
 from pipeline.tasks import Task, get_task
 
@@ -244,6 +252,15 @@ class _Marks:
 
     def add(self, row: CachedExample, together: Tensor, alone: Tensor, labels: Tensor) -> None:
         """One row: its soft labels, and the (N, V) logits of two passes of the teacher."""
+        if isinstance(self.encoding, Score):
+            stored = row.soft.top_logprobs
+            self._mark(
+                "scores, the worst of a row",
+                (stored - together[:, 0]).abs().max(),
+                (together - alone).abs().max(),
+                2.0**-20 * float(stored.abs().max()) + 1e-6,
+            )
+            return
         temperature = self.encoding.temperature if isinstance(self.encoding, Sampled) else 1.0
         one, two = (torch.log_softmax(logits / temperature, -1) for logits in (together, alone))
         soft = row.soft

@@ -43,9 +43,10 @@ from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
 from pipeline.models import LoadedModel, length_within, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.models.saved import trained_length
-from pipeline.records import Contract, Encoding, Full, SourceInfo, Tokenization
+from pipeline.records import Contract, Encoding, Full, Score, SourceInfo, Tokenization
 from pipeline.sources import (
     LabelMap,
+    ScoreColumn,
     Source,
     holds_chats,
     is_of_files,
@@ -65,7 +66,7 @@ class Job:
 
     task: Task
     source: Source
-    labels: LabelMap | None
+    labels: LabelMap | ScoreColumn | None
     teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
@@ -280,6 +281,7 @@ def make_job(
     )
     tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
+    _check_encoding(task, encoding)
     _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
     label_names = teacher.label_names
     schema = cache_schema(
@@ -302,11 +304,12 @@ def make_job(
     found_in_source = survey(source, ranges, by_contents=by_contents)
     row_groups = {} if by_contents else source.row_groups
     labels = _label_map(task, source, label_names, label_map)
-    compare = partial(check_class_order, task, source, labels, teacher, encoding, tokenization)
+    of_classes = labels if isinstance(labels, LabelMap) else None
+    compare = partial(check_class_order, task, source, of_classes, teacher, encoding, tokenization)
     info = teacher.info
     # Whoever makes the plan looks, before it is written; those who join or resume need not.
     if begun is None and info.judge is not None:
-        tried = partial(try_judge, task, source, labels, teacher, encoding, tokenization)
+        tried = partial(try_judge, task, source, of_classes, teacher, encoding, tokenization)
         tried(ranges, batch_tokens or task.default_batch_tokens, compare_order=not label_map)
     elif not label_map and begun is None:
         compare(ranges, batch_tokens or task.default_batch_tokens)
@@ -370,6 +373,13 @@ def make_job(
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
 
 
+def _check_encoding(task: Task, encoding: Encoding) -> None:
+    if (task.target == "score") != isinstance(encoding, Score):
+        raise MisuseError(
+            f"--encoding {encoding.kind}: is for {'scores' if isinstance(encoding, Score) else 'distributions'}, and --task {task.name} has others; leave it out"
+        )
+
+
 def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_length: int) -> None:
     if isinstance(encoding, Full) and full_row_is_too_large(task, num_classes, max_length):
         raise MisuseError(
@@ -378,7 +388,9 @@ def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_lengt
         )
 
 
-def _label_map(task: Task, source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]) -> LabelMap | None:
+def _label_map(
+    task: Task, source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]
+) -> LabelMap | ScoreColumn | None:
     """How the data's labels become classes; None where classes are tokens.
 
     Raises:
@@ -394,4 +406,6 @@ def _label_map(task: Task, source: Source, names: tuple[str, ...] | None, label_
             "%s: no label column, found %s: the cache will have no hard labels for the teacher's classes (%s); if the data has some, name them with --label-column",
             *(source.name, ", ".join(found), ", ".join(names[:5])),
         )
+    if task.target == "score":
+        return ScoreColumn.of(source, len(names), label_map)
     return LabelMap.for_names(source, names, label_map, several=task.names == "positions")

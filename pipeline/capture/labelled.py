@@ -16,9 +16,11 @@ from pipeline.records import (
     Encoding,
     Sampled,
     Scalar,
+    Score,
     SoftLabels,
     TeacherScores,
     TokenizedExample,
+    is_known,
 )
 from pipeline.softlabels.ragged import owners
 from pipeline.sources.words import read_words
@@ -38,8 +40,8 @@ class LabelledRow:
     supervised: Sequence[bool] | np.ndarray | None = None
     """(T,) bool, token tasks. Default: every position, of language models but the last."""
     label: int | None = None
-    labels: Sequence[int] | np.ndarray | None = None
-    """(N,) token classification and several labels at once: of each position, -100 where there is none. Default: none anywhere."""
+    labels: Sequence[int] | Sequence[float] | np.ndarray | None = None
+    """(N,) token classification and several labels at once: of each position, -100 where there is none; scores: of each output, nan where there is none. Default: none anywhere."""
     words: Sequence[str] | None = None
     """(N,) token classification: the words of the positions, which are stored with `store_text`."""
     text: str | None = None
@@ -73,7 +75,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
                 f"row {number}: supervised: expected {len(ids)} flags, one or more of them set{' and the last not' if last else ''}"
             )
     if task.label_source == "positions":
-        labels = _labels_of(row, number, num_names if supervised is None else int(supervised.sum()))
+        labels = _labels_of(task, row, number, num_names if supervised is None else int(supervised.sum()))
     return TokenizedExample(
         source_row=number,
         piece=0,
@@ -91,12 +93,28 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
     )
 
 
-def _labels_of(row: LabelledRow, number: int, count: int) -> np.ndarray:
-    """(N,) int32: the labels; the words are looked at too.
+def _scores_of(row: LabelledRow, number: int, count: int) -> np.ndarray:
+    """(N,) float32, nan where there is none.
+
+    Raises:
+        BadRowError: no numbers, or not one for each output.
+    """
+    labels = np.full(count, np.nan) if row.labels is None else np.asarray(row.labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iuf":
+        raise BadRowError(f"row {number}: labels: expected scores, found {str(row.labels)[:80]}")
+    if len(labels) != count:
+        raise BadRowError(f"row {number}: labels: expected {count}, one for each output, found {len(labels)}")
+    return labels.astype(np.float32)
+
+
+def _labels_of(task: Task, row: LabelledRow, number: int, count: int) -> np.ndarray:
+    """(N,) int32, or scores as float32: the labels; the words are looked at too.
 
     Raises:
         BadRowError: not one a position, labels that are no class ids, or words that are no text.
     """
+    if task.target == "score":
+        return _scores_of(row, number, count)
     labels = np.full(count, NO_LABEL) if row.labels is None else np.asarray(row.labels)
     whole = labels.ndim == 1 and (labels.dtype.kind in "iu" or not len(labels))
     if not whole or np.abs(labels.astype(np.float64)).max(initial=0) > np.iinfo(np.int32).max:
@@ -121,7 +139,10 @@ def check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contra
     fine = bool(ids.counts.all()) and ids.values.min() >= 0 and ids.values.max() < limit
     _check(number, fine, f"token ids of 0 to {limit - 1}", ids.values[:8].tolist())
     labels = task.hard_labels(tokens)
-    known = labels[labels != NO_LABEL]
+    known = labels[is_known(labels)]
+    if task.target == "score":
+        _check(number, bool(np.isfinite(known).all()), "finite labels", known[:8].tolist())
+        return
     fine = not len(known) or (known.min() >= 0 and known.max() < contract.num_classes)
     _check(number, fine, f"labels of 0 to {contract.num_classes - 1}", known[:8].tolist())
 
@@ -149,7 +170,10 @@ def ready_of(row: LabelledRow, example: TokenizedExample, contract: Contract) ->
 
 
 def scores_of(rows: Sequence[LabelledRow], soft: SoftLabels, labels: Tensor, counts: Sequence[int]) -> TeacherScores:
-    """Those given, and else what the kept classes say: nan where the hard label is not among them; the entropy is not known."""
+    """Those given, and else what the kept classes say: nan where the hard label is not among them; the entropy is not known. Of scores their errors."""
+    if isinstance(soft.encoding, Score):
+        errors = (soft.top_logprobs - labels).square().nan_to_num(nan=0.0)
+        return TeacherScores(errors, torch.zeros_like(errors))
     owner = owners(soft.top_offsets)
     nll = torch.full((len(soft),), torch.nan)
     hit = soft.top_ids == labels[owner]

@@ -12,7 +12,16 @@ import pyarrow as pa
 
 from pipeline.cache.format.codec import COLUMNS
 from pipeline.errors import MisuseError, SourceError
-from pipeline.records import Columns, Encoding, Full, Sampled, ShardPlan, Tokenization, TopK
+from pipeline.records import (
+    Columns,
+    Encoding,
+    Full,
+    Sampled,
+    Score,
+    ShardPlan,
+    Tokenization,
+    TopK,
+)
 from pipeline.sources import Source
 from pipeline.sources.files.joined import parts_of
 from pipeline.tasks import Task
@@ -84,6 +93,8 @@ def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: 
     """Source rows whose shard stays around 128 MB, at a guess from above of the bytes a position."""
     if isinstance(encoding, Full):
         per_position = 4 * num_classes
+    elif isinstance(encoding, Score):
+        per_position = 4
     elif isinstance(encoding, Sampled):
         per_position = int(2 * encoding.sample_size)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,10 @@ def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterat
     for item in items:
         if isinstance(item, Example):
             completion = item.prompt_completion[1:] if item.prompt_completion else ()
-            counts["unlabelled"] += item.label is None and not any(
-                i != NO_LABEL for i in item.word_labels or item.flags or ()
+            counts["unlabelled"] += (
+                item.label is None
+                and not any(i != NO_LABEL for i in item.word_labels or item.flags or ())
+                and all(math.isnan(score) for score in item.scores or ())
             )
             counts["blank"] += any(
                 text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)

@@ -32,6 +32,7 @@ from pipeline.records import (
     Receipt,
     RowBlock,
     Sampled,
+    Score,
     ShardPlan,
     SoftLabels,
     TeacherScores,
@@ -304,10 +305,9 @@ def _measure(
     job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Predicted, split: str, *, seed: int
 ) -> None:
     """Add some positions of a batch to the measurement. It is a report: for want of memory it is left out, and the capture goes on."""
-    matrix = job.teacher.output_matrix
-    if matrix is None or isinstance(logits, Labelled):
+    matrix, encoding = job.teacher.output_matrix, job.plan.contract.encoding
+    if matrix is None or isinstance(logits, Labelled) or isinstance(encoding, Score):
         return
-    encoding = job.plan.contract.encoding
     chosen = torch.tensor(spread(len(logits), _MEASURED_OF_BATCH))
     uniforms = _drawn(examples, encoding, split, job.plan.contract.seed)[chosen]
     picked = logits[chosen.to(logits.device)]

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 from pipeline.cache.format.manifest import load_receipt
 from pipeline.capture.job import Job
-from pipeline.records import Encoding, Full, Sampled, ShardPlan, TokenizedExample, TopK
+from pipeline.records import (
+    Encoding,
+    Full,
+    Sampled,
+    Score,
+    ShardPlan,
+    TokenizedExample,
+    TopK,
+)
 from pipeline.softlabels.fidelity import spread
 from pipeline.sources import read_examples
 
@@ -79,6 +87,8 @@ def bytes_per_position(encoding: Encoding, num_classes: int) -> float:
     """About what a position takes in Parquet, as measured on language models; see the table of encodings in the README."""
     if isinstance(encoding, Full):
         return (4 if num_classes < 4096 else 2) * num_classes
+    if isinstance(encoding, Score):
+        return 4.0
     if isinstance(encoding, Sampled):
         return min(encoding.sample_size + 2.0, 3.0 * num_classes)
     kept = encoding.k if isinstance(encoding, TopK) else 64

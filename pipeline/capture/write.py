@@ -101,8 +101,10 @@ def write_cache(
     if chosen.names == "positions" and not label_names:
         raise MisuseError("write_cache: give label_names=...: a row has a position for each")
     usual = len(tokenizer) if chosen.predicts_tokens else len(label_names or ())
-    classes = 2 if chosen.names == "positions" else num_classes or usual
-    if classes < 2:
+    classes = num_classes or usual
+    if chosen.names == "positions":
+        classes = 1 if chosen.target == "score" else 2
+    elif classes < 2:
         raise MisuseError("write_cache: give label_names=..., or num_classes=... of at least 2")
     if chosen.names is not None and label_names is None:
         label_names = tuple(f"LABEL_{i}" for i in range(classes))

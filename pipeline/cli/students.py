@@ -59,7 +59,7 @@ def _predict(config: cfg.PredictConfig) -> None:
 
 
 def _as_json(found: TextPrediction) -> str:
-    """One line, with what there is: labels, a continuation, or words."""
+    """One line, with what there is: labels, scores, a continuation, or words."""
     known = {name: value for name, value in dataclasses.asdict(found).items() if value not in (None, {}, ())}
     return json.dumps(known, ensure_ascii=False)
 
@@ -77,5 +77,8 @@ def _shown(found: TextPrediction) -> str:
             for word, each in zip(words, found.words, strict=True)
         ]
         return "\n".join([repr(text), *lines])
+    if found.scores:
+        width = max(map(len, found.scores))
+        return "\n".join([repr(text), *(f"  {name.ljust(width)}  {score:.4g}" for name, score in found.scores.items())])
     width = max(map(len, found.labels))
     return "\n".join([repr(text), *(f"  {label.ljust(width)}  {p:6.1%}" for label, p in found.labels.items())])

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pipeline.errors import MisuseError
 
-TaskName = Literal["sequence-classification", "causal-lm", "token-classification", "multi-label-classification"]
+TaskName = Literal[
+    "sequence-classification", "causal-lm", "token-classification", "multi-label-classification", "sequence-regression"
+]
 
 
 #: The groups of a command's help, in order.

@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from pipeline.cache import Cache
+from pipeline.cache.format.moments import scale_of
 from pipeline.models import LoadedModel, pad_id, tokenizer_info
 from pipeline.progress import Progress
 from pipeline.records import RowBlock, StudentBatch, Tokenization
@@ -54,4 +55,5 @@ def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
         pad_id=pad_id(model.tokenizer, model.model),
         for_evaluation=True,
         vocabulary_map=cache.vocabulary_map,
+        scale=scale_of(cache.manifest),
     )

@@ -22,16 +22,16 @@ from pipeline.evaluation.basis import OF_TOKENS, Basis, on_bytes_of
 from pipeline.evaluation.continuations import check_prompts, continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.text_bytes import warn_of_text_bytes
-from pipeline.metrics import agreement, bootstrap_ratio
+from pipeline.metrics import agreement_of, bootstrap_ratio
 from pipeline.models import LoadedModel
 from pipeline.models.adapters import adapter_config
 from pipeline.models.doubts import warn_of_doubts
-from pipeline.models.scoring import score
+from pipeline.models.scoring import score_of
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, EvaluationReport, ModelEvaluation, Outline, Predictions, RowBlock
+from pipeline.records import EvaluationReport, ModelEvaluation, Outline, Predictions, RowBlock, is_known
 from pipeline.softlabels import default_temperature, most_likely, served_temperature
 from pipeline.tasks import Task, get_task
-from pipeline.training.losses import forward_kl
+from pipeline.training.losses import distance
 from pipeline.training.student import check_fit, load_student
 
 
@@ -123,7 +123,7 @@ def evaluate(
     teacher_predictions = predictions_of_teacher(
         task, counted, default_temperature(contract.encoding, 1.0), contract.label_names
     )
-    labelled = int((teacher_predictions.labels != NO_LABEL).sum())
+    labelled = int(is_known(teacher_predictions.labels).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
     warn_of_text_bytes(opened, split)
     teacher = ModelEvaluation(
@@ -202,7 +202,7 @@ class _Comparison:
             name=name,
             num_parameters=num_parameters,
             metrics={},
-            agreement=agreement(found.predicted, found.teacher_predicted),
+            agreement=agreement_of(found),
             kl=kl,
             size_ratio=self.teacher.num_parameters / num_parameters if self.teacher.num_parameters else None,
         )
@@ -250,9 +250,9 @@ def _predict(
     done = compared = 0
     for rows, batch, logits in logits_by_batch(cache, task, student, split, batch_size, f"evaluate {name}"):
         with torch.inference_mode():
-            divergence = forward_kl(logits, batch.target, temperature=temperature).double().cpu().numpy()
+            divergence = distance(logits, batch.target, temperature=temperature).double().cpu().numpy()
         assert batch.teacher_predicted is not None
-        parts.append(score(logits, batch.labels))
+        parts.append(score_of(task, logits, batch.labels))
         labels.append(batch.labels.cpu().numpy())
         teacher.append(batch.teacher_predicted.cpu().numpy())
         text_bytes.append(text_bytes_of(rows))
@@ -291,10 +291,11 @@ def predictions_of_teacher(
         labels.append(truth)
         predicted.append(best.numpy())
         confidence.append(peak.double().exp().numpy() if temperature == 1 else np.full(len(truth), np.nan))
-        known = truth >= 0
+        known = is_known(truth)
         num_known = np.bincount(owner[known], minlength=len(rows))
         means = rows.numbers["teacher_nll_sum"].astype(np.float64) / np.where(num_known, num_known, np.nan)
-        nll.append(np.where(known, means[owner], np.nan))
+        errors = np.square(best.double().numpy() - truth) if task.target == "score" else means[owner]
+        nll.append(np.where(known, errors, np.nan))
         owners.append(owner + done)
         text_bytes.append(text_bytes_of(rows))
         done += len(rows)

@@ -10,6 +10,13 @@ from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
 
+#: What metrics of scores mean.
+OF_SCORES = {
+    "pearson": "correlation with the labels, the mean over outputs",
+    "spearman": "correlation of the ranks",
+    "mse": "mean squared error, in squared units of the labels",
+}
+
 _MEANING = {
     "accuracy": "share of right answers (language models: of next tokens)",
     "f1": "of entities, right where label and both ends are: harmonic mean of precision and recall (without a class O: of words)",
@@ -20,6 +27,7 @@ _MEANING = {
     "perplexity": "exp(loss)",
     "bits_per_byte": "loss in bits a byte of text, comparable between tokenizers",
     "ece": "expected calibration error: how far confidence is from being right",
+    **OF_SCORES,
 }
 
 
@@ -40,18 +48,25 @@ def format_table(report: EvaluationReport) -> str:
     """The report as text: a line a model, the teacher first."""
     metrics = list(report.teacher.metrics)
     kept = ["retention", "95% interval"] if metrics else []
-    header = ["", "parameters", "size", *metrics, "agreement", "KL", *kept]
+    task = get_task(report.task)
+    is_score = task.target == "score"
+    header = ["", "parameters", "size", *metrics, "agreement", "distance" if is_score else "KL", *kept]
     lines = [header, *(_cells(line, metrics)[: len(header)] for line in (report.teacher, *report.students))]
     table = "\n".join(aligned(lines))
-    task = get_task(report.task)
     unit = position_name(task)
     meaning = {**_MEANING, **OF_UNIT.get(unit, {})}
     notes = [f"{name}: {meaning[name]}" for name in metrics if name in meaning]
-    notes += [
-        "size: the teacher's parameters over the model's",
-        f"agreement: share of {unit}s where the model's most likely class is the teacher's",
-        f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a {unit}",
-    ]
+    notes.append("size: the teacher's parameters over the model's")
+    if is_score:
+        notes += [
+            "agreement: correlation with the teacher's scores",
+            "distance: mean squared difference from the teacher's scores, in their standard deviations",
+        ]
+    else:
+        notes += [
+            f"agreement: share of {unit}s where the model's most likely class is the teacher's",
+            f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a {unit}",
+        ]
     if metrics:
         notes.append(f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over rows")
     else:
@@ -85,7 +100,7 @@ def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:
         f"{line.num_parameters / 1e6:.1f}M" if line.num_parameters >= 1e5 else f"{line.num_parameters or ''}",
         "" if line.size_ratio is None else f"{line.size_ratio:.1f}x",
         *(number(name, line.metrics.get(name, math.nan)) for name in metrics),
-        "" if line.agreement is None else f"{line.agreement:.1%}",
+        "" if line.agreement is None else f"{line.agreement:.3f}" if "pearson" in metrics else f"{line.agreement:.1%}",
         "" if line.kl is None else f"{line.kl:.3f}",
         "" if line.retention is None else f"{line.retention:.1%}",
         "" if interval is None else f"{interval.low:.1%} to {interval.high:.1%}",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 
-from pipeline.records import NO_LABEL, Predictions
+from pipeline.metrics import pearson
+from pipeline.records import Predictions, is_known
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +22,9 @@ def doubts(predictions: Predictions) -> tuple[str, ...]:
     Returns:
         A clause each; nothing where fewer than two classes are among the labels, or too few positions are labelled to say.
     """
-    known = predictions.labels != NO_LABEL
+    known = is_known(predictions.labels)
+    if predictions.labels.dtype.kind == "f":
+        return _doubts_of_scores(predictions, known)
     classes, counts = np.unique(predictions.labels[known], return_counts=True)
     if len(classes) < 2:
         return ()
@@ -37,8 +41,28 @@ def doubts(predictions: Predictions) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _doubts_of_scores(predictions: Predictions, known: np.ndarray) -> tuple[str, ...]:
+    """Whether the scores go along with the labels at all. A scale of their own is none: only ranks may matter."""
+    count = 1 if predictions.label_names is None else len(predictions.label_names)
+    names = predictions.label_names or ("score",)
+    columns = zip(
+        names, *(each.reshape(-1, count).T for each in (predictions.labels, predictions.predicted, known)), strict=True
+    )
+    found = []
+    for name, truth, scores, where in columns:
+        r, number = pearson(truth[where], scores[where]), int(where.sum())
+        if number >= _ENOUGH and not r > 2 / math.sqrt(number):
+            what = (
+                "do not vary"
+                if math.isnan(r)
+                else f"have a correlation of {r:.3f} with the labels, no better than chance"
+            )
+            found.append(f"its scores {what}" + (f" ({name})" if count > 1 else ""))
+    return tuple(found)
+
+
 def warn_of_doubts(predictions: Predictions, model: str, split: str) -> None:
     """Say each doubt in a line, with the split and the labelled positions that it was measured on."""
-    labelled = int((predictions.labels != NO_LABEL).sum())
+    labelled = int(is_known(predictions.labels).sum())
     for doubt in doubts(predictions):
         logger.warning("%s, split %s, %d labelled positions: %s", model, split, labelled, doubt)

@@ -31,20 +31,49 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
+    elif task.target == "score":
+        yield from give_scores(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     elif task.marks_positions:
         yield from label_words(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     else:
         yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
 
 
+def give_scores(
+    task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, batch_size: int
+) -> Iterator[TextPrediction]:
+    """The scores of each text, by the names of the outputs.
+
+    Args:
+        max_length: tokens; longer texts are cut.
+
+    Raises:
+        ModelError: the model gives no scores.
+    """
+    task.num_classes(loaded.model, loaded.tokenizer)
+    names = class_names(loaded.model)
+    for start in range(0, len(texts), batch_size):
+        chunk = texts[start : start + batch_size]
+        examples = [Example(source_row=i, text=text) for i, text in enumerate(chunk)]
+        rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
+        found = _logits(task, loaded, [row for row in rows if isinstance(row, TokenizedExample)])
+        for text, scores in zip(chunk, found.view(len(chunk), -1).tolist(), strict=True):
+            yield TextPrediction(text, scores=dict(zip(names, scores, strict=True)))
+
+
 def _probabilities(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -> Tensor:
     """(N, V) at all positions of the rows."""
+    return torch.softmax(_logits(task, loaded, rows), -1)
+
+
+def _logits(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -> Tensor:
+    """(N, V) float32 at all positions of the rows."""
     model: Any = loaded.model
     check_ids(embedding_rows(model), rows, loaded.tokenizer, loaded.name)
     inputs, supervised = task.collate(rows, pad_id(loaded.tokenizer, model))
     placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with torch.inference_mode():
-        return torch.softmax(task.gather_logits(model, placed, supervised).float(), -1)
+        return task.gather_logits(model, placed, supervised).float()
 
 
 def classify(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.records import NO_LABEL
+from pipeline.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,15 @@ class Scores:
     predicted: np.ndarray
     confidence: np.ndarray
     nll: np.ndarray
+
+
+def score_of(task: Task, logits: Tensor, labels: Tensor) -> Scores:
+    """`score`; of a task whose targets are numbers these, nan, and their squared errors (nan where there is no label)."""
+    if task.target != "score":
+        return score(logits, labels)
+    found = logits[:, 0].float()
+    errors = (found - labels.to(found)).double().square()
+    return Scores(found.cpu().numpy(), np.full(len(found), np.nan), errors.cpu().numpy())
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

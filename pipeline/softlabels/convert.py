@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EncodingError
-from pipeline.records import Encoding, Full, Sampled, SoftLabels, TopK, TopP
+from pipeline.records import Encoding, Full, Sampled, Score, SoftLabels, TopK, TopP
 from pipeline.softlabels.encode import encode
 from pipeline.softlabels.narrow import narrow
 from pipeline.softlabels.ragged import offsets_of, owners, segment_logsumexp
@@ -31,6 +31,10 @@ def check_conversion(source: Encoding, wanted: Encoding) -> None:
     Raises:
         EncodingError: says why, and what can be made.
     """
+    if isinstance(source, Score):
+        raise EncodingError(
+            f"--encoding {wanted.kind}: the cache holds scores, which have one encoding; leave it as it is"
+        )
     if isinstance(wanted, Full):
         raise EncodingError("--encoding full: holds every class already or cannot be had back; cache the logits again")
     if isinstance(source, Full):

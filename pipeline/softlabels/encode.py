@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EncodingError
-from pipeline.records import NO_LABEL, Encoding, Full, Sampled, SoftLabels, TeacherScores, TopK, TopP
+from pipeline.records import NO_LABEL, Encoding, Full, Sampled, Score, SoftLabels, TeacherScores, TopK, TopP
 from pipeline.softlabels.blocks import BLOCK, Blocks, Workspace, block_sums, chunk_positions, in_blocks
 from pipeline.softlabels.ragged import offsets_of
 from pipeline.softlabels.sampling import sample_tail
@@ -100,6 +100,8 @@ def _encode(
 ) -> tuple[SoftLabels, TeacherScores]:
     """Some positions at a time, so that what is made of them stays in the CPU's caches."""
     count, num_classes = logits.shape
+    if isinstance(encoding, Score):
+        return _scores(logits, labels, encoding)
     step, workspace = chunk_positions(logits), Workspace()
     kept: list[tuple[int, _Kept]] = []
     scores = []
@@ -120,6 +122,20 @@ def _encode(
             found = _top(q, blocks, encoding, num_classes)
         kept.append((start, found))
     return _join(kept, encoding, count, num_classes), _join_scores(scores)
+
+
+def _scores(logits: Tensor, labels: Tensor | None, encoding: Score) -> tuple[SoftLabels, TeacherScores]:
+    """(N, 1) scores as they are, and their squared errors."""
+    values = logits[:, 0].detach().float().cpu()
+    bad = torch.nonzero(~torch.isfinite(values))
+    if len(bad):
+        raise EncodingError(f"position {int(bad[0])}: expected a finite score, found {float(values[bad[0]])}")
+    none = torch.zeros(0, dtype=torch.int64)
+    count = len(values)
+    ids, start = torch.zeros(count, dtype=torch.int64), torch.zeros(count + 1, dtype=torch.int64)
+    soft = SoftLabels(encoding, 1, torch.arange(count + 1), ids, values, start, none, torch.zeros(count, 0))
+    errors = torch.zeros(0) if labels is None else (values - labels.cpu().float()).square().nan_to_num(nan=0.0)
+    return soft, TeacherScores(errors, torch.zeros_like(errors))
 
 
 def _join(parts: list[tuple[int, _Kept]], encoding: Encoding, count: int, num_classes: int) -> SoftLabels:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.records import Encoding, Full, SoftLabels
+from pipeline.records import Encoding, Full, Score, SoftLabels
 
 
 def offsets_of(counts: Tensor) -> Tensor:
@@ -109,7 +109,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def most_likely(soft: SoftLabels) -> tuple[Tensor, Tensor]:
-    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded)."""
+    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded).
+
+    Of scores (N,) float32, the scores, and nan.
+    """
+    if isinstance(soft.encoding, Score):
+        return soft.top_logprobs, torch.full((len(soft),), torch.nan)
     if isinstance(soft.encoding, Full):
         logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
         return ids, logprobs

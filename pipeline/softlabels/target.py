@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EncodingError
-from pipeline.records import Encoding, Full, Sampled, SoftLabels, Target
+from pipeline.records import Encoding, Full, Sampled, Score, SoftLabels, Target
 from pipeline.softlabels.ragged import owners, segment_logsumexp
 from pipeline.softlabels.residual import log_residual_at
 
@@ -21,7 +21,7 @@ def default_temperature(encoding: Encoding, otherwise: float) -> float:
 
 def served_temperature(encoding: Encoding) -> float:
     """The temperature to look at a cache with: 1, or the one nearest to it of those that are known without interpolation."""
-    if isinstance(encoding, Full):
+    if isinstance(encoding, Full | Score):
         return 1.0
     grid = (encoding.temperature,) if isinstance(encoding, Sampled) else encoding.temperatures
     return min(grid, key=lambda t: abs(math.log(t)))
@@ -33,7 +33,7 @@ def check_temperature(encoding: Encoding, temperature: float) -> None:
     Raises:
         EncodingError: names the temperatures that it serves, and the encodings that would serve this one.
     """
-    if isinstance(encoding, Full):
+    if isinstance(encoding, Full | Score):
         return
     if isinstance(encoding, Sampled):
         if not math.isclose(temperature, encoding.temperature):
@@ -61,7 +61,7 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
             is known up to that constant.
 
     Returns:
-        N ragged distributions, float32: q_T(i) = (1 - r_T) * softmax over the top of (logprob_i / T). r_T is exact on the grid, and interpolated
+        Scores as they are; or N ragged distributions, float32: q_T(i) = (1 - r_T) * softmax over the top of (logprob_i / T). r_T is exact on the grid, and interpolated
         between its points (see `residual`).
 
     Raises:
@@ -72,6 +72,8 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
         return _sampled_target(soft, soft.encoding, entropy)
     if isinstance(soft.encoding, Full):
         return _full_target(soft, temperature)
+    if isinstance(soft.encoding, Score):
+        return Target(1, soft.top_offsets, soft.top_ids, soft.top_logprobs, None, torch.zeros(len(soft)))
     scaled = soft.top_logprobs / temperature
     owner = owners(soft.top_offsets)
     log_weights = scaled - segment_logsumexp(scaled, owner, len(soft))[owner]  # (sum K,), each position sums to 1

@@ -5,11 +5,13 @@ from pipeline.sources.label_names import label_names
 from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
+from pipeline.sources.scores import ScoreColumn, score_names
 from pipeline.sources.source import Source, holds_chats
 from pipeline.sources.unlabelled import load_unlabelled, with_unlabelled
 
 __all__ = [
     "LabelMap",
+    "ScoreColumn",
     "Source",
     "Survey",
     "fingerprints",
@@ -20,6 +22,7 @@ __all__ = [
     "load_source",
     "load_unlabelled",
     "read_examples",
+    "score_names",
     "survey",
     "with_unlabelled",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MisuseError, SourceError
-from pipeline.records import Columns
+from pipeline.records import Columns, LabelColumn
 
 if TYPE_CHECKING:
     from pipeline.sources.files.joined import JoinedRows, Rows
@@ -136,11 +136,8 @@ def check_kept(where: str, dataset: Rows, columns: Columns) -> None:
             )
 
 
-def check_label(where: str, dataset: Rows, columns: Columns, *, several: bool = False) -> None:
-    """Check that the label column, where there is one, holds one name or class id a row; of rows of words, a list of them; or spans of a text.
-
-    Args:
-        several: a row has several labels at once: expect lists.
+def check_label(where: str, dataset: Rows, columns: Columns, *, holds: LabelColumn = "class") -> None:
+    """Check that the label column, where there is one, holds what it should: of rows of words, lists of class ids; of texts, spans too.
 
     Raises:
         SourceError: a column of another type.
@@ -154,7 +151,13 @@ def check_label(where: str, dataset: Rows, columns: Columns, *, several: bool = 
             raise SourceError(
                 f"{where}: column {name!r} (--label-column): expected a list of names or class ids, one a word, found {found}; name another column"
             )
-    elif several:
+    elif holds == "scores":
+        numbers = ("floats", "integers", "nulls", "booleans")
+        if found not in (*numbers, *(f"lists of {scalar}" for scalar in numbers)):
+            raise SourceError(
+                f"{where}: column {name!r} (--label-column): expected a number a row, or a list of as many as the model has outputs, found {found}; name another column, or make numbers of it"
+            )
+    elif holds == "classes":
         if found != "nulls" and found not in [f"lists of {scalar}" for scalar in _SCALARS]:
             raise SourceError(
                 f"{where}: column {name!r} (--label-column): expected a list of the labels that a row has, or of one boolean or float a class, found {found}; "

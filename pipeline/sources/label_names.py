@@ -41,7 +41,7 @@ def label_names(source: Source, label_map: Sequence[str] = (), *, several: bool 
         raise SourceError(f"{source.name}: no label column; name it with --label-column")
     given = _Renamed(label_map)
     for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, source.columns, several=several)
+        check_label(f"{source.name}: split {split}", dataset, source.columns, holds="classes" if several else "class")
         if column in dataset.column_names and (names := class_names(dataset.features[column])):
             renamed = [given.name(name, str(i)) for i, name in enumerate(names)]
             return _distinct(tags_of(renamed) if holds_spans(dataset, column) else renamed, source, column)

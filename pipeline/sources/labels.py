@@ -109,7 +109,7 @@ class LabelMap:
             if column is None or column not in dataset.column_names:
                 continue
             where = f"{source.name}: split {split}"
-            check_label(where, dataset, source.columns, several=several)
+            check_label(where, dataset, source.columns, holds="classes" if several else "class")
             found_names = class_names(dataset.features[column])
             if found_names:
                 named[split] = found_names

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.errors import MisuseError, SourceError
-from pipeline.records import Columns
+from pipeline.records import Columns, LabelColumn
 from pipeline.sources.columns import check_alike, check_inputs, check_kept, check_label, input_roles, one_input
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
@@ -48,14 +48,14 @@ class Located:
     splits: Mapping[str, Rows]
 
 
-def load_source(data: DataConfig, *, label_required: bool = False, several: bool = False) -> Source:
+def load_source(data: DataConfig, *, label_required: bool = False, holds: LabelColumn = "class") -> Source:
     """Find a data set, local, behind a URL or on the hub, and make it ready to be read.
 
     A local path that exists comes before a hub data set of the same name.
 
     Args:
         label_required: whether a missing label column is an error.
-        several: a row has several labels at once.
+        holds: what the label column should.
 
     Raises:
         SourceError: nothing there, nothing in it, or columns that are missing or of another type.
@@ -64,7 +64,7 @@ def load_source(data: DataConfig, *, label_required: bool = False, several: bool
     found = locate(data)
     source = _prepare(found.name, dict(found.splits), data.columns, data.holdout, data.split)
     if label_required:
-        _require_label(source, data.columns.label, several=several)
+        _require_label(source, data.columns.label, holds)
     return dataclasses.replace(source, config=data.dataset_config, revision=found.revision)
 
 
@@ -268,12 +268,12 @@ def _hold_out(name: str, splits: dict[str, Rows], columns: Columns, share: float
     return {**splits, "train": kept, "test": held}
 
 
-def _require_label(source: Source, column: str | None, *, several: bool) -> None:
+def _require_label(source: Source, column: str | None, holds: LabelColumn) -> None:
     if source.columns.label is None:
         found = ", ".join(next(iter(source.splits.values())).column_names)
         raise SourceError(f"{source.name}: no label column {column!r}; found {found}; name it with --label-column")
     for split, dataset in source.splits.items():
-        check_label(f"{source.name}: split {split}", dataset, source.columns, several=several)
+        check_label(f"{source.name}: split {split}", dataset, source.columns, holds=holds)
 
 
 def _shareable_name(path: Path) -> str:

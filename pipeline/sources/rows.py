@@ -11,6 +11,7 @@ from pipeline.records import NO_LABEL, BadRow, Columns, Example, Scalar
 from pipeline.sources.batches import UNREADABLE, Row, read_rows
 from pipeline.sources.chats import read_messages, read_tools
 from pipeline.sources.columns import ATTENTION_MASK, TOOLS, holds_spans, input_roles, side_roles
+from pipeline.sources.scores import ScoreColumn
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of, read_text
 from pipeline.sources.word_labels import flags, span_labels, word_labels
@@ -23,12 +24,12 @@ _MAX_TOKEN_ID = 2**31 - 1
 
 
 def read_examples(
-    source: Source, split: str, start: int, stop: int, labels: LabelMap | None
+    source: Source, split: str, start: int, stop: int, labels: LabelMap | ScoreColumn | None
 ) -> Iterator[Example | BadRow]:
     """The rows `[start, stop)` of a split, in order, one item each.
 
     Args:
-        labels: None: class labels are not read.
+        labels: None: class labels and scores are not read.
 
     Returns:
         Examples with the row's index in the split; a `BadRow` for what no teacher can read: an empty or null input, token labels
@@ -47,7 +48,9 @@ def read_examples(
     return _examples(source, split, start, stop, labels)
 
 
-def _examples(source: Source, split: str, start: int, stop: int, labels: LabelMap | None) -> Iterator[Example | BadRow]:
+def _examples(
+    source: Source, split: str, start: int, stop: int, labels: LabelMap | ScoreColumn | None
+) -> Iterator[Example | BadRow]:
     columns = source.columns
     label_column = columns.label if labels is not None else None
     dataset = source.splits[split]
@@ -77,7 +80,9 @@ def _examples(source: Source, split: str, start: int, stop: int, labels: LabelMa
                 yield BadRow(split, i, f"{label_column}: {error}")
 
 
-def _labelled(example: Example, value: object, labels: LabelMap, *, by_spans: bool, split: str) -> Example:
+def _labelled(
+    example: Example, value: object, labels: LabelMap | ScoreColumn, *, by_spans: bool, split: str
+) -> Example:
     """The example with what its label column says.
 
     Raises:
@@ -85,6 +90,8 @@ def _labelled(example: Example, value: object, labels: LabelMap, *, by_spans: bo
         SourceError: a label that is no class.
     """
     number = example.source_row
+    if isinstance(labels, ScoreColumn):
+        return dataclasses.replace(example, scores=labels.read(value))
     if example.words is not None:
         return dataclasses.replace(example, word_labels=word_labels(labels, value, example.words, split, number))
     if by_spans and example.text is not None:

@@ -10,15 +10,23 @@ from pipeline.tasks.protocol import (
     free_pad_id,
     ids_beyond,
     kept_pad_id,
+    label_column,
     named_ids,
     token_block,
 )
 from pipeline.tasks.sequence_classification import SequenceClassification
+from pipeline.tasks.sequence_regression import SequenceRegression
 from pipeline.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (SequenceClassification(), CausalLM(), TokenClassification(), MultiLabelClassification())
+    for task in (
+        SequenceClassification(),
+        CausalLM(),
+        TokenClassification(),
+        MultiLabelClassification(),
+        SequenceRegression(),
+    )
 }
 
 
@@ -48,6 +56,7 @@ __all__ = [
     "get_task",
     "ids_beyond",
     "kept_pad_id",
+    "label_column",
     "named_ids",
     "token_block",
     "writing_task",

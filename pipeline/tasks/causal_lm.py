@@ -25,6 +25,7 @@ from pipeline.records import (
     Predictions,
     Ragged,
     Sampled,
+    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
@@ -56,6 +57,7 @@ class CausalLM:
     marks_positions: bool = True
     label_source: LabelSource = "tokens"
     names: LabelNames | None = None
+    target: TargetKind = "distribution"
     problem_type: str | None = None
     predicts_tokens: bool = True
     fuses_head: bool = True

@@ -28,6 +28,7 @@ from pipeline.records import (
     LabelSource,
     OtherTokenizers,
     Predictions,
+    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
@@ -56,6 +57,7 @@ class MultiLabelClassification:
     marks_positions: bool = False
     label_source: LabelSource = "positions"
     names: LabelNames | None = "positions"
+    target: TargetKind = "distribution"
     problem_type: str | None = "multi_label_classification"
     predicts_tokens: bool = False
     fuses_head: bool = False

@@ -1,4 +1,4 @@
-"""What a task is: N supervised positions a row, each with a distribution over V classes."""
+"""What a task is: N supervised positions a row, each with a distribution over V classes, or a score."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    LabelColumn,
     LabelNames,
     LabelSource,
     OtherTokenizers,
     Predictions,
     Ragged,
+    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
@@ -62,6 +64,10 @@ class Task(Protocol):
     @property
     def names(self) -> LabelNames | None:
         """What has names, which contract and model state: the classes, or the positions of a row. A model that is trained gets a new head for those of its data."""
+
+    @property
+    def target(self) -> TargetKind:
+        """What a position's target is."""
 
     @property
     def problem_type(self) -> str | None:
@@ -155,7 +161,7 @@ class Task(Protocol):
         """(T,) token ids of a row -> (T,) bool: its positions, where nothing says which they are and rows mark them."""
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,) int64: the hard label of each supervised position of all rows, -100 where there is none."""
+        """(N,) int64: the hard label of each supervised position of all rows, -100 where there is none; scores: float32, nan where there is none."""
 
     def collate(
         self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
@@ -173,6 +179,13 @@ class Task(Protocol):
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """(R,) sums and (R,) weights, whose ratio of totals is the main metric: what the bootstrap resamples."""
+
+
+def label_column(task: Task) -> LabelColumn:
+    """What the label column of a data set holds, where there is one."""
+    if task.target == "score":
+        return "scores"
+    return "classes" if task.names == "positions" else "class"
 
 
 def refuse_settings_of_language_models(name: str, tokenization: Tokenization, reads: str) -> None:

@@ -23,6 +23,7 @@ from pipeline.records import (
     LabelSource,
     OtherTokenizers,
     Predictions,
+    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
@@ -51,6 +52,7 @@ class SequenceClassification:
     marks_positions: bool = False
     label_source: LabelSource = "row"
     names: LabelNames | None = "classes"
+    target: TargetKind = "distribution"
     problem_type: str | None = None
     predicts_tokens: bool = False
     fuses_head: bool = False

@@ -25,6 +25,7 @@ from pipeline.records import (
     LabelSource,
     OtherTokenizers,
     Predictions,
+    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
@@ -54,6 +55,7 @@ class TokenClassification:
     marks_positions: bool = True
     label_source: LabelSource = "positions"
     names: LabelNames | None = "classes"
+    target: TargetKind = "distribution"
     problem_type: str | None = None
     predicts_tokens: bool = False
     fuses_head: bool = False

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
-from pipeline.records import Loss, Predictions, Spans
+from pipeline.records import Loss, Predictions, Spans, Target
 from pipeline.tasks import Task
 from pipeline.training.batches.collate import target_from_tensors
-from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
+from pipeline.training.fused import Head, Scores, fused_loss, fused_scores, scores_of
 from pipeline.training.losses import distillation_loss
+from pipeline.training.scores import score_divergence, score_loss
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ def _fused(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _dense(logits: Tensor, given: Mapping[str, Any], settings: _Settings, *, scores: bool) -> dict[str, Tensor]:
     target = target_from_tensors(given["target"], settings.num_classes)
+    if settings.task.target == "score":
+        return _of_scores(logits[:, 0], target, given, settings, scores=scores)
     terms = distillation_loss(
         logits, target, loss=settings.loss, temperature=settings.temperature, **_counts(given, settings.loss)
     )
@@ -171,6 +174,20 @@ def _dense(logits: Tensor, given: Mapping[str, Any], settings: _Settings, *, sco
         cut = logits[:, : settings.num_classes].float()
         more = scores_of(cut, target, given["labels"], loss=settings.loss, temperature=settings.temperature)
         found.update(_as_dict(more))
+    return found
+
+
+def _of_scores(
+    values: Tensor, target: Target, given: Mapping[str, Any], settings: _Settings, *, scores: bool
+) -> dict[str, Tensor]:
+    counts = {name: value for name, value in _counts(given, settings.loss).items() if "spans" not in name}
+    found = _as_dict(score_loss(values, target, loss=settings.loss, temperature=settings.temperature, **counts))
+    if scores:
+        values = values.float()
+        nothing = torch.full_like(values, torch.nan)
+        errors = (values - given["labels"].to(values)).square()
+        each = score_divergence(values, target, settings.loss.divergence, temperature=settings.temperature)
+        found.update(_as_dict(Scores(values, nothing, errors, each)))
     return found
 
 

@@ -29,12 +29,12 @@ __all__ = ["Head", "Scores", "fused_loss", "fused_scores", "scores_of"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the student predicts at each position, (N,) each: argmax, its probability, and the divergence from the teacher."""
+    """What the student predicts at each position, (N,) each: argmax, its probability, and the divergence from the teacher; or a score, nan, and the same."""
 
     predicted: Tensor
     confidence: Tensor
     nll: Tensor
-    """nats; nan where there is no label."""
+    """nats, of scores the squared error; nan where there is no label."""
     divergence: Tensor
     """nats, not scaled by T^2."""
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from pipeline.errors import ContractError
 from pipeline.records import NO_LABEL, Loss, LossTerms, Spans, Target
 from pipeline.training.divergences import divergence, forward_kl, scale_of
+from pipeline.training.scores import score_divergence
 from pipeline.training.spans import check_spans, owned, span_sums, span_temperature
 from pipeline.training.spans.nll import check_labels
 
-__all__ = ["add_spans", "check_labels", "distillation_loss", "forward_kl"]
+__all__ = ["add_spans", "check_labels", "distance", "distillation_loss", "forward_kl"]
 
 
 def distillation_loss(
@@ -93,6 +94,20 @@ def distillation_loss(
         return torch.nn.functional.cross_entropy(logits[positions], counted[positions], reduction="none")
 
     return add_spans(terms, nll, spans, counted, loss=loss, num_spans=num_spans)
+
+
+def distance(student_logits: Tensor, target: Target, *, temperature: float) -> Tensor:
+    """What a model is apart from its teacher by at each position, as evaluations say it: forward KL; of scores the squared difference in units.
+
+    Args:
+        student_logits: (N, V) float.
+
+    Returns:
+        (N,) float.
+    """
+    if target.unit is not None:
+        return score_divergence(student_logits[:, 0], target)
+    return forward_kl(student_logits, target, temperature=temperature)
 
 
 def add_spans(

@@ -19,6 +19,8 @@ from pipeline.cache.storage.commit import full_disk
 from pipeline.errors import ConfigError, MisuseError, TrainingError
 from pipeline.models.arguments import Seen, hide_token, num_ranks
 from pipeline.models.reporting import check_installed, own_run
+from pipeline.records import Scale
+from pipeline.training.scores import standardized
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
@@ -39,11 +41,18 @@ class SavingTrainer(Trainer):
     """`Trainer`, as far as it meets the machine and what is installed on it."""
 
     def __init__(
-        self, model: Any, args: TrainingArguments, *, again: str = "run the same command with --resume", **kwargs: Any
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        again: str = "run the same command with --resume",
+        scale: Scale | None = None,
+        **kwargs: Any,
     ) -> None:
         """Set up.
 
         Args:
+            scale: of the scores that the model learns; None: it makes none.
             again: what to do once there is space on a disk that was full.
             kwargs: as `transformers.Trainer` takes them.
 
@@ -56,6 +65,7 @@ class SavingTrainer(Trainer):
                 f"training: torchrun has started {num_ranks()} ranks, and each would train alone and write to {args.output_dir}; set use_cpu where there is no GPU"
             )
         self.again = again
+        self.scale = scale
         self.seen = Seen()
         hide_token(args)
         args.remove_unused_columns = False
@@ -72,7 +82,7 @@ class SavingTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, a run of its own where it is reported."""
-        with own_run(self.args):
+        with own_run(self.args), standardized(self.model, self.scale):
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

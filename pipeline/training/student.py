@@ -119,7 +119,7 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
         )
     if task.problem_type is not None:
         raise MisuseError(
-            f"--lora-r: an adapter does not say that it gives several labels at once, so that nothing could load it for --task {task.name}; leave it out"
+            f"--lora-r: an adapter does not say that it {'gives scores' if task.target == 'score' else 'gives several labels at once'}, so that nothing could load it for --task {task.name}; leave it out"
         )
     try:
         from peft import LoraConfig, get_peft_model

@@ -35,13 +35,13 @@ from pipeline.models.arguments import check_fields, show_progress, training_argu
 from pipeline.models.doubts import warn_of_doubts
 from pipeline.models.load import as_it_came
 from pipeline.models.saved import checkpoints, model_files, remove
-from pipeline.models.scoring import score
+from pipeline.models.scoring import score_of
 from pipeline.models.start import start_of
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample
-from pipeline.sources import LabelMap, Source, label_names, load_source, read_examples
+from pipeline.records import NO_LABEL, BadRow, Predictions, Scale, Tokenization, TokenizedExample, is_known
+from pipeline.sources import LabelMap, ScoreColumn, Source, label_names, load_source, read_examples, score_names
 from pipeline.sources.labels import listed
-from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id
+from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id, label_column
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.recipe.defaults import choose_teacher_arguments
 from pipeline.training.refusals import refuse_evaluation
@@ -93,8 +93,8 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     before = _check_output(config)
     check_fields(config.training)
     several = task.names == "positions"
-    source = load_source(config.data, label_required=task.label_source != "tokens", several=several)
-    names = label_names(source, config.data.label_map, several=several) if task.names is not None else None
+    source = load_source(config.data, label_required=task.label_source != "tokens", holds=label_column(task))
+    names = _names(task, source, config.data.label_map)
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task,
@@ -107,11 +107,15 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
-    labels = None if names is None else LabelMap.for_names(source, names, config.data.label_map, several=several)
+    labels: LabelMap | ScoreColumn | None = None
+    if task.target == "score":
+        labels = ScoreColumn.of(source, len(names or ()), config.data.label_map)
+    elif names is not None:
+        labels = LabelMap.for_names(source, names, config.data.label_map, several=several)
     train, held_out = _split_names(source)
     skip = config.on_bad_row == "skip"
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
-    if names is not None:
+    if names is not None and task.target != "score":
         _tell_absent(task, source, train, names, rows)
     check_ids(embedding_rows(teacher.model), rows, teacher.tokenizer, teacher.name)
     settings_given = {
@@ -144,8 +148,15 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         tell_of_new_start(output)
     again = "run the same command again"
     settings_of_trainer = args if before_training is None else no_directory(args)
+    scale = _scale(rows) if task.target == "score" else None
     trainer = SavingTrainer(
-        teacher.model, settings_of_trainer, again=again, data_collator=collator, train_dataset=_Rows(rows)
+        teacher.model,
+        settings_of_trainer,
+        again=again,
+        scale=scale,
+        data_collator=collator,
+        train_dataset=_Rows(rows),
+        compute_loss_func=None if scale is None else _ScoreLoss(torch.from_numpy(scale.std)),
     )
     for choice in choices if args.should_save else ():
         logger.info("train-teacher %s: %s", output.name, choice)
@@ -184,6 +195,34 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         write_text(output / _PROOF, json.dumps(content, indent=1) + "\n")
     trainer.push_saved()
     return metrics
+
+
+def _names(task: Task, source: Source, label_map: Sequence[str]) -> tuple[str, ...] | None:
+    """What the head has names for: the classes, or the outputs."""
+    if task.target == "score":
+        return score_names(source)
+    return None if task.names is None else label_names(source, label_map, several=task.names == "positions")
+
+
+def _scale(rows: Sequence[TokenizedExample]) -> Scale:
+    """Of the labels, by output."""
+    labels = np.stack([row.labels for row in rows if row.labels is not None]).astype(np.float64)
+    deviations = np.nanstd(labels, 0, ddof=1) if len(rows) > 1 else np.zeros(labels.shape[1])
+    std = np.where(deviations > 0, deviations, 1.0)
+    return Scale(np.nan_to_num(np.nanmean(labels, 0)).astype(np.float32), std.astype(np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoreLoss:
+    """Mean squared error in standard deviations, over what is known: no output counts for more because its unit is small."""
+
+    std: Tensor
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        errors = ((outputs.logits.view_as(labels) - labels) / self.std.to(labels.device)).square()
+        total = torch.where(labels.isnan(), 0.0, errors).sum()
+        count = labels.isfinite().sum() if num_items_in_batch is None else num_items_in_batch
+        return total / count
 
 
 def _origin(
@@ -258,7 +297,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
         with torch.inference_mode():
             moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             logits = task.gather_logits(model, moved, None if supervised is None else supervised.to(model.device))
-        parts.append(score(logits.cpu(), truth))
+        parts.append(score_of(task, logits.cpu(), truth))
         labels.append(truth.numpy())
         owners.append(np.repeat(np.arange(start, start + len(batch)), [row.num_positions for row in batch]))
     predicted = np.concatenate([part.predicted for part in parts])
@@ -332,7 +371,7 @@ def _read(
     task: Task,
     source: Source,
     split: str,
-    labels: LabelMap | None,
+    labels: LabelMap | ScoreColumn | None,
     tokenizer: Any,
     settings: Tokenization,
     *,
@@ -352,8 +391,9 @@ def _read(
                 )
             bad.append(item)
             continue
-        known = task.hard_labels([item]) != NO_LABEL
-        if task.names == "positions" and known.any() and not known.all():  # the model's own loss takes all labels
+        known = is_known(task.hard_labels([item]))
+        if task.names == "positions" and task.target != "score" and known.any() and not known.all():
+            # the model's own loss takes all labels
             partial += 1
         elif known.any():
             rows.append(item)

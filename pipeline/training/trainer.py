@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.cache import Cache, CacheDataset
+from pipeline.cache.format.moments import scale_of
 from pipeline.errors import MisuseError, TrainingError
-from pipeline.metrics import agreement
+from pipeline.metrics import agreement_of
 from pipeline.models import pad_id
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, Loss, Tokenization
+from pipeline.records import Loss, Score, Tokenization, is_known
 from pipeline.softlabels import check_temperature, default_temperature, served_temperature
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
@@ -41,6 +42,7 @@ from pipeline.training.refusals import (
 )
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
+from pipeline.training.scores import check_score_loss
 
 logger = logging.getLogger(__name__)
 
@@ -88,15 +90,20 @@ class DistillationTrainer(SavingTrainer):
         """
         contract = cache.manifest.contract
         self.cache = cache
-        self.loss = loss
         self.task = get_task(contract.task)
+        is_soft = loss.soft_weight or loss.soft_weight_end
+        if self.task.target == "score" and not is_soft:  # what is logged of a control
+            loss = dataclasses.replace(loss, divergence="mse")
+        self.loss = loss
         self.temperature = loss.temperature or default_temperature(contract.encoding, self.task.default_temperature)
         self.mixture = mixture
         contracts = [each.manifest.contract for each in (cache, *(mixture.others if mixture is not None else ()))]
-        is_soft = loss.soft_weight or loss.soft_weight_end
         for each in contracts:
             refuse_position_weights(loss, self.task, each)
-            if is_soft:
+            is_score = isinstance(each.encoding, Score)
+            has_groups = each.source.columns.group is not None
+            check_score_loss(loss, is_score=is_score, has_groups=has_groups, teacher_labels=teacher_labels)
+            if is_soft and not is_score:
                 check_temperature(each.encoding, self.temperature)
                 check_divergence(each.encoding, loss, is_mapped=cache.vocabulary_map is not None)
         if not is_soft:  # the target is made all the same, to be logged: at a temperature that there is
@@ -116,6 +123,7 @@ class DistillationTrainer(SavingTrainer):
             position_weights=loss.position_weights,
             vocabulary_map=cache.vocabulary_map,
             with_spans=loss.span_weight > 0 and cache.vocabulary_map is not None,
+            scale=scale_of(cache.manifest),
         )
         self.batch_tokens = batch_tokens
         refuse_unused(args, trainer_kwargs)
@@ -143,6 +151,7 @@ class DistillationTrainer(SavingTrainer):
             model=model,
             args=args,
             data_collator=self.collator,
+            scale=self.collator.scale,
             train_dataset=TrainingRows(rows),
             eval_dataset=None if evaluated is None else TrainingRows(evaluated),
             **trainer_kwargs,
@@ -238,7 +247,7 @@ class DistillationTrainer(SavingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """(3,): labelled positions, weights of the soft term and of spans, over the accumulated batches and all ranks. Trainer's own counts labels only."""
-        hard = sum(int((batch["labels"] != NO_LABEL).sum()) for batch in batch_samples)
+        hard = sum(int(is_known(batch["labels"]).sum()) for batch in batch_samples)
         soft = sum(float(batch["soft_weights"].sum()) for batch in batch_samples)
         spans = sum(float(batch["spans"]["weights"].sum()) for batch in batch_samples if "spans" in batch)
         counts = torch.tensor([[float(hard), soft, spans]], device=device)
@@ -349,11 +358,11 @@ class DistillationTrainer(SavingTrainer):
         soft = soft_weight * sums["soft_sum"] / sums["num_soft"] if sums["num_soft"] else 0.0
         span = sums["span_sum"] / sums["num_spans"] if sums["num_spans"] else 0.0
         metrics = {"loss": hard + soft + self.loss.span_weight * span}
-        if (predictions.labels != NO_LABEL).any():
+        if is_known(predictions.labels).any():
             measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
             metrics.update({("nll" if name == "loss" else name): value for name, value in measured.items()})
-        metrics["agreement"] = agreement(predictions.predicted, predictions.teacher_predicted)
-        metrics["divergence"] = float(found["divergence"][known & (found["teacher_predicted"] != NO_LABEL)].mean())
+        metrics["agreement"] = agreement_of(predictions)
+        metrics["divergence"] = float(found["divergence"][known & is_known(found["teacher_predicted"])].mean())
         if sums["num_spans"]:
             metrics["span_loss"] = span
         return metrics

@@ -24,6 +24,7 @@ from pipeline.records import (
     Ragged,
     RowBlock,
     Sampled,
+    Score,
     SoftLabels,
     TokenBlock,
     TokenizedExample,
@@ -117,6 +118,8 @@ def pack_soft(soft: SoftLabels, counts: np.ndarray) -> dict[str, Ragged]:
         logprobs = soft.top_logprobs.reshape(len(soft), soft.num_classes)
         centred = (logprobs - logprobs.amax(-1, keepdim=True)) if len(soft) else logprobs  # the maximum is 0
         columns["logits"] = centred.flatten().numpy(), positions * soft.num_classes
+    elif isinstance(soft.encoding, Score):
+        columns["teacher_scores"] = soft.top_logprobs.numpy(), positions
     else:
         top_offsets, tail_offsets = soft.top_offsets.numpy(), soft.tail_offsets.numpy()
         columns["top_count"] = np.diff(top_offsets), positions
@@ -148,6 +151,11 @@ def unpack_soft(block: RowBlock) -> SoftLabels:
     encoding, lists = block.encoding, block.lists
     if isinstance(encoding, Full):
         return _unpack_full(_tensor(lists["logits"].values), block.num_classes)
+    if isinstance(encoding, Score):
+        scores = _tensor(lists["teacher_scores"].values)
+        none, start = torch.zeros(0, dtype=torch.int64), torch.zeros(len(scores) + 1, dtype=torch.int64)
+        ids, residuals = torch.zeros(len(scores), dtype=torch.int64), torch.zeros(len(scores), 0)
+        return SoftLabels(encoding, 1, torch.arange(len(scores) + 1), ids, scores, start, none, residuals)
     top_offsets = torch.from_numpy(offsets_of_counts(lists["top_count"].values))
     count = len(top_offsets) - 1
     if isinstance(encoding, Sampled):
@@ -244,6 +252,8 @@ def labelled_positions_of(block: RowBlock) -> np.ndarray:
     """(R,) integers: the positions of each row that the teacher has labelled, which the soft labels are of."""
     if isinstance(block.encoding, Full):
         return block.lists["logits"].counts // block.num_classes
+    if isinstance(block.encoding, Score):
+        return block.lists["teacher_scores"].counts
     return block.lists["top_count"].counts
 
 
@@ -279,6 +289,7 @@ COLUMNS = frozenset(
         "label",
         "position_labels",
         "logits",
+        "teacher_scores",
         "top_count",
         "top_ids",
         "top_logprobs",

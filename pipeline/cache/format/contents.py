@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.cache.format.codec import COLUMNS
 from pipeline.errors import IntegrityError
-from pipeline.records import NO_LABEL, Contract, Full, Sampled
+from pipeline.records import Contract, Full, Sampled, Score, is_known
 from pipeline.tasks import get_task
 
 #: Columns that may be empty in a row; those of the source may too.
@@ -65,7 +65,11 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
             positions = np.full(table.num_rows, len(contract.label_names or ()), dtype=np.int64)
         check.same(lists["position_labels"].counts, positions, "position_labels: expected one a position")
         known = lists["position_labels"].values
-        check.range(known[known != NO_LABEL], contract.num_classes, "position_labels")
+        known = known[is_known(known)]
+        if isinstance(contract.encoding, Score):
+            check(bool(np.isfinite(known).all()), "position_labels: expected finite scores")
+        else:
+            check.range(known, contract.num_classes, "position_labels")
     if "position_words" in table.column_names:
         words = _list(table, "position_words", check, values=False)
         check.same(words.counts, positions, "position_words: expected one a position")
@@ -86,6 +90,9 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
             not bool((logits.values.max(initial=-np.inf) > _SLACK) | np.isnan(logits.values.max(initial=-np.inf))),
             "logits: expected at most 0",
         )
+    elif isinstance(contract.encoding, Score):
+        check.same(lists["teacher_scores"].counts, positions, "teacher_scores: expected one a position")
+        check(bool(np.isfinite(lists["teacher_scores"].values).all()), "teacher_scores: expected finite scores")
     else:
         _check_kept(check, lists, contract, positions)
     return int(positions.sum())

@@ -45,6 +45,8 @@ _ADDED = frozenset(
         "bytes_per_row",
         "span_loss",
         "words",
+        "moments",
+        "group",
     }
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import unicodedata
@@ -11,7 +12,7 @@ from typing import Any
 
 from pipeline.cache.format.schema import cache_schema, describe
 from pipeline.errors import PipelineError
-from pipeline.records import Contract, Full, Manifest, Sampled, Shard, TopK
+from pipeline.records import Contract, Full, Manifest, Sampled, Score, Shard, TopK
 from pipeline.tasks import Task, get_task
 
 #: Shard names are file names, not paths: nothing in a manifest can point out of the cache.
@@ -31,7 +32,8 @@ def contract_problem(contract: Contract) -> str | None:
 def manifest_problem(manifest: Manifest) -> str | None:
     """What is wrong with a contract and its shard table; None: nothing."""
     problem = contract_problem(manifest.contract)
-    return problem or next(_of_shards(manifest.shards), None) or next(_of_rest(manifest), None)
+    others = (_of_shards(manifest.shards), _of_moments(manifest), _of_rest(manifest))
+    return problem or next(itertools.chain(*others), None)
 
 
 def _of_contract(contract: Contract) -> Iterator[str]:
@@ -44,12 +46,15 @@ def _of_contract(contract: Contract) -> Iterator[str]:
         yield str(error)
         return
     classes, encoding = contract.num_classes, contract.encoding
-    if not 2 <= classes <= _MOST_CLASSES:
-        yield f"num_classes: expected 2 to {_MOST_CLASSES}, found {classes}"
+    is_score = task.target == "score"
+    if isinstance(encoding, Score) != is_score:
+        yield f"encoding: expected {'score' if is_score else 'one of distributions'}, as the task {task.name} has, found {encoding.kind}"
+    if not (1 if is_score else 2) <= classes <= _MOST_CLASSES:
+        yield f"num_classes: expected {1 if is_score else 2} to {_MOST_CLASSES}, found {classes}"
     names = contract.label_names
     if task.names == "positions":
-        if classes != 2:
-            yield f"num_classes: expected 2, as a label of several has, found {classes}"
+        if classes != (1 if is_score else 2):
+            yield f"num_classes: expected {'1, as a score' if is_score else '2, as a label of several'} has, found {classes}"
         if not names or len(names) > _MOST_CLASSES:
             yield f"label_names: expected 1 to {_MOST_CLASSES}, found {names if names is None else len(names)}"
     elif (None if names is None else len(names)) != (None if task.names is None else classes):
@@ -64,7 +69,7 @@ def _of_contract(contract: Contract) -> Iterator[str]:
             yield f"tokenizer.special_ids.{name}: expected 0 to {vocabulary - 1}, found {token}"
     if not 0 <= contract.tokenization.max_length <= _MOST_CLASSES:
         yield f"tokenization.max_length: expected 0 to {_MOST_CLASSES}, found {contract.tokenization.max_length}"
-    if not isinstance(encoding, Full | Sampled):
+    if not isinstance(encoding, Full | Sampled | Score):
         grid = encoding.temperatures
         if not grid or len(grid) > 64 or not all(0 < t < math.inf for t in grid):
             yield f"encoding.temperatures: expected 1 to 64 above 0, found {grid[:8]}"
@@ -120,6 +125,18 @@ def _of_shards(shards: tuple[Shard, ...]) -> Iterator[str]:
                 yield f"shards.{i}.{name}: expected at least 1, found {getattr(shard, name)}"
         if min(shard.row_groups, default=0) < 1 or sum(shard.row_groups) != shard.rows:
             yield f"shards.{i}.row_groups: expected {shard.rows} rows in all, found {sum(shard.row_groups)}"
+
+
+def _of_moments(manifest: Manifest) -> Iterator[str]:
+    """Of scores, each shard says the mean and the spread of each output."""
+    is_score = isinstance(manifest.contract.encoding, Score)
+    outputs = len(manifest.contract.label_names or ()) if is_score else 0
+    for i, shard in enumerate(manifest.shards):
+        if len(shard.moments) != outputs:
+            yield f"shards.{i}.moments: expected {outputs}, found {len(shard.moments)}"
+        for each in shard.moments:
+            if each.count != shard.rows or not math.isfinite(each.mean) or not 0 <= each.deviation < math.inf:
+                yield f"shards.{i}.moments: expected finite ones of {shard.rows} rows, found {each}"
 
 
 def _of_rest(manifest: Manifest) -> Iterator[str]:

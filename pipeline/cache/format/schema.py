@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import MisuseError
-from pipeline.records import Encoding, Full, LabelSource, Sampled
+from pipeline.records import Encoding, Full, LabelSource, Sampled, Score
 
 FORMAT_VERSION = 1
 
@@ -60,7 +60,7 @@ def cache_schema(
     if labels == "tokens":
         columns["text_bytes"] = pa.int32()
     elif labels == "positions":
-        columns["position_labels"] = pa.list_(pa.int32())
+        columns["position_labels"] = pa.list_(pa.float32() if isinstance(encoding, Score) else pa.int32())
     if documents:
         columns["document_lengths"] = pa.list_(pa.int32())
     if labels == "row":
@@ -83,6 +83,8 @@ def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]
     """The columns that hold the soft labels themselves."""
     if isinstance(encoding, Full):
         return {"logits": pa.list_(pa.float32() if num_classes < _NARROW_FROM else pa.float16())}
+    if isinstance(encoding, Score):
+        return {"teacher_scores": pa.list_(pa.float32())}
     ids = pa.list_(pa.uint16() if num_classes <= 1 << 16 else pa.uint32())
     counts = pa.list_(pa.uint16() if num_classes < 1 << 16 else pa.uint32())
     columns = {"top_count": counts, "top_ids": ids}

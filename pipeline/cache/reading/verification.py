@@ -18,7 +18,7 @@ from pipeline.cache.format.tokenizer_files import tokenizer_problems
 from pipeline.cache.reading.shards import REMEDY, check_beside, check_shard_file, open_shard, read_row_group
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.progress import Progress
-from pipeline.records import Contract, Full, Manifest, Sampled, Shard
+from pipeline.records import Contract, Full, Manifest, Sampled, Score, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws
     """What reading checks, and beyond it the content hashes and the mass of each position, over so many draws. Returns the positions of the row group."""
     positions = check_contents(table, contract, where)
     _check_hashes(table, where)
-    if isinstance(contract.encoding, Full):
+    if isinstance(contract.encoding, Full | Score):
         return positions
     encoding = contract.encoding
     values = "top_weights" if isinstance(encoding, Sampled) else "top_logprobs"

@@ -16,7 +16,7 @@ from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
 from pipeline.cache.views.provenance import judge_text, origin, rows_text
 from pipeline.cache.views.recipes import kept_mass_sql, on_request, recipe
-from pipeline.records import Contract, Fidelity, Manifest, SourceContents
+from pipeline.records import Contract, Fidelity, Manifest, Score, SourceContents
 from pipeline.sources import is_of_files
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import get_task
@@ -64,7 +64,7 @@ from datasets import load_dataset
 rows = load_dataset("{dataset}", split="{first_split}")
 ```
 
-{duckdb}The kept classes and their weights at each position of a row, with NumPy alone:
+{duckdb}{kept} of a row, with NumPy alone:
 
 ```python
 {code}```
@@ -137,6 +137,9 @@ def make_card(
         else "",
         duckdb="" if sql is None else _DUCKDB.format(sql=sql),
         code=found.numpy,
+        kept="The scores"
+        if isinstance(contract.encoding, Score)
+        else "The kept classes and their weights at each position",
         licence=_licence(license),
         gaps=_gaps(manifest, contents),
         origin=origin(manifest),
@@ -280,6 +283,8 @@ def _revision(revision: str | None) -> str:
 
 
 def _alignment(manifest: Manifest) -> str:
+    if get_task(manifest.contract.task).target == "score":
+        return "A row has a score of the teacher's for each of `label_names` of `manifest.json`, in their order. The scores of the data are in `position_labels`."
     if get_task(manifest.contract.task).names == "positions":
         return (
             "A row has soft labels for each of `label_names` of `manifest.json`, in their order: what the teacher predicts of it, whether the row has the label,\n"

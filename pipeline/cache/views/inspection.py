@@ -14,11 +14,12 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.measures import measure
 from pipeline.cache.views.provenance import judge_text, rows_text
 from pipeline.cache.views.samples import share_of_yes, text_of
+from pipeline.cache.views.scores import score_lines, score_summary, scores_of_split
 from pipeline.cache.views.tokens import marked_tokens
 from pipeline.cache.views.units import classes_text, unit_of
 from pipeline.cache.views.words import words_of
 from pipeline.metrics import accuracy
-from pipeline.records import NO_LABEL, CachedExample, Full
+from pipeline.records import NO_LABEL, CachedExample, Full, Score, is_known
 from pipeline.softlabels import rows as positions_of
 from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.names import encoding_text
@@ -53,7 +54,7 @@ def labelled(cache: Cache) -> dict[str, int]:
 def _labelled_positions(cache: Cache, split: str) -> int:
     """Read from the shards of a split, a row group at a time."""
     tables = cache.dataset(split).tables(["position_labels"])
-    return sum(int((pc.list_flatten(table.column(0)).to_numpy() != NO_LABEL).sum()) for table in tables)
+    return sum(int(is_known(pc.list_flatten(table.column(0)).to_numpy()).sum()) for table in tables)
 
 
 def totals(cache: Cache) -> dict[str, dict[str, float]]:
@@ -103,7 +104,9 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
         follows = row.example.labels is None
         several = get_task(contract.task).names == "positions"
         yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised, follows=follows)}"
-        if several:
+        if isinstance(contract.encoding, Score):
+            yield from score_lines(cache, row)
+        elif several:
             yield from _labels(cache, row, top)
         elif row.example.supervised is None:
             yield from _classes(cache, row, top)
@@ -119,6 +122,9 @@ def _agreements(cache: Cache) -> Iterator[str]:
     if cache.remote is not None or unit == "positions":
         return
     for split in cache.splits:
+        if unit == "scores":
+            yield from (f"{split}: {line}" for line in score_summary(cache, scores_of_split(cache, split)))
+            continue
         found = measure(cache, split, most=_AGREEMENT_ROWS)
         count = int((found.labels != NO_LABEL).sum())
         if not count:

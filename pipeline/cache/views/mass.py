@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.reading.reader import Cache
-from pipeline.records import Full, Sampled
+from pipeline.records import Full, Sampled, Score
 
 _BINS = 20
 
@@ -33,8 +33,8 @@ class KeptMasses:
 
 
 def kept_masses(cache: Cache) -> KeptMasses | None:
-    """Of every split, reading two columns; None for `full`, which keeps all of it."""
-    if isinstance(cache.manifest.contract.encoding, Full):
+    """Of every split, reading two columns; None for `full`, which keeps all of it, and for scores."""
+    if isinstance(cache.manifest.contract.encoding, Full | Score):
         return None
     return KeptMasses(cache.manifest.cache_id, {split: _kept_mass(cache, split) for split in cache.splits})
 

@@ -22,9 +22,10 @@ from pipeline.cache.views.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Axis,
 from pipeline.cache.views.inspection import labelled, totals
 from pipeline.cache.views.measures import Disagreement, SplitMeasures, measure
 from pipeline.cache.views.provenance import judge_text, rows_text
-from pipeline.cache.views.samples import sample_of
+from pipeline.cache.views.samples import CHARACTERS, Sample, sample_of, text_of
+from pipeline.cache.views.scores import score_charts, score_facts, score_summary, scores_of_split
 from pipeline.cache.views.units import classes_of, classes_text, unit_of
-from pipeline.records import NO_LABEL, Contract, Full, Sampled
+from pipeline.records import NO_LABEL, CachedExample, Contract, Full, Sampled, Score
 from pipeline.softlabels.names import encoding_text
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import get_task
@@ -45,8 +46,8 @@ class SplitPart:
     summary: tuple[str, ...]
     charts: tuple[Chart, ...]
     balance: Balance | None
-    """None: the split has no rows."""
-    agreement: Agreement
+    """None: the split has no rows, or scores."""
+    agreement: Agreement | None
     confusion: Confusion | None
     disagreements: tuple[Disagreement, ...]
 
@@ -66,7 +67,9 @@ def write_page(
     contract = cache.manifest.contract
     chosen = split or cache.splits[0]
     shown = itertools.islice(cache.dataset(chosen), rows)
-    measured = [measure(cache, name) for name in cache.splits]
+    is_score = isinstance(contract.encoding, Score)
+    measured = [] if is_score else [measure(cache, name) for name in cache.splits]
+    parts = [_split_part(cache, found) for found in measured]
     write_text(
         path,
         _template().render(
@@ -76,12 +79,15 @@ def write_page(
             totals=totals(cache),
             labelled=_labelled(cache, measured),
             frame={"width": WIDTH, "height": HEIGHT, "top": TOP, "bottom": BOTTOM, "right": RIGHT},
-            parts=[_split_part(cache, found) for found in measured],
+            parts=[_score_part(cache, name) for name in cache.splits] if is_score else parts,
             split=chosen,
             is_tokens=contract.label_names is None,
             of=_of(cache),
             names=classes_of(contract) or (),
-            samples=[sample_of(cache, row, tokens=tokens, top=top) for row in shown],
+            samples=[
+                _score_sample(cache, row) if is_score else sample_of(cache, row, tokens=tokens, top=top)
+                for row in shown
+            ],
         ),
     )
 
@@ -194,6 +200,21 @@ def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
         None if names is None else confusion(found.labels, found.predicted, names),
         found.disagreements,
     )
+
+
+def _score_part(cache: Cache, split: str) -> SplitPart:
+    found = scores_of_split(cache, split)
+    rows = len(found.lengths)
+    measured = f"All {rows:,} rows." if rows == found.rows else f"A sample: {rows:,} of {found.rows:,} rows."
+    summary, charts = tuple(score_summary(cache, found)), tuple(score_charts(cache, found))
+    return SplitPart(split, measured, summary, charts, None, None, None, ())
+
+
+def _score_sample(cache: Cache, row: CachedExample) -> Sample:
+    text = text_of(cache, row)
+    cut = max(0, len(text) - CHARACTERS)
+    title = f"Source row {row.example.source_row}"
+    return Sample(title, score_facts(cache, row), text=text[:CHARACTERS], cut=cut)
 
 
 def _measured(found: SplitMeasures, unit: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from pipeline.cache.views.units import unit_of
-from pipeline.records import Contract, Full, Manifest, ModelInfo, Sampled, TopK, TopP
+from pipeline.records import Contract, Full, Manifest, ModelInfo, Sampled, Score, TopK, TopP
 from pipeline.tasks import get_task
 
 
@@ -136,6 +136,8 @@ def _unless(value: str | None, default: str) -> str | None:
 def _encoding(contract: Contract) -> list[tuple[str, object]]:
     encoding = contract.encoding
     flags: list[tuple[str, object]] = [("--encoding", encoding.kind)]
+    if isinstance(encoding, Score):
+        return []
     if isinstance(encoding, Full):
         return flags
     if isinstance(encoding, Sampled):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.cache.views.units import unit_of
-from pipeline.records import NO_LABEL, Contract, Encoding, Full, Manifest, Sampled
+from pipeline.records import NO_LABEL, Contract, Encoding, Full, Manifest, Sampled, Score
 from pipeline.tasks import get_task
 
 
@@ -28,6 +28,8 @@ def recipe(contract: Contract) -> Recipe:
     encoding: Encoding = contract.encoding
     if isinstance(encoding, Full):
         return Recipe("full", _FULL, _FULL_NUMPY.format(num_classes=contract.num_classes), None)
+    if isinstance(encoding, Score):
+        return Recipe("score", _SCORE, _SCORE_NUMPY, None)
     if isinstance(encoding, Sampled):
         values = {"temperature": encoding.temperature, "size": encoding.sample_size, "steps": encoding.steps}
         return Recipe(
@@ -49,6 +51,8 @@ def recipe(contract: Contract) -> Recipe:
 def on_request(contract: Contract) -> list[str]:
     """What the columns hold that are no soft labels, of language models those that are stored on request alone: a paragraph each."""
     unit = unit_of(get_task(contract.task))
+    if isinstance(contract.encoding, Score):
+        return [_OF_SCORES]
     if unit == "labels":
         return [_OF_LABELS]
     if "supervised" not in contract.columns:
@@ -102,6 +106,15 @@ _OF_WORDS = {
 }
 
 _OF_LABELS = f"`position_labels[n]`: 1 where the row has the n-th of `label_names` of `manifest.json`, 0 where it has not, {NO_LABEL} where that is not known. A position is one of these labels, in their order, of two classes: 0 is no, 1 is yes."
+
+_SCORE = "`teacher_scores[n]`: what the teacher gives for the n-th of `label_names` of `manifest.json`, in the unit of the data it was trained on. `moments` of each shard there are the mean of each output and the sum of the squared distances from it."
+_SCORE_NUMPY = """import numpy as np
+
+scores = np.asarray(row["teacher_scores"])  # one for each output
+positions = [([0], [score]) for score in scores]
+"""
+
+_OF_SCORES = "`position_labels[n]`: the score of the data for the n-th output; NaN where there is none."
 
 _FULL = "`logits`: V values a position, nats, the largest is 0. softmax(logits / T) is the teacher at temperature T."
 _FULL_NUMPY = """import numpy as np

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 #: Of a classifier's text, at most.
-_CHARACTERS = 1500
+CHARACTERS = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
     return Sample(
         title,
         "no label" if label is None else f"label {names[label]}",
-        text=text[:_CHARACTERS],
-        cut=max(0, len(text) - _CHARACTERS),
+        text=text[:CHARACTERS],
+        cut=max(0, len(text) - CHARACTERS),
         candidates=tuple(Candidate(names[i], weight, i == label) for i, weight in _heaviest(goal, 0, top)),
     )
 
@@ -93,8 +93,8 @@ def _label_sample(cache: Cache, row: CachedExample, title: str, top: int) -> Sam
     return Sample(
         title,
         f"labels {', '.join(has) or 'none'}" if known else "labels not known",
-        text=text[:_CHARACTERS],
-        cut=max(0, len(text) - _CHARACTERS),
+        text=text[:CHARACTERS],
+        cut=max(0, len(text) - CHARACTERS),
         candidates=tuple(Candidate(names[i], float(shares[i]), int(labels[i]) == 1) for i in best),
     )
 

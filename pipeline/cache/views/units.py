@@ -7,11 +7,13 @@ from typing import Literal
 from pipeline.records import Contract
 from pipeline.tasks import Task, get_task
 
-Unit = Literal["rows", "words", "labels", "positions"]
+Unit = Literal["rows", "words", "labels", "scores", "positions"]
 
 
 def unit_of(task: Task) -> Unit:
-    """What a soft label is of: a whole row, a word, one of several labels of a row, or a position among tokens."""
+    """What a soft label is of: a whole row, a word, one of several labels of a row, one of its scores, or a position among tokens."""
+    if task.target == "score":
+        return "scores"
     if task.names == "positions":
         return "labels"
     if task.label_source == "positions":
@@ -20,8 +22,8 @@ def unit_of(task: Task) -> Unit:
 
 
 def position_name(task: Task) -> str:
-    """One position, where what it is of is told: `word`, `label` or `position`."""
-    return {"words": "word", "labels": "label"}.get(unit_of(task), "position")
+    """One position, where what it is of is told: `word`, `label`, `score` or `position`."""
+    return {"words": "word", "labels": "label", "scores": "score"}.get(unit_of(task), "position")
 
 
 def classes_of(contract: Contract) -> tuple[str, ...] | None:
@@ -30,7 +32,9 @@ def classes_of(contract: Contract) -> tuple[str, ...] | None:
 
 
 def classes_text(contract: Contract) -> str:
-    """How many classes a position has, or of how many labels it is whether a row has them."""
+    """How many classes a position has, or of how many labels it is whether a row has them, or how many scores a row has."""
+    if unit_of(get_task(contract.task)) == "scores":
+        return f"{len(contract.label_names or ()):,} scores" if len(contract.label_names or ()) != 1 else "1 score"
     if get_task(contract.task).names == "positions":
         return f"{len(contract.label_names or ()):,} labels"
     return f"{contract.num_classes:,} classes"

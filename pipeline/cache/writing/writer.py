@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.format.codec import pack
 from pipeline.cache.format.hashes import file_sha256, footer_sha256
+from pipeline.cache.format.moments import moments_of, pooled
 from pipeline.cache.format.rows import block_of, gather
 from pipeline.cache.format.schema import parquet_settings
 from pipeline.cache.storage.commit import write_atomically
 from pipeline.cache.storage.crash import reached
-from pipeline.records import CachedExample, RowBlock, Segment, Shard, ShardPlan
+from pipeline.records import CachedExample, Moments, RowBlock, Segment, Shard, ShardPlan
 
 #: Of a row group: what the Hub's viewer and streaming read at once, and what a training window holds.
 _MAX_ROWS = 1000
@@ -50,6 +51,7 @@ def write_row_groups(path: Path, plan: ShardPlan, groups: Iterable[pa.Table], sc
     if first is None:
         return Shard(plan.name, plan.split, 0, 0, 0, 0, "", ())
     sizes: list[tuple[int, int, int]] = []
+    scores: list[tuple[Moments, ...]] = []
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(
@@ -64,6 +66,7 @@ def write_row_groups(path: Path, plan: ShardPlan, groups: Iterable[pa.Table], sc
             for group in itertools.chain([first], iterator):
                 writer.write_table(group, row_group_size=group.num_rows)
                 sizes.append((group.num_rows, _positions(group), _values(group, "input_ids")))
+                scores.append(moments_of(group))
                 reached("shard:row-group")
 
     write_atomically(path, write)
@@ -78,6 +81,7 @@ def write_row_groups(path: Path, plan: ShardPlan, groups: Iterable[pa.Table], sc
         sha256=file_sha256(path),
         row_groups=tuple(rows for rows, _, _ in sizes),
         footer_sha256=footer_sha256(path),
+        moments=pooled(scores),
     )
 
 

@@ -46,6 +46,7 @@ from pipeline.records import (
     Full,
     RowBlock,
     Sampled,
+    Score,
     ShardPlan,
     Tokenization,
     TokenizedExample,
@@ -54,7 +55,7 @@ from pipeline.records import (
 )
 from pipeline.softlabels import encode, narrow, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
-from pipeline.sources import LabelMap, Source, holds_chats, load_source, read_examples
+from pipeline.sources import LabelMap, ScoreColumn, Source, holds_chats, load_source, read_examples
 from pipeline.tasks import Task, check_ids, embedding_rows, get_task
 
 #: The choices that are compared, where they have fewer classes than V.
@@ -261,8 +262,10 @@ def _pilot_rows(
         SourceError: no row of them can be used.
     """
     count = len(source.splits[split])
-    labels = None
-    if task.names is not None:
+    labels: LabelMap | ScoreColumn | None = None
+    if task.target == "score":
+        labels = ScoreColumn.of(source, len(class_names(teacher.model)), label_map)
+    elif task.names is not None:
         labels = LabelMap.for_names(source, class_names(teacher.model), label_map, several=task.names == "positions")
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
     starts = [count * i // runs for i in range(runs)]
@@ -290,6 +293,8 @@ def _pilot_rows(
 
 
 def _encodings(task: Task, num_classes: int, max_length: int, temperature: float) -> list[Encoding]:
+    if task.target == "score":
+        return [Score()]
     grid = tuple(sorted({1.0, 2.0, 4.0, temperature}))
     found: list[Encoding] = [Sampled(c, temperature) for c in SAMPLE_SIZES if c < num_classes]
     found += [TopK(k, grid) for k in TOP_KS if k < num_classes]

@@ -19,8 +19,8 @@ from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.records import Bin, Calibration
 from pipeline.metrics import expected_calibration_error
 from pipeline.models import LoadedModel
-from pipeline.models.scoring import Scores, score
-from pipeline.records import NO_LABEL, Predictions
+from pipeline.models.scoring import Scores, score_of
+from pipeline.records import NO_LABEL, Predictions, is_known
 from pipeline.tasks import Task
 
 #: Where the loss is taken, as a function of the temperature; between them it is a spline, whose minimum is within 0.1% of the true one.
@@ -36,8 +36,8 @@ _CHUNK = 1 << 24
 class TemperatureFit:
     """What one pass over the rows to fit on says."""
 
-    row_temperatures: np.ndarray
-    """(R,) float64, for each row of the reported split."""
+    row_temperatures: np.ndarray | None
+    """(R,) float64, for each row of the reported split. None: scores have no probabilities to scale."""
     main_metric: float | None
     """Of the model as trained, on the other split; None: there was none."""
 
@@ -57,12 +57,15 @@ def fit_temperatures(
     owners: list[np.ndarray] = []
     text_bytes: list[np.ndarray] = []
     source = fitted_on or split
+    is_score = basis.task.target == "score"
+    if is_score and fitted_on is None:
+        return TemperatureFit(None, None)
     for rows, batch, logits in logits_by_batch(cache, basis.task, model, source, batch_size, f"calibrate {name}"):
         fold = np.repeat(halves(rows.numbers["source_row"]), positions_of(rows))
-        each = scaled_losses(logits, batch.labels)
+        each = scaled_losses(logits, batch.labels) if not is_score else np.zeros((len(logits), len(GRID)))
         for half in (0, 1):
             losses[half] += each[fold == half].sum(0)
-        parts.append(score(logits, batch.labels))
+        parts.append(score_of(basis.task, logits, batch.labels))
         labels.append(batch.labels.cpu().numpy())
         owners.append(np.repeat(np.arange(len(rows)), positions_of(rows)) + sum(map(len, text_bytes)))
         text_bytes.append(text_bytes_of(rows))
@@ -74,7 +77,8 @@ def fit_temperatures(
         parts, np.concatenate(labels), np.concatenate(owners), np.concatenate(text_bytes), contract.label_names
     )
     metrics = basis.task.metrics(predictions, contract.num_classes)
-    return TemperatureFit(np.full(len(folds), best_temperature(losses.sum(0))), metrics[basis.main_metric])
+    scales = None if is_score else np.full(len(folds), best_temperature(losses.sum(0)))
+    return TemperatureFit(scales, metrics[basis.main_metric])
 
 
 def halves(source_rows: np.ndarray) -> np.ndarray:
@@ -204,7 +208,7 @@ def calibration_split(cache: Cache, task: Task, asked: str | None, reported: str
     name = asked or "validation"
     if asked is None and (name not in cache.splits or name == reported):
         return None
-    labelled = any((task.hard_labels(tokens_of(rows)) != NO_LABEL).any() for rows in cache.dataset(name).blocks())
+    labelled = any(is_known(task.hard_labels(tokens_of(rows))).any() for rows in cache.dataset(name).blocks())
     if asked is not None and not labelled:
         raise CacheError(
             f"--calibration-split {asked}: no row of {cache.root} has a hard label there; name another, or none"

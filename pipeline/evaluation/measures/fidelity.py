@@ -52,6 +52,8 @@ def slices(
 ) -> tuple[str, tuple[Slice, ...]]:
     """What the slices are, and every model on each: classes by their label; tokens by how often they stand in the training split."""
     labels = teacher.predictions.labels
+    if teacher.is_score:
+        return "", ()
     if task.predicts_tokens:
         kind, names, members = _token_bands(cache, labels)
     elif task.names == "positions":
@@ -113,6 +115,13 @@ def class_name(cache: Cache, number: int) -> str:
     return names[number] if names is not None else repr(str(cache.tokenizer.decode([number])))
 
 
+def _said(cache: Cache, value: np.generic) -> str:
+    """A class by its name, or a score; '' for none."""
+    if value.dtype.kind != "f":
+        return class_name(cache, int(value))
+    return "" if np.isnan(value) else f"{float(value):.3f}"
+
+
 def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Example, ...]:
     """Where the first seed of a student is farthest from its teacher: by KL, or where that is not known by position, by what it gives to the teacher's choice."""
     if not count:
@@ -130,16 +139,17 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
         if theirs < 0:  # nobody is apart there
             continue
         believed = teacher.predictions.confidence[theirs]
-        choice = class_name(subject.teacher.cache, int(teacher.predictions.predicted[theirs]))
-        answer = class_name(cache, int(seen.predictions.predicted[position]))
+        choice = _said(subject.teacher.cache, teacher.predictions.predicted[theirs])
+        answer = _said(cache, seen.predictions.predicted[position])
+        sure = seen.predictions.confidence[position]
         found.append(
             Example(
                 student=subject.name,
                 source_row=row.example.source_row,
                 text=_text(task, cache, row, position - int(starts[number])),
-                truth=class_name(cache, int(seen.predictions.labels[position])),
+                truth=_said(cache, seen.predictions.labels[position]),
                 teacher=choice if np.isnan(believed) else f"{choice} ({believed:.0%})",
-                answer=f"{answer} ({seen.predictions.confidence[position]:.0%})",
+                answer=answer if np.isnan(sure) else f"{answer} ({sure:.0%})",
                 distance=float(distance[position]),
             )
         )

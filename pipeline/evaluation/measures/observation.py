@@ -14,14 +14,16 @@ from pipeline.cache.format.codec import labelled_positions_of, positions_of, tex
 from pipeline.cache.views.units import position_name
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.run import predictions_of_teacher
+from pipeline.metrics import correlation_influence
 from pipeline.models import LoadedModel
-from pipeline.models.scoring import score
+from pipeline.models.scoring import score_of
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Target
+from pipeline.records import NO_LABEL, Contract, Full, Predictions, Sampled, Score, Target, is_known
 from pipeline.softlabels import default_temperature, served_temperature, target
 from pipeline.tasks import Task, get_task
 from pipeline.training.batches.collate import aligned_positions
 from pipeline.training.divergences import divergence, forward_kl
+from pipeline.training.losses import distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,13 @@ class Observation:
     @property
     def labelled(self) -> np.ndarray:
         """(N,) bool."""
-        known: np.ndarray = self.predictions.labels != NO_LABEL
+        known: np.ndarray = is_known(self.predictions.labels)
         return known
+
+    @property
+    def is_score(self) -> bool:
+        """Whether scores are compared, not classes."""
+        return self.predictions.labels.dtype.kind == "f"
 
     @property
     def right(self) -> np.ndarray:
@@ -78,6 +85,12 @@ class Observation:
             values = {"agreement": self.agrees.astype(np.float64), "kl": self.kl}
             return values if self.js is None else {**values, "js": self.js}
         known = self.labelled
+        if self.is_score:
+            return {
+                "mse": np.where(known, self.predictions.nll, 0.0),
+                "agreement": self._correlation(),
+                "kl": self.kl,
+            }
         values = {
             "accuracy": self.right.astype(np.float64),
             "loss": np.where(known, self.predictions.nll, 0.0),
@@ -86,6 +99,15 @@ class Observation:
             "kl": self.kl,
         }
         return values if self.js is None else {**values, "js": self.js}
+
+    def _correlation(self) -> np.ndarray:
+        """(N,): what each score adds to the correlation with the teacher's, the mean over outputs; see `metrics.correlation_influence`."""
+        names = self.predictions.label_names or ("",)
+        ours, theirs = (
+            values.reshape(-1, len(names)).T
+            for values in (self.predictions.predicted, self.predictions.teacher_predicted)
+        )
+        return np.stack([correlation_influence(*pair) for pair in zip(theirs, ours, strict=True)], 1).flatten()
 
     def row_sums(self, values: np.ndarray) -> np.ndarray:
         """(N,) -> (R,)."""
@@ -114,6 +136,8 @@ def position_kl_is_known(contract: Contract) -> bool:
 def divergence_note(contract: Contract) -> str:
     """What KL and JS mean with an encoding, for readers."""
     encoding = contract.encoding
+    if isinstance(encoding, Score):
+        return "agreement: correlation with the teacher's scores (Pearson, the mean over outputs); distance: squared difference from them, in their standard deviations."
     unit = position_name(get_task(contract.task))
     at = f"at temperature {served_temperature(encoding):g}, nats a {unit}"
     if isinstance(encoding, Full):
@@ -153,10 +177,10 @@ def observe(
             is_aligned = where >= 0
             aligned.append(torch.where(is_aligned, where + labelled, -1).numpy())
             labelled += int(labelled_positions_of(rows).sum())
-        plain.add(cache, logits, batch.labels, batch.target, best, is_aligned)
+        plain.add(cache, task, logits, batch.labels, batch.target, best, is_aligned)
         if row_temperatures is not None:
             divisor = torch.from_numpy(row_temperatures[owner]).to(logits)[:, None]
-            scaled.add(cache, logits / divisor, batch.labels, batch.target, best, is_aligned)
+            scaled.add(cache, task, logits / divisor, batch.labels, batch.target, best, is_aligned)
         labels.append(batch.labels.cpu().numpy())
         teacher.append(best.numpy())
         owners.append(owner)
@@ -189,6 +213,8 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
         weights = torch.cat([target(unpack_soft(rows), 1.0).weights for rows in dataset.blocks()]).view(positions, -1)
         brier = brier_scores(weights, torch.from_numpy(predictions.labels))
     zeros = np.zeros(positions)
+    if isinstance(encoding, Score):
+        return Observation(predictions, brier, zeros, None, zeros)
     surprise = -np.log(np.maximum(predictions.confidence, np.finfo(np.float64).tiny))
     return Observation(predictions, brier, zeros, None if isinstance(encoding, Sampled) else zeros, surprise)
 
@@ -209,11 +235,28 @@ class _Parts:
 
     @torch.inference_mode()
     def add(
-        self, cache: Cache, logits: Tensor, labels: Tensor, goal: Target, best: Tensor, is_aligned: Tensor | None
+        self,
+        cache: Cache,
+        task: Task,
+        logits: Tensor,
+        labels: Tensor,
+        goal: Target,
+        best: Tensor,
+        is_aligned: Tensor | None,
     ) -> None:
         encoding = cache.manifest.contract.encoding
         temperature = served_temperature(encoding)
-        scores = score(logits, labels)
+        scores = score_of(task, logits, labels)
+        if task.target == "score":
+            self._append(
+                predicted=scores.predicted,
+                confidence=scores.confidence,
+                nll=scores.nll,
+                brier=np.full(len(labels), np.nan),
+                kl=(apart := distance(logits, goal, temperature=1.0).double().cpu().numpy()),
+                surprise=apart,
+            )
+            return
         logprobs = torch.log_softmax(logits, -1)
         found = {
             "predicted": scores.predicted,
@@ -230,6 +273,9 @@ class _Parts:
             for name, known in (("kl", is_aligned), ("js", is_aligned), ("surprise", best != NO_LABEL)):
                 if name in found:
                     found[name] = np.where(known.numpy(), found[name], 0.0)
+        self._append(**found)
+
+    def _append(self, **found: np.ndarray) -> None:
         for name, values in found.items():
             self.columns.setdefault(name, []).append(values)
 

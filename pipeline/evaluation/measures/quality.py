@@ -27,7 +27,7 @@ def compared_metrics(basis: Basis, scores: Scores) -> tuple[str, ...]:
     """The main metric, then the other one of accuracy and loss, where all have the same tokens."""
     if basis.in_bytes:
         return (basis.main_metric,)
-    others = [name for name in ("accuracy", "loss") if name != basis.main_metric and name in scores.metrics]
+    others = [name for name in ("accuracy", "loss", "mse") if name != basis.main_metric and name in scores.metrics]
     return (basis.main_metric, *others)
 
 
@@ -56,6 +56,8 @@ def quality_lines(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> 
             (subject.name, subject.seen, False),
             (subject.scaled_name, subject.scaled, True),
         ):
+            if not seen:
+                continue
             num_classes = subject.cache.manifest.contract.num_classes
             lines.append(
                 Quality(

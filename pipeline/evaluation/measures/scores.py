@@ -13,7 +13,10 @@ from pipeline.evaluation.measures.statistics import measured, proportion, resamp
 from pipeline.evaluation.records import Measured
 
 #: Metrics that are better when larger; the others are losses, errors and divergences.
-HIGHER = ("accuracy", "agreement", "average_precision", "f1", "precision", "recall", "macro_f1")
+HIGHER = (
+    *("accuracy", "agreement", "average_precision", "f1", "precision", "recall", "macro_f1"),
+    *("pearson", "spearman"),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Scores:
         Args:
             observed: name -> its observation with each seed; all of the same rows.
         """
+        observed = {name: many for name, many in observed.items() if many}
         self.columns: dict[tuple[str, str], Column] = {}
         first = next(iter(observed.values()))[0]
         self.metrics = tuple(first.by_position())
@@ -76,7 +80,8 @@ class Scores:
         column = self.columns[name, metric]
         found = measured(column.mean, column.resampled, column.by_seed.tolist())
         each = column.weights > 0
-        binary = metric in HIGHER and bool(each.any()) and bool((column.weights[each] == 1).all())
+        whole = bool((column.weights[each] == 1).all()) and bool(np.isin(column.rows[each], (0, 1)).all())
+        binary = metric in HIGHER and bool(each.any()) and whole
         if binary and column.mean in (0.0, 1.0):
             count = int(each.sum())
             return dataclasses.replace(found, rows=proportion(round(column.mean * count), count), both=None)

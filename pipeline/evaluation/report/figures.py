@@ -81,7 +81,7 @@ def draw_all(report: Report) -> tuple[Picture, ...]:
 
 def draw_quality(report: Report, style: Style) -> Any:
     """The main metric and the other one of accuracy and loss: a point and an interval each; the teacher's as a band."""
-    metrics = [report.main_metric, *(m for m in ("accuracy", "loss") if m != report.main_metric)]
+    metrics = [report.main_metric, *(m for m in ("accuracy", "loss", "mse") if m != report.main_metric)]
     lines = [line for line in report.quality if not line.scaled]
     metrics = [m for m in metrics if all(m in line.metrics for line in lines)]
     count = len(lines) + len(report.teachers)
@@ -111,6 +111,8 @@ def draw_quality(report: Report, style: Style) -> Any:
 def draw_fidelity(report: Report, style: Style) -> Any:
     """Three shares of each model: agreement where the teacher is right, where it is wrong, and errors of the teacher that it mends."""
     lines = report.closeness
+    if all(math.isnan(line.on_right) for line in lines):
+        return None
     parts = (
         ("agrees where the teacher is right", "on_right", style.colours[0]),
         ("agrees where the teacher errs: copies the mistake", "on_errors", style.colours[4]),

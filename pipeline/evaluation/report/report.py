@@ -85,7 +85,7 @@ def report(config: ReportConfig) -> Report:
         slices=sliced,
         slice_kind=slice_kind,
         examples=examples(task, chosen, config.split, config.examples),
-        calibrations=_calibrations(teachers.values(), subjects, scores),
+        calibrations=() if task.target == "score" else _calibrations(teachers.values(), subjects, scores),
         costs=costs,
         machine=machine,
         break_even=tuple(
@@ -201,7 +201,9 @@ def look(
         cache=cache,
         seen=tuple(seen),
         scaled=tuple(scaled),
-        temperatures=tuple(float(fit.row_temperatures.mean()) for fit in fits),
+        temperatures=tuple(
+            float("nan") if fit.row_temperatures is None else float(fit.row_temperatures.mean()) for fit in fits
+        ),
         chosen_by=float(np.mean(by_choice)) if len(by_choice) == len(fits) else None,
     )
 
@@ -235,7 +237,7 @@ def _check_seeds(item: Asked, caches: Sequence[Cache]) -> None:
 def _check_same(first: Teacher, cache: Cache, seen: Observation, path: str) -> None:
     expected, found = first.cache.manifest.contract, cache.manifest.contract
     same = expected.task == found.task and expected.label_names == found.label_names
-    if not same or not np.array_equal(first.seen.predictions.labels, seen.predictions.labels):
+    if not same or not np.array_equal(first.seen.predictions.labels, seen.predictions.labels, equal_nan=True):
         raise ContractError(
             f"{redact(str(path))}: holds other rows or labels than {first.cache.where} (expected {len(first.seen.predictions.labels)} positions of {expected.task}, "
             f"found {len(seen.predictions.labels)} of {found.task}); students of several teachers are compared on the same rows: cache the same split with each"

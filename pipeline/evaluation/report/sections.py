@@ -11,7 +11,7 @@ from pipeline.evaluation.records import Measured, Quality, Report, TeacherLine
 from pipeline.evaluation.report.cost_section import cost_section
 from pipeline.evaluation.report.forms import p_value, parameters, uncertainty, with_interval
 from pipeline.evaluation.report.parts import Quote, Section, Table
-from pipeline.evaluation.table import OF_UNIT
+from pipeline.evaluation.table import OF_SCORES, OF_UNIT
 from pipeline.metrics import number
 from pipeline.tasks import get_task
 
@@ -26,6 +26,7 @@ MEANING = {
     "bits_per_byte": "loss in bits a byte of text, comparable between tokenizers",
     "ece": "expected calibration error, 15 bins: how far confidence is from being right",
     "brier": "squared distance of the probabilities from the truth, 0 to 2",
+    **OF_SCORES,
 }
 
 
@@ -200,10 +201,11 @@ def _who(report: Report) -> Table:
 
 
 def _fidelity(report: Report) -> Section:
-    rows = [
+    is_score = get_task(report.task).target == "score"
+    rows: list[tuple[str, ...]] = [
         (
             line.name,
-            with_interval(line.agreement, share=True),
+            with_interval(line.agreement, share=not is_score),
             number("agreement", line.on_right),
             number("agreement", line.on_errors),
             number("agreement", line.mended),
@@ -212,13 +214,19 @@ def _fidelity(report: Report) -> Section:
         )
         for line in report.closeness
     ]
-    header = ("", "agreement", "where the teacher is right", "where it errs", "mends its errors", "KL", "JS")
+    header: tuple[str, ...] = (
+        *("", "agreement", "where the teacher is right", "where it errs", "mends its errors"),
+        *("KL", "JS"),
+    )
+    if is_score:
+        header = ("", "agreement", "distance")
+        rows = [(*row[:2], row[5]) for row in rows]
     tables = [Table("Agreement with the teacher", header, tuple(rows), (report.divergence_note,))]
     if report.slices:
         tables += _slice_tables(report)
     quotes = tuple(
         Quote(
-            f"source row {item.source_row}, {item.distance:.2f} nats apart",
+            f"source row {item.source_row}, {item.distance:.2f} {'squared standard deviations' if is_score else 'nats'} apart",
             item.text,
             (("truth", item.truth or "not labelled"), ("teacher", item.teacher), (item.student, item.answer)),
         )
@@ -250,7 +258,9 @@ def _slice_tables(report: Report) -> list[Table]:
     return tables
 
 
-def _calibration(report: Report) -> Section:
+def _calibration(report: Report) -> Section | None:
+    if not report.calibrations:
+        return None
     rows = [
         (
             line.name,

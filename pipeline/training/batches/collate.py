@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from pipeline.records import (
     PositionWeights,
     RowBlock,
     Sampled,
+    Scale,
+    Score,
     Segment,
     Spans,
     StudentBatch,
@@ -109,6 +112,8 @@ class Collator:
     """Of rows in the tokens of a student that are not the teacher's."""
     with_spans: bool = False
     """Give also the spans of text that the tokens of both begin and end."""
+    scale: Scale | None = None
+    """Of the cache's scores."""
 
     def __call__(self, rows: Picked) -> dict[str, Any]:
         """As `torch.utils.data.DataLoader` calls it."""
@@ -134,8 +139,10 @@ class Collator:
         given = tokens if self.retokenize is None else _tokenize_anew(self.task, block, self.tokenizer, self.retokenize)
         inputs, supervised = self.task.collate(given, pad_id(self.tokenizer) if self.pad_id is None else self.pad_id)
         soft = unpack_soft(block)
-        entropy = None if isinstance(soft.encoding, Full) else _entropy(block, labelled_positions_of(block))
+        entropy = None if isinstance(soft.encoding, Full | Score) else _entropy(block, labelled_positions_of(block))
         goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)
+        if self.scale is not None:
+            goal = dataclasses.replace(goal, unit=torch.from_numpy(np.tile(self.scale.std, len(block))))
         counted = self._position_weights(-goal.negative_entropy if entropy is None else entropy, goal)
         predicted = most_likely(soft)[0] if self.for_evaluation or self.teacher_labels else None
         if self.vocabulary_map is not None:
@@ -150,7 +157,7 @@ class Collator:
         return StudentBatch(
             inputs=inputs,
             supervised=supervised,
-            labels=labels.masked_fill(weights == 0, NO_LABEL),
+            labels=labels.masked_fill(weights == 0, math.nan if labels.is_floating_point() else NO_LABEL),
             target=goal,
             weights=weights,
             soft_weights=weights * counted,
@@ -238,8 +245,9 @@ def to_tensors(batch: StudentBatch) -> dict[str, Any]:
     for name in ("supervised", "teacher_predicted", "text_bytes", "num_positions"):
         if getattr(batch, name) is not None:
             tensors[name] = getattr(batch, name)
-    if goal.log_residual is not None:
-        tensors["target"]["log_residual"] = goal.log_residual
+    for name in ("log_residual", "unit", "group"):
+        if getattr(goal, name) is not None:
+            tensors["target"][name] = getattr(goal, name)
     if batch.spans is not None:
         tensors["spans"] = {name: getattr(batch.spans, name) for name in ("owner", "teacher_logprobs", "weights")}
     return tensors

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import TrainingError
-from pipeline.records import NO_LABEL, offsets_of_counts
+from pipeline.records import is_known, offsets_of_counts
 from pipeline.tasks import Task
 
 #: A tenth of the rows is held out, at most so many, of at most so many row groups: those are decoded for each evaluation.
@@ -43,7 +43,7 @@ def which_labelled(rows: Any, task: Task) -> np.ndarray:
     if task.label_source == "positions":
         lists = rows.column("position_labels")
         starts = offsets_of_counts(np.fromiter(map(len, lists), dtype=np.int64, count=len(lists)))[:-1]
-        found: np.ndarray = np.logical_or.reduceat(np.concatenate(lists) != NO_LABEL, starts)  # no row is empty
+        found: np.ndarray = np.logical_or.reduceat(is_known(np.concatenate(lists)), starts)  # no row is empty
         return found
     return np.ones(len(rows), dtype=bool)
 

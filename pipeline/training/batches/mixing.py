@@ -253,7 +253,7 @@ class TeachersCollator:
         soft_weights = [weight * batch.soft_weights for weight, batch in zip(self.weights, batches, strict=True)]
         return dataclasses.replace(
             first,
-            labels=torch.cat([first.labels, *(torch.full_like(batch.labels, NO_LABEL) for batch in rest)]),
+            labels=torch.cat([first.labels, *(_unlabelled(batch.labels) for batch in rest)]),
             target=_stack([batch.target for batch in batches]),
             weights=torch.cat([first.weights, *(torch.zeros_like(batch.weights) for batch in rest)]),
             soft_weights=torch.cat(soft_weights),
@@ -261,6 +261,10 @@ class TeachersCollator:
             if first.teacher_predicted is None
             else torch.cat([batch.teacher_predicted for batch in batches if batch.teacher_predicted is not None]),
         )
+
+
+def _unlabelled(labels: Tensor) -> Tensor:
+    return torch.full_like(labels, torch.nan if labels.is_floating_point() else NO_LABEL)
 
 
 def _check_positions(first: RowBlock, other: RowBlock) -> None:
@@ -298,4 +302,14 @@ def _stack(targets: Sequence[Target]) -> Target:
         torch.cat([target.weights for target in targets]),
         residual,
         torch.cat([target.negative_entropy for target in targets]),
+        unit=None if targets[0].unit is None else torch.cat([t.unit for t in targets if t.unit is not None]),
+        group=_stacked_groups([target.group for target in targets if target.group is not None]),
     )
+
+
+def _stacked_groups(groups: Sequence[Tensor]) -> Tensor | None:
+    """The groups of each teacher by themselves."""
+    if not groups:
+        return None
+    step = 1 + max(int(each.max()) for each in groups)
+    return torch.cat([each + i * step for i, each in enumerate(groups)])

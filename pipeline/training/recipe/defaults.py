@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.models.start import Start
-from pipeline.records import Encoding, Full, Loss, Sampled
+from pipeline.records import Encoding, Full, Loss, Sampled, Score
 
 #: Evaluations without a better one after which training stops, and about how many there are in all.
 PATIENCE, _EVALUATIONS = 5, 20
@@ -62,6 +62,8 @@ def choose_loss(encoding: Encoding, *, predicts_tokens: bool) -> tuple[Loss, str
     """The loss, and why."""
     if predicts_tokens:
         return Loss(0.5, 0.5), "a language model"
+    if isinstance(encoding, Score):
+        return Loss(0.1, 0.9, divergence="mse"), "scores; not measured"
     return Loss(0.1, 0.9, _served(encoding, 2.0)), "a classifier"
 
 
@@ -69,7 +71,7 @@ def _served(encoding: Encoding, wanted: float) -> float | None:
     """A temperature that the soft labels serve, as near to `wanted` as there is; None: their only one."""
     if isinstance(encoding, Full):
         return wanted
-    if isinstance(encoding, Sampled):
+    if isinstance(encoding, Sampled | Score):
         return None
     return min(max(wanted, min(encoding.temperatures)), max(encoding.temperatures))
 

@@ -1,0 +1,158 @@
+"""Scores of a text or of a pair of texts: N = the outputs of the model, V = 1, each one number in the unit of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError, ModelError
+from pipeline.metrics import correlation_influence, pearson, spearman
+from pipeline.records import (
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    LabelNames,
+    LabelSource,
+    OtherTokenizers,
+    Predictions,
+    Score,
+    TargetKind,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+    is_known,
+)
+from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
+from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
+
+_USAGE = """```python
+from transformers import pipeline
+
+score = pipeline("text-classification", model="{folder}", function_to_apply="none", top_k=None)
+print(score("a text", truncation=True, max_length={max_length}))  # of a pair: {{"text": "a text", "text_pair": "another"}}
+```
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRegression:
+    """See `Task`."""
+
+    name: str = "sequence-regression"
+    auto_class: Any = AutoModelForSequenceClassification
+    peft_type: str = "SEQ_CLS"
+    hub_category: str = "text-classification"
+    usage: str = _USAGE
+    marks_positions: bool = False
+    label_source: LabelSource = "positions"
+    names: LabelNames | None = "positions"
+    target: TargetKind = "score"
+    problem_type: str | None = "regression"
+    predicts_tokens: bool = False
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = True
+    stores_text: bool = True
+    other_tokenizers: OtherTokenizers = "texts"
+    judged_by: str | None = None
+    default_encoding: Encoding = Score()
+    default_temperature: float = 1.0
+    default_max_length: int = 512
+    default_batch_tokens: int = 8192
+    default_eval_rows: int = 32
+    main_metric: str = "pearson"
+    higher_is_better: bool = True
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Only texts and pairs of texts are scored."""
+        if columns.text is None:
+            raise MisuseError(
+                f"--task {self.name} reads --text-column (and --text-pair-column); words, chats, prompts and token ids are for other tasks"
+            )
+        refuse_settings_of_language_models(self.name, tokenization, "texts, and keeps their beginning")
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """As they are."""
+        return settings
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """1: an output is one number."""
+        config: Any = model.config
+        if config.problem_type not in (None, self.problem_type):
+            raise ModelError(
+                f"{config.name_or_path or 'the model'}: expected a model that gives scores (problem_type regression), found {config.problem_type}"
+            )
+        return 1
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Texts longer than `max_length` are truncated."""
+        return tokenize_texts(examples, tokenizer, settings.max_length, self._labels)
+
+    def _labels(self, example: Example) -> dict[str, Any]:
+        return {} if example.scores is None else {"labels": np.asarray(example.scores, dtype=np.float32)}
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """None: a row marks no tokens."""
+        return np.zeros(len(input_ids), dtype=bool)
+
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(N,) float32: the scores of the data, nan where there is none."""
+        labels = token_block(rows).labels
+        assert labels is not None
+        return labels.values.astype(np.float32)
+
+    def collate(
+        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Padded on the right."""
+        return collate_texts(rows, pad_id, length), None
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(N, 1): the outputs of each row."""
+        return self.at_positions(row_logits(model, inputs), None)
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, outputs) -> (N, 1)."""
+        return logits.reshape(-1, 1)
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Correlations with the labels, the mean over outputs, and the mean squared error over all that is labelled."""
+        pairs = [(truth[is_known(truth)], found[is_known(truth)]) for truth, found in _by_output(predictions)]
+        known = is_known(predictions.labels)
+        return {
+            "pearson": float(np.mean([pearson(*pair) for pair in pairs])),
+            "spearman": float(np.mean([spearman(*pair) for pair in pairs])),
+            "mse": float(predictions.nll[known].mean()) if known.any() else float("nan"),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """What each row adds to the correlation, to first order, and 1: the ratio of totals is the correlation, the mean over outputs."""
+        rows = len(predictions.row_text_bytes)
+        values, weights = np.zeros(rows), np.zeros(rows)
+        pairs = _by_output(predictions)
+        for truth, found in pairs:
+            known = is_known(truth)
+            values[known] += correlation_influence(truth[known], found[known])
+            weights[known] += 1
+        return values, weights
+
+
+def _by_output(predictions: Predictions) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(R,) labels and (R,) scores of each output."""
+    count = 1 if predictions.label_names is None else len(predictions.label_names)
+    labels, found = (values.reshape(-1, count).T for values in (predictions.labels, predictions.predicted))
+    return list(zip(labels, found, strict=True))

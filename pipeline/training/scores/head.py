@@ -1,0 +1,148 @@
+"""The last layer of a model of scores while it is trained: in standard deviations from the mean.
+
+An optimizer moves every weight by about the learning rate a step, whatever the unit of the data: a score of 150 would take a bias thousands of steps, and
+one of 0.01 is less than the first. So the layer's own weights W, b make standardised scores, and its output is mean + std (W h + b). Whatever is saved or
+loaded meanwhile has the weights std W and std b + mean, which give the same scores without this module.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.records import Scale
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-4
+
+
+@contextmanager
+def standardized(model: Any, scale: Scale | None) -> Iterator[None]:
+    """While a model is trained: its last layer standardised. None: it makes no scores."""
+    head = None if scale is None else _standardize(model, scale)
+    if scale is not None and head is None:
+        logger.warning(
+            "%s: no linear layer gives its scores: it is trained in the unit of the data (mean %s, standard deviation %s), which takes long where that is far from 0 and 1",
+            *(type(model).__name__, _listed(scale.mean), _listed(scale.std)),
+        )
+    try:
+        yield
+    finally:
+        if head is not None:
+            head.restore()
+
+
+@dataclass(frozen=True, slots=True)
+class _StandardHead:
+    """A layer whose weights are standardised, until `restore`."""
+
+    layer: nn.Linear
+    mean: Tensor
+    """(outputs,) float32; 0 where the layer has no bias to hold it."""
+    std: Tensor
+    """(outputs,) float32."""
+    hooks: tuple[Any, ...]
+
+    def restore(self) -> None:
+        """Put mean and unit into the weights, and leave an ordinary layer."""
+        for hook in self.hooks:
+            hook.remove()
+        with torch.no_grad():
+            for name, value in _folded(self.layer.state_dict(), "", self.mean, self.std).items():
+                getattr(self.layer, name).copy_(value)
+
+
+def _standardize(model: Any, learnt: Scale) -> _StandardHead | None:
+    """Let the last layer of a model give mean + std times what its weights make.
+
+    A layer whose bias is 0 was never trained: its weights stay, and the scores begin near the mean. Otherwise the weights change, and the scores stay.
+
+    Returns:
+        None where no linear layer gives the model's scores.
+    """
+    layer: Any = _last_layer(model, len(learnt.mean))
+    if layer is None:
+        return None
+    device = layer.weight.device
+    shift = torch.as_tensor(learnt.mean, dtype=torch.float32, device=device)
+    shift = torch.zeros_like(shift) if layer.bias is None else shift
+    scale = torch.as_tensor(learnt.std, dtype=torch.float32, device=device)
+    if layer.bias is None or bool(layer.bias.any()):
+        with torch.no_grad():
+            for name, value in _unfolded(layer.state_dict(), "", shift, scale).items():
+                getattr(layer, name).copy_(value)
+
+    def forward(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.float() * scale.to(output.device) + shift.to(output.device)
+
+    def save(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        state.update(_folded(state, prefix, shift, scale))
+
+    def load(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state.update(_unfolded(state, prefix, shift, scale))
+
+    hooks = (
+        layer.register_forward_hook(forward),
+        layer.register_state_dict_post_hook(save),
+        layer.register_load_state_dict_pre_hook(load),
+    )
+    return _StandardHead(layer, shift, scale, hooks)
+
+
+def _folded(state: Mapping[str, Tensor], prefix: str, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Standardised weights -> those that give the scores themselves."""
+    weight = state[f"{prefix}weight"]
+    found = {f"{prefix}weight": (weight.float() * std.to(weight.device)[:, None]).to(weight.dtype)}
+    if f"{prefix}bias" in state:
+        bias = state[f"{prefix}bias"]
+        found[f"{prefix}bias"] = (bias.float() * std.to(bias.device) + mean.to(bias.device)).to(bias.dtype)
+    return found
+
+
+def _unfolded(state: Mapping[str, Tensor], prefix: str, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """The inverse of `_folded`."""
+    found = {}
+    if f"{prefix}weight" in state:
+        weight = state[f"{prefix}weight"]
+        found[f"{prefix}weight"] = (weight.float() / std.to(weight.device)[:, None]).to(weight.dtype)
+    if f"{prefix}bias" in state:
+        bias = state[f"{prefix}bias"]
+        found[f"{prefix}bias"] = ((bias.float() - mean.to(bias.device)) / std.to(bias.device)).to(bias.dtype)
+    return found
+
+
+def _listed(values: np.ndarray) -> str:
+    return ", ".join(f"{value:.3g}" for value in values.tolist())
+
+
+@torch.no_grad()
+def _last_layer(model: Any, outputs: int) -> nn.Linear | None:
+    """The linear layer that a model's scores come out of, found by a trial on four tokens: of a layer over all tokens one row is the scores."""
+    made: list[tuple[nn.Linear, Tensor]] = []
+    layers = [each for each in model.modules() if type(each) is nn.Linear and each.out_features == outputs]
+    hooks = [each.register_forward_hook(lambda layer, _, output: made.append((layer, output))) for each in layers]
+    training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        ids = torch.arange(1, 5, device=device).unsqueeze(0)
+        scores = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten().float()
+    except Exception:  # foreign code: whatever it is, the model is trained as it is
+        return None
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for layer, output in reversed(made):
+        apart = (output.float().reshape(-1, outputs) - scores).abs().amax(-1).min()
+        if scores.shape == (outputs,) and bool(apart <= _TOLERANCE * (1 + scores.abs().max())):
+            return layer
+    return None
