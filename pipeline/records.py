@@ -76,7 +76,7 @@ class Columns:
     label: str | None = "label"
     keep: tuple[str, ...] = ()
     group: str | None = None
-    """Whose rows are compared with each other: the query of some documents. It is kept too. Manifests leave it out where there is none."""
+    """Whose rows of one value are compared with each other: the query of some documents. Manifests leave it out where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,8 @@ class Example:
     """Several labels at once: 1 for each of the model's labels that the row has, 0 for the others, -100 where it is not known."""
     scores: tuple[float, ...] | None = None
     """One for each of the model's outputs, nan where it is not known."""
+    group: int | None = None
+    """Rankings: a hash of the value that the rows of one list share."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
 
 
@@ -162,6 +164,8 @@ class TokenizedExample:
     """(N,) int32: the hard label of each supervised position, -100 where there is none; of scores float32, nan where there is none. None: the task has none by position."""
     words: tuple[str, ...] | None = None
     """(N,) the words that the supervised positions are the beginnings of."""
+    group: int | None = None
+    """As in `Example`."""
     text: str | None = None
     """Language models, where it is kept: the part of the source's text that the tokens cover."""
     text_pair: str | None = None
@@ -1021,13 +1025,15 @@ class Predictions:
     teacher_predicted: np.ndarray
     """(N,) int64, of scores float."""
     rows: np.ndarray
-    """(N,) int64: the row of the split that each position belongs to, or the group of rows. Intervals resample them, since positions of one row depend on each other."""
+    """(N,) int64: the row of the split that each position belongs to. Intervals resample rows, since positions of one row depend on each other."""
     row_kl: np.ndarray
     """(R,) float64: the sum over the row's positions of KL(teacher || model), nats."""
     row_text_bytes: np.ndarray
     """(R,) int64."""
     label_names: tuple[str, ...] | None = None
     """Of the classes, or of the positions of every row, where they have names."""
+    groups: np.ndarray | None = None
+    """(R,) int64, rankings: the list of each row, numbered from 0. Intervals resample lists. None: each row is by itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,10 @@ from pipeline.cache.writing.place import check_place, clear, current_plan, open_
 from pipeline.capture.append import appended, new_ranges
 from pipeline.capture.permutation import check_class_order, try_judge
 from pipeline.capture.plan import (
-    MAX_ROW_BYTES,
     MOST_FILES,
+    check_encoding,
     check_stored,
     default_rows_per_shard,
-    full_row_is_too_large,
     kept_types,
     library_versions,
     plan_shards,
@@ -43,19 +42,21 @@ from pipeline.config import CacheLogitsConfig, EstimateConfig
 from pipeline.errors import CacheError, MisuseError
 from pipeline.models import LoadedModel, length_within, load_model, load_tokenizer, set_chat_template, tokenizer_info
 from pipeline.models.saved import trained_length
-from pipeline.records import Contract, Encoding, Full, Score, SourceInfo, Tokenization
+from pipeline.records import Contract, Encoding, SourceInfo, Tokenization
 from pipeline.sources import (
     LabelMap,
     ScoreColumn,
     Source,
     holds_chats,
     is_of_files,
+    label_reader,
+    list_starts,
     load_source,
     load_unlabelled,
     survey,
     with_unlabelled,
 )
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import Task, check_columns, get_task, label_column
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
     settings = config.data.tokenization(2)
     if config.judging is not None:  # the arguments are those of the prompt's chat template
         settings = dataclasses.replace(settings, chat_template_kwargs=())
-    task.check_columns(config.data.columns, settings)
+    check_columns(task, config.data.columns, settings)
     texts, logprobs = config.data.store_text, config.store_label_logprobs
     check_stored(task, config.data.columns, settings, store_text=texts, store_label_logprobs=logprobs)
     layout = open_layout(config.output)
@@ -281,8 +282,7 @@ def make_job(
     )
     tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
-    _check_encoding(task, encoding)
-    _check_row_bytes(task, encoding, num_classes, tokenization.max_length)
+    check_encoding(task, encoding, num_classes, tokenization.max_length)
     label_names = teacher.label_names
     schema = cache_schema(
         encoding,
@@ -292,6 +292,7 @@ def make_job(
         token_type_ids="token_type_ids" in tokenizer.model_input_names and task.takes_token_types,
         **text_columns(task, store_text, chats=holds_chats(source)),
         text_pair=source.columns.text_pair is not None,
+        groups=source.columns.group is not None,
         documents=tokenization.isolate_documents,
         entropy=store_entropy,
         label_logprobs=store_label_logprobs,
@@ -302,7 +303,7 @@ def make_job(
     # Earlier versions read Parquet as everything else: such a cache goes on as it began.
     by_contents = begun is not None and not any(map(is_of_files, begun.contract.source.fingerprints.values()))
     found_in_source = survey(source, ranges, by_contents=by_contents)
-    row_groups = {} if by_contents else source.row_groups
+    row_groups = {} if by_contents else list_starts(source) or source.row_groups
     labels = _label_map(task, source, label_names, label_map)
     of_classes = labels if isinstance(labels, LabelMap) else None
     compare = partial(check_class_order, task, source, of_classes, teacher, encoding, tokenization)
@@ -373,21 +374,6 @@ def make_job(
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
 
 
-def _check_encoding(task: Task, encoding: Encoding) -> None:
-    if (task.target == "score") != isinstance(encoding, Score):
-        raise MisuseError(
-            f"--encoding {encoding.kind}: is for {'scores' if isinstance(encoding, Score) else 'distributions'}, and --task {task.name} has others; leave it out"
-        )
-
-
-def _check_row_bytes(task: Task, encoding: Encoding, num_classes: int, max_length: int) -> None:
-    if isinstance(encoding, Full) and full_row_is_too_large(task, num_classes, max_length):
-        raise MisuseError(
-            f"--encoding full: a row of {max_length} tokens over {num_classes} classes takes {2 * num_classes * max_length >> 20} MB, expected at most {MAX_ROW_BYTES >> 20}; "
-            "use --encoding sampled (unbiased, some 25 bytes a position) or top-k, or a smaller --max-length"
-        )
-
-
 def _label_map(
     task: Task, source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]
 ) -> LabelMap | ScoreColumn | None:
@@ -406,6 +392,4 @@ def _label_map(
             "%s: no label column, found %s: the cache will have no hard labels for the teacher's classes (%s); if the data has some, name them with --label-column",
             *(source.name, ", ".join(found), ", ".join(names[:5])),
         )
-    if task.target == "score":
-        return ScoreColumn.of(source, len(names), label_map)
-    return LabelMap.for_names(source, names, label_map, several=task.names == "positions")
+    return label_reader(source, names, label_map, holds=label_column(task))

@@ -23,6 +23,7 @@ from pipeline.records import (
     is_known,
 )
 from pipeline.softlabels.ragged import owners
+from pipeline.sources.scores import group_id
 from pipeline.sources.words import read_words
 from pipeline.tasks import Task, token_block
 
@@ -42,6 +43,8 @@ class LabelledRow:
     label: int | None = None
     labels: Sequence[int] | Sequence[float] | np.ndarray | None = None
     """(N,) token classification and several labels at once: of each position, -100 where there is none; scores: of each output, nan where there is none. Default: none anywhere."""
+    group: int | str | None = None
+    """Rankings: what the rows of one list share; they come one after another."""
     words: Sequence[str] | None = None
     """(N,) token classification: the words of the positions, which are stored with `store_text`."""
     text: str | None = None
@@ -85,6 +88,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         label=row.label,
         labels=labels,
         words=None if row.words is None else tuple(row.words),
+        group=None if row.group is None else group_id(row.group),
         text=row.text,
         text_pair=row.text_pair,
         messages=row.messages,

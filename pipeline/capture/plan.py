@@ -171,6 +171,23 @@ def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[st
     return {"text": bool(store_text) and not chats, "messages": bool(store_text) and chats}
 
 
+def check_encoding(task: Task, encoding: Encoding, num_classes: int, max_length: int) -> None:
+    """Refuse an encoding of other targets than the task's, and one that takes too much.
+
+    Raises:
+        MisuseError: says what to use.
+    """
+    if (task.target == "score") != isinstance(encoding, Score):
+        raise MisuseError(
+            f"--encoding {encoding.kind}: is for {'scores' if isinstance(encoding, Score) else 'distributions'}, which --task {task.name} has not; leave it out"
+        )
+    if isinstance(encoding, Full) and full_row_is_too_large(task, num_classes, max_length):
+        raise MisuseError(
+            f"--encoding full: a row of {max_length} tokens over {num_classes} classes takes {2 * num_classes * max_length >> 20} MB, expected at most {MAX_ROW_BYTES >> 20}; "
+            "use --encoding sampled (unbiased, some 25 bytes a position) or top-k, or a smaller --max-length"
+        )
+
+
 def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:
     """Whether `full` is refused: a row of a language model's float16 logits would pass 64 MB."""
     return task.marks_positions and 2 * num_classes * max_length > MAX_ROW_BYTES

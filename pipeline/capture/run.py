@@ -28,7 +28,7 @@ from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model, load_tokenizer
 from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
-from pipeline.tasks import Task, get_task
+from pipeline.tasks import Task, check_columns, get_task
 
 #: Settings of a teacher that labels by prompt.
 _OF_JUDGES = frozenset(("prompt_format", "shots", "shot_tokens", "calibrate"))
@@ -115,8 +115,8 @@ def cache_logits(
     begun = None if settings.get("overwrite") else current_plan(layout)
     tokenization = _tokenization(2, settings)
     chat_arguments = tokenization.chat_template_kwargs
-    chosen.check_columns(
-        columns, tokenization if judging is None else dataclasses.replace(tokenization, chat_template_kwargs=())
+    check_columns(
+        chosen, columns, tokenization if judging is None else dataclasses.replace(tokenization, chat_template_kwargs=())
     )
     source, *others = (
         _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)

@@ -127,6 +127,7 @@ def write_cache(
         marks_positions=chosen.marks_positions,
         token_type_ids=first.token_type_ids is not None,
         words=keeps and first.words is not None,
+        groups=first.group is not None,
         text=keeps and first.text is not None,
         text_pair=first.text_pair is not None,
         messages=keeps and first.messages is not None,
@@ -145,7 +146,9 @@ def write_cache(
         label_names=label_names if chosen.names is not None else None,
         teacher=info,
         tokenizer=tokenizer_info(tokenizer),
-        source=SourceInfo(source, None, None, Columns(text=None, label=None), {}),
+        source=SourceInfo(
+            source, None, None, Columns(text=None, label=None, group=None if first.group is None else "group"), {}
+        ),
         tokenization=Tokenization(max_length or 0),
         store_text=store_text is not False
         and any(each is not None for each in (first.text, first.messages, first.words)),

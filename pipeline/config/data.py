@@ -55,6 +55,10 @@ class DataConfig:
         "Class labels: DATA=MODEL, a name or number of the data and the model's class (name, LABEL_i or number); repeat for several.",
         (),
     )
+    group_column: str | None = option(
+        "Rankings: column whose rows of one value are a list to be ranked, as the documents of a query; they stand one after another.",
+        None,
+    )
     keep_column: tuple[str, ...] = option("Column to copy into the cache as it is; repeat for several.", ())
     max_length: int | None = option(
         "Longest row in tokens. Default: as the teacher was trained (cache-logits), else what the model takes, at most 512 (classification) or 1024.",
@@ -117,6 +121,7 @@ class DataConfig:
             labels=self.labels_column,
             label=self.label_column,
             keep=self.keep_column,
+            group=self.group_column,
         )
 
     def tokenization(self, max_length: int) -> Tokenization:

@@ -12,7 +12,12 @@ from typing import Any, Literal
 from pipeline.errors import MisuseError
 
 TaskName = Literal[
-    "sequence-classification", "causal-lm", "token-classification", "multi-label-classification", "sequence-regression"
+    "sequence-classification",
+    "causal-lm",
+    "token-classification",
+    "multi-label-classification",
+    "sequence-regression",
+    "text-ranking",
 ]
 
 

@@ -121,7 +121,7 @@ def evaluate(
     rows = opened.dataset(split)
     counted = track(rows.blocks(), "teacher's labels", len(rows), size=len)
     teacher_predictions = predictions_of_teacher(
-        task, counted, default_temperature(contract.encoding, 1.0), contract.label_names
+        task, counted, default_temperature(contract.encoding, 1.0), contract.label_names, lists_of(opened, split)
     )
     labelled = int(is_known(teacher_predictions.labels).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
@@ -271,12 +271,25 @@ def _predict(
         row_kl=np.concatenate(kl),
         row_text_bytes=np.concatenate(text_bytes),
         label_names=cache.manifest.contract.label_names,
+        groups=lists_of(cache, split),
     )
     return predictions, float(predictions.row_kl.sum() / max(compared, 1))
 
 
+def lists_of(cache: Cache, split: str) -> np.ndarray | None:
+    """(R,) int64: the list of each row of a split, numbered from 0; None: rows are not ranked."""
+    if "score_group" not in cache.manifest.contract.columns:
+        return None
+    numbers: np.ndarray = np.unique(cache.dataset(split).column("score_group"), return_inverse=True)[1]
+    return numbers
+
+
 def predictions_of_teacher(
-    task: Task, blocks: Iterable[RowBlock], temperature: float, label_names: tuple[str, ...] | None = None
+    task: Task,
+    blocks: Iterable[RowBlock],
+    temperature: float,
+    label_names: tuple[str, ...] | None = None,
+    groups: np.ndarray | None = None,
 ) -> Predictions:
     """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution.
 
@@ -310,6 +323,7 @@ def predictions_of_teacher(
         row_kl=np.zeros(done),
         row_text_bytes=np.concatenate(text_bytes),
         label_names=label_names,
+        groups=groups,
     )
 
 

@@ -12,6 +12,8 @@ from pipeline.tasks import get_task
 
 #: What metrics of scores mean.
 OF_SCORES = {
+    "ndcg@10": "normalised discounted cumulative gain of the first 10, the mean over lists with a relevant row",
+    "mrr": "1 over the place of the first relevant row (label above 0), the mean over the same lists",
     "pearson": "correlation with the labels, the mean over outputs",
     "spearman": "correlation of the ranks",
     "mse": "mean squared error, in squared units of the labels",

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from pipeline.metrics import pearson
+from pipeline.metrics.scores import pearson
 from pipeline.records import Predictions, is_known
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from pipeline.sources.label_names import label_names
 from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
-from pipeline.sources.scores import ScoreColumn, score_names
+from pipeline.sources.scores import ScoreColumn, head_names, label_reader, list_starts
 from pipeline.sources.source import Source, holds_chats
 from pipeline.sources.unlabelled import load_unlabelled, with_unlabelled
 
@@ -16,13 +16,15 @@ __all__ = [
     "Survey",
     "fingerprints",
     "from_datasets",
+    "head_names",
     "holds_chats",
     "is_of_files",
     "label_names",
+    "label_reader",
+    "list_starts",
     "load_source",
     "load_unlabelled",
     "read_examples",
-    "score_names",
     "survey",
     "with_unlabelled",
 ]

@@ -75,7 +75,8 @@ def is_chat(dataset: Rows, columns: Columns) -> bool:
 def used_roles(columns: Columns) -> dict[str, str]:
     """Role -> column of all that is read: the inputs, the class label, and `keep:NAME` for each kept column."""
     label = {} if columns.label is None else {"label": columns.label}
-    return {**input_roles(columns), **label, **{f"keep:{name}": name for name in columns.keep}}
+    group = {} if columns.group is None else {"group": columns.group}
+    return {**input_roles(columns), **label, **group, **{f"keep:{name}": name for name in columns.keep}}
 
 
 def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
@@ -166,6 +167,22 @@ def check_label(where: str, dataset: Rows, columns: Columns, *, holds: LabelColu
     elif found not in _SCALARS and not (columns.text is not None and holds_spans(dataset, name)):
         raise SourceError(
             f"{where}: column {name!r} (--label-column): expected one name or class id a row, found {found}; name another column"
+        )
+
+
+def check_group(where: str, dataset: Rows, columns: Columns) -> None:
+    """Check that the column of groups, where one is named, is there and holds one name or number a row.
+
+    Raises:
+        SourceError: a missing column, or one of another type.
+    """
+    if columns.group is None:
+        return
+    _require(where, dataset, columns.group, "--group-column")
+    found = describe(dataset.features[columns.group])
+    if found not in ("text", "integers", "class labels"):
+        raise SourceError(
+            f"{where}: column {columns.group!r} (--group-column): expected text or whole numbers, found {found}; name another column"
         )
 
 

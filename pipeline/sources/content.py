@@ -112,7 +112,7 @@ def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents
 def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
     """Which rows belong to the test split.
 
-    A row's side depends on its inputs alone: added rows move no other row, equal inputs stay together, and a larger
+    A row's side depends on its inputs alone, or on the list that it belongs to: added rows move no other row, equal inputs stay together, and a larger
     share keeps what a smaller one held out. Rows of files without the label column are held out only where a row of
     the same inputs in another file is: a test split is there to be measured on. Rows of a file that has the label column
     are held out whether they have a label or not.
@@ -120,7 +120,7 @@ def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
     Returns:
         (rows,) bool.
     """
-    roles = input_roles(columns)
+    roles = input_roles(columns) if columns.group is None else {"group": columns.group}  # lists stay whole
     limit = math.ceil(share * 2.0**64)
     positions = np.fromiter(
         (_position(row, roles) for row in read_rows(dataset, list(roles.values()))),

@@ -15,7 +15,15 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import Columns, LabelColumn
-from pipeline.sources.columns import check_alike, check_inputs, check_kept, check_label, input_roles, one_input
+from pipeline.sources.columns import (
+    check_alike,
+    check_group,
+    check_inputs,
+    check_kept,
+    check_label,
+    input_roles,
+    one_input,
+)
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
 from pipeline.sources.files.hub import load_hub
@@ -224,12 +232,14 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
     if not isinstance(dataset, JoinedRows):
         check_inputs(where, dataset, columns)
         check_kept(where, dataset, columns)
+        check_group(where, dataset, columns)
         return
     check_alike(where, dataset, columns)
     names = dataset.names or [where] * len(dataset.parts)
     for file, part in zip(names, dataset.parts, strict=True):
         check_inputs(file, part, columns)
         check_kept(file, part, columns)
+        check_group(file, part, columns)
 
 
 def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:

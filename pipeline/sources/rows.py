@@ -56,7 +56,8 @@ def _examples(
     dataset = source.splits[split]
     beside = side_roles(dataset, columns).values()
     by_spans = label_column is not None and holds_spans(dataset, label_column)
-    names = [*input_roles(columns).values(), *beside, *columns.keep, *([label_column] if label_column else [])]
+    more = [name for name in (label_column, columns.group) if name is not None]
+    names = [*input_roles(columns).values(), *beside, *columns.keep, *more]
     for i, row in enumerate(read_rows(dataset, names, start, stop), start=start):
         try:
             _check_readable(row)
@@ -69,13 +70,10 @@ def _examples(
             yield example
         else:
             try:
-                yield _labelled(
-                    example,
-                    None if label_column is None else row.get(label_column),
-                    labels,
-                    by_spans=by_spans,
-                    split=split,
-                )
+                value = None if label_column is None else row.get(label_column)
+                yield _grouped(_labelled(example, value, labels, by_spans=by_spans, split=split), row, columns, labels)
+            except _GroupError as error:
+                yield BadRow(split, i, f"{columns.group}: {error}")
             except BadRowError as error:
                 yield BadRow(split, i, f"{label_column}: {error}")
 
@@ -100,6 +98,20 @@ def _labelled(
     if labels.several:
         return dataclasses.replace(example, flags=flags(labels, value, split, number))
     return dataclasses.replace(example, label=labels.class_id(value, split=split, row=number))
+
+
+class _GroupError(BadRowError):
+    """Of the column that says which list a row belongs to."""
+
+
+def _grouped(example: Example, row: Row, columns: Columns, labels: LabelMap | ScoreColumn) -> Example:
+    """The example with its list, where rows are ranked."""
+    if columns.group is None or not isinstance(labels, ScoreColumn):
+        return example
+    try:
+        return dataclasses.replace(example, group=labels.list_of(row[columns.group]))
+    except BadRowError as error:
+        raise _GroupError(str(error)) from None
 
 
 def _example(i: int, row: Row, columns: Columns, kept: dict[str, Scalar]) -> Example:

@@ -1,14 +1,19 @@
-"""Scores of rows: one number, or one for each output of a model."""
+"""Scores of rows: one number, or one for each output of a model; and the lists that rows are ranked in."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import BadRowError, SourceError
+from pipeline.records import LabelColumn
 from pipeline.sources.batches import UNREADABLE, read_rows
 from pipeline.sources.columns import check_label
+from pipeline.sources.label_names import label_names
+from pipeline.sources.labels import LabelMap
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of
 
@@ -22,6 +27,9 @@ class ScoreColumn:
     outputs: int
     """How many a row has."""
 
+    lone: frozenset[int] = frozenset()
+    """Lists of one row, which is compared with nothing."""
+
     contract_form: tuple[str, ...] = ()
     """There is nothing to map."""
     several: bool = True
@@ -32,13 +40,26 @@ class ScoreColumn:
         """The label column of a source, read for a model of so many outputs.
 
         Raises:
-            SourceError: a column of another type; a label map.
+            SourceError: a column of another type; a label map; rows of a list that stand apart.
         """
         if label_map:
             raise SourceError(f"{source.name}: --label-map is for class labels, and here they are scores; leave it out")
         for split, dataset in source.splits.items():
             check_label(f"{source.name}: split {split}", dataset, source.columns, holds="scores")
-        return cls(outputs)
+        return cls(outputs, frozenset() if source.columns.group is None else _lone(source))
+
+    def list_of(self, value: object) -> int:
+        """The list that a row belongs to.
+
+        Raises:
+            BadRowError: none, or one of this row alone.
+        """
+        if value is None or value is UNREADABLE:
+            raise BadRowError("expected a name or a number, found null")
+        found = group_id(value)
+        if found in self.lone:
+            raise BadRowError(f"{value!r} is a list of one row, which is compared with nothing")
+        return found
 
     def read(self, value: object) -> tuple[float, ...]:
         """One float for each output; nan for null and nan.
@@ -60,6 +81,71 @@ class ScoreColumn:
         if large is not None:
             raise BadRowError(f"expected finite scores, found {large:g}")
         return tuple(found)
+
+
+def head_names(source: Source, label_map: Sequence[str] = (), *, holds: LabelColumn = "class") -> tuple[str, ...]:
+    """What the head of a new model has names for: the classes that a data set has, or the outputs.
+
+    Raises:
+        SourceError: as `label_names` and `score_names` raise it.
+    """
+    return score_names(source) if holds == "scores" else label_names(source, label_map, several=holds == "classes")
+
+
+def label_reader(
+    source: Source, names: Sequence[str], label_map: Sequence[str] = (), *, holds: LabelColumn = "class"
+) -> LabelMap | ScoreColumn:
+    """What reads the label column of a source for a model with these names of classes or outputs.
+
+    Raises:
+        SourceError: as `LabelMap.for_names` and `ScoreColumn.of` raise it.
+    """
+    if holds == "scores":
+        return ScoreColumn.of(source, len(names), label_map)
+    return LabelMap.for_names(source, tuple(names), label_map, several=holds == "classes")
+
+
+def group_id(value: object) -> int:
+    """A hash of the value that the rows of one list share, in [0, 2^63)."""
+    text = str(value).encode("utf-8", errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def list_starts(source: Source) -> dict[str, list[int]]:
+    """Split -> the first row of each list; {} where the rows are no lists."""
+    return {split: list(_starts(source, split)) for split in source.splits} if source.columns.group is not None else {}
+
+
+def _starts(source: Source, split: str) -> Iterator[int]:
+    name, before = source.columns.group or "", object()
+    for i, row in enumerate(read_rows(source.splits[split], [name])):
+        if i == 0 or row[name] != before:
+            yield i
+        before = row[name]
+
+
+def _lone(source: Source) -> frozenset[int]:
+    """The lists of one row in some split.
+
+    Raises:
+        SourceError: the rows of a list stand in two places.
+    """
+    name, found = source.columns.group or "", set()
+    for split, dataset in source.splits.items():
+        last: dict[int, int] = {}  # list -> its last row
+        sizes: Counter[int] = Counter()
+        for i, row in enumerate(read_rows(dataset, [name])):
+            if row[name] is None or row[name] is UNREADABLE:
+                continue
+            group = group_id(row[name])
+            if last.setdefault(group, i) not in (i, i - 1):
+                raise SourceError(
+                    f"{source.name}: split {split}: column {name!r} (--group-column): the rows of {row[name]!r} stand apart, at {last[group]} and at {i}; sort the rows by the column"
+                )
+            last[group] = i
+            sizes[group] += 1
+        found |= {group for group, size in sizes.items() if size == 1}
+    return frozenset(found)
 
 
 def score_names(source: Source) -> tuple[str, ...]:

@@ -55,7 +55,8 @@ def with_unlabelled(source: Source, others: Sequence[Source]) -> Source:
             )
         added = other.splits.get(_TRAIN) or next(iter(other.splits.values()))
         names = input_roles(source.columns).values()
-        for name in (*names, *side_roles(rows, source.columns).values(), *source.columns.keep):
+        group = () if source.columns.group is None else (source.columns.group,)
+        for name in (*names, *side_roles(rows, source.columns).values(), *group, *source.columns.keep):
             expected, found = describe(rows.features[name]), describe(added.features.get(name))
             if expected != found:
                 raise SourceError(

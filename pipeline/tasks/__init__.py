@@ -5,6 +5,7 @@ from pipeline.tasks.causal_lm import CausalLM
 from pipeline.tasks.multi_label_classification import MultiLabelClassification
 from pipeline.tasks.protocol import (
     Task,
+    check_columns,
     check_ids,
     embedding_rows,
     free_pad_id,
@@ -16,6 +17,7 @@ from pipeline.tasks.protocol import (
 )
 from pipeline.tasks.sequence_classification import SequenceClassification
 from pipeline.tasks.sequence_regression import SequenceRegression
+from pipeline.tasks.text_ranking import TextRanking
 from pipeline.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
@@ -26,6 +28,7 @@ TASKS: dict[str, Task] = {
         TokenClassification(),
         MultiLabelClassification(),
         SequenceRegression(),
+        TextRanking(),
     )
 }
 
@@ -50,6 +53,7 @@ def writing_task() -> Task:
 __all__ = [
     "TASKS",
     "Task",
+    "check_columns",
     "check_ids",
     "embedding_rows",
     "free_pad_id",

@@ -58,6 +58,7 @@ class CausalLM:
     label_source: LabelSource = "tokens"
     names: LabelNames | None = None
     target: TargetKind = "distribution"
+    ranks: bool = False
     problem_type: str | None = None
     predicts_tokens: bool = True
     fuses_head: bool = True

@@ -58,6 +58,7 @@ class MultiLabelClassification:
     label_source: LabelSource = "positions"
     names: LabelNames | None = "positions"
     target: TargetKind = "distribution"
+    ranks: bool = False
     problem_type: str | None = "multi_label_classification"
     predicts_tokens: bool = False
     fuses_head: bool = False

@@ -70,6 +70,10 @@ class Task(Protocol):
         """What a position's target is."""
 
     @property
+    def ranks(self) -> bool:
+        """Whether scores rank the rows of lists, which a column of the data names."""
+
+    @property
     def problem_type(self) -> str | None:
         """`config.problem_type` of its models, where their architecture is another task's too; None: the other one."""
 
@@ -179,6 +183,19 @@ class Task(Protocol):
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """(R,) sums and (R,) weights, whose ratio of totals is the main metric: what the bootstrap resamples."""
+
+
+def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> None:
+    """Raise `MisuseError` for inputs that the task cannot use, and where lists are named that it does not rank, or none that it would."""
+    task.check_columns(columns, tokenization)
+    if columns.group is not None and not task.ranks:
+        raise MisuseError(
+            f"--group-column: names the lists that scores rank, and --task {task.name} ranks none; leave it out"
+        )
+    if columns.group is None and task.ranks:
+        raise MisuseError(
+            f"--task {task.name} needs --group-column: the column whose rows of one value are a list, as the query or its number"
+        )
 
 
 def label_column(task: Task) -> LabelColumn:

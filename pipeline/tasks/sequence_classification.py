@@ -53,6 +53,7 @@ class SequenceClassification:
     label_source: LabelSource = "row"
     names: LabelNames | None = "classes"
     target: TargetKind = "distribution"
+    ranks: bool = False
     problem_type: str | None = None
     predicts_tokens: bool = False
     fuses_head: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError, ModelError
-from pipeline.metrics import correlation_influence, pearson, spearman
+from pipeline.metrics.scores import correlation_influence, pearson, spearman
 from pipeline.records import (
     BadRow,
     Columns,
@@ -53,6 +53,7 @@ class SequenceRegression:
     label_source: LabelSource = "positions"
     names: LabelNames | None = "positions"
     target: TargetKind = "score"
+    ranks: bool = False
     problem_type: str | None = "regression"
     predicts_tokens: bool = False
     fuses_head: bool = False

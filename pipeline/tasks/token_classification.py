@@ -56,6 +56,7 @@ class TokenClassification:
     label_source: LabelSource = "positions"
     names: LabelNames | None = "classes"
     target: TargetKind = "distribution"
+    ranks: bool = False
     problem_type: str | None = None
     predicts_tokens: bool = False
     fuses_head: bool = False

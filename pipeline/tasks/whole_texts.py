@@ -60,6 +60,7 @@ def _tokenize(
             token_type_ids=None if types is None else np.asarray(types[i], dtype=np.int32),
             text=example.text,
             text_pair=example.text_pair,
+            group=example.group,
             kept=example.kept,
             cut=(Cut(example.source_row, whole[i] - lengths[i]),) if whole.get(i, 0) > lengths[i] else (),
             **label(example),

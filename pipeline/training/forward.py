@@ -270,6 +270,7 @@ def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[s
         **sums,
         "predicted": found["predicted"].cpu().numpy(),
         **{name: batch[name].numpy() for name in ("labels", "weights", "teacher_predicted", "text_bytes")},
+        **({"group": batch["target"]["group"].cpu().numpy()} if "group" in batch["target"] else {}),
         # Of several teachers the positions stand once for each, and count once.
         "owner": np.resize(
             np.repeat(batch["source_rows"].numpy(), batch["num_positions"].numpy()), len(batch["labels"])
@@ -294,4 +295,5 @@ def predictions_of(found: Mapping[str, np.ndarray], label_names: tuple[str, ...]
         row_kl=np.zeros(len(text_bytes)),
         row_text_bytes=text_bytes,
         label_names=label_names,
+        groups=None if "group" not in found else np.unique(found["group"][known], return_inverse=True)[1],
     )

@@ -13,7 +13,11 @@ from transformers import TrainingArguments
 
 from pipeline.errors import EncodingError, MisuseError
 from pipeline.records import Contract, Full, Loss, Predictions
+from pipeline.softlabels import check_temperature
 from pipeline.tasks import Task
+from pipeline.training.batches.mixing import Mixture
+from pipeline.training.divergences import check_divergence
+from pipeline.training.scores import check_score_loss
 from pipeline.training.settings import NEED_EVALUATION, REFUSED, REFUSED_PARAMETERS
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,49 @@ def refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) ->
         raise MisuseError(
             "training: fsdp: shards the student over ranks, and this is one process; start it with torchrun --nproc_per_node N, or leave it out"
         )
+
+
+def refuse_loss(
+    loss: Loss, task: Task, contract: Contract, temperature: float, *, teacher_labels: bool, is_mapped: bool
+) -> None:
+    """Refuse a loss that the soft labels of a cache do not serve.
+
+    Args:
+        is_mapped: the student has another tokenizer, so that its target is over other classes.
+
+    Raises:
+        EncodingError: another divergence, temperature or position weights than they have.
+        MisuseError: what would be ignored.
+    """
+    refuse_position_weights(loss, task, contract)
+    is_score = task.target == "score"
+    has_groups = contract.source.columns.group is not None
+    check_score_loss(loss, is_score=is_score, has_groups=has_groups, teacher_labels=teacher_labels)
+    if (loss.soft_weight or loss.soft_weight_end) and not is_score:
+        check_temperature(contract.encoding, temperature)
+        check_divergence(contract.encoding, loss, is_mapped=is_mapped)
+
+
+def refuse_two_cuts(batch_tokens: int | None, *, by_list: bool, mixture: Mixture | None) -> bool:
+    """Whether lanes give batches: cut by tokens, or by lists, and in the same number in every epoch.
+
+    Raises:
+        MisuseError: by both, or of rows that are others in every epoch.
+    """
+    if by_list and batch_tokens is not None:
+        raise MisuseError(
+            "--batch-tokens: batches of lists are cut by rows; leave it out, --batch-size is the most rows"
+        )
+    if mixture is not None and mixture.kind == "data" and mixture.shares is not None:
+        if batch_tokens is not None:
+            raise MisuseError(
+                "--proportion does not go with --batch-tokens, whose batches would differ in number by epoch"
+            )
+        if by_list:
+            raise MisuseError(
+                "--proportion does not go with a --divergence of lists, whose batches would differ in number by epoch; use mse"
+            )
+    return by_list or batch_tokens is not None
 
 
 def refuse_spans(loss: Loss, *, teacher_labels: bool, several_teachers: bool) -> None:

@@ -162,7 +162,8 @@ def train_student(
     splits = (split,) if isinstance(split, str) else tuple(split)
     if args is not None:
         args.output_dir = str(output)
-        chosen, _ = choose_loss(contract.encoding, predicts_tokens=get_task(contract.task).predicts_tokens)
+        task = get_task(contract.task)
+        chosen, _ = choose_loss(contract.encoding, predicts_tokens=task.predicts_tokens, ranks=task.ranks)
         return fit(opened, loaded, args, loss=loss or chosen, split=splits, overwrite=overwrite)
     flags = TrainStudentConfig(cache=opened.where, student=loaded.name, output=str(output), split=splits)  # type: ignore[arg-type]
     recipe = make_recipe(flags, opened, loaded, None, loss=loss)

@@ -38,14 +38,24 @@ from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score_of
 from pipeline.models.start import start_of
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, BadRow, Predictions, Scale, Tokenization, TokenizedExample, is_known
-from pipeline.sources import LabelMap, ScoreColumn, Source, label_names, load_source, read_examples, score_names
+from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample, is_known
+from pipeline.sources import LabelMap, ScoreColumn, Source, head_names, label_reader, load_source, read_examples
 from pipeline.sources.labels import listed
-from pipeline.tasks import Task, check_ids, embedding_rows, free_pad_id, get_task, kept_pad_id, label_column
+from pipeline.tasks import (
+    Task,
+    check_columns,
+    check_ids,
+    embedding_rows,
+    free_pad_id,
+    get_task,
+    kept_pad_id,
+    label_column,
+)
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.recipe.defaults import choose_teacher_arguments
 from pipeline.training.refusals import refuse_evaluation
 from pipeline.training.saving import BeforeTraining, SavingTrainer, no_directory
+from pipeline.training.scores import ScoreLoss, scale_of_labels
 from pipeline.training.stopping import CheckpointOnSigterm
 
 logger = logging.getLogger(__name__)
@@ -89,12 +99,11 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         PipelineError: see the subclasses.
     """
     task = get_task(config.task)
-    task.check_columns(config.data.columns, config.data.tokenization(2))
+    check_columns(task, config.data.columns, config.data.tokenization(2))
     before = _check_output(config)
     check_fields(config.training)
-    several = task.names == "positions"
     source = load_source(config.data, label_required=task.label_source != "tokens", holds=label_column(task))
-    names = _names(task, source, config.data.label_map)
+    names = None if task.names is None else head_names(source, config.data.label_map, holds=label_column(task))
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task,
@@ -107,11 +116,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
-    labels: LabelMap | ScoreColumn | None = None
-    if task.target == "score":
-        labels = ScoreColumn.of(source, len(names or ()), config.data.label_map)
-    elif names is not None:
-        labels = LabelMap.for_names(source, names, config.data.label_map, several=several)
+    labels = None if names is None else label_reader(source, names, config.data.label_map, holds=label_column(task))
     train, held_out = _split_names(source)
     skip = config.on_bad_row == "skip"
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
@@ -148,7 +153,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         tell_of_new_start(output)
     again = "run the same command again"
     settings_of_trainer = args if before_training is None else no_directory(args)
-    scale = _scale(rows) if task.target == "score" else None
+    scale = scale_of_labels(rows) if task.target == "score" else None
     trainer = SavingTrainer(
         teacher.model,
         settings_of_trainer,
@@ -156,7 +161,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         scale=scale,
         data_collator=collator,
         train_dataset=_Rows(rows),
-        compute_loss_func=None if scale is None else _ScoreLoss(torch.from_numpy(scale.std)),
+        compute_loss_func=None if scale is None else ScoreLoss(scale),
     )
     for choice in choices if args.should_save else ():
         logger.info("train-teacher %s: %s", output.name, choice)
@@ -195,34 +200,6 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         write_text(output / _PROOF, json.dumps(content, indent=1) + "\n")
     trainer.push_saved()
     return metrics
-
-
-def _names(task: Task, source: Source, label_map: Sequence[str]) -> tuple[str, ...] | None:
-    """What the head has names for: the classes, or the outputs."""
-    if task.target == "score":
-        return score_names(source)
-    return None if task.names is None else label_names(source, label_map, several=task.names == "positions")
-
-
-def _scale(rows: Sequence[TokenizedExample]) -> Scale:
-    """Of the labels, by output."""
-    labels = np.stack([row.labels for row in rows if row.labels is not None]).astype(np.float64)
-    deviations = np.nanstd(labels, 0, ddof=1) if len(rows) > 1 else np.zeros(labels.shape[1])
-    std = np.where(deviations > 0, deviations, 1.0)
-    return Scale(np.nan_to_num(np.nanmean(labels, 0)).astype(np.float32), std.astype(np.float32))
-
-
-@dataclass(frozen=True, slots=True)
-class _ScoreLoss:
-    """Mean squared error in standard deviations, over what is known: no output counts for more because its unit is small."""
-
-    std: Tensor
-
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        errors = ((outputs.logits.view_as(labels) - labels) / self.std.to(labels.device)).square()
-        total = torch.where(labels.isnan(), 0.0, errors).sum()
-        count = labels.isfinite().sum() if num_items_in_batch is None else num_items_in_batch
-        return total / count
 
 
 def _origin(
@@ -311,6 +288,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
         row_kl=np.zeros(len(rows)),
         row_text_bytes=np.array([row.text_bytes for row in rows]),
         label_names=class_names(loaded.model) if task.names is not None else None,
+        groups=np.unique([row.group for row in rows], return_inverse=True)[1] if task.ranks else None,
     )
 
 

@@ -18,31 +18,31 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.cache import Cache, CacheDataset
 from pipeline.cache.format.moments import scale_of
-from pipeline.errors import MisuseError, TrainingError
+from pipeline.errors import TrainingError
 from pipeline.metrics import agreement_of
 from pipeline.models import pad_id
 from pipeline.progress import track
-from pipeline.records import Loss, Score, Tokenization, is_known
-from pipeline.softlabels import check_temperature, default_temperature, served_temperature
+from pipeline.records import Loss, Tokenization, is_known
+from pipeline.softlabels import default_temperature, served_temperature
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import Collator, TrainingRows
 from pipeline.training.batches.held_out import HeldOut, labelled_rows, which_labelled
 from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
 from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epoch
 from pipeline.training.batches.prefetch import prefetch
-from pipeline.training.divergences import check_divergence
 from pipeline.training.forward import GIVEN, SUMS, attach_loss, kept_scores, predictions_of
 from pipeline.training.refusals import (
     check_metric,
     choose_eval_split,
-    refuse_position_weights,
+    refuse_loss,
     refuse_spans,
+    refuse_two_cuts,
     refuse_unused,
     use_one_gpu,
 )
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
-from pipeline.training.scores import check_score_loss
+from pipeline.training.scores import BY_GROUP
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,8 @@ class DistillationTrainer(SavingTrainer):
         self.mixture = mixture
         contracts = [each.manifest.contract for each in (cache, *(mixture.others if mixture is not None else ()))]
         for each in contracts:
-            refuse_position_weights(loss, self.task, each)
-            is_score = isinstance(each.encoding, Score)
-            has_groups = each.source.columns.group is not None
-            check_score_loss(loss, is_score=is_score, has_groups=has_groups, teacher_labels=teacher_labels)
-            if is_soft and not is_score:
-                check_temperature(each.encoding, self.temperature)
-                check_divergence(each.encoding, loss, is_mapped=cache.vocabulary_map is not None)
+            is_mapped = cache.vocabulary_map is not None
+            refuse_loss(loss, self.task, each, self.temperature, teacher_labels=teacher_labels, is_mapped=is_mapped)
         if not is_soft:  # the target is made all the same, to be logged: at a temperature that there is
             self.temperature = served_temperature(contract.encoding)
         refuse_spans(
@@ -124,18 +119,17 @@ class DistillationTrainer(SavingTrainer):
             vocabulary_map=cache.vocabulary_map,
             with_spans=loss.span_weight > 0 and cache.vocabulary_map is not None,
             scale=scale_of(cache.manifest),
+            by_list=self.loss.divergence in BY_GROUP,
         )
         self.batch_tokens = batch_tokens
         refuse_unused(args, trainer_kwargs)
         use_one_gpu(args)
-        rows = self._rows(split, window=open_groups(args.world_size, batch_tokens))
+        self.by_list = self.collator.by_list
+        in_batches = refuse_two_cuts(batch_tokens, by_list=self.by_list, mixture=mixture)
+        rows = self._rows(split, window=open_groups(args.world_size, in_batches=in_batches))
         self.held_out = held_out
         self.keep: Any = held_out.left if held_out is not None else self._rows_that_teach(rows, teacher_labels)
         if isinstance(rows, JoinedDataset) and mixture is not None and mixture.shares is not None:
-            if batch_tokens is not None:
-                raise MisuseError(
-                    "--proportion does not go with --batch-tokens, whose batches would differ in number by epoch"
-                )
             seed = args.data_seed if args.data_seed is not None else args.seed
             self.keep = Proportions(tuple(map(int, rows.bounds)), mixture.shares, self.keep, seed)
         asked = None if held_out is not None else choose_eval_split(args, cache.splits, split, eval_split)
@@ -204,6 +198,7 @@ class DistillationTrainer(SavingTrainer):
             keep=self.keep if shuffle else self._measured(rows),
             lengths=None if budget is None else rows.dataset.num_tokens(),
             batch_tokens=budget,
+            lists=rows.dataset.column("score_group") if self.by_list else None,
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )

@@ -1,4 +1,4 @@
-"""Scores from end to end: data, teacher, cache, student, evaluation."""
+"""Scores from end to end: data, teacher, cache, student, evaluation; and the rankings that they make."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.cache import Cache, verify
 from pipeline.config import DataConfig, TrainTeacherConfig
 from pipeline.evaluation import evaluate
 from pipeline.models.detect import detect_task
-from pipeline.records import Score
+from pipeline.records import Columns, Score
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
 from tests.support.once import once
@@ -112,3 +112,69 @@ def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, 
     assert student.kl is not None
     assert before.kl is not None
     assert student.kl < 0.25 * before.kl
+
+
+# ------------------------------------------------------------------------------------------------------------ rankings
+
+
+def queries(seed: int, count: int) -> dict[str, list[Any]]:
+    """Lists of 3 to 6 documents, in any order; how relevant one is, 0 to 2, is a matter of its topic's word."""
+    rng = random.Random(seed)
+    found: dict[str, list[Any]] = {"query": [], "document": [], "label": [], "id": []}
+    grades = {name: float(i) for i, name in enumerate(TOPICS)}
+    for number in range(count):
+        for _ in range(rng.randint(3, 6)):
+            topic = rng.choice(list(TOPICS))
+            words = [TOPICS[topic][0], *(rng.choice(WORDS[:6]) for _ in range(2))]
+            rng.shuffle(words)
+            found["query"].append(rng.choice(WORDS[:6]))
+            found["document"].append(" ".join(words))
+            found["label"].append(grades[topic])
+            found["id"].append(f"q{number}")
+    return found
+
+
+RANKING = Columns(text="query", text_pair="document", label="label", group="id")
+
+
+def lists() -> DatasetDict:
+    return DatasetDict({"train": Dataset.from_dict(queries(0, 80)), "test": Dataset.from_dict(queries(1, 30))})
+
+
+@pytest.fixture
+def ranked(tmp_path, bert_tokenizer) -> Cache:
+    def make(folder: Path) -> None:
+        base = pretrained(folder / "base", bert_tokenizer, **SMALL)
+        data = DataConfig(
+            dataset=str(write(folder / "lists", lists())),
+            text_column="query", text_pair_column="document", group_column="id",
+        )  # fmt: skip
+        metrics = train_teacher(
+            TrainTeacherConfig(
+                task="text-ranking", data=data, model=str(base), output=str(folder / "ranker"), epochs=25, batch_size=16, learning_rate=3e-3
+            )
+        )  # fmt: skip
+        assert metrics["ndcg@10"] > 0.9
+        softlabel.cache_logits(
+            str(folder / "ranker"), lists(), folder / "ranked", task="text-ranking", columns=RANKING, rows_per_shard=50, batch_tokens=256
+        )  # fmt: skip
+
+    once((__name__, "ranked"), make, tmp_path)
+    return Cache.open(tmp_path / "ranked")
+
+
+@pytest.mark.parametrize("divergence", ["margin-mse", "listwise-kl", "mse"])
+def test_a_student_ranks_as_its_teacher(tmp_path, ranked, bert_tokenizer, divergence):
+    start = pretrained(tmp_path / "start", bert_tokenizer, seed=1, **SMALL)
+    train(ranked, start, tmp_path / "untrained", max_steps=1, learning_rate=1e-9)
+    train(ranked, start, tmp_path / "student", max_steps=120, learning_rate=3e-3, divergence=divergence)
+    found = evaluate(ranked, {name: tmp_path / name for name in ("untrained", "student")})
+    before, student = found.students
+    assert found.main_metric == "ndcg@10"
+    assert found.teacher.metrics["ndcg@10"] > 0.95
+    assert before.metrics["ndcg@10"] < 0.9
+    assert student.metrics["ndcg@10"] > 0.95
+    assert student.retention_interval is not None
+    from pipeline.evaluation.table import format_table
+
+    print(format_table(found))

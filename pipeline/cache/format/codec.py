@@ -290,6 +290,7 @@ COLUMNS = frozenset(
         "position_labels",
         "logits",
         "teacher_scores",
+        "score_group",
         "top_count",
         "top_ids",
         "top_logprobs",

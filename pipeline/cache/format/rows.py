@@ -112,6 +112,7 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "label": lambda example: NO_LABEL if example.label is None else example.label,
     "position_labels": lambda example: example.labels,
     "position_words": lambda example: example.words,
+    "score_group": lambda example: example.group,
 }
 
 
@@ -133,6 +134,7 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
                 token_type_ids=lists.get("token_type_ids", none)[i],
                 label=_label(numbers.get("label", none)[i]),
                 labels=lists.get("position_labels", none)[i],
+                group=numbers.get("score_group", none)[i],
                 words=_words(others.get("position_words", none)[i]),
                 text=others.get("text", none)[i],
                 text_pair=others.get("text_pair", none)[i],

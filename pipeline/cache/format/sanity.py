@@ -91,6 +91,7 @@ def _of_columns(contract: Contract, task: Task) -> Iterator[str]:
         text_pair="text_pair" in found,
         words=task.other_tokenizers == "words" and "position_words" in found,
         messages=task.continues_prompts and "messages" in found,
+        groups=contract.source.columns.group is not None,
         documents=task.label_source == "tokens" and "document_lengths" in found,
         entropy="entropy" in found,
         label_logprobs=task.label_source == "tokens" and "label_logprobs" in found,

@@ -27,6 +27,7 @@ def cache_schema(
     text_pair: bool = False,
     messages: bool = False,
     words: bool = False,
+    groups: bool = False,
     documents: bool = False,
     entropy: bool = False,
     label_logprobs: bool = False,
@@ -61,6 +62,8 @@ def cache_schema(
         columns["text_bytes"] = pa.int32()
     elif labels == "positions":
         columns["position_labels"] = pa.list_(pa.float32() if isinstance(encoding, Score) else pa.int32())
+    if groups:
+        columns["score_group"] = pa.int64()
     if documents:
         columns["document_lengths"] = pa.list_(pa.int32())
     if labels == "row":
@@ -118,7 +121,16 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
-_OURS = ("source_row", "piece", "content_hash", "text_bytes", "label", "teacher_nll_sum", "teacher_entropy_sum")
+_OURS = (
+    "source_row",
+    "piece",
+    "content_hash",
+    "score_group",
+    "text_bytes",
+    "label",
+    "teacher_nll_sum",
+    "teacher_entropy_sum",
+)
 
 
 def describe(schema: pa.Schema) -> dict[str, str]:

@@ -15,9 +15,8 @@ from pipeline.cache.views.measures import measure
 from pipeline.cache.views.provenance import judge_text, rows_text
 from pipeline.cache.views.samples import share_of_yes, text_of
 from pipeline.cache.views.scores import score_lines, score_summary, scores_of_split
-from pipeline.cache.views.tokens import marked_tokens
+from pipeline.cache.views.tokens import marked_tokens, words_of
 from pipeline.cache.views.units import classes_text, unit_of
-from pipeline.cache.views.words import words_of
 from pipeline.metrics import accuracy
 from pipeline.records import NO_LABEL, CachedExample, Full, Score, is_known
 from pipeline.softlabels import rows as positions_of

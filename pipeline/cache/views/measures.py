@@ -11,7 +11,7 @@ import torch
 
 from pipeline.cache.reading.reader import Cache, CacheDataset
 from pipeline.cache.views.samples import text_of
-from pipeline.cache.views.words import in_context, words_of
+from pipeline.cache.views.tokens import in_context, words_of
 from pipeline.records import NO_LABEL, CachedExample, Full, SoftLabels, Target
 from pipeline.softlabels import concatenate, most_likely, served_temperature, target
 from pipeline.tasks import get_task

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.cache.reading.reader import Cache
-from pipeline.cache.views.words import words_of
+from pipeline.cache.views.tokens import words_of
 from pipeline.records import NO_LABEL, CachedExample
 from pipeline.softlabels import served_temperature, target
 

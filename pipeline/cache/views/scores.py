@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.charts import Axis, Chart, histogram
 from pipeline.cache.views.samples import text_of
-from pipeline.metrics import pearson
+from pipeline.metrics.scores import pearson
 from pipeline.records import CachedExample
 
 #: Rows of a split that are looked at, of a larger one in as many row groups as have them.

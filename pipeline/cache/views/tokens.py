@@ -1,4 +1,4 @@
-"""A row as its tokens, those that are predicted or labelled in brackets."""
+"""A row as its tokens, those that are predicted or labelled in brackets, or as its words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.records import TokenizedExample
+
 _MOST_TOKENS = 80
+#: Words that are shown on each side of the one at stake.
+_AROUND = 15
 
 
 def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | None, *, follows: bool = True) -> str:
@@ -32,3 +36,25 @@ def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | N
     before = [f"... {start} tokens ..."] if start else []
     after = [f"... {len(ids) - stop} tokens ..."] if stop < len(ids) else []
     return " ".join([*before, *shown, *after])
+
+
+def words_of(tokenizer: Any, example: TokenizedExample) -> tuple[str, ...]:
+    """(N,) words of a row's positions: as the cache holds them, else decoded from the tokens of each.
+
+    The tokens of a word are those from its position to the next one; special tokens are left out, except that for unknown words.
+    """
+    if example.words is not None:
+        return example.words
+    assert example.supervised is not None
+    starts = np.flatnonzero(example.supervised).tolist()
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    ids = example.input_ids.tolist()
+    pieces = [ids[start:stop] for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    return tuple(str(tokenizer.decode([i for i in piece if i not in special])).strip() for piece in pieces)
+
+
+def in_context(words: Sequence[str], number: int) -> str:
+    """One word in brackets, between those beside it: `... lives in [new] york ...`."""
+    start, stop = max(0, number - _AROUND), number + _AROUND + 1
+    shown = [f"[{word}]" if i == number else word for i, word in enumerate(words[start:stop], start)]
+    return " ".join([*["..."] * (start > 0), *shown, *["..."] * (stop < len(words))])

@@ -113,13 +113,18 @@ def _values(table: pa.Table, name: str) -> int:
 
 
 def _row_groups(block: RowBlock) -> Iterator[Segment]:
-    """Rows that follow each other, up to a number and up to so many bytes."""
+    """Rows that follow each other, up to a number and up to so many bytes; of lists whole ones, where one fits."""
     ends = np.cumsum(_memory(block))
+    lists = block.numbers.get("score_group")
+    begins = np.zeros(0, dtype=np.int64) if lists is None else 1 + np.flatnonzero(lists[1:] != lists[:-1])
     start = 0
     while start < len(block):
         before = int(ends[start - 1]) if start else 0
         fit = int(np.searchsorted(ends, before + _MAX_BYTES, side="right"))
         stop = min(max(fit, start + 1), start + _MAX_ROWS, len(block))
+        whole = begins[(begins > start) & (begins <= stop)]
+        if len(whole) and stop < len(block):
+            stop = int(whole[-1])
         yield block, start, stop
         start = stop
 

@@ -55,8 +55,8 @@ from pipeline.records import (
 )
 from pipeline.softlabels import encode, narrow, target
 from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, spread
-from pipeline.sources import LabelMap, ScoreColumn, Source, holds_chats, load_source, read_examples
-from pipeline.tasks import Task, check_ids, embedding_rows, get_task
+from pipeline.sources import Source, holds_chats, label_reader, load_source, read_examples
+from pipeline.tasks import Task, check_columns, check_ids, embedding_rows, get_task, label_column
 
 #: The choices that are compared, where they have fewer classes than V.
 SAMPLE_SIZES = (6.0, 8.0, 12.0, 17.0, 25.0, 35.0, 50.0, 70.0, 100.0, 200.0)
@@ -78,7 +78,7 @@ def run(config: EstimateConfig) -> Estimate:
         PipelineError: see the subclasses.
     """
     task = get_task(config.task)
-    task.check_columns(config.data.columns, config.data.tokenization(2))
+    check_columns(task, config.data.columns, config.data.tokenization(2))
     if config.write_config is not None and Path(config.write_config).exists():
         raise MisuseError(f"--write-config {config.write_config}: is there already; remove it, or name another file")
     source = load_source(config.data)
@@ -262,11 +262,9 @@ def _pilot_rows(
         SourceError: no row of them can be used.
     """
     count = len(source.splits[split])
-    labels: LabelMap | ScoreColumn | None = None
-    if task.target == "score":
-        labels = ScoreColumn.of(source, len(class_names(teacher.model)), label_map)
-    elif task.names is not None:
-        labels = LabelMap.for_names(source, class_names(teacher.model), label_map, several=task.names == "positions")
+    labels = None
+    if task.names is not None:
+        labels = label_reader(source, class_names(teacher.model), label_map, holds=label_column(task))
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
     starts = [count * i // runs for i in range(runs)]
     unpacked = dataclasses.replace(settings, packing=False, isolate_documents=False)
@@ -339,6 +337,7 @@ def _schema(
         token_type_ids=example.token_type_ids is not None,
         **texts,
         text_pair=example.text_pair is not None,
+        groups=example.group is not None,
         documents=example.document_lengths is not None,
         label_logprobs=label_logprobs,
         kept=kept,

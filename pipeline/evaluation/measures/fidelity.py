@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.cache import Cache
+from pipeline.cache.views.tokens import in_context, words_of
 from pipeline.cache.views.units import classes_of
-from pipeline.cache.views.words import in_context, words_of
 from pipeline.evaluation.measures.observation import Observation, position_kl_is_known
 from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from pipeline.cache import Cache
 from pipeline.cache.format.codec import labelled_positions_of, positions_of, text_bytes_of, unpack_soft
 from pipeline.cache.views.units import position_name
 from pipeline.evaluation.passes import logits_by_batch
-from pipeline.evaluation.run import predictions_of_teacher
-from pipeline.metrics import correlation_influence
+from pipeline.evaluation.run import lists_of, predictions_of_teacher
+from pipeline.metrics.scores import correlation_influence
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import score_of
 from pipeline.progress import track
@@ -110,7 +111,10 @@ class Observation:
         return np.stack([correlation_influence(*pair) for pair in zip(theirs, ours, strict=True)], 1).flatten()
 
     def row_sums(self, values: np.ndarray) -> np.ndarray:
-        """(N,) -> (R,)."""
+        """(N,) -> (R,), or of rankings (lists,): what intervals resample."""
+        lists = self.predictions.groups
+        if lists is not None:
+            return np.bincount(lists[self.predictions.rows], weights=values, minlength=1 + int(lists.max(initial=-1)))
         return np.bincount(self.predictions.rows, weights=values, minlength=self.num_rows)
 
     def row_weights(self, metric: str) -> np.ndarray:
@@ -186,7 +190,8 @@ def observe(
         owners.append(owner)
         text_bytes.append(text_bytes_of(rows))
         done += len(rows)
-    known = {
+    known: dict[str, Any] = {
+        "groups": lists_of(cache, split),
         "labels": np.concatenate(labels),
         "teacher": np.concatenate(teacher),
         "owners": np.concatenate(owners),
@@ -205,7 +210,7 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
     dataset = cache.dataset(split)
     counted = track(dataset.blocks(), "teacher's labels", len(dataset), size=len)
     predictions = predictions_of_teacher(
-        task, counted, default_temperature(encoding, 1.0), cache.manifest.contract.label_names
+        task, counted, default_temperature(encoding, 1.0), cache.manifest.contract.label_names, lists_of(cache, split)
     )
     positions = len(predictions.labels)
     brier = np.full(positions, np.nan)
@@ -287,6 +292,7 @@ class _Parts:
         text_bytes: np.ndarray,
         aligned: np.ndarray | None,
         names: tuple[str, ...] | None,
+        groups: np.ndarray | None,
     ) -> Observation:
         found = {name: np.concatenate(parts) for name, parts in self.columns.items()}
         predictions = Predictions(
@@ -299,5 +305,6 @@ class _Parts:
             row_kl=np.bincount(owners, weights=found["kl"], minlength=len(text_bytes)),
             row_text_bytes=text_bytes,
             label_names=names,
+            groups=groups,
         )
         return Observation(predictions, found["brier"], found["kl"], found.get("js"), found["surprise"], aligned)

@@ -114,6 +114,8 @@ class Collator:
     """Give also the spans of text that the tokens of both begin and end."""
     scale: Scale | None = None
     """Of the cache's scores."""
+    by_list: bool = False
+    """Rankings: the soft term is a mean over lists, of which each counts alike."""
 
     def __call__(self, rows: Picked) -> dict[str, Any]:
         """As `torch.utils.data.DataLoader` calls it."""
@@ -143,8 +145,13 @@ class Collator:
         goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)
         if self.scale is not None:
             goal = dataclasses.replace(goal, unit=torch.from_numpy(np.tile(self.scale.std, len(block))))
+        lists = _lists(block, counts)
+        if lists is not None:
+            goal = dataclasses.replace(goal, group=lists)
         counted = self._position_weights(-goal.negative_entropy if entropy is None else entropy, goal)
         predicted = most_likely(soft)[0] if self.for_evaluation or self.teacher_labels else None
+        if lists is not None and self.by_list:
+            counted = counted * _shares(lists)
         if self.vocabulary_map is not None:
             where = aligned_positions(block)
             goal = map_target(goal, where, self.vocabulary_map, is_sample=isinstance(soft.encoding, Sampled))
@@ -174,6 +181,22 @@ class Collator:
             return torch.ones_like(entropy)
         share = (entropy / math.log(goal.num_classes)).clamp(0, 1)
         return share if self.position_weights == "uncertainty" else 1 - share
+
+
+def _lists(block: RowBlock, counts: np.ndarray | None) -> Tensor | None:
+    """(R,) int64: the list of each row; a row that does not count is by itself. None: rows are not ranked."""
+    found = block.numbers.get("score_group")
+    if found is None:
+        return None
+    alone = -1 - np.arange(len(block))
+    return torch.from_numpy(found.astype(np.int64) if counts is None else np.where(counts, found, alone))
+
+
+def _shares(lists: Tensor) -> Tensor:
+    """(R,) lists -> (R,) float: 1 over the rows of the list in this batch; 0 for a row that is compared with nothing."""
+    _, number, sizes = torch.unique(lists, return_inverse=True, return_counts=True)
+    size = sizes[number]
+    return torch.where(size > 1, 1.0 / size, 0.0)
 
 
 #: The columns that no batch needs are those that say which row it is, the texts, and what comes from the source.

@@ -63,7 +63,7 @@ def labelled_rows(rows: Any, task: Task, where: str) -> np.ndarray:
 
 
 def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS) -> HeldOut | None:
-    """Choose rows by their content, so that the same text is never learnt and measured on.
+    """Choose rows by their content, so that the same text is never learnt and measured on; of lists whole ones, but for the last.
 
     Args:
         rows: a data set of a cache.
@@ -73,7 +73,7 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS) -> HeldO
     Returns:
         None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
     """
-    hashes = rows.column("content_hash")
+    hashes = rows.column("score_group" if "score_group" in rows.manifest.contract.columns else "content_hash")
     teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
     count = min(int(teach.sum() * _SHARE), most)
     if count < FEWEST_ROWS:

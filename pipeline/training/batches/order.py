@@ -5,7 +5,8 @@ row of each in turn. The sequence is cut into global batches, and a rank takes f
 different row groups, and hold no more than the open windows of their lanes.
 
 With a token budget, a lane's window is sorted by length first and cut into batches, so that padding is small; then a lane gives a batch in turn,
-and each rank takes one. Windows are then the same in every epoch, and so is the number of batches, as Trainer takes for granted.
+and each rank takes one. Windows are then the same in every epoch, and so is the number of batches, as Trainer takes for granted. Where the rows of
+lists are compared with each other, batches are made of whole lists in the same way.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ Item = tuple[int, Batch]
 """The lane, and what it gives in one turn: a row, or a batch of rows."""
 
 
-def open_groups(world_size: int, batch_tokens: int | None = None) -> int:
+def open_groups(world_size: int, *, in_batches: bool = False) -> int:
     """Row groups that a rank holds decoded.
+
+    Args:
+        in_batches: lanes give batches, not rows.
 
     Where the lanes cannot be shared out evenly, a rank also gets rows of others' lanes: it then holds all that are open, so as to decode none twice.
     """
-    lanes = OPEN // _window(batch_tokens)
+    lanes = OPEN // _window(in_batches)
     return OPEN // world_size if lanes % world_size == 0 else OPEN + OPEN // 4
 
 
-def _window(batch_tokens: int | None) -> int:
-    return _WINDOW if batch_tokens is None else _WINDOW_BY_LENGTH
+def _window(in_batches: bool) -> int:
+    return _WINDOW_BY_LENGTH if in_batches else _WINDOW
 
 
 class BatchOrder(Sampler[Batch]):
@@ -54,6 +58,7 @@ class BatchOrder(Sampler[Batch]):
         keep: np.ndarray | Callable[[int], np.ndarray] | None = None,
         lengths: np.ndarray | None = None,
         batch_tokens: int | None = None,
+        lists: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -64,6 +69,7 @@ class BatchOrder(Sampler[Batch]):
             keep: (rows,) bool, the rows to train on, or what gives as many of them for each epoch; None: all.
             lengths: (rows,) tokens of each row, for `batch_tokens`.
             batch_tokens: tokens of a rank's batch, padding included.
+            lists: (rows,) integers, the list of each row: those of one list stand together and come in one batch, as far as it holds them.
         """
         self.dataset = dataset
         self.batch_size = batch_size
@@ -72,6 +78,8 @@ class BatchOrder(Sampler[Batch]):
         self.keep = keep
         self.lengths = lengths
         self.batch_tokens = batch_tokens if shuffle else None
+        self.lists = lists
+        self.in_batches = self.batch_tokens is not None or lists is not None
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -88,7 +96,7 @@ class BatchOrder(Sampler[Batch]):
 
     def __len__(self) -> int:
         if self._length is None:
-            if self.batch_tokens is None:
+            if not self.in_batches:
                 rows = rows_of_epoch(self.dataset, self.keep, self.epoch)
                 self._length = -(-rows // (self.batch_size * self.world_size))
             else:
@@ -101,7 +109,7 @@ class BatchOrder(Sampler[Batch]):
 
     def steps(self) -> Iterator[list[Batch]]:
         """What each rank gets in each step."""
-        share = self.batch_size if self.batch_tokens is None else 1  # items of a rank in a step
+        share = 1 if self.in_batches else self.batch_size  # items of a rank in a step
         for items in _cut(self.items(), share * self.world_size):
             dealt = deal([lane for lane, _ in items], share, self.world_size)
             yield [[row for i in mine for row in items[i][1]] for mine in dealt]
@@ -124,8 +132,8 @@ class BatchOrder(Sampler[Batch]):
         count = len(self.dataset.starts) - 1
         if not self.shuffle:
             return [np.arange(count)]
-        groups = self._rng(0 if self.batch_tokens else self.epoch).permutation(count)
-        window = _window(self.batch_tokens)
+        groups = self._rng(0 if self.in_batches else self.epoch).permutation(count)
+        window = _window(self.in_batches)
         lanes = min(OPEN // window, max(1, count // window))
         return [groups[lane::lanes] for lane in range(lanes)]
 
@@ -137,7 +145,7 @@ class BatchOrder(Sampler[Batch]):
         """What one lane gives."""
         if not len(groups):
             return
-        size = _window(self.batch_tokens)
+        size = _window(self.in_batches)
         windows = [groups[i : i + size] for i in range(0, len(groups), size)]
         rng = self._rng(self.epoch, int(groups[0]))
         if self.shuffle:
@@ -147,6 +155,9 @@ class BatchOrder(Sampler[Batch]):
             rows = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in window])
             if keep is not None:
                 rows = rows[keep[rows]]
+            if self.lists is not None:
+                yield from by_list(rows, self.lists[rows], self.batch_size, rng if self.shuffle else None)
+                continue
             if self.shuffle:
                 rows = rng.permutation(rows)
             if self.batch_tokens is None:
@@ -184,6 +195,30 @@ def by_length(rows: np.ndarray, lengths: np.ndarray, most_rows: int, most_tokens
             batches.append([int(rows[i])])
             longest = int(lengths[i])
     return batches
+
+
+def by_list(rows: np.ndarray, lists: np.ndarray, most_rows: int, rng: np.random.Generator | None) -> list[Batch]:
+    """Whole lists together in batches of at most so many rows; a longer list is cut.
+
+    Args:
+        rows: (R,) row numbers, those of one list next to each other.
+        lists: (R,) the list of each.
+        rng: which lists share a batch, and the order of the batches, is drawn; None: they stay in order.
+
+    The number of batches is a matter of the lists' lengths alone: the longest come first, and a batch is closed when the next does not fit.
+    """
+    cuts = np.flatnonzero(lists[1:] != lists[:-1]) + 1
+    whole = [part[i : i + most_rows] for part in np.split(rows, cuts) for i in range(0, len(part), most_rows)]
+    if rng is not None:
+        whole = [whole[i] for i in rng.permutation(len(whole))]
+        whole.sort(key=lambda part: -len(part))  # stable
+    batches: list[Batch] = []
+    for part in whole:
+        if batches and len(batches[-1]) + len(part) <= most_rows:
+            batches[-1] += part.tolist()
+        else:
+            batches.append(part.tolist())
+    return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
 
 
 def deal(lanes: Sequence[int], share: int, world_size: int) -> list[list[int]]:

@@ -39,6 +39,8 @@ class Situation:
 
     predicts_tokens: bool
     """Whether the classes are tokens."""
+    ranks: bool
+    """Whether scores rank the rows of lists."""
     start: Start
     num_parameters: int
     rows: int
@@ -58,8 +60,12 @@ class Choice:
         return f"{self.name} {self.value}: {self.reason}"
 
 
-def choose_loss(encoding: Encoding, *, predicts_tokens: bool) -> tuple[Loss, str]:
+def choose_loss(encoding: Encoding, *, predicts_tokens: bool, ranks: bool = False) -> tuple[Loss, str]:
     """The loss, and why."""
+    if ranks:
+        return Loss(
+            0.0, 1.0, divergence="margin-mse"
+        ), "a ranking; its labels are mostly on another scale than the teacher's scores"
     if predicts_tokens:
         return Loss(0.5, 0.5), "a language model"
     if isinstance(encoding, Score):

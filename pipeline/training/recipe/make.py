@@ -72,7 +72,7 @@ def make_recipe(
     known = _situation(config, cache, student, mixture)
     choices: list[Choice] = []
     if loss is None:
-        base, reason = choose_loss(known.encoding, predicts_tokens=known.predicts_tokens)
+        base, reason = choose_loss(known.encoding, predicts_tokens=known.predicts_tokens, ranks=known.ranks)
         loss = config.loss_over(base)
         if loss == base:
             choices.append(Choice("loss", _loss_text(loss), reason))
@@ -120,6 +120,7 @@ def _situation(config: TrainStudentConfig, cache: Cache, student: LoadedModel, m
     more = mixture.others if mixture is not None and mixture.kind == "data" else ()
     return Situation(
         predicts_tokens=get_task(contract.task).predicts_tokens,
+        ranks=get_task(contract.task).ranks,
         start=start_of(student.model, student.name),
         num_parameters=sum(p.numel() for p in student.model.parameters()),
         rows=sum(_num_rows(each, config.split) for each in (cache, *more)),

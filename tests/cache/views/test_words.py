@@ -17,8 +17,7 @@ from pipeline.cache.views.measures import measure
 from pipeline.cache.views.page import write_page
 from pipeline.cache.views.provenance import command
 from pipeline.cache.views.samples import sample_of
-from pipeline.cache.views.tokens import marked_tokens
-from pipeline.cache.views.words import in_context, words_of
+from pipeline.cache.views.tokens import in_context, marked_tokens, words_of
 from pipeline.cli import main
 from pipeline.cli.echo import echo_cache
 from pipeline.records import NO_LABEL, Columns, Example, Full, Tokenization, TopK

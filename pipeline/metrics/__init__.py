@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.metrics.scores import pearson
 from pipeline.records import NO_LABEL, Interval, Predictions
 
 #: Elements of one chunk of bootstrap indices: 8 MB each for the indices and for every array they gather.
@@ -221,43 +222,6 @@ def bits_per_byte(nll_sum: float, text_bytes: int) -> float:
     return nll_sum / math.log(2) / text_bytes if text_bytes else math.nan
 
 
-# ------------------------------------------------------------------------------------------------------------ scores
-
-
-def pearson(truth: np.ndarray, found: np.ndarray) -> float:
-    """Correlation of scores, in [-1, 1]; nan for fewer than two, or where one of both does not vary.
-
-    Args:
-        truth: (N,) float.
-        found: (N,) float.
-    """
-    from scipy import stats
-
-    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(found) == 0:
-        return math.nan
-    return float(stats.pearsonr(truth.astype(np.float64), found.astype(np.float64)).statistic)
-
-
-def spearman(truth: np.ndarray, found: np.ndarray) -> float:
-    """Correlation of ranks, equal scores with the mean of theirs; arguments and result as of `pearson`."""
-    from scipy import stats
-
-    return pearson(stats.rankdata(truth), stats.rankdata(found))
-
-
-def correlation_influence(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """(N,) float64: the correlation r plus the influence of each pair on it. The mean is r, and the variance of the mean that of r to first order.
-
-    r + a b - r (a^2 + b^2) / 2 with a and b the scores less their mean, over their standard deviation (Devlin, Gnanadesikan and Kettenring, 1975).
-    """
-    r = pearson(truth, found)
-    if math.isnan(r):
-        return np.full(len(truth), math.nan)
-    a, b = ((values - values.mean()) / values.std() for values in (truth.astype(np.float64), found.astype(np.float64)))
-    influence: np.ndarray = r + a * b - r * (a * a + b * b) / 2
-    return influence
-
-
 # ----------------------------------------------------------------------------------------------- against the teacher
 
 
@@ -288,7 +252,10 @@ def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------------ as they are read
 
 #: Shares of positions or of mass, read in percent.
-_SHARES = ("accuracy", "average_precision", "f1", "precision", "recall", "macro_f1", "ece", "agreement")
+_SHARES = (
+    *("accuracy", "average_precision", "f1", "precision", "recall", "macro_f1", "ece", "agreement"),
+    *("ndcg@10", "mrr"),
+)
 
 
 def number(name: str | None, value: float) -> str:
