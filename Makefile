@@ -28,6 +28,8 @@ BBC_ROWS := $(addprefix data/bbc/,train.jsonl validation.jsonl test.jsonl)
 BBC_MODEL := data/bbc/minilm/config.json
 BBC := $(BBC_ROWS) $(BBC_MODEL)
 SEVERAL := $(addprefix data/bbc_several/,train.jsonl validation.jsonl test.jsonl)
+SHARES := $(addprefix data/bbc_shares/,train.jsonl validation.jsonl test.jsonl)
+RANKING := $(addprefix data/bbc_ranking/,train.jsonl validation.jsonl test.jsonl)
 ENTITIES := $(addprefix data/entities/,train.jsonl validation.jsonl test.jsonl)
 LM_ROWS := $(addprefix data/bbc_lm/,train.jsonl test.jsonl)
 LM_MODEL := data/bbc_lm/smollm2/config.json
@@ -37,7 +39,8 @@ HOUR := $(patsubst %,data/first_hour/%/train.csv,news sentiment tickets dialogue
 # The generated data that CONFIG reads: none, unless it is one of the demos.
 CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/bbc_lm/demo.yaml,$(CONFIG)),$(LM)) \
     $(if $(filter data/bbc_llm/demo.yaml,$(CONFIG)),$(BBC) $(LM)) $(if $(filter data/entities/demo.yaml,$(CONFIG)),$(ENTITIES) $(BBC_MODEL)) \
-    $(if $(filter data/bbc_several/demo.yaml,$(CONFIG)),$(SEVERAL) $(BBC_MODEL))
+    $(if $(filter data/bbc_several/demo.yaml,$(CONFIG)),$(SEVERAL) $(BBC_MODEL)) \
+    $(if $(filter data/bbc_shares/demo.yaml,$(CONFIG)),$(SHARES) $(BBC_MODEL)) $(if $(filter data/bbc_ranking/demo.yaml,$(CONFIG)),$(RANKING) $(BBC_MODEL))
 
 # The interpreter that counts: the environment's own where there is one, else the one it will be made with.
 BASE = $(or $(wildcard $(PY)),$(PYTHON))
@@ -202,7 +205,7 @@ clean: ## remove runs, build output and tool caches
 
 .PHONY: distclean
 distclean: clean ## remove the demos' data and models and the virtual environment too
-	rm -rf $(BBC_ROWS) $(LM_ROWS) $(ENTITIES) $(SEVERAL) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL)) $(dir $(HOUR))
+	rm -rf $(BBC_ROWS) $(LM_ROWS) $(ENTITIES) $(SEVERAL) $(SHARES) $(RANKING) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL)) $(dir $(HOUR))
 	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
 
 # The rows are made again when the scripts change. The model folders are made only where there are none.
@@ -214,6 +217,12 @@ $(BBC_MODEL): | $(BBC_ROWS)
 
 $(SEVERAL) &: data/bbc_several/prepare.py data/bbc/articles.py | $(STAMP)
 	$(PY) -m data.bbc_several.prepare
+
+$(SHARES) &: data/bbc_shares/prepare.py data/bbc/articles.py | $(STAMP)
+	$(PY) -m data.bbc_shares.prepare
+
+$(RANKING) &: data/bbc_ranking/prepare.py data/bbc/articles.py | $(STAMP)
+	$(PY) -m data.bbc_ranking.prepare
 
 $(ENTITIES) &: data/entities/prepare.py data/entities/sentences.py | $(STAMP)
 	$(PY) -m data.entities.prepare

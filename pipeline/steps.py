@@ -13,7 +13,7 @@ from pipeline.cache.storage.urls import is_url
 from pipeline.config import CacheLogitsConfig, ConfigFile, GenerateConfig, Step, TrainStudentConfig
 from pipeline.config.options import name_and_path
 from pipeline.errors import ConfigError, ContractError, PipelineError
-from pipeline.records import Encoding, Loss
+from pipeline.records import Encoding, Loss, Score
 from pipeline.softlabels.names import encoding_text
 from pipeline.tasks import get_task
 
@@ -97,6 +97,7 @@ def _check_mixture(config: TrainStudentConfig, encodings: Mapping[str, Encoding]
     """Whether the caches can be mixed so, and the divergence be had from those that this file makes."""
     from pipeline.training.batches.mixing import checked_kind
     from pipeline.training.divergences import check_divergence
+    from pipeline.training.scores import check_score_loss
 
     if len(config.cache) > 1:
         checked_kind(len(config.cache), config.mix_kind, config.teacher_weight or config.proportion)
@@ -104,7 +105,10 @@ def _check_mixture(config: TrainStudentConfig, encodings: Mapping[str, Encoding]
     for cache, encoding in known:
         if config.divergence is not None and config.soft_weight != 0:
             try:
-                check_divergence(encoding, config.loss_over(Loss()))
+                loss, is_score = config.loss_over(Loss()), isinstance(encoding, Score)
+                check_score_loss(loss, is_score=is_score, has_groups=True, teacher_labels=False)
+                if not is_score:
+                    check_divergence(encoding, loss)
             except PipelineError as error:
                 raise type(error)(f"{cache}: {error}") from None
         first, expected = known[0]

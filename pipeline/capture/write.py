@@ -118,6 +118,8 @@ def write_cache(
             break
     if first is None:
         raise MisuseError("write_cache: expected rows, found none")
+    if chosen.ranks and first.group is None:
+        raise MisuseError(f"write_cache: rows of {chosen.name} need group=..., which the rows of one list share")
     _check_stored(chosen, first, store_text=store_text, store_label_logprobs=store_label_logprobs)
     keeps = store_text is not False if chosen.stores_text else bool(store_text)
     schema = cache_schema(
@@ -255,6 +257,9 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
     bare = next((each for each in examples if each.words is None), None) if "position_words" in schema.names else None
     if bare is not None:
         raise BadRowError(f"row {bare.source_row}: expected words, as the first row has, found none")
+    lone = next((each for each in examples if each.group is None), None) if "score_group" in schema.names else None
+    if lone is not None:
+        raise BadRowError(f"row {lone.source_row}: expected a group, as the first row has, found none")
     split, seed = rows[0].split, contract.seed
     uniforms = None
     if isinstance(contract.encoding, Sampled):

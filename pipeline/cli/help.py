@@ -14,6 +14,8 @@ from pipeline.config.options import Group
 
 #: Columns of help, examples included.
 WIDTH = 100
+#: Letters of choices that stand in place of a value; more are listed in the text.
+_MOST_CHOICES = 60
 
 
 class FieldOption(click.Option):
@@ -21,6 +23,9 @@ class FieldOption(click.Option):
 
     def __init__(self, field: dataclasses.Field[Any], param_decls: Sequence[str], **settings: Any) -> None:
         text, _, later = field.metadata["help"].partition(" Default: ")
+        kind = settings.get("type")
+        if isinstance(kind, click.Choice) and len("|".join(map(str, kind.choices))) > _MOST_CHOICES:
+            settings["metavar"], text = "NAME", f"{text} One of {', '.join(map(str, kind.choices))}."
         super().__init__(param_decls, help=text, default=None, **settings)
         self.group: Group = field.metadata["group"]
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

@@ -23,7 +23,7 @@ from pipeline.config.options import (
     training_option,
 )
 from pipeline.errors import MisuseError
-from pipeline.records import Encoding, Full, Judging, Sampled, TopK, TopP
+from pipeline.records import Encoding, Full, Judging, Sampled, Score, TopK, TopP
 
 #: Classes that a server is asked for where --top-k does not say: vLLM's own limit, unless it was started with another.
 SERVED_TOP_K = 20
@@ -322,6 +322,10 @@ def make_encoding(
                 "--temperature at capture goes with top-k, top-p and sampled; full serves any temperature"
             )
         return Full()
+    if kind == "score":
+        if temperatures:
+            raise MisuseError("--temperature at capture is for distributions, and scores have none; leave it out")
+        return Score()
     if kind == "top-k":
         if top_k is None or top_k < 1:
             raise MisuseError(f"--encoding top-k needs --top-k of at least 1, found {top_k}")

@@ -70,7 +70,8 @@ def format_table(report: EvaluationReport) -> str:
             f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a {unit}",
         ]
     if metrics:
-        notes.append(f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over rows")
+        over = "lists" if task.ranks else "rows"
+        notes.append(f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over {over}")
     else:
         notes.append("the split has no hard labels: students are compared with the teacher alone")
     title = f"{report.task}, split {report.split}: {report.rows} rows, {report.positions} {unit}s"

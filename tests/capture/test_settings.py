@@ -59,6 +59,7 @@ ELSEWHERE = {
         "words_column",
         "messages_column",
         "prompt_column",
+        "group_column",
     ),
     *("chat_template_kwargs", "assistant_turns", "truncation_side"),  # `test_chat_captures` has them
     *("completion_column", "input_ids_column", "labels_column", "isolate_documents", "store_text"),

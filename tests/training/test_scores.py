@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import random
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,19 @@ from transformers import AutoModelForSequenceClassification
 
 import pipeline as softlabel
 from pipeline.cache import Cache, verify
+from pipeline.cache.format.moments import scale_of
+from pipeline.cache.format.sanity import manifest_problem
+from pipeline.cache.transforms.convert import convert
+from pipeline.cache.transforms.filter import filter_rows
+from pipeline.cache.transforms.merge import merge
+from pipeline.capture.labelled import LabelledRow
+from pipeline.capture.write import write_cache
 from pipeline.config import DataConfig, TrainTeacherConfig
+from pipeline.errors import BadRowError, ContractError, EncodingError, MisuseError, ModelError, SourceError
 from pipeline.evaluation import evaluate
+from pipeline.evaluation.table import format_table
 from pipeline.models.detect import detect_task
-from pipeline.records import Columns, Score
+from pipeline.records import Columns, Full, Moments, Score, TopK
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
 from tests.support.once import once
@@ -114,6 +128,125 @@ def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, 
     assert student.kl < 0.25 * before.kl
 
 
+def test_a_student_with_another_tokenizer_learns_from_the_texts(tmp_path, cache, lm_tokenizer):
+    start = pretrained(tmp_path / "start", lm_tokenizer, seed=1, **SMALL)
+    train(cache, start, tmp_path / "student", **LONG)
+    agreement = evaluate(cache, {"student": tmp_path / "student"}).students[0].agreement
+    assert agreement is not None
+    assert agreement > 0.85
+
+
+def test_the_unit_is_the_manifests_and_follows_the_rows(tmp_path, cache):
+    def of_rows(each: Cache) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.stack([row.soft.top_logprobs.double().numpy() for row in each.dataset("train")])
+        return scores.mean(0), scores.std(0, ddof=1)
+
+    joined = merge([cache, cache], tmp_path / "joined")
+    some = filter_rows(cache, tmp_path / "some", where="source_row % 3 = 1")
+    for each in (cache, joined, some):
+        scale = scale_of(each.manifest)
+        assert scale is not None
+        for found, expected in zip((scale.mean, scale.std), of_rows(each), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert not verify(each.root).problems
+
+
+def test_a_checkpoint_is_a_model_of_the_datas_scores(tmp_path, cache, bert_tokenizer):
+    """Not of standardised ones; and an unfinished run goes on from it as if nothing had been."""
+    start = pretrained(tmp_path / "start", bert_tokenizer, seed=1, **SMALL)
+    settings = {"max_steps": 60, "learning_rate": 3e-3, "training": {"save_strategy": "steps", "save_steps": 30}}
+    train(cache, start, tmp_path / "whole", **settings)
+    row = next(iter(cache.dataset("test")))
+    ids = torch.from_numpy(row.example.input_ids.astype(np.int64))[None]
+
+    def scores(path: Path) -> torch.Tensor:
+        with torch.no_grad():
+            return AutoModelForSequenceClassification.from_pretrained(path).eval()(input_ids=ids).logits[0]
+
+    torch.testing.assert_close(scores(tmp_path / "whole" / "checkpoint-60"), scores(tmp_path / "whole"))
+    assert float(scores(tmp_path / "whole" / "checkpoint-30")[0]) > 60
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoint-60")
+    for name in ("distillation.json", "model.safetensors"):
+        (tmp_path / "half" / name).unlink()
+    train(cache, start, tmp_path / "half", **settings, resume=True)
+    torch.testing.assert_close(scores(tmp_path / "half"), scores(tmp_path / "whole"))
+
+
+def test_caches_are_not_converted(tmp_path, cache):
+    with pytest.raises(EncodingError, match="--encoding top-k: the cache holds scores, which have one encoding"):
+        convert(cache, tmp_path / "smaller", encoding=TopK(1))
+
+
+def test_an_encoding_of_distributions_is_refused(tmp_path, teacher):
+    with pytest.raises(
+        MisuseError, match="--encoding full: is for distributions, which --task sequence-regression has not"
+    ):
+        softlabel.cache_logits(str(teacher), texts(), tmp_path / "c", task=TASK, encoding=Full())
+
+
+def test_models_of_other_heads_are_refused(tmp_path, cache, bert_tokenizer, lm_tokenizer):
+    base = pretrained(tmp_path / "base", bert_tokenizer, **SMALL)
+    for name, settings in {
+        "classes": {"problem_type": "single_label_classification", "num_labels": 2},
+        "three": {"num_labels": 3},
+    }.items():
+        model = AutoModelForSequenceClassification.from_pretrained(base, **settings)
+        model.save_pretrained(tmp_path / name)
+        bert_tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(
+        ModelError, match=r"expected a model that gives scores \(problem_type regression\), found single_label"
+    ):
+        softlabel.cache_logits(str(tmp_path / "classes"), texts(), tmp_path / "a", task=TASK)
+    with pytest.raises(BadRowError, match="label: expected 3 scores, as many as the model has outputs, found 2"):
+        softlabel.cache_logits(str(tmp_path / "three"), texts(), tmp_path / "b", task=TASK)
+    with pytest.raises(ContractError, match="expected 2 labels, as the cache has"):
+        train(cache, tmp_path / "three", tmp_path / "c", max_steps=1)
+    with pytest.raises(ModelError, match="expected one output to rank by, found 3"):
+        softlabel.cache_logits(str(tmp_path / "three"), lists(), tmp_path / "d", task="text-ranking", columns=RANKING)
+    with pytest.raises(MisuseError, match="--lora-r: an adapter does not say that it gives scores"):
+        train(cache, base, tmp_path / "e", lora_r=2)
+
+
+def test_rows_of_ones_own(tmp_path, bert_tokenizer):
+    settings: dict[str, Any] = {"task": TASK, "tokenizer": bert_tokenizer, "encoding": Score(), "teacher": "mine"}
+    scores = [[1.5, -2.0], [0.25, 3.0], [7.0, 0.0]]
+    labels: list[Any] = [[1.0, math.nan], None, [7, 1]]
+
+    def row(i: int) -> LabelledRow:
+        return LabelledRow([2, 5 + i, 3], logits=torch.tensor(scores[i])[:, None], labels=labels[i], text=f"text {i}")
+
+    made = write_cache([row(i) for i in range(3)], tmp_path / "a", label_names=("x", "y"), **settings)
+    assert not verify(made.root).problems
+    found = list(made.dataset("train"))
+    assert [each.soft.top_logprobs.tolist() for each in found] == scores
+    assert str([each.example.labels.tolist() for each in found]) == str([[1.0, math.nan], [math.nan] * 2, [7.0, 1.0]])
+    assert [each.teacher_nll_sum for each in found] == [0.25, 0.0, 1.0]
+    bad = dataclasses.replace(row(0), labels=[1.0])
+    with pytest.raises(BadRowError, match="row 0: labels: expected 2, one for each output, found 1"):
+        write_cache([bad], tmp_path / "b", label_names=("x", "y"), **settings)
+    with pytest.raises(BadRowError, match="row 0: labels: expected scores, found"):
+        write_cache(
+            [dataclasses.replace(row(0), labels=["a", "b"])], tmp_path / "c", label_names=("x", "y"), **settings
+        )
+    with pytest.raises(MisuseError, match=r"give label_names=...: a row has a position for each"):
+        write_cache([row(0)], tmp_path / "d", **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: replace(m, contract=replace(m.contract, num_classes=2)), "num_classes: expected 1, as a score has, found 2"),
+        (lambda m: replace(m, contract=replace(m.contract, encoding=Full())), "encoding: expected score, as the task sequence-regression has, found full"),
+        (lambda m: replace(m, shards=tuple(replace(s, moments=()) for s in m.shards)), "shards.0.moments: expected 2, found 0"),
+        (lambda m: replace(m, shards=tuple(replace(s, moments=(Moments(1, 0.0, 0.0),) * 2) for s in m.shards)), "moments: expected finite ones of"),
+    ],
+)  # fmt: skip
+def test_manifests_that_no_capture_writes(cache, change, message):
+    assert manifest_problem(cache.manifest) is None
+    assert re.search(message, str(manifest_problem(change(cache.manifest))))
+
+
 # ------------------------------------------------------------------------------------------------------------ rankings
 
 
@@ -178,3 +311,97 @@ def test_a_student_ranks_as_its_teacher(tmp_path, ranked, bert_tokenizer, diverg
     from pipeline.evaluation.table import format_table
 
     print(format_table(found))
+
+
+def test_lists_stay_whole_in_shards_row_groups_and_transforms(tmp_path, ranked):
+    """So that batches hold whole ones: shards of at most 50 rows are a little shorter."""
+    seen: dict[tuple[str, int], int] = {}
+    assert len(ranked.manifest.split_shards("train")) > 4
+    for split in ranked.splits:
+        dataset = ranked.dataset(split)
+        groups = dataset.column("score_group")
+        for number, (start, stop) in enumerate(itertools.pairwise(dataset.starts.tolist())):
+            for group in groups[start:stop].tolist():
+                assert seen.setdefault((split, group), number) == number
+    assert len(seen) == 110
+    assert not verify(ranked.root).problems
+    kept = filter_rows(ranked, tmp_path / "kept", where="position_labels[1] < 1")
+    assert set(kept.dataset("test").column("score_group")) <= {group for split, group in seen if split == "test"}
+
+
+def test_rows_in_one_read_are_those_of_a_large_shard(tmp_path, ranked):
+    softlabel.cache_logits(
+        str(ranked.root.parent / "ranker"), lists(), tmp_path / "large", task="text-ranking", columns=RANKING, batch_tokens=256
+    )  # fmt: skip
+    large = Cache.open(tmp_path / "large")
+    for name in ("score_group", "content_hash", "source_row"):
+        np.testing.assert_array_equal(large.dataset("train").column(name), ranked.dataset("train").column(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"columns": replace(RANKING, group=None)}, MisuseError, "--task text-ranking needs --group-column"),
+        ({"task": TASK}, MisuseError, "--group-column: names the lists that scores rank, and --task sequence-regression ranks none"),
+        ({"task": "sequence-classification"}, MisuseError, "--group-column: names the lists"),
+    ],
+)  # fmt: skip
+def test_columns_of_lists_go_with_rankings(tmp_path, ranked, change, error, message):
+    settings = {"task": "text-ranking", "columns": RANKING, **change}
+    with pytest.raises(error, match=message):
+        softlabel.cache_logits(str(ranked.root.parent / "ranker"), lists(), tmp_path / "c", **settings)
+
+
+def test_a_list_of_one_row_stops_the_capture_or_is_set_aside(tmp_path, ranked):
+    rows = lists()["train"].to_list()[:20]
+    alone = {**rows[0], "id": "alone"}
+    data = DatasetDict({"train": Dataset.from_list([*rows, alone])})
+    settings: dict[str, Any] = {"task": "text-ranking", "columns": RANKING}
+    teacher = str(ranked.root.parent / "ranker")
+    with pytest.raises(BadRowError, match="row 20: id: 'alone' is a list of one row, which is compared with nothing"):
+        softlabel.cache_logits(teacher, data, tmp_path / "a", **settings)
+    made = softlabel.cache_logits(teacher, data, tmp_path / "b", **settings, on_bad_row="skip")
+    assert made.manifest.bad_rows == 1
+    assert len(made.dataset("train")) == 20
+    apart = DatasetDict({"train": Dataset.from_list([*rows, rows[0]])})
+    with pytest.raises(SourceError, match="stand apart"):
+        softlabel.cache_logits(teacher, apart, tmp_path / "c", **settings)
+
+
+def test_losses_of_lists_need_lists_and_no_token_budget(tmp_path, cache, ranked, bert_tokenizer):
+    start = pretrained(tmp_path / "start", bert_tokenizer, **SMALL)
+    with pytest.raises(
+        MisuseError, match="--divergence margin-mse: compares the rows of a group, and the cache names no groups"
+    ):
+        train(cache, start, tmp_path / "a", divergence="margin-mse")
+    with pytest.raises(MisuseError, match="--batch-tokens: batches of lists are cut by rows"):
+        train(ranked, start, tmp_path / "b", batch_tokens=512)
+    with pytest.raises(MisuseError, match="--hard-labels teacher: a score has no most likely class"):
+        train(ranked, start, tmp_path / "c", hard_labels="teacher")
+
+
+def test_rankings_of_ones_own(tmp_path, bert_tokenizer):
+    def row(i: int, group: str | None) -> LabelledRow:
+        return LabelledRow([2, 5 + i, 3], logits=torch.tensor([[float(i)]]), labels=[i], group=group)
+
+    settings: dict[str, Any] = {
+        "task": "text-ranking", "tokenizer": bert_tokenizer, "encoding": Score(), "teacher": "mine", "label_names": ("x",)
+    }  # fmt: skip
+    made = write_cache([row(0, "a"), row(1, "a"), row(2, "b"), row(3, "b")], tmp_path / "a", **settings)
+    groups = made.dataset("train").column("score_group").tolist()
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    assert not verify(made.root).problems
+    with pytest.raises(MisuseError, match=r"need group=\.\.\."):
+        write_cache([row(0, None)], tmp_path / "b", **settings)
+    with pytest.raises(BadRowError, match="row 1: expected a group, as the first row has, found none"):
+        write_cache([row(0, "a"), row(1, None)], tmp_path / "c", **settings)
+
+
+def test_rows_are_held_out_by_lists(ranked):
+    from pipeline.training.batches.held_out import hold_out
+
+    dataset = ranked.dataset("train")
+    found = hold_out(dataset, None, by="score_group")
+    assert found is not None
+    groups = dataset.column("score_group")
+    assert not set(groups[found.measured]) & set(groups[found.left])

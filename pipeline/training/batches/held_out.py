@@ -62,18 +62,19 @@ def labelled_rows(rows: Any, task: Task, where: str) -> np.ndarray:
     return labelled
 
 
-def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS) -> HeldOut | None:
-    """Choose rows by their content, so that the same text is never learnt and measured on; of lists whole ones, but for the last.
+def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: str = "content_hash") -> HeldOut | None:
+    """Choose rows by their content, so that the same text is never learnt and measured on.
 
     Args:
         rows: a data set of a cache.
         keep: (rows,) bool, the rows that teach; None: all.
         most: rows to hold out at most.
+        by: the column of hashes that rows which belong together share: those of one list, say.
 
     Returns:
         None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
     """
-    hashes = rows.column("score_group" if "score_group" in rows.manifest.contract.columns else "content_hash")
+    hashes = rows.column(by)
     teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
     count = min(int(teach.sum() * _SHARE), most)
     if count < FEWEST_ROWS:

@@ -39,13 +39,13 @@ class Situation:
 
     predicts_tokens: bool
     """Whether the classes are tokens."""
-    ranks: bool
-    """Whether scores rank the rows of lists."""
     start: Start
     num_parameters: int
     rows: int
     """In one pass over what is trained on."""
     encoding: Encoding
+    ranks: bool = False
+    """Whether scores rank the rows of lists."""
 
 
 @dataclass(frozen=True, slots=True)

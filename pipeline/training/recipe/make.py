@@ -177,12 +177,13 @@ def _measured(
     train = cache.dataset(config.split)
     keep = labelled_rows(train, task, cache.where) if needs_labels else None
     affordable = rows_per_step * evaluation_steps(steps, 0, rows_per_step) // 2
-    held_out = hold_out(train, keep, min(MOST_ROWS, max(FEWEST_ROWS, affordable)))
+    by = "score_group" if task.ranks else "content_hash"
+    held_out = hold_out(train, keep, min(MOST_ROWS, max(FEWEST_ROWS, affordable)), by=by)
     if held_out is None:
         return _Measured(0, f"{why}, and too few rows to hold some out")
     rows, names = held_out.num_measured, ", ".join(config.split)
     equal = f"; {held_out.num_equal:,} more of equal content are not learnt" if held_out.num_equal else ""
-    return _Measured(rows, f"{rows:,} rows held out of {names} by content ({why}{equal})", held_out)
+    return _Measured(rows, f"{rows:,} rows held out of {names} by {'list' if task.ranks else 'content'} ({why}{equal})", held_out)
 
 
 def _learns_labels(loss: Loss) -> bool:

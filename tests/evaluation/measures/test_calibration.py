@@ -101,6 +101,7 @@ class FakeCache:
         class contract:  # noqa: N801
             num_classes = 5
             label_names = None
+            columns = ("label",)
 
     def dataset(self, _split):
         class Rows:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from pipeline.cache.reading import reader
 from pipeline.records import TopK
 from pipeline.training.batches.collate import TrainingRows
-from pipeline.training.batches.order import OPEN, BatchOrder, by_length, deal, open_groups
+from pipeline.training.batches.order import OPEN, BatchOrder, by_length, by_list, deal, open_groups
 from pipeline.training.batches.prefetch import prefetch
 from tests.support.rows import build_cache
 
@@ -262,3 +262,51 @@ def test_no_rank_decodes_a_row_group_twice(world_size):
                     del held[group]
         most = 320 // world_size if 64 % world_size == 0 else 320
         assert decoded <= most + 4
+
+
+def lists_of(count: int, seed: int = 0) -> np.ndarray:
+    """The list of each row: runs of 2 to 9."""
+    rng = np.random.default_rng(seed)
+    runs = np.repeat(np.arange(count), rng.integers(2, 10, count))
+    return runs[:count] * 7919
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE])
+def test_batches_of_lists_hold_whole_ones_and_every_row_once(sizes, world_size):
+    """A list is cut where a row group ends, and nowhere else; epochs have as many steps, and other companions."""
+    rows = rows_of(*sizes)
+    lists = lists_of(len(rows))
+    first, second = (steps(rows, world_size, 16 * world_size, epoch=epoch, lists=lists) for epoch in (0, 1))
+    assert len(first) == len(second)
+    assert first != second or len(first) == 1
+    for epoch in (first, second):
+        assert sorted(i for step in epoch for i in step) == list(range(len(rows)))
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    piece = np.unique(np.stack([group_of, lists]), axis=1, return_inverse=True)[1].ravel()
+    order = BatchOrder(rows, 16, seed=3, lists=lists)
+    where = {row: number for number, batch in enumerate(order) for row in batch}
+    for number in np.unique(piece):
+        assert len({where[row] for row in np.flatnonzero(piece == number)}) == 1
+
+
+def test_a_list_that_is_longer_than_a_batch_is_cut():
+    batches = by_list(np.arange(25), np.zeros(25, dtype=np.int64), 10, np.random.default_rng(0))
+    assert sorted(map(len, batches)) == [5, 10, 10]
+
+
+def test_an_evaluation_keeps_the_order_of_the_lists():
+    rows = rows_of(10, 10)
+    lists = np.repeat(np.arange(5), 4)
+    batches = list(BatchOrder(rows, 8, seed=0, shuffle=False, lists=lists))
+    assert [row for batch in batches for row in batch] == list(range(20))
+    assert all(len(batch) <= 8 for batch in batches)
+
+
+def test_rows_that_are_left_out_leave_the_rest_of_their_list():
+    rows = rows_of(12)
+    lists, keep = np.repeat(np.arange(3), 4), np.ones(12, dtype=bool)
+    keep[[1, 5, 6, 7]] = False
+    batches = list(BatchOrder(rows, 4, seed=0, lists=lists, keep=keep))
+    assert sorted(map(sorted, batches)) == [[0, 2, 3], [4], [8, 9, 10, 11]] or len(batches) <= 3
+    assert sorted(row for batch in batches for row in batch) == np.flatnonzero(keep).tolist()
