@@ -47,8 +47,8 @@ class TextRanking(SequenceRegression):
         """Means over lists with a relevant row: NDCG@10 and the reciprocal rank; and the correlations of all scores with the labels."""
         places = _by_list(predictions)
         return {
-            "ndcg@10": float(np.nanmean(ndcg(*places))) if len(places[0]) else float("nan"),
-            "mrr": float(np.nanmean(reciprocal_rank(*places))) if len(places[0]) else float("nan"),
+            "ndcg@10": _mean_of_known(ndcg(*places)),
+            "mrr": _mean_of_known(reciprocal_rank(*places)),
             **SequenceRegression.metrics(self, predictions, num_classes),
         }
 
@@ -60,6 +60,11 @@ class TextRanking(SequenceRegression):
         values, weights = np.zeros(lists), np.zeros(lists)
         values[: len(found)][known], weights[: len(found)][known] = found[known], 1.0
         return values, weights
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _num_lists(predictions: Predictions) -> int:

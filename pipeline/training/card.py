@@ -20,6 +20,7 @@ from pipeline.models import LoadedModel, public_name
 from pipeline.records import Encoding, Loss, ModelInfo, SourceInfo, TrainResult
 from pipeline.tasks import Task, get_task
 from pipeline.training.divergences import MIXTURE
+from pipeline.training.scores import DIVERGENCES
 from pipeline.training.spans import span_temperature
 
 CARD = "README.md"
@@ -93,7 +94,8 @@ def make_card(
     adapter = hasattr(student.model, "peft_config")
     folder = Path(result.output).resolve().name
     model = student.model.get_base_model() if adapter else student.model  # type: ignore[operator]
-    tag = _pipeline_tag(type(model).__name__)
+    task = get_task(contract.task)
+    tag = task.hub_category if task.ranks else _pipeline_tag(type(model).__name__)
     soft = result.loss.soft_weight or result.loss.soft_weight_end or result.loss.span_weight
     learnt = "soft" if soft else "hard" if teacher_labels else "none"
     cache_licence, start_licence = licence_of(cache.root), licence_of(Path(student.name))
@@ -107,7 +109,7 @@ def make_card(
         teacher=teacher[0],
         cache_id=result.cache_id,
     )
-    template = _ADAPTER if adapter else get_task(contract.task).usage
+    template = _ADAPTER if adapter else task.usage
     licences = {
         f"the teacher, `{teacher[0]}`": _UNKNOWN.format(where="the cache's manifest"),
         f"the data set, `{source[0]}`": _UNKNOWN.format(where="the cache's manifest"),
@@ -137,7 +139,7 @@ def make_card(
         steps=result.steps,
         learning_rate=result.learning_rate,
         seed=result.seed,
-        metrics=_metrics(result, get_task(contract.task)),
+        metrics=_metrics(result, task),
         cut="cut them, as above" if "{max_length}" in template else "split them",
         usage=template.format(tag=tag, folder=folder, max_length=result.max_length),
         licences="\n".join(f"| {what} | {licence} |" for what, licence in licences.items()),
@@ -166,11 +168,14 @@ def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
     if loss.hard_weight or loss.hard_weight_end:
         labels = f"{'the teacher' if teacher_labels else 'the data'}'s labels"
         weight = _weight(loss.hard_weight, loss.hard_weight_end, loss.schedule)
-        terms.append(f"{weight} * cross-entropy with {labels}")
+        kind = "squared error, in standard deviations," if loss.divergence in DIVERGENCES else "cross-entropy"
+        terms.append(f"{weight} * {kind} with {labels}")
     if loss.soft_weight or loss.soft_weight_end:
-        factor = {"logit-mse": "", "total-variation": "T * "}.get(loss.divergence, "T^2 * ")
+        factor = dict.fromkeys(("logit-mse", "mse", "margin-mse"), "") | {"total-variation": "T * "}
         weight = _weight(loss.soft_weight, loss.soft_weight_end, loss.schedule)
-        terms.append(f"{weight} * {factor}{loss.divergence} from the teacher{_details(loss)}")
+        terms.append(
+            f"{weight} * {factor.get(loss.divergence, 'T^2 * ')}{loss.divergence} from the teacher{_details(loss)}"
+        )
     if loss.span_weight:
         terms.append(
             f"{loss.span_weight:g} * binary KL from the teacher over aligned spans at tau = {span_temperature(loss):g}"
@@ -190,7 +195,7 @@ def _weight(start: float, end: float | None, schedule: str) -> str:
 def _details(loss: Loss) -> str:
     """Temperature, mixture, tail and weights of positions, where they are not the plain ones."""
     details = []
-    if loss.divergence != "logit-mse" and loss.temperature is not None:
+    if loss.divergence not in ("logit-mse", "mse", "margin-mse") and loss.temperature is not None:
         details.append(f" at T = {loss.temperature:g}")
     if loss.divergence in MIXTURE:
         share = MIXTURE[loss.divergence] if loss.mixture is None else loss.mixture
@@ -258,7 +263,9 @@ def _metrics(result: TrainResult, task: Task) -> str:
     if not result.metrics:
         return "It was not measured in training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
     lines = "".join(f"| {name} | {value:.4f} |\n" for name, value in result.metrics.items())
-    if task.names == "positions":
+    if task.target == "score":
+        lines += "\n`mse` is in squared units of the data, `correlation` that with the teacher's scores, `divergence` and the losses are in their standard deviations.\n"
+    elif task.names == "positions":
         lines += "\n`f1` is of all labels together (micro), `macro_f1` and `average_precision` are means over labels, `accuracy` is of single labels.\n"
     elif "f1" in result.metrics:
         lines += "\n`f1`, `precision` and `recall` are of entities, right where label and both ends are (without a class `O`: of words), `accuracy` is of words.\n"

@@ -356,7 +356,7 @@ class DistillationTrainer(SavingTrainer):
         if is_known(predictions.labels).any():
             measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
             metrics.update({("nll" if name == "loss" else name): value for name, value in measured.items()})
-        metrics["agreement"] = agreement_of(predictions)
+        metrics["correlation" if self.task.target == "score" else "agreement"] = agreement_of(predictions)
         metrics["divergence"] = float(found["divergence"][known & is_known(found["teacher_predicted"])].mean())
         if sums["num_spans"]:
             metrics["span_loss"] = span

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import random
 import re
@@ -25,13 +26,19 @@ from pipeline.cache.format.sanity import manifest_problem
 from pipeline.cache.transforms.convert import convert
 from pipeline.cache.transforms.filter import filter_rows
 from pipeline.cache.transforms.merge import merge
+from pipeline.cache.views.inspection import describe
+from pipeline.cache.views.page import write_page
+from pipeline.capture.audit import run as audit
+from pipeline.capture.estimate.run import run as estimate
 from pipeline.capture.labelled import LabelledRow
 from pipeline.capture.write import write_cache
-from pipeline.config import DataConfig, TrainTeacherConfig
+from pipeline.config import AuditConfig, DataConfig, EstimateConfig, PredictConfig, ReportConfig, TrainTeacherConfig
 from pipeline.errors import BadRowError, ContractError, EncodingError, MisuseError, ModelError, SourceError
 from pipeline.evaluation import evaluate
+from pipeline.evaluation.report.report import report
 from pipeline.evaluation.table import format_table
 from pipeline.models.detect import detect_task
+from pipeline.models.predict import run as predict
 from pipeline.records import Columns, Full, Moments, Score, TopK
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
@@ -308,9 +315,9 @@ def test_a_student_ranks_as_its_teacher(tmp_path, ranked, bert_tokenizer, diverg
     assert before.metrics["ndcg@10"] < 0.9
     assert student.metrics["ndcg@10"] > 0.95
     assert student.retention_interval is not None
-    from pipeline.evaluation.table import format_table
-
-    print(format_table(found))
+    text = format_table(found)
+    assert "interval by bootstrap over lists" in text
+    assert "ndcg@10: normalised discounted cumulative gain" in text
 
 
 def test_lists_stay_whole_in_shards_row_groups_and_transforms(tmp_path, ranked):
@@ -405,3 +412,109 @@ def test_rows_are_held_out_by_lists(ranked):
     assert found is not None
     groups = dataset.column("score_group")
     assert not set(groups[found.measured]) & set(groups[found.left])
+
+
+def test_scores_that_say_nothing_are_told(tmp_path, bert_tokenizer, caplog):
+    """A teacher that knows nothing; and one whose scores are in another unit than the data's, beside hard labels."""
+    base = pretrained(tmp_path / "base", bert_tokenizer, **SMALL)
+    settings: dict[str, Any] = {
+        "task": TASK, "tokenizer": bert_tokenizer, "encoding": Score(), "teacher": "mine", "label_names": ("x",)
+    }  # fmt: skip
+    noise = np.random.default_rng(0).normal(size=(2, 60))
+
+    def made(name: str, scores: np.ndarray, labels: np.ndarray) -> Cache:
+        rows = [
+            LabelledRow([2, 5 + i, 3], logits=torch.tensor([[float(s)]]), labels=[y], text=f"text {i}")
+            for i, (s, y) in enumerate(zip(scores, labels, strict=True))
+        ]
+        return write_cache(rows, tmp_path / name, **settings)
+
+    with caplog.at_level(logging.WARNING):
+        made("chance", noise[0], noise[1])
+    assert "output 0: the correlation of the teacher's scores with the data's is" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        other = made("unit", 100 + 30 * noise[0], noise[0])
+        assert "correlation" not in caplog.text
+        train(other, base, tmp_path / "a", max_steps=1, hard_weight=1.0, soft_weight=0.0)
+        assert "another unit" not in caplog.text
+        train(other, base, tmp_path / "b", max_steps=1)
+    assert "the data's scores (mean" in caplog.text
+    assert "are in another unit than the teacher's" in caplog.text
+
+
+def test_cards_and_pages_speak_of_scores(tmp_path, cache, ranked, bert_tokenizer):
+    start = pretrained(tmp_path / "start", bert_tokenizer, **SMALL)
+    train(cache, start, tmp_path / "a", max_steps=2, eval_split="test", training={"eval_strategy": "epoch"})
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "0.1 * squared error, in standard deviations, with the data's labels + 0.9 * mse from the teacher" in card
+    assert "| correlation | " in card
+    assert "function_to_apply=" in card
+    train(ranked, start, tmp_path / "b", max_steps=2)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "pipeline_tag: text-ranking" in card
+    assert "1 * margin-mse from the teacher" in card
+    assert "CrossEncoder" in card
+    card = (cache.root / "README.md").read_text()
+    assert "`teacher_scores[n]`: what the teacher gives" in card
+    assert "`position_labels[n]`: the score of the data" in card
+    write_page(cache, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "label_0: the teacher&#39;s scores have the mean" in page
+    assert "What the teacher gives to each text, beside the score of the data." in page
+    assert "label_1, data" in page
+    lines = "\n".join(describe(cache, split=None, rows=1, tokens=5, top=3))
+    assert "2 scores (label_0, label_1)" in lines
+    assert re.search(r"label_0: teacher [0-9.]+, data [0-9.]+; label_1", lines)
+
+
+def test_a_report_of_scores(tmp_path, ranked, bert_tokenizer):
+    start = pretrained(tmp_path / "start", bert_tokenizer, **SMALL)
+    for seed in (0, 1):
+        train(ranked, start, tmp_path / f"student{seed}", max_steps=30, seed=seed)
+    train(ranked, start, tmp_path / "control", max_steps=5, hard_weight=1.0, soft_weight=0.0)
+    found = report(
+        ReportConfig(
+            cache=(str(ranked.root),),
+            student=tuple(f"student={tmp_path / name}" for name in ("student0", "student1")),
+            control=(f"control={tmp_path / 'control'}",),
+            output=str(tmp_path / "report"),
+            rounds=0,
+            resamples=200,
+        )
+    )
+    assert found.main_metric == "ndcg@10"
+    assert not found.calibrations
+    assert all(not line.scaled for line in found.quality)
+    (first, *_) = found.comparisons
+    assert 0 <= first.p_value <= 1
+    text = (tmp_path / "report" / "report.md").read_text()
+    for said in (
+        "rows that are resampled are whole lists",
+        "Intervals resample lists",
+        "distance: squared difference from them",
+    ):
+        assert said in text
+    assert "Calibration" not in text
+    assert found.examples
+    assert all(item.answer.replace(".", "").lstrip("-").isdigit() for item in found.examples)
+
+
+def test_an_estimate_and_an_audit_of_scores(tmp_path, ranked):
+    teacher = str(ranked.root.parent / "ranker")
+    write(tmp_path / "rows", lists())
+    data = DataConfig(
+        dataset=str(tmp_path / "rows"), text_column="query", text_pair_column="document", group_column="id"
+    )
+    found = estimate(EstimateConfig(task="text-ranking", data=data, teacher=teacher))
+    assert [line.encoding for line in found.encodings] == [Score()]
+    assert found.encodings[0].fidelity is None
+    assert audit(AuditConfig(cache=str(ranked.root), teacher=teacher, rows=16)).verdict == "agrees"
+
+
+def test_models_give_their_scores(tmp_path, cache, teacher):
+    text = next(iter(cache.dataset("test"))).example.text
+    assert text is not None
+    (found,) = predict(PredictConfig(model=str(teacher), text=(text,)))
+    expected = next(iter(cache.dataset("test"))).soft.top_logprobs.tolist()
+    assert found.scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), rel=1e-3)

@@ -16,7 +16,8 @@ from pipeline.cache.reading.probe import probe_alignment
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.reading.shards import open_shard, read_row_group
 from pipeline.errors import ContractError
-from pipeline.records import NO_LABEL, AlignmentProbe, RowBlock, Shard
+from pipeline.metrics.scores import pearson
+from pipeline.records import NO_LABEL, AlignmentProbe, RowBlock, Score, Shard, is_known
 from pipeline.softlabels import most_likely
 from pipeline.softlabels.fidelity import spread
 
@@ -98,7 +99,13 @@ def _labels(block: RowBlock) -> np.ndarray | None:
 
 
 def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
-    """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same."""
+    """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same.
+
+    Of scores, where they go along with those of the data no more than chance makes them.
+    """
+    if any(isinstance(block.encoding, Score) for block in blocks):
+        _warn_of_no_correlation(name, blocks)
+        return
     pairs = [
         (label, best)
         for block in blocks
@@ -121,3 +128,18 @@ def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
             "words" if any("position_labels" in block.lists for block in blocks) else "rows",
             100 * chance,
         )
+
+
+def _warn_of_no_correlation(name: str, blocks: Sequence[RowBlock]) -> None:
+    for output in range(max(int(block.lists["teacher_scores"].counts.max(initial=0)) for block in blocks)):
+        teacher, data = (
+            np.concatenate([block.lists[column].values.reshape(len(block), -1)[:, output] for block in blocks])
+            for column in ("teacher_scores", "position_labels")
+        )
+        known = is_known(data)
+        r, count = pearson(teacher[known], data[known]), int(known.sum())
+        if count >= _ENOUGH_ROWS and not r > _STANDARD_ERRORS / math.sqrt(count):
+            logger.warning(
+                "%s: output %d: the correlation of the teacher's scores with the data's is %s over %d rows, no more than chance makes it: is it trained, and do large scores mean the same to both?",
+                *(name, output, "not known" if math.isnan(r) else f"{r:.3f}", count),
+            )

@@ -119,7 +119,7 @@ def estimate(
     fast = bool(teacher.tokenizer.is_fast)
     check_stored(task, source.columns, tokenization, store_text=store_text, fast_tokenizer=fast)
     num_classes = task.num_classes(teacher.model, teacher.tokenizer)
-    matrix = output_matrix(teacher.model, num_classes)
+    matrix = None if task.target == "score" else output_matrix(teacher.model, num_classes)
     projection = None
     split = next(iter(source.splits))
     with_texts = fast and not tokenization.packing and source.columns.input_ids is None

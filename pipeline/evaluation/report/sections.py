@@ -48,6 +48,8 @@ def quality_table(report: Report) -> Table:
     kind = "over" if report.higher_is_better else "under"
     notes.append(f"retention: {main} {kind} the teacher's, in percent")
     notes.append(f"in brackets: {_of_intervals(report)}")
+    if get_task(report.task).ranks:
+        notes.append("rows that are resampled are whole lists")
     if report.tokenizer_notes:
         notes.append("-: of tokens that are not the teacher's, and no number to compare")
     caption = f"{report.rows:,} rows, {report.positions:,} {unit(report)} of the split {report.split}"
@@ -285,7 +287,7 @@ def _training(report: Report) -> Section | None:
     text = (
         "Losses a token are left out, since the models have different tokens; paler lines are further seeds."
         if report.tokenizer_notes
-        else "Both terms of the loss at the scale of cross-entropy, as they were logged; paler lines are further seeds.",
+        else f"Both terms of the loss {'in squared standard deviations' if get_task(report.task).target == 'score' else 'at the scale of cross-entropy'}, as they were logged; paler lines are further seeds.",
     )
     return Section("training", "Training", text, (), ("training",))
 
@@ -320,9 +322,10 @@ def _determinants(report: Report) -> Section | None:
 def _how(report: Report) -> Section:
     caches = "; ".join(f"{t.name}: {t.cache}, cache {t.cache_id[:16]}" for t in report.teachers)
     best = next(line for line in report.quality if line.name == report.verdict.student)
+    lists = "list" if get_task(report.task).ranks else "row"
     text = (
         f"Task {report.task}, encoding {report.encoding}. {caches}. Teachers' figures come from the caches; no teacher was loaded for them.",
         f"The answer is about {report.verdict.student}, {report.verdict.chosen}; {uncertainty(best.retention, best.num_seeds)}.",
-        f"Intervals resample rows, all models together, since {unit(report)} of one row depend on each other and a row that is hard is hard for all.",
+        f"Intervals resample {lists}s, all models together, since {unit(report)} of one {lists} depend on each other and a {lists} that is hard is hard for all.",
     )
     return Section("how", "How this was measured", text)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipeline.cache import Cache
+from pipeline.cache.format.moments import scale_of
 from pipeline.config import TrainStudentConfig
 from pipeline.models import LoadedModel
 from pipeline.models.arguments import num_ranks
 from pipeline.models.start import start_of
-from pipeline.records import Loss
+from pipeline.records import Loss, is_known
 from pipeline.tasks import get_task
 from pipeline.training.batches.held_out import FEWEST_ROWS, MOST_ROWS, HeldOut, hold_out, labelled_rows, which_labelled
 from pipeline.training.batches.mixing import Mixture
@@ -26,6 +30,8 @@ from pipeline.training.recipe.defaults import (
     choose_steps,
     evaluation_steps,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Fields of the `training:` section that say when a run ends; whether it is evaluated and saved; and how often.
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -76,6 +82,8 @@ def make_recipe(
         loss = config.loss_over(base)
         if loss == base:
             choices.append(Choice("loss", _loss_text(loss), reason))
+    if loss.hard_weight and loss.soft_weight:
+        _warn_of_units(cache, config.split)
     arguments: dict[str, Any] = {"seed": config.seed, "save_total_limit": 2}
     chosen = {
         "learning_rate": ("learning rate", config.learning_rate, choose_learning_rate(known)),
@@ -113,6 +121,27 @@ def make_recipe(
     stop = f"after {patience} evaluations without a better {metric}"
     choices.append(Choice("early stopping", stop, f"every {every:,} steps on {measured.reason}; the best is kept"))
     return Recipe(loss, arguments, patience, measured.held_out, tuple(choices))
+
+
+def _warn_of_units(cache: Cache, splits: Sequence[str]) -> None:
+    """Say so where the data's scores are in another unit than the teacher's: one student cannot give both."""
+    scale = scale_of(cache.manifest)
+    if scale is None or cache.remote is not None:
+        return
+    lists = np.stack(
+        [row for split in splits for row in cache.dataset(split).column("position_labels")]
+    )  # (R, outputs)
+    for output, labels in enumerate(lists.T):
+        known = labels[is_known(labels)].astype(np.float64)
+        mean, std = float(scale.mean[output]), float(scale.std[output])
+        if len(known) < FEWEST_ROWS or known.std() == 0:
+            continue
+        if abs(known.mean() - mean) > std or not 0.5 < known.std() / std < 2:
+            logger.warning(
+                "%s: output %d: the data's scores (mean %.3g, standard deviation %.3g) are in another unit than the teacher's (mean %.3g, standard deviation %.3g), "
+                "and the two terms of the loss pull apart; give --hard-weight 0, or cache with a teacher that was trained on these",
+                *(cache.where, output, known.mean(), known.std(), mean, std),
+            )
 
 
 def _situation(config: TrainStudentConfig, cache: Cache, student: LoadedModel, mixture: Mixture | None) -> Situation:
@@ -182,8 +211,14 @@ def _measured(
     if held_out is None:
         return _Measured(0, f"{why}, and too few rows to hold some out")
     rows, names = held_out.num_measured, ", ".join(config.split)
-    equal = f"; {held_out.num_equal:,} more of equal content are not learnt" if held_out.num_equal else ""
-    return _Measured(rows, f"{rows:,} rows held out of {names} by {'list' if task.ranks else 'content'} ({why}{equal})", held_out)
+    equal = (
+        f"; {held_out.num_equal:,} more of {'the same lists' if task.ranks else 'equal content'} are not learnt"
+        if held_out.num_equal
+        else ""
+    )
+    return _Measured(
+        rows, f"{rows:,} rows held out of {names} by {'list' if task.ranks else 'content'} ({why}{equal})", held_out
+    )
 
 
 def _learns_labels(loss: Loss) -> bool:
