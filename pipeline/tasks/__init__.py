@@ -15,9 +15,8 @@ from pipeline.tasks.protocol import (
     named_ids,
     token_block,
 )
+from pipeline.tasks.scored_texts import RANKING, ScoredTexts
 from pipeline.tasks.sequence_classification import SequenceClassification
-from pipeline.tasks.sequence_regression import SequenceRegression
-from pipeline.tasks.text_ranking import TextRanking
 from pipeline.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
@@ -27,8 +26,8 @@ TASKS: dict[str, Task] = {
         CausalLM(),
         TokenClassification(),
         MultiLabelClassification(),
-        SequenceRegression(),
-        TextRanking(),
+        ScoredTexts(),
+        RANKING,
     )
 }
 

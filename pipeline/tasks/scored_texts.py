@@ -1,4 +1,7 @@
-"""Scores of a text or of a pair of texts: N = the outputs of the model, V = 1, each one number in the unit of the data."""
+"""Scores of texts and pairs of texts: one position per model output, V = 1, in the unit of the data.
+
+Two tasks share the class: regression, with any number of outputs, and ranking, with one output by which the rows of a list are ordered.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,16 @@ from pipeline.records import (
     is_known,
 )
 from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
+from pipeline.tasks.rankings import ranking_metrics, ranking_scores
 from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
+
+_RANKING_USAGE = """```python
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("{folder}", max_length={max_length}, activation_fn=None)
+print(model.rank("a query", ["a document", "another"]))
+```
+"""
 
 _USAGE = """```python
 from transformers import pipeline
@@ -41,8 +53,8 @@ print(score("a text", truncation=True, max_length={max_length}))  # of a pair: {
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceRegression:
-    """See `Task`."""
+class ScoredTexts:
+    """See `Task`. The defaults are those of regression."""
 
     name: str = "sequence-regression"
     auto_class: Any = AutoModelForSequenceClassification
@@ -89,6 +101,10 @@ class SequenceRegression:
             raise ModelError(
                 f"{config.name_or_path or 'the model'}: expected a model that gives scores (problem_type regression), found {config.problem_type}"
             )
+        if self.ranks and config.num_labels != 1:
+            raise ModelError(
+                f"{config.name_or_path or 'the model'}: expected one output to rank by, found {config.num_labels}"
+            )
         return 1
 
     def tokenize(
@@ -131,17 +147,20 @@ class SequenceRegression:
         return logits.reshape(-1, 1)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Correlations with the labels, the mean over outputs, and the mean squared error over all that is labelled."""
+        """Correlations with the labels (means over outputs) and the mean squared error; rankings first have NDCG@10 and reciprocal rank."""
         pairs = [(truth[is_known(truth)], found[is_known(truth)]) for truth, found in _by_output(predictions)]
         known = is_known(predictions.labels)
         return {
+            **(ranking_metrics(predictions) if self.ranks else {}),
             "pearson": float(np.mean([pearson(*pair) for pair in pairs])),
             "spearman": float(np.mean([spearman(*pair) for pair in pairs])),
             "mse": float(predictions.nll[known].mean()) if known.any() else float("nan"),
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """What each row adds to the correlation, to first order, and 1: the ratio of totals is the correlation, the mean over outputs."""
+        """Each row's influence on the mean correlation plus the correlation, and its labelled outputs; rankings: NDCG@10 of each list."""
+        if self.ranks:
+            return ranking_scores(predictions)
         rows = len(predictions.row_text_bytes)
         values, weights = np.zeros(rows), np.zeros(rows)
         pairs = _by_output(predictions)
@@ -150,6 +169,15 @@ class SequenceRegression:
             values[known] += correlation_influence(truth[known], found[known])
             weights[known] += 1
         return values, weights
+
+
+RANKING = ScoredTexts(
+    name="text-ranking",
+    hub_category="text-ranking",
+    usage=_RANKING_USAGE,
+    ranks=True,
+    main_metric="ndcg@10",
+)
 
 
 def _by_output(predictions: Predictions) -> list[tuple[np.ndarray, np.ndarray]]:
