@@ -40,7 +40,8 @@ HOUR := $(patsubst %,data/first_hour/%/train.csv,news sentiment tickets dialogue
 CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/bbc_lm/demo.yaml,$(CONFIG)),$(LM)) \
     $(if $(filter data/bbc_llm/demo.yaml,$(CONFIG)),$(BBC) $(LM)) $(if $(filter data/entities/demo.yaml,$(CONFIG)),$(ENTITIES) $(BBC_MODEL)) \
     $(if $(filter data/bbc_several/demo.yaml,$(CONFIG)),$(SEVERAL) $(BBC_MODEL)) \
-    $(if $(filter data/bbc_shares/demo.yaml,$(CONFIG)),$(SHARES) $(BBC_MODEL)) $(if $(filter data/bbc_ranking/demo.yaml,$(CONFIG)),$(RANKING) $(BBC_MODEL))
+    $(if $(filter data/bbc_shares/demo.yaml,$(CONFIG)),$(SHARES) $(BBC_MODEL)) $(if $(filter data/bbc_ranking/demo.yaml,$(CONFIG)),$(RANKING) $(BBC_MODEL)) \
+    $(if $(filter data/bbc_masked/demo.yaml,$(CONFIG)),$(BBC))
 
 # The interpreter that counts: the environment's own where there is one, else the one it will be made with.
 BASE = $(or $(wildcard $(PY)),$(PYTHON))

@@ -40,8 +40,9 @@ Outline = tuple[tuple[str, str], ...]
 #: Which turns of the assistant are learnt: all of them, in one row if they have one context; each in a row; the last.
 AssistantTurns = Literal["auto", "all", "each", "last"]
 
-#: Where hard labels come from: a value of the source for each row, or for each position; or the tokens of the row themselves.
-LabelSource = Literal["row", "positions", "tokens"]
+#: Where hard labels come from: a value of the source for each row, or for each position; or the text itself, the token that follows a position or
+#: the one that the input hides there.
+LabelSource = Literal["row", "positions", "tokens", "hidden"]
 
 #: What the label column of a data set holds: one class a row (of words one a word), the classes that a row has, or scores.
 LabelColumn = Literal["class", "classes", "scores"]
@@ -120,6 +121,19 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Masking:
+    """Which tokens a masked language model predicts."""
+
+    share: float = 0.15
+    """Of the tokens of a row that are hidden."""
+    whole_words: bool = False
+    """Hide all tokens of a word or none."""
+    copies: int = 1
+    """Rows made of each text, each with another mask."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Tokenization:
     """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself.
 
@@ -136,6 +150,8 @@ class Tokenization:
     """Chats: `KEY=JSON` each, sorted: keyword arguments of the chat template."""
     truncation_side: Literal["left"] | None = None
     """Chats, prompts and token ids with labels: where a row that is too long loses tokens. None: at its end."""
+    masking: Masking | None = None
+    """Masked language models. Manifests leave it out where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,6 +243,7 @@ def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:
         assistant_turns=None if turns == "auto" else turns,
         chat_template_kwargs=chat_template_kwargs(f"{key}={json.dumps(value)}" for key, value in arguments),
         truncation_side="left" if _one_of(settings, "truncation_side", ("right", "left")) == "left" else None,
+        masking=settings.pop("masking", None),
     )
 
 

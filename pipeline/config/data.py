@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.config.options import check_positive
 from pipeline.config.options import data_option as option
 from pipeline.errors import MisuseError
-from pipeline.records import AssistantTurns, Columns, Tokenization
+from pipeline.records import AssistantTurns, Columns, Masking, Tokenization
 
 #: What the pipeline itself gives to a chat template.
 _GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversations")
@@ -66,6 +67,12 @@ class DataConfig:
     )
     packing: bool = option("Language models: pack several documents into a row, with EOS between them.", False)
     isolate_documents: bool = option("With --packing: attention does not cross documents.", False)
+    mask_share: float | None = option("Masked language models: share of the tokens to hide. Default: 0.15.", None)
+    whole_words: bool = option("Masked language models: hide all tokens of a word or none.", False)
+    mask_copies: int | None = option(
+        "Masked language models: rows to make of each text, each with another mask. Default: 1.", None
+    )
+    mask_seed: int | None = option("Masked language models: seed of the masks. Default: 0.", None)
     chat_template: str | None = option("File with a Jinja chat template, in place of the tokenizer's.", None)
     chat_template_kwargs: tuple[str, ...] = option(
         "KEY=VALUE: argument of the chat template, as enable_thinking=false; repeat for several.", ()
@@ -92,6 +99,9 @@ class DataConfig:
             raise MisuseError("--prompt-column and --completion-column go together; give both or neither")
         if self.labels_column is not None and self.input_ids_column is None:
             raise MisuseError("--labels-column goes with --input-ids-column; for class labels use --label-column")
+        if self.mask_share is not None and not 0 < self.mask_share < 1:
+            raise MisuseError(f"--mask-share: expected a share between 0 and 1, found {self.mask_share}")
+        check_positive("--mask-copies", self.mask_copies)
         if self.isolate_documents and not self.packing:
             raise MisuseError("--isolate-documents goes with --packing: without packing a row is one document")
         chat_template_kwargs(self.chat_template_kwargs)
@@ -133,6 +143,20 @@ class DataConfig:
             assistant_turns=None if self.assistant_turns == "auto" else self.assistant_turns,
             chat_template_kwargs=chat_template_kwargs(self.chat_template_kwargs),
             truncation_side="left" if self.truncation_side == "left" else None,
+            masking=self._masking,
+        )
+
+    @property
+    def _masking(self) -> Masking | None:
+        """What is said of masks; None: nothing."""
+        if self.mask_share is None and not self.whole_words and self.mask_copies is None and self.mask_seed is None:
+            return None
+        usual = Masking()
+        return Masking(
+            usual.share if self.mask_share is None else self.mask_share,
+            self.whole_words,
+            self.mask_copies or usual.copies,
+            self.mask_seed or usual.seed,
         )
 
 

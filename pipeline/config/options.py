@@ -18,6 +18,7 @@ TaskName = Literal[
     "multi-label-classification",
     "sequence-regression",
     "text-ranking",
+    "masked-lm",
 ]
 
 

@@ -197,6 +197,10 @@ def _with_ids(part: Any, raw: Tokenizer) -> Any:
 def _texts(cache: Cache, read: _Read) -> Iterator[str]:
     """Texts of the split, a row group at a time; counted as they are read."""
     contract = cache.manifest.contract
+    if get_task(contract.task).other_tokenizers is None:
+        raise CacheError(
+            f"{cache.where}: students of {contract.task} have the teacher's tokenizer; leave --tokenizer out"
+        )
     rebuilt = get_task(contract.task).other_tokenizers == "bytes"
     stored = [name for name in (_TEXTS[:1] if rebuilt else _TEXTS) if name in contract.columns]
     if not stored and not rebuilt:

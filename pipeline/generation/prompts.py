@@ -22,8 +22,8 @@ from pipeline.sources import Source, from_datasets, holds_chats, load_source, re
 from pipeline.sources.columns import describe
 from pipeline.sources.prepare import locate
 from pipeline.tasks.chats import render_prompt
+from pipeline.tasks.chats.templates import CLOCK, DAY, find_template
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
-from pipeline.tasks.templates import CLOCK, DAY, find_template
 
 logger = logging.getLogger(__name__)
 

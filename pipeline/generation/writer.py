@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from pipeline.errors import PipelineError
 from pipeline.generation.records import Asked, Completion, Prompt, Sampling, ServedModel
 from pipeline.records import BadRow, ModelInfo
-from pipeline.tasks.templates import REFUSALS, find_template, make_renderer
+from pipeline.tasks.chats.templates import REFUSALS, find_template, make_renderer
 
 
 class Writer(Protocol):

@@ -31,12 +31,42 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
+    elif task.label_source == "hidden":
+        yield from fill_masks(loaded, texts, max_length=longest, top=config.top)
     elif task.target == "score":
         yield from give_scores(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     elif task.marks_positions:
         yield from label_words(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     else:
         yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
+
+
+def fill_masks(loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int) -> Iterator[TextPrediction]:
+    """The likeliest tokens in place of the mask token of each text; of several mask tokens the likeliest of each.
+
+    Raises:
+        SourceError: a text without a mask token within `max_length` tokens.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    for number, text in enumerate(texts, 1):
+        encoded = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
+        if not len(places):
+            raise SourceError(
+                f"text {number}: expected a {tokenizer.mask_token} to fill within {max_length} tokens, found none"
+            )
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, places].float()  # (masks, V)
+        found = torch.softmax(logits, -1).topk(min(top, logits.shape[-1]))
+        names = [[str(tokenizer.decode([i])).strip() for i in ids] for ids in found.indices.tolist()]
+        shares = found.values.tolist()
+        if len(places) == 1:
+            yield TextPrediction(text, dict(zip(names[0], shares[0], strict=True)))
+        else:
+            mask = str(tokenizer.mask_token)
+            words = tuple(WordPrediction(mask, name[0], share[0]) for name, share in zip(names, shares, strict=True))
+            yield TextPrediction(text, words=words)
 
 
 def give_scores(

@@ -2,6 +2,7 @@
 
 from pipeline.errors import ConfigError
 from pipeline.tasks.causal_lm import CausalLM
+from pipeline.tasks.masked_lm import MaskedLM
 from pipeline.tasks.multi_label_classification import MultiLabelClassification
 from pipeline.tasks.protocol import (
     Task,
@@ -12,7 +13,9 @@ from pipeline.tasks.protocol import (
     ids_beyond,
     kept_pad_id,
     label_column,
+    may_lack_head,
     named_ids,
+    needs_label_column,
     token_block,
 )
 from pipeline.tasks.scored_texts import RANKING, ScoredTexts
@@ -28,6 +31,7 @@ TASKS: dict[str, Task] = {
         MultiLabelClassification(),
         ScoredTexts(),
         RANKING,
+        MaskedLM(),
     )
 }
 
@@ -60,7 +64,9 @@ __all__ = [
     "ids_beyond",
     "kept_pad_id",
     "label_column",
+    "may_lack_head",
     "named_ids",
+    "needs_label_column",
     "token_block",
     "writing_task",
 ]

@@ -33,6 +33,7 @@ from pipeline.records import (
 from pipeline.tasks.chats import check_chat_settings, settle
 from pipeline.tasks.documents import Document, read_documents
 from pipeline.tasks.protocol import attention_mask, pad, token_block
+from pipeline.tasks.token_heads import supervised_logits, vocabulary_size
 
 _USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,11 +99,8 @@ class CausalLM:
         return settle(settings, tokenizer) if chats else settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The tokenizer's vocabulary. Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and in training."""
-        inner: Any = model
-        head = inner.get_output_embeddings()
-        rows = inner.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
-        return int(min(len(tokenizer), rows))
+        """The tokenizer's vocabulary."""
+        return vocabulary_size(model, tokenizer)
 
     def tokenize(
         self,
@@ -156,26 +154,8 @@ class CausalLM:
         return inputs, supervised
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """The output matrix sees the supervised positions only, so (B, T, V) never exists.
-
-        A forward pre-hook on the output embeddings selects them; the model's own code does the rest (biases, soft-caps, scales), so no
-        architecture is a special case.
-        """
-        assert supervised is not None
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-
-        def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0][supervised.to(args[0].device)].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, N, H)
-
-        if head is None:
-            logits: Tensor = model(**inputs, use_cache=False).logits
-            return logits[supervised.to(logits.device)]
-        hook = head.register_forward_pre_hook(select)
-        try:
-            logits = model(**inputs, use_cache=False).logits  # (1, N, V)
-        finally:
-            hook.remove()
-        return logits[0]
+        """The output matrix sees the supervised positions only."""
+        return supervised_logits(model, inputs, supervised, use_cache=False)
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
         """(B, T, V) -> (N, V)."""

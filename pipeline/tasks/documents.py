@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Cut, Example, Tokenization
 from pipeline.tasks.chats import render_chat
+from pipeline.tasks.chats.turns import Rendered, control_tokens
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 from pipeline.tasks.texts import Conversation, Covered, Index
-from pipeline.tasks.turns import Rendered, control_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -42,8 +42,8 @@ class Task(Protocol):
         """The `transformers.AutoModelFor...` that loads a model with this task's head."""
 
     @property
-    def peft_type(self) -> str:
-        """The task as PEFT names it."""
+    def peft_type(self) -> str | None:
+        """The task as PEFT names it; None: it has no name for it, and adapters are refused."""
 
     @property
     def hub_category(self) -> str:
@@ -98,8 +98,8 @@ class Task(Protocol):
         """Whether texts are stored where the user does not say."""
 
     @property
-    def other_tokenizers(self) -> OtherTokenizers:
-        """How a student with another tokenizer learns from a cache."""
+    def other_tokenizers(self) -> OtherTokenizers | None:
+        """How a student with another tokenizer learns from a cache; None: it cannot."""
 
     @property
     def judged_by(self) -> str | None:
@@ -196,6 +196,20 @@ def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> N
         raise MisuseError(
             f"--task {task.name} needs --group-column: the column whose rows of one value are a list, as the query or its number"
         )
+    if tokenization.masking is not None and task.label_source != "hidden":
+        raise MisuseError(
+            f"--mask-share, --whole-words, --mask-copies and --mask-seed are for masked language models; --task {task.name} hides nothing"
+        )
+
+
+def needs_label_column(task: Task) -> bool:
+    """Whether hard labels are a column of the data set; else they are tokens of the text, and every row has them."""
+    return task.label_source in ("row", "positions")
+
+
+def may_lack_head(task: Task) -> bool:
+    """Whether a model without the task's head gets a new one when it is trained: for the names of the data, or to fill masks."""
+    return task.names is not None or task.label_source == "hidden"
 
 
 def label_column(task: Task) -> LabelColumn:

@@ -16,7 +16,7 @@ from pipeline.models import LoadedModel, check_isolation, class_names, load_mode
 from pipeline.models.adapters import adapter_config, adapter_labels, base_name
 from pipeline.models.load import load_config
 from pipeline.records import Contract
-from pipeline.tasks import TASKS, Task, get_task
+from pipeline.tasks import TASKS, Task, get_task, may_lack_head
 
 
 def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> list[Cache]:
@@ -97,7 +97,7 @@ def load_student(
         name,
         dtype="float32",
         label_names=names,
-        new_head=new_head and task.names is not None,
+        new_head=new_head and may_lack_head(task),
         trainable=True,
         trust_remote_code=trust_remote_code,
         base_model=base_model,
@@ -117,6 +117,8 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
         raise MisuseError(
             f"--lora-r: {student.name} is an adapter already, which is trained further as it is; leave --lora-r out, or merge it into its base model first (PEFT: merge_and_unload)"
         )
+    if task.peft_type is None:
+        raise MisuseError(f"--lora-r: PEFT has no name for --task {task.name}; leave it out")
     if task.problem_type is not None:
         raise MisuseError(
             f"--lora-r: an adapter does not say that it {'gives scores' if task.target == 'score' else 'gives several labels at once'}, so that nothing could load it for --task {task.name}; leave it out"
@@ -163,6 +165,11 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         raise ContractError(
             f"{student.name}: the student's tokenizer is not the cache's (expected {contract.tokenizer.vocabulary_size} tokens, sha256 "
             f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); give it by name or path, so that its own tokenizer is read and aligned with the cache's"
+        )
+    if task.other_tokenizers is None and not same_tokenizer:
+        raise ContractError(
+            f"{student.name}: the student has another tokenizer, and hidden tokens are the teacher's; use a student with the cache's tokenizer (sha256 "
+            f"{contract.tokenizer.sha256[:12]}...)"
         )
     stored = "position_words" in contract.columns if task.other_tokenizers == "words" else contract.store_text
     if not same_tokenizer and not stored:

@@ -50,6 +50,8 @@ from pipeline.tasks import (
     get_task,
     kept_pad_id,
     label_column,
+    may_lack_head,
+    needs_label_column,
 )
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.recipe.defaults import choose_teacher_arguments
@@ -102,7 +104,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     check_columns(task, config.data.columns, config.data.tokenization(2))
     before = _check_output(config)
     check_fields(config.training)
-    source = load_source(config.data, label_required=task.label_source != "tokens", holds=label_column(task))
+    source = load_source(config.data, label_required=needs_label_column(task), holds=label_column(task))
     names = None if task.names is None else head_names(source, config.data.label_map, holds=label_column(task))
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
@@ -110,7 +112,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         config.model,
         dtype="float32",
         label_names=names,
-        new_head=task.names is not None,
+        new_head=may_lack_head(task),
         trainable=True,
         base_model=config.base_model,
     )
@@ -318,7 +320,7 @@ class _Collator:
         if supervised is None:
             return {**inputs, "labels": labels}
         tokens = torch.full(supervised.shape, NO_LABEL)
-        if self.task.label_source == "positions":
+        if self.task.label_source in ("positions", "hidden"):
             tokens[supervised] = labels
             return {**inputs, "labels": tokens}
         tokens[:, 1:][supervised[:, :-1]] = labels  # what position t predicts stands at t + 1

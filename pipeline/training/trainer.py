@@ -24,7 +24,7 @@ from pipeline.models import pad_id
 from pipeline.progress import track
 from pipeline.records import Loss, Tokenization, is_known
 from pipeline.softlabels import default_temperature, served_temperature
-from pipeline.tasks import get_task
+from pipeline.tasks import get_task, needs_label_column
 from pipeline.training.batches.collate import Collator, TrainingRows
 from pipeline.training.batches.held_out import HeldOut, labelled_rows, which_labelled
 from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
@@ -167,7 +167,7 @@ class DistillationTrainer(SavingTrainer):
     def _rows_that_teach(self, dataset: Any, teacher_labels: bool) -> np.ndarray | None:
         """With labels alone, unlabelled rows would be steps without a gradient: they are left out. None: every row counts."""
         soft = self.loss.soft_weight or self.loss.soft_weight_end
-        if soft or teacher_labels or self.task.label_source == "tokens":
+        if soft or teacher_labels or not needs_label_column(self.task):
             return None
         return labelled_rows(dataset, self.task, self.cache.where)
 

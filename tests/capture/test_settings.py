@@ -60,6 +60,10 @@ ELSEWHERE = {
         "messages_column",
         "prompt_column",
         "group_column",
+        "mask_share",
+        "whole_words",
+        "mask_copies",
+        "mask_seed",
     ),
     *("chat_template_kwargs", "assistant_turns", "truncation_side"),  # `test_chat_captures` has them
     *("completion_column", "input_ids_column", "labels_column", "isolate_documents", "store_text"),

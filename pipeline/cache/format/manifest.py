@@ -46,6 +46,7 @@ _ADDED = frozenset(
         "span_loss",
         "words",
         "moments",
+        "masking",
         "group",
     }
 )

@@ -299,6 +299,11 @@ def _alignment(manifest: Manifest) -> str:
             "`supervised` marks the positions of `input_ids` that carry soft labels, the first token of each word: the n-th of them has\n"
             "the n-th soft labels, which are what the teacher predicts for the n-th word. A word that was cut off has no position."
         )
+    if get_task(manifest.contract.task).label_source == "hidden":
+        return (
+            "`supervised` marks the positions of `input_ids` whose tokens were hidden: the n-th of them has the n-th soft labels, which are the\n"
+            "prediction of the token there, and the n-th of `position_labels`, the token itself. `input_ids` has the mask token, a random token or the token itself there."
+        )
     text = (
         "`supervised` marks the positions of `input_ids` that carry soft labels: the n-th of them has the n-th soft labels, which are\n"
         "the prediction made *at* that position, of the token after it."

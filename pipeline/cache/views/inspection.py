@@ -101,6 +101,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
         yield ""
         yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}, {row.example.num_tokens} tokens"
         follows = row.example.labels is None
+        hides = not follows and contract.label_names is None
         several = get_task(contract.task).names == "positions"
         yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised, follows=follows)}"
         if isinstance(contract.encoding, Score):
@@ -109,7 +110,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
             yield from _labels(cache, row, top)
         elif row.example.supervised is None:
             yield from _classes(cache, row, top)
-        elif follows:
+        elif follows or hides:
             yield from _tokens(cache, row, tokens, top)
         else:
             yield from _words(cache, row, tokens, top)
@@ -161,7 +162,7 @@ def _labels(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
 
 
 def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator[str]:
-    """A line a supervised position: what stands there, what comes next, what the teacher expected."""
+    """A line for each supervised position: the token that it predicts, and what the teacher expected there."""
     assert row.example.supervised is not None
     ids = row.example.input_ids.tolist()
 
@@ -174,12 +175,15 @@ def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator
     yield f"  teacher: {row.teacher_nll_sum / max(len(row.soft), 1):.2f} nats a token, entropy {mean_entropy:.2f}; {float(kept.mean()):.1f} classes kept a position"
     own = row.label_logprobs
     logprob = "" if own is None else f"{'logprob':>9}"
-    yield f"  {'position':>8}  {'next token':<18}{'kept':>6}{'entropy':>9}{logprob}  soft labels"
+    hidden = row.example.labels
+    kind = "next token" if hidden is None else "hidden token"
+    yield f"  {'position':>8}  {kind:<18}{'kept':>6}{'entropy':>9}{logprob}  soft labels"
     for n, position in enumerate(np.flatnonzero(row.example.supervised)[:tokens].tolist()):
         believed = "  ".join(f"{decode([i])!r} {weight:.1%}" for i, weight in _best(row, n, top))
         entropy = "-" if row.entropy is None else f"{float(row.entropy[n]):.2f}"
         logprob = "" if own is None else f"{float(own[n]):>9.2f}"
-        yield f"  {position:>8}  {decode([ids[position + 1]])!r:<18}{int(kept[n]):>6}{entropy:>9}{logprob}  {believed}"
+        token = ids[position + 1] if hidden is None else int(hidden[n])
+        yield f"  {position:>8}  {decode([token])!r:<18}{int(kept[n]):>6}{entropy:>9}{logprob}  {believed}"
 
 
 def _words(cache: Cache, row: CachedExample, words: int, top: int) -> Iterator[str]:

@@ -156,7 +156,7 @@ class _Found:
         }
         for name, part in parts.items():
             self._arrays[name].append(part)
-        if self._task.label_source != "tokens":
+        if not self._task.predicts_tokens:
             self._add_disagreements(rows, labels, predicted, confidence)
 
     def _add_disagreements(

@@ -193,7 +193,7 @@ def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
     return SplitPart(
         found.split,
         _measured(found, None if unit == "rows" else unit),
-        tuple(_summary(found, agreed, is_tokens=names is None, of=of_what)),
+        tuple(_summary(found, agreed, tokens=_tokens_of(contract), of=of_what)),
         tuple(_charts(contract, found, unit)),
         counted,
         agreed,
@@ -229,16 +229,22 @@ def _measured(found: SplitMeasures, unit: str | None) -> str:
     return f"A sample: {rows:,} of {found.rows:,} rows{whole}, from all over the split."
 
 
-def _summary(found: SplitMeasures, agreed: Agreement, *, is_tokens: bool, of: str) -> list[str]:
+def _tokens_of(contract: Contract) -> str | None:
+    """What a position predicts: `next` or `hidden` tokens; None: it predicts no token."""
+    task = get_task(contract.task)
+    return None if not task.predicts_tokens else "hidden" if task.label_source == "hidden" else "next"
+
+
+def _summary(found: SplitMeasures, agreed: Agreement, *, tokens: str | None, of: str) -> list[str]:
     """Sentences about teacher and labels, which are of rows or words."""
     if not found.rows:
         return []
     if not agreed.labelled:
         return [f"No {of.removesuffix('s')} has a label: there is nothing to compare the teacher with."]
     share = f"{agreed.accuracy:.1%}"
-    if is_tokens:
+    if tokens is not None:
         lines = [
-            f"The teacher's most likely token is the next token of the data at {share} of {agreed.labelled:,} positions."
+            f"The teacher's most likely token is the {tokens} token of the data at {share} of {agreed.labelled:,} positions."
         ]
         known = np.isfinite(found.nll)
         if known.all():

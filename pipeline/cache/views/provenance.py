@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from pipeline.cache.views.units import unit_of
-from pipeline.records import Contract, Full, Manifest, ModelInfo, Sampled, Score, TopK, TopP
+from pipeline.records import Contract, Full, Manifest, Masking, ModelInfo, Sampled, Score, TopK, TopP
 from pipeline.tasks import get_task
 
 
@@ -40,6 +40,9 @@ def rows_text(contract: Contract) -> str:
     parts += [] if settings.assistant_turns is None else [_TURNS[settings.assistant_turns]]
     parts += [f"chat template with {item}" for item in settings.chat_template_kwargs]
     parts += [] if settings.truncation_side is None else ["cut on the left"]
+    if (masking := settings.masking) is not None:
+        parts.append(f"{masking.share:.0%} of the tokens hidden{', whole words' * masking.whole_words}")
+        parts += [f"{masking.copies} masks of each text"] * (masking.copies > 1)
     return ", ".join(parts)
 
 
@@ -66,6 +69,8 @@ def command(contract: Contract) -> str:
         ("--labels-column", columns.labels),
         ("--label-column", columns.label if columns.label != "label" else None),
         *(("--keep-column", name) for name in columns.keep),
+        ("--group-column", columns.group),
+        *_masks(contract.tokenization.masking),
         ("--max-length", contract.tokenization.max_length),
         *(("--chat-template-kwargs", item) for item in contract.tokenization.chat_template_kwargs),
         ("--assistant-turns", _unless(contract.tokenization.assistant_turns, "auto")),
@@ -81,6 +86,7 @@ def command(contract: Contract) -> str:
         if value is not None:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     words += ["--packing"] * contract.tokenization.packing
+    words += ["--whole-words"] * bool(contract.tokenization.masking and contract.tokenization.masking.whole_words)
     words += ["--isolate-documents"] * contract.tokenization.isolate_documents
     words += ["--calibrate"] * (teacher.judge is not None and teacher.judge.calibrated)
     words += ["--store-entropy"] * ("entropy" in contract.columns)
@@ -90,6 +96,16 @@ def command(contract: Contract) -> str:
     words += ["--no-store-text"] * (of_words and "position_words" not in contract.columns)
     words += ["--store-label-logprobs"] * ("label_logprobs" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
+
+
+def _masks(masking: Masking | None) -> list[tuple[str, object]]:
+    if masking is None:
+        return []
+    return [
+        ("--mask-share", masking.share),
+        ("--mask-copies", masking.copies if masking.copies > 1 else None),
+        ("--mask-seed", masking.seed or None),
+    ]
 
 
 def _judge(contract: Contract) -> list[tuple[str, object]]:

@@ -57,6 +57,8 @@ def on_request(contract: Contract) -> list[str]:
         return [_OF_LABELS]
     if "supervised" not in contract.columns:
         return []
+    if get_task(contract.task).label_source == "hidden":
+        return [_OF_HIDDEN]
     if unit == "words":
         return [text for name, text in _OF_WORDS.items() if name in contract.columns]
     return [text for name, text in _ON_REQUEST.items() if name in contract.columns]
@@ -104,6 +106,8 @@ _OF_WORDS = {
     "position_labels": f"`position_labels[n]`: the hard label of the n-th word, the number of its class in `label_names` of `manifest.json`, from 0; {NO_LABEL} where it has none.",
     "position_words": "`position_words[n]`: the n-th word, as the source has it or as its text was split.",
 }
+
+_OF_HIDDEN = "`position_labels[n]`: the token that the n-th supervised position hides."
 
 _OF_LABELS = f"`position_labels[n]`: 1 where the row has the n-th of `label_names` of `manifest.json`, 0 where it has not, {NO_LABEL} where that is not known. A position is one of these labels, in their order, of two classes: 0 is no, 1 is yes."
 

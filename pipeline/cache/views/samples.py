@@ -67,7 +67,7 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
     goal = target(row.soft, served_temperature(row.soft.encoding))
     if row.example.labels is not None and row.example.supervised is None:
         return _label_sample(cache, row, title, top)
-    if row.example.labels is not None:
+    if row.example.labels is not None and cache.manifest.contract.label_names is not None:
         return _word_sample(cache, row, goal, title, tokens, top)
     if row.example.supervised is not None:
         return _token_sample(cache, row, goal, title, tokens, top)
@@ -118,7 +118,9 @@ def text_of(cache: Cache, row: CachedExample) -> str:
 def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, tokens: int, top: int) -> Sample:
     assert row.example.supervised is not None
     ids = row.example.input_ids.tolist()
-    made_at = {int(position) + 1: n for n, position in enumerate(np.flatnonzero(row.example.supervised))}
+    hidden = row.example.labels  # None: a position predicts the token after it
+    shift = 1 if hidden is None else 0
+    made_at = {int(position) + shift: n for n, position in enumerate(np.flatnonzero(row.example.supervised))}
     texts: dict[int, str] = {}
 
     def decode(token: int) -> str:
@@ -127,11 +129,12 @@ def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, to
         return texts[token]
 
     shown = []
-    for place, token in enumerate(ids[:tokens]):
+    for place, shown_token in enumerate(ids[:tokens]):
         n = made_at.get(place)
         if n is None:
-            shown.append(Token(decode(token)))
+            shown.append(Token(decode(shown_token)))
             continue
+        token = shown_token if hidden is None else int(hidden[n])
         part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
         hit = goal.weights[part].numpy()[goal.ids[part].numpy() == token]
         best = _heaviest(goal, n, top)

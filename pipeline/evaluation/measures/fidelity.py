@@ -55,7 +55,7 @@ def slices(
     if teacher.is_score:
         return "", ()
     if task.predicts_tokens:
-        kind, names, members = _token_bands(cache, labels)
+        kind, names, members = _token_bands(task, cache, labels)
     elif task.names == "positions":
         kind, names = "label", list(cache.manifest.contract.label_names or ())
         place = np.arange(len(labels)) % len(names)
@@ -88,13 +88,14 @@ def _slice_line(subject: Subject, where: np.ndarray) -> SliceLine:
     )
 
 
-def _token_bands(cache: Cache, labels: np.ndarray) -> tuple[str, list[str], list[np.ndarray]]:
+def _token_bands(task: Task, cache: Cache, labels: np.ndarray) -> tuple[str, list[str], list[np.ndarray]]:
     split = "train" if "train" in cache.splits else cache.splits[0]
     times = token_counts(cache, split)[np.maximum(labels, 0)]
     edges = [0, *_BANDS, np.inf]
     names = ["unseen", "1 to 9 times", "10 to 99 times", "100 to 999 times", "1,000 times or more"]
     bands = [(labels >= 0) & (times >= low) & (times < high) for low, high in itertools.pairwise(edges)]
-    return f"next token, by how often it stands in the split {split}", names, bands
+    kind = "hidden" if task.label_source == "hidden" else "next"
+    return f"{kind} token, by how often it stands in the split {split}", names, bands
 
 
 def token_counts(cache: Cache, split: str) -> np.ndarray:
@@ -167,10 +168,13 @@ def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | 
         pair = [text for text in (row.example.text, row.example.text_pair) if text is not None]
         label = f"{(cache.manifest.contract.label_names or ())[position]}: " if task.names == "positions" else ""
         return label + _short(" | ".join(pair)) if pair else None
-    if row.example.labels is not None:
+    if row.example.labels is not None and cache.manifest.contract.label_names is not None:
         return _short(in_context(words_of(cache.tokenizer, row.example), position))
     assert row.example.supervised is not None
     end = int(np.flatnonzero(row.example.supervised)[position]) + 1
+    if row.example.labels is not None:  # a hidden token has context on both sides
+        around = row.example.input_ids[max(0, end - 20) : end + 20].tolist()
+        return f"... {_short(str(cache.tokenizer.decode(around)))} ..."
     before = str(cache.tokenizer.decode(row.example.input_ids[max(0, end - 40) : end].tolist()))
     return f"... {_short(before)}"
 

@@ -16,7 +16,7 @@ from pipeline.models import LoadedModel
 from pipeline.models.arguments import num_ranks
 from pipeline.models.start import start_of
 from pipeline.records import Loss, is_known
-from pipeline.tasks import get_task
+from pipeline.tasks import get_task, needs_label_column
 from pipeline.training.batches.held_out import FEWEST_ROWS, MOST_ROWS, HeldOut, hold_out, labelled_rows, which_labelled
 from pipeline.training.batches.mixing import Mixture
 from pipeline.training.recipe.defaults import (
@@ -190,7 +190,7 @@ def _measured(
     if any(name in config.training for name in _EVALUATION):
         return _Measured(0, "the training: section says when to evaluate and save")
     task = get_task(cache.manifest.contract.task)
-    needs_labels = _learns_labels(loss) and config.hard_labels == "data" and task.label_source != "tokens"
+    needs_labels = _learns_labels(loss) and config.hard_labels == "data" and needs_label_column(task)
     split = config.eval_split or ("validation" if "validation" in cache.splits else None)
     usable = config.eval_split is not None or (split is not None and split not in config.split)
     if split is not None and usable and not (needs_labels and _without_labels(cache, split)):
@@ -206,7 +206,7 @@ def _measured(
     train = cache.dataset(config.split)
     keep = labelled_rows(train, task, cache.where) if needs_labels else None
     affordable = rows_per_step * evaluation_steps(steps, 0, rows_per_step) // 2
-    by = "score_group" if task.ranks else "content_hash"
+    by = "score_group" if task.ranks else "source_row" if task.label_source == "hidden" else "content_hash"
     held_out = hold_out(train, keep, min(MOST_ROWS, max(FEWEST_ROWS, affordable)), by=by)
     if held_out is None:
         return _Measured(0, f"{why}, and too few rows to hold some out")

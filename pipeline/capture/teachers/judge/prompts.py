@@ -19,7 +19,7 @@ from pipeline.capture.teachers.judge.shots import Shot, Shots
 from pipeline.capture.teachers.judge.template import Shown, Template
 from pipeline.errors import BadRowError, MisuseError, SourceError
 from pipeline.records import TokenizedExample
-from pipeline.tasks.templates import REFUSALS, Renderer
+from pipeline.tasks.chats.templates import REFUSALS, Renderer
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from pipeline.capture.teachers.protocol import Keep
 from pipeline.errors import BadRowError, MisuseError
 from pipeline.records import Contract, Encoding, JudgeInfo, Judging, ModelInfo, Tokenization, TokenizedExample
 from pipeline.sources import LabelMap, Source
-from pipeline.tasks.templates import find_template, make_renderer, with_day
+from pipeline.tasks.chats.templates import find_template, make_renderer, with_day
 
 logger = logging.getLogger(__name__)
 

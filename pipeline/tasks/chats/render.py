@@ -12,8 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadRowError, MisuseError
 from pipeline.records import Columns, Example, Message, Tokenization
-from pipeline.tasks.templates import CLOCK, REFUSALS, Renderer, Span, Turn, find_template, make_renderer, pinned_day
-from pipeline.tasks.turns import Rendered, replies, share_rows
+from pipeline.tasks.chats.templates import (
+    CLOCK,
+    REFUSALS,
+    Renderer,
+    Span,
+    Turn,
+    find_template,
+    make_renderer,
+    pinned_day,
+)
+from pipeline.tasks.chats.turns import Rendered, replies, share_rows
 
 #: `assistant_turns` of a contract, in words.
 _ROWS = {

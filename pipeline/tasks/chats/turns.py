@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadRowError
-from pipeline.tasks.templates import REFUSALS, Renderer, Span, Turn
+from pipeline.tasks.chats.templates import REFUSALS, Renderer, Span, Turn
 
 _OPEN, _CLOSE = "<think>", "</think>"
 #: A character that no text has: what stands in for the words of a turn.

@@ -1,0 +1,230 @@
+"""The hidden tokens of a text: V = vocabulary, class i is token i; one position for each token that the mask hides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError
+from pipeline.metrics import accuracy, expected_calibration_error, perplexity
+from pipeline.records import (
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    LabelNames,
+    LabelSource,
+    Masking,
+    OtherTokenizers,
+    Predictions,
+    Sampled,
+    TargetKind,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.tasks.masks import draw_mask
+from pipeline.tasks.pieces import Vocabulary, read_vocabulary
+from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
+from pipeline.tasks.token_heads import supervised_logits, vocabulary_size
+
+_USAGE = """```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", model="{folder}")
+print(fill(f"a text with a {{fill.tokenizer.mask_token}} in it"))
+```
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedLM:
+    """See `Task`."""
+
+    name: str = "masked-lm"
+    auto_class: Any = AutoModelForMaskedLM
+    peft_type: str | None = None
+    hub_category: str = "fill-mask"
+    usage: str = _USAGE
+    marks_positions: bool = True
+    label_source: LabelSource = "hidden"
+    names: LabelNames | None = None
+    target: TargetKind = "distribution"
+    ranks: bool = False
+    problem_type: str | None = None
+    predicts_tokens: bool = True
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = False
+    stores_text: bool = False
+    other_tokenizers: OtherTokenizers | None = None
+    judged_by: str | None = None
+    default_encoding: Encoding = Sampled()
+    default_temperature: float = 1.0
+    default_max_length: int = 512
+    default_batch_tokens: int = 8192
+    default_eval_rows: int = 16
+    main_metric: str = "loss"
+    higher_is_better: bool = False
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Only texts are masked."""
+        if columns.text is None or columns.text_pair is not None:
+            raise MisuseError(
+                f"--task {self.name} reads --text-column; pairs, words, chats, prompts and token ids are for other tasks"
+            )
+        refuse_settings_of_language_models(self.name, tokenization, "texts, in pieces of --max-length tokens")
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """With the masks' settings, whether they are defaults or not."""
+        _mask_id(tokenizer)
+        masking = settings.masking or Masking()
+        if masking.whole_words and not tokenizer.is_fast:
+            raise MisuseError("--whole-words needs a fast tokenizer, which knows the word of each token; leave it out")
+        return dataclasses.replace(settings, masking=masking)
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The tokenizer's vocabulary."""
+        return vocabulary_size(model, tokenizer)
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Texts are divided into pieces of at most `max_length` tokens, each enclosed in the tokenizer's special tokens; of each piece so many masks as asked for."""
+        masking = settings.masking or Masking()
+        vocabulary = read_vocabulary(tokenizer)
+        allowed = np.setdiff1d(np.arange(len(tokenizer)), [*vocabulary.special, tokenizer.unk_token_id or 0])
+        room = settings.max_length - len(vocabulary.prefix) - len(vocabulary.suffix)
+        if room < 1:
+            raise MisuseError(f"--max-length {settings.max_length}: expected more than the tokenizer's special tokens")
+        for item in examples:
+            if isinstance(item, BadRow):
+                yield item
+                continue
+            rows = list(_rows(item, split, vocabulary, masking, allowed, room, texts=texts))
+            yield from rows
+            if not rows:
+                yield BadRow(split, item.source_row, "expected a token to hide, found none")
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """All: rows of one's own say which tokens are hidden."""
+        return np.ones(len(input_ids), dtype=bool)
+
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(N,): the tokens that are hidden."""
+        labels = token_block(rows).labels
+        assert labels is not None
+        return labels.values.astype(np.int64)
+
+    def collate(
+        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Padded on the right."""
+        tokens = token_block(rows)
+        assert tokens.supervised is not None
+        inputs = {
+            "input_ids": pad(tokens.input_ids, pad_id, length),
+            "attention_mask": attention_mask(tokens.input_ids, length),
+        }
+        return inputs, pad(tokens.supervised, 0, length).bool()
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """The output matrix sees the hidden positions only."""
+        return supervised_logits(model, inputs, supervised)
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, T, V) -> (N, V)."""
+        assert supervised is not None
+        return logits[supervised]
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Loss, perplexity, accuracy and calibration at the hidden tokens."""
+        loss = float(predictions.nll.mean())
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "ece": expected_calibration_error(predictions.confidence, predictions.predicted == predictions.labels),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Negative log-likelihoods, and positions."""
+        rows = len(predictions.row_text_bytes)
+        return (
+            np.bincount(predictions.rows, weights=predictions.nll, minlength=rows),
+            np.bincount(predictions.rows, minlength=rows).astype(np.float64),
+        )
+
+
+def _rows(
+    example: Example,
+    split: str,
+    vocabulary: Vocabulary,
+    masking: Masking,
+    allowed: np.ndarray,
+    room: int,
+    *,
+    texts: bool,
+) -> Iterator[TokenizedExample]:
+    """Pieces of one text, and the masks of each."""
+    tokenizer, text = vocabulary.tokenizer, example.text or ""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=texts)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+    words = encoded.word_ids() if masking.whole_words else None
+    before, after = (np.asarray(part, dtype=np.int32) for part in (vocabulary.prefix, vocabulary.suffix))
+    for number, start in enumerate(range(0, len(ids), room)):
+        part = ids[start : start + room]
+        if not np.isin(part, allowed).any():
+            continue
+        for copy in range(masking.copies):
+            piece = number * masking.copies + copy
+            hidden, shown = draw_mask(
+                part,
+                masking,
+                mask_id=_mask_id(tokenizer),
+                allowed=allowed,
+                words=None if words is None else words[start : start + room],
+                place=(split, example.source_row, piece),
+            )
+            if hidden.any():
+                yield TokenizedExample(
+                    source_row=example.source_row,
+                    piece=piece,
+                    input_ids=np.concatenate([before, shown, after]),
+                    supervised=np.pad(hidden, (len(before), len(after))),
+                    labels=part[hidden],
+                    text=_covered(text, encoded["offset_mapping"], start, start + room) if texts else None,
+                    kept=example.kept,
+                )
+
+
+def _covered(text: str, offsets: Sequence[tuple[int, int]], start: int, stop: int) -> str:
+    """The text from one token to another."""
+    last = offsets[min(stop, len(offsets)) - 1][1] if stop < len(offsets) else len(text)
+    return text[offsets[start][0] if start else 0 : last]
+
+
+def _mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the mask token.
+
+    Raises:
+        MisuseError: the tokenizer has none.
+    """
+    found: Any = tokenizer.mask_token_id
+    if found is None:
+        raise MisuseError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: has no mask token; --task masked-lm needs a model trained with one, as BERT"
+        )
+    return int(found)
