@@ -40,9 +40,9 @@ Outline = tuple[tuple[str, str], ...]
 #: Which turns of the assistant are learnt: all of them, in one row if they have one context; each in a row; the last.
 AssistantTurns = Literal["auto", "all", "each", "last"]
 
-#: Where hard labels come from: a value of the source for each row, or for each position; or the text itself, the token that follows a position or
-#: the one that the input hides there.
-LabelSource = Literal["row", "positions", "tokens", "hidden"]
+#: Where hard labels come from: a value of the source for each row, or for each position; or the text itself: the token that follows a position, the one
+#: that the input hides there, or the one of a target text that stands there.
+LabelSource = Literal["row", "positions", "tokens", "hidden", "target"]
 
 #: What the label column of a data set holds: one class a row (of words one a word), the classes that a row has, or scores.
 LabelColumn = Literal["class", "classes", "scores"]
@@ -1126,3 +1126,5 @@ class TextPrediction:
     """Token classifiers: every word that the model has read."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Models of scores: what each output gives."""
+    target: str | None = None
+    """Encoder-decoders: what they make of the text."""

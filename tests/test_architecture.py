@@ -95,7 +95,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "evaluation": [
-        {"records", "passes", "continuations", "table", "text_bytes", "basis"},
+        {"records", "passes", "continuations", "table", "targets", "text_bytes", "basis"},
         {"run"},
         {"measures"},
         {"report"},

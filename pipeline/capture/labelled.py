@@ -77,7 +77,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
             raise BadRowError(
                 f"row {number}: supervised: expected {len(ids)} flags, one or more of them set{' and the last not' if last else ''}"
             )
-    if task.label_source in ("positions", "hidden"):
+    if task.label_source in ("positions", "hidden", "target"):
         labels = _labels_of(task, row, number, num_names if supervised is None else int(supervised.sum()))
     return TokenizedExample(
         source_row=number,

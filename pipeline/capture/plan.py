@@ -152,6 +152,8 @@ def check_stored(
         )
     if not store_text or task.stores_text:
         return
+    if task.label_source == "target":
+        raise MisuseError(f"--store-text: rows of --task {task.name} hold source and target as tokens; leave it out")
     if tokenization.packing:
         raise MisuseError(
             "--store-text does not go with --packing: a packed row is made of pieces of several texts; leave out one of the two"

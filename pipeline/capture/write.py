@@ -292,7 +292,7 @@ def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.
 def _check_stored(task: Task, first: LabelledRow, *, store_text: bool | None, store_label_logprobs: bool) -> None:
     if store_label_logprobs and task.label_source != "tokens":
         raise MisuseError("write_cache: store_label_logprobs is for language models; leave it out")
-    is_other = task.label_source not in ("positions", "hidden") and first.labels is not None
+    is_other = task.label_source not in ("positions", "hidden", "target") and first.labels is not None
     if is_other or (task.other_tokenizers != "words" and first.words is not None):
         raise MisuseError(
             f"write_cache: words and labels of words are of token classification; the rows are of {task.name}"

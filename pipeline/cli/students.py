@@ -69,6 +69,8 @@ def _shown(found: TextPrediction) -> str:
     text = found.text if len(found.text) <= 80 else found.text[:77] + "..."
     if found.continuation is not None:
         return f"{text!r} goes on:\n  {' '.join(found.continuation.split())}"
+    if found.target is not None:
+        return f"{text!r}\n  {found.target}"
     if found.words:
         words = [each.word if each.word.isprintable() else repr(each.word) for each in found.words]
         width, of_label = max(map(len, words)), max(len(each.label) for each in found.words)

@@ -28,8 +28,14 @@ class EvaluateConfig:
     )
     split: str = data_option("Split to evaluate on.", "test")
     output: str | None = output_option("Directory for evaluation.json. Default: none is written.", None)
+    write_rows: int = data_option(
+        "Encoder-decoders: rows of the split to write target texts for, which are compared with the data's by chrF; 0: none.",
+        200,
+    )
     prompt: tuple[str, ...] = data_option("Language models: text that each model continues; repeat for several.", ())
-    teacher: str | None = model_option("With --prompt: the teacher, to continue it too. Nothing else uses it.", None)
+    teacher: str | None = model_option(
+        "With --prompt, and for encoder-decoders: the teacher, to write texts too. Nothing else uses it.", None
+    )
     batch_size: int | None = machine_option(
         "Rows per forward pass. Default: 32 (classification), 4 (language models).", None
     )
@@ -42,10 +48,8 @@ class EvaluateConfig:
             raise MisuseError("--student: expected at least one directory")
         check_positive("--batch-size", self.batch_size)
         parse_bytes("--cache-bytes", self.cache_bytes)
-        if self.teacher is not None and not self.prompt:
-            raise MisuseError(
-                "--teacher goes with --prompt: it is only loaded to continue texts; its metrics come from the cache"
-            )
+        if self.write_rows < 0:
+            raise MisuseError(f"--write-rows: expected at least 0, found {self.write_rows}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ TaskName = Literal[
     "sequence-regression",
     "text-ranking",
     "masked-lm",
+    "seq2seq-lm",
 ]
 
 

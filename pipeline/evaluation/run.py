@@ -21,6 +21,7 @@ from pipeline.errors import MisuseError
 from pipeline.evaluation.basis import OF_TOKENS, Basis, on_bytes_of
 from pipeline.evaluation.continuations import check_prompts, continue_prompts
 from pipeline.evaluation.passes import logits_by_batch
+from pipeline.evaluation.targets import with_chrf
 from pipeline.evaluation.text_bytes import warn_of_text_bytes
 from pipeline.metrics import agreement_of, bootstrap_ratio
 from pipeline.models import LoadedModel
@@ -41,8 +42,9 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     report = evaluate(
         cache, students, split=config.split, batch_size=config.batch_size, base_models=bases, cache_dir=config.cache_dir
     )
+    models = students if config.teacher is None else {"teacher": config.teacher, **students}
+    report = with_chrf(report, cache, models, config.write_rows, base_models=bases)
     if config.prompt:
-        models = students if config.teacher is None else {"teacher": config.teacher, **students}
         report = dataclasses.replace(
             report, continuations=continue_prompts(cache, models, config.prompt, base_models=bases)
         )
@@ -59,6 +61,11 @@ def _opened(config: EvaluateConfig) -> tuple[dict[str, str], Cache, dict[str, st
     cache = Cache.open(
         config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
     )
+    writes = get_task(cache.manifest.contract.task).label_source == "target" and config.write_rows
+    if config.teacher is not None and not config.prompt and not writes:
+        raise MisuseError(
+            "--teacher goes with --prompt: it is only loaded to continue texts; its metrics come from the cache"
+        )
     return students, cache, _bases(students, config.base_model)
 
 

@@ -29,6 +29,7 @@ _MEANING = {
     "perplexity": "exp(loss)",
     "bits_per_byte": "loss in bits a byte of text, comparable between tokenizers",
     "ece": "expected calibration error: how far confidence is from being right",
+    "chrf": "of the texts that the model writes, compared with the data's: F-score of runs of characters, 0 to 100",
     **OF_SCORES,
 }
 
@@ -48,7 +49,7 @@ OF_UNIT = {
 
 def format_table(report: EvaluationReport) -> str:
     """The report as text: a line a model, the teacher first."""
-    metrics = list(report.teacher.metrics)
+    metrics = list(dict.fromkeys(name for line in (report.teacher, *report.students) for name in line.metrics))
     kept = ["retention", "95% interval"] if metrics else []
     task = get_task(report.task)
     is_score = task.target == "score"

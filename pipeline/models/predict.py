@@ -31,6 +31,9 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
+    elif task.label_source == "target":
+        for text in texts:
+            yield TextPrediction(text, target=write_target(loaded, text, config.max_new_tokens, longest))
     elif task.label_source == "hidden":
         yield from fill_masks(loaded, texts, max_length=longest, top=config.top)
     elif task.target == "score":
@@ -39,6 +42,18 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
         yield from label_words(task, loaded, texts, max_length=longest, batch_size=task.default_eval_rows)
     else:
         yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
+
+
+def write_target(loaded: LoadedModel, text: str, max_new_tokens: int, max_length: int) -> str:
+    """What an encoder-decoder makes of a text, greedily."""
+    inputs = loaded.tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt").to(loaded.model.device)
+    model: Any = loaded.model
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
+            do_sample=False, num_beams=1, use_cache=True,
+        )  # fmt: skip
+    return str(loaded.tokenizer.decode(made[0], skip_special_tokens=True)).strip()
 
 
 def fill_masks(loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int) -> Iterator[TextPrediction]:

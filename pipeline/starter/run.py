@@ -78,7 +78,7 @@ def _written(config: InitConfig) -> Start:
     found = locate(DataConfig(dataset=config.dataset, dataset_config=config.dataset_config))
     facts = column_facts(found.splits)
     task = _asked_task(config)
-    if task is not None and task.label_source in ("positions", "hidden"):
+    if task is not None and task.label_source in ("positions", "hidden", "target"):
         raise MisuseError(
             f"--teacher {config.teacher}: is a model of the task {task.name}; init writes run files for classification and language models: write one by hand, as "
             "data/entities/demo.yaml"

@@ -19,6 +19,7 @@ from pipeline.tasks.protocol import (
     token_block,
 )
 from pipeline.tasks.scored_texts import RANKING, ScoredTexts
+from pipeline.tasks.seq2seq import Seq2SeqLM
 from pipeline.tasks.sequence_classification import SequenceClassification
 from pipeline.tasks.token_classification import TokenClassification
 
@@ -32,6 +33,7 @@ TASKS: dict[str, Task] = {
         ScoredTexts(),
         RANKING,
         MaskedLM(),
+        Seq2SeqLM(),
     )
 }
 

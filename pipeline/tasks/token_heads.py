@@ -17,6 +17,25 @@ def vocabulary_size(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int
     return int(min(len(tokenizer), rows))
 
 
+def supervised_hidden(model: Any, inputs: Mapping[str, Tensor], supervised: Tensor) -> Tensor:
+    """(N, H) what the output matrix reads at the supervised positions, with gradients; the matrix itself is not applied.
+
+    Taken by a forward pre-hook that hands no position on, for models whose base model does not give these hidden states: encoder-decoders.
+    """
+    found: list[Tensor] = []
+
+    def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        found.append(args[0][supervised.to(args[0].device)])
+        return (args[0][:1, :0], *args[1:])  # (1, 0, H)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]
+
+
 def supervised_logits(
     model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None, **settings: Any
 ) -> Tensor:

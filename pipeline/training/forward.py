@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.records import Loss, Predictions, Spans, Target
 from pipeline.tasks import Task
+from pipeline.tasks.seq2seq import decoder_inputs
+from pipeline.tasks.token_heads import supervised_hidden
 from pipeline.training.batches.collate import target_from_tensors
 from pipeline.training.fused import Head, Scores, fused_loss, fused_scores, scores_of
 from pipeline.training.losses import distillation_loss
@@ -104,8 +106,12 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
         if settings.transform is None:
             logits = task.gather_logits(_Plain(self, original), given, distillation.get("supervised"))
             return _dense(_for_each_teacher(logits, distillation), distillation, settings, scores=not self.training)
-        hidden = self.base_model(**given, use_cache=False).last_hidden_state
-        rows = hidden[distillation["supervised"].to(hidden.device)]  # (B, T, H) -> (N, H)
+        if self.config.is_encoder_decoder:
+            plain_model = _Plain(self, original)
+            rows = supervised_hidden(plain_model, decoder_inputs(plain_model, given), distillation["supervised"])
+        else:
+            hidden = self.base_model(**given, use_cache=False).last_hidden_state
+            rows = hidden[distillation["supervised"].to(hidden.device)]  # (B, T, H) -> (N, H)
         rows = _for_each_teacher(rows, distillation)
         head = self.get_output_embeddings()
         if hasattr(head.weight, "full_tensor"):  # a DTensor: only a part of it is in memory here
@@ -140,6 +146,7 @@ class _Plain(nn.Module):
         super().__init__()
         self.get_output_embeddings = model.get_output_embeddings
         self.get_input_embeddings = model.get_input_embeddings
+        self.prepare_decoder_input_ids_from_labels = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         self.config = model.config
         self.forward = forward
 
@@ -230,8 +237,12 @@ def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
     try:
         ids = torch.arange(4, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if model.config.is_encoder_decoder:
+            inputs = decoder_inputs(model, {**inputs, "labels": ids})
+            hidden = supervised_hidden(model, inputs, torch.ones_like(ids, dtype=torch.bool)).unsqueeze(0)
+        else:
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         plain = model(**inputs, use_cache=False).logits  # (1, 4, V')
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         scale = _after_head(model, head, inputs, _SMALL) / _SMALL
         limit = _after_head(model, head, inputs, _LARGE)
         cap = math.inf if math.isclose(limit, scale * _LARGE, rel_tol=1e-2) else abs(limit)

@@ -314,6 +314,8 @@ class _Collator:
 
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         inputs, supervised = self.task.collate(rows, self.pad_id)
+        if "labels" in inputs:
+            return inputs
         labels = torch.from_numpy(self.task.hard_labels(rows))
         if self.task.names == "positions":
             return {**inputs, "labels": labels.view(len(rows), -1).float()}

@@ -36,7 +36,7 @@ def cache_schema(
     """The Arrow schema of every shard of a cache.
 
     Args:
-        labels: where hard labels come from: `row` has the column `label`, `positions` and `hidden` have `position_labels`, `tokens` has `text_bytes` of what is predicted.
+        labels: where hard labels come from: `row` has the column `label`, `positions`, `hidden` and `target` have `position_labels`, `tokens` has `text_bytes` of what is predicted.
         marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position, or one for each label name.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
@@ -60,7 +60,7 @@ def cache_schema(
         columns["supervised"] = pa.list_(pa.bool_())
     if labels == "tokens":
         columns["text_bytes"] = pa.int32()
-    elif labels in ("positions", "hidden"):
+    elif labels in ("positions", "hidden", "target"):
         columns["position_labels"] = pa.list_(pa.float32() if isinstance(encoding, Score) else pa.int32())
     if groups:
         columns["score_group"] = pa.int64()

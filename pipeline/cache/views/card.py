@@ -299,6 +299,11 @@ def _alignment(manifest: Manifest) -> str:
             "`supervised` marks the positions of `input_ids` that carry soft labels, the first token of each word: the n-th of them has\n"
             "the n-th soft labels, which are what the teacher predicts for the n-th word. A word that was cut off has no position."
         )
+    if get_task(manifest.contract.task).label_source == "target":
+        return (
+            "`input_ids` has the tokens of the source and behind them those of the target, which `supervised` marks: the n-th of them has the n-th soft labels,\n"
+            "the prediction of that token from the source and the target tokens before it."
+        )
     if get_task(manifest.contract.task).label_source == "hidden":
         return (
             "`supervised` marks the positions of `input_ids` whose tokens were hidden: the n-th of them has the n-th soft labels, which are the\n"

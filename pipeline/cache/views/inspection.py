@@ -176,7 +176,8 @@ def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator
     own = row.label_logprobs
     logprob = "" if own is None else f"{'logprob':>9}"
     hidden = row.example.labels
-    kind = "next token" if hidden is None else "hidden token"
+    source = get_task(cache.manifest.contract.task).label_source
+    kind = {"hidden": "hidden token", "target": "target token"}.get(source, "next token")
     yield f"  {'position':>8}  {kind:<18}{'kept':>6}{'entropy':>9}{logprob}  soft labels"
     for n, position in enumerate(np.flatnonzero(row.example.supervised)[:tokens].tolist()):
         believed = "  ".join(f"{decode([i])!r} {weight:.1%}" for i, weight in _best(row, n, top))

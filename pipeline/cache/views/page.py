@@ -230,9 +230,9 @@ def _measured(found: SplitMeasures, unit: str | None) -> str:
 
 
 def _tokens_of(contract: Contract) -> str | None:
-    """What a position predicts: `next` or `hidden` tokens; None: it predicts no token."""
+    """What a position predicts: `next`, `hidden` or `target` tokens; None: it predicts no token."""
     task = get_task(contract.task)
-    return None if not task.predicts_tokens else "hidden" if task.label_source == "hidden" else "next"
+    return None if not task.predicts_tokens else {"hidden": "hidden", "target": "target"}.get(task.label_source, "next")
 
 
 def _summary(found: SplitMeasures, agreed: Agreement, *, tokens: str | None, of: str) -> list[str]:

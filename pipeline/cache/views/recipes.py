@@ -57,8 +57,8 @@ def on_request(contract: Contract) -> list[str]:
         return [_OF_LABELS]
     if "supervised" not in contract.columns:
         return []
-    if get_task(contract.task).label_source == "hidden":
-        return [_OF_HIDDEN]
+    if get_task(contract.task).label_source in ("hidden", "target"):
+        return [_OF_HIDDEN if get_task(contract.task).label_source == "hidden" else _OF_TARGET]
     if unit == "words":
         return [text for name, text in _OF_WORDS.items() if name in contract.columns]
     return [text for name, text in _ON_REQUEST.items() if name in contract.columns]
@@ -108,6 +108,8 @@ _OF_WORDS = {
 }
 
 _OF_HIDDEN = "`position_labels[n]`: the token that the n-th supervised position hides."
+
+_OF_TARGET = "`position_labels[n]`: the n-th token of the target, which is also that of `input_ids` at the n-th supervised position."
 
 _OF_LABELS = f"`position_labels[n]`: 1 where the row has the n-th of `label_names` of `manifest.json`, 0 where it has not, {NO_LABEL} where that is not known. A position is one of these labels, in their order, of two classes: 0 is no, 1 is yes."
 

@@ -94,7 +94,7 @@ def _token_bands(task: Task, cache: Cache, labels: np.ndarray) -> tuple[str, lis
     edges = [0, *_BANDS, np.inf]
     names = ["unseen", "1 to 9 times", "10 to 99 times", "100 to 999 times", "1,000 times or more"]
     bands = [(labels >= 0) & (times >= low) & (times < high) for low, high in itertools.pairwise(edges)]
-    kind = "hidden" if task.label_source == "hidden" else "next"
+    kind = {"hidden": "hidden", "target": "target"}.get(task.label_source, "next")
     return f"{kind} token, by how often it stands in the split {split}", names, bands
 
 
@@ -172,6 +172,13 @@ def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | 
         return _short(in_context(words_of(cache.tokenizer, row.example), position))
     assert row.example.supervised is not None
     end = int(np.flatnonzero(row.example.supervised)[position]) + 1
+    if task.label_source == "target":
+        where, ids = row.example.supervised, row.example.input_ids
+        source, before = (
+            str(cache.tokenizer.decode(each, skip_special_tokens=True))
+            for each in (ids[~where].tolist(), ids[where][:position].tolist())
+        )
+        return f"{_short(source)} -> {_short(before)} ..."
     if row.example.labels is not None:  # a hidden token has context on both sides
         around = row.example.input_ids[max(0, end - 20) : end + 20].tolist()
         return f"... {_short(str(cache.tokenizer.decode(around)))} ..."

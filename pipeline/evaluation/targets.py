@@ -1,0 +1,75 @@
+"""Target texts that encoder-decoders write, compared with those of the data by chrF."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from pipeline.cache import Cache
+from pipeline.models import LoadedModel, pad_id
+from pipeline.progress import track
+from pipeline.records import EvaluationReport
+from pipeline.tasks import get_task
+from pipeline.training.student import load_student
+
+#: Tokens that a model may write beyond the longest target of the rows.
+_MORE = 16
+
+
+def with_chrf(
+    report: EvaluationReport,
+    cache: Cache,
+    models: Mapping[str, str],
+    rows: int,
+    *,
+    base_models: Mapping[str, str] | None = None,
+) -> EvaluationReport:
+    """Add `chrf` to the metrics of each model that writes target texts; a report of another task is returned as it is.
+
+    Args:
+        models: name, as in the report, -> directory or hub name. The teacher is loaded where it is among them.
+        rows: of the split, the first ones.
+    """
+    if get_task(report.task).label_source != "target" or not rows:
+        return report
+    found = {}
+    for name, path in models.items():
+        base = (base_models or {}).get(name)
+        found[name] = chrf(
+            cache,
+            load_student(cache.manifest.contract, path, new_head=False, base_model=base),
+            name,
+            report.split,
+            rows,
+        )
+    lines = [
+        dataclasses.replace(line, metrics={**line.metrics, "chrf": found[line.name]}) if line.name in found else line
+        for line in (report.teacher, *report.students)
+    ]
+    return dataclasses.replace(report, teacher=lines[0], students=tuple(lines[1:]))
+
+
+def chrf(cache: Cache, model: LoadedModel, name: str, split: str, rows: int) -> float:
+    """ChrF (Popovic, 2015) in [0, 100], as sacrebleu computes it, of what a model writes greedily for the first rows of a split."""
+    from sacrebleu import corpus_chrf
+
+    task, dataset = get_task(cache.manifest.contract.task), cache.dataset(split)
+    count = min(rows, len(dataset))
+    written, expected = [], []
+    size = task.default_eval_rows
+    starts = range(0, count, size)
+    for start in track(starts, f"write {name}", len(starts), unit="step"):
+        batch = [dataset[i].example for i in range(start, min(start + size, count))]
+        inputs, _ = task.collate(batch, pad_id(model.tokenizer, model.model))
+        labels = [example.labels for example in batch if example.labels is not None]
+        made = model.model.generate(  # type: ignore[operator]
+            input_ids=inputs["input_ids"].to(model.model.device),
+            attention_mask=inputs["attention_mask"].to(model.model.device),
+            max_new_tokens=max(map(len, labels)) + _MORE,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+        )
+        written += model.tokenizer.batch_decode(made, skip_special_tokens=True)
+        expected += model.tokenizer.batch_decode([each.tolist() for each in labels], skip_special_tokens=True)
+    return float(corpus_chrf([text.strip() for text in written], [[text.strip() for text in expected]]).score)
