@@ -303,7 +303,7 @@ def make_job(
     # Earlier versions read Parquet as everything else: such a cache goes on as it began.
     by_contents = begun is not None and not any(map(is_of_files, begun.contract.source.fingerprints.values()))
     found_in_source = survey(source, ranges, by_contents=by_contents)
-    row_groups = {} if by_contents else list_starts(source) or source.row_groups
+    row_groups = list_starts(source) or ({} if by_contents else source.row_groups)
     labels = _label_map(task, source, label_names, label_map)
     of_classes = labels if isinstance(labels, LabelMap) else None
     compare = partial(check_class_order, task, source, of_classes, teacher, encoding, tokenization)

@@ -259,6 +259,7 @@ def _named_source(name: str, columns: Columns) -> Source:
         dataset=name,
         text_column=columns.text or "text",
         text_pair_column=columns.text_pair,
+        words_column=columns.words,
         messages_column=columns.messages,
         prompt_column=columns.prompt,
         completion_column=columns.completion,
@@ -266,5 +267,6 @@ def _named_source(name: str, columns: Columns) -> Source:
         labels_column=columns.labels,
         label_column=columns.label or "label",
         keep_column=columns.keep,
+        group_column=columns.group,
     )
     return load_source(data)

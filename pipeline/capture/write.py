@@ -120,6 +120,8 @@ def write_cache(
         raise MisuseError("write_cache: expected rows, found none")
     if chosen.ranks and first.group is None:
         raise MisuseError(f"write_cache: rows of {chosen.name} need group=..., which the rows of one list share")
+    if first.group is not None and not chosen.ranks:
+        raise MisuseError(f"write_cache: group=... names the lists of rankings; rows of {chosen.name} have none")
     _check_stored(chosen, first, store_text=store_text, store_label_logprobs=store_label_logprobs)
     keeps = store_text is not False if chosen.stores_text else bool(store_text)
     schema = cache_schema(
@@ -317,7 +319,27 @@ def _by_split(
                 f"rows of split {split!r}: expected one after another, found them in two places; sort the rows by split"
             )
         seen.add(split)
-        yield split, enumerate(group)
+        yield split, enumerate(_lists_together(group))
+
+
+def _lists_together(rows: Iterable[LabelledRow | BadRow]) -> Iterator[LabelledRow | BadRow]:
+    """The same rows.
+
+    Raises:
+        BadRowError: the rows of a list come in two places.
+    """
+    seen: set[int | str] = set()
+    before: int | str | None = None
+    for number, row in enumerate(rows):
+        group = row.group if isinstance(row, LabelledRow) else before
+        if group is not None and group != before and group in seen:
+            raise BadRowError(
+                f"row {number}: group {group!r}: expected the rows of a list one after another; sort them"
+            )
+        if group is not None:
+            seen.add(group)
+            before = group
+        yield row
 
 
 def _drop_shards(layout: Layout) -> None:

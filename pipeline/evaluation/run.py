@@ -287,7 +287,8 @@ def lists_of(cache: Cache, split: str) -> np.ndarray | None:
     """(R,) int64: the list of each row of a split, numbered from 0; None: rows are not ranked."""
     if "score_group" not in cache.manifest.contract.columns:
         return None
-    numbers: np.ndarray = np.unique(cache.dataset(split).column("score_group"), return_inverse=True)[1]
+    groups = cache.dataset(split).column("score_group")
+    numbers: np.ndarray = np.cumsum(np.append(0, groups[1:] != groups[:-1]))
     return numbers
 
 

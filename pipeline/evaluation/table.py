@@ -54,7 +54,10 @@ def format_table(report: EvaluationReport) -> str:
     task = get_task(report.task)
     is_score = task.target == "score"
     header = ["", "parameters", "size", *metrics, "agreement", "distance" if is_score else "KL", *kept]
-    lines = [header, *(_cells(line, metrics)[: len(header)] for line in (report.teacher, *report.students))]
+    lines = [
+        header,
+        *(_cells(line, metrics, is_score=is_score)[: len(header)] for line in (report.teacher, *report.students)),
+    ]
     table = "\n".join(aligned(lines))
     unit = position_name(task)
     meaning = {**_MEANING, **OF_UNIT.get(unit, {})}
@@ -97,14 +100,14 @@ def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     ]
 
 
-def _cells(line: ModelEvaluation, metrics: list[str]) -> list[str]:
+def _cells(line: ModelEvaluation, metrics: list[str], *, is_score: bool) -> list[str]:
     interval = line.retention_interval
     return [
         line.name,
         f"{line.num_parameters / 1e6:.1f}M" if line.num_parameters >= 1e5 else f"{line.num_parameters or ''}",
         "" if line.size_ratio is None else f"{line.size_ratio:.1f}x",
         *(number(name, line.metrics.get(name, math.nan)) for name in metrics),
-        "" if line.agreement is None else f"{line.agreement:.3f}" if "pearson" in metrics else f"{line.agreement:.1%}",
+        "" if line.agreement is None else f"{line.agreement:.3f}" if is_score else f"{line.agreement:.1%}",
         "" if line.kl is None else f"{line.kl:.3f}",
         "" if line.retention is None else f"{line.retention:.1%}",
         "" if interval is None else f"{interval.low:.1%} to {interval.high:.1%}",

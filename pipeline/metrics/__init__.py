@@ -232,7 +232,8 @@ def agreement_of(predictions: Predictions) -> float:
         return agreement(ours, theirs)
     count = 1 if predictions.label_names is None else len(predictions.label_names)
     pairs = zip(ours.reshape(-1, count).T, theirs.reshape(-1, count).T, strict=True)
-    return float(np.mean([pearson(mine, other) for mine, other in pairs]))
+    known = [r for mine, other in pairs if not math.isnan(r := pearson(mine, other))]
+    return float(np.mean(known)) if known else math.nan
 
 
 def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:

@@ -185,8 +185,8 @@ def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: Ne
     """A model of the same class with fewer layers, weights copied; embeddings and head of another vocabulary are made of the teacher's."""
     total = teacher.config.get_text_config().num_hidden_layers
     config = _resized(teacher.config, list(layers))
-    prefix = _layer_list(teacher, total)
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
+    prefixes = _layer_lists(teacher, total)
+    pattern = re.compile(f"({'|'.join(map(re.escape, prefixes))})" + r"\.(\d+)\.(.*)")
     weights = teacher.state_dict()
     if vocabulary is not None:
         config = with_vocabulary(config, vocabulary)
@@ -198,14 +198,45 @@ def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: Ne
             chosen[name] = tensor
             continue
         for new, old in enumerate(layers):
-            if old == int(match[1]):
-                chosen[f"{prefix}.{new}.{match[2]}"] = tensor
+            if old == int(match[2]):
+                chosen[f"{match[1]}.{new}.{match[3]}"] = tensor
     student: Any = type(teacher)(config)
+    for name in (
+        student.state_dict().keys() - chosen.keys()
+    ):  # what the first layer of a list alone has: positions of T5
+        match = pattern.fullmatch(name)
+        first = None if match is None else f"{match[1]}.0.{match[3]}"
+        if match is not None and match[2] == "0" and first in weights:
+            chosen[name] = weights[first]
+    for name in (
+        chosen.keys() - student.state_dict().keys()
+    ):  # the same, of a first layer that is not the student's first
+        if pattern.fullmatch(name) is not None:
+            del chosen[name]
     if vocabulary is not None:
         check_shapes(student, chosen)
     student.to(teacher.dtype).load_state_dict(chosen)
     result: PreTrainedModel = student
     return result
+
+
+def _layer_lists(model: PreTrainedModel, total: int) -> list[str]:
+    """The names of the module lists that hold the layers: one, of encoder-decoders one of each.
+
+    Raises:
+        ModelError: there is none of so many layers, or the decoder has another number of them.
+    """
+    if not model.config.is_encoder_decoder:
+        return [_layer_list(model, total)]
+    parts = {
+        name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ("encoder", "decoder")
+    }
+    found = [f"{name}.{_layer_list(module, total)}" for name, module in parts.items()]
+    if len(found) != 2:
+        raise ModelError(
+            f"{type(model).__name__}: found no encoder and decoder to choose layers from; use --num-layers, --hidden-size, --num-heads"
+        )
+    return found
 
 
 def _layer_list(model: nn.Module, total: int) -> str:
@@ -229,6 +260,9 @@ def _resized(config: Any, layers: list[int]) -> PreTrainedConfig:
         values = getattr(text, name, None)
         if isinstance(values, list) and len(values) == total:
             setattr(text, name, [values[i] for i in layers])
+    for name in ("encoder_layers", "decoder_layers", "num_decoder_layers"):
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, len(layers))
     text.num_hidden_layers = len(layers)
     result: PreTrainedConfig = smaller
     return result
@@ -246,6 +280,9 @@ def _scale(config: Any, shape: Shape) -> PreTrainedConfig:
     new = smaller.get_text_config()
     for name in (
         "intermediate_size",
+        "d_ff",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
         "ffn_dim",
         "hidden_dim",
         "n_inner",
@@ -265,6 +302,9 @@ def _scale(config: Any, shape: Shape) -> PreTrainedConfig:
         new.query_pre_attn_scalar = shape.hidden_size // shape.num_heads
     new.hidden_size = shape.hidden_size
     new.num_attention_heads = shape.num_heads
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if isinstance(getattr(text, name, None), int):
+            setattr(new, name, shape.num_heads)
     result: PreTrainedConfig = smaller
     return result
 

@@ -71,7 +71,8 @@ def _examples(
         else:
             try:
                 value = None if label_column is None else row.get(label_column)
-                yield _grouped(_labelled(example, value, labels, by_spans=by_spans, split=split), row, columns, labels)
+                labelled = _labelled(example, value, labels, by_spans=by_spans, split=split)
+                yield _grouped(labelled, row, columns, labels, split)
             except _GroupError as error:
                 yield BadRow(split, i, f"{columns.group}: {error}")
             except BadRowError as error:
@@ -104,12 +105,12 @@ class _GroupError(BadRowError):
     """Of the column that says which list a row belongs to."""
 
 
-def _grouped(example: Example, row: Row, columns: Columns, labels: LabelMap | ScoreColumn) -> Example:
+def _grouped(example: Example, row: Row, columns: Columns, labels: LabelMap | ScoreColumn, split: str) -> Example:
     """The example with its list, where rows are ranked."""
     if columns.group is None or not isinstance(labels, ScoreColumn):
         return example
     try:
-        return dataclasses.replace(example, group=labels.list_of(row[columns.group]))
+        return dataclasses.replace(example, group=labels.list_of(row[columns.group], split))
     except BadRowError as error:
         raise _GroupError(str(error)) from None
 

@@ -27,8 +27,8 @@ class ScoreColumn:
     outputs: int
     """How many a row has."""
 
-    lone: frozenset[int] = frozenset()
-    """Lists of one row, which is compared with nothing."""
+    lone: frozenset[tuple[str, int]] = frozenset()
+    """Split and list, of lists of one row, which is compared with nothing."""
 
     contract_form: tuple[str, ...] = ()
     """There is nothing to map."""
@@ -48,7 +48,7 @@ class ScoreColumn:
             check_label(f"{source.name}: split {split}", dataset, source.columns, holds="scores")
         return cls(outputs, frozenset() if source.columns.group is None else _lone(source))
 
-    def list_of(self, value: object) -> int:
+    def list_of(self, value: object, split: str) -> int:
         """The list that a row belongs to.
 
         Raises:
@@ -57,7 +57,7 @@ class ScoreColumn:
         if value is None or value is UNREADABLE:
             raise BadRowError("expected a name or a number, found null")
         found = group_id(value)
-        if found in self.lone:
+        if (split, found) in self.lone:
             raise BadRowError(f"{value!r} is a list of one row, which is compared with nothing")
         return found
 
@@ -124,27 +124,27 @@ def _starts(source: Source, split: str) -> Iterator[int]:
         before = row[name]
 
 
-def _lone(source: Source) -> frozenset[int]:
-    """The lists of one row in some split.
+def _lone(source: Source) -> frozenset[tuple[str, int]]:
+    """Split and list, of the lists of one row.
 
     Raises:
-        SourceError: the rows of a list stand in two places.
+        SourceError: the rows of a list stand in two places of a split.
     """
     name, found = source.columns.group or "", set()
     for split, dataset in source.splits.items():
-        last: dict[int, int] = {}  # list -> its last row
         sizes: Counter[int] = Counter()
+        before: int | None = None
         for i, row in enumerate(read_rows(dataset, [name])):
             if row[name] is None or row[name] is UNREADABLE:
                 continue
             group = group_id(row[name])
-            if last.setdefault(group, i) not in (i, i - 1):
+            if group != before and group in sizes:
                 raise SourceError(
-                    f"{source.name}: split {split}: column {name!r} (--group-column): the rows of {row[name]!r} stand apart, at {last[group]} and at {i}; sort the rows by the column"
+                    f"{source.name}: split {split}: column {name!r} (--group-column): the rows of {row[name]!r} stand apart, row {i} is not next to the others; sort the rows by the column"
                 )
-            last[group] = i
             sizes[group] += 1
-        found |= {group for group, size in sizes.items() if size == 1}
+            before = group
+        found |= {(split, group) for group, size in sizes.items() if size == 1}
     return frozenset(found)
 
 

@@ -152,23 +152,27 @@ class ScoredTexts:
         known = is_known(predictions.labels)
         return {
             **(ranking_metrics(predictions) if self.ranks else {}),
-            "pearson": float(np.mean([pearson(*pair) for pair in pairs])),
-            "spearman": float(np.mean([spearman(*pair) for pair in pairs])),
+            "pearson": _mean_of_known([pearson(*pair) for pair in pairs]),
+            "spearman": _mean_of_known([spearman(*pair) for pair in pairs]),
             "mse": float(predictions.nll[known].mean()) if known.any() else float("nan"),
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Each row's influence on the mean correlation plus the correlation, and its labelled outputs; rankings: NDCG@10 of each list."""
+        """The mean correlation plus each row's influence on it, and 1 for each row with a label; rankings: NDCG@10 of each list."""
         if self.ranks:
             return ranking_scores(predictions)
-        rows = len(predictions.row_text_bytes)
-        values, weights = np.zeros(rows), np.zeros(rows)
-        pairs = _by_output(predictions)
-        for truth, found in pairs:
-            known = is_known(truth)
-            values[known] += correlation_influence(truth[known], found[known])
-            weights[known] += 1
-        return values, weights
+        pairs = [(is_known(truth), truth, found) for truth, found in _by_output(predictions)]
+        each = [(known, correlation_influence(truth[known], found[known])) for known, truth, found in pairs]
+        each = [(known, influence) for known, influence in each if not np.isnan(influence).any() and len(influence)]
+        values, labelled = (
+            np.zeros(len(predictions.row_text_bytes)),
+            np.zeros(len(predictions.row_text_bytes), dtype=bool),
+        )
+        for known, _ in each:
+            labelled |= known
+        for known, influence in each:  # an output with fewer labels counts as much as the others
+            values[known] += influence * (labelled.sum() / (len(each) * known.sum()))
+        return values, labelled.astype(np.float64)
 
 
 RANKING = ScoredTexts(
@@ -178,6 +182,12 @@ RANKING = ScoredTexts(
     ranks=True,
     main_metric="ndcg@10",
 )
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    """Outputs without labels, or whose scores do not vary, are left out."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _by_output(predictions: Predictions) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -165,7 +165,8 @@ def check_metric(args: TrainingArguments, task: Task, num_classes: int, *, label
     one = np.zeros(1, dtype=np.int64)
     single = Predictions(one, one, np.ones(1), np.ones(1), one, one, np.zeros(1), one + 1)
     names = ["nll" if name == "loss" else name for name in task.metrics(single, num_classes)] if labelled else []
-    measured = ["loss", *names, "agreement", "divergence", "runtime", "samples_per_second", "steps_per_second"]
+    close = "correlation" if task.target == "score" else "agreement"
+    measured = ["loss", *names, close, "divergence", "runtime", "samples_per_second", "steps_per_second"]
     metric = args.metric_for_best_model.removeprefix("eval_")
     if metric not in measured:
         unlabelled = "" if labelled else "; the split has no labels, which other metrics need"

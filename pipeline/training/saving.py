@@ -19,7 +19,7 @@ from pipeline.cache.storage.commit import full_disk
 from pipeline.errors import ConfigError, MisuseError, TrainingError
 from pipeline.models.arguments import Seen, hide_token, num_ranks
 from pipeline.models.reporting import check_installed, own_run
-from pipeline.records import Scale
+from pipeline.records import Scale, is_known
 from pipeline.training.scores import standardized
 
 #: How torch and safetensors speak of a file that cannot be written, both without its number.
@@ -84,6 +84,13 @@ class SavingTrainer(Trainer):
         """`Trainer.train`, a run of its own where it is reported."""
         with own_run(self.args), standardized(self.model, self.scale):
             return super().train(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Of scores the known labels: Trainer takes a score of -100 for none, and counts nan."""
+        if self.scale is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.tensor(sum(int(is_known(batch["labels"]).sum()) for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches of the next step, counted."""

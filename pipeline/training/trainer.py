@@ -42,7 +42,7 @@ from pipeline.training.refusals import (
 )
 from pipeline.training.saving import SavingTrainer
 from pipeline.training.schedule import weights_of_evaluation, weights_of_step
-from pipeline.training.scores import BY_GROUP
+from pipeline.training.scores import BY_GROUP, standardized
 
 logger = logging.getLogger(__name__)
 
@@ -321,6 +321,10 @@ class DistillationTrainer(SavingTrainer):
         Trainer's own loop gathers logits; here each position leaves four numbers, and ranks may hold unequal numbers of them. The task's own `loss` (the
         negative log-likelihood) is called `nll`.
         """
+        with standardized(self.model, self.scale):  # in mixed precision too its scores are float32
+            return self._measure(dataloader, description, metric_key_prefix)
+
+    def _measure(self, dataloader: DataLoader[Any], description: str, prefix: str) -> EvalLoopOutput:
         plain: Any = self.model
         model: Any = self._wrap_model(plain, training=False)
         if len(self.accelerator._models) == 0 and model is plain:  # not trained before: not prepared yet
@@ -339,7 +343,7 @@ class DistillationTrainer(SavingTrainer):
         gathered = gather_object(parts) if self.args.world_size > 1 else parts
         merged = {name: np.concatenate([part[name] for part in gathered]) for name in gathered[0]}
         metrics = self._metrics(merged)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        named = {f"{prefix}_{name}": value for name, value in metrics.items()}
         rows: Any = dataloader.dataset
         return EvalLoopOutput(np.zeros(0), None, named, rows_of_epoch(rows, self._measured(rows)))
 
@@ -357,7 +361,8 @@ class DistillationTrainer(SavingTrainer):
             measured = self.task.metrics(predictions, self.cache.manifest.contract.num_classes)
             metrics.update({("nll" if name == "loss" else name): value for name, value in measured.items()})
         metrics["correlation" if self.task.target == "score" else "agreement"] = agreement_of(predictions)
-        metrics["divergence"] = float(found["divergence"][known & is_known(found["teacher_predicted"])].mean())
+        divergences = found["divergence"][known & is_known(found["teacher_predicted"])]
+        metrics["divergence"] = float(np.nanmean(divergences)) if np.isfinite(divergences).any() else math.nan
         if sums["num_spans"]:
             metrics["span_loss"] = span
         return metrics

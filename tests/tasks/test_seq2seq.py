@@ -34,7 +34,9 @@ def test_a_row_has_the_source_and_behind_it_the_target(bert_tokenizer):
         assert row.input_ids[row.supervised].tolist() == row.labels.tolist() == bert_tokenizer(target)["input_ids"]
 
 
-@pytest.mark.parametrize(("source", "target", "kept"), [(40, 4, (14, 6)), (4, 40, (6, 14)), (40, 40, (10, 10)), (2, 2, (4, 4))])
+@pytest.mark.parametrize(
+    ("source", "target", "kept"), [(40, 4, (14, 6)), (4, 40, (6, 14)), (40, 40, (10, 10)), (2, 2, (4, 4))]
+)
 def test_what_is_too_long_is_cut_and_keeps_its_last_token(bert_tokenizer, source, target, kept):
     (row,) = rows_of([("cat " * source, "dog " * target)], bert_tokenizer, longest=20)
     assert isinstance(row, TokenizedExample)
@@ -48,7 +50,9 @@ def test_what_is_too_long_is_cut_and_keeps_its_last_token(bert_tokenizer, source
 
 def test_columns_that_are_refused():
     for columns in (Columns(), Columns(text=None, messages="chat"), Columns(text=None, input_ids="ids")):
-        with pytest.raises(MisuseError, match="--task seq2seq-lm reads --prompt-column, the source text, and --completion-column"):
+        with pytest.raises(
+            MisuseError, match="--task seq2seq-lm reads --prompt-column, the source text, and --completion-column"
+        ):
             TASK.check_columns(columns, Tokenization(8))
     with pytest.raises(MisuseError, match="--packing is for language models"):
         TASK.check_columns(PAIRS, Tokenization(8, packing=True))
@@ -58,7 +62,16 @@ def test_columns_that_are_refused():
 
 SMALL = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
          "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 FAMILIES = {
     "t5": T5,
     "mt5": T5,
@@ -103,7 +116,9 @@ def test_logits_at_target_tokens_are_the_models_under_teacher_forcing(kind):
         found = TASK.gather_logits(model, inputs, supervised)
         torch.testing.assert_close(found, plain.logits[supervised], atol=1e-5, rtol=1e-5)
         alone = model(
-            input_ids=inputs["input_ids"][1:2, :4], attention_mask=inputs["attention_mask"][1:2, :4], labels=inputs["labels"][1:2, :6]
+            input_ids=inputs["input_ids"][1:2, :4],
+            attention_mask=inputs["attention_mask"][1:2, :4],
+            labels=inputs["labels"][1:2, :6],
         ).logits[0]
         torch.testing.assert_close(found[3:9], alone, atol=1e-4, rtol=1e-4)
     loss = torch.nn.functional.cross_entropy(found, inputs["labels"][supervised])

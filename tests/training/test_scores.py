@@ -36,10 +36,14 @@ from pipeline.config import AuditConfig, DataConfig, EstimateConfig, PredictConf
 from pipeline.errors import BadRowError, ContractError, EncodingError, MisuseError, ModelError, SourceError
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.report.report import report
+from pipeline.evaluation.run import lists_of
 from pipeline.evaluation.table import format_table
 from pipeline.models.detect import detect_task
 from pipeline.models.predict import run as predict
-from pipeline.records import Columns, Full, Moments, Score, TopK
+from pipeline.records import Columns, Full, Moments, Predictions, Score, TopK
+from pipeline.tasks import get_task
+from pipeline.training.batches.held_out import hold_out
+from pipeline.training.batches.mixing import make_mixture
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
 from tests.support.once import once
@@ -405,8 +409,6 @@ def test_rankings_of_ones_own(tmp_path, bert_tokenizer):
 
 
 def test_rows_are_held_out_by_lists(ranked):
-    from pipeline.training.batches.held_out import hold_out
-
     dataset = ranked.dataset("train")
     found = hold_out(dataset, None, by="score_group")
     assert found is not None
@@ -518,3 +520,165 @@ def test_models_give_their_scores(tmp_path, cache, teacher):
     (found,) = predict(PredictConfig(model=str(teacher), text=(text,)))
     expected = next(iter(cache.dataset("test"))).soft.top_logprobs.tolist()
     assert found.scores == pytest.approx(dict(zip(NAMES, expected, strict=True)), rel=1e-3)
+
+
+def test_a_score_of_minus_100_is_a_score(tmp_path, bert_tokenizer):
+    """-100 is what Trainer takes for no label."""
+    rows = {
+        "text": [" ".join(WORDS[i % 6 : i % 6 + 2]) for i in range(48)],
+        "label": [-100.0 if i % 10 else 100.0 for i in range(48)],
+    }
+    data = DataConfig(dataset=str(write(tmp_path / "data", DatasetDict({"train": Dataset.from_dict(rows)}))))
+    base = pretrained(tmp_path / "base", bert_tokenizer, **SMALL)
+    train_teacher(
+        TrainTeacherConfig(
+            task=TASK,
+            data=data,
+            model=str(base),
+            output=str(tmp_path / "teacher"),
+            epochs=2,
+            batch_size=4,
+            learning_rate=1e-3,
+        )
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_capture_of_lists_goes_on_and_grows(tmp_path, ranked):
+    teacher, whole = str(ranked.root.parent / "ranker"), queries(5, 30)
+    settings: dict[str, Any] = {"task": "text-ranking", "columns": RANKING, "rows_per_shard": 10, "batch_tokens": 256}
+    first = softlabel.cache_logits(teacher, Dataset.from_dict(whole), tmp_path / "a", **settings)
+    again = softlabel.cache_logits(teacher, Dataset.from_dict(whole), tmp_path / "a", **settings)
+    assert again.manifest.cache_id == first.manifest.cache_id
+    start = next(i for i, name in enumerate(whole["id"]) if name == "q15")
+    half = Dataset.from_dict({name: values[:start] for name, values in whole.items()})
+    softlabel.cache_logits(teacher, half, tmp_path / "b", **settings)
+    grown = softlabel.cache_logits(teacher, Dataset.from_dict(whole), tmp_path / "b", **settings, append=True)
+    for made in (first, grown):
+        dataset = made.dataset("train")
+        edges = dataset.starts[1:-1]
+        groups = dataset.column("score_group")
+        assert (groups[edges] != groups[edges - 1]).all()
+
+
+def test_a_path_has_its_lists_too(tmp_path, ranked):
+    write(tmp_path / "rows", lists())
+    made = softlabel.cache_logits(
+        str(ranked.root.parent / "ranker"), str(tmp_path / "rows"), tmp_path / "c", task="text-ranking", columns=RANKING, batch_tokens=256
+    )  # fmt: skip
+    assert "score_group" in made.manifest.contract.columns
+
+
+def test_lists_of_one_name_in_two_caches_stay_apart(tmp_path, ranked):
+    """Merged, lists of other rows are other lists; and a list of one row in a split says nothing of the other split."""
+    teacher = str(ranked.root.parent / "ranker")
+    settings: dict[str, Any] = {"task": "text-ranking", "columns": RANKING, "batch_tokens": 256}
+    parts = [
+        softlabel.cache_logits(teacher, Dataset.from_dict(queries(seed, 8)), tmp_path / f"part{seed}", **settings)
+        for seed in (7, 8)
+    ]
+    joined = merge(parts, tmp_path / "joined")
+    numbers = lists_of(joined, "train")
+    assert numbers is not None
+    assert numbers.max() + 1 == 16
+    rows = queries(9, 3)
+    alone = {name: values[:1] for name, values in rows.items()}
+    data = DatasetDict({"train": Dataset.from_dict(rows), "test": Dataset.from_dict(alone)})
+    made = softlabel.cache_logits(teacher, data, tmp_path / "d", **settings, on_bad_row="skip")
+    assert len(made.dataset("train")) == len(rows["id"])
+
+
+def test_metric_and_interval_are_of_one_statistic():
+    """Also where one output has fewer labels, or none."""
+    task = get_task(TASK)
+    rng = np.random.default_rng(0)
+    labels = rng.normal(size=(400, 3))
+    found = labels * [1, 0.2, 1] + rng.normal(size=(400, 3))
+    labels[40:, 1] = np.nan
+    labels[:, 2] = np.nan
+    predictions = Predictions(
+        labels.ravel(), found.ravel(), np.full(1200, np.nan), np.square(found - labels).ravel(), found.ravel(),
+        np.repeat(np.arange(400), 3), np.zeros(400), np.zeros(400, dtype=np.int64), ("a", "b", "c"),
+    )  # fmt: skip
+    sums, weights = task.row_scores(predictions)
+    assert sums.sum() / weights.sum() == pytest.approx(task.metrics(predictions, 1)["pearson"])
+    expected = np.mean([np.corrcoef(labels[:40, 1], found[:40, 1])[0, 1], np.corrcoef(labels[:, 0], found[:, 0])[0, 1]])
+    assert task.metrics(predictions, 1)["pearson"] == pytest.approx(expected)
+
+
+def test_metrics_of_training_are_those_of_the_saved_student_in_bfloat16(tmp_path, bert_tokenizer):
+    """Scores of 2000 +- 5: bfloat16 knows them to 8."""
+    rng = np.random.default_rng(0)
+    scores = 2000 + 5 * rng.normal(size=200)
+    rows = [
+        LabelledRow([2, 5 + int(s > 2000), 5 + i % 20, 3], logits=torch.tensor([[s]]), labels=[s], split="train" if i < 160 else "validation", text="x")
+        for i, s in enumerate(scores)
+    ]  # fmt: skip
+    cache = write_cache(
+        rows, tmp_path / "c", task=TASK, tokenizer=bert_tokenizer, encoding=Score(), teacher="mine", label_names=("x",)
+    )  # fmt: skip
+    start = pretrained(tmp_path / "start", bert_tokenizer, **SMALL)
+    result = train(
+        cache,
+        start,
+        tmp_path / "s",
+        max_steps=60,
+        learning_rate=3e-3,
+        training={"bf16": True, "use_cpu": True, "eval_strategy": "epoch"},
+    )
+    exact = evaluate(cache, {"s": tmp_path / "s"}, split="validation").students[0]
+    assert result.metrics["mse"] == pytest.approx(exact.metrics["mse"], rel=0.05)
+
+
+def test_teachers_of_other_units_are_not_mixed(tmp_path, bert_tokenizer):
+    def made(name: str, scale: float) -> Cache:
+        rows = [
+            LabelledRow([2, 5 + i, 3], logits=torch.tensor([[scale * i]]), labels=[float(i)], text="x")
+            for i in range(30)
+        ]
+        return write_cache(
+            rows,
+            tmp_path / name,
+            task=TASK,
+            tokenizer=bert_tokenizer,
+            encoding=Score(),
+            teacher=name,
+            label_names=("x",),
+        )
+
+    first, second = made("a", 1.0), made("b", 30.0)
+    with pytest.raises(ContractError, match="teachers of one student need scores in one unit"):
+        make_mixture([first, second], "teachers", ())
+
+
+def test_own_lists_are_checked(tmp_path, bert_tokenizer):
+    def row(i: int, group: str) -> LabelledRow:
+        return LabelledRow([2, 5 + i, 3], logits=torch.tensor([[float(i)]]), labels=[i], group=group)
+
+    settings: dict[str, Any] = {
+        "tokenizer": bert_tokenizer,
+        "encoding": Score(),
+        "teacher": "mine",
+        "label_names": ("x",),
+    }
+    with pytest.raises(BadRowError, match="row 2: group 'a': expected the rows of a list one after another"):
+        write_cache([row(0, "a"), row(1, "b"), row(2, "a")], tmp_path / "a", task="text-ranking", **settings)
+    with pytest.raises(MisuseError, match=r"group=\.\.\. names the lists of rankings"):
+        write_cache([row(0, "a"), row(1, "a")], tmp_path / "b", task=TASK, **settings)
+
+
+def test_equal_texts_are_held_out_together(tmp_path, bert_tokenizer):
+    """Whatever the scores of each."""
+    rows = [
+        LabelledRow([2, 5 + i // 3 % 100, 5 + i // 300, 3], logits=torch.tensor([[0.0]]), labels=[float(i)], text="x")
+        for i in range(900)
+    ]
+    cache = write_cache(
+        rows, tmp_path / "c", task=TASK, tokenizer=bert_tokenizer, encoding=Score(), teacher="mine", label_names=("x",)
+    )  # fmt: skip
+    found = hold_out(cache.dataset("train"), None, by="input_ids")
+    assert found is not None
+    texts_of = [tuple(ids.tolist()) for ids in cache.dataset("train").column("input_ids")]
+    sides = [{text for text, side in zip(texts_of, part, strict=True) if side} for part in (found.measured, found.left)]
+    assert not sides[0] & sides[1]

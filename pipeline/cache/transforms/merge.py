@@ -81,7 +81,7 @@ def _keep_first(caches: Sequence[Cache], splits: Sequence[str]) -> dict[str, np.
     """For each split (rows,) bool over all caches one after another: whether a row is the first of its content."""
     masks, seen = {}, np.zeros(0, dtype=np.uint64)
     for split in splits:
-        parts = [cache.dataset(split).column("content_hash") for cache in caches if split in cache.splits]
+        parts = [_identities(cache, split) for cache in caches if split in cache.splits]
         hashes = np.concatenate(parts).astype(np.uint64)
         unique, first = np.unique(hashes, return_index=True)
         masks[split] = np.zeros(len(hashes), dtype=bool)
@@ -95,6 +95,16 @@ def _keep_first(caches: Sequence[Cache], splits: Sequence[str]) -> dict[str, np.
             )
         seen = np.union1d(seen, unique)
     return masks
+
+
+def _identities(cache: Cache, split: str) -> np.ndarray:
+    """(rows,) uint64: the content of each row, and of rankings the list that it stands in."""
+    dataset = cache.dataset(split)
+    found: np.ndarray = dataset.column("content_hash").astype(np.uint64)
+    if "score_group" in cache.manifest.contract.columns:
+        with np.errstate(over="ignore"):
+            found = found ^ (dataset.column("score_group").astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return found
 
 
 def _masked(piece: Piece, mask: np.ndarray) -> Iterable[pa.Table]:

@@ -188,8 +188,12 @@ def _lists(block: RowBlock, counts: np.ndarray | None) -> Tensor | None:
     found = block.numbers.get("score_group")
     if found is None:
         return None
+    runs = np.cumsum(np.append(0, found[1:] != found[:-1]))
+    _, first, of = np.unique(found, return_index=True, return_inverse=True)
+    # Lists of one name that stand apart are of different caches, or splits.
+    lists = np.where(runs == runs[first][of], found.astype(np.int64), -(1 << 40) - runs)
     alone = -1 - np.arange(len(block))
-    return torch.from_numpy(found.astype(np.int64) if counts is None else np.where(counts, found, alone))
+    return torch.from_numpy(lists if counts is None else np.where(counts, lists, alone))
 
 
 def _shares(lists: Tensor) -> Tensor:

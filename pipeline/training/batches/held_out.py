@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cache.format.codec import hash_tokens
 from pipeline.errors import TrainingError
 from pipeline.records import is_known, offsets_of_counts
 from pipeline.tasks import Task
@@ -69,12 +70,12 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         rows: a data set of a cache.
         keep: (rows,) bool, the rows that teach; None: all.
         most: rows to hold out at most.
-        by: the column of hashes that rows which belong together share: those of one list, say.
+        by: the column whose value rows that belong together share, those of one list, say; `input_ids`: the same text, whatever its labels.
 
     Returns:
         None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
     """
-    hashes = rows.column(by)
+    hashes = _hashes_of_tokens(rows) if by == "input_ids" else rows.column(by)
     if by == "source_row":  # the masks of one text: in an order that says nothing of it
         hashes = hashes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
     teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
@@ -93,5 +94,13 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         return None
     measured = np.zeros(len(hashes), dtype=bool)
     measured[chosen] = True
+    if by == "score_group":  # the last list too is whole
+        measured = near & teach & np.isin(hashes, hashes[chosen])
     left = teach & ~np.isin(hashes, hashes[chosen])
     return HeldOut(measured, left, int(teach.sum() - measured.sum() - left.sum()))
+
+
+def _hashes_of_tokens(rows: Any) -> np.ndarray:
+    """(rows,) uint64."""
+    lists = rows.column("input_ids")
+    return np.fromiter((hash_tokens(each, None) for each in lists), dtype=np.uint64, count=len(lists))

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from pipeline.cache import Cache, CacheDataset
 from pipeline.cache.format.codec import tokens_of
+from pipeline.cache.format.moments import scale_of
 from pipeline.cache.format.rows import gather
 from pipeline.errors import ContractError, MisuseError, TrainingError
 from pipeline.records import NO_LABEL, CachedExample, Manifest, RowBlock, Segment, StudentBatch, Target
@@ -87,6 +88,8 @@ def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
         ("labels", ours.label_names, theirs.label_names),
         ("tokenizer", ours.tokenizer.sha256, theirs.tokenizer.sha256),
     ]
+    if not same_encoding:
+        _check_scales(first, other)
     if same_encoding:
         pairs.append(("encoding", ours.encoding, theirs.encoding))
     for name, expected, found in pairs:
@@ -94,6 +97,24 @@ def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
             raise ContractError(
                 f"{other.root}: {name}: expected {expected}, as {first.root} has, found {found}; one student cannot learn from both"
             )
+
+
+def _check_scales(first: Cache, other: Cache) -> None:
+    """Refuse teachers whose scores are in different units: one student cannot give both.
+
+    Raises:
+        ContractError: they are.
+    """
+    ours, theirs = scale_of(first.as_captured.manifest), scale_of(other.as_captured.manifest)
+    if ours is None or theirs is None or len(ours.std) != len(theirs.std):
+        return
+    if (np.abs(ours.mean - theirs.mean) > ours.std / 2).any() or not (
+        np.abs(np.log(theirs.std / ours.std)) < np.log(1.5)
+    ).all():
+        raise ContractError(
+            f"{other.root}: scores: expected a mean near {ours.mean.tolist()} and a standard deviation near {ours.std.tolist()}, as {first.root} has, found {theirs.mean.tolist()} and "
+            f"{theirs.std.tolist()}; teachers of one student need scores in one unit: train it from one cache"
+        )
 
 
 class AlignedDataset(Dataset[tuple[CachedExample, ...]]):

@@ -152,6 +152,9 @@ class BatchOrder(Sampler[Batch]):
             windows = [windows[i] for i in rng.permutation(len(windows))]
         starts = self.dataset.starts
         for window in windows:
+            window = (
+                window if self.lists is None else np.sort(window)
+            )  # a list that goes on in the next row group stays whole
             rows = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in window])
             if keep is not None:
                 rows = rows[keep[rows]]
@@ -198,17 +201,20 @@ def by_length(rows: np.ndarray, lengths: np.ndarray, most_rows: int, most_tokens
 
 
 def by_list(rows: np.ndarray, lists: np.ndarray, most_rows: int, rng: np.random.Generator | None) -> list[Batch]:
-    """Whole lists together in batches of at most so many rows; a longer list is cut.
+    """Whole lists together in batches of at most so many rows. A longer list is divided evenly, into other parts in every epoch.
 
     Args:
         rows: (R,) row numbers, those of one list next to each other.
         lists: (R,) the list of each.
-        rng: which lists share a batch, and the order of the batches, is drawn; None: they stay in order.
+        rng: which lists share a batch, and the order of the batches, is drawn; rows that are a list by themselves, and teach nothing, are left out. None:
+            all lists stay in order.
 
     The number of batches is a matter of the lists' lengths alone: the longest come first, and a batch is closed when the next does not fit.
     """
     cuts = np.flatnonzero(lists[1:] != lists[:-1]) + 1
-    whole = [part[i : i + most_rows] for part in np.split(rows, cuts) for i in range(0, len(part), most_rows)]
+    found = [part for part in np.split(rows, cuts) if len(part) > 1 or rng is None]
+    found = found if rng is None else [rng.permutation(part) if len(part) > most_rows else part for part in found]
+    whole = [piece for part in found for piece in np.array_split(part, -(-len(part) // most_rows))]
     if rng is not None:
         whole = [whole[i] for i in rng.permutation(len(whole))]
         whole.sort(key=lambda part: -len(part))  # stable

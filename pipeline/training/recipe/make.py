@@ -30,6 +30,7 @@ from pipeline.training.recipe.defaults import (
     choose_steps,
     evaluation_steps,
 )
+from pipeline.training.scores import BY_GROUP
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,10 @@ def make_recipe(
             choices.append(Choice("loss", _loss_text(loss), reason))
     if loss.hard_weight and loss.soft_weight:
         _warn_of_units(cache, config.split)
+    if loss.divergence in BY_GROUP and "score_group" in cache.manifest.contract.columns and cache.remote is None:
+        alone = _rows_alone(cache, config.split)
+        if alone:
+            choices.append(Choice("lists", f"{alone:,} rows left out", "each is compared with nothing"))
     arguments: dict[str, Any] = {"seed": config.seed, "save_total_limit": 2}
     chosen = {
         "learning_rate": ("learning rate", config.learning_rate, choose_learning_rate(known)),
@@ -142,6 +147,16 @@ def _warn_of_units(cache: Cache, splits: Sequence[str]) -> None:
                 "and the two terms of the loss pull apart; give --hard-weight 0, or cache with a teacher that was trained on these",
                 *(cache.where, output, known.mean(), known.std(), mean, std),
             )
+
+
+def _rows_alone(cache: Cache, splits: Sequence[str]) -> int:
+    """Rows that are a list by themselves."""
+    alone = 0
+    for split in splits:
+        groups = cache.dataset(split).column("score_group")
+        cuts = np.flatnonzero(np.append(True, groups[1:] != groups[:-1]))
+        alone += int((np.diff(np.append(cuts, len(groups))) == 1).sum())
+    return alone
 
 
 def _situation(config: TrainStudentConfig, cache: Cache, student: LoadedModel, mixture: Mixture | None) -> Situation:
@@ -206,7 +221,9 @@ def _measured(
     train = cache.dataset(config.split)
     keep = labelled_rows(train, task, cache.where) if needs_labels else None
     affordable = rows_per_step * evaluation_steps(steps, 0, rows_per_step) // 2
-    by = "score_group" if task.ranks else "source_row" if task.label_source == "hidden" else "content_hash"
+    by = "source_row" if task.label_source == "hidden" else "content_hash"
+    if task.target == "score":
+        by = "score_group" if task.ranks else "input_ids"
     held_out = hold_out(train, keep, min(MOST_ROWS, max(FEWEST_ROWS, affordable)), by=by)
     if held_out is None:
         return _Measured(0, f"{why}, and too few rows to hold some out")

@@ -22,20 +22,27 @@ from pipeline.records import Scale
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4
+#: On a model whose last layer is standardised now.
+_ACTIVE = "_scores_are_standardized"
 
 
 @contextmanager
 def standardized(model: Any, scale: Scale | None) -> Iterator[None]:
     """While a model is trained: its last layer standardised. None: it makes no scores."""
-    head = None if scale is None else _standardize(model, scale)
-    if scale is not None and head is None:
+    if scale is None or getattr(model, _ACTIVE, False):  # an evaluation within a training
+        yield
+        return
+    head = _standardize(model, scale)
+    if head is None:
         logger.warning(
             "%s: no linear layer gives its scores: it is trained in the unit of the data (mean %s, standard deviation %s), which takes long where that is far from 0 and 1",
             *(type(model).__name__, _listed(scale.mean), _listed(scale.std)),
         )
+    setattr(model, _ACTIVE, True)
     try:
         yield
     finally:
+        delattr(model, _ACTIVE)
         if head is not None:
             head.restore()
 
@@ -73,7 +80,14 @@ def _standardize(model: Any, learnt: Scale) -> _StandardHead | None:
         return None
     device = layer.weight.device
     shift = torch.as_tensor(learnt.mean, dtype=torch.float32, device=device)
-    shift = torch.zeros_like(shift) if layer.bias is None else shift
+    if layer.bias is None:
+        if (np.abs(learnt.mean) > learnt.std).any():
+            logger.warning(
+                "%s: its last layer has no bias, and the scores are far from 0 (mean %s, standard deviation %s): it learns them slowly or not at all; subtract the mean from the data, or "
+                "use a --divergence of lists",
+                *(type(model).__name__, _listed(learnt.mean), _listed(learnt.std)),
+            )
+        shift = torch.zeros_like(shift)
     scale = torch.as_tensor(learnt.std, dtype=torch.float32, device=device)
     if layer.bias is None or bool(layer.bias.any()):
         with torch.no_grad():
