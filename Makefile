@@ -30,7 +30,7 @@ BBC := $(BBC_ROWS) $(BBC_MODEL)
 SEVERAL := $(addprefix data/bbc_several/,train.jsonl validation.jsonl test.jsonl)
 SHARES := $(addprefix data/bbc_shares/,train.jsonl validation.jsonl test.jsonl)
 RANKING := $(addprefix data/bbc_ranking/,train.jsonl validation.jsonl test.jsonl)
-DATES := $(addprefix data/dates/,train.jsonl validation.jsonl test.jsonl t5/config.json)
+DATES := $(addprefix data/dates/,train.csv validation.csv test.csv t5/config.json)
 ENTITIES := $(addprefix data/entities/,train.jsonl validation.jsonl test.jsonl)
 LM_ROWS := $(addprefix data/bbc_lm/,train.jsonl test.jsonl)
 LM_MODEL := data/bbc_lm/smollm2/config.json
@@ -226,7 +226,7 @@ $(SHARES) &: data/bbc_shares/prepare.py data/bbc/articles.py | $(STAMP)
 $(RANKING) &: data/bbc_ranking/prepare.py data/bbc/articles.py | $(STAMP)
 	$(PY) -m data.bbc_ranking.prepare
 
-$(DATES) &: data/dates/prepare.py data/bbc/articles.py | $(STAMP)
+$(DATES) &: data/dates/prepare.py | $(STAMP)
 	$(PY) -m data.dates.prepare
 
 $(ENTITIES) &: data/entities/prepare.py data/entities/sentences.py | $(STAMP)

@@ -242,6 +242,10 @@ def _check_text(where: str, role: str, name: str, found: str) -> None:
     flag = _INPUT_FLAGS[role]
     if found == "nulls":
         hint = "every row is empty; name another column"
+    elif found.startswith("timestamp"):
+        hint = (
+            "JSON text that looks like a date is read as one; keep it as text in CSV or Parquet, or name another column"
+        )
     else:
         hint = "convert it to text, or name another column"
     raise SourceError(f"{where}: column {name!r} ({flag}): expected text, found {found}; {hint}")

@@ -1,3 +1,4 @@
+import datetime
 from typing import Any
 
 import datasets
@@ -65,6 +66,7 @@ def test_columns_that_contradict_each_other(columns: Columns, message: str) -> N
         (TEXT, Columns(text="id"), "'id' .--text-column.: expected text, found integers; convert it to text"),
         (data(text=[None, None]), Columns(), "expected text, found nulls; every row is empty"),
         (data(text=[["a"], ["b"]]), Columns(), "expected text, found lists of text"),
+        (data(text=[datetime.datetime(2026, 1, 2)]), Columns(), "found timestamp.* JSON text that looks like a date"),
         (
             TEXT,
             Columns(messages="text"),
