@@ -1049,7 +1049,7 @@ class Predictions:
     label_names: tuple[str, ...] | None = None
     """Of the classes, or of the positions of every row, where they have names."""
     groups: np.ndarray | None = None
-    """(R,) int64, rankings: the list of each row, numbered from 0. Intervals resample lists. None: each row is by itself."""
+    """(R,) int64: the list of each row of rankings, or the text of each mask, numbered from 0. Intervals resample these. None: each row is by itself."""
 
 
 @dataclass(frozen=True, slots=True)

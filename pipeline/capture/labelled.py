@@ -79,6 +79,8 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
             )
     if task.label_source in ("positions", "hidden", "target"):
         labels = _labels_of(task, row, number, num_names if supervised is None else int(supervised.sum()))
+    if task.label_source == "target" and supervised is not None:
+        labels = _target_of(row, number, ids, supervised)
     return TokenizedExample(
         source_row=number,
         piece=0,
@@ -129,6 +131,24 @@ def _labels_of(task: Task, row: LabelledRow, number: int, count: int) -> np.ndar
         if found != count:
             raise BadRowError(f"row {number}: {name}: expected {count}, one a supervised position, found {found}")
     return labels.astype(np.int32)
+
+
+def _target_of(row: LabelledRow, number: int, ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
+    """(N,) int32, the tokens of the target, which are the last of the row.
+
+    Raises:
+        BadRowError: no source before them, or labels that are other tokens.
+    """
+    first = int(supervised.argmax())
+    if not first or not supervised[first:].all():
+        raise BadRowError(
+            f"row {number}: supervised: expected the tokens of the target, behind one or more of the source"
+        )
+    if row.labels is not None and not np.array_equal(np.asarray(row.labels), ids[first:]):
+        raise BadRowError(
+            f"row {number}: labels: expected the tokens of the target, {ids[first:][:8].tolist()}, found {str(row.labels)[:80]}; leave them out"
+        )
+    return ids[first:]
 
 
 def check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contract) -> None:

@@ -43,7 +43,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         cache, students, split=config.split, batch_size=config.batch_size, base_models=bases, cache_dir=config.cache_dir
     )
     models = students if config.teacher is None else {"teacher": config.teacher, **students}
-    report = with_chrf(report, cache, models, config.write_rows, base_models=bases)
+    report = with_chrf(report, cache, students, config.teacher, config.write_rows, base_models=bases)
     if config.prompt:
         report = dataclasses.replace(
             report, continuations=continue_prompts(cache, models, config.prompt, base_models=bases)
@@ -58,6 +58,8 @@ def _opened(config: EvaluateConfig) -> tuple[dict[str, str], Cache, dict[str, st
     students = dict(name_and_path(student) for student in config.student)
     if len(students) < len(config.student):
         raise MisuseError("--student: two students have the same name; give NAME=DIR")
+    if config.teacher is not None and "teacher" in students:
+        raise MisuseError("--student: 'teacher' is the name of --teacher; give the student another one, as NAME=DIR")
     cache = Cache.open(
         config.cache, cache_dir=config.cache_dir, cache_bytes=parse_bytes("--cache-bytes", config.cache_bytes)
     )
@@ -284,7 +286,9 @@ def _predict(
 
 
 def lists_of(cache: Cache, split: str) -> np.ndarray | None:
-    """(R,) int64: the list of each row of a split, numbered from 0; None: rows are not ranked."""
+    """(R,) int64: the list of each row of a split, or the text of which it is a mask, numbered from 0; None: each row is by itself."""
+    if get_task(cache.manifest.contract.task).label_source == "hidden":
+        return np.unique(cache.dataset(split).column("source_row"), return_inverse=True)[1].astype(np.int64)
     if "score_group" not in cache.manifest.contract.columns:
         return None
     groups = cache.dataset(split).column("score_group")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pipeline.cache import Cache
 from pipeline.models import LoadedModel, pad_id
 from pipeline.progress import track
-from pipeline.records import EvaluationReport
+from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
 from pipeline.training.student import load_student
 
@@ -19,7 +19,8 @@ _MORE = 16
 def with_chrf(
     report: EvaluationReport,
     cache: Cache,
-    models: Mapping[str, str],
+    students: Mapping[str, str],
+    teacher: str | None,
     rows: int,
     *,
     base_models: Mapping[str, str] | None = None,
@@ -27,26 +28,24 @@ def with_chrf(
     """Add `chrf` to the metrics of each model that writes target texts; a report of another task is returned as it is.
 
     Args:
-        models: name, as in the report, -> directory or hub name. The teacher is loaded where it is among them.
+        students: name, as in the report, -> directory or hub name.
+        teacher: the same of the teacher; None: it is not loaded, and has no `chrf`.
         rows: of the split, the first ones.
     """
     if get_task(report.task).label_source != "target" or not rows:
         return report
-    found = {}
-    for name, path in models.items():
-        base = (base_models or {}).get(name)
-        found[name] = chrf(
-            cache,
-            load_student(cache.manifest.contract, path, new_head=False, base_model=base),
-            name,
-            report.split,
-            rows,
-        )
-    lines = [
-        dataclasses.replace(line, metrics={**line.metrics, "chrf": found[line.name]}) if line.name in found else line
-        for line in (report.teacher, *report.students)
-    ]
-    return dataclasses.replace(report, teacher=lines[0], students=tuple(lines[1:]))
+
+    def scored(line: ModelEvaluation, path: str, base: str | None = None) -> ModelEvaluation:
+        model = load_student(cache.manifest.contract, path, new_head=False, base_model=base)
+        found = chrf(cache, model, line.name, report.split, rows)
+        return dataclasses.replace(line, metrics={**line.metrics, "chrf": found})
+
+    bases = base_models or {}
+    return dataclasses.replace(
+        report,
+        teacher=report.teacher if teacher is None else scored(report.teacher, teacher),
+        students=tuple(scored(line, students[line.name], bases.get(line.name)) for line in report.students),
+    )
 
 
 def chrf(cache: Cache, model: LoadedModel, name: str, split: str, rows: int) -> float:

@@ -29,6 +29,8 @@ def detect_task(name: str, *, trust_remote_code: bool = False, base_model: str |
         config = load_config(base, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]
         tasks = [task for task in TASKS.values() if architecture in _class_names(task.auto_class)]
+        if config.is_encoder_decoder:  # BART stands among the models of masks too
+            tasks.sort(key=lambda task: task.label_source != "target")
         stated = [task for task in tasks if task.problem_type == config.problem_type]
         found = next(iter([*stated, *tasks]), None)
         what = f"the architecture {architecture!r}"

@@ -30,6 +30,9 @@ from pipeline.models.vocabulary import (
     with_vocabulary,
 )
 
+#: Part of the name of a weight that the first layer of each list alone may have.
+_OF_FIRST_LAYER = "relative_attention_bias"
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -201,18 +204,11 @@ def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: Ne
             if old == int(match[2]):
                 chosen[f"{match[1]}.{new}.{match[3]}"] = tensor
     student: Any = type(teacher)(config)
-    for name in (
-        student.state_dict().keys() - chosen.keys()
-    ):  # what the first layer of a list alone has: positions of T5
-        match = pattern.fullmatch(name)
-        first = None if match is None else f"{match[1]}.0.{match[3]}"
-        if match is not None and match[2] == "0" and first in weights:
-            chosen[name] = weights[first]
-    for name in (
-        chosen.keys() - student.state_dict().keys()
-    ):  # the same, of a first layer that is not the student's first
-        if pattern.fullmatch(name) is not None:
-            del chosen[name]
+    if teacher.config.is_encoder_decoder:  # T5: the first layer of a list alone has the biases of relative positions
+        for name in weights.keys() & student.state_dict().keys():
+            if _OF_FIRST_LAYER in name:
+                chosen.setdefault(name, weights[name])
+        chosen = {name: t for name, t in chosen.items() if _OF_FIRST_LAYER not in name or name in student.state_dict()}
     if vocabulary is not None:
         check_shapes(student, chosen)
     student.to(teacher.dtype).load_state_dict(chosen)
@@ -228,15 +224,19 @@ def _layer_lists(model: PreTrainedModel, total: int) -> list[str]:
     """
     if not model.config.is_encoder_decoder:
         return [_layer_list(model, total)]
-    parts = {
-        name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ("encoder", "decoder")
+    found = {
+        f"{name}.{child}": len(layers)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("encoder", "decoder")
+        for child, layers in module.named_children()
+        if isinstance(layers, nn.ModuleList)
     }
-    found = [f"{name}.{_layer_list(module, total)}" for name, module in parts.items()]
-    if len(found) != 2:
+    if list(found.values()) != [total, total]:
+        lists = ", ".join(f"{name} of {count}" for name, count in found.items()) or "none"
         raise ModelError(
-            f"{type(model).__name__}: found no encoder and decoder to choose layers from; use --num-layers, --hidden-size, --num-heads"
+            f"{type(model).__name__}: expected an encoder and a decoder of {total} layers each to choose from, found lists: {lists}; use --num-layers, --hidden-size, --num-heads"
         )
-    return found
+    return list(found)
 
 
 def _layer_list(model: nn.Module, total: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ from pipeline.records import BadRow, Example, TextPrediction, Tokenization, Toke
 from pipeline.tasks import Task, check_ids, embedding_rows
 
 logger = logging.getLogger(__name__)
+
+#: Tokens looked at for each one that is shown: several may have the same text.
+_CANDIDATES = 4
 
 
 def run(config: PredictConfig) -> Iterator[TextPrediction]:
@@ -73,15 +77,24 @@ def fill_masks(loaded: LoadedModel, texts: Sequence[str], *, max_length: int, to
             )
         with torch.inference_mode():
             logits = model(**inputs).logits[0, places].float()  # (masks, V)
-        found = torch.softmax(logits, -1).topk(min(top, logits.shape[-1]))
-        names = [[str(tokenizer.decode([i])).strip() for i in ids] for ids in found.indices.tolist()]
-        shares = found.values.tolist()
+        found = torch.softmax(logits, -1).topk(min(_CANDIDATES * top, logits.shape[-1]))
+        named = [
+            _by_name(tokenizer, ids, top) for ids in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        ]
         if len(places) == 1:
-            yield TextPrediction(text, dict(zip(names[0], shares[0], strict=True)))
+            yield TextPrediction(text, named[0])
         else:
             mask = str(tokenizer.mask_token)
-            words = tuple(WordPrediction(mask, name[0], share[0]) for name, share in zip(names, shares, strict=True))
+            words = tuple(WordPrediction(mask, *next(iter(each.items()))) for each in named)
             yield TextPrediction(text, words=words)
+
+
+def _by_name(tokenizer: Any, found: tuple[list[int], list[float]], top: int) -> dict[str, float]:
+    """The probabilities of the likeliest tokens by their text; of tokens that differ in spaces only (`the`, ` the`) the likelier one."""
+    names: dict[str, float] = {}
+    for i, share in zip(*found, strict=True):
+        names.setdefault(str(tokenizer.decode([i])).strip(), share)
+    return dict(itertools.islice(names.items(), top))
 
 
 def give_scores(

@@ -160,11 +160,12 @@ class MaskedLM:
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Negative log-likelihoods, and positions."""
-        rows = len(predictions.row_text_bytes)
+        """Negative log-likelihoods, and positions; of the masks of one text together, since they depend on each other."""
+        texts = np.arange(len(predictions.row_text_bytes)) if predictions.groups is None else predictions.groups
+        owner, count = texts[predictions.rows], 1 + int(texts.max(initial=-1))
         return (
-            np.bincount(predictions.rows, weights=predictions.nll, minlength=rows),
-            np.bincount(predictions.rows, minlength=rows).astype(np.float64),
+            np.bincount(owner, weights=predictions.nll, minlength=count),
+            np.bincount(owner, minlength=count).astype(np.float64),
         )
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from pipeline.errors import MisuseError
+from pipeline.errors import MisuseError, ModelError
 from pipeline.metrics import accuracy, expected_calibration_error, perplexity
 from pipeline.records import (
     NO_LABEL,
@@ -92,6 +93,10 @@ class Seq2SeqLM:
         """As they are."""
         if chats:
             raise MisuseError(f"--task {self.name} reads plain texts, and the prompts of this data set are chats")
+        if settings.max_length < 2:
+            raise MisuseError(
+                f"--max-length {settings.max_length}: expected 2 or more, a token of the source and one of the target"
+            )
         return settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -175,10 +180,25 @@ class Seq2SeqLM:
 
 
 def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `forward` takes in place of `labels`: the tokens that the decoder reads, as the model itself makes them of the targets."""
+    """What `forward` takes in place of `labels`: the tokens that the decoder reads, as the model itself makes them of the targets.
+
+    A model without a method for that (NLLB, Blenderbot) reads the targets behind its start token, as its own `forward` does.
+
+    Raises:
+        ModelError: the model names no start token.
+    """
     found = dict(inputs)
     labels = found.pop("labels")
-    return {**found, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return {**found, "decoder_input_ids": shift(labels=labels)}
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or padding is None:
+        raise ModelError(
+            f"{type(model).__name__}: its configuration has no decoder_start_token_id or no pad_token_id; set both in config.json"
+        )
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return {**found, "decoder_input_ids": shifted.masked_fill(shifted == NO_LABEL, padding)}
 
 
 def _row(example: Example, split: str, source: list[int], target: list[int], longest: int) -> TokenizedExample | BadRow:

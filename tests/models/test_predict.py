@@ -20,7 +20,7 @@ from pipeline.errors import MisuseError, ModelError, SourceError
 from pipeline.evaluation.run import evaluate
 from pipeline.models import predict
 from pipeline.models.detect import detect_task
-from pipeline.models.predict import run
+from pipeline.models.predict import _by_name, run
 from pipeline.training.run import run as train
 from tests.conftest import tiny_model
 from tests.support.once import once
@@ -170,3 +170,11 @@ def test_one_score_is_no_distribution(bert_tokenizer, save_teacher):
     with pytest.raises(ModelError, match="at least 2 exclusive labels"):
         list(run(PredictConfig(model=str(path), text=("a",))))
     assert torch.is_grad_enabled()
+
+
+def test_tokens_that_differ_in_spaces_are_shown_once():
+    class Spaced:
+        def decode(self, ids: list[int]) -> str:
+            return [" the", "the", "a", " a", "an"][ids[0]]
+
+    assert _by_name(Spaced(), ([0, 1, 2, 3, 4], [0.5, 0.2, 0.1, 0.05, 0.01]), 2) == {"the": 0.5, "a": 0.1}

@@ -24,9 +24,11 @@ from pipeline.config import AuditConfig, DataConfig, EstimateConfig, PredictConf
 from pipeline.errors import ContractError, MisuseError, ModelError, SourceError
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.report.report import report
+from pipeline.evaluation.run import lists_of, predictions_of_teacher
 from pipeline.models.detect import detect_task
 from pipeline.models.predict import run as predict
 from pipeline.records import Full, Masking, Sampled
+from pipeline.tasks import get_task
 from pipeline.training.batches.held_out import hold_out
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS
@@ -137,13 +139,39 @@ def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, 
     assert student.kl < 0.3 * before.kl
 
 
-def test_the_masks_of_a_text_are_held_out_together(cache):
+def test_the_masks_of_a_text_are_held_out_together(tmp_path, cache, teacher):
     dataset = cache.dataset("train")
-    found = hold_out(dataset, None, by="source_row")
+    found = hold_out(dataset, None, by="position_labels")
     assert found is not None
     rows = dataset.column("source_row")
     assert not set(rows[found.measured]) & set(rows[found.left])
     assert rows[found.measured].max() > 200  # from all over the split
+    few = sentences(3, 250)  # each text in two rows, whose masks differ
+    twice = softlabel.cache_logits(
+        str(teacher), DatasetDict(train=Dataset.from_dict({"text": few + few})), tmp_path / "twice", task=TASK
+    ).dataset("train")
+    found = hold_out(twice, None, by="position_labels")
+    assert found is not None
+    rows = twice.column("source_row") % 250
+    assert not {few[i] for i in rows[found.measured]} & {few[i] for i in rows[found.left]}
+
+
+def test_intervals_resample_texts_not_masks(tmp_path, teacher, bert_tokenizer):
+    test = DatasetDict(test=Dataset.from_dict({"text": sentences(4, 60)}))
+    widths = {}
+    for copies in (1, 16):
+        made = softlabel.cache_logits(
+            str(teacher), test, tmp_path / f"{copies}", task=TASK, masking=Masking(copies=copies, share=0.5)
+        )
+        blocks = made.dataset("test").blocks()
+        predictions = predictions_of_teacher(get_task(TASK), blocks, 1.0, None, lists_of(made, "test"))
+        assert predictions.groups is not None
+        assert predictions.groups.max() == 59
+        scores, weights = get_task(TASK).row_scores(predictions)
+        assert len(scores) == len(weights) == 60
+        assert scores.sum() / weights.sum() == pytest.approx(predictions.nll.mean())
+        widths[copies] = len(predictions.row_text_bytes)
+    assert widths[16] == 16 * widths[1]
 
 
 def test_pages_show_the_hidden_tokens(tmp_path, cache, teacher, bert_tokenizer):

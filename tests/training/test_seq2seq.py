@@ -21,6 +21,8 @@ from pipeline.cache.views.inspection import describe
 from pipeline.cache.views.page import write_page
 from pipeline.capture.audit import run as audit
 from pipeline.capture.estimate.run import run as estimate
+from pipeline.capture.labelled import LabelledRow
+from pipeline.capture.write import write_cache
 from pipeline.config import (
     AuditConfig,
     DataConfig,
@@ -30,7 +32,7 @@ from pipeline.config import (
     ReportConfig,
     TrainTeacherConfig,
 )
-from pipeline.errors import BadRowError, ContractError, MisuseError
+from pipeline.errors import BadRowError, ContractError, MisuseError, ModelError
 from pipeline.evaluation.report.report import report
 from pipeline.evaluation.run import run as evaluate
 from pipeline.evaluation.table import format_table
@@ -268,6 +270,54 @@ def test_estimate_audit_merge_and_lora(tmp_path, cache, teacher, caplog):
     assert detect_task(str(tmp_path / "lora")).name == TASK
 
 
+@pytest.mark.parametrize("kind", ["bart", "m2m_100", "blenderbot"])
+def test_other_architectures(tmp_path, bert_tokenizer, kind):
+    """BART is an architecture of masks too; M2M (NLLB) and Blenderbot have no method that makes the decoder's input."""
+    set_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(bert_tokenizer), **{**LAYERS["bart"], "decoder_start_token_id": 2, "eos_token_id": 3}
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "teacher")
+    bert_tokenizer.save_pretrained(tmp_path / "teacher")
+    assert detect_task(str(tmp_path / "teacher")).name == TASK
+    data = texts()["train"].select(range(8))
+    made = softlabel.cache_logits(
+        str(tmp_path / "teacher"), data, tmp_path / "cache", task=TASK, columns=PAIRS, encoding=Full()
+    )
+    for row, source, target in zip(made.dataset("train"), data["source"], data["target"], strict=True):
+        labels = bert_tokenizer(text_target=target, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            expected = model(**bert_tokenizer(source, return_tensors="pt"), labels=labels).logits[0]
+        torch.testing.assert_close(
+            row.soft.top_logprobs.view_as(expected), expected.log_softmax(-1), rtol=1e-4, atol=1e-4
+        )
+    train(made, tmp_path / "teacher", tmp_path / "student", max_steps=1)
+    (found,) = predict(PredictConfig(model=str(tmp_path / "student"), text=("a dog",), max_new_tokens=3))
+    assert found.target is not None
+
+
+def test_rows_of_ones_own(tmp_path, cache, teacher, bert_tokenizer):
+    def row(**given: Any) -> LabelledRow:
+        flags = [False, False, True, True]
+        return LabelledRow([5, 6, 7, 3], logits=torch.randn(2, len(bert_tokenizer)), **{"supervised": flags, **given})
+
+    settings: dict[str, Any] = {"task": TASK, "tokenizer": bert_tokenizer, "encoding": Sampled(4.0), "teacher": "mine"}
+    (found,) = write_cache([row()], tmp_path / "a", **settings).dataset("train")
+    assert found.example.labels.tolist() == [7, 3]
+    for given, expected in (
+        ({"labels": [7, 4]}, "row 0: labels: expected the tokens of the target, .7, 3., found .7, 4."),
+        ({"supervised": [True, True, False, False]}, "row 0: supervised: expected the tokens of the target, behind"),
+        ({"supervised": [False, True, True, False]}, "row 0: supervised: expected the tokens of the target, behind"),
+    ):
+        with pytest.raises(BadRowError, match=expected):
+            write_cache([row(**given)], tmp_path / "b", **settings)
+    with pytest.raises(MisuseError, match="'teacher' is the name of --teacher"):
+        evaluate(EvaluateConfig(cache=str(cache.root), student=(f"teacher={teacher}",), teacher=str(teacher)))
+    with pytest.raises(MisuseError, match="--max-length 1: expected 2 or more"):
+        softlabel.cache_logits(str(teacher), texts(), tmp_path / "c", task=TASK, columns=PAIRS, max_length=1)
+
+
 LAYERS = {
     "t5": {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 2, "pad_token_id": 0, "decoder_start_token_id": 0},
     "bart": {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
@@ -296,6 +346,12 @@ def test_students_are_made_of_layers_or_of_a_shape(tmp_path, bert_tokenizer, kin
     small = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "small")
     assert made.num_layers == 2
     ids = torch.tensor([[5, 6, 7]])
+    uneven = "num_decoder_layers" if kind == "t5" else "decoder_layers"
+    config = AutoConfig.for_model(kind, vocab_size=len(bert_tokenizer), **{**LAYERS[kind], uneven: 2})
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "uneven")
+    bert_tokenizer.save_pretrained(tmp_path / "uneven")
+    with pytest.raises(ModelError, match=r"expected an encoder and a decoder of 3 layers each to choose from, found"):
+        make_student(str(tmp_path / "uneven"), tmp_path / "no", layers=(0, 1))
     for model in (copied, small):
         assert model(input_ids=ids, labels=ids).logits.shape == (1, 3, len(bert_tokenizer))
         lists = [name for name, _ in model.named_modules() if re.fullmatch(r".*(block|layers)\.\d+", name)]

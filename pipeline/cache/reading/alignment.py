@@ -55,7 +55,7 @@ def check_alignment(
         blocks = list(spread_blocks(cache, splits or cache.splits))
         probe = probe_alignment(blocks)
         if probe is None:
-            _warn_of_chance(name, blocks)
+            _warn_of_chance(name, blocks, "words" if cache.manifest.contract.label_names else "positions")
     if probe is None:
         return None
     if probe.verdict == "inconclusive":
@@ -98,10 +98,10 @@ def _labels(block: RowBlock) -> np.ndarray | None:
     return block.lists["position_labels"].values if "position_labels" in block.lists else block.numbers.get("label")
 
 
-def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
+def _warn_of_chance(name: str, blocks: Sequence[RowBlock], unit: str) -> None:
     """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same.
 
-    Of scores, where they go along with those of the data no more than chance makes them.
+    Of scores, where they go along with those of the data no more than chance makes them. `unit`: what has a label, where rows have several.
     """
     if any(isinstance(block.encoding, Score) for block in blocks):
         _warn_of_no_correlation(name, blocks)
@@ -125,7 +125,7 @@ def _warn_of_chance(name: str, blocks: Sequence[RowBlock]) -> None:
             name,
             100 * agreement,
             count,
-            "words" if any("position_labels" in block.lists for block in blocks) else "rows",
+            unit if any("position_labels" in block.lists for block in blocks) else "rows",
             100 * chance,
         )
 

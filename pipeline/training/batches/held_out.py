@@ -70,14 +70,13 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         rows: a data set of a cache.
         keep: (rows,) bool, the rows that teach; None: all.
         most: rows to hold out at most.
-        by: the column whose value rows that belong together share, those of one list, say; `input_ids`: the same text, whatever its labels.
+        by: the column whose value rows that belong together share, those of one list, say; `input_ids`: the same text, whatever its
+            labels; `position_labels`: the same text, whatever its masks.
 
     Returns:
         None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
     """
-    hashes = _hashes_of_tokens(rows) if by == "input_ids" else rows.column(by)
-    if by == "source_row":  # the masks of one text: in an order that says nothing of it
-        hashes = hashes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
+    hashes = rows.column(by) if by in ("content_hash", "score_group") else _hashes_of_tokens(rows, by)
     teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
     count = min(int(teach.sum() * _SHARE), most)
     if count < FEWEST_ROWS:
@@ -100,7 +99,19 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
     return HeldOut(measured, left, int(teach.sum() - measured.sum() - left.sum()))
 
 
-def _hashes_of_tokens(rows: Any) -> np.ndarray:
-    """(rows,) uint64."""
+def _hashes_of_tokens(rows: Any, by: str) -> np.ndarray:
+    """(rows,) uint64, with hidden tokens put back where asked for."""
     lists = rows.column("input_ids")
+    if by == "position_labels":
+        lists = [
+            _put_back(*row)
+            for row in zip(lists, rows.column("supervised"), rows.column("position_labels"), strict=True)
+        ]
     return np.fromiter((hash_tokens(each, None) for each in lists), dtype=np.uint64, count=len(lists))
+
+
+def _put_back(ids: Any, hidden: Any, labels: Any) -> np.ndarray:
+    """(T,) the tokens before they were hidden."""
+    found = np.array(ids)
+    found[np.asarray(hidden, dtype=bool)] = labels
+    return found
