@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.cache.views.units import position_name
+from pipeline.cache.views.units import position_name, resampled_name
 from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
@@ -74,8 +74,9 @@ def format_table(report: EvaluationReport) -> str:
             f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a {unit}",
         ]
     if metrics:
-        over = "lists" if task.ranks else "rows"
-        notes.append(f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over {over}")
+        notes.append(
+            f"retention: {report.main_metric} kept of the teacher's; interval by bootstrap over {resampled_name(task)}s"
+        )
     else:
         notes.append("the split has no hard labels: students are compared with the teacher alone")
     title = f"{report.task}, split {report.split}: {report.rows} rows, {report.positions} {unit}s"

@@ -198,6 +198,9 @@ def test_pages_show_the_hidden_tokens(tmp_path, cache, teacher, bert_tokenizer):
     )  # fmt: skip
     assert found.slice_kind.startswith("hidden token, by how often")
     assert "fill-mask" in (tmp_path / "a" / "README.md").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "rows that are resampled are all masks of a text" in page
+    assert "Intervals resample texts" in page
 
 
 def test_what_is_refused(tmp_path, cache, teacher, lm_tokenizer, bert_tokenizer):

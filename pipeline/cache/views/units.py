@@ -26,6 +26,13 @@ def position_name(task: Task) -> str:
     return {"words": "word", "labels": "label", "scores": "score"}.get(unit_of(task), "position")
 
 
+def resampled_name(task: Task) -> Literal["list", "text", "row"]:
+    """What intervals resample, since its positions depend on each other: `Predictions.groups`, or rows."""
+    if task.ranks:
+        return "list"
+    return "text" if task.label_source == "hidden" else "row"
+
+
 def classes_of(contract: Contract) -> tuple[str, ...] | None:
     """The names of the classes of a position; None: they are tokens."""
     return ("no", "yes") if get_task(contract.task).names == "positions" else contract.label_names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.cache.views.units import position_name
+from pipeline.cache.views.units import position_name, resampled_name
 from pipeline.evaluation.measures.determinants import QUESTIONS
 from pipeline.evaluation.records import Measured, Quality, Report, TeacherLine
 from pipeline.evaluation.report.cost_section import cost_section
@@ -48,8 +48,9 @@ def quality_table(report: Report) -> Table:
     kind = "over" if report.higher_is_better else "under"
     notes.append(f"retention: {main} {kind} the teacher's, in percent")
     notes.append(f"in brackets: {_of_intervals(report)}")
-    if get_task(report.task).ranks:
-        notes.append("rows that are resampled are whole lists")
+    whole = {"list": "whole lists", "text": "all masks of a text"}.get(resampled_name(get_task(report.task)))
+    if whole is not None:
+        notes.append(f"rows that are resampled are {whole}")
     if report.tokenizer_notes:
         notes.append("-: of tokens that are not the teacher's, and no number to compare")
     caption = f"{report.rows:,} rows, {report.positions:,} {unit(report)} of the split {report.split}"
@@ -322,10 +323,10 @@ def _determinants(report: Report) -> Section | None:
 def _how(report: Report) -> Section:
     caches = "; ".join(f"{t.name}: {t.cache}, cache {t.cache_id[:16]}" for t in report.teachers)
     best = next(line for line in report.quality if line.name == report.verdict.student)
-    lists = "list" if get_task(report.task).ranks else "row"
+    each = resampled_name(get_task(report.task))
     text = (
         f"Task {report.task}, encoding {report.encoding}. {caches}. Teachers' figures come from the caches; no teacher was loaded for them.",
         f"The answer is about {report.verdict.student}, {report.verdict.chosen}; {uncertainty(best.retention, best.num_seeds)}.",
-        f"Intervals resample {lists}s, all models together, since {unit(report)} of one {lists} depend on each other and a {lists} that is hard is hard for all.",
+        f"Intervals resample {each}s, all models together, since {unit(report)} of one {each} depend on each other and a {each} that is hard is hard for all.",
     )
     return Section("how", "How this was measured", text)
