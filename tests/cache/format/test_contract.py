@@ -20,6 +20,7 @@ from pipeline.records import (
     Encoding,
     Full,
     JudgeInfo,
+    Masking,
     ModelInfo,
     Sampled,
     ServerInfo,
@@ -88,6 +89,7 @@ OTHERS: dict[str, Any] = {
     "rows": (0, 7),
     "unlabelled_sources": (UnlabelledSource("u.csv", None, 5),),
     "judge": JudgeInfo(("{{ text }}",), "plain", ("good", "bad"), ("train:3",), 7),
+    "masking": Masking(),
     "server": ServerInfo("vllm", "1", 20, 1e-5, {"dtype": "float16"}),
 }
 
@@ -98,11 +100,17 @@ def judged(plain: Contract) -> Contract:
     return dataclasses.replace(plain, teacher=teacher)
 
 
+def masked(plain: Contract) -> Contract:
+    """Of hidden tokens."""
+    return dataclasses.replace(plain, tokenization=dataclasses.replace(plain.tokenization, masking=Masking(copies=2)))
+
+
 CASES = [
     pytest.param(base, changed, path, id=f"{name}-{path}")
     for name, base in (
         *((encoding.kind, contract(encoding)) for encoding in (Full(), TopK(2), TopP(0.5), Sampled(6.0))),
         ("judged", judged(contract(Full()))),
+        ("masked", masked(contract(Full()))),
     )
     for path, changed in mutations(base)
 ]
@@ -124,7 +132,9 @@ def test_a_capture_with_one_other_setting_is_refused_and_the_setting_named(base,
     shards = (ShardPlan("train-00000", "train", 0, 3),)
     with pytest.raises(ContractError, match=re.escape(f"holds another capture: contract.{path}")):
         check_same_contract(Plan(changed, shards), Plan(base, shards), Path("there"))
-    again = contract(base.encoding) if base.teacher.judge is None else judged(contract(base.encoding))
+    again = contract(base.encoding)
+    again = again if base.teacher.judge is None else judged(again)
+    again = again if base.tokenization.masking is None else masked(again)
     check_same_contract(Plan(base, shards), Plan(again, shards), Path("there"))
 
 

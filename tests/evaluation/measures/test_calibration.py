@@ -99,6 +99,7 @@ class FakeCache:
 
     class manifest:  # noqa: N801
         class contract:  # noqa: N801
+            task = "sequence-classification"
             num_classes = 5
             label_names = None
             columns = ("label",)
