@@ -185,7 +185,11 @@ def _count(config: Any) -> int:
 
 
 def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: NewVocabulary | None) -> PreTrainedModel:
-    """A model of the same class with fewer layers, weights copied; embeddings and head of another vocabulary are made of the teacher's."""
+    """A model of the same class with fewer layers, weights copied; embeddings and head of another vocabulary are made of the teacher's.
+
+    Raises:
+        ModelError: a layer is of another kind than the student has in its place.
+    """
     total = teacher.config.get_text_config().num_hidden_layers
     config = _resized(teacher.config, list(layers))
     prefixes = _layer_lists(teacher, total)
@@ -211,7 +215,12 @@ def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: Ne
         chosen = {name: t for name, t in chosen.items() if _OF_FIRST_LAYER not in name or name in student.state_dict()}
     if vocabulary is not None:
         check_shapes(student, chosen)
-    student.to(teacher.dtype).load_state_dict(chosen)
+    missing, unexpected = student.to(teacher.dtype).load_state_dict(chosen, strict=False)
+    if missing or unexpected:
+        raise ModelError(
+            f"{type(teacher).__name__}: layers {', '.join(map(str, layers))} do not fit in their new places, where layers are of another kind (mixtures of experts "
+            f"behind a dense layer, say): {len(missing)} weights would be missing, such as {min(missing, default='none')}; choose others, or use --num-layers, --hidden-size, --num-heads"
+        )
     result: PreTrainedModel = student
     return result
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import pipeline as softlabel
+from pipeline.errors import ModelError
+from pipeline.models.initialize import make_student
 from pipeline.models.start import start_of
 from tests.conftest import tiny_model
 
@@ -39,3 +41,15 @@ def test_a_file_that_is_no_json_is_passed_over(tmp_path):
     tiny_model("llama", 50).save_pretrained(tmp_path)
     (tmp_path / "student-start.json").write_text("{")
     assert start_of(AutoModelForCausalLM.from_pretrained(tmp_path), str(tmp_path)) == "random"
+
+
+def test_layers_of_another_kind_do_not_fit_in_the_place_of_the_first(lm_tokenizer, tmp_path):
+    """Its first layer is dense, the others are mixtures of experts."""
+    config = AutoConfig.for_model(
+        "qwen2_moe", vocab_size=len(lm_tokenizer), hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2,
+        shared_expert_intermediate_size=8, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, mlp_only_layers=[0],
+    )  # fmt: skip
+    teacher = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match=r"layers 2, 3 do not fit in their new places.* such as model.layers.0.mlp"):
+        make_student(teacher, tmp_path / "a", layers=(2, 3), tokenizer=lm_tokenizer)
+    assert make_student(teacher, tmp_path / "b", layers=(0, 3), tokenizer=lm_tokenizer).layers == (0, 3)
