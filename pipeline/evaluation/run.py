@@ -130,7 +130,7 @@ def evaluate(
     rows = opened.dataset(split)
     counted = track(rows.blocks(), "teacher's labels", len(rows), size=len)
     teacher_predictions = predictions_of_teacher(
-        task, counted, default_temperature(contract.encoding, 1.0), contract.label_names, lists_of(opened, split)
+        task, counted, default_temperature(contract.encoding, 1.0), contract.label_names, groups_of(opened, split)
     )
     labelled = int(is_known(teacher_predictions.labels).sum())
     warn_of_doubts(teacher_predictions, "teacher", split)
@@ -280,12 +280,12 @@ def _predict(
         row_kl=np.concatenate(kl),
         row_text_bytes=np.concatenate(text_bytes),
         label_names=cache.manifest.contract.label_names,
-        groups=lists_of(cache, split),
+        groups=groups_of(cache, split),
     )
     return predictions, float(predictions.row_kl.sum() / max(compared, 1))
 
 
-def lists_of(cache: Cache, split: str) -> np.ndarray | None:
+def groups_of(cache: Cache, split: str) -> np.ndarray | None:
     """(R,) int64: the list of each row of a split, or the text of which it is a mask, numbered from 0; None: each row is by itself."""
     if get_task(cache.manifest.contract.task).label_source == "hidden":
         return np.unique(cache.dataset(split).column("source_row"), return_inverse=True)[1].astype(np.int64)

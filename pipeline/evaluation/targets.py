@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from pipeline.cache import Cache
 from pipeline.models import LoadedModel, pad_id
+from pipeline.models.predict import write_targets
 from pipeline.progress import track
 from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
@@ -61,14 +62,6 @@ def chrf(cache: Cache, model: LoadedModel, name: str, split: str, rows: int) -> 
         batch = [dataset[i].example for i in range(start, min(start + size, count))]
         inputs, _ = task.collate(batch, pad_id(model.tokenizer, model.model))
         labels = [example.labels for example in batch if example.labels is not None]
-        made = model.model.generate(  # type: ignore[operator]
-            input_ids=inputs["input_ids"].to(model.model.device),
-            attention_mask=inputs["attention_mask"].to(model.model.device),
-            max_new_tokens=max(map(len, labels)) + _MORE,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-        )
-        written += model.tokenizer.batch_decode(made, skip_special_tokens=True)
+        written += write_targets(model, inputs, max(map(len, labels)) + _MORE)
         expected += model.tokenizer.batch_decode([each.tolist() for each in labels], skip_special_tokens=True)
-    return float(corpus_chrf([text.strip() for text in written], [[text.strip() for text in expected]]).score)
+    return float(corpus_chrf(written, [[text.strip() for text in expected]]).score)

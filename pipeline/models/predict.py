@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
     elif task.label_source == "target":
         for text in texts:
-            yield TextPrediction(text, target=write_target(loaded, text, config.max_new_tokens, longest))
+            source = loaded.tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
+            yield TextPrediction(text, target=write_targets(loaded, source, config.max_new_tokens)[0])
     elif task.label_source == "hidden":
         yield from fill_masks(loaded, texts, max_length=longest, top=config.top)
     elif task.target == "score":
@@ -48,16 +49,17 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
         yield from classify(task, loaded, texts, max_length=longest, top=config.top, batch_size=task.default_eval_rows)
 
 
-def write_target(loaded: LoadedModel, text: str, max_new_tokens: int, max_length: int) -> str:
-    """What an encoder-decoder makes of a text, greedily."""
-    inputs = loaded.tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt").to(loaded.model.device)
+def write_targets(loaded: LoadedModel, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
+    """What an encoder-decoder makes of B texts, greedily.
+
+    Args:
+        inputs: `input_ids` and `attention_mask`, (B, S) each.
+    """
     model: Any = loaded.model
+    sources = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        made = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-            do_sample=False, num_beams=1, use_cache=True,
-        )  # fmt: skip
-    return str(loaded.tokenizer.decode(made[0], skip_special_tokens=True)).strip()
+        made = model.generate(**sources, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True)
+    return [str(text).strip() for text in loaded.tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 
 def fill_masks(loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int) -> Iterator[TextPrediction]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError
-from pipeline.metrics import accuracy, bits_per_byte, expected_calibration_error, perplexity
+from pipeline.metrics import bits_per_byte
 from pipeline.records import (
     BadRow,
     Columns,
@@ -33,7 +33,7 @@ from pipeline.records import (
 from pipeline.tasks.chats import check_chat_settings, settle
 from pipeline.tasks.documents import Document, read_documents
 from pipeline.tasks.protocol import attention_mask, pad, token_block
-from pipeline.tasks.token_heads import supervised_logits, vocabulary_size
+from pipeline.tasks.token_heads import nll_by_group, supervised_logits, token_metrics, vocabulary_size
 
 _USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -164,25 +164,17 @@ class CausalLM:
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Loss, perplexity, bits per byte, next-token accuracy and calibration."""
-        loss = float(
-            predictions.nll.mean()
-        )  # every position has a label; nan where a cache does not know its likelihood
-        correct = predictions.predicted == predictions.labels
+        found = token_metrics(predictions)
         return {
-            "loss": loss,
-            "perplexity": perplexity(loss),
+            "loss": found.pop("loss"),
+            "perplexity": found.pop("perplexity"),
             "bits_per_byte": bits_per_byte(float(predictions.nll.sum()), int(predictions.row_text_bytes.sum())),
-            "accuracy": accuracy(predictions.labels, predictions.predicted),
-            "ece": expected_calibration_error(predictions.confidence, correct),
+            **found,
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Negative log-likelihoods, and positions."""
-        rows = len(predictions.row_text_bytes)
-        return (
-            np.bincount(predictions.rows, weights=predictions.nll, minlength=rows),
-            np.bincount(predictions.rows, minlength=rows).astype(np.float64),
-        )
+        return nll_by_group(predictions)
 
 
 def _truncate(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from pipeline.errors import MisuseError
-from pipeline.metrics import accuracy, expected_calibration_error, perplexity
 from pipeline.records import (
     BadRow,
     Columns,
@@ -32,7 +31,7 @@ from pipeline.records import (
 from pipeline.tasks.masks import draw_mask
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
-from pipeline.tasks.token_heads import supervised_logits, vocabulary_size
+from pipeline.tasks.token_heads import nll_by_group, supervised_logits, token_metrics, vocabulary_size
 
 _USAGE = """```python
 from transformers import pipeline
@@ -151,22 +150,11 @@ class MaskedLM:
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Loss, perplexity, accuracy and calibration at the hidden tokens."""
-        loss = float(predictions.nll.mean())
-        return {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "accuracy": accuracy(predictions.labels, predictions.predicted),
-            "ece": expected_calibration_error(predictions.confidence, predictions.predicted == predictions.labels),
-        }
+        return token_metrics(predictions)
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Negative log-likelihoods, and positions; of the masks of one text together, since they depend on each other."""
-        texts = np.arange(len(predictions.row_text_bytes)) if predictions.groups is None else predictions.groups
-        owner, count = texts[predictions.rows], 1 + int(texts.max(initial=-1))
-        return (
-            np.bincount(owner, weights=predictions.nll, minlength=count),
-            np.bincount(owner, minlength=count).astype(np.float64),
-        )
+        return nll_by_group(predictions)
 
 
 def _rows(

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from pipeline.errors import MisuseError, ModelError
-from pipeline.metrics import accuracy, expected_calibration_error, perplexity
+from pipeline.errors import MisuseError
 from pipeline.records import (
     NO_LABEL,
     BadRow,
@@ -37,7 +35,7 @@ from pipeline.records import (
     TokenizedExample,
 )
 from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
-from pipeline.tasks.token_heads import supervised_logits, vocabulary_size
+from pipeline.tasks.token_heads import decoder_inputs, nll_by_group, supervised_logits, token_metrics, vocabulary_size
 
 _BATCH = 1000
 _USAGE = """```python
@@ -162,43 +160,11 @@ class Seq2SeqLM:
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Loss, perplexity, token accuracy and calibration under teacher forcing."""
-        loss = float(predictions.nll.mean())
-        return {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "accuracy": accuracy(predictions.labels, predictions.predicted),
-            "ece": expected_calibration_error(predictions.confidence, predictions.predicted == predictions.labels),
-        }
+        return token_metrics(predictions)
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Negative log-likelihoods, and positions."""
-        rows = len(predictions.row_text_bytes)
-        return (
-            np.bincount(predictions.rows, weights=predictions.nll, minlength=rows),
-            np.bincount(predictions.rows, minlength=rows).astype(np.float64),
-        )
-
-
-def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `forward` takes in place of `labels`: the tokens that the decoder reads, as the model itself makes them of the targets.
-
-    A model without a method for that (NLLB, Blenderbot) reads the targets behind its start token, as its own `forward` does.
-
-    Raises:
-        ModelError: the model names no start token.
-    """
-    found = dict(inputs)
-    labels = found.pop("labels")
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None:
-        return {**found, "decoder_input_ids": shift(labels=labels)}
-    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
-    if start is None or padding is None:
-        raise ModelError(
-            f"{type(model).__name__}: its configuration has no decoder_start_token_id or no pad_token_id; set both in config.json"
-        )
-    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
-    return {**found, "decoder_input_ids": shifted.masked_fill(shifted == NO_LABEL, padding)}
+        return nll_by_group(predictions)
 
 
 def _row(example: Example, split: str, source: list[int], target: list[int], longest: int) -> TokenizedExample | BadRow:

@@ -1,12 +1,18 @@
-"""The output matrix of models that predict tokens, applied to the supervised positions only."""
+"""What models that predict tokens share: the output matrix, applied to the supervised positions only, and their metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import ModelError
+from pipeline.metrics import accuracy, expected_calibration_error, perplexity
+from pipeline.records import NO_LABEL, Predictions
 
 
 def vocabulary_size(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -63,3 +69,46 @@ def supervised_logits(
     finally:
         hook.remove()
     return logits[0]
+
+
+def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `forward` takes in place of `labels`: the tokens that the decoder reads, as the model itself makes them of the targets.
+
+    A model without a method for that (NLLB, Blenderbot) reads the targets behind its start token, as its own `forward` does.
+
+    Raises:
+        ModelError: the model names no start token.
+    """
+    found = dict(inputs)
+    labels = found.pop("labels")
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return {**found, "decoder_input_ids": shift(labels=labels)}
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or padding is None:
+        raise ModelError(
+            f"{type(model).__name__}: its configuration has no decoder_start_token_id or no pad_token_id; set both in config.json"
+        )
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return {**found, "decoder_input_ids": shifted.masked_fill(shifted == NO_LABEL, padding)}
+
+
+def token_metrics(predictions: Predictions) -> dict[str, float]:
+    """Loss, perplexity, accuracy and calibration. Every position has a label; nan where a cache does not know its likelihood."""
+    loss = float(predictions.nll.mean())
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "accuracy": accuracy(predictions.labels, predictions.predicted),
+        "ece": expected_calibration_error(predictions.confidence, predictions.predicted == predictions.labels),
+    }
+
+
+def nll_by_group(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """(G,) sums of negative log-likelihoods, nats, and (G,) positions, of each group of rows or else of each row."""
+    groups = np.arange(len(predictions.row_text_bytes)) if predictions.groups is None else predictions.groups
+    owner, count = groups[predictions.rows], 1 + int(groups.max(initial=-1))
+    return (
+        np.bincount(owner, weights=predictions.nll, minlength=count),
+        np.bincount(owner, minlength=count).astype(np.float64),
+    )

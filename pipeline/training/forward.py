@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.records import Loss, Predictions, Spans, Target
 from pipeline.tasks import Task
-from pipeline.tasks.seq2seq import decoder_inputs
-from pipeline.tasks.token_heads import supervised_hidden
+from pipeline.tasks.token_heads import decoder_inputs, supervised_hidden
 from pipeline.training.batches.collate import target_from_tensors
 from pipeline.training.fused import Head, Scores, fused_loss, fused_scores, scores_of
 from pipeline.training.losses import distillation_loss

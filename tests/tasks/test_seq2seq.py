@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, set_seed
 from pipeline.errors import MisuseError
 from pipeline.records import BadRow, Columns, Example, Tokenization, TokenizedExample
 from pipeline.tasks import get_task
-from pipeline.tasks.seq2seq import decoder_inputs
-from pipeline.tasks.token_heads import supervised_hidden
+from pipeline.tasks.token_heads import decoder_inputs, supervised_hidden
 
 TASK = get_task("seq2seq-lm")
 PAIRS = Columns(text=None, prompt="a", completion="b")

@@ -24,7 +24,7 @@ from pipeline.config import AuditConfig, DataConfig, EstimateConfig, PredictConf
 from pipeline.errors import ContractError, MisuseError, ModelError, SourceError
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.report.report import report
-from pipeline.evaluation.run import lists_of, predictions_of_teacher
+from pipeline.evaluation.run import groups_of, predictions_of_teacher
 from pipeline.models.detect import detect_task
 from pipeline.models.predict import run as predict
 from pipeline.records import Full, Masking, Sampled
@@ -164,7 +164,7 @@ def test_intervals_resample_texts_not_masks(tmp_path, teacher, bert_tokenizer):
             str(teacher), test, tmp_path / f"{copies}", task=TASK, masking=Masking(copies=copies, share=0.5)
         )
         blocks = made.dataset("test").blocks()
-        predictions = predictions_of_teacher(get_task(TASK), blocks, 1.0, None, lists_of(made, "test"))
+        predictions = predictions_of_teacher(get_task(TASK), blocks, 1.0, None, groups_of(made, "test"))
         assert predictions.groups is not None
         assert predictions.groups.max() == 59
         scores, weights = get_task(TASK).row_scores(predictions)

@@ -36,7 +36,7 @@ from pipeline.config import AuditConfig, DataConfig, EstimateConfig, PredictConf
 from pipeline.errors import BadRowError, ContractError, EncodingError, MisuseError, ModelError, SourceError
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.report.report import report
-from pipeline.evaluation.run import lists_of
+from pipeline.evaluation.run import groups_of
 from pipeline.evaluation.table import format_table
 from pipeline.models.detect import detect_task
 from pipeline.models.predict import run as predict
@@ -579,7 +579,7 @@ def test_lists_of_one_name_in_two_caches_stay_apart(tmp_path, ranked):
         for seed in (7, 8)
     ]
     joined = merge(parts, tmp_path / "joined")
-    numbers = lists_of(joined, "train")
+    numbers = groups_of(joined, "train")
     assert numbers is not None
     assert numbers.max() + 1 == 16
     rows = queries(9, 3)

@@ -18,7 +18,7 @@ from pipeline.evaluation.measures.observation import Observation
 from pipeline.evaluation.measures.scores import Scores as ScoreTable
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.records import Bin, Calibration
-from pipeline.evaluation.run import lists_of
+from pipeline.evaluation.run import groups_of
 from pipeline.metrics import expected_calibration_error
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import Scores, score_of
@@ -78,7 +78,7 @@ def fit_temperatures(
     predictions = _predictions(
         parts, np.concatenate(labels), np.concatenate(owners), np.concatenate(text_bytes), contract.label_names
     )
-    predictions = dataclasses.replace(predictions, groups=lists_of(cache, source))
+    predictions = dataclasses.replace(predictions, groups=groups_of(cache, source))
     metrics = basis.task.metrics(predictions, contract.num_classes)
     scales = None if is_score else np.full(len(folds), best_temperature(losses.sum(0)))
     return TemperatureFit(scales, metrics[basis.main_metric])

@@ -14,7 +14,7 @@ from pipeline.cache import Cache
 from pipeline.cache.format.codec import labelled_positions_of, positions_of, text_bytes_of, unpack_soft
 from pipeline.cache.views.units import position_name
 from pipeline.evaluation.passes import logits_by_batch
-from pipeline.evaluation.run import lists_of, predictions_of_teacher
+from pipeline.evaluation.run import groups_of, predictions_of_teacher
 from pipeline.metrics.scores import correlation_influence
 from pipeline.models import LoadedModel
 from pipeline.models.scoring import score_of
@@ -111,7 +111,7 @@ class Observation:
         return np.stack([correlation_influence(*pair) for pair in zip(theirs, ours, strict=True)], 1).flatten()
 
     def row_sums(self, values: np.ndarray) -> np.ndarray:
-        """(N,) -> (R,), or of rankings (lists,): what intervals resample."""
+        """(N,) -> (R,), or (groups,) where rows have them: what intervals resample."""
         lists = self.predictions.groups
         if lists is not None:
             return np.bincount(lists[self.predictions.rows], weights=values, minlength=1 + int(lists.max(initial=-1)))
@@ -191,7 +191,7 @@ def observe(
         text_bytes.append(text_bytes_of(rows))
         done += len(rows)
     known: dict[str, Any] = {
-        "groups": lists_of(cache, split),
+        "groups": groups_of(cache, split),
         "labels": np.concatenate(labels),
         "teacher": np.concatenate(teacher),
         "owners": np.concatenate(owners),
@@ -210,7 +210,7 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
     dataset = cache.dataset(split)
     counted = track(dataset.blocks(), "teacher's labels", len(dataset), size=len)
     predictions = predictions_of_teacher(
-        task, counted, default_temperature(encoding, 1.0), cache.manifest.contract.label_names, lists_of(cache, split)
+        task, counted, default_temperature(encoding, 1.0), cache.manifest.contract.label_names, groups_of(cache, split)
     )
     positions = len(predictions.labels)
     brier = np.full(positions, np.nan)
