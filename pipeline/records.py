@@ -17,7 +17,7 @@ position t is `input_ids[t + 1]`. The last token of a row and the last token of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,9 +53,12 @@ TargetKind = Literal["distribution", "score"]
 #: What the label names of a cache are of: the classes of every position, or the positions of every row, of which each is one label that is there or not.
 LabelNames = Literal["classes", "positions"]
 
-#: How a student with another tokenizer learns from a cache: the stored texts or words
-#: are tokenized anew, or the tokens of both are aligned by their bytes.
-OtherTokenizers = Literal["texts", "bytes", "words"]
+#: What a model reads: token ids, or the pixel values of an image.
+Inputs = Literal["tokens", "images"]
+
+#: How a student with another tokenizer learns from a cache: the stored texts or words are tokenized anew, the tokens of both are aligned by their
+#: bytes, or, of images, its own image processor reads the stored images.
+OtherTokenizers = Literal["texts", "bytes", "words", "images"]
 
 
 # ------------------------------------------------------------------------------------------------ source -> tokens
@@ -67,6 +70,8 @@ class Columns:
 
     text: str | None = "text"
     text_pair: str | None = None
+    image: str | None = None
+    """Images, or the paths of their files. Manifests leave it out where there is none."""
     words: str | None = None
     """Lists of words, of which each has a label."""
     messages: str | None = None
@@ -94,12 +99,22 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """An encoded image: the bytes of a PNG, JPEG or other file."""
+
+    data: bytes
+    path: str | None = None
+    """The file's name, for people: its last part."""
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One row of a source, columns mapped, not tokenized. Exactly one of the five inputs is set."""
+    """One row of a source, columns mapped, not tokenized. Exactly one of the six inputs is set."""
 
     source_row: int
     text: str | None = None
     text_pair: str | None = None
+    image: Image | None = None
     words: tuple[str, ...] | None = None
     word_labels: tuple[int, ...] | None = None
     """Class ids, one a word, -100 where a word has none; None: the row has no labels."""
@@ -134,8 +149,21 @@ class Masking:
 
 
 @dataclass(frozen=True, slots=True)
+class Views:
+    """Random parts of each image, each a row of its own: teacher and students see the same ones (Shen and Xing, 2022)."""
+
+    count: int
+    """Rows made of each image of the split `train`; other splits have the whole image, once."""
+    smallest: float = 0.08
+    """Share of the image's area that a part has at least."""
+    mirror: bool = True
+    """Whether half of the parts are mirrored, left to right."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Tokenization:
-    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself.
+    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself. An image counts as one token.
 
     Manifests leave out the settings of chats and prompts where they are empty.
     """
@@ -152,6 +180,8 @@ class Tokenization:
     """Chats, prompts and token ids with labels: where a row that is too long loses tokens. None: at its end."""
     masking: Masking | None = None
     """Masked language models. Manifests leave it out where there is none."""
+    views: Views | None = None
+    """Images. Manifests leave it out where rows are whole images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +196,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One row of a cache before the teacher has seen it: a text, a piece of a long one, or several packed."""
+    """One row of a cache before the teacher has seen it: a text, a piece of a long one, several packed, or an image."""
 
     source_row: int
     piece: int
     input_ids: np.ndarray
-    """(T,) int32."""
+    """(T,) int32; of an image (0,)."""
     supervised: np.ndarray | None = None
     """(T,) bool: the positions that carry soft labels. None: the task has one position per example, or one for each of the model's labels."""
     token_type_ids: np.ndarray | None = None
@@ -185,6 +215,9 @@ class TokenizedExample:
     text: str | None = None
     """Language models, where it is kept: the part of the source's text that the tokens cover."""
     text_pair: str | None = None
+    image: Image | None = None
+    view: np.ndarray | None = None
+    """(5,) int32: left, top, width and height of the part of the image that is seen, in pixels, and 1 where it is mirrored; (0,): the whole image. None: no row is a part."""
     messages: str | None = None
     """Chats, where they are kept: JSON of the turns that the row was rendered from, the tools, and the numbers of the turns that it learns."""
     document_lengths: np.ndarray | None = None
@@ -199,8 +232,8 @@ class TokenizedExample:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
-        return len(self.input_ids)
+        """T; 1 for an image."""
+        return len(self.input_ids) if self.image is None else 1
 
     @property
     def num_positions(self) -> int:
@@ -247,6 +280,10 @@ class TokenBlock:
     """(R,) int64, -100 where there is none; None: the task has no label a row."""
     labels: Ragged | None = None
     """One a supervised position, -100 (of scores nan) where there is none; None: the task has none by position."""
+    images: Sequence[bytes] | None = None
+    """(R,) encoded images; None: rows are tokens."""
+    views: Ragged | None = None
+    """As in `TokenizedExample`."""
 
 
 def is_known(labels: Any) -> Any:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.capture.forward import synchronize, teacher_logits
 from pipeline.errors import ModelError
 from pipeline.models import LoadedModel, pad_id
+from pipeline.models.processors import plain_row
 from pipeline.records import Tokenization, TokenizedExample
 from pipeline.tasks import Task
 
@@ -43,7 +44,7 @@ def fastest_batch_tokens(
     """
     length = tokenization.max_length
     best, best_speed = 0, 0.0
-    tokens = max(length, 256)
+    tokens = max(length, 256 if task.reads == "tokens" else 8)
     while tokens <= _MOST_TOKENS and 4 * tokens * num_classes * _SHARE <= _free(teacher.model.device):
         rows = [_row(task, tokenizer, teacher.model, length)] * max(1, tokens // length)
         try:
@@ -65,6 +66,8 @@ def fastest_batch_tokens(
 
 
 def _row(task: Task, tokenizer: PreTrainedTokenizerBase, model: Any, length: int) -> TokenizedExample:
+    if task.reads == "images":
+        return plain_row(tokenizer)
     ids = np.full(length, pad_id(tokenizer, model), dtype=np.int32)
     supervised = task.default_positions(ids) if task.marks_positions else None
     types = np.zeros(length, dtype=np.int32) if "token_type_ids" in tokenizer.model_input_names else None

@@ -30,7 +30,7 @@ def teacher_logits(
         length: to which rows are padded; default: the longest.
     """
     model = teacher.model
-    inputs, supervised = task.collate(examples, pad_id(tokenizer, model), length)
+    inputs, supervised = task.collate(examples, pad_id(tokenizer, model), length, processor=tokenizer)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if supervised is not None:
         supervised = supervised.to(model.device)

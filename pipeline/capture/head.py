@@ -12,7 +12,7 @@ from pipeline.capture.job import Job
 from pipeline.capture.reading import read_shard
 from pipeline.capture.teachers.protocol import Keep
 from pipeline.progress import track
-from pipeline.records import ShardPlan
+from pipeline.records import ShardPlan, TokenizedExample
 from pipeline.sources import holds_chats
 from pipeline.tasks import check_ids
 from pipeline.tasks.chats import supervision
@@ -25,6 +25,9 @@ def show_first_row(job: Job) -> None:
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 1, first.stop))
     examples = read_shard(job, few).examples
+    if job.task.reads == "images":
+        _show_first_image(job, examples)
+        return
     if holds_chats(job.source):
         logger.info("chats: %s", supervision(job.plan.contract.tokenization, job.tokenizer))
     for example in examples[:1]:
@@ -33,6 +36,18 @@ def show_first_row(job: Job) -> None:
         marked = " (predicted tokens in brackets)" if follows else " (labelled tokens in brackets)"
         marked = marked if example.supervised is not None or follows else ""
         logger.info("first row of %s%s: %s", first.split, marked, tokens)
+
+
+def _show_first_image(job: Job, examples: Sequence[TokenizedExample]) -> None:
+    for example in examples[:1]:
+        inputs, _ = job.task.collate([example], 0, processor=job.tokenizer)
+        pixels = inputs["pixel_values"]
+        assert example.image is not None
+        logger.info(
+            "first row of %s: %s, %d bytes, as %d channels of %d x %d pixels, mean %.2f, standard deviation %.2f",
+            *(job.plan.shards[0].split, example.image.path or "an image", len(example.image.data)),
+            *(*pixels.shape[1:], pixels.mean(), pixels.std()),
+        )
 
 
 def check_head(job: Job, keep: Keep | None = None) -> None:
@@ -56,6 +71,8 @@ def check_rows(job: Job, shards: Sequence[ShardPlan]) -> None:
     Raises:
         ModelError: a row has a token id without an input embedding, and the contract says stop.
     """
+    if job.task.reads == "images":
+        return
     if job.plan.contract.on_bad_row == "skip":
         return  # such rows are set aside, shard by shard
     if max(job.tokenizer.get_vocab().values(), default=0) < job.teacher.embedding_rows:

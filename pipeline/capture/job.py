@@ -210,7 +210,7 @@ def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | No
         MisuseError: more was asked for than the teacher takes.
     """
     usual = length_within(task, teacher.name, teacher.longest_input, asked)
-    trained = trained_length(teacher.name)
+    trained = trained_length(teacher.name) if task.reads == "tokens" else None
     if asked is not None or trained is None:
         return usual
     if begun is not None and begun.contract.tokenization.max_length == usual:
@@ -278,7 +278,7 @@ def make_job(
         tokenization,
         store_text=store_text,
         store_label_logprobs=store_label_logprobs,
-        fast_tokenizer=tokenizer.is_fast,
+        fast_tokenizer=getattr(tokenizer, "is_fast", False),
     )
     tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
@@ -292,6 +292,8 @@ def make_job(
         token_type_ids="token_type_ids" in tokenizer.model_input_names and task.takes_token_types,
         **text_columns(task, store_text, chats=holds_chats(source)),
         text_pair=source.columns.text_pair is not None,
+        images=task.reads == "images",
+        views=tokenization.views is not None,
         groups=source.columns.group is not None,
         documents=tokenization.isolate_documents,
         entropy=store_entropy,
@@ -350,9 +352,7 @@ def make_job(
         columns=describe(schema),
         on_bad_row=on_bad_row,
     )
-    per_shard = rows_per_shard or default_rows_per_shard(
-        encoding, num_classes, max_length=tokenization.max_length, marks_positions=task.marks_positions
-    )
+    per_shard = rows_per_shard or default_rows_per_shard(task, encoding, num_classes, tokenization)
     plan = Plan(contract, plan_shards(ranges, per_shard, row_groups=row_groups))
     if begun is None and len(plan.shards) > MOST_FILES:
         logger.warning(

@@ -14,6 +14,7 @@ from pipeline.records import (
     NO_LABEL,
     Contract,
     Encoding,
+    Image,
     Sampled,
     Scalar,
     Score,
@@ -30,9 +31,9 @@ from pipeline.tasks import Task, token_block
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """Tokens, and what a teacher predicts at their supervised positions: dense logits or ready soft labels."""
+    """Tokens or an image, and what a teacher predicts at the supervised positions: dense logits or ready soft labels."""
 
-    input_ids: Sequence[int] | np.ndarray
+    input_ids: Sequence[int] | np.ndarray = ()
     logits: Tensor | np.ndarray | None = None
     """(N, V) float, row n made at supervised position n."""
     soft_labels: SoftLabels | None = None
@@ -51,6 +52,8 @@ class LabelledRow:
     text_pair: str | None = None
     messages: str | None = None
     """Chats, in place of `text`: the JSON that `TokenizedExample.messages` is."""
+    image: bytes | None = None
+    """Image classification, in place of `input_ids`: the bytes of a PNG, JPEG or other file."""
     token_type_ids: Sequence[int] | np.ndarray | None = None
     text_bytes: int = 0
     split: str = "train"
@@ -69,6 +72,10 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
     """
     ids = np.asarray(row.input_ids, dtype=np.int32)
     supervised = labels = None
+    if (row.image is not None) != (task.reads == "images") or row.image == b"":
+        raise BadRowError(
+            f"row {number}: expected {'the bytes of an image' if task.reads == 'images' else 'token ids'}"
+        )
     if task.marks_positions:
         default = task.default_positions(ids)
         supervised = default if row.supervised is None else np.asarray(row.supervised, dtype=bool)
@@ -94,6 +101,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         text=row.text,
         text_pair=row.text_pair,
         messages=row.messages,
+        image=None if row.image is None else Image(row.image),
         text_bytes=row.text_bytes,
         kept=row.kept,
     )
@@ -160,7 +168,7 @@ def check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contra
     number = examples[0].source_row
     tokens = token_block(examples)
     ids, limit = tokens.input_ids, contract.tokenizer.vocabulary_size
-    fine = bool(ids.counts.all()) and ids.values.min() >= 0 and ids.values.max() < limit
+    fine = task.reads == "images" or (bool(ids.counts.all()) and ids.values.min() >= 0 and ids.values.max() < limit)
     _check(number, fine, f"token ids of 0 to {limit - 1}", ids.values[:8].tolist())
     labels = task.hard_labels(tokens)
     known = labels[is_known(labels)]

@@ -28,6 +28,7 @@ from pipeline.tasks import Task
 
 _TARGET_BYTES = 128 << 20
 _MOST_ROWS = 10_000
+_IMAGE_BYTES = 64 << 10
 #: What the Hub takes in one folder.
 MOST_FILES = 10_000
 #: Above this, one row of `full` language-model logits is refused.
@@ -89,8 +90,9 @@ def _cuts(start: int, stop: int, most: int, row_groups: Sequence[int]) -> list[i
     return cuts
 
 
-def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: int, marks_positions: bool) -> int:
-    """Source rows whose shard stays around 128 MB, at a guess from above of the bytes a position."""
+def default_rows_per_shard(task: Task, encoding: Encoding, num_classes: int, tokenization: Tokenization) -> int:
+    """Source rows whose shard stays around 128 MB, at a guess from above of the bytes a position and an image."""
+    max_length = tokenization.max_length
     if isinstance(encoding, Full):
         per_position = 4 * num_classes
     elif isinstance(encoding, Score):
@@ -99,7 +101,9 @@ def default_rows_per_shard(encoding: Encoding, num_classes: int, *, max_length: 
         per_position = int(2 * encoding.sample_size)
     else:
         per_position = 4 * encoding.k if isinstance(encoding, TopK) else 256
-    row_bytes = max_length * (4 + per_position) if marks_positions else 4 * max_length + per_position
+    row_bytes = max_length * (4 + per_position) if task.marks_positions else 4 * max_length + per_position
+    if task.reads == "images":
+        row_bytes = (row_bytes + _IMAGE_BYTES) * (1 if tokenization.views is None else tokenization.views.count)
     return max(1, min(_MOST_ROWS, _TARGET_BYTES // row_bytes))
 
 
@@ -152,6 +156,8 @@ def check_stored(
         )
     if not store_text or task.stores_text:
         return
+    if task.reads == "images":
+        raise MisuseError(f"--store-text: rows of --task {task.name} hold images, which are stored; leave it out")
     if task.label_source == "target":
         raise MisuseError(f"--store-text: rows of --task {task.name} hold source and target as tokens; leave it out")
     if tokenization.packing:

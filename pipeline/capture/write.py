@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cache import Cache, Layout, Plan
-from pipeline.cache.format.codec import content_hash
+from pipeline.cache.format.codec import content_hash, num_tokens_of
 from pipeline.cache.format.manifest import NAME
 from pipeline.cache.format.rows import gather, make_block
 from pipeline.cache.format.schema import cache_schema, describe
@@ -35,6 +35,7 @@ from pipeline.capture.plan import library_versions
 from pipeline.capture.shard import encode_rows, row_sums
 from pipeline.errors import BadRowError, EncodingError, MisuseError
 from pipeline.models import tokenizer_info
+from pipeline.models.processors import in_place_of_tokenizer
 from pipeline.progress import Progress
 from pipeline.records import (
     BadRow,
@@ -122,6 +123,12 @@ def write_cache(
         raise MisuseError(f"write_cache: rows of {chosen.name} need group=..., which the rows of one list share")
     if first.group is not None and not chosen.ranks:
         raise MisuseError(f"write_cache: group=... names the lists of rankings; rows of {chosen.name} have none")
+    if (first.image is not None) != (chosen.reads == "images"):
+        raise MisuseError(
+            f"write_cache: rows of {chosen.name} have {'image' if chosen.reads == 'images' else 'input_ids'}=..."
+        )
+    if chosen.reads == "images":
+        tokenizer = in_place_of_tokenizer(tokenizer)
     _check_stored(chosen, first, store_text=store_text, store_label_logprobs=store_label_logprobs)
     keeps = store_text is not False if chosen.stores_text else bool(store_text)
     schema = cache_schema(
@@ -135,6 +142,7 @@ def write_cache(
         text=keeps and first.text is not None,
         text_pair=first.text_pair is not None,
         messages=keeps and first.messages is not None,
+        images=chosen.reads == "images",
         label_logprobs=store_label_logprobs,
         kept=dict.fromkeys(first.kept, pa.string()),
     )
@@ -151,7 +159,16 @@ def write_cache(
         teacher=info,
         tokenizer=tokenizer_info(tokenizer),
         source=SourceInfo(
-            source, None, None, Columns(text=None, label=None, group=None if first.group is None else "group"), {}
+            source,
+            None,
+            None,
+            Columns(
+                text=None,
+                image=None if first.image is None else "image",
+                label=None,
+                group=None if first.group is None else "group",
+            ),
+            {},
         ),
         tokenization=Tokenization(max_length or 0),
         store_text=store_text is not False
@@ -168,7 +185,7 @@ def write_cache(
     if layout.manifest.is_file():
         raise MisuseError(f"{output}: holds a finished cache; use another output, or overwrite=True")
     _drop_shards(layout)
-    plans, longest = [], 2
+    plans, longest = [], 2 if chosen.reads == "tokens" else 1
     progress = Progress("rows to the cache")
     for split, numbered in _by_split(itertools.chain(head, iterator)):
         for number in itertools.count():
@@ -177,15 +194,15 @@ def write_cache(
                 break
             plan = ShardPlan(f"{split}-{number:05d}", split, part[0][0], part[-1][0] + 1)
             blocks, bad = _split_bad(chosen, part, contract, schema)
-            longest = max([longest, *(int(block.lists["input_ids"].counts.max()) for block in blocks)])
+            counts = [block.lists["input_ids"].counts for block in blocks if "input_ids" in block.lists]
+            longest = max([longest, *(int(each.max()) for each in counts)])
             if max_length is not None and longest > max_length:
                 raise BadRowError(
                     f"rows {plan.start} to {plan.stop - 1}: expected at most {max_length} tokens, found {longest}; set max_length"
                 )
             whole = gather([(block, 0, len(block)) for block in blocks]) if blocks else ()
             written = write_shard(layout.shard(plan.name), plan, whole, schema)
-            tokens = sum(int(block.lists["input_ids"].counts.sum()) for block in blocks)
-            progress.update(len(part), tokens=tokens)
+            progress.update(len(part), tokens=sum(map(num_tokens_of, blocks)))
             record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0, bad))
             plans.append(plan)
     progress.close()

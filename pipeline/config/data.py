@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.config.options import check_positive
 from pipeline.config.options import data_option as option
 from pipeline.errors import MisuseError
-from pipeline.records import AssistantTurns, Columns, Masking, Tokenization
+from pipeline.records import AssistantTurns, Columns, Masking, Tokenization, Views
 
 #: What the pipeline itself gives to a chat template.
 _GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversations")
@@ -36,6 +36,10 @@ class DataConfig:
     )
     text_column: str = option("Column with the text.", "text")
     text_pair_column: str | None = option("Column with the second text of a pair.", None)
+    image_column: str | None = option(
+        "Column with images: those of datasets, bytes, or paths of files, relative to the data set's directory. Folders of images have the column image.",
+        None,
+    )
     words_column: str | None = option(
         "Column with lists of words, each of which gets a label; --label-column holds lists of as many labels.", None
     )
@@ -73,6 +77,16 @@ class DataConfig:
         "Masked language models: rows to make of each text, each with another mask. Default: 1.", None
     )
     mask_seed: int | None = option("Masked language models: seed of the masks. Default: 0.", None)
+    views: int | None = option(
+        "Images: rows to make of each image of train, each a random part of it. Default: one, the whole image.", None
+    )
+    view_area: float | None = option(
+        "With --views: share of the image's area that a part has at least. Default: 0.08.", None
+    )
+    view_mirror: bool | None = option(
+        "With --views: mirror half of the parts, left to right. Not for digits and letters. Default: mirror.", None
+    )
+    view_seed: int | None = option("With --views: seed of the parts. Default: 0.", None)
     chat_template: str | None = option("File with a Jinja chat template, in place of the tokenizer's.", None)
     chat_template_kwargs: tuple[str, ...] = option(
         "KEY=VALUE: argument of the chat template, as enable_thinking=false; repeat for several.", ()
@@ -102,6 +116,11 @@ class DataConfig:
         if self.mask_share is not None and not 0 < self.mask_share < 1:
             raise MisuseError(f"--mask-share: expected a share between 0 and 1, found {self.mask_share}")
         check_positive("--mask-copies", self.mask_copies)
+        check_positive("--views", self.views)
+        if self.view_area is not None and not 0 < self.view_area <= 1:
+            raise MisuseError(f"--view-area: expected a share above 0, at most 1, found {self.view_area}")
+        if self.views is None and (self.view_area, self.view_mirror, self.view_seed) != (None, None, None):
+            raise MisuseError("--view-area, --view-mirror and --view-seed go with --views")
         if self.isolate_documents and not self.packing:
             raise MisuseError("--isolate-documents goes with --packing: without packing a row is one document")
         chat_template_kwargs(self.chat_template_kwargs)
@@ -109,7 +128,13 @@ class DataConfig:
             data, _, model = item.rpartition("=")
             if not data.strip() or not model.strip():
                 raise MisuseError(f"--label-map: expected DATA=MODEL, found {item!r}")
-        named = (self.words_column, self.messages_column, self.prompt_column, self.input_ids_column)
+        named = (
+            self.image_column,
+            self.words_column,
+            self.messages_column,
+            self.prompt_column,
+            self.input_ids_column,
+        )
         inputs = [column for column in named if column is not None]
         if inputs and self.text_pair_column is not None:
             inputs.append(self.text_pair_column)
@@ -119,10 +144,12 @@ class DataConfig:
     @property
     def columns(self) -> Columns:
         """The columns named, with `text` only where nothing else is the input."""
-        other = self.words_column or self.messages_column or self.prompt_column or self.input_ids_column
+        texts = self.words_column or self.messages_column or self.prompt_column
+        other = texts or self.input_ids_column or self.image_column
         return Columns(
             text=None if other else self.text_column,
             text_pair=self.text_pair_column,
+            image=self.image_column,
             words=self.words_column,
             messages=self.messages_column,
             prompt=self.prompt_column,
@@ -144,6 +171,20 @@ class DataConfig:
             chat_template_kwargs=chat_template_kwargs(self.chat_template_kwargs),
             truncation_side="left" if self.truncation_side == "left" else None,
             masking=self._masking,
+            views=self._views,
+        )
+
+    @property
+    def _views(self) -> Views | None:
+        """What is said of parts of images; None: nothing."""
+        if self.views is None:
+            return None
+        usual = Views(self.views)
+        return Views(
+            self.views,
+            usual.smallest if self.view_area is None else self.view_area,
+            usual.mirror if self.view_mirror is None else self.view_mirror,
+            self.view_seed or usual.seed,
         )
 
     @property
@@ -162,6 +203,7 @@ class DataConfig:
 
 #: Kinds of input, of which a row has one: the columns of each.
 _KINDS = (
+    ("image_column",),
     ("words_column",),
     ("messages_column",),
     ("prompt_column", "completion_column"),

@@ -20,6 +20,7 @@ TaskName = Literal[
     "text-ranking",
     "masked-lm",
     "seq2seq-lm",
+    "image-classification",
 ]
 
 

@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from pipeline.cache import Cache
+from pipeline.cache.format.codec import num_tokens_of
 from pipeline.cache.format.moments import scale_of
 from pipeline.models import LoadedModel, pad_id, tokenizer_info
 from pipeline.progress import Progress
@@ -40,7 +41,7 @@ def logits_by_batch(
             with torch.inference_mode():
                 logits = task.gather_logits(model.model, batch.inputs, batch.supervised)[:, :num_classes].float()
             yield rows, batch, logits
-            progress.update(len(rows), tokens=int(rows.lists["input_ids"].counts.sum()))
+            progress.update(len(rows), tokens=num_tokens_of(rows))
 
 
 def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:

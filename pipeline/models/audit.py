@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 #: Buffers that a module computes itself; files of older versions hold them.
 _COMPUTED = re.compile(
@@ -23,7 +26,7 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
     Args:
         info: what `from_pretrained(output_loading_info=True)` returns; transformers has left out tied weights and
             the buffers that each architecture computes itself.
-        new_head: the head is to be trained, so that the checkpoint may hold another one.
+        new_head: the head is to be trained, so that the checkpoint may hold another one, which gives way to it where it has another number of classes.
 
     Raises:
         ModelError: all keys carry a wrapper's prefix, a shape differs, or the checkpoint holds weights that the
@@ -31,7 +34,9 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     _refuse_prefix(name, missing, unexpected)
-    mismatched = sorted(str(item[0]) for item in info["mismatched_keys"])
+    other_shape = sorted(str(item[0]) for item in info["mismatched_keys"])
+    head = [key for key in other_shape if new_head and not key.startswith(f"{model.base_model_prefix}.")]
+    mismatched = [key for key in other_shape if key not in head]
     if mismatched:
         raise ModelError(
             f"{name}: {len(mismatched)} weights have another shape than config.json gives them ({_some(mismatched)}); "
@@ -44,7 +49,13 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
             f"{name}: the checkpoint holds {len(homeless)} weights that {type(model).__name__} has no place for under this configuration "
             f"({_some(homeless)}), so its logits would be another model's; use the config.json that the weights were saved with"
         )
-    return tuple(missing)
+    if head:
+        logger.info(
+            "%s: its head has another number of classes, and gives way to a new one of %d",
+            name,
+            model.config.num_labels,
+        )
+    return tuple(sorted({*missing, *head}))
 
 
 def refuse_more_blocks(name: str, tensors: Sequence[str], num_layers: int) -> None:

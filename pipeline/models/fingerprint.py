@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ModelError
 from pipeline.models.load import LoadedModel
+from pipeline.models.processors import is_image_processor, processor_info
 from pipeline.records import ModelInfo, TokenizerInfo
 
 
@@ -48,7 +49,9 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
 
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
-    """Hashes of what makes the token ids, and of the chat template."""
+    """Hashes of what makes the token ids, and of the chat template; of an image processor, of what makes the pixel values."""
+    if is_image_processor(tokenizer):
+        return processor_info(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     if backend is not None:  # set by each call, and not part of what the tokenizer is

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pipeline.errors import MisuseError, ModelError
 from pipeline.models.adapters import adapter_config
 from pipeline.models.detect import detect_task
-from pipeline.models.load import as_it_came, load_config, load_model, load_tokenizer
+from pipeline.models.load import as_it_came, load_config, load_model, load_processor, load_tokenizer
 from pipeline.models.start import write_start
 from pipeline.models.vocabulary import (
     TOKENIZER_FILES,
@@ -94,7 +94,9 @@ def check_request(
                 f"{teacher}: is an adapter, which has no layers of its own; merge it into its base model first (PEFT: merge_and_unload)"
             )
     base: Any = teacher.config if isinstance(teacher, PreTrainedModel) else load_config(str(teacher))
-    total = int(base.get_text_config().num_hidden_layers)
+    if not isinstance(config, PreTrainedConfig):
+        _refuse_stages(base, str(teacher) if isinstance(teacher, str | Path) else type(teacher).__name__)
+    total = _num_layers(base)
     for layer in layers or ():
         if not 0 <= layer < total:
             raise MisuseError(f"--layer {layer}: the teacher has layers 0 to {total - 1}")
@@ -128,9 +130,10 @@ def make_student(
         ModelError: the teacher cannot be loaded, its layers cannot be found, or its weights cannot take another vocabulary.
     """
     base = check_request(teacher, output, layers=layers, config=config)
-    total = int(base.get_text_config().num_hidden_layers)
+    total = _num_layers(base)
     if isinstance(teacher, str | Path):
-        tokenizer = tokenizer or load_tokenizer(str(teacher))
+        reads = detect_task(str(teacher)).reads if tokenizer is None else "tokens"
+        tokenizer = tokenizer or (load_tokenizer if reads == "tokens" else load_processor)(str(teacher))
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
     if config is None:
@@ -170,10 +173,27 @@ def make_student(
         student.num_parameters(),
         teacher_parameters,
         tuple(layers or ()),
-        int(student.config.get_text_config().num_hidden_layers),
+        _num_layers(student.config),
         total,
         vocabulary,
     )
+
+
+def _num_layers(config: Any) -> int:
+    """Layers of a model; of one of stages all of theirs."""
+    text = config.get_text_config()
+    depths = getattr(text, "depths", None)
+    return int(getattr(text, "num_hidden_layers", 0) if depths is None else sum(depths))
+
+
+def _refuse_stages(config: Any, name: str) -> None:
+    """Raise `ModelError` for a model without a list of layers of one width."""
+    text = config.get_text_config()
+    if getattr(text, "depths", None) is not None or not hasattr(text, "num_hidden_layers"):
+        raise ModelError(
+            f"{name}: a {config.model_type} has stages of several widths, and no list of layers to choose from or to scale; "
+            "name a smaller model of its family as the student, or give init_student(config=...) in Python"
+        )
 
 
 def _count(config: Any) -> int:
@@ -298,6 +318,7 @@ def _scale(config: Any, shape: Shape) -> PreTrainedConfig:
         "word_embed_proj_dim",
         "embedding_size",
         "pooler_hidden_size",
+        "pooler_output_size",
     ):
         value = getattr(text, name, None)
         if isinstance(value, int):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils.hub import cached_file
 
@@ -27,6 +27,7 @@ from pipeline.models.adapters import (
     with_adapter,
 )
 from pipeline.models.audit import missing_weights, refuse_missing, refuse_more_blocks
+from pipeline.models.processors import FORM, check_images, in_place_of_tokenizer, is_image_processor
 from pipeline.records import Tokenization
 from pipeline.sources.files.told_apart import is_cache, missing_path
 from pipeline.tasks import Task, embedding_rows
@@ -41,6 +42,7 @@ class LoadedModel:
     model: PreTrainedModel
     """Or a `peft.PeftModel` around one."""
     tokenizer: PreTrainedTokenizerBase
+    """Of images the image processor: see `models.processors`."""
     name: str
     revision: str | None = None
     quantization: str | None = None
@@ -111,6 +113,8 @@ def load_model(
         if new_head or config.problem_type is None:
             config.problem_type = task.problem_type
     options: dict[str, Any] = {"dtype": _dtype(dtype), "config": config, "output_loading_info": True}
+    if new_head:
+        options["ignore_mismatched_sizes"] = True  # of the head alone: `missing_weights` refuses others
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if device_map is not None:
@@ -129,7 +133,8 @@ def load_model(
         refuse_missing(model, name, missing, new_head=new_head)
     commit = None if folder is None or Path(name).expanduser().exists() else folder.name
     own_tokenizer = folder is None or (folder / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(
+    load = load_tokenizer if task.reads == "tokens" else load_processor
+    tokenizer = load(
         name if own_tokenizer else base,
         revision=revision if own_tokenizer else None,
         trust_remote_code=trust_remote_code,
@@ -138,6 +143,8 @@ def load_model(
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     use_cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
     model.eval()
+    if task.reads == "images":
+        check_images(task, model, tokenizer)
     if compiler is not None:
         _compile(model, compiler)
     return LoadedModel(
@@ -188,6 +195,21 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_processor(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The image processor beside a model, in the place of a tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    source, kwargs = _locate(name)
+    found = _from_pretrained(
+        AutoImageProcessor, source, name, revision=revision, trust_remote_code=trust_remote_code, **kwargs, **FORM
+    )
+    return in_place_of_tokenizer(found)
+
+
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> None:
     """Replace a tokenizer's chat template by the Jinja template in a file; None leaves it.
 
@@ -196,6 +218,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> N
     """
     if file is None:
         return
+    if is_image_processor(tokenizer):
+        raise MisuseError("--chat-template is for the chats of language models; leave it out")
     try:
         tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -204,6 +228,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> N
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
     """The token to pad with, one that the model has an embedding for. Padding is masked, so any does where the tokenizer names none."""
+    if is_image_processor(tokenizer):
+        return 0
     rows = 1 << 31 if model is None else embedding_rows(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(candidate, int) and candidate < rows:
@@ -234,6 +260,8 @@ def choose_max_length(task: Task, loaded: LoadedModel, tokenizer: PreTrainedToke
 
 def length_within(task: Task, name: str, longest: int, asked: int | None) -> int:
     """`choose_max_length` of a model that takes so many tokens."""
+    if asked is not None and task.reads == "images":
+        raise MisuseError(f"--max-length {asked}: is for texts; --task {task.name} reads images; leave it out")
     if asked is None:
         return min(longest, task.default_max_length)
     if asked > longest:
@@ -253,6 +281,8 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def longest_of(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """`longest_input` of a model whose weights are not loaded."""
+    if is_image_processor(tokenizer):
+        return 1
     config = model_config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
     if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "data2vec-text"):

@@ -17,7 +17,7 @@ from pipeline.errors import MisuseError, SourceError
 from pipeline.models.detect import detect_task
 from pipeline.models.load import LoadedModel, class_names, load_model, longest_input, pad_id
 from pipeline.models.saved import trained_length
-from pipeline.records import BadRow, Example, TextPrediction, Tokenization, TokenizedExample, WordPrediction
+from pipeline.records import BadRow, Example, Image, TextPrediction, Tokenization, TokenizedExample, WordPrediction
 from pipeline.tasks import Task, check_ids, embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,16 @@ _CANDIDATES = 4
 
 def run(config: PredictConfig) -> Iterator[TextPrediction]:
     """`softlabel predict`: each text of the command line, the file or standard input, in order."""
-    texts = _checked(config.text, "--text") if config.text else _read(config.input)
+    given = config.text or config.image
+    texts = _checked(given, "--text" if config.text else "--image") if given else _read(config.input)
     task = detect_task(config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
     loaded = load_model(task, config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
+    if bool(config.image) != (task.reads == "images") and given:
+        reads = "images: give --image" if task.reads == "images" else "texts: give --text"
+        raise MisuseError(f"{config.model}: reads {reads}")
+    if task.reads == "images":
+        yield from classify_images(task, loaded, texts, top=config.top, batch_size=task.default_eval_rows)
+        return
     longest = config.max_length or trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
     if task.continues_prompts:
         for text in texts:
@@ -129,8 +136,9 @@ def _probabilities(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExam
 def _logits(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -> Tensor:
     """(N, V) float32 at all positions of the rows."""
     model: Any = loaded.model
-    check_ids(embedding_rows(model), rows, loaded.tokenizer, loaded.name)
-    inputs, supervised = task.collate(rows, pad_id(loaded.tokenizer, model))
+    if task.reads == "tokens":
+        check_ids(embedding_rows(model), rows, loaded.tokenizer, loaded.name)
+    inputs, supervised = task.collate(rows, pad_id(loaded.tokenizer, model), processor=loaded.tokenizer)
     placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with torch.inference_mode():
         return task.gather_logits(model, placed, supervised).float()
@@ -159,6 +167,37 @@ def classify(
         found = shares.topk(min(top, len(names)))
         for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
             yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
+
+
+def classify_images(
+    task: Task, loaded: LoadedModel, files: Sequence[str], *, top: int, batch_size: int
+) -> Iterator[TextPrediction]:
+    """The most likely labels of the image in each file and their probabilities, as an evaluation computes them.
+
+    Raises:
+        ModelError: the model does not choose one of several labels.
+        SourceError: a file that cannot be read as an image.
+    """
+    task.num_classes(loaded.model, loaded.tokenizer)
+    names = class_names(loaded.model)
+    for start in range(0, len(files), batch_size):
+        chunk = files[start : start + batch_size]
+        examples = [Example(source_row=i, image=_read_image(file)) for i, file in enumerate(chunk)]
+        rows = []
+        for row in task.tokenize(examples, "", loaded.tokenizer, Tokenization(1)):
+            if isinstance(row, BadRow):
+                raise SourceError(f"{chunk[row.source_row]}: {row.reason.partition(': ')[2]}")
+            rows.append(row)
+        found = _probabilities(task, loaded, rows).topk(min(top, len(names)))
+        for file, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
+            yield TextPrediction(file, {names[i]: value for i, value in zip(ids, values, strict=True)})
+
+
+def _read_image(file: str) -> Image:
+    try:
+        return Image(Path(file).expanduser().read_bytes(), Path(file).name)
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read ({error.strerror}); expected a file of an image") from None
 
 
 def label_words(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _INPUT_FLAGS = {
     "text": "--text-column",
     "text_pair": "--text-pair-column",
+    "image": "--image-column",
     "words": "--words-column",
     "messages": "--messages-column",
     "prompt": "--prompt-column",
@@ -38,7 +39,8 @@ def one_input(columns: Columns) -> Columns:
         raise MisuseError("--prompt-column and --completion-column go together; give both or neither")
     if columns.labels is not None and columns.input_ids is None:
         raise MisuseError("--labels-column goes with --input-ids-column; for class labels use --label-column")
-    others = [name for name in (columns.words, columns.messages, columns.prompt, columns.input_ids) if name is not None]
+    kinds = (columns.image, columns.words, columns.messages, columns.prompt, columns.input_ids)
+    others = [name for name in kinds if name is not None]
     if columns.text_pair is not None and (others or columns.text is None):
         raise MisuseError("--text-pair-column goes with --text-column, and with no other kind of input")
     if len(others) > 1:
@@ -92,6 +94,8 @@ def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
             continue
         if role in _TEXT_ROLES:
             _check_text(where, role, name, found)
+        elif role == "image":
+            _check_images(where, name, dataset.features[name], found)
         elif role == "words":
             if found != "lists of text":
                 raise SourceError(
@@ -216,6 +220,8 @@ def describe(feature: Any) -> str:
             return "text"
         names = {"int": "integers", "uint": "integers", "float": "floats", "bool": "booleans", "null": "nulls"}
         return names.get(dtype.rstrip("0123456789"), f"{dtype} values")
+    if holds_images(feature):
+        return "images"
     if isinstance(feature, datasets.ClassLabel):
         return "class labels"
     if isinstance(feature, datasets.Json):
@@ -249,6 +255,22 @@ def _check_text(where: str, role: str, name: str, found: str) -> None:
     else:
         hint = "convert it to text, or name another column"
     raise SourceError(f"{where}: column {name!r} ({flag}): expected text, found {found}; {hint}")
+
+
+def holds_images(feature: Any) -> bool:
+    """Whether a column holds encoded images: images of `datasets`, {bytes, path} or bytes; text is the path of a file."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= set(feature)
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _check_images(where: str, name: str, feature: Any, found: str) -> None:
+    if not holds_images(feature) and found != "text":
+        raise SourceError(
+            f"{where}: column {name!r} (--image-column): expected images, bytes or paths of files, found {found}; name another column"
+        )
 
 
 def _check_messages(where: str, name: str, feature: Any, found: str) -> None:

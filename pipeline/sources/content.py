@@ -23,6 +23,7 @@ from pipeline.sources.batches import Row, read_rows
 from pipeline.sources.columns import class_names, input_roles, side_roles, used_roles
 from pipeline.sources.files.joined import JoinedRows, is_in_place, parts_of
 from pipeline.sources.files.parquet import ParquetRows
+from pipeline.sources.images import image_identity
 from pipeline.sources.source import Source
 from pipeline.sources.values import without_nulls
 
@@ -174,7 +175,13 @@ def _position(row: Row, roles: dict[str, str]) -> int:
 
 def _content(row: Row, roles: dict[str, str]) -> list[object]:
     """What is read of a row, however its structs are laid out."""
-    return [_chat(row.get(name)) if role in _CHATS else without_nulls(row.get(name)) for role, name in roles.items()]
+    return [_value(role, row.get(name)) for role, name in roles.items()]
+
+
+def _value(role: str, value: object) -> object:
+    if role == "image":
+        return image_identity(value)
+    return _chat(value) if role in _CHATS else without_nulls(value)
 
 
 def _chat(value: object) -> object:

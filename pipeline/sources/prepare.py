@@ -26,12 +26,14 @@ from pipeline.sources.columns import (
 )
 from pipeline.sources.content import held_out
 from pipeline.sources.files.arrow import load_files, saved_splits
+from pipeline.sources.files.folders import image_folders
 from pipeline.sources.files.hub import load_hub
 from pipeline.sources.files.joined import JoinedRows, parts_of, with_partial_columns
 from pipeline.sources.files.layout import EXPECTED, check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
 from pipeline.sources.files.told_apart import is_model, missing_path
+from pipeline.sources.images import with_encoded_images
 from pipeline.sources.labels import fold
 from pipeline.sources.source import Source
 
@@ -70,7 +72,7 @@ def load_source(data: DataConfig, *, label_required: bool = False, holds: LabelC
         MisuseError: a hub flag with a local path or a URL.
     """
     found = locate(data)
-    source = _prepare(found.name, dict(found.splits), data.columns, data.holdout, data.split)
+    source = _prepare(found.name, dict(found.splits), data.columns, data.holdout, data.split, _directory(data.dataset))
     if label_required:
         _require_label(source, data.columns.label, holds)
     return dataclasses.replace(source, config=data.dataset_config, revision=found.revision)
@@ -102,7 +104,8 @@ def locate(data: DataConfig) -> Located:
         if is_model(path):
             raise SourceError(f"{data.dataset}: is a model directory, expected a data set: {EXPECTED}")
         name, revision = _shareable_name(path), None
-        splits = _local_splits(path, data, inputs)
+        folders = image_folders(path, data.dataset_config) if _may_be_folders(path, data) else None
+        splits = _local_splits(path, data, inputs) if folders is None else dict(folders)
     else:
         if data.data_files:
             raise MisuseError(f"{data.dataset}: --data-files goes with a local directory, found a hub data set")
@@ -120,6 +123,11 @@ def locate(data: DataConfig) -> Located:
             ) from error
         splits = dict(hub)
     return Located(name, revision, splits)
+
+
+def _may_be_folders(path: Path, data: DataConfig) -> bool:
+    """Whether a directory may hold files of images in folders, which have no data file."""
+    return data.image_column is not None and path.is_dir() and not data.data_files and saved_splits(path) is None
 
 
 def _local_splits(path: Path, data: DataConfig, inputs: Sequence[str]) -> dict[str, Rows]:
@@ -163,7 +171,7 @@ def from_datasets(
             raise SourceError(
                 f"in-memory: split {split}: expected a datasets.Dataset, found {type(part).__name__}; {_instead(dataset, part)}"
             )
-    return _prepare("in-memory", found, columns, holdout, splits)
+    return _prepare("in-memory", found, columns, holdout, splits, Path.cwd())
 
 
 def _instead(dataset: Any, part: Any) -> str:
@@ -185,8 +193,25 @@ def _instead(dataset: Any, part: Any) -> str:
     return "give a datasets.Dataset, or a DatasetDict of them"
 
 
-def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: float, only: tuple[str, ...]) -> Source:
-    """Hold out, restrict to the splits asked for, check every one of them."""
+def _directory(dataset: str) -> Path:
+    """What paths in a data set are relative to."""
+    path = Path(dataset).expanduser().absolute()
+    return path if path.is_dir() else path.parent
+
+
+def _prepare(
+    name: str,
+    splits: dict[str, Rows],
+    columns: Columns,
+    holdout: float,
+    only: tuple[str, ...],
+    directory: Path,
+) -> Source:
+    """Hold out, restrict to the splits asked for, check every one of them.
+
+    Args:
+        directory: what paths of images are relative to.
+    """
     columns = one_input(columns)
     if not splits:
         raise SourceError(f"{name}: no split; expected at least one data set")
@@ -199,6 +224,10 @@ def _prepare(name: str, splits: dict[str, Rows], columns: Columns, holdout: floa
                 f"{name}: split {split}: has a transform (with_transform or set_transform), which would not be applied; "
                 "apply it with map(), or take it off with reset_format()"
             )
+    if columns.image is not None:
+        for split, rows in splits.items():
+            if columns.image in rows.column_names:  # else `check_inputs` says so
+                splits[split] = with_encoded_images(rows, columns.image, directory, f"{name}: split {split}")
     share = holdout if "test" not in splits else 0.0
     if share:
         splits = _hold_out(name, splits, columns, share)

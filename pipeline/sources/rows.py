@@ -11,6 +11,7 @@ from pipeline.records import NO_LABEL, BadRow, Columns, Example, Scalar
 from pipeline.sources.batches import UNREADABLE, Row, read_rows
 from pipeline.sources.chats import read_messages, read_tools
 from pipeline.sources.columns import ATTENTION_MASK, TOOLS, holds_spans, input_roles, side_roles
+from pipeline.sources.images import read_image
 from pipeline.sources.scores import ScoreColumn
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of, read_text
@@ -130,6 +131,8 @@ def _example(i: int, row: Row, columns: Columns, kept: dict[str, Scalar]) -> Exa
             part = _attended(ATTENTION_MASK, row[ATTENTION_MASK], ids)
             ids, token_labels = ids[part], None if token_labels is None else token_labels[part]
         return Example(i, input_ids=ids, token_labels=token_labels, kept=kept)
+    if columns.image is not None:
+        return Example(i, image=read_image(columns.image, row[columns.image]), kept=kept)
     if columns.words is not None:
         return Example(i, words=read_words(columns.words, row[columns.words]), kept=kept)
     assert columns.text is not None  # one_input() saw to it

@@ -2,6 +2,7 @@
 
 from pipeline.errors import ConfigError
 from pipeline.tasks.causal_lm import CausalLM
+from pipeline.tasks.images import ImageClassification
 from pipeline.tasks.masked_lm import MaskedLM
 from pipeline.tasks.multi_label_classification import MultiLabelClassification
 from pipeline.tasks.protocol import (
@@ -18,7 +19,7 @@ from pipeline.tasks.protocol import (
     needs_label_column,
     token_block,
 )
-from pipeline.tasks.scored_texts import RANKING, ScoredTexts
+from pipeline.tasks.scores import RANKING, ScoredTexts
 from pipeline.tasks.seq2seq import Seq2SeqLM
 from pipeline.tasks.sequence_classification import SequenceClassification
 from pipeline.tasks.token_classification import TokenClassification
@@ -34,6 +35,7 @@ TASKS: dict[str, Task] = {
         RANKING,
         MaskedLM(),
         Seq2SeqLM(),
+        ImageClassification(),
     )
 }
 

@@ -19,6 +19,7 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    Inputs,
     LabelNames,
     LabelSource,
     OtherTokenizers,
@@ -51,6 +52,7 @@ class CausalLM:
     """See `Task`."""
 
     name: str = "causal-lm"
+    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForCausalLM
     peft_type: str = "CAUSAL_LM"
     hub_category: str = "text-generation"
@@ -140,7 +142,12 @@ class CausalLM:
         return tokens.input_ids.values[np.flatnonzero(tokens.supervised.values) + 1].astype(np.int64)
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right. Isolated documents: positions start anew at each, which `transformers` reads as a block mask."""
         tokens = token_block(rows)

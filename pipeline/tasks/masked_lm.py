@@ -17,6 +17,7 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    Inputs,
     LabelNames,
     LabelSource,
     Masking,
@@ -47,6 +48,7 @@ class MaskedLM:
     """See `Task`."""
 
     name: str = "masked-lm"
+    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForMaskedLM
     peft_type: str | None = None
     hub_category: str = "fill-mask"
@@ -128,7 +130,12 @@ class MaskedLM:
         return labels.values.astype(np.int64)
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right."""
         tokens = token_block(rows)

@@ -24,6 +24,7 @@ from pipeline.records import (
     Encoding,
     Example,
     Full,
+    Inputs,
     LabelNames,
     LabelSource,
     OtherTokenizers,
@@ -50,6 +51,7 @@ class MultiLabelClassification:
     """See `Task`."""
 
     name: str = "multi-label-classification"
+    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForSequenceClassification
     peft_type: str = "SEQ_CLS"
     hub_category: str = "text-classification"
@@ -122,7 +124,12 @@ class MultiLabelClassification:
         return labels.values.astype(np.int64)
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right."""
         return collate_texts(rows, pad_id, length), None

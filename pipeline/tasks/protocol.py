@@ -17,6 +17,7 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    Inputs,
     LabelColumn,
     LabelNames,
     LabelSource,
@@ -36,6 +37,10 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """As `--task` names it."""
+
+    @property
+    def reads(self) -> Inputs:
+        """What its models read."""
 
     @property
     def auto_class(self) -> Any:
@@ -168,9 +173,18 @@ class Task(Protocol):
         """(N,) int64: the hard label of each supervised position of all rows, -100 where there is none; scores: float32, nan where there is none."""
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Rows -> what a model's `forward` takes, (B, T) each, and the (B, T) mask of supervised positions (None: one a row)."""
+        """Rows -> what a model's `forward` takes, (B, T) each, and the (B, T) mask of supervised positions (None: one a row).
+
+        Args:
+            processor: what stands in the place of a tokenizer where rows are images: it makes pixel values of them, (B, C, H, W).
+        """
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
         """One forward pass -> (N, V) logits at the supervised positions."""
@@ -187,6 +201,8 @@ class Task(Protocol):
 
 def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> None:
     """Raise `MisuseError` for inputs that the task cannot use, and where lists are named that it does not rank, or none that it would."""
+    if columns.image is not None and task.reads != "images":
+        raise MisuseError(f"--image-column: --task {task.name} reads texts; give --task image-classification")
     task.check_columns(columns, tokenization)
     if columns.group is not None and not task.ranks:
         raise MisuseError(
@@ -196,6 +212,8 @@ def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> N
         raise MisuseError(
             f"--task {task.name} needs --group-column: the column whose rows of one value are a list, as the query or its number"
         )
+    if tokenization.views is not None and task.reads != "images":
+        raise MisuseError(f"--views is for images; --task {task.name} reads texts; leave it out")
     if tokenization.masking is not None and task.label_source != "hidden":
         raise MisuseError(
             f"--mask-share, --whole-words, --mask-copies and --mask-seed are for masked language models; --task {task.name} hides nothing"
@@ -250,6 +268,8 @@ def token_block(rows: TokenBlock | Sequence[TokenizedExample]) -> TokenBlock:
         document_lengths=_joined([row.document_lengths for row in rows]),
         label=np.array(labels, dtype=np.int64),
         labels=_joined([row.labels for row in rows]),
+        images=[row.image.data for row in rows if row.image is not None] or None,
+        views=_joined([row.view for row in rows]),
     )
 
 

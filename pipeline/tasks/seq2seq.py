@@ -23,6 +23,7 @@ from pipeline.records import (
     Cut,
     Encoding,
     Example,
+    Inputs,
     LabelNames,
     LabelSource,
     OtherTokenizers,
@@ -54,6 +55,7 @@ class Seq2SeqLM:
     """See `Task`."""
 
     name: str = "seq2seq-lm"
+    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForSeq2SeqLM
     peft_type: str | None = "SEQ_2_SEQ_LM"
     hub_category: str = "text2text-generation"
@@ -133,7 +135,12 @@ class Seq2SeqLM:
         return labels.values.astype(np.int64)
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Sources and targets, each padded on the right to its longest; `length` is of both together, and not used."""
         tokens = token_block(rows)

@@ -10,15 +10,14 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from pipeline.errors import MisuseError, ModelError
-from pipeline.metrics import accuracy, expected_calibration_error, macro_f1, mean_nll
+from pipeline.errors import MisuseError
 from pipeline.records import (
-    NO_LABEL,
     BadRow,
     Columns,
     Encoding,
     Example,
     Full,
+    Inputs,
     LabelNames,
     LabelSource,
     OtherTokenizers,
@@ -28,6 +27,7 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
+from pipeline.tasks.one_label import class_metrics, num_labels, right_answers
 from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
 from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
 
@@ -45,6 +45,7 @@ class SequenceClassification:
     """See `Task`."""
 
     name: str = "sequence-classification"
+    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForSequenceClassification
     peft_type: str = "SEQ_CLS"
     hub_category: str = "text-classification"
@@ -88,14 +89,7 @@ class SequenceClassification:
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """The number of labels; one label is a regression, and several at once are not one distribution."""
-        config: Any = model.config
-        if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            kind = config.problem_type or "regression"
-            raise ModelError(
-                f"{config.name_or_path or 'the model'}: expected a classifier of at least 2 exclusive labels, found {config.num_labels} ({kind})"
-                + ("; give --task multi-label-classification" if kind.startswith("multi") else "")
-            )
-        return int(config.num_labels)
+        return num_labels(model)
 
     def tokenize(
         self,
@@ -127,7 +121,12 @@ class SequenceClassification:
         return labels
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right."""
         return collate_texts(rows, pad_id, length), None
@@ -142,16 +141,8 @@ class SequenceClassification:
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Accuracy, macro-F1, loss and calibration, over the labelled rows."""
-        known = predictions.labels != NO_LABEL
-        correct = predictions.predicted[known] == predictions.labels[known]
-        return {
-            "accuracy": accuracy(predictions.labels, predictions.predicted),
-            "macro_f1": macro_f1(predictions.labels, predictions.predicted, num_classes=num_classes),
-            "loss": mean_nll(predictions.nll),
-            "ece": expected_calibration_error(predictions.confidence[known], correct),
-        }
+        return class_metrics(predictions, num_classes)
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Right answers, and labelled rows."""
-        known = predictions.labels != NO_LABEL
-        return (predictions.predicted == predictions.labels).astype(np.float64), known.astype(np.float64)
+        return right_answers(predictions)

@@ -21,6 +21,7 @@ from pipeline.records import (
     Encoding,
     Example,
     Full,
+    Inputs,
     LabelNames,
     LabelSource,
     OtherTokenizers,
@@ -48,6 +49,7 @@ class TokenClassification:
     """See `Task`."""
 
     name: str = "token-classification"
+    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForTokenClassification
     peft_type: str = "TOKEN_CLS"
     hub_category: str = "token-classification"
@@ -144,7 +146,12 @@ class TokenClassification:
         return labels.values.astype(np.int64)
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right."""
         tokens = token_block(rows)

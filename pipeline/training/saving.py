@@ -17,8 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from pipeline.cache.storage.commit import full_disk
 from pipeline.errors import ConfigError, MisuseError, TrainingError
-from pipeline.models.arguments import Seen, hide_token, num_ranks
-from pipeline.models.reporting import check_installed, own_run
+from pipeline.models.arguments import Seen, check_installed, hide_token, num_ranks, own_run
 from pipeline.records import Scale, is_known
 from pipeline.training.scores import standardized
 

@@ -172,6 +172,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
             f"{contract.tokenizer.sha256[:12]}...)"
         )
     stored = "position_words" in contract.columns if task.other_tokenizers == "words" else contract.store_text
+    stored = stored or task.reads == "images"
     if not same_tokenizer and not stored:
         raise ContractError(
             f"{student.name}: the student has another tokenizer, and the cache holds no texts to tokenize anew; cache again with --store-text"
@@ -183,8 +184,8 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         )
     if found < contract.num_classes or (task.names == "classes" and found != contract.num_classes):
         raise ContractError(f"{student.name}: expected {contract.num_classes} classes, as the cache has, found {found}")
-    embedding: Any = student.model.get_input_embeddings()
-    if task.predicts_tokens and embedding.num_embeddings < contract.num_classes:
+    embedding: Any = student.model.get_input_embeddings() if task.predicts_tokens else None
+    if embedding is not None and embedding.num_embeddings < contract.num_classes:
         raise ContractError(
             f"{student.name}: has an input embedding of {embedding.num_embeddings} tokens, expected at least {contract.num_classes}, as its output and the cache have; "
             "resize_token_embeddings makes both of one size"

@@ -124,7 +124,8 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
     if names is not None and task.target != "score":
         _tell_absent(task, source, train, names, rows)
-    check_ids(embedding_rows(teacher.model), rows, teacher.tokenizer, teacher.name)
+    if task.reads == "tokens":
+        check_ids(embedding_rows(teacher.model), rows, teacher.tokenizer, teacher.name)
     settings_given = {
         "learning_rate": config.learning_rate,
         "per_device_train_batch_size": config.batch_size,
@@ -146,9 +147,11 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         save_strategy="no",
     )
     refuse_evaluation(args)
-    padding: Any = teacher.model.config.get_text_config()
-    kept, padding.pad_token_id = padding.pad_token_id, _training_pad_id(teacher, rows)
-    collator = _Collator(task, padding.pad_token_id)
+    filler, kept, padding = 0, None, None
+    if task.reads == "tokens":
+        filler, padding = _training_pad_id(teacher, rows), teacher.model.config.get_text_config()
+        kept, padding.pad_token_id = padding.pad_token_id, filler
+    collator = _Collator(task, filler, teacher.tokenizer)
     output, origin = Path(config.output), _origin(task, teacher, rows, names, args)
     checkpoint = None if config.overwrite else whole_checkpoint(output, _ORIGIN, origin)
     if checkpoint is None and not config.overwrite:
@@ -177,7 +180,8 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     with CheckpointOnSigterm(output) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
-    padding.pad_token_id = kept
+    if padding is not None:
+        padding.pad_token_id = kept
     with as_it_came(teacher):
         trainer.save_model(config.output, _internal_call=True)  # pushed when all of it is there
     if args.should_save:
@@ -271,7 +275,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     for number, batch in enumerate(track(batches, "evaluation", len(batches), unit="step")):
         start = number * batch_size
-        inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model))
+        inputs, supervised = task.collate(batch, pad_id(loaded.tokenizer, model), processor=loaded.tokenizer)
         truth = torch.from_numpy(task.hard_labels(batch))
         with torch.inference_mode():
             moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -311,9 +315,10 @@ class _Collator:
 
     task: Task
     pad_id: int
+    processor: Any
 
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-        inputs, supervised = self.task.collate(rows, self.pad_id)
+        inputs, supervised = self.task.collate(rows, self.pad_id, processor=self.processor)
         if "labels" in inputs:
             return inputs
         labels = torch.from_numpy(self.task.hard_labels(rows))

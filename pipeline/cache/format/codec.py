@@ -36,13 +36,28 @@ TEACHER_POSITION = "teacher_position"
 #: The teacher's log-probability of each position's hard label, where it was stored.
 LABEL_LOGPROBS = "label_logprobs"
 
+_NONE = np.zeros(0, dtype=np.int32)
 _SMALLEST_HALF = np.finfo(np.float16).min
 
 
 def content_hash(example: TokenizedExample) -> int:
     """Identity by content: a 64-bit hash of the token ids and the labels."""
     labels = example.label if example.labels is None else tuple(example.labels.tolist())
-    return hash_tokens(example.input_ids, labels)
+    if example.image is None:
+        return hash_tokens(example.input_ids, labels)
+    return hash_image(example.image.data, example.view, labels)
+
+
+def hash_image(data: bytes, view: np.ndarray | None, label: int | tuple[int, ...] | None) -> int:
+    """`content_hash` of an image's parts.
+
+    Args:
+        view: the part that is seen; None: what is hashed is the image, whatever its part.
+    """
+    digest = hashlib.blake2b(data, digest_size=8)
+    digest.update(b"" if view is None else view.astype("<i4", copy=False).tobytes())
+    digest.update(str(label).encode())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def hash_tokens(input_ids: np.ndarray, label: int | tuple[int, ...] | None) -> int:
@@ -67,7 +82,7 @@ def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
         array = table.column(name).combine_chunks()
         if isinstance(array, pa.ChunkedArray):  # of no rows
             array = pa.concat_arrays([pa.array([], type=array.type), *array.chunks])
-        if name not in COLUMNS or _is_text(array.type):
+        if name not in COLUMNS or _stays_arrow(array.type):
             others[name] = array
         elif pa.types.is_list(array.type):
             lists[name] = flat(array)
@@ -77,9 +92,9 @@ def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
     return RowBlock(encoding, num_classes, lists, numbers, others)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    """Texts, or lists of them, which stay Arrow's."""
-    return bool(pa.types.is_string(kind.value_type if pa.types.is_list(kind) else kind))
+def _stays_arrow(kind: pa.DataType) -> bool:
+    """Whether a column is of texts, of lists of them, or of images."""
+    return bool(pa.types.is_string(kind.value_type if pa.types.is_list(kind) else kind) or pa.types.is_struct(kind))
 
 
 def _pack_column(block: RowBlock, field: pa.Field) -> pa.Array:
@@ -232,14 +247,23 @@ def _tensor(values: np.ndarray) -> Tensor:
 def tokens_of(block: RowBlock) -> TokenBlock:
     """What a task collates."""
     lists: Mapping[str, Ragged] = block.lists
+    images = block.others.get("encoded_image")
     return TokenBlock(
-        lists["input_ids"],
+        lists["input_ids"] if images is None else Ragged.of(_NONE, np.zeros(len(block), dtype=np.int64)),
         supervised=lists.get("supervised"),
         token_type_ids=lists.get("token_type_ids"),
         document_lengths=lists.get("document_lengths"),
         label=None if "label" not in block.numbers else block.numbers["label"].astype(np.int64),
         labels=lists.get("position_labels"),
+        images=None if images is None else images.field("bytes").to_pylist(),
+        views=lists.get("image_view"),
     )
+
+
+def num_tokens_of(block: RowBlock) -> int:
+    """Tokens of all rows; an image is one."""
+    ids = block.lists.get("input_ids")
+    return len(block) if ids is None else int(ids.counts.sum())
 
 
 def positions_of(block: RowBlock) -> np.ndarray:
@@ -280,6 +304,8 @@ COLUMNS = frozenset(
         "text",
         "text_pair",
         "messages",
+        "encoded_image",
+        "image_view",
         "position_words",
         "input_ids",
         "token_type_ids",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.cache.format.codec import COLUMNS
 from pipeline.errors import IntegrityError
@@ -17,6 +18,8 @@ from pipeline.tasks import get_task
 
 #: Columns that may be empty in a row; those of the source may too.
 _NULLABLE = ("label",)
+#: More than any image has along a side.
+_MOST_PIXELS = 1 << 24
 #: What float16 may round a probability of 1 up to, nats.
 _SLACK = 1e-2
 
@@ -38,11 +41,12 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     for name in ours:
         if name not in lists and name not in _NULLABLE:
             check(table.column(name).null_count == 0, f"{name}: expected a value in every row")
-    tokens = lists["input_ids"]
-    longest = contract.tokenization.max_length
-    check(bool((tokens.counts > 0).all()), "input_ids: expected at least one token in every row")
-    check(not longest or int(tokens.counts.max()) <= longest, f"input_ids: expected at most {longest} tokens in a row")
-    check.range(tokens.values, contract.tokenizer.vocabulary_size, "input_ids")
+    if "encoded_image" in ours:
+        _check_images(table, lists.get("image_view"), check)
+        tokens = _List("input_ids", np.zeros(table.num_rows, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    else:
+        tokens = lists["input_ids"]
+        _check_tokens(tokens, contract, check)
     if "token_type_ids" in lists:
         check.same(lists["token_type_ids"].counts, tokens.counts, "token_type_ids: expected one for each token")
         check.range(lists["token_type_ids"].values, 1 << 16, "token_type_ids")
@@ -96,6 +100,25 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     else:
         _check_kept(check, lists, contract, positions)
     return int(positions.sum())
+
+
+def _check_tokens(tokens: _List, contract: Contract, check: _Check) -> None:
+    longest = contract.tokenization.max_length
+    check(bool((tokens.counts > 0).all()), "input_ids: expected at least one token in every row")
+    check(not longest or int(tokens.counts.max()) <= longest, f"input_ids: expected at most {longest} tokens in a row")
+    check.range(tokens.values, contract.tokenizer.vocabulary_size, "input_ids")
+
+
+def _check_images(table: pa.Table, views: _List | None, check: _Check) -> None:
+    data = table.column("encoded_image").combine_chunks().field("bytes")
+    check(data.null_count == 0, "encoded_image: expected bytes in every row")
+    check(pc.min(pc.binary_length(data)).as_py() > 0, "encoded_image: expected at least one byte in every row")
+    if views is None:
+        return
+    check(bool(np.isin(views.counts, (0, 5)).all()), "image_view: expected 0 or 5 numbers in every row")
+    parts = views.values.reshape(-1, 5)
+    check.range(parts, _MOST_PIXELS, "image_view")
+    check(bool((parts[:, 2:4] > 0).all()), "image_view: expected a width and a height of at least 1")
 
 
 def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, positions: np.ndarray) -> None:

@@ -48,6 +48,8 @@ _ADDED = frozenset(
         "moments",
         "masking",
         "group",
+        "image",
+        "views",
     }
 )
 

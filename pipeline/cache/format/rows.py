@@ -16,6 +16,7 @@ from pipeline.cache.format.codec import COLUMNS, labelled_positions_of, narrowed
 from pipeline.records import (
     NO_LABEL,
     CachedExample,
+    Image,
     Ragged,
     RowBlock,
     Segment,
@@ -83,7 +84,9 @@ def make_block(
             others[name] = pa.array([example.kept.get(name) for example in examples], type=field.type)
             continue
         values: Any = sums[name] if name in sums else [_READERS[name](example) for example in examples]
-        if name == "position_words":
+        if name == "encoded_image":
+            others[name] = pa.array([{"bytes": each.data, "path": each.path} for each in values], type=field.type)
+        elif name == "position_words":
             others[name] = pa.array([list(each) for each in values], type=field.type)
         elif pa.types.is_list(field.type):
             lists[name] = _ragged(values, field.type.value_type.to_pandas_dtype())
@@ -104,6 +107,8 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "text": lambda example: example.text,
     "text_pair": lambda example: example.text_pair,
     "messages": lambda example: example.messages,
+    "encoded_image": lambda example: example.image,
+    "image_view": lambda example: example.view,
     "input_ids": lambda example: example.input_ids,
     "token_type_ids": lambda example: example.token_type_ids,
     "supervised": lambda example: example.supervised,
@@ -129,7 +134,7 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
             TokenizedExample(
                 source_row=numbers["source_row"][i],
                 piece=numbers["piece"][i],
-                input_ids=lists["input_ids"][i],
+                input_ids=lists["input_ids"][i] if "input_ids" in lists else _NO_TOKENS,
                 supervised=lists.get("supervised", none)[i],
                 token_type_ids=lists.get("token_type_ids", none)[i],
                 label=_label(numbers.get("label", none)[i]),
@@ -139,6 +144,8 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
                 text=others.get("text", none)[i],
                 text_pair=others.get("text_pair", none)[i],
                 messages=others.get("messages", none)[i],
+                image=_image(others.get("encoded_image", none)[i]),
+                view=lists.get("image_view", none)[i],
                 document_lengths=lists.get("document_lengths", none)[i],
                 text_bytes=numbers.get("text_bytes", none)[i] or 0,
                 kept={name: others[name][i] for name in kept},
@@ -160,9 +167,11 @@ _LISTS = (
     "supervised",
     "position_labels",
     "document_lengths",
+    "image_view",
     "entropy",
     "label_logprobs",
 )
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
 #: Columns that some caches of a task have and others not, as `cache-logits` was asked.
 _OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages", "position_words"})
 
@@ -177,6 +186,10 @@ def _parts(column: Ragged) -> list[np.ndarray]:
     values = column.values if column.values.flags.writeable else column.values.copy()
     offsets = column.offsets.tolist()
     return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+
+
+def _image(value: Mapping[str, Any] | None) -> Image | None:
+    return None if value is None else Image(value["bytes"], value["path"])
 
 
 def _words(words: list[str] | None) -> tuple[str, ...] | None:

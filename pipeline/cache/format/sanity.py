@@ -59,9 +59,9 @@ def _of_contract(contract: Contract) -> Iterator[str]:
             yield f"label_names: expected 1 to {_MOST_CLASSES}, found {names if names is None else len(names)}"
     elif (None if names is None else len(names)) != (None if task.names is None else classes):
         yield f"label_names: expected {'none' if task.names is None else classes}, found {names if names is None else len(names)}"
-    vocabulary = contract.tokenizer.vocabulary_size
-    if not 1 <= vocabulary <= _MOST_CLASSES:
-        yield f"tokenizer.vocabulary_size: expected 1 to {_MOST_CLASSES}, found {vocabulary}"
+    vocabulary, fewest = contract.tokenizer.vocabulary_size, 1 if task.reads == "tokens" else 0
+    if not fewest <= vocabulary <= _MOST_CLASSES:
+        yield f"tokenizer.vocabulary_size: expected {fewest} to {_MOST_CLASSES}, found {vocabulary}"
     if task.predicts_tokens and classes > vocabulary:
         yield f"num_classes: expected at most the {vocabulary} tokens of the tokenizer, found {classes}"
     for name, token in contract.tokenizer.special_ids.items():
@@ -90,6 +90,8 @@ def _of_columns(contract: Contract, task: Task) -> Iterator[str]:
         text="text" in found,
         text_pair="text_pair" in found,
         words=task.other_tokenizers == "words" and "position_words" in found,
+        images=task.reads == "images",
+        views=contract.tokenization.views is not None,
         messages=task.continues_prompts and "messages" in found,
         groups=contract.source.columns.group is not None,
         documents=task.label_source == "tokens" and "document_lengths" in found,

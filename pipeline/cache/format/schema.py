@@ -12,6 +12,9 @@ from pipeline.records import Encoding, Full, LabelSource, Sampled, Score
 
 FORMAT_VERSION = 1
 
+#: An encoded image, as `datasets.Image` stores it: the bytes of the file, and its name.
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
 #: From here on `logits` are float16: a classifier's few keep float32, a vocabulary's would be twice the bytes for nothing.
 _NARROW_FROM = 4096
 
@@ -26,6 +29,8 @@ def cache_schema(
     text: bool = False,
     text_pair: bool = False,
     messages: bool = False,
+    images: bool = False,
+    views: bool = False,
     words: bool = False,
     groups: bool = False,
     documents: bool = False,
@@ -38,6 +43,8 @@ def cache_schema(
     Args:
         labels: where hard labels come from: `row` has the column `label`, `positions`, `hidden` and `target` have `position_labels`, `tokens` has `text_bytes` of what is predicted.
         marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position, or one for each label name.
+        images: rows are images in place of tokens.
+        views: rows are parts of images.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
 
@@ -53,7 +60,12 @@ def cache_schema(
         columns["messages"] = pa.string()
     if words:
         columns["position_words"] = pa.list_(pa.string())
-    columns["input_ids"] = pa.list_(pa.int32())
+    if images:
+        columns["encoded_image"] = IMAGE
+        if views:
+            columns["image_view"] = pa.list_(pa.int32())
+    else:
+        columns["input_ids"] = pa.list_(pa.int32())
     if token_type_ids:
         columns["token_type_ids"] = pa.list_(pa.int32())
     if marks_positions:
@@ -105,6 +117,9 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
     """
     dictionary, planes, levels = [], {}, {}
     for field in schema:
+        if pa.types.is_struct(field.type):  # images are compressed already
+            levels.update({f"{field.name}.{inner.name}": 3 for inner in field.type})
+            continue
         path = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
         levels[path] = 3
         if pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.cache.format.strict_json import read_json
 from pipeline.errors import IntegrityError
 from pipeline.models import tokenizer_info
+from pipeline.models.processors import SETTINGS, load_cached_processor
 from pipeline.records import Contract
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def check_tokenizer_files(folder: Path) -> None:
             raise IntegrityError(f"{path}: expected a tokenizer's data, found another file; move it out of the cache")
         elif entry.stat().st_size > _MOST_BYTES:
             raise IntegrityError(f"{path}: expected at most {_MOST_BYTES >> 20} MB, found {entry.stat().st_size >> 20}")
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", SETTINGS):
         if (folder / name).is_file() and "auto_map" in (read_json(folder / name)[1] or {}):
             raise IntegrityError(
                 f"{folder / name}: names code of its own (auto_map), which a cache's tokenizer never runs"
@@ -62,7 +63,7 @@ def without_code(folder: Path) -> None:
 
 
 def load_cached_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a cache's directory.
+    """The tokenizer in a cache's directory; of images, the image processor.
 
     Raises:
         IntegrityError: a file that does not belong there, or one that cannot be loaded.
@@ -71,6 +72,8 @@ def load_cached_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     check_tokenizer_files(folder)
     try:
+        if (folder / SETTINGS).is_file() and not (folder / "tokenizer_config.json").is_file():
+            return load_cached_processor(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )

@@ -272,7 +272,9 @@ class CacheDataset(Dataset[CachedExample]):
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def num_tokens(self) -> np.ndarray:
-        """(rows,) int64: the length of each row of the whole split. Reads the token ids, a row group at a time."""
+        """(rows,) int64: the length of each row of the whole split, 1 of an image. Reads the token ids, a row group at a time."""
+        if "input_ids" not in self.manifest.contract.columns:
+            return np.ones(len(self), dtype=np.int64)
         lengths = (pc.list_value_length(table.column(0)) for table in self.tables(["input_ids"]))
         parts = [length.to_numpy().astype(np.int64) for length in lengths]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

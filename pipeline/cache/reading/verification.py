@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.format.codec import hash_tokens
+from pipeline.cache.format.codec import hash_image, hash_tokens
 from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.hashes import file_sha256
 from pipeline.cache.format.manifest import Layout, Plan, load_manifest, parse, strangers
@@ -156,7 +156,7 @@ def _verify_row_group(path: Path, group: int, manifest: Manifest) -> tuple[int, 
     # A sample of a sample is off by the rounding of both.
     draws = 1 + sum(each.operation.startswith("convert sampled") for each in manifest.ancestry)
     positions = _check_soft_labels(table, manifest.contract, f"{path}: row group {group}", draws=draws)
-    return positions, len(_flat(table, "input_ids"))
+    return positions, len(_flat(table, "input_ids")) if "input_ids" in table.column_names else table.num_rows
 
 
 def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws: int) -> int:
@@ -185,19 +185,28 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws
 
 
 def _check_hashes(table: pa.Table, where: str) -> None:
-    """The identity of each row is that of its tokens and label."""
-    ids = table.column("input_ids").combine_chunks()
-    offsets, tokens = ids.offsets.to_numpy(), ids.values.to_numpy().astype("<i4")
+    """The identity of each row is that of its tokens, or its image, and of its label."""
     names = table.column_names
+    if "encoded_image" not in names:
+        ids = table.column("input_ids").combine_chunks()
+        offsets, tokens = ids.offsets.to_numpy(), ids.values.to_numpy().astype("<i4")
+    else:
+        images = table.column("encoded_image").combine_chunks().field("bytes")
+        views = table.column("image_view").to_pylist() if "image_view" in names else [None] * table.num_rows
     name = next((name for name in ("label", "position_labels") if name in names), None)
     labels = [None] * table.num_rows if name is None else table.column(name).to_pylist()
     stored = table.column("content_hash").to_pylist()
     for row, label in enumerate(labels):
-        found = hash_tokens(tokens[offsets[row] : offsets[row + 1]], tuple(label) if isinstance(label, list) else label)
+        known = tuple(label) if isinstance(label, list) else label
+        if "encoded_image" in names:
+            view = None if views[row] is None else np.array(views[row], dtype=np.int32)
+            found = hash_image(images[row].as_py(), view, known)
+        else:
+            found = hash_tokens(tokens[offsets[row] : offsets[row + 1]], known)
         _expect(
             found == stored[row],
             where,
-            f"content_hash: expected {found}, as the tokens of row {row} have, found {stored[row]}",
+            f"content_hash: expected {found}, as the {'image' if 'encoded_image' in names else 'tokens'} of row {row} {'has' if 'encoded_image' in names else 'have'}, found {stored[row]}",
         )
 
 

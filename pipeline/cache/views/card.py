@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
+from pipeline.cache.format.schema import IMAGE
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
@@ -166,6 +167,12 @@ def card_license(text: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
+_IMAGE = "encoded_image"
+_OF_VIEWS = (
+    " `image_view` is the part that the teacher saw: left, top, width and height in pixels of the image turned as its orientation\n"
+    "says, and 1 where it is mirrored; empty where it is the whole image. `piece` numbers the parts of an image."
+)
+
 _DUCKDB = """With DuckDB, the mean mass that is kept for certain, by split (in the cache's directory):
 
 ```sql
@@ -212,6 +219,8 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
         )
         size = sum(shard.bytes for shard in manifest.shards)
         features = datasets.Features.from_arrow_schema(schema)
+        if schema.names.count(_IMAGE):
+            features[_IMAGE] = datasets.Image()
         info = datasets.DatasetInfo(features=features, splits=splits, download_size=size, dataset_size=size)
         DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}"))
@@ -226,6 +235,8 @@ def _schema(contract: Contract) -> pa.Schema | None:
 
 
 def _type(name: str) -> pa.DataType:
+    if name == str(IMAGE):
+        return IMAGE
     inner = re.fullmatch(r"list<(.*)>", name)
     return pa.type_for_alias(name) if inner is None else pa.list_(_type(inner[1]))
 
@@ -275,6 +286,9 @@ def _made_from(contract: Contract) -> str:
             for split, value in source.fingerprints.items()
         },
     }
+    if get_task(contract.task).reads == "images":
+        lines["rows"] = _plain(rows_text(contract))
+        lines["tokenizer"] = f"`tokenizer/`, an image processor, SHA-256 `{tokenizer.sha256}`"
     return "".join(f"| {name} | {value} |\n" for name, value in lines.items())
 
 
@@ -289,6 +303,12 @@ def _alignment(manifest: Manifest) -> str:
         return (
             "A row has soft labels for each of `label_names` of `manifest.json`, in their order: what the teacher predicts of it, whether the row has the label,\n"
             "over two classes, no and yes. Their hard labels are in `position_labels`."
+        )
+    if _IMAGE in manifest.contract.columns:
+        part = "" if manifest.contract.tokenization.views is None else _OF_VIEWS
+        return (
+            "The soft labels of a row are what the teacher predicts for the image `encoded_image`, the classes those of `label`. "
+            f"The image processor in `tokenizer/` makes pixel values of it.{part}"
         )
     if "supervised" not in manifest.contract.columns:
         return (

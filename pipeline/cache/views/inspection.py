@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.measures import measure
-from pipeline.cache.views.provenance import judge_text, rows_text
+from pipeline.cache.views.provenance import judge_text, rows_text, tokenizer_text
 from pipeline.cache.views.samples import share_of_yes, text_of
 from pipeline.cache.views.scores import score_lines, score_summary, scores_of_split
 from pipeline.cache.views.tokens import marked_tokens, words_of
@@ -74,6 +74,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     """The lines of `softlabel inspect`."""
     contract = cache.manifest.contract
     teacher, source = contract.teacher, contract.source
+    of_images = get_task(contract.task).reads == "images"
     yield f"cache_id    {cache.manifest.cache_id}"
     classes = classes_text(contract).replace(",", "")
     yield f"task        {contract.task}, {classes}" + (
@@ -82,7 +83,7 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     yield f"teacher     {teacher.name} ({teacher.architecture}, {teacher.num_parameters / 1e6:.1f}M parameters, {teacher.dtype}, weights {teacher.weights_sha256[:12]})"
     if (judged := judge_text(contract)) is not None:
         yield f"labels      {judged}"
-    yield f"tokenizer   {contract.tokenizer.vocabulary_size} tokens, sha256 {contract.tokenizer.sha256[:12]}"
+    yield f"{'processor' if of_images else 'tokenizer':<12}{tokenizer_text(contract, short=True)}"
     yield f"source      {source.name}" + (f", revision {source.revision}" if source.revision else "")
     yield f"rows of     {rows_text(contract)}"
     yield f"encoding    {encoding_text(contract.encoding)}"
@@ -99,11 +100,13 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     chosen = split or cache.splits[0]
     for row in itertools.islice(cache.dataset(chosen), rows):
         yield ""
-        yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}, {row.example.num_tokens} tokens"
+        length = "" if of_images else f", {row.example.num_tokens} tokens"
+        yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}{length}"
         follows = row.example.labels is None
         hides = not follows and contract.label_names is None
         several = get_task(contract.task).names == "positions"
-        yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised, follows=follows)}"
+        if not of_images:
+            yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised, follows=follows)}"
         if isinstance(contract.encoding, Score):
             yield from score_lines(cache, row)
         elif several:
@@ -136,11 +139,7 @@ def _agreements(cache: Cache) -> Iterator[str]:
 
 def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
     names = cache.manifest.contract.label_names or ()
-    text = (
-        row.example.text
-        if row.example.text is not None
-        else str(cache.tokenizer.decode(row.example.input_ids.tolist()))
-    )
+    text = row.example.text if row.example.text is not None else text_of(cache, row)
     yield f"  {_short(' '.join(text.split()), 160)}"
     label = "none" if row.example.label is None else names[row.example.label]
     believed = "  ".join(f"{names[i]} {weight:.1%}" for i, weight in _best(row, 0, top))

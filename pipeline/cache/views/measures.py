@@ -15,6 +15,7 @@ from pipeline.cache.views.tokens import in_context, words_of
 from pipeline.records import NO_LABEL, CachedExample, Full, SoftLabels, Target
 from pipeline.softlabels import concatenate, most_likely, served_temperature, target
 from pipeline.tasks import get_task
+from pipeline.tasks.images.pixels import thumbnail
 
 #: Most positions that are measured, and most classes of them where all V are kept; rows are measured whole.
 _POSITIONS, _CLASSES = 50_000, 20_000_000
@@ -37,6 +38,8 @@ class Disagreement:
     """The teacher's weight on its most likely class."""
     text: str
     """Of the row; a word is in brackets, in its context."""
+    image: str = ""
+    """A `data:` URI of a small picture of the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,7 @@ class _Found:
                     int(predicted[i]),
                     float(confidence[i]),
                     text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}…",
+                    "" if row.example.image is None else thumbnail(row.example.image.data, row.example.view),
                 )
             )
         self._disagreements = sorted(self._disagreements, key=lambda d: -d.confidence)[:_DISAGREEMENTS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from pipeline.cache.views.units import unit_of
-from pipeline.records import Contract, Full, Manifest, Masking, ModelInfo, Sampled, Score, TopK, TopP
+from pipeline.records import Contract, Full, Manifest, Masking, ModelInfo, Sampled, Score, TopK, TopP, Views
 from pipeline.tasks import get_task
 
 
@@ -36,6 +36,8 @@ _TURNS = {
 def rows_text(contract: Contract) -> str:
     """What a row is: its longest length, packing, and how chats and prompts become rows."""
     settings = contract.tokenization
+    if get_task(contract.task).reads == "images":
+        return _views_text(settings.views)
     parts = [f"at most {settings.max_length} tokens", *["packed"] * settings.packing]
     parts += [] if settings.assistant_turns is None else [_TURNS[settings.assistant_turns]]
     parts += [f"chat template with {item}" for item in settings.chat_template_kwargs]
@@ -44,6 +46,25 @@ def rows_text(contract: Contract) -> str:
         parts.append(f"{masking.share:.0%} of the tokens hidden{', whole words' * masking.whole_words}")
         parts += [f"{masking.copies} masks of each text"] * (masking.copies > 1)
     return ", ".join(parts)
+
+
+def _views_text(views: Views | None) -> str:
+    if views is None:
+        return "whole images"
+    mirrored = ", half of them mirrored" if views.mirror else ""
+    return f"{views.count} parts of each image of train, of at least {views.smallest:.0%} of its area{mirrored}; other splits whole images"
+
+
+def tokenizer_text(contract: Contract, *, short: bool = False) -> str:
+    """Tokens and hash of the tokenizer; of images the hash of their processor."""
+    sha256 = contract.tokenizer.sha256[:12] if short else contract.tokenizer.sha256
+    if get_task(contract.task).reads == "images":
+        return f"sha256 {sha256}"
+    return (
+        f"{contract.tokenizer.vocabulary_size} tokens, sha256 {sha256}"
+        if short
+        else f"{contract.tokenizer.vocabulary_size:,} tokens, {sha256}"
+    )
 
 
 def command(contract: Contract) -> str:
@@ -61,6 +82,7 @@ def command(contract: Contract) -> str:
         ("--holdout", source.holdout or None),
         ("--text-column", columns.text if columns.text != "text" else None),
         ("--text-pair-column", columns.text_pair),
+        ("--image-column", columns.image),
         ("--words-column", columns.words),
         ("--messages-column", columns.messages),
         ("--prompt-column", columns.prompt),
@@ -71,7 +93,8 @@ def command(contract: Contract) -> str:
         *(("--keep-column", name) for name in columns.keep),
         ("--group-column", columns.group),
         *_masks(contract.tokenization.masking),
-        ("--max-length", contract.tokenization.max_length),
+        *_views(contract.tokenization.views),
+        ("--max-length", contract.tokenization.max_length if columns.image is None else None),
         *(("--chat-template-kwargs", item) for item in contract.tokenization.chat_template_kwargs),
         ("--assistant-turns", _unless(contract.tokenization.assistant_turns, "auto")),
         ("--truncation-side", contract.tokenization.truncation_side),
@@ -85,6 +108,8 @@ def command(contract: Contract) -> str:
     for flag, value in flags:
         if value is not None:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    views = contract.tokenization.views
+    words += [] if views is None or views.mirror else ["--no-view-mirror"]
     words += ["--packing"] * contract.tokenization.packing
     words += ["--whole-words"] * bool(contract.tokenization.masking and contract.tokenization.masking.whole_words)
     words += ["--isolate-documents"] * contract.tokenization.isolate_documents
@@ -96,6 +121,12 @@ def command(contract: Contract) -> str:
     words += ["--no-store-text"] * (of_words and "position_words" not in contract.columns)
     words += ["--store-label-logprobs"] * ("label_logprobs" in contract.columns)
     return shlex.join([*words, "--output", "DIR"])
+
+
+def _views(views: Views | None) -> list[tuple[str, object]]:
+    if views is None:
+        return []
+    return [("--views", views.count), ("--view-area", views.smallest), ("--view-seed", views.seed or None)]
 
 
 def _masks(masking: Masking | None) -> list[tuple[str, object]]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.tokens import words_of
-from pipeline.records import NO_LABEL, CachedExample
+from pipeline.records import NO_LABEL, CachedExample, TokenizedExample
 from pipeline.softlabels import served_temperature, target
+from pipeline.tasks.images.pixels import thumbnail
 
 if TYPE_CHECKING:
     from pipeline.records import Target
@@ -59,6 +60,8 @@ class Sample:
     text: str = ""
     candidates: tuple[Candidate, ...] = ()
     """Classifiers: the classes of the row."""
+    image: str = ""
+    """A `data:` URI of a small picture of the row."""
 
 
 def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sample:
@@ -73,12 +76,14 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
         return _token_sample(cache, row, goal, title, tokens, top)
     names = cache.manifest.contract.label_names or ()
     label, text = row.example.label, text_of(cache, row)
+    image = row.example.image
     return Sample(
         title,
         "no label" if label is None else f"label {names[label]}",
         text=text[:CHARACTERS],
         cut=max(0, len(text) - CHARACTERS),
         candidates=tuple(Candidate(names[i], weight, i == label) for i, weight in _heaviest(goal, 0, top)),
+        image="" if image is None else thumbnail(image.data, row.example.view),
     )
 
 
@@ -108,11 +113,23 @@ def share_of_yes(row: CachedExample) -> np.ndarray:
 
 
 def text_of(cache: Cache, row: CachedExample) -> str:
-    """The text of a row, and of its pair; decoded from its tokens where the cache holds no texts."""
+    """The text of a row, and of its pair; decoded from its tokens where the cache holds no texts; of an image its file, and the part of it."""
+    if row.example.image is not None:
+        return image_text(row.example)
     text, pair = row.example.text, row.example.text_pair
     if text is None:
         return str(cache.tokenizer.decode(row.example.input_ids.tolist()))
     return text if pair is None else f"{text}\n{pair}"
+
+
+def image_text(example: TokenizedExample) -> str:
+    """The file of an image, its bytes, and the part that is seen."""
+    assert example.image is not None
+    text = f"{example.image.path or 'an image'}, {len(example.image.data):,} bytes"
+    if example.view is None or not len(example.view):
+        return text
+    left, top, width, height, mirrored = example.view.tolist()
+    return f"{text}, {width} x {height} pixels at {left}, {top}{', mirrored' if mirrored else ''}"
 
 
 def _token_sample(cache: Cache, row: CachedExample, goal: Target, title: str, tokens: int, top: int) -> Sample:

@@ -65,7 +65,7 @@ def write_row_groups(path: Path, plan: ShardPlan, groups: Iterable[pa.Table], sc
         ) as writer:
             for group in itertools.chain([first], iterator):
                 writer.write_table(group, row_group_size=group.num_rows)
-                sizes.append((group.num_rows, _positions(group), _values(group, "input_ids")))
+                sizes.append((group.num_rows, _positions(group), _tokens(group)))
                 scores.append(moments_of(group))
                 reached("shard:row-group")
 
@@ -108,6 +108,11 @@ def _positions(table: pa.Table) -> int:
     return sum(int(chunk.flatten().true_count) for chunk in table.column("supervised").chunks)
 
 
+def _tokens(table: pa.Table) -> int:
+    """Tokens of all rows; an image is one."""
+    return _values(table, "input_ids") if "input_ids" in table.column_names else int(table.num_rows)
+
+
 def _values(table: pa.Table, name: str) -> int:
     return sum(len(chunk.flatten()) for chunk in table.column(name).chunks)
 
@@ -132,7 +137,7 @@ def _row_groups(block: RowBlock) -> Iterator[Segment]:
 def _memory(block: RowBlock) -> np.ndarray:
     """(R,) roughly the bytes of each row once read back: what bounds the memory of a training run."""
     lists = block.lists
-    size = 8 * lists["input_ids"].counts
+    size = 8 * lists["input_ids"].counts if "input_ids" in lists else np.zeros(len(block), dtype=np.int64)
     for name in ("logits", "top_ids", "tail_gaps"):
         if name in lists:
             size = size + 8 * lists[name].counts
@@ -141,4 +146,6 @@ def _memory(block: RowBlock) -> np.ndarray:
     for texts in block.others.values():
         if pa.types.is_string(texts.type):
             size = size + pc.fill_null(pc.utf8_length(texts), 0).to_numpy()
+        elif pa.types.is_struct(texts.type):
+            size = size + pc.binary_length(texts.field("bytes")).to_numpy()
     return size

@@ -116,7 +116,7 @@ def estimate(
     label_map: Sequence[str] = (),
 ) -> Estimate:
     """Run the teacher over about so many positions and encode them in every way."""
-    fast = bool(teacher.tokenizer.is_fast)
+    fast = bool(getattr(teacher.tokenizer, "is_fast", False))
     check_stored(task, source.columns, tokenization, store_text=store_text, fast_tokenizer=fast)
     num_classes = task.num_classes(teacher.model, teacher.tokenizer)
     matrix = None if task.target == "score" else output_matrix(teacher.model, num_classes)
@@ -126,7 +126,8 @@ def estimate(
     examples, source_rows = _pilot_rows(
         task, source, teacher, split, tokenization, positions, label_map, texts=with_texts
     )
-    check_ids(embedding_rows(teacher.model), examples, teacher.tokenizer, teacher.name)
+    if task.reads == "tokens":
+        check_ids(embedding_rows(teacher.model), examples, teacher.tokenizer, teacher.name)
     kept = kept_types(source)
 
     def schema_of(encoding: Encoding, texts: bool | None, *, label_logprobs: bool = False) -> pa.Schema:
@@ -194,9 +195,7 @@ def estimate(
         if pilot.asked is not None:
             columns = _on_request(sizes, pilot.asked, pilot.positions, counted * scale)
         size = sum(taken for name, taken in sizes.items() if pilot.asked is None or name in pilot.asked)
-        per_shard = default_rows_per_shard(
-            pilot.encoding, num_classes, max_length=tokenization.max_length, marks_positions=task.marks_positions
-        )
+        per_shard = default_rows_per_shard(task, pilot.encoding, num_classes, tokenization)
         seconds = pilot.seconds / pilot.positions * counted
         lines.append(
             EstimatedEncoding(
@@ -337,6 +336,8 @@ def _schema(
         token_type_ids=example.token_type_ids is not None,
         **texts,
         text_pair=example.text_pair is not None,
+        images=example.image is not None,
+        views=example.view is not None,
         groups=example.group is not None,
         documents=example.document_lengths is not None,
         label_logprobs=label_logprobs,

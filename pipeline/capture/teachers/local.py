@@ -81,8 +81,8 @@ class LocalTeacher:
 
     @property
     def embedding_rows(self) -> int:
-        """Of its input embedding."""
-        return embedding_rows(self.model)
+        """Of its input embedding; of images, which have no tokens, 0."""
+        return embedding_rows(self.model) if self.task.reads == "tokens" else 0
 
     @property
     def output_matrix(self) -> Tensor | None:
@@ -118,7 +118,7 @@ class LocalTeacher:
         if shortest.num_tokens > _SHORT:
             return
         model = self.model
-        inputs, supervised = self.task.collate([shortest], 0)
+        inputs, supervised = self.task.collate([shortest], 0, processor=self.tokenizer)
         # With a cache of keys and values `transformers` does not look for documents in the positions.
         uncached = {} if supervised is None else {"use_cache": False}
         with torch.inference_mode():

@@ -113,7 +113,7 @@ def serve(order: Order, answers: Any) -> None:
             num_parameters=sum(p.numel() for p in model.parameters()),
             device=str(model.device),
             threads=torch.get_num_threads(),
-            tokens=len(rows.lists["input_ids"].values) / num_rows,
+            tokens=len(rows.lists["input_ids"].values) / num_rows if "input_ids" in rows.lists else 1.0,
             num_rows=num_rows,
             text_bytes=int(text_bytes_of(rows).sum()),
             before_bytes=before,

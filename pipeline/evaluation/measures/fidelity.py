@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.cache import Cache
+from pipeline.cache.views.samples import image_text
 from pipeline.cache.views.tokens import in_context, words_of
 from pipeline.cache.views.units import classes_of
 from pipeline.evaluation.measures.observation import Observation, position_kl_is_known
@@ -164,6 +165,8 @@ def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | 
     """
     if not cache.manifest.contract.store_text:
         return None
+    if row.example.image is not None:
+        return image_text(row.example)
     if not task.marks_positions:
         pair = [text for text in (row.example.text, row.example.text_pair) if text is not None]
         label = f"{(cache.manifest.contract.label_names or ())[position]}: " if task.names == "positions" else ""

@@ -124,6 +124,12 @@ class ParquetRows:
         chosen = rows if self._rows is None else self._rows[rows]
         return ParquetRows(self._files, self.features, chosen)
 
+    def with_feature(self, column: str, feature: Any) -> ParquetRows:
+        """The same rows, of which a column is decoded as another feature of the same storage."""
+        import datasets
+
+        return ParquetRows(self._files, datasets.Features({**self.features, column: feature}), self._rows)
+
     def few_groups(self, start: int, stop: int, most: int) -> list[range]:
         """The rows `[start, stop)` that lie in at most so many row groups, evenly spaced."""
         pieces = self._pieces(start, stop)

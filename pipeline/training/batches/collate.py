@@ -44,6 +44,7 @@ from pipeline.records import (
     Spans,
     StudentBatch,
     Target,
+    TokenBlock,
     Tokenization,
     TokenizedExample,
     VocabularyMap,
@@ -138,8 +139,11 @@ class Collator:
             counts: (B,) bool, whether each counts; None: all do.
         """
         tokens = tokens_of(block)
-        given = tokens if self.retokenize is None else _tokenize_anew(self.task, block, self.tokenizer, self.retokenize)
-        inputs, supervised = self.task.collate(given, pad_id(self.tokenizer) if self.pad_id is None else self.pad_id)
+        given: TokenBlock | Sequence[TokenizedExample] = tokens
+        if self.retokenize is not None and self.task.reads == "tokens":
+            given = _tokenize_anew(self.task, block, self.tokenizer, self.retokenize)
+        filler = pad_id(self.tokenizer) if self.pad_id is None else self.pad_id
+        inputs, supervised = self.task.collate(given, filler, processor=self.tokenizer)
         soft = unpack_soft(block)
         entropy = None if isinstance(soft.encoding, Full | Score) else _entropy(block, labelled_positions_of(block))
         goal = target(soft, self.temperature, tail=self.tail, entropy=entropy)

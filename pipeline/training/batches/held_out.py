@@ -14,6 +14,8 @@ from pipeline.tasks import Task
 
 #: A tenth of the rows is held out, at most so many, of at most so many row groups: those are decoded for each evaluation.
 _SHARE, MOST_ROWS, _MOST_GROUPS = 0.1, 2000, 64
+#: 2^64 over the golden ratio, by which whole numbers are spread over all of 64 bits (Knuth's multiplicative hashing).
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
 #: With fewer, a measurement says nothing.
 FEWEST_ROWS = 20
 
@@ -71,12 +73,15 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         keep: (rows,) bool, the rows that teach; None: all.
         most: rows to hold out at most.
         by: the column whose value rows that belong together share, those of one list, say; `input_ids`: the same text, whatever its
-            labels; `position_labels`: the same text, whatever its masks.
+            labels; `position_labels`: the same text, whatever its masks; `source_row`: the same image, whatever its part.
 
     Returns:
         None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
     """
-    hashes = rows.column(by) if by in ("content_hash", "score_group") else _hashes_of_tokens(rows, by)
+    if by == "source_row":  # spread, since rows that lie together may be of one class
+        hashes = rows.column(by).astype(np.uint64) * _SPREAD
+    else:
+        hashes = rows.column(by) if by in ("content_hash", "score_group") else _hashes_of_tokens(rows, by)
     teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
     count = min(int(teach.sum() * _SHARE), most)
     if count < FEWEST_ROWS:

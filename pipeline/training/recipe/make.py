@@ -222,6 +222,8 @@ def _measured(
     keep = labelled_rows(train, task, cache.where) if needs_labels else None
     affordable = rows_per_step * evaluation_steps(steps, 0, rows_per_step) // 2
     by = "position_labels" if task.label_source == "hidden" else "content_hash"
+    if task.reads == "images":
+        by = "source_row"
     if task.target == "score":
         by = "score_group" if task.ranks else "input_ids"
     held_out = hold_out(train, keep, min(MOST_ROWS, max(FEWEST_ROWS, affordable)), by=by)

@@ -11,9 +11,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pipeline.config import TrainStudentConfig
 from pipeline.errors import ConfigError, MisuseError
-from pipeline.models import reporting as module
-from pipeline.models.arguments import training_arguments
-from pipeline.models.reporting import check_installed, own_run
+from pipeline.models.arguments import reporting as module
+from pipeline.models.arguments import check_installed, own_run, training_arguments
 from pipeline.workflow import _key
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.errors import ConfigError
-from pipeline.models.reporting import name_project, reporting
+from pipeline.models.arguments.reporting import name_project, reporting
 from pipeline.progress import Progress
 
 #: Of the metrics that an evaluation gives; the others are losses, divergences and errors.

@@ -20,6 +20,7 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
+    Inputs,
     LabelNames,
     LabelSource,
     OtherTokenizers,
@@ -32,7 +33,7 @@ from pipeline.records import (
     is_known,
 )
 from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
-from pipeline.tasks.rankings import ranking_metrics, ranking_scores
+from pipeline.tasks.scores.rankings import ranking_metrics, ranking_scores
 from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
 
 _RANKING_USAGE = """```python
@@ -57,6 +58,7 @@ class ScoredTexts:
     """See `Task`. The defaults are those of regression."""
 
     name: str = "sequence-regression"
+    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForSequenceClassification
     peft_type: str = "SEQ_CLS"
     hub_category: str = "text-classification"
@@ -133,7 +135,12 @@ class ScoredTexts:
         return labels.values.astype(np.float32)
 
     def collate(
-        self, rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None = None
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Padded on the right."""
         return collate_texts(rows, pad_id, length), None

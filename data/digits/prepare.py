@@ -1,0 +1,86 @@
+"""Make the data and the untrained teacher of the demo of images: `python -m data.digits.prepare`.
+
+The images are scikit-learn's copy of the test set of the optical recognition of handwritten digits (Alpaydin and Kaynak,
+1998): 1,797 digits of 8 x 8 pixels. 150 of the 997 training images keep their label; the others are unlabelled. The
+teacher is a small ViT with random weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import shutil
+from pathlib import Path
+
+import click
+import numpy as np
+
+NUM_LABELLED, NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 150, 997, 200, 600
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write_split(folder: Path, images: np.ndarray, labels: np.ndarray, *, labelled: int) -> None:
+    """Write one split as files of images and a metadata file with their labels.
+
+    Args:
+        images: (n, 8, 8), 0 to 16.
+        labels: (n,) 0 to 9.
+        labelled: how many of the first keep their label.
+    """
+    from PIL import Image
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "label"])
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            pixels = np.round(image / 16 * 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:04}.png")
+            writer.writerow([f"{i:04}.png", NAMES[label] if i < labelled else ""])
+
+
+def write_model(path: Path) -> None:
+    """A ViT of 0.8 million parameters for images of 32 x 32 pixels."""
+    from transformers import AutoConfig, AutoModelForImageClassification, set_seed
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    set_seed(0)
+    config = AutoConfig.for_model(
+        "vit", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=8,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    AutoModelForImageClassification.from_config(config).save_pretrained(path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
+
+
+@click.command()
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("data/digits"),
+    show_default=True,
+    help="Folder to write to.",
+)
+def main(output: Path) -> None:
+    """Write the three splits and the model."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = list(range(len(digits.images)))
+    random.Random(0).shuffle(order)
+    images, labels = digits.images[order], digits.target[order]
+    start = 0
+    for name, count, labelled in (
+        ("train", NUM_TRAIN, NUM_LABELLED),
+        ("validation", NUM_VALIDATION, NUM_VALIDATION),
+        ("test", NUM_TEST, NUM_TEST),
+    ):
+        part = slice(start, start + count)
+        write_split(output / "images" / name, images[part], labels[part], labelled=labelled)
+        start += count
+    write_model(output / "vit")
+
+
+if __name__ == "__main__":
+    main()

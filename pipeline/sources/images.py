@@ -1,0 +1,88 @@
+"""Images of a source: their bytes, wherever a row has them, and paths of files made absolute."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import BadRowError, SourceError
+from pipeline.records import Image
+from pipeline.sources.columns import describe
+from pipeline.sources.files.joined import JoinedRows, OneRows, parts_of
+from pipeline.sources.files.parquet import ParquetRows
+from pipeline.sources.values import kind_of
+
+if TYPE_CHECKING:
+    from pipeline.sources.files.joined import Rows
+
+
+def read_image(name: str, value: object) -> Image:
+    """A value of a column of images: {bytes, path} or bytes.
+
+    Raises:
+        BadRowError: null, another type, no bytes, or a file that cannot be read. `name` begins the message.
+    """
+    found = value
+    path: object = None
+    if isinstance(value, Mapping):
+        found, path = value.get("bytes"), value.get("path")
+    if found is None and isinstance(path, str):
+        try:
+            found = Path(path).read_bytes()
+        except OSError as error:
+            raise BadRowError(f"{name}: {Path(path).name}: {error.strerror or type(error).__name__}") from None
+    if found is None:
+        raise BadRowError(f"{name} is null")
+    if not isinstance(found, bytes):
+        raise BadRowError(f"{name}: expected the bytes of an image, found {kind_of(found)}")
+    if not found:
+        raise BadRowError(f"{name} is empty")
+    return Image(found, Path(path).name if isinstance(path, str) else None)
+
+
+def image_identity(value: object) -> str | None:
+    """SHA-256 of an image's bytes, whatever its file is called; None where there are none."""
+    try:
+        return hashlib.sha256(read_image("", value).data).hexdigest()
+    except BadRowError:
+        return None
+
+
+def with_encoded_images(rows: Rows, column: str, root: Path, where: str) -> Rows:
+    """The same rows, whose images stay encoded, and whose paths of files are absolute.
+
+    Args:
+        root: the directory that paths are relative to.
+        where: begins messages.
+
+    Raises:
+        SourceError: paths in Parquet files that are read in place.
+    """
+    parts = [_encoded(part, column, root, where) for part in parts_of(rows)]
+    return JoinedRows(parts, names=rows.names) if isinstance(rows, JoinedRows) else parts[0]
+
+
+def _encoded(rows: OneRows, column: str, root: Path, where: str) -> OneRows:
+    import datasets
+
+    feature: Any = rows.features.get(column)
+    if isinstance(feature, datasets.Image):
+        feature = dataclasses.replace(feature, decode=False)
+        return (
+            rows.with_feature(column, feature) if isinstance(rows, ParquetRows) else rows.cast_column(column, feature)
+        )
+    if describe(feature) != "text":
+        return rows
+    if isinstance(rows, ParquetRows):
+        raise SourceError(
+            f"{where}: column {column!r} (--image-column): expected images or bytes in Parquet files, found text; "
+            "name the files of images in CSV or JSON Lines, or embed them"
+        )
+    paths = [
+        None if path is None else str(root / Path(path).expanduser()) for path in rows.with_format(None)[column][:]
+    ]
+    images = [{"bytes": None, "path": path} for path in paths]
+    return rows.remove_columns(column).add_column(column, images, feature=datasets.Image(decode=False))

@@ -1,0 +1,197 @@
+"""One class for an image: N = 1 position a row, V = number of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedTokenizerBase
+
+from pipeline.errors import BadRowError, MisuseError, ModelError
+from pipeline.records import (
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    Full,
+    Inputs,
+    LabelNames,
+    LabelSource,
+    OtherTokenizers,
+    Predictions,
+    TargetKind,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.tasks.images.pixels import decode, in_threads, pixel_values
+from pipeline.tasks.images.views import draw_view
+from pipeline.tasks.one_label import class_metrics, num_labels, right_answers
+from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
+
+_USAGE = """```python
+from transformers import pipeline
+
+classify = pipeline("{tag}", model="{folder}")
+print(classify("image.png"))
+```
+"""
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+#: Whose images are seen in parts.
+_TRAIN = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageClassification:
+    """See `Task`."""
+
+    name: str = "image-classification"
+    reads: Inputs = "images"
+    auto_class: Any = AutoModelForImageClassification
+    peft_type: str | None = None
+    hub_category: str = "image-classification"
+    usage: str = _USAGE
+    marks_positions: bool = False
+    label_source: LabelSource = "row"
+    names: LabelNames | None = "classes"
+    target: TargetKind = "distribution"
+    ranks: bool = False
+    problem_type: str | None = None
+    predicts_tokens: bool = False
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = False
+    stores_text: bool = False
+    other_tokenizers: OtherTokenizers = "images"
+    judged_by: str | None = None
+    default_encoding: Encoding = Full()
+    default_temperature: float = 2.0
+    default_max_length: int = 1
+    default_batch_tokens: int = 64
+    default_eval_rows: int = 32
+    main_metric: str = "accuracy"
+    higher_is_better: bool = True
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Only images are classified."""
+        if columns.image is None:
+            raise MisuseError(
+                f"--task {self.name} reads images: name their column with --image-column (folders of images have the column image)"
+            )
+        refuse_settings_of_language_models(self.name, tokenization, "images")
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """As they are."""
+        return settings
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The number of labels, of a model that reads three colours."""
+        config: Any = model.config
+        channels = getattr(config, "num_channels", 3)
+        if channels != 3:
+            raise ModelError(
+                f"{config.name_or_path or 'the model'}: expected a model of images with 3 channels, found {channels}; images are read as RGB"
+            )
+        return num_labels(model)
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Each image is decoded, so that one that cannot be is found now; of `train` there are so many views as asked for."""
+
+        def rows(item: Example | BadRow) -> list[TokenizedExample | BadRow]:
+            return [item] if isinstance(item, BadRow) else _rows(item, split, settings)
+
+        for found in in_threads(rows, examples):
+            yield from found
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """None: a row marks no tokens."""
+        return np.zeros(len(input_ids), dtype=bool)
+
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(B,): the labels."""
+        labels = token_block(rows).label
+        assert labels is not None
+        return labels
+
+    def collate(
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """`pixel_values`, (B, C, H, W) float32."""
+        block = token_block(rows)
+        assert block.images is not None
+        return {"pixel_values": pixel_values(block.images, block.views, processor)}, None
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(B, V): one position a row.
+
+        Raises:
+            ModelError: the model takes images of another size.
+        """
+        pixels = inputs["pixel_values"]
+        dtype: Any = getattr(model, "dtype", pixels.dtype)  # half precision; a student in training casts by itself
+        try:
+            logits: Tensor = model(pixel_values=pixels.to(dtype)).logits
+        except ValueError as error:  # as models of one size of image say it
+            config: Any = model.config
+            raise ModelError(
+                f"{config.name_or_path or 'the model'}: does not take the {pixels.shape[-2]} x {pixels.shape[-1]} pixels that its image processor makes: {error}; "
+                "mend preprocessor_config.json beside it"
+            ) from None
+        return logits
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, V), as they are."""
+        return logits
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Accuracy, macro-F1, loss and calibration, over the labelled rows."""
+        return class_metrics(predictions, num_classes)
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Right answers, and labelled rows."""
+        return right_answers(predictions)
+
+
+def _rows(example: Example, split: str, settings: Tokenization) -> list[TokenizedExample | BadRow]:
+    """The image as it is, or so many parts of it."""
+    assert example.image is not None
+    try:
+        image = decode(example.image.data)
+    except BadRowError as error:
+        return [BadRow(split, example.source_row, f"{example.image.path or 'the image'}: {error}")]
+    views = settings.views
+    if views is None:
+        parts: list[np.ndarray | None] = [None]
+    elif split != _TRAIN:
+        parts = [_NO_TOKENS]
+    else:
+        places = [(split, example.source_row, number) for number in range(views.count)]
+        parts = [draw_view(image.width, image.height, views, place=place) for place in places]
+    return [
+        TokenizedExample(
+            source_row=example.source_row,
+            piece=number,
+            input_ids=_NO_TOKENS,
+            label=example.label,
+            image=example.image,
+            view=part,
+            kept=example.kept,
+        )
+        for number, part in enumerate(parts)
+    ]

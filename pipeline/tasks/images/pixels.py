@@ -1,0 +1,111 @@
+"""Encoded images -> pixel values: decoded by Pillow, cut to the part that is seen, and made a tensor by the image processor."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadRowError
+from pipeline.records import Ragged
+
+#: Files that are decoded. Pillow reads others too, some by starting programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+#: Images that are decoded at a time, for each thread: a batch is not in memory twice.
+_AHEAD = 4
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def decode(data: bytes) -> Any:
+    """A `PIL.Image.Image` in RGB, turned as its orientation says; of an animation the first frame.
+
+    Raises:
+        BadRowError: no image in one of `FORMATS`, a damaged one, or one of so many pixels that Pillow refuses it.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, which are allowed up to twice the size
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                turned = ImageOps.exif_transpose(image)
+                return turned.convert("RGB")
+    except Exception as error:  # each decoder has errors of its own
+        why = "no image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BadRowError(f"cannot be decoded: {' '.join(why.split())[:200]}") from None
+
+
+def pixel_values(images: Sequence[bytes], views: Ragged | None, processor: Any) -> Tensor:
+    """(B, C, H, W) float32: what a model is given.
+
+    Args:
+        images: (B,) encoded.
+        views: the part of each that is seen, as `TokenizedExample.view`; None: all of each.
+        processor: a `transformers` image processor, which resizes and normalises a part as if it were an image of its own.
+
+    Raises:
+        BadRowError: an image that cannot be decoded.
+    """
+    parts = [None] * len(images) if views is None else np.split(views.values, views.offsets[1:-1])
+
+    def one(pair: tuple[bytes, Any]) -> Tensor:
+        data, view = pair
+        image = cut(decode(data), view)
+        found: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
+        return found
+
+    return torch.cat(list(in_threads(one, zip(images, parts, strict=True))))
+
+
+def cut(image: Any, view: np.ndarray | None) -> Any:
+    """The part of a `PIL.Image.Image` that is seen, mirrored where the view says so."""
+    from PIL import Image
+
+    if view is None or not len(view):
+        return image
+    left, top, width, height, mirrored = (int(number) for number in view)
+    part = image.crop((left, top, left + width, top + height))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
+
+
+def thumbnail(data: bytes, view: np.ndarray | None, side: int = 128) -> str:
+    """A `data:` URI of a small PNG of what is seen of an image, at most `side` pixels wide and high."""
+    try:
+        small = cut(decode(data), view)
+    except BadRowError:
+        return ""
+    small.thumbnail((side, side))
+    found = io.BytesIO()
+    small.save(found, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(found.getvalue()).decode()}"
+
+
+def in_threads(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+    """`map` in several threads, a few items ahead: decoding and resizing leave Python's lock."""
+    pool, waiting = _pool(os.getpid()), iter(items)
+    ahead = [pool.submit(function, item) for item in itertools.islice(waiting, _AHEAD * _threads())]
+    while ahead:
+        yield ahead.pop(0).result()
+        ahead += [pool.submit(function, item) for item in itertools.islice(waiting, 1)]
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """One for each process: threads do not survive a fork, as workers of a `DataLoader` are made."""
+    return ThreadPoolExecutor(_threads(), "images")
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
