@@ -104,7 +104,9 @@ class Image:
 
     data: bytes
     path: str | None = None
-    """The file's name, for people: its last part."""
+    """The file's name, for people: its last part. Of a cache that refers to images, where the file lies below `SOFTLABEL_IMAGES`."""
+    file: str | None = None
+    """Where the file lies below the directory that holds the data set: the data set's name, and the path in it. None: it is no file, or lies elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""Make the data and the untrained teacher of the demo of images: `python -m data.digits.prepare`.
+"""Make the data and the untrained models of the demo of images: `python -m data.digits.prepare`.
 
 The images are scikit-learn's copy of the test set of the optical recognition of handwritten digits (Alpaydin and Kaynak,
-1998): 1,797 digits of 8 x 8 pixels. 150 of the 997 training images keep their label; the others are unlabelled. The
-teacher is a small ViT with random weights.
+1998): 1,797 digits of 8 x 8 pixels. 150 of the 997 training images keep their label; the others are unlabelled. Teacher
+and students are small ResNets with random weights.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def write_split(folder: Path, images: np.ndarray, labels: np.ndarray, *, labelle
             writer.writerow([f"{i:04}.png", NAMES[label] if i < labelled else ""])
 
 
-def write_model(path: Path) -> None:
-    """A ViT of 0.8 million parameters for images of 32 x 32 pixels."""
+def write_models(output: Path) -> None:
+    """A ResNet of 700,000 parameters for the teacher and one of 80,000 for students, both for images of 32 x 32 pixels."""
     from transformers import AutoConfig, AutoModelForImageClassification, set_seed
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    set_seed(0)
-    config = AutoConfig.for_model(
-        "vit", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=8,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    AutoModelForImageClassification.from_config(config).save_pretrained(path)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
+    for name, widths, depth in (("resnet", [32, 64, 128], 2), ("small", [16, 32, 64], 1)):
+        set_seed(0)
+        config = AutoConfig.for_model(
+            "resnet", embedding_size=widths[0], hidden_sizes=widths, depths=[depth] * 3, layer_type="basic", num_labels=len(NAMES)
+        )  # fmt: skip
+        AutoModelForImageClassification.from_config(config).save_pretrained(output / name)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(output / name)
 
 
 @click.command()
@@ -63,7 +63,7 @@ def write_model(path: Path) -> None:
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits and the model."""
+    """Write the three splits and the models."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -79,7 +79,7 @@ def main(output: Path) -> None:
         part = slice(start, start + count)
         write_split(output / "images" / name, images[part], labels[part], labelled=labelled)
         start += count
-    write_model(output / "vit")
+    write_models(output)
 
 
 if __name__ == "__main__":

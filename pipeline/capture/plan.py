@@ -170,6 +170,17 @@ def check_stored(
         raise MisuseError("--store-text needs a fast tokenizer, which knows the characters of each token; leave it out")
 
 
+def check_images_stored(task: Task, store_images: bool | None) -> bool:
+    """Whether a cache refers to images in place of holding them.
+
+    Raises:
+        MisuseError: the task has no images.
+    """
+    if store_images is not None and task.reads != "images":
+        raise MisuseError(f"--store-images is for images; --task {task.name} reads texts; leave it out")
+    return store_images is False
+
+
 def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[str, bool]:
     """Arguments of `cache_schema`: which columns hold the texts."""
     if task.other_tokenizers == "words":

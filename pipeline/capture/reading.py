@@ -14,6 +14,8 @@ from pipeline.records import NO_LABEL, BadRow, Example, ShardPlan, TokenizedExam
 from pipeline.sources import read_examples
 from pipeline.tasks import ids_beyond, named_ids
 
+_NO_FILE = "is no file in the data set's directory, which --no-store-images could refer to"
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -39,8 +41,11 @@ def read_shard(job: Job, shard: ShardPlan) -> Tokens:
     counts: Counter[str] = Counter()
     found = _counting(read_examples(job.source, shard.split, shard.start, shard.stop, job.labels), counts)
     limit = job.teacher.embedding_rows
+    refers = "image_sha256" in job.plan.contract.columns
     texts = bool(job.plan.contract.columns.keys() & {"text", "messages"})
     for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization, texts=texts):
+        if refers and isinstance(item, TokenizedExample) and item.image is not None and item.image.file is None:
+            item = BadRow(shard.split, item.source_row, f"{item.image.path or 'the image'}: {_NO_FILE}")
         if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
             item = _fed(item, shard.split, limit, job.tokenizer)
         if isinstance(item, BadRow):

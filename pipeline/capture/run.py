@@ -26,6 +26,7 @@ from pipeline.config import CacheLogitsConfig, DataConfig, chat_template_kwargs,
 from pipeline.config.capture import SERVED_TOP_K
 from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model, load_tokenizer
+from pipeline.models.processors import in_place_of_tokenizer, is_image_processor
 from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import Task, check_columns, get_task
@@ -86,7 +87,7 @@ def cache_logits(
     Args:
         teacher: a name, a path, or a live model (then with its `tokenizer`).
         dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path that `softlabel cache-logits --dataset` takes.
-        task: `sequence-classification` or `causal-lm`.
+        task: as `--task` names it; of images `tokenizer` is the image processor.
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
         label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
         unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
@@ -94,7 +95,7 @@ def cache_logits(
             encoding is `TopK(20, (1.0,))` then, where none is given.
         prompt_template: the teacher is a language model that labels by prompt: file of a Jinja template, its text, or "default".
         label_text: class -> what the language model reads for it, or the classes alone; default: the data's labels.
-        settings: packing, isolate_documents, store_text, store_entropy, store_label_logprobs, batch_tokens, rows_per_shard, rows,
+        settings: packing, isolate_documents, store_text, store_images, views (`records.Views`), masking (`records.Masking`), store_entropy, store_label_logprobs, batch_tokens, rows_per_shard, rows,
             on_bad_row, overwrite, append; with a server server_model, server_api, concurrency, server_patience (seconds), check_with
             (local weights), top_logprobs (asked of each position, for `TopP`); with a prompt prompt_format ("auto", "chat", "plain"), shots, shot_tokens and calibrate; for chats
             assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
@@ -135,7 +136,7 @@ def cache_logits(
         made = _served(chosen, teacher, servers, tokenizer, encoding, settings)
     else:
         loaded = _loaded(chosen, teacher, tokenizer)
-        made = LocalTeacher(chosen, loaded, tokenizer or loaded.tokenizer)
+        made = LocalTeacher(chosen, loaded, loaded.tokenizer)
     try:
         settings = {
             "batch_tokens": chosen.default_batch_tokens,
@@ -193,9 +194,19 @@ def _loaded(
     """
     if isinstance(teacher, str | Path):
         loaded = load_model(task, str(teacher))
+        if tokenizer is not None and task.reads == "images":
+            tokenizer = in_place_of_tokenizer(tokenizer)
         return loaded if tokenizer is None else dataclasses.replace(loaded, tokenizer=tokenizer)
     if tokenizer is None:
-        raise MisuseError("cache_logits: a live model needs its tokenizer=...")
+        raise MisuseError(
+            f"cache_logits: a live model needs its tokenizer=...{' (the image processor)' * (task.reads == 'images')}"
+        )
+    if is_image_processor(tokenizer) != (task.reads == "images"):
+        raise MisuseError(
+            f"cache_logits: tokenizer: --task {task.name} reads {task.reads}, found a {type(tokenizer).__name__}"
+        )
+    if task.reads == "images":
+        tokenizer = in_place_of_tokenizer(tokenizer)
     teacher.eval()
     return LoadedModel(teacher, tokenizer, teacher.config.name_or_path or type(teacher).__name__)
 
@@ -244,6 +255,7 @@ def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:
         chat_template_kwargs=chat_template_kwargs(f"{key}={json.dumps(value)}" for key, value in arguments),
         truncation_side="left" if _one_of(settings, "truncation_side", ("right", "left")) == "left" else None,
         masking=settings.pop("masking", None),
+        views=settings.pop("views", None),
     )
 
 
@@ -259,6 +271,7 @@ def _named_source(name: str, columns: Columns) -> Source:
         dataset=name,
         text_column=columns.text or "text",
         text_pair_column=columns.text_pair,
+        image_column=columns.image,
         words_column=columns.words,
         messages_column=columns.messages,
         prompt_column=columns.prompt,

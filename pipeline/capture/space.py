@@ -66,7 +66,8 @@ def _bytes_per_row(job: Job, *, overwrite: bool) -> float:
     examples, rows = sample_rows(job)
     for item in examples:
         text = sum(len(each or "") for each in (item.text, item.text_pair, item.messages))
-        text += 0 if item.image is None else len(item.image.data)
+        stored = item.image is not None and "image_sha256" not in contract.columns
+        text += 0 if item.image is None or not stored else len(item.image.data)
         total += _ROW_BYTES + _TOKEN_BYTES * item.num_tokens + per_position * item.num_positions + text
     return total / max(rows, 1)
 

@@ -104,6 +104,11 @@ class DataConfig:
         None,
     )
 
+    store_images: bool | None = option(
+        "Keep the images in the cache; else path and hash of each, and students read the files below the directory in SOFTLABEL_IMAGES (default: the current one). Default: keep.",
+        None,
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise MisuseError(f"--holdout: expected a share in [0, 1), found {self.holdout}")

@@ -51,6 +51,7 @@ def check_images(task: Task, model: Any, processor: Any) -> None:
     Raises:
         ModelError: it does not take what its image processor makes.
     """
+    task.num_classes(model, processor)
     inputs, _ = task.collate([plain_row(processor)], 0, processor=processor)
     with torch.inference_mode():
         task.gather_logits(model, {name: tensor.to(model.device) for name, tensor in inputs.items()}, None)

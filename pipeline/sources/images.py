@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from pipeline.sources.files.joined import Rows
 
 
-def read_image(name: str, value: object) -> Image:
+def read_image(name: str, value: object, directory: Path | None = None, called: str = "") -> Image:
     """A value of a column of images: {bytes, path} or bytes.
+
+    Args:
+        directory: of the data set.
+        called: the data set's name, with which the places of files below the directory begin.
 
     Raises:
         BadRowError: null, another type, no bytes, or a file that cannot be read. `name` begins the message.
@@ -40,7 +44,11 @@ def read_image(name: str, value: object) -> Image:
         raise BadRowError(f"{name}: expected the bytes of an image, found {kind_of(found)}")
     if not found:
         raise BadRowError(f"{name} is empty")
-    return Image(found, Path(path).name if isinstance(path, str) else None)
+    if not isinstance(path, str):
+        return Image(found)
+    inside = directory is not None and Path(path).is_relative_to(directory)
+    file = (Path(called) / Path(path).relative_to(directory)).as_posix() if inside and directory is not None else None
+    return Image(found, Path(path).name, file)
 
 
 def image_identity(value: object) -> str | None:
@@ -85,4 +93,8 @@ def _encoded(rows: OneRows, column: str, root: Path, where: str) -> OneRows:
         None if path is None else str(root / Path(path).expanduser()) for path in rows.with_format(None)[column][:]
     ]
     images = [{"bytes": None, "path": path} for path in paths]
-    return rows.remove_columns(column).add_column(column, images, feature=datasets.Image(decode=False))
+    spare = f"{column} "  # a table without columns has no rows
+    while spare in rows.column_names:
+        spare += " "
+    with_both = rows.add_column(spare, images, feature=datasets.Image(decode=False))
+    return with_both.remove_columns(column).rename_column(spare, column)

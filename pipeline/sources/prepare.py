@@ -243,7 +243,8 @@ def _prepare(
         _tell_unlabelled(f"{name}: split {split}", dataset, columns.label)
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
         columns = dataclasses.replace(columns, label=None)
-    return Source(name, None, None, splits, columns, share)
+    where = directory if columns.image is not None else None
+    return Source(name, None, None, splits, columns, share, directory=where)
 
 
 def _warn_of_absent(where: str, rows: ParquetRows) -> None:

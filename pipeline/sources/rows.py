@@ -63,7 +63,7 @@ def _examples(
         try:
             _check_readable(row)
             kept = {name: _kept(name, row[name]) for name in columns.keep}
-            example = _example(i, row, columns, kept)
+            example = _example(i, row, source, kept)
         except BadRowError as error:
             yield BadRow(split, i, str(error))
             continue
@@ -116,7 +116,8 @@ def _grouped(example: Example, row: Row, columns: Columns, labels: LabelMap | Sc
         raise _GroupError(str(error)) from None
 
 
-def _example(i: int, row: Row, columns: Columns, kept: dict[str, Scalar]) -> Example:
+def _example(i: int, row: Row, source: Source, kept: dict[str, Scalar]) -> Example:
+    columns = source.columns
     if columns.messages is not None:
         messages = read_messages(columns.messages, row[columns.messages])
         return Example(i, messages=messages, tools=read_tools(TOOLS, row.get(TOOLS)), kept=kept)
@@ -132,7 +133,7 @@ def _example(i: int, row: Row, columns: Columns, kept: dict[str, Scalar]) -> Exa
             ids, token_labels = ids[part], None if token_labels is None else token_labels[part]
         return Example(i, input_ids=ids, token_labels=token_labels, kept=kept)
     if columns.image is not None:
-        return Example(i, image=read_image(columns.image, row[columns.image]), kept=kept)
+        return Example(i, image=read_image(columns.image, row[columns.image], source.directory, source.name), kept=kept)
     if columns.words is not None:
         return Example(i, words=read_words(columns.words, row[columns.words]), kept=kept)
     assert columns.text is not None  # one_input() saw to it

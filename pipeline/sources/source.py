@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.records import Columns, UnlabelledSource
 from pipeline.sources.columns import is_chat
@@ -27,6 +28,8 @@ class Source:
     """Share of `train` that is now `test`; 0 where there was a `test`."""
     unlabelled: tuple[UnlabelledSource, ...] = ()
     """Data sets whose rows stand behind those of `train`, without labels."""
+    directory: Path | None = None
+    """Images: what the paths of files in the data set are relative to."""
 
     @property
     def row_groups(self) -> dict[str, list[int]]:

@@ -45,7 +45,7 @@ from pipeline.training.recipe.make import make_recipe
 from pipeline.training.saving import BeforeTraining, no_directory
 from pipeline.training.spans import span_temperature
 from pipeline.training.stopping import CheckpointOnSigterm
-from pipeline.training.student import add_adapter, caches_for_student, check_fit, load_student
+from pipeline.training.student import add_adapter, caches_for_student, check_fit, load_student, tell_of_own_processor
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -225,6 +225,7 @@ def fit(
     for each in (cache, *(mixture.others if mixture is not None else ())):
         check_alignment(each.as_captured, list(splits))
     is_retokenized = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
+    tell_of_own_processor(student, contract)
     max_length = longest_row(get_task(contract.task), contract, student)
     started = time.monotonic()
     info = model_info(student)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,11 @@ from pipeline.errors import ContractError, MisuseError, ModelError, PipelineErro
 from pipeline.models import LoadedModel, check_isolation, class_names, load_model, longest_input, tokenizer_info
 from pipeline.models.adapters import adapter_config, adapter_labels, base_name
 from pipeline.models.load import load_config
+from pipeline.models.processors import image_size, is_image_processor
 from pipeline.records import Contract
 from pipeline.tasks import TASKS, Task, get_task, may_lack_head
+
+logger = logging.getLogger(__name__)
 
 
 def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> list[Cache]:
@@ -196,6 +200,14 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         raise ContractError(
             f"{student.name}: takes at most {longest} tokens, and the cache has rows of up to {contract.tokenization.max_length}; cache again with --max-length {longest}"
         )
+
+
+def tell_of_own_processor(student: LoadedModel, contract: Contract) -> None:
+    """Say so where a student makes other pixel values of the images than its teacher did."""
+    if is_image_processor(student.tokenizer) and tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256:
+        size = image_size(student.tokenizer)
+        pixels = "" if size is None else f", {size[0]} x {size[1]} pixels"
+        logger.info("%s: reads the images by its own image processor%s, not by the teacher's", student.name, pixels)
 
 
 def _agreed_labels(

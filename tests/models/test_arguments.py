@@ -11,8 +11,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pipeline.config import TrainStudentConfig
 from pipeline.errors import ConfigError, MisuseError
-from pipeline.models.arguments import reporting as module
 from pipeline.models.arguments import check_installed, own_run, training_arguments
+from pipeline.models.arguments import reporting as module
 from pipeline.workflow import _key
 
 

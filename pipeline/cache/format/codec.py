@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,12 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.format.schema import soft_columns
+from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import (
     NO_LABEL,
     Encoding,
     Full,
+    Image,
     Ragged,
     RowBlock,
     Sampled,
@@ -33,6 +37,8 @@ from pipeline.records import (
 
 #: Of rows that are read in the tokens of a student: which of the teacher's positions each of its own is aligned with.
 TEACHER_POSITION = "teacher_position"
+#: Environment variable: the directory that holds the data sets whose images caches refer to.
+IMAGES = "SOFTLABEL_IMAGES"
 #: The teacher's log-probability of each position's hard label, where it was stored.
 LABEL_LOGPROBS = "label_logprobs"
 
@@ -45,16 +51,17 @@ def content_hash(example: TokenizedExample) -> int:
     labels = example.label if example.labels is None else tuple(example.labels.tolist())
     if example.image is None:
         return hash_tokens(example.input_ids, labels)
-    return hash_image(example.image.data, example.view, labels)
+    return hash_image(hashlib.sha256(example.image.data).hexdigest(), example.view, labels)
 
 
-def hash_image(data: bytes, view: np.ndarray | None, label: int | tuple[int, ...] | None) -> int:
+def hash_image(sha256: str, view: np.ndarray | None, label: int | tuple[int, ...] | None) -> int:
     """`content_hash` of an image's parts.
 
     Args:
-        view: the part that is seen; None: what is hashed is the image, whatever its part.
+        sha256: of the encoded image, in hexadecimal digits.
+        view: the part that is seen; None: no row is a part.
     """
-    digest = hashlib.blake2b(data, digest_size=8)
+    digest = hashlib.blake2b(sha256.encode(), digest_size=8)
     digest.update(b"" if view is None else view.astype("<i4", copy=False).tobytes())
     digest.update(str(label).encode())
     return int.from_bytes(digest.digest(), "little")
@@ -255,9 +262,39 @@ def tokens_of(block: RowBlock) -> TokenBlock:
         document_lengths=lists.get("document_lengths"),
         label=None if "label" not in block.numbers else block.numbers["label"].astype(np.int64),
         labels=lists.get("position_labels"),
-        images=None if images is None else images.field("bytes").to_pylist(),
+        images=None if images is None else [image.data for image in images_of(block)],
         views=lists.get("image_view"),
     )
+
+
+def images_of(block: RowBlock) -> list[Image]:
+    """(R,) images; those that the block refers to are read from their files, in the directory `SOFTLABEL_IMAGES` or the current one.
+
+    Raises:
+        CacheError: a file is not there.
+        IntegrityError: it is another image than the teacher saw.
+    """
+    images: list[dict[str, Any]] = block.others["encoded_image"].to_pylist()
+    if "image_sha256" not in block.others:
+        return [Image(image["bytes"], image["path"]) for image in images]
+    hashes: list[str] = block.others["image_sha256"].to_pylist()
+    return [_read_image(image["path"], sha256) for image, sha256 in zip(images, hashes, strict=True)]
+
+
+def _read_image(place: str, sha256: str) -> Image:
+    path = Path(os.environ.get(IMAGES, ""), place)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CacheError(
+            f"{path}: {error.strerror}; the cache refers to images by path and holds none: set {IMAGES} to the directory that holds {Path(place).parts[0]}"
+        ) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise IntegrityError(
+            f"{path}: is another image than the one that the teacher saw (expected sha256 {sha256[:12]}..., found {found[:12]}...); put the original back"
+        )
+    return Image(data, place, place)
 
 
 def num_tokens_of(block: RowBlock) -> int:
@@ -305,6 +342,7 @@ COLUMNS = frozenset(
         "text_pair",
         "messages",
         "encoded_image",
+        "image_sha256",
         "image_view",
         "position_words",
         "input_ids",

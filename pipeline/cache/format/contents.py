@@ -6,6 +6,7 @@ Training takes ids as indices and counts as cuts, so a wrong one would be anothe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -110,15 +111,31 @@ def _check_tokens(tokens: _List, contract: Contract, check: _Check) -> None:
 
 
 def _check_images(table: pa.Table, views: _List | None, check: _Check) -> None:
-    data = table.column("encoded_image").combine_chunks().field("bytes")
-    check(data.null_count == 0, "encoded_image: expected bytes in every row")
-    check(pc.min(pc.binary_length(data)).as_py() > 0, "encoded_image: expected at least one byte in every row")
+    images = table.column("encoded_image").combine_chunks()
+    if "image_sha256" in table.column_names:
+        _check_files(images.field("path"), table.column("image_sha256"), check)
+    else:
+        data = images.field("bytes")
+        check(data.null_count == 0, "encoded_image: expected bytes in every row")
+        check(pc.min(pc.binary_length(data)).as_py() > 0, "encoded_image: expected at least one byte in every row")
     if views is None:
         return
     check(bool(np.isin(views.counts, (0, 5)).all()), "image_view: expected 0 or 5 numbers in every row")
     parts = views.values.reshape(-1, 5)
     check.range(parts, _MOST_PIXELS, "image_view")
     check(bool((parts[:, 2:4] > 0).all()), "image_view: expected a width and a height of at least 1")
+
+
+def _check_files(paths: pa.Array, hashes: pa.ChunkedArray, check: _Check) -> None:
+    """Nothing refers to a file outside of the directory of images."""
+    check(paths.null_count == 0, "encoded_image: expected a path in every row")
+    for path in map(PurePosixPath, paths.to_pylist()):
+        inside = not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
+        check(inside, f"encoded_image: expected a path below the directory of images, found {str(path)[:80]!r}")
+    check(
+        bool(pc.all(pc.match_substring_regex(hashes, "^[0-9a-f]{64}$")).as_py()),
+        "image_sha256: expected 64 hexadecimal digits",
+    )
 
 
 def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, positions: np.ndarray) -> None:

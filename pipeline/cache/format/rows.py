@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,11 +13,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.format.codec import COLUMNS, labelled_positions_of, narrowed, pack_soft, unpack_soft
+from pipeline.cache.format.codec import COLUMNS, images_of, labelled_positions_of, narrowed, pack_soft, unpack_soft
 from pipeline.records import (
     NO_LABEL,
     CachedExample,
-    Image,
     Ragged,
     RowBlock,
     Segment,
@@ -85,7 +85,9 @@ def make_block(
             continue
         values: Any = sums[name] if name in sums else [_READERS[name](example) for example in examples]
         if name == "encoded_image":
-            others[name] = pa.array([{"bytes": each.data, "path": each.path} for each in values], type=field.type)
+            refers = "image_sha256" in schema.names
+            stored = [(None, each.file) if refers else (each.data, each.path) for each in values]
+            others[name] = pa.array([{"bytes": data, "path": path} for data, path in stored], type=field.type)
         elif name == "position_words":
             others[name] = pa.array([list(each) for each in values], type=field.type)
         elif pa.types.is_list(field.type):
@@ -108,6 +110,7 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "text_pair": lambda example: example.text_pair,
     "messages": lambda example: example.messages,
     "encoded_image": lambda example: example.image,
+    "image_sha256": lambda example: None if example.image is None else hashlib.sha256(example.image.data).hexdigest(),
     "image_view": lambda example: example.view,
     "input_ids": lambda example: example.input_ids,
     "token_type_ids": lambda example: example.token_type_ids,
@@ -125,7 +128,10 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
     """A block -> its rows. Tensors are views of one copy of each column."""
     soft = split_rows(unpack_soft(block), labelled_positions_of(block).tolist())
     numbers: dict[str, list[Any]] = {name: values.tolist() for name, values in block.numbers.items()}
-    others: dict[str, list[Any]] = {name: values.to_pylist() for name, values in block.others.items()}
+    images = images_of(block) if "encoded_image" in block.others else None
+    others: dict[str, list[Any]] = {
+        name: values.to_pylist() for name, values in block.others.items() if name != "encoded_image"
+    }
     lists = {name: _parts(column) for name, column in block.lists.items() if name in _LISTS}
     none = [None] * len(block)
     kept = [name for name in block.others if name not in COLUMNS]
@@ -144,7 +150,7 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
                 text=others.get("text", none)[i],
                 text_pair=others.get("text_pair", none)[i],
                 messages=others.get("messages", none)[i],
-                image=_image(others.get("encoded_image", none)[i]),
+                image=None if images is None else images[i],
                 view=lists.get("image_view", none)[i],
                 document_lengths=lists.get("document_lengths", none)[i],
                 text_bytes=numbers.get("text_bytes", none)[i] or 0,
@@ -186,10 +192,6 @@ def _parts(column: Ragged) -> list[np.ndarray]:
     values = column.values if column.values.flags.writeable else column.values.copy()
     offsets = column.offsets.tolist()
     return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
-
-
-def _image(value: Mapping[str, Any] | None) -> Image | None:
-    return None if value is None else Image(value["bytes"], value["path"])
 
 
 def _words(words: list[str] | None) -> tuple[str, ...] | None:

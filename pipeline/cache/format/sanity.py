@@ -92,6 +92,7 @@ def _of_columns(contract: Contract, task: Task) -> Iterator[str]:
         words=task.other_tokenizers == "words" and "position_words" in found,
         images=task.reads == "images",
         views=contract.tokenization.views is not None,
+        image_files="image_sha256" in found,
         messages=task.continues_prompts and "messages" in found,
         groups=contract.source.columns.group is not None,
         documents=task.label_source == "tokens" and "document_lengths" in found,

@@ -31,6 +31,7 @@ def cache_schema(
     messages: bool = False,
     images: bool = False,
     views: bool = False,
+    image_files: bool = False,
     words: bool = False,
     groups: bool = False,
     documents: bool = False,
@@ -45,6 +46,7 @@ def cache_schema(
         marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position, or one for each label name.
         images: rows are images in place of tokens.
         views: rows are parts of images.
+        image_files: images are files elsewhere, of which the cache has place and hash.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
 
@@ -62,6 +64,8 @@ def cache_schema(
         columns["position_words"] = pa.list_(pa.string())
     if images:
         columns["encoded_image"] = IMAGE
+        if image_files:
+            columns["image_sha256"] = pa.string()
         if views:
             columns["image_view"] = pa.list_(pa.int32())
     else:

@@ -173,6 +173,8 @@ _OF_VIEWS = (
     "says, and 1 where it is mirrored; empty where it is the whole image. `piece` numbers the parts of an image."
 )
 
+_OF_FILES = " The cache holds no images: `encoded_image.path` is a file below the directory in `SOFTLABEL_IMAGES`, whose SHA-256 is `image_sha256`."
+
 _DUCKDB = """With DuckDB, the mean mass that is kept for certain, by split (in the cache's directory):
 
 ```sql
@@ -306,6 +308,7 @@ def _alignment(manifest: Manifest) -> str:
         )
     if _IMAGE in manifest.contract.columns:
         part = "" if manifest.contract.tokenization.views is None else _OF_VIEWS
+        part += _OF_FILES * ("image_sha256" in manifest.contract.columns)
         return (
             "The soft labels of a row are what the teacher predicts for the image `encoded_image`, the classes those of `label`. "
             f"The image processor in `tokenizer/` makes pixel values of it.{part}"

@@ -110,6 +110,7 @@ def command(contract: Contract) -> str:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     views = contract.tokenization.views
     words += [] if views is None or views.mirror else ["--no-view-mirror"]
+    words += ["--no-store-images"] * ("image_sha256" in contract.columns)
     words += ["--packing"] * contract.tokenization.packing
     words += ["--whole-words"] * bool(contract.tokenization.masking and contract.tokenization.masking.whole_words)
     words += ["--isolate-documents"] * contract.tokenization.isolate_documents

@@ -147,5 +147,5 @@ def _memory(block: RowBlock) -> np.ndarray:
         if pa.types.is_string(texts.type):
             size = size + pc.fill_null(pc.utf8_length(texts), 0).to_numpy()
         elif pa.types.is_struct(texts.type):
-            size = size + pc.binary_length(texts.field("bytes")).to_numpy()
+            size = size + pc.fill_null(pc.binary_length(texts.field("bytes")), 0).to_numpy()
     return size
