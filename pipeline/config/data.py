@@ -37,7 +37,7 @@ class DataConfig:
     text_column: str = option("Column with the text.", "text")
     text_pair_column: str | None = option("Column with the second text of a pair.", None)
     image_column: str | None = option(
-        "Column with images: those of datasets, bytes, or paths of files, relative to the data set's directory. Folders of images have the column image.",
+        "Column with images: those of datasets, bytes, or paths relative to the data set. Folders of images have the column image.",
         None,
     )
     words_column: str | None = option(
@@ -105,7 +105,7 @@ class DataConfig:
     )
 
     store_images: bool | None = option(
-        "Keep the images in the cache; else path and hash of each, and students read the files below the directory in SOFTLABEL_IMAGES (default: the current one). Default: keep.",
+        "Keep the images in the cache; else path and hash of each, and students read the images below SOFTLABEL_IMAGES (default: here). Default: keep.",
         None,
     )
 

@@ -75,8 +75,9 @@ class PredictConfig:
     json: bool = output_option("Print a JSON object a line.", False)
 
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.text, self.image, self.input))) > 1:
-            raise MisuseError("--text, --image and --input: give one of them")
+        given = [name for name in ("text", "image", "input") if getattr(self, name)]
+        if len(given) > 1:
+            raise MisuseError(f"--{given[0]} and --{given[1]}: give one of the two")
         check_positive("--top", self.top)
         check_positive("--max-new-tokens", self.max_new_tokens)
         check_positive("--max-length", self.max_length)

@@ -35,6 +35,7 @@ PATHS = frozenset(
         "dataset",
         "from_",
         "html",
+        "image",
         "input",
         "model",
         "output",

@@ -240,8 +240,9 @@ def _stated_labels(name: str, trust_remote_code: bool, base_model: str | None) -
     if adapter is not None:
         if (kept := adapter_labels(name)) is not None:
             return kept
+        kind = adapter.get("task_type")
         if any(
-            task.peft_type == adapter.get("task_type") and task.names is not None for task in TASKS.values()
+            kind is not None and task.peft_type == kind and task.names is not None for task in TASKS.values()
         ) or adapter.get("modules_to_save"):
             return None
     try:

@@ -64,6 +64,7 @@ ELSEWHERE = {
         "whole_words",
         "mask_copies",
         "mask_seed",
+        *("image_column", "views", "view_area", "view_mirror", "view_seed", "store_images"),
     ),
     *("chat_template_kwargs", "assistant_turns", "truncation_side"),  # `test_chat_captures` has them
     *("completion_column", "input_ids_column", "labels_column", "isolate_documents", "store_text"),

@@ -32,6 +32,7 @@ from pipeline.records import (
     TopK,
     TopP,
     UnlabelledSource,
+    Views,
 )
 from tests.support.rows import build_cache, make_plan
 
@@ -90,6 +91,7 @@ OTHERS: dict[str, Any] = {
     "unlabelled_sources": (UnlabelledSource("u.csv", None, 5),),
     "judge": JudgeInfo(("{{ text }}",), "plain", ("good", "bad"), ("train:3",), 7),
     "masking": Masking(),
+    "views": Views(2),
     "server": ServerInfo("vllm", "1", 20, 1e-5, {"dtype": "float16"}),
 }
 
