@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +22,10 @@ from pipeline.records import Ragged
 
 #: Files that are decoded. Pillow reads others too, some by starting programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-#: Images that are decoded at a time, for each thread: a batch is not in memory twice.
+#: Images, or parts of a batch, that are decoded at a time, for each thread.
 _AHEAD = 4
+#: Bytes of images, on average, that are decoded without other threads: threads that wait for each other take longer.
+_SMALL = 16 << 10
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -60,13 +63,16 @@ def pixel_values(images: Sequence[bytes], views: Ragged | None, processor: Any) 
     """
     parts = [None] * len(images) if views is None else np.split(views.values, views.offsets[1:-1])
 
-    def one(pair: tuple[bytes, Any]) -> Tensor:
-        data, view = pair
-        image = cut(decode(data), view)
-        found: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
-        return found
+    def some(pairs: Sequence[tuple[bytes, Any]]) -> list[Tensor]:
+        # One by one, so that no image depends on the others of its batch.
+        return [processor(images=cut(decode(data), view), return_tensors="pt")["pixel_values"] for data, view in pairs]
 
-    return torch.cat(list(in_threads(one, zip(images, parts, strict=True))))
+    pairs = list(zip(images, parts, strict=True))
+    if sum(map(len, images)) < _SMALL * len(images):
+        return torch.cat(some(pairs))
+    size = math.ceil(len(pairs) / _threads())
+    chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    return torch.cat([pixels for found in in_threads(some, chunks) for pixels in found])
 
 
 def cut(image: Any, view: np.ndarray | None) -> Any:
