@@ -50,11 +50,12 @@ LabelColumn = Literal["class", "classes", "scores"]
 #: What a position's target is: a distribution over classes, or one number.
 TargetKind = Literal["distribution", "score"]
 
-#: What the label names of a cache are of: the classes of every position, or the positions of every row, of which each is one label that is there or not.
-LabelNames = Literal["classes", "positions"]
+#: What the label names of a cache are of: the classes of every position; the positions of every row, of which each is one label that is there or not;
+#: or the choices of every row, by their places, which no model states.
+LabelNames = Literal["classes", "positions", "choices"]
 
-#: What a model reads: token ids, or the pixel values of an image.
-Inputs = Literal["tokens", "images"]
+#: What a model reads: token ids, the pixel values of an image, or the token ids of several texts of which one is chosen.
+Inputs = Literal["tokens", "images", "choices"]
 
 #: How a student with another tokenizer learns from a cache: the stored texts or words are tokenized anew, the tokens of both are aligned by their
 #: bytes, or, of images, its own image processor reads the stored images.
@@ -72,6 +73,8 @@ class Columns:
     text_pair: str | None = None
     image: str | None = None
     """Images, or the paths of their files. Manifests leave it out where there is none."""
+    choices: tuple[str, ...] = ()
+    """Lists of texts to choose from, or one column for each choice. Manifests leave it out where there is none."""
     words: str | None = None
     """Lists of words, of which each has a label."""
     messages: str | None = None
@@ -116,6 +119,8 @@ class Example:
     source_row: int
     text: str | None = None
     text_pair: str | None = None
+    choices: tuple[str, ...] | None = None
+    """Beside `text`: of these one is chosen; `text_pair` begins each."""
     image: Image | None = None
     words: tuple[str, ...] | None = None
     word_labels: tuple[int, ...] | None = None
@@ -184,6 +189,8 @@ class Tokenization:
     """Masked language models. Manifests leave it out where there is none."""
     views: Views | None = None
     """Images. Manifests leave it out where rows are whole images."""
+    num_choices: int | None = None
+    """The most choices that a row has. Manifests leave it out where rows have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +230,9 @@ class TokenizedExample:
     messages: str | None = None
     """Chats, where they are kept: JSON of the turns that the row was rendered from, the tools, and the numbers of the turns that it learns."""
     document_lengths: np.ndarray | None = None
-    """Lengths in tokens of the isolated documents that the row is packed from, int32; None: attention is not cut."""
+    """Lengths in tokens of the isolated documents that the row is packed from, int32; None: attention is not cut. Of choices their lengths, 0 where the row has fewer than others."""
+    choices: tuple[str, ...] | None = None
+    """As in `Example`, where the texts are kept."""
     text_bytes: int = 0
     """UTF-8 bytes of the text that the supervised positions predict."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)

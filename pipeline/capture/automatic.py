@@ -44,7 +44,7 @@ def fastest_batch_tokens(
     """
     length = tokenization.max_length
     best, best_speed = 0, 0.0
-    tokens = max(length, 256 if task.reads == "tokens" else 8)
+    tokens = max(length, 256 if task.reads != "images" else 8)
     while tokens <= _MOST_TOKENS and 4 * tokens * num_classes * _SHARE <= _free(teacher.model.device):
         rows = [_row(task, tokenizer, teacher.model, length)] * max(1, tokens // length)
         try:

@@ -24,7 +24,9 @@ from pipeline.capture.plan import (
     check_encoding,
     check_images_stored,
     check_stored,
+    choices_of,
     default_rows_per_shard,
+    judges_task,
     kept_types,
     library_versions,
     plan_shards,
@@ -155,7 +157,7 @@ def teacher_of(task: Task, config: CacheLogitsConfig, source: Source, begun: Pla
     if tokenizer is not None:
         return _serve(task, config, tokenizer, config.top_logprobs)
     loaded = load_teacher(task, config)
-    return LocalTeacher(task, loaded, loaded.tokenizer)
+    return LocalTeacher(task, loaded, loaded.tokenizer, choices_of(task, source))
 
 
 def _serve(
@@ -189,19 +191,6 @@ def _scorer_of(task: Task, config: CacheLogitsConfig, tokenizer: PreTrainedToken
     return LocalScorer(load_teacher(task, config), config.batch_tokens or get_task(config.task).default_batch_tokens)
 
 
-def judges_task(task: Task) -> Task:
-    """The task of the language models that label rows by prompt.
-
-    Raises:
-        MisuseError: rows of this task are not labelled so.
-    """
-    if task.judged_by is None:
-        raise MisuseError(
-            f"--prompt-template, --label-text and --shots are for class labels; --task {task.name} has none"
-        )
-    return get_task(task.judged_by)
-
-
 def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | None = None) -> int:
     """The longest row in tokens: what was asked for, else what the teacher was trained on, else the task's default.
 
@@ -212,7 +201,7 @@ def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | No
         MisuseError: more was asked for than the teacher takes.
     """
     usual = length_within(task, teacher.name, teacher.longest_input, asked)
-    trained = trained_length(teacher.name) if task.reads == "tokens" else None
+    trained = trained_length(teacher.name) if task.reads != "images" else None
     if asked is not None or trained is None:
         return usual
     if begun is not None and begun.contract.tokenization.max_length == usual:
@@ -299,7 +288,7 @@ def make_job(
         views=tokenization.views is not None,
         image_files=check_images_stored(task, store_images),
         groups=source.columns.group is not None,
-        documents=tokenization.isolate_documents,
+        documents=tokenization.isolate_documents or tokenization.num_choices is not None,
         entropy=store_entropy,
         label_logprobs=store_label_logprobs,
         kept=kept_types(source),
@@ -386,9 +375,11 @@ def _label_map(
     Raises:
         MisuseError: a label map for tokens.
     """
-    if names is None:
+    if names is None or task.names == "choices":
         if label_map:
-            raise MisuseError("--label-map goes with class labels; here the classes are tokens")
+            raise MisuseError(
+                f"--label-map goes with class labels; here the classes are {'choices' if names else 'tokens'}"
+            )
         return None
     if source.columns.label is None and names != tuple(f"LABEL_{i}" for i in range(len(names))):
         found = dict.fromkeys(name for dataset in source.splits.values() for name in dataset.column_names)

@@ -24,9 +24,10 @@ from pipeline.records import (
     is_known,
 )
 from pipeline.softlabels.ragged import owners
+from pipeline.sources.inputs.words import read_words
 from pipeline.sources.scores import group_id
-from pipeline.sources.words import read_words
 from pipeline.tasks import Task, token_block
+from pipeline.tasks.multiple_choice import NO_CHOICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class LabelledRow:
 
     input_ids: Sequence[int] | np.ndarray = ()
     logits: Tensor | np.ndarray | None = None
-    """(N, V) float, row n made at supervised position n."""
+    """(N, V) float, row n made at supervised position n. Multiple choice: (1, choices of the row) too."""
     soft_labels: SoftLabels | None = None
     """N positions; with `scores`, where they are known."""
     scores: TeacherScores | None = None
@@ -54,6 +55,8 @@ class LabelledRow:
     """Chats, in place of `text`: the JSON that `TokenizedExample.messages` is."""
     image: bytes | None = None
     """Image classification, in place of `input_ids`: the bytes of a PNG, JPEG or other file."""
+    choice_lengths: Sequence[int] | np.ndarray | None = None
+    """Multiple choice: of each choice, how many of the `input_ids` are its own, one choice after another."""
     token_type_ids: Sequence[int] | np.ndarray | None = None
     text_bytes: int = 0
     split: str = "train"
@@ -101,10 +104,26 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         text=row.text,
         text_pair=row.text_pair,
         messages=row.messages,
+        document_lengths=_lengths_of(row, number, ids, num_names) if task.reads == "choices" else None,
         image=None if row.image is None else Image(row.image),
         text_bytes=row.text_bytes,
         kept=row.kept,
     )
+
+
+def _lengths_of(row: LabelledRow, number: int, ids: np.ndarray, most: int) -> np.ndarray:
+    """(most,) int32: tokens of each choice, 0 for those that the row does not have.
+
+    Raises:
+        BadRowError: lengths that do not fit the tokens.
+    """
+    lengths = np.asarray(() if row.choice_lengths is None else row.choice_lengths)
+    fits = lengths.ndim == 1 and 2 <= len(lengths) <= most and lengths.dtype.kind in "iu" and int(lengths.min()) >= 2
+    if not fits or int(lengths.sum()) != len(ids):
+        raise BadRowError(
+            f"row {number}: choice_lengths: expected 2 to {most} lengths of at least 2 that sum to {len(ids)}, found {str(row.choice_lengths)[:80]}"
+        )
+    return np.pad(lengths, (0, most - len(lengths))).astype(np.int32)
 
 
 def _scores_of(row: LabelledRow, number: int, count: int) -> np.ndarray:
@@ -184,9 +203,18 @@ def logits_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -
     logits = torch.as_tensor(row.logits).detach().cpu()
     _check(example.source_row, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
     logits = logits[:, : contract.num_classes]
+    if contract.tokenization.num_choices is not None and example.document_lengths is not None:
+        logits = of_choices(logits, int((example.document_lengths > 0).sum()), contract.tokenization.num_choices)
     shape = (example.num_positions, contract.num_classes)
     _check(example.source_row, logits.shape == shape, f"logits of shape {shape}", tuple(logits.shape))
     return logits
+
+
+def of_choices(logits: Tensor, count: int, most: int) -> Tensor:
+    """(1, count) or (1, most) -> (1, most), with `NO_CHOICE` behind those that the row has; other shapes as they are."""
+    if logits.shape[-1] not in (count, most):
+        return logits
+    return torch.nn.functional.pad(logits[:, :count], (0, most - count), value=NO_CHOICE)
 
 
 def ready_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -> SoftLabels:

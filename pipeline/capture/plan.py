@@ -22,9 +22,9 @@ from pipeline.records import (
     Tokenization,
     TopK,
 )
-from pipeline.sources import Source
+from pipeline.sources import Source, most_choices
 from pipeline.sources.files.joined import parts_of
-from pipeline.tasks import Task
+from pipeline.tasks import Task, get_task
 
 _TARGET_BYTES = 128 << 20
 _MOST_ROWS = 10_000
@@ -92,7 +92,7 @@ def _cuts(start: int, stop: int, most: int, row_groups: Sequence[int]) -> list[i
 
 def default_rows_per_shard(task: Task, encoding: Encoding, num_classes: int, tokenization: Tokenization) -> int:
     """Source rows whose shard stays around 128 MB, at a guess from above of the bytes a position and an image."""
-    max_length = tokenization.max_length
+    max_length = tokenization.max_length * (tokenization.num_choices or 1)
     if isinstance(encoding, Full):
         per_position = 4 * num_classes
     elif isinstance(encoding, Score):
@@ -170,6 +170,24 @@ def check_stored(
         raise MisuseError("--store-text needs a fast tokenizer, which knows the characters of each token; leave it out")
 
 
+def choices_of(task: Task, source: Source) -> int | None:
+    """The most choices that a row of the source has; None: the task chooses no text."""
+    return most_choices(source) if task.reads == "choices" else None
+
+
+def judges_task(task: Task) -> Task:
+    """The task of the language models that label rows by prompt.
+
+    Raises:
+        MisuseError: rows of this task are not labelled so.
+    """
+    if task.judged_by is None:
+        raise MisuseError(
+            f"--prompt-template, --label-text and --shots are for class labels; --task {task.name} has none"
+        )
+    return get_task(task.judged_by)
+
+
 def check_images_stored(task: Task, store_images: bool | None) -> bool:
     """Whether a cache refers to images in place of holding them.
 
@@ -186,7 +204,7 @@ def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[st
     if task.other_tokenizers == "words":
         return {"words": store_text is not False}
     if task.stores_text:
-        return {"text": store_text is not False}
+        return {"text": store_text is not False, "choices": task.reads == "choices" and store_text is not False}
     return {"text": bool(store_text) and not chats, "messages": bool(store_text) and chats}
 
 

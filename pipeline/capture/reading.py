@@ -53,7 +53,7 @@ def read_shard(job: Job, shard: ShardPlan) -> Tokens:
             stop_unless_skipped(job, bad)
         else:
             examples.append(item)
-    labelled = job.labels is not None and job.source.columns.label is not None
+    labelled = (job.labels is not None or job.source.columns.choices) and job.source.columns.label is not None
     return Tokens(shard, examples, bad, counts["unlabelled"] if labelled else 0, counts["blank"])
 
 

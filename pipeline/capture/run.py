@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.cache import Cache
 from pipeline.cache.writing.place import current_plan, open_layout
 from pipeline.capture.engines.in_process import CAPTURE, capture
-from pipeline.capture.job import judges_task, make_job, prepare, row_length
+from pipeline.capture.job import make_job, prepare, row_length
+from pipeline.capture.plan import choices_of, judges_task
 from pipeline.capture.teachers.judge.local import LocalScorer
 from pipeline.capture.teachers.judge.scorer import Scorer
 from pipeline.capture.teachers.judge.served import ServedScorer
@@ -136,7 +137,7 @@ def cache_logits(
         made = _served(chosen, teacher, servers, tokenizer, encoding, settings)
     else:
         loaded = _loaded(chosen, teacher, tokenizer)
-        made = LocalTeacher(chosen, loaded, loaded.tokenizer)
+        made = LocalTeacher(chosen, loaded, loaded.tokenizer, choices_of(chosen, source))
     try:
         settings = {
             "batch_tokens": chosen.default_batch_tokens,
@@ -272,6 +273,7 @@ def _named_source(name: str, columns: Columns) -> Source:
         text_column=columns.text or "text",
         text_pair_column=columns.text_pair,
         image_column=columns.image,
+        choices_column=columns.choices,
         words_column=columns.words,
         messages_column=columns.messages,
         prompt_column=columns.prompt,

@@ -108,7 +108,7 @@ def write_cache(
     elif classes < 2:
         raise MisuseError("write_cache: give label_names=..., or num_classes=... of at least 2")
     if chosen.names is not None and label_names is None:
-        label_names = tuple(f"LABEL_{i}" for i in range(classes))
+        label_names = tuple(f"choice {i + 1}" if chosen.names == "choices" else f"LABEL_{i}" for i in range(classes))
     iterator = iter(rows)
     head: list[LabelledRow | BadRow] = []
     first = None
@@ -143,6 +143,7 @@ def write_cache(
         text_pair=first.text_pair is not None,
         messages=keeps and first.messages is not None,
         images=chosen.reads == "images",
+        documents=chosen.reads == "choices",
         label_logprobs=store_label_logprobs,
         kept=dict.fromkeys(first.kept, pa.string()),
     )
@@ -170,7 +171,7 @@ def write_cache(
             ),
             {},
         ),
-        tokenization=Tokenization(max_length or 0),
+        tokenization=Tokenization(max_length or 0, num_choices=classes if chosen.reads == "choices" else None),
         store_text=store_text is not False
         and any(each is not None for each in (first.text, first.messages, first.words)),
         batch_tokens=0,
@@ -185,7 +186,7 @@ def write_cache(
     if layout.manifest.is_file():
         raise MisuseError(f"{output}: holds a finished cache; use another output, or overwrite=True")
     _drop_shards(layout)
-    plans, longest = [], 2 if chosen.reads == "tokens" else 1
+    plans, longest = [], 2 if chosen.reads != "images" else 1
     progress = Progress("rows to the cache")
     for split, numbered in _by_split(itertools.chain(head, iterator)):
         for number in itertools.count():
@@ -206,7 +207,8 @@ def write_cache(
             record(layout, Receipt(written, plan, (), "unknown", 0.0, 0.0, bad))
             plans.append(plan)
     progress.close()
-    contract = dataclasses.replace(contract, tokenization=Tokenization(max_length or longest))
+    settings = dataclasses.replace(contract.tokenization, max_length=max_length or longest)
+    contract = dataclasses.replace(contract, tokenization=settings)
     return finish(layout, Plan(contract, tuple(plans)))
 
 

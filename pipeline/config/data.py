@@ -36,6 +36,10 @@ class DataConfig:
     )
     text_column: str = option("Column with the text.", "text")
     text_pair_column: str | None = option("Column with the second text of a pair.", None)
+    choices_column: tuple[str, ...] = option(
+        "Multiple choice: column with lists of texts, of which one is the answer to --text-column; or the flag once for each choice. --text-pair-column begins each choice.",
+        (),
+    )
     image_column: str | None = option(
         "Column with images: those of datasets, bytes, or paths relative to the data set. Folders of images have the column image.",
         None,
@@ -155,6 +159,7 @@ class DataConfig:
             text=None if other else self.text_column,
             text_pair=self.text_pair_column,
             image=self.image_column,
+            choices=self.choices_column,
             words=self.words_column,
             messages=self.messages_column,
             prompt=self.prompt_column,

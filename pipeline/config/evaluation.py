@@ -62,6 +62,9 @@ class PredictConfig:
         "Text; repeat for several. Default: a text a line, from --input or standard input.", ()
     )
     image: tuple[str, ...] = data_option("File of an image, for models of images; repeat for several.", ())
+    choice: tuple[str, ...] = data_option(
+        "Models of multiple choice: a text to choose from for --text; repeat for each.", ()
+    )
     input: str | None = data_option(
         "File with a text a line, UTF-8; for models of images, the path of a file a line.", None
     )
@@ -76,6 +79,8 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         given = [name for name in ("text", "image", "input") if getattr(self, name)]
+        if len(self.choice) == 1:
+            raise MisuseError("--choice: expected two or more, found one; repeat it for each text to choose from")
         if len(given) > 1:
             raise MisuseError(f"--{given[0]} and --{given[1]}: give one of the two")
         check_positive("--top", self.top)

@@ -21,6 +21,7 @@ TaskName = Literal[
     "masked-lm",
     "seq2seq-lm",
     "image-classification",
+    "multiple-choice",
 ]
 
 

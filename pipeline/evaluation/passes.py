@@ -13,10 +13,10 @@ from pipeline.cache.format.codec import num_tokens_of
 from pipeline.cache.format.moments import scale_of
 from pipeline.models import LoadedModel, pad_id, tokenizer_info
 from pipeline.progress import Progress
-from pipeline.records import RowBlock, StudentBatch, Tokenization
+from pipeline.records import RowBlock, StudentBatch
 from pipeline.softlabels import served_temperature
 from pipeline.tasks import Task
-from pipeline.training.batches.collate import Collator, from_tensors, longest_row, to_tensors
+from pipeline.training.batches.collate import Collator, from_tensors, longest_row, of_student, to_tensors
 
 
 def logits_by_batch(
@@ -52,7 +52,7 @@ def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
         task,
         model.tokenizer,
         served_temperature(contract.encoding),
-        retokenize=Tokenization(longest_row(task, contract, model)) if own_tokenizer else None,
+        retokenize=of_student(contract, longest_row(task, contract, model)) if own_tokenizer else None,
         pad_id=pad_id(model.tokenizer, model.model),
         for_evaluation=True,
         vocabulary_map=cache.vocabulary_map,

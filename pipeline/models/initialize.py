@@ -133,7 +133,7 @@ def make_student(
     total = _num_layers(base)
     if isinstance(teacher, str | Path):
         reads = detect_task(str(teacher)).reads if tokenizer is None else "tokens"
-        tokenizer = tokenizer or (load_tokenizer if reads == "tokens" else load_processor)(str(teacher))
+        tokenizer = tokenizer or (load_tokenizer if reads != "images" else load_processor)(str(teacher))
     elif tokenizer is None:
         raise MisuseError("init_student: a live teacher needs its tokenizer=...")
     if config is None:

@@ -133,7 +133,7 @@ def load_model(
         refuse_missing(model, name, missing, new_head=new_head)
     commit = None if folder is None or Path(name).expanduser().exists() else folder.name
     own_tokenizer = folder is None or (folder / "tokenizer_config.json").exists()
-    load = load_tokenizer if task.reads == "tokens" else load_processor
+    load = load_tokenizer if task.reads != "images" else load_processor
     tokenizer = load(
         name if own_tokenizer else base,
         revision=revision if own_tokenizer else None,

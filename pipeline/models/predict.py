@@ -38,8 +38,17 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if task.reads == "images":
         yield from classify_images(task, loaded, texts, top=config.top, batch_size=task.default_eval_rows)
         return
+    if bool(config.choice) != (task.reads == "choices"):
+        reads = (
+            "chooses from --choice, which is given for each text"
+            if not config.choice
+            else "chooses no text: leave out --choice"
+        )
+        raise MisuseError(f"{config.model}: {reads}")
     longest = config.max_length or trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
-    if task.continues_prompts:
+    if task.reads == "choices":
+        yield from choose(task, loaded, texts, config.choice, max_length=longest, top=config.top)
+    elif task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
     elif task.label_source == "target":
@@ -136,7 +145,7 @@ def _probabilities(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExam
 def _logits(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -> Tensor:
     """(N, V) float32 at all positions of the rows."""
     model: Any = loaded.model
-    if task.reads == "tokens":
+    if task.reads != "images":
         check_ids(embedding_rows(model), rows, loaded.tokenizer, loaded.name)
     inputs, supervised = task.collate(rows, pad_id(loaded.tokenizer, model), processor=loaded.tokenizer)
     placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -167,6 +176,24 @@ def classify(
         found = shares.topk(min(top, len(names)))
         for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
             yield TextPrediction(text, {names[i]: value for i, value in zip(ids, values, strict=True)})
+
+
+def choose(
+    task: Task, loaded: LoadedModel, texts: Sequence[str], choices: Sequence[str], *, max_length: int, top: int
+) -> Iterator[TextPrediction]:
+    """The likeliest of the same choices for each text, and their probabilities.
+
+    Raises:
+        SourceError: a text or a choice without tokens.
+    """
+    settings = Tokenization(max_length, num_choices=len(choices))
+    for number, text in enumerate(texts, 1):
+        (row,) = task.tokenize([Example(0, text, choices=tuple(choices))], "", loaded.tokenizer, settings)
+        if isinstance(row, BadRow):
+            raise SourceError(f"text {number}: {row.reason}")
+        found = _probabilities(task, loaded, [row])[0].topk(min(top, len(choices)))
+        named = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        yield TextPrediction(text, {choices[i]: value for i, value in named})
 
 
 def classify_images(

@@ -1,6 +1,7 @@
 """Find and load a data set, map its columns, hold out a test split, read rows as examples."""
 
 from pipeline.sources.content import Survey, fingerprints, is_of_files, survey
+from pipeline.sources.inputs.choices import most_choices
 from pipeline.sources.label_names import label_names
 from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
@@ -24,6 +25,7 @@ __all__ = [
     "list_starts",
     "load_source",
     "load_unlabelled",
+    "most_choices",
     "read_examples",
     "survey",
     "with_unlabelled",

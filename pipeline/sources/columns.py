@@ -23,6 +23,8 @@ _INPUT_FLAGS = {
     "input_ids": "--input-ids-column",
     "labels": "--labels-column",
 }
+#: What the roles of columns of choices begin with.
+CHOICES = "choices:"
 #: Columns that no flag names: they are read beside token ids and chats wherever a data set has them.
 ATTENTION_MASK, TOOLS = "attention_mask", "tools"
 _TEXT_ROLES = ("text", "text_pair", "prompt", "completion")
@@ -43,6 +45,8 @@ def one_input(columns: Columns) -> Columns:
     others = [name for name in kinds if name is not None]
     if columns.text_pair is not None and (others or columns.text is None):
         raise MisuseError("--text-pair-column goes with --text-column, and with no other kind of input")
+    if columns.choices and (others or columns.text is None):
+        raise MisuseError("--choices-column goes with --text-column, and with no other kind of input")
     if len(others) > 1:
         raise MisuseError(f"one kind of input at a time: found the columns {', '.join(others)}")
     if not others and columns.text is None:
@@ -54,7 +58,8 @@ def one_input(columns: Columns) -> Columns:
 def input_roles(columns: Columns) -> dict[str, str]:
     """Role -> column of what a model reads, in a fixed order: the inputs, without class labels and kept columns."""
     found = {role: getattr(columns, role) for role in _INPUT_FLAGS}
-    return {role: name for role, name in found.items() if name is not None}
+    several = {f"{CHOICES}{i}": name for i, name in enumerate(columns.choices)}
+    return {role: name for role, name in {**found, **several}.items() if name is not None}
 
 
 def side_roles(dataset: Rows, columns: Columns) -> dict[str, str]:
@@ -88,12 +93,14 @@ def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
         SourceError: a missing column, or a type that no row can be read from. `where` begins the message.
     """
     for role, name in input_roles(columns).items():
-        _require(where, dataset, name, _INPUT_FLAGS[role])
+        _require(where, dataset, name, _INPUT_FLAGS.get(role, "--choices-column"))
         found = describe(dataset.features[name])
         if role in ("prompt", "completion") and _is_chat(dataset.features[name], found):
             continue
         if role in _TEXT_ROLES:
             _check_text(where, role, name, found)
+        elif role.startswith(CHOICES):
+            _check_choices(where, name, dataset.features[name], found, several=len(columns.choices) > 1)
         elif role == "image":
             _check_images(where, name, dataset.features[name], found)
         elif role == "words":
@@ -255,6 +262,16 @@ def _check_text(where: str, role: str, name: str, found: str) -> None:
     else:
         hint = "convert it to text, or name another column"
     raise SourceError(f"{where}: column {name!r} ({flag}): expected text, found {found}; {hint}")
+
+
+def _check_choices(where: str, name: str, feature: Any, found: str, *, several: bool) -> None:
+    item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    named = any(isinstance(each, dict) and "text" in each for each in (feature, item))
+    if found != "text" if several else not (named or found in ("lists of text", "values of mixed types")):
+        expected = "text in each of several columns" if several else "lists of text, or of {text, label}"
+        raise SourceError(
+            f"{where}: column {name!r} (--choices-column): expected {expected}, found {found}; name another column"
+        )
 
 
 def holds_images(feature: Any) -> bool:

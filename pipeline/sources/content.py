@@ -23,7 +23,7 @@ from pipeline.sources.batches import Row, read_rows
 from pipeline.sources.columns import class_names, input_roles, side_roles, used_roles
 from pipeline.sources.files.joined import JoinedRows, is_in_place, parts_of
 from pipeline.sources.files.parquet import ParquetRows
-from pipeline.sources.images import image_identity
+from pipeline.sources.inputs.images import image_identity
 from pipeline.sources.source import Source
 from pipeline.sources.values import without_nulls
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from pipeline.errors import SourceError
 from pipeline.sources.batches import read_rows
 from pipeline.sources.columns import check_label, class_names, holds_flags, holds_spans
+from pipeline.sources.inputs.words import tags_of
 from pipeline.sources.labels import MEND, Names, fold, order, raw_labels, sides, whole_number
 from pipeline.sources.source import Source
-from pipeline.sources.words import tags_of
 
 if TYPE_CHECKING:
     from pipeline.sources.files.joined import Rows

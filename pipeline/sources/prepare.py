@@ -33,7 +33,7 @@ from pipeline.sources.files.layout import EXPECTED, check_split_name, files_name
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
 from pipeline.sources.files.told_apart import is_model, missing_path
-from pipeline.sources.images import with_encoded_images
+from pipeline.sources.inputs.images import with_encoded_images
 from pipeline.sources.labels import fold
 from pipeline.sources.source import Source
 

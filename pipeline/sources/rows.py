@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, cast
 from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Columns, Example, Scalar
 from pipeline.sources.batches import UNREADABLE, Row, read_rows
-from pipeline.sources.chats import read_messages, read_tools
 from pipeline.sources.columns import ATTENTION_MASK, TOOLS, holds_spans, input_roles, side_roles
-from pipeline.sources.images import read_image
+from pipeline.sources.inputs.chats import read_messages, read_tools
+from pipeline.sources.inputs.choices import read_choice, read_choices
+from pipeline.sources.inputs.images import read_image
+from pipeline.sources.inputs.words import read_words
 from pipeline.sources.scores import ScoreColumn
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of, read_text
 from pipeline.sources.word_labels import flags, span_labels, word_labels
-from pipeline.sources.words import read_words
 
 if TYPE_CHECKING:
     from pipeline.sources.labels import LabelMap
@@ -53,7 +54,7 @@ def _examples(
     source: Source, split: str, start: int, stop: int, labels: LabelMap | ScoreColumn | None
 ) -> Iterator[Example | BadRow]:
     columns = source.columns
-    label_column = columns.label if labels is not None else None
+    label_column = columns.label if labels is not None or columns.choices else None
     dataset = source.splits[split]
     beside = side_roles(dataset, columns).values()
     by_spans = label_column is not None and holds_spans(dataset, label_column)
@@ -138,6 +139,11 @@ def _example(i: int, row: Row, source: Source, kept: dict[str, Scalar]) -> Examp
         return Example(i, words=read_words(columns.words, row[columns.words]), kept=kept)
     assert columns.text is not None  # one_input() saw to it
     pair = None if columns.text_pair is None else read_text(columns.text_pair, row[columns.text_pair])
+    if columns.choices:
+        texts, names = read_choices(columns.choices, row)
+        label = None if columns.label is None else read_choice(columns.label, row.get(columns.label), texts, names)
+        text = read_text(columns.text, row[columns.text])
+        return Example(i, text=text, text_pair=pair, choices=texts, label=label, kept=kept)
     return Example(i, text=read_text(columns.text, row[columns.text]), text_pair=pair, kept=kept)
 
 

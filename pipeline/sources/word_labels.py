@@ -5,9 +5,9 @@ from __future__ import annotations
 from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL
 from pipeline.sources.batches import UNREADABLE
+from pipeline.sources.inputs.words import OUTSIDE, split_words, tags_of_span
 from pipeline.sources.labels import LabelMap, listed
 from pipeline.sources.values import kind_of
-from pipeline.sources.words import OUTSIDE, split_words, tags_of_span
 
 
 def word_labels(

@@ -5,6 +5,7 @@ from pipeline.tasks.causal_lm import CausalLM
 from pipeline.tasks.images import ImageClassification
 from pipeline.tasks.masked_lm import MaskedLM
 from pipeline.tasks.multi_label_classification import MultiLabelClassification
+from pipeline.tasks.multiple_choice import MultipleChoice
 from pipeline.tasks.protocol import (
     Task,
     check_columns,
@@ -36,6 +37,7 @@ TASKS: dict[str, Task] = {
         MaskedLM(),
         Seq2SeqLM(),
         ImageClassification(),
+        MultipleChoice(),
     )
 }
 

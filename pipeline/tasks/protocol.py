@@ -203,6 +203,8 @@ def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> N
     """Raise `MisuseError` for inputs that the task cannot use, and where lists are named that it does not rank, or none that it would."""
     if columns.image is not None and task.reads != "images":
         raise MisuseError(f"--image-column: --task {task.name} reads texts; give --task image-classification")
+    if columns.choices and task.reads != "choices":
+        raise MisuseError(f"--choices-column: --task {task.name} chooses no text; give --task multiple-choice")
     task.check_columns(columns, tokenization)
     if columns.group is not None and not task.ranks:
         raise MisuseError(

@@ -31,7 +31,7 @@ from pipeline.records import (
     Tokenization,
     TokenizedExample,
 )
-from pipeline.sources.words import split_words
+from pipeline.sources.inputs.words import split_words
 from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
 
 _BATCH = 1000

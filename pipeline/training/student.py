@@ -93,7 +93,7 @@ def load_student(
     task = get_task(contract.task)
     names = (
         None
-        if contract.label_names is None
+        if contract.label_names is None or task.names == "choices"
         else _agreed_labels(contract.label_names, name, trust_remote_code, base_model)
     )
     student = load_model(

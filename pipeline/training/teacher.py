@@ -105,7 +105,8 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     before = _check_output(config)
     check_fields(config.training)
     source = load_source(config.data, label_required=needs_label_column(task), holds=label_column(task))
-    names = None if task.names is None else head_names(source, config.data.label_map, holds=label_column(task))
+    stated = task.names in ("classes", "positions")
+    names = head_names(source, config.data.label_map, holds=label_column(task)) if stated else None
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task,
@@ -124,7 +125,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
     if names is not None and task.target != "score":
         _tell_absent(task, source, train, names, rows)
-    if task.reads == "tokens":
+    if task.reads != "images":
         check_ids(embedding_rows(teacher.model), rows, teacher.tokenizer, teacher.name)
     settings_given = {
         "learning_rate": config.learning_rate,
@@ -147,22 +148,20 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         save_strategy="no",
     )
     refuse_evaluation(args)
-    filler, kept, padding = 0, None, None
-    if task.reads == "tokens":
-        filler, padding = _training_pad_id(teacher, rows), teacher.model.config.get_text_config()
+    filler, kept, padding = 0, None, None if task.reads == "images" else teacher.model.config.get_text_config()
+    if padding is not None:
+        filler = _training_pad_id(teacher, rows)
         kept, padding.pad_token_id = padding.pad_token_id, filler
     collator = _Collator(task, filler, teacher.tokenizer)
     output, origin = Path(config.output), _origin(task, teacher, rows, names, args)
     checkpoint = None if config.overwrite else whole_checkpoint(output, _ORIGIN, origin)
     if checkpoint is None and not config.overwrite:
         tell_of_new_start(output)
-    again = "run the same command again"
-    settings_of_trainer = args if before_training is None else no_directory(args)
     scale = scale_of_labels(rows) if task.target == "score" else None
     trainer = SavingTrainer(
         teacher.model,
-        settings_of_trainer,
-        again=again,
+        args if before_training is None else no_directory(args),
+        again="run the same command again",
         scale=scale,
         data_collator=collator,
         train_dataset=_Rows(rows),
@@ -293,7 +292,7 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
         rows=np.concatenate(owners),
         row_kl=np.zeros(len(rows)),
         row_text_bytes=np.array([row.text_bytes for row in rows]),
-        label_names=class_names(loaded.model) if task.names is not None else None,
+        label_names=class_names(loaded.model) if task.names in ("classes", "positions") else None,
         groups=np.unique([row.group for row in rows], return_inverse=True)[1] if task.ranks else None,
     )
 

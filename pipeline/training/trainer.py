@@ -22,10 +22,10 @@ from pipeline.errors import TrainingError
 from pipeline.metrics import agreement_of
 from pipeline.models import pad_id
 from pipeline.progress import track
-from pipeline.records import Loss, Tokenization, is_known
+from pipeline.records import Loss, is_known
 from pipeline.softlabels import default_temperature, served_temperature
 from pipeline.tasks import get_task, needs_label_column
-from pipeline.training.batches.collate import Collator, TrainingRows
+from pipeline.training.batches.collate import Collator, TrainingRows, of_student
 from pipeline.training.batches.held_out import HeldOut, labelled_rows, which_labelled
 from pipeline.training.batches.mixing import AlignedDataset, JoinedDataset, Mixture, Proportions, TeachersCollator
 from pipeline.training.batches.order import BatchOrder, open_groups, rows_of_epoch
@@ -106,14 +106,13 @@ class DistillationTrainer(SavingTrainer):
         refuse_spans(
             loss, teacher_labels=teacher_labels, several_teachers=mixture is not None and mixture.kind == "teachers"
         )
-        settings = contract.tokenization
         self.collator = Collator(
             task=self.task,
             tokenizer=student_tokenizer or cache.tokenizer,
             pad_id=pad_id(student_tokenizer or cache.tokenizer, model),
             temperature=self.temperature,
             tail=loss.tail,
-            retokenize=None if student_tokenizer is None else Tokenization(max_length or settings.max_length),
+            retokenize=None if student_tokenizer is None else of_student(contract, max_length),
             teacher_labels=teacher_labels,
             position_weights=loss.position_weights,
             vocabulary_map=cache.vocabulary_map,

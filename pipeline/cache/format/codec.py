@@ -344,6 +344,7 @@ COLUMNS = frozenset(
         "encoded_image",
         "image_sha256",
         "image_view",
+        "choice_texts",
         "position_words",
         "input_ids",
         "token_type_ids",

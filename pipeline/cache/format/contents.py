@@ -60,7 +60,10 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
         positions = flags.sums()
     if "document_lengths" in lists:
         documents = lists["document_lengths"]
-        check(bool((documents.values > 0).all()), "document_lengths: expected at least 1")
+        if contract.tokenization.num_choices is None:
+            check(bool((documents.values > 0).all()), "document_lengths: expected at least 1")
+        else:
+            _check_choices(documents, contract.tokenization.num_choices, check)
         check.same(documents.sums(), tokens.counts, "document_lengths: expected the tokens of the row in all")
     if "label" in ours:
         labels = table.column("label").drop_null().to_numpy()
@@ -104,10 +107,23 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
 
 
 def _check_tokens(tokens: _List, contract: Contract, check: _Check) -> None:
-    longest = contract.tokenization.max_length
+    longest = contract.tokenization.max_length * (contract.tokenization.num_choices or 1)
     check(bool((tokens.counts > 0).all()), "input_ids: expected at least one token in every row")
     check(not longest or int(tokens.counts.max()) <= longest, f"input_ids: expected at most {longest} tokens in a row")
     check.range(tokens.values, contract.tokenizer.vocabulary_size, "input_ids")
+
+
+def _check_choices(lengths: _List, choices: int, check: _Check) -> None:
+    check(bool((lengths.counts == choices).all()), f"document_lengths: expected {choices} in every row, one a choice")
+    found = lengths.values.reshape(-1, choices)
+    check(
+        bool((found >= 0).all() and ((found > 0).sum(1) > 1).all()),
+        "document_lengths: expected two choices in every row",
+    )
+    check(
+        bool((np.diff(found > 0, axis=1).sum(1) <= 1).all()),
+        "document_lengths: expected no choice behind a missing one",
+    )
 
 
 def _check_images(table: pa.Table, views: _List | None, check: _Check) -> None:
@@ -165,7 +181,7 @@ def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, posi
 
 
 #: The columns of ours but for texts, of which nothing but the number is known.
-_CHECKED = COLUMNS - {"text", "text_pair", "messages", "position_words"}
+_CHECKED = COLUMNS - {"text", "text_pair", "messages", "position_words", "choice_texts"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ _ADDED = frozenset(
         "group",
         "image",
         "views",
+        "choices",
+        "num_choices",
     }
 )
 

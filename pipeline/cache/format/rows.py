@@ -88,7 +88,7 @@ def make_block(
             refers = "image_sha256" in schema.names
             stored = [(None, each.file) if refers else (each.data, each.path) for each in values]
             others[name] = pa.array([{"bytes": data, "path": path} for data, path in stored], type=field.type)
-        elif name == "position_words":
+        elif name in ("position_words", "choice_texts"):
             others[name] = pa.array([list(each) for each in values], type=field.type)
         elif pa.types.is_list(field.type):
             lists[name] = _ragged(values, field.type.value_type.to_pandas_dtype())
@@ -111,6 +111,7 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "messages": lambda example: example.messages,
     "encoded_image": lambda example: example.image,
     "image_sha256": lambda example: None if example.image is None else hashlib.sha256(example.image.data).hexdigest(),
+    "choice_texts": lambda example: example.choices,
     "image_view": lambda example: example.view,
     "input_ids": lambda example: example.input_ids,
     "token_type_ids": lambda example: example.token_type_ids,
@@ -152,6 +153,7 @@ def rows_of(block: RowBlock) -> list[CachedExample]:
                 messages=others.get("messages", none)[i],
                 image=None if images is None else images[i],
                 view=lists.get("image_view", none)[i],
+                choices=_words(others.get("choice_texts", none)[i]),
                 document_lengths=lists.get("document_lengths", none)[i],
                 text_bytes=numbers.get("text_bytes", none)[i] or 0,
                 kept={name: others[name][i] for name in kept},
@@ -179,7 +181,7 @@ _LISTS = (
 )
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
 #: Columns that some caches of a task have and others not, as `cache-logits` was asked.
-_OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages", "position_words"})
+_OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages", "position_words", "choice_texts"})
 
 
 def _floats(lists: Mapping[str, list[np.ndarray]], name: str, row: int) -> Tensor | None:

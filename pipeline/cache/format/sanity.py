@@ -59,7 +59,7 @@ def _of_contract(contract: Contract) -> Iterator[str]:
             yield f"label_names: expected 1 to {_MOST_CLASSES}, found {names if names is None else len(names)}"
     elif (None if names is None else len(names)) != (None if task.names is None else classes):
         yield f"label_names: expected {'none' if task.names is None else classes}, found {names if names is None else len(names)}"
-    vocabulary, fewest = contract.tokenizer.vocabulary_size, 1 if task.reads == "tokens" else 0
+    vocabulary, fewest = contract.tokenizer.vocabulary_size, 1 if task.reads != "images" else 0
     if not fewest <= vocabulary <= _MOST_CLASSES:
         yield f"tokenizer.vocabulary_size: expected {fewest} to {_MOST_CLASSES}, found {vocabulary}"
     if task.predicts_tokens and classes > vocabulary:
@@ -69,6 +69,8 @@ def _of_contract(contract: Contract) -> Iterator[str]:
             yield f"tokenizer.special_ids.{name}: expected 0 to {vocabulary - 1}, found {token}"
     if not 0 <= contract.tokenization.max_length <= _MOST_CLASSES:
         yield f"tokenization.max_length: expected 0 to {_MOST_CLASSES}, found {contract.tokenization.max_length}"
+    if contract.tokenization.num_choices != (classes if task.reads == "choices" else None):
+        yield f"tokenization.num_choices: expected {classes if task.reads == 'choices' else 'none'}, found {contract.tokenization.num_choices}"
     if not isinstance(encoding, Full | Sampled | Score):
         grid = encoding.temperatures
         if not grid or len(grid) > 64 or not all(0 < t < math.inf for t in grid):
@@ -95,7 +97,8 @@ def _of_columns(contract: Contract, task: Task) -> Iterator[str]:
         image_files="image_sha256" in found,
         messages=task.continues_prompts and "messages" in found,
         groups=contract.source.columns.group is not None,
-        documents=task.label_source == "tokens" and "document_lengths" in found,
+        documents=task.reads == "choices" or (task.label_source == "tokens" and "document_lengths" in found),
+        choices=task.reads == "choices" and "choice_texts" in found,
         entropy="entropy" in found,
         label_logprobs=task.label_source == "tokens" and "label_logprobs" in found,
     )

@@ -32,6 +32,7 @@ def cache_schema(
     images: bool = False,
     views: bool = False,
     image_files: bool = False,
+    choices: bool = False,
     words: bool = False,
     groups: bool = False,
     documents: bool = False,
@@ -46,6 +47,7 @@ def cache_schema(
         marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position, or one for each label name.
         images: rows are images in place of tokens.
         views: rows are parts of images.
+        choices: the texts to choose from are stored; their lengths in tokens are `document_lengths`.
         image_files: images are files elsewhere, of which the cache has place and hash.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
@@ -58,6 +60,8 @@ def cache_schema(
         columns["text"] = pa.string()
         if text_pair:
             columns["text_pair"] = pa.string()
+    if choices:
+        columns["choice_texts"] = pa.list_(pa.string())
     if messages:
         columns["messages"] = pa.string()
     if words:

@@ -313,6 +313,11 @@ def _alignment(manifest: Manifest) -> str:
             "The soft labels of a row are what the teacher predicts for the image `encoded_image`, the classes those of `label`. "
             f"The image processor in `tokenizer/` makes pixel values of it.{part}"
         )
+    if get_task(manifest.contract.task).reads == "choices":
+        return (
+            "The soft labels of a row are the teacher's distribution over its choices, numbered from 0, as is `label`. `input_ids` has the text with each choice, one\n"
+            "after another, `document_lengths` their lengths in tokens, 0 where a row has fewer choices than others; such a choice has the probability 0."
+        )
     if "supervised" not in manifest.contract.columns:
         return (
             "The soft labels of a row are what the teacher predicts for the whole of it, the classes those of `label`."

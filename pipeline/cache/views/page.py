@@ -289,7 +289,7 @@ def _charts(contract: Contract, found: SplitMeasures, unit: str) -> list[Chart]:
                 "Kept classes", found.kept_classes, "Classes in the cache", axis=Axis("classes", whole=True), of=unit
             ),
         ]
-    if get_task(contract.task).reads == "tokens":
+    if get_task(contract.task).reads != "images":
         tokens = Axis("tokens", whole=True)
         charts.append(histogram("Row length", found.lengths, "Tokens of a row", axis=tokens, of="rows"))
     return [chart for chart in charts if chart is not None]

@@ -82,6 +82,7 @@ def command(contract: Contract) -> str:
         ("--holdout", source.holdout or None),
         ("--text-column", columns.text if columns.text != "text" else None),
         ("--text-pair-column", columns.text_pair),
+        *(("--choices-column", name) for name in columns.choices),
         ("--image-column", columns.image),
         ("--words-column", columns.words),
         ("--messages-column", columns.messages),

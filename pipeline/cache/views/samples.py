@@ -119,7 +119,8 @@ def text_of(cache: Cache, row: CachedExample) -> str:
     text, pair = row.example.text, row.example.text_pair
     if text is None:
         return str(cache.tokenizer.decode(row.example.input_ids.tolist()))
-    return text if pair is None else f"{text}\n{pair}"
+    choices = [f"{i}. {each}" for i, each in enumerate(row.example.choices or (), 1)]
+    return "\n".join([text, *([] if pair is None else [pair]), *choices])
 
 
 def image_text(example: TokenizedExample) -> str:

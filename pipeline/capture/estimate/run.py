@@ -22,6 +22,7 @@ from pipeline.capture.forward import broken_rows, output_matrix, synchronize, te
 from pipeline.capture.job import load_teacher, row_length
 from pipeline.capture.plan import (
     check_stored,
+    choices_of,
     default_rows_per_shard,
     full_row_is_too_large,
     kept_types,
@@ -118,7 +119,9 @@ def estimate(
     """Run the teacher over about so many positions and encode them in every way."""
     fast = bool(getattr(teacher.tokenizer, "is_fast", False))
     check_stored(task, source.columns, tokenization, store_text=store_text, fast_tokenizer=fast)
-    num_classes = task.num_classes(teacher.model, teacher.tokenizer)
+    choices = choices_of(task, source)
+    num_classes = choices or task.num_classes(teacher.model, teacher.tokenizer)
+    tokenization = dataclasses.replace(tokenization, num_choices=choices)
     matrix = None if task.target == "score" else output_matrix(teacher.model, num_classes)
     projection = None
     split = next(iter(source.splits))
@@ -126,7 +129,7 @@ def estimate(
     examples, source_rows = _pilot_rows(
         task, source, teacher, split, tokenization, positions, label_map, texts=with_texts
     )
-    if task.reads == "tokens":
+    if task.reads != "images":
         check_ids(embedding_rows(teacher.model), examples, teacher.tokenizer, teacher.name)
     kept = kept_types(source)
 
@@ -262,7 +265,7 @@ def _pilot_rows(
     """
     count = len(source.splits[split])
     labels = None
-    if task.names is not None:
+    if task.names in ("classes", "positions"):
         labels = label_reader(source, class_names(teacher.model), label_map, holds=label_column(task))
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
     starts = [count * i // runs for i in range(runs)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ class LocalTeacher:
     task: Task
     loaded: LoadedModel
     tokenizer: PreTrainedTokenizerBase
+    choices: int | None = None
+    """The most choices that a row of the data has; None: the task chooses no text."""
 
     @property
     def name(self) -> str:
@@ -55,13 +58,15 @@ class LocalTeacher:
     @property
     def num_classes(self) -> int:
         """V."""
-        return self.task.num_classes(self.model, self.tokenizer)
+        return self.choices or self.task.num_classes(self.model, self.tokenizer)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        """Those of its configuration."""
+        """Those of its configuration; of choices their places."""
         if self.task.names is None:
             return None
+        if self.choices is not None:
+            return tuple(f"choice {i}" for i in range(1, self.choices + 1))
         return class_names(self.model)
 
     @property
@@ -82,7 +87,7 @@ class LocalTeacher:
     @property
     def embedding_rows(self) -> int:
         """Of its input embedding; of images, which have no tokens, 0."""
-        return embedding_rows(self.model) if self.task.reads == "tokens" else 0
+        return embedding_rows(self.model) if self.task.reads != "images" else 0
 
     @property
     def output_matrix(self) -> Tensor | None:
@@ -99,8 +104,8 @@ class LocalTeacher:
         return f"{self.name}: {info.num_parameters:,} parameters, {info.dtype}, on {self.device}"
 
     def settle(self, tokenization: Tokenization) -> Tokenization:
-        """As it is."""
-        return tokenization
+        """With the number of choices, where there are any."""
+        return tokenization if self.choices is None else dataclasses.replace(tokenization, num_choices=self.choices)
 
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
         """Logits serve every encoding; the attention may not isolate documents."""
@@ -112,6 +117,8 @@ class LocalTeacher:
         Raises:
             ModelError: the logits differ by more than the precision explains.
         """
+        if self.choices is not None:  # the plain path gives a logit to what a row does not have
+            rows = [row for row in rows if row.document_lengths is not None and row.document_lengths.all()]
         if not rows:
             return
         shortest = min(rows, key=lambda row: row.num_tokens)

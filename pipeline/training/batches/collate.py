@@ -130,7 +130,11 @@ class Collator:
     def columns(self) -> Container[str]:
         """Those that batches are made of."""
         spans = _SPANS if self.with_spans else frozenset[str]()
-        return COLLATED | spans if self.retokenize is None else COLLATED | {"text", "text_pair", "position_words"}
+        return (
+            COLLATED | spans
+            if self.retokenize is None
+            else COLLATED | {"text", "text_pair", "position_words", "choice_texts"}
+        )
 
     def collate_block(self, block: RowBlock, counts: np.ndarray | None = None) -> StudentBatch:
         """B rows.
@@ -140,7 +144,7 @@ class Collator:
         """
         tokens = tokens_of(block)
         given: TokenBlock | Sequence[TokenizedExample] = tokens
-        if self.retokenize is not None and self.task.reads == "tokens":
+        if self.retokenize is not None and self.task.reads != "images":
             given = _tokenize_anew(self.task, block, self.tokenizer, self.retokenize)
         filler = pad_id(self.tokenizer) if self.pad_id is None else self.pad_id
         inputs, supervised = self.task.collate(given, filler, processor=self.tokenizer)
@@ -215,6 +219,7 @@ COLLATED = (COLUMNS | {TEACHER_POSITION}) - {
     "text_pair",
     "messages",
     "position_words",
+    "choice_texts",
     "teacher_nll_sum",
     LABEL_LOGPROBS,
 }
@@ -307,6 +312,15 @@ def longest_row(task: Task, contract: Contract, student: LoadedModel) -> int:
     return min(cached, longest)
 
 
+def of_student(contract: Contract, max_length: int | None) -> Tokenization:
+    """How stored texts become tokens of a student with another tokenizer.
+
+    Args:
+        max_length: of its rows; None: that of the cache's.
+    """
+    return Tokenization(max_length or contract.tokenization.max_length, num_choices=contract.tokenization.num_choices)
+
+
 #: Tokens of a student for one of the teacher's, at most.
 _MOST_TOKENS_FOR_ONE = 8
 
@@ -315,13 +329,13 @@ def _tokenize_anew(
     task: Task, block: RowBlock, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
 ) -> list[TokenizedExample]:
     none = [None] * len(block)
-    texts, pairs, words = (
+    texts, pairs, words, choices = (
         block.others[name].to_pylist() if name in block.others else none
-        for name in ("text", "text_pair", "position_words")
+        for name in ("text", "text_pair", "position_words", "choice_texts")
     )
     examples = [
-        Example(source_row=i, text=text, text_pair=pair, words=None if row is None else tuple(row))
-        for i, (text, pair, row) in enumerate(zip(texts, pairs, words, strict=True))
+        Example(i, text, pair, words=None if row is None else tuple(row), choices=None if some is None else tuple(some))
+        for i, (text, pair, row, some) in enumerate(zip(texts, pairs, words, choices, strict=True))
     ]
     tokenized = list(task.tokenize(examples, "", tokenizer, settings))
     rows = [item for item in tokenized if isinstance(item, TokenizedExample)]

@@ -92,6 +92,8 @@ OTHERS: dict[str, Any] = {
     "judge": JudgeInfo(("{{ text }}",), "plain", ("good", "bad"), ("train:3",), 7),
     "masking": Masking(),
     "views": Views(2),
+    "choices": ("one", "two"),
+    "num_choices": 4,
     "server": ServerInfo("vllm", "1", 20, 1e-5, {"dtype": "float16"}),
 }
 

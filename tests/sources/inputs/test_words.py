@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from pipeline.errors import MisuseError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Columns, Example
 from pipeline.sources import LabelMap, Source, fingerprints, from_datasets, label_names, read_examples
-from pipeline.sources.words import split_words, tags_of_span
+from pipeline.sources.inputs.words import split_words, tags_of_span
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC")
 

@@ -1,0 +1,117 @@
+"""Texts to choose from: the choices of a row, which of them is right, and how many a row has at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import BadRowError, MisuseError
+from pipeline.progress import track
+from pipeline.sources.batches import Row, read_rows
+from pipeline.sources.values import kind_of, read_text
+
+if TYPE_CHECKING:
+    from pipeline.sources.source import Source
+
+#: More choices than any row has.
+_MOST = 64
+
+
+def read_choices(columns: Sequence[str], row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The choices of a row, and what the data calls each.
+
+    Args:
+        columns: one with lists of texts, with {text: texts, label: names} or with lists of {text, label}; or one for each choice.
+
+    Returns:
+        (C,) texts; (C,) names, or () where they have none.
+
+    Raises:
+        BadRowError: fewer than two, or one that is no text. The column's name begins the message.
+    """
+    if len(columns) > 1:
+        values = [row[name] for name in columns]
+        while values and values[-1] is None:  # a row may have fewer
+            values.pop()
+        return _texts(f"{columns[0]} to {columns[-1]}", values), ()
+    (name,) = columns
+    value, names = _texts_and_names(row[name])
+    if not isinstance(value, list):
+        raise BadRowError(f"{name} is null" if value is None else f"{name}: expected a list, found {kind_of(value)}")
+    texts = _texts(name, value)
+    called = tuple(str(each).strip() for each in names) if isinstance(names, list) and None not in names else ()
+    if called and len(called) != len(texts):
+        raise BadRowError(f"{name}: expected a label for each of {len(texts)} choices, found {len(called)}")
+    return texts, called
+
+
+def _texts_and_names(value: Any) -> tuple[Any, Any]:
+    """As lists, where the value is a struct of lists or a list of structs; names: None where there are none."""
+    if isinstance(value, Mapping):
+        return value.get("text"), value.get("label")
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        return [each.get("text") for each in value], [each.get("label") for each in value]
+    return value, None
+
+
+def _texts(name: str, values: Sequence[object]) -> tuple[str, ...]:
+    if not 2 <= len(values) <= _MOST:
+        raise BadRowError(f"{name}: expected 2 to {_MOST} choices, found {len(values)}")
+    return tuple(read_text(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def read_choice(name: str, value: object, texts: Sequence[str], names: Sequence[str]) -> int | None:
+    """The number of the right choice, from 0.
+
+    Args:
+        name: of the column, for messages.
+        value: a number from 0, a letter from A, the data's name of a choice, or its text; null and -1: not known.
+        texts: (C,).
+        names: (C,) the data's, or ().
+
+    Raises:
+        BadRowError: it names no choice, or two of them.
+    """
+    if value is None or value == -1 or value != value or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise BadRowError(f"{name}: expected the number, letter or text of a choice, found {kind_of(value)}")
+    if isinstance(value, str):
+        said = value.strip()
+        for known in (names, [text.strip() for text in texts]):
+            if list(known).count(said) > 1:
+                raise BadRowError(f"{name}: {said!r} names {list(known).count(said)} of the choices")
+            if said in known:
+                return list(known).index(said)
+        number = ord(said.upper()) - ord("A") if len(said) == 1 and said.isalpha() and said.isascii() else -1
+        if said.removeprefix("-").isdigit():
+            number = int(said)
+            if number == -1:
+                return None
+    else:
+        number = int(value) if value == int(value) else -1
+    if not 0 <= number < len(texts):
+        raise BadRowError(
+            f"{name}: expected 0 to {len(texts) - 1}, A to {chr(ord('A') + len(texts) - 1)}, or the text of a choice, found {value!r}"
+        )
+    return number
+
+
+def most_choices(source: Source) -> int:
+    """The most choices that a row of any split has: the classes of a cache. Reads the columns of choices alone.
+
+    Raises:
+        MisuseError: no row has two.
+    """
+    columns, most = source.columns.choices, 0
+    if len(columns) > 1:
+        return len(columns)
+    for split, dataset in source.splits.items():
+        for row in track(read_rows(dataset, list(columns)), f"choices of {split}", len(dataset), stride=64):
+            try:
+                most = max(most, len(read_choices(columns, row)[0]))
+            except BadRowError:  # told when the row is read
+                continue
+    if not most:
+        raise MisuseError(f"{source.name}: no row has two choices in column {columns[0]!r} (--choices-column)")
+    return most

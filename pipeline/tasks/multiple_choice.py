@@ -1,0 +1,248 @@
+"""One of several texts for a text: N = 1 position a row, V = the most choices that a row has."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForMultipleChoice, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError
+from pipeline.metrics import accuracy, expected_calibration_error, mean_nll
+from pipeline.records import (
+    NO_LABEL,
+    BadRow,
+    Columns,
+    Cut,
+    Encoding,
+    Example,
+    Full,
+    Inputs,
+    LabelNames,
+    LabelSource,
+    OtherTokenizers,
+    Predictions,
+    Ragged,
+    TargetKind,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.tasks.one_label import right_answers
+from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
+
+_USAGE = """```python
+import torch
+from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForMultipleChoice.from_pretrained("{folder}")
+text, choices = "a text", ["one choice", "another"]
+inputs = tokenizer([text] * len(choices), choices, truncation=True, max_length={max_length}, padding=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**{{name: tensor[None] for name, tensor in inputs.items()}}).logits[0]
+print(choices[int(logits.argmax())])
+```
+"""
+#: The logit of a choice that a row does not have: its probability is 0, and so is its gradient, at every temperature that is used.
+NO_CHOICE = -1e4
+#: Examples that are tokenized at once.
+_BATCH = 256
+#: What a model's head is not asked for: it gives a logit to each text by itself, to any number of them.
+_ANY_NUMBER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MultipleChoice:
+    """See `Task`."""
+
+    name: str = "multiple-choice"
+    reads: Inputs = "choices"
+    auto_class: Any = AutoModelForMultipleChoice
+    peft_type: str | None = None
+    hub_category: str = "multiple-choice"
+    usage: str = _USAGE
+    marks_positions: bool = False
+    label_source: LabelSource = "row"
+    names: LabelNames | None = "choices"
+    target: TargetKind = "distribution"
+    ranks: bool = False
+    problem_type: str | None = None
+    predicts_tokens: bool = False
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = True
+    stores_text: bool = True
+    other_tokenizers: OtherTokenizers = "texts"
+    judged_by: str | None = None
+    default_encoding: Encoding = Full()
+    default_temperature: float = 2.0
+    default_max_length: int = 512
+    default_batch_tokens: int = 8192
+    default_eval_rows: int = 16
+    main_metric: str = "accuracy"
+    higher_is_better: bool = True
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """A text, and choices."""
+        if not columns.choices or columns.text is None:
+            raise MisuseError(
+                f"--task {self.name} reads --text-column and --choices-column (a list of texts; or the flag once for each choice)"
+            )
+        refuse_settings_of_language_models(self.name, tokenization, "a text and choices, and keeps their beginning")
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """As they are."""
+        return settings
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Any number: the data says how many choices there are."""
+        return _ANY_NUMBER
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """The text with each choice is one sequence of at most `max_length` tokens; of what is too long, the longer of the two loses its end."""
+        waiting = iter(examples)
+        while chunk := list(itertools.islice(waiting, _BATCH)):
+            good = [item for item in chunk if isinstance(item, Example)]
+            rows = iter(_tokenize(good, split, tokenizer, settings) if good else ())
+            for item in chunk:
+                yield item if isinstance(item, BadRow) else next(rows)
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """None: a row marks no tokens."""
+        return np.zeros(len(input_ids), dtype=bool)
+
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(B,): the numbers of the right choices."""
+        labels = token_block(rows).label
+        assert labels is not None
+        return labels
+
+    def collate(
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """(B, C, T): C of the row with the most choices, T of the longest sequence. A choice that a row does not have is one token of padding that counts."""
+        block = token_block(rows)
+        assert block.document_lengths is not None
+        choices = block.document_lengths
+        places = _places(choices)
+        tokens = _sequences(block.input_ids, choices)
+        inputs = {
+            "input_ids": _in_rows(pad(tokens, pad_id), places, pad_id),
+            "attention_mask": _in_rows(attention_mask(tokens), places, 0),
+        }
+        inputs["attention_mask"][..., 0] = 1
+        if block.token_type_ids is not None:
+            inputs["token_type_ids"] = _in_rows(pad(_sequences(block.token_type_ids, choices), 0), places, 0)
+        return inputs, None
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(B, C): `NO_CHOICE` where a row has no such choice."""
+        logits: Tensor = model(**inputs).logits
+        return logits.masked_fill(inputs["attention_mask"].sum(-1) == 1, NO_CHOICE)
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, C), as they are."""
+        return logits
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Accuracy, loss and calibration, over the labelled rows."""
+        known = predictions.labels != NO_LABEL
+        correct = predictions.predicted[known] == predictions.labels[known]
+        return {
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "loss": mean_nll(predictions.nll),
+            "ece": expected_calibration_error(predictions.confidence[known], correct),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Right answers, and labelled rows."""
+        return right_answers(predictions)
+
+
+def _tokenize(
+    examples: Sequence[Example], split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
+) -> Iterator[TokenizedExample | BadRow]:
+    pairs = [
+        (example.text or "", choice if example.text_pair is None else f"{example.text_pair} {choice}")
+        for example in examples
+        for choice in example.choices or ()
+    ]
+    first, second = [list(side) for side in zip(*pairs, strict=True)]
+    encoded = tokenizer(first, second, truncation=True, max_length=settings.max_length, return_attention_mask=False)
+    full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= settings.max_length]
+    lost = dict.fromkeys(range(len(pairs)), 0)
+    if full:
+        whole = tokenizer([first[i] for i in full], [second[i] for i in full], truncation=False, verbose=False)
+        lost.update(
+            {i: len(ids) - len(encoded["input_ids"][i]) for i, ids in zip(full, whole["input_ids"], strict=True)}
+        )
+    start = 0
+    for example in examples:
+        stop = start + len(example.choices or ())
+        yield _row(example, split, encoded, start, stop, settings.num_choices, sum(lost[i] for i in range(start, stop)))
+        start = stop
+
+
+def _row(
+    example: Example, split: str, encoded: Mapping[str, Any], start: int, stop: int, most: int | None, lost: int
+) -> TokenizedExample | BadRow:
+    ids, types = encoded["input_ids"][start:stop], encoded.get("token_type_ids")
+    lengths = [len(each) for each in ids]
+    if most is not None and len(lengths) > most:
+        return BadRow(split, example.source_row, f"expected at most {most} choices, found {len(lengths)}")
+    if min(lengths) < 2:  # one token is what stands for no choice
+        return BadRow(split, example.source_row, "expected at least 2 tokens of text and choice, found fewer")
+    return TokenizedExample(
+        source_row=example.source_row,
+        piece=0,
+        input_ids=np.concatenate([np.asarray(each, dtype=np.int32) for each in ids]),
+        token_type_ids=None
+        if types is None
+        else np.concatenate([np.asarray(each, dtype=np.int32) for each in types[start:stop]]),
+        document_lengths=np.array([*lengths, *[0] * ((most or 0) - len(lengths))], dtype=np.int32),
+        label=example.label,
+        text=example.text,
+        text_pair=example.text_pair,
+        choices=example.choices,
+        kept=example.kept,
+        cut=(Cut(example.source_row, lost),) if lost else (),
+    )
+
+
+def _sequences(rows: Ragged, choices: Ragged) -> Ragged:
+    """Values of rows -> of their choices, one after another; of a row's tokens each choice owns the next so many."""
+    return Ragged.of(rows.values, choices.values.astype(np.int64))
+
+
+def _places(choices: Ragged) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Of each choice its row and its number in it; B and the most choices of a row."""
+    rows = np.repeat(np.arange(len(choices.counts)), choices.counts)
+    numbers = np.arange(len(rows)) - np.repeat(choices.offsets[:-1], choices.counts)
+    return torch.from_numpy(rows), torch.from_numpy(numbers), (len(choices.counts), int(choices.counts.max()))
+
+
+def _in_rows(values: Tensor, places: tuple[Tensor, Tensor, tuple[int, int]], filler: int) -> Tensor:
+    """(choices, T) -> (B, C, T)."""
+    rows, numbers, shape = places
+    found = torch.full((*shape, values.shape[-1]), filler, dtype=values.dtype)
+    found[rows, numbers] = values
+    return found
