@@ -37,13 +37,13 @@ SMALL = {"num_hidden_layers": 1, "initializer_range": 0.1}
 
 
 def rows(seed: int, count: int) -> dict[str, list[Any]]:
-    """A topic is asked for; of two to four texts one has a word of it."""
+    """Of two or three texts, each with a word of another topic, the one on films is right."""
     rng = random.Random(seed)
     found: dict[str, list[Any]] = {"question": [], "choices": [], "answer": []}
     for _ in range(count):
-        names = rng.sample(sorted(TOPICS), 3)[: rng.randint(2, 3)]
+        names = ["film", *rng.sample(["business", "sport"], rng.randint(1, 2))]
         choices = [f"{TOPICS[name][0]} {rng.choice(WORDS[:6])}" for name in names]
-        found["question"].append(TOPICS[names[0]][0])
+        found["question"].append(" ".join(rng.sample(WORDS[:6], 2)))
         order = list(range(len(choices)))
         rng.shuffle(order)
         found["choices"].append([choices[i] for i in order])
