@@ -44,15 +44,15 @@ AssistantTurns = Literal["auto", "all", "each", "last"]
 #: that the input hides there, or the one of a target text that stands there.
 LabelSource = Literal["row", "positions", "tokens", "hidden", "target"]
 
-#: What the label column of a data set holds: one class a row (of words one a word), the classes that a row has, or scores.
-LabelColumn = Literal["class", "classes", "scores"]
+#: What the label column of a data set holds: one class a row (of words one a word), the classes that a row has, scores, or answers that stand in a text.
+LabelColumn = Literal["class", "classes", "scores", "answers"]
 
 #: What a position's target is: a distribution over classes, or one number.
 TargetKind = Literal["distribution", "score"]
 
 #: What the label names of a cache are of: the classes of every position; the positions of every row, of which each is one label that is there or not;
-#: or the choices of every row, by their places, which no model states.
-LabelNames = Literal["classes", "positions", "choices"]
+#: the choices of every row, by their numbers; or two positions whose classes are the places of the row's tokens. Models state neither of the last two.
+LabelNames = Literal["classes", "positions", "choices", "places"]
 
 #: What a model reads: token ids, the pixel values of an image, or the token ids of several texts of which one is chosen.
 Inputs = Literal["tokens", "images", "choices"]
@@ -137,6 +137,8 @@ class Example:
     """Several labels at once: 1 for each of the model's labels that the row has, 0 for the others, -100 where it is not known."""
     scores: tuple[float, ...] | None = None
     """One for each of the model's outputs, nan where it is not known."""
+    answers: tuple[tuple[int, int], ...] | None = None
+    """Characters `[start, end)` of `text_pair` that answer `text`; (): none does. None: not known."""
     group: int | None = None
     """Rankings: a hash of the value that the rows of one list share."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
@@ -191,6 +193,8 @@ class Tokenization:
     """Images. Manifests leave it out where rows are whole images."""
     num_choices: int | None = None
     """The most choices that a row has. Manifests leave it out where rows have none."""
+    stride: int | None = None
+    """Question answering: tokens that two windows of a text share; None: as the task does. Manifests leave it out where it is not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +237,8 @@ class TokenizedExample:
     """Lengths in tokens of the isolated documents that the row is packed from, int32; None: attention is not cut. Of choices their lengths, 0 where the row has fewer than others."""
     choices: tuple[str, ...] | None = None
     """As in `Example`, where the texts are kept."""
+    num_classes: int | None = None
+    """Question answering: V, the places that the longest row may have; not stored."""
     text_bytes: int = 0
     """UTF-8 bytes of the text that the supervised positions predict."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
@@ -295,6 +301,8 @@ class TokenBlock:
     """(R,) encoded images; None: rows are tokens."""
     views: Ragged | None = None
     """As in `TokenizedExample`."""
+    num_classes: int | None = None
+    """V of the cache; None: not known, or of no use to the task."""
 
 
 def is_known(labels: Any) -> Any:

@@ -6,6 +6,7 @@ the floor, and the cache may be some times as far from it, and what storing roun
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -228,7 +229,7 @@ def _logits(
     task: Task, teacher: LoadedModel, rows: Sequence[CachedExample], contract: Contract, width: int | None
 ) -> Tensor:
     """(N, V) float32, on the CPU."""
-    examples = [row.example for row in rows]
+    examples = [dataclasses.replace(row.example, num_classes=contract.num_classes) for row in rows]
     return teacher_logits(task, teacher, teacher.tokenizer, examples, contract.num_classes, width).float().cpu()
 
 
@@ -249,6 +250,8 @@ class _Marks:
     floor: dict[str, list[float]] = field(default_factory=dict)
     rounding: dict[str, list[float]] = field(default_factory=dict)
     statistics: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    variances: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """Of the statistics: what sampling and rounding explain at each position."""
 
     def add(self, row: CachedExample, together: Tensor, alone: Tensor, labels: Tensor) -> None:
         """One row: its soft labels, and the (N, V) logits of two passes of the teacher."""
@@ -324,6 +327,8 @@ class _Marks:
         for what, parts in self.statistics.items():
             values = np.concatenate(parts)
             error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            # Of few positions, or a teacher that is nearly sure, the sample shows less than the draws explain.
+            error = max(error, math.sqrt(float(np.concatenate(self.variances[what]).sum())) / len(values))
             score = abs(float(values.mean())) / error if error > 0 else 0.0
             out.append(Figure(f"{what}, standard errors from 0", score, 0.0, _STANDARD_ERRORS + slack))
         return tuple(out)
@@ -337,6 +342,12 @@ class _Marks:
         assert isinstance(self.encoding, Sampled)
         soft, q = row.soft, logprobs.exp()
         top, tail = owners(soft.top_offsets), owners(soft.tail_offsets)
+        share, exact = q.double() * self.encoding.sample_size, q.double() * self.encoding.steps
+        rounded = (exact - exact.floor()) * (exact.ceil() - exact) / self.encoding.steps**2
+        drawn = share * (1 - share) / self.encoding.sample_size**2
+        variance = torch.where(
+            share < 1, drawn, rounded
+        )  # (N, V), of classes kept by chance, and of those kept for certain
         values = {"log q under the target": logprobs.clamp_min(-30.0), "q under the target": q}
         values["odd classes under the target"] = (torch.arange(q.shape[1]) % 2).expand_as(q)
         for what, table in values.items():
@@ -345,6 +356,7 @@ class _Marks:
             total.index_add_(0, tail, table[tail, soft.tail_ids].double() / self.encoding.sample_size)
             expected = (q.double() * table.double()).sum(-1)
             self.statistics.setdefault(what, []).append((total - expected).numpy())
+            self.variances.setdefault(what, []).append((table.double().square() * variance).sum(-1).numpy())
 
     @staticmethod
     def _outside(q: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:

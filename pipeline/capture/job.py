@@ -48,7 +48,7 @@ from pipeline.models.saved import trained_length
 from pipeline.records import Contract, Encoding, SourceInfo, Tokenization
 from pipeline.sources import (
     LabelMap,
-    ScoreColumn,
+    Labels,
     Source,
     holds_chats,
     is_of_files,
@@ -70,7 +70,7 @@ class Job:
 
     task: Task
     source: Source
-    labels: LabelMap | ScoreColumn | None
+    labels: Labels | None
     teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
@@ -272,6 +272,8 @@ def make_job(
         store_label_logprobs=store_label_logprobs,
         fast_tokenizer=getattr(tokenizer, "is_fast", False),
     )
+    if task.names == "places":
+        num_classes = tokenization.max_length
     tokenization = teacher.settle(task.settle(tokenization, tokenizer, chats=holds_chats(source)))
     teacher.check(encoding, tokenization, store_entropy=store_entropy)
     check_encoding(task, encoding, num_classes, tokenization.max_length)
@@ -367,9 +369,7 @@ def make_job(
     return Job(task, source, labels, teacher, tokenizer, plan, schema, layout)
 
 
-def _label_map(
-    task: Task, source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]
-) -> LabelMap | ScoreColumn | None:
+def _label_map(task: Task, source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]) -> Labels | None:
     """How the data's labels become classes; None where classes are tokens.
 
     Raises:

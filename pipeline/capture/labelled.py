@@ -27,7 +27,7 @@ from pipeline.softlabels.ragged import owners
 from pipeline.sources.inputs.words import read_words
 from pipeline.sources.scores import group_id
 from pipeline.tasks import Task, token_block
-from pipeline.tasks.multiple_choice import NO_CHOICE
+from pipeline.tasks.answers.multiple_choice import NO_CHOICE
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterat
                 item.label is None
                 and not any(i != NO_LABEL for i in item.word_labels or item.flags or ())
                 and all(math.isnan(score) for score in item.scores or ())
+                and item.answers is None
             )
             counts["blank"] += any(
                 text is not None and text.isspace() for text in (item.text, item.text_pair, *completion)

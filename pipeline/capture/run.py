@@ -257,6 +257,7 @@ def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:
         truncation_side="left" if _one_of(settings, "truncation_side", ("right", "left")) == "left" else None,
         masking=settings.pop("masking", None),
         views=settings.pop("views", None),
+        stride=settings.pop("stride", None),
     )
 
 

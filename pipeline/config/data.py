@@ -73,6 +73,10 @@ class DataConfig:
         "Longest row in tokens. Default: as the teacher was trained (cache-logits), else what the model takes, at most 512 (classification) or 1024.",
         None,
     )
+    stride: int | None = option(
+        "Question answering: tokens that two windows of a long text share. Default: 128, at most half of the room.",
+        None,
+    )
     packing: bool = option("Language models: pack several documents into a row, with EOS between them.", False)
     isolate_documents: bool = option("With --packing: attention does not cross documents.", False)
     mask_share: float | None = option("Masked language models: share of the tokens to hide. Default: 0.15.", None)
@@ -126,6 +130,8 @@ class DataConfig:
             raise MisuseError(f"--mask-share: expected a share between 0 and 1, found {self.mask_share}")
         check_positive("--mask-copies", self.mask_copies)
         check_positive("--views", self.views)
+        if self.stride is not None and self.stride < 0:
+            raise MisuseError(f"--stride: expected at least 0 tokens, found {self.stride}")
         if self.view_area is not None and not 0 < self.view_area <= 1:
             raise MisuseError(f"--view-area: expected a share above 0, at most 1, found {self.view_area}")
         if self.views is None and (self.view_area, self.view_mirror, self.view_seed) != (None, None, None):
@@ -182,6 +188,7 @@ class DataConfig:
             truncation_side="left" if self.truncation_side == "left" else None,
             masking=self._masking,
             views=self._views,
+            stride=self.stride,
         )
 
     @property

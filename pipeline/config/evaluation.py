@@ -65,6 +65,9 @@ class PredictConfig:
     choice: tuple[str, ...] = data_option(
         "Models of multiple choice: a text to choose from for --text; repeat for each.", ()
     )
+    context: str | None = data_option(
+        "Models of question answering: the text that the answer to --text stands in.", None
+    )
     input: str | None = data_option(
         "File with a text a line, UTF-8; for models of images, the path of a file a line.", None
     )

@@ -22,6 +22,7 @@ TaskName = Literal[
     "seq2seq-lm",
     "image-classification",
     "multiple-choice",
+    "question-answering",
 ]
 
 

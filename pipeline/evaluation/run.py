@@ -286,8 +286,9 @@ def _predict(
 
 
 def groups_of(cache: Cache, split: str) -> np.ndarray | None:
-    """(R,) int64: the list of each row of a split, or the text of which it is a mask, numbered from 0; None: each row is by itself."""
-    if get_task(cache.manifest.contract.task).label_source == "hidden":
+    """(R,) int64: the list of each row of a split, or the text of which it is a mask or a window, numbered from 0; None: each row is by itself."""
+    task = get_task(cache.manifest.contract.task)
+    if task.label_source == "hidden" or task.names == "places":
         return np.unique(cache.dataset(split).column("source_row"), return_inverse=True)[1].astype(np.int64)
     if "score_group" not in cache.manifest.contract.columns:
         return None

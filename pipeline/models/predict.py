@@ -45,9 +45,19 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
             else "chooses no text: leave out --choice"
         )
         raise MisuseError(f"{config.model}: {reads}")
+    if (config.context is not None) != (task.names == "places"):
+        reads = (
+            "answers from a text: give --context"
+            if config.context is None
+            else "reads no text to answer from: leave out --context"
+        )
+        raise MisuseError(f"{config.model}: {reads}")
     longest = config.max_length or trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
     if task.reads == "choices":
         yield from choose(task, loaded, texts, config.choice, max_length=longest, top=config.top)
+    elif task.names == "places":
+        for question in texts:
+            yield answer(task, loaded, question, config.context or "", max_length=longest, top=config.top)
     elif task.continues_prompts:
         for text in texts:
             yield TextPrediction(text, continuation=continue_text(loaded, text, config.max_new_tokens))
@@ -194,6 +204,36 @@ def choose(
         found = _probabilities(task, loaded, [row])[0].topk(min(top, len(choices)))
         named = zip(found.indices.tolist(), found.values.tolist(), strict=True)
         yield TextPrediction(text, {choices[i]: value for i, value in named})
+
+
+def answer(
+    task: Task, loaded: LoadedModel, question: str, context: str, *, max_length: int, top: int
+) -> TextPrediction:
+    """The likeliest answers that stand in a text, and the probability of each, the product of those of its two ends; "" is no answer.
+
+    Windows of a long text are asked one by one, and the likeliest answers of all count.
+
+    Raises:
+        SourceError: a question that leaves no room for the text.
+    """
+    rows = list(task.tokenize([Example(0, question, context)], "", loaded.tokenizer, Tokenization(max_length)))
+    bad = next((row for row in rows if isinstance(row, BadRow)), None)
+    if bad is not None:
+        raise SourceError(bad.reason)
+    windows = [row for row in rows if isinstance(row, TokenizedExample)]
+    found: dict[str, float] = {}
+    for row in windows:
+        shares = _probabilities(task, loaded, [row])[:, : len(row.input_ids)].double()  # (2, T)
+        pairs = torch.triu(shares[0][:, None] * shares[1][None])
+        best = pairs.flatten().topk(min(4 * top, pairs.numel()))
+        for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            first, last = divmod(index, len(row.input_ids))
+            text = str(
+                loaded.tokenizer.decode(row.input_ids[first : last + 1].tolist(), skip_special_tokens=True)
+            ).strip()
+            found[text] = max(found.get(text, 0.0), value)
+    likeliest = sorted(found.items(), key=lambda item: -item[1])[:top]
+    return TextPrediction(question, dict(likeliest))
 
 
 def classify_images(

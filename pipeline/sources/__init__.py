@@ -6,12 +6,13 @@ from pipeline.sources.label_names import label_names
 from pipeline.sources.labels import LabelMap
 from pipeline.sources.prepare import from_datasets, load_source
 from pipeline.sources.rows import read_examples
-from pipeline.sources.scores import ScoreColumn, head_names, label_reader, list_starts
+from pipeline.sources.scores import Labels, ScoreColumn, head_names, label_reader, list_starts
 from pipeline.sources.source import Source, holds_chats
 from pipeline.sources.unlabelled import load_unlabelled, with_unlabelled
 
 __all__ = [
     "LabelMap",
+    "Labels",
     "ScoreColumn",
     "Source",
     "Survey",

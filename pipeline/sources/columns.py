@@ -169,6 +169,11 @@ def check_label(where: str, dataset: Rows, columns: Columns, *, holds: LabelColu
             raise SourceError(
                 f"{where}: column {name!r} (--label-column): expected a number a row, or a list of as many as the model has outputs, found {found}; name another column, or make numbers of it"
             )
+    elif holds == "answers":
+        if not holds_answers(dataset.features[name]):
+            raise SourceError(
+                f"{where}: column {name!r} (--label-column): expected answers of {{text, answer_start}}, as SQuAD has them, found {found}; name another column"
+            )
     elif holds == "classes":
         if found != "nulls" and found not in [f"lists of {scalar}" for scalar in _SCALARS]:
             raise SourceError(
@@ -202,6 +207,14 @@ def holds_spans(dataset: Rows, name: str) -> bool:
     feature = dataset.features.get(name)
     item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
     return isinstance(item, dict) and {"start", "end", "label"} <= set(item)
+
+
+def holds_answers(feature: Any) -> bool:
+    """Whether a column holds {text, answer_start}, of lists or of one answer, or lists of it; or nothing."""
+    item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    structs = [each for each in (feature, item) if isinstance(each, dict)]
+    named = any({"text", "answer_start"} <= set(each) for each in structs)
+    return named or describe(feature) in ("nulls", "values of mixed types", "lists of values of mixed types")
 
 
 def holds_flags(dataset: Rows, name: str) -> bool:

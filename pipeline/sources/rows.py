@@ -10,23 +10,24 @@ from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Columns, Example, Scalar
 from pipeline.sources.batches import UNREADABLE, Row, read_rows
 from pipeline.sources.columns import ATTENTION_MASK, TOOLS, holds_spans, input_roles, side_roles
+from pipeline.sources.inputs.answers import AnswerColumn
 from pipeline.sources.inputs.chats import read_messages, read_tools
 from pipeline.sources.inputs.choices import read_choice, read_choices
 from pipeline.sources.inputs.images import read_image
 from pipeline.sources.inputs.words import read_words
-from pipeline.sources.scores import ScoreColumn
+from pipeline.sources.scores import Labels, ScoreColumn
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of, read_text
 from pipeline.sources.word_labels import flags, span_labels, word_labels
 
 if TYPE_CHECKING:
-    from pipeline.sources.labels import LabelMap
+    pass
 
 _MAX_TOKEN_ID = 2**31 - 1
 
 
 def read_examples(
-    source: Source, split: str, start: int, stop: int, labels: LabelMap | ScoreColumn | None
+    source: Source, split: str, start: int, stop: int, labels: Labels | None
 ) -> Iterator[Example | BadRow]:
     """The rows `[start, stop)` of a split, in order, one item each.
 
@@ -50,9 +51,7 @@ def read_examples(
     return _examples(source, split, start, stop, labels)
 
 
-def _examples(
-    source: Source, split: str, start: int, stop: int, labels: LabelMap | ScoreColumn | None
-) -> Iterator[Example | BadRow]:
+def _examples(source: Source, split: str, start: int, stop: int, labels: Labels | None) -> Iterator[Example | BadRow]:
     columns = source.columns
     label_column = columns.label if labels is not None or columns.choices else None
     dataset = source.splits[split]
@@ -81,9 +80,7 @@ def _examples(
                 yield BadRow(split, i, f"{label_column}: {error}")
 
 
-def _labelled(
-    example: Example, value: object, labels: LabelMap | ScoreColumn, *, by_spans: bool, split: str
-) -> Example:
+def _labelled(example: Example, value: object, labels: Labels, *, by_spans: bool, split: str) -> Example:
     """The example with what its label column says.
 
     Raises:
@@ -93,6 +90,8 @@ def _labelled(
     number = example.source_row
     if isinstance(labels, ScoreColumn):
         return dataclasses.replace(example, scores=labels.read(value))
+    if isinstance(labels, AnswerColumn):
+        return dataclasses.replace(example, answers=labels.read(value, example.text_pair or ""))
     if example.words is not None:
         return dataclasses.replace(example, word_labels=word_labels(labels, value, example.words, split, number))
     if by_spans and example.text is not None:
@@ -107,7 +106,7 @@ class _GroupError(BadRowError):
     """Of the column that says which list a row belongs to."""
 
 
-def _grouped(example: Example, row: Row, columns: Columns, labels: LabelMap | ScoreColumn, split: str) -> Example:
+def _grouped(example: Example, row: Row, columns: Columns, labels: Labels, split: str) -> Example:
     """The example with its list, where rows are ranked."""
     if columns.group is None or not isinstance(labels, ScoreColumn):
         return example

@@ -7,15 +7,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from pipeline.errors import BadRowError, SourceError
 from pipeline.records import LabelColumn
 from pipeline.sources.batches import UNREADABLE, read_rows
 from pipeline.sources.columns import check_label
+from pipeline.sources.inputs.answers import AnswerColumn
 from pipeline.sources.label_names import label_names
 from pipeline.sources.labels import LabelMap
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of
+
+#: What reads a label column.
+Labels: TypeAlias = "LabelMap | ScoreColumn | AnswerColumn"
 
 _LARGEST = 3.0e38  # of float32
 
@@ -89,12 +94,14 @@ def head_names(source: Source, label_map: Sequence[str] = (), *, holds: LabelCol
     Raises:
         SourceError: as `label_names` and `score_names` raise it.
     """
+    if holds == "answers":
+        return ()
     return score_names(source) if holds == "scores" else label_names(source, label_map, several=holds == "classes")
 
 
 def label_reader(
     source: Source, names: Sequence[str], label_map: Sequence[str] = (), *, holds: LabelColumn = "class"
-) -> LabelMap | ScoreColumn:
+) -> Labels:
     """What reads the label column of a source for a model with these names of classes or outputs.
 
     Raises:
@@ -102,6 +109,8 @@ def label_reader(
     """
     if holds == "scores":
         return ScoreColumn.of(source, len(names), label_map)
+    if holds == "answers":
+        return AnswerColumn.of(source, label_map)
     return LabelMap.for_names(source, tuple(names), label_map, several=holds == "classes")
 
 

@@ -1,11 +1,11 @@
 """What differs between tasks, one module each, behind one protocol. Nothing else in the code branches on the task."""
 
 from pipeline.errors import ConfigError
+from pipeline.tasks.answers import MultipleChoice, QuestionAnswering
 from pipeline.tasks.causal_lm import CausalLM
 from pipeline.tasks.images import ImageClassification
 from pipeline.tasks.masked_lm import MaskedLM
 from pipeline.tasks.multi_label_classification import MultiLabelClassification
-from pipeline.tasks.multiple_choice import MultipleChoice
 from pipeline.tasks.protocol import (
     Task,
     check_columns,
@@ -38,6 +38,7 @@ TASKS: dict[str, Task] = {
         Seq2SeqLM(),
         ImageClassification(),
         MultipleChoice(),
+        QuestionAnswering(),
     )
 }
 

@@ -216,6 +216,8 @@ def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> N
         )
     if tokenization.views is not None and task.reads != "images":
         raise MisuseError(f"--views is for images; --task {task.name} reads texts; leave it out")
+    if tokenization.stride is not None and task.names != "places":
+        raise MisuseError(f"--stride is for question answering; --task {task.name} makes no windows; leave it out")
     if tokenization.masking is not None and task.label_source != "hidden":
         raise MisuseError(
             f"--mask-share, --whole-words, --mask-copies and --mask-seed are for masked language models; --task {task.name} hides nothing"
@@ -236,6 +238,8 @@ def label_column(task: Task) -> LabelColumn:
     """What the label column of a data set holds, where there is one."""
     if task.target == "score":
         return "scores"
+    if task.names == "places":
+        return "answers"
     return "classes" if task.names == "positions" else "class"
 
 
@@ -272,6 +276,7 @@ def token_block(rows: TokenBlock | Sequence[TokenizedExample]) -> TokenBlock:
         labels=_joined([row.labels for row in rows]),
         images=[row.image.data for row in rows if row.image is not None] or None,
         views=_joined([row.view for row in rows]),
+        num_classes=rows[0].num_classes,
     )
 
 

@@ -267,6 +267,8 @@ def _metrics(result: TrainResult, task: Task) -> str:
         lines += "\n`mse` is in squared units of the data, `correlation` that with the teacher's scores, `divergence` and the losses are in their standard deviations.\n"
     elif task.names == "positions":
         lines += "\n`f1` is of all labels together (micro), `macro_f1` and `average_precision` are means over labels, `accuracy` is of single labels.\n"
+    elif task.names == "places":
+        lines += "\n`f1` is of the tokens of answers and `exact` of whole answers, over windows; `accuracy` is of their single ends.\n"
     elif "f1" in result.metrics:
         lines += "\n`f1`, `precision` and `recall` are of entities, right where label and both ends are (without a class `O`: of words), `accuracy` is of words.\n"
     if result.own_tokenizer is not None:

@@ -93,7 +93,7 @@ def load_student(
     task = get_task(contract.task)
     names = (
         None
-        if contract.label_names is None or task.names == "choices"
+        if contract.label_names is None or task.names in ("choices", "places")
         else _agreed_labels(contract.label_names, name, trust_remote_code, base_model)
     )
     student = load_model(
@@ -172,7 +172,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         )
     if task.other_tokenizers is None and not same_tokenizer:
         raise ContractError(
-            f"{student.name}: the student has another tokenizer, and hidden tokens are the teacher's; use a student with the cache's tokenizer (sha256 "
+            f"{student.name}: the student has another tokenizer, and what the teacher predicts is of its own tokens; use a student with the cache's tokenizer (sha256 "
             f"{contract.tokenizer.sha256[:12]}...)"
         )
     stored = "position_words" in contract.columns if task.other_tokenizers == "words" else contract.store_text

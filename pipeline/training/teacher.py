@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from pipeline.cache.format.codec import content_hash
@@ -38,8 +36,8 @@ from pipeline.models.saved import checkpoints, model_files, remove
 from pipeline.models.scoring import score_of
 from pipeline.models.start import start_of
 from pipeline.progress import track
-from pipeline.records import NO_LABEL, BadRow, Predictions, Tokenization, TokenizedExample, is_known
-from pipeline.sources import LabelMap, ScoreColumn, Source, head_names, label_reader, load_source, read_examples
+from pipeline.records import BadRow, Predictions, Tokenization, TokenizedExample, is_known
+from pipeline.sources import Labels, Source, head_names, label_reader, load_source, read_examples
 from pipeline.sources.labels import listed
 from pipeline.tasks import (
     Task,
@@ -53,6 +51,7 @@ from pipeline.tasks import (
     may_lack_head,
     needs_label_column,
 )
+from pipeline.training.batches.labelled import LabelledCollator, LabelledRows
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.recipe.defaults import choose_teacher_arguments
 from pipeline.training.refusals import refuse_evaluation
@@ -104,9 +103,9 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     check_columns(task, config.data.columns, config.data.tokenization(2))
     before = _check_output(config)
     check_fields(config.training)
-    source = load_source(config.data, label_required=needs_label_column(task), holds=label_column(task))
-    stated = task.names in ("classes", "positions")
-    names = head_names(source, config.data.label_map, holds=label_column(task)) if stated else None
+    holds = label_column(task)
+    source = load_source(config.data, label_required=needs_label_column(task), holds=holds)
+    names = head_names(source, config.data.label_map, holds=holds) if task.names in ("classes", "positions") else None
     set_seed(config.seed)  # a new head is random too
     teacher = load_model(
         task,
@@ -119,7 +118,8 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     )
     set_chat_template(teacher.tokenizer, config.data.chat_template)
     settings = config.data.tokenization(choose_max_length(task, teacher, teacher.tokenizer, config.data.max_length))
-    labels = None if names is None else label_reader(source, names, config.data.label_map, holds=label_column(task))
+    reads = task.names not in (None, "choices")
+    labels = label_reader(source, names or (), config.data.label_map, holds=holds) if reads else None
     train, held_out = _split_names(source)
     skip = config.on_bad_row == "skip"
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
@@ -152,7 +152,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     if padding is not None:
         filler = _training_pad_id(teacher, rows)
         kept, padding.pad_token_id = padding.pad_token_id, filler
-    collator = _Collator(task, filler, teacher.tokenizer)
+    collator = LabelledCollator(task, filler, teacher.tokenizer)
     output, origin = Path(config.output), _origin(task, teacher, rows, names, args)
     checkpoint = None if config.overwrite else whole_checkpoint(output, _ORIGIN, origin)
     if checkpoint is None and not config.overwrite:
@@ -164,7 +164,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         again="run the same command again",
         scale=scale,
         data_collator=collator,
-        train_dataset=_Rows(rows),
+        train_dataset=LabelledRows(rows),
         compute_loss_func=None if scale is None else ScoreLoss(scale),
     )
     for choice in choices if args.should_save else ():
@@ -297,42 +297,6 @@ def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], b
     )
 
 
-@dataclass(frozen=True)
-class _Rows(Dataset[TokenizedExample]):
-    rows: Sequence[TokenizedExample]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TokenizedExample:
-        return self.rows[index]
-
-
-@dataclass(frozen=True, slots=True)
-class _Collator:
-    """Inputs, and `labels` where the model's own loss looks for them: one a row, at its position, or shifted by one token."""
-
-    task: Task
-    pad_id: int
-    processor: Any
-
-    def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-        inputs, supervised = self.task.collate(rows, self.pad_id, processor=self.processor)
-        if "labels" in inputs:
-            return inputs
-        labels = torch.from_numpy(self.task.hard_labels(rows))
-        if self.task.names == "positions":
-            return {**inputs, "labels": labels.view(len(rows), -1).float()}
-        if supervised is None:
-            return {**inputs, "labels": labels}
-        tokens = torch.full(supervised.shape, NO_LABEL)
-        if self.task.label_source in ("positions", "hidden"):
-            tokens[supervised] = labels
-            return {**inputs, "labels": tokens}
-        tokens[:, 1:][supervised[:, :-1]] = labels  # what position t predicts stands at t + 1
-        return {**inputs, "labels": tokens}
-
-
 def _split_names(source: Source) -> tuple[str, str | None]:
     if "train" not in source.splits:
         raise SourceError(f"{source.name}: expected a split `train` to fine-tune on, found {', '.join(source.splits)}")
@@ -357,7 +321,7 @@ def _read(
     task: Task,
     source: Source,
     split: str,
-    labels: LabelMap | ScoreColumn | None,
+    labels: Labels | None,
     tokenizer: Any,
     settings: Tokenization,
     *,

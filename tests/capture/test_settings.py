@@ -65,6 +65,7 @@ ELSEWHERE = {
         "mask_copies",
         "mask_seed",
         "choices_column",
+        "stride",
         *("image_column", "views", "view_area", "view_mirror", "view_seed", "store_images"),
     ),
     *("chat_template_kwargs", "assistant_turns", "truncation_side"),  # `test_chat_captures` has them

@@ -25,7 +25,7 @@ from pipeline.errors import BadRowError, IntegrityError, MisuseError
 from pipeline.evaluation import evaluate
 from pipeline.models.predict import run as predict
 from pipeline.records import Columns, Full, Loss, Sampled, TopK
-from pipeline.tasks.multiple_choice import NO_CHOICE
+from pipeline.tasks.answers.multiple_choice import NO_CHOICE
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
 from tests.support.once import once

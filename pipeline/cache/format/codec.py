@@ -264,6 +264,7 @@ def tokens_of(block: RowBlock) -> TokenBlock:
         labels=lists.get("position_labels"),
         images=None if images is None else [image.data for image in images_of(block)],
         views=lists.get("image_view"),
+        num_classes=block.num_classes,
     )
 
 

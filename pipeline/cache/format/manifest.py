@@ -52,6 +52,7 @@ _ADDED = frozenset(
         "views",
         "choices",
         "num_choices",
+        "stride",
     }
 )
 

@@ -16,7 +16,7 @@ from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
 from pipeline.cache.views.provenance import judge_text, origin, rows_text
-from pipeline.cache.views.recipes import kept_mass_sql, on_request, recipe
+from pipeline.cache.views.recipes import IMAGE_COLUMN, kept_mass_sql, on_request, recipe, rows_and_positions
 from pipeline.records import Contract, Fidelity, Manifest, Score, SourceContents
 from pipeline.sources import is_of_files
 from pipeline.sources.files.loading import redact
@@ -127,7 +127,7 @@ def make_card(
         per_position=totals["bytes"] / max(totals["positions"], 1),
         cache_id=manifest.cache_id,
         made_from=_made_from(contract),
-        alignment=_alignment(manifest),
+        alignment=rows_and_positions(manifest),
         columns="\n\n".join([found.columns, *on_request(contract)]),
         fidelity="" if fidelity is None else _fidelity(fidelity),
         mass="" if masses is None else _masses(masses, picture),
@@ -166,14 +166,6 @@ def card_license(text: str) -> str | None:
     found: object = DatasetCard(text, ignore_metadata_errors=True).data.get("license")
     return found if isinstance(found, str) else None
 
-
-_IMAGE = "encoded_image"
-_OF_VIEWS = (
-    " `image_view` is the part that the teacher saw: left, top, width and height in pixels of the image turned as its orientation\n"
-    "says, and 1 where it is mirrored; empty where it is the whole image. `piece` numbers the parts of an image."
-)
-
-_OF_FILES = " The cache holds no images: `encoded_image.path` is a file below the directory in `SOFTLABEL_IMAGES`, whose SHA-256 is `image_sha256`."
 
 _DUCKDB = """With DuckDB, the mean mass that is kept for certain, by split (in the cache's directory):
 
@@ -221,8 +213,8 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
         )
         size = sum(shard.bytes for shard in manifest.shards)
         features = datasets.Features.from_arrow_schema(schema)
-        if schema.names.count(_IMAGE):
-            features[_IMAGE] = datasets.Image()
+        if schema.names.count(IMAGE_COLUMN):
+            features[IMAGE_COLUMN] = datasets.Image()
         info = datasets.DatasetInfo(features=features, splits=splits, download_size=size, dataset_size=size)
         DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}"))
@@ -296,58 +288,6 @@ def _made_from(contract: Contract) -> str:
 
 def _revision(revision: str | None) -> str:
     return "unknown (not from the hub)" if revision is None else f"`{revision}`"
-
-
-def _alignment(manifest: Manifest) -> str:
-    if get_task(manifest.contract.task).target == "score":
-        return "A row has a score of the teacher's for each of `label_names` of `manifest.json`, in their order. The scores of the data are in `position_labels`."
-    if get_task(manifest.contract.task).names == "positions":
-        return (
-            "A row has soft labels for each of `label_names` of `manifest.json`, in their order: what the teacher predicts of it, whether the row has the label,\n"
-            "over two classes, no and yes. Their hard labels are in `position_labels`."
-        )
-    if _IMAGE in manifest.contract.columns:
-        part = "" if manifest.contract.tokenization.views is None else _OF_VIEWS
-        part += _OF_FILES * ("image_sha256" in manifest.contract.columns)
-        return (
-            "The soft labels of a row are what the teacher predicts for the image `encoded_image`, the classes those of `label`. "
-            f"The image processor in `tokenizer/` makes pixel values of it.{part}"
-        )
-    if get_task(manifest.contract.task).reads == "choices":
-        return (
-            "The soft labels of a row are the teacher's distribution over its choices, numbered from 0, as is `label`. `input_ids` has the text with each choice, one\n"
-            "after another, `document_lengths` their lengths in tokens, 0 where a row has fewer choices than others; such a choice has the probability 0."
-        )
-    if "supervised" not in manifest.contract.columns:
-        return (
-            "The soft labels of a row are what the teacher predicts for the whole of it, the classes those of `label`."
-        )
-    if get_task(manifest.contract.task).label_source == "positions":
-        return (
-            "`supervised` marks the positions of `input_ids` that carry soft labels, the first token of each word: the n-th of them has\n"
-            "the n-th soft labels, which are what the teacher predicts for the n-th word. A word that was cut off has no position."
-        )
-    if get_task(manifest.contract.task).label_source == "target":
-        return (
-            "`input_ids` has the tokens of the source and behind them those of the target, which `supervised` marks: the n-th of them has the n-th soft labels,\n"
-            "the prediction of that token from the source and the target tokens before it."
-        )
-    if get_task(manifest.contract.task).label_source == "hidden":
-        return (
-            "`supervised` marks the positions of `input_ids` whose tokens were hidden: the n-th of them has the n-th soft labels, which are the\n"
-            "prediction of the token there, and the n-th of `position_labels`, the token itself. `input_ids` has the mask token, a random token or the token itself there."
-        )
-    text = (
-        "`supervised` marks the positions of `input_ids` that carry soft labels: the n-th of them has the n-th soft labels, which are\n"
-        "the prediction made *at* that position, of the token after it."
-    )
-    probe = manifest.probe
-    if probe is None:
-        return text
-    return (
-        f"{text} The alignment probe found the mean weight of the token before, at and after the\n"
-        f"expected one to be {probe.previous:.4f}, {probe.aligned:.4f} and {probe.following:.4f} over {probe.positions:,} positions: {probe.verdict}."
-    )
 
 
 def _masses(masses: KeptMasses, picture: bool) -> str:

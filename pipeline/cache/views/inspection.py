@@ -13,7 +13,7 @@ from pipeline.cache.format.manifest import Layout
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.measures import measure
 from pipeline.cache.views.provenance import judge_text, rows_text, tokenizer_text
-from pipeline.cache.views.samples import share_of_yes, text_of
+from pipeline.cache.views.samples import place_name, share_of_yes, text_of
 from pipeline.cache.views.scores import score_lines, score_summary, scores_of_split
 from pipeline.cache.views.tokens import marked_tokens, words_of
 from pipeline.cache.views.units import classes_text, unit_of
@@ -107,7 +107,9 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
         several = get_task(contract.task).names == "positions"
         if not of_images:
             yield f"  {marked_tokens(cache.tokenizer, row.example.input_ids.tolist(), row.example.supervised, follows=follows)}"
-        if isinstance(contract.encoding, Score):
+        if get_task(contract.task).names == "places":
+            yield from _places(cache, row, top)
+        elif isinstance(contract.encoding, Score):
             yield from score_lines(cache, row)
         elif several:
             yield from _labels(cache, row, top)
@@ -144,6 +146,17 @@ def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
     label = "none" if row.example.label is None else names[row.example.label]
     believed = "  ".join(f"{names[i]} {weight:.1%}" for i, weight in _best(row, 0, top))
     yield f"  label {label}; teacher: {believed}"
+
+
+def _places(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
+    """The question and the text, and a line for each end of the answer: where the data has it, and where the teacher."""
+    labels = row.example.labels
+    assert labels is not None
+    yield f"  {_short(' '.join(text_of(cache, row).split()), 160)}"
+    for n, name in enumerate(cache.manifest.contract.label_names or ()):
+        label = "none" if int(labels[n]) == NO_LABEL else place_name(cache, row, int(labels[n]))
+        believed = "  ".join(f"{place_name(cache, row, i)} {weight:.1%}" for i, weight in _best(row, n, top))
+        yield f"  {name}: label {label}; teacher: {believed}"
 
 
 def _labels(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:

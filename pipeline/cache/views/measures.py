@@ -159,7 +159,7 @@ class _Found:
         }
         for name, part in parts.items():
             self._arrays[name].append(part)
-        if not self._task.predicts_tokens:
+        if not self._task.predicts_tokens and self._task.names != "places":
             self._add_disagreements(rows, labels, predicted, confidence)
 
     def _add_disagreements(

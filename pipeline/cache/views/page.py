@@ -181,7 +181,8 @@ def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
         return repr(str(cache.tokenizer.decode([i]))) if names is None else names[i]
 
     agreed = agreement(found.labels, found.predicted, named)
-    if len(found.labels):
+    of_places = get_task(contract.task).names == "places"
+    if len(found.labels) and not of_places:
         counted = balance(
             found.labels,
             found.predicted,
@@ -197,7 +198,7 @@ def _split_part(cache: Cache, found: SplitMeasures) -> SplitPart:
         tuple(_charts(contract, found, unit)),
         counted,
         agreed,
-        None if names is None else confusion(found.labels, found.predicted, names),
+        None if names is None or of_places else confusion(found.labels, found.predicted, names),
         found.disagreements,
     )
 

@@ -95,6 +95,7 @@ def command(contract: Contract) -> str:
         ("--group-column", columns.group),
         *_masks(contract.tokenization.masking),
         *_views(contract.tokenization.views),
+        ("--stride", contract.tokenization.stride),
         ("--max-length", contract.tokenization.max_length if columns.image is None else None),
         *(("--chat-template-kwargs", item) for item in contract.tokenization.chat_template_kwargs),
         ("--assistant-turns", _unless(contract.tokenization.assistant_turns, "auto")),

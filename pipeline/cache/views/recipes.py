@@ -64,6 +64,64 @@ def on_request(contract: Contract) -> list[str]:
     return [text for name, text in _ON_REQUEST.items() if name in contract.columns]
 
 
+def rows_and_positions(manifest: Manifest) -> str:
+    """What a row is, and which soft label is of what; Markdown."""
+    if get_task(manifest.contract.task).target == "score":
+        return "A row has a score of the teacher's for each of `label_names` of `manifest.json`, in their order. The scores of the data are in `position_labels`."
+    if get_task(manifest.contract.task).names == "positions":
+        return (
+            "A row has soft labels for each of `label_names` of `manifest.json`, in their order: what the teacher predicts of it, whether the row has the label,\n"
+            "over two classes, no and yes. Their hard labels are in `position_labels`."
+        )
+    if IMAGE_COLUMN in manifest.contract.columns:
+        part = "" if manifest.contract.tokenization.views is None else _OF_VIEWS
+        part += _OF_FILES * ("image_sha256" in manifest.contract.columns)
+        return (
+            "The soft labels of a row are what the teacher predicts for the image `encoded_image`, the classes those of `label`. "
+            f"The image processor in `tokenizer/` makes pixel values of it.{part}"
+        )
+    if get_task(manifest.contract.task).names == "places":
+        return (
+            "A row has two positions, the first and the last token of the answer, whose classes are the places of the row's `input_ids`, from 0. The place of the\n"
+            "CLS token stands for no answer in this window. `position_labels` has both places. Windows of a text are rows with one `source_row`, numbered by `piece`."
+        )
+    if get_task(manifest.contract.task).reads == "choices":
+        return (
+            "The soft labels of a row are the teacher's distribution over its choices, numbered from 0, as is `label`. `input_ids` has the text with each choice, one\n"
+            "after another, `document_lengths` their lengths in tokens, 0 where a row has fewer choices than others; such a choice has the probability 0."
+        )
+    if "supervised" not in manifest.contract.columns:
+        return (
+            "The soft labels of a row are what the teacher predicts for the whole of it, the classes those of `label`."
+        )
+    if get_task(manifest.contract.task).label_source == "positions":
+        return (
+            "`supervised` marks the positions of `input_ids` that carry soft labels, the first token of each word: the n-th of them has\n"
+            "the n-th soft labels, which are what the teacher predicts for the n-th word. A word that was cut off has no position."
+        )
+    if get_task(manifest.contract.task).label_source == "target":
+        return (
+            "`input_ids` has the tokens of the source and behind them those of the target, which `supervised` marks: the n-th of them has the n-th soft labels,\n"
+            "the prediction of that token from the source and the target tokens before it."
+        )
+    if get_task(manifest.contract.task).label_source == "hidden":
+        return (
+            "`supervised` marks the positions of `input_ids` whose tokens were hidden: the n-th of them has the n-th soft labels, which are the\n"
+            "prediction of the token there, and the n-th of `position_labels`, the token itself. `input_ids` has the mask token, a random token or the token itself there."
+        )
+    text = (
+        "`supervised` marks the positions of `input_ids` that carry soft labels: the n-th of them has the n-th soft labels, which are\n"
+        "the prediction made *at* that position, of the token after it."
+    )
+    probe = manifest.probe
+    if probe is None:
+        return text
+    return (
+        f"{text} The alignment probe found the mean weight of the token before, at and after the\n"
+        f"expected one to be {probe.previous:.4f}, {probe.aligned:.4f} and {probe.following:.4f} over {probe.positions:,} positions: {probe.verdict}."
+    )
+
+
 def kept_mass_sql(manifest: Manifest) -> str | None:
     """A DuckDB query, run in the cache's directory: the mean mass of each split on the classes that are kept for certain."""
     mass = recipe(manifest.contract).kept_mass
@@ -88,6 +146,14 @@ def kept_mass_sql(manifest: Manifest) -> str | None:
         "from read_parquet('data/*.parquet', filename = true) group by split order by split;\n"
     )
 
+
+IMAGE_COLUMN = "encoded_image"
+_OF_VIEWS = (
+    " `image_view` is the part that the teacher saw: left, top, width and height in pixels of the image turned as its orientation\n"
+    "says, and 1 where it is mirrored; empty where it is the whole image. `piece` numbers the parts of an image."
+)
+
+_OF_FILES = " The cache holds no images: `encoded_image.path` is a file below the directory in `SOFTLABEL_IMAGES`, whose SHA-256 is `image_sha256`."
 
 _ON_REQUEST = {
     "text": (

@@ -11,6 +11,7 @@ from pipeline.cache.reading.reader import Cache
 from pipeline.cache.views.tokens import words_of
 from pipeline.records import NO_LABEL, CachedExample, TokenizedExample
 from pipeline.softlabels import served_temperature, target
+from pipeline.tasks import get_task
 from pipeline.tasks.images.pixels import thumbnail
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
     """One row of a cache, at most `tokens` of its tokens or words and `top` soft labels of each position."""
     title = f"Source row {row.example.source_row}" + (f", piece {row.example.piece}" if row.example.piece else "")
     goal = target(row.soft, served_temperature(row.soft.encoding))
+    if get_task(cache.manifest.contract.task).names == "places":
+        return _place_sample(cache, row, goal, title, top)
     if row.example.labels is not None and row.example.supervised is None:
         return _label_sample(cache, row, title, top)
     if row.example.labels is not None and cache.manifest.contract.label_names is not None:
@@ -85,6 +88,30 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
         candidates=tuple(Candidate(names[i], weight, i == label) for i, weight in _heaviest(goal, 0, top)),
         image="" if image is None else thumbnail(image.data, row.example.view),
     )
+
+
+def _place_sample(cache: Cache, row: CachedExample, goal: Target, title: str, top: int) -> Sample:
+    """A question and a text: where the answer begins and ends, by the tokens there."""
+    text, labels = text_of(cache, row), row.example.labels
+    assert labels is not None
+    shown = tuple(
+        Candidate(f"{name}: {place_name(cache, row, i)}", weight, i == int(labels[n]))
+        for n, name in enumerate(cache.manifest.contract.label_names or ())
+        for i, weight in _heaviest(goal, n, max(1, top // 2))
+    )
+    answer = "no label" if int(labels[0]) == NO_LABEL else f"answer {answer_text(cache, row, *labels.tolist())!r}"
+    return Sample(title, answer, text=text[:CHARACTERS], cut=max(0, len(text) - CHARACTERS), candidates=shown)
+
+
+def place_name(cache: Cache, row: CachedExample, place: int) -> str:
+    """The token at a place of a row, and its number."""
+    ids = row.example.input_ids
+    return f"{cache.tokenizer.decode([int(ids[place])])!s} ({place})" if place < len(ids) else f"({place})"
+
+
+def answer_text(cache: Cache, row: CachedExample, first: int, last: int) -> str:
+    """The tokens from one place of a row to another, as text."""
+    return str(cache.tokenizer.decode(row.example.input_ids[first : last + 1].tolist())).strip()
 
 
 def _label_sample(cache: Cache, row: CachedExample, title: str, top: int) -> Sample:

@@ -16,9 +16,9 @@ def unit_of(task: Task) -> Unit:
         return "scores"
     if task.names == "positions":
         return "labels"
-    if task.label_source == "positions":
+    if task.label_source == "positions" and task.marks_positions:
         return "words"
-    return "positions" if task.marks_positions else "rows"
+    return "positions" if task.marks_positions or task.names == "places" else "rows"
 
 
 def position_name(task: Task) -> str:
@@ -30,11 +30,13 @@ def resampled_name(task: Task) -> Literal["list", "text", "row"]:
     """What intervals resample, since its positions depend on each other: `Predictions.groups`, or rows."""
     if task.ranks:
         return "list"
-    return "text" if task.label_source == "hidden" else "row"
+    return "text" if task.label_source == "hidden" or task.names == "places" else "row"
 
 
 def classes_of(contract: Contract) -> tuple[str, ...] | None:
     """The names of the classes of a position; None: they are tokens."""
+    if get_task(contract.task).names == "places":
+        return tuple(f"token {i}" for i in range(contract.num_classes))
     return ("no", "yes") if get_task(contract.task).names == "positions" else contract.label_names
 
 

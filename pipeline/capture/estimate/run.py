@@ -121,6 +121,8 @@ def estimate(
     check_stored(task, source.columns, tokenization, store_text=store_text, fast_tokenizer=fast)
     choices = choices_of(task, source)
     num_classes = choices or task.num_classes(teacher.model, teacher.tokenizer)
+    if task.names == "places":
+        num_classes = tokenization.max_length
     tokenization = dataclasses.replace(tokenization, num_choices=choices)
     matrix = None if task.target == "score" else output_matrix(teacher.model, num_classes)
     projection = None
@@ -265,7 +267,7 @@ def _pilot_rows(
     """
     count = len(source.splits[split])
     labels = None
-    if task.names in ("classes", "positions"):
+    if task.names in ("classes", "positions", "places"):
         labels = label_reader(source, class_names(teacher.model), label_map, holds=label_column(task))
     runs = max(1, min(_RUNS, positions // settings.max_length, count))
     starts = [count * i // runs for i in range(runs)]

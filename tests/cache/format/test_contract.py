@@ -94,6 +94,7 @@ OTHERS: dict[str, Any] = {
     "views": Views(2),
     "choices": ("one", "two"),
     "num_choices": 4,
+    "stride": 7,
     "server": ServerInfo("vllm", "1", 20, 1e-5, {"dtype": "float16"}),
 }
 

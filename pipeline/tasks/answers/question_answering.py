@@ -1,0 +1,250 @@
+"""Where in a text the answer to a question stands: N = 2 positions a row, its first and its last token, each over the places of the row's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
+
+from pipeline.errors import MisuseError, ModelError
+from pipeline.metrics import accuracy, mean_nll
+from pipeline.metrics.spans import overlap_of_spans
+from pipeline.records import (
+    NO_LABEL,
+    BadRow,
+    Columns,
+    Encoding,
+    Example,
+    Inputs,
+    LabelNames,
+    LabelSource,
+    OtherTokenizers,
+    Predictions,
+    Sampled,
+    TargetKind,
+    TokenBlock,
+    Tokenization,
+    TokenizedExample,
+)
+from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
+from pipeline.tasks.whole_texts import collate_texts
+
+_USAGE = """```python
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForQuestionAnswering.from_pretrained("{folder}")
+inputs = tokenizer("who sat?", "the cat sat", truncation="only_second", max_length={max_length}, return_tensors="pt")
+found = model(**inputs)
+first, last = int(found.start_logits.argmax()), int(found.end_logits.argmax())
+print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))
+```
+"""
+#: The positions of a row.
+ENDS = ("start", "end")
+#: The logit of a place that a row does not have: its probability is 0, and so is its gradient, at every temperature that is used.
+NO_PLACE = -1e4
+#: Tokens that two windows of a long text share, where nothing is said.
+STRIDE = 128
+#: What a model's head is not asked for: it gives a logit to every token.
+_ANY_NUMBER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionAnswering:
+    """See `Task`."""
+
+    name: str = "question-answering"
+    reads: Inputs = "tokens"
+    auto_class: Any = AutoModelForQuestionAnswering
+    peft_type: str | None = "QUESTION_ANS"
+    hub_category: str = "question-answering"
+    usage: str = _USAGE
+    marks_positions: bool = False
+    label_source: LabelSource = "positions"
+    names: LabelNames | None = "places"
+    target: TargetKind = "distribution"
+    ranks: bool = False
+    problem_type: str | None = None
+    predicts_tokens: bool = False
+    fuses_head: bool = False
+    continues_prompts: bool = False
+    takes_token_types: bool = True
+    stores_text: bool = True
+    other_tokenizers: OtherTokenizers | None = None
+    judged_by: str | None = None
+    default_encoding: Encoding = Sampled()
+    default_temperature: float = 1.0
+    default_max_length: int = 384
+    default_batch_tokens: int = 8192
+    default_eval_rows: int = 32
+    main_metric: str = "f1"
+    higher_is_better: bool = True
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """A question, and the text that its answer stands in."""
+        if columns.text is None or columns.text_pair is None:
+            raise MisuseError(
+                f"--task {self.name} reads the question from --text-column and the text with its answer from --text-pair-column"
+            )
+        refuse_settings_of_language_models(self.name, tokenization, "questions and texts, in windows")
+
+    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
+        """As they are.
+
+        Raises:
+            MisuseError: a tokenizer that does not know the characters of its tokens.
+        """
+        if not tokenizer.is_fast:
+            raise MisuseError(
+                f"--task {self.name} needs a fast tokenizer, which knows the characters of each token; {type(tokenizer).__name__} is none"
+            )
+        return settings
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Any number: the longest row says how many places there are."""
+        return _ANY_NUMBER
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """The question with each window of the text; windows of a text share `stride` tokens, as in the examples of `transformers`."""
+        self.settle(settings, tokenizer, chats=False)
+        for item in examples:
+            if isinstance(item, BadRow):
+                yield item
+            else:
+                yield from _windows(item, split, tokenizer, settings)
+
+    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        """None: a row marks no tokens."""
+        return np.zeros(len(input_ids), dtype=bool)
+
+    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
+        """(2B,): the places of the first and the last token of the answer."""
+        labels = token_block(rows).labels
+        assert labels is not None
+        return labels.values.astype(np.int64)
+
+    def collate(
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """(B, T), padded on the right; and (B, V): which places each row has."""
+        block = token_block(rows)
+        inputs = collate_texts(block, pad_id, length)
+        places = torch.arange(max(block.num_classes or 0, inputs["input_ids"].shape[1]))
+        return inputs, places < torch.from_numpy(block.input_ids.counts.astype(np.int64))[:, None]
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(2B, V): of each row the logits of the first token, then of the last; `NO_PLACE` beyond the row.
+
+        Raises:
+            ModelError: the model gives no logits of the two ends.
+        """
+        assert supervised is not None
+        found = model(**inputs)
+        if getattr(found, "end_logits", None) is None:
+            raise ModelError(
+                f"{type(model).__name__}: expected logits of the first and the last token of an answer, found {', '.join(found)}"
+            )
+        logits = torch.stack([found.start_logits, found.end_logits], 1)  # (B, 2, T)
+        beyond = supervised.shape[1] - logits.shape[2]
+        logits = torch.nn.functional.pad(logits, (0, beyond), value=NO_PLACE)
+        return logits.masked_fill(~supervised[:, None], NO_PLACE).flatten(0, 1)
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(2B, V), as they are."""
+        return logits
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """F1 of the tokens and exact answers, over rows with a label; accuracy and loss of the two ends."""
+        f1, known = self.row_scores(predictions)
+        right = (predictions.predicted == predictions.labels).reshape(-1, 2).all(1)
+        return {
+            "f1": float(f1.sum() / known.sum()) if known.any() else float("nan"),
+            "exact": float(right[known > 0].mean()) if known.any() else float("nan"),
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "loss": mean_nll(predictions.nll),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """F1 of the tokens of each row's answer, and rows with a label."""
+        labels, predicted = predictions.labels.reshape(-1, 2), predictions.predicted.reshape(-1, 2)
+        known = (labels != NO_LABEL).all(1)
+        return np.where(known, overlap_of_spans(labels, predicted), 0.0), known.astype(np.float64)
+
+
+def _windows(
+    example: Example, split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
+) -> Iterator[TokenizedExample | BadRow]:
+    question, text = example.text or "", example.text_pair or ""
+    taken = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    room = settings.max_length - taken - tokenizer.num_special_tokens_to_add(pair=True)
+    if room < 2:
+        yield BadRow(
+            split,
+            example.source_row,
+            f"expected a question that leaves room for the text within {settings.max_length} tokens, found one of {settings.max_length - room}",
+        )
+        return
+    encoded = tokenizer(
+        question,
+        text,
+        truncation="only_second",
+        max_length=settings.max_length,
+        stride=min(STRIDE if settings.stride is None else settings.stride, room // 2),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
+    for number, ids in enumerate(encoded["input_ids"]):
+        of_text = [side == 1 for side in encoded.sequence_ids(number)]
+        types = encoded.get("token_type_ids")
+        yield TokenizedExample(
+            source_row=example.source_row,
+            piece=number,
+            input_ids=np.asarray(ids, dtype=np.int32),
+            token_type_ids=None if types is None else np.asarray(types[number], dtype=np.int32),
+            labels=_ends(example.answers, encoded["offset_mapping"][number], of_text, _none_at(ids, tokenizer)),
+            num_classes=settings.max_length,
+            text=example.text,
+            text_pair=example.text_pair,
+            kept=example.kept,
+        )
+
+
+def _none_at(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The place that stands for no answer: that of the CLS token, or the first."""
+    return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
+
+
+def _ends(
+    answers: Sequence[tuple[int, int]] | None, offsets: Sequence[tuple[int, int]], of_text: Sequence[bool], none_at: int
+) -> np.ndarray:
+    """(2,) int32: the places of the first answer's first and last token; of no answer in the window `none_at`, -100 where it is not known."""
+    if answers is None:
+        return np.full(2, NO_LABEL, dtype=np.int32)
+    if answers:
+        start, stop = answers[0]
+        inside = [i for i, (first, last) in enumerate(offsets) if of_text[i] and first < stop and last > start]
+        places = [i for i, side in enumerate(of_text) if side]
+        whole = inside and offsets[inside[0]][0] <= start and offsets[inside[-1]][1] >= stop
+        if whole and places:
+            return np.array([inside[0], inside[-1]], dtype=np.int32)
+    return np.array([none_at, none_at], dtype=np.int32)
