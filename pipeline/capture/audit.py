@@ -251,7 +251,7 @@ class _Marks:
     rounding: dict[str, list[float]] = field(default_factory=dict)
     statistics: dict[str, list[np.ndarray]] = field(default_factory=dict)
     variances: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Of the statistics: what sampling and rounding explain at each position."""
+    """Of the statistics: what the rounding of the top's weights explains at each position."""
 
     def add(self, row: CachedExample, together: Tensor, alone: Tensor, labels: Tensor) -> None:
         """One row: its soft labels, and the (N, V) logits of two passes of the teacher."""
@@ -327,7 +327,7 @@ class _Marks:
         for what, parts in self.statistics.items():
             values = np.concatenate(parts)
             error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-            # Of few positions, or a teacher that is nearly sure, the sample shows less than the draws explain.
+            # Of few positions of a teacher that is nearly sure, all may be rounded to the same side.
             error = max(error, math.sqrt(float(np.concatenate(self.variances[what]).sum())) / len(values))
             score = abs(float(values.mean())) / error if error > 0 else 0.0
             out.append(Figure(f"{what}, standard errors from 0", score, 0.0, _STANDARD_ERRORS + slack))
@@ -342,12 +342,9 @@ class _Marks:
         assert isinstance(self.encoding, Sampled)
         soft, q = row.soft, logprobs.exp()
         top, tail = owners(soft.top_offsets), owners(soft.tail_offsets)
-        share, exact = q.double() * self.encoding.sample_size, q.double() * self.encoding.steps
-        rounded = (exact - exact.floor()) * (exact.ceil() - exact) / self.encoding.steps**2
-        drawn = share * (1 - share) / self.encoding.sample_size**2
-        variance = torch.where(
-            share < 1, drawn, rounded
-        )  # (N, V), of classes kept by chance, and of those kept for certain
+        exact = q.double() * self.encoding.steps
+        variance = (exact - exact.floor()) * (exact.ceil() - exact) / self.encoding.steps**2
+        variance = variance * (q >= 1 / self.encoding.sample_size)  # (N, V): of the classes kept for certain
         values = {"log q under the target": logprobs.clamp_min(-30.0), "q under the target": q}
         values["odd classes under the target"] = (torch.arange(q.shape[1]) % 2).expand_as(q)
         for what, table in values.items():

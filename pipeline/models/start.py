@@ -38,7 +38,7 @@ def start_of(model: nn.Module, name: str) -> Start:
 
 def _untrained(model: nn.Module) -> bool:
     """Whether every normalisation layer still has the weights that it is made with: one value, and biases of zero."""
-    norms: list[Any] = [module for module in model.modules() if type(module).__name__.lower().endswith("norm")]
+    norms: list[Any] = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     scales = [norm.weight for norm in norms if getattr(norm, "weight", None) is not None]
     shifts = [norm.bias for norm in norms if getattr(norm, "bias", None) is not None]
     made = [bool((scale == scale.flatten()[0]).all()) for scale in scales] + [not bool(shift.any()) for shift in shifts]

@@ -157,12 +157,51 @@ class SavingTrainer(Trainer):
             super().save_state()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with _said(f"{self.args.output_dir}/checkpoint-{self.state.global_step}", self.again):
+        where = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+        with _said(where, self.again), _own_names(self.model):
             super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that leaves weights as they were, where `Trainer` only warns.
+
+        Raises:
+            TrainingError: it lacks weights of the model.
+        """
+        weights = self.model.state_dict()
+        missing = set(load_result.missing_keys)
+        loaded = {
+            tensor.data_ptr() for name, tensor in weights.items() if name not in missing
+        }  # tied weights are saved once
+        lacking = sorted(name for name in missing if name in weights and weights[name].data_ptr() not in loaded)
+        if lacking:
+            raise TrainingError(
+                f"{self.args.output_dir}: the checkpoint lacks {len(lacking)} weights of the model, such as {lacking[0]}; an earlier release saved them under other "
+                "names: train anew with --overwrite"
+            )
+        super()._issue_warnings_after_load(load_result)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """While a checkpoint is saved: weights have the names that the modules have.
+
+    `save_pretrained` saves some architectures (ViT, Swin) under the names of older releases, which `from_pretrained` knows, and `Trainer`, which
+    reads checkpoints, does not: it would go on with other weights.
+    """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    before = inner.__dict__.get("_weight_conversions")
+    inner._weight_conversions = []
+    try:
+        yield
+    finally:
+        if before is None:
+            del inner._weight_conversions
+        else:
+            inner._weight_conversions = before
 
 
 @contextlib.contextmanager
