@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation import evaluate
     from pipeline.generation import generate
     from pipeline.models.initialize import Shape
-    from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP
+    from pipeline.records import Columns, Full, Loss, Sampled, TopK, TopP, Views
     from pipeline.rounds import measure_written
     from pipeline.sharing import import_responses
     from pipeline.sharing.pull import pull
@@ -38,6 +38,7 @@ _EXPORTS = {
     "Shape": "pipeline.models.initialize",
     "TopK": "pipeline.records",
     "TopP": "pipeline.records",
+    "Views": "pipeline.records",
     "cache_logits": "pipeline.capture",
     "distillation_loss": "pipeline.training",
     "encode": "pipeline.softlabels",
@@ -65,6 +66,7 @@ __all__ = [
     "Shape",
     "TopK",
     "TopP",
+    "Views",
     "cache_logits",
     "distillation_loss",
     "encode",

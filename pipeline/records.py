@@ -169,6 +169,12 @@ class Views:
     """Whether half of the parts are mirrored, left to right."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise MisuseError(f"--views: expected at least 1, found {self.count}")
+        if not 0 < self.smallest <= 1:
+            raise MisuseError(f"--view-area: expected a share above 0, at most 1, found {self.smallest}")
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:

@@ -328,6 +328,8 @@ def _nested_files(data: DataConfig, *, before: bool) -> str | None:
     path = Path(data.dataset).expanduser()
     if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
         return None
+    if data.image_column is not None:
+        return _images_below(path if path.is_dir() else path.parent)
     if is_saved(path):
         files = sorted(path.rglob("*.arrow"))
     else:
@@ -338,6 +340,13 @@ def _nested_files(data: DataConfig, *, before: bool) -> str | None:
             return hashlib.sha256("".join(named).encode()).hexdigest()
     nested = [file for file in files if file.parent != path and file != path]
     return hashlib.sha256("".join(f"{_file(file)}\n" for file in nested).encode()).hexdigest() if nested else None
+
+
+def _images_below(folder: Path) -> str:
+    """SHA-256 of the names, sizes and times of all files below a directory: of images the bytes would take long to read."""
+    found = sorted((file.relative_to(folder).as_posix(), file.stat()) for file in folder.rglob("*") if file.is_file())
+    lines = (f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in found)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _file(path: Path) -> str:

@@ -241,6 +241,12 @@ def _devices(cache: Cache) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------ the comparison
 
 
+def _between(values: Tensor) -> Tensor:
+    """The variance of values that are rounded to one of their neighbours without bias: f (1 - f) of the fractions f."""
+    fractions = values - values.floor()
+    return fractions * (1 - fractions)
+
+
 @dataclass(slots=True)
 class _Marks:
     """What each row has come to."""
@@ -251,7 +257,7 @@ class _Marks:
     rounding: dict[str, list[float]] = field(default_factory=dict)
     statistics: dict[str, list[np.ndarray]] = field(default_factory=dict)
     variances: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Of the statistics: what the rounding of the top's weights explains at each position."""
+    """Of the statistics: what the rounding of the top's weights, and the number of classes drawn, explain at each position."""
 
     def add(self, row: CachedExample, together: Tensor, alone: Tensor, labels: Tensor) -> None:
         """One row: its soft labels, and the (N, V) logits of two passes of the teacher."""
@@ -327,7 +333,7 @@ class _Marks:
         for what, parts in self.statistics.items():
             values = np.concatenate(parts)
             error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-            # Of few positions of a teacher that is nearly sure, all may be rounded to the same side.
+            # Of few positions of a teacher that is nearly sure, all may be rounded to the same side, and nothing be drawn.
             error = max(error, math.sqrt(float(np.concatenate(self.variances[what]).sum())) / len(values))
             score = abs(float(values.mean())) / error if error > 0 else 0.0
             out.append(Figure(f"{what}, standard errors from 0", score, 0.0, _STANDARD_ERRORS + slack))
@@ -342,9 +348,10 @@ class _Marks:
         assert isinstance(self.encoding, Sampled)
         soft, q = row.soft, logprobs.exp()
         top, tail = owners(soft.top_offsets), owners(soft.tail_offsets)
-        exact = q.double() * self.encoding.steps
-        variance = (exact - exact.floor()) * (exact.ceil() - exact) / self.encoding.steps**2
-        variance = variance * (q >= 1 / self.encoding.sample_size)  # (N, V): of the classes kept for certain
+        size, is_top = self.encoding.sample_size, q >= 1 / self.encoding.sample_size
+        rounding = _between(q.double() * self.encoding.steps) / self.encoding.steps**2 * is_top  # (N, V)
+        rest = q.double() * ~is_top
+        drawn = _between(rest.sum(-1) * size) / size**2  # (N,): how many of the rest are drawn
         values = {"log q under the target": logprobs.clamp_min(-30.0), "q under the target": q}
         values["odd classes under the target"] = (torch.arange(q.shape[1]) % 2).expand_as(q)
         for what, table in values.items():
@@ -353,7 +360,9 @@ class _Marks:
             total.index_add_(0, tail, table[tail, soft.tail_ids].double() / self.encoding.sample_size)
             expected = (q.double() * table.double()).sum(-1)
             self.statistics.setdefault(what, []).append((total - expected).numpy())
-            self.variances.setdefault(what, []).append((table.double().square() * variance).sum(-1).numpy())
+            mean = (rest * table.double()).sum(-1) / rest.sum(-1).clamp_min(1e-300)
+            variance = (table.double().square() * rounding).sum(-1) + mean.square() * drawn
+            self.variances.setdefault(what, []).append(variance.numpy())
 
     @staticmethod
     def _outside(q: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:

@@ -154,10 +154,10 @@ def check_stored(
         raise MisuseError(
             f"--store-label-logprobs is for language models, where every position has a hard label, the token that follows; --task {task.name} has classes; leave it out"
         )
+    if store_text is not None and task.reads == "images":
+        raise MisuseError(f"--store-text: rows of --task {task.name} hold images: see --store-images")
     if not store_text or task.stores_text:
         return
-    if task.reads == "images":
-        raise MisuseError(f"--store-text: rows of --task {task.name} hold images, which are stored; leave it out")
     if task.label_source == "target":
         raise MisuseError(f"--store-text: rows of --task {task.name} hold source and target as tokens; leave it out")
     if tokenization.packing:

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.capture.job import Job
-from pipeline.errors import BadRowError
+from pipeline.errors import BadRowError, MisuseError
 from pipeline.records import NO_LABEL, BadRow, Example, ShardPlan, TokenizedExample
 from pipeline.sources import read_examples
 from pipeline.tasks import ids_beyond, named_ids
-
-_NO_FILE = "is no file in the data set's directory, which --no-store-images could refer to"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,10 @@ def read_shard(job: Job, shard: ShardPlan) -> Tokens:
     texts = bool(job.plan.contract.columns.keys() & {"text", "messages"})
     for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization, texts=texts):
         if refers and isinstance(item, TokenizedExample) and item.image is not None and item.image.file is None:
-            item = BadRow(shard.split, item.source_row, f"{item.image.path or 'the image'}: {_NO_FILE}")
+            raise MisuseError(
+                f"--no-store-images: {job.source.name}: split {shard.split}, row {item.source_row}: {item.image.path or 'the image'} is no file below the data set's directory, "
+                "which a cache could refer to; leave the flag out"
+            )
         if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):
             item = _fed(item, shard.split, limit, job.tokenizer)
         if isinstance(item, BadRow):

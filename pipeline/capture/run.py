@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import typing
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from pipeline.config.capture import SERVED_TOP_K
 from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model, load_tokenizer
 from pipeline.models.processors import in_place_of_tokenizer, is_image_processor
-from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK
+from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK, Views
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import Task, check_columns, get_task
 
@@ -58,6 +59,35 @@ def run(config: CacheLogitsConfig) -> Cache | None:
         return capture(job, part=config.parsed_part)
     finally:
         job.teacher.close()
+
+
+#: What `cache_logits` takes beside its arguments.
+_SETTINGS = (
+    *_OF_JUDGES,
+    *(
+        "packing",
+        "isolate_documents",
+        "store_text",
+        "store_images",
+        "store_entropy",
+        "store_label_logprobs",
+        "batch_tokens",
+        "rows_per_shard",
+    ),
+    *(
+        "rows",
+        "on_bad_row",
+        "overwrite",
+        "append",
+        "server_model",
+        "server_api",
+        "concurrency",
+        "server_patience",
+        "check_with",
+        "top_logprobs",
+    ),
+    *("assistant_turns", "chat_template_kwargs", "truncation_side", "masking", "views", "stride"),
+)
 
 
 def _cache(found: Any) -> Cache | None:
@@ -109,6 +139,7 @@ def cache_logits(
         PipelineError: see the subclasses.
     """
     chosen = get_task(task)
+    _check_known(settings)
     servers = (server,) if isinstance(server, str) else tuple(server)
     judging = _judging(prompt_template, label_text, settings)
     if servers and encoding is None and judging is None:
@@ -256,9 +287,25 @@ def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:
         chat_template_kwargs=chat_template_kwargs(f"{key}={json.dumps(value)}" for key, value in arguments),
         truncation_side="left" if _one_of(settings, "truncation_side", ("right", "left")) == "left" else None,
         masking=settings.pop("masking", None),
-        views=settings.pop("views", None),
+        views=_views(settings.pop("views", None)),
         stride=settings.pop("stride", None),
     )
+
+
+def _views(given: Any) -> Views | None:
+    return Views(given) if isinstance(given, int) else given
+
+
+def _check_known(settings: Mapping[str, Any]) -> None:
+    """Raise `MisuseError` for a setting that there is not, with the nearest one."""
+    for name in settings:
+        if name not in _SETTINGS:
+            near = difflib.get_close_matches(name, _SETTINGS, n=1)
+            column = name.endswith("_column") and name.removesuffix("_column") in {
+                each.name for each in dataclasses.fields(Columns)
+            }
+            hint = f"columns=Columns({name.removesuffix('_column')}=...)" if column else near[0] if near else ""
+            raise MisuseError(f"cache_logits: {name}: unknown setting{f'; did you mean {hint}?' if hint else ''}")
 
 
 def _one_of(settings: dict[str, Any], name: str, known: Sequence[str]) -> Any:

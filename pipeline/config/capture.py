@@ -51,7 +51,7 @@ class TrainTeacherConfig:
     output: str = output_option("Directory of the fine-tuned model.")
     base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)
     epochs: float | None = training_option(
-        "Passes over the labelled rows. Default, where --max-steps is not given either: 3, and up to 10 with few rows.",
+        "Passes over the labelled rows. Default, where --max-steps is not given either: 3, and more with few rows.",
         None,
     )
     max_steps: int | None = training_option("Optimizer steps; overrides --epochs where positive.", None)

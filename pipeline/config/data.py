@@ -132,8 +132,6 @@ class DataConfig:
         check_positive("--views", self.views)
         if self.stride is not None and self.stride < 0:
             raise MisuseError(f"--stride: expected at least 0 tokens, found {self.stride}")
-        if self.view_area is not None and not 0 < self.view_area <= 1:
-            raise MisuseError(f"--view-area: expected a share above 0, at most 1, found {self.view_area}")
         if self.views is None and (self.view_area, self.view_mirror, self.view_seed) != (None, None, None):
             raise MisuseError("--view-area, --view-mirror and --view-seed go with --views")
         if self.isolate_documents and not self.packing:
@@ -143,6 +141,7 @@ class DataConfig:
             data, _, model = item.rpartition("=")
             if not data.strip() or not model.strip():
                 raise MisuseError(f"--label-map: expected DATA=MODEL, found {item!r}")
+        self._views  # noqa: B018 - checks it
         named = (
             self.image_column,
             self.words_column,

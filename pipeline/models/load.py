@@ -27,7 +27,7 @@ from pipeline.models.adapters import (
     with_adapter,
 )
 from pipeline.models.audit import missing_weights, refuse_missing, refuse_more_blocks
-from pipeline.models.processors import FORM, check_images, in_place_of_tokenizer, is_image_processor
+from pipeline.models.processors import FORM, SETTINGS, check_images, in_place_of_tokenizer, is_image_processor
 from pipeline.records import Tokenization
 from pipeline.sources.files.told_apart import is_cache, missing_path
 from pipeline.tasks import Task, embedding_rows
@@ -355,6 +355,17 @@ def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> 
         if missing is not None:
             raise ModelError(
                 f"{name}: {missing}; the hub has no such model either, expected a model directory or a hub name (org/name)"
+            ) from error
+        said = first_line(error)
+        if "Unrecognized configuration class" in said:
+            kind = getattr(kwargs.get("config"), "model_type", "this type")
+            raise ModelError(
+                f"{name}: a model of the type {kind} cannot be loaded by {auto_class.__name__}; give another model, or the --task that it is for"
+            ) from error
+        if auto_class is AutoImageProcessor and Path(source).is_dir() and not Path(source, SETTINGS).exists():
+            raise ModelError(
+                f"{name}: no {SETTINGS} beside the model; save the image processor that belongs to it there: "
+                "AutoImageProcessor.from_pretrained(BASE).save_pretrained(DIR)"
             ) from error
         where = "" if Path(source).exists() else "; there is no such directory here either"
         raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {first_line(error)}{where}") from error

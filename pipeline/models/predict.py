@@ -35,6 +35,8 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
     if bool(config.image) != (task.reads == "images") and given:
         reads = "images: give --image" if task.reads == "images" else "texts: give --text"
         raise MisuseError(f"{config.model}: reads {reads}")
+    if task.reads == "images" and config.max_length is not None:
+        raise MisuseError(f"{config.model}: reads images, and --max-length is for texts; leave it out")
     if task.reads == "images":
         yield from classify_images(task, loaded, texts, top=config.top, batch_size=task.default_eval_rows)
         return

@@ -50,7 +50,9 @@ def _outline(config: CacheLogitsConfig, job: Job) -> Outline:
         ("columns", ", ".join(contract.columns)),
         (
             "batches",
-            f"{contract.batch_tokens:,} tokens, padding included; rows of at most {contract.tokenization.max_length:,}",
+            f"{contract.batch_tokens:,} images"
+            if job.task.reads == "images"
+            else f"{contract.batch_tokens:,} tokens, padding included; rows of at most {contract.tokenization.max_length:,}",
         ),
     ]
     there = f"; {len(mine) - len(waiting):,} are there already" if len(waiting) < len(mine) else ""
@@ -77,13 +79,14 @@ def _time(job: Job, rows: int) -> Outline:
     members, length = plan_batches([example.num_tokens for example in examples], job.plan.contract.batch_tokens)[0]
     batch = [examples[i] for i in members]
     seconds = min(_seconds(job, batch, length) for _ in range(_PASSES))
+    unit = "images" if job.task.reads == "images" else "tokens"
     speed = sum(example.num_tokens for example in batch) / seconds
     tokens = sum(example.num_tokens for example in examples) / source_rows * rows
     return (
-        ("tokens", f"about {tokens:,.0f} in {rows:,} rows, from {source_rows} of them"),
+        (unit, f"about {tokens:,.0f} in {rows:,} rows, from {source_rows} of them"),
         (
             "time",
-            f"about {duration(tokens / speed)} of the teacher in one process, at {speed:,.0f} tokens/s (one batch of {len(batch)} rows); loading, encoding and writing come on top",
+            f"about {duration(tokens / speed)} of the teacher in one process, at {speed:,.0f} {unit}/s (one batch of {len(batch)} rows); loading, encoding and writing come on top",
         ),
     )
 

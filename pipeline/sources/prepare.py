@@ -171,7 +171,7 @@ def from_datasets(
             raise SourceError(
                 f"in-memory: split {split}: expected a datasets.Dataset, found {type(part).__name__}; {_instead(dataset, part)}"
             )
-    return _prepare("in-memory", found, columns, holdout, splits, Path.cwd())
+    return _prepare("in-memory", found, columns, holdout, splits, None)
 
 
 def _instead(dataset: Any, part: Any) -> str:
@@ -205,12 +205,12 @@ def _prepare(
     columns: Columns,
     holdout: float,
     only: tuple[str, ...],
-    directory: Path,
+    directory: Path | None,
 ) -> Source:
     """Hold out, restrict to the splits asked for, check every one of them.
 
     Args:
-        directory: what paths of images are relative to.
+        directory: what paths of images are relative to, and caches may refer to; None: the current one, and to nothing.
     """
     columns = one_input(columns)
     if not splits:
@@ -227,7 +227,9 @@ def _prepare(
     if columns.image is not None:
         for split, rows in splits.items():
             if columns.image in rows.column_names:  # else `check_inputs` says so
-                splits[split] = with_encoded_images(rows, columns.image, directory, f"{name}: split {split}")
+                splits[split] = with_encoded_images(
+                    rows, columns.image, directory or Path.cwd(), f"{name}: split {split}"
+                )
     share = holdout if "test" not in splits else 0.0
     if share:
         splits = _hold_out(name, splits, columns, share)

@@ -254,7 +254,7 @@ def refuse_settings_of_language_models(name: str, tokenization: Tokenization, re
         MisuseError: names the flags.
     """
     if tokenization.packing:
-        raise MisuseError(f"--packing is for language models; --task {name} has one text a row")
+        raise MisuseError(f"--packing is for language models; --task {name} has one text or image a row")
     if tokenization.assistant_turns or tokenization.chat_template_kwargs or tokenization.truncation_side:
         raise MisuseError(
             "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "

@@ -16,7 +16,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from pipeline.cache import Cache
+from pipeline.cache.views.provenance import rows_text
 from pipeline.models import LoadedModel, public_name
+from pipeline.models.processors import image_size
 from pipeline.records import Encoding, Loss, ModelInfo, SourceInfo, TrainResult
 from pipeline.tasks import Task, get_task
 from pipeline.training.divergences import MIXTURE
@@ -36,7 +38,7 @@ _BODY = """
 | labels | {labels} |
 {tokenizer}| parameters | {parameters} |
 | teacher | {teacher} |
-| data set | `{source}`, {split}: {rows:,} rows of at most {max_length} tokens |
+| data set | `{source}`, {split}: {rows:,} {what_rows} |
 | cache_id | `{cache_id}` |
 | encoding of the cache | {encoding} |
 | began as | `{start}` |
@@ -49,11 +51,11 @@ _BODY = """
 ## Use
 
 {usage}
-Texts of more than {max_length} tokens are longer than any that it was trained on: {cut}, or do not rely on the result.
+{limit}
 
 ## Intended use and limits
 
-It is meant for the task and the kind of texts that its teacher was meant for, where the teacher is too slow or too large. {repeats}What it does on texts of another kind or language than the data set's was not measured, nor was its safety.
+It is meant for the task and the kind of {reads} that its teacher was meant for, where the teacher is too slow or too large. {repeats}What it does on {reads} of another kind{or_language} than the data set's was not measured, nor was its safety.
 
 ## Licences
 
@@ -76,6 +78,7 @@ _ORIGIN = {
 }
 _REPEATS = "It was trained to repeat its teacher,\nmistakes and biases included, and is in general less accurate. "
 
+_LONGER = "Texts of more than {max_length} tokens are longer than any that it was trained on: {cut}, or do not rely on the result."
 _UNKNOWN = "unknown: {where} names none; ask before you share or sell it"
 
 
@@ -110,6 +113,7 @@ def make_card(
         cache_id=result.cache_id,
     )
     template = _ADAPTER if adapter else task.usage
+    of_images, cut = task.reads == "images", "cut them, as above" if "{max_length}" in template else "split them"
     licences = {
         f"the teacher, `{teacher[0]}`": _UNKNOWN.format(where="the cache's manifest"),
         f"the data set, `{source[0]}`": _UNKNOWN.format(where="the cache's manifest"),
@@ -131,7 +135,10 @@ def make_card(
         source=source[0],
         split=f"split{'s' * (len(splits) > 1)} " + " and ".join(f"`{split}`" for split in splits),
         rows=sum(shard.rows for split in splits for shard in cache.manifest.split_shards(split)),
-        max_length=result.max_length,
+        reads="images" if of_images else "texts",
+        or_language="" if of_images else " or language",
+        what_rows=rows_text(contract) if of_images else f"rows of at most {result.max_length} tokens",
+        limit=_pixels(student) if of_images else _LONGER.format(max_length=result.max_length, cut=cut),
         cache_id=result.cache_id,
         encoding=_encoding(contract.encoding),
         start=start[0],
@@ -140,11 +147,18 @@ def make_card(
         learning_rate=result.learning_rate,
         seed=result.seed,
         metrics=_metrics(result, task),
-        cut="cut them, as above" if "{max_length}" in template else "split them",
         usage=template.format(tag=tag, folder=folder, max_length=result.max_length),
         licences="\n".join(f"| {what} | {licence} |" for what, licence in licences.items()),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _pixels(student: LoadedModel) -> str:
+    """How large the images are that it reads."""
+    size = image_size(student.tokenizer)
+    if size is None:
+        return "Its image processor, `preprocessor_config.json`, makes pixel values of images."
+    return f"Its image processor, `preprocessor_config.json`, makes {size[0]} x {size[1]} pixels of an image."
 
 
 def _tokenizer(result: TrainResult) -> str:

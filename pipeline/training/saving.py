@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from pipeline.cache.storage.commit import full_disk
@@ -167,7 +168,7 @@ class SavingTrainer(Trainer):
         Raises:
             TrainingError: it lacks weights of the model.
         """
-        weights = self.model.state_dict()
+        weights = nn.Module.state_dict(self.model)  # type: ignore[arg-type]
         missing = set(load_result.missing_keys)
         loaded = {
             tensor.data_ptr() for name, tensor in weights.items() if name not in missing

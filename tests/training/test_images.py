@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from pipeline.cache.views.page import write_page
 from pipeline.capture.labelled import LabelledRow
 from pipeline.capture.write import write_cache
 from pipeline.config import DataConfig, TrainTeacherConfig
-from pipeline.errors import BadRowError, CacheError, ContractError, IntegrityError, MisuseError, ModelError
+from pipeline.errors import (
+    BadRowError,
+    CacheError,
+    ContractError,
+    IntegrityError,
+    MisuseError,
+    ModelError,
+    TrainingError,
+)
 from pipeline.evaluation import evaluate
 from pipeline.models.initialize import Shape, make_student
 from pipeline.records import Columns, Full, Sampled, Views
@@ -326,7 +335,7 @@ def test_a_cache_that_refers_to_images(tmp_path, teacher, cache, monkeypatch):
     monkeypatch.delenv("SOFTLABEL_IMAGES")
     with pytest.raises(CacheError, match="set SOFTLABEL_IMAGES to the directory that holds files"):
         list(refers.dataset("train"))
-    with pytest.raises(BadRowError, match="is no file in the data set's directory"):
+    with pytest.raises(MisuseError, match="is no file below the data set's directory"):
         softlabel.cache_logits(str(teacher), rows(), tmp_path / "no", task=TASK, columns=IMAGES, store_images=False)
 
 
@@ -340,7 +349,11 @@ def refused(error: type[Exception], match: str, **settings: Any) -> Any:
         refused(MisuseError, "name their column with --image-column", columns=Columns()),
         refused(MisuseError, "--views is for images", columns=Columns(), task="sequence-classification", views=VIEWS),
         refused(MisuseError, "--image-column: --task causal-lm reads texts", task="causal-lm"),
-        refused(MisuseError, "--store-text: rows of --task image-classification hold images", store_text=True),
+        refused(
+            MisuseError,
+            "--store-text: rows of --task image-classification hold images: see --store-images",
+            store_text=True,
+        ),
         refused(MisuseError, "--max-length 12: is for texts", max_length=12),
         refused(MisuseError, "--packing is for language models", packing=True),
     ],
@@ -384,3 +397,56 @@ def test_the_part_that_is_seen():
     found = np.asarray(cut(image, np.array([2, 1, 4, 3, 1])))
     assert np.array_equal(found, np.asarray(image)[1:4, 2:6][:, ::-1])
     assert cut(image, np.zeros(0, dtype=np.int32)) is image
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_run_that_goes_on_and_the_best_weights_are_those_of_the_checkpoint(cache, tmp_path, kind):
+    """`transformers` saves a ViT under the names of older releases, which its Trainer does not read: weights would stay as they were."""
+    from safetensors.torch import load_file
+
+    start = untrained(tmp_path / "start", kind, seed=1)
+    settings: dict[str, Any] = {"batch_size": 16, "learning_rate": 3e-3, "eval_split": "test"}
+    saving = {"save_steps": 10, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 10}
+    train(cache, start, tmp_path / "whole", max_steps=40, training=saving, **settings)
+    train(cache, start, tmp_path / "parts", max_steps=40, training=saving, **settings)
+    for path in ("config.json", "model.safetensors", "distillation.json"):
+        (tmp_path / "parts" / path).unlink()
+    for step in (30, 40):
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{step}", ignore_errors=True)
+    train(cache, start, tmp_path / "parts", max_steps=40, training=saving, resume=True, **settings)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    best = {**saving, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    result = train(
+        cache,
+        start,
+        tmp_path / "best",
+        max_steps=40,
+        training={**best, "learning_rate": 0.05},
+        batch_size=16,
+        eval_split="test",
+    )
+    from pipeline.evaluation.run import evaluate as measured
+
+    state = json.loads((tmp_path / "best" / "trainer_state.json").read_text())
+    lowest = min(entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)
+    assert result.metrics["loss"] == pytest.approx(lowest, abs=1e-5)
+    assert measured(cache, {"best": tmp_path / "best"}, split="test").students
+
+
+def test_a_checkpoint_under_other_names_is_refused(cache, tmp_path):
+    start = untrained(tmp_path / "start", seed=1)
+    settings: dict[str, Any] = {
+        "batch_size": 16,
+        "max_steps": 20,
+        "training": {"save_steps": 10, "save_strategy": "steps"},
+    }
+    train(cache, start, tmp_path / "student", **settings)
+    for path in ("config.json", "model.safetensors", "distillation.json"):
+        (tmp_path / "student" / path).unlink()
+    shutil.rmtree(tmp_path / "student" / "checkpoint-20")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "start")
+    model.save_pretrained(tmp_path / "student" / "checkpoint-10")  # as earlier releases saved it
+    with pytest.raises(TrainingError, match="the checkpoint lacks 32 weights of the model"):
+        train(cache, start, tmp_path / "student", resume=True, **settings)

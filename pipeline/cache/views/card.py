@@ -35,8 +35,7 @@ What the teacher `{teacher}` predicts on `{source}`, made by soft-label-pipeline
 | splits | {splits} |
 | rows | {rows:,} |
 | supervised positions | {positions:,} |
-| tokens | {tokens:,} |
-| bytes a position (all columns) | {per_position:.1f} |
+{tokens}| bytes a position (all columns) | {per_position:.1f} |
 | cache_id | `{cache_id}` |
 
 ## What it was made from
@@ -74,7 +73,7 @@ rows = load_dataset("{dataset}", split="{first_split}")
 
     softlabel verify --cache DIR
 
-{pull}`manifest.json` holds the contract (teacher, tokenizer, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums; `softlabel` always
+{pull}`manifest.json` holds the contract (teacher, {maker}, source, encoding) and the SHA-256 of every shard. `datasets` does not verify page checksums; `softlabel` always
 does, and so does `pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)`.
 
 ## Licence
@@ -116,6 +115,7 @@ def make_card(
         key: sum(getattr(shard, key) for shard in manifest.shards) for key in ("rows", "positions", "tokens", "bytes")
     }
     sql = kept_mass_sql(manifest)
+    of_images = get_task(contract.task).reads == "images"
     body = _BODY.format(
         teacher=_plain(contract.teacher.name),
         source=_plain(contract.source.name),
@@ -146,7 +146,8 @@ def make_card(
         origin=origin(manifest),
         rows=totals["rows"],
         positions=totals["positions"],
-        tokens=totals["tokens"],
+        tokens="" if of_images else f"| tokens | {totals['tokens']:,} |\n",
+        maker="image processor" if of_images else "tokenizer",
     )
     return _with_front_matter(manifest, license, body)
 
@@ -280,10 +281,13 @@ def _made_from(contract: Contract) -> str:
             for split, value in source.fingerprints.items()
         },
     }
-    if get_task(contract.task).reads == "images":
+    of_images = get_task(contract.task).reads == "images"
+    maker = "image processor" if of_images else "tokenizer"
+    if of_images:
         lines["rows"] = _plain(rows_text(contract))
-        lines["tokenizer"] = f"`tokenizer/`, an image processor, SHA-256 `{tokenizer.sha256}`"
-    return "".join(f"| {name} | {value} |\n" for name, value in lines.items())
+        lines["tokenizer"] = f"`tokenizer/`, SHA-256 `{tokenizer.sha256}`"
+    named = ((name.replace("tokenizer", maker), value) for name, value in lines.items())
+    return "".join(f"| {name} | {value} |\n" for name, value in named)
 
 
 def _revision(revision: str | None) -> str:

@@ -82,6 +82,7 @@ def write_page(
             parts=[_score_part(cache, name) for name in cache.splits] if is_score else parts,
             split=chosen,
             is_tokens=contract.label_names is None,
+            is_images=get_task(contract.task).reads == "images",
             of=_of(cache),
             names=classes_of(contract) or (),
             samples=[

@@ -67,7 +67,8 @@ class Sample:
 
 def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sample:
     """One row of a cache, at most `tokens` of its tokens or words and `top` soft labels of each position."""
-    title = f"Source row {row.example.source_row}" + (f", piece {row.example.piece}" if row.example.piece else "")
+    part = "piece" if row.example.view is None else "view"
+    title = f"Source row {row.example.source_row}" + (f", {part} {row.example.piece}" if row.example.piece else "")
     goal = target(row.soft, served_temperature(row.soft.encoding))
     if get_task(cache.manifest.contract.task).names == "places":
         return _place_sample(cache, row, goal, title, top)

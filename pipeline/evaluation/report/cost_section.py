@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.evaluation.records import BreakEven, Cost, Report
 from pipeline.evaluation.report.forms import parameters, size, spread_text
 from pipeline.evaluation.report.parts import Section, Table
+from pipeline.tasks import get_task
 
 
 def cost_section(report: Report) -> Section:
@@ -36,9 +37,11 @@ def cost_section(report: Report) -> Section:
     if report.machine is not None:
         machine = report.machine
         each = f"{machine.bytes_per_row:,} bytes of text" if in_bytes else f"{machine.tokens} tokens"
+        of_images = get_task(report.task).reads == "images"
+        rows_of = "images, one" if of_images else f"rows of {each} on average, one"
         notes = [
             f"medians, in brackets the quartiles, of {machine.rounds} rounds after one to warm up; models take turns in each round, in processes of their own",
-            f"{machine.device}, {machine.threads} thread(s), float32; rows of {each} on average, one by one or {machine.batch_rows} in a batch; tokenization is not timed",
+            f"{machine.device}, {machine.threads} thread(s), float32; {rows_of} by one or {machine.batch_rows} in a batch; {'decoding and resizing are' if of_images else 'tokenization is'} not timed",
             "faster: the teacher's seconds over the model's, round by round; peak memory: resident while it runs, above that of the process before it loaded the model",
             f"J / 1,000: joules for 1,000 rows in batches, {machine.energy}",
         ]

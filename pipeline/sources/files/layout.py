@@ -23,6 +23,7 @@ EXPECTED = (
     "with one file or folder per split (train.jsonl, test/)"
 )
 _Path = TypeVar("_Path", bound=PurePath)
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 #: In this order; others follow by name.
 USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -125,6 +126,10 @@ def _stem(path: PurePath) -> str:
 
 
 def _check_kind(path: PurePath) -> None:
+    if path.suffix.lower() in _IMAGES:
+        raise SourceError(
+            f"{path}: is an image; folders of images are read by the tasks of images, with --image-column image"
+        )
     if suffix(path) not in SUFFIXES:
         raise SourceError(f"{path}: unknown kind of file; expected {EXPECTED}")
 
@@ -150,6 +155,11 @@ def _split_folders(path: Path) -> list[Path]:
 
 def _split_folders_and_files(path: Path) -> bool:
     return bool(_data_files(path) or _split_folders(path))
+
+
+def data_files_at(path: Path) -> list[Path]:
+    """The data files at the top of a directory, and in its sub-directories that are named as splits usually are."""
+    return [*_data_files(path), *(file for folder in _split_folders(path) for file in _data_files(folder))]
 
 
 def split_directory(
