@@ -32,6 +32,7 @@ SHARES := $(addprefix data/bbc_shares/,train.jsonl validation.jsonl test.jsonl)
 RANKING := $(addprefix data/bbc_ranking/,train.jsonl validation.jsonl test.jsonl)
 DATES := $(addprefix data/dates/,train.csv validation.csv test.csv t5/config.json)
 CHOICES := $(addprefix data/bbc_choices/,train.jsonl validation.jsonl test.jsonl)
+CLOZE := $(addprefix data/bbc_cloze/,train.jsonl validation.jsonl test.jsonl)
 DIGITS := $(addprefix data/digits/,images/train/metadata.csv resnet/config.json small/config.json)
 ENTITIES := $(addprefix data/entities/,train.jsonl validation.jsonl test.jsonl)
 LM_ROWS := $(addprefix data/bbc_lm/,train.jsonl test.jsonl)
@@ -45,7 +46,8 @@ CONFIG_DATA := $(if $(filter data/bbc/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter
     $(if $(filter data/bbc_several/demo.yaml,$(CONFIG)),$(SEVERAL) $(BBC_MODEL)) \
     $(if $(filter data/bbc_shares/demo.yaml,$(CONFIG)),$(SHARES) $(BBC_MODEL)) $(if $(filter data/bbc_ranking/demo.yaml,$(CONFIG)),$(RANKING) $(BBC_MODEL)) \
     $(if $(filter data/bbc_masked/demo.yaml,$(CONFIG)),$(BBC)) $(if $(filter data/dates/demo.yaml,$(CONFIG)),$(DATES)) \
-    $(if $(filter data/digits/demo.yaml,$(CONFIG)),$(DIGITS)) $(if $(filter data/bbc_choices/demo.yaml,$(CONFIG)),$(CHOICES) $(BBC_MODEL))
+    $(if $(filter data/digits/demo.yaml,$(CONFIG)),$(DIGITS)) $(if $(filter data/bbc_choices/demo.yaml,$(CONFIG)),$(CHOICES) $(BBC_MODEL)) \
+    $(if $(filter data/bbc_cloze/demo.yaml,$(CONFIG)),$(CLOZE) $(BBC_MODEL))
 
 # The interpreter that counts: the environment's own where there is one, else the one it will be made with.
 BASE = $(or $(wildcard $(PY)),$(PYTHON))
@@ -210,7 +212,7 @@ clean: ## remove runs, build output and tool caches
 
 .PHONY: distclean
 distclean: clean ## remove the demos' data and models and the virtual environment too
-	rm -rf $(BBC_ROWS) $(LM_ROWS) $(ENTITIES) $(SEVERAL) $(SHARES) $(RANKING) $(CHOICES) data/dates/t5 $(DATES) $(addprefix data/digits/,images resnet small) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL)) $(dir $(HOUR))
+	rm -rf $(BBC_ROWS) $(LM_ROWS) $(ENTITIES) $(SEVERAL) $(SHARES) $(RANKING) $(CHOICES) $(CLOZE) data/dates/t5 $(DATES) $(addprefix data/digits/,images resnet small) $(dir $(BBC_MODEL)) $(dir $(LM_MODEL)) $(dir $(HOUR))
 	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
 
 # The rows are made again when the scripts change. The model folders are made only where there are none.
@@ -234,6 +236,9 @@ $(DATES) &: data/dates/prepare.py | $(STAMP)
 
 $(CHOICES) &: data/bbc_choices/prepare.py data/bbc_ranking/prepare.py data/bbc/articles.py | $(STAMP)
 	$(PY) -m data.bbc_choices.prepare
+
+$(CLOZE) &: data/bbc_cloze/prepare.py data/bbc/articles.py | $(STAMP)
+	$(PY) -m data.bbc_cloze.prepare
 
 $(DIGITS) &: data/digits/prepare.py | $(STAMP)
 	$(PY) -m data.digits.prepare

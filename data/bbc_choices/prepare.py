@@ -32,13 +32,16 @@ def rows(articles: Sequence[Article], rng: random.Random, labelled: int) -> Iter
         near = [other for other in long if other.topic == article.topic and other is not article]
         found = [article, *rng.sample(near, OTHERS)]
         rng.shuffle(found)
-        yield json.dumps(
-            {
-                "headline": " ".join(article.text.split("\n")[0].split()[:HEADLINE]),
-                "passages": [passage(other, rng) for other in found],
-                "right": found.index(article) if number < labelled else None,
-            }
-        ) + "\n"
+        yield (
+            json.dumps(
+                {
+                    "headline": " ".join(article.text.split("\n")[0].split()[:HEADLINE]),
+                    "passages": [passage(other, rng) for other in found],
+                    "right": found.index(article) if number < labelled else None,
+                }
+            )
+            + "\n"
+        )
 
 
 @click.command()
