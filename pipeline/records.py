@@ -303,8 +303,8 @@ class TokenBlock:
     """(R,) int64, -100 where there is none; None: the task has no label a row."""
     labels: Ragged | None = None
     """One a supervised position, -100 (of scores nan) where there is none; None: the task has none by position."""
-    images: Sequence[bytes] | None = None
-    """(R,) encoded images; None: rows are tokens."""
+    images: Sequence[Image] | None = None
+    """(R,) images; None: rows are tokens."""
     views: Ragged | None = None
     """As in `TokenizedExample`."""
     num_classes: int | None = None

@@ -208,7 +208,7 @@ def check_teacher(contract: Contract, teacher: LoadedModel) -> None:
     tokens = tokenizer_info(teacher.tokenizer).sha256
     if tokens != contract.tokenizer.sha256:
         raise ContractError(
-            f"{teacher.name}: its tokenizer is not the cache's: expected sha256 {contract.tokenizer.sha256[:12]}..., found {tokens[:12]}..."
+            f"{teacher.name}: its {'image processor' if contract.tokenizer.vocabulary_size == 0 else 'tokenizer'} is not the cache's: expected sha256 {contract.tokenizer.sha256[:12]}..., found {tokens[:12]}..."
         )
 
 

@@ -137,6 +137,10 @@ def teacher_of(task: Task, config: CacheLogitsConfig, source: Source, begun: Pla
         begun: a capture that is there already; a judge keeps its examples.
     """
     tokenizer = None
+    if config.server and task.reads != "tokens":
+        raise MisuseError(
+            f"--server: servers give the next tokens of texts; --task {task.name} needs local weights; leave it out"
+        )
     if config.server:
         tokenizer = load_tokenizer(
             config.teacher, revision=config.teacher_revision, trust_remote_code=config.trust_remote_code

@@ -28,6 +28,7 @@ from pipeline.sources.inputs.words import read_words
 from pipeline.sources.scores import group_id
 from pipeline.tasks import Task, token_block
 from pipeline.tasks.answers.multiple_choice import NO_CHOICE
+from pipeline.tasks.images.pixels import decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,10 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
     """
     ids = np.asarray(row.input_ids, dtype=np.int32)
     supervised = labels = None
-    if (row.image is not None) != (task.reads == "images") or row.image == b"":
-        raise BadRowError(
-            f"row {number}: expected {'the bytes of an image' if task.reads == 'images' else 'token ids'}"
-        )
+    if task.reads == "images":
+        _check_image(row, number)
+    elif row.image is not None:
+        raise BadRowError(f"row {number}: image: rows of {task.name} have input_ids")
     if task.marks_positions:
         default = task.default_positions(ids)
         supervised = default if row.supervised is None else np.asarray(row.supervised, dtype=bool)
@@ -109,6 +110,18 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         text_bytes=row.text_bytes,
         kept=row.kept,
     )
+
+
+def _check_image(row: LabelledRow, number: int) -> None:
+    """Raise `BadRowError` where the image is no encoded one, or tokens are given too."""
+    if not isinstance(row.image, bytes) or len(row.input_ids):
+        raise BadRowError(
+            f"row {number}: image: expected the bytes of a PNG, JPEG or other file, and no input_ids, found {type(row.image).__name__}"
+        )
+    try:
+        decode(row.image)
+    except BadRowError as error:
+        raise BadRowError(f"row {number}: image: {error}") from None
 
 
 def _lengths_of(row: LabelledRow, number: int, ids: np.ndarray, most: int) -> np.ndarray:

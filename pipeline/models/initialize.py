@@ -151,7 +151,8 @@ def make_student(
             scaled = _scale(base, config)
             student = _class_of(base)(scaled if vocabulary is None else with_vocabulary(scaled, vocabulary))
         else:
-            check_vocabulary(config, vocabulary)
+            if hasattr(config.get_text_config(), "vocab_size"):
+                check_vocabulary(config, vocabulary)
             student = _class_of(config)(config)
         teacher_parameters = teacher.num_parameters() if isinstance(teacher, PreTrainedModel) else _count(base)
     path = Path(output)

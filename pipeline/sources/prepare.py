@@ -195,7 +195,7 @@ def _instead(dataset: Any, part: Any) -> str:
 
 def _directory(dataset: str) -> Path:
     """What paths in a data set are relative to."""
-    path = Path(dataset).expanduser().absolute()
+    path = Path(dataset).expanduser().resolve()
     return path if path.is_dir() else path.parent
 
 
@@ -246,7 +246,8 @@ def _prepare(
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
         columns = dataclasses.replace(columns, label=None)
     where = directory if columns.image is not None else None
-    return Source(name, None, None, splits, columns, share, directory=where)
+    place = name if directory is not None and directory.name == Path(name).name else Path(name).parent.as_posix()
+    return Source(name, None, None, splits, columns, share, directory=where, place=place)
 
 
 def _warn_of_absent(where: str, rows: ParquetRows) -> None:

@@ -133,7 +133,9 @@ def _example(i: int, row: Row, source: Source, kept: dict[str, Scalar]) -> Examp
             ids, token_labels = ids[part], None if token_labels is None else token_labels[part]
         return Example(i, input_ids=ids, token_labels=token_labels, kept=kept)
     if columns.image is not None:
-        return Example(i, image=read_image(columns.image, row[columns.image], source.directory, source.name), kept=kept)
+        return Example(
+            i, image=read_image(columns.image, row[columns.image], source.directory, source.place), kept=kept
+        )
     if columns.words is not None:
         return Example(i, words=read_words(columns.words, row[columns.words]), kept=kept)
     assert columns.text is not None  # one_input() saw to it

@@ -29,7 +29,9 @@ class Source:
     unlabelled: tuple[UnlabelledSource, ...] = ()
     """Data sets whose rows stand behind those of `train`, without labels."""
     directory: Path | None = None
-    """Images: what the paths of files in the data set are relative to."""
+    """Images: what the paths of files in the data set are relative to; None: caches cannot refer to its files."""
+    place: str = ""
+    """Images: where the directory lies for those who share it: what the places of files begin with."""
 
     @property
     def row_groups(self) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pipeline.config import DataConfig
 from pipeline.errors import SourceError
 from pipeline.records import UnlabelledSource
-from pipeline.sources.columns import describe, input_roles, side_roles
+from pipeline.sources.columns import describe, holds_images, input_roles, side_roles
 from pipeline.sources.files.joined import JoinedRows, parts_of
 from pipeline.sources.prepare import load_source
 from pipeline.sources.source import Source
@@ -58,7 +58,8 @@ def with_unlabelled(source: Source, others: Sequence[Source]) -> Source:
         group = () if source.columns.group is None else (source.columns.group,)
         for name in (*names, *side_roles(rows, source.columns).values(), *group, *source.columns.keep):
             expected, found = describe(rows.features[name]), describe(added.features.get(name))
-            if expected != found:
+            both_images = holds_images(rows.features[name]) and holds_images(added.features.get(name))
+            if expected != found and not both_images:
                 raise SourceError(
                     f"{other.name}: --unlabelled: column {name!r}: expected {expected}, as {source.name} has, found {found}; convert it"
                 )

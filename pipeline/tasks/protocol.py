@@ -274,7 +274,7 @@ def token_block(rows: TokenBlock | Sequence[TokenizedExample]) -> TokenBlock:
         document_lengths=_joined([row.document_lengths for row in rows]),
         label=np.array(labels, dtype=np.int64),
         labels=_joined([row.labels for row in rows]),
-        images=[row.image.data for row in rows if row.image is not None] or None,
+        images=[row.image for row in rows if row.image is not None] or None,
         views=_joined([row.view for row in rows]),
         num_classes=rows[0].num_classes,
     )

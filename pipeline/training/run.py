@@ -35,7 +35,7 @@ from pipeline.models.saved import cast_weights, checkpoints, model_files, remove
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import longest_row
-from pipeline.training.batches.held_out import HeldOut
+from pipeline.training.batches.held_out import HeldOut, rows_of
 from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
@@ -45,7 +45,13 @@ from pipeline.training.recipe.make import make_recipe
 from pipeline.training.saving import BeforeTraining, no_directory
 from pipeline.training.spans import span_temperature
 from pipeline.training.stopping import CheckpointOnSigterm
-from pipeline.training.student import add_adapter, caches_for_student, check_fit, load_student, tell_of_own_processor
+from pipeline.training.student import (
+    add_adapter,
+    caches_for_student,
+    check_fit,
+    load_student,
+    processor_of,
+)
 from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -225,7 +231,6 @@ def fit(
     for each in (cache, *(mixture.others if mixture is not None else ())):
         check_alignment(each.as_captured, list(splits))
     is_retokenized = tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256
-    tell_of_own_processor(student, contract)
     max_length = longest_row(get_task(contract.task), contract, student)
     started = time.monotonic()
     info = model_info(student)
@@ -241,7 +246,7 @@ def fit(
         student_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
         mixed=_mixed(cache, mixture),
-        course=course(args, early_stopping=early_stopping, **_held_out_rows(held_out)),
+        course=course(args, early_stopping=early_stopping, **rows_of(held_out), **processor_of(student)),
     )
     checkpoint = None if overwrite else _checkpoint(output, origin, resume=resume)
     trainer = DistillationTrainer(
@@ -324,11 +329,6 @@ def fit(
         write_text(output / _PROOF, dump(result))
     trainer.push_saved()
     return result
-
-
-def _held_out_rows(held_out: HeldOut | None) -> dict[str, int]:
-    """For the origin of a run; older runs have none."""
-    return {} if held_out is None else {"held_out": held_out.num_measured}
 
 
 def _measure(trainer: DistillationTrainer, measured_on: str) -> dict[str, float]:

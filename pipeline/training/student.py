@@ -195,6 +195,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
             "resize_token_embeddings makes both of one size"
         )
     check_isolation(student.model, contract.tokenization)
+    _tell_of_own_processor(student, contract)
     longest = longest_input(student.model, student.tokenizer)
     if same_tokenizer and longest < contract.tokenization.max_length:
         raise ContractError(
@@ -202,7 +203,13 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         )
 
 
-def tell_of_own_processor(student: LoadedModel, contract: Contract) -> None:
+def processor_of(student: LoadedModel) -> dict[str, str]:
+    """What decides the pixel values of images, for the record of a run; {}: it reads texts."""
+    is_image = is_image_processor(student.tokenizer)
+    return {"image_processor": tokenizer_info(student.tokenizer).sha256} if is_image else {}
+
+
+def _tell_of_own_processor(student: LoadedModel, contract: Contract) -> None:
     """Say so where a student makes other pixel values of the images than its teacher did."""
     if is_image_processor(student.tokenizer) and tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256:
         size = image_size(student.tokenizer)

@@ -58,6 +58,7 @@ from pipeline.training.refusals import refuse_evaluation
 from pipeline.training.saving import BeforeTraining, SavingTrainer, no_directory
 from pipeline.training.scores import ScoreLoss, scale_of_labels
 from pipeline.training.stopping import CheckpointOnSigterm
+from pipeline.training.student import processor_of
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ def _origin(
         rows_per_step=rows_per_step(args),
         model_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
-        course=course(args),
+        course=course(args, **processor_of(teacher)),
     )
 
 

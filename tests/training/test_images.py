@@ -450,3 +450,60 @@ def test_a_checkpoint_under_other_names_is_refused(cache, tmp_path):
     model.save_pretrained(tmp_path / "student" / "checkpoint-10")  # as earlier releases saved it
     with pytest.raises(TrainingError, match="the checkpoint lacks 32 weights of the model"):
         train(cache, start, tmp_path / "student", resume=True, **settings)
+
+
+def test_half_precision(tmp_path, cache):
+    """Pixels are cast to the model's precision, at capture and after."""
+    for kind in ("vit", "resnet"):
+        path = untrained(
+            tmp_path / kind, kind, id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)}
+        )
+        AutoModelForImageClassification.from_pretrained(path).to(torch.bfloat16).save_pretrained(path)
+        found = softlabel.cache_logits(str(path), rows()["test"], tmp_path / f"{kind}-cache", task=TASK, columns=IMAGES)
+        assert found.manifest.contract.teacher.dtype == "bfloat16"
+
+
+def test_a_configuration_of_ones_own(tmp_path):
+    from transformers import ResNetConfig
+
+    teacher = untrained(tmp_path / "teacher", "resnet")
+    config = ResNetConfig(
+        embedding_size=4,
+        hidden_sizes=[4, 8],
+        depths=[1, 1],
+        layer_type="basic",
+        architectures=["ResNetForImageClassification"],
+    )
+    made = make_student(str(teacher), tmp_path / "student", config=config)
+    assert made.num_parameters < made.teacher_parameters
+
+
+def test_images_that_are_none_are_refused_by_write_cache(tmp_path, teacher):
+    processor = AutoImageProcessor.from_pretrained(teacher, backend="pil")
+    settings: dict[str, Any] = {
+        "task": TASK,
+        "tokenizer": processor,
+        "encoding": Full(),
+        "teacher": "x",
+        "label_names": NAMES,
+    }
+    for image in ("a.png", b"junk", None):
+        with pytest.raises((BadRowError, MisuseError), match="image"):
+            write_cache([LabelledRow(image=image, logits=torch.randn(1, 3))], tmp_path / "cache", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"image_column": "image"}, r"unknown setting; did you mean columns=Columns\(image=\.\.\.\)"),
+        ({"store_image": True}, "did you mean store_images"), ({"views": 0}, "--views: expected at least 1"),
+        ({"views": Views}, "views"),
+    ],
+)  # fmt: skip
+def test_settings_in_python(tmp_path, teacher, settings, match):
+    if settings.get("views") is Views:
+        with pytest.raises(MisuseError, match="--view-area"):
+            Views(2, smallest=3.0)
+        return
+    with pytest.raises(MisuseError, match=match):
+        softlabel.cache_logits(str(teacher), rows(), tmp_path / "cache", task=TASK, columns=IMAGES, **settings)

@@ -262,7 +262,7 @@ def tokens_of(block: RowBlock) -> TokenBlock:
         document_lengths=lists.get("document_lengths"),
         label=None if "label" not in block.numbers else block.numbers["label"].astype(np.int64),
         labels=lists.get("position_labels"),
-        images=None if images is None else [image.data for image in images_of(block)],
+        images=None if images is None else images_of(block),
         views=lists.get("image_view"),
         num_classes=block.num_classes,
     )
@@ -286,9 +286,9 @@ def _read_image(place: str, sha256: str) -> Image:
     path = Path(os.environ.get(IMAGES, ""), place)
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CacheError(
-            f"{path}: {error.strerror}; the cache refers to images by path and holds none: set {IMAGES} to the directory that holds {Path(place).parts[0]}"
+            f"{path}: {getattr(error, 'strerror', None) or error}; the cache refers to images by path and holds none: set {IMAGES} to the directory that holds {place.partition('/')[0]}"
         ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
@@ -296,6 +296,11 @@ def _read_image(place: str, sha256: str) -> Image:
             f"{path}: is another image than the one that the teacher saw (expected sha256 {sha256[:12]}..., found {found[:12]}...); put the original back"
         )
     return Image(data, place, place)
+
+
+def image_hash(sha256: str) -> int:
+    """64 bits of a SHA-256 in hexadecimal digits: by which equal images are told."""
+    return int(sha256[:16], 16)
 
 
 def num_tokens_of(block: RowBlock) -> int:
@@ -344,6 +349,7 @@ COLUMNS = frozenset(
         "messages",
         "encoded_image",
         "image_sha256",
+        "image_hash",
         "image_view",
         "choice_texts",
         "position_words",

@@ -140,13 +140,14 @@ def _check_images(table: pa.Table, views: _List | None, check: _Check) -> None:
     parts = views.values.reshape(-1, 5)
     check.range(parts, _MOST_PIXELS, "image_view")
     check(bool((parts[:, 2:4] > 0).all()), "image_view: expected a width and a height of at least 1")
+    check(bool((parts[:, 4] <= 1).all()), "image_view: expected 0 or 1, whether it is mirrored")
 
 
 def _check_files(paths: pa.Array, hashes: pa.ChunkedArray, check: _Check) -> None:
     """Nothing refers to a file outside of the directory of images."""
     check(paths.null_count == 0, "encoded_image: expected a path in every row")
     for path in map(PurePosixPath, paths.to_pylist()):
-        inside = not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
+        inside = not path.is_absolute() and bool(path.parts) and not {"..", "\\", "\0"} & {*path.parts, *str(path)}
         check(inside, f"encoded_image: expected a path below the directory of images, found {str(path)[:80]!r}")
     check(
         bool(pc.all(pc.match_substring_regex(hashes, "^[0-9a-f]{64}$")).as_py()),

@@ -13,7 +13,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.format.codec import COLUMNS, images_of, labelled_positions_of, narrowed, pack_soft, unpack_soft
+from pipeline.cache.format.codec import (
+    COLUMNS,
+    image_hash,
+    images_of,
+    labelled_positions_of,
+    narrowed,
+    pack_soft,
+    unpack_soft,
+)
 from pipeline.records import (
     NO_LABEL,
     CachedExample,
@@ -112,6 +120,9 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
     "encoded_image": lambda example: example.image,
     "image_sha256": lambda example: None if example.image is None else hashlib.sha256(example.image.data).hexdigest(),
     "choice_texts": lambda example: example.choices,
+    "image_hash": lambda example: (
+        0 if example.image is None else image_hash(hashlib.sha256(example.image.data).hexdigest())
+    ),
     "image_view": lambda example: example.view,
     "input_ids": lambda example: example.input_ids,
     "token_type_ids": lambda example: example.token_type_ids,

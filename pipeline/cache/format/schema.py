@@ -68,6 +68,7 @@ def cache_schema(
         columns["position_words"] = pa.list_(pa.string())
     if images:
         columns["encoded_image"] = IMAGE
+        columns["image_hash"] = pa.uint64()
         if image_files:
             columns["image_sha256"] = pa.string()
         if views:
@@ -148,6 +149,7 @@ _OURS = (
     "source_row",
     "piece",
     "content_hash",
+    "image_hash",
     "score_group",
     "text_bytes",
     "label",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.format.codec import hash_image, hash_tokens
+from pipeline.cache.format.codec import hash_image, hash_tokens, image_hash
 from pipeline.cache.format.contents import check_contents
 from pipeline.cache.format.hashes import file_sha256
 from pipeline.cache.format.manifest import Layout, Plan, load_manifest, parse, strangers
@@ -193,7 +193,7 @@ def _check_hashes(table: pa.Table, where: str) -> None:
         offsets, tokens = ids.offsets.to_numpy(), ids.values.to_numpy().astype("<i4")
     else:
         data = table.column("encoded_image").combine_chunks().field("bytes")
-        refers = "image_sha256" in names
+        refers, of_images = "image_sha256" in names, table.column("image_hash").to_pylist()
         hashes = (
             table.column("image_sha256").to_pylist() if refers else [sha256(each.as_py()).hexdigest() for each in data]
         )
@@ -206,6 +206,9 @@ def _check_hashes(table: pa.Table, where: str) -> None:
         if "encoded_image" in names:
             view = None if views[row] is None else np.array(views[row], dtype=np.int32)
             found = hash_image(hashes[row], view, known)
+            _expect(
+                image_hash(hashes[row]) == of_images[row], where, f"image_hash: expected that of the image of row {row}"
+            )
         else:
             found = hash_tokens(tokens[offsets[row] : offsets[row + 1]], known)
         _expect(

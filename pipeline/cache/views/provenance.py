@@ -129,7 +129,7 @@ def command(contract: Contract) -> str:
 def _views(views: Views | None) -> list[tuple[str, object]]:
     if views is None:
         return []
-    return [("--views", views.count), ("--view-area", views.smallest), ("--view-seed", views.seed or None)]
+    return [("--views", views.count), ("--view-area", repr(views.smallest)), ("--view-seed", views.seed or None)]
 
 
 def _masks(masking: Masking | None) -> list[tuple[str, object]]:

@@ -120,7 +120,7 @@ class LocalTeacher:
         Raises:
             ModelError: the logits differ by more than the precision explains.
         """
-        if self.task.names == "places":  # the plain path is the only one
+        if self.task.names == "places" or self.task.reads == "images":  # the plain path is the only one
             return
         if self.choices is not None:  # the plain path gives a logit to what a row does not have
             rows = [row for row in rows if row.document_lengths is not None and row.document_lengths.all()]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
-from pipeline.sources.files.layout import data_files_at
+from pipeline.sources.files.layout import IMAGES, data_files_at
 from pipeline.sources.files.loading import quiet, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+logger = logging.getLogger(__name__)
 
 
 def image_folders(path: Path, config: str | None) -> dict[str, Dataset] | None:
@@ -24,22 +28,27 @@ def image_folders(path: Path, config: str | None) -> dict[str, Dataset] | None:
     """
     import datasets
 
-    if any(not file.stem.startswith("metadata") for file in data_files_at(path)):
+    if config is not None or any(not file.stem.startswith("metadata") for file in data_files_at(path)):
+        return None
+    images = sum(file.suffix.lower() in IMAGES for file in path.rglob("*"))
+    if not images:
         return None
     try:
-        with quiet():
-            builder = datasets.load_dataset_builder(str(path.absolute()), config)
-            if not type(builder).__module__.endswith(".imagefolder"):
-                return None
+        with quiet():  # by the builder's own name: what is kept under the directory's would be found in place of a directory that is missing
+            builder = datasets.load_dataset_builder("imagefolder", data_dir=str(path.resolve()))
             builder.download_and_prepare()
             found = builder.as_dataset()
-    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError):
-        return None
     except Exception as error:  # each kind of metadata file has errors of its own
         raise SourceError(f"{path}: cannot be read as a folder of images: {reason(error)}") from None
     splits = {str(split): rows for split, rows in found.items()}
     for split, rows in splits.items():
         _refuse_stray(path, split, rows)
+    read = sum(len(rows) for rows in splits.values())
+    if read < images:
+        logger.warning(
+            "%s: %d of %d images are read, as the splits %s: folders beside those of splits, and images that a metadata file leaves out, are not",
+            *(path, read, images, ", ".join(splits)),
+        )
     return splits
 
 

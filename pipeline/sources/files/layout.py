@@ -23,7 +23,8 @@ EXPECTED = (
     "with one file or folder per split (train.jsonl, test/)"
 )
 _Path = TypeVar("_Path", bound=PurePath)
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+#: Suffixes of images, which are read in folders.
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 #: In this order; others follow by name.
 USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -126,7 +127,7 @@ def _stem(path: PurePath) -> str:
 
 
 def _check_kind(path: PurePath) -> None:
-    if path.suffix.lower() in _IMAGES:
+    if path.suffix.lower() in IMAGES:
         raise SourceError(
             f"{path}: is an image; folders of images are read by the tasks of images, with --image-column image"
         )

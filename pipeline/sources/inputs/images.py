@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ def read_image(name: str, value: object, directory: Path | None = None, called: 
 
     Args:
         directory: of the data set.
-        called: the data set's name, with which the places of files below the directory begin.
+        called: what the places of files below the directory begin with.
 
     Raises:
         BadRowError: null, another type, no bytes, or a file that cannot be read. `name` begins the message.
@@ -90,7 +91,8 @@ def _encoded(rows: OneRows, column: str, root: Path, where: str) -> OneRows:
             "name the files of images in CSV or JSON Lines, or embed them"
         )
     paths = [
-        None if path is None else str(root / Path(path).expanduser()) for path in rows.with_format(None)[column][:]
+        None if path is None else os.path.normpath(root / Path(path).expanduser())
+        for path in rows.with_format(None)[column][:]
     ]
     images = [{"bytes": None, "path": path} for path in paths]
     spare = f"{column} "  # a table without columns has no rows

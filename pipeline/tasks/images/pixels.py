@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import BadRowError
-from pipeline.records import Ragged
+from pipeline.errors import BadRowError, ModelError
+from pipeline.records import Image, Ragged
 
 #: Files that are decoded. Pillow reads others too, some by starting programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -37,53 +37,96 @@ def decode(data: bytes) -> Any:
     Raises:
         BadRowError: no image in one of `FORMATS`, a damaged one, or one of so many pixels that Pillow refuses it.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    import PIL.Image
+    from PIL import ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, which are allowed up to twice the size
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 turned = ImageOps.exif_transpose(image)
-                return turned.convert("RGB")
+                return _in_bytes(turned).convert("RGB")
+    except BadRowError:
+        raise
     except Exception as error:  # each decoder has errors of its own
         why = "no image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise BadRowError(f"cannot be decoded: {' '.join(why.split())[:200]}") from None
 
 
-def pixel_values(images: Sequence[bytes], views: Ragged | None, processor: Any) -> Tensor:
+def _in_bytes(image: Any) -> Any:
+    """An image of 8 bits a channel; of 16 bits the upper half of each. `convert` would clip them.
+
+    Raises:
+        BadRowError: pixels of 32 bits, or floats, whose range is not known.
+    """
+    import PIL.Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] < 1 << 16):
+        return PIL.Image.fromarray((np.asarray(image).astype(np.int64).clip(0) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise BadRowError(
+            f"pixels of the mode {image.mode}, whose range is not known; save it with 8 or 16 bits a channel"
+        )
+    return image
+
+
+def pixel_values(images: Sequence[Image], views: Ragged | None, processor: Any) -> Tensor:
     """(B, C, H, W) float32: what a model is given.
 
     Args:
-        images: (B,) encoded.
+        images: (B,).
         views: the part of each that is seen, as `TokenizedExample.view`; None: all of each.
         processor: a `transformers` image processor, which resizes and normalises a part as if it were an image of its own.
 
     Raises:
-        BadRowError: an image that cannot be decoded.
+        BadRowError: an image that cannot be decoded, or a part that lies outside of it; begins with its name.
+        ModelError: the processor makes images of several sizes.
     """
     parts = [None] * len(images) if views is None else np.split(views.values, views.offsets[1:-1])
 
-    def some(pairs: Sequence[tuple[bytes, Any]]) -> list[Tensor]:
+    def one(image: Image, view: Any) -> Tensor:
+        try:
+            seen = cut(decode(image.data), view)
+        except BadRowError as error:
+            raise BadRowError(f"{image.path or 'an image'}: {error}") from None
+        found: Tensor = processor(images=seen, return_tensors="pt")["pixel_values"]
+        return found
+
+    def some(pairs: Sequence[tuple[Image, Any]]) -> list[Tensor]:
         # One by one, so that no image depends on the others of its batch.
-        return [processor(images=cut(decode(data), view), return_tensors="pt")["pixel_values"] for data, view in pairs]
+        return [one(image, view) for image, view in pairs]
 
     pairs = list(zip(images, parts, strict=True))
-    if sum(map(len, images)) < _SMALL * len(images):
-        return torch.cat(some(pairs))
+    if sum(len(image.data) for image in images) < _SMALL * len(images):
+        return _joined(some(pairs))
     size = math.ceil(len(pairs) / _threads())
     chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    return torch.cat([pixels for found in in_threads(some, chunks) for pixels in found])
+    return _joined([pixels for found in in_threads(some, chunks) for pixels in found])
+
+
+def _joined(pixels: Sequence[Tensor]) -> Tensor:
+    sizes = sorted({(each.shape[-2], each.shape[-1]) for each in pixels})
+    if len(sizes) > 1:
+        (h, w), (height, width) = sizes[0], sizes[-1]
+        raise ModelError(
+            f"the image processor makes images of several sizes, {h} x {w} and {height} x {width} pixels; let it resize or crop all to one size, in preprocessor_config.json"
+        )
+    return torch.cat(list(pixels))
 
 
 def cut(image: Any, view: np.ndarray | None) -> Any:
     """The part of a `PIL.Image.Image` that is seen, mirrored where the view says so."""
-    from PIL import Image
+    import PIL.Image
 
     if view is None or not len(view):
         return image
     left, top, width, height, mirrored = (int(number) for number in view)
+    if left + width > image.width or top + height > image.height:
+        raise BadRowError(
+            f"expected a part of {image.width} x {image.height} pixels, found {width} x {height} at {left}, {top}"
+        )
     part = image.crop((left, top, left + width, top + height))
-    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
+    return part.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
 
 
 def thumbnail(data: bytes, view: np.ndarray | None, side: int = 128) -> str:

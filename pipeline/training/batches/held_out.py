@@ -73,7 +73,7 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         keep: (rows,) bool, the rows that teach; None: all.
         most: rows to hold out at most.
         by: the column whose value rows that belong together share, those of one list, say; `input_ids`: the same text, whatever its
-            labels; `position_labels`: the same text, whatever its masks; `source_row`: the same image, whatever its part.
+            labels; `position_labels`: the same text, whatever its masks; `image_hash`: the same image, whatever its part; `source_row`: the windows of one text.
 
     Returns:
         None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
@@ -81,7 +81,7 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
     if by == "source_row":  # spread, since rows that lie together may be of one class
         hashes = rows.column(by).astype(np.uint64) * _SPREAD
     else:
-        hashes = rows.column(by) if by in ("content_hash", "score_group") else _hashes_of_tokens(rows, by)
+        hashes = rows.column(by) if by in ("content_hash", "score_group", "image_hash") else _hashes_of_tokens(rows, by)
     teach = np.ones(len(hashes), dtype=bool) if keep is None else keep
     count = min(int(teach.sum() * _SHARE), most)
     if count < FEWEST_ROWS:
@@ -120,3 +120,8 @@ def _put_back(ids: Any, hidden: Any, labels: Any) -> np.ndarray:
     found = np.array(ids)
     found[np.asarray(hidden, dtype=bool)] = labels
     return found
+
+
+def rows_of(held_out: HeldOut | None) -> dict[str, int]:
+    """For the origin of a run; older runs have none."""
+    return {} if held_out is None else {"held_out": held_out.num_measured}

@@ -222,7 +222,9 @@ def _measured(
     keep = labelled_rows(train, task, cache.where) if needs_labels else None
     affordable = rows_per_step * evaluation_steps(steps, 0, rows_per_step) // 2
     by = "position_labels" if task.label_source == "hidden" else "content_hash"
-    if task.reads == "images" or task.names == "places":
+    if task.reads == "images":
+        by = "image_hash"
+    elif task.names == "places":
         by = "source_row"
     if task.target == "score":
         by = "score_group" if task.ranks else "input_ids"

@@ -132,3 +132,45 @@ def test_paths_in_a_parquet_file_are_refused(tmp_path):
     pq.write_table(pa.table({"image": ["a.png"]}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="name the files of images in CSV or JSON Lines, or embed them"):
         load(tmp_path / "a.parquet")
+
+
+def test_places_of_files_are_below_the_directory_that_people_share(tmp_path, monkeypatch):
+    """Of a folder with its name; of a table relative to where it lies; through links and .. alike."""
+    as_files(tmp_path / "data")
+    (tmp_path / "data" / "rows.csv").write_text("file\nfiles/000.png\nfiles/../files/001.png\n")
+    monkeypatch.chdir(tmp_path)
+    for dataset, before in (("data/rows.csv", "data/"), ("data/../data/rows.csv", "")):
+        rows = read(load(dataset, "file"))
+        assert [row.image.file for row in rows] == [f"{before}files/000.png", f"{before}files/001.png"]
+    assert read(load(tmp_path / "data" / "rows.csv", "file"))[0].image.file == "files/000.png"
+    (tmp_path / "link").symlink_to(folders(tmp_path / "photos", train=FOUND))
+    found = read(load(tmp_path / "link"))[0].image.file
+    assert found.startswith(("link/train/", "photos/train/"))
+
+
+def test_a_directory_that_is_not_here_is_not_found_among_those_read_before(tmp_path, monkeypatch):
+    load(folders(tmp_path / "photos", train=FOUND))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(SourceError, match="photos"):
+        load("photos")
+
+
+def test_folders_that_are_not_read_and_stray_images_are_told(tmp_path, caplog):
+    mixed = folders(tmp_path / "mixed", train=FOUND)
+    (mixed / "train" / "stray.png").write_bytes(BYTES[0])
+    with pytest.raises(SourceError, match=r"stray\.png lies beside the folders of the classes"):
+        load(mixed)
+    odd = tmp_path / "odd"
+    for name, image in zip(("train", "car", "plane"), BYTES, strict=False):
+        (odd / name).mkdir(parents=True)
+        (odd / name / "1.png").write_bytes(image)
+    load(odd)
+    assert "1 of 3 images are read, as the splits train" in caplog.text
+
+
+def test_a_table_beside_images_is_read_as_a_table(tmp_path):
+    as_files(tmp_path / "data")
+    (tmp_path / "data" / "train.csv").write_text("file,label\nfiles/000.png,red\n")
+    (row,) = read(load(tmp_path / "data", "file"))
+    assert row.image.data == BYTES[0]

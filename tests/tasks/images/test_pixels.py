@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import BadRowError
-from pipeline.tasks.images.pixels import decode, in_threads, thumbnail
+from pipeline.errors import BadRowError, ModelError
+from pipeline.records import Image as Picture
+from pipeline.records import Ragged
+from pipeline.tasks.images.pixels import decode, in_threads, pixel_values, thumbnail
 from tests.support.pictures import encode, pixels
 
 
@@ -31,10 +33,28 @@ def test_an_image_is_turned_as_its_orientation_says():
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16", "LA"])
 def test_every_mode_becomes_rgb(mode):
     image = Image.fromarray(pixels("green", np.random.default_rng(0)))
-    sixteen = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8))
+    sixteen = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
     image = sixteen if mode == "I;16" else image.convert(mode)
     found = decode(as_file(image, "TIFF" if mode == "CMYK" else "PNG"))
     assert (found.mode, found.size) == ("RGB", (8, 8))
+    if mode == "I;16":
+        assert np.array_equal(np.asarray(found)[..., 0], (np.arange(64) * 1000 // 256).reshape(8, 8))
+
+
+def test_pixels_whose_range_is_not_known_are_refused():
+    with pytest.raises(BadRowError, match="pixels of the mode F, whose range is not known"):
+        decode(as_file(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"))
+
+
+def test_a_part_beyond_the_image_and_a_processor_of_several_sizes_are_refused():
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    data = [Picture(encode(pixels("red", np.random.default_rng(0), side, 8)), f"{side}.png") for side in (8, 9)]
+    beyond = Ragged.of(np.array([0, 0, 4, 4, 0, 5, 0, 5, 8, 0]), np.array([5, 5]))
+    with pytest.raises(BadRowError, match=r"9\.png: expected a part of 9 x 8 pixels, found 5 x 8 at 5, 0"):
+        pixel_values(data, beyond, ViTImageProcessorPil(size={"height": 8, "width": 8}))
+    with pytest.raises(ModelError, match="makes images of several sizes, 8 x 8 and 8 x 9 pixels"):
+        pixel_values(data, None, ViTImageProcessorPil(do_resize=False))
 
 
 @pytest.mark.parametrize(
