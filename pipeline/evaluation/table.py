@@ -34,8 +34,14 @@ _MEANING = {
 }
 
 
-#: What metrics mean where positions are words, or labels.
+#: What metrics mean where positions are words, labels, or the ends of answers.
 OF_UNIT = {
+    "end": {
+        "f1": "of the tokens of each row's answer and the true one, the mean over rows",
+        "exact": "share of answers whose first and last token are right",
+        "accuracy": "share of ends that are right",
+        "loss": "mean negative log-likelihood of the true ends, nats",
+    },
     "word": {"accuracy": "share of words with the right class"},
     "label": {
         "f1": "of all labels together (micro): harmonic mean of precision and recall",

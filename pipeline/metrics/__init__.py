@@ -254,7 +254,7 @@ def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
 
 #: Shares of positions or of mass, read in percent.
 _SHARES = (
-    *("accuracy", "average_precision", "f1", "precision", "recall", "macro_f1", "ece", "agreement"),
+    *("accuracy", "average_precision", "exact", "f1", "precision", "recall", "macro_f1", "ece", "agreement"),
     *("ndcg@10", "mrr"),
 )
 

@@ -22,7 +22,9 @@ def unit_of(task: Task) -> Unit:
 
 
 def position_name(task: Task) -> str:
-    """One position, where what it is of is told: `word`, `label`, `score` or `position`."""
+    """One position, where what it is of is told: `word`, `label`, `score`, `end` of an answer, or `position`."""
+    if task.names == "places":
+        return "end"
     return {"words": "word", "labels": "label", "scores": "score"}.get(unit_of(task), "position")
 
 

@@ -14,7 +14,7 @@ from pipeline.evaluation.records import Measured
 
 #: Metrics that are better when larger; the others are losses, errors and divergences.
 HIGHER = (
-    *("accuracy", "agreement", "average_precision", "f1", "precision", "recall", "macro_f1"),
+    *("accuracy", "agreement", "average_precision", "exact", "f1", "precision", "recall", "macro_f1"),
     *("pearson", "spearman", "ndcg@10", "mrr"),
 )
 

@@ -48,7 +48,9 @@ def quality_table(report: Report) -> Table:
     kind = "over" if report.higher_is_better else "under"
     notes.append(f"retention: {main} {kind} the teacher's, in percent")
     notes.append(f"in brackets: {_of_intervals(report)}")
-    whole = {"list": "whole lists", "text": "all masks of a text"}.get(resampled_name(get_task(report.task)))
+    task = get_task(report.task)
+    parts = "windows" if task.names == "places" else "masks"
+    whole = {"list": "whole lists", "text": f"all {parts} of a text"}.get(resampled_name(task))
     if whole is not None:
         notes.append(f"rows that are resampled are {whole}")
     if report.tokenizer_notes:
