@@ -384,6 +384,10 @@ def _label_map(task: Task, source: Source, names: tuple[str, ...] | None, label_
             raise MisuseError(
                 f"--label-map goes with class labels; here the classes are {'choices' if names else 'tokens'}"
             )
+        if names and source.columns.label is None:
+            logger.warning(
+                "%s: no label column: the cache will have no hard labels; name it with --label-column", source.name
+            )
         return None
     if source.columns.label is None and names != tuple(f"LABEL_{i}" for i in range(len(names))):
         found = dict.fromkeys(name for dataset in source.splits.values() for name in dataset.column_names)

@@ -26,8 +26,9 @@ from pipeline.records import (
 from pipeline.softlabels.ragged import owners
 from pipeline.sources.inputs.words import read_words
 from pipeline.sources.scores import group_id
-from pipeline.tasks import Task, token_block
+from pipeline.tasks import Task, get_task, token_block
 from pipeline.tasks.answers.multiple_choice import NO_CHOICE
+from pipeline.tasks.answers.question_answering import NO_PLACE
 from pipeline.tasks.images.pixels import decode
 
 
@@ -218,9 +219,16 @@ def logits_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -
     logits = logits[:, : contract.num_classes]
     if contract.tokenization.num_choices is not None and example.document_lengths is not None:
         logits = of_choices(logits, int((example.document_lengths > 0).sum()), contract.tokenization.num_choices)
+    if task_of_places(contract) and logits.shape[-1] == len(example.input_ids):
+        logits = torch.nn.functional.pad(logits, (0, contract.num_classes - logits.shape[-1]), value=NO_PLACE)
     shape = (example.num_positions, contract.num_classes)
     _check(example.source_row, logits.shape == shape, f"logits of shape {shape}", tuple(logits.shape))
     return logits
+
+
+def task_of_places(contract: Contract) -> bool:
+    """Whether the classes of a cache are the places of a row's tokens."""
+    return get_task(contract.task).names == "places"
 
 
 def of_choices(logits: Tensor, count: int, most: int) -> Tensor:

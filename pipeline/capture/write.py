@@ -53,6 +53,7 @@ from pipeline.records import (
 from pipeline.softlabels import concatenate, counter_uniforms, narrow
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import Task, get_task
+from pipeline.tasks.answers.question_answering import ENDS
 
 #: Logits that are encoded at once: 8 MB in float32.
 _BATCH_LOGITS = 2 << 20
@@ -101,6 +102,10 @@ def write_cache(
     chosen = get_task(task)
     if chosen.names == "positions" and not label_names:
         raise MisuseError("write_cache: give label_names=...: a row has a position for each")
+    if chosen.names == "places":
+        if max_length is None:
+            raise MisuseError("write_cache: give max_length=...: the places of the longest row are the classes")
+        num_classes, label_names = max_length, ENDS
     usual = len(tokenizer) if chosen.predicts_tokens else len(label_names or ())
     classes = num_classes or usual
     if chosen.names == "positions":

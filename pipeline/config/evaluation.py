@@ -82,6 +82,10 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         given = [name for name in ("text", "image", "input") if getattr(self, name)]
+        if len(set(self.choice)) < len(self.choice) or not all(map(str.strip, self.choice)):
+            raise MisuseError("--choice: expected different texts, none of them empty")
+        if self.context is not None and not self.context.strip():
+            raise MisuseError("--context: expected a text, found an empty one")
         if len(self.choice) == 1:
             raise MisuseError("--choice: expected two or more, found one; repeat it for each text to choose from")
         if len(given) > 1:

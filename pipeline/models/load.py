@@ -362,6 +362,11 @@ def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> 
             raise ModelError(
                 f"{name}: a model of the type {kind} cannot be loaded by {auto_class.__name__}; give another model, or the --task that it is for"
             ) from error
+        if "ignore_mismatched_sizes" in said:
+            raise ModelError(
+                f"{name}: some weights have other shapes than {auto_class.__name__} gives them under its config.json: it is a model of another task, or its head has "
+                "another number of classes; give the --task that it is for, or fine-tune it with train-teacher"
+            ) from error
         if auto_class is AutoImageProcessor and Path(source).is_dir() and not Path(source, SETTINGS).exists():
             raise ModelError(
                 f"{name}: no {SETTINGS} beside the model; save the image processor that belongs to it there: "

@@ -19,6 +19,7 @@ from pipeline.models.load import LoadedModel, class_names, load_model, longest_i
 from pipeline.models.saved import trained_length
 from pipeline.records import BadRow, Example, Image, TextPrediction, Tokenization, TokenizedExample, WordPrediction
 from pipeline.tasks import Task, check_ids, embedding_rows
+from pipeline.tasks.answers.question_answering import encode_windows, of_text
 
 logger = logging.getLogger(__name__)
 
@@ -218,22 +219,27 @@ def answer(
     Raises:
         SourceError: a question that leaves no room for the text.
     """
-    rows = list(task.tokenize([Example(0, question, context)], "", loaded.tokenizer, Tokenization(max_length)))
-    bad = next((row for row in rows if isinstance(row, BadRow)), None)
-    if bad is not None:
-        raise SourceError(bad.reason)
-    windows = [row for row in rows if isinstance(row, TokenizedExample)]
+    settings = Tokenization(max_length)
+    encoded = encode_windows(question, context, loaded.tokenizer, settings)
+    if encoded is None:
+        raise SourceError(f"--text: expected a question that leaves room for the text within {max_length} tokens")
     found: dict[str, float] = {}
-    for row in windows:
+    windows = task.tokenize([Example(0, question, context)], "", loaded.tokenizer, settings)
+    for number, row in enumerate(window for window in windows if isinstance(window, TokenizedExample)):
         shares = _probabilities(task, loaded, [row])[:, : len(row.input_ids)].double()  # (2, T)
         pairs = torch.triu(shares[0][:, None] * shares[1][None])
-        best = pairs.flatten().topk(min(4 * top, pairs.numel()))
+        places, offsets = of_text(encoded, number), encoded["offset_mapping"][number]
+        inside = torch.zeros(len(row.input_ids), dtype=torch.bool)
+        inside[places] = True
+        outside = pairs[~inside][:, ~inside].sum()  # no answer: the CLS token, or places that are not of the text
+        found[""] = max(found.get("", 0.0), float(outside))
+        of_answers = pairs * inside[:, None] * inside[None]
+        best = of_answers.flatten().topk(min(4 * top, of_answers.numel()))
         for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             first, last = divmod(index, len(row.input_ids))
-            text = str(
-                loaded.tokenizer.decode(row.input_ids[first : last + 1].tolist(), skip_special_tokens=True)
-            ).strip()
-            found[text] = max(found.get(text, 0.0), value)
+            if value > 0:
+                text = context[offsets[first][0] : offsets[last][1]].strip()
+                found[text] = max(found.get(text, 0.0), value)
     likeliest = sorted(found.items(), key=lambda item: -item[1])[:top]
     return TextPrediction(question, dict(likeliest))
 

@@ -45,6 +45,8 @@ def one_input(columns: Columns) -> Columns:
     others = [name for name in kinds if name is not None]
     if columns.text_pair is not None and (others or columns.text is None):
         raise MisuseError("--text-pair-column goes with --text-column, and with no other kind of input")
+    if len(set(columns.choices)) < len(columns.choices):
+        raise MisuseError("--choices-column: expected each column once")
     if columns.choices and (others or columns.text is None):
         raise MisuseError("--choices-column goes with --text-column, and with no other kind of input")
     if len(others) > 1:
@@ -214,7 +216,12 @@ def holds_answers(feature: Any) -> bool:
     item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
     structs = [each for each in (feature, item) if isinstance(each, dict)]
     named = any({"text", "answer_start"} <= set(each) for each in structs)
-    return named or describe(feature) in ("nulls", "values of mixed types", "lists of values of mixed types")
+    return named or describe(feature) in (
+        "nulls",
+        "lists of nulls",
+        "values of mixed types",
+        "lists of values of mixed types",
+    )
 
 
 def holds_flags(dataset: Rows, name: str) -> bool:

@@ -163,7 +163,8 @@ def check_metric(args: TrainingArguments, task: Task, num_classes: int, *, label
     if args.metric_for_best_model is None:
         return
     one = np.zeros(1, dtype=np.int64)
-    single = Predictions(one, one, np.ones(1), np.ones(1), one, one, np.zeros(1), one + 1)
+    ends = np.zeros(2 if task.names == "places" else 1, dtype=np.int64)  # of one row
+    single = Predictions(ends, ends, ends + 1.0, ends + 1.0, ends, ends, np.zeros(1), one + 1)
     names = ["nll" if name == "loss" else name for name in task.metrics(single, num_classes)] if labelled else []
     close = "correlation" if task.target == "score" else "agreement"
     measured = ["loss", *names, close, "divergence", "runtime", "samples_per_second", "steps_per_second"]

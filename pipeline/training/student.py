@@ -171,8 +171,9 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
             f"{contract.tokenizer.sha256[:12]}..., found {len(student.tokenizer)}); give it by name or path, so that its own tokenizer is read and aligned with the cache's"
         )
     if task.other_tokenizers is None and not same_tokenizer:
+        what = "the places of tokens" if task.names == "places" else "hidden tokens"
         raise ContractError(
-            f"{student.name}: the student has another tokenizer, and what the teacher predicts is of its own tokens; use a student with the cache's tokenizer (sha256 "
+            f"{student.name}: the student has another tokenizer, and {what} are the teacher's; use a student with the cache's tokenizer (sha256 "
             f"{contract.tokenizer.sha256[:12]}...)"
         )
     stored = "position_words" in contract.columns if task.other_tokenizers == "words" else contract.store_text

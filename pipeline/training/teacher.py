@@ -51,7 +51,7 @@ from pipeline.tasks import (
     may_lack_head,
     needs_label_column,
 )
-from pipeline.training.batches.labelled import LabelledCollator, LabelledRows
+from pipeline.training.batches.labelled import LabelledCollator, LabelledRows, choice_loss
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
 from pipeline.training.recipe.defaults import choose_teacher_arguments
 from pipeline.training.refusals import refuse_evaluation
@@ -166,7 +166,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         scale=scale,
         data_collator=collator,
         train_dataset=LabelledRows(rows),
-        compute_loss_func=None if scale is None else ScoreLoss(scale),
+        compute_loss_func=ScoreLoss(scale) if scale is not None else choice_loss if task.reads == "choices" else None,
     )
     for choice in choices if args.should_save else ():
         logger.info("train-teacher %s: %s", output.name, choice)

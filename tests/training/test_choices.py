@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -24,7 +25,7 @@ from pipeline.config import DataConfig, PredictConfig, TrainTeacherConfig
 from pipeline.errors import BadRowError, IntegrityError, MisuseError
 from pipeline.evaluation import evaluate
 from pipeline.models.predict import run as predict
-from pipeline.records import Columns, Full, Loss, Sampled, TopK
+from pipeline.records import Columns, Example, Full, Loss, Sampled, Tokenization, TopK
 from pipeline.tasks.answers.multiple_choice import NO_CHOICE
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
@@ -126,7 +127,7 @@ def test_loss_and_gradient_of_rows_with_fewer_choices(cache, tmp_path, encoding)
     temperature = 1.0
     picked = Picked((found.dataset("train").segments(np.arange(16)),), np.ones(16, dtype=bool))
     batch = Collator(get_task(TASK), found.tokenizer, temperature).collate(picked)
-    has = batch.inputs["attention_mask"].sum(-1) > 1
+    has = batch.supervised
     assert not has.all()
     z = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     terms = distillation_loss(
@@ -240,7 +241,10 @@ ARC = {"text": ["the sun", "the moon"], "label": ["1", "2"]}
         (1, ["a cat", "a dog"], 1), ("1", ["a cat", "a dog"], 1), ("B", ["a cat", "a dog"], 1), ("b", ["a cat", "a dog"], 1),
         ("a dog", ["a cat", "a dog"], 1), ("2", ARC, 1), ("1", ARC, 0), (None, ARC, None), (-1, ["a cat", "a dog"], None),
         ("", ["a cat", "a dog"], None), ("A", [{"text": "x", "label": "B"}, {"text": "y", "label": "A"}], 1),
-        ("7", ["5", "7"], 1), (1.0, ["a cat", "a dog"], 1),
+        ("7", ["5", "7"], 1),
+        (1, {"text": ["x", "y"], "label": [1, 2]}, 0),
+        (2.0, {"text": ["x", "y"], "label": ["1", "2"]}, 1),
+        (1, {"text": ["x", "y"], "label": ["A", "B"]}, 1), (1.0, ["a cat", "a dog"], 1),
     ],
 )  # fmt: skip
 def test_labels_of_every_kind(value, choices, expected):
@@ -254,6 +258,9 @@ def test_labels_of_every_kind(value, choices, expected):
         ("C", ["a", "b"], "found 'C'"), ("a", ["a", "a"], "'a' names 2 of the choices"), (0, ["a"], "choices: expected 2 to 64 choices, found 1"),
         (0, ["a", None], r"choices\[1\] is null"), (0, ["a", ""], r"choices\[1\] is empty"), (0, None, "choices is null"),
         (0.5, ["a", "b"], "found 0.5"),
+        (float("inf"), ["a", "b"], "found inf"),
+        ("²", ["a", "b"], "found '²'"),
+        (3, {"text": ["x", "y"], "label": [1, 2]}, "expected one of 1, 2"),
     ],
 )  # fmt: skip
 def test_rows_that_are_set_aside(value, choices, match):
@@ -342,3 +349,51 @@ def test_what_is_refused(tmp_path, teacher, settings, match):
         softlabel.cache_logits(
             str(teacher), texts(), tmp_path / "cache", **{"task": TASK, "columns": ASKED, **settings}
         )
+
+
+def test_the_teachers_loss_is_over_the_choices_that_a_row_has(bert_tokenizer):
+    """Value and gradient against plain PyTorch in float64, alone and in accumulated batches."""
+    from types import SimpleNamespace
+
+    from pipeline.tasks import get_task
+    from pipeline.training.batches.labelled import LabelledCollator, choice_loss
+
+    task = get_task(TASK)
+    examples = [
+        Example(0, "the cat", choices=("sat", "on", "a")),
+        Example(1, "the cat", choices=("sat", "on"), label=1),
+    ]
+    examples[0] = dataclasses.replace(examples[0], label=2)
+    tokens = list(task.tokenize(examples, "train", bert_tokenizer, Tokenization(32)))
+    batch = LabelledCollator(task, 0, None)(tokens)
+    assert batch["input_ids"].shape[:2] == (2, 3)
+    z = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = choice_loss(SimpleNamespace(logits=z), batch["labels"])
+    plain = (-torch.log_softmax(z[0], -1)[2] - torch.log_softmax(z[1, :2], -1)[1]) / 2
+    torch.testing.assert_close(loss, plain)
+    ours, expected = (torch.autograd.grad(each, z, retain_graph=True)[0] for each in (loss, plain))
+    torch.testing.assert_close(ours, expected)
+    assert float(ours[1, 2]) == 0.0
+    torch.testing.assert_close(choice_loss(SimpleNamespace(logits=z), batch["labels"], 8), plain * 2 / 8)
+
+
+def test_a_batch_is_as_wide_as_its_rows_need(cache):
+    """The cache has three choices; rows of two make batches of two, whose logits are filled up."""
+    from pipeline.tasks import get_task
+
+    task = get_task(TASK)
+    few = [row.example for row in cache.dataset("train") if (row.example.document_lengths > 0).sum() == 2][:4]
+    inputs, has = task.collate(few, 0)
+    assert inputs["input_ids"].shape[:2] == (4, 2)
+    assert has.shape == (4, 3)
+
+
+def test_a_longest_row_without_room_for_a_choice_is_refused(tmp_path, teacher):
+    with pytest.raises(MisuseError, match="--max-length 4: expected at least 5"):
+        softlabel.cache_logits(str(teacher), texts(), tmp_path / "cache", task=TASK, columns=ASKED, max_length=4)
+
+
+@pytest.mark.parametrize("choice", [("a", "a"), ("a", " "), ("a",)])
+def test_choices_to_predict_from(choice):
+    with pytest.raises(MisuseError, match="--choice"):
+        PredictConfig(model="m", text=("q",), choice=choice)

@@ -183,7 +183,7 @@ def test_a_question_without_room_for_the_text_is_a_bad_row(bert_tokenizer):
     [
         ({"text": ["cat"], "answer_start": [5]}, "expected 'cat' at character 5"),
         ({"text": ["cat", "sat"], "answer_start": [4]}, "as many texts as numbers"),
-        ({"text": [""], "answer_start": [4]}, "expected a text and the number"),
+        ({"text": [" "], "answer_start": [3]}, "expected a text and the number"),
         ({"text": ["cat"], "answer_start": [-4]}, "at character -4"),
     ],
 )
@@ -196,8 +196,14 @@ def test_answers_that_do_not_stand_there(answers, match):
 
 @pytest.mark.parametrize(
     "answers",
-    [{"text": ["cat"], "answer_start": [4]}, {"text": "cat", "answer_start": 4}, [{"text": "cat", "answer_start": 4}]],
-    ids=["squad", "one", "list"],
+    [
+        {"text": ["cat"], "answer_start": [4]},
+        {"text": "cat", "answer_start": 4},
+        [{"text": "cat", "answer_start": 4}],
+        {"text": ["cat"], "answer_start": [4.0]},
+        {"text": [" cat "], "answer_start": [3]},
+    ],
+    ids=["squad", "one", "list", "floats", "space"],
 )
 def test_every_form_of_answers(answers):
     data = Dataset.from_list([{"question": "who", "context": "the cat sat", "answers": answers}])
@@ -313,6 +319,54 @@ def test_an_audit_finds_the_same_logits(cache, teacher):
     assert report.verdict == "agrees", [(f.what, f.found, f.limit) for f in report.figures]
 
 
+def test_an_answer_with_characters_that_the_normalizer_drops(bert_tokenizer):
+    """Zero-width marks and line ends at its edges, at the edges of the text too."""
+    for context, answer in (
+        ("the cat\u200b sat", "cat\u200b"),
+        ("\u200bcat sat", "\u200bcat"),
+        ("the cat\u200b", "cat\u200b"),
+    ):
+        (row,) = windows(bert_tokenizer, "who", context, answer, max_length=32)
+        first, last = row.labels.tolist()
+        assert first > 0
+        assert "cat" in bert_tokenizer.decode(row.input_ids[first : last + 1])
+
+
+def test_answers_of_predict_stand_in_the_text(teacher, tmp_path):
+    film = TOPICS["film"][0]
+    asked = PredictConfig(model=str(teacher), text=(f"{film} {film}",), context=f"{WORDS[1]}, {WORDS[2]}!", top=6)
+    (found,) = predict(asked)
+    assert found.labels
+    assert all(answer in asked.context for answer in found.labels)
+    assert sum(found.labels.values()) < 1 + 1e-6
+
+
+def test_the_plain_command_of_the_docs(cache, teacher, tmp_path):
+    """All choices left to the recipe, early stopping on held-out rows among them."""
+    from pipeline.config import TrainStudentConfig
+    from pipeline.training.run import run as train_student
+
+    whole = capture(teacher, tmp_path / "whole")
+    settings = TrainStudentConfig(
+        cache=(str(whole.root),), student=str(teacher), output=str(tmp_path / "student"), max_steps=30
+    )
+    result = train_student(settings)
+    assert result.eval_split == "train (held out)" or result.metrics == {}
+
+
+def test_rows_labelled_elsewhere(tmp_path, bert_tokenizer):
+    from pipeline.capture.labelled import LabelledRow
+    from pipeline.capture.write import write_cache
+
+    settings: dict[str, Any] = {"task": TASK, "tokenizer": bert_tokenizer, "encoding": Full(), "teacher": "elsewhere"}
+    rows_given = [LabelledRow([2, 5, 3, 6, 7, 3], logits=torch.randn(2, 6), labels=[3, 4]) for _ in range(3)]
+    found = write_cache(rows_given, tmp_path / "cache", max_length=16, **settings)
+    assert not verify(found.root).problems
+    assert found.manifest.contract.label_names == ("start", "end")
+    with pytest.raises(MisuseError, match="give max_length="):
+        write_cache(rows_given, tmp_path / "no", **settings)
+
+
 def test_f1_of_spans():
     labels = np.array([[2, 4], [2, 4], [2, 4], [2, 4], [0, 0]])
     predicted = np.array([[2, 4], [4, 6], [5, 9], [4, 2], [0, 0]])
@@ -327,5 +381,5 @@ def test_what_is_refused(tmp_path, teacher, cache, bert_tokenizer):
     other = AutoTokenizer.from_pretrained(teacher)
     other.add_tokens(["new"])
     start = pretrained(tmp_path / "other", other, **SMALL)
-    with pytest.raises(ContractError, match="what the teacher predicts is of its own tokens"):
+    with pytest.raises(ContractError, match="the places of tokens are the teacher's"):
         train(cache, start, tmp_path / "student")

@@ -67,11 +67,14 @@ def _texts_and_starts(value: Any) -> tuple[Any, Any]:
 
 
 def _span(number: int, answer: object, start: object, text: str) -> tuple[int, int]:
-    if not isinstance(answer, str) or not answer or isinstance(start, bool) or not isinstance(start, int):
+    if isinstance(start, float) and start.is_integer():
+        start = int(start)
+    if not isinstance(answer, str) or not answer.strip() or isinstance(start, bool) or not isinstance(start, int):
         raise BadRowError(
             f"answer {number}: expected a text and the number of its first character, found {answer!r} and {start!r}"
         )
     there = text[max(start, 0) : max(start, 0) + len(answer)]
     if start < 0 or there != answer:
         raise BadRowError(f"answer {number}: expected {answer[:60]!r} at character {start}, found {there[:60]!r}")
-    return start, start + len(answer)
+    lead = len(answer) - len(answer.lstrip())  # white space at its ends is no part of an answer
+    return start + lead, start + len(answer.rstrip())

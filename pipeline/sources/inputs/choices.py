@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,29 +73,33 @@ def read_choice(name: str, value: object, texts: Sequence[str], names: Sequence[
     Raises:
         BadRowError: it names no choice, or two of them.
     """
-    if value is None or value == -1 or value != value or (isinstance(value, str) and not value.strip()):
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadRowError(f"{name}: expected the number, letter or text of a choice, found {kind_of(value)}")
-    if isinstance(value, str):
-        said = value.strip()
-        for known in (names, [text.strip() for text in texts]):
-            if list(known).count(said) > 1:
-                raise BadRowError(f"{name}: {said!r} names {list(known).count(said)} of the choices")
-            if said in known:
-                return list(known).index(said)
-        number = ord(said.upper()) - ord("A") if len(said) == 1 and said.isalpha() and said.isascii() else -1
-        if said.removeprefix("-").isdigit():
-            number = int(said)
-            if number == -1:
-                return None
-    else:
-        number = int(value) if value == int(value) else -1
+    whole = isinstance(value, float) and math.isfinite(value) and value == int(value)
+    said = str(int(value) if whole else value).strip()
+    for known in (list(names), [text.strip() for text in texts] if isinstance(value, str) else []):
+        if known.count(said) > 1:
+            raise BadRowError(f"{name}: {said!r} names {known.count(said)} of the choices")
+        if said in known:
+            return known.index(said)
+    if said == "-1":
+        return None
+    number = ord(said.upper()) - ord("A") if len(said) == 1 and said.isalpha() and said.isascii() else -1
+    if said.isascii() and said.isdecimal() and not _are_numbers(names):
+        number = int(said)
     if not 0 <= number < len(texts):
-        raise BadRowError(
-            f"{name}: expected 0 to {len(texts) - 1}, A to {chr(ord('A') + len(texts) - 1)}, or the text of a choice, found {value!r}"
+        expected = (
+            f"one of {', '.join(names)}" if names else f"0 to {len(texts) - 1}, A to {chr(ord('A') + len(texts) - 1)}"
         )
+        raise BadRowError(f"{name}: expected {expected}, or the text of a choice, found {value!r}")
     return number
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Whether the data's own names are numbers, which then do not count from 0."""
+    return bool(names) and all(name.isdecimal() for name in names)
 
 
 def most_choices(source: Source) -> int:

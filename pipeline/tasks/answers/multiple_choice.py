@@ -114,6 +114,11 @@ class MultipleChoice:
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
         """The text with each choice is one sequence of at most `max_length` tokens; of what is too long, the longer of the two loses its end."""
+        fewest = tokenizer.num_special_tokens_to_add(pair=True) + 2
+        if settings.max_length < fewest:
+            raise MisuseError(
+                f"--max-length {settings.max_length}: expected at least {fewest}, a token of the text, one of a choice and the special ones"
+            )
         waiting = iter(examples)
         while chunk := list(itertools.islice(waiting, _BATCH)):
             good = [item for item in chunk if isinstance(item, Example)]
@@ -139,25 +144,28 @@ class MultipleChoice:
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """(B, C, T): C of the row with the most choices, T of the longest sequence. A choice that a row does not have is one token of padding that counts."""
+        """(B, C, T), C of the row with the most choices; and (B, V): which choices each row has. In place of one that it does not have stands its first."""
         block = token_block(rows)
         assert block.document_lengths is not None
-        choices = block.document_lengths
-        places = _places(choices)
-        tokens = _sequences(block.input_ids, choices)
-        inputs = {
-            "input_ids": _in_rows(pad(tokens, pad_id), places, pad_id),
-            "attention_mask": _in_rows(attention_mask(tokens), places, 0),
-        }
-        inputs["attention_mask"][..., 0] = 1
+        lengths = block.document_lengths
+        has = pad(Ragged.of((lengths.values > 0).astype(np.int64), lengths.counts), 0).bool()  # (B, V)
+        counts = has.sum(1)
+        there = has[:, : int(counts.max())]
+        order = (counts.cumsum(0) - counts)[:, None].expand(there.shape).clone()  # of each row its first choice
+        order[there] = torch.arange(int(counts.sum()))
+        sizes = lengths.values[lengths.values > 0].astype(np.int64)
+        tokens = Ragged.of(block.input_ids.values, sizes)  # one sequence a choice
+        inputs = {"input_ids": pad(tokens, pad_id)[order], "attention_mask": attention_mask(tokens)[order]}
         if block.token_type_ids is not None:
-            inputs["token_type_ids"] = _in_rows(pad(_sequences(block.token_type_ids, choices), 0), places, 0)
-        return inputs, None
+            inputs["token_type_ids"] = pad(Ragged.of(block.token_type_ids.values, sizes), 0)[order]
+        return inputs, has
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(B, C): `NO_CHOICE` where a row has no such choice."""
+        """(B, V): `NO_CHOICE` where a row has no such choice."""
+        assert supervised is not None
         logits: Tensor = model(**inputs).logits
-        return logits.masked_fill(inputs["attention_mask"].sum(-1) == 1, NO_CHOICE)
+        logits = torch.nn.functional.pad(logits, (0, supervised.shape[1] - logits.shape[1]), value=NO_CHOICE)
+        return logits.masked_fill(~supervised, NO_CHOICE)
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
         """(B, C), as they are."""
@@ -209,8 +217,6 @@ def _row(
     lengths = [len(each) for each in ids]
     if most is not None and len(lengths) > most:
         return BadRow(split, example.source_row, f"expected at most {most} choices, found {len(lengths)}")
-    if min(lengths) < 2:  # one token is what stands for no choice
-        return BadRow(split, example.source_row, "expected at least 2 tokens of text and choice, found fewer")
     return TokenizedExample(
         source_row=example.source_row,
         piece=0,
@@ -226,23 +232,3 @@ def _row(
         kept=example.kept,
         cut=(Cut(example.source_row, lost),) if lost else (),
     )
-
-
-def _sequences(rows: Ragged, choices: Ragged) -> Ragged:
-    """Values of rows -> of their choices, one after another; of a row's tokens each choice owns the next so many."""
-    return Ragged.of(rows.values, choices.values.astype(np.int64))
-
-
-def _places(choices: Ragged) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Of each choice its row and its number in it; B and the most choices of a row."""
-    rows = np.repeat(np.arange(len(choices.counts)), choices.counts)
-    numbers = np.arange(len(rows)) - np.repeat(choices.offsets[:-1], choices.counts)
-    return torch.from_numpy(rows), torch.from_numpy(numbers), (len(choices.counts), int(choices.counts.max()))
-
-
-def _in_rows(values: Tensor, places: tuple[Tensor, Tensor, tuple[int, int]], filler: int) -> Tensor:
-    """(choices, T) -> (B, C, T)."""
-    rows, numbers, shape = places
-    found = torch.full((*shape, values.shape[-1]), filler, dtype=values.dtype)
-    found[rows, numbers] = values
-    return found

@@ -190,20 +190,13 @@ class QuestionAnswering:
         return np.where(known, overlap_of_spans(labels, predicted), 0.0), known.astype(np.float64)
 
 
-def _windows(
-    example: Example, split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
-) -> Iterator[TokenizedExample | BadRow]:
-    question, text = example.text or "", example.text_pair or ""
+def encode_windows(question: str, text: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization) -> Any:
+    """The question with each window of the text, as a fast tokenizer encodes them, with `offset_mapping`; None: the question leaves no room."""
     taken = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
     room = settings.max_length - taken - tokenizer.num_special_tokens_to_add(pair=True)
     if room < 2:
-        yield BadRow(
-            split,
-            example.source_row,
-            f"expected a question that leaves room for the text within {settings.max_length} tokens, found one of {settings.max_length - room}",
-        )
-        return
-    encoded = tokenizer(
+        return None
+    return tokenizer(
         question,
         text,
         truncation="only_second",
@@ -213,15 +206,35 @@ def _windows(
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
+
+
+def of_text(encoded: Any, number: int) -> list[int]:
+    """The places of a window that are tokens of the text."""
+    return [place for place, side in enumerate(encoded.sequence_ids(number)) if side == 1]
+
+
+def _windows(
+    example: Example, split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
+) -> Iterator[TokenizedExample | BadRow]:
+    text = example.text_pair or ""
+    encoded = encode_windows(example.text or "", text, tokenizer, settings)
+    if encoded is None:
+        reason = f"expected a question that leaves room for the text within {settings.max_length} tokens"
+        yield BadRow(split, example.source_row, reason)
+        return
+    count, types = len(encoded["input_ids"]), encoded.get("token_type_ids")
     for number, ids in enumerate(encoded["input_ids"]):
-        of_text = [side == 1 for side in encoded.sequence_ids(number)]
-        types = encoded.get("token_type_ids")
+        places, offsets = of_text(encoded, number), encoded["offset_mapping"][number]
+        # What a normalizer drops at the text's own ends lies in the first and the last window.
+        begin = 0 if number == 0 or not places else offsets[places[0]][0]
+        end = len(text) if number == count - 1 or not places else offsets[places[-1]][1]
+        spans = {place: offsets[place] for place in places}
         yield TokenizedExample(
             source_row=example.source_row,
             piece=number,
             input_ids=np.asarray(ids, dtype=np.int32),
             token_type_ids=None if types is None else np.asarray(types[number], dtype=np.int32),
-            labels=_ends(example.answers, encoded["offset_mapping"][number], of_text, _none_at(ids, tokenizer)),
+            labels=_ends(example.answers, spans, (begin, end), _none_at(ids, tokenizer)),
             num_classes=settings.max_length,
             text=example.text,
             text_pair=example.text_pair,
@@ -235,16 +248,23 @@ def _none_at(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _ends(
-    answers: Sequence[tuple[int, int]] | None, offsets: Sequence[tuple[int, int]], of_text: Sequence[bool], none_at: int
+    answers: Sequence[tuple[int, int]] | None,
+    offsets: Mapping[int, tuple[int, int]],
+    window: tuple[int, int],
+    none_at: int,
 ) -> np.ndarray:
-    """(2,) int32: the places of the first answer's first and last token; of no answer in the window `none_at`, -100 where it is not known."""
+    """(2,) int32: the places of the first answer's first and last token; of no answer in the window `none_at`, -100 where it is not known.
+
+    Args:
+        answers: characters `[start, stop)` of each.
+        offsets: place -> characters, of the tokens of the text.
+        window: characters of the text that the window covers.
+    """
     if answers is None:
         return np.full(2, NO_LABEL, dtype=np.int32)
-    if answers:
+    if answers and window[0] <= answers[0][0] and answers[0][1] <= window[1]:
         start, stop = answers[0]
-        inside = [i for i, (first, last) in enumerate(offsets) if of_text[i] and first < stop and last > start]
-        places = [i for i, side in enumerate(of_text) if side]
-        whole = inside and offsets[inside[0]][0] <= start and offsets[inside[-1]][1] >= stop
-        if whole and places:
+        inside = [place for place, (first, last) in offsets.items() if first < stop and last > start]
+        if inside:
             return np.array([inside[0], inside[-1]], dtype=np.int32)
     return np.array([none_at, none_at], dtype=np.int32)

@@ -13,6 +13,25 @@ from torch.utils.data import Dataset
 from pipeline.records import NO_LABEL, TokenizedExample
 from pipeline.tasks import Task
 
+#: More choices than a row has.
+_MOST_CHOICES = 1 << 10
+
+
+def choice_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The mean cross-entropy of rows over the choices that each has: `compute_loss_func` of `transformers.Trainer`.
+
+    Args:
+        outputs: with `logits`, (B, C).
+        labels: (B,) int64, the right choice and, times `_MOST_CHOICES`, how many the row has.
+        num_items_in_batch: rows in all accumulated batches; None: those here.
+    """
+    logits: Tensor = outputs.logits
+    counts = labels // _MOST_CHOICES
+    missing = torch.arange(logits.shape[1], device=logits.device) >= counts[:, None]
+    known = logits.masked_fill(missing, -torch.inf)
+    total = torch.nn.functional.cross_entropy(known, labels % _MOST_CHOICES, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
 
 @dataclass(frozen=True)
 class LabelledRows(Dataset[TokenizedExample]):
@@ -41,6 +60,8 @@ class LabelledCollator:
         if "labels" in inputs:
             return inputs
         labels = torch.from_numpy(self.task.hard_labels(rows))
+        if self.task.reads == "choices" and supervised is not None:  # as `choice_loss` reads them
+            return {**inputs, "labels": labels + _MOST_CHOICES * supervised.sum(1)}
         if self.task.names == "places":
             return {**inputs, "start_positions": labels[::2], "end_positions": labels[1::2]}
         if self.task.names == "positions":
