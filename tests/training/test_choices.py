@@ -162,8 +162,8 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     names = ("start", "student", "control")
     report = evaluate(cache, {name: tmp_path / name for name in names}, split="test")
     first, student, control = report.students
-    assert student.agreement > max(0.8, first.agreement + 0.2)
-    assert student.kl < control.kl
+    assert student.agreement > 0.8
+    assert student.kl < min(first.kl / 2, control.kl)
     (found,) = predict(
         PredictConfig(
             model=str(tmp_path / "student"), text=(TOPICS["film"][0],), choice=(TOPICS["sport"][0], TOPICS["film"][0])
