@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the families that language models use, trained on the spot."""
+"""Tiny tokenizers of the families that language models use, made on the spot."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.support.tiny import wordpiece
 
 CORPUS = ["the cat sat on a mat 2+2= 4 it isn't 10 <|user|>"] * 5
 _BYTES = [f"<0x{i:02X}>" for i in range(256)]
@@ -55,13 +57,22 @@ def _metaspace(*, legacy: bool) -> PreTrainedTokenizerFast:
     return _fast(raw, bos_token="<s>", unk_token="<unk>")
 
 
+def _pieces(special: list[str]) -> Tokenizer:
+    """Unigram of letters, and of each word its first letter and the rest; written down, since a trained one is another in every process."""
+    words = CORPUS[0].split()
+    letters = sorted({"▁", *"".join(words)})
+    parts = dict.fromkeys(part for word in words for part in (f"▁{word[0]}", word[1:]) if len(part) > 1)
+    pieces = [(piece, 0.0) for piece in special]
+    pieces += [(letter, -6.0) for letter in letters] + [(part, -2.0) for part in parts]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=special.index("<unk>")))
+    raw.add_special_tokens(special)
+    return raw
+
+
 def _unigram() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.Unigram())
+    raw = _pieces(["<pad>", "</s>", "<unk>", "<|user|>"])
     raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>", "<|user|>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
-    raw.train_from_iterator(CORPUS, trainer)
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return _fast(raw, unk_token="<unk>")
 
@@ -84,24 +95,18 @@ def _gemma() -> PreTrainedTokenizerFast:
 
 def _deberta() -> PreTrainedTokenizerFast:
     """Unigram with a metaspace in front, as DeBERTa's second version: white space at the ends goes, the row stands in [CLS] and [SEP]."""
-    raw = Tokenizer(models.Unigram())
+    raw = _pieces(["<pad>", "</s>", "<unk>", "<s>", "<|user|>"])
     raw.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>", "<s>", "<|user|>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
-    raw.train_from_iterator(CORPUS, trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 3), ("</s>", 1)])
     return _fast(raw, bos_token="<s>", unk_token="<unk>")
 
 
 def _wordpiece() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    raw.decoder = decoders.WordPiece()
-    special = ["<pad>", "</s>", "<unk>", "<s>", "<|user|>"]
-    raw.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
-    )
+    words = [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(CORPUS[0])]
+    letters = sorted(set("".join(words)))
+    pieces = list(dict.fromkeys([*letters, *(f"##{letter}" for letter in letters), *words]))
+    raw = wordpiece(["<pad>", "</s>", "<unk>", "<s>", "<|user|>"], pieces, unknown="<unk>")
     raw.post_processor = processors.BertProcessing(("</s>", 1), ("<s>", 3))
     return _fast(raw, bos_token="<s>", unk_token="<unk>")
 
