@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.cache import Cache
 from pipeline.cache.format.manifest import Layout, dump, load_receipt
 from pipeline.cache.storage.commit import write_text
+from pipeline.cache.views.provenance import tokenizer_name
 from pipeline.capture.forward import device_name, teacher_logits
 from pipeline.capture.plan import plan_batches
 from pipeline.config import AuditConfig
@@ -208,7 +209,7 @@ def check_teacher(contract: Contract, teacher: LoadedModel) -> None:
     tokens = tokenizer_info(teacher.tokenizer).sha256
     if tokens != contract.tokenizer.sha256:
         raise ContractError(
-            f"{teacher.name}: its {'image processor' if contract.tokenizer.vocabulary_size == 0 else 'tokenizer'} is not the cache's: expected sha256 {contract.tokenizer.sha256[:12]}..., found {tokens[:12]}..."
+            f"{teacher.name}: its {tokenizer_name(contract)} is not the cache's: expected sha256 {contract.tokenizer.sha256[:12]}..., found {tokens[:12]}..."
         )
 
 

@@ -27,8 +27,7 @@ from pipeline.softlabels.ragged import owners
 from pipeline.sources.inputs.words import read_words
 from pipeline.sources.scores import group_id
 from pipeline.tasks import Task, get_task, token_block
-from pipeline.tasks.answers.multiple_choice import NO_CHOICE
-from pipeline.tasks.answers.question_answering import NO_PLACE
+from pipeline.tasks.answers.candidates import own_logits
 from pipeline.tasks.images.pixels import decode
 
 
@@ -217,25 +216,20 @@ def logits_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -
     logits = torch.as_tensor(row.logits).detach().cpu()
     _check(example.source_row, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
     logits = logits[:, : contract.num_classes]
-    if contract.tokenization.num_choices is not None and example.document_lengths is not None:
-        logits = of_choices(logits, int((example.document_lengths > 0).sum()), contract.tokenization.num_choices)
-    if task_of_places(contract) and logits.shape[-1] == len(example.input_ids):
-        logits = torch.nn.functional.pad(logits, (0, contract.num_classes - logits.shape[-1]), value=NO_PLACE)
+    own = _num_own(example, contract)
+    if own is not None and logits.shape[-1] in (own, contract.num_classes):
+        logits = own_logits(logits, torch.arange(contract.num_classes) < own)
     shape = (example.num_positions, contract.num_classes)
     _check(example.source_row, logits.shape == shape, f"logits of shape {shape}", tuple(logits.shape))
     return logits
 
 
-def task_of_places(contract: Contract) -> bool:
-    """Whether the classes of a cache are the places of a row's tokens."""
-    return get_task(contract.task).names == "places"
-
-
-def of_choices(logits: Tensor, count: int, most: int) -> Tensor:
-    """(1, count) or (1, most) -> (1, most), with `NO_CHOICE` behind those that the row has; other shapes as they are."""
-    if logits.shape[-1] not in (count, most):
-        return logits
-    return torch.nn.functional.pad(logits[:, :count], (0, most - count), value=NO_CHOICE)
+def _num_own(example: TokenizedExample, contract: Contract) -> int | None:
+    """How many of the classes are the row's own: its choices, or the places of its tokens; None: all are, of every row."""
+    names = get_task(contract.task).names
+    if names == "choices" and example.document_lengths is not None:
+        return int((example.document_lengths > 0).sum())
+    return len(example.input_ids) if names == "places" else None
 
 
 def ready_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -> SoftLabels:

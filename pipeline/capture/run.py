@@ -35,6 +35,14 @@ from pipeline.tasks import Task, check_columns, get_task
 
 #: Settings of a teacher that labels by prompt.
 _OF_JUDGES = frozenset(("prompt_format", "shots", "shot_tokens", "calibrate"))
+#: What `cache_logits` takes beside its arguments.
+_SETTINGS = _OF_JUDGES.union(
+    ("packing", "isolate_documents", "masking", "views", "stride", "truncation_side"),
+    ("assistant_turns", "chat_template_kwargs"),
+    ("store_text", "store_images", "store_entropy", "store_label_logprobs"),
+    ("batch_tokens", "rows_per_shard", "rows", "on_bad_row", "overwrite", "append"),
+    ("server_model", "server_api", "concurrency", "server_patience", "check_with", "top_logprobs"),
+)
 
 
 def run(config: CacheLogitsConfig) -> Cache | None:
@@ -59,35 +67,6 @@ def run(config: CacheLogitsConfig) -> Cache | None:
         return capture(job, part=config.parsed_part)
     finally:
         job.teacher.close()
-
-
-#: What `cache_logits` takes beside its arguments.
-_SETTINGS = (
-    *_OF_JUDGES,
-    *(
-        "packing",
-        "isolate_documents",
-        "store_text",
-        "store_images",
-        "store_entropy",
-        "store_label_logprobs",
-        "batch_tokens",
-        "rows_per_shard",
-    ),
-    *(
-        "rows",
-        "on_bad_row",
-        "overwrite",
-        "append",
-        "server_model",
-        "server_api",
-        "concurrency",
-        "server_patience",
-        "check_with",
-        "top_logprobs",
-    ),
-    *("assistant_turns", "chat_template_kwargs", "truncation_side", "masking", "views", "stride"),
-)
 
 
 def _cache(found: Any) -> Cache | None:
@@ -126,7 +105,7 @@ def cache_logits(
             encoding is `TopK(20, (1.0,))` then, where none is given.
         prompt_template: the teacher is a language model that labels by prompt: file of a Jinja template, its text, or "default".
         label_text: class -> what the language model reads for it, or the classes alone; default: the data's labels.
-        settings: packing, isolate_documents, store_text, store_images, views (`records.Views`), masking (`records.Masking`), store_entropy, store_label_logprobs, batch_tokens, rows_per_shard, rows,
+        settings: packing, isolate_documents, store_text, store_images, views (`records.Views`), masking (`records.Masking`), stride, store_entropy, store_label_logprobs, batch_tokens, rows_per_shard, rows,
             on_bad_row, overwrite, append; with a server server_model, server_api, concurrency, server_patience (seconds), check_with
             (local weights), top_logprobs (asked of each position, for `TopP`); with a prompt prompt_format ("auto", "chat", "plain"), shots, shot_tokens and calibrate; for chats
             assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts

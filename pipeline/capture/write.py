@@ -53,7 +53,7 @@ from pipeline.records import (
 from pipeline.softlabels import concatenate, counter_uniforms, narrow
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import Task, get_task
-from pipeline.tasks.answers.question_answering import ENDS
+from pipeline.tasks.answers.candidates import ENDS, choice_names
 
 #: Logits that are encoded at once: 8 MB in float32.
 _BATCH_LOGITS = 2 << 20
@@ -113,7 +113,8 @@ def write_cache(
     elif classes < 2:
         raise MisuseError("write_cache: give label_names=..., or num_classes=... of at least 2")
     if chosen.names is not None and label_names is None:
-        label_names = tuple(f"choice {i + 1}" if chosen.names == "choices" else f"LABEL_{i}" for i in range(classes))
+        usual_names = tuple(f"LABEL_{i}" for i in range(classes))
+        label_names = choice_names(classes) if chosen.names == "choices" else usual_names
     iterator = iter(rows)
     head: list[LabelledRow | BadRow] = []
     first = None

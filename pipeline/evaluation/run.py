@@ -14,6 +14,7 @@ from pipeline.cache import Cache
 from pipeline.cache.format.codec import positions_of, text_bytes_of, tokens_of, unpack_soft
 from pipeline.cache.format.manifest import dump
 from pipeline.cache.storage.commit import write_text
+from pipeline.cache.views.units import resampled_name
 from pipeline.config import EvaluateConfig, parse_bytes
 from pipeline.config.options import name_and_path
 from pipeline.cross_tokenizer.opening import cache_for
@@ -287,8 +288,7 @@ def _predict(
 
 def groups_of(cache: Cache, split: str) -> np.ndarray | None:
     """(R,) int64: the list of each row of a split, or the text of which it is a mask or a window, numbered from 0; None: each row is by itself."""
-    task = get_task(cache.manifest.contract.task)
-    if task.label_source == "hidden" or task.names == "places":
+    if resampled_name(get_task(cache.manifest.contract.task)) == "text":
         return np.unique(cache.dataset(split).column("source_row"), return_inverse=True)[1].astype(np.int64)
     if "score_group" not in cache.manifest.contract.columns:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from pipeline.errors import BadRowError, SourceError
 from pipeline.records import NO_LABEL, BadRow, Columns, Example, Scalar
@@ -19,9 +19,6 @@ from pipeline.sources.scores import Labels, ScoreColumn
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of, read_text
 from pipeline.sources.word_labels import flags, span_labels, word_labels
-
-if TYPE_CHECKING:
-    pass
 
 _MAX_TOKEN_ID = 2**31 - 1
 

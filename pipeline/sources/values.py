@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from pipeline.errors import BadRowError
 
 
@@ -35,3 +37,12 @@ def without_nulls(value: object) -> object:
 def kind_of(value: object) -> str:
     """The type of a value, for messages."""
     return "null" if value is None else type(value).__name__
+
+
+def fields_of(value: object, names: Sequence[str]) -> tuple[object, ...] | None:
+    """Some fields of a struct of lists, or as lists those of a list of structs; None: it is neither."""
+    if isinstance(value, Mapping):
+        return tuple(value.get(name) for name in names)
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        return tuple([each.get(name) for each in value] for name in names)
+    return None

@@ -17,16 +17,11 @@ from pipeline.metrics import bits_per_byte
 from pipeline.records import (
     BadRow,
     Columns,
-    Encoding,
     Example,
-    Inputs,
-    LabelNames,
     LabelSource,
     OtherTokenizers,
     Predictions,
     Ragged,
-    Sampled,
-    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
@@ -34,7 +29,7 @@ from pipeline.records import (
 from pipeline.tasks.chats import check_chat_settings, settle
 from pipeline.tasks.documents import Document, read_documents
 from pipeline.tasks.protocol import attention_mask, pad, token_block
-from pipeline.tasks.token_heads import nll_by_group, supervised_logits, token_metrics, vocabulary_size
+from pipeline.tasks.token_heads import TokenTask, supervised_logits
 
 _USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,35 +43,21 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 
 @dataclass(frozen=True, slots=True)
-class CausalLM:
+class CausalLM(TokenTask):
     """See `Task`."""
 
     name: str = "causal-lm"
-    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForCausalLM
     peft_type: str = "CAUSAL_LM"
     hub_category: str = "text-generation"
     usage: str = _USAGE
-    marks_positions: bool = True
     label_source: LabelSource = "tokens"
-    names: LabelNames | None = None
-    target: TargetKind = "distribution"
-    ranks: bool = False
-    problem_type: str | None = None
-    predicts_tokens: bool = True
     fuses_head: bool = True
     continues_prompts: bool = True
-    takes_token_types: bool = False
-    stores_text: bool = False
     other_tokenizers: OtherTokenizers = "bytes"
-    judged_by: str | None = None
-    default_encoding: Encoding = Sampled()
-    default_temperature: float = 1.0
     default_max_length: int = 1024
     default_batch_tokens: int = 2048
     default_eval_rows: int = 4
-    main_metric: str = "loss"
-    higher_is_better: bool = False
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Pairs of texts and words are for classifiers; a packed row has no one value of a kept column; settings go with their inputs."""
@@ -99,10 +80,6 @@ class CausalLM:
                 "--assistant-turns and --chat-template-kwargs go with chats, and the prompts of this data set are plain text"
             )
         return settle(settings, tokenizer) if chats else settings
-
-    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The tokenizer's vocabulary."""
-        return vocabulary_size(model, tokenizer)
 
     def tokenize(
         self,
@@ -164,24 +141,15 @@ class CausalLM:
         """The output matrix sees the supervised positions only."""
         return supervised_logits(model, inputs, supervised, use_cache=False)
 
-    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, T, V) -> (N, V)."""
-        assert supervised is not None
-        return logits[supervised]
-
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Loss, perplexity, bits per byte, next-token accuracy and calibration."""
-        found = token_metrics(predictions)
+        found = TokenTask.metrics(self, predictions, num_classes)
         return {
             "loss": found.pop("loss"),
             "perplexity": found.pop("perplexity"),
             "bits_per_byte": bits_per_byte(float(predictions.nll.sum()), int(predictions.row_text_bytes.sum())),
             **found,
         }
-
-    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Negative log-likelihoods, and positions."""
-        return nll_by_group(predictions)
 
 
 def _truncate(

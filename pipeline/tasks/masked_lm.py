@@ -15,24 +15,18 @@ from pipeline.errors import MisuseError
 from pipeline.records import (
     BadRow,
     Columns,
-    Encoding,
     Example,
-    Inputs,
-    LabelNames,
     LabelSource,
     Masking,
-    OtherTokenizers,
-    Predictions,
-    Sampled,
-    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
 )
 from pipeline.tasks.masks import draw_mask
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
-from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
-from pipeline.tasks.token_heads import nll_by_group, supervised_logits, token_metrics, vocabulary_size
+from pipeline.tasks.protocol import pad, refuse_settings_of_language_models, token_block
+from pipeline.tasks.token_heads import TokenTask, supervised_logits
+from pipeline.tasks.whole_texts import collate_texts
 
 _USAGE = """```python
 from transformers import pipeline
@@ -44,35 +38,15 @@ print(fill(f"a text with a {{fill.tokenizer.mask_token}} in it"))
 
 
 @dataclass(frozen=True, slots=True)
-class MaskedLM:
+class MaskedLM(TokenTask):
     """See `Task`."""
 
     name: str = "masked-lm"
-    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForMaskedLM
-    peft_type: str | None = None
     hub_category: str = "fill-mask"
     usage: str = _USAGE
-    marks_positions: bool = True
     label_source: LabelSource = "hidden"
-    names: LabelNames | None = None
-    target: TargetKind = "distribution"
-    ranks: bool = False
-    problem_type: str | None = None
-    predicts_tokens: bool = True
-    fuses_head: bool = False
-    continues_prompts: bool = False
-    takes_token_types: bool = False
-    stores_text: bool = False
-    other_tokenizers: OtherTokenizers | None = None
-    judged_by: str | None = None
-    default_encoding: Encoding = Sampled()
-    default_temperature: float = 1.0
-    default_max_length: int = 512
-    default_batch_tokens: int = 8192
     default_eval_rows: int = 16
-    main_metric: str = "loss"
-    higher_is_better: bool = False
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Only texts are masked."""
@@ -89,10 +63,6 @@ class MaskedLM:
         if masking.whole_words and not tokenizer.is_fast:
             raise MisuseError("--whole-words needs a fast tokenizer, which knows the word of each token; leave it out")
         return dataclasses.replace(settings, masking=masking)
-
-    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The tokenizer's vocabulary."""
-        return vocabulary_size(model, tokenizer)
 
     def tokenize(
         self,
@@ -123,12 +93,6 @@ class MaskedLM:
         """All: rows of one's own say which tokens are hidden."""
         return np.ones(len(input_ids), dtype=bool)
 
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,): the tokens that are hidden."""
-        labels = token_block(rows).labels
-        assert labels is not None
-        return labels.values.astype(np.int64)
-
     def collate(
         self,
         rows: TokenBlock | Sequence[TokenizedExample],
@@ -140,28 +104,11 @@ class MaskedLM:
         """Padded on the right."""
         tokens = token_block(rows)
         assert tokens.supervised is not None
-        inputs = {
-            "input_ids": pad(tokens.input_ids, pad_id, length),
-            "attention_mask": attention_mask(tokens.input_ids, length),
-        }
-        return inputs, pad(tokens.supervised, 0, length).bool()
+        return collate_texts(tokens, pad_id, length), pad(tokens.supervised, 0, length).bool()
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
         """The output matrix sees the hidden positions only."""
         return supervised_logits(model, inputs, supervised)
-
-    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, T, V) -> (N, V)."""
-        assert supervised is not None
-        return logits[supervised]
-
-    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Loss, perplexity, accuracy and calibration at the hidden tokens."""
-        return token_metrics(predictions)
-
-    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Negative log-likelihoods, and positions; of the masks of one text together, since they depend on each other."""
-        return nll_by_group(predictions)
 
 
 def _rows(

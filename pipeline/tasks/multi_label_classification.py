@@ -6,36 +6,25 @@ cross-entropy is the binary one, and the soft term the binary KL of each label, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import MisuseError, ModelError
+from pipeline.errors import ModelError
 from pipeline.metrics import accuracy, label_scores, mean_nll
 from pipeline.records import (
     NO_LABEL,
-    BadRow,
-    Columns,
-    Encoding,
     Example,
-    Full,
-    Inputs,
     LabelNames,
     LabelSource,
-    OtherTokenizers,
     Predictions,
-    TargetKind,
-    TokenBlock,
-    Tokenization,
-    TokenizedExample,
 )
-from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
-from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
+from pipeline.tasks.whole_texts import TextTask
 
 _USAGE = """```python
 from transformers import pipeline
@@ -47,47 +36,15 @@ print(label("a text", truncation=True, max_length={max_length}))
 
 
 @dataclass(frozen=True, slots=True)
-class MultiLabelClassification:
+class MultiLabelClassification(TextTask):
     """See `Task`."""
 
     name: str = "multi-label-classification"
-    reads: Inputs = "tokens"
-    auto_class: Any = AutoModelForSequenceClassification
-    peft_type: str = "SEQ_CLS"
-    hub_category: str = "text-classification"
     usage: str = _USAGE
-    marks_positions: bool = False
     label_source: LabelSource = "positions"
     names: LabelNames | None = "positions"
-    target: TargetKind = "distribution"
-    ranks: bool = False
     problem_type: str | None = "multi_label_classification"
-    predicts_tokens: bool = False
-    fuses_head: bool = False
-    continues_prompts: bool = False
-    takes_token_types: bool = True
-    stores_text: bool = True
-    other_tokenizers: OtherTokenizers = "texts"
-    judged_by: str | None = None
-    default_encoding: Encoding = Full()
-    default_temperature: float = 2.0
-    default_max_length: int = 512
-    default_batch_tokens: int = 8192
-    default_eval_rows: int = 32
     main_metric: str = "f1"
-    higher_is_better: bool = True
-
-    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Only texts and pairs of texts are classified."""
-        if columns.text is None:
-            raise MisuseError(
-                f"--task {self.name} reads --text-column (and --text-pair-column); words, chats, prompts and token ids are for other tasks"
-            )
-        refuse_settings_of_language_models(self.name, tokenization, "texts, and keeps their beginning")
-
-    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are."""
-        return settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """2: each label is there or not."""
@@ -98,45 +55,9 @@ class MultiLabelClassification:
             )
         return 2
 
-    def tokenize(
-        self,
-        examples: Iterable[Example | BadRow],
-        split: str,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Tokenization,
-        *,
-        texts: bool = False,
-    ) -> Iterator[TokenizedExample | BadRow]:
-        """Texts longer than `max_length` are truncated."""
-        return tokenize_texts(examples, tokenizer, settings.max_length, self._labels)
-
-    def _labels(self, example: Example) -> dict[str, Any]:
+    def labels_of(self, example: Example) -> Mapping[str, Any]:
+        """1 for each label that a row has, 0 for the others."""
         return {} if example.flags is None else {"labels": np.asarray(example.flags, dtype=np.int32)}
-
-    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """None: a row marks no tokens."""
-        return np.zeros(len(input_ids), dtype=bool)
-
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,): 1 for each label that a row has, 0 for the others."""
-        labels = token_block(rows).labels
-        assert labels is not None
-        return labels.values.astype(np.int64)
-
-    def collate(
-        self,
-        rows: TokenBlock | Sequence[TokenizedExample],
-        pad_id: int,
-        length: int | None = None,
-        *,
-        processor: Any = None,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Padded on the right."""
-        return collate_texts(rows, pad_id, length), None
-
-    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(N, 2): 0 and the logit of each label of each row."""
-        return self.at_positions(row_logits(model, inputs), None)
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
         """(B, labels) -> (N, 2): 0 and the logit of each label of each row."""

@@ -6,7 +6,6 @@ has the prediction of that token, which the decoder makes from the source and th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +20,16 @@ from pipeline.records import (
     BadRow,
     Columns,
     Cut,
-    Encoding,
     Example,
-    Inputs,
-    LabelNames,
     LabelSource,
-    OtherTokenizers,
-    Predictions,
     Ragged,
-    Sampled,
-    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
 )
 from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
-from pipeline.tasks.token_heads import decoder_inputs, nll_by_group, supervised_logits, token_metrics, vocabulary_size
+from pipeline.tasks.token_heads import TokenTask, decoder_inputs, supervised_logits
+from pipeline.tasks.whole_texts import in_chunks
 
 _BATCH = 1000
 _USAGE = """```python
@@ -51,35 +44,18 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_spec
 
 
 @dataclass(frozen=True, slots=True)
-class Seq2SeqLM:
+class Seq2SeqLM(TokenTask):
     """See `Task`."""
 
     name: str = "seq2seq-lm"
-    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForSeq2SeqLM
     peft_type: str | None = "SEQ_2_SEQ_LM"
     hub_category: str = "text2text-generation"
     usage: str = _USAGE
-    marks_positions: bool = True
     label_source: LabelSource = "target"
-    names: LabelNames | None = None
-    target: TargetKind = "distribution"
-    ranks: bool = False
-    problem_type: str | None = None
-    predicts_tokens: bool = True
     fuses_head: bool = True
-    continues_prompts: bool = False
-    takes_token_types: bool = False
-    stores_text: bool = False
-    other_tokenizers: OtherTokenizers | None = None
-    judged_by: str | None = None
-    default_encoding: Encoding = Sampled()
-    default_temperature: float = 1.0
-    default_max_length: int = 512
     default_batch_tokens: int = 4096
     default_eval_rows: int = 8
-    main_metric: str = "loss"
-    higher_is_better: bool = False
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Only texts with a target text are read."""
@@ -99,10 +75,6 @@ class Seq2SeqLM:
             )
         return settings
 
-    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The tokenizer's vocabulary."""
-        return vocabulary_size(model, tokenizer)
-
     def tokenize(
         self,
         examples: Iterable[Example | BadRow],
@@ -113,26 +85,15 @@ class Seq2SeqLM:
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
         """Source and target are cut to half of `max_length` tokens, or to more where the other needs less."""
-        iterator = iter(examples)
-        while chunk := tuple(itertools.islice(iterator, _BATCH)):
-            pairs = [e.prompt_completion or ("", "") for e in chunk if isinstance(e, Example)]
-            sources = iter(tokenizer([source for source, _ in pairs], verbose=False)["input_ids"] if pairs else ())
-            targets = iter(tokenizer(text_target=[t for _, t in pairs], verbose=False)["input_ids"] if pairs else ())
-            for item in chunk:
-                if isinstance(item, BadRow):
-                    yield item
-                else:
-                    yield _row(item, split, next(sources), next(targets), settings.max_length)
 
-    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """None: rows of one's own say which tokens are the target."""
-        return np.zeros(len(input_ids), dtype=bool)
+        def tokenized(chunk: Sequence[Example]) -> Iterator[TokenizedExample | BadRow]:
+            pairs = [example.prompt_completion or ("", "") for example in chunk]
+            sources = tokenizer([source for source, _ in pairs], verbose=False)["input_ids"]
+            targets = tokenizer(text_target=[target for _, target in pairs], verbose=False)["input_ids"]
+            for example, source, target in zip(chunk, sources, targets, strict=True):
+                yield _row(example, split, source, target, settings.max_length)
 
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,): the tokens of the target."""
-        labels = token_block(rows).labels
-        assert labels is not None
-        return labels.values.astype(np.int64)
+        return in_chunks(tokenized, examples, _BATCH)
 
     def collate(
         self,
@@ -159,19 +120,6 @@ class Seq2SeqLM:
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
         """The output matrix sees the tokens of the targets only, no padding."""
         return supervised_logits(model, decoder_inputs(model, inputs), supervised, use_cache=False)
-
-    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, U, V) -> (N, V)."""
-        assert supervised is not None
-        return logits[supervised]
-
-    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Loss, perplexity, token accuracy and calibration under teacher forcing."""
-        return token_metrics(predictions)
-
-    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Negative log-likelihoods, and positions."""
-        return nll_by_group(predictions)
 
 
 def _row(example: Example, split: str, source: list[int], target: list[int], longest: int) -> TokenizedExample | BadRow:

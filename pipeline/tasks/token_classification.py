@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,21 +17,18 @@ from pipeline.records import (
     BadRow,
     Columns,
     Cut,
-    Encoding,
     Example,
-    Full,
-    Inputs,
-    LabelNames,
     LabelSource,
     OtherTokenizers,
     Predictions,
-    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
 )
 from pipeline.sources.inputs.words import split_words
-from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
+from pipeline.tasks.defaults import TaskDefaults
+from pipeline.tasks.protocol import pad, refuse_settings_of_language_models, token_block
+from pipeline.tasks.whole_texts import collate_texts, in_chunks
 
 _BATCH = 1000
 _USAGE = """```python
@@ -45,35 +41,18 @@ print(tag("a text"))
 
 
 @dataclass(frozen=True, slots=True)
-class TokenClassification:
+class TokenClassification(TaskDefaults):
     """See `Task`."""
 
     name: str = "token-classification"
-    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForTokenClassification
     peft_type: str = "TOKEN_CLS"
     hub_category: str = "token-classification"
     usage: str = _USAGE
     marks_positions: bool = True
     label_source: LabelSource = "positions"
-    names: LabelNames | None = "classes"
-    target: TargetKind = "distribution"
-    ranks: bool = False
-    problem_type: str | None = None
-    predicts_tokens: bool = False
-    fuses_head: bool = False
-    continues_prompts: bool = False
-    takes_token_types: bool = True
-    stores_text: bool = True
     other_tokenizers: OtherTokenizers = "words"
-    judged_by: str | None = None
-    default_encoding: Encoding = Full()
-    default_temperature: float = 2.0
-    default_max_length: int = 512
-    default_batch_tokens: int = 8192
-    default_eval_rows: int = 32
     main_metric: str = "f1"
-    higher_is_better: bool = True
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Words, or a text that is split into words."""
@@ -82,10 +61,6 @@ class TokenClassification:
                 f"--task {self.name} reads --words-column, or --text-column with spans in --label-column; chats, prompts, pairs and token ids are for other tasks"
             )
         refuse_settings_of_language_models(self.name, tokenization, "words, and keeps the first")
-
-    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are."""
-        return settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """The number of labels."""
@@ -115,13 +90,12 @@ class TokenClassification:
                 f"--task {self.name} needs a fast tokenizer, which knows the word of each token; found {type(tokenizer).__name__}"
             )
         space = _space(tokenizer)
-        iterator = iter(examples)
-        while chunk := tuple(itertools.islice(iterator, _BATCH)):
-            found = [item if isinstance(item, BadRow) else self._with_words(item, split) for item in chunk]
-            good = [item for item in found if isinstance(item, Example)]
-            rows = iter(_tokenize_words(good, split, tokenizer, settings.max_length, space) if good else ())
-            for item in found:
-                yield item if isinstance(item, BadRow) else next(rows)
+
+        def tokenized(chunk: Sequence[Example]) -> Iterator[TokenizedExample | BadRow]:
+            return _tokenize_words(chunk, split, tokenizer, settings.max_length, space)
+
+        with_words = (item if isinstance(item, BadRow) else self._with_words(item, split) for item in examples)
+        return in_chunks(tokenized, with_words, _BATCH)
 
     def _with_words(self, example: Example, split: str) -> Example | BadRow:
         if example.label is not None:
@@ -139,12 +113,6 @@ class TokenClassification:
         """All tokens."""
         return np.ones(len(input_ids), dtype=bool)
 
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,): the labels of the words."""
-        labels = token_block(rows).labels
-        assert labels is not None
-        return labels.values.astype(np.int64)
-
     def collate(
         self,
         rows: TokenBlock | Sequence[TokenizedExample],
@@ -156,13 +124,7 @@ class TokenClassification:
         """Padded on the right."""
         tokens = token_block(rows)
         assert tokens.supervised is not None
-        inputs = {
-            "input_ids": pad(tokens.input_ids, pad_id, length),
-            "attention_mask": attention_mask(tokens.input_ids, length),
-        }
-        if tokens.token_type_ids is not None:
-            inputs["token_type_ids"] = pad(tokens.token_type_ids, 0, length)
-        return inputs, pad(tokens.supervised, 0, length).bool()
+        return collate_texts(tokens, pad_id, length), pad(tokens.supervised, 0, length).bool()
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
         """(N, V): those of the first token of each word."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,55 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ModelError
 from pipeline.metrics import accuracy, expected_calibration_error, perplexity
-from pipeline.records import NO_LABEL, Predictions
+from pipeline.records import NO_LABEL, Encoding, LabelNames, OtherTokenizers, Predictions, Sampled
+from pipeline.tasks.defaults import TaskDefaults
 
 
-def vocabulary_size(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's vocabulary. Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and in training."""
-    inner: Any = model
-    head = inner.get_output_embeddings()
-    rows = inner.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
-    return int(min(len(tokenizer), rows))
+@dataclass(frozen=True, slots=True)
+class TokenTask(TaskDefaults):
+    """What tasks whose classes are tokens share."""
+
+    marks_positions: bool = True
+    names: LabelNames | None = None
+    predicts_tokens: bool = True
+    takes_token_types: bool = False
+    stores_text: bool = False
+    other_tokenizers: OtherTokenizers | None = None
+    default_encoding: Encoding = Sampled()
+    default_temperature: float = 1.0
+    main_metric: str = "loss"
+    higher_is_better: bool = False
+
+    def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The tokenizer's vocabulary. Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and in training."""
+        inner: Any = model
+        head = inner.get_output_embeddings()
+        rows = inner.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+        return int(min(len(tokenizer), rows))
+
+    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
+        """(B, T, V) -> (N, V)."""
+        assert supervised is not None
+        return logits[supervised]
+
+    def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
+        """Loss, perplexity, accuracy and calibration. Every position has a label; nan where a cache does not know its likelihood."""
+        loss = float(predictions.nll.mean())
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "accuracy": accuracy(predictions.labels, predictions.predicted),
+            "ece": expected_calibration_error(predictions.confidence, predictions.predicted == predictions.labels),
+        }
+
+    def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """(G,) sums of negative log-likelihoods, nats, and (G,) positions, of each group of rows or else of each row."""
+        groups = np.arange(len(predictions.row_text_bytes)) if predictions.groups is None else predictions.groups
+        owner, count = groups[predictions.rows], 1 + int(groups.max(initial=-1))
+        return (
+            np.bincount(owner, weights=predictions.nll, minlength=count),
+            np.bincount(owner, minlength=count).astype(np.float64),
+        )
 
 
 def supervised_hidden(model: Any, inputs: Mapping[str, Tensor], supervised: Tensor) -> Tensor:
@@ -91,24 +132,3 @@ def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
         )
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
     return {**found, "decoder_input_ids": shifted.masked_fill(shifted == NO_LABEL, padding)}
-
-
-def token_metrics(predictions: Predictions) -> dict[str, float]:
-    """Loss, perplexity, accuracy and calibration. Every position has a label; nan where a cache does not know its likelihood."""
-    loss = float(predictions.nll.mean())
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "accuracy": accuracy(predictions.labels, predictions.predicted),
-        "ece": expected_calibration_error(predictions.confidence, predictions.predicted == predictions.labels),
-    }
-
-
-def nll_by_group(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """(G,) sums of negative log-likelihoods, nats, and (G,) positions, of each group of rows or else of each row."""
-    groups = np.arange(len(predictions.row_text_bytes)) if predictions.groups is None else predictions.groups
-    owner, count = groups[predictions.rows], 1 + int(groups.max(initial=-1))
-    return (
-        np.bincount(owner, weights=predictions.nll, minlength=count),
-        np.bincount(owner, minlength=count).astype(np.float64),
-    )

@@ -4,35 +4,94 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from pipeline.records import BadRow, Cut, Example, TokenBlock, TokenizedExample
-from pipeline.tasks.protocol import attention_mask, embedding_rows, free_pad_id, kept_pad_id, pad, token_block
+from pipeline.errors import MisuseError
+from pipeline.records import BadRow, Columns, Cut, Example, TokenBlock, Tokenization, TokenizedExample
+from pipeline.tasks.defaults import TaskDefaults
+from pipeline.tasks.protocol import (
+    attention_mask,
+    embedding_rows,
+    free_pad_id,
+    kept_pad_id,
+    pad,
+    refuse_settings_of_language_models,
+    token_block,
+)
 
 _BATCH = 1000
 
 
-def tokenize_texts(
-    examples: Iterable[Example | BadRow],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    label: Callable[[Example], Mapping[str, Any]],
-) -> Iterator[TokenizedExample | BadRow]:
-    """Texts longer than `max_length` are truncated, as `transformers` does; each row has its whole text in any case.
+@dataclass(frozen=True, slots=True)
+class TextTask(TaskDefaults):
+    """What tasks of texts and pairs of texts share: how they are read, and the model's pass."""
 
-    Args:
-        label: the hard labels of an example, as arguments of `TokenizedExample`.
-    """
-    for chunk in _batched(examples):
+    auto_class: Any = AutoModelForSequenceClassification
+    peft_type: str | None = "SEQ_CLS"
+    hub_category: str = "text-classification"
+
+    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
+        """Only texts and pairs of texts are read."""
+        if columns.text is None:
+            raise MisuseError(
+                f"--task {self.name} reads --text-column (and --text-pair-column); words, chats, prompts and token ids are for other tasks"
+            )
+        refuse_settings_of_language_models(self.name, tokenization, "texts, and keeps their beginning")
+
+    def tokenize(
+        self,
+        examples: Iterable[Example | BadRow],
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Tokenization,
+        *,
+        texts: bool = False,
+    ) -> Iterator[TokenizedExample | BadRow]:
+        """Texts longer than `max_length` are truncated, as `transformers` does; each row has its whole text in any case."""
+
+        def tokenized(chunk: Sequence[Example]) -> Iterator[TokenizedExample]:
+            return _tokenize(chunk, tokenizer, settings.max_length, self.labels_of)
+
+        return in_chunks(tokenized, examples, _BATCH)
+
+    def labels_of(self, example: Example) -> Mapping[str, Any]:
+        """The hard labels of an example, as arguments of `TokenizedExample`."""
+        return {"label": example.label}
+
+    def collate(
+        self,
+        rows: TokenBlock | Sequence[TokenizedExample],
+        pad_id: int,
+        length: int | None = None,
+        *,
+        processor: Any = None,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Padded on the right."""
+        return collate_texts(rows, pad_id, length), None
+
+    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
+        """(N, V): at the positions of each row, as the model gives them for the row alone."""
+        return self.at_positions(row_logits(model, inputs), None)
+
+
+def in_chunks(
+    function: Callable[[Sequence[Example]], Iterable[TokenizedExample | BadRow]],
+    items: Iterable[Example | BadRow],
+    size: int,
+) -> Iterator[TokenizedExample | BadRow]:
+    """One row for each item, in order; of so many items at once. Bad rows stay where they are."""
+    iterator = iter(items)
+    while chunk := tuple(itertools.islice(iterator, size)):
         good = [item for item in chunk if isinstance(item, Example)]
-        tokens = iter(_tokenize(good, tokenizer, max_length, label)) if good else iter(())
+        rows = iter(function(good) if good else ())
         for item in chunk:
-            yield item if isinstance(item, BadRow) else next(tokens)
+            yield item if isinstance(item, BadRow) else next(rows)
 
 
 def _tokenize(
@@ -41,17 +100,12 @@ def _tokenize(
     max_length: int,
     label: Callable[[Example], Mapping[str, Any]],
 ) -> Iterator[TokenizedExample]:
-    paired = examples[0].text_pair is not None
-    encoded = tokenizer(
-        [e.text or "" for e in examples],
-        [e.text_pair or "" for e in examples] if paired else None,
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-    )
+    texts = [e.text or "" for e in examples]
+    pairs = None if examples[0].text_pair is None else [e.text_pair or "" for e in examples]
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
     types = encoded.get("token_type_ids")
     lengths = [len(ids) for ids in encoded["input_ids"]]
-    whole = _whole_lengths(examples, lengths, tokenizer, max_length)
+    lost = lost_tokens(texts, pairs, lengths, tokenizer, max_length)
     for i, example in enumerate(examples):
         yield TokenizedExample(
             source_row=example.source_row,
@@ -62,7 +116,7 @@ def _tokenize(
             text_pair=example.text_pair,
             group=example.group,
             kept=example.kept,
-            cut=(Cut(example.source_row, whole[i] - lengths[i]),) if whole.get(i, 0) > lengths[i] else (),
+            cut=(Cut(example.source_row, lost[i]),) if lost[i] else (),
             **label(example),
         )
 
@@ -105,19 +159,19 @@ def row_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _whole_lengths(
-    examples: Sequence[Example], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[int, int]:
-    """Number of an example -> its tokens before truncation, of those that are as long as is allowed."""
+def lost_tokens(
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[int]:
+    """How many tokens each text, or pair of texts, of so many tokens has lost to truncation."""
+    lost = [0] * len(texts)
     full = [i for i, length in enumerate(lengths) if length >= max_length]
-    if not full:
-        return {}
-    pairs = [examples[i].text_pair or "" for i in full] if examples[0].text_pair is not None else None
-    encoded = tokenizer([examples[i].text or "" for i in full], pairs, truncation=False, verbose=False)
-    return {i: len(ids) for i, ids in zip(full, encoded["input_ids"], strict=True)}
-
-
-def _batched(items: Iterable[Example | BadRow]) -> Iterator[tuple[Example | BadRow, ...]]:
-    iterator = iter(items)
-    while chunk := tuple(itertools.islice(iterator, _BATCH)):
-        yield chunk
+    if full:
+        second = None if pairs is None else [pairs[i] for i in full]
+        whole = tokenizer([texts[i] for i in full], second, truncation=False, verbose=False)["input_ids"]
+        for i, ids in zip(full, whole, strict=True):
+            lost[i] = len(ids) - lengths[i]
+    return lost

@@ -35,7 +35,7 @@ from pipeline.models.saved import cast_weights, checkpoints, model_files, remove
 from pipeline.records import Loss, MixedCache, TrainResult
 from pipeline.tasks import get_task
 from pipeline.training.batches.collate import longest_row
-from pipeline.training.batches.held_out import HeldOut, rows_of
+from pipeline.training.batches.held_out import HeldOut, held_out_rows
 from pipeline.training.batches.mixing import Mixture, make_mixture
 from pipeline.training.card import CARD, make_card
 from pipeline.training.checkpoints import course, rows_per_step, tell_of_new_start, whole_checkpoint
@@ -246,7 +246,7 @@ def fit(
         student_sha256=info.weights_sha256,
         adapter_sha256=info.adapter_sha256,
         mixed=_mixed(cache, mixture),
-        course=course(args, early_stopping=early_stopping, **rows_of(held_out), **processor_of(student)),
+        course=course(args, early_stopping=early_stopping, **held_out_rows(held_out), **processor_of(student)),
     )
     checkpoint = None if overwrite else _checkpoint(output, origin, resume=resume)
     trainer = DistillationTrainer(

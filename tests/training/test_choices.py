@@ -26,7 +26,7 @@ from pipeline.errors import BadRowError, IntegrityError, MisuseError
 from pipeline.evaluation import evaluate
 from pipeline.models.predict import run as predict
 from pipeline.records import Columns, Example, Full, Loss, Sampled, Tokenization, TopK
-from pipeline.tasks.answers.multiple_choice import NO_CHOICE
+from pipeline.tasks.answers.candidates import ABSENT
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
 from tests.support.once import once
@@ -131,7 +131,7 @@ def test_loss_and_gradient_of_rows_with_fewer_choices(cache, tmp_path, encoding)
     assert not has.all()
     z = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     terms = distillation_loss(
-        z.masked_fill(~has, NO_CHOICE),
+        z.masked_fill(~has, ABSENT),
         batch.target,
         labels=batch.labels,
         loss=Loss(0.0, 1.0, temperature=temperature),

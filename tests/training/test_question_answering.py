@@ -25,7 +25,7 @@ from pipeline.models.predict import run as predict
 from pipeline.records import NO_LABEL, BadRow, Columns, Full, Loss, Sampled, Tokenization, TopK
 from pipeline.sources import from_datasets, label_reader, read_examples
 from pipeline.tasks import get_task
-from pipeline.tasks.answers.question_answering import NO_PLACE
+from pipeline.tasks.answers.candidates import ABSENT
 from pipeline.training.teacher import run as train_teacher
 from tests.conftest import TOPICS, WORDS
 from tests.support.once import once
@@ -226,7 +226,7 @@ def test_loss_and_gradient(teacher, tmp_path, encoding):
     assert has.shape == (16, 48)
     z = torch.randn(16, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     terms = distillation_loss(
-        z.masked_fill(~has, NO_PLACE),
+        z.masked_fill(~has, ABSENT),
         batch.target,
         labels=batch.labels,
         loss=Loss(0.0, 1.0, temperature=1.0),
@@ -266,6 +266,19 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     card = (tmp_path / "student" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(from transformers.*?)```", card, re.S)[1], {})  # what the card shows runs
+
+
+def test_an_adapter_learns_and_predicts(cache, tmp_path, bert_tokenizer):
+    pytest.importorskip("peft")
+    start = pretrained(tmp_path / "base", bert_tokenizer, seed=3, **SMALL)
+    adapter = {"lora_r": 4, "lora_target": ("query", "value")}
+    train(cache, start, tmp_path / "start", max_steps=1, learning_rate=1e-9, **adapter)
+    train(cache, start, tmp_path / "student", max_steps=250, learning_rate=1e-2, **adapter)
+    first, student = evaluate(cache, {name: tmp_path / name for name in ("start", "student")}, split="test").students
+    assert student.agreement > first.agreement + 0.3
+    context = f"{WORDS[1]} {TOPICS['film'][0]} {WORDS[3]}"
+    (found,) = predict(PredictConfig(model=str(tmp_path / "student"), text=(WORDS[0],), context=context))
+    assert next(iter(found.labels)) == TOPICS["film"][0]
 
 
 def test_pages_show_question_text_and_ends(cache, tmp_path):

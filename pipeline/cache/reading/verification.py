@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,9 @@ from pipeline.cache.reading.shards import REMEDY, check_beside, check_shard_file
 from pipeline.errors import CacheError, IntegrityError
 from pipeline.progress import Progress
 from pipeline.records import Contract, Full, Manifest, Sampled, Score, Shard
+
+#: Number of a row, and its label or labels -> the identity that its content gives it.
+_Identity: TypeAlias = Callable[[int, "int | tuple[int, ...] | None"], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,34 +193,35 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws
 def _check_hashes(table: pa.Table, where: str) -> None:
     """The identity of each row is that of its tokens, or its image, and of its label."""
     names = table.column_names
-    if "encoded_image" not in names:
-        ids = table.column("input_ids").combine_chunks()
-        offsets, tokens = ids.offsets.to_numpy(), ids.values.to_numpy().astype("<i4")
-    else:
-        data = table.column("encoded_image").combine_chunks().field("bytes")
-        refers, of_images = "image_sha256" in names, table.column("image_hash").to_pylist()
-        hashes = (
-            table.column("image_sha256").to_pylist() if refers else [sha256(each.as_py()).hexdigest() for each in data]
-        )
-        views = table.column("image_view").to_pylist() if "image_view" in names else [None] * table.num_rows
+    of_images = "encoded_image" in names
+    identity = _identity_of_images(table, where) if of_images else _identity_of_tokens(table)
     name = next((name for name in ("label", "position_labels") if name in names), None)
     labels = [None] * table.num_rows if name is None else table.column(name).to_pylist()
     stored = table.column("content_hash").to_pylist()
     for row, label in enumerate(labels):
-        known = tuple(label) if isinstance(label, list) else label
-        if "encoded_image" in names:
-            view = None if views[row] is None else np.array(views[row], dtype=np.int32)
-            found = hash_image(hashes[row], view, known)
-            _expect(
-                image_hash(hashes[row]) == of_images[row], where, f"image_hash: expected that of the image of row {row}"
-            )
-        else:
-            found = hash_tokens(tokens[offsets[row] : offsets[row + 1]], known)
-        _expect(
-            found == stored[row],
-            where,
-            f"content_hash: expected {found}, as the {'image' if 'encoded_image' in names else 'tokens'} of row {row} {'has' if 'encoded_image' in names else 'have'}, found {stored[row]}",
-        )
+        found = identity(row, tuple(label) if isinstance(label, list) else label)
+        what = f"the image of row {row} has" if of_images else f"the tokens of row {row} have"
+        _expect(found == stored[row], where, f"content_hash: expected {found}, as {what}, found {stored[row]}")
+
+
+def _identity_of_tokens(table: pa.Table) -> _Identity:
+    ids = table.column("input_ids").combine_chunks()
+    offsets, tokens = ids.offsets.to_numpy(), ids.values.to_numpy().astype("<i4")
+    return lambda row, label: hash_tokens(tokens[offsets[row] : offsets[row + 1]], label)
+
+
+def _identity_of_images(table: pa.Table, where: str) -> _Identity:
+    if "image_sha256" in table.column_names:
+        hashes = table.column("image_sha256").to_pylist()
+    else:
+        images = table.column("encoded_image").combine_chunks().field("bytes")
+        hashes = [sha256(image.as_py()).hexdigest() for image in images]
+    for row, stored in enumerate(table.column("image_hash").to_pylist()):
+        _expect(image_hash(hashes[row]) == stored, where, f"image_hash: expected that of the image of row {row}")
+    if "image_view" not in table.column_names:
+        return lambda row, label: hash_image(hashes[row], None, label)
+    views = table.column("image_view").to_pylist()
+    return lambda row, label: hash_image(hashes[row], np.array(views[row], dtype=np.int32), label)
 
 
 def _flat(table: pa.Table, name: str) -> np.ndarray:

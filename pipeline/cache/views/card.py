@@ -15,7 +15,7 @@ from pipeline.cache.format.schema import IMAGE
 from pipeline.cache.storage.urls import is_url
 from pipeline.cache.views.contents import contents_lines
 from pipeline.cache.views.mass import KeptMasses
-from pipeline.cache.views.provenance import judge_text, origin, rows_text
+from pipeline.cache.views.provenance import judge_text, origin, rows_text, tokenizer_name
 from pipeline.cache.views.recipes import IMAGE_COLUMN, kept_mass_sql, on_request, recipe, rows_and_positions
 from pipeline.records import Contract, Fidelity, Manifest, Score, SourceContents
 from pipeline.sources import is_of_files
@@ -147,7 +147,7 @@ def make_card(
         rows=totals["rows"],
         positions=totals["positions"],
         tokens="" if of_images else f"| tokens | {totals['tokens']:,} |\n",
-        maker="image processor" if of_images else "tokenizer",
+        maker=tokenizer_name(contract),
     )
     return _with_front_matter(manifest, license, body)
 
@@ -214,7 +214,7 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
         )
         size = sum(shard.bytes for shard in manifest.shards)
         features = datasets.Features.from_arrow_schema(schema)
-        if schema.names.count(IMAGE_COLUMN):
+        if IMAGE_COLUMN in schema.names:
             features[IMAGE_COLUMN] = datasets.Image()
         info = datasets.DatasetInfo(features=features, splits=splits, download_size=size, dataset_size=size)
         DatasetInfosDict({"default": info}).to_dataset_card_data(data)
@@ -257,6 +257,8 @@ def _made_from(contract: Contract) -> str:
         ]
         settings += [f"{name} {value}" for name, value in server.settings.items()]
     template = tokenizer.chat_template_sha256
+    of_images = get_task(contract.task).reads == "images"
+    vocabulary = "" if of_images else f"{tokenizer.vocabulary_size:,} tokens, "
     lines = {
         "teacher": f"`{_plain(teacher.name)}`, revision {_revision(teacher.revision)}: {_plain(', '.join(settings))}",
         "weights, SHA-256": f"`{teacher.weights_sha256}`",
@@ -266,7 +268,7 @@ def _made_from(contract: Contract) -> str:
             else {"labels": f"{_plain(judged)}; the template is `teacher.judge.template` of `manifest.json`"}
         ),
         **({} if teacher.adapter_sha256 is None else {"adapter, SHA-256": f"`{teacher.adapter_sha256}`"}),
-        "tokenizer": f"`tokenizer/`, {tokenizer.vocabulary_size:,} tokens, SHA-256 `{tokenizer.sha256}`"
+        tokenizer_name(contract): f"`tokenizer/`, {vocabulary}SHA-256 `{tokenizer.sha256}`"
         + ("" if template is None else f", chat template `{template}`"),
         "source": f"`{_plain(source.name)}`"
         + ("" if source.config is None else f", configuration {_plain(source.config)}")
@@ -275,19 +277,13 @@ def _made_from(contract: Contract) -> str:
             f"{each.rows:,} rows of train, the last ones, without labels": f"`{_plain(each.name)}`, revision {_revision(each.revision)}"
             for each in source.unlabelled_sources
         },
-        **({"rows": _plain(rows_text(contract))} if contract.tokenization.assistant_turns else {}),
+        **({"rows": _plain(rows_text(contract))} if contract.tokenization.assistant_turns or of_images else {}),
         **{
             f"{split}, SHA-256 of its {'list of files' if is_of_files(value) else 'columns'}": f"`{value}`"
             for split, value in source.fingerprints.items()
         },
     }
-    of_images = get_task(contract.task).reads == "images"
-    maker = "image processor" if of_images else "tokenizer"
-    if of_images:
-        lines["rows"] = _plain(rows_text(contract))
-        lines["tokenizer"] = f"`tokenizer/`, SHA-256 `{tokenizer.sha256}`"
-    named = ((name.replace("tokenizer", maker), value) for name, value in lines.items())
-    return "".join(f"| {name} | {value} |\n" for name, value in named)
+    return "".join(f"| {name} | {value} |\n" for name, value in lines.items())
 
 
 def _revision(revision: str | None) -> str:

@@ -21,7 +21,7 @@ from pipeline.cache.views.agreement import MOST_CLASSES, Agreement, Balance, Con
 from pipeline.cache.views.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Axis, Chart, bars, histogram
 from pipeline.cache.views.inspection import labelled, totals
 from pipeline.cache.views.measures import Disagreement, SplitMeasures, measure
-from pipeline.cache.views.provenance import judge_text, rows_text, tokenizer_text
+from pipeline.cache.views.provenance import judge_text, rows_text, tokenizer_name, tokenizer_text
 from pipeline.cache.views.samples import CHARACTERS, Sample, sample_of, text_of
 from pipeline.cache.views.scores import score_charts, score_facts, score_summary, scores_of_split
 from pipeline.cache.views.units import classes_of, classes_text, unit_of
@@ -147,7 +147,7 @@ def _facts(cache: Cache) -> list[tuple[str, str]]:
         ("teacher", f"{redact(teacher.name)}{f' at {teacher.revision}' if teacher.revision else ''}"),
         ("model", f"{teacher.architecture}, {teacher.num_parameters:,} parameters, {teacher.dtype}"),
         ("weights", teacher.weights_sha256),
-        ("image processor" if get_task(contract.task).reads == "images" else "tokenizer", tokenizer_text(contract)),
+        (tokenizer_name(contract), tokenizer_text(contract)),
         ("source", f"{redact(source.name)}{f' at {source.revision}' if source.revision else ''}"),
         ("rows of", rows_text(contract)),
         ("encoding", encoding_text(contract.encoding)),

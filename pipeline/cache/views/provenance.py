@@ -55,6 +55,11 @@ def _views_text(views: Views | None) -> str:
     return f"{views.count} parts of each image of train, of at least {views.smallest:.0%} of its area{mirrored}; other splits whole images"
 
 
+def tokenizer_name(contract: Contract) -> str:
+    """What stands in the place of the tokenizer."""
+    return "image processor" if get_task(contract.task).reads == "images" else "tokenizer"
+
+
 def tokenizer_text(contract: Contract, *, short: bool = False) -> str:
     """Tokens and hash of the tokenizer; of images the hash of their processor."""
     sha256 = contract.tokenizer.sha256[:12] if short else contract.tokenizer.sha256

@@ -18,7 +18,7 @@ from pipeline.errors import ModelError
 from pipeline.models import LoadedModel, check_isolation, class_names, longest_input, model_info
 from pipeline.records import Encoding, ModelInfo, Tokenization, TokenizedExample
 from pipeline.tasks import Task, embedding_rows
-from pipeline.tasks.answers.question_answering import ENDS
+from pipeline.tasks.answers.candidates import ENDS, choice_names
 
 #: Longest row, in tokens, that is predicted twice before the first shard.
 _SHORT = 64
@@ -69,7 +69,7 @@ class LocalTeacher:
         if self.task.names == "places":
             return ENDS
         if self.choices is not None:
-            return tuple(f"choice {i}" for i in range(1, self.choices + 1))
+            return choice_names(self.choices)
         return class_names(self.model)
 
     @property

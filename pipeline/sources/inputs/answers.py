@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import BadRowError, SourceError
 from pipeline.sources.columns import check_label
 from pipeline.sources.source import Source
-from pipeline.sources.values import kind_of
+from pipeline.sources.values import fields_of, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +48,16 @@ class AnswerColumn:
             return None
         if isinstance(value, Mapping) and value.get("text") is None and value.get("answer_start") is None:
             return None
-        texts, starts = _texts_and_starts(value)
+        if value == []:
+            return ()
+        texts, starts = fields_of(value, ("text", "answer_start")) or (None, None)
+        if isinstance(texts, str):  # one answer
+            texts, starts = [texts], [starts]
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
             raise BadRowError(
                 f"expected answers of {{text, answer_start}}, as many texts as numbers, found {kind_of(value)}"
             )
         return tuple(_span(i, answer, start, text) for i, (answer, start) in enumerate(zip(texts, starts, strict=True)))
-
-
-def _texts_and_starts(value: Any) -> tuple[Any, Any]:
-    """As two lists, where the value is a struct of lists, one answer or a list of answers."""
-    if isinstance(value, Mapping):
-        texts, starts = value.get("text"), value.get("answer_start")
-        return ([texts], [starts]) if isinstance(texts, str) else (texts, starts)
-    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-        return [each.get("text") for each in value], [each.get("answer_start") for each in value]
-    return None, None
 
 
 def _span(number: int, answer: object, start: object, text: str) -> tuple[int, int]:

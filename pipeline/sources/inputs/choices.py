@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.errors import BadRowError, MisuseError
 from pipeline.progress import track
 from pipeline.sources.batches import Row, read_rows
-from pipeline.sources.values import kind_of, read_text
+from pipeline.sources.values import fields_of, kind_of, read_text
 
 if TYPE_CHECKING:
     from pipeline.sources.source import Source
@@ -36,7 +36,7 @@ def read_choices(columns: Sequence[str], row: Row) -> tuple[tuple[str, ...], tup
             values.pop()
         return _texts(f"{columns[0]} to {columns[-1]}", values), ()
     (name,) = columns
-    value, names = _texts_and_names(row[name])
+    value, names = fields_of(row[name], ("text", "label")) or (row[name], None)
     if not isinstance(value, list):
         raise BadRowError(f"{name} is null" if value is None else f"{name}: expected a list, found {kind_of(value)}")
     texts = _texts(name, value)
@@ -44,15 +44,6 @@ def read_choices(columns: Sequence[str], row: Row) -> tuple[tuple[str, ...], tup
     if called and len(called) != len(texts):
         raise BadRowError(f"{name}: expected a label for each of {len(texts)} choices, found {len(called)}")
     return texts, called
-
-
-def _texts_and_names(value: Any) -> tuple[Any, Any]:
-    """As lists, where the value is a struct of lists or a list of structs; names: None where there are none."""
-    if isinstance(value, Mapping):
-        return value.get("text"), value.get("label")
-    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
-        return [each.get("text") for each in value], [each.get("label") for each in value]
-    return value, None
 
 
 def _texts(name: str, values: Sequence[object]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,22 +18,20 @@ from pipeline.records import (
     BadRow,
     Columns,
     Cut,
-    Encoding,
     Example,
-    Full,
     Inputs,
     LabelNames,
-    LabelSource,
-    OtherTokenizers,
     Predictions,
     Ragged,
-    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
 )
+from pipeline.tasks.answers.candidates import ANY_NUMBER, own_logits
+from pipeline.tasks.defaults import TaskDefaults
 from pipeline.tasks.one_label import right_answers
 from pipeline.tasks.protocol import attention_mask, pad, refuse_settings_of_language_models, token_block
+from pipeline.tasks.whole_texts import in_chunks, lost_tokens
 
 _USAGE = """```python
 import torch
@@ -49,44 +46,22 @@ with torch.no_grad():
 print(choices[int(logits.argmax())])
 ```
 """
-#: The logit of a choice that a row does not have: its probability is 0, and so is its gradient, at every temperature that is used.
-NO_CHOICE = -1e4
 #: Examples that are tokenized at once.
 _BATCH = 256
-#: What a model's head is not asked for: it gives a logit to each text by itself, to any number of them.
-_ANY_NUMBER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class MultipleChoice:
+class MultipleChoice(TaskDefaults):
     """See `Task`."""
 
     name: str = "multiple-choice"
     reads: Inputs = "choices"
     auto_class: Any = AutoModelForMultipleChoice
-    peft_type: str | None = None
     hub_category: str = "multiple-choice"
     usage: str = _USAGE
-    marks_positions: bool = False
-    label_source: LabelSource = "row"
     names: LabelNames | None = "choices"
-    target: TargetKind = "distribution"
-    ranks: bool = False
-    problem_type: str | None = None
-    predicts_tokens: bool = False
-    fuses_head: bool = False
-    continues_prompts: bool = False
-    takes_token_types: bool = True
-    stores_text: bool = True
-    other_tokenizers: OtherTokenizers = "texts"
-    judged_by: str | None = None
-    default_encoding: Encoding = Full()
-    default_temperature: float = 2.0
-    default_max_length: int = 512
-    default_batch_tokens: int = 8192
     default_eval_rows: int = 16
     main_metric: str = "accuracy"
-    higher_is_better: bool = True
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """A text, and choices."""
@@ -96,13 +71,9 @@ class MultipleChoice:
             )
         refuse_settings_of_language_models(self.name, tokenization, "a text and choices, and keeps their beginning")
 
-    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are."""
-        return settings
-
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """Any number: the data says how many choices there are."""
-        return _ANY_NUMBER
+        return ANY_NUMBER
 
     def tokenize(
         self,
@@ -119,22 +90,11 @@ class MultipleChoice:
             raise MisuseError(
                 f"--max-length {settings.max_length}: expected at least {fewest}, a token of the text, one of a choice and the special ones"
             )
-        waiting = iter(examples)
-        while chunk := list(itertools.islice(waiting, _BATCH)):
-            good = [item for item in chunk if isinstance(item, Example)]
-            rows = iter(_tokenize(good, split, tokenizer, settings) if good else ())
-            for item in chunk:
-                yield item if isinstance(item, BadRow) else next(rows)
 
-    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """None: a row marks no tokens."""
-        return np.zeros(len(input_ids), dtype=bool)
+        def tokenized(chunk: Sequence[Example]) -> Iterator[TokenizedExample | BadRow]:
+            return _tokenize(chunk, split, tokenizer, settings)
 
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(B,): the numbers of the right choices."""
-        labels = token_block(rows).label
-        assert labels is not None
-        return labels
+        return in_chunks(tokenized, examples, _BATCH)
 
     def collate(
         self,
@@ -161,15 +121,9 @@ class MultipleChoice:
         return inputs, has
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(B, V): `NO_CHOICE` where a row has no such choice."""
+        """(B, V): `ABSENT` where a row has no such choice."""
         assert supervised is not None
-        logits: Tensor = model(**inputs).logits
-        logits = torch.nn.functional.pad(logits, (0, supervised.shape[1] - logits.shape[1]), value=NO_CHOICE)
-        return logits.masked_fill(~supervised, NO_CHOICE)
-
-    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, C), as they are."""
-        return logits
+        return own_logits(model(**inputs).logits, supervised)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """Accuracy, loss and calibration, over the labelled rows."""
@@ -196,17 +150,12 @@ def _tokenize(
     ]
     first, second = [list(side) for side in zip(*pairs, strict=True)]
     encoded = tokenizer(first, second, truncation=True, max_length=settings.max_length, return_attention_mask=False)
-    full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= settings.max_length]
-    lost = dict.fromkeys(range(len(pairs)), 0)
-    if full:
-        whole = tokenizer([first[i] for i in full], [second[i] for i in full], truncation=False, verbose=False)
-        lost.update(
-            {i: len(ids) - len(encoded["input_ids"][i]) for i, ids in zip(full, whole["input_ids"], strict=True)}
-        )
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    lost = lost_tokens(first, second, lengths, tokenizer, settings.max_length)
     start = 0
     for example in examples:
         stop = start + len(example.choices or ())
-        yield _row(example, split, encoded, start, stop, settings.num_choices, sum(lost[i] for i in range(start, stop)))
+        yield _row(example, split, encoded, start, stop, settings.num_choices, sum(lost[start:stop]))
         start = stop
 
 

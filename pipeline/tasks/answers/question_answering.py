@@ -20,17 +20,17 @@ from pipeline.records import (
     Columns,
     Encoding,
     Example,
-    Inputs,
     LabelNames,
     LabelSource,
     OtherTokenizers,
     Predictions,
     Sampled,
-    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
 )
+from pipeline.tasks.answers.candidates import ANY_NUMBER, own_logits
+from pipeline.tasks.defaults import TaskDefaults
 from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
 from pipeline.tasks.whole_texts import collate_texts
 
@@ -45,46 +45,26 @@ first, last = int(found.start_logits.argmax()), int(found.end_logits.argmax())
 print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))
 ```
 """
-#: The positions of a row.
-ENDS = ("start", "end")
-#: The logit of a place that a row does not have: its probability is 0, and so is its gradient, at every temperature that is used.
-NO_PLACE = -1e4
 #: Tokens that two windows of a long text share, where nothing is said.
 STRIDE = 128
-#: What a model's head is not asked for: it gives a logit to every token.
-_ANY_NUMBER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionAnswering:
+class QuestionAnswering(TaskDefaults):
     """See `Task`."""
 
     name: str = "question-answering"
-    reads: Inputs = "tokens"
     auto_class: Any = AutoModelForQuestionAnswering
     peft_type: str | None = "QUESTION_ANS"
     hub_category: str = "question-answering"
     usage: str = _USAGE
-    marks_positions: bool = False
     label_source: LabelSource = "positions"
     names: LabelNames | None = "places"
-    target: TargetKind = "distribution"
-    ranks: bool = False
-    problem_type: str | None = None
-    predicts_tokens: bool = False
-    fuses_head: bool = False
-    continues_prompts: bool = False
-    takes_token_types: bool = True
-    stores_text: bool = True
     other_tokenizers: OtherTokenizers | None = None
-    judged_by: str | None = None
     default_encoding: Encoding = Sampled()
     default_temperature: float = 1.0
     default_max_length: int = 384
-    default_batch_tokens: int = 8192
-    default_eval_rows: int = 32
     main_metric: str = "f1"
-    higher_is_better: bool = True
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """A question, and the text that its answer stands in."""
@@ -108,7 +88,7 @@ class QuestionAnswering:
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """Any number: the longest row says how many places there are."""
-        return _ANY_NUMBER
+        return ANY_NUMBER
 
     def tokenize(
         self,
@@ -127,16 +107,6 @@ class QuestionAnswering:
             else:
                 yield from _windows(item, split, tokenizer, settings)
 
-    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """None: a row marks no tokens."""
-        return np.zeros(len(input_ids), dtype=bool)
-
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(2B,): the places of the first and the last token of the answer."""
-        labels = token_block(rows).labels
-        assert labels is not None
-        return labels.values.astype(np.int64)
-
     def collate(
         self,
         rows: TokenBlock | Sequence[TokenizedExample],
@@ -152,7 +122,7 @@ class QuestionAnswering:
         return inputs, places < torch.from_numpy(block.input_ids.counts.astype(np.int64))[:, None]
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(2B, V): of each row the logits of the first token, then of the last; `NO_PLACE` beyond the row.
+        """(2B, V): of each row the logits of the first token, then of the last; `ABSENT` beyond the row.
 
         Raises:
             ModelError: the model gives no logits of the two ends.
@@ -164,13 +134,7 @@ class QuestionAnswering:
                 f"{type(model).__name__}: expected logits of the first and the last token of an answer, found {', '.join(found)}"
             )
         logits = torch.stack([found.start_logits, found.end_logits], 1)  # (B, 2, T)
-        beyond = supervised.shape[1] - logits.shape[2]
-        logits = torch.nn.functional.pad(logits, (0, beyond), value=NO_PLACE)
-        return logits.masked_fill(~supervised[:, None], NO_PLACE).flatten(0, 1)
-
-    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(2B, V), as they are."""
-        return logits
+        return own_logits(logits, supervised[:, None]).flatten(0, 1)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
         """F1 of the tokens and exact answers, over rows with a label; accuracy and loss of the two ends."""

@@ -14,19 +14,15 @@ from pipeline.errors import BadRowError, MisuseError, ModelError
 from pipeline.records import (
     BadRow,
     Columns,
-    Encoding,
     Example,
-    Full,
     Inputs,
-    LabelNames,
-    LabelSource,
     OtherTokenizers,
     Predictions,
-    TargetKind,
     TokenBlock,
     Tokenization,
     TokenizedExample,
 )
+from pipeline.tasks.defaults import TaskDefaults
 from pipeline.tasks.images.pixels import decode, in_threads, pixel_values
 from pipeline.tasks.images.views import draw_view
 from pipeline.tasks.one_label import class_metrics, num_labels, right_answers
@@ -45,35 +41,20 @@ _TRAIN = "train"
 
 
 @dataclass(frozen=True, slots=True)
-class ImageClassification:
+class ImageClassification(TaskDefaults):
     """See `Task`."""
 
     name: str = "image-classification"
     reads: Inputs = "images"
     auto_class: Any = AutoModelForImageClassification
-    peft_type: str | None = None
     hub_category: str = "image-classification"
     usage: str = _USAGE
-    marks_positions: bool = False
-    label_source: LabelSource = "row"
-    names: LabelNames | None = "classes"
-    target: TargetKind = "distribution"
-    ranks: bool = False
-    problem_type: str | None = None
-    predicts_tokens: bool = False
-    fuses_head: bool = False
-    continues_prompts: bool = False
     takes_token_types: bool = False
     stores_text: bool = False
     other_tokenizers: OtherTokenizers = "images"
-    judged_by: str | None = None
-    default_encoding: Encoding = Full()
-    default_temperature: float = 2.0
     default_max_length: int = 1
     default_batch_tokens: int = 64
-    default_eval_rows: int = 32
     main_metric: str = "accuracy"
-    higher_is_better: bool = True
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
         """Only images are classified."""
@@ -82,10 +63,6 @@ class ImageClassification:
                 f"--task {self.name} reads images: name their column with --image-column (folders of images have the column image)"
             )
         refuse_settings_of_language_models(self.name, tokenization, "images")
-
-    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are."""
-        return settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """The number of labels, of a model that reads three colours."""
@@ -113,16 +90,6 @@ class ImageClassification:
 
         for found in in_threads(rows, examples):
             yield from found
-
-    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """None: a row marks no tokens."""
-        return np.zeros(len(input_ids), dtype=bool)
-
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(B,): the labels."""
-        labels = token_block(rows).label
-        assert labels is not None
-        return labels
 
     def collate(
         self,
@@ -153,10 +120,6 @@ class ImageClassification:
                 f"{config.name_or_path or 'the model'}: does not take the {pixels.shape[-2]} x {pixels.shape[-1]} pixels that its image processor makes: {error}; "
                 "mend preprocessor_config.json beside it"
             ) from None
-        return logits
-
-    def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, V), as they are."""
         return logits
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:

@@ -5,36 +5,28 @@ Two tasks share the class: regression, with any number of outputs, and ranking, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import MisuseError, ModelError
+from pipeline.errors import ModelError
 from pipeline.metrics.scores import correlation_influence, pearson, spearman
 from pipeline.records import (
-    BadRow,
-    Columns,
     Encoding,
     Example,
-    Inputs,
     LabelNames,
     LabelSource,
-    OtherTokenizers,
     Predictions,
     Score,
     TargetKind,
-    TokenBlock,
-    Tokenization,
-    TokenizedExample,
     is_known,
 )
-from pipeline.tasks.protocol import refuse_settings_of_language_models, token_block
 from pipeline.tasks.scores.rankings import ranking_metrics, ranking_scores
-from pipeline.tasks.whole_texts import collate_texts, row_logits, tokenize_texts
+from pipeline.tasks.whole_texts import TextTask
 
 _RANKING_USAGE = """```python
 from sentence_transformers import CrossEncoder
@@ -54,47 +46,18 @@ print(score("a text", truncation=True, max_length={max_length}))  # of a pair: {
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredTexts:
+class ScoredTexts(TextTask):
     """See `Task`. The defaults are those of regression."""
 
     name: str = "sequence-regression"
-    reads: Inputs = "tokens"
-    auto_class: Any = AutoModelForSequenceClassification
-    peft_type: str = "SEQ_CLS"
-    hub_category: str = "text-classification"
     usage: str = _USAGE
-    marks_positions: bool = False
     label_source: LabelSource = "positions"
     names: LabelNames | None = "positions"
     target: TargetKind = "score"
-    ranks: bool = False
     problem_type: str | None = "regression"
-    predicts_tokens: bool = False
-    fuses_head: bool = False
-    continues_prompts: bool = False
-    takes_token_types: bool = True
-    stores_text: bool = True
-    other_tokenizers: OtherTokenizers = "texts"
-    judged_by: str | None = None
     default_encoding: Encoding = Score()
     default_temperature: float = 1.0
-    default_max_length: int = 512
-    default_batch_tokens: int = 8192
-    default_eval_rows: int = 32
     main_metric: str = "pearson"
-    higher_is_better: bool = True
-
-    def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Only texts and pairs of texts are scored."""
-        if columns.text is None:
-            raise MisuseError(
-                f"--task {self.name} reads --text-column (and --text-pair-column); words, chats, prompts and token ids are for other tasks"
-            )
-        refuse_settings_of_language_models(self.name, tokenization, "texts, and keeps their beginning")
-
-    def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are."""
-        return settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """1: an output is one number."""
@@ -109,45 +72,9 @@ class ScoredTexts:
             )
         return 1
 
-    def tokenize(
-        self,
-        examples: Iterable[Example | BadRow],
-        split: str,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Tokenization,
-        *,
-        texts: bool = False,
-    ) -> Iterator[TokenizedExample | BadRow]:
-        """Texts longer than `max_length` are truncated."""
-        return tokenize_texts(examples, tokenizer, settings.max_length, self._labels)
-
-    def _labels(self, example: Example) -> dict[str, Any]:
+    def labels_of(self, example: Example) -> Mapping[str, Any]:
+        """The scores of the data, nan where one is not known."""
         return {} if example.scores is None else {"labels": np.asarray(example.scores, dtype=np.float32)}
-
-    def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """None: a row marks no tokens."""
-        return np.zeros(len(input_ids), dtype=bool)
-
-    def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,) float32: the scores of the data, nan where there is none."""
-        labels = token_block(rows).labels
-        assert labels is not None
-        return labels.values.astype(np.float32)
-
-    def collate(
-        self,
-        rows: TokenBlock | Sequence[TokenizedExample],
-        pad_id: int,
-        length: int | None = None,
-        *,
-        processor: Any = None,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Padded on the right."""
-        return collate_texts(rows, pad_id, length), None
-
-    def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(N, 1): the outputs of each row."""
-        return self.at_positions(row_logits(model, inputs), None)
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
         """(B, outputs) -> (N, 1)."""

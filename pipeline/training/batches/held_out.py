@@ -122,6 +122,6 @@ def _put_back(ids: Any, hidden: Any, labels: Any) -> np.ndarray:
     return found
 
 
-def rows_of(held_out: HeldOut | None) -> dict[str, int]:
+def held_out_rows(held_out: HeldOut | None) -> dict[str, int]:
     """For the origin of a run; older runs have none."""
     return {} if held_out is None else {"held_out": held_out.num_measured}
