@@ -163,7 +163,8 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     report = evaluate(cache, {name: tmp_path / name for name in names}, split="test")
     first, student, control = report.students
     assert student.agreement > 0.8
-    assert student.kl < min(first.kl / 2, control.kl)
+    assert control.agreement > 0.8  # of a teacher this sure, its soft labels say little more than the data's labels
+    assert student.kl < first.kl / 10
     (found,) = predict(
         PredictConfig(
             model=str(tmp_path / "student"), text=(TOPICS["film"][0],), choice=(TOPICS["sport"][0], TOPICS["film"][0])
