@@ -254,11 +254,12 @@ def _split_bad(
 
 def _batches(part: Sequence[Numbered]) -> Iterator[Sequence[Numbered]]:
     """Rows one after another whose soft labels are of one kind and precision, up to so many logits."""
-    start, held, kind = 0, 0, ""
+    start, held = 0, 0
+    kind: tuple[type, object] | None = None
     for i, (_, row) in enumerate(part):
         logits = None if isinstance(row, BadRow) else row.logits
         size = 0 if logits is None else math.prod(np.shape(logits))
-        found = kind if isinstance(row, BadRow) else "ready" if logits is None else str(getattr(logits, "dtype", None))
+        found = kind if isinstance(row, BadRow) else (type(logits), getattr(logits, "dtype", None))
         if i > start and (found != kind or held + size > _BATCH_LOGITS):
             yield part[start:i]
             start, held = i, 0
