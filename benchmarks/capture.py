@@ -2,16 +2,17 @@
 
     make bench-capture            (or: python -m benchmarks.capture)
 
-Every measurement is a process of its own, so that its peak memory is its own; the ways take turns, and medians over the repeats count. Loading the teacher and hashing
-it and the data set is timed apart, as `start`.
+Every measurement is a process of its own, so that its peak memory is its own; the ways take turns,
+and medians over the repeats count. Loading the teacher and hashing it and the data set is timed
+apart, as `start`.
 
     bare      the teacher's own forward, head included, over the same rows in the same batches: nothing is kept
     sampled   this pipeline, from tokens to the committed cache, `sampled` (c = 25; a classifier: `full`)
     top-k     the same, `top-k` (k = 50, three temperatures)
     map       the usual way: datasets.map, batches of 8 rows padded to the longest, log_softmax, topk(50), Python lists
 
-Teachers: SmolLM2-135M (`lm`), MiniLM with a head of five classes (`classifier`), and one so fast that
-the work around it shows (`fast`: BERT, 2 layers of width 128, sentences), whose `bare` is its
+Teachers: SmolLM2-135M (`lm`), MiniLM with a head of five classes (`classifier`), and one so fast
+that the work around it shows (`fast`: BERT, 2 layers of width 128, sentences), whose `bare` is its
 tokenizer, called with 1,000 texts at once, and its forward pass.
 """
 
@@ -232,7 +233,8 @@ def measure_engine(engine: str, count: int, folder: Path) -> float:
         assert receipt is not None
         end = layout.receipt(shard.name).stat().st_mtime
         spans.append((end - receipt.seconds, end))
-    # Until the second worker has loaded its teacher the first is alone: the last half of the shards counts.
+    # Until the second worker has loaded its teacher the first is alone: the last half of the shards
+    # counts.
     spans.sort(key=lambda span: span[1])
     late = spans[len(spans) // 2 :]
     tokens = {shard.name: shard.tokens for shard in cache.manifest.shards}

@@ -2,10 +2,10 @@
 
     make bench-columns             (or: python -m benchmarks.columns; --large adds a cache of 1,000,000 rows)
 
-Classifiers: V = 5, rows of 20 tokens, batches of 32, a student of 4.4M parameters (BERT, 2 layers of
-width 128). Language models: `sampled` rows of 1,024 tokens. What is compared takes turns in one
-process, with one thread for torch, and medians count. Seconds are those of the processor, but for the
-first step, beside which a thread decodes what comes next. Every finished part is kept in
+Classifiers: V = 5, rows of 20 tokens, batches of 32, a student of 4.4M parameters (BERT, 2 layers
+of width 128). Language models: `sampled` rows of 1,024 tokens. What is compared takes turns in one
+process, with one thread for torch, and medians count. Seconds are those of the processor, but for
+the first step, beside which a thread decodes what comes next. Every finished part is kept in
 `columns.json`, and a run that was stopped continues with the next; --anew measures all again.
 """
 

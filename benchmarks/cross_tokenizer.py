@@ -2,20 +2,21 @@
 
     make bench-cross-tokenizer      (or: python -m benchmarks.cross_tokenizer)
 
-**Small vocabulary.** The teacher is SmolLM2-135M-Instruct (49,152 tokens), the text BBC news. The students have
-4 layers and a byte-level BPE of 8,192 tokens trained on the cached text. Beside them stands the student of the
-teacher's own tokenizer with as many parameters, nearly all of which are its embedding.
+**Small vocabulary.** The teacher is SmolLM2-135M-Instruct (49,152 tokens), the text BBC news. The
+students have 4 layers and a byte-level BPE of 8,192 tokens trained on the cached text. Beside them
+stands the student of the teacher's own tokenizer with as many parameters, nearly all of which are
+its embedding.
 
-**Long tokens.** The other direction: the teacher is a language model with a BPE of 1,024 tokens, trained here on
-1,200 articles; the students have the BPE of 8,192 tokens, so that a token of theirs is several of the
-teacher's.
+**Long tokens.** The other direction: the teacher is a language model with a BPE of 1,024 tokens,
+trained here on 1,200 articles; the students have the BPE of 8,192 tokens, so that a token of theirs
+is several of the teacher's.
 
-"Both" has the weight of the mapped target and that of the spans; beside it stands the mapped target alone with as
-much weight as the two.
+"Both" has the weight of the mapped target and that of the spans; beside it stands the mapped target
+alone with as much weight as the two.
 
-Every way has the same rows, steps, schedule and, seed by seed, the same first weights. The measure is bits per byte
-on articles that no way has seen; intervals are paired t intervals over the seeds. What is finished is kept in
-`runs.json`, and a run that was stopped continues with the next.
+Every way has the same rows, steps, schedule and, seed by seed, the same first weights. The measure
+is bits per byte on articles that no way has seen; intervals are paired t intervals over the seeds.
+What is finished is kept in `runs.json`, and a run that was stopped continues with the next.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Which learning rate, how many steps, which loss? The runs that the defaults of train-teacher and train-student rest on.
+"""Which learning rate, how many steps, which loss?
+
+The runs that the defaults of train-teacher and train-student rest on.
 
     make bench-defaults            (or: python -m benchmarks.defaults)
 
-Four data sets (`data/first_hour`), one teacher each, four students: random weights at two sizes, layers copied from the teacher, and the
-pretrained encoder that the teacher comes from. Every run is measured on the validation split while it trains; the test split is not read.
-Results are appended to `results.jsonl` in the output folder, and runs that stand there are not repeated.
+Four data sets (`data/first_hour`), one teacher each, four students: random weights at two sizes,
+layers copied from the teacher, and the pretrained encoder that the teacher comes from. Every run is
+measured on the validation split while it trains; the test split is not read. Results are appended
+to `results.jsonl` in the output folder, and runs that stand there are not repeated.
 
 Studies:
 
@@ -46,7 +49,8 @@ DATA = {
     "tickets": ("Ticket Body", "Queue", 64),
     "dialogue": ("utterance", "subject_name", 48),
 }
-#: Name -> shape of random weights, or layers of the teacher; None: the pretrained encoder, with a new head.
+#: Name -> shape of random weights, or layers of the teacher; None: the pretrained encoder, with a
+#: new head.
 STUDENTS: dict[str, Shape | tuple[int, ...] | None] = {
     "random 1x64": Shape(1, 64, 1),
     "random 2x128": Shape(2, 128, 2),

@@ -4,12 +4,14 @@
 
 The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` prepares both).
 
-The curve: at least 4,096 positions, all ways on the same logits. Noise and bias are those of `pipeline.softlabels.fidelity`, as a share of the noise of one label
-drawn from the teacher. Bytes are those of the soft labels' columns in Parquet, as this project writes them; draws with replacement are counted at 3 bytes
-a class, as published for them (Anshumann et al., 2025).
+The curve: at least 4,096 positions, all ways on the same logits. Noise and bias are those of
+`pipeline.softlabels.fidelity`, as a share of the noise of one label drawn from the teacher. Bytes
+are those of the soft labels' columns in Parquet, as this project writes them; draws with
+replacement are counted at 3 bytes a class, as published for them (Anshumann et al., 2025).
 
-Training: 6 of the teacher's 30 layers, on soft labels alone (`hard`: on the text alone), several seeds, evaluated on held-out articles against the whole
-distribution of the teacher. What is closed of the gap is (loss of `hard` - loss) / (loss of `hard` - loss of `full`), seed by seed.
+Training: 6 of the teacher's 30 layers, on soft labels alone (`hard`: on the text alone), several
+seeds, evaluated on held-out articles against the whole distribution of the teacher. What is closed
+of the gap is (loss of `hard` - loss) / (loss of `hard` - loss of `full`), seed by seed.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     make test-faults            (or: python -m benchmarks.faults)
 
-A fork server: this process loads torch and makes a tiny teacher once, and every capture is a fork of it. The table says how often each fault was tried,
-how often the cache was what it must be, and how often the fault was found; the exit code is 1 where a target is missed. `--small` tries fewer of each;
-`tests/faults` runs that.
+A fork server: this process loads torch and makes a tiny teacher once, and every capture is a fork
+of it. The table says how often each fault was tried, how often the cache was what it must be, and
+how often the fault was found; the exit code is 1 where a target is missed. `--small` tries fewer of
+each; `tests/faults` runs that.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     make first-hour                (or: python -m benchmarks.first_hour)
 
-No flag says how to train: teacher, student and control are what the defaults make of them. The control has the same start and settings and learns
-the hard labels alone. Each data set is split into files as `data/first_hour/prepare.py` writes them; `validation.csv`, on which the defaults were
+No flag says how to train: teacher, student and control are what the defaults make of them. The
+control has the same start and settings and learns the hard labels alone. Each data set is split
+into files as `data/first_hour/prepare.py` writes them; `validation.csv`, on which the defaults were
 derived, is not read. Commands that are done are not repeated; figures go to `first-hour.json`.
 """
 

@@ -2,9 +2,10 @@
 
     make bench-in-place         (or: python -m benchmarks.in_place)
 
-The same text is served from loopback as a file of 20 MB and as one of 2 GB. A capture by a tiny teacher is stopped after a
-fixed number of shards: bytes fetched until the first receipt, peak memory until the last, and how often each row group was
-fetched, by one process and by two workers. `--megabytes` makes another size.
+The same text is served from loopback as a file of 20 MB and as one of 2 GB. A capture by a tiny
+teacher is stopped after a fixed number of shards: bytes fetched until the first receipt, peak
+memory until the last, and how often each row group was fetched, by one process and by two workers.
+`--megabytes` makes another size.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ class Run:
     peak: int
     """Most bytes of memory (PSS) of the command and its workers, until the last shard."""
     twice: int
-    """Row groups that were fetched more than once, the first left out: it is looked at before the workers begin."""
+    """Row groups that were fetched more than once, the first left out: it is looked at before the
+    workers begin."""
 
 
 def capture(url: str, fetched: Fetched, teacher: Path, output: Path, workers: int) -> Run:

@@ -2,8 +2,8 @@
 
     make report           (or: python -m benchmarks.report --seeds 3)
 
-Seed 0 is the demo's own; the others are trained as `benchmarks.students` trains them, which may have done so already. The first student of the
-file is the student, the others are its controls.
+Seed 0 is the demo's own; the others are trained as `benchmarks.students` trains them, which may
+have done so already. The first student of the file is the student, the others are its controls.
 """
 
 from __future__ import annotations

@@ -2,17 +2,18 @@
 
     make bench-rounds               (or: python -m benchmarks.rounds)
 
-The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` and `make demo` prepare both).
-The student is 6 of the teacher's 30 layers, trained first on windows of articles that the teacher has
-labelled: that is where every way starts. A row is 16 tokens of an article and 32 tokens that are
-learnt: the article's own (off-policy) or the student's (on-policy). Every way takes two rounds of 32
-rows, each passed over twice in 16 steps of 4 rows, with one schedule a round.
+The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` and `make demo` prepare
+both). The student is 6 of the teacher's 30 layers, trained first on windows of articles that the
+teacher has labelled: that is where every way starts. A row is 16 tokens of an article and 32 tokens
+that are learnt: the article's own (off-policy) or the student's (on-policy). Every way takes two
+rounds of 32 rows, each passed over twice in 16 steps of 4 rows, with one schedule a round.
 
-A student is measured on articles that no way has seen: it writes 32 tokens after each of 64 prompts,
-and the teacher labels them. `teacher's NLL` is the mean of the teacher's negative log-likelihood of
-what was written, `reverse KL` the mean of log p(student) - log p(teacher) over the same tokens,
-`forward KL` the mean of KL(teacher || student) over the articles' own tokens; all in nats a token.
-Every finished part is kept in `rounds.json`, and a run that was stopped continues with the next.
+A student is measured on articles that no way has seen: it writes 32 tokens after each of 64
+prompts, and the teacher labels them. `teacher's NLL` is the mean of the teacher's negative
+log-likelihood of what was written, `reverse KL` the mean of log p(student) - log p(teacher) over
+the same tokens, `forward KL` the mean of KL(teacher || student) over the articles' own tokens; all
+in nats a token. Every finished part is kept in `rounds.json`, and a run that was stopped continues
+with the next.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     make bench-scale              (or: python -m benchmarks.scale)
 
-A classifier's cache (V = 5, rows of 12 tokens, a random teacher of 1 layer) of 1,000 to 1,000,000 rows in 10 to 100
-shards, and one of 100,000 rows in 10 to 5,000 shards. Every measurement is a process of its own, so that its peak memory
-is its own; seconds are those by the clock, megabytes those above the process with its imports. `of linear` is the growth
-from one size to the next over that of a step whose cost is proportional: 1 is linear, below 1 less. Where a step is over
-in an instant at both sizes it says nothing and is left out. What is finished stands in `scale.json`, and a run that was
-stopped continues with the rest.
+A classifier's cache (V = 5, rows of 12 tokens, a random teacher of 1 layer) of 1,000 to 1,000,000
+rows in 10 to 100 shards, and one of 100,000 rows in 10 to 5,000 shards. Every measurement is a
+process of its own, so that its peak memory is its own; seconds are those by the clock, megabytes
+those above the process with its imports. `of linear` is the growth from one size to the next over
+that of a step whose cost is proportional: 1 is linear, below 1 less. Where a step is over in an
+instant at both sizes it says nothing and is left out. What is finished stands in `scale.json`, and
+a run that was stopped continues with the rest.
 
     open           Cache.open, as every command does
     verify         softlabel verify --quick

@@ -2,10 +2,11 @@
 
     make bench-served           (or: python -m benchmarks.served_capture)
 
-A stand-in of vLLM on loopback, in a process of its own, answers every prompt after 5 ms with log-probabilities that were
-made before. *Bare*: the client sends the rows of the capture and reads the answers as numbers, nothing else. *Capture*:
-`cache-logits --server`, from the tokens to the committed cache. The two take turns; medians over the repeats. Beside the
-throughput stands the processor time of this process, which other load on the machine does not change as much.
+A stand-in of vLLM on loopback, in a process of its own, answers every prompt after 5 ms with
+log-probabilities that were made before. *Bare*: the client sends the rows of the capture and reads
+the answers as numbers, nothing else. *Capture*: `cache-logits --server`, from the tokens to the
+committed cache. The two take turns; medians over the repeats. Beside the throughput stands the
+processor time of this process, which other load on the machine does not change as much.
 """
 
 from __future__ import annotations

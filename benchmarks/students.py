@@ -1,9 +1,12 @@
-"""Does a student of soft labels beat the same student on hard labels? The demo's three students over several seeds.
+"""Does a student of soft labels beat the same student on hard labels?
+
+The demo's three students over several seeds.
 
     make bench            (or: python -m benchmarks.students --seeds 3)
 
-Each seed draws other initial weights and another order. A pair (student, control) shares both, so the gain is taken pair by pair, and its
-interval is a paired t interval over the seeds. Teacher and cache are the demo's and made first where they are not there.
+Each seed draws other initial weights and another order. A pair (student, control) shares both, so
+the gain is taken pair by pair, and its interval is a paired t interval over the seeds. Teacher and
+cache are the demo's and made first where they are not there.
 """
 
 from __future__ import annotations
@@ -60,7 +63,10 @@ def main(config: str, seeds: int, output: str) -> None:
 
 
 def trained_students(file: ConfigFile, output: str, seed: int) -> dict[str, str]:
-    """The file's students with another seed of initial weights and order: name -> directory. What is trained already is not trained again."""
+    """The file's students with another seed of initial weights and order: name -> directory.
+
+    What is trained already is not trained again.
+    """
     shape: InitStudentConfig = resolve(InitStudentConfig, file, file.sections["init-student"][0], {})
     start = f"{output}/init-{seed}"
     init_student(

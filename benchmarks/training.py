@@ -2,9 +2,10 @@
 
     make bench-training            (or: python -m benchmarks.training)
 
-Every way of training is a process of its own, so that its peak memory is its own; the processes of one comparison take turns, and the median over
-all their steps counts. Students have random weights, the caches random logits that are about as peaked as a real teacher's: neither changes what
-a step costs. The teacher in the loop has the shape of SmolLM2-135M.
+Every way of training is a process of its own, so that its peak memory is its own; the processes of
+one comparison take turns, and the median over all their steps counts. Students have random weights,
+the caches random logits that are about as peaked as a real teacher's: neither changes what a step
+costs. The teacher in the loop has the shape of SmolLM2-135M.
 
     plain      transformers.Trainer, cross-entropy with the next token: dense logits over all positions
     fused-ce   this project's fused cross-entropy, soft weight 0

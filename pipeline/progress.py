@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-#: Seconds between two lines where standard error is no terminal. A step that ends sooner prints none.
+#: Seconds between two lines where standard error is no terminal. A step that ends sooner prints
+#: none.
 INTERVAL = 30.0
 #: Seconds between two readings of the rates beside a bar.
 _BAR_INTERVAL = 0.5
@@ -62,7 +63,8 @@ class Progress:
         Args:
             count: in the step's unit; below 0 where something that was counted is to be done again.
             note: stands beside the counts until the next one.
-            more: counts in other units, whose rates are shown: `tokens=4096`. Tensors are read when a rate is.
+            more: counts in other units, whose rates are shown: `tokens=4096`. Tensors are read when
+                a rate is.
         """
         with self._lock:
             self.done += count

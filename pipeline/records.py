@@ -3,15 +3,17 @@
     source -> Example -> TokenizedExample -> teacher -> SoftLabels -> shard -> Manifest        capture
     Manifest -> shard -> RowBlock -> StudentBatch -> loss -> student -> EvaluationReport       training
 
-Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V classes, G temperatures.
+Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V
+classes, G temperatures.
 
-A position's target is one distribution over V classes. Several independent ones (labels of which a text may have none or
-all) are several positions of two classes. A score is a position of one class, V = 1, whose logit is the score itself, in
-the unit of the data.
+A position's target is one distribution over V classes. Several independent ones (labels of which a
+text may have none or all) are several positions of two classes. A score is a position of one class,
+V = 1, whose logit is the score itself, in the unit of the data.
 
-Row n of a `SoftLabels` is the prediction *made at* supervised position n. A sequence classifier makes one per example.
-A causal language model makes one per supervised token position t, and it predicts token t + 1: the hard label of
-position t is `input_ids[t + 1]`. The last token of a row and the last token of a document are never supervised.
+Row n of a `SoftLabels` is the prediction *made at* supervised position n. A sequence classifier
+makes one per example. A causal language model makes one per supervised token position t, and it
+predicts token t + 1: the hard label of position t is `input_ids[t + 1]`. The last token of a row
+and the last token of a document are never supervised.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ if TYPE_CHECKING:  # records are read by `--help`, which must not wait for torch
     import pyarrow as pa
     from torch import Tensor
 
-#: What the losses and `transformers` skip: a position without a hard label. Where labels are scores, nan is.
+#: What the losses and `transformers` skip: a position without a hard label. Where labels are
+#: scores, nan is.
 NO_LABEL = -100
 
 Scalar = str | int | float | bool | None
@@ -37,28 +40,35 @@ Scalar = str | int | float | bool | None
 #: What a command would do, as `--dry-run` prints it: what is told, and what there is to say of it.
 Outline = tuple[tuple[str, str], ...]
 
-#: Which turns of the assistant are learnt: all of them, in one row if they have one context; each in a row; the last.
+#: Which turns of the assistant are learnt: all of them, in one row if they have one context; each
+#: in a row; the last.
 AssistantTurns = Literal["auto", "all", "each", "last"]
 
-#: Where hard labels come from: a value of the source for each row, or for each position; or the text itself: the token that follows a position, the one
-#: that the input hides there, or the one of a target text that stands there.
+#: Where hard labels come from: a value of the source for each row, or for each position; or the
+#: text itself: the token that follows a position, the one that the input hides there, or the one of
+#: a target text that stands there.
 LabelSource = Literal["row", "positions", "tokens", "hidden", "target"]
 
-#: What the label column of a data set holds: one class a row (of words one a word), the classes that a row has, scores, or answers that stand in a text.
+#: What the label column of a data set holds: one class a row (of words one a word), the classes
+#: that a row has, scores, or answers that stand in a text.
 LabelColumn = Literal["class", "classes", "scores", "answers"]
 
 #: What a position's target is: a distribution over classes, or one number.
 TargetKind = Literal["distribution", "score"]
 
-#: What the label names of a cache are of: the classes of every position; the positions of every row, of which each is one label that is there or not;
-#: the choices of every row, by their numbers; or two positions whose classes are the places of the row's tokens. Models state neither of the last two.
+#: What the label names of a cache are of: the classes of every position; the positions of every
+#: row, of which each is one label that is there or not; the choices of every row, by their numbers;
+#: or two positions whose classes are the places of the row's tokens. Models state neither of the
+#: last two.
 LabelNames = Literal["classes", "positions", "choices", "places"]
 
-#: What a model reads: token ids, the pixel values of an image, or the token ids of several texts of which one is chosen.
+#: What a model reads: token ids, the pixel values of an image, or the token ids of several texts of
+#: which one is chosen.
 Inputs = Literal["tokens", "images", "choices"]
 
-#: How a student with another tokenizer learns from a cache: the stored texts or words are tokenized anew, the tokens of both are aligned by their
-#: bytes, or, of images, its own image processor reads the stored images.
+#: How a student with another tokenizer learns from a cache: the stored texts or words are tokenized
+#: anew, the tokens of both are aligned by their bytes, or, of images, its own image processor reads
+#: the stored images.
 OtherTokenizers = Literal["texts", "bytes", "words", "images"]
 
 
@@ -74,7 +84,8 @@ class Columns:
     image: str | None = None
     """Images, or the paths of their files. Manifests leave it out where there is none."""
     choices: tuple[str, ...] = ()
-    """Lists of texts to choose from, or one column for each choice. Manifests leave it out where there is none."""
+    """Lists of texts to choose from, or one column for each choice. Manifests leave it out where
+    there is none."""
     words: str | None = None
     """Lists of words, of which each has a label."""
     messages: str | None = None
@@ -85,7 +96,8 @@ class Columns:
     label: str | None = "label"
     keep: tuple[str, ...] = ()
     group: str | None = None
-    """Whose rows of one value are compared with each other: the query of some documents. Manifests leave it out where there is none."""
+    """Whose rows of one value are compared with each other: the query of some documents. Manifests
+    leave it out where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,8 @@ class Message:
     content: str | None
     """None: the turn is made of `fields` alone, a tool call for example."""
     fields: Mapping[str, object] = field(default_factory=dict)
-    """What else the turn has, for the chat template: `tool_calls`, `reasoning_content` and so on."""
+    """What else the turn has, for the chat template: `tool_calls`, `reasoning_content` and so
+    on."""
     learnt: bool = True
     """False: only context, where the template would mark it as the assistant's."""
 
@@ -107,9 +120,11 @@ class Image:
 
     data: bytes
     path: str | None = None
-    """The file's name, for people: its last part. Of a cache that refers to images, where the file lies below `SOFTLABEL_IMAGES`."""
+    """The file's name, for people: its last part. Of a cache that refers to images, where the file
+    lies below `SOFTLABEL_IMAGES`."""
     file: str | None = None
-    """Where the file lies below the directory that holds the data set: the data set's name, and the path in it. None: it is no file, or lies elsewhere."""
+    """Where the file lies below the directory that holds the data set: the data set's name, and the
+    path in it. None: it is no file, or lies elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +146,17 @@ class Example:
     prompt_completion: tuple[str, str] | None = None
     input_ids: tuple[int, ...] | None = None
     token_labels: tuple[int, ...] | None = None
-    """Pre-tokenized rows only: -100 where a token is not to be learnt, aligned with `input_ids` (not shifted)."""
+    """Pre-tokenized rows only: -100 where a token is not to be learnt, aligned with `input_ids`
+    (not shifted)."""
     label: int | None = None
     flags: tuple[int, ...] | None = None
-    """Several labels at once: 1 for each of the model's labels that the row has, 0 for the others, -100 where it is not known."""
+    """Several labels at once: 1 for each of the model's labels that the row has, 0 for the others,
+    -100 where it is not known."""
     scores: tuple[float, ...] | None = None
     """One for each of the model's outputs, nan where it is not known."""
     answers: tuple[tuple[int, int], ...] | None = None
-    """Characters `[start, end)` of `text_pair` that answer `text`; (): none does. None: not known."""
+    """Characters `[start, end)` of `text_pair` that answer `text`; (): none does. None: not
+    known."""
     group: int | None = None
     """Rankings: a hash of the value that the rows of one list share."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
@@ -178,7 +196,9 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself. An image counts as one token.
+    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself.
+
+    An image counts as one token.
 
     Manifests leave out the settings of chats and prompts where they are empty.
     """
@@ -188,11 +208,13 @@ class Tokenization:
     isolate_documents: bool = False
     """Packed rows only: attention and positions start anew at every document."""
     assistant_turns: AssistantTurns | None = None
-    """Chats: which turns are learnt, and in how many rows. None in a contract: as the chat template marks them."""
+    """Chats: which turns are learnt, and in how many rows. None in a contract: as the chat template
+    marks them."""
     chat_template_kwargs: tuple[str, ...] = ()
     """Chats: `KEY=JSON` each, sorted: keyword arguments of the chat template."""
     truncation_side: Literal["left"] | None = None
-    """Chats, prompts and token ids with labels: where a row that is too long loses tokens. None: at its end."""
+    """Chats, prompts and token ids with labels: where a row that is too long loses tokens. None: at
+    its end."""
     masking: Masking | None = None
     """Masked language models. Manifests leave it out where there is none."""
     views: Views | None = None
@@ -200,7 +222,8 @@ class Tokenization:
     num_choices: int | None = None
     """The most choices that a row has. Manifests leave it out where rows have none."""
     stride: int | None = None
-    """Question answering: tokens that two windows of a text share; None: as the task does. Manifests leave it out where it is not given."""
+    """Question answering: tokens that two windows of a text share; None: as the task does.
+    Manifests leave it out where it is not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +245,13 @@ class TokenizedExample:
     input_ids: np.ndarray
     """(T,) int32; of an image (0,)."""
     supervised: np.ndarray | None = None
-    """(T,) bool: the positions that carry soft labels. None: the task has one position per example, or one for each of the model's labels."""
+    """(T,) bool: the positions that carry soft labels. None: the task has one position per example,
+    or one for each of the model's labels."""
     token_type_ids: np.ndarray | None = None
     label: int | None = None
     labels: np.ndarray | None = None
-    """(N,) int32: the hard label of each supervised position, -100 where there is none; of scores float32, nan where there is none. None: the task has none by position."""
+    """(N,) int32: the hard label of each supervised position, -100 where there is none; of scores
+    float32, nan where there is none. None: the task has none by position."""
     words: tuple[str, ...] | None = None
     """(N,) the words that the supervised positions are the beginnings of."""
     group: int | None = None
@@ -236,11 +261,14 @@ class TokenizedExample:
     text_pair: str | None = None
     image: Image | None = None
     view: np.ndarray | None = None
-    """(5,) int32: left, top, width and height of the part of the image that is seen, in pixels, and 1 where it is mirrored; (0,): the whole image. None: no row is a part."""
+    """(5,) int32: left, top, width and height of the part of the image that is seen, in pixels, and
+    1 where it is mirrored; (0,): the whole image. None: no row is a part."""
     messages: str | None = None
-    """Chats, where they are kept: JSON of the turns that the row was rendered from, the tools, and the numbers of the turns that it learns."""
+    """Chats, where they are kept: JSON of the turns that the row was rendered from, the tools, and
+    the numbers of the turns that it learns."""
     document_lengths: np.ndarray | None = None
-    """Lengths in tokens of the isolated documents that the row is packed from, int32; None: attention is not cut. Of choices their lengths, 0 where the row has fewer than others."""
+    """Lengths in tokens of the isolated documents that the row is packed from, int32; None:
+    attention is not cut. Of choices their lengths, 0 where the row has fewer than others."""
     choices: tuple[str, ...] | None = None
     """As in `Example`, where the texts are kept."""
     num_classes: int | None = None
@@ -302,7 +330,8 @@ class TokenBlock:
     label: np.ndarray | None = None
     """(R,) int64, -100 where there is none; None: the task has no label a row."""
     labels: Ragged | None = None
-    """One a supervised position, -100 (of scores nan) where there is none; None: the task has none by position."""
+    """One a supervised position, -100 (of scores nan) where there is none; None: the task has none
+    by position."""
     images: Sequence[Image] | None = None
     """(R,) images; None: rows are tokens."""
     views: Ragged | None = None
@@ -349,15 +378,18 @@ class TopP:
 class Sampled:
     """Every class of at least 1/c exactly, an unbiased sample of the rest at weight 1/c (c = `sample_size`).
 
-    The default for language models: E[target] = q, at about c classes or fewer a position. c = 25 because there 24 bytes a position hold 1.4% of the
-    noise of one drawn label, less than 50 draws with replacement do in 61 (`make bench-encodings`): students learn as much from either. Half the bytes
-    have four times the noise; twice the bytes save only noise that more text averages away as well.
+    The default for language models: E[target] = q, at about c classes or fewer a position. c = 25
+    because there 24 bytes a position hold 1.4% of the noise of one drawn label, less than 50 draws
+    with replacement do in 61 (`make bench-encodings`): students learn as much from either. Half the
+    bytes have four times the noise; twice the bytes save only noise that more text averages away as
+    well.
     """
 
     sample_size: float = 25.0
     temperature: float = 1.0
     steps: int = 0
-    """The top's weights are stored as whole numbers of 1/steps, rounded without bias. 0: `top_steps(sample_size)`."""
+    """The top's weights are stored as whole numbers of 1/steps, rounded without bias. 0:
+    `top_steps(sample_size)`."""
     kind: Literal["sampled"] = "sampled"
 
     def __post_init__(self) -> None:
@@ -372,7 +404,10 @@ class Sampled:
 
 
 def top_steps(sample_size: float) -> int:
-    """How finely the top's weights are stored. On news text the rounding adds 0.9% to the variance of sampling, at c = 18, 25 and 54 alike."""
+    """How finely the top's weights are stored.
+
+    On news text the rounding adds 0.9% to the variance of sampling, at c = 18, 25 and 54 alike.
+    """
     return min(math.ceil(3.2 * sample_size), _MOST_STEPS)
 
 
@@ -392,7 +427,10 @@ Encoding = Full | TopK | TopP | Sampled | Score
 
 @dataclass(frozen=True, slots=True)
 class SoftLabels:
-    """What a teacher believes at N positions: top + tail + log-residuals. Ragged: position n owns `[offsets[n]:offsets[n + 1]]`."""
+    """What a teacher believes at N positions: top + tail + log-residuals.
+
+    Ragged: position n owns `[offsets[n]:offsets[n + 1]]`.
+    """
 
     encoding: Encoding
     num_classes: int
@@ -401,13 +439,15 @@ class SoftLabels:
     top_ids: Tensor
     """(sum K,) int64, by falling probability (`full`: by id)."""
     top_logprobs: Tensor
-    """(sum K,) float32, nats, of softmax(z), or of softmax(z / T) for `sampled`; there, once narrow, of a whole number of 1/steps, which may be 0. `score`: the score."""
+    """(sum K,) float32, nats, of softmax(z), or of softmax(z / T) for `sampled`; there, once
+    narrow, of a whole number of 1/steps, which may be 0. `score`: the score."""
     tail_offsets: Tensor
     """(N + 1,) int64."""
     tail_ids: Tensor
     """(sum K,) int64, rising. Each has the weight 1 / sample_size."""
     log_residuals: Tensor
-    """(N, G) float32, nats: log of the mass outside the top at each temperature of the grid. G = 0 for `full`, `sampled`."""
+    """(N, G) float32, nats: log of the mass outside the top at each temperature of the grid. G = 0
+    for `full`, `sampled`."""
 
     def __len__(self) -> int:
         return self.top_offsets.numel() - 1
@@ -418,9 +458,11 @@ class TeacherScores:
     """What the full logits say and the kept classes do not, per position, nats."""
 
     nll: Tensor
-    """(N,) float32, -log softmax(z)[hard label], of scores the squared error; 0 where there is no hard label."""
+    """(N,) float32, -log softmax(z)[hard label], of scores the squared error; 0 where there is no
+    hard label."""
     entropy: Tensor
-    """(N,) float32, of the distribution whose log-probabilities are kept (T = 1, or the T of `sampled`)."""
+    """(N,) float32, of the distribution whose log-probabilities are kept (T = 1, or the T of
+    `sampled`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,15 +475,19 @@ class Target:
     ids: Tensor
     """(sum K,) int64."""
     weights: Tensor
-    """(sum K,) float: probabilities, or unbiased estimates of them (then they need not sum to 1); `score`: the scores."""
+    """(sum K,) float: probabilities, or unbiased estimates of them (then they need not sum to 1);
+    `score`: the scores."""
     log_residual: Tensor | None
     """(N,) float, log of the teacher's mass outside `ids`; None: there is none to match."""
     negative_entropy: Tensor
-    """(N,) float, nats: sum_i q_i log q_i of each position, which turns a cross-entropy into a KL (`sampled`: the mean over the row)."""
+    """(N,) float, nats: sum_i q_i log q_i of each position, which turns a cross-entropy into a KL
+    (`sampled`: the mean over the row)."""
     unit: Tensor | None = None
-    """(N,) float, scores alone: the standard deviation of the teacher's scores of the position's output, in which differences are taken."""
+    """(N,) float, scores alone: the standard deviation of the teacher's scores of the position's
+    output, in which differences are taken."""
     group: Tensor | None = None
-    """(N,) int64, scores alone: which positions are compared with each other; None: the data names no groups."""
+    """(N,) int64, scores alone: which positions are compared with each other; None: the data names
+    no groups."""
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -466,15 +512,18 @@ class VocabularyMap:
 class Spans:
     """Stretches of text where the tokens of teacher and student begin and end together, over N positions of the student.
 
-    The student's log-probability of a span is the sum over its positions of those of their hard labels: the tokens of the text.
+    The student's log-probability of a span is the sum over its positions of those of their hard
+    labels: the tokens of the text.
     """
 
     owner: Tensor
     """(N,) int64: the span that the position's hard label is a token of; -1: none."""
     teacher_logprobs: Tensor
-    """(S,) float, nats: the teacher's log-probability of the span's text, the sum over its own tokens."""
+    """(S,) float, nats: the teacher's log-probability of the span's text, the sum over its own
+    tokens."""
     weights: Tensor
-    """(S,) float, at least 0: how much each span counts; 0 for those of the rows that do not count."""
+    """(S,) float, at least 0: how much each span counts; 0 for those of the rows that do not
+    count."""
 
     def __len__(self) -> int:
         return self.teacher_logprobs.numel()
@@ -490,7 +539,8 @@ class Fidelity:
     kept_mass: Mapping[str, float]
     """Temperature -> the teacher's mass on the classes that are kept for certain."""
     kl: float | None
-    """Nats a position, KL(teacher || target); None where the target gives classes of the teacher no mass."""
+    """Nats a position, KL(teacher || target); None where the target gives classes of the teacher no
+    mass."""
     noise: float
     noise_share: float
     """The noise over that of one hard label drawn from the teacher."""
@@ -558,7 +608,8 @@ class Estimate:
 
 
 PromptFormat = Literal["chat", "plain"]
-"""Whether a rendered prompt is the user's message in the tokenizer's chat template, or the text itself."""
+"""Whether a rendered prompt is the user's message in the tokenizer's chat template, or the text
+itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -602,7 +653,8 @@ class ServerInfo:
     top_logprobs: int
     """Classes that were asked of each position."""
     residual_error: float
-    """Mass: the mass outside the top is 1 - the mass of the top, as exact as the server's float32 log-probabilities."""
+    """Mass: the mass outside the top is 1 - the mass of the top, as exact as the server's float32
+    log-probabilities."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Precision, quantization and so on, where it says so."""
 
@@ -639,9 +691,11 @@ class ModelInfo:
     base_model: str | None = None
     """What `--base-model` named in place of the adapter's own base."""
     judge: JudgeInfo | None = None
-    """A language model that labels by prompt: with which. None: the model has a head for the task."""
+    """A language model that labels by prompt: with which. None: the model has a head for the
+    task."""
     server: ServerInfo | None = None
-    """Of a teacher behind a server; None: local weights. Manifests leave it out where it is empty."""
+    """Of a teacher behind a server; None: local weights. Manifests leave it out where it is
+    empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -649,7 +703,8 @@ class TokenizerInfo:
     """Which tokenizer made the token ids."""
 
     sha256: str
-    """Of vocabulary, merges, normalisation and special tokens: all that makes two tokenizers give the same ids."""
+    """Of vocabulary, merges, normalisation and special tokens: all that makes two tokenizers give
+    the same ids."""
     chat_template_sha256: str | None
     vocabulary_size: int
     special_ids: Mapping[str, int]
@@ -673,24 +728,30 @@ class SourceInfo:
     revision: str | None
     columns: Columns
     fingerprints: Mapping[str, str]
-    """Split -> SHA-256 over the columns that were read; `files-` and the SHA-256 of the list of Parquet files that were read in place."""
+    """Split -> SHA-256 over the columns that were read; `files-` and the SHA-256 of the list of
+    Parquet files that were read in place."""
     holdout: float = 0.0
     rows: tuple[int, int | None] | None = None
     """`--rows`: the rows `[start, stop)` of each split, which alone were read; None: all."""
     label_map: tuple[str, ...] = ()
     """`--label-map`: `DATA=MODEL` each, sorted. Manifests leave it out where it is empty."""
     unlabelled_sources: tuple[UnlabelledSource, ...] = ()
-    """`--unlabelled`: whose rows stand behind the others of `train`, in this order. Manifests leave it out where it is empty."""
+    """`--unlabelled`: whose rows stand behind the others of `train`, in this order. Manifests leave
+    it out where it is empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """Everything that decides what a cache holds. Two captures of one contract may share a directory."""
+    """Everything that decides what a cache holds.
+
+    Two captures of one contract may share a directory.
+    """
 
     task: str
     encoding: Encoding
     num_classes: int
-    """V of the soft labels: classes beyond the tokenizer's vocabulary (padded embedding rows) are not part of it."""
+    """V of the soft labels: classes beyond the tokenizer's vocabulary (padded embedding rows) are
+    not part of it."""
     label_names: tuple[str, ...] | None
     teacher: ModelInfo
     tokenizer: TokenizerInfo
@@ -758,9 +819,11 @@ class Shard:
     row_groups: tuple[int, ...]
     """Rows of each row group."""
     footer_sha256: str = ""
-    """Of what Parquet says of columns and pages, which its page checksums do not cover: checked whenever a shard is opened."""
+    """Of what Parquet says of columns and pages, which its page checksums do not cover: checked
+    whenever a shard is opened."""
     moments: tuple[Moments, ...] = ()
-    """Of the teacher's scores, one for each output, from which students take their unit. Manifests leave it out where there are none."""
+    """Of the teacher's scores, one for each output, from which students take their unit. Manifests
+    leave it out where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -801,7 +864,8 @@ class SplitContents:
     unlabelled: int | None
     """Rows without a label; None where the data set has no label column."""
     blank: int | None
-    """Rows with a text of white space alone. None: both counts are left to the receipts of the shards."""
+    """Rows with a text of white space alone. None: both counts are left to the receipts of the
+    shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -810,7 +874,8 @@ class SourceContents:
 
     splits: Mapping[str, SplitContents]
     shared: Mapping[str, int] | None
-    """"ONE, OTHER" -> distinct inputs that stand in both splits; pairs that share none are left out. None: not counted."""
+    """"ONE, OTHER" -> distinct inputs that stand in both splits; pairs that share none are left
+    out. None: not counted."""
     cut_rows: int = 0
     """Source rows that lost tokens to the longest row allowed."""
     cut_tokens: int = 0
@@ -823,7 +888,10 @@ class SourceContents:
 
 @dataclass(frozen=True, slots=True)
 class AlignmentProbe:
-    """Mean target weight of the hard label `shift` positions further, over the same positions. Shift 0 must win."""
+    """Mean target weight of the hard label `shift` positions further, over the same positions.
+
+    Shift 0 must win.
+    """
 
     positions: int
     previous: float
@@ -893,18 +961,22 @@ class Loss:
     divergence: Divergence = "forward-kl"
     tail: Literal["ghost", "renormalize", "ignore"] = "ghost"
     mixture: float | None = None
-    """The teacher's share in what `jensen-shannon` (None: 0.5) and `skewed-kl` (None: 0.1) compare with."""
+    """The teacher's share in what `jensen-shannon` (None: 0.5) and `skewed-kl` (None: 0.1) compare
+    with."""
     schedule: Schedule = "constant"
     """How the two weights go from their values to the end values over the run."""
     hard_weight_end: float | None = None
     soft_weight_end: float | None = None
     """None: `warmup-stable-decay` ends at 0, the others where they began."""
     position_weights: PositionWeights = "equal"
-    """Soft term: by 1 - H / log V of the teacher (`certainty`) or by H / log V (`uncertainty`), H its entropy at the position."""
+    """Soft term: by 1 - H / log V of the teacher (`certainty`) or by H / log V (`uncertainty`), H
+    its entropy at the position."""
     span_weight: float = 0.0
-    """Of the likelihood of aligned spans, where teacher and student have different tokenizers; no schedule changes it."""
+    """Of the likelihood of aligned spans, where teacher and student have different tokenizers; no
+    schedule changes it."""
     span_temperature: float | None = None
-    """By which the spans' log-probabilities are divided; None: `training.spans.SPAN_TEMPERATURE`."""
+    """By which the spans' log-probabilities are divided; None:
+    `training.spans.SPAN_TEMPERATURE`."""
 
     def __post_init__(self) -> None:
         weights = {
@@ -952,7 +1024,8 @@ class CachedExample:
     entropy: Tensor | None = None
     """(N,) float32, nats: of each position, where it was stored."""
     label_logprobs: Tensor | None = None
-    """(N,) float32, nats: log softmax(z)[hard label] of each position, where it was stored; -inf is a probability of 0."""
+    """(N,) float32, nats: log softmax(z)[hard label] of each position, where it was stored; -inf is
+    a probability of 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -985,12 +1058,15 @@ class StudentBatch:
     supervised: Tensor | None
     """(B, T) bool: where the N positions are. None: one position a row."""
     labels: Tensor
-    """(N,) int64 hard labels, -100 where there is none; of scores float32, nan where there is none."""
+    """(N,) int64 hard labels, -100 where there is none; of scores float32, nan where there is
+    none."""
     target: Target
     weights: Tensor
-    """(N,) float: how much each position counts; 0 for the rows that fill up the last step of several ranks."""
+    """(N,) float: how much each position counts; 0 for the rows that fill up the last step of
+    several ranks."""
     soft_weights: Tensor
-    """(N,) float: `weights`, times what the teacher's entropy makes of the position in the soft term."""
+    """(N,) float: `weights`, times what the teacher's entropy makes of the position in the soft
+    term."""
     source_rows: Tensor
     """(B,) int64: which rows of the source these are, for messages."""
     teacher_predicted: Tensor | None = None
@@ -1058,15 +1134,18 @@ class TrainResult:
     steps: int
     seconds: float
     hard_loss: float | None
-    """Mean since the losses were last logged, nats; None where there was no hard label, or no weight on them."""
+    """Mean since the losses were last logged, nats; None where there was no hard label, or no
+    weight on them."""
     soft_loss: float | None
     num_parameters: int
     num_trainable: int
     max_length: int | None = None
-    """Tokens of the longest row that the student may have seen: longer texts are to be cut to it."""
+    """Tokens of the longest row that the student may have seen: longer texts are to be cut to
+    it."""
     eval_split: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the finished student on `eval_split`, as evaluation during training gives them; empty where there is no such split."""
+    """Of the finished student on `eval_split`, as evaluation during training gives them; empty
+    where there is no such split."""
     eval_rows: int | None = None
     """Rows of `eval_split`."""
     split: str | None = None
@@ -1103,7 +1182,8 @@ class Predictions:
     teacher_predicted: np.ndarray
     """(N,) int64, of scores float."""
     rows: np.ndarray
-    """(N,) int64: the row of the split that each position belongs to. Intervals resample rows, since positions of one row depend on each other."""
+    """(N,) int64: the row of the split that each position belongs to. Intervals resample rows,
+    since positions of one row depend on each other."""
     row_kl: np.ndarray
     """(R,) float64: the sum over the row's positions of KL(teacher || model), nats."""
     row_text_bytes: np.ndarray
@@ -1111,7 +1191,8 @@ class Predictions:
     label_names: tuple[str, ...] | None = None
     """Of the classes, or of the positions of every row, where they have names."""
     groups: np.ndarray | None = None
-    """(R,) int64: the list of each row of rankings, or the text of each mask, numbered from 0. Intervals resample these. None: each row is by itself."""
+    """(R,) int64: the list of each row of rankings, or the text of each mask, numbered from 0.
+    Intervals resample these. None: each row is by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1134,7 +1215,8 @@ class ModelEvaluation:
     size_ratio: float | None = None
     """The teacher's parameters over this model's."""
     retention: float | None = None
-    """This model's main metric over the teacher's (for a loss-like metric the teacher's over this model's)."""
+    """This model's main metric over the teacher's (for a loss-like metric the teacher's over this
+    model's)."""
     retention_interval: Interval | None = None
 
 
@@ -1160,10 +1242,12 @@ class EvaluationReport:
     teacher: ModelEvaluation
     students: tuple[ModelEvaluation, ...]
     temperature: float = 1.0
-    """At which KL and agreement are taken: 1, or the temperature that the encoding knows nearest to it."""
+    """At which KL and agreement are taken: 1, or the temperature that the encoding knows nearest to
+    it."""
     continuations: tuple[Continuation, ...] = ()
     labelled: int | None = None
-    """Positions with a hard label, which metrics are over. Without any there are no metrics and no retention. None: an older report."""
+    """Positions with a hard label, which metrics are over. Without any there are no metrics and no
+    retention. None: an older report."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,22 +31,26 @@ class Written:
     teacher_nll: float
     """The teacher's negative log-likelihood, mean over the tokens, nats."""
     reverse_kl: float | None
-    """KL(writer || teacher), nats a token: the mean of log p(writer) - log p(teacher) over the tokens,
-    an estimate without bias but for that of a mean over rows of several lengths. None: the tokens were not
-    drawn from the writer's own distribution, or the cache is not of them all and of them alone."""
+    """KL(writer || teacher), nats a token: the mean of log p(writer) - log p(teacher) over the
+    tokens, an estimate without bias but for that of a mean over rows of several lengths. None: the
+    tokens were not drawn from the writer's own distribution, or the cache is not of them all and of
+    them alone."""
     written_tokens: int
-    """Of all completions: more than `tokens` where the cache has lost some, fewer where it learns prompts too."""
+    """Of all completions: more than `tokens` where the cache has lost some, fewer where it learns
+    prompts too."""
 
 
 def measure_written(cache: Cache | str | Path, written: str | Path) -> Written:
     """How a teacher sees what a model wrote, from the cache of it alone.
 
     Args:
-        cache: labels of the generated data set, read by token ids: the completions alone are supervised.
+        cache: labels of the generated data set, read by token ids: the completions alone are
+            supervised.
         written: directory of the generated data set.
 
     Raises:
-        CacheError: one of the two is not finished, the cache has no position, or is of rows that are not in the data set.
+        CacheError: one of the two is not finished, the cache has no position, or is of rows that
+            are not in the data set.
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache, verify="none")
     root = Path(written)
@@ -93,7 +97,8 @@ def _are_own_draws(end: GenerationEnd) -> bool:
 def _check_of_these(cache: Cache, written: str, labelled: Counter[int], rows: Counter[int], longest: int) -> None:
     """Refuse the cache of another data set: its sums would be put beside the draws of this one.
 
-    A row that was cut, or tokenised again from its text, is another row: nothing can be said of such a cache.
+    A row that was cut, or tokenised again from its text, is another row: nothing can be said of
+    such a cache.
     """
     contract = cache.manifest.contract
     if contract.source.columns.input_ids is None or contract.tokenization.max_length < longest:

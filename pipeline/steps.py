@@ -55,8 +55,10 @@ def check_steps(file: ConfigFile, steps: Sequence[Resolved]) -> None:
     """Refuse steps that cannot all be run.
 
     Raises:
-        ConfigError: in a file with rounds, a step reads what is made after it, or a student is trained into its own directory.
-        PipelineError: a student cannot learn from caches that are made before it, as `train-student` would say.
+        ConfigError: in a file with rounds, a step reads what is made after it, or a student is
+            trained into its own directory.
+        PipelineError: a student cannot learn from caches that are made before it, as
+            `train-student` would say.
     """
     encodings = _encodings(steps)
     for _, config in steps:

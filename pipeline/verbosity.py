@@ -30,7 +30,10 @@ def shows_progress() -> bool:
 
 
 def set_level(name: str) -> None:
-    """Set the level of this package's logs. With `debug`, the information of other libraries is shown too."""
+    """Set the level of this package's logs.
+
+    With `debug`, the information of other libraries is shown too.
+    """
     global _current
     _current = name
     logging.getLogger("pipeline").setLevel(level())

@@ -1,9 +1,10 @@
 """`softlabel run`: every stage of a configuration file in order, those that are done skipped.
 
-A stage is done when its output is there and was made from the same settings and the same inputs. Inputs are compared by
-content (a cache by its manifest), so a changed input makes the stages after it run again. A cache or a generated data set is
-never deleted unasked: where one of other settings or of another teacher is there, the run stops and names the first difference;
-`--overwrite` makes it anew. A report is made from what other stages keep, so a stale one is replaced.
+A stage is done when its output is there and was made from the same settings and the same inputs.
+Inputs are compared by content (a cache by its manifest), so a changed input makes the stages after
+it run again. A cache or a generated data set is never deleted unasked: where one of other settings
+or of another teacher is there, the run stops and names the first difference; `--overwrite` makes it
+anew. A report is made from what other stages keep, so a stale one is replaced.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def run(
 
     Args:
         runners: stage -> a function that runs it and prints its result.
-        overwrite: a cache of other settings or inputs gives way; without it that is an error, since a cache may have cost days.
+        overwrite: a cache of other settings or inputs gives way; without it that is an error, since
+            a cache may have cost days.
         shown: stage -> a function that prints the result of one that is done.
         tell: prints a line on each round.
 
@@ -207,8 +209,8 @@ def _mark(output: Path, stage: str) -> Path:
 def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
     """Whether what is there is deleted.
 
-    A cache or a generated data set gives way when asked to; a stale model or report always, but for an unfinished run of the same
-    settings.
+    A cache or a generated data set gives way when asked to; a stale model or report always, but for
+    an unfinished run of the same settings.
     """
     if stage == "report":
         return True
@@ -242,7 +244,8 @@ def _is_done(output: Path, stage: str, config: Any, key: str) -> bool:
     return kept == _state(output, stage, key) or kept == _state(output, stage, _key(config, before=True))
 
 
-#: Defaults of training before they were chosen for student and data: what was made with them stays done.
+#: Defaults of training before they were chosen for student and data: what was made with them stays
+#: done.
 _BEFORE = {
     "epochs": 3.0,
     "max_steps": -1,

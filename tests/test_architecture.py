@@ -14,8 +14,9 @@ from pipeline.config.options import TaskName
 from pipeline.tasks import TASKS
 
 ROOT = Path(__file__).parents[1] / "pipeline"
-#: Package -> its parts, left to right; a part imports from those to its left only, and those of one step never import
-#: each other. A part is a sub-package or a module. Packages that are not listed have no order but may have no cycle.
+#: Package -> its parts, left to right; a part imports from those to its left only, and those of one
+#: step never import each other. A part is a sub-package or a module. Packages that are not listed
+#: have no order but may have no cycle.
 ORDER: dict[str, list[set[str]]] = {
     "": [
         {"errors"},

@@ -263,7 +263,10 @@ def test_a_section_that_reads_token_ids_drops_the_shared_input(tmp_path, shared)
 
 
 def write_project(lm_tokenizer):
-    """In the working directory: a teacher, a student that writes, prompts and texts. The sections of two rounds come back."""
+    """In the working directory: a teacher, a student that writes, prompts and texts.
+
+    The sections of two rounds come back.
+    """
     models = {
         "teacher": tiny_model("llama", len(lm_tokenizer), spread=3.0, seed=5),
         "student-0": writing_model(len(lm_tokenizer)),

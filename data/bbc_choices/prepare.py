@@ -1,8 +1,9 @@
 """Make the data of the demo of multiple choice: `python -m data.bbc_choices.prepare`.
 
-A row is the headline of a BBC article and four passages: one of that article, and three of other articles on its topic.
-Articles of one split of `data/bbc` stay in that split. The labelled training rows are of its first 400 training
-articles, the unlabelled ones of the others, each twice with other passages.
+A row is the headline of a BBC article and four passages: one of that article, and three of other
+articles on its topic. Articles of one split of `data/bbc` stay in that split. The labelled training
+rows are of its first 400 training articles, the unlabelled ones of the others, each twice with
+other passages.
 """
 
 from __future__ import annotations

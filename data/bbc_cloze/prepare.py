@@ -1,8 +1,9 @@
 """Make the data of the demo of question answering: `python -m data.bbc_cloze.prepare`.
 
-A question is a sentence of a BBC article in which "who" stands for a name of two words; the text is the part of the article
-around the sentence, and the answer the name in it. Articles of one split of `data/bbc` stay in that split. The labelled
-training rows are of its first 400 training articles, the unlabelled ones of the others.
+A question is a sentence of a BBC article in which "who" stands for a name of two words; the text is
+the part of the article around the sentence, and the answer the name in it. Articles of one split of
+`data/bbc` stay in that split. The labelled training rows are of its first 400 training articles,
+the unlabelled ones of the others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Make the language-model demo's data: `python -m data.bbc_lm.prepare`.
 
-Writes `train.jsonl` and `test.jsonl` (BBC news articles, taken from the parts of the same name of the classification
-demo), and `smollm2/`, the teacher: SmolLM2-135M-Instruct, unpacked from a 98 MB Q4_1 GGUF file into an ordinary
-model folder. It is saved in float32, in which the unpacked weights are exact.
+Writes `train.jsonl` and `test.jsonl` (BBC news articles, taken from the parts of the same name of
+the classification demo), and `smollm2/`, the teacher: SmolLM2-135M-Instruct, unpacked from a 98 MB
+Q4_1 GGUF file into an ordinary model folder. It is saved in float32, in which the unpacked weights
+are exact.
 """
 
 import os
@@ -68,8 +69,9 @@ def convert_teacher(output: Path) -> None:
         source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    # SmolLM2 splits numbers into single digits before anything else. The GGUF file says so only by the name of its
-    # pre-tokenizer, "smollm", which transformers does not know; it would take GPT-2's, and "in  2004" would differ.
+    # SmolLM2 splits numbers into single digits before anything else. The GGUF file says so only by
+    # the name of its pre-tokenizer, "smollm", which transformers does not know; it would take
+    # GPT-2's, and "in  2004" would differ.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -1,8 +1,9 @@
 """Make the data of the demo of rankings: `python -m data.bbc_ranking.prepare`.
 
-A list is the headline of a BBC article and eight passages: one of that article, which alone is relevant, three of other
-articles on its topic, and four of other topics. Articles of one split of `data/bbc` stay in that split. The labelled
-training lists are of its first 400 training articles, the unlabelled ones of the others.
+A list is the headline of a BBC article and eight passages: one of that article, which alone is
+relevant, three of other articles on its topic, and four of other topics. Articles of one split of
+`data/bbc` stay in that split. The labelled training lists are of its first 400 training articles,
+the unlabelled ones of the others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Make the data of the demo of several labels: `python -m data.bbc_several.prepare`.
 
-A text is the beginnings of one to three BBC articles, one after another; its labels are their topics. Articles of one split
-of `data/bbc` stay in that split. The labelled training texts are made of its first 400 training articles, the unlabelled
-ones of the others.
+A text is the beginnings of one to three BBC articles, one after another; its labels are their
+topics. Articles of one split of `data/bbc` stay in that split. The labelled training texts are made
+of its first 400 training articles, the unlabelled ones of the others.
 """
 
 from __future__ import annotations

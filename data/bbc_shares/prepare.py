@@ -1,8 +1,9 @@
 """Make the data of the demo of scores: `python -m data.bbc_shares.prepare`.
 
-A text is made of the beginnings of one to four BBC articles, of different lengths; its scores are the percentages of its words that
-are on each of the five topics. Articles of one split of `data/bbc` stay in that split. The labelled training texts are made
-of its first 400 training articles, the unlabelled ones of the others.
+A text is made of the beginnings of one to four BBC articles, of different lengths; its scores are
+the percentages of its words that are on each of the five topics. Articles of one split of
+`data/bbc` stay in that split. The labelled training texts are made of its first 400 training
+articles, the unlabelled ones of the others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Make the data and the untrained teacher of the demo of encoder-decoders: `python -m data.dates.prepare`.
 
-A source is a date as people write it, with words around it; the target is the date as ISO 8601 has it. Where day and month are
-numbers, nobody can tell which comes first: in seven of ten such rows it is the day. The teacher is a small T5 with
-random weights and a tokenizer of single characters.
+A source is a date as people write it, with words around it; the target is the date as ISO 8601 has
+it. Where day and month are numbers, nobody can tell which comes first: in seven of ten such rows it
+is the day. The teacher is a small T5 with random weights and a tokenizer of single characters.
 """
 
 from __future__ import annotations

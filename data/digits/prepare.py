@@ -1,8 +1,8 @@
 """Make the data and the untrained models of the demo of images: `python -m data.digits.prepare`.
 
-The images are scikit-learn's copy of the test set of the optical recognition of handwritten digits (Alpaydin and Kaynak,
-1998): 1,797 digits of 8 x 8 pixels. 150 of the 997 training images keep their label; the others are unlabelled. Teacher
-and students are small ResNets with random weights.
+The images are scikit-learn's copy of the test set of the optical recognition of handwritten digits
+(Alpaydin and Kaynak, 1998): 1,797 digits of 8 x 8 pixels. 150 of the 997 training images keep their
+label; the others are unlabelled. Teacher and students are small ResNets with random weights.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from data.entities.sentences import sentences
 
 FOLDER = Path(__file__).parent
 TRAIN, LABELLED, VALIDATION, TEST = 3000, 150, 300, 500
-#: The labelled sentences are of these patterns alone, as the labels that one has are of some of what there is.
+#: The labelled sentences are of these patterns alone, as the labels that one has are of some of
+#: what there is.
 PATTERNS_LABELLED = 10
 
 

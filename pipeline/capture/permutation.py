@@ -1,7 +1,10 @@
-"""Is the order of the data's classes the teacher's? Looked at on a sample of labelled rows, before anything is written.
+"""Is the order of the data's classes the teacher's?
 
-Numbers are classes by position, and two conventions that differ (1 = sport, 1 = business) give hard labels that are wrong without a trace. Where another
-order of the classes fits what the teacher predicts far better, that is the likely reason.
+Looked at on a sample of labelled rows, before anything is written.
+
+Numbers are classes by position, and two conventions that differ (1 = sport, 1 = business) give hard
+labels that are wrong without a trace. Where another order of the classes fits what the teacher
+predicts far better, that is the likely reason.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ _TRIED = 200
 _MOST_ROW_GROUPS = 16
 #: The chance of a refusal where no other order fits better, over all cycles that are tested.
 _ALPHA = 1e-3
-#: How well a class has to signal a label: the share of the label's rows that are given the class, less that of other labels' rows.
+#: How well a class has to signal a label: the share of the label's rows that are given the class,
+#: less that of other labels' rows.
 _LEAST_SIGNAL = 0.5
 #: By how much it has to signal it better than the class of the label's own number does.
 _LEAST_GAIN = 0.5
@@ -63,12 +67,14 @@ def check_class_order(
     """Refuse hard labels that fit the teacher far better in another order of the classes.
 
     Args:
-        labels: without a label map: with one the user has said what the order is. None, where classes are tokens: there is nothing to compare.
+        labels: without a label map: with one the user has said what the order is. None, where
+            classes are tokens: there is nothing to compare.
         ranges: the rows `[start, stop)` of each split that are read.
         append: they are added to a finished cache, whose contract cannot take a label map any more.
 
     Raises:
-        SourceError: names the labels, and the `--label-map` that would mend it; or a label that is no class.
+        SourceError: names the labels, and the `--label-map` that would mend it; or a label that is
+            no class.
     """
     if task.names != "classes":  # each label is a class by itself, or answers have no order
         return
@@ -98,7 +104,8 @@ def try_judge(
 
     Args:
         labels, ranges: as in `check_class_order`.
-        compare_order: check the order of the classes too, on the same rows, where the data's labels are not the classes' names.
+        compare_order: check the order of the classes too, on the same rows, where the data's labels
+            are not the classes' names.
 
     Raises:
         SourceError: as `check_class_order` raises it.
@@ -206,15 +213,20 @@ def better_order(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
     """The labels that belong to other classes, beyond chance.
 
     Args:
-        truth, predicted: (N,) int64 labels and the teacher's argmax, in a random order or a fixed one that says nothing of them.
+        truth, predicted: (N,) int64 labels and the teacher's argmax, in a random order or a fixed
+            one that says nothing of them.
 
     Returns:
-        Label -> class, for those that move; empty where the order as it is fits, and where the teacher or the labels are too bad to say.
+        Label -> class, for those that move; empty where the order as it is fits, and where the
+            teacher or the labels are too bad to say.
 
-    The assignment that fits best is chosen on one half of the rows (linear assignment on how much better than elsewhere each class is predicted for
-    each label, so that a class that is predicted everywhere signals nothing), and tested on the other half, so that having chosen among K! orders costs
-    nothing: a cycle of it counts where an exact paired sign test rejects "as often right as before" at `_ALPHA` over the number of cycles, where the
-    signals pass a test against independence, and where they are strong, not only sure: a bad teacher may favour a wrong class slightly, but surely.
+    The assignment that fits best is chosen on one half of the rows (linear assignment on how much
+    better than elsewhere each class is predicted for each label, so that a class that is predicted
+    everywhere signals nothing), and tested on the other half, so that having chosen among K! orders
+    costs nothing: a cycle of it counts where an exact paired sign test rejects "as often right as
+    before" at `_ALPHA` over the number of cycles, where the signals pass a test against
+    independence, and where they are strong, not only sure: a bad teacher may favour a wrong class
+    slightly, but surely.
     """
     halves = _halves(truth)
     chosen = _assignment(_signals(truth[halves == 0], predicted[halves == 0], num_classes))
@@ -341,7 +353,10 @@ def _labelled(source: Source, labels: LabelMap, ranges: Mapping[str, tuple[int, 
 
 
 def _single(value: object) -> Sequence[object]:
-    """The labels of a row: one, or those of its words. Those of spans are names, whatever their order, and are read with the text."""
+    """The labels of a row: one, or those of its words.
+
+    Those of spans are names, whatever their order, and are read with the text.
+    """
     if not isinstance(value, list):
         return [value]
     return [] if any(isinstance(each, dict) for each in value) else [each for each in value if each != NO_LABEL]

@@ -111,7 +111,8 @@ def kept_types(source: Source) -> dict[str, pa.DataType]:
     """The Arrow type of each column to keep, as Parquet gives it back.
 
     Raises:
-        MisuseError: a column with the name of one of a cache's own, which would be read in its place.
+        MisuseError: a column with the name of one of a cache's own, which would be read in its
+            place.
         SourceError: two splits have another type for one column.
     """
     for name in source.columns.keep:
@@ -233,7 +234,8 @@ def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
     """Group rows of similar length: (row numbers, padded length) of each forward pass.
 
-    The longest come first, so that what does not fit in memory shows at once. Padded, a batch has at most `batch_tokens` tokens, or one row.
+    The longest come first, so that what does not fit in memory shows at once. Padded, a batch has
+    at most `batch_tokens` tokens, or one row.
     """
     batches: list[tuple[list[int], int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

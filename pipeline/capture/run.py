@@ -52,7 +52,8 @@ def run(config: CacheLogitsConfig) -> Cache | None:
         The finished cache; None: this part of it is done, and others are not.
 
     Raises:
-        PipelineError: see the subclasses; nothing is half-written, and the same command goes on where it stopped.
+        PipelineError: see the subclasses; nothing is half-written, and the same command goes on
+            where it stopped.
     """
     if config.engine == "ray":
         from pipeline.capture.engines.on_ray import run_on_ray
@@ -96,19 +97,28 @@ def cache_logits(
 
     Args:
         teacher: a name, a path, or a live model (then with its `tokenizer`).
-        dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path that `softlabel cache-logits --dataset` takes.
+        dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path that `softlabel
+            cache-logits --dataset` takes.
         task: as `--task` names it; of images `tokenizer` is the image processor.
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
-        label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or number), for those that are not found by name.
-        unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without labels.
-        server: addresses of vLLM or SGLang servers that run the teacher, as "http://host:8000/v1"; `teacher` then names its tokenizer. The
-            encoding is `TopK(20, (1.0,))` then, where none is given.
-        prompt_template: the teacher is a language model that labels by prompt: file of a Jinja template, its text, or "default".
-        label_text: class -> what the language model reads for it, or the classes alone; default: the data's labels.
-        settings: packing, isolate_documents, store_text, store_images, views (`records.Views`), masking (`records.Masking`), stride, store_entropy, store_label_logprobs, batch_tokens, rows_per_shard, rows,
-            on_bad_row, overwrite, append; with a server server_model, server_api, concurrency, server_patience (seconds), check_with
-            (local weights), top_logprobs (asked of each position, for `TopP`); with a prompt prompt_format ("auto", "chat", "plain"), shots, shot_tokens and calibrate; for chats
-            assistant_turns ("auto", "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
+        label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or
+            number), for those that are not found by name.
+        unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without
+            labels.
+        server: addresses of vLLM or SGLang servers that run the teacher, as "http://host:8000/v1";
+            `teacher` then names its tokenizer. The encoding is `TopK(20, (1.0,))` then, where none
+            is given.
+        prompt_template: the teacher is a language model that labels by prompt: file of a Jinja
+            template, its text, or "default".
+        label_text: class -> what the language model reads for it, or the classes alone; default:
+            the data's labels.
+        settings: packing, isolate_documents, store_text, store_images, views (`records.Views`),
+            masking (`records.Masking`), stride, store_entropy, store_label_logprobs, batch_tokens,
+            rows_per_shard, rows, on_bad_row, overwrite, append; with a server server_model,
+            server_api, concurrency, server_patience (seconds), check_with (local weights),
+            top_logprobs (asked of each position, for `TopP`); with a prompt prompt_format ("auto",
+            "chat", "plain"), shots, shot_tokens and calibrate; for chats assistant_turns ("auto",
+            "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
             truncation_side ("right", "left").
 
     Returns:

@@ -55,7 +55,8 @@ logger = logging.getLogger(__name__)
 _MEASURED, _MEASURED_OF_BATCH = 512, 64
 
 
-#: Called with rows and tokens after every batch: source rows of the shard in proportion to its batches' rows, and tokens without padding.
+#: Called with rows and tokens after every batch: source rows of the shard in proportion to its
+#: batches' rows, and tokens without padding.
 Moved = Callable[[int, int], None]
 
 
@@ -64,8 +65,9 @@ def capture_shards(
 ) -> None:
     """Make shards one after another, knowing nothing of the others.
 
-    While the teacher runs, the shard after is tokenised, and the batch before is encoded. On a GPU that costs no time; on a CPU it takes turns
-    with the teacher, on the processors that a forward pass leaves idle. A teacher that is not busy has several batches at once, of the next shard too.
+    While the teacher runs, the shard after is tokenised, and the batch before is encoded. On a GPU
+    that costs no time; on a CPU it takes turns with the teacher, on the processors that a forward
+    pass leaves idle. A teacher that is not busy has several batches at once, of the next shard too.
 
     Args:
         done: called with each receipt, once it is on disk; in another thread.
@@ -304,7 +306,10 @@ def row_sums(values: Tensor, counts: Sequence[int]) -> list[float]:
 def _measure(
     job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Predicted, split: str, *, seed: int
 ) -> None:
-    """Add some positions of a batch to the measurement. It is a report: for want of memory it is left out, and the capture goes on."""
+    """Add some positions of a batch to the measurement.
+
+    It is a report: for want of memory it is left out, and the capture goes on.
+    """
     matrix, encoding = job.teacher.output_matrix, job.plan.contract.encoding
     if matrix is None or isinstance(logits, Labelled) or isinstance(encoding, Score):
         return

@@ -1,4 +1,7 @@
-"""Will the cache fit on the disk? Asked before the first shard, which may be days before the last."""
+"""Will the cache fit on the disk?
+
+Asked before the first shard, which may be days before the last.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ def warn_of_full_disk(job: Job, waiting: Sequence[ShardPlan], *, overwrite: bool
         overwrite: the shards that are there will give way, and tell nothing.
 
     Returns:
-        The estimate in bytes: as the shards that are there, by source rows; where there are none, from the tokens of a few rows.
+        The estimate in bytes: as the shards that are there, by source rows; where there are none,
+            from the tokens of a few rows.
     """
     needed = int(_bytes_per_row(job, overwrite=overwrite) * sum(shard.stop - shard.start for shard in waiting))
     if job.layout.outbox is not None:  # one shard at a time is held here

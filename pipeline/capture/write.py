@@ -81,15 +81,20 @@ def write_cache(
     """Write a cache from labelled rows, as they come.
 
     Args:
-        rows: in any number; the rows of a split come one after another. Nothing but one shard is held in memory.
+        rows: in any number; the rows of a split come one after another. Nothing but one shard is
+            held in memory.
         encoding: what is kept of dense logits; of ready soft labels, the encoding that they have.
         teacher: who made the logits: a name, or all that is known.
-        num_classes: V; default: the tokenizer's vocabulary (token tasks), or the number of label names.
+        num_classes: V; default: the tokenizer's vocabulary (token tasks), or the number of label
+            names.
         max_length: the longest row that is allowed; default: the longest that comes.
-        store_text: keep the texts, or the messages, of the rows; None: of classifiers those that have one.
-        store_label_logprobs: language models: keep the log-probability of each token that follows. It is known of dense logits, of ready soft
-            labels with `scores`, and where the token is among the kept classes; a row with a position of which it is not is a bad row.
-        on_bad_row: `skip`: a `BadRow` among the rows, and a row whose parts do not fit each other, is set aside.
+        store_text: keep the texts, or the messages, of the rows; None: of classifiers those that
+            have one.
+        store_label_logprobs: language models: keep the log-probability of each token that follows.
+            It is known of dense logits, of ready soft labels with `scores`, and where the token is
+            among the kept classes; a row with a position of which it is not is a bad row.
+        on_bad_row: `skip`: a `BadRow` among the rows, and a row whose parts do not fit each other,
+            is set aside.
 
     Returns:
         The finished cache. An iterator cannot be wound forward: a run that was stopped starts anew.
@@ -268,7 +273,9 @@ def _batches(part: Sequence[Numbered]) -> Iterator[Sequence[Numbered]]:
 
 
 def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.Schema) -> RowBlock:
-    """Rows of one split with their soft labels, as they are stored. What a message says is of the first row: it is asked for where that is the only one.
+    """Rows of one split with their soft labels, as they are stored.
+
+    What a message says is of the first row: it is asked for where that is the only one.
 
     Raises:
         BadRowError: parts of a row do not fit each other.

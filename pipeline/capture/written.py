@@ -19,12 +19,14 @@ def check_written_ids(dataset: str, tokenizer: PreTrainedTokenizerBase, reader: 
     """Refuse the token ids of a generated data set that another tokenizer has made: they stand for other texts.
 
     Args:
-        dataset: what `--dataset` names: the directory of a generated data set, its `data` or a file in it. Anything else passes.
+        dataset: what `--dataset` names: the directory of a generated data set, its `data` or a file
+            in it. Anything else passes.
         tokenizer: of the model that is to read the ids.
         reader: the model's name, for the message.
 
     Raises:
-        ContractError: the two tokenizers give one id to different tokens. Special tokens and chat templates may differ.
+        ContractError: the two tokenizers give one id to different tokens. Special tokens and chat
+            templates may differ.
     """
     path = Path(dataset)
     root = next((each for each in (path, *path.parents[:2]) if (each / _END).is_file()), None)

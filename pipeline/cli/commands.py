@@ -169,7 +169,8 @@ def command(
     """A command whose flags are the fields of its configuration; `--config` fills what no flag gives.
 
     Args:
-        outline: what the command would do, after the checks that it makes before its work; with it there is `--dry-run`.
+        outline: what the command would do, after the checks that it makes before its work; with it
+            there is `--dry-run`.
     """
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -19,7 +19,10 @@ _MOST_CHOICES = 60
 
 
 class FieldOption(click.Option):
-    """The flag of one field of a configuration. Its default stays in the dataclass; here it is only shown."""
+    """The flag of one field of a configuration.
+
+    Its default stays in the dataclass; here it is only shown.
+    """
 
     def __init__(self, field: dataclasses.Field[Any], param_decls: Sequence[str], **settings: Any) -> None:
         text, _, later = field.metadata["help"].partition(" Default: ")

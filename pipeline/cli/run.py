@@ -28,8 +28,8 @@ from pipeline.cli.report import show_report
 def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool, dry_run: bool) -> None:
     """Run every stage of a configuration file in order, or the STAGES named.
 
-    A stage whose output was made from the same settings and inputs is skipped. With rounds: N in the file, the sections that
-    hold {round} or {previous} are run N times: see docs/rounds.md.
+    A stage whose output was made from the same settings and inputs is skipped. With rounds: N in
+    the file, the sections that hold {round} or {previous} are run N times: see docs/rounds.md.
 
     \b
     Example:

@@ -1,13 +1,15 @@
 """One frozen dataclass per command, and the YAML file that fills them.
 
-Each field carries its help text, so that the command line, the YAML keys and the documentation have one source.
-A file has `task:` and `data:` at the top, shared by all commands, and a section per command:
+Each field carries its help text, so that the command line, the YAML keys and the documentation have
+one source. A file has `task:` and `data:` at the top, shared by all commands, and a section per
+command:
 
     task: sequence-classification
     data: {dataset: data/bbc}
     cache-logits: {teacher: runs/teacher, output: runs/cache}
 
-Precedence: flag, then the command's section, then the shared part, then the default. Unknown keys are errors.
+Precedence: flag, then the command's section, then the shared part, then the default. Unknown keys
+are errors.
 """
 
 from pipeline.config.caches import AuditConfig, ImportConfig, InspectConfig, VerifyConfig

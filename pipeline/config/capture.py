@@ -25,7 +25,8 @@ from pipeline.config.options import (
 from pipeline.errors import MisuseError
 from pipeline.records import Encoding, Full, Judging, Sampled, Score, TopK, TopP
 
-#: Classes that a server is asked for where --top-k does not say: vLLM's own limit, unless it was started with another.
+#: Classes that a server is asked for where --top-k does not say: vLLM's own limit, unless it was
+#: started with another.
 SERVED_TOP_K = 20
 #: Settings of local weights, and those of servers.
 _OF_WEIGHTS = (

@@ -230,7 +230,8 @@ _KINDS = (
 def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a data set, of which those of a section come before the shared ones.
 
-    A section that names another kind of input drops the shared columns of the others: token ids in place of chats.
+    A section that names another kind of input drops the shared columns of the others: token ids in
+    place of chats.
     """
     named = [kind for kind in _KINDS if any(own.get(column) is not None for column in kind)]
     dropped = {column for kind in _KINDS if named and kind not in named for column in kind}
@@ -240,7 +241,8 @@ def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def chat_template_kwargs(items: Iterable[str]) -> tuple[str, ...]:
     """Arguments of a chat template, `KEY=VALUE` each, as `KEY=JSON` in the order of their keys.
 
-    A value that is JSON counts as that (false, 3, "3"), as do True, False and None; any other is text.
+    A value that is JSON counts as that (false, 3, "3"), as do True, False and None; any other is
+    text.
 
     Raises:
         MisuseError: no key, a key twice, or one that the pipeline gives itself.

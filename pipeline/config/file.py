@@ -115,7 +115,8 @@ def resolve(
         config_type: one of the dataclasses of this module.
         file: the YAML file, for its shared part.
         section: the command's part of the file.
-        flags: only what was given on the command line, by field name (those of `DataConfig` beside the others).
+        flags: only what was given on the command line, by field name (those of `DataConfig` beside
+            the others).
 
     Raises:
         MisuseError: a required option is missing, or options contradict each other.
@@ -231,7 +232,8 @@ def _given_twice(node: Any, seen: set[int]) -> tuple[str, int, int] | None:
     """The first key that stands twice in one mapping of a composed file, and its two lines: YAML keeps the last silently.
 
     Args:
-        seen: nodes that have been looked at, since aliases may repeat them without end; this one is added.
+        seen: nodes that have been looked at, since aliases may repeat them without end; this one is
+            added.
     """
     if node is None or node.id == "scalar" or id(node) in seen:
         return None

@@ -34,7 +34,8 @@ def option(text: str, default: Any = dataclasses.MISSING, *, group: Group) -> An
     """A dataclass field with its help text.
 
     Args:
-        text: may end with "Default: ...", where the default is found out later and the field holds None or nothing.
+        text: may end with "Default: ...", where the default is found out later and the field holds
+            None or nothing.
         group: of the command's help.
     """
     metadata = {"help": text, "group": group}

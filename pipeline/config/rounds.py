@@ -1,8 +1,9 @@
 """`rounds: N` of a YAML file: sections that are run once a round.
 
 A section that holds `{round}` (1 to N) or `{previous}` (one less) in any of its texts is run once a
-round, with the numbers put in. The sections of one round follow each other in the order of `STAGES`.
-Those without a placeholder are run before the first round, but `evaluate` and `report` after the last.
+round, with the numbers put in. The sections of one round follow each other in the order of
+`STAGES`. Those without a placeholder are run before the first round, but `evaluate` and `report`
+after the last.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def steps_of(file: ConfigFile) -> tuple[Step, ...]:
     """All steps of a file, in the order in which they are run.
 
     Raises:
-        ConfigError: a placeholder without `rounds`, `rounds` without a placeholder, or two steps with one output.
+        ConfigError: a placeholder without `rounds`, `rounds` without a placeholder, or two steps
+            with one output.
     """
     each = [
         Step(stage, section, section_number=number)

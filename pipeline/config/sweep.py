@@ -101,7 +101,8 @@ class SweepConfig:
     def losses(self) -> tuple[Loss, ...]:
         """Every combination of weights, divergences and temperatures that is a loss of its own.
 
-        Without a soft term nothing else counts, and the temperature does not to the logits' squared distance: such combinations come once.
+        Without a soft term nothing else counts, and the temperature does not to the logits' squared
+        distance: such combinations come once.
         """
         found = []
         for text in self.weights:

@@ -1,8 +1,9 @@
 """A stored conversation by the student's own chat template, aligned with the teacher's row inside the assistant's turns.
 
-Between the turns the two rows hold different text, and templates write into the turns too: a channel, an empty thought.
-Turn by turn, both are followed from their beginning, and from where each part of the message begins in them, as far as
-they have the same bytes. A special token is written as its counterpart, so that the end of a turn is one of these bytes.
+Between the turns the two rows hold different text, and templates write into the turns too: a
+channel, an empty thought. Turn by turn, both are followed from their beginning, and from where each
+part of the message begins in them, as far as they have the same bytes. A special token is written
+as its counterpart, so that the end of a turn is one of these bytes.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def _turns(ids: np.ndarray, supervised: np.ndarray, vocabulary: TokenBytes, name
     """The learnt stretches of a row.
 
     Args:
-        names: (V,) of each token the student's token that a special one is written as; -1: it has none.
+        names: (V,) of each token the student's token that a special one is written as; -1: it has
+            none.
     """
     predicted = np.append(False, supervised[:-1])
     bounds = np.flatnonzero(np.diff(np.concatenate([[False], predicted, [False]]).astype(np.int8)))

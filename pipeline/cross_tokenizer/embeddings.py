@@ -65,7 +65,10 @@ def _merged(piece: bytes, teacher: TokenBytes) -> list[int]:
 
 
 def _longest_pieces(piece: bytes, by_bytes: dict[bytes, int], longest: int) -> list[int]:
-    """From left to right the longest token that the bytes go on with, as WordPiece cuts words. Bytes that no token has are left out."""
+    """From left to right the longest token that the bytes go on with, as WordPiece cuts words.
+
+    Bytes that no token has are left out.
+    """
     found, at = [], 0
     while at < len(piece):
         stops = range(min(len(piece), at + longest), at, -1)

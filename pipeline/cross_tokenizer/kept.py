@@ -66,7 +66,8 @@ class Counts:
     dropped: int = 0
     """Special tokens of the teacher that the student has none for."""
     in_other_rows: int = 0
-    """Positions of turns that the student's chat template does not put into the row that holds them."""
+    """Positions of turns that the student's chat template does not put into the row that holds
+    them."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
@@ -171,7 +172,11 @@ class Maker:
                 writer.write_table(_table(made, agreeing, schema))
 
     def _made(self, rows: list[CachedTokens]) -> list[StudentRow]:
-        """The student's rows. Conversations that its template does not take are read as the teacher's row, on hard labels alone."""
+        """The student's rows.
+
+        Conversations that its template does not take are read as the teacher's row, on hard labels
+        alone.
+        """
         if self.renderer is None:
             return self.retokenizer.rows(rows)
         found = [None if row.messages is None else self.renderer.row(row) for row in rows]

@@ -31,7 +31,8 @@ from pipeline.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
-#: Shares of the student's positions that are aligned, and of those where the map agrees with the text: below these a warning, or an error.
+#: Shares of the student's positions that are aligned, and of those where the map agrees with the
+#: text: below these a warning, or an error.
 _FEW_ALIGNED, _FEW_AGREEING, _TOO_FEW = 0.5, 0.8, 0.2
 #: Rows whose soft labels are looked at for the mass that the map moves to special tokens, or loses.
 _SAMPLE = 256
@@ -47,17 +48,21 @@ def cache_for(
     cache_dir: str | Path | None = None,
     teaches: bool = True,
 ) -> Cache:
-    """A cache as a student reads it. For another tokenizer its rows are aligned first, and what became of them is said in a line.
+    """A cache as a student reads it.
+
+    For another tokenizer its rows are aligned first, and what became of them is said in a line.
 
     Args:
         student: a name, or a directory.
         split: what is read now; other splits are aligned when they are read.
         base_model: of an adapter, in place of what it names.
         cache_dir: where aligned rows are kept; None: `softlabel` in the user's cache directory.
-        teaches: whether something is learnt from the teacher: then too few aligned positions are an error.
+        teaches: whether something is learnt from the teacher: then too few aligned positions are an
+            error.
 
     Raises:
-        ContractError: the student's tokenizer cannot be aligned, or so few positions are that nothing would be learnt from the teacher.
+        ContractError: the student's tokenizer cannot be aligned, or so few positions are that
+            nothing would be learnt from the teacher.
     """
     contract = cache.manifest.contract
     if get_task(contract.task).other_tokenizers != "bytes":

@@ -1,7 +1,8 @@
 """Rows of a cache in the tokens of a student, and which of the teacher's positions predicts the same text.
 
-Both tokenizations cover the same bytes. A position of the student is aligned with the position of the teacher whose
-next token begins at the same byte of the same text. A *span* is the text between two bytes where tokens of both begin.
+Both tokenizations cover the same bytes. A position of the student is aligned with the position of
+the teacher whose next token begins at the same byte of the same text. A *span* is the text between
+two bytes where tokens of both begin.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class StudentRow:
     supervised: np.ndarray
     """(T,) bool."""
     teacher_position: np.ndarray
-    """(M,) int32: which of the teacher's supervised positions predicts text from the same byte on; -1: none does."""
+    """(M,) int32: which of the teacher's supervised positions predicts text from the same byte on;
+    -1: none does."""
     span: np.ndarray
     """(M,) int32: the span that the predicted token is in; -1: in none that both predict."""
     span_start: np.ndarray
@@ -110,7 +112,8 @@ class Columns:
     teacher: np.ndarray
     """(T,) the teacher's token that begins where it begins; -1: none."""
     span_first: np.ndarray
-    """(T,) the first token of the teacher in the span that begins with it; -1: no span begins with it."""
+    """(T,) the first token of the teacher in the span that begins with it; -1: no span begins with
+    it."""
     span_last: np.ndarray
     """(T,) the last one; -1: the span does not end where a token of both ends."""
 

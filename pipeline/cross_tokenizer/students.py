@@ -49,17 +49,20 @@ def init_student(
 ) -> Path:
     """Write a student as an ordinary model directory, with the teacher's tokenizer or another one.
 
-    With another tokenizer, embedding and head have its size. Where layers are copied, a token that the teacher has too
-    keeps its row, and another one begins with the mean of the rows of the teacher's tokens that its bytes are made of.
+    With another tokenizer, embedding and head have its size. Where layers are copied, a token that
+    the teacher has too keeps its row, and another one begins with the mean of the rows of the
+    teacher's tokens that its bytes are made of.
 
     Args:
         teacher: a name, a path or a live model.
-        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them. Default, where
-            there is no `config` either: a third of the teacher's, evenly spaced.
-        config: a shape, or a whole config (whose `architectures` names the class), for a student with random weights.
-        tokenizer: of the student: a name, a directory, a live one, or "train:SIZE" for a byte-level BPE of so many tokens
-            that is trained on the text of `cache`. Default: the teacher's. A live one beside a live teacher without
-            `teacher_tokenizer` is the teacher's.
+        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with
+            them. Default, where there is no `config` either: a third of the teacher's, evenly
+            spaced.
+        config: a shape, or a whole config (whose `architectures` names the class), for a student
+            with random weights.
+        tokenizer: of the student: a name, a directory, a live one, or "train:SIZE" for a byte-level
+            BPE of so many tokens that is trained on the text of `cache`. Default: the teacher's. A
+            live one beside a live teacher without `teacher_tokenizer` is the teacher's.
         cache: what a tokenizer is trained on (split `train`).
         teacher_tokenizer: of a live teacher. Default: `tokenizer`, or the cache's.
 
@@ -67,8 +70,9 @@ def init_student(
         The directory.
 
     Raises:
-        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide; a
-            size that is no number, or too small; a cache without a tokenizer to train, or the other way round.
+        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the
+            heads do not divide; a size that is no number, or too small; a cache without a tokenizer
+            to train, or the other way round.
         ModelError: teacher or tokenizer cannot be loaded, or its layers cannot be found.
         CacheError: there is no such cache, or it holds no text.
     """

@@ -25,11 +25,13 @@ class Run:
     """Which token of the row the run begins with; the others follow."""
     text: bytes
     starts: np.ndarray
-    """(T,) int64: where the bytes of each token begin in `text`. A token of no bytes begins where the next one does."""
+    """(T,) int64: where the bytes of each token begin in `text`. A token of no bytes begins where
+    the next one does."""
     ends: np.ndarray
     """(T,) int64."""
     adds_space: bool
-    """Whether the first token begins with a space that the tokenizer has added: it is not in `text`."""
+    """Whether the first token begins with a space that the tokenizer has added: it is not in
+    `text`."""
     is_exact: bool
     """False: a token stands for text that its id does not tell, an unknown one for example."""
 
@@ -40,7 +42,8 @@ class TokenBytes:
 
     vocabulary: Vocabulary
     pieces: tuple[bytes | None, ...]
-    """Of each id; a space that a word begins with is among them. None: it stands for no text, or for text that is not known."""
+    """Of each id; a space that a word begins with is among them. None: it stands for no text, or
+    for text that is not known."""
     is_special: np.ndarray
     """(V,) bool: stands for no text."""
 
@@ -70,7 +73,8 @@ class TokenBytes:
         """The texts of a row of token ids, between its special tokens.
 
         Args:
-            continues: the row begins inside a text, where no tokenizer has put a space before the first word.
+            continues: the row begins inside a text, where no tokenizer has put a space before the
+                first word.
         """
         known = ids < len(self.pieces)
         special = np.where(known, self.is_special[np.where(known, ids, 0)], False)

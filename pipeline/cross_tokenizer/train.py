@@ -54,8 +54,9 @@ class _Read:
 def train_on_cache(cache: Cache, base: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer on the texts of a cache's split `train`, a row group at a time.
 
-    A classifier's texts are the stored ones. A language model's are rebuilt from the token ids, row by row: where a long
-    document goes on in another row, a word may be cut. A stored text stands in for tokens that do not tell theirs.
+    A classifier's texts are the stored ones. A language model's are rebuilt from the token ids, row
+    by row: where a long document goes on in another row, a word may be cut. A stored text stands in
+    for tokens that do not tell theirs.
 
     Args:
         base: as in `train_tokenizer`.
@@ -89,10 +90,12 @@ def train_tokenizer(base: PreTrainedTokenizerBase, texts: Iterable[str], size: i
     """A byte-level BPE tokenizer.
 
     Args:
-        base: added tokens, their roles, what is put before and after a text, and the chat template are its own. So is what
-            normalizes and splits a text, where it is a byte-level BPE too; else a text is split as GPT-2's tokenizer does.
+        base: added tokens, their roles, what is put before and after a text, and the chat template
+            are its own. So is what normalizes and splits a text, where it is a byte-level BPE too;
+            else a text is split as GPT-2's tokenizer does.
         texts: read once, and not held.
-        size: tokens, added ones included. There are fewer where the texts have no more pairs to merge.
+        size: tokens, added ones included. There are fewer where the texts have no more pairs to
+            merge.
 
     Raises:
         MisuseError: the size has no room for the 256 bytes and the added tokens.
@@ -228,8 +231,8 @@ def _stored_texts(table: pa.Table) -> Iterator[str]:
 def _rebuilt_texts(table: pa.Table, codes: TokenBytes, read: _Read, *, packed: bool) -> Iterator[str]:
     """Texts between special tokens; what added tokens spell is left out, since no other token ever covers it.
 
-    A row that goes on with a document begins with the last token of the row before, which is left out too. Packed rows do
-    not say which of them go on.
+    A row that goes on with a document begins with the last token of the row before, which is left
+    out too. Packed rows do not say which of them go on.
     """
     texts: list[str | None] = table["text"].to_pylist() if "text" in table.column_names else [None] * table.num_rows
     literal = "|".join(re.escape(text) for text in codes.vocabulary.literal.values())

@@ -38,7 +38,10 @@ class RetokenizedDataset(CacheDataset):
 
 @dataclass(frozen=True)
 class RetokenizedCache(Cache):
-    """See above. The contract says the student's tokenizer and classes; `as_captured` is the cache itself."""
+    """See above.
+
+    The contract says the student's tokenizer and classes; `as_captured` is the cache itself.
+    """
 
     kept: KeptRows | None = None
     prepare: Callable[[], Maker] | None = None
@@ -62,7 +65,10 @@ class RetokenizedCache(Cache):
         return self.student_tokenizer
 
     def dataset(self, split: str | Sequence[str], *, window: int = 8) -> CacheDataset:
-        """The rows of a split, or of several one after another; see `Cache.dataset`. What is not kept yet is made."""
+        """The rows of a split, or of several one after another; see `Cache.dataset`.
+
+        What is not kept yet is made.
+        """
         assert self.kept is not None
         assert self.prepare is not None
         shards = shards_of(self.as_captured, split)

@@ -14,7 +14,8 @@ from pipeline.records import VocabularyMap
 #: No token of the student stands for it.
 NONE = -1
 _CHARACTERS = bytes_to_unicode()
-#: Texts before a token that is no beginning of a word: the first that ends in a token of the student's own serves.
+#: Texts before a token that is no beginning of a word: the first that ends in a token of the
+#: student's own serves.
 _ANCHORS = ("\n", ".", "a", "1", "-")
 _ROLES = ("eos_token_id", "bos_token_id", "sep_token_id", "cls_token_id", "pad_token_id", "mask_token_id")
 
@@ -22,8 +23,9 @@ _ROLES = ("eos_token_id", "bos_token_id", "sep_token_id", "cls_token_id", "pad_t
 def map_vocabulary(teacher: TokenBytes, student: TokenBytes, num_teacher: int, num_student: int) -> VocabularyMap:
     """Map each of the teacher's classes.
 
-    A token of the same bytes comes first, else the first token of the student's own tokenization of the bytes, as
-    they continue a text. Special tokens go to those of the same text, else of the same role.
+    A token of the same bytes comes first, else the first token of the student's own tokenization of
+    the bytes, as they continue a text. Special tokens go to those of the same text, else of the
+    same role.
 
     Args:
         num_teacher: classes of the cache.
@@ -86,7 +88,10 @@ def _ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _map_equal(first: np.ndarray, teacher: TokenBytes, student: TokenBytes) -> None:
-    """Tokens of the same bytes. Where both spell bytes alike, of the same spelling: two tokens may have the same bytes."""
+    """Tokens of the same bytes.
+
+    Where both spell bytes alike, of the same spelling: two tokens may have the same bytes.
+    """
     if teacher.vocabulary.family == student.vocabulary.family:
         names = student.tokenizer.get_vocab()
         spelled = teacher.tokenizer.convert_ids_to_tokens(list(range(min(len(first), len(teacher.pieces)))))
@@ -184,7 +189,8 @@ def _first_after(anchor: str, texts: list[str], student: TokenBytes) -> np.ndarr
     behind = len(anchor.encode())
     found = _encode([anchor + text for text in texts], student)
     for i, (ids, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True)):
-        # by bytes, as rows are aligned: offsets may leave out the space that a word begins with (`trim_offsets`)
+        # by bytes, as rows are aligned: offsets may leave out the space that a word begins with
+        # (`trim_offsets`)
         sizes = student.vocabulary.bytes_of_text(anchor + texts[i], np.asarray(ids, dtype=np.int32), offsets)
         starts = np.cumsum(sizes) - sizes
         at = next(iter(np.flatnonzero((starts == behind) & (sizes > 0)).tolist()), None)

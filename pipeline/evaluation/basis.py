@@ -21,7 +21,8 @@ class Basis:
 
     task: Task
     in_bytes: bool = False
-    """Whether one of them has another tokenizer than the teacher: then losses are compared a byte of text, not a token."""
+    """Whether one of them has another tokenizer than the teacher: then losses are compared a byte
+    of text, not a token."""
 
     @property
     def main_metric(self) -> str:
@@ -36,7 +37,8 @@ class Basis:
     def row_scores(self, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """(R,) sums and (R,) weights whose ratio of totals is the main metric: of bits, a row's own bytes.
 
-        A row that is cut, or that begins with a longer token, has fewer bytes that are predicted than it has for another model.
+        A row that is cut, or that begins with a longer token, has fewer bytes that are predicted
+        than it has for another model.
         """
         scores, weights = self.task.row_scores(found)
         if not self.in_bytes:

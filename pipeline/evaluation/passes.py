@@ -29,7 +29,8 @@ def logits_by_batch(
         description: of the progress.
 
     Yields:
-        rows; their batch, whose target is the teacher at `served_temperature`; (N, V) float32 logits.
+        rows; their batch, whose target is the teacher at `served_temperature`; (N, V) float32
+            logits.
     """
     num_classes = cache.manifest.contract.num_classes
     collator = collator_of(cache, task, model)

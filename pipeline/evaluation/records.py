@@ -18,9 +18,11 @@ class Measured:
     value: float
     """The mean over seeds, or what is made of means over seeds."""
     rows: Interval | None
-    """Over other rows of this kind, the students as they are: percentiles of a bootstrap over rows. None: not defined."""
+    """Over other rows of this kind, the students as they are: percentiles of a bootstrap over rows.
+    None: not defined."""
     seeds: Interval | None = None
-    """Over other seeds, the rows as they are: Student's t over the seeds. None: fewer than two seeds."""
+    """Over other seeds, the rows as they are: Student's t over the seeds. None: fewer than two
+    seeds."""
     both: Interval | None = None
     """Over other rows and other seeds: variances added. None: fewer than two seeds."""
 
@@ -131,7 +133,8 @@ class GapShare:
     control: str
     metric: str
     share: Measured | None
-    """(student - control) / (teacher - control); None: the control is not clearly worse than the teacher, and the share of nothing is nothing."""
+    """(student - control) / (teacher - control); None: the control is not clearly worse than the
+    teacher, and the share of nothing is nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,8 @@ class Example:
     answer: str
     """The student's."""
     distance: float
-    """KL in nats where it is known by position, else -log of what the student gives to the teacher's choice."""
+    """KL in nats where it is known by position, else -log of what the student gives to the
+    teacher's choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +240,8 @@ class Cost:
     throughput: Spread | None = None
     """Rows a second, in batches."""
     speedup: Spread | None = None
-    """Seconds of the teacher's row over this model's, round by round; None: the teacher was not measured."""
+    """Seconds of the teacher's row over this model's, round by round; None: the teacher was not
+    measured."""
     speedup_batched: Spread | None = None
     peak_bytes: int | None = None
     """Most resident memory while it ran, above that of the process before it loaded the model."""
@@ -270,7 +275,8 @@ class BreakEven:
     capture_seconds: float
     """Of the training split: forward passes, encoding, writing."""
     pass_seconds: float
-    """The teacher's forward passes alone, once over the training split: what each epoch would cost with the teacher in the loop."""
+    """The teacher's forward passes alone, once over the training split: what each epoch would cost
+    with the teacher in the loop."""
     device: str
     passes: float
     """Epochs times students after which the cache has paid for itself."""
@@ -315,7 +321,8 @@ class Verdict:
     controls: str
     """What they keep; '' without controls."""
     gap: str
-    """How much of the way from each control to the teacher the student goes; '' where that is not defined."""
+    """How much of the way from each control to the teacher the student goes; '' where that is not
+    defined."""
 
     @property
     def text(self) -> str:
@@ -356,4 +363,5 @@ class Report:
     break_even: tuple[BreakEven, ...]
     determinants: tuple[Determinant, ...]
     tokenizer_notes: tuple[str, ...] = ()
-    """Where a model has another tokenizer than its teacher: what is compared, and what is left out."""
+    """Where a model has another tokenizer than its teacher: what is compared, and what is left
+    out."""

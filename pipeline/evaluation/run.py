@@ -1,4 +1,7 @@
-"""Students and their teacher on one split of a cache. The teacher's numbers come from the cache: it is not loaded."""
+"""Students and their teacher on one split of a cache.
+
+The teacher's numbers come from the cache: it is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -112,15 +115,22 @@ def evaluate(
         students: name -> directory, hub name, or live model (with the cache's tokenizer).
         batch_size: rows in a forward pass; default: the task's.
         seed: of the bootstrap.
-        base_models: name -> base model of a student that is an adapter, in place of the one that it names.
-        cache_dir: where the rows of students with another tokenizer are kept; None: `softlabel` in the user's cache directory.
+        base_models: name -> base model of a student that is an adapter, in place of the one that it
+            names.
+        cache_dir: where the rows of students with another tokenizer are kept; None: `softlabel` in
+            the user's cache directory.
 
     Returns:
-        Metrics of the teacher and of each student; for each student also agreement with the teacher, KL(teacher || student) in nats a
-        position (for `top-k` and `top-p` over the kept classes and one bucket, a lower bound; for `sampled` an unbiased estimate), the
-        teacher's size over the student's, and retention with its 95% interval. Of a split without hard labels there are
-        no metrics and no retention. Where a student has another tokenizer, retention is of bits per byte, its loss a token
-        is left out, and agreement and KL are over the positions that are aligned with the teacher's.
+        Metrics of the teacher and of each student; for each student also agreement with the
+            teacher, KL(teacher || student) in nats a
+        position (for `top-k` and `top-p` over the kept classes and one bucket, a lower bound; for
+            `sampled` an unbiased estimate), the
+        teacher's size over the student's, and retention with its 95% interval. Of a split without
+            hard labels there are
+        no metrics and no retention. Where a student has another tokenizer, retention is of bits per
+            byte, its loss a token
+        is left out, and agreement and KL are over the positions that are aligned with the
+            teacher's.
 
     Raises:
         PipelineError: a student that does not fit, a split that is not there.
@@ -304,9 +314,12 @@ def predictions_of_teacher(
     label_names: tuple[str, ...] | None = None,
     groups: np.ndarray | None = None,
 ) -> Predictions:
-    """What the cache itself says of the teacher. Its loss is exact: the sums were taken over the full distribution.
+    """What the cache itself says of the teacher.
 
-    `temperature`: of the kept probabilities; its confidence is known at 1 only (else nan), as the students' is taken.
+    Its loss is exact: the sums were taken over the full distribution.
+
+    `temperature`: of the kept probabilities; its confidence is known at 1 only (else nan), as the
+    students' is taken.
     """
     labels, predicted, confidence, nll, owners, text_bytes = [], [], [], [], [], []
     done = 0

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 PATH = "/v1/completions"
 #: Of the first request, by which a server and a tokenizer are compared.
 _PROBED_TOKENS = 8
-#: Settings of the draws at which they change nothing. All are sent with each request: for one that is absent a server
-#: applies its own, or what the model's generation config says.
+#: Settings of the draws at which they change nothing. All are sent with each request: for one that
+#: is absent a server applies its own, or what the model's generation config says.
 _NEUTRAL = {
     "top_p": 1.0,
     "top_k": -1,
@@ -28,7 +28,8 @@ _NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-#: The same of llama.cpp, whose names are others, and whose other samplers a model's file may turn on.
+#: The same of llama.cpp, whose names are others, and whose other samplers a model's file may turn
+#: on.
 _NEUTRAL_LLAMA_CPP = {
     **{name: value for name, value in _NEUTRAL.items() if name != "repetition_penalty"},
     "top_k": 0,
@@ -40,7 +41,8 @@ _NEUTRAL_LLAMA_CPP = {
     "dynatemp_range": 0.0,
     "mirostat": 0,
 }
-#: Ollama's completions endpoint reads these three; for the others, which it leaves unread, the Modelfile's hold.
+#: Ollama's completions endpoint reads these three; for the others, which it leaves unread, the
+#: Modelfile's hold.
 _NEUTRAL_OLLAMA = {name: _NEUTRAL[name] for name in ("top_p", "presence_penalty", "frequency_penalty")}
 _UNREAD_BY_OLLAMA = ("top_k", "min_p", "repeat_penalty")
 
@@ -59,11 +61,12 @@ def agree(
         asked: the filters that the flags name.
 
     Returns:
-        Whether prompts may be token ids; the settings of the draws; and the names of those that the server does not take.
+        Whether prompts may be token ids; the settings of the draws; and the names of those that the
+            server does not take.
 
     Raises:
-        MisuseError: it does not take one that is asked for, or the ids that come back are other text to the tokenizer than to
-            the server.
+        MisuseError: it does not take one that is asked for, or the ids that come back are other
+            text to the tokenizer than to the server.
         ServerError: no server can be used, or it refuses such a request.
     """
     neutral = {"llama.cpp": _NEUTRAL_LLAMA_CPP, "ollama": _NEUTRAL_OLLAMA}.get(api, _NEUTRAL)

@@ -207,8 +207,8 @@ def _with_front_matter(end: GenerationEnd, splits: Sequence[str], body: str) -> 
         task_categories=["text-classification" if labelled else "text-generation"],
         base_model=model.name if isinstance(model, ModelInfo) and model.revision is not None else None,
         tags=["synthetic", "soft-label-pipeline"],
-        # `datasets` keeps what it has read under the last name of a directory and a hash of these configs: the id tells apart
-        # two data sets of one name, and one that was written again.
+        # `datasets` keeps what it has read under the last name of a directory and a hash of these
+        # configs: the id tells apart two data sets of one name, and one that was written again.
         configs=[{"config_name": "default", "description": f"generation_id {end.generation_id}", "data_files": files}],
     )
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}")) + "\n"

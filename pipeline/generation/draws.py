@@ -1,12 +1,14 @@
 """Draws of tokens that depend on their row alone: on no batch, worker or order.
 
-A sample from softmax(z) is the argmax of z_i - log(E_i) with independent E_i from the exponential distribution (the Gumbel
-trick; Gumbel 1954, Maddison et al. 2014). The E_i of a row, step and token come from a counter hash, so that there is no
-state that a batch would share. What still depends on the batch is the rounding of the logits themselves: another batch may
-turn a draw where two tokens are equal to within that rounding.
+A sample from softmax(z) is the argmax of z_i - log(E_i) with independent E_i from the exponential
+distribution (the Gumbel trick; Gumbel 1954, Maddison et al. 2014). The E_i of a row, step and token
+come from a counter hash, so that there is no state that a batch would share. What still depends on
+the batch is the rounding of the logits themselves: another batch may turn a draw where two tokens
+are equal to within that rounding.
 
-The most likely tokens and the mass of all others are drawn from first, and the others only where that mass is drawn: the same
-distribution, at about a fifth of the time that noise for a whole vocabulary takes on a CPU.
+The most likely tokens and the mass of all others are drawn from first, and the others only where
+that mass is drawn: the same distribution, at about a fifth of the time that noise for a whole
+vocabulary takes on a CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def exponentials(keys: Tensor, step: int, tokens: Tensor) -> Tensor:
         tokens: (B, K) or (1, K) int64, not negative.
 
     Returns:
-        (B, K) float64, above 0. The hash is SplitMix64 (Steele, Lea and Flood, 2014): of the row's key and the step, and of
+        (B, K) float64, above 0. The hash is SplitMix64 (Steele, Lea and Flood, 2014): of the row's
+            key and the step, and of
         that and the token.
     """
     streams = _mix(keys + _signed((step + 1) * _GOLDEN))

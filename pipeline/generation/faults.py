@@ -6,7 +6,8 @@ import hashlib
 
 import numpy as np
 
-#: A loop: a run of tokens that repeats one n-gram, of up to so many tokens, so many times and over so many tokens.
+#: A loop: a run of tokens that repeats one n-gram, of up to so many tokens, so many times and over
+#: so many tokens.
 _LONGEST_NGRAM, _REPEATS, _FEWEST_TOKENS = 64, 4, 20
 
 

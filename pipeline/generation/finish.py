@@ -1,9 +1,10 @@
 """The end of a run: find the completions to drop, write the rest as the data set, its card, and last `generation.json`.
 
-What is a duplicate depends on all shards, so that it is known only here. The rule does not depend on who has made which shard
-when: the shards are read in the order of the plan, and of equal completions the first without another fault
-that is dropped stays. Killed anywhere in between, the same command begins the pass again, from the shards with
-all completions, which are removed when the data set is committed.
+What is a duplicate depends on all shards, so that it is known only here. The rule does not depend
+on who has made which shard when: the shards are read in the order of the plan, and of equal
+completions the first without another fault that is dropped stays. Killed anywhere in between, the
+same command begins the pass again, from the shards with all completions, which are removed when the
+data set is committed.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ class _Tally:
         """Count the faults of one completion.
 
         Returns:
-            Those for which it is dropped. An equal completion that is dropped itself makes no duplicate of it.
+            Those for which it is dropped. An equal completion that is dropped itself makes no
+                duplicate of it.
         """
         text, ids = str(row["completion"]), np.asarray(row["input_ids"], dtype=np.int32)
         written = ids[np.asarray(row["labels"]) != NO_LABEL]

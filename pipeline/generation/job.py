@@ -36,7 +36,8 @@ from pipeline.tasks import Task, writing_task
 
 logger = logging.getLogger(__name__)
 
-#: Completions of a shard, where no number of rows is given: minutes of a model's work, which a killed run loses.
+#: Completions of a shard, where no number of rows is given: minutes of a model's work, which a
+#: killed run loses.
 _SHARD_COMPLETIONS = 250
 #: Prompts that are looked at for the check of the model.
 _LOOKED_AT = 16

@@ -176,7 +176,8 @@ class _StopTexts(StoppingCriteria):
         self.ends: list[int | None] = [None] * rows
         """Tokens of each completion, where a stop text ends it."""
         self._tokenizer, self._stops, self._width = tokenizer, stops, width
-        # a token is a byte at least; those of a special token, or of a part of a character, are none
+        # a token is a byte at least; those of a special token, or of a part of a character, are
+        # none
         self._window = max((len(stop.encode()) for stop in stops), default=0) + 8
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:

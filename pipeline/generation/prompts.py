@@ -27,7 +27,8 @@ from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
-#: Begins the reason of a row that is set aside whatever `--on-bad-row` says: a corpus has short texts.
+#: Begins the reason of a row that is set aside whatever `--on-bad-row` says: a corpus has short
+#: texts.
 TOO_SHORT = "shorter than --prefix-tokens"
 
 

@@ -16,14 +16,17 @@ from pipeline.cache.format.manifest import Names
 from pipeline.config.generation import Fault
 from pipeline.records import ModelInfo, Scalar, Shard, ShardPlan, SourceInfo, TokenizerInfo
 
-#: The files of a generated data set; `samples` holds the shards with all completions, until those to drop are known.
+#: The files of a generated data set; `samples` holds the shards with all completions, until those
+#: to drop are known.
 NAMES = Names(
     result="generated data set", work="generation", end="generation.json", plan="generation-plan.json", shards="samples"
 )
 
-#: Why a completion ends: with an end-of-sequence token, with a text of `--stop`, or at `--max-new-tokens`.
+#: Why a completion ends: with an end-of-sequence token, with a text of `--stop`, or at
+#: `--max-new-tokens`.
 FinishReason = Literal["eos", "stop", "length"]
-#: Who made the token ids of a completion: the model that drew them, the server's response, or the tokenizer, of the text.
+#: Who made the token ids of a completion: the model that drew them, the server's response, or the
+#: tokenizer, of the text.
 IdsFrom = Literal["model", "server", "tokenizer"]
 
 
@@ -66,7 +69,8 @@ class Completion:
     """(T,) int32, with the end-of-sequence token where one ends it."""
     finish_reason: FinishReason
     logprob: float | None
-    """Sum over the tokens, nats, under the model at temperature 1 without filters. None: the server does not say."""
+    """Sum over the tokens, nats, under the model at temperature 1 without filters. None: the server
+    does not say."""
     ids_from: IdsFrom = "model"
 
 
@@ -119,7 +123,10 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class GenerationContract:
-    """Everything that decides what a generated data set holds. Two runs of one contract may share a directory."""
+    """Everything that decides what a generated data set holds.
+
+    Two runs of one contract may share a directory.
+    """
 
     model: ModelInfo | ServedModel
     tokenizer: TokenizerInfo
@@ -146,7 +153,10 @@ class GenerationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Completions of a finished data set. One with several faults counts in each, and is dropped once."""
+    """Completions of a finished data set.
+
+    One with several faults counts in each, and is dropped once.
+    """
 
     completions: int
     tokens: int

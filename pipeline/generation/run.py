@@ -41,7 +41,8 @@ def run(config: GenerateConfig) -> Generation | None:
         The finished data set; None: this part of it is done, and others are not.
 
     Raises:
-        PipelineError: see the subclasses; nothing is half-written, and the same command goes on where it stopped.
+        PipelineError: see the subclasses; nothing is half-written, and the same command goes on
+            where it stopped.
     """
     found: Any
     if config.engine == "ray":
@@ -76,11 +77,12 @@ def generate(
     """Let a language model write a data set.
 
     Args:
-        model: a name, a path, or a live model (then with its `tokenizer`), which is left as it was found.
-        prompts: a `datasets.Dataset` or `DatasetDict`, a list of texts, or a name or path that `softlabel generate --dataset`
-            takes. With `template`: labelled rows, or None.
-        settings: those of `softlabel generate`, under the names of its flags with underscores: `num_samples`,
-            `max_new_tokens`, `temperature`, `prefix_tokens`, `drop`, ...
+        model: a name, a path, or a live model (then with its `tokenizer`), which is left as it was
+            found.
+        prompts: a `datasets.Dataset` or `DatasetDict`, a list of texts, or a name or path that
+            `softlabel generate --dataset` takes. With `template`: labelled rows, or None.
+        settings: those of `softlabel generate`, under the names of its flags with underscores:
+            `num_samples`, `max_new_tokens`, `temperature`, `prefix_tokens`, `drop`, ...
 
     Returns:
         The finished data set. Called again with the same arguments it goes on where it was stopped.

@@ -16,7 +16,8 @@ def generated_schema(*, labelled: bool, kept: Mapping[str, pa.DataType]) -> pa.S
     """The Arrow schema of every shard.
 
     Args:
-        labelled: with a template: the example's text and label, under the names that `cache-logits` reads.
+        labelled: with a template: the example's text and label, under the names that `cache-logits`
+            reads.
         kept: name and type of the columns copied from the prompts.
 
     Raises:

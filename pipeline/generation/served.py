@@ -1,7 +1,8 @@
 """The model of a server writes: one request for each completion, by the completions endpoint of the OpenAI API.
 
-Prompts are sent as token ids; to servers that take text alone (Ollama, TGI), as text. A request holds a seed of its own, so that
-a server that keeps to it gives the same completion whoever asks, where its arithmetic does not depend on its batches.
+Prompts are sent as token ids; to servers that take text alone (Ollama, TGI), as text. A request
+holds a seed of its own, so that a server that keeps to it gives the same completion whoever asks,
+where its arithmetic does not depend on its batches.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class ServedWriter:
     special_stops: Mapping[str, int]
     """Of `--stop`: special token -> its id."""
     text_end: int | None
-    """The token that ends a completion of a text, where the server does not say which has; None: not known."""
+    """The token that ends a completion of a text, where the server does not say which has; None:
+    not known."""
     chat_end: int | None
     """The same of a chat."""
 
@@ -84,7 +86,10 @@ class ServedWriter:
         return [(list(range(len(lengths))), max(lengths))] if lengths else []
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Say where the end tokens are not known. The first completion, which is shown, has been asked for."""
+        """Say where the end tokens are not known.
+
+        The first completion, which is shown, has been asked for.
+        """
         if prompts and self.api not in _STOP_IDS and self._end(prompts[0]) is None:
             logger.warning(
                 "the server does not say which token ends a completion, and it may be any of %s: none is added, so that no end is "
@@ -143,8 +148,8 @@ class ServedWriter:
         """What a response says.
 
         Raises:
-            UnusableAnswerError: it is none, ends for another reason than an end or its length, or holds token ids that the
-                tokenizer does not have.
+            UnusableAnswerError: it is none, ends for another reason than an end or its length, or
+                holds token ids that the tokenizer does not have.
         """
         choices = answer.get("choices") if isinstance(answer, Mapping) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
@@ -169,7 +174,8 @@ class ServedWriter:
     def _finish(self, choice: Mapping[str, Any], sampling: Sampling) -> tuple[FinishReason, int | None]:
         """Why a completion ends, and the token that ends it as far as the server says (vLLM's and SGLang's do).
 
-        `eos` only where that is known: of a server that does not say which of the two has ended it, a stop text has.
+        `eos` only where that is known: of a server that does not say which of the two has ended it,
+        a stop text has.
         """
         given = choice.get("finish_reason")
         if given in ("length", "eos_token"):
@@ -218,7 +224,8 @@ def served_writer(
     """Ask the servers what they serve.
 
     Raises:
-        MisuseError: no such model there, or several and none is named; a filter that the server does not take.
+        MisuseError: no such model there, or several and none is named; a filter that the server
+            does not take.
         ServerError: no server can be used.
     """
     found: dict[str, Mapping[str, Any]] = {}

@@ -29,7 +29,8 @@ def write_shards(
 
     Args:
         done: called with each receipt, once it is on disk.
-        moved: called after each batch, with source rows in proportion to its completions, and the tokens that were written.
+        moved: called after each batch, with source rows in proportion to its completions, and the
+            tokens that were written.
 
     Raises:
         BadRowError: a row is no prompt, and the contract says stop.

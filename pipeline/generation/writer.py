@@ -119,8 +119,8 @@ def completion_text(
 ) -> tuple[str, bool]:
     """The text that goes on from the prompt, without special tokens, up to the first of `stops`; and whether one was found.
 
-    It is what the tokens add to the text of the prompt: some tokenizers drop the space that the first token of a text
-    begins with.
+    It is what the tokens add to the text of the prompt: some tokenizers drop the space that the
+    first token of a text begins with.
     """
     before = _decoded(tokenizer, prompt_ids[-_CONTEXT:])
     whole = _decoded(tokenizer, np.concatenate([prompt_ids[-_CONTEXT:], token_ids]))

@@ -1,7 +1,10 @@
-"""Pure functions over predictions: numpy arrays in, floats out. Nothing here knows a model, a task or a cache.
+"""Pure functions over predictions: numpy arrays in, floats out.
 
-Nan means "cannot be said": no labelled position, no text, too few rows. It is never an error, so that one metric
-without an answer does not cost the other ones. torchmetrics and scipy load on first use (4 seconds).
+Nothing here knows a model, a task or a cache.
+
+Nan means "cannot be said": no labelled position, no text, too few rows. It is never an error, so
+that one metric without an answer does not cost the other ones. torchmetrics and scipy load on first
+use (4 seconds).
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import numpy as np
 from pipeline.metrics.scores import pearson
 from pipeline.records import NO_LABEL, Interval, Predictions
 
-#: Elements of one chunk of bootstrap indices: 8 MB each for the indices and for every array they gather.
+#: Elements of one chunk of bootstrap indices: 8 MB each for the indices and for every array they
+#: gather.
 RESAMPLE_CHUNK = 1 << 20
 
 _UNKNOWN = Interval(math.nan, math.nan)
@@ -44,11 +48,14 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int) -> 
     Args:
         labels: (N,) integers in [0, num_classes), -100 where unknown.
         predicted: (N,) integers in [0, num_classes).
-        num_classes: V, at least 2. Time and memory are O(V): meant for classifiers, not vocabularies.
+        num_classes: V, at least 2. Time and memory are O(V): meant for classifiers, not
+            vocabularies.
 
     Returns:
-        In [0, 1]; nan where nothing is labelled. A class that is neither a label nor predicted at a labelled position
-        is left out of the mean; one that is only a label, or only predicted, counts as 0. torchmetrics and scikit-learn
+        In [0, 1]; nan where nothing is labelled. A class that is neither a label nor predicted at a
+            labelled position
+        is left out of the mean; one that is only a label, or only predicted, counts as 0.
+            torchmetrics and scikit-learn
         agree on both.
     """
     import torch
@@ -68,16 +75,19 @@ class LabelScores:
     macro_f1: float
     """Over the labels that are true or predicted somewhere."""
     average_precision: float
-    """The area under precision over recall, as a sum over thresholds; over the labels that some row has."""
+    """The area under precision over recall, as a sum over thresholds; over the labels that some row
+    has."""
     calibration_error: float
-    """How far the probability that a row has the label is from how often it does; 15 bins of equal width."""
+    """How far the probability that a row has the label is from how often it does; 15 bins of equal
+    width."""
 
 
 def label_scores(labels: np.ndarray, probabilities: np.ndarray) -> LabelScores:
     """Scores of each label, and their means.
 
     Args:
-        labels: (R, L) integers, 1 where the row has the label, 0 where not, -100 where it is not known.
+        labels: (R, L) integers, 1 where the row has the label, 0 where not, -100 where it is not
+            known.
         probabilities: (R, L) float, of having it; nan where it is not known.
 
     torchmetrics computes each label's; scikit-learn agrees on F1 and average precision.
@@ -109,10 +119,12 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """The entities of a row of tags.
 
     Args:
-        tags: "O", or the label of an entity, with the place of the word in it before a dash: BIO, BIOES, BILOU, or none.
+        tags: "O", or the label of an entity, with the place of the word in it before a dash: BIO,
+            BIOES, BILOU, or none.
 
     Returns:
-        (label, first word, word behind the last) of each, in order. A tag that goes on with an entity that is not open begins one, as in the evaluation of
+        (label, first word, word behind the last) of each, in order. A tag that goes on with an
+            entity that is not open begins one, as in the evaluation of
         CoNLL-2000 (conlleval) and in seqeval's default mode.
     """
     found: list[tuple[str, int, int]] = []
@@ -140,7 +152,8 @@ def entity_counts(
         labels: (N,) integers, -100 where unknown.
         predicted: (N,) integers.
         rows: (N,) the row of each position, not falling.
-        names: of the classes. Without one called "O" every position is an entity by itself, as of parts of speech.
+        names: of the classes. Without one called "O" every position is an entity by itself, as of
+            parts of speech.
 
     Returns:
         (R, 3) int64: right ones (label and both ends), predicted ones, true ones.
@@ -167,23 +180,25 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, n
     """How far the probability of the predicted class is from how often it is right, averaged over positions.
 
     Args:
-        confidence: (N,) float, the probability of the predicted class. Labelled positions only: without a label nothing
-            is correct or wrong.
+        confidence: (N,) float, the probability of the predicted class. Labelled positions only:
+            without a label nothing is correct or wrong.
         correct: (N,) bool, whether the prediction is the label.
         num_bins: bins of equal width over [0, 1]; a confidence of exactly 1 has a bin to itself.
 
     Returns:
         In [0, 1]; nan where there is no position, or where a confidence is nan.
 
-    Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning", top label, L1 norm.
+    Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning", top label,
+    L1 norm.
     """
     import torch
     from torchmetrics.functional.classification import binary_calibration_error
 
     if confidence.size == 0 or np.isnan(confidence).any():
         return math.nan
-    # One value above 1 makes torchmetrics take all of them for logits, and exp() of a log-probability may pass 1 by an
-    # ulp. float64, since its bins count in the type of the confidences.
+    # One value above 1 makes torchmetrics take all of them for logits, and exp() of a
+    # log-probability may pass 1 by an ulp. float64, since its bins count in the type of the
+    # confidences.
     top = torch.from_numpy(np.clip(confidence, 0.0, 1.0, dtype=np.float64))
     return float(binary_calibration_error(top, torch.from_numpy(correct.astype(np.int64)), n_bins=num_bins, norm="l1"))
 
@@ -241,7 +256,8 @@ def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
 
     Args:
         predicted: (N,) integers.
-        teacher_predicted: (N,) integers; positions of -100 do not count: the teacher says nothing there.
+        teacher_predicted: (N,) integers; positions of -100 do not count: the teacher says nothing
+            there.
 
     Returns:
         In [0, 1]; nan where there is no position.
@@ -292,30 +308,35 @@ def bootstrap_ratio(
 ) -> Interval:
     """Interval of 95% confidence of a student's score over its teacher's, both taken over all positions of a split.
 
-    Rows are resampled, not positions, since positions of one row depend on each other; both models are scored on the
-    same rows, so that what makes a row hard for both cancels.
+    Rows are resampled, not positions, since positions of one row depend on each other; both models
+    are scored on the same rows, so that what makes a row hard for both cancels.
 
     Args:
-        student_row_scores: (R,) float, not negative: the sum over the row's positions of what the metric averages
-            (correct predictions, nats). Nan in a row of both models: the row has no label and is left out.
+        student_row_scores: (R,) float, not negative: the sum over the row's positions of what the
+            metric averages (correct predictions, nats). Nan in a row of both models: the row has no
+            label and is left out.
         teacher_row_scores: (R,) float, the same for the teacher.
-        row_weights: (R,) float, needed where the scores are means over a row rather than sums: its number of positions.
-        of: (R,) each, student and teacher: what the scores are shares of, where it differs between them, as predicted and true entities do.
+        row_weights: (R,) float, needed where the scores are means over a row rather than sums: its
+            number of positions.
+        of: (R,) each, student and teacher: what the scores are shares of, where it differs between
+            them, as predicted and true entities do.
         seed: of the resampling.
         resamples: how many times R rows are drawn with replacement.
         inverse: teacher over student, for a metric that is better when smaller.
 
     Returns:
-        The 2.5% and 97.5% percentiles of sum(student) / sum(teacher) over the resamples, with `of` each over the sum of its own; exactly (1, 1) for equal
-        scores. Nan for fewer than two rows, and where only one of the models has a nan. A resample with a zero
+        The 2.5% and 97.5% percentiles of sum(student) / sum(teacher) over the resamples, with `of`
+            each over the sum of its own; exactly (1, 1) for equal
+        scores. Nan for fewer than two rows, and where only one of the models has a nan. A resample
+            with a zero
         denominator counts as inf, and not at all where its numerator is zero too.
 
     Raises:
         ValueError: the arrays differ in shape.
 
-    Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13. The percentile interval, because the
-    bias-corrected one (BCa) costs O(R^2) and is undefined for equal models. Memory does not grow with `resamples`
-    beyond their ratios.
+    Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13. The percentile
+    interval, because the bias-corrected one (BCa) costs O(R^2) and is undefined for equal models.
+    Memory does not grow with `resamples` beyond their ratios.
     """
     from scipy import stats
 

@@ -1,4 +1,7 @@
-"""Of scores: how they go along with others, and how they rank the rows of lists. Numpy arrays in, floats out; nan means "cannot be said"."""
+"""Of scores: how they go along with others, and how they rank the rows of lists.
+
+Numpy arrays in, floats out; nan means "cannot be said".
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,12 @@ def spearman(truth: np.ndarray, found: np.ndarray) -> float:
 
 
 def correlation_influence(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """(N,) float64: the correlation r plus the influence of each pair on it. The mean is r, and the variance of the mean that of r to first order.
+    """(N,) float64: the correlation r plus the influence of each pair on it.
 
-    r + a b - r (a^2 + b^2) / 2 with a and b the scores less their mean, over their standard deviation (Devlin, Gnanadesikan and Kettenring, 1975).
+    The mean is r, and the variance of the mean that of r to first order.
+
+    r + a b - r (a^2 + b^2) / 2 with a and b the scores less their mean, over their standard
+    deviation (Devlin, Gnanadesikan and Kettenring, 1975).
     """
     r = pearson(truth, found)
     if math.isnan(r):
@@ -46,7 +52,8 @@ def ndcg(relevance: np.ndarray, scores: np.ndarray, lists: np.ndarray, *, cutoff
 
     Args:
         relevance: (R,) float, of each row; below 0 counts as 0.
-        scores: (R,) float. Of rows with the same score the less relevant one comes first: a model that gives one score to all gains nothing by it.
+        scores: (R,) float. Of rows with the same score the less relevant one comes first: a model
+            that gives one score to all gains nothing by it.
         lists: (R,) integers from 0: the list of each row.
 
     Returns:

@@ -134,7 +134,8 @@ def with_adapter(model: Any, name: str, folder: Path, missing: Sequence[str], *,
 
     Args:
         folder: where its files are.
-        missing: parameters of the base that its own checkpoint lacks; the adapter has to bring them.
+        missing: parameters of the base that its own checkpoint lacks; the adapter has to bring
+            them.
 
     Raises:
         ModelError: PEFT is not installed, or the adapter does not fit.
@@ -175,7 +176,8 @@ def refuse_prompt_tokens(model: Any, name: str, *, marks_positions: bool) -> Non
     Encoders take the first position, whatever stands there.
 
     Raises:
-        ModelError: prompt tuning of a language model, or of a classifier that takes the last position of a row.
+        ModelError: prompt tuning of a language model, or of a classifier that takes the last
+            position of a row.
     """
     settings = model.peft_config[model.active_adapter]
     kind = getattr(settings.peft_type, "value", str(settings.peft_type))

@@ -24,13 +24,14 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
     """Parameters that no file of the checkpoint gave, in order; the caller says which of them may be so.
 
     Args:
-        info: what `from_pretrained(output_loading_info=True)` returns; transformers has left out tied weights and
-            the buffers that each architecture computes itself.
-        new_head: the head is to be trained, so that the checkpoint may hold another one, which gives way to it where it has another number of classes.
+        info: what `from_pretrained(output_loading_info=True)` returns; transformers has left out
+            tied weights and the buffers that each architecture computes itself.
+        new_head: the head is to be trained, so that the checkpoint may hold another one, which
+            gives way to it where it has another number of classes.
 
     Raises:
-        ModelError: all keys carry a wrapper's prefix, a shape differs, or the checkpoint holds weights that the
-            configuration has no place for.
+        ModelError: all keys carry a wrapper's prefix, a shape differs, or the checkpoint holds
+            weights that the configuration has no place for.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     _refuse_prefix(name, missing, unexpected)
@@ -62,7 +63,8 @@ def refuse_more_blocks(name: str, tensors: Sequence[str], num_layers: int) -> No
     """Refuse a GGUF file with layers that its own configuration leaves out; transformers drops them without a word.
 
     Args:
-        tensors: their names in the file. Blocks that predict more than one token ahead (`nextn`) are no layers.
+        tensors: their names in the file. Blocks that predict more than one token ahead (`nextn`)
+            are no layers.
 
     Raises:
         ModelError: names the first of them.
@@ -177,7 +179,10 @@ def _refuse_prefix(name: str, missing: Sequence[str], unexpected: Sequence[str])
 
 
 def _has_no_place(key: str, modules: Collection[str], base: str, new_head: bool) -> bool:
-    """Whether a key belongs to a part that the model has. Whole parts that it lacks are another task's heads."""
+    """Whether a key belongs to a part that the model has.
+
+    Whole parts that it lacks are another task's heads.
+    """
     if _COMPUTED.search(key):
         return False
     for path in (key, f"{base}.{key}"):  # a headless checkpoint leaves the base model's name out

@@ -20,7 +20,8 @@ def doubts(predictions: Predictions) -> tuple[str, ...]:
     """Whether a model is no better than the majority class, and whether its confidence is far from its accuracy.
 
     Returns:
-        A clause each; nothing where fewer than two classes are among the labels, or too few positions are labelled to say.
+        A clause each; nothing where fewer than two classes are among the labels, or too few
+            positions are labelled to say.
     """
     known = is_known(predictions.labels)
     if predictions.labels.dtype.kind == "f":
@@ -42,7 +43,10 @@ def doubts(predictions: Predictions) -> tuple[str, ...]:
 
 
 def _doubts_of_scores(predictions: Predictions, known: np.ndarray) -> tuple[str, ...]:
-    """Whether the scores go along with the labels at all. A scale of their own is none: only ranks may matter."""
+    """Whether the scores go along with the labels at all.
+
+    A scale of their own is none: only ranks may matter.
+    """
     count = 1 if predictions.label_names is None else len(predictions.label_names)
     names = predictions.label_names or ("score",)
     columns = zip(

@@ -119,15 +119,20 @@ def make_student(
 
     Args:
         teacher: a name, a path or a live model (then with its `tokenizer`).
-        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with them. Default, where
-            there is no `config` either: a third of the teacher's, evenly spaced.
-        config: a shape, or a whole config (whose `architectures` names the class), for a student with random weights.
-        tokenizer: the teacher's, as it is written beside the student. Default: the one beside the teacher.
+        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with
+            them. Default, where there is no `config` either: a third of the teacher's, evenly
+            spaced.
+        config: a shape, or a whole config (whose `architectures` names the class), for a student
+            with random weights.
+        tokenizer: the teacher's, as it is written beside the student. Default: the one beside the
+            teacher.
         vocabulary: a tokenizer that is written in its place, with embeddings and head of its size.
 
     Raises:
-        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the heads do not divide.
-        ModelError: the teacher cannot be loaded, its layers cannot be found, or its weights cannot take another vocabulary.
+        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the
+            heads do not divide.
+        ModelError: the teacher cannot be loaded, its layers cannot be found, or its weights cannot
+            take another vocabulary.
     """
     base = check_request(teacher, output, layers=layers, config=config)
     total = _num_layers(base)

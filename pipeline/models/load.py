@@ -52,7 +52,8 @@ class LoadedModel:
     new_weights: tuple[str, ...] = ()
     """Parameters that no file gave: a new head."""
     use_cache: bool | None = None
-    """The configuration's setting as it came; while the model is loaded it is False. None: left as it is."""
+    """The configuration's setting as it came; while the model is loaded it is False. None: left as
+    it is."""
     file_dtype: torch.dtype | None = None
     """The precision that the configuration states for the weights in the files."""
 
@@ -76,15 +77,18 @@ def load_model(
     """Load weights with the task's head.
 
     Args:
-        name: hub name, directory, PEFT adapter (a directory or a hub name), or GGUF file (`dir/file.gguf`, `org/name/file.gguf`).
+        name: hub name, directory, PEFT adapter (a directory or a hub name), or GGUF file
+            (`dir/file.gguf`, `org/name/file.gguf`).
         label_names: names of the classes of a new classification head.
-        new_head: a head that the checkpoint lacks is initialised; otherwise that is an error, for its logits would be noise.
+        new_head: a head that the checkpoint lacks is initialised; otherwise that is an error, for
+            its logits would be noise.
         trainable: a PEFT adapter is loaded to be trained further.
         compiler: backend of `torch.compile` for all but the head.
         base_model: name or directory of the base of an adapter, in place of what the adapter names.
 
     Raises:
-        ModelError: nothing loadable there, or a weight comes from no file, or a weight of a file has no place.
+        ModelError: nothing loadable there, or a weight comes from no file, or a weight of a file
+            has no place.
         MisuseError: a dtype or a compiler that does not exist.
     """
     adapter, folder = adapter_config(name, revision), adapter_folder(name, revision)
@@ -227,7 +231,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> N
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
-    """The token to pad with, one that the model has an embedding for. Padding is masked, so any does where the tokenizer names none."""
+    """The token to pad with, one that the model has an embedding for.
+
+    Padding is masked, so any does where the tokenizer names none.
+    """
     if is_image_processor(tokenizer):
         return 0
     rows = 1 << 31 if model is None else embedding_rows(model)

@@ -281,7 +281,8 @@ def label_words(
     """The most likely label of each word of each text with its probability, as an evaluation computes them.
 
     Args:
-        max_length: tokens; the words of longer texts that are beyond have no prediction, and a warning says how many they are.
+        max_length: tokens; the words of longer texts that are beyond have no prediction, and a
+            warning says how many they are.
 
     Raises:
         ModelError: the model does not choose one of several labels.

@@ -1,7 +1,7 @@
 """What makes pixel values of images: a model's image processor, in the form that Pillow computes.
 
-It stands wherever a tokenizer does for texts (`LoadedModel.tokenizer`, `Cache.tokenizer`), as `processing_class` of
-`transformers.Trainer` is either.
+It stands wherever a tokenizer does for texts (`LoadedModel.tokenizer`, `Cache.tokenizer`), as
+`processing_class` of `transformers.Trainer` is either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pipeline.tasks import Task
 
 #: The file that says how images become pixel values.
 SETTINGS = "preprocessor_config.json"
-#: Of the forms that a processor has, torchvision's and Pillow's, which differ in how they resize: the pixels of a cache are the same on every machine.
+#: Of the forms that a processor has, torchvision's and Pillow's, which differ in how they resize:
+#: the pixels of a cache are the same on every machine.
 FORM: dict[str, Any] = {"backend": "pil"}
 
 

@@ -11,7 +11,8 @@ from pipeline.verbosity import level
 def quiet_libraries() -> None:
     """Hide the libraries' bars, which would mix with ours, and their reports; errors still show.
 
-    With `--verbose` their information is shown. TRANSFORMERS_VERBOSITY and DATASETS_VERBOSITY name one library each, and win.
+    With `--verbose` their information is shown. TRANSFORMERS_VERBOSITY and DATASETS_VERBOSITY name
+    one library each, and win.
     """
     import datasets
     import transformers

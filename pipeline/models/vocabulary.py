@@ -39,8 +39,8 @@ class NewVocabulary:
     counterpart: Callable[[int], int | None]
     """Of a special token of the teacher: the one of the student; None: there is none."""
     sources: Ragged | None = None
-    """Of each token: the teacher's tokens whose rows its own row is the mean of; none: the mean of all rows.
-    None: not needed, since all weights are random."""
+    """Of each token: the teacher's tokens whose rows its own row is the mean of; none: the mean of
+    all rows. None: not needed, since all weights are random."""
     num_copied: int = 0
     """Tokens that the teacher has too."""
 
@@ -63,8 +63,8 @@ class NewVocabulary:
 def with_vocabulary(config: Any, vocabulary: NewVocabulary) -> PreTrainedConfig:
     """A copy of a configuration with the size of the vocabulary and its special tokens.
 
-    Ids that the configuration names (BOS, EOS, padding and others) become those of the counterparts; one that has none
-    becomes that of the same role, or none.
+    Ids that the configuration names (BOS, EOS, padding and others) become those of the
+    counterparts; one that has none becomes that of the same role, or none.
     """
     changed: Any = copy.deepcopy(config)
     text = changed.get_text_config()
@@ -103,9 +103,10 @@ def check_vocabulary(config: Any, vocabulary: NewVocabulary | None) -> None:
 def rows_of_vocabulary(teacher: PreTrainedModel, vocabulary: NewVocabulary, config: Any) -> dict[str, Tensor]:
     """Embedding and head of a vocabulary, by their names in the teacher's state; weights that are tied come under each name.
 
-    A token that the teacher has too keeps its row. Another one begins with the mean of the rows of the teacher's tokens
-    that its bytes are made of. That is a heuristic: it is close enough to begin from, and no more (Gee et al. 2022,
-    "Fast Vocabulary Transfer for Language Model Compression").
+    A token that the teacher has too keeps its row. Another one begins with the mean of the rows of
+    the teacher's tokens that its bytes are made of. That is a heuristic: it is close enough to
+    begin from, and no more (Gee et al. 2022, "Fast Vocabulary Transfer for Language Model
+    Compression").
 
     Positions that are counted from the padding's id on (RoBERTa) are moved with it.
 

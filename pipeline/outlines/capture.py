@@ -22,7 +22,9 @@ _PASSES = 3
 
 
 def outline(config: CacheLogitsConfig) -> Outline:
-    """What the capture would do, after every check that comes before its first batch. Writes nothing.
+    """What the capture would do, after every check that comes before its first batch.
+
+    Writes nothing.
 
     Raises:
         PipelineError: as `run` raises it.

@@ -56,7 +56,9 @@ def outline_audit(config: AuditConfig) -> Outline:
 
 
 def outline_report(config: ReportConfig) -> Outline:
-    """What `report` would do; each student is loaded, and fits. The labels and the teacher's predictions are read.
+    """What `report` would do; each student is loaded, and fits.
+
+    The labels and the teacher's predictions are read.
 
     Raises:
         PipelineError: as `report` raises it.

@@ -17,7 +17,8 @@ def base_urls(flags: Sequence[str]) -> tuple[str, ...]:
     """The root address of each server: `http://host:8000` of `http://host:8000/v1/`.
 
     Raises:
-        MisuseError: no http(s) address, one with a user name or a password in it, or one that is given twice.
+        MisuseError: no http(s) address, one with a user name or a password in it, or one that is
+            given twice.
     """
     found: list[str] = []
     for flag in flags:

@@ -36,7 +36,8 @@ class RefusedError(ServerError):
         """What is wrong.
 
         Args:
-            reason: the same for a report that is published: without the server's address, the row's name, and paths.
+            reason: the same for a report that is published: without the server's address, the row's
+                name, and paths.
         """
         super().__init__(said)
         self.reason = reason
@@ -60,7 +61,8 @@ class UnusableAnswerError(Exception):
         """What was expected, and what was found.
 
         Args:
-            of_row: the answer is in order but for its numbers: given again and again, it is the request that is bad.
+            of_row: the answer is in order but for its numbers: given again and again, it is the
+                request that is bad.
         """
         super().__init__(said)
         self.of_row = of_row

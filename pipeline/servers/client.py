@@ -1,7 +1,8 @@
 """Requests to inference servers: several at once, to the least busy one, sent again on failure.
 
-A request that keeps failing is told from a server that fails by a control: the shortest request that has been answered
-before is sent to the same server. Where that is answered, the request is at fault, else the server.
+A request that keeps failing is told from a server that fails by a control: the shortest request
+that has been answered before is sent to the same server. Where that is answered, the request is at
+fault, else the server.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ class _Task(Generic[Answer]):
 class Client:
     """A client of one or several servers of the same model; `submit` may be called from any thread.
 
-    Each request is sent to the server with the fewest requests in flight. It is sent again after a growing wait, and to
-    another server first, where a server is unreachable, slow, overloaded (429, 503) or fails (5xx), until `patience`
-    seconds have gone by since its first failure. A server that fails is left alone for a growing time while there is
-    another. The key is read from the environment by the caller and stands in no message.
+    Each request is sent to the server with the fewest requests in flight. It is sent again after a
+    growing wait, and to another server first, where a server is unreachable, slow, overloaded (429,
+    503) or fails (5xx), until `patience` seconds have gone by since its first failure. A server
+    that fails is left alone for a growing time while there is another. The key is read from the
+    environment by the caller and stands in no message.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Client:
             urls: root addresses, as `addresses.base_urls` gives them.
             concurrency: requests in flight at most, to all servers; None: found out.
             patience: seconds for which a request is sent again.
-            read_seconds: without a byte, after which an answer is given up; default: half of the patience, at most 300.
+            read_seconds: without a byte, after which an answer is given up; default: half of the
+                patience, at most 300.
         """
         wait = read_seconds if read_seconds is not None else min(_READ_SECONDS, max(1.0, patience / 2))
         headers = {"Accept": "application/json", **({} if key is None else {"Authorization": f"Bearer {key}"})}
@@ -152,15 +155,17 @@ class Client:
         """Post a request; it is sent when fewer than `concurrency` are in flight.
 
         Args:
-            read: makes the result of the JSON that came, in another thread; raises `UnusableAnswerError` for an answer
-                that is to be asked for again.
+            read: makes the result of the JSON that came, in another thread; raises
+                `UnusableAnswerError` for an answer that is to be asked for again.
             what: names the request in messages: "train row 7".
             size: in tokens; throughput is measured in it.
             url: which server; default: the least busy.
 
         Returns:
-            A future of what `read` gives. It raises `RefusedError` where the server refuses this very request (4xx, or
-            5xx again and again) and answers the control, and `ServerError` where no server can be used.
+            A future of what `read` gives. It raises `RefusedError` where the server refuses this
+                very request (4xx, or
+            5xx again and again) and answers the control, and `ServerError` where no server can be
+                used.
         """
         only = None if url is None else next(server for server in self._servers if server.url == url)
         task = _Task(path, json.dumps(body).encode(), read, what, size, only)

@@ -47,7 +47,8 @@ def describe(client: Client, *, api: Api | None = None, model: str | None = None
         model: which of its models; None: its only one.
 
     Raises:
-        ServerError: a server that cannot be asked, another API, no such model, or servers that differ.
+        ServerError: a server that cannot be asked, another API, no such model, or servers that
+            differ.
     """
     found = [_describe(client, url, api, model) for url in client.urls]
     for url, other in zip(client.urls[1:], found[1:], strict=True):

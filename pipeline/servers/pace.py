@@ -19,8 +19,9 @@ _SAME_REFUSAL = 1.0
 class Pace:
     """The limit of requests in flight; used under the lock of its client.
 
-    The limit is doubled until the throughput grows by less than a tenth; the last doubling is then taken back. After a
-    refusal for load (429, 503) the limit is halved, and rises by one a round again, up to where the refusal came.
+    The limit is doubled until the throughput grows by less than a tenth; the last doubling is then
+    taken back. After a refusal for load (429, 503) the limit is halved, and rises by one a round
+    again, up to where the refusal came.
     """
 
     def __init__(self, fixed: int | None, servers: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,7 +52,8 @@ class Pace:
 
         Args:
             size: of the request, in tokens.
-            waiting: whether more requests were there to be sent; without it, a throughput says nothing of the limit.
+            waiting: whether more requests were there to be sent; without it, a throughput says
+                nothing of the limit.
         """
         self._answers += 1
         self._size += size

@@ -1,6 +1,7 @@
 """Top log-probabilities at positions of a prompt: requests to vLLM and SGLang, and their answers.
 
-Token ids are sent, never text. Every answer is checked: for the ids that were sent, for each position, for K classes.
+Token ids are sent, never text. Every answer is checked: for the ids that were sent, for each
+position, for K classes.
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.I
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The files of a cache as they are published: name -> where it is on this machine. The manifest is not among them: it comes last."""
+    """The files of a cache as they are published: name -> where it is on this machine.
+
+    The manifest is not among them: it comes last.
+    """
 
     cache_id: str
     shards: dict[str, Path]
@@ -36,7 +39,9 @@ class Contents:
 
 
 def collect(cache: Cache, staging: Path, *, license: str, location: str) -> Contents:
-    """Verify a cache, make its card, and list what is published of it. The cache's directory stays as it is.
+    """Verify a cache, make its card, and list what is published of it.
+
+    The cache's directory stays as it is.
 
     Args:
         staging: an empty directory, for the card.

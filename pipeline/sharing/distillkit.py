@@ -1,11 +1,14 @@
 """The packed log-probabilities of DistillKit (Goddard and Atkins, Arcee AI, 2024): bytes of one position -> its top classes.
 
-A position's K classes are sorted by falling log-probability. `compressed_logprobs` holds, one after another: the first `exact_k` of them as floats; the
-coefficients of a least-squares fit of the others over their rank t, in the terms t^i, sqrt(t), exp(t); and the fit's errors in bins, each a scale and
-so many integers of so many bits. With `delta_encoding` all of it is of the differences from one class to the next. `bytepacked_indices` holds the
-class ids in ceil(log2 d) bits each. Integers are packed one after another, the highest bit first, and filled up to a whole byte.
+A position's K classes are sorted by falling log-probability. `compressed_logprobs` holds, one after
+another: the first `exact_k` of them as floats; the coefficients of a least-squares fit of the
+others over their rank t, in the terms t^i, sqrt(t), exp(t); and the fit's errors in bins, each a
+scale and so many integers of so many bits. With `delta_encoding` all of it is of the differences
+from one class to the next. `bytepacked_indices` holds the class ids in ceil(log2 d) bits each.
+Integers are packed one after another, the highest bit first, and filled up to a whole byte.
 
-What comes back is as exact as the fit: it is not rounded to `exact_dtype`, as DistillKit's own reader does.
+What comes back is as exact as the fit: it is not rounded to `exact_dtype`, as DistillKit's own
+reader does.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _DTYPES = {
     "float64": torch.float64,
 }
 
-#: Where DistillKit's sampler writes how it has packed, and under which keys its training files repeat it.
+#: Where DistillKit's sampler writes how it has packed, and under which keys its training files
+#: repeat it.
 CONFIG_NAME = "compression_config.yaml"
 _SECTIONS = ("teacher", "logprob_compressor")
 

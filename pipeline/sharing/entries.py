@@ -1,7 +1,7 @@
 """Top log-probabilities beside their tokens, as servers and data sets give them -> rows of a cache.
 
-Whatever would make wrong soft labels is refused here with the position: values that are no log-probabilities, entries
-of other tokens than stand there, fewer classes than are to be kept.
+Whatever would make wrong soft labels is refused here with the position: values that are no
+log-probabilities, entries of other tokens than stand there, fewer classes than are to be kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Served:
     """What is known of the entries of a server's response, and not of those of a table."""
 
     num_top: np.ndarray
-    """(L,) int64: how many of an entry's classes are the most likely ones; one more may be there because it follows."""
+    """(L,) int64: how many of an entry's classes are the most likely ones; one more may be there
+    because it follows."""
     own: np.ndarray
     """(L,) int64: the token that an entry is of, where its rank tells; else -1."""
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: One upload of a shard may take so long; the hub's library has time-outs of its own for each request in it.
+#: One upload of a shard may take so long; the hub's library has time-outs of its own for each
+#: request in it.
 _UPLOAD_SECONDS = 3600.0
 
 
@@ -49,7 +50,8 @@ def push_to_hub(
 
     Raises:
         ContractError: somebody else has committed meanwhile.
-        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not asked for.
+        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not
+            asked for.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -98,10 +100,13 @@ def push_to_hub(
 
 
 def missing_on_hub(contents: Contents, repo_id: str, *, public: bool, revision: str | None) -> dict[str, Path] | None:
-    """The shards that a push would send; None where there is no such repository or branch yet. Writes nothing.
+    """The shards that a push would send; None where there is no such repository or branch yet.
+
+    Writes nothing.
 
     Raises:
-        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not asked for.
+        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not
+            asked for.
     """
     from huggingface_hub import HfApi
 
@@ -113,7 +118,10 @@ def missing_on_hub(contents: Contents, repo_id: str, *, public: bool, revision: 
 
 
 def _begin(api: HfApi, where: str, repo_id: str, *, public: bool, branch: str) -> tuple[str, dict[str, str]]:
-    """The commit to build on, and the SHA-256 (large files) or Git hash of each file in it. A new repository is made where there is none."""
+    """The commit to build on, and the SHA-256 (large files) or Git hash of each file in it.
+
+    A new repository is made where there is none.
+    """
     settings: dict[str, Any] = {"repo_type": "dataset", "exist_ok": True}
     patiently(where, lambda: api.create_repo(repo_id, private=not public, **settings))
     if branch != "main":

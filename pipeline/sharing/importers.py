@@ -83,14 +83,19 @@ def import_responses(
 
     Args:
         files: JSON lines, Parquet files, or directories of Parquet files.
-        top_k: how many log-probabilities to keep of each position; a server must have returned as many. Default: 20 of a response, all of a table.
-        position_zero: whether entry j speaks of token j (`empty`: the first has nothing before it), or of the token after it (`filled`).
-            `auto` compares the weight of the token that does follow under both, over the first rows.
-        compression_config: how DistillKit has packed; default: `compression_config.yaml` beside the first file.
-        requests: the input file of a batch, where the answers do not hold their prompts; told by `custom_id`.
-        store_label_logprobs: keep the log-probability of each token that follows. A server's response has it everywhere; a table may not, and
-            such a row is a bad row.
-        on_bad_row: `skip`: a failed request, and a row that cannot be used, is set aside and listed in `reports/bad-rows.tsv`.
+        top_k: how many log-probabilities to keep of each position; a server must have returned as
+            many. Default: 20 of a response, all of a table.
+        position_zero: whether entry j speaks of token j (`empty`: the first has nothing before it),
+            or of the token after it (`filled`). `auto` compares the weight of the token that does
+            follow under both, over the first rows.
+        compression_config: how DistillKit has packed; default: `compression_config.yaml` beside the
+            first file.
+        requests: the input file of a batch, where the answers do not hold their prompts; told by
+            `custom_id`.
+        store_label_logprobs: keep the log-probability of each token that follows. A server's
+            response has it everywhere; a table may not, and such a row is a bad row.
+        on_bad_row: `skip`: a failed request, and a row that cannot be used, is set aside and listed
+            in `reports/bad-rows.tsv`.
 
     Returns:
         The cache. Residual mass is known at temperature 1 only, so students train at 1.
@@ -368,7 +373,8 @@ def _rows(
     """Rows, and those that are set aside with their reasons.
 
     Raises:
-        PipelineError: the first that is bad, under `stop`; the first of all, where there is no other row.
+        PipelineError: the first that is bad, under `stop`; the first of all, where there is no
+            other row.
     """
     good, first = False, None
     for number, row in enumerate(found):

@@ -58,7 +58,8 @@ def pull(url: str | Path, output: str | Path, *, splits: Sequence[str] = (), sha
         shards: one number, of shards from the first of each split; or names of shards.
 
     Returns:
-        The copy; of a part, a cache with an id of its own, whose manifest names the one that it is a part of.
+        The copy; of a part, a cache with an id of its own, whose manifest names the one that it is
+            a part of.
 
     Raises:
         MisuseError: no such split or shard.

@@ -50,7 +50,8 @@ def push(
     Raises:
         IntegrityError: the cache is not what its manifest says.
         ContractError: another cache is there, or somebody has published there meanwhile.
-        CacheError: it cannot be published: the store refuses, or a file holds a local path or a credential.
+        CacheError: it cannot be published: the store refuses, or a file holds a local path or a
+            credential.
     """
     opened, repo_id, shown = _opened(cache, url)
     with tempfile.TemporaryDirectory() as staging:
@@ -63,7 +64,9 @@ def push(
 
 
 def outline(config: PushConfig) -> Outline:
-    """What `run` would do: the cache is verified, and what is there already is looked at. Writes nothing.
+    """What `run` would do: the cache is verified, and what is there already is looked at.
+
+    Writes nothing.
 
     Raises:
         PipelineError: as `push` raises it.

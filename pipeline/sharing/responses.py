@@ -1,10 +1,13 @@
 """One response of an inference server -> tokens and the top log-probabilities beside them, one row for each choice. Three layouts, told apart by their keys.
 
-- vLLM: `prompt_logprobs`, a list with a mapping {token id: {logprob, rank, ...}} for each token of the prompt.
+- vLLM: `prompt_logprobs`, a list with a mapping {token id: {logprob, rank, ...}} for each token of
+  the prompt.
 - completions: `logprobs` with `tokens`, `token_logprobs` and `top_logprobs`, made with `echo`.
-- chat completions: `logprobs.content`, a list of {token, logprob, top_logprobs}, for the completion only.
+- chat completions: `logprobs.content`, a list of {token, logprob, top_logprobs}, for the completion
+  only.
 
-Each may stand at the top of the line, or inside `choices` as the server sends it, and all of it inside `response` as batch files have it.
+Each may stand at the top of the line, or inside `choices` as the server sends it, and all of it
+inside `response` as batch files have it.
 """
 
 from __future__ import annotations
@@ -172,7 +175,8 @@ def _vllm_entries(given: Sequence[Any], ids: Sequence[int]) -> list[_Entry | Non
         extra = [token for token, rank in ranks.items() if rank > len(classes)]
         entries.append(_Entry(classes, len(classes) - len(extra), extra[0] if extra else -1))
     if not ranked and all(entry is None or len(entry.classes) < 2 for entry in entries):
-        # without ranks: one token each, and the prompt's own, is the most likely only where it has half of the mass
+        # without ranks: one token each, and the prompt's own, is the most likely only where it has
+        # half of the mass
         return [
             _Entry(e.classes, 0) if e is not None and e.classes and max(e.classes.values()) < math.log(0.5) else e
             for e in entries

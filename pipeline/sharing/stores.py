@@ -28,7 +28,8 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-#: Says whose unfinished push lies there, so that the same cache's can go on and another's cannot begin.
+#: Says whose unfinished push lies there, so that the same cache's can go on and another's cannot
+#: begin.
 _MARK = ".push.json"
 #: Files on the way at once.
 _PARALLEL = 4
@@ -39,7 +40,8 @@ _SLOWEST = 100_000
 def push_to_store(contents: Contents, url: str) -> int:
     """Send what is not there yet. Returns the bytes of the shards that were sent.
 
-    A shard is there if the same cache's earlier push has left it with its size: stores show no half-written object.
+    A shard is there if the same cache's earlier push has left it with its size: stores show no
+    half-written object.
 
     Raises:
         ContractError: another cache is there, or is being pushed there.

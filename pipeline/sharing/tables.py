@@ -1,4 +1,6 @@
-"""Rows of data sets that hold top log-probabilities already -> the entries beside their tokens. Four layouts, told apart by their columns.
+"""Rows of data sets that hold top log-probabilities already -> the entries beside their tokens.
+
+Four layouts, told apart by their columns.
 
 | columns beside `input_ids` | layout |
 |---|---|
@@ -197,7 +199,10 @@ def _check_fit(logprobs: np.ndarray) -> None:
 
 
 def _matrix(values: Any, *, fill: float) -> tuple[np.ndarray, np.ndarray]:
-    """L lists -> (L, K), and (L,) how many each has, -1 for null. Shorter lists and nulls in them are filled up."""
+    """L lists -> (L, K), and (L,) how many each has, -1 for null.
+
+    Shorter lists and nulls in them are filled up.
+    """
     if isinstance(values, pa.Array):
         missing = values.is_null().to_numpy(zero_copy_only=False)
         lists = values.cast(pa.large_list(values.type.value_type))

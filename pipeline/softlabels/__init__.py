@@ -1,4 +1,7 @@
-"""The mathematics: logits -> SoftLabels (`encode`) -> a target distribution (`target`). Pure functions over tensors."""
+"""The mathematics: logits -> SoftLabels (`encode`) -> a target distribution (`target`).
+
+Pure functions over tensors.
+"""
 
 from pipeline.softlabels.convert import check_conversion, convert
 from pipeline.softlabels.encode import encode, encode_and_score, teacher_scores

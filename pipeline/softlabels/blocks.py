@@ -1,6 +1,7 @@
 """Logits in blocks of 64 classes: one pass finds the peak of each block, and most of the work then looks at few blocks.
 
-The K largest classes, those above a threshold and those that sampling hits all lie in a handful of the blocks.
+The K largest classes, those above a threshold and those that sampling hits all lie in a handful of
+the blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor
 
 BLOCK = 64
 
-#: Positions at a time. On a CPU (chunk, V) must stay in its caches: at V = 49,152 thirty-two rows of float32 are 6 MB, and so are more of fewer classes.
+#: Positions at a time. On a CPU (chunk, V) must stay in its caches: at V = 49,152 thirty-two rows
+#: of float32 are 6 MB, and so are more of fewer classes.
 _CHUNK, _LEAST, _LOGITS = 1024, 32, 1 << 20
 
 
@@ -68,7 +70,10 @@ class Blocks:
         return torch.softmax(scaled, -1, out=self.workspace.like(self.logits, "probabilities"))
 
     def mean(self, probabilities: Tensor) -> Tensor:
-        """(N,) float64: the mean logit under (N, V') probabilities. The mean of 0 * -inf is taken as 0."""
+        """(N,) float64: the mean logit under (N, V') probabilities.
+
+        The mean of 0 * -inf is taken as 0.
+        """
         product = torch.mul(probabilities, self.logits, out=self.workspace.like(self.logits, "scaled"))
         mean = block_sums(product).sum(-1)
         if bool(mean.isnan().any()):
@@ -76,7 +81,10 @@ class Blocks:
         return mean
 
     def largest(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest logits of each position, (N, k), falling, and their classes. They lie in the k blocks of the largest peaks."""
+        """The k largest logits of each position, (N, k), falling, and their classes.
+
+        They lie in the k blocks of the largest peaks.
+        """
         if self.peaks.shape[1] <= k:
             values, ids = self.logits.topk(min(k, self.logits.shape[1]), dim=-1)
             return values, ids
@@ -92,5 +100,8 @@ def in_blocks(values: Tensor) -> Tensor:
 
 
 def block_sums(values: Tensor) -> Tensor:
-    """(N, V') -> (N, M) float64. Sixty-four values are summed in their own precision; it is the thousands of sums that need more."""
+    """(N, V') -> (N, M) float64.
+
+    Sixty-four values are summed in their own precision; it is the thousands of sums that need more.
+    """
     return in_blocks(values).sum(-1).double()

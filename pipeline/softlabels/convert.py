@@ -6,7 +6,8 @@
 | `top-k`, `top-p` | fewer classes of the same encoding, temperatures of its grid | the mass that leaves the top is known, and is added to the residual |
 | `sampled` | a smaller c at the same temperature | the kept weights t are sampled once more: E[t' | t] = t, so that E[t'] = E[t] = q |
 
-Sampling t at c' < c has the variance of sampling q at c', class by class: for a class of the tail E[t'^2] = E[t] / c' = q / c', and one of the top has t = q.
+Sampling t at c' < c has the variance of sampling q at c', class by class: for a class of the tail
+E[t'^2] = E[t] / c' = q / c', and one of the top has t = q.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def convert(soft: SoftLabels, wanted: Encoding, *, uniforms: Tensor) -> SoftLabe
     """The same positions in a smaller encoding.
 
     Args:
-        uniforms: (N,) float64 in [0, 1), for `sampled`; independent of those that `soft` was sampled with.
+        uniforms: (N,) float64 in [0, 1), for `sampled`; independent of those that `soft` was
+            sampled with.
 
     Returns:
         N positions, narrow as they are stored.

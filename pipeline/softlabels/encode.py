@@ -13,7 +13,8 @@ from pipeline.softlabels.blocks import BLOCK, Blocks, Workspace, block_sums, chu
 from pipeline.softlabels.ragged import offsets_of
 from pipeline.softlabels.sampling import sample_tail
 
-#: Probabilities below this have lost digits in float32: such a residual is taken by log-sum-exp in float64.
+#: Probabilities below this have lost digits in float32: such a residual is taken by log-sum-exp in
+#: float64.
 _TINY = 1e-30
 #: Classes that top-p looks at first; more where they do not reach p.
 _FIRST_CLASSES = 256
@@ -26,7 +27,8 @@ def encode(
 
     Args:
         logits: (N, V) float, raw teacher output. -inf is a class of probability 0.
-        uniforms: (N,) float64 in [0, 1), for `sampled`; drawn from `generator` (or torch's own) where it is None.
+        uniforms: (N,) float64 in [0, 1), for `sampled`; drawn from `generator` (or torch's own)
+            where it is None.
 
     Returns:
         N positions, on the CPU, as exact as float32; `narrow` rounds them as they are stored.
@@ -48,7 +50,8 @@ def encode_and_score(
         labels: (N,) int64, -100 where there is none.
 
     Returns:
-        N positions, and their scores; the entropy is of the distribution whose log-probabilities are kept (T = 1, or the T of `sampled`).
+        N positions, and their scores; the entropy is of the distribution whose log-probabilities
+            are kept (T = 1, or the T of `sampled`).
 
     Raises:
         EncodingError: a row with NaN, +inf or no finite logit.
@@ -177,7 +180,10 @@ def _full(blocks: Blocks, num_classes: int) -> _Kept:
 
 
 def _sampled(q: Tensor, sums: Tensor, blocks: Blocks, encoding: Sampled, uniforms: Tensor) -> _Kept:
-    """The top: what reaches 1/c, and the argmax. The tail: a sample of the rest. `q` (N, V') and `sums` (N, M) are overwritten."""
+    """The top: what reaches 1/c, and the argmax.
+
+    The tail: a sample of the rest. `q` (N, V') and `sums` (N, M) are overwritten.
+    """
     c = encoding.sample_size
     parts = in_blocks(q)  # (N, M, 64)
     total = sums.sum(-1)  # (N,): 1, but for what float32 has lost over thousands of classes
@@ -206,7 +212,10 @@ def _sampled(q: Tensor, sums: Tensor, blocks: Blocks, encoding: Sampled, uniform
 
 
 def _top(q: Tensor, blocks: Blocks, encoding: TopK | TopP, num_classes: int) -> _Kept:
-    """The residual is a sum over the classes outside, never 1 - sum: 1e-12 is exact too. `q` (N, V') is overwritten."""
+    """The residual is a sum over the classes outside, never 1 - sum: 1e-12 is exact too.
+
+    `q` (N, V') is overwritten.
+    """
     if isinstance(encoding, TopK):
         values, ids = blocks.largest(min(encoding.k, num_classes))  # (N, K), by falling logit
         kept = values > -torch.inf
@@ -252,7 +261,8 @@ def _log_residual(blocks: Blocks, ids: Tensor, kept: Tensor, rows: Tensor, tempe
 def _score(blocks: Blocks, q: Tensor, total: Tensor, labels: Tensor, temperature: float) -> TeacherScores:
     """Scores of one chunk; `q` is softmax(z / T), `total` (N,) its sum, 1 but for what float32 has lost.
 
-    With s = (z - peak) / T, the entropy is log(sum of exp(s)) - E[s], and the first is -log of the largest probability.
+    With s = (z - peak) / T, the entropy is log(sum of exp(s)) - E[s], and the first is -log of the
+    largest probability.
     """
     log_sum = total.log() - q.gather(1, blocks.best[:, None]).double().log().squeeze(-1)
     entropy = log_sum - (blocks.mean(q) / total - blocks.peak.double()) / temperature

@@ -1,14 +1,16 @@
 """What an encoding's target keeps of the teacher, and what noise and bias it adds to the gradient of a student: measured where all V logits are at hand.
 
-With q the teacher, t the target and p a student, (V,) each, W the output matrix (V, H) and g(t) = W'(p - t) the gradient of the loss with respect to
-the student's hidden state at one position:
+With q the teacher, t the target and p a student, (V,) each, W the output matrix (V, H) and g(t) =
+W'(p - t) the gradient of the loss with respect to the student's hidden state at one position:
 
     noise   E |W'(t - q)|^2, over positions and samples: what the target adds to the variance of g
     bias    |E W'(t - q)|^2: what no amount of data averages away
     angle   between g(t) and g(q), of all positions of the sample as one vector; beside it |g(t)| / |g(q)|
 
-The student is the teacher with standard normal noise on its logits: half a nat away from it or so, as a student is that has learnt something. The ghost
-bucket has no classes of its own: in the gradient its mass stands where the student puts its own outside the top, so that t has r p_i / sum p there.
+The student is the teacher with standard normal noise on its logits: half a nat away from it or so,
+as a student is that has learnt something. The ghost bucket has no classes of its own: in the
+gradient its mass stands where the student puts its own outside the top, so that t has r p_i / sum p
+there.
 """
 
 from __future__ import annotations

@@ -12,15 +12,18 @@ from pipeline.softlabels.ragged import offsets_of, owners
 def map_target(target: Target, positions: Tensor, mapping: VocabularyMap, *, is_sample: bool = False) -> Target:
     """The target of each of the student's positions, over the student's classes.
 
-    Weights that meet in one token are added: the map is linear, so that an unbiased target stays unbiased. Mass of
-    tokens that the student has none for is left out, or goes to the bucket of the rest where there is one.
+    Weights that meet in one token are added: the map is linear, so that an unbiased target stays
+    unbiased. Mass of tokens that the student has none for is left out, or goes to the bucket of the
+    rest where there is one.
 
     Args:
         target: N positions over the teacher's V classes.
-        positions: (M,) int64: which of the N each of the student's positions is aligned with; -1: none, which gives no mass.
+        positions: (M,) int64: which of the N each of the student's positions is aligned with; -1:
+            none, which gives no mass.
 
-        is_sample: of encoding `sampled`. A sample does not tell the entropy of the mapped distribution: the teacher's own
-            stands for it, which is at least as large, so that KL is a lower bound, up to a constant exact.
+        is_sample: of encoding `sampled`. A sample does not tell the entropy of the mapped
+            distribution: the teacher's own stands for it, which is at least as large, so that KL is
+            a lower bound, up to a constant exact.
 
     Returns:
         M positions.

@@ -10,7 +10,8 @@ from pipeline.records import Sampled, SoftLabels
 from pipeline.softlabels.ragged import owners
 from pipeline.softlabels.sampling import round_unbiased
 
-#: Rounding takes the digits of u that sampling all but ignores: a class is so rarely kept by them alone.
+#: Rounding takes the digits of u that sampling all but ignores: a class is so rarely kept by them
+#: alone.
 _LATER_DIGITS = 2.0**20
 
 
@@ -21,7 +22,8 @@ def narrow(soft: SoftLabels, uniforms: Tensor) -> SoftLabels:
         uniforms: (N,) float64 in [0, 1), those that the positions were sampled with.
 
     Returns:
-        N positions whose top weights are multiples of 1/steps. E[weight] is unchanged, and the sum of a position's top changes by less than 1/steps.
+        N positions whose top weights are multiples of 1/steps. E[weight] is unchanged, and the sum
+            of a position's top changes by less than 1/steps.
     """
     if not isinstance(soft.encoding, Sampled):
         return soft

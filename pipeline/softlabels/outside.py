@@ -11,15 +11,15 @@ LEAST_OUTSIDE = 2.0**-24
 def log_outside(mass: np.ndarray, counts: np.ndarray, num_classes: int, log_most: np.ndarray) -> np.ndarray:
     """The log of 1 - sum(p), within what can be.
 
-    A position with classes outside has mass there: without any, losses would leave the outside out, and a reverse KL
-    could be negative.
+    A position with classes outside has mass there: without any, losses would leave the outside out,
+    and a reverse KL could be negative.
 
     Args:
         mass: (N,) float64, of the classes that are kept.
         counts: (N,) int64, how many these are.
         num_classes: V.
-        log_most: (N,) float64, nats: the most that may be outside, V - K times the least likely of the K most likely
-            classes; inf where that is not known.
+        log_most: (N,) float64, nats: the most that may be outside, V - K times the least likely of
+            the K most likely classes; inf where that is not known.
 
     Returns:
         (N,) float64, nats; -inf where no class is outside.

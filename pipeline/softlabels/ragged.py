@@ -86,7 +86,10 @@ def _split_offsets(offsets: np.ndarray, counts: Sequence[int]) -> tuple[Sequence
 
 
 def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
-    """Positions of all parts, one after another. The parts share encoding and V; there is at least one."""
+    """Positions of all parts, one after another.
+
+    The parts share encoding and V; there is at least one.
+    """
     return replace(
         parts[0],
         top_offsets=_joined([part.top_offsets for part in parts]),

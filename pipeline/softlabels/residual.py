@@ -1,13 +1,15 @@
 """The mass outside the top of `top-k` and `top-p` at any temperature inside the grid: exact at its points, interpolated between within a bound.
 
-With b = 1/T and l the log-probabilities at T = 1, let A(b) be the log of the sum of exp(b l) over the classes outside the top, and B(b) that over the top.
-B is known at every b. The residual r gives A at the grid: A = B + log(r / (1 - r)). A log-sum-exp is convex in b, so that between two points
+With b = 1/T and l the log-probabilities at T = 1, let A(b) be the log of the sum of exp(b l) over
+the classes outside the top, and B(b) that over the top. B is known at every b. The residual r gives
+A at the grid: A = B + log(r / (1 - r)). A log-sum-exp is convex in b, so that between two points
 
     A <= the chord through them;
     A >= the chords through two points on either side, drawn on;
     A >= A(b1) - l_K (b1 - b), with b1 the point above and l_K the least log-probability kept, since A' is a mean of l over classes below it.
 
-The estimate is the polynomial through all points, cut to these bounds. log r moves by less than A does: its error is below the width between them.
+The estimate is the polynomial through all points, cut to these bounds. log r moves by less than A
+does: its error is below the width between them.
 """
 
 from __future__ import annotations

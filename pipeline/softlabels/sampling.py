@@ -16,7 +16,8 @@ def counter_uniforms(seed: int, split: str, source_row: int, piece: int, positio
         positions: (N,) integers, the token positions in the row.
 
     Returns:
-        (N,) float64, uniform. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+        (N,) float64, uniform. The mixing function is the finaliser of SplitMix64 (Steele, Lea and
+            Flood, 2014).
     """
     key = hashlib.blake2b(f"{seed}/{split}/{source_row}/{piece}".encode(), digest_size=8).digest()
     with np.errstate(over="ignore"):  # uint64 arithmetic is meant to wrap
@@ -31,19 +32,24 @@ def sample_tail(blocks: Tensor, sums: Tensor, sample_size: Tensor, uniforms: Ten
     """Keep each class of the tail with probability pi_i = c * q_i, by systematic sampling.
 
     Args:
-        blocks: (N, M, B) float, q_i: the tail's probabilities in blocks of B; 0 for the classes that are in the top.
+        blocks: (N, M, B) float, q_i: the tail's probabilities in blocks of B; 0 for the classes
+            that are in the top.
         sums: (N, M) float64, of each block.
-        sample_size: (N,) float64, c over the sum of all q_i, which is 1 but for rounding; every c * q_i in the tail is below 1.
+        sample_size: (N,) float64, c over the sum of all q_i, which is 1 but for rounding; every c *
+            q_i in the tail is below 1.
         uniforms: (N,) float64 in [0, 1).
 
     Returns:
-        (H,) and (H,) int64: positions, rising, and the classes kept there, rising within a position. The number kept at a position is the sum of
+        (H,) and (H,) int64: positions, rising, and the classes kept there, rising within a
+            position. The number kept at a position is the sum of
         its pi_i rounded up or down.
 
-    With C_i the running sum of pi_i in id order, class i is kept when the half-open interval (C_(i-1) - u, C_i - u] holds an
-    integer: when floor(C_i - u) exceeds floor(C_(i-1) - u). As u runs over [0, 1) that happens on a set of length pi_i. The sum is in float64: in
-    float32 it drifts by whole units over 100,000 classes. It is taken over blocks first, and inside those only that an integer falls in; there
-    each class has its share of the block's sum, so that the rounding of the sum falls on no single one.
+    With C_i the running sum of pi_i in id order, class i is kept when the half-open interval
+    (C_(i-1) - u, C_i - u] holds an integer: when floor(C_i - u) exceeds floor(C_(i-1) - u). As u
+    runs over [0, 1) that happens on a set of length pi_i. The sum is in float64: in float32 it
+    drifts by whole units over 100,000 classes. It is taken over blocks first, and inside those only
+    that an integer falls in; there each class has its share of the block's sum, so that the
+    rounding of the sum falls on no single one.
     """
     size = blocks.shape[-1]
     ends = torch.cumsum(sums * sample_size[:, None], 1)  # (N, M)
@@ -72,7 +78,8 @@ def round_unbiased(values: Tensor, owner: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: (N,) float64 in [0, 1), one a position.
 
     Returns:
-        (K,) int64: floor(S_i - u) - floor(S_(i-1) - u) with S the running sum of a position: systematic rounding, as `sample_tail` keeps.
+        (K,) int64: floor(S_i - u) - floor(S_(i-1) - u) with S the running sum of a position:
+            systematic rounding, as `sample_tail` keeps.
     """
     total = torch.cumsum(values, 0)
     start = torch.zeros(len(uniforms), dtype=torch.float64)

@@ -31,7 +31,8 @@ def check_temperature(encoding: Encoding, temperature: float) -> None:
     """Refuse what an encoding cannot serve.
 
     Raises:
-        EncodingError: names the temperatures that it serves, and the encodings that would serve this one.
+        EncodingError: names the temperatures that it serves, and the encodings that would serve
+            this one.
     """
     if isinstance(encoding, Full | Score):
         return
@@ -55,13 +56,15 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
     """The teacher's distribution at a temperature.
 
     Args:
-        tail: for `top-k` and `top-p`, the mass outside the top: `ghost` makes it one bucket (exact), `renormalize` spreads it
-            over the top, `ignore` drops it. `full` and `sampled` have none.
-        entropy: (N,) nats, for `sampled`: the teacher's own, as measured at capture (a sample's own entropy is not the teacher's). Without it KL
-            is known up to that constant.
+        tail: for `top-k` and `top-p`, the mass outside the top: `ghost` makes it one bucket
+            (exact), `renormalize` spreads it over the top, `ignore` drops it. `full` and `sampled`
+            have none.
+        entropy: (N,) nats, for `sampled`: the teacher's own, as measured at capture (a sample's own
+            entropy is not the teacher's). Without it KL is known up to that constant.
 
     Returns:
-        Scores as they are; or N ragged distributions, float32: q_T(i) = (1 - r_T) * softmax over the top of (logprob_i / T). r_T is exact on the grid, and interpolated
+        Scores as they are; or N ragged distributions, float32: q_T(i) = (1 - r_T) * softmax over
+            the top of (logprob_i / T). r_T is exact on the grid, and interpolated
         between its points (see `residual`).
 
     Raises:

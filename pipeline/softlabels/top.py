@@ -21,7 +21,8 @@ def top_soft_labels(
         logprobs: N lists of their log-probabilities at T = 1, nats.
 
     Returns:
-        N positions of `TopK(k, (1.0,))`. The mass outside is 1 - sum(p) in float64, all that is known of it: where the server rounds, it is as
+        N positions of `TopK(k, (1.0,))`. The mass outside is 1 - sum(p) in float64, all that is
+            known of it: where the server rounds, it is as
         exact as that rounding.
 
     Raises:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from pipeline.sources.files.joined import Rows
 
-#: Rows that are Python objects at the same time. A few are enough: at 256 slicing costs less than a tenth of decoding.
+#: Rows that are Python objects at the same time. A few are enough: at 256 slicing costs less than a
+#: tenth of decoding.
 BATCH_ROWS = 256
 
 Row = dict[str, object]
@@ -28,7 +29,8 @@ class _Unreadable:
         return "UNREADABLE"
 
 
-#: Every value of a row whose bytes are not UTF-8. Arrow files may hold such strings; Python strings cannot.
+#: Every value of a row whose bytes are not UTF-8. Arrow files may hold such strings; Python strings
+#: cannot.
 UNREADABLE: Final = _Unreadable()
 
 
@@ -36,7 +38,8 @@ def read_rows(dataset: Rows, names: Sequence[str], start: int = 0, stop: int | N
     """The rows `[start, stop)` as Python objects, in order.
 
     Args:
-        names: columns to read; the others are never decoded. One that the data set does not have is left out.
+        names: columns to read; the others are never decoded. One that the data set does not have is
+            left out.
 
     Returns:
         One dictionary a row, by column name, whatever format the data set is set to.
@@ -71,7 +74,10 @@ def _read(plain: Dataset, present: Sequence[str], start: int, stop: int) -> Iter
 
 
 def _view(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
-    """These columns as Python objects. Kept as long as the data set, which names each view by a hash: more work than to read a row."""
+    """These columns as Python objects.
+
+    Kept as long as the data set, which names each view by a hash: more work than to read a row.
+    """
     views = _VIEWS.setdefault(dataset, {})
     if names not in views:
         views[names] = dataset.with_format(None, columns=list(names))

@@ -25,7 +25,8 @@ _INPUT_FLAGS = {
 }
 #: What the roles of columns of choices begin with.
 CHOICES = "choices:"
-#: Columns that no flag names: they are read beside token ids and chats wherever a data set has them.
+#: Columns that no flag names: they are read beside token ids and chats wherever a data set has
+#: them.
 ATTENTION_MASK, TOOLS = "attention_mask", "tools"
 _TEXT_ROLES = ("text", "text_pair", "prompt", "completion")
 _SCALARS = ("text", "integers", "floats", "booleans", "class labels", "nulls")
@@ -92,7 +93,8 @@ def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
     """Check that the input columns are there and that their types can be what they are named for.
 
     Raises:
-        SourceError: a missing column, or a type that no row can be read from. `where` begins the message.
+        SourceError: a missing column, or a type that no row can be read from. `where` begins the
+            message.
     """
     for role, name in input_roles(columns).items():
         _require(where, dataset, name, _INPUT_FLAGS.get(role, "--choices-column"))

@@ -1,7 +1,8 @@
 """What rows hold, hashed and counted: the fingerprint of a split, equal rows of two splits, and which rows are held out.
 
-A row is hashed as one line of JSON over the values of its roles. Names of columns, files, chunks and batches play no part.
-Parquet files that are read in place are known by their footers, so that nothing else of them is read before the first shard.
+A row is hashed as one line of JSON over the values of its roles. Names of columns, files, chunks
+and batches play no part. Parquet files that are read in place are known by their footers, so that
+nothing else of them is read before the first shard.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ def fingerprints(
 
     Args:
         ranges: split -> the rows `[start, stop)` that count; default: all rows of all splits.
-        by_contents: read the rows of Parquet files too, whose fingerprint is that of the list of files otherwise:
-            rows, bytes, footer and tag of each.
+        by_contents: read the rows of Parquet files too, whose fingerprint is that of the list of
+            files otherwise: rows, bytes, footer and tag of each.
 
-    By contents, equal rows have equal fingerprints, whatever the file format, the path and the columns that are not read. The
-    names of a `ClassLabel` count, since its values mean nothing without them.
+    By contents, equal rows have equal fingerprints, whatever the file format, the path and the
+    columns that are not read. The names of a `ClassLabel` count, since its values mean nothing
+    without them.
     """
     ranges = ranges if ranges is not None else {split: (0, len(dataset)) for split, dataset in source.splits.items()}
     found = {}
@@ -76,8 +78,9 @@ class Survey:
 def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents: bool = False) -> Survey:
     """Fingerprints and counts of the rows `[start, stop)` of each split, by one pass over them.
 
-    Two rows are equal where all their inputs are, whatever their labels and kept columns. Memory: 8 bytes a row.
-    Parquet files are not passed over, unless `by_contents`: their rows are counted as their shards are made.
+    Two rows are equal where all their inputs are, whatever their labels and kept columns. Memory: 8
+    bytes a row. Parquet files are not passed over, unless `by_contents`: their rows are counted as
+    their shards are made.
     """
     inputs, label = input_roles(source.columns), source.columns.label
     hashes: dict[str, np.ndarray] = {}
@@ -113,10 +116,11 @@ def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents
 def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
     """Which rows belong to the test split.
 
-    A row's side depends on its inputs alone, or on the list that it belongs to: added rows move no other row, equal inputs stay together, and a larger
-    share keeps what a smaller one held out. Rows of files without the label column are held out only where a row of
-    the same inputs in another file is: a test split is there to be measured on. Rows of a file that has the label column
-    are held out whether they have a label or not.
+    A row's side depends on its inputs alone, or on the list that it belongs to: added rows move no
+    other row, equal inputs stay together, and a larger share keeps what a smaller one held out.
+    Rows of files without the label column are held out only where a row of the same inputs in
+    another file is: a test split is there to be measured on. Rows of a file that has the label
+    column are held out whether they have a label or not.
 
     Returns:
         (rows,) bool.

@@ -30,11 +30,13 @@ def label_names(source: Source, label_map: Sequence[str] = (), *, several: bool 
         several: a row has several labels at once.
 
     Returns:
-        The names of a `ClassLabel` column; else the distinct texts of all splits, sorted (numbers as numbers); else "0" to the largest number.
+        The names of a `ClassLabel` column; else the distinct texts of all splits, sorted (numbers
+            as numbers); else "0" to the largest number.
         Of spans the tags of words: "O", and "B-" and "I-" before each label.
 
     Raises:
-        SourceError: no label column, no labelled row, both names and numbers, or numbers that are no classes.
+        SourceError: no label column, no labelled row, both names and numbers, or numbers that are
+            no classes.
     """
     column = source.columns.label
     if column is None:

@@ -80,11 +80,13 @@ class LabelMap:
     ) -> LabelMap:
         """A map to positions in `names`.
 
-        Text is looked up without regard to case and surrounding space. Integers are looked up where a name is that number, and else are
-        positions; those of a `ClassLabel` are looked up by its names, if `names` has all of them.
+        Text is looked up without regard to case and surrounding space. Integers are looked up where
+        a name is that number, and else are positions; those of a `ClassLabel` are looked up by its
+        names, if `names` has all of them.
 
         Args:
-            label_map: `DATA=MODEL` each: a name or number of the data, and a name, `LABEL_i` or number of the model.
+            label_map: `DATA=MODEL` each: a name or number of the data, and a name, `LABEL_i` or
+                number of the model.
             several: a row has several labels at once.
 
         Raises:
@@ -305,7 +307,8 @@ def _class_ids(found: tuple[str, ...], names: Names, given: Names, where: str) -
     """The class id of each name of a `ClassLabel`: by name where the model has all of them, else by number.
 
     Raises:
-        SourceError: the model has another number of classes, or has some of the names at other positions.
+        SourceError: the model has another number of classes, or has some of the names at other
+            positions.
     """
     ids: list[int | None] = []
     for number, name in enumerate(found):

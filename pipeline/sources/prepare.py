@@ -150,8 +150,8 @@ def from_datasets(
 ) -> Source:
     """A data set that is in memory already. One without splits is the split `train`.
 
-    A `datasets.IterableDataset` (`streaming=True`) is taken where it is a list of Parquet files as they are; those are
-    read in place.
+    A `datasets.IterableDataset` (`streaming=True`) is taken where it is a list of Parquet files as
+    they are; those are read in place.
 
     Raises:
         SourceError: no data set or an empty one, or columns that are missing or of another type.
@@ -210,7 +210,8 @@ def _prepare(
     """Hold out, restrict to the splits asked for, check every one of them.
 
     Args:
-        directory: what paths of images are relative to, and caches may refer to; None: the current one, and to nothing.
+        directory: what paths of images are relative to, and caches may refer to; None: the current
+            one, and to nothing.
     """
     columns = one_input(columns)
     if not splits:

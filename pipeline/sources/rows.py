@@ -32,7 +32,8 @@ def read_examples(
         labels: None: class labels and scores are not read.
 
     Returns:
-        Examples with the row's index in the split; a `BadRow` for what no teacher can read: an empty or null input, token labels
+        Examples with the row's index in the split; a `BadRow` for what no teacher can read: an
+            empty or null input, token labels
         that do not fit the tokens, text that is not valid Unicode.
 
     Raises:

@@ -17,7 +17,8 @@ class Source:
     """A data set whose columns are known to be there."""
 
     name: str
-    """Hub name, relative path, or the last part of any other path: never where the data lies on one machine."""
+    """Hub name, relative path, or the last part of any other path: never where the data lies on one
+    machine."""
     config: str | None
     revision: str | None
     """Of a hub data set: the commit, or what was asked for where the commit is not known."""
@@ -29,9 +30,11 @@ class Source:
     unlabelled: tuple[UnlabelledSource, ...] = ()
     """Data sets whose rows stand behind those of `train`, without labels."""
     directory: Path | None = None
-    """Images: what the paths of files in the data set are relative to; None: caches cannot refer to its files."""
+    """Images: what the paths of files in the data set are relative to; None: caches cannot refer to
+    its files."""
     place: str = ""
-    """Images: where the directory lies for those who share it: what the places of files begin with."""
+    """Images: where the directory lies for those who share it: what the places of files begin
+    with."""
 
     @property
     def row_groups(self) -> dict[str, list[int]]:
@@ -45,7 +48,8 @@ class Source:
     def sample_ranges(self, split: str, start: int, stop: int, most: int) -> list[range]:
         """The rows of `[start, stop)` that a sample is drawn from.
 
-        Where one row costs its whole row group, those of at most so many row groups, evenly spaced; else all of them.
+        Where one row costs its whole row group, those of at most so many row groups, evenly spaced;
+        else all of them.
         """
         rows = self.splits[split]
         grouped = isinstance(rows, ParquetRows | JoinedRows)

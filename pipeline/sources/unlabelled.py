@@ -38,7 +38,8 @@ def with_unlabelled(source: Source, others: Sequence[Source]) -> Source:
     Of a data set with several splits `train` is taken.
 
     Raises:
-        SourceError: there is no `train` to add to or to take, or a column is of another type than in the source.
+        SourceError: there is no `train` to add to or to take, or a column is of another type than
+            in the source.
     """
     if not others:
         return source

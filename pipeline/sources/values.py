@@ -11,7 +11,8 @@ def read_text(name: str, value: object, *, may_be_empty: bool = False) -> str:
     """A value as text that is valid Unicode.
 
     Raises:
-        BadRowError: null, another type, empty unless that is allowed, or a lone surrogate. `name` begins the message.
+        BadRowError: null, another type, empty unless that is allowed, or a lone surrogate. `name`
+            begins the message.
     """
     if value is None:
         raise BadRowError(f"{name} is null")

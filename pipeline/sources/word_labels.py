@@ -35,7 +35,8 @@ def span_labels(
     """The words of a text with their class ids; a span that begins or ends inside a word cuts it there. (None, None): the row has no labels.
 
     Raises:
-        BadRowError: spans that are none, reach beyond the text, hold no word, or overlap; a text without words.
+        BadRowError: spans that are none, reach beyond the text, hold no word, or overlap; a text
+            without words.
         SourceError: a label that is no class.
     """
     if value is None or value is UNREADABLE:
@@ -74,7 +75,8 @@ def flags(labels: LabelMap, value: object, split: str, row: int) -> tuple[int, .
         One number for each class in order; all -100 where the row has no labels.
 
     Raises:
-        BadRowError: a label twice; not as many booleans or floats as there are classes, or one that is neither 0 nor 1.
+        BadRowError: a label twice; not as many booleans or floats as there are classes, or one that
+            is neither 0 nor 1.
         SourceError: a label that is no class.
     """
     count = 1 + max(labels.names.ids.values())  # two classes may have one name

@@ -46,7 +46,8 @@ def with_unlabelled_files(data: DataConfig, unlabelled: Sequence[str]) -> tuple[
     """Where the rows without labels are named: among the files of `train`, or in `cache-logits`.
 
     Returns:
-        The section `data`, and `unlabelled` of the section `cache-logits`: names of what is no file on this machine, or of
+        The section `data`, and `unlabelled` of the section `cache-logits`: names of what is no file
+            on this machine, or of
         files with labels, which are not to be read.
     """
     if not unlabelled:

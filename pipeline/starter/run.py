@@ -53,7 +53,8 @@ def run(config: InitConfig) -> Start:
     """`softlabel init`: look at a data set and write the file.
 
     Raises:
-        PipelineError: as `_written` says; a message that names a flag of other commands also says what to do here.
+        PipelineError: as `_written` says; a message that names a flag of other commands also says
+            what to do here.
     """
     try:
         return _written(config)
@@ -68,9 +69,10 @@ def _written(config: InitConfig) -> Start:
     """What was found and chosen; the file is there.
 
     Raises:
-        MisuseError: the file is there already; several columns can be the text or the label; a language model
-            without a teacher.
-        SourceError: no data, no column that can be the text or the label, labels that are no classes.
+        MisuseError: the file is there already; several columns can be the text or the label; a
+            language model without a teacher.
+        SourceError: no data, no column that can be the text or the label, labels that are no
+            classes.
         ModelError: no such model or teacher.
     """
     output = Path(config.output).expanduser()

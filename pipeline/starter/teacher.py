@@ -37,7 +37,10 @@ _OF_EACH_THREAD = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A model without its weights. Fields are None where it is neither on this machine nor reachable."""
+    """A model without its weights.
+
+    Fields are None where it is neither on this machine nor reachable.
+    """
 
     name: str
     directory: Path | None
@@ -116,7 +119,8 @@ def measure(
 ) -> Speed | None:
     """How fast the model is here; None: not known.
 
-    Measured on a batch where the weights are on this machine and small, else estimated from the size of the model.
+    Measured on a batch where the weights are on this machine and small, else estimated from the
+    size of the model.
     """
     if known.layers is None:
         return None

@@ -124,7 +124,10 @@ def train_config(config: SweepConfig, run: PlannedRun, *, cache: str, student: s
 
 
 def _losses(config: SweepConfig, *, with_labels_alone: bool) -> list[tuple[Loss, bool]]:
-    """Each loss, and whether its hard labels are the teacher's. Labels alone teach the same whatever the teacher is: one cache does for them."""
+    """Each loss, and whether its hard labels are the teacher's.
+
+    Labels alone teach the same whatever the teacher is: one cache does for them.
+    """
     found = [(loss, False) for loss in config.losses if loss.soft_weight or with_labels_alone]
     if config.controls:
         found += [(Loss(1.0, 0.0), False)] if with_labels_alone else []

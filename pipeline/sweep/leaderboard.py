@@ -88,7 +88,8 @@ def make_report(
 ) -> SweepReport:
     """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels; ties by the loss.
 
-    Where a student has another tokenizer than its teacher, by bits a byte of text in place of a loss a token.
+    Where a student has another tokenizer than its teacher, by bits a byte of text in place of a
+    loss a token.
     """
     basis = Basis(task, in_bytes=_in_bytes(runs))
     main = "nll" if basis.main_metric == "loss" else basis.main_metric
@@ -124,7 +125,10 @@ def _group(name: str, runs: Sequence[SweepRun], chosen_by: str | None) -> SweepG
 
 
 def format_leaderboard(report: SweepReport) -> str:
-    """A line a group, the best first; the teachers above, on the same split. Divergences are left out: each is at its run's own temperature."""
+    """A line a group, the best first; the teachers above, on the same split.
+
+    Divergences are left out: each is at its run's own temperature.
+    """
     of_tokens = [BITS_PER_BYTE] if _in_bytes(report.runs) else ["accuracy", "nll"]
     shown = [name for name in dict.fromkeys([report.chosen_by, *of_tokens, "agreement"]) if name]
     known = {name for group in report.groups for name in group.metrics} if report.eval_split else set()

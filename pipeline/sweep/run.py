@@ -38,7 +38,8 @@ from pipeline.workflow import content_of
 
 logger = logging.getLogger(__name__)
 
-#: What a directory was made from, and what is there since it was finished: written by the sweep beside the model.
+#: What a directory was made from, and what is there since it was finished: written by the sweep
+#: beside the model.
 _MARK = ".sweep.json"
 #: What a training run writes last.
 _PROOF = "distillation.json"
@@ -49,7 +50,8 @@ def run(config: SweepConfig) -> SweepReport:
 
     Raises:
         MisuseError: several ranks; two caches or students of one name.
-        CacheError: a cache that is not there, or has no such split. A run that fails is recorded instead.
+        CacheError: a cache that is not there, or has no such split. A run that fails is recorded
+            instead.
     """
     caches, eval_split, runs = _planned(config)
     task = get_task(next(iter(caches.values())).manifest.contract.task)
@@ -137,7 +139,9 @@ def report(config: SweepConfig, found: SweepReport) -> str:
 
 
 def _check(config: SweepConfig, caches: Mapping[str, Cache]) -> str | None:
-    """The split to choose on, None where there is none. What would stop every run, or the report after them all, stops before the first.
+    """The split to choose on, None where there is none.
+
+    What would stop every run, or the report after them all, stops before the first.
 
     Raises:
         CacheError: a cache lacks a split.
@@ -202,7 +206,10 @@ def _run_one(config: SweepConfig, planned: PlannedRun, cache: Cache) -> SweepRun
 
 
 def _begin(config: SweepConfig, start: Start, seed: int) -> str:
-    """Where a student begins. One with a shape has other weights with each seed; one of layers is the same for all."""
+    """Where a student begins.
+
+    One with a shape has other weights with each seed; one of layers is the same for all.
+    """
     if start.path is not None:
         return start.path
     teacher = str(config.teacher)

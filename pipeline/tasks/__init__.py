@@ -1,4 +1,7 @@
-"""What differs between tasks, one module each, behind one protocol. Nothing else in the code branches on the task."""
+"""What differs between tasks, one module each, behind one protocol.
+
+Nothing else in the code branches on the task.
+"""
 
 from pipeline.errors import ConfigError
 from pipeline.tasks.answers import MultipleChoice, QuestionAnswering

@@ -92,8 +92,9 @@ class CausalLM(TokenTask):
     ) -> Iterator[TokenizedExample | BadRow]:
         """Documents are cut into pieces of `max_length` tokens, or with packing joined by EOS first.
 
-        A piece starts with the last token of the one before, so that every token but a document's first is predicted once. Chats, prompts and rows with
-        labels of their own are truncated instead: a later piece would have lost its prompt. Packed rows keep no texts.
+        A piece starts with the last token of the one before, so that every token but a document's
+        first is predicted once. Chats, prompts and rows with labels of their own are truncated
+        instead: a later piece would have lost its prompt. Packed rows keep no texts.
         """
         if settings.packing:
             yield from _pack(read_documents(examples, split, tokenizer, settings), split, tokenizer, settings)
@@ -126,7 +127,11 @@ class CausalLM(TokenTask):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Padded on the right. Isolated documents: positions start anew at each, which `transformers` reads as a block mask."""
+        """Padded on the right.
+
+        Isolated documents: positions start anew at each, which `transformers` reads as a block
+        mask.
+        """
         tokens = token_block(rows)
         assert tokens.supervised is not None
         inputs = {"input_ids": pad(tokens.input_ids, pad_id, length)}
@@ -181,7 +186,10 @@ def _pack(
     tokenizer: PreTrainedTokenizerBase,
     settings: Tokenization,
 ) -> Iterator[TokenizedExample | BadRow]:
-    """Fill rows of `max_length` with documents, EOS after each. A text that does not fit goes on in the next row; what may not be cut starts there."""
+    """Fill rows of `max_length` with documents, EOS after each.
+
+    A text that does not fit goes on in the next row; what may not be cut starts there.
+    """
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         raise MisuseError("--packing puts EOS between documents, and the tokenizer has none; cache without --packing")

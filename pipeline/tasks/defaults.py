@@ -26,7 +26,10 @@ from pipeline.tasks.protocol import token_block
 
 @dataclass(frozen=True, slots=True)
 class TaskDefaults:
-    """The facts of an encoder that reads a text and gives it one of several classes. See `Task` for each."""
+    """The facts of an encoder that reads a text and gives it one of several classes.
+
+    See `Task` for each.
+    """
 
     name: str
     reads: Inputs = "tokens"

@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One source row as tokens, or one of several of a chat. `predicted[j]`: token j is to be predicted, from j - 1."""
+    """One source row as tokens, or one of several of a chat.
+
+    `predicted[j]`: token j is to be predicted, from j - 1.
+    """
 
     example: Example
     input_ids: np.ndarray
@@ -68,7 +71,10 @@ class Document:
         )
 
     def truncated(self, longest: int, *, left: bool, bos_id: int | None) -> Document:
-        """`longest` of its tokens: the first, or BOS and the last. The first of those has lost its context."""
+        """`longest` of its tokens: the first, or BOS and the last.
+
+        The first of those has lost its context.
+        """
         rest = np.arange(len(self.input_ids))
         opening = int(left and longest > 2 and self.input_ids[0] == bos_id)
         kept = np.concatenate([rest[:opening], rest[opening - longest :]]) if left else rest[:longest]
@@ -111,7 +117,9 @@ def read_documents(
     *,
     texts: bool = False,
 ) -> Iterator[Document | BadRow]:
-    """Tokenize each example by the kind of its input, at its full length. A chat may be several documents.
+    """Tokenize each example by the kind of its input, at its full length.
+
+    A chat may be several documents.
 
     Args:
         texts: with what each was made of; the tokenizer is a fast one.
@@ -234,8 +242,8 @@ def _conversation(
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> np.ndarray:
     """(T,) bool: which tokens cover a character of a span.
 
-    A token without characters (white space whose offsets are trimmed, or an added space) covers those since the token
-    before, or the next one.
+    A token without characters (white space whose offsets are trimmed, or an added space) covers
+    those since the token before, or the next one.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     before = np.append(np.zeros(1, dtype=np.int64), np.maximum.accumulate(ends))[:-1]
@@ -250,9 +258,10 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, i
 def _from_prompt(example: Example, vocabulary: Vocabulary, texts: bool) -> Document:
     """The completion's tokens are to be predicted, and EOS after them.
 
-    Prompt and completion are tokenized apart, so that no token straddles the border. Tokenizers that put a space in
-    front of a text would put one in front of the completion: there they are tokenized together, and a token belongs to
-    the completion where its first character that is not white space does.
+    Prompt and completion are tokenized apart, so that no token straddles the border. Tokenizers
+    that put a space in front of a text would put one in front of the completion: there they are
+    tokenized together, and a token belongs to the completion where its first character that is not
+    white space does.
     """
     prompt, completion = example.prompt_completion or ("", "")
     if vocabulary.joins_words and vocabulary.tokenizer.is_fast:

@@ -9,7 +9,8 @@ import numpy as np
 from pipeline.records import Masking
 from pipeline.softlabels import counter_uniforms
 
-#: Of the hidden tokens, the shares replaced by the mask token and by a random one; the rest keep their token.
+#: Of the hidden tokens, the shares replaced by the mask token and by a random one; the rest keep
+#: their token.
 MASKED, RANDOM = 0.8, 0.1
 
 
@@ -31,7 +32,8 @@ def draw_mask(
         place: split, source row and piece, which with the seed decide the mask.
 
     Returns:
-        (T,) bool, the hidden tokens: `share` of those allowed, rounded, at least one where there is any; of whole words at most so many, but for
+        (T,) bool, the hidden tokens: `share` of those allowed, rounded, at least one where there is
+            any; of whole words at most so many, but for
         a first word that is longer. (T,) token ids, with the replacements.
     """
     split, row, piece = place

@@ -1,7 +1,8 @@
 """Several labels for a text at once: N = the number of labels, a position for each; V = 2, whether the row has it.
 
-A label's logit z is the distribution softmax(0, z) over "no" and "yes", whose probability of "yes" is the sigmoid of z. So
-cross-entropy is the binary one, and the soft term the binary KL of each label, times T^2.
+A label's logit z is the distribution softmax(0, z) over "no" and "yes", whose probability of "yes"
+is the sigmoid of z. So cross-entropy is the binary one, and the soft term the binary KL of each
+label, times T^2.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class Vocabulary:
         """Tokens of a text, without `prefix` and `suffix`.
 
         Returns:
-            (T,) int32 token ids; (T,) int64 bytes of text that each stands for; the characters that each covers, none
+            (T,) int32 token ids; (T,) int64 bytes of text that each stands for; the characters that
+                each covers, none
             where the tokenizer is not a fast one.
         """
         fast = bool(self.tokenizer.is_fast)
@@ -74,9 +75,10 @@ class Vocabulary:
     def bytes_of_text(self, text: str, ids: np.ndarray, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
         """(T,) int64: bytes of the text that each token stands for.
 
-        White space between two tokens belongs to the second one, other characters that no token covers (combining
-        marks that the normalizer removes) to the first one. Tokens that cover the same character (its bytes, or an
-        added space) share it in proportion to their pieces; for byte-level pieces that is exact.
+        White space between two tokens belongs to the second one, other characters that no token
+        covers (combining marks that the normalizer removes) to the first one. Tokens that cover the
+        same character (its bytes, or an added space) share it in proportion to their pieces; for
+        byte-level pieces that is exact.
         """
         if not len(ids):
             return np.zeros(0, dtype=np.int64)

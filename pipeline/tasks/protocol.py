@@ -68,7 +68,10 @@ class Task(Protocol):
 
     @property
     def names(self) -> LabelNames | None:
-        """What has names, which contract and model state: the classes, or the positions of a row. A model that is trained gets a new head for those of its data."""
+        """What has names, which contract and model state: the classes, or the positions of a row.
+
+        A model that is trained gets a new head for those of its data.
+        """
 
     @property
     def target(self) -> TargetKind:
@@ -145,7 +148,8 @@ class Task(Protocol):
         """The settings as a contract states them: with all that the chat template decides, where there are chats.
 
         Raises:
-            PipelineError: a chat template that cannot be used, or that does not read an argument given.
+            PipelineError: a chat template that cannot be used, or that does not read an argument
+                given.
         """
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -163,7 +167,8 @@ class Task(Protocol):
         """Examples of one shard -> rows of the cache, in order, with the supervised positions marked.
 
         Args:
-            texts: language models: with the text or the messages that each row is of; the tokenizer is a fast one, and rows are not packed.
+            texts: language models: with the text or the messages that each row is of; the tokenizer
+                is a fast one, and rows are not packed.
         """
 
     def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
@@ -183,7 +188,8 @@ class Task(Protocol):
         """Rows -> what a model's `forward` takes, (B, T) each, and the (B, T) mask of supervised positions (None: one a row).
 
         Args:
-            processor: what stands in the place of a tokenizer where rows are images: it makes pixel values of them, (B, C, H, W).
+            processor: what stands in the place of a tokenizer where rows are images: it makes pixel
+                values of them, (B, C, H, W).
         """
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
@@ -340,7 +346,9 @@ def named_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_ids(limit: int, rows: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse rows with token ids beyond an input embedding of so many rows. Padding is not looked at: it is masked.
+    """Refuse rows with token ids beyond an input embedding of so many rows.
+
+    Padding is not looked at: it is masked.
 
     Raises:
         ModelError: names the ids and their tokens.

@@ -1,7 +1,8 @@
 """The target text of an encoder-decoder, token by token: V = vocabulary, class i is token i; N = the tokens of the target, EOS included.
 
-A row holds the tokens of the source and behind them those of the target, whose positions are supervised. The position of a target token
-has the prediction of that token, which the decoder makes from the source and the target tokens before it (teacher forcing).
+A row holds the tokens of the source and behind them those of the target, whose positions are
+supervised. The position of a target token has the prediction of that token, which the decoder makes
+from the source and the target tokens before it (teacher forcing).
 """
 
 from __future__ import annotations

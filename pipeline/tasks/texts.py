@@ -31,9 +31,10 @@ class Covered:
     def of(cls, text: str, offsets: Sequence[tuple[int, int]]) -> Covered:
         """By the characters that a fast tokenizer gives for each token.
 
-        Every character belongs to a token, as in `Vocabulary.bytes_of_text`: of those between two tokens the ones up to
-        the first white space to the token before, the others to the token after. What stands before the first token and
-        behind the last one is theirs. Tokens that share a character, as its bytes, have it both.
+        Every character belongs to a token, as in `Vocabulary.bytes_of_text`: of those between two
+        tokens the ones up to the first white space to the token before, the others to the token
+        after. What stands before the first token and behind the last one is theirs. Tokens that
+        share a character, as its bytes, have it both.
         """
         starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
         end = last = 0
@@ -89,7 +90,8 @@ class Conversation:
     learnt: tuple[int, ...]
     """Numbers of the assistant's turns that are to be learnt in this row."""
     turn_of: np.ndarray | None
-    """(T,) int64: the number of the turn that a token to be learnt belongs to, else -1; None: the marks of the template do not tell."""
+    """(T,) int64: the number of the turn that a token to be learnt belongs to, else -1; None: the
+    marks of the template do not tell."""
 
     def take(self, index: Index) -> Conversation:
         """Of some of the tokens of the row."""
@@ -99,7 +101,8 @@ class Conversation:
         """The column `messages`: `{"messages": [...], "tools": [...] or null, "learnt": [...]}`.
 
         Args:
-            predicted: (T,) bool: the tokens that are learnt; a turn that was cut off is none of the learnt ones.
+            predicted: (T,) bool: the tokens that are learnt; a turn that was cut off is none of the
+                learnt ones.
         """
         learnt = self.learnt
         if self.turn_of is not None:

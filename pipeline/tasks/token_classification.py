@@ -83,7 +83,8 @@ class TokenClassification(TaskDefaults):
         """Words become tokens as in a text with spaces between them; those beyond `max_length` tokens are cut off.
 
         Raises:
-            MisuseError: a tokenizer that does not know the word of each token; rows with one label for all words.
+            MisuseError: a tokenizer that does not know the word of each token; rows with one label
+                for all words.
         """
         if not tokenizer.is_fast:
             raise MisuseError(

@@ -33,7 +33,11 @@ class TokenTask(TaskDefaults):
     higher_is_better: bool = False
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The tokenizer's vocabulary. Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and in training."""
+        """The tokenizer's vocabulary.
+
+        Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and
+        in training.
+        """
         inner: Any = model
         head = inner.get_output_embeddings()
         rows = inner.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
@@ -45,7 +49,10 @@ class TokenTask(TaskDefaults):
         return logits[supervised]
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Loss, perplexity, accuracy and calibration. Every position has a label; nan where a cache does not know its likelihood."""
+        """Loss, perplexity, accuracy and calibration.
+
+        Every position has a label; nan where a cache does not know its likelihood.
+        """
         loss = float(predictions.nll.mean())
         return {
             "loss": loss,
@@ -67,7 +74,8 @@ class TokenTask(TaskDefaults):
 def supervised_hidden(model: Any, inputs: Mapping[str, Tensor], supervised: Tensor) -> Tensor:
     """(N, H) what the output matrix reads at the supervised positions, with gradients; the matrix itself is not applied.
 
-    Taken by a forward pre-hook that hands no position on, for models whose base model does not give these hidden states: encoder-decoders.
+    Taken by a forward pre-hook that hands no position on, for models whose base model does not give
+    these hidden states: encoder-decoders.
     """
     found: list[Tensor] = []
 
@@ -88,8 +96,8 @@ def supervised_logits(
 ) -> Tensor:
     """(N, V) logits of one forward pass; the output matrix sees the supervised positions only, so (B, T, V) never exists.
 
-    A forward pre-hook on the output embeddings selects them; the model's own code does the rest (biases, soft-caps, scales), so no
-    architecture is a special case.
+    A forward pre-hook on the output embeddings selects them; the model's own code does the rest
+    (biases, soft-caps, scales), so no architecture is a special case.
 
     Args:
         supervised: (B, T) bool.
@@ -115,7 +123,8 @@ def supervised_logits(
 def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `forward` takes in place of `labels`: the tokens that the decoder reads, as the model itself makes them of the targets.
 
-    A model without a method for that (NLLB, Blenderbot) reads the targets behind its start token, as its own `forward` does.
+    A model without a method for that (NLLB, Blenderbot) reads the targets behind its start token,
+    as its own `forward` does.
 
     Raises:
         ModelError: the model names no start token.

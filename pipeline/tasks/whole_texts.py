@@ -136,9 +136,11 @@ def collate_texts(rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, le
 def row_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, labels): the logits of each row, as the model gives them for the row alone.
 
-    Decoder-only classifiers of `transformers` take the last token that is not `config.pad_token_id`. Padded with that id, a row ends where it
-    ends alone. Where the configuration has none, or one without an embedding, the model takes the last token of a row alone; for this one pass
-    the configuration gets an id that no row of the batch ends with, and padding is made of it.
+    Decoder-only classifiers of `transformers` take the last token that is not
+    `config.pad_token_id`. Padded with that id, a row ends where it ends alone. Where the
+    configuration has none, or one without an embedding, the model takes the last token of a row
+    alone; for this one pass the configuration gets an id that no row of the batch ends with, and
+    padding is made of it.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     kept = kept_pad_id(model)

@@ -1,6 +1,7 @@
 """README.md of a student: a model card of what it was made from, how good it is, and how it is used.
 
-Written once, at the end of training, from what training knows: the cache's manifest, the settings and the student's own metrics. Nothing edits it later.
+Written once, at the end of training, from what training knows: the cache's manifest, the settings
+and the student's own metrics. Nothing edits it later.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ _UNKNOWN = "unknown: {where} names none; ask before you share or sell it"
 def make_card(
     cache: Cache, student: LoadedModel, result: TrainResult, *, splits: Sequence[str], teacher_labels: bool
 ) -> str:
-    """The card's text, YAML front matter first. It holds no path of this machine: what is no hub name goes by the last part of its path.
+    """The card's text, YAML front matter first.
+
+    It holds no path of this machine: what is no hub name goes by the last part of its path.
 
     Args:
         student: the finished student; its name is where it began.

@@ -16,7 +16,8 @@ from pipeline.models.saved import checkpoints, model_files
 
 logger = logging.getLogger(__name__)
 
-#: What shapes the course of a run: a run that goes on unasked has the same, one that goes on with `--resume` may have others.
+#: What shapes the course of a run: a run that goes on unasked has the same, one that goes on with
+#: `--resume` may have others.
 _COURSE = (
     *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
@@ -37,16 +38,19 @@ def rows_per_step(args: TrainingArguments) -> int:
 
 
 def whole_checkpoint(output: Path, file: str, origin: Any, *, resume: bool | None = None) -> str | None:
-    """The newest whole checkpoint of a run; None: there is none. Trainer writes a checkpoint's state last.
+    """The newest whole checkpoint of a run; None: there is none.
+
+    Trainer writes a checkpoint's state last.
 
     Args:
         file: where the run keeps its origin: the name of a file in `output`.
         origin: a record of what decides the run, with a field `course`.
-        resume: `--resume`, which takes a run of another course too; None: the command has no such flag, and weights without
-            a checkpoint give way where the same run has left them.
+        resume: `--resume`, which takes a run of another course too; None: the command has no such
+            flag, and weights without a checkpoint give way where the same run has left them.
 
     Raises:
-        ContractError: the checkpoints are of another run or, without `resume`, of another course; one holds weights alone.
+        ContractError: the checkpoints are of another run or, without `resume`, of another course;
+            one holds weights alone.
     """
     found = sorted(checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     begun = bool(found) or (resume is None and bool(model_files(output)))

@@ -1,7 +1,8 @@
 """How far a student's distribution is from the teacher's, position by position: dense in the student, ragged in the teacher.
 
-A distribution is compared over *buckets*: the kept classes, and one for all others where the teacher's mass outside the top is known (ghost). Over
-buckets q of the teacher and p of the student, both at temperature T:
+A distribution is compared over *buckets*: the kept classes, and one for all others where the
+teacher's mass outside the top is known (ghost). Over buckets q of the teacher and p of the student,
+both at temperature T:
 
 | kind | D(q, p) | factor | source |
 |---|---|---|---|
@@ -12,7 +13,8 @@ buckets q of the teacher and p of the student, both at temperature T:
 | total-variation | 1/2 sum abs(q - p) | T | Wen et al., 2023 |
 | logit-mse | mean over V of the squared difference of mean-centred logits | 1 | Ba and Caruana, 2014; Kim et al., 2021 |
 
-The factor undoes by how much softening shrinks the gradient, so that the term keeps its proportion to the cross-entropy when T changes.
+The factor undoes by how much softening shrinks the gradient, so that the term keeps its proportion
+to the cross-entropy when T changes.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ def check_divergence(encoding: Encoding, loss: Loss, *, is_mapped: bool = False)
     """Refuse a divergence that an encoding cannot serve.
 
     Args:
-        is_mapped: the student has another tokenizer, so that the target is over other classes than the teacher's.
+        is_mapped: the student has another tokenizer, so that the target is over other classes than
+            the teacher's.
 
     Raises:
-        EncodingError: not linear in q for `sampled`, logits for what holds none; names the encodings that serve it.
+        EncodingError: not linear in q for `sampled`, logits for what holds none; names the
+            encodings that serve it.
         MisuseError: a tail policy that leaves the divergence undefined.
     """
     kind = loss.divergence
@@ -87,10 +91,12 @@ def divergence(
         mixture: the teacher's share b or a; default 0.5 for jensen-shannon, 0.1 for skewed-kl.
 
     Returns:
-        (N,) nats (total variation: a probability; logit-mse: squared nats), not scaled by a power of T.
+        (N,) nats (total variation: a probability; logit-mse: squared nats), not scaled by a power
+            of T.
 
-    The student's normaliser is the log-sum-exp over all V, and its mass outside the kept classes a log-sum-exp over what is outside: log(1 - sum) in
-    float32 gives infinite losses where the student is nearly sure.
+    The student's normaliser is the log-sum-exp over all V, and its mass outside the kept classes a
+    log-sum-exp over what is outside: log(1 - sum) in float32 gives infinite losses where the
+    student is nearly sure.
     """
     if kind == "forward-kl":
         return forward_kl(logits, target, temperature=temperature)
@@ -109,7 +115,10 @@ def divergence(
 
 
 def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
-    """KL(target || softmax(logits / T)) of each position, (N,) nats, not scaled by T^2. See `divergence`."""
+    """KL(target || softmax(logits / T)) of each position, (N,) nats, not scaled by T^2.
+
+    See `divergence`.
+    """
     scaled = logits / temperature
     if _has_every_class_in_order(target, logits):  # no need to gather
         log_q = torch.log_softmax(scaled, -1)
@@ -145,7 +154,8 @@ def _log_buckets(scaled: Tensor, target: Target) -> tuple[Tensor, tuple[Tensor, 
     if target.log_residual is None:
         return kept, None
     counts = target.offsets.diff()
-    # Where the teacher has no mass outside, or nothing is outside, a log-sum-exp over nothing would have no gradient.
+    # Where the teacher has no mass outside, or nothing is outside, a log-sum-exp over nothing would
+    # have no gradient.
     some = ((counts < scaled.shape[1]) & (target.log_residual > -torch.inf)).nonzero().squeeze(-1)
     mask = torch.zeros(scaled.shape, dtype=torch.bool, device=scaled.device)
     mask[owner, target.ids] = True
@@ -154,7 +164,11 @@ def _log_buckets(scaled: Tensor, target: Target) -> tuple[Tensor, tuple[Tensor, 
 
 
 def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float) -> Tensor:
-    """What one bucket adds. A teacher's probability below the smallest float counts as that, so that a ratio to it stays finite."""
+    """What one bucket adds.
+
+    A teacher's probability below the smallest float counts as that, so that a ratio to it stays
+    finite.
+    """
     log_q = q.clamp_min(torch.finfo(torch.float32).tiny).log()
     p = log_p.exp()
     if kind == "reverse-kl":
@@ -169,7 +183,11 @@ def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float) -> Tens
 
 
 def _logit_mse(logits: Tensor, target: Target, temperature: float) -> Tensor:
-    """`full` only. A class that the teacher gives no probability at all has no logit to match, and is left out of the mean."""
+    """`full` only.
+
+    A class that the teacher gives no probability at all has no logit to match, and is left out of
+    the mean.
+    """
     teacher = temperature * target.weights.to(logits.dtype).reshape(logits.shape).log()  # the logits up to a constant
     finite = teacher.isfinite()
     count = finite.sum(-1).clamp_min(1)

@@ -1,7 +1,8 @@
 """The loss inside the student's `forward`, on the innermost instance, before anything wraps it.
 
-There DDP, FSDP, autocast, PEFT and `torch.compile` see an ordinary forward pass that returns a loss: calling the base model around a wrapper
-let two ranks drift apart by 0.04 in three steps without an error, and ran float32 under bf16. Without `distillation=` the model's own forward runs.
+There DDP, FSDP, autocast, PEFT and `torch.compile` see an ordinary forward pass that returns a
+loss: calling the base model around a wrapper let two ranks drift apart by 0.04 in three steps
+without an error, and ran float32 under bf16. Without `distillation=` the model's own forward runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from pipeline.training.scores import score_divergence, score_loss
 
 logger = logging.getLogger(__name__)
 
-#: How far the fused logits may be from the model's own, relative to the largest: rounding of the precision.
+#: How far the fused logits may be from the model's own, relative to the largest: rounding of the
+#: precision.
 _SMALL, _LARGE = 2.0**-10, 1e4  # where scale * tanh is a straight line, and where it is flat
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -77,10 +79,12 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
     """Replace `forward` of the innermost model by one that also takes `distillation=` and then returns losses.
 
     Args:
-        model: a student of the task, PEFT adapters around it or not, not yet wrapped by anything else.
+        model: a student of the task, PEFT adapters around it or not, not yet wrapped by anything
+            else.
 
     Returns:
-        Whether the fused path is taken. It is for language models whose output embedding is a plain linear layer over the base model's hidden
+        Whether the fused path is taken. It is for language models whose output embedding is a plain
+            linear layer over the base model's hidden
         states, and whose logits are those of the model's own code in a trial on four tokens.
     """
     inner = innermost(model)
@@ -139,7 +143,10 @@ def innermost(model: Any) -> Any:
 
 
 class _Plain(nn.Module):
-    """A model's own forward as a task calls it. It holds the model without owning its parameters."""
+    """A model's own forward as a task calls it.
+
+    It holds the model without owning its parameters.
+    """
 
     def __init__(self, model: Any, forward: Any) -> None:
         super().__init__()
@@ -224,7 +231,8 @@ def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
     """What the model's own code does to the output of its output matrix, found by putting numbers through it.
 
     Returns:
-        (scale, cap) and no reason; or None and the reason why the logits cannot be made from hidden states and matrix alone.
+        (scale, cap) and no reason; or None and the reason why the logits cannot be made from hidden
+            states and matrix alone.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:

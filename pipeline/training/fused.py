@@ -1,11 +1,14 @@
 """Hard and soft loss from hidden states and the output matrix, in chunks of positions: (N, V) never exists, forwards or backwards.
 
-Per chunk: logits, both losses, their gradient with respect to the logits, and from that the parts of the gradients of hidden states and output
-matrix. They are formed in the forward pass, while the chunk's logits are at hand, and only scaled in the backward pass, as in Liger-Kernel (Hsu
-et al., 2024). The price is the gradient of the output matrix in float32; the gain is that the memory of a step does not grow with N x V.
+Per chunk: logits, both losses, their gradient with respect to the logits, and from that the parts
+of the gradients of hidden states and output matrix. They are formed in the forward pass, while the
+chunk's logits are at hand, and only scaled in the backward pass, as in Liger-Kernel (Hsu et al.,
+2024). The price is the gradient of the output matrix in float32; the gain is that the memory of a
+step does not grow with N x V.
 
-Cross-entropy and forward KL have their gradients written out (`_linear_terms`): one softmax over V serves both at T = 1. The other divergences
-take the dense formulas chunk by chunk through autograd, so that there is one place where each is defined.
+Cross-entropy and forward KL have their gradients written out (`_linear_terms`): one softmax over V
+serves both at T = 1. The other divergences take the dense formulas chunk by chunk through autograd,
+so that there is one place where each is defined.
 """
 
 from __future__ import annotations
@@ -155,7 +158,8 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Inside, gradients are always off, and `needs_input_grad` does not know whether they were on outside.
+        # Inside, gradients are always off, and `needs_input_grad` does not know whether they were
+        # on outside.
         needs_hidden, needs_weight, needs_bias = (needed and job.needs_grad for needed in ctx.needs_input_grad[:3])
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         num_classes = job.target.num_classes
@@ -252,7 +256,8 @@ def _linear_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and forward KL with their gradient written out, in place of `logits`.
 
-    With s = logits / T, w the target's weights, r its mass outside, M = sum w + r, and O the classes outside the kept ones:
+    With s = logits / T, w the target's weights, r its mass outside, M = sum w + r, and O the
+    classes outside the kept ones:
 
         KL   = sum q log q - sum_kept w_i s_i - r logsumexp_O(s) + M logsumexp(s)
         dKL/ds_i = M p_i - w_i                       for a kept class

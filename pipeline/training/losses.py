@@ -35,22 +35,24 @@ def distillation_loss(
 ) -> LossTerms:
     """hard_weight * mean CE(labels) + soft_weight * T^2 * mean D(teacher_T, student_T)   (Hinton, Vinyals and Dean, 2015).
 
-    T^2 undoes the 1/T^2 by which softening shrinks the gradient, so that the two terms stay in proportion when T changes; see `divergences` for
-    the factor of each.
+    T^2 undoes the 1/T^2 by which softening shrinks the gradient, so that the two terms stay in
+    proportion when T changes; see `divergences` for the factor of each.
 
     Args:
-        student_logits: (N, V') float with V' >= V; columns beyond V (padded vocabularies) are cut off.
+        student_logits: (N, V') float with V' >= V; columns beyond V (padded vocabularies) are cut
+            off.
         target: the teacher at `temperature`, N positions over V classes.
         labels: (N,) int64, -100 where there is none.
         loss_weights: hard and soft weight at this step of a schedule; default: those of `loss`.
         temperature: at which `target` was made; default `loss.temperature`, or 1.
-        weights: (N,) float, how much each position counts; 0 leaves its hard label out too. Default 1.
+        weights: (N,) float, how much each position counts; 0 leaves its hard label out too. Default
+            1.
         soft_weights: (N,) float, the same for the soft term, where it is not `weights`.
-        num_hard: what the hard sum is divided by; default: the labelled positions here. With several ranks or accumulated batches, the
-            count over all of them.
+        num_hard: what the hard sum is divided by; default: the labelled positions here. With
+            several ranks or accumulated batches, the count over all of them.
         num_soft: the same for the soft sum; default: the sum of `soft_weights`.
-        spans: aligned spans over the N positions: adds `span_weight` times their mean loss (see `training.spans`). Without them, or at weight 0,
-            there is no such term.
+        spans: aligned spans over the N positions: adds `span_weight` times their mean loss (see
+            `training.spans`). Without them, or at weight 0, there is no such term.
         num_spans: what the sum over spans is divided by; default: the sum of their weights here.
 
     Returns:
@@ -122,7 +124,8 @@ def add_spans(
     """Add `span_weight` times the mean loss over aligned spans to the total.
 
     Args:
-        nll: from (M,) numbers of positions to their (M,) negative log-likelihoods, with gradients: only those of the positions in a span are made.
+        nll: from (M,) numbers of positions to their (M,) negative log-likelihoods, with gradients:
+            only those of the positions in a span are made.
         labels: (N,) int64, -100 where none counts.
         num_spans: as of `distillation_loss`.
     """

@@ -82,13 +82,13 @@ class Origin:
     adapter_sha256: str | None
     mixed: tuple[MixedCache, ...] = ()
     course: dict[str, Any] | None = None
-    """The settings of `checkpoints.course`, and the patience of early stopping. Older runs have none."""
+    """The settings of `checkpoints.course`, and of early stopping; older runs have none."""
 
 
 def run(
     config: TrainStudentConfig, cache: Cache | None = None, *, before_training: BeforeTraining | None = None
 ) -> TrainResult:
-    """`softlabel train-student`. `cache`: the one that the configuration names, where it is open already."""
+    """`softlabel train-student`. `cache`: the configured one, where it is open already."""
     kept = parse_bytes("--cache-bytes", config.cache_bytes)
     caches = (
         [cache]
@@ -141,18 +141,16 @@ def train_student(
     split: str | Sequence[str] = "train",
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train a student from a cache. What an unfinished run of the same settings has left in `output` goes on.
+    """Train a student from a cache, or resume an unfinished run of the same settings in `output`.
 
     Args:
         student: a name, a path, or a live model (with the cache's tokenizer).
         loss: None: as `softlabel train-student` chooses it.
-        args: as for `transformers.Trainer`; its `output_dir` gives way to `output`. None: as `softlabel train-student` chooses them, early stopping
-            included.
+        args: as for `transformers.Trainer`, but for `output_dir`. None: chosen, as by the command.
         split: what to train on; several splits are mixed as the rows of one.
         overwrite: delete the student or the checkpoints that `output` holds.
 
-    Raises:
-        PipelineError: see the subclasses.
+    Raises `PipelineError`.
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
@@ -210,13 +208,15 @@ def fit(
     Args:
         held_out: rows of `split` to measure on, in place of a split.
         choices: settings that were chosen and not given; they are logged before the first step.
-        save_dtype: of the weights in the directory; None: as the student's own files have them. Adapters stay as PEFT saves them.
+        save_dtype: of the weights in the directory; None: as the student's own files have them.
+            Adapters stay as PEFT saves them.
 
-        before_training: called once everything is checked and nothing is written, with the trainer and the checkpoint to go on from.
+        before_training: called once everything is checked and nothing is written, with the trainer
+            and the checkpoint to go on from.
 
     Raises:
-        MisuseError: the output directory holds a model that was not made here, or a finished student.
-        ContractError: it holds the checkpoints of another run; the soft labels are out of step with their tokens.
+        MisuseError: `output` holds a finished student, or a model of another origin.
+        ContractError: it holds checkpoints of another run; soft labels do not fit their tokens.
         PipelineError: see the trainer.
     """
     contract = cache.manifest.contract
@@ -374,7 +374,7 @@ def _checkpoint(output: Path, origin: Origin, *, resume: bool) -> str | None:
     """The newest whole checkpoint, or None to start anew.
 
     Raises:
-        ContractError: the checkpoints are of another cache, split, loss or, without `resume`, course.
+        ContractError: checkpoints of another cache, split, loss or, without `resume`, course.
         MisuseError: a finished student would give way to a new one.
     """
     found = whole_checkpoint(output, ORIGIN, origin, resume=resume)

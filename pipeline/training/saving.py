@@ -26,7 +26,8 @@ from pipeline.training.scores import standardized
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
 
 
-#: What may look at a run before its first step, and stop it: it is given the trainer and the checkpoint to go on from.
+#: What may look at a run before its first step, and stop it: it is given the trainer and the
+#: checkpoint to go on from.
 BeforeTraining = Callable[["SavingTrainer", str | None], None]
 
 
@@ -190,8 +191,9 @@ def _first_line(error: Exception) -> str:
 def _own_names(model: Any) -> Iterator[None]:
     """While a checkpoint is saved: weights have the names that the modules have.
 
-    `save_pretrained` saves some architectures (ViT, Swin) under the names of older releases, which `from_pretrained` knows, and `Trainer`, which
-    reads checkpoints, does not: it would go on with other weights.
+    `save_pretrained` saves some architectures (ViT, Swin) under the names of older releases, which
+    `from_pretrained` knows, and `Trainer`, which reads checkpoints, does not: it would go on with
+    other weights.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     before = inner.__dict__.get("_weight_conversions")

@@ -6,7 +6,8 @@ import math
 
 from pipeline.records import Loss, Schedule
 
-#: Of a warmup-stable-decay run: the share in which a weight rises from 0, and the share in which it falls to its end.
+#: Of a warmup-stable-decay run: the share in which a weight rises from 0, and the share in which it
+#: falls to its end.
 _WARMUP, _DECAY = 0.1, 0.2
 
 

@@ -1,6 +1,7 @@
 """Every field of TrainingArguments and parameter of Trainer: honoured, harmless here, or refused with a reason.
 
-`tests/training/test_settings.py` compares the three sets with the installed transformers, so that a new field has to be classified.
+`tests/training/test_settings.py` compares the three sets with the installed transformers, so that a
+new field has to be classified.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ REFUSED = {
     "batch_eval_metrics": "logits are not gathered; the metrics of the task are given",
 }
 
-#: Honoured where an evaluation is due during training, and refused where none is: they choose by its metrics, or say when it is.
+#: Honoured where an evaluation is due during training, and refused where none is: they choose by
+#: its metrics, or say when it is.
 NEED_EVALUATION = (
     "save_strategy",
     "metric_for_best_model",
@@ -36,7 +38,8 @@ NEED_EVALUATION = (
     "eval_delay",
 )
 
-#: Without effect on the student whatever they are: the work that they name is done in another way, or by scripts.
+#: Without effect on the student whatever they are: the work that they name is done in another way,
+#: or by scripts.
 HARMLESS = frozenset(
     [
         "remove_unused_columns",

@@ -22,10 +22,13 @@ PATIENCE = 25.0
 
 
 class CheckpointOnSigterm(TrainerCallback):
-    """Entered around `trainer.train()`. A second SIGTERM, or no step's end for long, ends the process at once.
+    """Entered around `trainer.train()`.
 
-    Under torchrun the ranks agree at the end of each step, since the signal reaches them at different times; a repeat is
-    no second request there: the launcher passes on what SLURM has already sent to every process.
+    A second SIGTERM, or no step's end for long, ends the process at once.
+
+    Under torchrun the ranks agree at the end of each step, since the signal reaches them at
+    different times; a repeat is no second request there: the launcher passes on what SLURM has
+    already sent to every process.
     """
 
     def __init__(self, output: Path) -> None:

@@ -243,7 +243,10 @@ def _agreed_labels(
 
 
 def _stated_labels(name: str, trust_remote_code: bool, base_model: str | None) -> tuple[str, ...] | None:
-    """The labels of a trained classifier; None: nothing says what they are. An adapter has its own, or its base's where it brings no head."""
+    """The labels of a trained classifier; None: nothing says what they are.
+
+    An adapter has its own, or its base's where it brings no head.
+    """
     adapter = adapter_config(name)
     if adapter is not None:
         if (kept := adapter_labels(name)) is not None:

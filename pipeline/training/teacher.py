@@ -89,13 +89,16 @@ class TeacherOrigin:
 def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = None) -> dict[str, float]:
     """`softlabel train-teacher`: fine-tune, save an ordinary model directory, measure on the held-out split.
 
-    What an unfinished run of the same settings has left in the output goes on from its newest whole checkpoint.
+    What an unfinished run of the same settings has left in the output goes on from its newest whole
+    checkpoint.
 
     Args:
-        before_training: called once everything is checked and nothing is written, with the trainer and the checkpoint to go on from.
+        before_training: called once everything is checked and nothing is written, with the trainer
+            and the checkpoint to go on from.
 
     Returns:
-        The task's metrics on `validation`, or else on `test`; empty where the source has neither. Kept as `metrics.json`.
+        The task's metrics on `validation`, or else on `test`; empty where the source has neither.
+            Kept as `metrics.json`.
 
     Raises:
         PipelineError: see the subclasses.
@@ -237,7 +240,8 @@ def _check_output(config: TrainTeacherConfig) -> list[Path]:
     """What of the output directory gives way to a new teacher, where there is no checkpoint to go on from.
 
     Raises:
-        MisuseError: the pretrained model is in there, or, without `overwrite`, a teacher, or a run of which nothing is known.
+        MisuseError: the pretrained model is in there, or, without `overwrite`, a teacher, or a run
+            of which nothing is known.
     """
     output, model = Path(config.output).resolve(), Path(config.model).resolve()
     if output == model:

@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 class DistillationTrainer(SavingTrainer):
     """Trains a student on hard and soft labels of a cache.
 
-    loss = hard_weight * sum CE / N_hard + soft_weight * T^2 * sum D / N_soft + span_weight * sum w L / sum w over aligned spans, where batches have them;
-    each divisor is counted over all ranks and accumulated batches, so that the same rows give the same gradient however they are dealt.
+    loss = hard_weight * sum CE / N_hard + soft_weight * T^2 * sum D / N_soft, and for batches with
+    aligned spans + span_weight * sum w L / sum w. Each divisor is counted over all ranks and
+    accumulated batches: the same rows give the same gradient however they are dealt.
     """
 
     def __init__(
@@ -71,20 +72,19 @@ class DistillationTrainer(SavingTrainer):
         held_out: HeldOut | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        """Set up; the cache is opened already.
+        """Train on an open cache.
 
         Args:
             split: what to train on; several splits are mixed as the rows of one.
-            eval_split: what is evaluated during training. Default: `validation`, where there is one and it is not trained on.
+            eval_split: evaluated during training. Default: `validation`, unless trained on.
             teacher_labels: the teacher's most likely class stands for the hard label.
-            batch_tokens: group rows by length, and end a batch where it would pass so many tokens, padding included.
-            student_tokenizer: where it is not the cache's: the stored text is tokenized anew, up to `max_length`.
+            batch_tokens: group rows by length; most tokens of a batch, padding included.
+            student_tokenizer: if not the cache's; reads the stored text, up to `max_length`.
             mixture: more caches beside the first: teachers of the same rows, or more rows.
             held_out: rows of `split` that are left out of it and measured on, in place of a split.
-            trainer_kwargs: as `transformers.Trainer` takes them.
 
         Raises:
-            EncodingError: the cache does not serve this temperature, this divergence or these position weights.
+            EncodingError: temperature, divergence or position weights that the cache lacks.
             CacheError: no such split.
             TrainingError: no row of the split can teach anything.
         """
@@ -157,14 +157,14 @@ class DistillationTrainer(SavingTrainer):
         attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)
 
     def _rows(self, split: str | Sequence[str], *, window: int, evaluated: bool = False) -> Any:
-        """The rows of a split: of the one cache, of all teachers, or of all data. Data is evaluated on the first cache's."""
+        """The rows of a split: of one cache, all teachers, or all data (evaluation: the first's)."""
         if self.mixture is None or (evaluated and self.mixture.kind == "data"):
             return self.cache.dataset(split, window=window)
         made = AlignedDataset if self.mixture.kind == "teachers" else JoinedDataset
         return made((self.cache, *self.mixture.others), split, window=window)
 
     def _rows_that_teach(self, dataset: Any, teacher_labels: bool) -> np.ndarray | None:
-        """With labels alone, unlabelled rows would be steps without a gradient: they are left out. None: every row counts."""
+        """Labelled rows, where labels alone teach: others have no gradient. None: every row."""
         soft = self.loss.soft_weight or self.loss.soft_weight_end
         if soft or teacher_labels or not needs_label_column(self.task):
             return None
@@ -252,10 +252,12 @@ class DistillationTrainer(SavingTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """One batch of the weighted mean. Ranks average their gradients, hence the factor of world_size.
+        """One batch of the weighted mean.
+
+        Ranks average their gradients, hence the factor of world_size.
 
         Raises:
-            TrainingError: a label that is no class, a loss that is not finite, or no position that counts; the last checkpoint stays as it is.
+            TrainingError: a label that is no class, a loss that is not finite, or no position.
         """
         # Outside training both terms are wanted, each by itself: `_metrics` weighs them.
         weights = weights_of_step(self.loss, *self._steps()) if model.training else (1.0, 1.0)
@@ -286,10 +288,9 @@ class DistillationTrainer(SavingTrainer):
         return (total, found) if return_outputs else total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Stop before a gradient that is not finite ruins the weights; with float16, its scaler skips such a step by itself.
+        """Stop before a gradient that is not finite reaches the weights; float16's scaler skips it.
 
-        Raises:
-            TrainingError: names the rows and the step.
+        Raises `TrainingError`, which names the rows and the step.
         """
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
@@ -317,8 +318,8 @@ class DistillationTrainer(SavingTrainer):
     ) -> EvalLoopOutput:
         """The student on a split of the cache: the loss that is minimised, the task's metrics, agreement with the teacher and the divergence from it.
 
-        Trainer's own loop gathers logits; here each position leaves four numbers, and ranks may hold unequal numbers of them. The task's own `loss` (the
-        negative log-likelihood) is called `nll`.
+        Each position leaves four numbers instead of logits, and ranks may hold unequal numbers of
+        them. The task's own `loss` (the negative log-likelihood) is called `nll`.
         """
         with standardized(self.model, self.scale):  # in mixed precision too its scores are float32
             return self._measure(dataloader, description, metric_key_prefix)

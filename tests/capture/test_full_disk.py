@@ -15,7 +15,8 @@ from pipeline.errors import CacheError
 from tests.conftest import tiny_model
 from tests.support.processes import ROOT, python
 
-#: A process of its own, on a disk of 4 MB that it mounts where no other sees it; something else fills that disk after the first shard.
+#: A process of its own, on a disk of 4 MB that it mounts where no other sees it; something else
+#: fills that disk after the first shard.
 SCRIPT = """
 import ctypes, os, sys
 from pathlib import Path

@@ -1,7 +1,9 @@
 """Whatever is done to a cache, in whatever order, it is whole and right, or says that it is not.
 
-A state machine over captures that end and that are killed, damage, verification, repair and reading, against a model of what must be there: the files of an
-undisturbed capture, and which of them were damaged since. `GrowingMachine` appends, is killed at it, and merges; there the manifest says which of two caches must be there.
+A state machine over captures that end and that are killed, damage, verification, repair and
+reading, against a model of what must be there: the files of an undisturbed capture, and which of
+them were damaged since. `GrowingMachine` appends, is killed at it, and merges; there the manifest
+says which of two caches must be there.
 """
 
 from __future__ import annotations
@@ -181,7 +183,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert all(expected()[name] == data for name, data in files.items())
 
 
-#: The rows of the cache that is appended to, and of one that is merged with it; a shard and a half, so that shards of both kinds meet.
+#: The rows of the cache that is appended to, and of one that is merged with it; a shard and a half,
+#: so that shards of both kinds meet.
 FIRST, OTHER = 30, 45
 
 

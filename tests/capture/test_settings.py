@@ -46,7 +46,8 @@ DATA: dict[str, tuple[Any, str]] = {
     "packing": (True, "tokenization.packing"),
     "chat_template": ("template.jinja", "tokenizer.chat_template_sha256"),
 }
-#: In the contract too (`test_contract` has them), but of other data, or needing what a test machine lacks.
+#: In the contract too (`test_contract` has them), but of other data, or needing what a test machine
+#: lacks.
 ELSEWHERE = {
     *("prompt_template", "label_text", "prompt_format", "shots", "shot_tokens", "calibrate"),  # `test_judged_captures`
     *("quantization", "base_model", "label_map"),

@@ -222,7 +222,10 @@ def test_arrays_of_other_shapes_are_refused() -> None:
 
 
 def right_answers(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Correct predictions of rows with 1 to 20 positions, and a difficulty that both models share. Truth: 0.8 / 0.9."""
+    """Correct predictions of rows with 1 to 20 positions, and a difficulty that both models share.
+
+    Truth: 0.8 / 0.9.
+    """
     lengths = rng.integers(1, 21, 150)
     difficulty = rng.uniform(-0.1, 0.1, 150)
     return rng.binomial(lengths, 0.8 + difficulty), rng.binomial(lengths, 0.9 + difficulty), 0.8 / 0.9

@@ -85,7 +85,8 @@ def test_sampled_has_no_bias_and_less_noise_the_more_it_keeps(logits, matrix):
     noises = []
     for c in (6.0, 12.0, 40.0):
         found, _ = measured(logits, matrix, Sampled(c))
-        # The estimate of a squared mean that is 0 has a standard deviation of about noise * sqrt(2 / H) / N.
+        # The estimate of a squared mean that is 0 has a standard deviation of about noise * sqrt(2
+        # / H) / N.
         assert found.bias < 4 * found.noise * math.sqrt(2 / H) / N
         assert found.kl is None
         noises.append(found.noise)

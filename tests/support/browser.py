@@ -47,7 +47,8 @@ def show(driver, page: Path, *, width: int = 1200, height: int = 900, scheme: st
     driver.get(page.resolve().as_uri())
 
 
-#: What does not stand where it can be read; what scrolls inside a box of its own, and what is hidden until asked for, may be wider than the window.
+#: What does not stand where it can be read; what scrolls inside a box of its own, and what is
+#: hidden until asked for, may be wider than the window.
 _FAULTS = """
 const found = [], width = document.documentElement.clientWidth;  // innerWidth grows with what is off-screen
 if (document.documentElement.scrollWidth > width) found.push(`the page is wider than the window`);

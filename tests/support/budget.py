@@ -1,7 +1,7 @@
 """Seconds that each test file may take: the longest start first, and the end of a run says which took more.
 
-The figures are those of one process on the 2-core machine that the project is tested on, with room for noise. Nothing
-fails on another machine; the table shows where a slow run has spent its time.
+The figures are those of one process on the 2-core machine that the project is tested on, with room
+for noise. Nothing fails on another machine; the table shows where a slow run has spent its time.
 """
 
 from __future__ import annotations

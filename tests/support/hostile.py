@@ -1,4 +1,6 @@
-"""Caches by somebody who means harm: each a change of a good one, its hashes made anew. And a process that opens them under watch.
+"""Caches by somebody who means harm: each a change of a good one, its hashes made anew.
+
+And a process that opens them under watch.
 
 python -m tests.support.hostile FOLDER      opens every cache in it; prints what happened as JSON
 """

@@ -12,9 +12,12 @@ _MADE: dict[Hashable, Path] = {}
 
 
 def once(key: Hashable, make: Callable[[Path], object], folder: Path) -> None:
-    """Fill `folder` with what `make` puts into an empty one. `make` runs the first time that this process meets `key`.
+    """Fill `folder` with what `make` puts into an empty one.
 
-    A test may change or delete its copy. Files keep their times; directories that are there already are filled up.
+    `make` runs the first time that this process meets `key`.
+
+    A test may change or delete its copy. Files keep their times; directories that are there already
+    are filled up.
     """
     if key not in _MADE:
         made = Path(tempfile.mkdtemp(prefix="once-"))

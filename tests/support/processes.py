@@ -1,8 +1,9 @@
 """Processes for tests, forked from one that has torch, transformers and this project loaded.
 
-A new interpreter imports for four seconds before it does anything. A fork of a warm one starts in 20 milliseconds and
-is a process of its own all the same: it has its own exit code, standard output and error, environment and signals.
-What a fork cannot show, such as which modules a command imports, is tested with `subprocess`.
+A new interpreter imports for four seconds before it does anything. A fork of a warm one starts in
+20 milliseconds and is a process of its own all the same: it has its own exit code, standard output
+and error, environment and signals. What a fork cannot show, such as which modules a command
+imports, is tested with `subprocess`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ _LOADED = ["tests.support.tiny", "tests.support.preloaded", "tests.support.proce
 
 @cache
 def _server() -> ForkServerContext:
-    """The context of the fork server, which runs until this process ends. `datasets` writes to a folder of its own."""
+    """The context of the fork server, which runs until this process ends.
+
+    `datasets` writes to a folder of its own.
+    """
     home = tempfile.mkdtemp(prefix="hf-home-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     context = multiprocessing.get_context("forkserver")
@@ -76,8 +80,8 @@ def start(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | Non
     """Start `python ARGUMENTS`: `-c CODE`, `-m MODULE` or a file, each with arguments of its own.
 
     Args:
-        env: variables to set over those of this process. What libraries read from the environment while they are
-            imported (HF_HOME, OMP_NUM_THREADS) is fixed already.
+        env: variables to set over those of this process. What libraries read from the environment
+            while they are imported (HF_HOME, OMP_NUM_THREADS) is fixed already.
         cwd: the working directory; None: this process's.
     """
     return Running(arguments, {**os.environ, **(env or {})}, cwd)

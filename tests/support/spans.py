@@ -22,7 +22,10 @@ class SpanCollator(Collator):
 
 
 def pairs(batch: StudentBatch) -> Spans:
-    """Positions 0 and 1 of a row, 2 and 3, ...; an odd last one is in no span. Weights differ, and are 0 for rows that do not count."""
+    """Positions 0 and 1 of a row, 2 and 3, ...; an odd last one is in no span.
+
+    Weights differ, and are 0 for rows that do not count.
+    """
     owner, logprobs, weights = [], [], []
     start = 0
     for count in batch.supervised.sum(1).tolist():

@@ -94,8 +94,9 @@ def heap() -> Iterator[None]:
 def frozen_heap(heap: None) -> None:
     """Freeze what is alive before a file's tests.
 
-    Accelerate collects garbage at the start of every training run. Over the objects of torch, transformers and
-    hypothesis a collection takes a third of a second, which is more than a tiny student trains for.
+    Accelerate collects garbage at the start of every training run. Over the objects of torch,
+    transformers and hypothesis a collection takes a third of a second, which is more than a tiny
+    student trains for.
     """
     gc.collect()
     gc.freeze()
@@ -116,8 +117,8 @@ def sentence(rng: random.Random, words: int, topic: str | None = None) -> str:
     )
 
 
-#: What `WordPieceTrainer` once made of `WORDS`. It numbers the tokens in another order in every process, and a random model that reads other numbers is
-#: another model: so they are written down.
+#: What `WordPieceTrainer` once made of `WORDS`. It numbers the tokens in another order in every
+#: process, and a random model that reads other numbers is another model: so they are written down.
 _PIECES = """
 a b c d e f g h i k l m n o p r s t u v w y ##n ##d ##e ##r ##a ##k ##t ##o ##f ##i ##l ##y ##v
 ##h ##p ##w ##s ##m ##g ##c ##u ##er ##ar ##at co mat st th ##nd ##ne ##ew ##an ##am ##one ##il
@@ -171,7 +172,8 @@ def lm_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", model_max_length=128)
 
 
-#: What makes each architecture tiny; sizes that are no multiple of anything where the architecture allows it.
+#: What makes each architecture tiny; sizes that are no multiple of anything where the architecture
+#: allows it.
 TINY: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48},
     "roberta": {
@@ -240,7 +242,10 @@ TINY: dict[str, dict[str, Any]] = {
 def tiny_model(
     kind: str, vocabulary: int, *, num_labels: int | None = None, seed: int = 0, spread: float = 1.0, **overrides: Any
 ) -> Any:
-    """A model with random weights; `num_labels` makes it a classifier. `spread` widens its logits, so that they are not all alike."""
+    """A model with random weights; `num_labels` makes it a classifier.
+
+    `spread` widens its logits, so that they are not all alike.
+    """
     config = AutoConfig.for_model(
         kind, vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=1, **{**TINY[kind], **overrides}
     )

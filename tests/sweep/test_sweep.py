@@ -93,7 +93,8 @@ def test_the_grid_has_every_combination_once(tmp_path):
     runs = plan(SweepConfig(**settings), ["a", "b"])
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
-    # 5 students: on each cache 2 weights x (forward KL at 2 temperatures, logit MSE once), the teacher's labels, and on one cache the data's labels
+    # 5 students: on each cache 2 weights x (forward KL at 2 temperatures, logit MSE once), the
+    # teacher's labels, and on one cache the data's labels
     assert len(runs) == 2 * 5 * (2 * (2 * 3 + 1) + 1)
     assert sum(run.role == "control" for run in runs) == 2 * 5 * 3
     assert {run.cache for run in runs if run.group.endswith("-labels-a") and not run.teacher_labels} == {"a"}

@@ -98,12 +98,14 @@ EXPECTED: list[tuple[str, tuple[Message, ...], Any, list[list[str]]]] = [
     ("phi-4", PLAIN, None, [["Hello<|im_end|>", "Yes<|im_end|>"]]),
     ("phi-4-mini", PLAIN, None, [["Hello<|end|>", "Yes<|end|>"]]),
     ("smollm2", PLAIN, None, [["Hello<|im_end|>", "Yes<|im_end|>"]]),
-    # The system text stands in the last question, an empty reasoning in the last turn, <|return|> at the end alone.
+    # The system text stands in the last question, an empty reasoning in the last turn, <|return|>
+    # at the end alone.
     ("mistral-v0.3", PLAIN, None, [[" Hello</s>"], [" Yes</s>"]]),
     ("mistral-v0.3", PLAIN[1:], None, [[" Hello</s>", " Yes</s>"]]),
     ("qwen-3", PLAIN, None, [[f"{EMPTY}Hello<|im_end|>"], [f"{EMPTY}Yes<|im_end|>"]]),
     ("gpt-oss", PLAIN, None, [[f"{HARMONY}Hello<|return|>"], [f"{HARMONY}Yes<|return|>"]]),
-    # Reasoning in the content: dropped from earlier turns by Qwen 3, and from every turn by DeepSeek-R1.
+    # Reasoning in the content: dropped from earlier turns by Qwen 3, and from every turn by
+    # DeepSeek-R1.
     ("smollm2", REASONED, None, [[f"{turn.content}<|im_end|>" for turn in REASONED[1::2]]]),
     ("qwen-3", REASONED, None, [[f"{turn.content}<|im_end|>"] for turn in REASONED[1::2]]),
     (

@@ -38,7 +38,8 @@ def test_what_needs_an_evaluation_is_honoured_otherwise():
 
 
 def test_the_page_of_settings_is_up_to_date():
-    # python -c 'from pipeline.training.settings import *; print(settings_table(), end="")' > docs/training-arguments.md
+    # python -c 'from pipeline.training.settings import *; print(settings_table(), end="")' >
+    # docs/training-arguments.md
     page = Path(__file__).parents[2] / "docs" / "training-arguments.md"
     assert page.read_text(encoding="utf-8") == settings_table()
 

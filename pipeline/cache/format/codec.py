@@ -35,7 +35,8 @@ from pipeline.records import (
     offsets_of_counts,
 )
 
-#: Of rows that are read in the tokens of a student: which of the teacher's positions each of its own is aligned with.
+#: Of rows that are read in the tokens of a student: which of the teacher's positions each of its
+#: own is aligned with.
 TEACHER_POSITION = "teacher_position"
 #: Environment variable: the directory that holds the data sets whose images caches refer to.
 IMAGES = "SOFTLABEL_IMAGES"
@@ -131,7 +132,8 @@ def pack_soft(soft: SoftLabels, counts: np.ndarray) -> dict[str, Ragged]:
     Args:
         counts: (R,) positions of each row.
 
-    The rows of `sampled` come back as they are, once they are narrow (`softlabels.narrow`); the others up to the float16 of what is stored in it.
+    The rows of `sampled` come back as they are, once they are narrow (`softlabels.narrow`); the
+    others up to the float16 of what is stored in it.
     """
     types = soft_columns(soft.encoding, soft.num_classes)
     positions = offsets_of_counts(counts)
@@ -240,7 +242,10 @@ def _starts(offsets: np.ndarray) -> np.ndarray:
 
 
 def _tensor(values: np.ndarray) -> Tensor:
-    """Numbers as torch computes with them: float32 or float64, int64. Arrow's own memory is read-only, and is copied."""
+    """Numbers as torch computes with them: float32 or float64, int64.
+
+    Arrow's own memory is read-only, and is copied.
+    """
     if values.dtype == np.float16:
         values = values.astype(np.float32)
     elif values.dtype in (np.uint16, np.uint32):  # torch indexes with int64

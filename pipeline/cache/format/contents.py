@@ -1,6 +1,9 @@
-"""Do the columns of a row group fit each other and the contract? Looked at before any row is handed on.
+"""Do the columns of a row group fit each other and the contract?
 
-Training takes ids as indices and counts as cuts, so a wrong one would be another row's soft labels, or the end of the process on a GPU.
+Looked at before any row is handed on.
+
+Training takes ids as indices and counts as cuts, so a wrong one would be another row's soft labels,
+or the end of the process on a GPU.
 """
 
 from __future__ import annotations
@@ -218,7 +221,10 @@ def _list(table: pa.Table, name: str, check: _Check, *, values: bool = True) -> 
 
 
 def _are_log_probabilities(values: np.ndarray) -> bool:
-    """Whether none is NaN or above 0, but for rounding. Of float16 by its bits, which are compared faster."""
+    """Whether none is NaN or above 0, but for rounding.
+
+    Of float16 by its bits, which are compared faster.
+    """
     if values.dtype != np.float16:
         return not bool((values > _SLACK).any() or np.isnan(values).any())
     bits = values.view(np.uint16)

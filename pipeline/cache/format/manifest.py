@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
-#: Fields that came after the first release: where they are empty, manifests and the records of runs have the bytes and ids that they had before.
+#: Fields that came after the first release: where they are empty, manifests and the records of runs
+#: have the bytes and ids that they had before.
 _ADDED = frozenset(
     {
         "label_map",
@@ -77,7 +78,8 @@ __all__ = [
 class Names:
     """What messages call the work that is done shard by shard, and its result; and the names of its own files.
 
-    Two kinds of work have different names of files, so that neither goes on in, or deletes, what the other has made.
+    Two kinds of work have different names of files, so that neither goes on in, or deletes, what
+    the other has made.
     """
 
     result: str = "cache"
@@ -93,7 +95,8 @@ class Layout:
 
     root: Path
     outbox: Outbox | None = None
-    """Of a cache that is made behind a URL: what sends its files there; `root` is where they are made."""
+    """Of a cache that is made behind a URL: what sends its files there; `root` is where they are
+    made."""
     names: Names = Names()
 
     @property
@@ -163,7 +166,10 @@ class AnyPlan(Protocol):
 
 
 def dump(record: Any) -> str:
-    """A record as indented JSON; equal records give equal text. JSON has no NaN: it becomes null."""
+    """A record as indented JSON; equal records give equal text.
+
+    JSON has no NaN: it becomes null.
+    """
     return json.dumps(_without_nan(_plain(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -230,7 +236,8 @@ def load_manifest(root: Path) -> Manifest:
 
     Raises:
         CacheError: no cache there, or one that was not finished.
-        IntegrityError: another format version, an id that does not fit, a name that is no file name.
+        IntegrityError: another format version, an id that does not fit, a name that is no file
+            name.
     """
     layout = Layout(root)
     if not layout.manifest.is_file() and not layout.manifest.is_symlink():

@@ -28,7 +28,10 @@ def pooled(parts: Iterable[Sequence[Moments]]) -> tuple[Moments, ...]:
 
 
 def scale_of(manifest: Manifest) -> Scale | None:
-    """Of the teacher's scores in `train`, where there is such a split, else in all rows. None: the cache holds distributions."""
+    """Of the teacher's scores in `train`, where there is such a split, else in all rows.
+
+    None: the cache holds distributions.
+    """
     found = pooled(shard.moments for shard in manifest.split_shards("train") or manifest.shards)
     if not found:
         return None

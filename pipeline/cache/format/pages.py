@@ -1,8 +1,9 @@
 """What a Parquet file says of its pages, before anything is decoded: a few kilobytes can claim to be gigabytes.
 
-The footer's own sums may lie, and so they do not bound what decoding takes. The header in front of each page is what the decoder goes by: its sizes bound
-what is decompressed, its count of values what they become. Headers are Thrift's compact protocol (https://parquet.apache.org/docs/file-format/); pyarrow
-does not show them.
+The footer's own sums may lie, and so they do not bound what decoding takes. The header in front of
+each page is what the decoder goes by: its sizes bound what is decompressed, its count of values
+what they become. Headers are Thrift's compact protocol
+(https://parquet.apache.org/docs/file-format/); pyarrow does not show them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import IntegrityError
 
-#: Of one row group, decoded. The writer's have 16 MB, or one row; the largest row that a capture makes has 64.
+#: Of one row group, decoded. The writer's have 16 MB, or one row; the largest row that a capture
+#: makes has 64.
 MOST_BYTES = 256 << 20
 _MOST_FOOTER = 16 << 20
 _MOST_PAGES = 10_000
@@ -155,7 +157,8 @@ def _decoded_bytes(pages: _Pages, column: Any, path: ShardFile, group: int, wher
         return pages.bytes + pages.values * (pages.dictionary_bytes + _LEVELS)
     if pages.bytes > MOST_BYTES:
         return pages.bytes
-    # One text of the dictionary may stand for a thousand: count what they are, without writing them out.
+    # One text of the dictionary may stand for a thousand: count what they are, without writing them
+    # out.
     try:
         coded = (
             pq.ParquetFile(path, read_dictionary=[column.path]).read_row_group(group, columns=[column.path]).column(0)

@@ -216,10 +216,13 @@ def _label(label: int | None) -> int | None:
 
 
 def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) -> RowBlock:
-    """Rows of several blocks of one cache, or of caches with one encoding -> one block. There is at least one segment.
+    """Rows of several blocks of one cache, or of caches with one encoding -> one block.
+
+    There is at least one segment.
 
     Args:
-        names: the columns that are wanted; None: all. An optional column, as the entropy of each position, is left out where one of the caches has none.
+        names: the columns that are wanted; None: all. An optional column, as the entropy of each
+            position, is left out where one of the caches has none.
     """
     first = segments[0][0]
     if len(segments) == 1 and segments[0][2] - segments[0][1] == len(first):

@@ -1,4 +1,7 @@
-"""Is a manifest one that a capture could have written? Hashes say that it is whole, not that it means well."""
+"""Is a manifest one that a capture could have written?
+
+Hashes say that it is whole, not that it means well.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from pipeline.tasks import Task, get_task
 #: Shard names are file names, not paths: nothing in a manifest can point out of the cache.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-#: More classes, tokens or rows than any cache has: what is larger would end as an overflow somewhere.
+#: More classes, tokens or rows than any cache has: what is larger would end as an overflow
+#: somewhere.
 _MOST_CLASSES, _MOST = 1 << 24, 1 << 48
 _KEPT = re.compile(r"null|bool|string|u?int(8|16|32|64)|halffloat|float|double")
 _MOST_STRING = 10_000

@@ -15,7 +15,8 @@ FORMAT_VERSION = 1
 #: An encoded image, as `datasets.Image` stores it: the bytes of the file, and its name.
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
-#: From here on `logits` are float16: a classifier's few keep float32, a vocabulary's would be twice the bytes for nothing.
+#: From here on `logits` are float16: a classifier's few keep float32, a vocabulary's would be twice
+#: the bytes for nothing.
 _NARROW_FROM = 4096
 
 
@@ -43,11 +44,14 @@ def cache_schema(
     """The Arrow schema of every shard of a cache.
 
     Args:
-        labels: where hard labels come from: `row` has the column `label`, `positions`, `hidden` and `target` have `position_labels`, `tokens` has `text_bytes` of what is predicted.
-        marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it has one position, or one for each label name.
+        labels: where hard labels come from: `row` has the column `label`, `positions`, `hidden` and
+            `target` have `position_labels`, `tokens` has `text_bytes` of what is predicted.
+        marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it
+            has one position, or one for each label name.
         images: rows are images in place of tokens.
         views: rows are parts of images.
-        choices: the texts to choose from are stored; their lengths in tokens are `document_lengths`.
+        choices: the texts to choose from are stored; their lengths in tokens are
+            `document_lengths`.
         image_files: images are files elsewhere, of which the cache has place and hash.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
@@ -120,9 +124,10 @@ def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]
 def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
     """How Parquet stores the columns, as `pyarrow.parquet.ParquetWriter` takes it.
 
-    Lists of integers go in byte planes: a small integer is an INT32 in Parquet, and zstd would pay for its zeros. Level 16 takes 5% off them, at 3 us a
-    position; level 9 takes nothing off. Not floats, whose planes DuckDB does not read, and which no level makes smaller. Only what comes from the source,
-    and may repeat, has a dictionary.
+    Lists of integers go in byte planes: a small integer is an INT32 in Parquet, and zstd would pay
+    for its zeros. Level 16 takes 5% off them, at 3 us a position; level 9 takes nothing off. Not
+    floats, whose planes DuckDB does not read, and which no level makes smaller. Only what comes
+    from the source, and may repeat, has a dictionary.
     """
     dictionary, planes, levels = [], {}, {}
     for field in schema:

@@ -1,7 +1,8 @@
 """JSON from anywhere: read whole, once, within bounds, or refused.
 
-A cache may be somebody else's download. What Python's own reader would let through is refused here: keys that are given twice (of which two readers may
-take two values), NaN, nesting that ends the interpreter's stack, and a few megabytes that become gigabytes of objects.
+A cache may be somebody else's download. What Python's own reader would let through is refused here:
+keys that are given twice (of which two readers may take two values), NaN, nesting that ends the
+interpreter's stack, and a few megabytes that become gigabytes of objects.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Does a cache belong to its tokens and labels? Asked when it is made and before it is trained from, of the cache alone."""
+"""Does a cache belong to its tokens and labels?
+
+Asked when it is made and before it is trained from, of the cache alone.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,12 @@ def check_alignment(
         splits: default: all.
         name: as messages name the cache; default: where it is.
 
-    Of a cache behind a URL the numbers in its manifest stand: to read rows from all over it would be to fetch them.
+    Of a cache behind a URL the numbers in its manifest stand: to read rows from all over it would
+    be to fetch them.
 
     Returns:
-        What the probe found; None where classes are no tokens: there the teacher's most likely class is compared with the hard label instead, and agreement
+        What the probe found; None where classes are no tokens: there the teacher's most likely
+            class is compared with the hard label instead, and agreement
         that is not above chance is a warning.
 
     Raises:
@@ -101,7 +106,8 @@ def _labels(block: RowBlock) -> np.ndarray | None:
 def _warn_of_chance(name: str, blocks: Sequence[RowBlock], unit: str) -> None:
     """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same.
 
-    Of scores, where they go along with those of the data no more than chance makes them. `unit`: what has a label, where rows have several.
+    Of scores, where they go along with those of the data no more than chance makes them. `unit`:
+    what has a label, where rows have several.
     """
     if any(isinstance(block.encoding, Score) for block in blocks):
         _warn_of_no_correlation(name, blocks)

@@ -23,12 +23,15 @@ _ENOUGH = 1000
 def probe_alignment(blocks: Iterable[RowBlock]) -> AlignmentProbe | None:
     """Compare the mean target weight of the hard label with that of its neighbours.
 
-    A position predicts the token after it, so the weights of the soft labels should be large there: shift 0. Weights of classes that were not
-    kept count as 0; the mean is linear in the weights, so it is unbiased for a sampled target.
+    A position predicts the token after it, so the weights of the soft labels should be large there:
+    shift 0. Weights of classes that were not kept count as 0; the mean is linear in the weights, so
+    it is unbiased for a sampled target.
 
     Returns:
-        Misaligned: a neighbour wins by more than 4 paired standard errors over at least 1,000 positions, where shift 0's mean exceeds
-        3/V. Inconclusive: neither wins (a random model with tied embeddings predicts its own input best). None: no token classes.
+        Misaligned: a neighbour wins by more than 4 paired standard errors over at least 1,000
+            positions, where shift 0's mean exceeds
+        3/V. Inconclusive: neither wins (a random model with tied embeddings predicts its own input
+            best). None: no token classes.
     """
     columns: list[np.ndarray] = []
     seen = 0

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cache:
-    """A finished cache. `root` and `manifest` say which; everything else is read when it is asked for."""
+    """A finished cache.
+
+    `root` and `manifest` say which; everything else is read when it is asked for.
+    """
 
     root: Path
     """Of a cache behind a URL: a directory with its manifest and tokenizer."""
@@ -56,9 +59,10 @@ class Cache:
         """Open a cache directory, or a cache behind any URL that fsspec opens: its shards are fetched as they are read.
 
         Args:
-            verify: `quick` checks the manifest, and that each shard is there, of its size and its columns (behind a URL: the columns when it is first
-                read); `full` reads every byte.
-            cache_dir: where what is fetched is kept. Default: `softlabel` in the user's cache directory.
+            verify: `quick` checks the manifest, and that each shard is there, of its size and its
+                columns (behind a URL: the columns when it is first read); `full` reads every byte.
+            cache_dir: where what is fetched is kept. Default: `softlabel` in the user's cache
+                directory.
             cache_bytes: of fetched shards that are kept there, at most.
 
         Raises:
@@ -186,8 +190,8 @@ class _Open:
 class CacheDataset(Dataset[CachedExample]):
     """Rows of one split, or of several, by number: one by one, or many at once by column (`segments`, `blocks`).
 
-    A row group is read once, and dropped when as many rows were read as it has. Memory is bounded by `window` row groups, not by the cache. Picklable:
-    each DataLoader worker opens its own files.
+    A row group is read once, and dropped when as many rows were read as it has. Memory is bounded
+    by `window` row groups, not by the cache. Picklable: each DataLoader worker opens its own files.
     """
 
     def __init__(
@@ -209,7 +213,8 @@ class CacheDataset(Dataset[CachedExample]):
         """(groups + 1,): the first row of each row group."""
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self.upcoming: Sequence[int] = ()
-        """Row groups that are read next. Behind a URL they are fetched ahead, from when the first of them is decoded: what is only skipped is not."""
+        """Row groups that are read next. Behind a URL they are fetched ahead, from when the first
+        of them is decoded: what is only skipped is not."""
         self._announced: set[int] = set()
 
     def __len__(self) -> int:
@@ -272,7 +277,10 @@ class CacheDataset(Dataset[CachedExample]):
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def num_tokens(self) -> np.ndarray:
-        """(rows,) int64: the length of each row of the whole split, 1 of an image. Reads the token ids, a row group at a time."""
+        """(rows,) int64: the length of each row of the whole split, 1 of an image.
+
+        Reads the token ids, a row group at a time.
+        """
         if "input_ids" not in self.manifest.contract.columns:
             return np.ones(len(self), dtype=np.int64)
         lengths = (pc.list_value_length(table.column(0)) for table in self.tables(["input_ids"]))

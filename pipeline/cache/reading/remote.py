@@ -1,7 +1,8 @@
 """A cache behind a URL, read as it is needed: a row group at a time, through a bounded store on this machine.
 
-A small shard is fetched whole and its SHA-256 checked at once. Of a larger one its end is fetched, which says where the row groups are, then each row group by
-one request; its page checksums are verified when it is decoded, and the SHA-256 of the file once all of it was fetched. What was stored and turns out damaged is fetched once more.
+A small shard is fetched whole and its SHA-256 checked at once. Of a larger one the footer is
+fetched, then each row group by one request: page checksums are verified when it is decoded, and the
+SHA-256 of the file once all of it was fetched. Damaged pieces of the store are fetched again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Remote:
         return RemoteShard(self, self.shards[name])
 
     def announce(self, name: str, group: int) -> None:
-        """Say that a row group will be needed: threads fetch it ahead. A failure is met again, and raised, where the row group is read."""
+        """Start to fetch a row group that will be needed; a failure is raised where it is read."""
         self._check_process()
         if not self._fetchers:
             self._fetchers = [
@@ -149,7 +150,7 @@ class Remote:
 
 
 class RemoteShard(io.RawIOBase):
-    """One shard as a file for PyArrow, made of the pieces that were fetched. Its `str()` stands where a path would in messages."""
+    """One shard as a file for PyArrow, made of fetched pieces; `str()` names it in messages."""
 
     def __init__(self, remote: Remote, shard: Shard) -> None:
         super().__init__()
@@ -248,7 +249,7 @@ def open_remote(url: str, cache_dir: Path | None = None, cache_bytes: int = DEFA
     """A directory with a cache's manifest and tokenizer, and where its shards are.
 
     Args:
-        cache_dir: what is fetched is kept there. Default: `softlabel` in the user's cache directory.
+        cache_dir: for fetched files. Default: `softlabel` in the user's cache directory.
         cache_bytes: of shards, at most.
 
     Raises:
@@ -291,7 +292,7 @@ def check_sha256(where: str, shard: Shard, found: str) -> None:
 
 
 def list_files(url: str, folder: str) -> dict[str, int]:
-    """Name -> size of the files in a folder of a cache; none where there is no such folder. Only plain names: nothing in a listing can point elsewhere."""
+    """Plain name -> size of the files in a folder of a cache; empty if there is no such folder."""
     filesystem, path = open_filesystem(url)
     try:
         found = patiently(

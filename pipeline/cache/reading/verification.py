@@ -129,7 +129,10 @@ class _ShardCheck:
         self._quick = quick
 
     def problem(self, progress: Progress) -> str | None:
-        """The first thing that is wrong. Row groups come before the hash: their page checksums say where it is."""
+        """The first thing that is wrong.
+
+        Row groups come before the hash: their page checksums say where it is.
+        """
         rest, share = self.shard.bytes, self.shard.bytes // max(len(self._groups), 1)
         for group in self._groups:
             wait([group])

@@ -1,7 +1,8 @@
 """The commit protocol: whatever happens, a file under its final name is whole.
 
-Write under a temporary name in the same directory, fsync, rename, fsync the directory. Temporary files of killed runs are swept by
-the next one. `crash` names the points between these steps, for the tests that kill a capture at each.
+Write under a temporary name in the same directory, fsync, rename, fsync the directory. Temporary
+files of killed runs are swept by the next one. `crash` names the points between these steps, for
+the tests that kill a capture at each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pipeline.cache.storage.crash import kind_of, reached
 from pipeline.errors import CacheError
 
 _PREFIX = ".tmp-"
-#: Process number, and eight digits that stand for the machine: on a shared disk, only a machine knows which of its processes live.
+#: Process number, and eight digits that stand for the machine: on a shared disk, only a machine
+#: knows which of its processes live.
 _TEMPORARY = re.compile(r"\.tmp-(\d+)-([0-9a-f]{8})-.")
 #: After so long a temporary file of another machine is nobody's any more.
 _SECONDS_FOREIGN = 7 * 86_400

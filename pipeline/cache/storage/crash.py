@@ -1,6 +1,7 @@
 """Named points of a capture at which a test may end the process, or let another one go first.
 
-They do nothing unless a hook is set, and only code can set one: no variable of the environment, no file, no flag.
+They do nothing unless a hook is set, and only code can set one: no variable of the environment, no
+file, no flag.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-#: In the order in which a capture comes by them. `written`: the temporary file is whole; `synced`: it is on the disk; `named`: it has its final name,
-#: and the directory is on the disk too.
+#: In the order in which a capture comes by them. `written`: the temporary file is whole; `synced`:
+#: it is on the disk; `named`: it has its final name, and the directory is on the disk too.
 POINTS = (
     "plan:written",
     "plan:synced",

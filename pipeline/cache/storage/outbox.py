@@ -1,6 +1,7 @@
 """A cache that is made behind a URL: each shard is made in a local directory, sent whole, and forgotten here.
 
-What is there already is known from the receipts there, so that any number of machines may work on one cache, and a killed one loses what it had not sent.
+What is there already is known from the receipts there, so that any number of machines may work on
+one cache, and a killed one loses what it had not sent.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ Result = TypeVar("Result")
 
 
 class Outbox:
-    """Sends the files of one cache to a URL. Credentials are the environment's, as the file system of the URL reads them."""
+    """Sends the files of one cache to a URL.
+
+    Credentials are the environment's, as the file system of the URL reads them.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = redact(url)

@@ -24,7 +24,10 @@ def default_directory() -> Path:
 
 
 class Store:
-    """Pieces of files by name. Several processes may share a directory; a name always stands for the same bytes."""
+    """Pieces of files by name.
+
+    Several processes may share a directory; a name always stands for the same bytes.
+    """
 
     def __init__(self, directory: Path, max_bytes: int = DEFAULT_BYTES) -> None:
         self.directory = directory

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between one attempt and the next: an outage of half a minute is lived through.
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-#: Seconds that one request may take. The largest is a row group or a part of a file, some megabytes.
+#: Seconds that one request may take. The largest is a row group or a part of a file, some
+#: megabytes.
 TIMEOUT = 120.0
 
 #: Stores of objects, which have no directories to make.
@@ -96,7 +97,10 @@ def create_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> bool:
 
 
 def make_parent(filesystem: AbstractFileSystem, path: str) -> None:
-    """Make the directory that a file goes to. Object stores have none; s3fs would make a bucket for one."""
+    """Make the directory that a file goes to.
+
+    Object stores have none; s3fs would make a bucket for one.
+    """
     if not _OBJECT_STORES & set(protocols(filesystem)):
         filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
 
@@ -125,7 +129,10 @@ def is_final(error: BaseException | None) -> bool:
 
 
 def _within(seconds: float, request: Callable[[], Result]) -> Result:
-    """The result, or TimeoutError. The thread of a request that stalls is left behind; it ends with the process."""
+    """The result, or TimeoutError.
+
+    The thread of a request that stalls is left behind; it ends with the process.
+    """
     done: queue.Queue[tuple[Result | None, BaseException | None]] = queue.Queue(1)
 
     def work() -> None:

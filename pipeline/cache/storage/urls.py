@@ -19,10 +19,12 @@ def is_url(location: str) -> bool:
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URL, and the path in it, without a slash at the end.
 
-    Credentials are those of the environment, as each file system reads them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, HF_TOKEN).
+    Credentials are those of the environment, as each file system reads them (AWS_ACCESS_KEY_ID,
+    AWS_ENDPOINT_URL, HF_TOKEN).
 
     Raises:
-        CacheError: no file system of this scheme, or its package is missing; the URL's credentials are not shown.
+        CacheError: no file system of this scheme, or its package is missing; the URL's credentials
+            are not shown.
     """
     import fsspec
 

@@ -1,4 +1,7 @@
-"""Caches from caches: merge, filter, convert. Each writes a new verified cache, a shard for each shard, whose manifest names its ancestors."""
+"""Caches from caches: merge, filter, convert.
+
+Each writes a new verified cache, a shard for each shard, whose manifest names its ancestors.
+"""
 
 from pipeline.cache.transforms.convert import convert
 from pipeline.cache.transforms.filter import filter_rows

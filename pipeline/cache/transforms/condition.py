@@ -1,6 +1,7 @@
 """A condition in SQL over the columns of a cache, one row at a time, evaluated by DuckDB in memory.
 
-The condition is data: it is parsed alone as one expression, sees the columns of one row, and can read or write nothing else.
+The condition is data: it is parsed alone as one expression, sees the columns of one row, and can
+read or write nothing else.
 """
 
 from __future__ import annotations

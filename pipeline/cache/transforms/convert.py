@@ -24,7 +24,8 @@ from pipeline.softlabels.names import encoding_name
 def convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding, overwrite: bool = False) -> Cache:
     """Write the rows of a cache in a smaller encoding.
 
-    `full` becomes what a capture with this encoding and the same seed would have kept, up to the rounding of the stored logits.
+    `full` becomes what a capture with this encoding and the same seed would have kept, up to the
+    rounding of the stored logits.
 
     Returns:
         The new cache; what is no soft label is copied as it is.
@@ -42,7 +43,8 @@ def plan_convert(cache: Cache | str | Path, output: str | Path, *, encoding: Enc
     contract = opened.manifest.contract
     check_conversion(contract.encoding, encoding)
     schema = _schema(shard_schema(opened), contract.encoding, encoding, contract.num_classes)
-    # What the new encoding changes: its own columns, and the entropy, which is that of the distribution whose probabilities are kept.
+    # What the new encoding changes: its own columns, and the entropy, which is that of the
+    # distribution whose probabilities are kept.
     anew = isinstance(contract.encoding, Full) and isinstance(encoding, Sampled) and encoding.temperature != 1.0
     changed = {*soft_columns(encoding, contract.num_classes), *(("teacher_entropy_sum", "entropy") if anew else ())}
     changed_schema = pa.schema([field for field in schema if field.name in changed])

@@ -1,4 +1,7 @@
-"""Some rows of a cache -> a cache: by a condition in SQL, by split, or both. Also how one samples and splits."""
+"""Some rows of a cache -> a cache: by a condition in SQL, by split, or both.
+
+Also how one samples and splits.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def filter_rows(
         as_split: the name that the one split gets.
 
     Returns:
-        The new cache, with the rows as they were: a shard of which all rows stay is copied as bytes.
+        The new cache, with the rows as they were: a shard of which all rows stay is copied as
+            bytes.
 
     Raises:
         MisuseError: no condition, or nothing to do.

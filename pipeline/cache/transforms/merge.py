@@ -19,7 +19,8 @@ from pipeline.records import Contract, SourceInfo
 
 logger = logging.getLogger(__name__)
 
-#: What two caches may differ in and still say the same thing of a row: where rows come from, and how the work was dealt out.
+#: What two caches may differ in and still say the same thing of a row: where rows come from, and
+#: how the work was dealt out.
 MAY_DIFFER = ("source", "versions", "seed", "batch_tokens", "on_bad_row", "tokenization.max_length")
 
 
@@ -27,8 +28,8 @@ def merge(caches: Sequence[Cache | str | Path], output: str | Path, *, overwrite
     """Join the shards of caches; of rows with the same `content_hash` in a split, the first is kept.
 
     Args:
-        caches: their contracts agree in all but `MAY_DIFFER`. The merged contract keeps the longest `max_length`, the first seed, and the names,
-            fingerprints and versions of all.
+        caches: their contracts agree in all but `MAY_DIFFER`. The merged contract keeps the longest
+            `max_length`, the first seed, and the names, fingerprints and versions of all.
 
     Returns:
         The merged cache. Beside one row group, 17 bytes a row are held in memory.

@@ -1,7 +1,7 @@
 """What merge, filter and convert share: shards of caches -> shards of a new one, by the protocol of a capture.
 
-One row group is in memory at a time. A shard that does not change is copied as bytes. A run that was stopped goes on where it stopped, by its
-receipts; the manifest comes last.
+One row group is in memory at a time. A shard that does not change is copied as bytes. A run that
+was stopped goes on where it stopped, by its receipts; the manifest comes last.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class Piece:
 
 
 def plan_pieces(caches: Sequence[Cache], splits: Sequence[str], *, as_split: str | None = None) -> list[Piece]:
-    """The shards of some splits, one cache after another, numbered anew. The plan's rows count those of all caches."""
+    """The shards of some splits, one cache after another, numbered anew.
+
+    The plan's rows count those of all caches.
+    """
     pieces = []
     for split in splits:
         number = start = 0

@@ -1,4 +1,7 @@
-"""The teacher's most likely classes against the hard labels: counts, accuracy, confusion. Pure functions over arrays."""
+"""The teacher's most likely classes against the hard labels: counts, accuracy, confusion.
+
+Pure functions over arrays.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ class Confusion:
     names: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
     left_out: int
-    """Classes in the last row and column, which is all but those with the most disagreements; 0: every class is shown."""
+    """Classes in the last row and column, which is all but those with the most disagreements; 0:
+    every class is shown."""
 
     @property
     def numbered(self) -> bool:
@@ -169,7 +173,8 @@ def confusion(
     """The confusion matrix; of more than `most` classes, those with the most disagreements, and one line for the others.
 
     Returns:
-        None where nothing is labelled. Counts sum to the labelled rows either way. Memory is O(most^2 + N).
+        None where nothing is labelled. Counts sum to the labelled rows either way. Memory is
+            O(most^2 + N).
     """
     known = labels != NO_LABEL
     if not known.any():

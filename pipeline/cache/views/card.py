@@ -1,6 +1,7 @@
 """README.md of a cache: a dataset card whose front matter lets `datasets.load_dataset` read the directory as it is.
 
-Made from the manifest and from what `reports/` says; the same manifest and reports give the same bytes.
+Made from the manifest and from what `reports/` says; the same manifest and reports give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -197,7 +198,8 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
         source_datasets=None if source.revision is None else [source.name],
         base_model=None if teacher.revision is None else teacher.name,  # what has no revision is not on the hub
         tags=["soft-labels", "knowledge-distillation", contract.task],
-        # `datasets` keeps what it has read under a directory's last name and a hash of what stands here
+        # `datasets` keeps what it has read under a directory's last name and a hash of what stands
+        # here
         configs=[{"config_name": "default", "description": f"cache_id {manifest.cache_id}", "data_files": files}],
     )
     schema = _schema(contract)

@@ -77,7 +77,8 @@ def histogram(title: str, values: np.ndarray, caption: str, *, axis: Axis, of: s
     """Count values in at most 24 bins.
 
     Args:
-        values: (N,) numbers; those that are not finite are not known: left out, and their number is in the summary.
+        values: (N,) numbers; those that are not finite are not known: left out, and their number is
+            in the summary.
         of: what is counted, as the y axis names it.
 
     Returns:

@@ -54,7 +54,10 @@ def _kept_mass(cache: Cache, split: str) -> KeptMass:
 
 
 def draw(masses: KeptMasses, path: Path) -> bool:
-    """Draw the distributions as a PNG, the same bytes for the same masses. False: matplotlib (the extra `report`) is not installed."""
+    """Draw the distributions as a PNG, the same bytes for the same masses.
+
+    False: matplotlib (the extra `report`) is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

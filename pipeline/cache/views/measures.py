@@ -17,7 +17,8 @@ from pipeline.softlabels import concatenate, most_likely, served_temperature, ta
 from pipeline.tasks import get_task
 from pipeline.tasks.images.pixels import thumbnail
 
-#: Most positions that are measured, and most classes of them where all V are kept; rows are measured whole.
+#: Most positions that are measured, and most classes of them where all V are kept; rows are
+#: measured whole.
 _POSITIONS, _CLASSES = 50_000, 20_000_000
 #: A larger split is measured in at least so many of its row groups.
 _GROUPS = 24
@@ -59,17 +60,21 @@ class SplitMeasures:
     confidence: np.ndarray
     """(N,) float64: the weight of that class."""
     entropy: np.ndarray
-    """Nats, (N,) where it is known by position, else (R,) means of the rows; nan where it is not known."""
+    """Nats, (N,) where it is known by position, else (R,) means of the rows; nan where it is not
+    known."""
     by_position: bool
     """Whether `entropy` is by position."""
     kept_mass: np.ndarray
-    """(N,) float64: the mass on the classes that are kept for certain; empty for `full`, as is `kept_classes`."""
+    """(N,) float64: the mass on the classes that are kept for certain; empty for `full`, as is
+    `kept_classes`."""
     kept_classes: np.ndarray
     """(N,) int64."""
     ranks: np.ndarray
-    """(N,) int64: the hard label's place in the teacher's order, from 1; 0: not in the top; -1: no hard label."""
+    """(N,) int64: the hard label's place in the teacher's order, from 1; 0: not in the top; -1: no
+    hard label."""
     nll: np.ndarray
-    """(R,) float64: sum over the row of the teacher's negative log-likelihood of the hard labels; nan: not known."""
+    """(R,) float64: sum over the row of the teacher's negative log-likelihood of the hard labels;
+    nan: not known."""
     disagreements: tuple[Disagreement, ...]
     """Classifiers: the most confident, falling."""
 

@@ -1,7 +1,7 @@
 """`softlabel inspect --html`: one self-contained page, so that people look at a cache rather than read about it.
 
-Jinja2 with autoescape writes it: what comes from data sets is text. It holds no script and asks for nothing from anywhere, which its own
-Content-Security-Policy also says.
+Jinja2 with autoescape writes it: what comes from data sets is text. It holds no script and asks for
+nothing from anywhere, which its own Content-Security-Policy also says.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class Recipe:
     numpy: str
     """Code that makes `positions`, a list of (classes, weights), of a mapping `row`."""
     kept_mass: str | None
-    """SQL: the mass of a row on the classes that are kept for certain, summed over its positions. None: it is all of it."""
+    """SQL: the mass of a row on the classes that are kept for certain, summed over its positions.
+    None: it is all of it."""
 
 
 def recipe(contract: Contract) -> Recipe:

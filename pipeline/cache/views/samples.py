@@ -39,7 +39,8 @@ class Token:
     text: str
     candidates: tuple[Candidate, ...] = ()
     weight: float | None = None
-    """The target weight of the token itself, or of the word's label; None: it carries no soft labels, or no label."""
+    """The target weight of the token itself, or of the word's label; None: it carries no soft
+    labels, or no label."""
     kept: int = 0
     entropy: float | None = None
     rest: float = 0.0

@@ -18,9 +18,10 @@ def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | N
     """The tokens of a row in one line: `<s> the [cat] [sat]`.
 
     Args:
-        supervised: (T,) bool, the positions with soft labels, which predict the tokens in brackets. None: the row has one
-            soft label for the whole of it, and no token is marked.
-        follows: whether a position predicts the token after it; else its soft labels are of its own token.
+        supervised: (T,) bool, the positions with soft labels, which predict the tokens in brackets.
+            None: the row has one soft label for the whole of it, and no token is marked.
+        follows: whether a position predicts the token after it; else its soft labels are of its own
+            token.
 
     Of a long row the 80 tokens from just before the first marked one are shown.
     """
@@ -41,7 +42,8 @@ def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | N
 def words_of(tokenizer: Any, example: TokenizedExample) -> tuple[str, ...]:
     """(N,) words of a row's positions: as the cache holds them, else decoded from the tokens of each.
 
-    The tokens of a word are those from its position to the next one; special tokens are left out, except that for unknown words.
+    The tokens of a word are those from its position to the next one; special tokens are left out,
+    except that for unknown words.
     """
     if example.words is not None:
         return example.words

@@ -63,7 +63,8 @@ def begin(
     """Make the directory of a cache, or join a capture of the same plan that is there.
 
     Raises:
-        ContractError: the directory holds another capture, or the contract is one that no reader would take.
+        ContractError: the directory holds another capture, or the contract is one that no reader
+            would take.
         CacheError: it holds something else, or cannot be written.
     """
     layout = output if isinstance(output, Layout) else open_layout(output)
@@ -205,8 +206,9 @@ def is_finished(layout: Layout, plan: Plan) -> bool:
 def withdraw(layout: Layout, waiting: Sequence[ShardPlan]) -> None:
     """Take back the manifest of a cache with damaged shards, which are to be made anew.
 
-    A manifest is written when every shard is whole: one that is not, while there is a manifest, was damaged since. (A shard of `waiting` may be whole by now,
-    made by a capture beside this one that has finished the cache.)
+    A manifest is written when every shard is whole: one that is not, while there is a manifest, was
+    damaged since. (A shard of `waiting` may be whole by now, made by a capture beside this one that
+    has finished the cache.)
     """
     if not layout.manifest.is_file():
         return
@@ -323,7 +325,8 @@ def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> Ali
 
 def _commit(layout: Layout, plan: Plan, manifest: Manifest) -> None:
     if plan.parent is not None:
-        # Of two appends to one cache the first to create this file wins; the manifest of the parent stands until it is replaced.
+        # Of two appends to one cache the first to create this file wins; the manifest of the parent
+        # stands until it is replaced.
         claim = layout.plan.parent / f"append-{plan.parent.cache_id[:16]}.txt"
         create_exclusively(claim, manifest.cache_id)
         if claim.read_text(encoding="utf-8") == manifest.cache_id:

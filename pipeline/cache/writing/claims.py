@@ -1,8 +1,9 @@
 """Two captures of one plan in one directory share the work: a shard belongs to the process that holds its claim.
 
-A claim is a lock (`flock`) on a small file in `receipts/`, so that the claim of a killed process is free at once. It saves work and keeps two devices
-from writing one shard in turns; that a cache is whole does not depend on it (shards and receipts have their names only when they are whole, and of two
-manifests one wins). On a disk without locks every process takes every shard.
+A claim is a lock (`flock`) on a small file in `receipts/`, so that the claim of a killed process is
+free at once. It saves work and keeps two devices from writing one shard in turns; that a cache is
+whole does not depend on it (shards and receipts have their names only when they are whole, and of
+two manifests one wins). On a disk without locks every process takes every shard.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Claims:
     def take(self, shards: Iterable[ShardPlan]) -> Iterator[ShardPlan]:
         """The shards that this process is to make, one after another, each held until it is released.
 
-        What others are making comes last, and is waited for; what they have finished meanwhile is left out.
+        What others are making comes last, and is waited for; what they have finished meanwhile is
+        left out.
 
         Raises:
             ContractError: another capture has taken the directory (`--overwrite`).
@@ -78,9 +80,12 @@ class Claims:
         _check_plan_file(self._layout, ours)
 
     def hold(self, name: str, *, wait: bool = False) -> bool:
-        """Take the claim of one shard. Gives whether it is ours: with `wait` always, unless the context has ended.
+        """Take the claim of one shard.
 
-        After the context's end nothing is held: a thread that reads ahead of a capture that has failed may come later.
+        Gives whether it is ours: with `wait` always, unless the context has ended.
+
+        After the context's end nothing is held: a thread that reads ahead of a capture that has
+        failed may come later.
 
         Raises:
             ContractError: the directory's capture is gone.
@@ -149,7 +154,10 @@ def _path(layout: Layout, name: str) -> Path:
 
 
 def _lock(path: Path, wait: bool, stopped: threading.Event) -> int | None:
-    """An open file with the lock on it; None where another has it. Looks again and again rather than blocks, until it is stopped."""
+    """An open file with the lock on it; None where another has it.
+
+    Looks again and again rather than blocks, until it is stopped.
+    """
     told = False
     while True:
         try:

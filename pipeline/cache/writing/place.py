@@ -43,7 +43,9 @@ def plan_there(layout: Layout, kind: type[PlanType]) -> PlanType | None:
 
 
 def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan | None:
-    """The plan of the capture that is there, where another may join it or take its place. Changes nothing.
+    """The plan of the capture that is there, where another may join it or take its place.
+
+    Changes nothing.
 
     Args:
         overwrite: what is there gives way: None comes back.
@@ -93,7 +95,9 @@ def _holds_files(layout: Layout) -> bool:
 
 
 def clear(layout: Layout) -> None:
-    """Delete a cache, the manifest first, so that what is half-deleted is no cache. Never anything else.
+    """Delete a cache, the manifest first, so that what is half-deleted is no cache.
+
+    Never anything else.
 
     Raises:
         CacheError: files are there that are no cache, or another process is writing them.
@@ -108,7 +112,8 @@ def clear(layout: Layout) -> None:
         outbox.clear(("manifest.json", "README.md", "data", "tokenizer", "reports", *names, "receipts"))
     away = temporary_path(layout.plan.parent)
     if layout.plan.parent.is_dir():
-        # Out of the way first: a capture that goes on here finds no place for its next claim, and one that holds a claim holds it under the new name too.
+        # Out of the way first: a capture that goes on here finds no place for its next claim, and
+        # one that holds a claim holds it under the new name too.
         os.replace(layout.plan.parent, away)
         if is_claimed(away):
             os.replace(away, layout.plan.parent)

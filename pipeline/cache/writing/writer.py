@@ -20,7 +20,8 @@ from pipeline.cache.storage.commit import write_atomically
 from pipeline.cache.storage.crash import reached
 from pipeline.records import CachedExample, Moments, RowBlock, Segment, Shard, ShardPlan
 
-#: Of a row group: what the Hub's viewer and streaming read at once, and what a training window holds.
+#: Of a row group: what the Hub's viewer and streaming read at once, and what a training window
+#: holds.
 _MAX_ROWS = 1000
 _MAX_BYTES = 16 << 20
 
@@ -28,8 +29,8 @@ _MAX_BYTES = 16 << 20
 def write_shard(path: Path, plan: ShardPlan, rows: RowBlock | Sequence[CachedExample], schema: pa.Schema) -> Shard:
     """Write the rows of one shard, and say what was written.
 
-    Page checksums are written, so that a flipped bit is an error and not data (measured: of 300 flips, the default reader and writer let 283
-    through).
+    Page checksums are written, so that a flipped bit is an error and not data (measured: of 300
+    flips, the default reader and writer let 283 through).
 
     Raises:
         CacheError: the disk is full, or the directory cannot be written.

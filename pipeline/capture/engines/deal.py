@@ -14,7 +14,10 @@ _ATTEMPTS = 3
 
 
 class Deal:
-    """Deals shards to workers. Exactly-once comes from receipts: a shard that is made twice is the same shard."""
+    """Deals shards to workers.
+
+    Exactly-once comes from receipts: a shard that is made twice is the same shard.
+    """
 
     def __init__(self, shards: Sequence[ShardPlan], workers: int) -> None:
         self._workers = workers

@@ -1,7 +1,8 @@
 """Ray as the scheduler of a capture, or of other work: one actor for each GPU, or for each share of the CPUs.
 
-Ray starts workers, restarts them and says how far they are. It never writes our Parquet (its tensors become an extension type), and exactly-once comes
-from our receipts, not from its checkpoints.
+Ray starts workers, restarts them and says how far they are. It never writes our Parquet (its
+tensors become an extension type), and exactly-once comes from our receipts, not from its
+checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _OBJECT_STORE_BYTES = 80 << 20  # only names of shards pass through it
 def run_on_ray(work: Work, config: Config) -> Any:
     """Share the shards among actors on the cluster of RAY_ADDRESS, the one that runs here, or a new local one.
 
-    Every machine needs this package, the model and the data set under the names given, and the output: a shared directory or a URL.
+    Every machine needs this package, the model and the data set under the names given, and the
+    output: a shared directory or a URL.
 
     Raises:
         PipelineError: what a worker met; the others are stopped, and what was finished is kept.
@@ -145,7 +147,10 @@ class ShardWorker:
         self._said: queue.Queue[_Said | BaseException] = queue.Queue()
 
     def ready(self, *, is_first: bool = False) -> None:
-        """Load the model and join the work; the first one looks at the rows of all. Relative paths are those of the command."""
+        """Load the model and join the work; the first one looks at the rows of all.
+
+        Relative paths are those of the command.
+        """
         import torch
 
         from pipeline.models.quiet import quiet_libraries

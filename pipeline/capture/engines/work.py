@@ -28,8 +28,9 @@ class AnyJob(Protocol):
 class Work(Protocol):
     """A kind of work whose shards any worker makes, in any order, any number of times, with the same bytes.
 
-    The process that shares the shards among workers knows the plan and the receipts alone: the job, with its model, is the
-    workers'. Implementations have no state: they are sent to the workers by name.
+    The process that shares the shards among workers knows the plan and the receipts alone: the job,
+    with its model, is the workers'. Implementations have no state: they are sent to the workers by
+    name.
     """
 
     @property

@@ -44,7 +44,9 @@ class _Worker:
 
 
 def run_workers(work: Work, config: Config, count: int) -> Any:
-    """Share the shards (of a part) among `count` processes. The first one makes the plan; the others start when it is known.
+    """Share the shards (of a part) among `count` processes.
+
+    The first one makes the plan; the others start when it is known.
 
     Raises:
         PipelineError: what a worker met; the others are stopped, and what was finished is kept.
@@ -108,7 +110,8 @@ def _work(work: Work, config: Config, connection: Connection, threads: int, is_f
     """A worker's life. It ends with its parent, in the middle of a shard too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Bars of the libraries would share a lock between processes, whose semaphore Python calls leaked when the worker is stopped.
+    # Bars of the libraries would share a lock between processes, whose semaphore Python calls
+    # leaked when the worker is stopped.
     tqdm.set_lock(threading.RLock())
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     set_level("warning" if level == "info" else level)  # information that is the same for all is not repeated
@@ -154,7 +157,11 @@ def _end_with_parent() -> None:
 
 
 def _given(job: AnyJob, connection: Connection, claims: Claims) -> Iterator[ShardPlan]:
-    """The shards that the parent names. A claim says that this output is being written; where another process holds it, the shard is made all the same."""
+    """The shards that the parent names.
+
+    A claim says that this output is being written; where another process holds it, the shard is
+    made all the same.
+    """
     shards = {shard.name: shard for shard in job.plan.shards}
     while True:
         try:

@@ -66,7 +66,8 @@ TOP_PS = (0.9, 0.98)
 #: Runs of neighbouring rows that a pilot reads, evenly spaced over the split.
 _RUNS = 8
 _FEW_CLASSES = 4096
-#: Columns of language models that are stored on request: flag -> the columns, of which a cache has one.
+#: Columns of language models that are stored on request: flag -> the columns, of which a cache has
+#: one.
 _ON_REQUEST = {"--store-text": ("text", "messages"), "--store-label-logprobs": ("label_logprobs",)}
 #: Positions of a batch that fidelity is measured at.
 _MEASURED_OF_BATCH = 256
@@ -275,7 +276,8 @@ def _pilot_rows(
     examples: list[TokenizedExample] = []
     used = 0
     for start, stop in itertools.pairwise([*starts, count]):
-        # Whole source rows, as many as have the positions, and then exactly those: a packed row would end in the middle of one.
+        # Whole source rows, as many as have the positions, and then exactly those: a packed row
+        # would end in the middle of one.
         taken: list[Example | BadRow] = []
         quota = positions / runs
         for item in read_examples(source, split, start, stop, labels):

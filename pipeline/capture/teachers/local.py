@@ -131,7 +131,8 @@ class LocalTeacher:
             return
         model = self.model
         inputs, supervised = self.task.collate([shortest], 0, processor=self.tokenizer)
-        # With a cache of keys and values `transformers` does not look for documents in the positions.
+        # With a cache of keys and values `transformers` does not look for documents in the
+        # positions.
         uncached = {"use_cache": False} if self.task.marks_positions else {}
         with torch.inference_mode():
             plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **uncached).logits

@@ -1,6 +1,7 @@
 """What a teacher is: tokenised rows in, soft labels over V classes and scores out.
 
-`Job.teacher` is one. Engines schedule shards for any teacher; nothing outside this package branches on which it is.
+`Job.teacher` is one. Engines schedule shards for any teacher; nothing outside this package branches
+on which it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.capture.teachers.predictions import Predicted
 from pipeline.records import Encoding, FirstAnswer, ModelInfo, Tokenization, TokenizedExample
 
-#: Keeps the first answer of a capture beside its plan, and gives the one that is there; None: there is none.
+#: Keeps the first answer of a capture beside its plan, and gives the one that is there; None: there
+#: is none.
 Keep = Callable[[FirstAnswer], FirstAnswer | None]
 
 
@@ -71,13 +73,17 @@ class Teacher(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a batch is to be taken from it before another is begun. A local model always is."""
+        """Whether a batch is to be taken from it before another is begun.
+
+        A local model always is.
+        """
 
     def describe(self, info: ModelInfo) -> str:
         """One line for `--dry-run`: name, size, device.
 
         Args:
-            info: what the contract says of it; for a local model that takes a pass over its weights.
+            info: what the contract says of it; for a local model that takes a pass over its
+                weights.
         """
 
     def settle(self, tokenization: Tokenization) -> Tokenization:
@@ -95,7 +101,8 @@ class Teacher(Protocol):
 
         Args:
             rows: a few rows of the data set; there may be none.
-            keep: for a teacher that may change between two processes of a capture; None: nothing is kept.
+            keep: for a teacher that may change between two processes of a capture; None: nothing is
+                kept.
 
         Raises:
             PipelineError: they are not.

@@ -46,8 +46,8 @@ from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-#: Mass: what float32 log-probabilities, and the log-sum-exp over all classes behind them, leave open
-#: of 1 - sum(p).
+#: Mass: what float32 log-probabilities, and the log-sum-exp over all classes behind them, leave
+#: open of 1 - sum(p).
 RESIDUAL_ERROR = 1e-5
 #: What servers say of a row that is longer than their context.
 _TOO_LONG = ("context length", "max_model_len", "longer than", "maximum allowed length")
@@ -75,7 +75,8 @@ class ServedTeacher:
         """Ask nothing yet.
 
         Args:
-            name: directory or hub name of the tokenizer; where there is a configuration beside it, it says how many classes there are.
+            name: directory or hub name of the tokenizer; where there is a configuration beside it,
+                it says how many classes there are.
             revision: of the configuration.
             top_logprobs: K, classes that are asked of each position.
             check_with: local weights that predictions are compared with before the first shard.

@@ -40,8 +40,8 @@ def top_labels(
     """Soft labels from the most likely classes; the mass outside is 1 - sum(p), as far as that can be.
 
     Args:
-        ids: (N, K) int64, by falling log-probability; ids from `num_classes` on are the model's padding, and count to
-            the mass outside.
+        ids: (N, K) int64, by falling log-probability; ids from `num_classes` on are the model's
+            padding, and count to the mass outside.
         logprobs: (N, K) float64, nats, at T = 1; -inf: not there.
         rows: classes of the model with its padding; None: not known.
     """
@@ -88,7 +88,8 @@ def kept_answer(answer: FirstAnswer) -> TopLogprobs:
 def difference(one: TopLogprobs, other: TopLogprobs) -> tuple[float, float]:
     """Nats: mean and largest difference of the log-probabilities that both have, and that are not tiny.
 
-    Positions that only one of the two has are left out. Infinite where no class of a position is in both.
+    Positions that only one of the two has are left out. Infinite where no class of a position is in
+    both.
     """
     count = min(len(one.own), len(other.own))
     apart = [np.abs(one.own[:count] - other.own[:count])[one.own[:count] > _LEAST]]

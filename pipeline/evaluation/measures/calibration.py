@@ -25,7 +25,8 @@ from pipeline.models.scoring import Scores, score_of
 from pipeline.records import NO_LABEL, Predictions, is_known
 from pipeline.tasks import Task
 
-#: Where the loss is taken, as a function of the temperature; between them it is a spline, whose minimum is within 0.1% of the true one.
+#: Where the loss is taken, as a function of the temperature; between them it is a spline, whose
+#: minimum is within 0.1% of the true one.
 GRID = np.geomspace(0.125, 8.0, 25)
 
 NUM_BINS = 15
@@ -39,7 +40,8 @@ class TemperatureFit:
     """What one pass over the rows to fit on says."""
 
     row_temperatures: np.ndarray | None
-    """(R,) float64, for each row of the reported split. None: scores have no probabilities to scale."""
+    """(R,) float64, for each row of the reported split. None: scores have no probabilities to
+    scale."""
     main_metric: float | None
     """Of the model as trained, on the other split; None: there was none."""
 
@@ -47,11 +49,14 @@ class TemperatureFit:
 def fit_temperatures(
     cache: Cache, basis: Basis, model: LoadedModel, name: str, split: str, fitted_on: str | None, batch_size: int
 ) -> TemperatureFit:
-    """The temperature that minimises the loss (Guo et al. 2017), for each row of a split, of labels that are not that row's.
+    """The temperature that minimises the loss (Guo et al.
+
+    2017), for each row of a split, of labels that are not that row's.
 
     Args:
         split: the rows that will be scaled.
-        fitted_on: another split to fit one temperature on; None: each half of `split` is scaled with what the other half says.
+        fitted_on: another split to fit one temperature on; None: each half of `split` is scaled
+            with what the other half says.
     """
     losses = np.zeros((2, len(GRID)))  # of each half
     parts: list[Scores] = []
@@ -85,7 +90,10 @@ def fit_temperatures(
 
 
 def halves(source_rows: np.ndarray) -> np.ndarray:
-    """(R,) -> 0 or 1: pieces of one source row are in one half. The top bit of a product, since data sets may alternate."""
+    """(R,) -> 0 or 1: pieces of one source row are in one half.
+
+    The top bit of a product, since data sets may alternate.
+    """
     hashed = source_rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
     return (hashed >> np.uint64(63)).astype(np.int64)
 
@@ -128,7 +136,8 @@ def best_temperature(losses: np.ndarray) -> float:
         losses: (G,) sums over rows, nats, on the grid.
 
     Returns:
-        Where the loss is least, with a prior of log T ~ N(0, 1): worth about one row, it keeps T finite where every row is right, and at 1 where
+        Where the loss is least, with a prior of log T ~ N(0, 1): worth about one row, it keeps T
+            finite where every row is right, and at 1 where
         there is no row.
     """
     from scipy.interpolate import CubicSpline
@@ -149,7 +158,8 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
     """Bins of equal width over [0, 1], empty ones left out.
 
     Args:
-        confidence: (N,) float, probability of the predicted class; nan: unknown, and then there is no bin.
+        confidence: (N,) float, probability of the predicted class; nan: unknown, and then there is
+            no bin.
         right: (N,) bool.
     """
     if not len(confidence) or np.isnan(confidence).any():

@@ -54,7 +54,8 @@ def measure_costs(
 ) -> tuple[tuple[Cost, ...], Machine | None]:
     """Each model in a process of its own; in each round every model has a turn, in an order that changes, so that noise of the machine hits all alike.
 
-    The first round warms up and is not counted. A candidate named `teacher` is what the others are compared with.
+    The first round warms up and is not counted. A candidate named `teacher` is what the others are
+    compared with.
 
     Args:
         rounds: that count; 0: only sizes are told.
@@ -212,7 +213,8 @@ def break_even(name: str, cache: Cache, runs: Sequence[Provenance], split: str =
     Decoding the cache, and the memory that a teacher in the loop takes, are left out.
 
     Args:
-        runs: of the students here; those that use nothing of the teacher's (labels alone) do not count.
+        runs: of the students here; those that use nothing of the teacher's (labels alone) do not
+            count.
 
     Returns:
         None where the receipts do not say how long the teacher took (imported caches).

@@ -1,7 +1,8 @@
 """One model in a process of its own, so that its memory is its own: `python -m pipeline.evaluation.measures.cost_worker`, one JSON line in, one out.
 
-It loads the model, makes its batches, says so, and then runs what it is told to, so that whoever asks can let several models take turns. Tokenization
-is not part of what is timed: the batches are made before.
+It loads the model, makes its batches, says so, and then runs what it is told to, so that whoever
+asks can let several models take turns. Tokenization is not part of what is timed: the batches are
+made before.
 """
 
 from __future__ import annotations
@@ -138,13 +139,16 @@ def serve(order: Order, answers: Any) -> None:
 
 
 def _with_own_tokens(cache: Any, order: Order, before: int | None) -> tuple[Any, Any, int | None, int | None]:
-    """A model with another tokenizer than the cache's, and the cache in its tokens. The memory that the alignment takes is not the model's.
+    """A model with another tokenizer than the cache's, and the cache in its tokens.
+
+    The memory that the alignment takes is not the model's.
 
     Args:
         before: resident memory before loading, bytes.
 
     Returns:
-        Model; cache; `before` with what the alignment holds; the peak of loading, on the same count.
+        Model; cache; `before` with what the alignment holds; the peak of loading, on the same
+            count.
     """
     import gc
 

@@ -21,7 +21,8 @@ QUESTIONS = (ARCHITECTURE, TEACHER, BALANCE)
 def determinants(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tuple[Determinant, ...]:
     """One table for each factor that has more than one value among the students; controls are no part of it.
 
-    A level's mean is over the students that share the value, whatever else they differ in: in a full grid that is the factor's main effect.
+    A level's mean is over the students that share the value, whatever else they differ in: in a
+    full grid that is the factor's main effect.
     """
     students = [subject for subject in subjects if subject.model.role == "student"]
     factors: list[tuple[str, str, Callable[[Subject], str | None]]] = [

@@ -100,7 +100,10 @@ def _token_bands(task: Task, cache: Cache, labels: np.ndarray) -> tuple[str, lis
 
 
 def token_counts(cache: Cache, split: str) -> np.ndarray:
-    """(V,) int64: how often each token stands in a split. Reads the token ids, a row group at a time."""
+    """(V,) int64: how often each token stands in a split.
+
+    Reads the token ids, a row group at a time.
+    """
     counts = np.zeros(cache.manifest.contract.num_classes, dtype=np.int64)
     dataset = cache.dataset(split)
     for table in dataset.tables(["input_ids"]):

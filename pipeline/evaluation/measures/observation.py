@@ -33,16 +33,20 @@ class Observation:
 
     predictions: Predictions
     brier: np.ndarray
-    """(N,) sum over classes of the squared distance to the truth; nan where there is no label, or where it is not known."""
+    """(N,) sum over classes of the squared distance to the truth; nan where there is no label, or
+    where it is not known."""
     kl: np.ndarray
-    """(N,) KL(teacher || model), nats: summed over a row it is right for every encoding, by itself only where `position_kl_is_known`."""
+    """(N,) KL(teacher || model), nats: summed over a row it is right for every encoding, by itself
+    only where `position_kl_is_known`."""
     js: np.ndarray | None
     """(N,) Jensen-Shannon divergence, nats; None: not defined for the encoding."""
     surprise: np.ndarray
-    """(N,) -log of what the model gives to the teacher's most likely class, nats; 0 where it has none for it."""
+    """(N,) -log of what the model gives to the teacher's most likely class, nats; 0 where it has
+    none for it."""
     teacher_position: np.ndarray | None = None
-    """(N,) int64: of a model with another tokenizer, which of the teacher's positions each is aligned with; -1: none. There KL and JS
-    are 0, and nobody agrees. None: its positions are the teacher's."""
+    """(N,) int64: of a model with another tokenizer, which of the teacher's positions each is
+    aligned with; -1: none. There KL and JS are 0, and nobody agrees. None: its positions are the
+    teacher's."""
 
     @property
     def num_rows(self) -> int:
@@ -81,7 +85,11 @@ class Observation:
         return found
 
     def by_position(self) -> Mapping[str, np.ndarray]:
-        """(N,) each: what metrics are means of. Those of the truth are 0 where there is none; of tokens that are not the teacher's there are none."""
+        """(N,) each: what metrics are means of.
+
+        Those of the truth are 0 where there is none; of tokens that are not the teacher's there are
+        none.
+        """
         if self.teacher_position is not None:
             values = {"agreement": self.agrees.astype(np.float64), "kl": self.kl}
             return values if self.js is None else {**values, "js": self.js}
@@ -164,7 +172,8 @@ def observe(
     """A student on a split, in one forward pass: as trained, and with temperature scaling.
 
     Args:
-        row_temperatures: (R,) what each row's logits are divided by; None: the second is not wanted.
+        row_temperatures: (R,) what each row's logits are divided by; None: the second is not
+            wanted.
     """
     plain, scaled = _Parts(), _Parts()
     labels, owners, teacher = [], [], []

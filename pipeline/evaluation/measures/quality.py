@@ -91,8 +91,9 @@ def comparisons(
 ) -> tuple[Comparison, ...]:
     """Each student with its teacher and with every control, and the headline student with the other students; p-values adjusted together.
 
-    In loss also with every control after temperature scaling, which changes no prediction. Of many students only the headline one meets the controls:
-    the more is tested, the less each test can find.
+    In loss also with every control after temperature scaling, which changes no prediction. Of many
+    students only the headline one meets the controls: the more is tested, the less each test can
+    find.
     """
     students = [subject for subject in subjects if subject.model.role == "student"]
     controls = [subject for subject in subjects if subject.model.role == "control"]
@@ -137,7 +138,10 @@ def gap_share(basis: Basis, student: Subject, control: Subject, metric: str, sco
 def _metrics(
     basis: Basis, num_classes: int, name: str, seen: Sequence[Observation], scores: Scores
 ) -> dict[str, Measured]:
-    """The task's metrics and the Brier score. Those that are no mean over positions have an interval over seeds only."""
+    """The task's metrics and the Brier score.
+
+    Those that are no mean over positions have an interval over seeds only.
+    """
     by_seed = [basis.task.metrics(one.predictions, num_classes) for one in seen]
     found = {}
     for metric in by_seed[0]:

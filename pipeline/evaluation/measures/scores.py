@@ -39,7 +39,11 @@ class Column:
 
 
 class Scores:
-    """Model and metric -> `Column`. All models share the resamples of a metric, so that differences and ratios of columns are paired."""
+    """Model and metric -> `Column`.
+
+    All models share the resamples of a metric, so that differences and ratios of columns are
+    paired.
+    """
 
     def __init__(
         self, basis: Basis, observed: Mapping[str, Sequence[Observation]], *, resamples: int, seed: int
@@ -93,8 +97,10 @@ class Scores:
         """What is made of one metric of several models, with its intervals.
 
         Args:
-            formula: one array a model -> an array; of means over seeds, of single seeds, and of resamples.
-            paired: whether the models with several seeds have the same seeds; otherwise nothing is said over seeds.
+            formula: one array a model -> an array; of means over seeds, of single seeds, and of
+                resamples.
+            paired: whether the models with several seeds have the same seeds; otherwise nothing is
+                said over seeds.
         """
         columns = [self.columns[name, metric] for name in names]
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,7 +1,7 @@
 """Intervals and tests over rows and seeds. Pure functions over arrays; nothing here knows a model.
 
-Rows are the unit: positions of one row depend on each other. All models are resampled together, so that what makes a row hard for all cancels in
-differences and ratios.
+Rows are the unit: positions of one row depend on each other. All models are resampled together, so
+that what makes a row hard for all cancels in differences and ratios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def resampled_means(scores: np.ndarray, weights: np.ndarray, *, resamples: int =
 
     Args:
         scores: (M, R) float, sums over each row's positions of what the metric averages.
-        weights: (M, R) float, positions of each row that count; rows of weight 0 in all models are never drawn.
+        weights: (M, R) float, positions of each row that count; rows of weight 0 in all models are
+            never drawn.
 
     Returns:
         (resamples, M): sum of scores over sum of weights. A model whose scores have a nan is nan.
@@ -84,7 +85,8 @@ def proportion(successes: int, count: int) -> Interval:
 def _crossed(value: float, resampled: np.ndarray, seeds: np.ndarray) -> Interval:
     """Rows and seeds as two crossed random effects: variances add, degrees of freedom after Welch and Satterthwaite.
 
-    What rows and seeds do together stands in both variances, so that the interval errs on the wide side.
+    What rows and seeds do together stands in both variances, so that the interval errs on the wide
+    side.
     """
     from scipy import stats
 
@@ -125,7 +127,8 @@ def paired_permutation(differences: np.ndarray, *, resamples: int = 9999, seed: 
         differences: (R,) float, first minus second, a row each.
 
     Returns:
-        The p-value, at least 1 / (resamples + 1) unless all flips can be tried; 1 where at most one is not 0, nan where one is nan.
+        The p-value, at least 1 / (resamples + 1) unless all flips can be tried; 1 where at most one
+            is not 0, nan where one is nan.
     """
     from scipy import stats
 

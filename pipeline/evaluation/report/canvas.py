@@ -21,7 +21,8 @@ class Style:
     faint: str
     paper: str
     colours: tuple[str, ...]
-    """After Okabe and Ito, whose colours colour-blind readers tell apart; the teacher's is the ink's."""
+    """After Okabe and Ito, whose colours colour-blind readers tell apart; the teacher's is the
+    ink's."""
 
 
 LIGHT = Style(

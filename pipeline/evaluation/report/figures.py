@@ -1,4 +1,7 @@
-"""The report's figures, each drawn twice: for a light page and for a dark one. At most 5 inches wide, so that they can be read on a phone."""
+"""The report's figures, each drawn twice: for a light page and for a dark one.
+
+At most 5 inches wide, so that they can be read on a phone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`softlabel report`: can the student perform as well as its teacher? The recipe, and the files it leaves."""
+"""`softlabel report`: can the student perform as well as its teacher?
+
+The recipe, and the files it leaves.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,9 @@ def check_new(output: Path, *, overwrite: bool) -> None:
 
 
 def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:
-    """cache_id -> its teacher on the split, seen through the cache. All caches hold the same rows there, with the same labels.
+    """cache_id -> its teacher on the split, seen through the cache.
+
+    All caches hold the same rows there, with the same labels.
 
     Raises:
         CacheError: no such split, or no label in it.

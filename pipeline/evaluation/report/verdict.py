@@ -44,8 +44,9 @@ def verdict(
 ) -> Verdict:
     """Whether the student performs as well as its teacher.
 
-    `no` where the whole interval of the difference lies below 0, `better` where it lies above, `yes` where none of it is further below than a hundredth of
-    the teacher's metric; else `open`, since that no difference was found does not say that there is none.
+    `no` where the whole interval of the difference lies below 0, `better` where it lies above,
+    `yes` where none of it is further below than a hundredth of the teacher's metric; else `open`,
+    since that no difference was found does not say that there is none.
     """
     metric = basis.main_metric
     gain = difference(basis, scores, student.name, student.teacher.name, metric)

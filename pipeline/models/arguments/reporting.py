@@ -44,7 +44,8 @@ def reporting(output: str, asked: Sequence[str], extra: Mapping[str, Any]) -> di
         extra: the `training:` section, which may name all of them too.
 
     Raises:
-        MisuseError: the flag and the section both say where to report to, or `none` or `all` stands beside others.
+        MisuseError: the flag and the section both say where to report to, or `none` or `all` stands
+            beside others.
         ConfigError: a package is missing.
     """
     found: dict[str, Any] = {"run_name": Path(output).absolute().name, "project": PROJECT, "report_to": "none"}
@@ -85,8 +86,8 @@ def name_project(args: TrainingArguments) -> None:
 def own_run(args: TrainingArguments) -> Iterator[None]:
     """A training run that is a run of its own for each service, and prints nothing of theirs to standard output.
 
-    The callback of wandb leaves its run open, so that the next student of the process would go on in it. A run that was
-    open before is the caller's.
+    The callback of wandb leaves its run open, so that the next student of the process would go on
+    in it. A run that was open before is the caller's.
 
     Raises:
         ConfigError: wandb refuses, or cannot be reached.

@@ -29,7 +29,8 @@ def training_arguments(
 
     Raises:
         MisuseError: `--report-to` and `extra` contradict each other.
-        ConfigError: an unknown field (the nearest is suggested), or a value that transformers refuses.
+        ConfigError: an unknown field (the nearest is suggested), or a value that transformers
+            refuses.
     """
     check_fields(extra)
     given = {**ours, **extra}
@@ -98,7 +99,8 @@ class Seen:
 
     rows: int = 0
     tokens: Any = 0
-    """Without padding; a tensor where the batches lie on a device, so that counting waits for nothing."""
+    """Without padding; a tensor where the batches lie on a device, so that counting waits for
+    nothing."""
 
     def add(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """The batches of one step."""

@@ -1,7 +1,8 @@
 """Data files: Parquet is read in place, everything else through `datasets`.
 
-`datasets` keeps an Arrow copy of each file under HF_HOME, and takes it again when path and modification time are the
-same. Here the copy's name holds the SHA-256 of the file as well, so that a file that was edited is always read anew.
+`datasets` keeps an Arrow copy of each file under HF_HOME, and takes it again when path and
+modification time are the same. Here the copy's name holds the SHA-256 of the file as well, so that
+a file that was edited is always read anew.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open
 def load_files(locations: Sequence[str], inputs: Sequence[str] = ()) -> Rows:
     """The rows of the files of one split, one file after another: local paths, or URLs.
 
-    Files may be of several kinds and have different columns: rows of a file without a column hold null there.
+    Files may be of several kinds and have different columns: rows of a file without a column hold
+    null there.
 
     Args:
-        inputs: columns that a model reads. Where some are null, files are read one by one, so that a file without such a
-            column can be named.
+        inputs: columns that a model reads. Where some are null, files are read one by one, so that
+            a file without such a column can be named.
 
     Raises:
         SourceError: one cannot be read as what its suffix says.
@@ -237,7 +239,9 @@ def _disguise(path: Path) -> str | None:
 
 
 def saved_splits(path: Path) -> dict[str, Dataset] | None:
-    """The splits of a directory that `save_to_disk` wrote; None where it is none. A single data set is `train`.
+    """The splits of a directory that `save_to_disk` wrote; None where it is none.
+
+    A single data set is `train`.
 
     Raises:
         SourceError: it cannot be read.

@@ -21,7 +21,8 @@ def image_folders(path: Path, config: str | None) -> dict[str, Dataset] | None:
     """Split -> rows with the columns `image` (paths) and `label`, where files lie in folders of their class, or those of a metadata file.
 
     Returns:
-        None: there are data files, or `datasets` takes the directory for something else than a folder of images.
+        None: there are data files, or `datasets` takes the directory for something else than a
+            folder of images.
 
     Raises:
         SourceError: it cannot be read.

@@ -25,7 +25,8 @@ def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[
     """Every split of a hub data set: Parquet files are read in place, others downloaded, or taken from the local cache.
 
     Returns:
-        The splits, and the commit that they are of: `revision` as it was asked for where `datasets` does not tell.
+        The splits, and the commit that they are of: `revision` as it was asked for where `datasets`
+            does not tell.
 
     Raises:
         SourceError: no such data set, configuration or revision, no access, or no connection.

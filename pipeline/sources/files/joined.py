@@ -22,8 +22,8 @@ Rows: TypeAlias = "OneRows | JoinedRows"
 class JoinedRows:
     """The rows of several data sets in order, read as one.
 
-    The type of a column is that of the first part that has the column with a type other than null. Rows of a part without
-    the column hold null there.
+    The type of a column is that of the first part that has the column with a type other than null.
+    Rows of a part without the column hold null there.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class JoinedRows:
             parts: the data sets, in the order of their rows.
             names: the file of each part, for messages. Empty: the parts are not files of one split.
             label: the column with the class label.
-            unlabelled: indices of the parts whose label column is not read, and whose features are not taken.
+            unlabelled: indices of the parts whose label column is not read, and whose features are
+                not taken.
         """
         import datasets
 

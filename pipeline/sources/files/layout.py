@@ -1,7 +1,8 @@
 """Which files of a directory belong to which split.
 
-Files at the top of a directory are splits by their names, and so are sub-directories named as splits usually are.
-Everything else (`data/train-00000-of-00002.parquet`, the `configs:` of a README) is resolved by `datasets` itself.
+Files at the top of a directory are splits by their names, and so are sub-directories named as
+splits usually are. Everything else (`data/train-00000-of-00002.parquet`, the `configs:` of a
+README) is resolved by `datasets` itself.
 """
 
 from __future__ import annotations
@@ -41,16 +42,20 @@ def looks_like_path(name: str) -> bool:
 
 
 def find_files(path: Path, *, config: str | None = None) -> dict[str, tuple[Path, ...]]:
-    """Split -> its files in order, `train` first and `test` last. A single file, or a glob of parts, is the split `train`.
+    """Split -> its files in order, `train` first and `test` last.
 
-    In a directory, hidden files and files of other kinds are ignored; so are .txt and .json files beside splits in
-    another format (LICENSE.txt, label_names.json), unless they are named as splits usually are.
+    A single file, or a glob of parts, is the split `train`.
+
+    In a directory, hidden files and files of other kinds are ignored; so are .txt and .json files
+    beside splits in another format (LICENSE.txt, label_names.json), unless they are named as splits
+    usually are.
 
     Args:
         config: the name of a configuration in the README of a directory.
 
     Raises:
-        SourceError: no such path, no data file there, two files for one split, a numbered part is missing, or a name that no split can have.
+        SourceError: no such path, no data file there, two files for one split, a numbered part is
+            missing, or a name that no split can have.
         MisuseError: a configuration of what has none.
     """
     if path.is_dir() and (_has_configs(path) or not _split_folders_and_files(path)):
@@ -169,7 +174,8 @@ def split_directory(
     """Split -> files of a directory: of its data files, and of its sub-directories that are named as splits usually are.
 
     Raises:
-        SourceError: no file, two files for one split, a numbered part is missing, or a name that no split can have.
+        SourceError: no file, two files for one split, a numbered part is missing, or a name that no
+            split can have.
     """
     if len({suffix(f) for f in files}) > 1:
         files = [f for f in files if suffix(f) not in (".txt", ".json") or _stem(f) in USUAL_SPLITS] or files

@@ -1,7 +1,7 @@
 """Parquet files read in place, local or behind a URL: planned from their footers, read by row group.
 
-Nothing is converted, and of a remote file only the footer and the row groups that are asked for are fetched, each
-by ranged requests for the columns that are read.
+Nothing is converted, and of a remote file only the footer and the row groups that are asked for are
+fetched, each by ranged requests for the columns that are read.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Footer:
 class ParquetRows:
     """The rows of several Parquet files, one file after another.
 
-    Columns that some file lacks cannot be used. Types are those of the first file, to which the others are cast.
+    Columns that some file lacks cannot be used. Types are those of the first file, to which the
+    others are cast.
     """
 
     def __init__(
@@ -154,7 +155,8 @@ class ParquetRows:
         """The rows `[start, stop)` in order, those of one row group at a time.
 
         Raises:
-            SourceError: a file that cannot be read any more, or a column that cannot be cast to the first file's type.
+            SourceError: a file that cannot be read any more, or a column that cannot be cast to the
+                first file's type.
         """
         for group, piece in self._pieces(start, stop):
             table = self._read(group, tuple(names))

@@ -39,7 +39,8 @@ class AnswerColumn:
         """Characters `[start, end)` of each answer in the text; (): there is none in it; None: not known.
 
         Args:
-            value: {text: texts, answer_start: numbers}, a list of {text, answer_start}, or one of them; null: not known.
+            value: {text: texts, answer_start: numbers}, a list of {text, answer_start}, or one of
+                them; null: not known.
 
         Raises:
             BadRowError: not as many texts as numbers, or an answer that does not stand there.

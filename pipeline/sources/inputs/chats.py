@@ -15,7 +15,9 @@ _CALLS = ("tool_calls", "function_call")
 
 
 def read_messages(name: str, value: object) -> tuple[Message, ...]:
-    """The turns of a chat. Keys that are null or empty count as absent; all others reach the chat template.
+    """The turns of a chat.
+
+    Keys that are null or empty count as absent; all others reach the chat template.
 
     Raises:
         BadRowError: no turns, or one without a role or content. `name` begins the message.

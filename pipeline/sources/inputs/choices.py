@@ -22,7 +22,8 @@ def read_choices(columns: Sequence[str], row: Row) -> tuple[tuple[str, ...], tup
     """The choices of a row, and what the data calls each.
 
     Args:
-        columns: one with lists of texts, with {text: texts, label: names} or with lists of {text, label}; or one for each choice.
+        columns: one with lists of texts, with {text: texts, label: names} or with lists of {text,
+            label}; or one for each choice.
 
     Returns:
         (C,) texts; (C,) names, or () where they have none.
@@ -57,7 +58,8 @@ def read_choice(name: str, value: object, texts: Sequence[str], names: Sequence[
 
     Args:
         name: of the column, for messages.
-        value: a number from 0, a letter from A, the data's name of a choice, or its text; null and -1: not known.
+        value: a number from 0, a letter from A, the data's name of a choice, or its text; null and
+            -1: not known.
         texts: (C,).
         names: (C,) the data's, or ().
 
@@ -94,7 +96,9 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def most_choices(source: Source) -> int:
-    """The most choices that a row of any split has: the classes of a cache. Reads the columns of choices alone.
+    """The most choices that a row of any split has: the classes of a cache.
+
+    Reads the columns of choices alone.
 
     Raises:
         MisuseError: no row has two.

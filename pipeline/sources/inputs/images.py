@@ -28,7 +28,8 @@ def read_image(name: str, value: object, directory: Path | None = None, called: 
         called: what the places of files below the directory begin with.
 
     Raises:
-        BadRowError: null, another type, no bytes, or a file that cannot be read. `name` begins the message.
+        BadRowError: null, another type, no bytes, or a file that cannot be read. `name` begins the
+            message.
     """
     found = value
     path: object = None

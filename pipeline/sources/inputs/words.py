@@ -10,8 +10,9 @@ import regex
 from pipeline.errors import BadRowError
 from pipeline.sources.values import kind_of, read_text
 
-#: Ideographs and kana, which are written without spaces: each is a word, as in BERT's basic tokenizer. Else runs of letters with
-#: their marks and joiners, digits and underscores; every other sign is a word by itself.
+#: Ideographs and kana, which are written without spaces: each is a word, as in BERT's basic
+#: tokenizer. Else runs of letters with their marks and joiners, digits and underscores; every other
+#: sign is a word by itself.
 _WORD = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}]\p{M}*"
     r"|[[\p{L}\p{M}\p{N}_\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}]]+"
@@ -25,7 +26,8 @@ def read_words(name: str, value: object) -> tuple[str, ...]:
     """A value of a column of words.
 
     Raises:
-        BadRowError: null, no list, empty, or a word that is no text, empty or white space. `name` begins the message.
+        BadRowError: null, no list, empty, or a word that is no text, empty or white space. `name`
+            begins the message.
     """
     if not isinstance(value, list):
         raise BadRowError(f"{name} is null" if value is None else f"{name}: expected a list, found {kind_of(value)}")
@@ -44,7 +46,8 @@ def split_words(text: str, cuts: Collection[int] = ()) -> list[tuple[int, int]]:
     Args:
         cuts: places that are between words in any case.
 
-    Ideographs and kana are words one by one. Other scripts without spaces, as Thai, come as whole runs: bring such rows as words.
+    Ideographs and kana are words one by one. Other scripts without spaces, as Thai, come as whole
+    runs: bring such rows as words.
     """
     found: list[tuple[int, int]] = []
     inner = sorted(cuts)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 #: The positions of an answer that stands in a text.
 ENDS = ("start", "end")
-#: The logit of a candidate that a row does not have: its probability is 0, and so is its gradient, at every temperature that is used.
+#: The logit of a candidate that a row does not have: its probability is 0, and so is its gradient,
+#: at every temperature that is used.
 ABSENT = -1e4
 #: What a model's head is not asked for: it gives a logit to each candidate, however many there are.
 ANY_NUMBER = 1 << 20

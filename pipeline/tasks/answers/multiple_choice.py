@@ -104,7 +104,10 @@ class MultipleChoice(TaskDefaults):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """(B, C, T), C of the row with the most choices; and (B, V): which choices each row has. In place of one that it does not have stands its first."""
+        """(B, C, T), C of the row with the most choices; and (B, V): which choices each row has.
+
+        In place of one that it does not have stands its first.
+        """
         block = token_block(rows)
         assert block.document_lengths is not None
         lengths = block.document_lengths

@@ -56,8 +56,8 @@ def check_chat_settings(columns: Columns, settings: Tokenization) -> None:
 def settle(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
     """The settings of chats as the contract states them: with what the chat template decides.
 
-    Where it marks the assistant's tokens, `assistant_turns` is left out, and where its text depends on the day, the day
-    stands among its arguments.
+    Where it marks the assistant's tokens, `assistant_turns` is left out, and where its text depends
+    on the day, the day stands among its arguments.
 
     Raises:
         MisuseError: arguments that the template does not read.
@@ -185,7 +185,10 @@ def _learnt(messages: Sequence[Message], spans: list[Span]) -> list[Span]:
 def _rendered(
     messages: Sequence[Message], tools: Sequence[Any] | None, render: Renderer
 ) -> tuple[list[Turn], str, list[Span]]:
-    """The turns in the first form that the template takes, and their rendering. All that they hold must have been read."""
+    """The turns in the first form that the template takes, and their rendering.
+
+    All that they hold must have been read.
+    """
     unread = [
         (i, key)
         for i, message in enumerate(messages)
@@ -221,8 +224,8 @@ def _is_reference(key: str, role: str) -> bool:
 def _forms(messages: Sequence[Message]) -> Iterator[list[Turn]]:
     """The forms that templates want turns in, in the order in which they are tried.
 
-    The turns as they are given; then with the arguments of tool calls as objects, and as JSON text. Each with the content
-    of turns that have none left out, null, and empty.
+    The turns as they are given; then with the arguments of tool calls as objects, and as JSON text.
+    Each with the content of turns that have none left out, null, and empty.
     """
     contents: list[dict[str, Any]] = [{}]
     if any(message.content is None for message in messages):

@@ -21,11 +21,13 @@ from pipeline.errors import MisuseError, SourceError
 Span = tuple[int, int]
 Turn = Mapping[str, Any]
 
-#: What templates raise for turns that they do not take: roles that must alternate, text where a turn has none.
+#: What templates raise for turns that they do not take: roles that must alternate, text where a
+#: turn has none.
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
-#: The argument that names the day that `strftime_now` tells, and the day where it is not given: that of Llama 3.1, whose
-#: template falls back on it. Chats of templates that mark the assistant's tokens keep today's date, as caches of them have it.
+#: The argument that names the day that `strftime_now` tells, and the day where it is not given:
+#: that of Llama 3.1, whose template falls back on it. Chats of templates that mark the assistant's
+#: tokens keep today's date, as caches of them have it.
 CLOCK, DAY = "strftime_now", "2024-07-26"
 
 #: `transformers` gives a turn's reasoning to templates under each of these names.
@@ -91,7 +93,8 @@ def find_template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | Non
     """The chat template of a tokenizer; of several, the one that `transformers` takes where there are tools, or none.
 
     Raises:
-        SourceError: there is none, it is not Jinja, or it marks tokens where their characters are not known.
+        SourceError: there is none, it is not Jinja, or it marks tokens where their characters are
+            not known.
     """
     try:
         source = tokenizer.get_chat_template(tools=None if tools is None else list(tools))

@@ -1,8 +1,9 @@
 """The assistant's turns of a chat where the template does not mark them: what each adds to the rendering before it.
 
-Of turn i there are two renderings: that of the turns before it with the generation prompt, which is what a model is
-given at inference, and that of the turns up to and including it. What the second one adds is to be learnt, up to the
-token that ends the turn, where generation stops. A turn has its own context; turns whose contexts agree share a row.
+Of turn i there are two renderings: that of the turns before it with the generation prompt, which is
+what a model is given at inference, and that of the turns up to and including it. What the second
+one adds is to be learnt, up to the token that ends the turn, where generation stops. A turn has its
+own context; turns whose contexts agree share a row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _OPEN, _CLOSE = "<think>", "</think>"
 #: A character that no text has: what stands in for the words of a turn.
 _BLANK = "\ue000"
 _SPOKEN = ("content", "reasoning_content", "thinking", "reasoning")
-#: Characters by which the end of a context is known in another rendering of it, where no control token is there.
+#: Characters by which the end of a context is known in another rendering of it, where no control
+#: token is there.
 _SHARED = 4
 #: A control token is no longer than this.
 _NEAR = 128
@@ -29,7 +31,10 @@ _NEAR = 128
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One turn of the assistant with the context that it has at inference. All from `start` on is to be learnt."""
+    """One turn of the assistant with the context that it has at inference.
+
+    All from `start` on is to be learnt.
+    """
 
     number: int
     """Of the turn in the chat."""
@@ -123,9 +128,11 @@ class _Chat:
             shared = len(context)
         rest = self.control.sub("", asked[shared:])
         if (context is not None and shared >= len(context)) or not rest.strip():
-            # The header of the turn is another one than the generation prompt's: an empty <think>, for example.
+            # The header of the turn is another one than the generation prompt's: an empty <think>,
+            # for example.
             return self.whole_reasoning(Reply(number, whole, shared), asked)
-        # The context is another one: a system message that stands in the last turn alone, reasoning that goes with an answer.
+        # The context is another one: a system message that stands in the last turn alone, reasoning
+        # that goes with an answer.
         header = "" if context is None else asked[len(context) :]
         words = self.blanked(number, whole)
         start = _behind(header or _last_piece(asked, self.control), whole, words) if words < len(whole) else None
@@ -145,7 +152,8 @@ class _Chat:
     def whole_reasoning(self, reply: Reply, asked: str) -> Reply:
         """The turn with the reasoning that its content begins with, where the template leaves it out of every turn.
 
-        The text is what the model writes at inference: after the generation prompt, which may open the reasoning.
+        The text is what the model writes at inference: after the generation prompt, which may open
+        the reasoning.
         """
         content = self.turns[reply.number].get("content")
         if not isinstance(content, str) or _CLOSE not in content:
@@ -167,7 +175,9 @@ class _Chat:
         return Reply(reply.number, asked + kept + added[at:], len(asked))
 
     def end(self, reply: Reply) -> int:
-        """Where generation stops: behind the token that ends the turn. What follows it is the template's.
+        """Where generation stops: behind the token that ends the turn.
+
+        What follows it is the template's.
 
         Without such a token all that the turn adds is its own.
         """
@@ -177,7 +187,8 @@ class _Chat:
             return len(text)
         turn = self.turns[reply.number]
         if len(stops) > 1 and (turn.get("content") or turn.get("tool_calls")):
-            # A token that closes the whole chat, and no turn, is not there when another turn follows.
+            # A token that closes the whole chat, and no turn, is not there when another turn
+            # follows.
             more = self.attempt([*self.turns[: reply.number + 1], {"role": "user", "content": "."}])
             goes_on = [stop for stop in stops if more is not None and more.startswith(text[:stop])]
             return goes_on[-1] if goes_on else stops[-1]

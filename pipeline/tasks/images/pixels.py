@@ -24,7 +24,8 @@ from pipeline.records import Image, Ragged
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 #: Images, or parts of a batch, that are decoded at a time, for each thread.
 _AHEAD = 4
-#: Bytes of images, on average, that are decoded without other threads: threads that wait for each other take longer.
+#: Bytes of images, on average, that are decoded without other threads: threads that wait for each
+#: other take longer.
 _SMALL = 16 << 10
 
 Item = TypeVar("Item")
@@ -35,7 +36,8 @@ def decode(data: bytes) -> Any:
     """A `PIL.Image.Image` in RGB, turned as its orientation says; of an animation the first frame.
 
     Raises:
-        BadRowError: no image in one of `FORMATS`, a damaged one, or one of so many pixels that Pillow refuses it.
+        BadRowError: no image in one of `FORMATS`, a damaged one, or one of so many pixels that
+            Pillow refuses it.
     """
     import PIL.Image
     from PIL import ImageOps, UnidentifiedImageError
@@ -76,10 +78,12 @@ def pixel_values(images: Sequence[Image], views: Ragged | None, processor: Any) 
     Args:
         images: (B,).
         views: the part of each that is seen, as `TokenizedExample.view`; None: all of each.
-        processor: a `transformers` image processor, which resizes and normalises a part as if it were an image of its own.
+        processor: a `transformers` image processor, which resizes and normalises a part as if it
+            were an image of its own.
 
     Raises:
-        BadRowError: an image that cannot be decoded, or a part that lies outside of it; begins with its name.
+        BadRowError: an image that cannot be decoded, or a part that lies outside of it; begins with
+            its name.
         ModelError: the processor makes images of several sizes.
     """
     parts = [None] * len(images) if views is None else np.split(views.values, views.offsets[1:-1])

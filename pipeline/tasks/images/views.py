@@ -1,4 +1,7 @@
-"""Random parts of images: the random resized crop of Szegedy et al. (2015), drawn once from a seed."""
+"""Random parts of images: the random resized crop of Szegedy et al.
+
+(2015), drawn once from a seed.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,10 @@ def draw_view(width: int, height: int, views: Views, *, place: tuple[str, int, i
         place: split, source row and number of the view, which with the seed decide the part.
 
     Returns:
-        (5,) int32: left, top, width and height in pixels, and 1 where it is mirrored. Its area is a uniform share of the image's, at least
-        `views.smallest`, and its ratio log-uniform in `RATIOS`, as `torchvision.transforms.RandomResizedCrop` draws them.
+        (5,) int32: left, top, width and height in pixels, and 1 where it is mirrored. Its area is a
+            uniform share of the image's, at least
+        `views.smallest`, and its ratio log-uniform in `RATIOS`, as
+            `torchvision.transforms.RandomResizedCrop` draws them.
     """
     split, row, piece = place
     drawn = counter_uniforms(views.seed, f"view/{split}", row, piece, np.arange(4 * _TRIES + 1)).numpy()

@@ -37,6 +37,9 @@ def _lists(predictions: Predictions) -> np.ndarray:
 
 
 def _by_list(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, scores and lists of the rows with a label. Rows without one are removed from their lists."""
+    """Labels, scores and lists of the rows with a label.
+
+    Rows without one are removed from their lists.
+    """
     known = is_known(predictions.labels)
     return predictions.labels[known], predictions.predicted[known], _lists(predictions)[known]

@@ -1,6 +1,7 @@
 """Scores of texts and pairs of texts: one position per model output, V = 1, in the unit of the data.
 
-Two tasks share the class: regression, with any number of outputs, and ranking, with one output by which the rows of a list are ordered.
+Two tasks share the class: regression, with any number of outputs, and ranking, with one output by
+which the rows of a list are ordered.
 """
 
 from __future__ import annotations

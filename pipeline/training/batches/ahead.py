@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 from pipeline.cache import CacheDataset
 
-#: Row groups that are named ahead, those of the batch itself included. When many lanes end together, so many are there already.
+#: Row groups that are named ahead, those of the batch itself included. When many lanes end
+#: together, so many are there already.
 _GROUPS = 24
 
 
 def look_ahead(batches: Iterator[list[int]], dataset: CacheDataset, groups: int = _GROUPS) -> Iterator[list[int]]:
-    """The same batches. As each is given, `dataset.upcoming` names its new row groups and those of the batches after it, `groups` in all."""
+    """The same batches.
+
+    As each is given, `dataset.upcoming` names its new row groups and those of the batches after it,
+    `groups` in all.
+    """
     waiting: deque[tuple[list[int], list[int]]] = deque()
     upcoming: dict[int, None] = {}
     reached: set[int] = set()

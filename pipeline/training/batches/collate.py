@@ -192,7 +192,10 @@ class Collator:
 
 
 def _lists(block: RowBlock, counts: np.ndarray | None) -> Tensor | None:
-    """(R,) int64: the list of each row; a row that does not count is by itself. None: rows are not ranked."""
+    """(R,) int64: the list of each row; a row that does not count is by itself.
+
+    None: rows are not ranked.
+    """
     found = block.numbers.get("score_group")
     if found is None:
         return None
@@ -211,7 +214,8 @@ def _shares(lists: Tensor) -> Tensor:
     return torch.where(size > 1, 1.0 / size, 0.0)
 
 
-#: The columns that no batch needs are those that say which row it is, the texts, and what comes from the source.
+#: The columns that no batch needs are those that say which row it is, the texts, and what comes
+#: from the source.
 COLLATED = (COLUMNS | {TEACHER_POSITION}) - {
     "piece",
     "content_hash",

@@ -12,9 +12,11 @@ from pipeline.errors import TrainingError
 from pipeline.records import is_known, offsets_of_counts
 from pipeline.tasks import Task
 
-#: A tenth of the rows is held out, at most so many, of at most so many row groups: those are decoded for each evaluation.
+#: A tenth of the rows is held out, at most so many, of at most so many row groups: those are
+#: decoded for each evaluation.
 _SHARE, MOST_ROWS, _MOST_GROUPS = 0.1, 2000, 64
-#: 2^64 over the golden ratio, by which whole numbers are spread over all of 64 bits (Knuth's multiplicative hashing).
+#: 2^64 over the golden ratio, by which whole numbers are spread over all of 64 bits (Knuth's
+#: multiplicative hashing).
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 #: With fewer, a measurement says nothing.
 FEWEST_ROWS = 20
@@ -72,11 +74,14 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         rows: a data set of a cache.
         keep: (rows,) bool, the rows that teach; None: all.
         most: rows to hold out at most.
-        by: the column whose value rows that belong together share, those of one list, say; `input_ids`: the same text, whatever its
-            labels; `position_labels`: the same text, whatever its masks; `image_hash`: the same image, whatever its part; `source_row`: the windows of one text.
+        by: the column whose value rows that belong together share, those of one list, say;
+            `input_ids`: the same text, whatever its labels; `position_labels`: the same text,
+            whatever its masks; `image_hash`: the same image, whatever its part; `source_row`: the
+            windows of one text.
 
     Returns:
-        None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows have the same content.
+        None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows
+            have the same content.
     """
     if by == "source_row":  # spread, since rows that lie together may be of one class
         hashes = rows.column(by).astype(np.uint64) * _SPREAD

@@ -1,7 +1,9 @@
 """Several caches for one student: teachers of the same rows, or different data.
 
-Teachers: rows are paired by `content_hash`, and the soft term is sum_t w_t D(teacher t, student), each over what that teacher's cache keeps. That is exact
-for every encoding and divergence; for forward KL its gradient is that of the mixture of the teachers. Data: the rows of all caches in one order.
+Teachers: rows are paired by `content_hash`, and the soft term is sum_t w_t D(teacher t, student),
+each over what that teacher's cache keeps. That is exact for every encoding and divergence; for
+forward KL its gradient is that of the mixture of the teachers. Data: the rows of all caches in one
+order.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Mixture:
     kind: Literal["teachers", "data"]
     others: tuple[Cache, ...]
     shares: tuple[float, ...] | None
-    """Sum to 1: weights of the teachers, or shares of the rows of an epoch. None: of data, every row once."""
+    """Sum to 1: weights of the teachers, or shares of the rows of an epoch. None: of data, every
+    row once."""
 
 
 def make_mixture(
@@ -42,7 +45,8 @@ def make_mixture(
     """Check that caches fit each other, and what each is to count.
 
     Args:
-        shares: as many as caches, in any unit; none: teachers count alike, of data every row is taken once.
+        shares: as many as caches, in any unit; none: teachers count alike, of data every row is
+            taken once.
 
     Returns:
         None for one cache.
@@ -303,7 +307,10 @@ def _check_positions(first: RowBlock, other: RowBlock) -> None:
 
 
 def _stack(targets: Sequence[Target]) -> Target:
-    """The positions of all targets, one teacher after another. A target without a bucket for the rest has one of no mass beside one that has."""
+    """The positions of all targets, one teacher after another.
+
+    A target without a bucket for the rest has one of no mass beside one that has.
+    """
     counts = torch.cat([target.offsets.diff() for target in targets])
     offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=offsets[1:])

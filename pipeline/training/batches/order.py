@@ -1,12 +1,14 @@
 """The order of training: a function of (seed, epoch, cache_id) and the batch size alone, the same for any number of ranks and workers.
 
-Row groups are shuffled and dealt to lanes. A lane takes a window of its row groups at a time and shuffles the rows in it; lanes are interleaved, a
-row of each in turn. The sequence is cut into global batches, and a rank takes from each the rows of the lanes it owns, so that ranks decode
+Row groups are shuffled and dealt to lanes. A lane takes a window of its row groups at a time and
+shuffles the rows in it; lanes are interleaved, a row of each in turn. The sequence is cut into
+global batches, and a rank takes from each the rows of the lanes it owns, so that ranks decode
 different row groups, and hold no more than the open windows of their lanes.
 
-With a token budget, a lane's window is sorted by length first and cut into batches, so that padding is small; then a lane gives a batch in turn,
-and each rank takes one. Windows are then the same in every epoch, and so is the number of batches, as Trainer takes for granted. Where the rows of
-lists are compared with each other, batches are made of whole lists in the same way.
+With a token budget, a lane's window is sorted by length first and cut into batches, so that padding
+is small; then a lane gives a batch in turn, and each rank takes one. Windows are then the same in
+every epoch, and so is the number of batches, as Trainer takes for granted. Where the rows of lists
+are compared with each other, batches are made of whole lists in the same way.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pipeline.training.batches.ahead import look_ahead
 
 #: Row groups that are open at once: what one rank alone holds decoded.
 OPEN = 64
-#: Of these, how many a lane mixes: with a token budget several, so that it has rows of like length to choose from.
+#: Of these, how many a lane mixes: with a token budget several, so that it has rows of like length
+#: to choose from.
 _WINDOW, _WINDOW_BY_LENGTH = 1, 4
 
 Batch = list[int]
@@ -35,7 +38,8 @@ def open_groups(world_size: int, *, in_batches: bool = False) -> int:
     Args:
         in_batches: lanes give batches, not rows.
 
-    Where the lanes cannot be shared out evenly, a rank also gets rows of others' lanes: it then holds all that are open, so as to decode none twice.
+    Where the lanes cannot be shared out evenly, a rank also gets rows of others' lanes: it then
+    holds all that are open, so as to decode none twice.
     """
     lanes = OPEN // _window(in_batches)
     return OPEN // world_size if lanes % world_size == 0 else OPEN + OPEN // 4
@@ -46,7 +50,10 @@ def _window(in_batches: bool) -> int:
 
 
 class BatchOrder(Sampler[Batch]):
-    """Batches of row numbers for one rank. `~row` is a row that weighs nothing: the share of a rank that would have none in the last step."""
+    """Batches of row numbers for one rank.
+
+    `~row` is a row that weighs nothing: the share of a rank that would have none in the last step.
+    """
 
     def __init__(
         self,
@@ -66,10 +73,12 @@ class BatchOrder(Sampler[Batch]):
 
         Args:
             batch_size: rows of a rank's batch; with `batch_tokens` the most.
-            keep: (rows,) bool, the rows to train on, or what gives as many of them for each epoch; None: all.
+            keep: (rows,) bool, the rows to train on, or what gives as many of them for each epoch;
+                None: all.
             lengths: (rows,) tokens of each row, for `batch_tokens`.
             batch_tokens: tokens of a rank's batch, padding included.
-            lists: (rows,) integers, the list of each row: those of one list stand together and come in one batch, as far as it holds them.
+            lists: (rows,) integers, the list of each row: those of one list stand together and come
+                in one batch, as far as it holds them.
         """
         self.dataset = dataset
         self.batch_size = batch_size
@@ -201,15 +210,18 @@ def by_length(rows: np.ndarray, lengths: np.ndarray, most_rows: int, most_tokens
 
 
 def by_list(rows: np.ndarray, lists: np.ndarray, most_rows: int, rng: np.random.Generator | None) -> list[Batch]:
-    """Whole lists together in batches of at most so many rows. A longer list is divided evenly, into other parts in every epoch.
+    """Whole lists together in batches of at most so many rows.
+
+    A longer list is divided evenly, into other parts in every epoch.
 
     Args:
         rows: (R,) row numbers, those of one list next to each other.
         lists: (R,) the list of each.
-        rng: which lists share a batch, and the order of the batches, is drawn; rows that are a list by themselves, and teach nothing, are left out. None:
-            all lists stay in order.
+        rng: which lists share a batch, and the order of the batches, is drawn; rows that are a list
+            by themselves, and teach nothing, are left out. None: all lists stay in order.
 
-    The number of batches is a matter of the lists' lengths alone: the longest come first, and a batch is closed when the next does not fit.
+    The number of batches is a matter of the lists' lengths alone: the longest come first, and a
+    batch is closed when the next does not fit.
     """
     cuts = np.flatnonzero(lists[1:] != lists[:-1]) + 1
     found = [part for part in np.split(rows, cuts) if len(part) > 1 or rng is None]

@@ -16,8 +16,9 @@ _AHEAD = 4
 def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items, made by one thread, a few ahead.
 
-    PyArrow, NumPy and torch release the interpreter for most of it; a process would copy every batch. An exception in the thread is raised where
-    its item was due. The thread starts with the first item asked for, and ends with the iteration, finished or closed.
+    PyArrow, NumPy and torch release the interpreter for most of it; a process would copy every
+    batch. An exception in the thread is raised where its item was due. The thread starts with the
+    first item asked for, and ends with the iteration, finished or closed.
     """
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(_AHEAD)
     stopped = threading.Event()

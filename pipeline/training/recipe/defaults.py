@@ -1,7 +1,7 @@
 """Settings of a student's training that no flag gives, chosen by what is known of the student, the data and the soft labels.
 
-The numbers come from `benchmarks/defaults.py`: four data sets of short texts, students of 4 to 17 million parameters. What they were not measured
-for is said in the reason of a choice.
+The numbers come from `benchmarks/defaults.py`: four data sets of short texts, students of 4 to 17
+million parameters. What they were not measured for is said in the reason of a choice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pipeline.records import Encoding, Full, Loss, Sampled, Score
 PATIENCE, _EVALUATIONS = 5, 20
 #: Share of the steps in which the learning rate rises; then it falls to 0 in a line.
 WARMUP = 0.1
-#: A teacher is trained for at least 3 passes, and more where those are fewer steps than this, up to so many passes: first with random weights.
+#: A teacher is trained for at least 3 passes, and more where those are fewer steps than this, up to
+#: so many passes: first with random weights.
 _TEACHER_STEPS, _TEACHER_EPOCHS = {True: 600, False: 500}, {True: 40, False: 10}
 
 
@@ -27,7 +28,8 @@ _RATES = {
     "random": ((1e7, 1e-3), (1e8, 3e-4), (math.inf, 1e-4)),
     "trained": ((3e7, 3e-4), (3e8, 1e-4), (math.inf, 5e-5)),
 }
-#: Language models, classifiers by their start -> steps to take where three passes are fewer, and the most passes for that.
+#: Language models, classifiers by their start -> steps to take where three passes are fewer, and
+#: the most passes for that.
 _LEAST_STEPS = {"tokens": (100, 10), "random": (1000, 100), "trained": (500, 100)}
 #: The largest students that were measured had fewer parameters.
 _MEASURED = 2e7
@@ -132,7 +134,8 @@ def choose_teacher_arguments(
 
     Args:
         rows: labelled rows in one pass.
-        given: of `learning_rate`, `per_device_train_batch_size`, `num_train_epochs` and `max_steps`, what is said; None where it is not.
+        given: of `learning_rate`, `per_device_train_batch_size`, `num_train_epochs` and
+            `max_steps`, what is said; None where it is not.
 
     Returns:
         What is said, completed; and what was chosen.

@@ -34,7 +34,8 @@ from pipeline.training.scores import BY_GROUP
 
 logger = logging.getLogger(__name__)
 
-#: Fields of the `training:` section that say when a run ends; whether it is evaluated and saved; and how often.
+#: Fields of the `training:` section that say when a run ends; whether it is evaluated and saved;
+#: and how often.
 _LENGTH = ("max_steps", "num_train_epochs")
 _EVALUATION = ("eval_strategy", "save_strategy", "load_best_model_at_end")
 _EVERY = ("eval_steps", "save_steps")

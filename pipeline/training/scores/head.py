@@ -1,8 +1,10 @@
 """The last layer of a model of scores while it is trained: in standard deviations from the mean.
 
-An optimizer moves every weight by about the learning rate a step, whatever the unit of the data: a score of 150 would take a bias thousands of steps, and
-one of 0.01 is less than the first. So the layer's own weights W, b make standardised scores, and its output is mean + std (W h + b). Whatever is saved or
-loaded meanwhile has the weights std W and std b + mean, which give the same scores without this module.
+An optimizer moves every weight by about the learning rate a step, whatever the unit of the data: a
+score of 150 would take a bias thousands of steps, and one of 0.01 is less than the first. So the
+layer's own weights W, b make standardised scores, and its output is mean + std (W h + b). Whatever
+is saved or loaded meanwhile has the weights std W and std b + mean, which give the same scores
+without this module.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ class _StandardHead:
 def _standardize(model: Any, learnt: Scale) -> _StandardHead | None:
     """Let the last layer of a model give mean + std times what its weights make.
 
-    A layer whose bias is 0 was never trained: its weights stay, and the scores begin near the mean. Otherwise the weights change, and the scores stay.
+    A layer whose bias is 0 was never trained: its weights stay, and the scores begin near the mean.
+    Otherwise the weights change, and the scores stay.
 
     Returns:
         None where no linear layer gives the model's scores.

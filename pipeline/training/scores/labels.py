@@ -28,7 +28,10 @@ class ScoreLoss:
     scale: Scale
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """As `Trainer` calls its `compute_loss_func`. `labels`: (B, outputs), nan where there is none."""
+        """As `Trainer` calls its `compute_loss_func`.
+
+        `labels`: (B, outputs), nan where there is none.
+        """
         std = torch.from_numpy(self.scale.std).to(labels.device)
         errors = ((outputs.logits.view_as(labels) - labels) / std).square()
         total = torch.where(labels.isnan(), 0.0, errors).sum()

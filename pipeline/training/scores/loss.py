@@ -1,6 +1,9 @@
-"""Hard and soft losses of scores. Differences are taken in the unit of an output: the standard deviation of the teacher's scores.
+"""Hard and soft losses of scores.
 
-With s of the student, t of the teacher and u the unit, the divergence of one position of a group of n rows is
+Differences are taken in the unit of an output: the standard deviation of the teacher's scores.
+
+With s of the student, t of the teacher and u the unit, the divergence of one position of a group of
+n rows is
 
 | kind | D | factor | source |
 |---|---|---|---|
@@ -8,7 +11,8 @@ With s of the student, t of the teacher and u the unit, the divergence of one po
 | margin-mse | mean over the others j of the group of (((s - s_j) - (t - t_j)) / u)^2 | 1 | Hofstaetter et al., 2020, over all pairs |
 | listwise-kl | n q log(q / p), q and p the softmax over the group of t / (u T) and of s / (u T) | T^2 | Cao et al. (ListNet), 2007; Hinton, Vinyals and Dean, 2015 |
 
-The last two are means over groups: positions weigh 1 / n, so that the sum over a group is its mean over pairs, or KL(q, p).
+The last two are means over groups: positions weigh 1 / n, so that the sum over a group is its mean
+over pairs, or KL(q, p).
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """Approximate likelihood matching: the student's probability of a stretch of text against the teacher's, whatever the tokens of each.
 
-With p the probability that a model gives the text of a span, given what stands before it, and tau a temperature:
+With p the probability that a model gives the text of a span, given what stands before it, and tau a
+temperature:
 
     L(span) = tau * KL((q_T, 1 - q_T) || (q_S, 1 - q_S)),   q = p^(1 / tau)
 
-This is the binarised KL divergence of Minixhofer, Vulic and Ponti, "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching",
-2025 (arXiv 2503.20083): the span against everything else. Their code (`tokenkit`, alm_diff_fn = "binary_ce", binarization_temp = 100) takes the
-cross-entropy, which differs from it by what does not depend on the student, at tau = 100.
+This is the binarised KL divergence of Minixhofer, Vulic and Ponti, "Universal Cross-Tokenizer
+Distillation via Approximate Likelihood Matching", 2025 (arXiv 2503.20083): the span against
+everything else. Their code (`tokenkit`, alm_diff_fn = "binary_ce", binarization_temp = 100) takes
+the cross-entropy, which differs from it by what does not depend on the student, at tau = 100.
 
-The factor tau is ours. It undoes by how much the power 1 / tau shrinks the gradient, so that the term keeps its proportion to the cross-entropy when
-tau changes, as the factors of `divergences` do: with the surprisals x = -log p in nats,
+The factor tau is ours. It undoes by how much the power 1 / tau shrinks the gradient, so that the
+term keeps its proportion to the cross-entropy when tau changes, as the factors of `divergences` do:
+with the surprisals x = -log p in nats,
 
     dL / dx_S = (q_T - q_S) / (1 - q_S)   ->   1 - x_T / x_S    as tau grows,
 
-which is the gradient of the cross-entropy, 1, less a share that makes it vanish where the student is as sure of the text as the teacher. At tau = 1 a
-span that both find unlikely has next to no gradient: (p_T - p_S) / (1 - p_S). That is why a large tau is the default.
+which is the gradient of the cross-entropy, 1, less a share that makes it vanish where the student
+is as sure of the text as the teacher. At tau = 1 a span that both find unlikely has next to no
+gradient: (p_T - p_S) / (1 - p_S). That is why a large tau is the default.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from pipeline.records import NO_LABEL, Loss, Spans
 
 #: tau, as in the code of the paper's authors.
 SPAN_TEMPERATURE = 100.0
-#: The least surprisal of a span, nats: float32 knows no probability between 1 - 2^-24 and 1. It keeps the divergence finite where a student rounds to 1.
+#: The least surprisal of a span, nats: float32 knows no probability between 1 - 2^-24 and 1. It
+#: keeps the divergence finite where a student rounds to 1.
 _LEAST_NATS = 2.0**-24
 
 
@@ -49,8 +54,10 @@ def span_loss(nll: Tensor, spans: Spans, *, temperature: float = SPAN_TEMPERATUR
         temperature: tau, above 0.
 
     Returns:
-        (S,) float, at least 0, not weighted; 0, and no gradient, for spans of weight 0. Computed in float32, or in float64 where `nll` is in it. It is 0
-        where both are equally likely, and infinite where the student gives a text no probability and the teacher does.
+        (S,) float, at least 0, not weighted; 0, and no gradient, for spans of weight 0. Computed in
+            float32, or in float64 where `nll` is in it. It is 0
+        where both are equally likely, and infinite where the student gives a text no probability
+            and the teacher does.
     """
     nll = nll if nll.dtype == torch.float64 else nll.float()
     inside = spans.owner >= 0
@@ -81,7 +88,8 @@ def check_spans(spans: Spans, labels: Tensor) -> None:
         labels: (N,) int64 hard labels, -100 where none counts.
 
     Raises:
-        TrainingError: other shapes, an owner that is no span, a span that counts and has no position or one without a hard label.
+        TrainingError: other shapes, an owner that is no span, a span that counts and has no
+            position or one without a hard label.
     """
     count = len(spans)
     if spans.owner.shape != labels.shape or spans.weights.shape != spans.teacher_logprobs.shape:
@@ -112,7 +120,10 @@ def _extreme(owner: Tensor, count: int) -> int:
 
 
 class _BinaryKL(torch.autograd.Function):
-    """(student's, teacher's surprisal), (S,) each -> (S,) tau * KL; only the first has a gradient. Written out, since autograd's is inf - inf at p = 1."""
+    """(student's, teacher's surprisal), (S,) each -> (S,) tau * KL; only the first has a gradient.
+
+    Written out, since autograd's is inf - inf at p = 1.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
@@ -137,7 +148,8 @@ class _BinaryKL(torch.autograd.Function):
 def _log_ratio_of_rest(theirs: Tensor, ours: Tensor) -> Tensor:
     """log((1 - exp(-theirs)) / (1 - exp(-ours))), exactly 0 at equality.
 
-    log(1 - e^-u) is log(-expm1(-u)) below log 2 and log1p(-exp(-u)) above (Maechler, 2012); where both are below, one logarithm of the ratio loses less.
+    log(1 - e^-u) is log(-expm1(-u)) below log 2 and log1p(-exp(-u)) above (Maechler, 2012); where
+    both are below, one logarithm of the ratio loses less.
     """
     small = torch.log(torch.expm1(-theirs) / torch.expm1(-ours))
     return torch.where(torch.maximum(theirs, ours) < math.log(2), small, _log1mexp(theirs) - _log1mexp(ours))

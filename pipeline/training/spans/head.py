@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Bytes of one chunk's float32 logits: large enough for the matrix products, small enough to be nothing beside the model.
+#: Bytes of one chunk's float32 logits: large enough for the matrix products, small enough to be
+#: nothing beside the model.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-#: But at least so many positions: each chunk reads and writes the gradient of the whole output matrix once.
+#: But at least so many positions: each chunk reads and writes the gradient of the whole output
+#: matrix once.
 _LEAST_POSITIONS = 128
 
 

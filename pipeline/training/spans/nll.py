@@ -1,7 +1,9 @@
 """Negative log-likelihood of each position's label from hidden states and the output matrix: (N, V) never exists, forwards or backwards.
 
-`fused_loss` forms its gradients in the forward pass, since the weight of each position is known there. Here it is not: a span's loss depends on all
-of its positions, which may lie in different chunks. So the backward pass makes the logits of each chunk again; the price is one more matrix product.
+`fused_loss` forms its gradients in the forward pass, since the weight of each position is known
+there. Here it is not: a span's loss depends on all of its positions, which may lie in different
+chunks. So the backward pass makes the logits of each chunk again; the price is one more matrix
+product.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def fused_nll(
         chunk_positions: positions at once. Default: 32 MB of logits on a CPU, 256 MB on a GPU.
 
     Returns:
-        (N,) nats, float32, or float64 for hidden states in it; 0, and no gradient, where there is no label.
+        (N,) nats, float32, or float64 for hidden states in it; 0, and no gradient, where there is
+            no label.
 
     Raises:
         ContractError: the matrix has fewer rows than there are classes.

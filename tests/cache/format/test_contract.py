@@ -1,4 +1,7 @@
-"""Every single setting of a contract: another value is another capture. Generated from the fields, so that a new one is not forgotten."""
+"""Every single setting of a contract: another value is another capture.
+
+Generated from the fields, so that a new one is not forgotten.
+"""
 
 from __future__ import annotations
 

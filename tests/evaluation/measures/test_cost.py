@@ -25,7 +25,8 @@ def test_each_model_in_a_process_of_its_own(tmp_path, bert_tokenizer, topics, sa
     assert teacher.num_parameters == sum(p.numel() for p in big.parameters())
     assert student.latency.low <= student.latency.median <= student.latency.high
     assert teacher.latency.median > 0
-    # which is faster is for `make report` to find: beside other programs two rounds do not settle it
+    # which is faster is for `make report` to find: beside other programs two rounds do not settle
+    # it
     for ratio in (student.speedup, student.speedup_batched):
         assert 0 < ratio.low <= ratio.median <= ratio.high
     assert (teacher.speedup.low, teacher.speedup.high) == (1, 1)

@@ -135,7 +135,10 @@ def test_paths_in_a_parquet_file_are_refused(tmp_path):
 
 
 def test_places_of_files_are_below_the_directory_that_people_share(tmp_path, monkeypatch):
-    """Of a folder with its name; of a table relative to where it lies; through links and .. alike."""
+    """Of a folder with its name; of a table relative to where it lies; through links and ..
+
+    alike.
+    """
     as_files(tmp_path / "data")
     (tmp_path / "data" / "rows.csv").write_text("file\nfiles/000.png\nfiles/../files/001.png\n")
     monkeypatch.chdir(tmp_path)

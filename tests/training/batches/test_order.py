@@ -243,7 +243,10 @@ def test_the_thread_ends_when_the_iteration_is_closed():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6, 24, 100])
 def test_no_rank_decodes_a_row_group_twice(world_size):
-    """Also where the lanes cannot be shared out evenly and ranks get rows of others' lanes. Counted with a stand-in for decoding."""
+    """Also where the lanes cannot be shared out evenly and ranks get rows of others' lanes.
+
+    Counted with a stand-in for decoding.
+    """
     rows = rows_of(*[16] * 320)
     for rank in {0, world_size - 1}:
         held: OrderedDict[int, int] = OrderedDict()

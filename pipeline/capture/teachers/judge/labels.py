@@ -21,7 +21,8 @@ def labels_of(
         label_text: `NAME=TEXT`, or `NAME` for both; none: the names of the data's labels.
 
     Raises:
-        MisuseError: fewer than two labels, one twice or without a text, or labels of the data that are numbers.
+        MisuseError: fewer than two labels, one twice or without a text, or labels of the data that
+            are numbers.
         SourceError: the data's labels cannot be read.
     """
     if label_text:

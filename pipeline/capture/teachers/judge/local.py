@@ -1,8 +1,9 @@
 """Log-probabilities of the labels' texts after prompts, by a local causal language model.
 
-All labels of a batch share one pass over the prompts, which fills a cache of keys and values. The labels are walked as a
-prefix tree: each of its inner nodes is one token more for every prompt of the batch, and is taken out of the cache again.
-The tokens that all prompts begin with, instruction and examples, are passed once.
+All labels of a batch share one pass over the prompts, which fills a cache of keys and values. The
+labels are walked as a prefix tree: each of its inner nodes is one token more for every prompt of
+the batch, and is taken out of the cache again. The tokens that all prompts begin with, instruction
+and examples, are passed once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class LocalScorer:
     _takes: frozenset[str] = field(default=frozenset(), init=False)
     """Arguments of the model's `forward`."""
     _is_recurrent: bool = field(default=False, init=False)
-    """Whether every label is passed with its whole prompt: a recurrent layer has no keys and values to take tokens out of."""
+    """Whether every label is passed with its whole prompt: a recurrent layer has no keys and values
+    to take tokens out of."""
     _kept: tuple[bytes, Any] | None = field(default=None, init=False)
     """A prefix, and its keys and values."""
 
@@ -137,8 +139,8 @@ class LocalScorer:
     def _allows_gaps(self) -> bool:
         """Whether padding may stand between a prefix and a text.
 
-        It shifts what is within a window or a chunk, and every position that a model counts by itself; Bloom counts those
-        of the attention mask.
+        It shifts what is within a window or a chunk, and every position that a model counts by
+        itself; Bloom counts those of the attention mask.
         """
         config: Any = self.loaded.model.config.get_text_config()
         windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -200,7 +202,8 @@ class LocalScorer:
         Args:
             inputs: of the pass that came last.
             logits: (N, V of tokens) at its last token.
-            labels: class and remaining tokens, at least one, of the labels that begin with what was passed.
+            labels: class and remaining tokens, at least one, of the labels that begin with what was
+                passed.
         """
         logprobs = _logprobs(logits)
         branches: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)

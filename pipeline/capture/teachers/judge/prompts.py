@@ -1,7 +1,8 @@
 """From a row to the token ids of its prompt, and from the labels to the ids that stand after it.
 
-Prompt and label are tokenised together once, for a prompt without a row: what the label adds is its token ids. So a
-label's ids are those that the tokenizer gives it behind the end of the template, and are the same for all rows.
+Prompt and label are tokenised together once, for a prompt without a row: what the label adds is its
+token ids. So a label's ids are those that the tokenizer gives it behind the end of the template,
+and are the same for all rows.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ class Prompts:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     chat: Renderer | None
-    """The chat template, in which the rendered prompt is the user's message; None: it is the text itself."""
+    """The chat template, in which the rendered prompt is the user's message; None: it is the text
+    itself."""
     label_texts: tuple[str, ...]
     shots: Shots
     paired: bool
     positions: int
     """Tokens that the model has positions for."""
     opening: str = ""
-    """Behind the prompt of every row: what the chat template writes between its generation prompt and an answer, as the
-    empty `<think>` block of Qwen3, if that is more than white space."""
+    """Behind the prompt of every row: what the chat template writes between its generation prompt
+    and an answer, as the empty `<think>` block of Qwen3, if that is more than white space."""
     gap: str = ""
     """Between that and the label, in a chat: white space."""
     label_ids: tuple[tuple[int, ...], ...] = ()
@@ -142,7 +144,8 @@ class Prompts:
         """The token ids of each label, behind a prompt.
 
         Raises:
-            MisuseError: a label adds no token, changes those of the prompt, or has the ids of another label.
+            MisuseError: a label adds no token, changes those of the prompt, or has the ids of
+                another label.
         """
         prompt = self.text("", "" if self.paired else None)
         before = self._tokens(prompt)

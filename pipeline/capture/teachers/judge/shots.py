@@ -68,7 +68,8 @@ def choose_shots(
     """So many labelled rows of `train`, each label in turn, in an order that is a hash of seed and row.
 
     Args:
-        begun: the places of the examples of a cache that goes on, which rows that were added since do not displace.
+        begun: the places of the examples of a cache that goes on, which rows that were added since
+            do not displace.
 
     Raises:
         MisuseError: `train` has fewer labelled rows.

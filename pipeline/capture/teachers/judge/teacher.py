@@ -34,7 +34,8 @@ from pipeline.tasks.chats.templates import find_template, make_renderer, with_da
 
 logger = logging.getLogger(__name__)
 
-#: Tokens of the longest text whose row is predicted twice before the first shard, and labels that are compared.
+#: Tokens of the longest text whose row is predicted twice before the first shard, and labels that
+#: are compared.
 _SHORT, _LABELS = 512, 8
 #: Characters of a prompt that are logged.
 _SHOWN = 1200
@@ -52,9 +53,11 @@ class Judge:
     prompt: JudgeInfo
     """As the contract states it."""
     chat_arguments: tuple[str, ...]
-    """`KEY=JSON` each, of the chat template: those given, and the day, where its text depends on that."""
+    """`KEY=JSON` each, of the chat template: those given, and the day, where its text depends on
+    that."""
     prior: Tensor | None
-    """(V,) nats: log of the mean probability of each label after prompts without content; None: not calibrated."""
+    """(V,) nats: log of the mean probability of each label after prompts without content; None: not
+    calibrated."""
 
     @property
     def name(self) -> str:
@@ -191,7 +194,8 @@ class _Begun:
 def two_lengths(rows: Sequence[np.ndarray], prompts: Prompts) -> list[np.ndarray]:
     """The first prompt and the next one of another length, so that one of them is padded beside the other.
 
-    Both begin with the common prefix, if any prompt does. Where all are of one length, the second one has no text.
+    Both begin with the common prefix, if any prompt does. Where all are of one length, the second
+    one has no text.
     """
     size = len(prompts.prefix)
     alike = [ids for ids in rows if np.array_equal(ids[:size], prompts.prefix)] or list(rows)
@@ -222,7 +226,8 @@ def make_judge(
         begun: of a cache that is there and goes on or grows: its examples stay.
 
     Raises:
-        MisuseError: a template, label or number of examples that cannot be used; the scorer is closed then.
+        MisuseError: a template, label or number of examples that cannot be used; the scorer is
+            closed then.
     """
     try:
         return _make_judge(scorer, judging, source, label_map, seed, chat_arguments, begun)
@@ -240,7 +245,8 @@ def _make_judge(
     chat_arguments: Sequence[str],
     begun: Contract | None,
 ) -> Judge:
-    # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast tokenizer keeps.
+    # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast
+    # tokenizer keeps.
     own, tokenizer = copy.deepcopy(scorer.tokenizer), copy.deepcopy(scorer.tokenizer)
     own.truncation_side = tokenizer.truncation_side = "right"  # a text keeps its beginning
     names, texts = labels_of(source, judging.label_text, label_map)
@@ -337,8 +343,8 @@ def _warn_of_prefixes(prompts: Prompts) -> None:
 def _prior(scorer: Scorer, prompts: Prompts) -> Tensor:
     """(V,) nats: what the model says without content, which calibration takes out (Zhao et al., 2021, section 5).
 
-    Their W = diag(p)^-1 with b = 0: each probability is divided by the mean one over inputs without content; soft labels
-    are what is left, scaled to a sum of 1.
+    Their W = diag(p)^-1 with b = 0: each probability is divided by the mean one over inputs without
+    content; soft labels are what is left, scaled to a sum of 1.
     """
     batch = [prompts.fitted(text, text if prompts.paired else None) for text in CONTENT_FREE]
     found = scored(scorer, prompts, batch).result()

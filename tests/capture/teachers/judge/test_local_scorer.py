@@ -17,7 +17,8 @@ LABELS = ((7,), (8, 9, 10), (8, 9, 11), (8, 12), (9,), (9, 4, 4, 5))
 KINDS = ("llama", "gpt2", "qwen3", "cohere", "opt", "gpt_neox")
 
 
-#: Count positions by themselves, from the start of what is passed or of the mask; or look back a chunk; or have layers without keys.
+#: Count positions by themselves, from the start of what is passed or of the mask; or look back a
+#: chunk; or have layers without keys.
 OTHERS = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
     "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
