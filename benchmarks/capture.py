@@ -35,7 +35,7 @@ import click
 from benchmarks.training import peak_memory, reset_peak
 
 ROOT = Path(__file__).parents[1]
-PICTURE = Path(__file__).with_suffix(".png")
+PICTURE = ROOT / "docs/figures/capture.png"
 WAYS = ("bare", "sampled", "top-k", "map")
 ENGINES = ("process", "workers", "ray")
 LENGTH = {"lm": 1024, "classifier": 256, "fast": 64}

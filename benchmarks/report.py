@@ -29,7 +29,7 @@ from pipeline.workflow import run as run_stages
     "--students", default="runs/bench-students", show_default=True, help="Where the other seeds' students go."
 )
 @click.option("--output", default="runs/report", show_default=True, help="Where the report goes.")
-@click.option("--picture", default="benchmarks/report.png", show_default=True, help="Where its picture goes.")
+@click.option("--picture", default="docs/figures/report.png", show_default=True, help="Where its picture goes.")
 def main(config: str, seeds: int, students: str, output: str, picture: str) -> None:
     """Train what is missing, report, and copy the picture."""
     quiet_libraries()

@@ -1,9 +1,10 @@
-"""Every command has help with an example, and stands in the README."""
+"""Commands, flags and names of the pages are those of the program; code of the pages runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,15 @@ from pipeline.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
 @pytest.mark.parametrize("name", sorted(main.commands))
-def test_a_command_has_help_an_example_and_a_place_in_the_readme(name):
+def test_a_command_has_help_an_example_and_a_place_in_the_pages(name):
     text = CliRunner().invoke(main, [name, "--help"]).output
     assert "Example" in text
     assert f"softlabel {name}" in text
-    assert f"softlabel {name}" in README
+    assert any(f"softlabel {name}" in page for page in PAGES.values())
     for parameter in main.commands[name].params:
         if parameter.param_type_name == "option":
             assert parameter.help, f"{name} {parameter.opts}"
@@ -43,22 +45,48 @@ def test_every_export_is_there_and_documented():
         _ = pipeline.nothing
 
 
-def test_make_targets_stand_in_the_readme():
-    for target in (
-        "demo",
-        "demo-lm",
-        "test",
-        "test-real",
-        "test-faults",
-        "check",
-        "cache-logits",
-        "train-student",
-        "bench",
-        "report",
-        "sweep",
-        "test-browser",
-    ):
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
+    for target in ("demo", "test", "cache-logits", "train-student", "report", "docs", "check"):
         assert f"make {target}" in README, target
+
+
+def test_make_targets_of_the_pages_are_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name, page in PAGES.items():
+        for target in re.findall(r"`make ([a-z][a-z-]*)", page):
+            assert target in targets, (name, target)
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The `softlabel` commands of a page's code blocks and code spans, in words; those of one block as they are continued over lines."""
+    blocks = [found[1] for found in re.finditer(r"^```(?:bash|console|shell)?\n(.*?)^```", page, re.S | re.M)]
+    blocks += [found[0] for found in re.finditer(r"(?:^(?: {4}.*)?\n)+", page, re.M)]
+    blocks += [span for span in re.findall(r"`([^`\n]+)`", page) if span.startswith("softlabel ")]
+    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
+    starts = re.compile(r"(?:\$ )?(?:torchrun .* -m pipeline|python -m pipeline|softlabel) (.*)")
+    found = [match[1] for line in lines if (match := starts.fullmatch(line))]
+    return [shlex.split(text, comments=True) for text in found]
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_flags_of_a_pages_commands_are_there(name):
+    """Also in commands with placeholders, which cannot be run."""
+    for words in commands_of(PAGES[name]):
+        if words[0] not in main.commands:
+            assert words[0].startswith("-") or words[0].isupper() or words[0] == "help", words
+            continue
+        known = {flag for p in main.commands[words[0]].params for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
+        given = {word.partition("=")[0] for word in words[1:] if re.match(r"--[a-z]", word)}
+        assert given <= known, (name, words, sorted(given - known))
+
+
+def test_commands_are_found_in_pages():
+    assert sum(len(commands_of(page)) for page in PAGES.values()) > 60
+    page = "    softlabel run x.yaml\n\n```bash\nsoftlabel verify --cache a \\\n    --quick  # fast\n```\n`softlabel audit --cache c`\n"
+    assert sorted(commands_of(page)) == [
+        ["audit", "--cache", "c"], ["run", "x.yaml"], ["verify", "--cache", "a", "--quick"],
+    ]  # fmt: skip
 
 
 def test_the_tests_that_the_docs_name_are_there():

@@ -11,23 +11,33 @@ import json
 import logging
 import random
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from datasets import Dataset, DatasetDict
 
 from pipeline.cli import main
 from tests.conftest import TOPICS, sentence, tiny_model
 
-DATA = "--task sequence-classification --dataset tickets --text-column 'Body of ticket' --label-column Queue"
-COMMANDS = {
-    "teacher": f"train-teacher {DATA} --model encoder --output runs/teacher",
-    "cache": f"cache-logits {DATA} --unlabelled unlabelled.csv --teacher runs/teacher --output runs/cache",
-    "start": "init-student --teacher runs/teacher --output runs/student-init",
-    "student": "train-student --cache runs/cache --student runs/student-init --output runs/student",
-    "control": "train-student --cache runs/cache --student runs/student-init --output runs/control --hard-weight 1 --soft-weight 0",
-    "evaluation": "evaluate --cache runs/cache --student runs/student --student runs/control --output runs",
-}
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SECTION = README.partition("\n## Your own data\n")[2].partition("\n## ")[0]
+
+
+def commands() -> dict[str, list[str]]:
+    """What is printed -> the README's command, word for word but for the encoder, which is a tiny one on this machine, and a control."""
+    block = re.search(r"```bash\n(.*?)```", SECTION, re.S)
+    lines = block[1].replace("\\\n", " ").strip().splitlines()
+    assert [shlex.split(line)[1] for line in lines] == [
+        "train-teacher", "cache-logits", "init-student", "train-student", "evaluate",
+    ]  # fmt: skip
+    words = [["encoder" if word == "bert-base-uncased" else word for word in shlex.split(line)[1:]] for line in lines]
+    found = dict(zip(("teacher", "cache", "start", "student", "evaluation"), words, strict=True))
+    control = ["runs/control" if word == "runs/student" else word for word in found["student"]]
+    evaluation = found.pop("evaluation")
+    found["control"] = [*control, "--hard-weight", "1", "--soft-weight", "0"]
+    return {**found, "evaluation": [*evaluation, "--student", "runs/control", "--output", "runs"]}
 
 
 def write(path: Path, count: int, seed: int, *, labelled: bool = True) -> None:
@@ -48,25 +58,21 @@ def hour(tmp_path_factory, bert_tokenizer) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("hour")
     write(folder / "tickets" / "train.csv", 300, 0)
     write(folder / "tickets" / "test.csv", 150, 1)
-    write(folder / "unlabelled.csv", 300, 2, labelled=False)
+    write(folder / "more.csv", 300, 2, labelled=False)
     tiny_model("bert", len(bert_tokenizer), num_labels=2).bert.save_pretrained(folder / "encoder")
     bert_tokenizer.save_pretrained(folder / "encoder")
     shown = {}
     log = logging.getLogger("pipeline")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, command in COMMANDS.items():
+        for name, command in commands().items():
             said = io.StringIO()
             log.addHandler(handler := logging.StreamHandler(said))
-            found = CliRunner().invoke(main, _words(command))
+            found = CliRunner().invoke(main, command)
             log.removeHandler(handler)
             assert found.exit_code == 0, (command, found.output)
             shown[name] = said.getvalue() + found.output
     return folder, shown
-
-
-def _words(command: str) -> list[str]:
-    return [part.strip("'") for part in re.findall(r"'[^']*'|\S+", command)]
 
 
 def test_the_student_keeps_most_of_its_teacher(hour):
@@ -100,6 +106,20 @@ def test_what_is_chosen_is_said_before_the_first_step(hour):
     assert re.search(r"\d+ rows held out of train by content \(no split validation\)", said[-1])
     line = next(line for line in shown["student"].splitlines() if line.startswith("student: "))
     assert re.search(r"student: runs/student  \d+ steps of at most \d+ in \d+ s, the weights of step \d+ kept, ", line)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_of_the_pages_runs_on_what_the_commands_made(hour, page, capsys, monkeypatch):
+    folder, _ = hour
+    monkeypatch.chdir(folder)
+    text = (Path(__file__).parents[1] / page).read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.S | re.M))
+    code = code.replace("runs/", f"again/{page}/").replace(f"again/{page}/teacher", "runs/teacher")
+    names = {"Body of ticket": "text", "Queue": "label"}
+    splits = {name: Dataset.from_csv(f"tickets/{name}.csv").rename_columns(names) for name in ("train", "test")}
+    exec(code, found := {"dataset": DatasetDict(splits)})
+    assert re.search(r"[\d.]+", capsys.readouterr().out.splitlines()[-1])
+    assert len(found["cache"].splits) > 0
 
 
 def test_the_sizes_of_the_student_are_said(hour):

@@ -151,8 +151,9 @@ def _leave_ranks() -> None:
 def main(**_verbosity: Any) -> None:
     """Run a teacher once, cache its soft labels, train students from the cache.
 
-    \b
     Example: a file for a data set of your own, and every stage in it
+
+    \b
         softlabel init --dataset tickets.csv --output distil.yaml
         softlabel run distil.yaml
     """
@@ -194,7 +195,7 @@ def command(
 
         summary = (config_type.__doc__ or "").strip()
         command = _Command(
-            name, callback=callback, help=f"{summary}\n\n\b\nExample:\n{example_lines(example)}", short_help=summary
+            name, callback=callback, help=f"{summary}\n\nExample:\n\n\b\n{example_lines(example)}", short_help=summary
         )
         if name in cfg.SECTIONS:
             command.params.append(

@@ -25,6 +25,7 @@ BUDGET = {
     "tests/training/test_choices.py": 25.0,
     "tests/training/test_question_answering.py": 30.0,
     "tests/test_cli.py": 30.0,
+    "tests/test_first_hour.py": 25.0,
     "tests/capture/test_machine.py": 25.0,
     "tests/evaluation/report/test_report.py": 25.0,
     "tests/generation/test_generate.py": 30.0,
