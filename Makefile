@@ -154,9 +154,10 @@ docs: $(STAMP_DOCS) ## the documentation as a site in build/site; broken links, 
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 .PHONY: lint
-lint: $(STAMP) ## formatting, lint rules and types
+lint: $(STAMP) ## formatting, lint rules of code and Markdown, and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/pymarkdown scan README.md CHANGELOG.md data/README.md docs
 	$(PY) -m mypy
 
 .PHONY: check
