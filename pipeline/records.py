@@ -193,6 +193,10 @@ class Views:
         if not 0 < self.smallest <= 1:
             raise MisuseError(f"--view-area: expected a share above 0, at most 1, found {self.smallest}")
 
+    def rows_of_an_image(self, split: str) -> int:
+        """`count` for the split `train`; 1 for the others."""
+        return self.count if split == "train" else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:

@@ -405,7 +405,9 @@ def test_help_is_at_most_100_columns_and_examples_paste(name, monkeypatch):
     lines = call(name, "--help").output.splitlines()
     assert not [line for line in lines if len(line) > 100]
     first = next(i for i, line in enumerate(lines) if line.startswith("  Example")) + 1
-    example = "\n".join(itertools.takewhile(str.strip, lines[first:]))
+    example = "\n".join(
+        itertools.takewhile(str.strip, itertools.dropwhile(lambda line: not line.strip(), lines[first:]))
+    )
     words = shlex.split(example.replace("\\\n", " "))
     assert words[:2] == ["softlabel", name]
     context = main.commands[name].make_context(name, words[2:])  # every flag of it is one

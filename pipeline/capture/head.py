@@ -34,7 +34,7 @@ def show_first_row(job: Job) -> None:
         follows = example.labels is None
         tokens = marked_tokens(job.tokenizer, example.input_ids.tolist(), example.supervised, follows=follows)
         marked = " (predicted tokens in brackets)" if follows else " (labelled tokens in brackets)"
-        marked = marked if example.supervised is not None or follows else ""
+        marked = "" if example.supervised is None else marked
         logger.info("first row of %s%s: %s", first.split, marked, tokens)
 
 

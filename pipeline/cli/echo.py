@@ -28,7 +28,8 @@ def echo_cache(cache: Cache, output: str) -> None:
             f"  {split}: {total['rows']:,} rows{known}, {total['positions']:,} positions, {total['bytes']:,} bytes ({total['bytes_per_position']:,.1f} a position)"
         )
     if cache.manifest.bad_rows:
-        click.echo(f"  {cache.manifest.bad_rows} rows set aside, listed in reports/bad-rows.tsv")
+        count = cache.manifest.bad_rows
+        click.echo(f"  {count} {'row' if count == 1 else 'rows'} set aside, listed in reports/bad-rows.tsv")
 
 
 def echo_outline(name: str, lines: Outline) -> None:

@@ -31,7 +31,7 @@ def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: b
     A stage whose output was made from the same settings and inputs is skipped. With rounds: N in
     the file, the sections that hold {round} or {previous} are run N times: see docs/rounds.md.
 
-    Example:
+    Example: every stage up to the cache
 
     \b
         softlabel run data/bbc/demo.yaml --through cache-logits

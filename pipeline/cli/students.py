@@ -82,5 +82,6 @@ def _shown(found: TextPrediction) -> str:
     if found.scores:
         width = max(map(len, found.scores))
         return "\n".join([repr(text), *(f"  {name.ljust(width)}  {score:.4g}" for name, score in found.scores.items())])
-    width = max(map(len, found.labels))
-    return "\n".join([repr(text), *(f"  {label.ljust(width)}  {p:6.1%}" for label, p in found.labels.items())])
+    labels = {label or "(no answer)": p for label, p in found.labels.items()}
+    width = max(map(len, labels))
+    return "\n".join([repr(text), *(f"  {label.ljust(width)}  {p:6.1%}" for label, p in labels.items())])

@@ -157,9 +157,17 @@ class DataConfig:
 
     @property
     def columns(self) -> Columns:
-        """The columns named, with `text` only where nothing else is the input."""
+        """The columns named, with `text` only where nothing else is the input.
+
+        Raises:
+            MisuseError: a text column is named beside another input.
+        """
         texts = self.words_column or self.messages_column or self.prompt_column
         other = texts or self.input_ids_column or self.image_column
+        if other and self.text_column not in (Columns().text, other):
+            raise MisuseError(
+                f"--text-column {self.text_column}: one kind of input at a time, found the column {other} too; leave one of them out"
+            )
         return Columns(
             text=None if other else self.text_column,
             text_pair=self.text_pair_column,
@@ -219,6 +227,7 @@ class DataConfig:
 
 #: Kinds of input, of which a row has one: the columns of each.
 _KINDS = (
+    ("text_column", "text_pair_column"),
     ("image_column",),
     ("words_column",),
     ("messages_column",),

@@ -190,8 +190,9 @@ class Example:
     answer: str
     """The student's."""
     distance: float
-    """KL in nats where it is known by position, else -log of what the student gives to the
-    teacher's choice."""
+    """KL in nats where it is known by position; else log q / p of the teacher's likeliest class, q
+    being the teacher's probability and p the student's."""
+    is_kl: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,5 +364,7 @@ class Report:
     break_even: tuple[BreakEven, ...]
     determinants: tuple[Determinant, ...]
     tokenizer_notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    """Models that are no better than the most common class, or poorly calibrated."""
     """Where a model has another tokenizer than its teacher: what is compared, and what is left
     out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.cache.views.units import position_name, resampled_name
+from pipeline.cache.views.units import a_position, position_name, resampled_name
 from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
@@ -77,7 +77,7 @@ def format_table(report: EvaluationReport) -> str:
     else:
         notes += [
             f"agreement: share of {unit}s where the model's most likely class is the teacher's",
-            f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats a {unit}",
+            f"KL: KL(teacher || model) at temperature {report.temperature:g}, nats {a_position(task)}",
         ]
     if metrics:
         notes.append(

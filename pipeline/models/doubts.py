@@ -38,7 +38,9 @@ def doubts(predictions: Predictions) -> tuple[str, ...]:
         )
     confidence = float(predictions.confidence[known].mean())
     if counts.sum() >= _ENOUGH and abs(confidence - accuracy) > _GAP:  # False for nan: the confidence is not known
-        found.append(f"its mean confidence is {confidence:.1%} and its accuracy {accuracy:.1%}")
+        found.append(
+            f"its mean confidence is {confidence:.1%} and its accuracy {accuracy:.1%}: its probabilities are poorly calibrated"
+        )
     return tuple(found)
 
 
@@ -65,8 +67,14 @@ def _doubts_of_scores(predictions: Predictions, known: np.ndarray) -> tuple[str,
     return tuple(found)
 
 
-def warn_of_doubts(predictions: Predictions, model: str, split: str) -> None:
-    """Say each doubt in a line, with the split and the labelled positions that it was measured on."""
+def warn_of_doubts(predictions: Predictions, model: str, split: str) -> tuple[str, ...]:
+    """Warn of each doubt in a line, with the split and the number of labelled positions.
+
+    Returns:
+        The lines.
+    """
     labelled = int(is_known(predictions.labels).sum())
-    for doubt in doubts(predictions):
-        logger.warning("%s, split %s, %d labelled positions: %s", model, split, labelled, doubt)
+    lines = tuple(f"{model}, split {split}, {labelled} labelled positions: {doubt}" for doubt in doubts(predictions))
+    for line in lines:
+        logger.warning("%s", line)
+    return lines

@@ -38,9 +38,6 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
         raise MisuseError(f"{config.model}: reads {reads}")
     if task.reads == "images" and config.max_length is not None:
         raise MisuseError(f"{config.model}: reads images, and --max-length is for texts; leave it out")
-    if task.reads == "images":
-        yield from classify_images(task, loaded, texts, top=config.top, batch_size=task.default_eval_rows)
-        return
     if bool(config.choice) != (task.reads == "choices"):
         reads = (
             "chooses from --choice, which is given for each text"
@@ -55,6 +52,9 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
             else "reads no text to answer from: leave out --context"
         )
         raise MisuseError(f"{config.model}: {reads}")
+    if task.reads == "images":
+        yield from classify_images(task, loaded, texts, top=config.top, batch_size=task.default_eval_rows)
+        return
     longest = config.max_length or trained_length(config.model) or longest_input(loaded.model, loaded.tokenizer)
     if task.reads == "choices":
         yield from choose(task, loaded, texts, config.choice, max_length=longest, top=config.top)

@@ -292,7 +292,8 @@ def _check_choices(where: str, name: str, feature: Any, found: str, *, several: 
     if found != "text" if several else not (named or found in ("lists of text", "values of mixed types")):
         expected = "text in each of several columns" if several else "lists of text, or of {text, label}"
         raise SourceError(
-            f"{where}: column {name!r} (--choices-column): expected {expected}, found {found}; name another column"
+            f"{where}: column {name!r} (--choices-column): expected {expected}, found {found}; "
+            + ("write the choices as text in JSON Lines or Parquet" if several else "name another column")
         )
 
 

@@ -322,7 +322,7 @@ def _class_ids(found: tuple[str, ...], names: Names, given: Names, where: str) -
     model = list(names.ids)
     if len(found) != len(model):
         raise SourceError(
-            f"{where}: expected the model's {len(model)} labels ({', '.join(model[:5])}), found {len(found)} ({', '.join(found[:5])}); "
+            f"{where}: expected the model's {len(model)} labels ({', '.join(model[:5])}), found {len(found)} in the data's list of classes, which is of all splits ({', '.join(found[:5])}); "
             "rename the data's labels to the model's, or give --label-map DATA=MODEL for each"
         )
     if given.ids:

@@ -245,6 +245,9 @@ def _prepare(
         _check_split(name, split, dataset, columns)
         _tell_unlabelled(f"{name}: split {split}", dataset, columns.label)
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
+        if columns.label not in (None, Columns().label):
+            found = dict.fromkeys(column for dataset in splits.values() for column in dataset.column_names)
+            logger.warning("%s: no split has the label column %r; found %s", name, columns.label, ", ".join(found))
         columns = dataclasses.replace(columns, label=None)
     where = directory if columns.image is not None else None
     place = name if directory is not None and directory.name == Path(name).name else Path(name).parent.as_posix()

@@ -107,7 +107,20 @@ def load_student(
         base_model=base_model,
     )
     check_fit(task, contract, student)
+    if student.new_weights:
+        logger.info("%s: its files have no weights for %s: they start at random", name, ", ".join(_parts(student)))
     return student
+
+
+def _parts(student: LoadedModel) -> list[str]:
+    """Modules with weights that no file gave."""
+    base = student.model.base_model_prefix
+    return sorted(
+        {
+            name.rpartition(".")[0] if name.startswith(f"{base}.") else name.partition(".")[0]
+            for name in student.new_weights
+        }
+    )
 
 
 def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) -> LoadedModel:
@@ -149,13 +162,8 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
 
 
 def _new_modules(student: LoadedModel) -> list[str]:
-    """Modules with weights that no file gave, which only the adapter can keep; PEFT adds `classifier` and `score` itself."""
-    base = student.model.base_model_prefix
-    found = {
-        name.rpartition(".")[0] if name.startswith(f"{base}.") else name.partition(".")[0]
-        for name in student.new_weights
-    }
-    return sorted(found - {"classifier", "score"})
+    """New modules that only the adapter can keep; PEFT adds `classifier` and `score` itself."""
+    return [name for name in _parts(student) if name not in ("classifier", "score")]
 
 
 def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:

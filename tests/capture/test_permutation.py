@@ -192,6 +192,8 @@ def test_labelled_rows_are_counted_by_split(tmp_path, bert_tokenizer, predicted,
 def test_labels_that_are_not_found_are_told(tmp_path, bert_tokenizer, predicted, caplog):
     teacher, texts, classes = predicted
     other = datasets.Dataset.from_dict({"text": texts, "topic": classes})
+    cached(teacher, bert_tokenizer, other, tmp_path / "named", columns=Columns(label="topics"))
+    assert "no split has the label column 'topics'; found text, topic" in caplog.text
     cached(teacher, bert_tokenizer, other, tmp_path / "cache", columns=Columns())
     assert (
         "no label column, found text, topic: the cache will have no hard labels for the teacher's classes"

@@ -24,7 +24,7 @@ from pipeline.cache.transforms.merge import merge
 from pipeline.cache.views.page import write_page
 from pipeline.capture.labelled import LabelledRow
 from pipeline.capture.write import write_cache
-from pipeline.config import DataConfig, TrainTeacherConfig
+from pipeline.config import DataConfig, PredictConfig, TrainTeacherConfig
 from pipeline.errors import (
     BadRowError,
     CacheError,
@@ -36,7 +36,9 @@ from pipeline.errors import (
 )
 from pipeline.evaluation import evaluate
 from pipeline.models.initialize import Shape, make_student
-from pipeline.records import Columns, Full, Sampled, Views
+from pipeline.models.predict import run as predict
+from pipeline.records import Columns, Full, Sampled, Tokenization, Views
+from pipeline.tasks import get_task
 from pipeline.tasks.images.pixels import cut, decode
 from pipeline.training.teacher import run as train_teacher
 from tests.support.once import once
@@ -119,7 +121,6 @@ def test_other_tools_read_it(cache):
 def test_a_view_is_a_part_of_the_image_that_teacher_and_student_see_alike(viewed, teacher):
     from pipeline.evaluation.passes import collator_of
     from pipeline.models import load_model
-    from pipeline.tasks import get_task
 
     assert not verify(viewed.root).problems
     train_rows, test_rows = list(viewed.dataset("train")), list(viewed.dataset("test"))
@@ -189,7 +190,6 @@ def test_a_student_of_another_architecture_and_size_reads_the_images_by_its_own_
 def test_held_out_rows_include_all_parts_of_an_image(viewed, teacher):
     """The recipe of a default run."""
     from pipeline.config import TrainStudentConfig
-    from pipeline.tasks import get_task
     from pipeline.training.recipe.make import make_recipe
     from pipeline.training.student import load_student
 
@@ -362,6 +362,26 @@ def test_what_is_refused_before_anything_is_read(tmp_path, teacher, error, match
     given = {"task": TASK, "columns": IMAGES, **settings}
     with pytest.raises(error, match=re.escape(match)):
         softlabel.cache_logits(str(teacher), rows(), tmp_path / "cache", **given)
+
+
+def test_an_estimate_counts_the_views_of_train_alone(viewed, teacher):
+    from pipeline.capture.estimate.run import estimate
+    from pipeline.models import load_model
+    from pipeline.sources import from_datasets
+
+    task = get_task(TASK)
+    found = estimate(
+        task, from_datasets(rows(), IMAGES), load_model(task, str(teacher)),
+        tokenization=Tokenization(1, views=VIEWS), batch_tokens=64, positions=10_000,
+    )  # fmt: skip
+    assert found.positions == sum(shard.positions for shard in viewed.manifest.shards) == 3 * 150 + 60
+
+
+@pytest.mark.parametrize("given", [{"choice": ("x", "y")}, {"context": "x"}, {"max_length": 9}])
+def test_predict_of_images_refuses_what_is_for_texts(tmp_path, teacher, given):
+    (tmp_path / "a.png").write_bytes(pictures(0, 1)["image"][0]["bytes"])
+    with pytest.raises(MisuseError, match=r"leave (it|out)"):
+        list(predict(PredictConfig(model=str(teacher), image=(str(tmp_path / "a.png"),), **given)))
 
 
 def test_models_that_do_not_fit(tmp_path, cache):

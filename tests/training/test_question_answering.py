@@ -17,9 +17,10 @@ import pipeline as softlabel
 from pipeline.cache import Cache, verify
 from pipeline.cache.views.inspection import describe
 from pipeline.cache.views.page import write_page
-from pipeline.config import DataConfig, PredictConfig, TrainTeacherConfig
+from pipeline.config import DataConfig, PredictConfig, ReportConfig, TrainTeacherConfig
 from pipeline.errors import ContractError, MisuseError
 from pipeline.evaluation import evaluate
+from pipeline.evaluation.report.report import report
 from pipeline.metrics.spans import overlap_of_spans
 from pipeline.models.predict import run as predict
 from pipeline.records import NO_LABEL, BadRow, Columns, Full, Loss, Sampled, Tokenization, TopK
@@ -281,10 +282,36 @@ def test_an_adapter_learns_and_predicts(cache, tmp_path, bert_tokenizer):
     assert next(iter(found.labels)) == TOPICS["film"][0]
 
 
+def test_a_report_names_places_by_their_tokens_and_ranks_rows_by_what_is_known(teacher, tmp_path, bert_tokenizer):
+    sampled = capture(teacher, tmp_path / "sampled", encoding=Sampled(8.0))
+    start = pretrained(tmp_path / "base", bert_tokenizer, seed=3, **SMALL)
+    train(sampled, start, tmp_path / "s", max_steps=100, learning_rate=3e-3)
+    found = report(
+        ReportConfig(
+            cache=(str(sampled.root),), student=(f"s={tmp_path / 's'}",), output=str(tmp_path / "report"),
+            rounds=0, resamples=200,
+        )
+    )  # fmt: skip
+    assert all(
+        re.fullmatch(r"\S+ \(\d+\)( \(\d+%\))?", each)
+        for item in found.examples
+        for each in (item.teacher, item.answer)
+    )
+    assert {item.text.partition(":")[0] for item in found.examples} <= {"start", "end"}
+    for item in found.examples:  # log q / p of the teacher's likeliest class, as the percentages say
+        assert not item.is_kl
+        q, p = (re.search(r"(\d+)%\)$", each) for each in (item.teacher, item.answer))
+        if item.teacher.rpartition(" ")[0] == item.answer.rpartition(" ")[0]:
+            assert item.distance == pytest.approx(np.log(int(q[1]) / int(p[1])), abs=0.1)
+    assert "nats apart on the teacher" in (tmp_path / "report" / "report.html").read_text()
+    assert "nats an end" in found.divergence_note
+
+
 def test_pages_show_question_text_and_ends(cache, tmp_path):
     write_page(cache, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "start: " in page
+    assert re.search(r"of \d+ labelled ends", page)
     assert texts()["train"][0]["context"] in page
     lines = "\n".join(describe(cache, split="test", rows=2, tokens=8, top=2))
     assert re.search(r"start: label \S+ \(\d+\); teacher: ", lines)

@@ -23,6 +23,7 @@ from pipeline.metrics.scores import pearson
 from pipeline.records import NO_LABEL, AlignmentProbe, RowBlock, Score, Shard, is_known
 from pipeline.softlabels import most_likely
 from pipeline.softlabels.fidelity import spread
+from pipeline.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,9 @@ def check_alignment(
         blocks = list(spread_blocks(cache, splits or cache.splits))
         probe = probe_alignment(blocks)
         if probe is None:
-            _warn_of_chance(name, blocks, "words" if cache.manifest.contract.label_names else "positions")
+            task = get_task(cache.manifest.contract.task)
+            of_words = task.label_source == "positions" and task.marks_positions
+            _warn_of_chance(name, blocks, "words" if of_words else "positions")
     if probe is None:
         return None
     if probe.verdict == "inconclusive":

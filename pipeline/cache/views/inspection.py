@@ -235,7 +235,7 @@ def _words(cache: Cache, row: CachedExample, words: int, top: int) -> Iterator[s
 def _best(row: CachedExample, n: int, top: int) -> list[tuple[int, float]]:
     goal = target(positions_of(row.soft, n, n + 1), served_temperature(row.soft.encoding))
     order = goal.weights.argsort(descending=True, stable=True)[:top]
-    return [(int(goal.ids[i]), float(goal.weights[i])) for i in order]
+    return [(int(goal.ids[i]), float(goal.weights[i])) for i in order if goal.weights[i] > 0]
 
 
 def _short(text: str, longest: int) -> str:

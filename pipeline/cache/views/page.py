@@ -95,7 +95,10 @@ def write_page(
 
 def _of(cache: Cache) -> str:
     """What is labelled: rows, words, or the answers whether a row has a label."""
-    return {"positions": "rows", "labels": "answers"}.get(unit := unit_of(get_task(cache.manifest.contract.task)), unit)
+    task = get_task(cache.manifest.contract.task)
+    if task.names == "places":
+        return "ends"
+    return {"positions": "rows", "labels": "answers"}.get(unit := unit_of(task), unit)
 
 
 def _template() -> Any:

@@ -28,6 +28,12 @@ def position_name(task: Task) -> str:
     return {"words": "word", "labels": "label", "scores": "score"}.get(unit_of(task), "position")
 
 
+def a_position(task: Task) -> str:
+    """`position_name` with its article: `a word`, `an end`."""
+    name = position_name(task)
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
 def resampled_name(task: Task) -> Literal["list", "text", "row"]:
     """What intervals resample, since its positions depend on each other: `Predictions.groups`, or rows."""
     if task.ranks:

@@ -191,7 +191,11 @@ def estimate(
     counted = sum(example.num_positions for example in examples)
     tokens = sum(example.num_tokens for example in examples)
     total_rows = sum(len(part) for part in source.splits.values())
-    scale = total_rows / source_rows
+    of_an_image = {
+        name: 1 if (views := tokenization.views) is None else views.rows_of_an_image(name) for name in source.splits
+    }
+    alike = sum(len(part) * of_an_image[name] for name, part in source.splits.items()) / of_an_image[split]
+    scale = alike / source_rows
     if not pilots[0].rows:
         raise SourceError(f"{source.name}: split {split}: the teacher's logits are not finite on any row of the pilot")
     lines = []

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.cache import Cache
-from pipeline.cache.views.samples import image_text
+from pipeline.cache.views.samples import image_text, place_name
 from pipeline.cache.views.tokens import in_context, words_of
 from pipeline.cache.views.units import classes_of
 from pipeline.evaluation.measures.observation import Observation, position_kl_is_known
@@ -18,7 +18,7 @@ from pipeline.evaluation.measures.scores import Scores
 from pipeline.evaluation.measures.subjects import Subject
 from pipeline.evaluation.records import Closeness, Example, Slice, SliceLine
 from pipeline.records import CachedExample
-from pipeline.tasks import Task
+from pipeline.tasks import Task, get_task
 
 #: Most slices that are shown: of more classes, the most frequent.
 _MOST_SLICES = 20
@@ -120,19 +120,29 @@ def class_name(cache: Cache, number: int) -> str:
     return names[number] if names is not None else repr(str(cache.tokenizer.decode([number])))
 
 
-def _said(cache: Cache, value: np.generic) -> str:
-    """A class by its name, or a score; '' for none."""
+def _said(cache: Cache, row: CachedExample, value: np.generic) -> str:
+    """A class by its name, a place of the row by its token, or a score; '' for none."""
     if value.dtype.kind != "f":
-        return class_name(cache, int(value))
+        is_place = get_task(cache.manifest.contract.task).names == "places" and int(value) >= 0
+        return place_name(cache, row, int(value)) if is_place else class_name(cache, int(value))
     return "" if np.isnan(value) else f"{float(value):.3f}"
 
 
 def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Example, ...]:
-    """Where the first seed of a student is farthest from its teacher: by KL, or where that is not known by position, by what it gives to the teacher's choice."""
+    """The positions at which the first seed of a student differs most from its teacher.
+
+    By KL; where that is not known by position, by log q / p of the teacher's likeliest class.
+    """
     if not count:
         return ()
     seen, teacher, cache = subject.seen[0], subject.teacher.seen, subject.cache
-    distance = seen.kl if position_kl_is_known(cache.manifest.contract) else seen.surprise
+    is_kl = position_kl_is_known(cache.manifest.contract)
+    theirs_of = np.arange(len(seen.surprise)) if seen.teacher_position is None else seen.teacher_position
+    if is_kl:
+        distance = seen.kl
+    else:
+        confidence = teacher.predictions.confidence[np.maximum(theirs_of, 0)]
+        distance = seen.surprise + np.log(np.where(confidence > 0, confidence, 1.0))  # > 0 is False for nan
     worst = np.argsort(-distance, kind="stable")[:count]
     starts = np.concatenate([[0], np.cumsum(np.bincount(seen.predictions.rows, minlength=seen.num_rows))])
     dataset = cache.dataset(split)
@@ -140,22 +150,23 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
     for position in worst.tolist():
         number = int(seen.predictions.rows[position])
         row = dataset[number]
-        theirs = position if seen.teacher_position is None else int(seen.teacher_position[position])
+        theirs = int(theirs_of[position])
         if theirs < 0:  # nobody is apart there
             continue
         believed = teacher.predictions.confidence[theirs]
-        choice = _said(subject.teacher.cache, teacher.predictions.predicted[theirs])
-        answer = _said(cache, seen.predictions.predicted[position])
+        choice = _said(subject.teacher.cache, row, teacher.predictions.predicted[theirs])
+        answer = _said(cache, row, seen.predictions.predicted[position])
         sure = seen.predictions.confidence[position]
         found.append(
             Example(
                 student=subject.name,
                 source_row=row.example.source_row,
                 text=_text(task, cache, row, position - int(starts[number])),
-                truth=_said(cache, seen.predictions.labels[position]),
+                truth=_said(cache, row, seen.predictions.labels[position]),
                 teacher=choice if np.isnan(believed) else f"{choice} ({believed:.0%})",
                 answer=answer if np.isnan(sure) else f"{answer} ({sure:.0%})",
                 distance=float(distance[position]),
+                is_kl=is_kl,
             )
         )
     return tuple(found)
@@ -171,8 +182,10 @@ def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | 
     if row.example.image is not None:
         return image_text(row.example)
     if not task.marks_positions:
-        pair = [text for text in (row.example.text, row.example.text_pair) if text is not None]
-        label = f"{(cache.manifest.contract.label_names or ())[position]}: " if task.names == "positions" else ""
+        choices = [f"{i}. {each}" for i, each in enumerate(row.example.choices or (), 1)]
+        pair = [text for text in (row.example.text, row.example.text_pair, *choices) if text is not None]
+        by_position = task.names in ("positions", "places")
+        label = f"{(cache.manifest.contract.label_names or ())[position]}: " if by_position else ""
         return label + _short(" | ".join(pair)) if pair else None
     if row.example.labels is not None and cache.manifest.contract.label_names is not None:
         return _short(in_context(words_of(cache.tokenizer, row.example), position))

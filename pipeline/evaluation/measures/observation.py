@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.cache.format.codec import labelled_positions_of, positions_of, text_bytes_of, unpack_soft
-from pipeline.cache.views.units import position_name
+from pipeline.cache.views.units import a_position
 from pipeline.evaluation.passes import logits_by_batch
 from pipeline.evaluation.run import groups_of, predictions_of_teacher
 from pipeline.metrics.scores import correlation_influence
@@ -150,8 +150,8 @@ def divergence_note(contract: Contract) -> str:
     encoding = contract.encoding
     if isinstance(encoding, Score):
         return "agreement: correlation with the teacher's scores (Pearson, the mean over outputs); distance: squared difference from them, in their standard deviations."
-    unit = position_name(get_task(contract.task))
-    at = f"at temperature {served_temperature(encoding):g}, nats a {unit}"
+    task = get_task(contract.task)
+    at = f"at temperature {served_temperature(encoding):g}, nats {a_position(task)}"
     if isinstance(encoding, Full):
         return f"KL(teacher, model) and Jensen-Shannon divergence {at}, over all classes."
     if isinstance(encoding, Sampled):

@@ -31,6 +31,7 @@ from pipeline.evaluation.records import Calibration, Cost, Machine, Model, Repor
 from pipeline.evaluation.report.figures import Picture, draw_all
 from pipeline.evaluation.report.page import make_markdown, make_page
 from pipeline.evaluation.report.verdict import headline, verdict
+from pipeline.models.doubts import warn_of_doubts
 from pipeline.softlabels import served_temperature
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import get_task
@@ -98,6 +99,14 @@ def report(config: ReportConfig) -> Report:
         ),
         determinants=determinants(basis, subjects, scores),
         tokenizer_notes=tokenizer_notes(subjects),
+        doubts=tuple(
+            line
+            for name, seen in (
+                *((teacher.name, teacher.seen) for teacher in teachers.values()),
+                *((subject.name, subject.seen[0]) for subject in subjects),
+            )
+            for line in warn_of_doubts(seen.predictions, name, config.split)
+        ),
     )
     write(found, draw_all(found), Path(config.output))
     return found

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.cache.views.units import position_name, resampled_name
 from pipeline.evaluation.measures.determinants import QUESTIONS
-from pipeline.evaluation.records import Measured, Quality, Report, TeacherLine
+from pipeline.evaluation.records import Example, Measured, Quality, Report, TeacherLine
 from pipeline.evaluation.report.cost_section import cost_section
 from pipeline.evaluation.report.forms import p_value, parameters, uncertainty, with_interval
 from pipeline.evaluation.report.parts import Quote, Section, Table
@@ -231,7 +231,7 @@ def _fidelity(report: Report) -> Section:
         tables += _slice_tables(report)
     quotes = tuple(
         Quote(
-            f"source row {item.source_row}, {item.distance:.2f} {'squared standard deviations' if is_score else 'nats'} apart",
+            f"source row {item.source_row}, {_apart(item, is_score=is_score)}",
             item.text,
             (("truth", item.truth or "not labelled"), ("teacher", item.teacher), (item.student, item.answer)),
         )
@@ -240,10 +240,20 @@ def _fidelity(report: Report) -> Section:
     hidden = any(item.text is None for item in report.examples)
     text = ["Texts are not shown: the cache was made without them."] if hidden else []
     if quotes:
-        text.append(f"At the end: where {report.examples[0].student} (first seed) and its teacher differ most.")
+        text.append(
+            f"At the end: where {report.examples[0].student} (first seed) and its teacher differ most"
+            + ("." if report.examples[0].is_kl else ", by the probability of the teacher's most likely class.")
+        )
     return Section(
         "fidelity", "Fidelity: does it say what its teacher says?", tuple(text), tuple(tables), ("fidelity",), quotes
     )
+
+
+def _apart(item: Example, *, is_score: bool) -> str:
+    """How far student and teacher are from each other at a position."""
+    if is_score:
+        return f"{item.distance:.2f} squared standard deviations apart"
+    return f"{item.distance:.2f} nats apart" + ("" if item.is_kl else " on the teacher's most likely class")
 
 
 def _slice_tables(report: Report) -> list[Table]:

@@ -40,7 +40,7 @@ def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[
         found = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # the hub client, the parsers and the file systems each have their own
         raise SourceError(
-            f"{redact(name)}: cannot be loaded from the Hugging Face hub: {reason(error)}; {_hint(error)}"
+            f"{redact(name)}: cannot be loaded from the Hugging Face hub: {reason(error)}; {_hint(error)} (no local file or directory has this name)"
         ) from error
     if not isinstance(found, Mapping):
         found = {"train": found}

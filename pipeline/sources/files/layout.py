@@ -134,7 +134,7 @@ def _stem(path: PurePath) -> str:
 def _check_kind(path: PurePath) -> None:
     if path.suffix.lower() in IMAGES:
         raise SourceError(
-            f"{path}: is an image; folders of images are read by the tasks of images, with --image-column image"
+            f"{path}: is an image; train-teacher, estimate and cache-logits read folders of images with --task image-classification --image-column image (init is for texts)"
         )
     if suffix(path) not in SUFFIXES:
         raise SourceError(f"{path}: unknown kind of file; expected {EXPECTED}")

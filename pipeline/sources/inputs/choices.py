@@ -72,22 +72,34 @@ def read_choice(name: str, value: object, texts: Sequence[str], names: Sequence[
         raise BadRowError(f"{name}: expected the number, letter or text of a choice, found {kind_of(value)}")
     whole = isinstance(value, float) and math.isfinite(value) and value == int(value)
     said = str(int(value) if whole else value).strip()
+    number = _number_of(said, names)
     for known in (list(names), [text.strip() for text in texts] if isinstance(value, str) else []):
         if known.count(said) > 1:
             raise BadRowError(f"{name}: {said!r} names {known.count(said)} of the choices")
-        if said in known:
-            return known.index(said)
+        if said not in known:
+            continue
+        found = known.index(said)
+        if not names and 0 <= number < len(texts) and number != found:
+            raise BadRowError(
+                f"{name}: {value!r} is the text of choice {found + 1} and the {'number, from 0,' if said.isdecimal() else 'letter'} of choice {number + 1}; "
+                "give numbers as integers, or a name to each choice: {text: [...], label: [...]}"
+            )
+        return found
     if said == "-1":
         return None
-    number = ord(said.upper()) - ord("A") if len(said) == 1 and said.isalpha() and said.isascii() else -1
-    if said.isascii() and said.isdecimal() and not _are_numbers(names):
-        number = int(said)
     if not 0 <= number < len(texts):
         expected = (
             f"one of {', '.join(names)}" if names else f"0 to {len(texts) - 1}, A to {chr(ord('A') + len(texts) - 1)}"
         )
         raise BadRowError(f"{name}: expected {expected}, or the text of a choice, found {value!r}")
     return number
+
+
+def _number_of(said: str, names: Sequence[str]) -> int:
+    """What a number or a letter stands for, from 0; -1: it is neither."""
+    if said.isascii() and said.isdecimal() and not _are_numbers(names):
+        return int(said)
+    return ord(said.upper()) - ord("A") if len(said) == 1 and said.isalpha() and said.isascii() else -1
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

@@ -39,7 +39,8 @@ def read_image(name: str, value: object, directory: Path | None = None, called: 
         try:
             found = Path(path).read_bytes()
         except OSError as error:
-            raise BadRowError(f"{name}: {Path(path).name}: {error.strerror or type(error).__name__}") from None
+            where = _place(path, directory, called) or Path(path).name
+            raise BadRowError(f"{name}: {where}: {error.strerror or type(error).__name__}") from None
     if found is None:
         raise BadRowError(f"{name} is null")
     if not isinstance(found, bytes):
@@ -48,9 +49,14 @@ def read_image(name: str, value: object, directory: Path | None = None, called: 
         raise BadRowError(f"{name} is empty")
     if not isinstance(path, str):
         return Image(found)
-    inside = directory is not None and Path(path).is_relative_to(directory)
-    file = (Path(called) / Path(path).relative_to(directory)).as_posix() if inside and directory is not None else None
-    return Image(found, Path(path).name, file)
+    return Image(found, Path(path).name, _place(path, directory, called))
+
+
+def _place(path: str, directory: Path | None, called: str) -> str | None:
+    """Where a file lies below the directory of the data set, after the directory's name; None: elsewhere."""
+    if directory is None or not Path(path).is_relative_to(directory):
+        return None
+    return (Path(called) / Path(path).relative_to(directory)).as_posix()
 
 
 def image_identity(value: object) -> str | None:

@@ -137,14 +137,16 @@ def _rows(example: Example, split: str, settings: Tokenization) -> list[Tokenize
     try:
         image = decode(example.image.data)
     except BadRowError as error:
-        return [BadRow(split, example.source_row, f"{example.image.path or 'the image'}: {error}")]
+        return [
+            BadRow(split, example.source_row, f"{example.image.file or example.image.path or 'the image'}: {error}")
+        ]
     views = settings.views
     if views is None:
         parts: list[np.ndarray | None] = [None]
     elif split != _TRAIN:
         parts = [_NO_TOKENS]
     else:
-        places = [(split, example.source_row, number) for number in range(views.count)]
+        places = [(split, example.source_row, number) for number in range(views.rows_of_an_image(split))]
         parts = [draw_view(image.width, image.height, views, place=place) for place in places]
     return [
         TokenizedExample(

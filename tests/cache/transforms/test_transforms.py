@@ -174,7 +174,7 @@ def test_filter_keeps_what_duckdb_would(tmp_path, lm_tokenizer):
 
 
 def test_a_cache_is_sampled_split_and_put_together_again(tmp_path, lm_tokenizer):
-    """The README's recipe for a validation split."""
+    """The recipe for a validation split in docs/caches.md."""
     cache = make_cache(tmp_path / "a", lm_tokenizer, range(60))
     held = filter_rows(
         cache, tmp_path / "v", where="hash(content_hash) % 4 = 0", splits=["train"], as_split="validation"
@@ -236,10 +236,10 @@ def test_a_condition_is_data_and_reaches_nothing_else(tmp_path, lm_tokenizer, wh
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
-def test_the_readmes_recipes_are_conditions():
-    """Each row of its table, on columns as caches have them."""
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    table = readme[readme.index("| for | `--where` |") : readme.index("A validation split from the training rows")]
+def test_the_recipes_of_the_docs_are_conditions():
+    """Each row of the table, on columns as caches have them."""
+    page = (Path(__file__).parents[3] / "docs" / "caches.md").read_text()
+    table = page[page.index("| to keep | `--where` |") : page.index("A validation split from the training rows")]
     recipes = re.findall(r"^\|[^|]+\| `(.+)` \|$", table, re.MULTILINE)[1:]
     assert len(recipes) == 6
     schema = cache_schema(

@@ -7,9 +7,11 @@ import json
 import pytest
 
 from pipeline.config import DataConfig
-from pipeline.errors import SourceError
-from pipeline.records import BadRow
+from pipeline.config.data import over
+from pipeline.errors import MisuseError, SourceError
+from pipeline.records import BadRow, Tokenization
 from pipeline.sources import from_datasets, load_source, read_examples, survey
+from pipeline.tasks import get_task
 from tests.support.pictures import data_set, folders, pictures
 
 FOUND = pictures(0, 9)
@@ -135,10 +137,7 @@ def test_paths_in_a_parquet_file_are_refused(tmp_path):
 
 
 def test_places_of_files_are_below_the_directory_that_people_share(tmp_path, monkeypatch):
-    """Of a folder with its name; of a table relative to where it lies; through links and ..
-
-    alike.
-    """
+    """Of a folder with its name; of a table relative to where it lies; through links alike."""
     as_files(tmp_path / "data")
     (tmp_path / "data" / "rows.csv").write_text("file\nfiles/000.png\nfiles/../files/001.png\n")
     monkeypatch.chdir(tmp_path)
@@ -170,6 +169,30 @@ def test_folders_that_are_not_read_and_stray_images_are_told(tmp_path, caplog):
         (odd / name / "1.png").write_bytes(image)
     load(odd)
     assert "1 of 3 images are read, as the splits train" in caplog.text
+
+
+def test_a_broken_image_of_a_folder_is_named_by_its_place(tmp_path):
+    data = folders(tmp_path / "photos", train=FOUND)
+    (broken, *_) = sorted(data.rglob("*.png"))
+    broken.write_bytes(BYTES[0][:40])
+    source = load(data)
+    (reason,) = [
+        row.reason
+        for example in read_examples(source, "train", 0, len(source.splits["train"]), None)
+        for row in get_task("image-classification").tokenize([example], "train", None, Tokenization(1))
+        if isinstance(row, BadRow)
+    ]
+    assert reason.startswith(f"photos/{broken.relative_to(data).as_posix()}: cannot be decoded")
+
+
+def test_a_text_column_beside_images_is_refused():
+    with pytest.raises(
+        MisuseError, match="--text-column body: one kind of input at a time, found the column image too"
+    ):
+        _ = DataConfig(dataset="x", image_column="image", text_column="body").columns
+    assert over({"text_column": "body", "label_column": "y"}, {"image_column": "image"}) == {
+        "label_column": "y", "image_column": "image",
+    }  # fmt: skip
 
 
 def test_a_table_beside_images_is_read_as_a_table(tmp_path):
