@@ -1,4 +1,4 @@
-"""The demo's answer, over several seeds: `softlabel report` with everything measured, and its picture for the README.
+"""The demo's answer, over several seeds: `softlabel report` with everything measured, and its picture for docs/benchmarks.md.
 
     make report           (or: python -m benchmarks.report --seeds 3)
 

@@ -254,6 +254,21 @@ def test_what_was_made_by_hand_since_is_made_again(project, caplog):
     assert json.loads(Path("runs/a/distillation.json").read_text())["steps"] == 3
 
 
+def test_a_device_without_memory_is_one_line(monkeypatch):
+    import torch
+
+    def run(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation.")
+
+    monkeypatch.setattr("pipeline.training.run.run", run)
+    found = call("train-student", "--cache", "c", "--student", "s", "--output", "o")
+    assert found.exit_code == 1
+    assert re.fullmatch(
+        r"Error: out of memory: CUDA out of memory\. Tried to allocate 2 GiB\.; use a smaller --batch-size.*kept\n",
+        found.output,
+    )
+
+
 def test_an_interrupted_teacher_goes_on(project, caplog, monkeypatch):
     from pipeline.training import teacher
 

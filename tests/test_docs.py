@@ -51,6 +51,15 @@ def test_the_readme_is_short():
         assert f"make {target}" in README, target
 
 
+@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+def test_links_of_pages_outside_the_site(page):
+    """Those of the site are checked where it is built."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    here = [link for link in links if "://" not in link]
+    assert len(here) > (10 if page == "README.md" else -1)
+    assert [link for link in here if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
 def test_make_targets_of_the_pages_are_there():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for name, page in PAGES.items():

@@ -90,7 +90,7 @@ def sample_rows(job: Job) -> tuple[list[TokenizedExample], int]:
 
 
 def bytes_per_position(encoding: Encoding, num_classes: int) -> float:
-    """About what a position takes in Parquet, as measured on language models; see the table of encodings in the README."""
+    """About what a position takes in Parquet, as measured on language models; see docs/encodings.md."""
     if isinstance(encoding, Full):
         return (4 if num_classes < 4096 else 2) * num_classes
     if isinstance(encoding, Score):

@@ -119,6 +119,16 @@ class _Group(click.Group):
         except PipelineError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except RuntimeError as error:
+            torch = sys.modules.get("torch")
+            if torch is None or not isinstance(error, torch.OutOfMemoryError):
+                raise
+            click.echo(
+                f"Error: out of memory: {str(error).strip().splitlines()[0]}; use a smaller --batch-size or --batch-tokens "
+                "(gradient_accumulation_steps keeps the size of a training batch); finished work is kept",
+                err=True,
+            )
+            ctx.exit(1)
         except (KeyboardInterrupt, _Terminated) as stop:
             code = 130 if isinstance(stop, KeyboardInterrupt) else 143  # 128 + the signal's number
             click.echo(

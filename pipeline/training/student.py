@@ -180,6 +180,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
         )
     if task.other_tokenizers is None and not same_tokenizer:
         what = "the places of tokens" if task.names == "places" else "hidden tokens"
+        what = "the tokens of the targets" if task.label_source == "target" else what
         raise ContractError(
             f"{student.name}: the student has another tokenizer, and {what} are the teacher's; use a student with the cache's tokenizer (sha256 "
             f"{contract.tokenizer.sha256[:12]}...)"

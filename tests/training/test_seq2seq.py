@@ -236,7 +236,7 @@ def test_pages_show_the_targets(tmp_path, cache, teacher, bert_tokenizer):
 def test_what_is_refused(tmp_path, cache, teacher, lm_tokenizer, bert_tokenizer):
     other = small(tmp_path / "other", bert_tokenizer)
     lm_tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ContractError, match="the student has another tokenizer"):
+    with pytest.raises(ContractError, match="the student has another tokenizer, and the tokens of the targets are"):
         train(cache, other, tmp_path / "a", max_steps=1)
     with pytest.raises(MisuseError, match="--store-text: rows of --task seq2seq-lm hold source and target as tokens"):
         softlabel.cache_logits(str(teacher), texts(), tmp_path / "b", task=TASK, columns=PAIRS, store_text=True)
