@@ -1,4 +1,4 @@
-"""What stage 1 costs beside the teacher's bare forward pass, how it scales, and what memory it takes.
+"""Cost of stage 1 beside the teacher's bare forward pass, its scaling, and its memory.
 
     make bench-capture            (or: python -m benchmarks.capture)
 
@@ -6,10 +6,10 @@ Every measurement is a process of its own, so that its peak memory is its own; t
 and medians over the repeats count. Loading the teacher and hashing it and the data set is timed
 apart, as `start`.
 
-    bare      the teacher's own forward, head included, over the same rows in the same batches: nothing is kept
-    sampled   this pipeline, from tokens to the committed cache, `sampled` (c = 25; a classifier: `full`)
+    bare      the teacher's forward, head included, over the same rows in the same batches
+    sampled   this pipeline, from tokens to the cache, `sampled` (c = 25; classifiers: `full`)
     top-k     the same, `top-k` (k = 50, three temperatures)
-    map       the usual way: datasets.map, batches of 8 rows padded to the longest, log_softmax, topk(50), Python lists
+    map       datasets.map, padded batches of 8 rows, log_softmax, topk(50), Python lists
 
 Teachers: SmolLM2-135M (`lm`), MiniLM with a head of five classes (`classifier`), and one so fast
 that the work around it shows (`fast`: BERT, 2 layers of width 128, sentences), whose `bare` is its
@@ -43,7 +43,7 @@ TEACHER = {"lm": "data/bbc_lm/smollm2", "classifier": "data/bbc/minilm", "fast":
 TOP_K = 50
 
 
-# ------------------------------------------------------------------------------------------------ one measurement
+# ---------------------------------------------------------------------------------- one measurement
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,10 @@ def articles(kind: str, count: int, folder: Path) -> Path:
 
 
 def teacher_of(kind: str, folder: Path) -> str:
-    """The language model as it is; the encoder with a head of five classes, random, which costs what a trained one does."""
+    """The language model as it is.
+
+    The encoder with a head of five classes, random, which costs what a trained one does.
+    """
     if kind == "lm":
         return TEACHER[kind]
     path = folder / f"teacher-{kind}"
@@ -164,7 +167,10 @@ def bare(job: Any, batches: int | None = None) -> int:
 
 
 def bare_texts(job: Any, texts: list[str]) -> int:
-    """The tokenizer and the model's forward, and nothing else, in the batches of the plan; how many tokens there were."""
+    """The tokenizer and the model's forward, and nothing else, in the batches of the plan.
+
+    How many tokens there were.
+    """
     import torch
 
     from pipeline.capture.plan import plan_batches
@@ -210,7 +216,7 @@ def usual(job: Any, path: Path, length: int) -> int:
 
 
 def measure_engine(engine: str, count: int, folder: Path) -> float:
-    """Tokens a second of two workers, or of one process with one thread, from the first shard's begin to the last one's end."""
+    """Tokens a second of two workers, or of one process with one thread, over the late shards."""
     import torch
 
     from pipeline.cache.format.manifest import Layout, load_receipt
@@ -293,7 +299,7 @@ def measure_rows(count: int, folder: Path) -> Measured:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- all of them
+# -------------------------------------------------------------------------------------- all of them
 
 
 def in_process(what: list[str], folder: Path) -> Any:

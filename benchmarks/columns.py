@@ -1,6 +1,8 @@
-"""How fast rows go between Parquet and tensors: decoding, collating, writing, the first step, and a step beside plain `transformers.Trainer`.
+"""How fast rows go between Parquet and tensors.
 
-    make bench-columns             (or: python -m benchmarks.columns; --large adds a cache of 1,000,000 rows)
+Decoding, collating, writing, the first step, and a step beside plain `transformers.Trainer`.
+
+    make bench-columns      (or: python -m benchmarks.columns; --large: also 1,000,000 rows)
 
 Classifiers: V = 5, rows of 20 tokens, batches of 32, a student of 4.4M parameters (BERT, 2 layers
 of width 128). Language models: `sampled` rows of 1,024 tokens. What is compared takes turns in one
@@ -33,7 +35,7 @@ SIZES = (10_000, 100_000)
 LARGE = 1_000_000
 
 
-# ---------------------------------------------------------------------------------------------------------- caches
+# ------------------------------------------------------------------------------------------- caches
 
 
 def labelled_rows(count: int) -> Iterator[Any]:
@@ -80,7 +82,7 @@ def classes_cache(folder: Path, count: int) -> Any:
         return write(path, count)
 
 
-# ------------------------------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -106,7 +108,10 @@ def measure_write(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def measure_read(folder: Path, repeats: int) -> dict[str, float]:
-    """Rows a second (of language models: positions) that one thread decodes, collates, and reads with PyArrow alone."""
+    """Rows a second (of language models.
+
+    Positions) that one thread decodes, collates, and reads with PyArrow alone.
+    """
     classes = classes_cache(folder, SIZES[-1])
     tokens = make_lm_cache(folder, "sampled", LM_CLASSES, LM_ROWS)
     positions = sum(shard.positions for shard in tokens.manifest.shards)
@@ -134,7 +139,10 @@ def read_alone(cache: Any) -> None:
 
 
 def batches(cache: Any, size: int) -> tuple[float, float]:
-    """Seconds of one epoch in the order of training: of decoding (with the order itself), and of collating."""
+    """Seconds of one epoch in the order of training.
+
+    Of decoding (with the order itself), and of collating.
+    """
     from pipeline.softlabels import default_temperature
     from pipeline.tasks import get_task
     from pipeline.training.batches.collate import Collator, TrainingRows
@@ -156,7 +164,10 @@ def batches(cache: Any, size: int) -> tuple[float, float]:
 
 
 def measure_first(folder: Path, repeats: int, sizes: tuple[int, ...]) -> dict[str, float]:
-    """Seconds by the clock from opening the cache to the end of the first step: beside it a thread decodes what comes next."""
+    """Seconds by the clock from opening the cache to the end of the first step.
+
+    Beside it a thread decodes what comes next.
+    """
     import pipeline as softlabel
 
     paths = {f"first step of {size:,} rows": classes_cache(folder, size).root for size in sizes}
@@ -207,7 +218,10 @@ def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
 
 
 def measure_step(folder: Path, repeats: int) -> dict[str, float]:
-    """Seconds of a step: the two trainers run in threads of their own that take turns of 20 steps."""
+    """Seconds of a step.
+
+    The two trainers run in threads of their own that take turns of 20 steps.
+    """
     from transformers import TrainerCallback
 
     cache, ways, turn, warm = classes_cache(folder, SIZES[0]), ("plain", "cache"), 20, 5
@@ -246,7 +260,7 @@ def measure_step(folder: Path, repeats: int) -> dict[str, float]:
     return {**{way: statistics.median(values) for way, values in found.items()}, "ratio": statistics.median(ratios)}
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
 
 
 @dataclasses.dataclass(frozen=True)

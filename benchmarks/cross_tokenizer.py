@@ -1,4 +1,6 @@
-"""Students with another tokenizer than their teacher's: what the soft labels add, and what a small vocabulary is worth.
+"""Students with another tokenizer than their teacher's.
+
+What the soft labels add, and what a small vocabulary is worth.
 
     make bench-cross-tokenizer      (or: python -m benchmarks.cross_tokenizer)
 
@@ -125,7 +127,7 @@ def make_student(teacher: Path, output: Path, tokenizer: Any, width: int, seed: 
 
 
 def width_of(vocabulary: int, parameters: int) -> int:
-    """The width, in steps of 8, at which a student with such a vocabulary comes nearest to so many parameters."""
+    """The width, a multiple of 8, whose student of this vocabulary has about so many parameters."""
     layers = SHAPE[0]
 
     def count(width: int) -> int:
@@ -170,7 +172,10 @@ class Runs:
 
 
 def short_teacher(folder: Path, teacher: Path, data: Path, source: Path) -> Path:
-    """A model of 1,024 tokens, trained on the text alone: the cache of its own start is only the way to the rows."""
+    """A model of 1,024 tokens, trained on the text alone.
+
+    The cache of its own start is only the way to the rows.
+    """
     from pipeline.config import TrainStudentConfig
     from pipeline.training.run import run
 

@@ -13,7 +13,7 @@ Studies:
 
     teacher     learning rate and epochs of the fine-tuning
     rate        learning rate of each student, one loss
-    loss        divergence, temperature and weights, at the learning rate that `rate` found best on average
+    loss        divergence, temperature and weights, at the best learning rate of `rate`
     steps       how long to train
     batch       rows a step
     defaults    what `train-student` chooses, and what it chose before, beside the best of `rate`
@@ -122,7 +122,7 @@ def trials(study: str, found: Sequence[Mapping[str, Any]], data: Sequence[str]) 
 
 
 def best_rate(found: Sequence[Mapping[str, Any]], student: str) -> float | None:
-    """The learning rate with the highest mean accuracy that the study `rate` found for this student, of those tried on the most data sets."""
+    """The best learning rate of the study `rate`, of those tried on the most data sets."""
     scores: dict[float, list[float]] = {}
     for line in found:
         if line["study"] == "rate" and line["student"] == student:
@@ -219,7 +219,10 @@ def make_teacher(name: str, output: Path, rate: float, epochs: float) -> dict[st
 
 
 def cache_of(name: str, folder: Path) -> Path:
-    """The cache of a data set, made where it is not there: of a teacher fine-tuned for 10 epochs at 1e-4."""
+    """The cache of a data set, made where it is not there.
+
+    Of a teacher fine-tuned for 10 epochs at 1e-4.
+    """
     cache, teacher = folder / name / "cache", folder / name / "teacher"
     if not (teacher / "metrics.json").is_file():
         make_teacher(name, teacher, 1e-4, 10)
@@ -263,7 +266,7 @@ def key_of(line: Mapping[str, Any]) -> str:
 
 
 def tables(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Accuracy on the validation split at its end and at its best, a line a setting, a column a data set."""
+    """Validation accuracy at the end and at its best; a line per setting, a column per data set."""
     settings: dict[tuple[str, str, str], dict[str, list[Mapping[str, Any]]]] = {}
     for line in found:
         names = ("learning_rate", "steps", "epochs", "batch_size", "loss")

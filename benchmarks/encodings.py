@@ -1,4 +1,4 @@
-"""Bytes against noise and bias, for each way to keep a language model's soft labels, and what students learn from them.
+"""Bytes, noise and bias of each encoding of soft labels, and what students learn from it.
 
     make bench-encodings            (or: python -m benchmarks.encodings)
 
@@ -68,7 +68,7 @@ LAYERS = (0, 1, 2, 27, 28, 29)
 LENGTH = 256
 ARTICLES = {"train": 32, "test": 6}
 
-# ---------------------------------------------------------------------------------------------------------- the curve
+# ---------------------------------------------------------------------------------------- the curve
 
 
 def measure_curve(folder: Path, positions: int) -> list[dict[str, Any]]:
@@ -126,7 +126,10 @@ def drawn(q: Tensor, count: int, generator: torch.Generator) -> Target:
 
 
 def soft_bytes(rows: list[SoftLabels], encoding: Encoding, num_classes: int) -> tuple[int, float]:
-    """Of the soft labels' columns alone: bytes in Parquet, and the order-0 entropy of their values in bytes."""
+    """Of the soft labels' columns alone.
+
+    Bytes in Parquet, and the order-0 entropy of their values in bytes.
+    """
     schema = pa.schema(list(soft_columns(encoding, num_classes).items()))
     nothing = TokenizedExample(0, 0, np.zeros(0, dtype=np.int32))
     table = pack(block_of([CachedExample(nothing, soft, 0.0, 0.0, 0) for soft in rows], schema), schema)
@@ -232,7 +235,7 @@ def _cut(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
     return rows(soft, start, min(stop, len(soft)))
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 #: way -> (cache, loss)
 WAYS: dict[str, tuple[str, softlabel.Loss]] = {
@@ -252,7 +255,7 @@ ENCODINGS: dict[str, Encoding] = {
 
 
 def make_data(folder: Path) -> Path:
-    """The first articles of the demo's, so that the whole distribution of each position fits a disk."""
+    """The first articles of the demo: few enough to store every distribution whole."""
     data = folder / "data"
     data.mkdir(exist_ok=True)
     for split, count in ARTICLES.items():
@@ -310,7 +313,7 @@ def make_cache(folder: Path, name: str) -> Any:
 
 
 class PairedTrainer(softlabel.DistillationTrainer):
-    """One epoch in an order of the seed alone, the same for every cache, so that ways are compared on the same steps."""
+    """One epoch in an order of the seed alone: every cache is trained on the same steps."""
 
     def get_train_dataloader(self) -> Any:
         """Batches of a permutation."""

@@ -1,4 +1,4 @@
-"""What becomes of a cache when processes are killed, bits flip, files are cut short and captures race.
+"""Caches under killed processes, flipped bits, cut files and racing captures.
 
     make test-faults            (or: python -m benchmarks.faults)
 
@@ -49,7 +49,7 @@ class Line:
         return self.target is not None and self.good < self.target
 
 
-# ------------------------------------------------------------------------------------------------------ the captures
+# ------------------------------------------------------------------------------------- the captures
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def end_of(child: int) -> int:
 
 
 def shared_files(root: Path) -> dict[str, bytes]:
-    """Every file of a cache that has a final name, but the receipts, which say when and how fast."""
+    """Every file with a final name, except receipts, which hold times."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
@@ -153,7 +153,7 @@ def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-# ------------------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 
 
 def count_points(bench: Bench) -> Counter[str]:
@@ -203,7 +203,7 @@ def kills(bench: Bench, number: int, seed: int = 0) -> Iterator[Line]:
 
 
 def dying(point: str, left: int) -> Callable[[str], None]:
-    """A hook that ends the process, with no time to tidy up, the `left`-th time that it comes by a point."""
+    """A hook that kills the process the `left`-th time that it reaches a point."""
     seen: Counter[str] = Counter()
 
     def hook(name: str) -> None:
@@ -215,7 +215,7 @@ def dying(point: str, left: int) -> Callable[[str], None]:
 
 
 def nothing_torn(root: Path, expected: dict[str, bytes]) -> bool:
-    """Whether every file that a reader would see is whole, and a manifest is there only with all of them."""
+    """Whether every visible file is complete, and a manifest exists only with all of them."""
     from pipeline.cache.format.manifest import Plan, parse
     from pipeline.records import Receipt
 
@@ -229,7 +229,7 @@ def nothing_torn(root: Path, expected: dict[str, bytes]) -> bool:
     return not (root / "manifest.json").exists() or shared_files(root) == expected
 
 
-# ------------------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def damage(bench: Bench, flips: int, cuts: int, manifest_faults: int, seed: int = 1) -> Iterator[Line]:
@@ -309,7 +309,10 @@ def names(root: Path, path: Path) -> bool:
 
 
 def training_reads(root: Path, path: Path, expected: Any) -> str:
-    """What `outcome` says, of our own reader: the footer's hash, page checksums, counts and ranges."""
+    """What `outcome` says, of our own reader.
+
+    The footer's hash, page checksums, counts and ranges.
+    """
     import pyarrow as pa
 
     from pipeline.cache.format.contents import check_contents
@@ -330,7 +333,10 @@ def training_reads(root: Path, path: Path, expected: Any) -> str:
 
 
 def outcome(path: Path, expected: Any, **settings: Any) -> str:
-    """What reading a damaged file comes to: an error (`found`), the `same` values, or `other` ones without a word."""
+    """What reading a damaged file comes to.
+
+    An error (`found`), the `same` values, or `other` ones without a word.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -344,7 +350,7 @@ def outcome(path: Path, expected: Any, **settings: Any) -> str:
     return "same" if same else "other"
 
 
-# ------------------------------------------------------------------------------------------------------------- races
+# -------------------------------------------------------------------------------------------- races
 
 
 def races(bench: Bench, number: int, seed: int = 2) -> Iterator[Line]:
@@ -391,7 +397,7 @@ def _race(bench: Bench, number: int, seeds: tuple[int, int], rng: random.Random)
     return codes, files
 
 
-# ------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def run(*, small: bool) -> list[Line]:

@@ -1,4 +1,6 @@
-"""The first hour of a new user: the README's commands, word for word, on four data sets with column names of their own.
+"""The first hour of a new user.
+
+The README's commands, word for word, on four data sets with column names of their own.
 
     make first-hour                (or: python -m benchmarks.first_hour)
 

@@ -1,4 +1,6 @@
-"""The demo's answer, over several seeds: `softlabel report` with everything measured, and its picture for docs/benchmarks.md.
+"""The demo's answer, over several seeds.
+
+`softlabel report` with everything measured, and its picture for docs/benchmarks.md.
 
     make report           (or: python -m benchmarks.report --seeds 3)
 

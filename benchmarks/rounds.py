@@ -42,7 +42,7 @@ QUIET = {"warmup_steps": 0.1, "save_strategy": "no"}
 TOP_K = {"encoding": "top-k", "top_k": 50, "temperature": [1]}
 IDS = {"input_ids_column": "input_ids", "labels_column": "labels", "max_length": PREFIX + NEW}
 
-# ----------------------------------------------------------------------------------------------------------- the data
+# ----------------------------------------------------------------------------------------- the data
 
 
 def windows(path: Path, tokenizer: Any) -> Iterator[dict[str, Any]]:
@@ -79,7 +79,7 @@ def make_data(folder: Path, teacher: Path, articles: Path, seeds: int) -> None:
     write_rows(folder / "data" / "held-out" / "test.jsonl", held_out)
 
 
-# ----------------------------------------------------------------------------------------------------------- the runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def run_file(path: Path, content: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ def run_file(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def start(folder: Path, teacher: Path) -> dict[str, float]:
-    """The student that every way starts from, and the labelled articles that all are measured on."""
+    """The initial student of every variant, and the labelled articles for evaluation."""
     run_file(
         folder / "start.yaml",
         {
@@ -221,7 +221,7 @@ def measure(folder: Path, teacher: Path, student: Path, here: Path, *, seed: int
     }
 
 
-# ------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 SHOWN = {"teacher_nll": "teacher's NLL", "reverse_kl": "reverse KL", "forward_kl": "forward KL"}
 #: Quantiles of Student's t at 97.5%, by degrees of freedom.
@@ -259,7 +259,9 @@ def table(parts: Mapping[str, Mapping[str, float]], seeds: int) -> Iterator[str]
 
 
 def paired(folder: Path, parts: Mapping[str, Any], seeds: int) -> Iterator[str]:
-    """Lines of Markdown: differences from the first way prompt by prompt, over the prompts of all seeds that both have.
+    """Lines of Markdown.
+
+    Differences from the first way prompt by prompt, over the prompts of all seeds that both have.
 
     A prompt counts with the mean over its tokens; intervals are 1.96 standard errors.
     """
@@ -277,7 +279,7 @@ def paired(folder: Path, parts: Mapping[str, Any], seeds: int) -> Iterator[str]:
 
 
 def by_prompt(here: Path) -> np.ndarray:
-    """(prompts, 2): the teacher's NLL and log p(student) - log p(teacher), means over the tokens after each prompt."""
+    """(prompts, 2): means per prompt of the teacher's NLL and of log p(student) - log p(teacher)."""
     import pyarrow.parquet as pq
 
     import pipeline as softlabel

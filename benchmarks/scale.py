@@ -1,4 +1,6 @@
-"""What grows with a cache, and how: time and memory of each step against the number of rows, and of shards.
+"""What grows with a cache, and how.
+
+Time and memory of each step against the number of rows, and of shards.
 
     make bench-scale              (or: python -m benchmarks.scale)
 
@@ -47,7 +49,7 @@ WORDS, VOCABULARY, CLASSES, MORE, BATCH = 12, 1_000, 5, 1_000, 32
 _LEAST_SECONDS, _LEAST_MB = 0.3, 20.0
 
 
-# ---------------------------------------------------------------------------------------------------------- caches
+# ------------------------------------------------------------------------------------------- caches
 
 
 def data_of(folder: Path, rows: int, start: int = 0) -> Path:
@@ -119,7 +121,7 @@ def small_cache(folder: Path) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------- steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 def open_cache(path: Path) -> None:
@@ -266,7 +268,10 @@ STEPS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
 
 
 def measure(step: str, path: Path) -> dict[str, float]:
-    """One step in this process: once on the smallest cache, for all that is imported and set up, then on this one."""
+    """One step in this process.
+
+    Once on the smallest cache, for all that is imported and set up, then on this one.
+    """
     from pipeline.models.quiet import quiet_libraries
 
     quiet_libraries()
@@ -279,7 +284,7 @@ def measure(step: str, path: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "mb": max(0, peak_memory() - base) / 1e6}
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
 
 
 def in_process(step: str, path: Path) -> dict[str, float]:
@@ -293,7 +298,10 @@ def in_process(step: str, path: Path) -> dict[str, float]:
 
 
 def of_linear(sizes: list[int], values: list[float], least: float) -> Iterator[float | None]:
-    """Growth from each size to the next over that of the size; None where there is too little to tell."""
+    """Growth from each size to the next over that of the size.
+
+    None where there is too little to tell.
+    """
     for i in range(1, len(sizes)):
         told = values[i] >= least
         yield values[i] / max(values[i - 1], least) / (sizes[i] / sizes[i - 1]) if told else None

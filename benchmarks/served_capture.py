@@ -81,7 +81,10 @@ def serve(listener: socket.socket, latency: float, length: int) -> None:
 
 
 def _entries(draw: random.Random) -> str:
-    """The top of one position; its ids are from the half of the vocabulary that prompts do not use."""
+    """The top of one position.
+
+    Its ids are from the half of the vocabulary that prompts do not use.
+    """
     ids = draw.sample(range(VOCABULARY // 2, VOCABULARY), TOP_K)
     weights = sorted((draw.random() ** 4 for _ in ids), reverse=True)
     total = sum(weights) / 0.95

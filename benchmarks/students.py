@@ -92,7 +92,10 @@ def trained_students(file: ConfigFile, output: str, seed: int) -> dict[str, str]
 def print_summary(
     teacher: float, accuracy: dict[str, list[float]], loss: dict[str, list[float]], retention: list[float]
 ) -> None:
-    """Means over the seeds, and the gains over each control: points of accuracy, nats of test loss."""
+    """Means over the seeds, and the gains over each control.
+
+    Points of accuracy, nats of test loss.
+    """
     click.echo(f"\nteacher {teacher:.1%}; on the test split, mean over {len(retention)} seeds:")
     for name in accuracy:
         click.echo(f"  {name:<24} accuracy {np.mean(accuracy[name]):.1%}  loss {np.mean(loss[name]):.3f}")

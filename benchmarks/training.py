@@ -7,7 +7,7 @@ one comparison take turns, and the median over all their steps counts. Students 
 the caches random logits that are about as peaked as a real teacher's: neither changes what a step
 costs. The teacher in the loop has the shape of SmolLM2-135M.
 
-    plain      transformers.Trainer, cross-entropy with the next token: dense logits over all positions
+    plain      transformers.Trainer, cross-entropy with the next token, dense logits
     fused-ce   this project's fused cross-entropy, soft weight 0
     sampled    distillation from a `sampled` cache (c = 25), hard and soft loss
     top-k      distillation from a `top-k` cache (k = 50, ghost), hard and soft loss
@@ -36,7 +36,7 @@ STUDENTS = {"16M": (4, 256, 4), "52M": (9, 512, 8)}
 TEACHER = (30, 576, 9)
 
 
-# ------------------------------------------------------------------------------------------------ one measurement
+# ---------------------------------------------------------------------------------- one measurement
 
 
 def make_model(shape: tuple[int, int, int], classes: int) -> Any:
@@ -96,7 +96,7 @@ def make_tokenizer(classes: int) -> Any:
 
 
 def measure(way: str, student: str, classes: int, rows: int, steps: int, folder: Path) -> dict[str, float]:
-    """Seconds of each step but the first, and the peak memory of the steps above what the loaded model takes."""
+    """Seconds of each step but the first, and peak memory above the loaded model."""
     import torch
     from transformers import TrainerCallback
 
@@ -156,7 +156,10 @@ def make_trainer(way: str, model: Any, cache: Any, classes: int, rows: int, step
         teacher = make_model(TEACHER, classes).eval().to(args.device) if way == "online" else None
 
         class Dense(softlabel.DistillationTrainer):
-            """Both losses over dense logits; the teacher's distribution is scattered to (N, V), or made by the teacher."""
+            """Both losses over dense logits.
+
+            The teacher's distribution is scattered to (N, V), or made by the teacher.
+            """
 
             def compute_loss(
                 self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -221,7 +224,7 @@ def measure_reader(classes: int, rows: int, folder: Path) -> dict[str, float]:
     return {"positions_per_second": statistics.median(rates), "kept": kept}
 
 
-# ------------------------------------------------------------------------------------------------- the comparison
+# ----------------------------------------------------------------------------------- the comparison
 
 
 class Runs:
@@ -234,7 +237,7 @@ class Runs:
     def compare(
         self, title: str, ways: list[tuple[str, str, int, int]]
     ) -> dict[tuple[str, str, int, int], tuple[float, float]]:
-        """(way, student, V, rows) -> median seconds of a step and peak bytes, printed beside the first."""
+        """(way, student, V, rows) -> median seconds of a step and peak bytes; prints ratios."""
         found: dict[tuple[str, str, int, int], dict[str, list[float]]] = {
             way: {"seconds": [], "bytes": []} for way in ways
         }

@@ -16,7 +16,7 @@ import click
 @click.command()
 @click.option("--megabytes", default=200, help="Size of the cache.")
 def main(megabytes: int) -> None:
-    """Make a `sampled` cache of so many megabytes (V = 49,152, c = 25), copy its first shard until it is so large, and verify it."""
+    """Verify a `sampled` cache of so many megabytes (V = 49,152, c = 25), copies of one shard."""
     import dataclasses
     import shutil
 

@@ -19,7 +19,10 @@ from tests.support.budget import (  # noqa: F401 - hooks
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures, which import torch, in every process that runs tests: not in the one that deals them out."""
+    """Load the fixtures, which import torch, in every process that runs tests.
+
+    Not in the one that deals them out.
+    """
     config.option.loadscopereorder = False  # the order is that of `tests.support.budget`
     if not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.support.tiny")

@@ -178,7 +178,9 @@ def test_rooms_are_small():
 
 
 def test_no_task_is_named_outside_the_tasks():
-    """What differs between tasks stands behind the protocol: no other module knows a task, or its kind of adapter, by name.
+    """What differs between tasks stands behind the protocol.
+
+    No other module knows a task, or its kind of adapter, by name.
 
     The choices of `--task` are written out once more, since the command line is read without torch.
     """

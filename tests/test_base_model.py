@@ -1,4 +1,7 @@
-"""`--base-model` on the command line: adapters whose base is missing or null, and another base named."""
+"""`--base-model` on the command line.
+
+Adapters whose base is missing or null, and another base named.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def student(**flags: Any) -> TrainStudentConfig:
     return resolve(TrainStudentConfig, None, {}, STUDENT | flags)
 
 
-# ------------------------------------------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def test_a_file_is_split_into_its_shared_part_and_its_sections(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_what_is_not_a_text_file_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml")
 
 
-# ------------------------------------------------------------------------------------------------------- precedence
+# --------------------------------------------------------------------------------------- precedence
 
 
 def test_flag_before_section_before_shared_before_default(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_resolving_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert file == load(tmp_path, "data: {dataset: d}\ncache-logits: {data: {holdout: 0.2}}")
 
 
-# --------------------------------------------------------------------------------------------- values that cannot be
+# ---------------------------------------------------------------------------- values that cannot be
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_each_stage_says_what_it_misses(kind: type) -> None:
     assert re.findall(r"--[a-z-]+(?=,|;)", str(caught.value)) == [f"--{name.replace('_', '-')}" for name in required]
 
 
-# --------------------------------------------------------------------------------------------------- contradictions
+# ----------------------------------------------------------------------------------- contradictions
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_evaluation_refuses_contradictions(flags: dict[str, Any], named: str) ->
         resolve(EvaluateConfig, None, {}, {"cache": "c"} | flags)
 
 
-# -------------------------------------------------------------------------------------- what the configuration means
+# --------------------------------------------------------------------- what the configuration means
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_data_files_are_a_list_or_a_mapping(tmp_path: Path) -> None:
         assert found.data_files == ("train=a.csv", "train=b.csv", "test=c.csv")
 
 
-# ------------------------------------------------------------------------------------------------------- homes
+# -------------------------------------------------------------------------------------------- homes
 
 
 @pytest.fixture

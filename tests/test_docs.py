@@ -68,7 +68,10 @@ def test_make_targets_of_the_pages_are_there():
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """The `softlabel` commands of a page's code blocks and code spans, in words; those of one block as they are continued over lines."""
+    """The `softlabel` commands of a page's code blocks and code spans, in words.
+
+    Those of one block as they are continued over lines.
+    """
     blocks = [found[1] for found in re.finditer(r"^```(?:bash|console|shell)?\n(.*?)^```", page, re.S | re.M)]
     blocks += [found[0] for found in re.finditer(r"(?:^(?: {4}.*)?\n)+", page, re.M)]
     blocks += [span for span in re.findall(r"`([^`\n]+)`", page) if span.startswith("softlabel ")]

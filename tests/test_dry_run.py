@@ -1,4 +1,4 @@
-"""--dry-run: what would be read and written, after the checks of the command itself, and nothing is written."""
+"""--dry-run makes a command's checks, prints what it would read and write, and writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A new user's first hour: a CSV with column names of its own, the README's commands, and no setting of training.
+"""A new user's first hour.
+
+A CSV with column names of its own, the README's commands, and no setting of training.
 
 `make first-hour` does the same with real data and a real encoder.
 """
@@ -26,7 +28,7 @@ SECTION = README.partition("\n## Your own data\n")[2].partition("\n## ")[0]
 
 
 def commands() -> dict[str, list[str]]:
-    """What is printed -> the README's command, word for word but for the encoder, which is a tiny one on this machine, and a control."""
+    """Name -> the README's command, with a tiny encoder, and a control."""
     block = re.search(r"```bash\n(.*?)```", SECTION, re.S)
     lines = block[1].replace("\\\n", " ").strip().splitlines()
     assert [shlex.split(line)[1] for line in lines] == [

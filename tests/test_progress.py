@@ -1,4 +1,7 @@
-"""What a long step says of itself: a line now and then off a terminal, a bar on one, nothing under --quiet."""
+"""What a long step says of itself.
+
+A line now and then off a terminal, a bar on one, nothing under --quiet.
+"""
 
 from __future__ import annotations
 

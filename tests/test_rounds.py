@@ -1,4 +1,7 @@
-"""Rounds of on-policy distillation: which steps a file comes to, what they make, and what is said of them."""
+"""Rounds of on-policy distillation.
+
+Which steps a file comes to, what they make, and what is said of them.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from tests.support.generations import writing_model
 from tests.support.processes import python
 from tests.test_cli import call
 
-# --------------------------------------------------------------------------------------------- which steps there are
+# ---------------------------------------------------------------------------- which steps there are
 
 DEMO = Path(__file__).parents[1] / "data" / "bbc_lm" / "rounds.yaml"
 EACH = {
@@ -259,7 +262,7 @@ def test_a_section_that_reads_token_ids_drops_the_shared_input(tmp_path, shared)
     assert resolve(CacheLogitsConfig, file, {}, flag).data.columns.input_ids == "ids"
 
 
-# ------------------------------------------------------------------------------------------------ what the steps make
+# ------------------------------------------------------------------------------ what the steps make
 
 
 def write_project(lm_tokenizer):
@@ -383,7 +386,7 @@ with hooked(hook):
 
 
 def test_a_round_killed_when_its_weights_are_saved_is_trained_again(tmp_path, project):
-    """Without checkpoints there is nothing to go on from, and the weights of a run that has not ended are nobody's."""
+    """Without checkpoints a killed student is trained again."""
     project["rounds"] = 1
     load(tmp_path, **project)
     code = """

@@ -1,4 +1,7 @@
-"""How much is said: flags of the group and of every command, which workers and the libraries follow."""
+"""How much is said.
+
+Flags of the group and of every command, which workers and the libraries follow.
+"""
 
 from __future__ import annotations
 

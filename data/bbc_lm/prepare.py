@@ -56,7 +56,10 @@ def write_part(path: Path, articles: Sequence[Article], *, num_articles: int) ->
 
 
 def convert_teacher(output: Path) -> None:
-    """Unpack the GGUF file into a model folder with its tokenizer; one that is already there is left as it is."""
+    """Unpack the GGUF file into a model folder with its tokenizer.
+
+    One that is already there is left as it is.
+    """
     if output.exists():
         click.echo(f"{output}: already there")
         return

@@ -1,4 +1,6 @@
-"""Make the data and the untrained teacher of the demo of encoder-decoders: `python -m data.dates.prepare`.
+"""Make the data and the untrained teacher of the demo of encoder-decoders.
+
+`python -m data.dates.prepare`.
 
 A source is a date as people write it, with words around it; the target is the date as ISO 8601 has
 it. Where day and month are numbers, nobody can tell which comes first: in seven of ten such rows it

@@ -41,7 +41,7 @@ def write_split(folder: Path, images: np.ndarray, labels: np.ndarray, *, labelle
 
 
 def write_models(output: Path) -> None:
-    """A ResNet of 700,000 parameters for the teacher and one of 80,000 for students, both for images of 32 x 32 pixels."""
+    """ResNets of 700,000 parameters (teacher) and 80,000 (student) for 32 x 32 pixels."""
     from transformers import AutoConfig, AutoModelForImageClassification, set_seed
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 

@@ -1,4 +1,6 @@
-"""Sentences with people, places and organisations, made from patterns: what an entity is, the words around it tell.
+"""Sentences with people, places and organisations, made from patterns.
+
+What an entity is, the words around it tell.
 
 Thirty words are names of two or three kinds (Jordan, Lincoln, Amazon), and no list of names decides
 which. Half of the names of each kind stand in the test split alone.

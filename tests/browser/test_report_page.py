@@ -1,4 +1,8 @@
-"""The report in a real browser: nothing in the console, every figure drawn, texts of data sets as text, no page wider than the window."""
+"""The report in a real browser.
+
+Nothing in the console, every figure drawn, texts of data sets as text, no page wider than the
+window.
+"""
 
 from __future__ import annotations
 

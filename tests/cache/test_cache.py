@@ -1,4 +1,7 @@
-"""A cache on disk: read back, verified, refused when it is not what its manifest says, read by other tools."""
+"""A cache on disk.
+
+Read back, verified, refused when it is not what its manifest says, read by other tools.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,10 @@ def test_datasets_reads_the_directory_as_it_is(tmp_path, lm_tokenizer, encoding,
 
 
 def test_duckdb_decodes_a_sampled_cache_with_the_cards_rule(cache):
-    """Weights are whole numbers of 1/20, and 1/6 for each of the tail: their sum over the cache, in SQL alone."""
+    """Weights are whole numbers of 1/20, and 1/6 for each of the tail.
+
+    Their sum over the cache, in SQL alone.
+    """
     sql = f"select sum(list_sum(top_weights)) / 20.0 + sum(len(tail_gaps)) / 6.0 from '{cache.root}/data/*.parquet'"
     found = duckdb.sql(sql).fetchall()[0][0]
     expected = sum(float(target(row.soft, 1.0).weights.double().sum()) for row in cache.dataset("train"))
@@ -144,7 +150,10 @@ def test_repair_without_a_plan_keeps_everything(cache):
 
 
 def test_every_bit_flip_is_found_and_names_its_file(cache):
-    """60 flips all over a shard: by the hash, and when rows are read, by the page checksum or by the reader."""
+    """60 flips all over a shard.
+
+    By the hash, and when rows are read, by the page checksum or by the reader.
+    """
     path = Layout(cache.root).shard("train-00001")
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -267,7 +276,7 @@ def test_of_two_writers_one_creates(tmp_path):
 
 
 def test_orphans_of_dead_processes_are_swept(tmp_path):
-    """Of another machine on a shared disk nobody knows whether a process lives, so its files stay for a week."""
+    """Files of another machine's process stay for a week: it may still run."""
     _, ours, name = temporary_path(tmp_path / "x").name.removeprefix(".tmp-").split("-")
     assert name == "x"
     living = {f".tmp-1-{ours}-train-00001.parquet", ".tmp-999999999-00000000-train-00002.parquet"}

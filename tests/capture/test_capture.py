@@ -140,7 +140,10 @@ def test_isolated_documents_have_the_logits_that_they_have_alone(tmp_path, lm_to
 def test_sampled_is_the_default_for_language_models_and_the_same_however_batches_fall(
     tmp_path, lm_tokenizer, documents
 ):
-    """In float32 another batch shape may move a probability in its last bits: nearly every position keeps the same classes."""
+    """In float32 another batch shape may move a probability in its last bits.
+
+    Nearly every position keeps the same classes.
+    """
     model = tiny_model("llama", len(lm_tokenizer), spread=4.0)
     settings = {"task": "causal-lm", "tokenizer": lm_tokenizer, "max_length": 48}
     one = softlabel.cache_logits(
@@ -426,7 +429,10 @@ def test_entropy_of_each_position_on_request(tmp_path, lm_tokenizer, documents):
 
 
 def test_one_row_in_the_first_shard_is_enough(tmp_path, bert_tokenizer, topics):
-    """Of one measured position the bias is not known: the receipt is written and read all the same."""
+    """Of one measured position the bias is not known.
+
+    The receipt is written and read all the same.
+    """
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
     model.config.id2label = {0: "business", 1: "sport", 2: "film"}
     cache = softlabel.cache_logits(

@@ -1,4 +1,7 @@
-"""Chats with a stock template, from the data set to the cache: contract, counts, messages, students."""
+"""Chats with a stock template, from the data set to the cache.
+
+Contract, counts, messages, students.
+"""
 
 from __future__ import annotations
 

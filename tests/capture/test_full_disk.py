@@ -1,4 +1,7 @@
-"""A disk that fills: one clear line, what is finished stays whole, and the capture goes on when there is space."""
+"""A disk that fills.
+
+One clear line, what is finished stays whole, and the capture goes on when there is space.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_shard(tmp_path, setti
 
 
 def test_the_estimate_is_about_right_and_then_from_what_is_there(tmp_path, settings, monkeypatch):
-    """Within a factor of 2 of what Parquet takes, footers aside, which do not grow with the rows."""
+    """Within a factor of 2 of the Parquet files without their footers."""
     from pipeline.capture.engines import in_process
 
     found = []

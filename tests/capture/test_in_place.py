@@ -1,4 +1,7 @@
-"""Captures of Parquet that is read in place: planned from footers, each row group fetched once, the same rows as from other files."""
+"""Captures of Parquet that is read in place.
+
+Planned from footers, each row group fetched once, the same rows as from other files.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ from tests.support.ranges import served  # noqa: F401 - a fixture
 
 @pytest.fixture
 def as_parquet(config, documents, tmp_path):
-    """The documents of `config` as Parquet, in row groups of 4: where they lie, and the settings of their capture."""
+    """The documents of `config` as Parquet, in row groups of 4.
+
+    Where they lie, and the settings of their capture.
+    """
     folder = tmp_path / "parquet"
     folder.mkdir()
     for split, rows in documents.items():
@@ -106,7 +112,7 @@ def test_a_part_of_the_rows_and_new_files_at_the_end(as_parquet):
 
 
 def test_a_cache_that_was_begun_before_goes_on_as_it_began(as_parquet, monkeypatch, tmp_path):
-    """Earlier versions took the fingerprint of Parquet over its rows, and cut it as any other source."""
+    """Earlier versions fingerprinted the rows of Parquet, and ignored row groups."""
     _, make = as_parquet
     with monkeypatch.context() as patch:
         patch.setattr(job, "survey", lambda source, ranges, by_contents: survey(source, ranges, by_contents=True))

@@ -1,4 +1,4 @@
-"""`--store-label-logprobs`: the teacher's log-probability of the token that follows, at each supervised position."""
+"""`--store-label-logprobs`: the teacher's log-probability of each following token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FEW = "0:14"
 
 
 def expected_of(model, tokenizer, row) -> torch.Tensor:
-    """(N,): log_softmax of the model's plain logits, at the token after each supervised position."""
+    """(N,): log_softmax of the model's logits at the token after each position."""
     following = torch.from_numpy(row.example.input_ids[np.flatnonzero(row.example.supervised) + 1].astype(np.int64))
     return torch.log_softmax(own_logits(model, tokenizer, row).double(), -1).gather(-1, following[:, None])[:, 0]
 

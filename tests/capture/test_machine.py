@@ -79,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
             and not ((self.root / name).exists() and (self.root / name).read_bytes() == data)
         }
 
-    # --------------------------------------------------------------------------------------------------- what is done
+    # --------------------------------------------------------------------------------- what is done
 
     @rule()
     def capture(self) -> None:
@@ -111,7 +111,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def capture_with_other_settings(self) -> None:
-        """Refused where a capture has begun; elsewhere it would begin one, which is not tried here."""
+        """Refused where a capture has begun.
+
+        Elsewhere it would begin one, which is not tried here.
+        """
         if self.begun:
             before = shared_files(self.root)
             with pytest.raises(ContractError, match=r"holds another capture: contract\.seed"):
@@ -149,7 +152,7 @@ class CacheMachine(RuleBasedStateMachine):
         there = {path.stem for path in self.layout.data.glob("[!.]*.parquet")}
         assert there == {"train-00000", "train-00001", "train-00002"} - damaged
 
-    # ----------------------------------------------------------------------------------------------------- what is seen
+    # --------------------------------------------------------------------------------- what is seen
 
     @rule(quick=st.booleans())
     def verify(self, quick: bool) -> None:

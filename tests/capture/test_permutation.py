@@ -1,4 +1,7 @@
-"""The order of the data's classes against the teacher's: refused where another fits far better, and never by chance."""
+"""The order of the data's classes against the teacher's.
+
+Refused where another fits far better, and never by chance.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from pipeline.errors import ContractError, SourceError
 from pipeline.records import Columns
 from tests.support.classifier import even, swapped
 
-# ---------------------------------------------------------------------------------------------- the test as statistics
+# --------------------------------------------------------------------------- the test as statistics
 
 
 def pilot(truth: np.ndarray, predicted: np.ndarray, classes: int, size: int = 512) -> dict[int, int]:
@@ -97,7 +100,7 @@ def test_a_rare_class_is_looked_at_as_often_as_others():
     assert [row.number for row in _sample(rows, 4)] == [0, 1, 2, 100]
 
 
-# ------------------------------------------------------------------------------------------------------- at a capture
+# ------------------------------------------------------------------------------------- at a capture
 
 
 @pytest.fixture(scope="module")

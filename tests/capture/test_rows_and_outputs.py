@@ -1,4 +1,7 @@
-"""Where a capture begins, ends and goes: parts of a source, appended rows, outputs behind URLs, the batch."""
+"""Where a capture begins, ends and goes.
+
+Parts of a source, appended rows, outputs behind URLs, the batch.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.processes import forked  # noqa: F401 - a fixture
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
-# ---------------------------------------------------------------------------------------------- parts of a source
+# -------------------------------------------------------------------------------- parts of a source
 
 
 def test_rows_are_a_part_of_the_source_and_their_numbers_are_the_sources(config):
@@ -127,7 +130,7 @@ def test_a_source_in_memory_is_appended_too(tmp_path, lm_tokenizer):
     assert [row.example.source_row for row in cache.dataset("train")] == [0, 1, 2]
 
 
-# -------------------------------------------------------------------------------------------------- behind a URL
+# ------------------------------------------------------------------------------------- behind a URL
 
 
 def test_a_cache_is_made_on_s3_by_two_parts(config, bucket, tmp_path, caplog):
@@ -182,7 +185,7 @@ def test_a_url_that_cannot_be_reached_is_one_line_without_its_password(config, b
         assert text not in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------- the pass
+# ----------------------------------------------------------------------------------------- the pass
 
 
 def test_the_batch_is_found_once_and_kept(config, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every flag of cache-logits either stands in the contract, and another value of it is refused on resume, or has a reason not to."""
+"""Each flag of cache-logits is in the contract and refused on resume, or has a reason not to."""
 
 from __future__ import annotations
 

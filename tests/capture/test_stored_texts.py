@@ -1,4 +1,4 @@
-"""`--store-text` of language models, from the data set to the cache and to the caches that are made of it."""
+"""`--store-text` of language models, through captures and transforms."""
 
 from __future__ import annotations
 

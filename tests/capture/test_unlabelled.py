@@ -1,4 +1,7 @@
-"""Rows without labels behind the labelled ones: what is read, what stands in the contract, and what is refused."""
+"""Rows without labels behind the labelled ones.
+
+What is read, what stands in the contract, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +154,7 @@ def test_there_is_a_split_to_add_to(folder):
 
 
 def test_rows_are_as_long_as_the_teacher_was_trained_on(folder, caplog):
-    """What the teacher's directory states holds, unless a flag or a cache of an earlier version says otherwise."""
+    """The teacher's stated length holds, unless a flag or an older cache overrides it."""
 
     def length(output: str, **data) -> int:
         settings = CacheLogitsConfig(

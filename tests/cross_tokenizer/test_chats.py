@@ -47,7 +47,10 @@ def student_row(pair: tuple[str, str], row: TokenizedExample, max_length: int = 
 
 
 def learnt(name: str, ids: np.ndarray, supervised: np.ndarray) -> list[tuple[int, str]]:
-    """Of each supervised position: which turn from the last one it is in, and the text of the turn from its token on."""
+    """Of each supervised position.
+
+    Which turn from the last one it is in, and the text of the turn from its token on.
+    """
     tokenizer = tokenizer_of(name)
     places = np.flatnonzero(supervised) + 1
     turns = np.cumsum(np.diff(places, prepend=places[:1] - 2) > 1)

@@ -1,4 +1,4 @@
-"""Kept rows: damaged files, directories that cannot be written, worker processes, tokens that a model does not have."""
+"""Stored alignments: damaged files, read-only directories, workers, unknown tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What goes with a student of the teacher's tokenizer goes with one of another: resuming, mixtures, weights of positions, adapters, URLs."""
+"""What goes with a student of the teacher's tokenizer goes with one of another.
+
+Resuming, mixtures, weights of positions, adapters, URLs.
+"""
 
 from __future__ import annotations
 

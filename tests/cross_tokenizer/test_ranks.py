@@ -24,7 +24,10 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path, config):
-    """Each makes a part of the aligned rows, and reads what the other has made; unequal numbers of positions are aligned on them."""
+    """Each makes a part of the aligned rows, and reads what the other has made.
+
+    Unequal numbers of positions are aligned on them.
+    """
     capture(config("cache"))
     path = student(tmp_path, byte_level(290))
     script = tmp_path / "train.py"

@@ -1,4 +1,4 @@
-"""Alignment over random texts and pairs of all families of tokenizers, against the tokenizers' own offsets."""
+"""Alignment of random texts by all pairs of tokenizers, against their own offsets."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def cached(row: TokenizedExample, text: str | None = None) -> CachedTokens:
 
 
 def begins(family: str, row: Any, text: str) -> list[int]:
-    """Of each supervised position the byte at which the token that it predicts begins, by the tokenizer's own offsets."""
+    """The byte at which each predicted token begins, by the tokenizer's offsets."""
     encoded = FAMILIES[family](text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     vocabulary = BYTES[family].vocabulary
@@ -113,7 +113,10 @@ def test_aligned_positions_predict_text_from_the_same_byte_on(pair: tuple[str, s
 
 
 def _first_bytes(family: str, row: StudentRow, text: str) -> int:
-    """Bytes of the text that nothing predicts: those of the first token where no BOS stands before it."""
+    """Bytes of the text that nothing predicts.
+
+    Those of the first token where no BOS stands before it.
+    """
     vocabulary = BYTES[family].vocabulary
     if vocabulary.prefix:
         return 0
@@ -242,7 +245,7 @@ def test_a_special_token_without_a_counterpart_is_left_out_and_counted() -> None
 
 @pytest.mark.parametrize("student", ["llama2", "mistral", "prefix-space"])
 def test_spans_stay_within_their_text(student: str) -> None:
-    """After a special token, texts whose first word has a beginning of its own, or that spell a special token."""
+    """Texts after a special token: special first words, and spelt special tokens."""
     teacher: Any = FAMILIES["gpt2"]
     texts = ["the cat", "é sat", "a </s> b"]
     ids: list[int] = []

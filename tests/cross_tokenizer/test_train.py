@@ -214,7 +214,10 @@ def test_copied_layers_keep_rows_of_equal_tokens_and_average_the_others(tmp_path
 @pytest.mark.parametrize("teacher", sorted(FAMILIES))
 @pytest.mark.parametrize("student", ["gpt2", "llama2", "bert"])
 def test_parts_of_a_token_spell_its_bytes(teacher, student):
-    """Of every pair of families: what a row is the mean of spells the token, but for bytes that the teacher has no token of."""
+    """Of every pair of families.
+
+    What a row is the mean of spells the token, but for bytes that the teacher has no token of.
+    """
     theirs, ours = TokenBytes.of(FAMILIES[teacher]), TokenBytes.of(FAMILIES[student])
     found = new_vocabulary(FAMILIES[teacher], FAMILIES[student], with_rows=True)
     sources = found.sources

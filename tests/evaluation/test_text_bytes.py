@@ -1,4 +1,4 @@
-"""A cache whose text_bytes are not those of its tokens is named before its bits per byte are read."""
+"""A cache with wrong text_bytes is named before its bits per byte are used."""
 
 from __future__ import annotations
 

@@ -6,7 +6,10 @@ from tests.support.processes import ROOT, python
 
 
 def test_kills_flips_cuts_and_races(tmp_path):
-    """One kill at each named point, 40 flips, 10 cuts, 3 + 3 races: the table names what was missed."""
+    """One kill at each named point, 40 flips, 10 cuts, 3 + 3 races.
+
+    The table names what was missed.
+    """
     done = python("-m", "benchmarks.faults", "--small", env={"TMPDIR": str(tmp_path)}, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "MISSED" not in done.stdout

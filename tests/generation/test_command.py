@@ -1,4 +1,7 @@
-"""`softlabel generate` from the shell: what it prints, a dry run, a YAML file, mistakes in one line."""
+"""`softlabel generate` from the shell.
+
+What it prints, a dry run, a YAML file, mistakes in one line.
+"""
 
 from __future__ import annotations
 

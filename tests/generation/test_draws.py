@@ -58,7 +58,9 @@ def expected(settings):
 )
 @pytest.mark.parametrize("top", [64, 4])
 def test_tokens_are_drawn_with_their_probabilities(settings, top, monkeypatch):
-    """Chi-square over 20,000 draws: 4,000 rows of 5 steps; nothing that a filter leaves out is drawn.
+    """Chi-square over 20,000 draws.
+
+    4,000 rows of 5 steps; nothing that a filter leaves out is drawn.
 
     With all tokens among the most likely ones, and with 4 of 13.
     """

@@ -1,4 +1,7 @@
-"""Empty, cut, repeated and duplicate completions: found, counted, and dropped by a rule that depends on no worker."""
+"""Empty, cut, repeated and duplicate completions.
+
+Found, counted, and dropped by a rule that depends on no worker.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,10 @@ def test_no_completion_left_is_a_line(config):
 
 
 def test_an_equal_completion_that_is_dropped_itself_makes_no_duplicate():
-    """The text of a cut example is that of a whole one: the whole one stays, and one more like it does not."""
+    """The text of a cut example is that of a whole one.
+
+    The whole one stays, and one more like it does not.
+    """
 
     def row(finish_reason):
         return {"completion": "so it ends", "input_ids": [1, 2], "labels": [-100, 2], "finish_reason": finish_reason}

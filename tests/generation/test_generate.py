@@ -1,4 +1,7 @@
-"""A model writes a data set: the same from every worker, whatever dies, and read by the next stage."""
+"""A model writes a data set.
+
+The same from every worker, whatever dies, and read by the next stage.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ def test_workers_parts_and_this_process_write_the_same_bytes(config, forked, tmp
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
 def test_the_draws_depend_on_no_batch(config, batch_tokens):
-    """In float32, whose rounding turns none of these draws; the sums of log-probabilities differ in their last digits."""
+    """In float32, whose rounding turns none of these draws.
+
+    The sums of log-probabilities differ in their last digits.
+    """
     first, other = (rows_of(run(config(f"b{size}", batch_tokens=size))) for size in (128, batch_tokens))
     for one, two in zip(first, other, strict=True):
         assert one.pop("logprob") == pytest.approx(two.pop("logprob"), rel=1e-5)
@@ -64,7 +70,9 @@ def test_seeds_rows_and_samples_differ(config):
 
 @pytest.mark.parametrize("number", [1, 8, 12, 17, 31, 37, 40, 41])
 def test_killed_anywhere_the_same_command_goes_on(config, tmp_path, number):
-    """At the plan, a shard, a receipt, a shard of the data set, the card and the end: what was finished stays.
+    """At the plan, a shard, a receipt, a shard of the data set, the card and the end.
+
+    What was finished stays.
 
     The bytes are those of a run that nobody has killed.
     """
@@ -133,7 +141,7 @@ def test_log_probabilities_are_those_of_the_model(config, lm_tokenizer):
 
 
 def test_settings_of_the_models_files_change_no_draw(config, tmp_path, lm_tokenizer, save_teacher):
-    """A penalty on repetition, filters and a temperature in generation_config.json are not applied."""
+    """Repetition penalty, filters and temperature of generation_config.json are ignored."""
     model = writing_model(len(lm_tokenizer))
     for name, value in (("repetition_penalty", 1.7), ("top_k", 2), ("temperature", 0.1), ("do_sample", True)):
         setattr(model.generation_config, name, value)
@@ -160,7 +168,10 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_its_text(config, lm_tok
 
 
 def test_what_is_written_is_labelled_and_learnt_by_its_ids(config, tmp_path, lm_tokenizer, save_teacher):
-    """Generate -> cache-logits by ids -> train-student: every token of a completion is supervised, and no other."""
+    """Generate -> cache-logits by ids -> train-student.
+
+    Every token of a completion is supervised, and no other.
+    """
     from pipeline.capture.run import run as capture
     from pipeline.training.run import run as train
 

@@ -209,7 +209,10 @@ def test_data_in_memory_of_another_kind(lm_tokenizer, tmp_path):
 
 
 def test_prompts_that_run_out_are_told(config, caplog):
-    """Rows that no split has, as of a round that takes the next part: not those of a split that is shorter than another."""
+    """Rows that no split has, as of a round that takes the next part.
+
+    Not those of a split that is shorter than another.
+    """
     prepare(config(rows="2:10"), dry_run=True)
     assert "--rows" not in caplog.text
     prepare(config(rows="10:30"), dry_run=True)

@@ -1,4 +1,4 @@
-"""The model of a server writes, by a stand-in on loopback that answers as vLLM does, or takes text alone."""
+"""Generation through a stand-in server on loopback that answers as vLLM does."""
 
 from __future__ import annotations
 
@@ -172,7 +172,10 @@ def test_two_servers_share_the_requests_and_faults_change_nothing(config, serve,
 
 
 def test_a_server_that_takes_text_alone(config, serve, lm_tokenizer, caplog):
-    """Its token ids are the tokenizer's, with EOS where it says that it has ended; log-probabilities only where they are the model's."""
+    """Its token ids are the tokenizer's, with EOS where it says that it has ended.
+
+    Log-probabilities only where they are the model's.
+    """
     server = serve(owner="library", takes_ids=False)
     found = run(config("a", server=(server.url,), rows="0:6"))
     assert "takes prompts as text alone" in caplog.text
@@ -253,7 +256,10 @@ def written(found):
 
 
 def test_a_server_applies_no_setting_that_nobody_asked_for(config, serve):
-    """Its defaults of absent fields change nothing; a neutral field that it refuses is left out, in one line and in the card."""
+    """Its defaults of absent fields change nothing.
+
+    A neutral field that it refuses is left out, in one line and in the card.
+    """
     plain = run(config("plain", server=(serve(defaults={}).url,), rows="0:4"))
     server = serve()
     found = run(config("found", server=(server.url,), rows="0:4"))

@@ -35,7 +35,10 @@ UNLABELLED = np.full(3, NO_LABEL)
 
 
 def classified(seed: int, num_rows: int = 200, num_classes: int = 7) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, a quarter of them unknown, and predictions that are right more often than chance; (N,) each."""
+    """Labels, a quarter of them unknown, and predictions that are right more often than chance.
+
+    (N,) each.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes, num_rows)
     predicted = np.where(rng.random(num_rows) < 0.6, labels, rng.integers(0, num_classes, num_rows))
@@ -52,7 +55,7 @@ def coverage_bounds(simulations: int) -> tuple[int, int]:
     return int(low), int(high)
 
 
-# ------------------------------------------------------------------------------------------- against the hard labels
+# -------------------------------------------------------------------------- against the hard labels
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -140,7 +143,7 @@ def test_agreement_counts_every_position() -> None:
     assert agreement(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def test_a_student_equal_to_its_teacher_is_one_exactly() -> None:
@@ -273,7 +276,7 @@ def test_too_few_differences() -> None:
     assert paired_mean_interval(np.array([0.5, 0.5])) == Interval(0.5, 0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------ entities
+# ----------------------------------------------------------------------------------------- entities
 
 TAGS = ("O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B", "E-B", "S-B", "I-C")
 
@@ -337,7 +340,7 @@ def test_shares_of_different_wholes_are_resampled_together() -> None:
     assert bootstrap_ratio(a, b, of=(of_a, of_b), inverse=True) == bootstrap_ratio(b, a, of=(of_b, of_a))
 
 
-# ------------------------------------------------------------------------------------------------ several labels at once
+# --------------------------------------------------------------------------- several labels at once
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -65,7 +65,10 @@ def test_correlations_are_those_of_numpy_and_of_ranks():
 
 @pytest.mark.parametrize("rho", [0.0, 0.6, 0.95])
 def test_the_influence_has_the_correlation_as_its_mean_and_its_spread(rho):
-    """Its variance over rows, divided by their number, is that of r over new samples: (1 - r^2)^2 / n of a normal pair (Fisher, 1915)."""
+    """Its variance over rows, divided by their number, is that of r over new samples.
+
+    (1 - r^2)^2 / n of a normal pair (Fisher, 1915).
+    """
     rng = np.random.default_rng(1)
 
     def sample(count: int) -> tuple[np.ndarray, np.ndarray]:

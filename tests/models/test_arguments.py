@@ -1,4 +1,7 @@
-"""Where a training run is reported to: the flag, the section, what is missing, and a run of its own for each student."""
+"""Where a training run is reported to.
+
+The flag, the section, what is missing, and a run of its own for each student.
+"""
 
 from __future__ import annotations
 

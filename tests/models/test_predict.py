@@ -36,7 +36,7 @@ def teacher(bert_tokenizer, save_teacher):
 
 @pytest.fixture
 def trained(tmp_path, teacher, topics):
-    """A student of rows of at most 8 tokens, which most of the texts are longer than, and its cache."""
+    """A student trained on rows of at most 8 tokens, and its cache."""
 
     def make(folder: Path) -> None:
         cache = softlabel.cache_logits(

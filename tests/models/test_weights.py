@@ -201,7 +201,10 @@ def test_the_biases_that_an_adapter_was_trained_with(tmp_path, bert, bert_tokeni
 def test_tokens_before_a_row_are_refused_where_they_move_its_positions(
     tmp_path, bert, bert_tokenizer, llama, lm_tokenizer, save_teacher, kind
 ):
-    """A decoder's batch of unequal rows would give other logits than each row alone; an encoder's gives the same."""
+    """A decoder's batch of unequal rows would give other logits than each row alone.
+
+    An encoder's gives the same.
+    """
     decoder = save_teacher(tiny_model("llama", len(lm_tokenizer), num_labels=2), lm_tokenizer, "decoder")
     for task, base, tokenizer in (
         (TOKENS, llama, lm_tokenizer),

@@ -80,7 +80,7 @@ def test_minilm_is_a_teacher_once_it_has_a_head():
 
 @pytest.mark.parametrize("grid", [(1.0, 2.0, 4.0), (1.0, 1.5, 2.0, 3.0, 4.0)])
 def test_temperatures_between_the_grids_points_on_real_logits(articles, grid):
-    """The true mass outside the top lies within the bounds at every position, and the target's is as near as docs/encodings.md says."""
+    """The true mass outside the top is within the bounds, and as near as docs/encodings.md says."""
     teacher = load_model(get_task("causal-lm"), str(ROOT / "bbc_lm" / "smollm2"))
     ids = torch.tensor([teacher.tokenizer(articles[0]["text"])["input_ids"][:512]])
     with torch.inference_mode():

@@ -125,7 +125,7 @@ def test_vllm_judges_as_the_local_model_judges(tmp_path, url):
 
 
 def _worst_before_rounding(url: str, rows: list[TokenizedExample]) -> float:
-    """The largest difference of a log-probability between the server and a local pass, of some rows."""
+    """The largest difference of a log-probability between server and local pass."""
     task = get_task("causal-lm")
     local = load_model(task, str(DATA / "smollm2"))
     teacher = serve(task, str(DATA / "smollm2"), local.tokenizer, [url], top_logprobs=K)

@@ -1,4 +1,7 @@
-"""The client of inference servers: pace, patience, several servers, and what each kind of failure comes to."""
+"""The client of inference servers.
+
+Pace, patience, several servers, and what each kind of failure comes to.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +215,10 @@ def test_a_server_that_refuses_what_it_answered_before_is_at_fault():
 
 
 def test_a_request_is_sent_at_once_while_another_one_pauses():
-    """A pause waits under the lock that requests are handed over with; it must not swallow what wakes a thread."""
+    """A pause waits under the lock that requests are handed over with.
+
+    It must not swallow what wakes a thread.
+    """
     first = []
 
     def answer(body):
@@ -310,7 +316,7 @@ def test_closing_gives_up():
             future.result(5)
 
 
-# --------------------------------------------------------------------------------------------------------------- pace
+# --------------------------------------------------------------------------------------------- pace
 
 
 def test_the_pace_rises_until_it_is_no_faster():
@@ -350,7 +356,7 @@ def test_a_refusal_halves_and_rounds_restore():
     assert pace.limit == 32
 
 
-# ---------------------------------------------------------------------------------------------------------- addresses
+# ---------------------------------------------------------------------------------------- addresses
 
 
 def test_addresses():

@@ -1,4 +1,7 @@
-"""Push to the hub and back: through huggingface_hub's own code, against a stand-in for its server."""
+"""Push to the hub and back.
+
+Through huggingface_hub's own code, against a stand-in for its server.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ K = 5
 
 @pytest.fixture
 def answers(lm_tokenizer):
-    """Token ids and (T, V) log-probabilities of 12 texts, by a model that has learnt which token follows."""
+    """Token ids and (T, V) log-probabilities of 12 texts by a trained model."""
     import random
 
     model = tiny_model("llama", len(lm_tokenizer), spread=2.0)
@@ -208,7 +208,7 @@ def test_the_command(tmp_path, answers, lm_tokenizer):
     assert "12 rows" in done.stdout
 
 
-# ------------------------------------------------------------------------- several choices, batches, failed requests
+# -------------------------------------------------------- several choices, batches, failed requests
 
 
 def imported(tmp_path, tokenizer, lines, name="c", **settings):

@@ -1,4 +1,7 @@
-"""Caches on an S3 server and behind other URLs: pushed, pulled, trained from; what fails, and what must not get out."""
+"""Caches on an S3 server and behind other URLs.
+
+Pushed, pulled, trained from; what fails, and what must not get out.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def names(root):
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------------------ S3
+# ----------------------------------------------------------------------------------------------- S3
 
 
 def losses(cache, student, output, fetched):
@@ -129,7 +132,7 @@ def test_a_store_that_is_not_there(tmp_path, cache, bucket):
         pull(f"{bucket}/nothing", tmp_path / "copy")
 
 
-# ---------------------------------------------------------------------------------------------------------- push
+# --------------------------------------------------------------------------------------------- push
 
 
 def test_everything_of_a_cache_and_nothing_else(tmp_path, cache, url):
@@ -201,7 +204,7 @@ def test_what_push_refuses(cache, words, message):
     assert message in done.output
 
 
-# ---------------------------------------------------------------------------------------------------------- pull
+# --------------------------------------------------------------------------------------------- pull
 
 
 def test_a_pull_that_was_cut_short_goes_on(tmp_path, cache, url, flaky, monkeypatch):
@@ -298,7 +301,7 @@ def test_a_directory_is_copied_too_and_the_yaml_key_is_the_flag(tmp_path, cache)
     assert Cache.open(tmp_path / "copy").splits == ("test",)
 
 
-# ------------------------------------------------------------------------------------------------------- secrets
+# ------------------------------------------------------------------------------------------ secrets
 
 SECRETS = {
     "HF_TOKEN": "hf_plantedTokenOfTheTests",

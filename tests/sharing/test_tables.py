@@ -33,7 +33,7 @@ def known(lm_tokenizer):
     return rows
 
 
-# ------------------------------------------------------------------------------- DistillKit's packing, written anew
+# --------------------------------------------------------------- DistillKit's packing, written anew
 
 
 def pack_integers(values, bits):
@@ -51,7 +51,10 @@ def floats(values, dtype):
 
 
 def pack_distillkit(logprobs, ids, layout):
-    """(L, K) each -> bytes, as the format's description has it: floats, a least-squares fit of the rest, its errors in bins."""
+    """(L, K) each -> bytes, as the format's description has it.
+
+    Floats, a least-squares fit of the rest, its errors in bins.
+    """
     values = logprobs.clone()
     if layout.delta_encoding:
         values = torch.cat([values[:, :1], values.diff(dim=-1)], -1)
@@ -119,7 +122,7 @@ def test_the_bytes_of_a_known_position():
     assert found.tolist() == [[-0.5, -1.0, -1.5]]
 
 
-# ------------------------------------------------------------------------------------------------- layouts of rows
+# ---------------------------------------------------------------------------------- layouts of rows
 
 
 def nested(values, kind):

@@ -65,12 +65,15 @@ def test_what_leaves_the_top_is_added_to_the_residual_exactly(source, wanted, sp
 
 
 def standard_error(q, draws: int, sample_size: float = 6.0):
-    """Of the mean weight of a class: E[weight^2] is at most q / c where q < 1/c, and rounding adds less above."""
+    """Of the mean weight of a class.
+
+    E[weight^2] is at most q / c where q < 1/c, and rounding adds less above.
+    """
     return (q.clamp(max=1 / sample_size) / sample_size / draws).sqrt()
 
 
 def test_a_sample_of_a_sample_is_unbiased_and_as_noisy_as_a_sample():
-    """Over 6,000 draws each class's mean weight is its probability within 4 standard errors, and its variance that of drawing at c' at once."""
+    """Over 6,000 draws: unbiased within 4 standard errors, with the variance of drawing at c'."""
     z = torch.randn(3, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2
     draws = 6000
     many = z.repeat(draws, 1)

@@ -77,7 +77,10 @@ def test_the_k_largest_by_blocks_are_the_k_largest(classes, k):
 
 
 def test_residual_mass_equals_float64_from_near_one_to_tiny():
-    """The log-sum-exp over what is outside keeps its relative precision; 1 - sum(p) would be 0 from about 1e-8 on."""
+    """The log-sum-exp over what is outside keeps its relative precision.
+
+    1 - sum(p) would be 0 from about 1e-8 on.
+    """
     shift = torch.linspace(-1, 34, 60, dtype=torch.float64)
     logits = logits_of(60, 1271, spread=0.5)
     logits[:, :5] += shift[:, None]
@@ -182,7 +185,7 @@ def test_teacher_scores_against_torch():
     "encoding", [*ENCODINGS, Sampled(12.0, 2.0)], ids=lambda e: f"{e.kind}-{getattr(e, 'temperature', 1)}"
 )
 def test_scores_made_with_the_encoding_are_the_teachers(encoding):
-    """Against float64: V that fills no block, classes of probability 0, logits far from 0, and a temperature."""
+    """Against float64: odd V, probability 0, logits far from 0, and a temperature."""
     logits, labels = logits_of(9, 141), torch.tensor([0, 1, 2, -100, 40, 5, 6, 7, -100])
     logits[2, 3:] = -torch.inf
     logits[4] -= 1000.0
@@ -198,7 +201,7 @@ def test_scores_made_with_the_encoding_are_the_teachers(encoding):
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
 @pytest.mark.parametrize("spread", [0.05, 3.0])
 def test_the_most_likely_class_comes_back(encoding, spread):
-    """Of a flat distribution too, whose stored weights are rounded to 0 or below those of the tail."""
+    """Also for flat distributions, whose stored weights round to 0 or below the tail's."""
     logits = logits_of(200, 50, spread=spread)
     uniforms = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ids, logprobs = most_likely(narrow(encode(logits, encoding, uniforms=uniforms), uniforms))

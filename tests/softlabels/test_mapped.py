@@ -59,7 +59,10 @@ def test_a_whole_distribution_is_mapped_as_by_the_matrix(mapping):
 
 
 def test_a_sample_stays_unbiased_through_the_map():
-    """The tail is constant in u between the fractional parts of its running sums: the mean over u is a sum over these intervals."""
+    """The tail is constant in u between the fractional parts of its running sums.
+
+    The mean over u is a sum over these intervals.
+    """
     c = 12.0
     q = torch.softmax(logits(1, seed=4).double(), -1)
     tail = q.masked_fill(q >= 1 / c, 0.0)

@@ -1,4 +1,7 @@
-"""The mass outside the top between the grid's temperatures: within the stated bound, and near the truth."""
+"""The mass outside the top between the grid's temperatures.
+
+Within the stated bound, and near the truth.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ def tail_of(classes: int, spread: float, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("classes", [7, 64, 401])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 9.0])
 def test_each_class_has_an_interval_of_u_as_long_as_its_probability(classes, spread):
-    """Class i is kept for u in the fractional parts of (C_(i-1), C_i]: probe both sides of both ends, for every class, the rarest included."""
+    """Class i is kept for u in the fractional parts of (C_(i-1), C_i].
+
+    Probe both sides of both ends, for every class, the rarest included.
+    """
     tail = tail_of(classes, spread)
     steps = (tail * C)[0]
     ends = steps.cumsum(0)
@@ -65,7 +68,7 @@ def test_number_kept_is_the_expected_number_rounded():
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_mean_over_seeds_is_the_teacher(stored):
-    """Every class of q > 1e-3 within its own confidence interval, at a level that all of them together pass with 99.9%; narrowed too."""
+    """Each class of q > 1e-3 is within its confidence interval (99.9% for all together)."""
     logits = torch.randn(1, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 2
     q = torch.softmax(logits, -1)[0]
     trials = 4000
@@ -101,7 +104,7 @@ def test_uniforms_are_uniform():
 
 
 def test_rounding_is_exact_in_expectation_for_every_value():
-    """Systematic rounding gives floor or ceil, the upper one for a share of u as long as the fraction."""
+    """Systematic rounding gives floor or ceil; ceil for a share of u equal to the fraction."""
     values = torch.tensor([0.0, 0.25, 1.0, 2.75, 3.5, 0.1, 7.9], dtype=torch.float64)
     owner = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000

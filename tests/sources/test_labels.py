@@ -267,7 +267,7 @@ NAMES = st.one_of(
 @settings(deadline=None, max_examples=40)
 @given(NAMES, st.data())
 def test_a_class_is_found_by_its_name_however_the_data_writes_it(names: list[str], data: st.DataObject) -> None:
-    """As text in any case and with space around it, and as a `ClassLabel` whose names stand in another order; digits as numbers too."""
+    """As text in any case, with space, as a reordered `ClassLabel`, and as digits."""
     classes = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=8))
     forms = st.sampled_from([str, str.upper, str.lower, lambda name: f"  {name}\n"])
     assert mapped(source(*(data.draw(forms)(names[c]) for c in classes)), *names) == classes

@@ -257,7 +257,10 @@ def test_chats_of_mixed_types_from_a_file(tmp_path: Path) -> None:
 
 
 def test_lone_surrogates_spoil_only_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Arrow they are bytes that are not UTF-8; Python strings that hold one come from elsewhere."""
+    """In Arrow they are bytes that are not UTF-8.
+
+    Python strings that hold one come from elsewhere.
+    """
     raw = pa.array([b"\xed\xa0\x80", b"ok"]).view(pa.string())
     assert reasons(datasets.Dataset(pa.table({"text": raw})), Columns()) == ["text that is not valid UTF-8", None]
     monkeypatch.setattr(rows, "read_rows", lambda *args: iter([{"text": "\ud800"}, {"text": "caf\u00e9"}]))

@@ -1,4 +1,4 @@
-"""Which column is the text and which the label, from what the columns hold and what they are called."""
+"""Detection of the text and label columns from their content and names."""
 
 from __future__ import annotations
 

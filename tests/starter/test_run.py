@@ -1,4 +1,4 @@
-"""`softlabel init`: the file that is written is one that `softlabel run` takes, for every layout of the data."""
+"""`softlabel init` writes a file that `softlabel run` accepts, for every layout."""
 
 from __future__ import annotations
 

@@ -77,5 +77,5 @@ return found;
 
 
 def layout_faults(driver) -> list[str]:
-    """Whatever of the page that is shown is off-screen, cut, outside its drawing or over another text."""
+    """Everything visible that is off-screen, cut, outside its drawing or overlapping."""
     return driver.execute_script(_FAULTS)

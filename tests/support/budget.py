@@ -1,4 +1,6 @@
-"""Seconds that each test file may take: the longest start first, and the end of a run says which took more.
+"""Seconds that each test file may take.
+
+The longest start first, and the end of a run says which took more.
 
 The figures are those of one process on the 2-core machine that the project is tested on, with room
 for noise. Nothing fails on another machine; the table shows where a slow run has spent its time.
@@ -72,7 +74,10 @@ def _file(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process is left with one at the end; within a file nothing moves."""
+    """The longest files first, so that no process is left with one at the end.
+
+    Within a file nothing moves.
+    """
     items.sort(key=lambda item: -BUDGET.get(_file(item.nodeid), OTHERS))
 
 

@@ -1,4 +1,4 @@
-"""Chat templates in the styles of model families, each with a tiny tokenizer that has its control tokens."""
+"""Chat templates of model families, each with a tiny tokenizer."""
 
 # ruff: noqa: RUF001 - control tokens of DeepSeek
 from __future__ import annotations

@@ -21,7 +21,10 @@ def classifier(tokenizer, seed: int = 0, **overrides):
 
 
 def taught(topics: DatasetDict, teacher, tokenizer) -> DatasetDict:
-    """The texts with the teacher's own predictions for labels, but for two of eight: a teacher that is right on three of four. What has no label gets none."""
+    """The texts with the teacher's own predictions for labels, but for two of eight.
+
+    A teacher that is right on three of four. What has no label gets none.
+    """
 
     def label(split):
         ids = tokenizer(list(split["text"]), padding=True, return_tensors="pt")
@@ -35,7 +38,10 @@ def taught(topics: DatasetDict, teacher, tokenizer) -> DatasetDict:
 
 
 def even(tokenizer) -> tuple[Any, list[str], list[int]]:
-    """A classifier of sport, film and business with a bias that makes them about equal in number; 160 texts, and its own classes for them."""
+    """A classifier of sport, film and business with a bias that makes them about equal in number.
+
+    160 texts, and its own classes for them.
+    """
     model = tiny_model("bert", len(tokenizer), num_labels=3, spread=3.0)
     model.config.id2label = {0: "sport", 1: "film", 2: "business"}
     generator = np.random.default_rng(0)

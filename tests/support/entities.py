@@ -1,4 +1,7 @@
-"""Sentences with people, places and firms: the same word may be any of them, and the words around it tell which."""
+"""Sentences with people, places and firms.
+
+The same word may be any of them, and the words around it tell which.
+"""
 
 from __future__ import annotations
 

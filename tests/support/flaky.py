@@ -1,4 +1,7 @@
-"""A file system behind URLs that counts what is read, and fails, stalls or damages on demand: `flaky://PATH` is the local PATH."""
+"""A file system behind URLs that counts what is read, and fails, stalls or damages on demand.
+
+`flaky://PATH` is the local PATH.
+"""
 
 from __future__ import annotations
 

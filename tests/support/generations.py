@@ -1,4 +1,7 @@
-"""A small generation as the command line makes it: of files, by a model that ends some of its completions."""
+"""A small generation as the command line makes it.
+
+Of files, by a model that ends some of its completions.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def outside(root: Path) -> Path:
     return root.parent.parent / "outside"
 
 
-# ---------------------------------------------------------------------------------------------------------- manifests
+# ---------------------------------------------------------------------------------------- manifests
 
 
 def _named(name: str) -> Callable[[Path], None]:
@@ -170,7 +170,7 @@ def manifest_is_a_pipe(root: Path) -> None:
     os.mkfifo(root / "manifest.json")
 
 
-# ------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 @hostile
@@ -353,7 +353,7 @@ def shard_that_nobody_lists(root: Path) -> None:
     shutil.copy(root / "data" / "train-00000.parquet", root / "data" / "more.parquet")
 
 
-# ---------------------------------------------------------------------------------------------------- other files
+# -------------------------------------------------------------------------------------- other files
 
 
 def _code(root: Path) -> str:
@@ -429,7 +429,7 @@ def tokenizer_of_another_cache(root: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-# --------------------------------------------------------------------------------------------------------- under watch
+# -------------------------------------------------------------------------------------- under watch
 
 
 def watch() -> list[str]:
@@ -474,7 +474,10 @@ def watch() -> list[str]:
 
 
 def attempt(root: Path) -> str:
-    """Everything that a user would do with a download: the first line that refuses it, or how it was not refused."""
+    """Everything that a user would do with a download.
+
+    The first line that refuses it, or how it was not refused.
+    """
     from pipeline.cache import Cache, verify
     from pipeline.cache.views.inspection import describe
     from pipeline.errors import PipelineError
@@ -508,13 +511,19 @@ def _read(root: Path) -> None:
 
 
 def peak_kb() -> int:
-    """The most memory that this process has had; what getrusage says begins with what the parent had."""
+    """The most memory that this process has had.
+
+    What getrusage says begins with what the parent had.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def main() -> None:
-    """Open every cache of a folder; print what was said, what was done, and the memory that it took."""
+    """Open every cache of a folder.
+
+    Print what was said, what was done, and the memory that it took.
+    """
     import sys
     import time
 

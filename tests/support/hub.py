@@ -1,4 +1,7 @@
-"""A stand-in for the Hugging Face hub's HTTP API on loopback: repositories, large files, commits, trees, ranges."""
+"""A stand-in for the Hugging Face hub's HTTP API on loopback.
+
+Repositories, large files, commits, trees, ranges.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The hub as `huggingface_hub` finds it, through its own code, with a token planted in the environment."""
+    """A stand-in for the hub that `huggingface_hub` talks to, with a planted token."""
     import huggingface_hub
     from huggingface_hub import HfFileSystem, constants
 

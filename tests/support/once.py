@@ -1,4 +1,7 @@
-"""What several tests begin with, made once and copied: teachers, caches, whatever is a folder of files."""
+"""What several tests begin with, made once and copied.
+
+Teachers, caches, whatever is a folder of files.
+"""
 
 from __future__ import annotations
 

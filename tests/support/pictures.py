@@ -34,7 +34,7 @@ def encode(array: np.ndarray, form: str = "PNG", **settings: Any) -> bytes:
 
 
 def pictures(seed: int, count: int, *, unlabelled_every: int = 0) -> dict[str, list[Any]]:
-    """Images as bytes with the names of their classes, of every n-th of which the label is left out."""
+    """Images as bytes with class names; every n-th label is left out."""
     rng = np.random.default_rng(seed)
     names = [NAMES[int(i)] for i in rng.integers(0, 3, count)]
     images = [{"bytes": encode(pixels(name, rng)), "path": f"{i:03}.png"} for i, name in enumerate(names)]
@@ -59,7 +59,7 @@ def folders(path: Path, **rows: dict[str, list[Any]]) -> Path:
 
 
 def untrained(path: Path, kind: str = "vit", *, seed: int = 0, side: int = SIDE, **settings: Any) -> Path:
-    """A model directory of a tiny ViT or ResNet with random weights, for images of `side` x `side` pixels."""
+    """A directory with a tiny random ViT or ResNet for `side` x `side` pixels."""
     shapes: dict[str, dict[str, Any]] = {
         "vit": {
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": side, "patch_size": 4,

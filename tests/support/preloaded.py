@@ -1,4 +1,7 @@
-"""What the fork server of `tests.support.processes` imports once: the libraries and every stage that a child may run."""
+"""What the fork server of `tests.support.processes` imports once.
+
+The libraries and every stage that a child may run.
+"""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def python(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | No
 
 
 def ranks(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> list[CompletedProcess[str]]:
-    """Run `python ARGUMENTS` as the ranks of one machine, in the environment that torchrun gives them."""
+    """Run `python ARGUMENTS` as ranks of one machine, in torchrun's environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -110,7 +110,10 @@ def ranks(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> 
 
 
 def torchrun(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> CompletedProcess[str]:
-    """Run `torchrun --standalone --nproc_per_node COUNT ARGUMENTS`: torch's own launcher, whose ranks are forks of it."""
+    """Run `torchrun --standalone --nproc_per_node COUNT ARGUMENTS`.
+
+    Torch's own launcher, whose ranks are forks of it.
+    """
     return start(_TORCHRUN, str(count), *arguments, env=env).wait()
 
 
@@ -169,7 +172,10 @@ def _run(arguments: list[str]) -> None:
 
 
 class ForkedWorkers:
-    """Stands in for the context that starts a capture's worker processes: forks instead of new interpreters."""
+    """Stands in for the context that starts a capture's worker processes.
+
+    Forks instead of new interpreters.
+    """
 
     def Pipe(self) -> Any:  # noqa: N802 - as multiprocessing's
         return _server().Pipe()

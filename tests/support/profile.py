@@ -1,4 +1,7 @@
-"""How thorough a run is: `make test` tries a few examples, `make test-full` many, and draws every picture."""
+"""How thorough a run is.
+
+`make test` tries a few examples, `make test-full` many, and draws every picture.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ _PIXEL = bytes.fromhex(
 
 @pytest.fixture
 def plain_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of reports are built and not drawn, which takes two seconds a report; `make test-full` draws them."""
+    """The figures of reports are built and not drawn, which takes two seconds a report.
+
+    `make test-full` draws them.
+    """
     if not FULL:
         from pipeline.evaluation.report import figures
 

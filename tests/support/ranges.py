@@ -1,4 +1,4 @@
-"""A web server on loopback that serves the files of a folder by ranges, and notes what was fetched."""
+"""A web server on loopback that serves byte ranges of a folder and records requests."""
 
 from __future__ import annotations
 

@@ -122,7 +122,10 @@ def build_cache(
     shards: int = 2,
     splits: tuple[str, ...] = ("train",),
 ):
-    """A finished cache of `shards` shards in each split: a copy, where one of these settings has been made before."""
+    """A finished cache of `shards` shards in each split.
+
+    A copy, where one of these settings has been made before.
+    """
     encoding = encoding or Sampled(6.0)
     settings = (encoding, classes, tokens, per_shard, shards, splits)
     named = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.init_kwargs), str(tokenizer.special_tokens_map))

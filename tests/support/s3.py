@@ -24,7 +24,10 @@ def s3_server() -> Iterator[str]:
 def bucket(
     s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[str]:
-    """The URL of an empty bucket: `s3://...`, reached through the environment alone, as users reach theirs."""
+    """The URL of an empty bucket.
+
+    `s3://...`, reached through the environment alone, as users reach theirs.
+    """
     import boto3
     import s3fs
 

@@ -1,4 +1,7 @@
-"""A stand-in for vLLM and SGLang on loopback: both APIs from a tiny model's real logits, and faults."""
+"""A stand-in for vLLM and SGLang on loopback.
+
+Both APIs from a tiny model's real logits, and faults.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Batches with aligned spans, where no second tokenizer is at hand: pairs of a row's tokens, with a log-probability that depends on them alone."""
+"""Batches with aligned spans, where no second tokenizer is at hand.
+
+Pairs of a row's tokens, with a log-probability that depends on them alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Encoders without a head for the task, data as files, and short runs of students: what tests of whole tasks begin with."""
+"""Encoders without a head for the task, data as files, and short runs of students.
+
+What tests of whole tasks begin with.
+"""
 
 from __future__ import annotations
 

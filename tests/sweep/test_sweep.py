@@ -1,4 +1,7 @@
-"""Many students in one process: each as `train-student` makes it, none twice, chosen on a split that is not the one reported."""
+"""Many students in one process.
+
+Each as `train-student` makes it, none twice, chosen on a split that is not the one reported.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,10 @@ def _metaspace(*, legacy: bool) -> PreTrainedTokenizerFast:
 
 
 def _pieces(special: list[str]) -> Tokenizer:
-    """Unigram of letters, and of each word its first letter and the rest; written down, since a trained one is another in every process."""
+    """Unigram of letters, and of each word its first letter and the rest.
+
+    Written down, since a trained one is another in every process.
+    """
     words = CORPUS[0].split()
     letters = sorted({"▁", *"".join(words)})
     parts = dict.fromkeys(part for word in words for part in (f"▁{word[0]}", word[1:]) if len(part) > 1)
@@ -94,7 +97,10 @@ def _gemma() -> PreTrainedTokenizerFast:
 
 
 def _deberta() -> PreTrainedTokenizerFast:
-    """Unigram with a metaspace in front, as DeBERTa's second version: white space at the ends goes, the row stands in [CLS] and [SEP]."""
+    """Unigram with a metaspace in front, as DeBERTa's second version.
+
+    White space at the ends goes, the row stands in [CLS] and [SEP].
+    """
     raw = _pieces(["<pad>", "</s>", "<unk>", "<s>", "<|user|>"])
     raw.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

@@ -1,4 +1,7 @@
-"""Supervision of chats with the templates of model families: what is learnt, in which context, in which rows."""
+"""Supervision of chats with the templates of model families.
+
+What is learnt, in which context, in which rows.
+"""
 
 # ruff: noqa: RUF001 - control tokens of DeepSeek
 from __future__ import annotations
@@ -336,7 +339,10 @@ def _undated(text: str) -> str:
 )
 @pytest.mark.parametrize("marked", [False, True])
 def test_which_turns_are_learnt(mode: Any, expected: list[list[str]], marked: bool) -> None:
-    """With marks and without, in the same rows; a row of one turn has the turns before it as its context."""
+    """With marks and without, in the same rows.
+
+    A row of one turn has the turns before it as its context.
+    """
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     unmarked = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     tokenizer = with_template(source if marked else unmarked)
@@ -388,7 +394,10 @@ def test_a_chat_that_the_assistant_begins_is_learnt_from_its_words_on(family: st
 
 
 def test_what_the_generation_prompt_supplies_is_not_learnt() -> None:
-    """An empty reasoning, where thinking is off; a reasoning that differs from it begins behind what both have."""
+    """An empty reasoning, where thinking is off.
+
+    A reasoning that differs from it begins behind what both have.
+    """
     off = {"chat_template_kwargs": ("enable_thinking=false",)}
     assert learnt("qwen-3", rows_of("qwen-3", PLAIN, **off)) == [["Hello<|im_end|>"], ["Yes<|im_end|>"]]
     thinking = (turn("user", "a"), turn("assistant", "Yes", reasoning_content="Hm"))
@@ -417,7 +426,10 @@ def test_reasoning_that_the_template_drops_is_learnt_behind_the_generation_promp
 
 
 def test_calls_one_after_another_of_a_template_that_closes_the_answers_between_them() -> None:
-    """DeepSeek-R1 closes tool answers where no call follows: the context ends before what is closed."""
+    """DeepSeek-R1 closes tool answers where no call follows.
+
+    The context ends before what is closed.
+    """
     messages = (
         turn("user", "a"),
         call('{"q": "x"}'),

@@ -109,7 +109,10 @@ def test_bytes_of_tokens(family: str, text: str, expected: list[int]) -> None:
 @each_family
 @pytest.mark.parametrize("text", ["the cat sat", "日本 cat", "2+2=4 🐕🐕"])
 def test_text_bytes_of_a_row_is_the_text_that_is_predicted(family: str, text: str) -> None:
-    """Of a text, a prompt and a chat; the document's first token is predicted only where BOS stands before it."""
+    """Of a text, a prompt and a chat.
+
+    The document's first token is predicted only where BOS stands before it.
+    """
     tokenizer: Any = FAMILIES[family]
     row = good(family, text=text)
     first = (

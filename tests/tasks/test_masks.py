@@ -1,4 +1,7 @@
-"""Masks are a matter of seed and place, in the shares that BERT has; and the logits at hidden tokens those of the model."""
+"""Masks are a matter of seed and place, in the shares that BERT has.
+
+And the logits at hidden tokens those of the model.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ def drawn(
 
 
 def test_shares_are_those_of_bert():
-    """80% mask, 10% a random token, 10% as they are, over 15% of the tokens; every place as often as the others."""
+    """80% mask, 10% a random token, 10% as they are, over 15% of the tokens.
+
+    Every place as often as the others.
+    """
     kinds, places = np.zeros(3, dtype=int), np.zeros(100, dtype=int)
     replacements = []
     for row in range(2000):

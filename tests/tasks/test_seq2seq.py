@@ -1,4 +1,7 @@
-"""Sources and targets in one row: cut, collated apart, and predicted as the model itself predicts them."""
+"""Sources and targets in one row.
+
+Cut, collated apart, and predicted as the model itself predicts them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What rows of language models are made of: the text that their tokens cover, or the conversation and the turns that they learn."""
+"""What rows of language models are made of.
+
+The text that their tokens cover, or the conversation and the turns that they learn.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def rows_of(tokenizer: Any, length: int = 4000, *, texts: bool = True, **fields:
     return list(LM.tokenize([Example(7, **fields)], "train", tokenizer, Tokenization(length, **settled), texts=texts))
 
 
-# ------------------------------------------------------------------------------------------------------------ texts
+# -------------------------------------------------------------------------------------------- texts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,7 +103,7 @@ def test_texts_are_kept_on_request_alone():
         assert kept.supervised.tolist() == row.supervised.tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------ chats
+# -------------------------------------------------------------------------------------------- chats
 
 
 def rendered_again(tokenizer: Any, row: TokenizedExample) -> list[Any]:

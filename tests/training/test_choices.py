@@ -1,4 +1,7 @@
-"""Multiple choice from end to end: a teacher, its cache, students, evaluation, and what is refused."""
+"""Multiple choice from end to end.
+
+A teacher, its cache, students, evaluation, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,10 @@ def test_cached_values_are_the_models(cache, teacher):
 
 @pytest.mark.parametrize("encoding", [Full(), TopK(2), Sampled(2.0)], ids=lambda e: e.kind)
 def test_loss_and_gradient_of_rows_with_fewer_choices(cache, tmp_path, encoding):
-    """Against plain PyTorch in float64 over the choices that a row has: what it lacks adds nothing."""
+    """Against plain PyTorch in float64 over the choices that a row has.
+
+    What it lacks adds nothing.
+    """
     from pipeline.softlabels import target
     from pipeline.tasks import get_task
     from pipeline.training.batches.collate import Collator, Picked

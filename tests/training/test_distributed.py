@@ -133,7 +133,10 @@ def test_sigterm_saves_a_checkpoint_of_all_ranks_and_the_same_command_goes_on(
 
 
 def test_ranks_that_know_nothing_of_each_other_are_refused(tmp_path, monkeypatch):
-    """torchrun, and arguments of the user's own that do not ask for the CPU: each would train alone, into one directory."""
+    """torchrun, and arguments of the user's own that do not ask for the CPU.
+
+    Each would train alone, into one directory.
+    """
     args = TrainingArguments(output_dir=str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MisuseError, match=r"torchrun has started 2 ranks, .*train alone.*set use_cpu"):
@@ -142,7 +145,10 @@ def test_ranks_that_know_nothing_of_each_other_are_refused(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path, bert_tokenizer, topics):
-    """Global batches of 8 over 90 rows, every fifth without a label: the ranks hold unequal counts, and the last step a filler."""
+    """Global batches of 8 over 90 rows, every fifth without a label.
+
+    The ranks hold unequal counts, and the last step a filler.
+    """
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
     model.config.id2label = {0: "business", 1: "sport", 2: "film"}
     topics["validation"] = topics["test"]
@@ -160,7 +166,10 @@ def test_two_ranks_train_as_one(tmp_path, bert_tokenizer, topics):
 
 @pytest.mark.slow
 def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
-    """The fused loss under DDP and FSDP; rows of 3 to 60 words, so that the ranks hold unequal numbers of positions."""
+    """The fused loss under DDP and FSDP.
+
+    Rows of 3 to 60 words, so that the ranks hold unequal numbers of positions.
+    """
     documents["validation"] = documents["test"]
     teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
     cache = softlabel.cache_logits(
@@ -177,7 +186,10 @@ def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, l
 
 @pytest.mark.slow
 def test_two_ranks_count_aligned_spans_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
-    """Unequal numbers of spans with unequal weights on the ranks, under DDP and FSDP; the backward pass reads the output matrix again."""
+    """Unequal numbers of spans with unequal weights on the ranks, under DDP and FSDP.
+
+    The backward pass reads the output matrix again.
+    """
     documents["validation"] = documents["test"]
     teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
     cache = softlabel.cache_logits(

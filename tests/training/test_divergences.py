@@ -1,4 +1,7 @@
-"""Every divergence against its definition over whole distributions in float64: value and gradient."""
+"""Every divergence against its definition over whole distributions in float64.
+
+Value and gradient.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The loss inside the student's forward: the same for the fused and the dense path, under everything that Trainer's users put around a model."""
+"""The loss inside the student's forward.
+
+The same for the fused and the dense path, under everything that Trainer's users put around a model.
+"""
 
 from __future__ import annotations
 

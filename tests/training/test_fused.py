@@ -1,4 +1,7 @@
-"""The fused loss against dense PyTorch in float64: value and gradients of hidden states, matrix and bias, at awkward sizes."""
+"""The fused loss against dense PyTorch in float64.
+
+Value and gradients of hidden states, matrix and bias, at awkward sizes.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,10 @@ def test_counts_of_a_larger_batch():
 
 
 def test_a_student_that_is_nearly_sure_has_finite_gradients():
-    """Its mass outside the kept classes is below the smallest float; the loss is large, and finite."""
+    """Its mass outside the kept classes is below the smallest float.
+
+    The loss is large, and finite.
+    """
     goal = target(encode(torch.zeros(2, 41), TopK(5, (1.0,))), 1.0)
     hidden = torch.full((2, 3), 50.0, requires_grad=True)
     weight = torch.zeros(41, 3)
@@ -237,7 +243,10 @@ def test_scores_are_those_of_the_logits(kind):
 
 
 def spans_over(labels: torch.Tensor, weights: torch.Tensor) -> Spans:
-    """Spans of two positions that have labels, the last ones in none; every third does not count."""
+    """Spans of two positions that have labels, the last ones in none.
+
+    Every third does not count.
+    """
     positions = ((labels != -100) & (weights > 0)).nonzero().squeeze(-1)
     positions = positions[: len(positions) // 2 * 2]
     owner = torch.full_like(labels, -1)

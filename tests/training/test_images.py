@@ -1,4 +1,7 @@
-"""Image classification from end to end: a teacher, its cache, students, evaluation, and what is refused."""
+"""Image classification from end to end.
+
+A teacher, its cache, students, evaluation, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -308,7 +311,10 @@ def test_a_damaged_image_column_is_found(viewed, tmp_path):
 
 
 def test_a_cache_that_refers_to_images(tmp_path, teacher, cache, monkeypatch):
-    """Rows are those of a cache that holds them; files are found below a directory, and are those that the teacher saw."""
+    """Rows are those of a cache that holds them.
+
+    Files are found below a directory, and are those that the teacher saw.
+    """
     found = pictures(0, 40)
     for image in found["image"]:
         (tmp_path / "files").mkdir(exist_ok=True)
@@ -421,7 +427,7 @@ def test_the_part_that_is_seen():
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_a_run_that_goes_on_and_the_best_weights_are_those_of_the_checkpoint(cache, tmp_path, kind):
-    """`transformers` saves a ViT under the names of older releases, which its Trainer does not read: weights would stay as they were."""
+    """A ViT is saved under names of older releases, which Trainer does not read back."""
     from safetensors.torch import load_file
 
     start = untrained(tmp_path / "start", kind, seed=1)

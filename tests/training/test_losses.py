@@ -67,7 +67,10 @@ def test_top_k_of_all_classes_is_full():
 
 
 def test_sampled_gives_the_full_gradient_and_kl_on_average():
-    """Over 3,000 draws, within 4 standard errors in every coordinate; the entropy of the full distribution makes it the true KL."""
+    """Over 3,000 draws, within 4 standard errors in every coordinate.
+
+    The entropy of the full distribution makes it the true KL.
+    """
     teacher, student = pair(1, 41)
     draws = 3000
     uniforms = torch.linspace(0, 1, draws + 1, dtype=torch.float64)[

@@ -92,7 +92,10 @@ def cache(tmp_path, teacher) -> Cache:
 
 
 def test_cached_values_are_the_models(tmp_path, teacher):
-    """With every class kept: each hidden token's logits are those of the model, from the input with the masks."""
+    """With every class kept.
+
+    Each hidden token's logits are those of the model, from the input with the masks.
+    """
     softlabel.cache_logits(str(teacher), texts(), tmp_path / "full", task=TASK, encoding=Full(), batch_tokens=256)
     cache = Cache.open(tmp_path / "full")
     model = AutoModelForMaskedLM.from_pretrained(teacher).eval()

@@ -1,4 +1,7 @@
-"""Question answering from end to end: windows, a teacher, its cache, students, evaluation, and what is refused."""
+"""Question answering from end to end.
+
+Windows, a teacher, its cache, students, evaluation, and what is refused.
+"""
 
 from __future__ import annotations
 

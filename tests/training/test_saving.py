@@ -1,4 +1,7 @@
-"""What a run leaves on the disk: no secret, no half-written checkpoint that is taken for whole, the student as it came."""
+"""What a run leaves on the disk.
+
+No secret, no half-written checkpoint that is taken for whole, the student as it came.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +145,10 @@ def test_a_push_without_a_hub_is_said_before_the_first_step(tmp_path, cache, tea
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_what_is_pushed_is_what_is_saved(tmp_path, cache, teacher, hub, dtype):
-    """Weights, tokenizer, cards and logs; not the checkpoints, of which one was pushed on the way, in float32."""
+    """Weights, tokenizer, cards and logs.
+
+    Not the checkpoints, of which one was pushed on the way, in float32.
+    """
     training = {"push_to_hub": True, "hub_model_id": "org/student", "save_strategy": "steps", "save_steps": 1}
     train(cache, teacher, tmp_path / "out", save_dtype=dtype, training=training)
     saved = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}

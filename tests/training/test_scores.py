@@ -1,4 +1,7 @@
-"""Scores from end to end: data, teacher, cache, student, evaluation; and the rankings that they make."""
+"""Scores from end to end.
+
+Data, teacher, cache, student, evaluation; and the rankings that they make.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,10 @@ def texts() -> DatasetDict:
 
 @pytest.fixture
 def teacher(tmp_path, bert_tokenizer) -> Path:
-    """Its scores are close to those of the data: written into the bias of its head, since 100 is far from where it begins."""
+    """Its scores are close to those of the data.
+
+    Written into the bias of its head, since 100 is far from where it begins.
+    """
 
     def make(folder: Path) -> None:
         base = pretrained(folder / "base", bert_tokenizer, **SMALL)
@@ -258,11 +264,14 @@ def test_manifests_that_no_capture_writes(cache, change, message):
     assert re.search(message, str(manifest_problem(change(cache.manifest))))
 
 
-# ------------------------------------------------------------------------------------------------------------ rankings
+# ----------------------------------------------------------------------------------------- rankings
 
 
 def queries(seed: int, count: int) -> dict[str, list[Any]]:
-    """Lists of 3 to 6 documents, in any order; how relevant one is, 0 to 2, is a matter of its topic's word."""
+    """Lists of 3 to 6 documents, in any order.
+
+    How relevant one is, 0 to 2, is a matter of its topic's word.
+    """
     rng = random.Random(seed)
     found: dict[str, list[Any]] = {"query": [], "document": [], "label": [], "id": []}
     grades = {name: float(i) for i, name in enumerate(TOPICS)}
@@ -417,7 +426,10 @@ def test_rows_are_held_out_by_lists(ranked):
 
 
 def test_scores_that_say_nothing_are_told(tmp_path, bert_tokenizer, caplog):
-    """A teacher that knows nothing; and one whose scores are in another unit than the data's, beside hard labels."""
+    """A teacher that knows nothing.
+
+    And one whose scores are in another unit than the data's, beside hard labels.
+    """
     base = pretrained(tmp_path / "base", bert_tokenizer, **SMALL)
     settings: dict[str, Any] = {
         "task": TASK, "tokenizer": bert_tokenizer, "encoding": Score(), "teacher": "mine", "label_names": ("x",)
@@ -571,7 +583,10 @@ def test_a_path_has_its_lists_too(tmp_path, ranked):
 
 
 def test_lists_of_one_name_in_two_caches_stay_apart(tmp_path, ranked):
-    """Merged, lists of other rows are other lists; and a list of one row in a split says nothing of the other split."""
+    """Merged, lists of other rows are other lists.
+
+    And a list of one row in a split says nothing of the other split.
+    """
     teacher = str(ranked.root.parent / "ranker")
     settings: dict[str, Any] = {"task": "text-ranking", "columns": RANKING, "batch_tokens": 256}
     parts = [

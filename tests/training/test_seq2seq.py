@@ -1,4 +1,7 @@
-"""Encoder-decoders from end to end: pairs of texts, teacher, cache, student with the fused loss, texts that are written."""
+"""Encoder-decoders from end to end.
+
+Pairs of texts, teacher, cache, student with the fused loss, texts that are written.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def small(path: Path, tokenizer: Any, seed: int = 0, kind: str = "t5") -> Path:
 
 
 def pairs(seed: int, count: int) -> dict[str, list[str]]:
-    """The target of two words is the last word of the topic of each, and now and then of another one: no teacher can be sure."""
+    """The target is the last word of each word's topic, with noise."""
     rng = random.Random(seed)
     found: dict[str, list[str]] = {"source": [], "target": []}
     for _ in range(count):
@@ -272,7 +275,10 @@ def test_estimate_audit_merge_and_lora(tmp_path, cache, teacher, caplog):
 
 @pytest.mark.parametrize("kind", ["bart", "m2m_100", "blenderbot"])
 def test_other_architectures(tmp_path, bert_tokenizer, kind):
-    """BART is an architecture of masks too; M2M (NLLB) and Blenderbot have no method that makes the decoder's input."""
+    """BART is an architecture of masks too.
+
+    M2M (NLLB) and Blenderbot have no method that makes the decoder's input.
+    """
     set_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=len(bert_tokenizer), **{**LAYERS["bart"], "decoder_start_token_id": 2, "eos_token_id": 3}
@@ -327,7 +333,10 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_students_are_made_of_layers_or_of_a_shape(tmp_path, bert_tokenizer, kind):
-    """Of encoder and decoder alike; with T5 the first layer of each has the positions, whichever layer it is."""
+    """Of encoder and decoder alike.
+
+    With T5 the first layer of each has the positions, whichever layer it is.
+    """
     set_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=len(bert_tokenizer), **LAYERS[kind])
     teacher = AutoModelForSeq2SeqLM.from_config(config)

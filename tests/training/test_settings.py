@@ -1,4 +1,4 @@
-"""Each setting of the installed transformers is classified, and what is refused is refused before the first step."""
+"""Each setting of the installed transformers is classified, and refusals come first."""
 
 from __future__ import annotations
 

@@ -103,7 +103,10 @@ def test_cached_values_are_the_models(cache, teacher):
 
 
 def test_the_loss_is_the_binary_one_of_each_label(cache, teacher):
-    """Value and gradient against plain PyTorch in float64: 0.1 BCE + 0.9 T^2 KL of two Bernoulli distributions, the mean over labels."""
+    """Value and gradient against plain PyTorch in float64.
+
+    0.1 BCE + 0.9 T^2 KL of two Bernoulli distributions, the mean over labels.
+    """
     from pipeline.records import Loss
     from pipeline.tasks import get_task
     from pipeline.training.batches.collate import Collator, Picked
@@ -226,7 +229,10 @@ def test_an_adapter_is_refused(tmp_path, cache, bert_tokenizer):
 
 
 def test_rows_of_which_some_labels_are_not_known(tmp_path, bert_tokenizer, cache, teacher, caplog):
-    """A teacher's own loss takes all labels of a row; a student learns from those that are known."""
+    """A teacher's own loss takes all labels of a row.
+
+    A student learns from those that are known.
+    """
     data = texts().map(
         lambda row, i: {"flags": None if row["label"] is None else [None if i % 2 else 1.0, 0.0, float(i % 3 == 0)]},
         with_indices=True,

@@ -1,4 +1,7 @@
-"""A loss over aligned spans in a training run: the same however rows are dealt, logged, kept in the records; and nothing without it."""
+"""A loss over aligned spans in a training run.
+
+The same however rows are dealt, logged, kept in the records; and nothing without it.
+"""
 
 from __future__ import annotations
 

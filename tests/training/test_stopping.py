@@ -1,4 +1,7 @@
-"""A student that is finished or under way is not replaced unasked; SIGTERM leaves a checkpoint, and the same command goes on."""
+"""A student that is finished or under way is not replaced unasked.
+
+SIGTERM leaves a checkpoint, and the same command goes on.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +181,10 @@ def interrupted(output: Path, *, times: int, wait: float = 0.0) -> CheckpointOnS
 def test_a_second_sigterm_or_a_step_that_does_not_end_ends_at_once(
     tmp_path, handler, monkeypatch, ranks, times, patience, reached
 ):
-    """One that comes after the last step ends the run too; under torchrun a repeat is the launcher's."""
+    """One that comes after the last step ends the run too.
+
+    Under torchrun a repeat is the launcher's.
+    """
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setattr(stopping, "PATIENCE", patience)
     ended = []

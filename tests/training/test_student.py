@@ -26,14 +26,14 @@ def settings(path, **more):
 
 
 def pretrained(kind, tokenizer):
-    """A model with the head that its family is trained with, which has no classifier and no pooler."""
+    """A model with its pretraining head: no classifier and no pooler."""
     auto_class = AutoModelForCausalLM if kind in ("gpt2", "llama") else AutoModelForMaskedLM
     config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=0, **TINY[kind])
     return auto_class.from_config(config)
 
 
 def saved_and_loaded(task, student, path):
-    """Logits of an adapter whose every trained weight has moved, and of what is read from its directory."""
+    """Logits of a trained adapter, and of the one read from its directory."""
     with torch.no_grad():
         for parameter in student.model.parameters():
             if parameter.requires_grad:

@@ -1,4 +1,7 @@
-"""A teacher is fine-tuned to an ordinary model; one that is finished or under way is not replaced unasked."""
+"""A teacher is fine-tuned to an ordinary model.
+
+One that is finished or under way is not replaced unasked.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,7 @@ def test_teachers_need_labels_and_a_split_to_learn_from(tmp_path, bert_tokenizer
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------- interrupted, and again
+# --------------------------------------------------------------------------- interrupted, and again
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Stage 2: a student learns from the cache alone, in an order that does not depend on how it is dealt."""
+"""Stage 2: a student trains from the cache alone, in an order independent of ranks."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ print([name for name in sys.modules if name.startswith("pipeline.capture")], "pi
 
 
 def test_a_student_comes_close_to_its_teacher(tmp_path, cache, teacher):
-    """A copy of the teacher's shape, soft labels alone: KL falls to a small part of where it began."""
+    """A copy of the teacher's shape, soft labels alone.
+
+    KL falls to a small part of where it began.
+    """
     student = softlabel.init_student(teacher, tmp_path / "init", config=softlabel.Shape(2, 32, 2))
     before = softlabel.evaluate(cache, {"s": student}, split="train").students[0].kl
     run(
@@ -217,7 +220,10 @@ def test_a_peft_adapter_is_a_teacher_too(tmp_path, lm_cache, documents):
 
 
 def test_gradient_accumulation_and_batch_size_give_the_same_steps(tmp_path, cache, teacher):
-    """Unequal counts of labels in the parts: one batch of 8, or four of 2 accumulated, end with the same weights."""
+    """Unequal counts of labels in the parts.
+
+    One batch of 8, or four of 2 accumulated, end with the same weights.
+    """
     student = student_of(teacher, tmp_path / "init")
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     text = json.loads((student / "config.json").read_text())
@@ -254,7 +260,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, cac
         assert torch.equal(tensor, other[name]), name
 
 
-# ------------------------------------------------------------------------------------------------------- the order
+# ---------------------------------------------------------------------------------------- the order
 
 
 @pytest.fixture
@@ -272,7 +278,7 @@ def test_a_filler_row_weighs_nothing(rows):
     assert (batch.labels[half:] == -100).all()
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def test_students_that_do_not_fit_are_refused(tmp_path, cache, lm_cache, bert_tokenizer, lm_tokenizer, save_teacher):

@@ -76,7 +76,10 @@ def test_metrics_during_training_are_those_of_an_evaluation(tmp_path, cache):
 
 
 def test_early_stopping_keeps_the_best(tmp_path, cache):
-    """A learning rate that grows until it ruins the student: the run ends early, with the weights of its best evaluation."""
+    """A learning rate that grows until it ruins the student.
+
+    The run ends early, with the weights of its best evaluation.
+    """
     settings = {"max_steps": -1, "epochs": 12, "learning_rate": 20.0, "early_stopping": 2}
     growing = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 400}
     result = run(config(cache, tmp_path, training=growing, **settings))
@@ -132,7 +135,10 @@ def test_the_best_model_is_the_best_by_its_metric(tmp_path, metric, greater):
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0.0)])
 def test_evaluations_under_a_schedule_can_be_compared(tmp_path, cache, ends):
-    """Weights that go to or from 0: every evaluation takes the same ones, also after the last step, and no term is lost."""
+    """Weights that go to or from 0.
+
+    Every evaluation takes the same ones, also after the last step, and no term is lost.
+    """
     hard, soft, hard_end, soft_end = ends
     loss = Loss(hard, soft, schedule="cosine", hard_weight_end=hard_end, soft_weight_end=soft_end)
     args = training_arguments(str(tmp_path / "o"), {"save_strategy": "no"}, max_steps=3, per_device_train_batch_size=4)
@@ -187,7 +193,10 @@ def test_no_such_evaluation_split(tmp_path, cache):
 
 
 def test_early_stopping_goes_on_counting_after_a_resume(tmp_path, cache):
-    """Killed after two evaluations without a better one, and resumed: the third ends the run, as it would have."""
+    """Killed after two evaluations without a better one, and resumed.
+
+    The third ends the run, as it would have.
+    """
     settings = {"max_steps": -1, "epochs": 12, "learning_rate": 0.05, "early_stopping": 3}
     training = {"lr_scheduler_type": "constant", "save_total_limit": 20}
     whole = run(config(cache, tmp_path, training=training, **settings))
@@ -369,7 +378,10 @@ main(["train-student", "--config", sys.argv[1]])
     "extra", [{"batch_tokens": 96}, {"training": {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}}]
 )
 def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tmp_path, cache, extra):
-    """SIGKILL inside the eighth step, in the second epoch; batches by tokens, or accumulated from a worker process."""
+    """SIGKILL inside the eighth step, in the second epoch.
+
+    Batches by tokens, or accumulated from a worker process.
+    """
     training = {"save_steps": 3, "lr_scheduler_type": "cosine", **extra.get("training", {})}
     settings = {**extra, "max_steps": 12, "batch_size": 4, "training": training}
     whole = config(cache, tmp_path, output=str(tmp_path / "whole"), **settings)

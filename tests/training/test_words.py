@@ -1,4 +1,7 @@
-"""Token classification from end to end: a teacher, its cache, students of two tokenizers, and what is refused."""
+"""Token classification from end to end.
+
+A teacher, its cache, students of two tokenizers, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -255,7 +258,10 @@ def test_texts_with_spans_make_the_same_cache_as_words(tmp_path, teacher, cache)
 
 @pytest.mark.parametrize("kind", [int, float])
 def test_numbers_in_another_order_than_the_teachers_are_refused(tmp_path, teacher, kind):
-    """Numbers without names, floats where some tool had nulls: the data counts O first, the teacher's head has it last."""
+    """Numbers without names, floats where some tool had nulls.
+
+    The data counts O first, the teacher's head has it last.
+    """
     rows = entities(2, 300)
     rows["ner_tags"] = [[kind(TAGS.index(tag)) for tag in tags] for tags in rows["ner_tags"]]
     with pytest.raises(

@@ -83,7 +83,10 @@ def test_rows_of_a_small_cache_are_all_and_of_a_large_one_spread(tmp_path, lm_to
 
 
 def test_it_reads_a_bounded_number_of_positions(tmp_path, lm_tokenizer, monkeypatch):
-    """What a start costs does not grow with the cache: a bound for the positions, plus a row per row group."""
+    """What a start costs does not grow with the cache.
+
+    A bound for the positions, plus a row per row group.
+    """
     cache = build_cache(tmp_path / "cache", lm_tokenizer, per_shard=40, shards=3)
     whole = sum(shard.positions for shard in cache.manifest.shards)
     longest = max(len(row.example.input_ids) for row in cache.dataset("train"))

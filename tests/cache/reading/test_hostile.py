@@ -1,4 +1,8 @@
-"""Somebody else's cache: each of these is refused in one line, with nothing outside touched, no code run, and in bounded memory."""
+"""Somebody else's cache.
+
+Each of these is refused in one line, with nothing outside touched, no code run, and in bounded
+memory.
+"""
 
 from __future__ import annotations
 

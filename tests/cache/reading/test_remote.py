@@ -1,4 +1,7 @@
-"""A cache behind a URL: the same rows, fetched as they are read, kept within a bound, through a network that fails."""
+"""A cache behind a URL.
+
+The same rows, fetched as they are read, kept within a bound, through a network that fails.
+"""
 
 from __future__ import annotations
 

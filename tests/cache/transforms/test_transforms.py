@@ -1,4 +1,8 @@
-"""Caches from caches: what comes out is verified, holds the right rows, names its ancestors; what would not be right is refused."""
+"""Caches from caches.
+
+What comes out is verified, holds the right rows, names its ancestors; what would not be right is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ def named(*numbers):
     return [f"row-{n}" for n in numbers]
 
 
-# --------------------------------------------------------------------------------------------------------- merge
+# -------------------------------------------------------------------------------------------- merge
 
 
 def test_merge_joins_shards_and_keeps_equal_content_once(tmp_path, lm_tokenizer, caplog):
@@ -156,7 +160,7 @@ def test_a_damaged_input_is_named(tmp_path, lm_tokenizer):
     assert not (tmp_path / "m" / "manifest.json").exists()
 
 
-# -------------------------------------------------------------------------------------------------------- filter
+# ------------------------------------------------------------------------------------------- filter
 
 
 def test_filter_keeps_what_duckdb_would(tmp_path, lm_tokenizer):
@@ -261,7 +265,7 @@ def test_nothing_is_left_where_no_row_is(tmp_path, lm_tokenizer):
     assert len(ids_of(Cache.open(tmp_path / "a"))) == 5
 
 
-# ------------------------------------------------------------------------------------------------------- convert
+# ------------------------------------------------------------------------------------------ convert
 
 
 @pytest.mark.parametrize("wanted", [TopK(4), Sampled(6.0)], ids=lambda e: e.kind)
@@ -314,7 +318,10 @@ def test_a_sample_is_sampled_anew_and_verifies(tmp_path, lm_tokenizer):
 
 
 def test_a_sample_is_sampled_anew_with_numbers_of_its_own():
-    """Those of the first draw would bias it (tests/softlabels/test_convert.py); all logits take those of a capture, to give the same cache."""
+    """Those of the first draw would bias it (tests/softlabels/test_convert.py).
+
+    All logits take those of a capture, to give the same cache.
+    """
     row = token_row(3, Sampled(12.0), 41)
     positions = np.flatnonzero(row.example.supervised)
     drawn = counter_uniforms(0, "train", 3, 0, positions)
@@ -324,7 +331,7 @@ def test_a_sample_is_sampled_anew_with_numbers_of_its_own():
     assert torch.equal(_uniforms(block_from(token_row(3, Full(), 41)), Sampled(6.0), "train", 0), drawn)
 
 
-# ------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def test_the_commands(tmp_path, lm_tokenizer):

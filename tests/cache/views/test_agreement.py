@@ -12,7 +12,10 @@ from pipeline.records import NO_LABEL
 
 
 def arrays(classes: int, count: int = 500, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, a fifth of them unknown, and predictions that are mostly right; the last class is never a label."""
+    """Labels, a fifth of them unknown, and predictions that are mostly right.
+
+    The last class is never a label.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes - 1, count)
     predicted = np.where(rng.random(count) < 0.7, labels, rng.integers(0, classes, count))

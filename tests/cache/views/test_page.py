@@ -1,4 +1,7 @@
-"""The page of a cache: what it says is true, what comes from data is text, and a browser shows it."""
+"""The page of a cache.
+
+What it says is true, what comes from data is text, and a browser shows it.
+"""
 
 from __future__ import annotations
 
@@ -236,7 +239,7 @@ def test_ancestors_are_named(tmp_path, lm_tokenizer):
     assert "filter where a &lt; 1: " + "f" * 64 in page_of(Cache(cache.root, manifest))
 
 
-# ------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 
 
 @pytest.mark.browser

@@ -1,4 +1,7 @@
-"""A cache of word labels as it is shown: words with their classes by name, never tokens, and never the next ones."""
+"""A cache of word labels as it is shown.
+
+Words with their classes by name, never tokens, and never the next ones.
+"""
 
 from __future__ import annotations
 

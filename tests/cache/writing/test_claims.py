@@ -53,7 +53,10 @@ def test_several_claims_are_held_at_a_time(started):
 
 
 def test_a_thread_that_comes_after_the_end_holds_nothing(started):
-    """A capture that has failed does not wait for the thread that reads ahead of it; the next one would wait for its claim."""
+    """A capture that has failed does not wait for the thread that reads ahead of it.
+
+    The next one would wait for its claim.
+    """
     layout, plan = started
     with Claims(layout, plan) as claims:
         ahead = claims.take(SHARDS)

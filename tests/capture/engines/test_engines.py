@@ -170,7 +170,7 @@ run(CacheLogitsConfig(task="causal-lm", data=DataConfig(dataset={settings.data.d
 
 @pytest.fixture
 def misnumbered(tmp_path, bert_tokenizer, save_teacher):
-    """Runs `softlabel cache-logits` on labels in another order than the teacher's, beside a cache of the right ones."""
+    """Run `softlabel cache-logits` on labels in another order than the teacher's classes."""
     model, texts, classes = even(bert_tokenizer)
     teacher = save_teacher(model, bert_tokenizer)
     for name, labels in (("right", classes), ("wrong", swapped(classes))):
@@ -206,7 +206,7 @@ def test_workers_refuse_classes_in_another_order(misnumbered, tmp_path, capfd):
     assert_refused(misnumbered, root, capfd, "--num-workers", "2", "--overwrite")
 
 
-# ------------------------------------------------------------------------------------------------------------- Ray
+# ---------------------------------------------------------------------------------------------- Ray
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,10 @@ from tests.support.processes import forked  # noqa: F401 - a fixture
 
 @pytest.fixture
 def counted(monkeypatch, caplog):
-    """Rows after each update of a capture, from the line of each; tokens are counted where they have a rate."""
+    """Rows after each update of a capture, from the line of each.
+
+    Tokens are counted where they have a rate.
+    """
     monkeypatch.setattr(module, "INTERVAL", 0.0)
     monkeypatch.setattr(engines, "_BETWEEN_MESSAGES", 0.0)
 

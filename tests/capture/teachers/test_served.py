@@ -178,7 +178,7 @@ def test_dry_run_writes_nothing(config, vllm, tmp_path):
     assert not (tmp_path / "served").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def _wrong_ids(answer):
@@ -371,7 +371,7 @@ def test_a_dead_server_ends_in_one_line_and_the_same_command_goes_on(config, vll
     assert found.manifest == run(served(config, vllm, "whole")).manifest
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,10 @@ def test_rows_that_do_not_count_change_nothing():
 
 
 def test_coverage_over_rows_whose_positions_depend_on_each_other():
-    """95% of the intervals hold the truth, rows being the unit; with positions as the unit far fewer would."""
+    """95% of the intervals hold the truth, rows being the unit.
+
+    With positions as the unit far fewer would.
+    """
     rng = np.random.default_rng(0)
     trials, rows, positions = 400, 120, 8
     by_row = by_position = 0

@@ -1,4 +1,7 @@
-"""The report on tiny models: at the two ends of what a student can be, over seeds, over caches, for each encoding."""
+"""The report on tiny models.
+
+At the two ends of what a student can be, over seeds, over caches, for each encoding.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ from tests.support.profile import plain_pictures  # noqa: F401 - a fixture
 
 @pytest.fixture
 def setting(tmp_path, bert_tokenizer, topics, save_teacher):
-    """A cache of a teacher that is right on three rows of four; the teacher's directory; a random student's."""
+    """A cache of a teacher that is right on three rows of four; the teacher's directory.
+
+    A random student's.
+    """
     teacher = classifier(bert_tokenizer)
     path = save_teacher(teacher, bert_tokenizer)
     other = save_teacher(classifier(bert_tokenizer, seed=5), bert_tokenizer, "random")

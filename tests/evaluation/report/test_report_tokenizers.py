@@ -1,4 +1,7 @@
-"""The report where a student has another tokenizer than its teacher: bits a byte, and nothing a token beside it."""
+"""The report where a student has another tokenizer than its teacher.
+
+Bits a byte, and nothing a token beside it.
+"""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def test_hub_flags_do_not_go_with_a_path(tmp_path: Path) -> None:
             load_source(config)
 
 
-# --------------------------------------------------------------------------------- files of different columns in a split
+# ------------------------------------------------------------ files of different columns in a split
 
 
 def put(folder: Path, name: str, text: str) -> str:

@@ -1,4 +1,7 @@
-"""Parquet files are planned from their footers and read by row group: the same rows as `datasets` reads, nothing else fetched."""
+"""Parquet files are planned from their footers and read by row group.
+
+The same rows as `datasets` reads, nothing else fetched.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +178,7 @@ def test_a_file_that_changed_since_is_refused(folder: Path) -> None:
         list(read_rows(found, ["text"]))
 
 
-# ------------------------------------------------------------------------------------------------- behind a web server
+# ------------------------------------------------------------------------------ behind a web server
 
 
 def test_only_the_footer_and_the_columns_of_one_row_group_are_fetched(served) -> None:
@@ -214,7 +217,7 @@ def test_another_file_under_the_same_address_is_noticed(served) -> None:
         list(read_rows(found, ["text"]))
 
 
-# ------------------------------------------------------------------------------------------------------------ streaming
+# ---------------------------------------------------------------------------------------- streaming
 
 
 def test_a_stream_of_parquet_files_is_read_in_place(folder: Path) -> None:

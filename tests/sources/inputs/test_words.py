@@ -136,7 +136,7 @@ def test_the_names_of_lists_count_in_the_fingerprint():
     assert fingerprints(one) != fingerprints(other)
 
 
-# ------------------------------------------------------------------------------------------------------- spans
+# -------------------------------------------------------------------------------------------- spans
 
 
 def test_spans_become_tags():

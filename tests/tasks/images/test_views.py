@@ -34,7 +34,10 @@ def test_a_part_lies_within_the_image(width, height, smallest, row):
 
 
 def test_areas_and_ratios_are_those_of_a_random_resized_crop():
-    """Of a large square image: uniform shares of the area, log-uniform ratios, and half of the parts mirrored, each mean within 4 standard errors.
+    """Of a large square image.
+
+    Uniform shares of the area, log-uniform ratios, and half of the parts mirrored, each mean within
+    4 standard errors.
 
     Of the largest shares some do not fit and are drawn again, so that only shares up to 3/4, which
     always fit, are compared.

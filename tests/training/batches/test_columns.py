@@ -1,4 +1,4 @@
-"""Batches made by column are those that a plain reading of the stored columns, row by row, gives."""
+"""Batches made by column equal those of reading the stored columns row by row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stored(cache: Cache) -> list[dict]:
     return [row for s in shards for row in pq.read_table(cache.root / "data" / f"{s.name}.parquet").to_pylist()]
 
 
-# ------------------------------------------------------------------------------------------------ the plain reading
+# -------------------------------------------------------------------------------- the plain reading
 
 
 def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
@@ -129,7 +129,7 @@ def check(cache: Cache, task, temperature: float = 1.0, *, uncertainty: bool = F
         assert torch.equal(batch["target"]["weights"], whole["target"]["weights"])
 
 
-# ------------------------------------------------------------------------------------------------------ the batches
+# -------------------------------------------------------------------------------------- the batches
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
@@ -224,7 +224,7 @@ def test_the_entropy_of_each_position_counts_where_all_caches_have_it(tmp_path, 
         assert found.numpy() == pytest.approx(rows[0].teacher_entropy_sum / len(rows[0].soft))
 
 
-# ------------------------------------------------------------------------------------------------------- the blocks
+# --------------------------------------------------------------------------------------- the blocks
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)

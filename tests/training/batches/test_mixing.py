@@ -124,7 +124,10 @@ def test_a_teacher_beside_itself_changes_nothing(tmp_path, make, lm_tokenizer):
 
 
 def test_evaluation_goes_over_the_same_pairs(tmp_path, make, lm_tokenizer):
-    """Metrics are of the first teacher, one number a position; the loss is what is minimised, over both."""
+    """Metrics are of the first teacher, one number a position.
+
+    The loss is what is minimised, over both.
+    """
     caches = [make("a", TopK(4)), make("b", Full())]
     settings = {"eval_split": "train", "training": {"eval_strategy": "steps", "eval_steps": 6}, "hard_weight": 0.0}
     path = student(tmp_path, lm_tokenizer)

@@ -1,4 +1,7 @@
-"""The order of training: every row once, the same rows in each step for any number of ranks and workers, and from any point."""
+"""The order of training.
+
+Every row once, the same rows in each step for any number of ranks and workers, and from any point.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,10 @@ def test_the_order_depends_on_seed_epoch_and_cache():
 
 
 def test_rows_are_well_mixed():
-    """Of a sorted source no batch is of one place: rows of a batch stand on average as far apart as any two."""
+    """Of a sorted source no batch is of one place.
+
+    Rows of a batch stand on average as far apart as any two.
+    """
     rows = rows_of(*LARGE)
     spread = [np.abs(np.diff(batch)).mean() for batch in _batches(rows, 32)[:-1]]
     assert np.mean(spread) == pytest.approx(len(rows) / 3, rel=0.15)
@@ -169,7 +175,7 @@ def test_without_shuffling_rows_stand_in_order():
     assert [i for batch in _batches(rows_of(*LARGE), 7, shuffle=False) for i in batch] == list(range(sum(LARGE)))
 
 
-# ----------------------------------------------------------------------------------------------------- the loaders
+# -------------------------------------------------------------------------------------- the loaders
 
 
 @pytest.fixture
@@ -277,7 +283,10 @@ def lists_of(count: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
 def test_batches_of_lists_hold_whole_ones_and_every_row_once(sizes, world_size):
-    """A list is cut where a row group ends, and nowhere else; a row that this leaves alone is left out. Epochs have as many steps, and other companions."""
+    """A list is cut where a row group ends, and nowhere else.
+
+    A row that this leaves alone is left out. Epochs have as many steps, and other companions.
+    """
     rows = rows_of(*sizes)
     lists = lists_of(len(rows))
     first, second = (steps(rows, world_size, 16 * world_size, epoch=epoch, lists=lists) for epoch in (0, 1))

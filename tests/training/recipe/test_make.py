@@ -167,7 +167,7 @@ def short(monkeypatch):
 
 
 def test_the_run_is_as_it_was_said(tmp_path, cache, caplog, short):
-    """Held-out rows are not learnt from, the best evaluation is kept, and the choices are logged before the first step."""
+    """Held-out rows are not trained on, the best is kept, and choices are logged first."""
     with caplog.at_level(logging.INFO, logger="pipeline"):
         result = run(config(tmp_path, batch_size=16, learning_rate=1e-3))
     lines = [record.getMessage() for record in caplog.records]

@@ -63,7 +63,7 @@ def test_a_trained_model_gives_the_same_scores_within_and_after(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_a_new_head_begins_near_the_mean_and_learns_at_the_unit(kind):
-    """One step of Adam moves the scores by about the learning rate in standard deviations, whatever they are."""
+    """One step of Adam moves scores by about the learning rate in standard deviations."""
     model = model_of(kind)
     moved = []
     with standardized(model, SCALE):

@@ -17,7 +17,10 @@ LISTS = [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
 
 
 def given(seed: int = 0) -> tuple[Tensor, Target, Tensor]:
-    """Scores of a student, the teacher's with unit and lists, and labels, some of them unknown; 10 each."""
+    """Scores of a student, the teacher's with unit and lists, and labels, some of them unknown.
+
+    10 each.
+    """
     generator = torch.Generator().manual_seed(seed)
     s, t, y, u = torch.randn(4, 10, dtype=torch.float64, generator=generator)
     target = Target(1, torch.arange(11), torch.zeros(10, dtype=torch.int64), 3 * t, None, torch.zeros(10))

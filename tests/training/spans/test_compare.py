@@ -1,4 +1,4 @@
-"""The loss over aligned spans against plain formulas in float64, finite differences, and at the ends of the scale."""
+"""The loss over aligned spans against float64 formulas and finite differences."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def test_value_and_gradient_are_those_of_the_formula(tau):
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_float32_is_near_float64_over_the_whole_scale(tau):
-    """The gradient to 4 ulp at every point; the value where it is not the small difference of two large terms."""
+    """The gradient to 4 ulp at every point.
+
+    The value where it is not the small difference of two large terms.
+    """
     found, expected = [], []
     for dtype, into in ((torch.float32, found), (torch.float64, expected)):
         student, teacher = grid(torch.float32)
@@ -68,7 +71,7 @@ def test_equal_likelihoods_cost_nothing(tau):
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_the_ends_of_the_scale(tau):
-    """A teacher that is certain (0, or above it by rounding) or rules the text out, and students likewise."""
+    """Teachers and students that are certain of a text (0 or rounded above) or rule it out."""
     inf = math.inf
     cases = {  # (teacher's log-probability, student's nll): the loss
         (0.0, 0.0): 0.0,
@@ -103,7 +106,10 @@ def test_nothing_is_nan_anywhere_in_float32():
 
 
 def test_a_large_tau_has_a_limit_at_the_scale_of_cross_entropy():
-    """x_S - x_T - x_T log(x_S / x_T), of gradient 1 - x_T / x_S: the factor tau keeps it from vanishing."""
+    """x_S - x_T - x_T log(x_S / x_T), of gradient 1 - x_T / x_S.
+
+    The factor tau keeps it from vanishing.
+    """
     student, teacher = grid(torch.float64, [0.3, 1.0, 3.0, 8.0])
     found = span_loss(student, singles(-teacher), temperature=1e6)
     limit = student - teacher - teacher * (student / teacher).log()

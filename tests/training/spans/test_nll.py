@@ -1,4 +1,7 @@
-"""The fused negative log-likelihood against dense PyTorch in float64: value and gradients, at awkward sizes."""
+"""The fused negative log-likelihood against dense PyTorch in float64.
+
+Value and gradients, at awkward sizes.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,10 @@ def test_inside_a_checkpoint_the_gradients_are_the_same():
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_products_and_float32_sums(autocast):
-    """Under autocast, and for a student that is in bfloat16: the loss and the sums over positions stay in float32."""
+    """Under autocast, and for a student that is in bfloat16.
+
+    The loss and the sums over positions stay in float32.
+    """
     exact = make(64, 401)
     expected = dense(Head(exact[1], exact[2]), exact[0], exact[3], 401)
     wanted = torch.autograd.grad((exact[4] * expected).sum(), exact[:3])

@@ -1,4 +1,7 @@
-"""Scores of labels after prompts: equal to one pass for each prompt and label, whatever is shared."""
+"""Scores of labels after prompts.
+
+Equal to one pass for each prompt and label, whatever is shared.
+"""
 
 from __future__ import annotations
 

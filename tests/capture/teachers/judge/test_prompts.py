@@ -62,7 +62,7 @@ def rows_of(judge, data, split="train", length=40, columns=Columns()):  # noqa: 
     return list(TASK.tokenize(examples, split, judge.tokenizer, Tokenization(length)))
 
 
-# ------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def test_labels_of_the_data_and_of_flags(topics):
@@ -249,7 +249,7 @@ def test_a_label_that_begins_another_is_said(tokenizer, topics, caplog):
     assert "the tokens of 'dog' begin those of 'dog ran'" in caplog.text
 
 
-# ----------------------------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_the_default_template(tokenizer, topics):
     assert paired.prompts.text("A", "B").endswith("Text: A\nSecond text: B\nCategory:")
 
 
-# --------------------------------------------------------------------------------------------------------------- shots
+# -------------------------------------------------------------------------------------------- shots
 
 
 def chosen(data, count, seed=0, begun=()):
@@ -379,7 +379,7 @@ def test_a_label_without_an_example_is_said(topics, caplog):
     assert "no labelled row of train has the label 'business'" in caplog.text
 
 
-# ---------------------------------------------------------------------------------------------------------- long texts
+# --------------------------------------------------------------------------------------- long texts
 
 
 def test_a_long_text_is_cut_and_the_template_is_not(tokenizer, topics):
