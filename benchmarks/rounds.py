@@ -279,7 +279,7 @@ def paired(folder: Path, parts: Mapping[str, Any], seeds: int) -> Iterator[str]:
 
 
 def by_prompt(here: Path) -> np.ndarray:
-    """(prompts, 2): means per prompt of the teacher's NLL and of log p(student) - log p(teacher)."""
+    """(prompts, 2): means per prompt of the teacher's NLL and log p(student) - log p(teacher)."""
     import pyarrow.parquet as pq
 
     import pipeline as softlabel

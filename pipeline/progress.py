@@ -1,4 +1,4 @@
-"""How far a long step is, on standard error: a bar on a terminal, elsewhere one line every 30 seconds."""
+"""Progress on standard error: a bar on a terminal, else one line every 30 seconds."""
 
 from __future__ import annotations
 

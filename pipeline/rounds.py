@@ -1,4 +1,4 @@
-"""The progress of on-policy distillation: a teacher's loss on what the student wrote, round by round."""
+"""Measures of on-policy rounds: the teacher's loss on the student's texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with the steps of a file as a whole: found before the first of them has cost anything."""
+"""Checks of a file's steps as a whole, before the first one runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_steps(file: ConfigFile, steps: Sequence[Resolved]) -> None:
 
 
 def _check_order(file: ConfigFile, steps: Sequence[Resolved]) -> None:
-    """Refuse a step that reads what only a later one makes: in a second run it would read what is left of the first."""
+    """Refuse a step that reads the output of a later one."""
     made: dict[str, Step] = {}
     for step, config in steps:
         if config.output is not None:
@@ -96,7 +96,7 @@ def _check_order(file: ConfigFile, steps: Sequence[Resolved]) -> None:
 
 
 def _check_mixture(config: TrainStudentConfig, encodings: Mapping[str, Encoding]) -> None:
-    """Whether the caches can be mixed so, and the divergence be had from those that this file makes."""
+    """Check mixtures and divergences against the caches that this file makes."""
     from pipeline.training.batches.mixing import checked_kind
     from pipeline.training.divergences import check_divergence
     from pipeline.training.scores import check_score_loss
@@ -134,7 +134,7 @@ def _in_round(step: Step) -> str:
     return "" if step.round is None else f" in round {step.round}"
 
 
-# ------------------------------------------------------------------------------------------- what a run goes on with
+# -------------------------------------------------------------------------- what a run goes on with
 
 
 def warn_of_steps(steps: Sequence[Resolved]) -> None:

@@ -1,4 +1,4 @@
-"""How much a command says on standard error: the level of this package's logs, for which `--quiet` and `--verbose` are names."""
+"""The log level on standard error, and the flags `--quiet` and `--verbose`."""
 
 from __future__ import annotations
 

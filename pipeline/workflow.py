@@ -58,7 +58,7 @@ _TEMPLATES = ("template", "prompt_template")
 def stage_configs(
     file: ConfigFile, stages: tuple[str, ...] = (), through: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """The stages to run, in order, each with its configuration; one with several sections or rounds comes several times.
+    """Stages to run in order with their configurations; sections and rounds repeat them.
 
     Args:
         stages: only these. None named: all.
@@ -232,7 +232,7 @@ def _begun(key: str) -> str:
 
 
 def _state(output: Path, stage: str, key: str) -> str:
-    """The settings and inputs of a stage, and what it made: a command run by hand since then makes it stale."""
+    """Fingerprint of a stage's settings, inputs and output; manual changes make it stale."""
     return json.dumps({"key": key, "output": _file(output / _PROOF[stage])}) + "\n"
 
 
@@ -311,7 +311,7 @@ def _manifest_at(url: str) -> str:
 
 
 def content_of(path: Path) -> str:
-    """SHA-256 of a file, of a cache's manifest, or of the files of a directory; a hub name stands for itself."""
+    """SHA-256 of a file, a cache's manifest, or a directory's files; hub names as they are."""
     if (path / "manifest.json").is_file():
         path = path / "manifest.json"
     if path.is_file():
@@ -327,7 +327,7 @@ def content_of(path: Path) -> str:
 
 
 def _nested_files(data: DataConfig, *, before: bool) -> str | None:
-    """SHA-256 of the files that `data_files` names, or of those not at the top of the directory; None where there are none."""
+    """SHA-256 of the files of `data_files`, or of nested files; None without any."""
     path = Path(data.dataset).expanduser()
     if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
         return None
@@ -346,7 +346,7 @@ def _nested_files(data: DataConfig, *, before: bool) -> str | None:
 
 
 def _images_below(folder: Path) -> str:
-    """SHA-256 of the names, sizes and times of all files below a directory: of images the bytes would take long to read."""
+    """SHA-256 of names, sizes and times of all files below a directory (of images)."""
     found = sorted((file.relative_to(folder).as_posix(), file.stat()) for file in folder.rglob("*") if file.is_file())
     lines = (f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in found)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

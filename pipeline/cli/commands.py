@@ -1,4 +1,4 @@
-"""What every command is: flags from the fields of its configuration, errors as one line and an exit code.
+"""Commands built from configurations: a flag per field, errors as one line and an exit code.
 
 Heavy libraries are imported inside the commands, so that help answers at once.
 """
@@ -42,7 +42,7 @@ Completion of commands, flags and paths:
 
 
 def _verbosity_options() -> list[click.Option]:
-    """Flags of the group and of every command, no settings of a run: they change nothing that is made."""
+    """Flags of the group and of every command; no settings of a run."""
     return [
         click.Option(["--quiet"], is_flag=True, help="Print results and warnings alone, no progress."),
         click.Option(["--verbose"], is_flag=True, help="Print all that is logged, by the libraries too."),
@@ -62,7 +62,7 @@ _VERBOSITY = _verbosity_options()
 
 
 class _Command(click.Command):
-    """Refuses an option of one value that is given twice: click would take the last without a word."""
+    """Refuses a single-valued option that is given twice; click would use the last."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, and count how often each option stands there."""
@@ -99,7 +99,7 @@ class _Command(click.Command):
 
 
 class _Group(click.Group):
-    """Turns a `PipelineError`, Ctrl-C or SIGTERM into one line on standard error and its exit code."""
+    """Turns `PipelineError`, Ctrl-C and SIGTERM into one line on stderr and an exit code."""
 
     command_class = _Command
 
@@ -146,7 +146,7 @@ def _terminate(_number: int, _frame: Any) -> None:
 
 
 def _leave_ranks() -> None:
-    """Under torchrun, end the process group: a rank that just exits may be aborted by its threads (seen with gloo, in one run of three)."""
+    """End torchrun's process group: gloo aborted ranks that just exit, in one run of three."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -177,7 +177,7 @@ main.params.extend(_verbosity_options())
 def command(
     name: str, config_type: type, example: str, *, outline: Callable[[Any], Outline] | None = None
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """A command whose flags are the fields of its configuration; `--config` fills what no flag gives.
+    """Make a command whose flags are the fields of its configuration, or of `--config`.
 
     Args:
         outline: what the command would do, after the checks that it makes before its work; with it

@@ -1,4 +1,4 @@
-"""Help of every command: usage with what is required, then options by group, at most 100 columns."""
+"""Help of every command: usage, required options, options by group, 100 columns."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def usage_pieces(command: click.Command, ctx: click.Context) -> list[str]:
 
 
 def example_lines(example: str) -> str:
-    """A command in lines of at most 100 columns that can be pasted: all but the last end with a backslash."""
+    """Wrap a command at 100 columns with backslashes, so that it can be pasted."""
     lines: list[str] = []
     for piece in re.split(r" (?=--)", example):
         if lines and len(lines[-1]) + 1 + len(piece) <= WIDTH - len("      \\") - 4:

@@ -1,4 +1,4 @@
-"""The commands on a cache that is there, or comes from elsewhere: verify, audit, inspect, import."""
+"""Configurations of verify, audit, inspect and import."""
 
 from __future__ import annotations
 

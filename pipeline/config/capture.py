@@ -238,7 +238,7 @@ class CacheLogitsConfig:
 
     @property
     def top_logprobs(self) -> int:
-        """Classes to ask a server for, of each position: 20 where --top-k does not say, which is what vLLM gives by default."""
+        """Classes per position to request from a server: `--top-k`, or vLLM's default of 20."""
         return self.top_k or SERVED_TOP_K
 
     @property

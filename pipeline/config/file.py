@@ -56,7 +56,7 @@ PATHS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A parsed YAML file: the shared part, and for each stage a list of sections (several students, for one)."""
+    """A parsed YAML file: the shared part, and a list of sections per stage."""
 
     path: str
     shared: Mapping[str, Any]
@@ -109,7 +109,7 @@ def load_config(path: str | Path) -> ConfigFile:
 def resolve(
     config_type: type[ConfigType], file: ConfigFile | None, section: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> ConfigType:
-    """The command's configuration from flags, its section and the shared part, in that order of precedence.
+    """Resolve a configuration from flags, its section and the shared part, in this order.
 
     Args:
         config_type: one of the dataclasses of this module.
@@ -229,7 +229,7 @@ def _checked_section(path: str | Path, name: str, value: Any, config_type: type)
 
 
 def _given_twice(node: Any, seen: set[int]) -> tuple[str, int, int] | None:
-    """The first key that stands twice in one mapping of a composed file, and its two lines: YAML keeps the last silently.
+    """Find the first key that a mapping repeats, and its two lines; YAML keeps the last.
 
     Args:
         seen: nodes that have been looked at, since aliases may repeat them without end; this one is
@@ -267,7 +267,7 @@ def _check_quoted(path: str | Path, where: str, item: Any) -> None:
 
 
 def _pairs(value: Mapping[Any, Any], *, as_json: bool) -> Iterator[tuple[Any, Any]]:
-    """Key and value of each item; a key with a list of values comes once for each: `data_files: {train: [a.csv, b.csv]}`."""
+    """Key and value of each item; a list of values repeats its key."""
     for key, found in value.items():
         for item in found if isinstance(found, list) and not as_json else [found]:
             yield key, json.dumps(item) if as_json else item

@@ -1,4 +1,4 @@
-"""What every command's dataclass is made of: options with their help text, and checks of their values."""
+"""Building blocks of configurations: options with help text, and checks of values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ output_option = partial(option, group="Output")
 
 
 def flag_name(field_name: str) -> str:
-    """The flag and the YAML key of a field: `top_k` is `top-k`; a word of Python's has an underscore at its end, `from_` is `from`."""
+    """The flag or YAML key of a field: `top_k` is `top-k`, `from_` is `from`."""
     return field_name.rstrip("_").replace("_", "-")
 
 

@@ -11,7 +11,7 @@ from pipeline.errors import MisuseError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportConfig:
-    """Answer whether students perform as well as their teacher: one page with intervals, controls and costs."""
+    """Answer on one page whether students perform as well as their teacher."""
 
     cache: tuple[str, ...] = data_option(
         "Directory of the cache; repeat where students were trained from several: their rows are the same, their teachers differ."

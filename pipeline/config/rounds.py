@@ -143,7 +143,7 @@ def _check_placeholders(file: ConfigFile, repeated: list[tuple[str, Mapping[str,
 
 
 def _check_spelling(file: ConfigFile) -> None:
-    """Refuse what was meant as a placeholder and is none: a directory of that name would be written."""
+    """Refuse misspelt placeholders, which would become names of directories."""
     if file.rounds is None:
         return
     for stage in STAGES:
@@ -161,7 +161,7 @@ def _check_spelling(file: ConfigFile) -> None:
 
 
 def _check_outputs(file: ConfigFile, steps: tuple[Step, ...]) -> None:
-    """Refuse two steps that write to one place: the second would replace the first, or stop there."""
+    """Refuse two steps with one output: the second would replace the first, or fail."""
     seen: dict[tuple[str, str], Step] = {}
     for step in steps:
         output = step.section.get("output")

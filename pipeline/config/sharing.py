@@ -11,7 +11,7 @@ from pipeline.errors import MisuseError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushConfig:
-    """Publish a cache: to the Hugging Face hub, an S3-compatible store, or any URL that fsspec opens."""
+    """Publish a cache to the Hugging Face hub, an S3-compatible store, or another URL."""
 
     cache: str = data_option("Directory of the cache.")
     to: str = output_option("hf://datasets/ORG/NAME, s3://BUCKET/PATH, or another URL.")

@@ -20,7 +20,7 @@ from pipeline.records import Divergence, Loss
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:
-    """Train every combination of students, losses and seeds from one cache or several, and rank them."""
+    """Train every combination of students, losses and seeds, and rank them."""
 
     cache: tuple[str, ...] = data_option(
         "Directory of the cache, or NAME=DIR; repeat for several, whose rows are the same and whose teachers differ."

@@ -216,7 +216,7 @@ class TrainStudentConfig:
         return self.mix or implied
 
     def loss_over(self, chosen: Loss) -> Loss:
-        """The loss that the flags describe; what they leave out is `chosen`'s, its temperature only with its divergence."""
+        """The loss of the flags, completed by `chosen`; temperature goes with divergence."""
         divergence = self.divergence or chosen.divergence
         same = divergence == chosen.divergence
         soft = chosen.soft_weight if self.soft_weight is None else self.soft_weight

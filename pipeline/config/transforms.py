@@ -42,7 +42,7 @@ class FilterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertConfig:
-    """Write the rows of a cache in a smaller encoding, where that is as exact, or as unbiased, as capturing in it."""
+    """Write the rows of a cache in a smaller encoding, exact or unbiased as a capture in it."""
 
     cache: str = data_option("Directory of the cache.")
     output: str = output_option("Directory of the new cache.")

@@ -1,1 +1,1 @@
-"""A cache read in the tokens of a student with another tokenizer: bytes of tokens, aligned rows, mapped targets."""
+"""Caches for students with another tokenizer: token bytes, aligned rows, mapped targets."""

@@ -1,4 +1,4 @@
-"""A stored conversation by the student's own chat template, aligned with the teacher's row inside the assistant's turns.
+"""Render stored conversations by the student's template and align the assistant's turns.
 
 Between the turns the two rows hold different text, and templates write into the turns too: a
 channel, an empty thought. Turn by turn, both are followed from their beginning, and from where each
@@ -60,7 +60,7 @@ class ChatRenderer:
         return cls(teacher, student, first_token, settings, max_length)
 
     def row(self, row: CachedTokens) -> StudentRow | None:
-        """The student's row; None: its chat template refuses the conversation, or puts no turn of it into a row."""
+        """The student's row; None if its template refuses the conversation or yields no row."""
         assert row.messages is not None
         try:
             messages, tools = read_conversation(row.messages)
@@ -100,7 +100,7 @@ class ChatRenderer:
         return finished(columns, position, self.max_length, None, is_rebuilt=is_rebuilt)
 
     def _numbered(self, turns: Sequence[_Turn], messages: Sequence[Message]) -> dict[int, _Turn] | None:
-        """The turns by their numbers in the conversation; None: they are not those that are to be learnt."""
+        """The turns by their numbers; None if they are not the supervised ones."""
         numbers = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
         return dict(zip(numbers, turns, strict=True)) if len(numbers) == len(turns) else None
 
@@ -144,7 +144,7 @@ def _turns(ids: np.ndarray, supervised: np.ndarray, vocabulary: TokenBytes, name
 
 
 def _written(token: int, vocabulary: TokenBytes, names: np.ndarray) -> bytes:
-    """Its bytes; of a token that stands for no text, or for one that is not known, a name that no text has."""
+    """The bytes of a token; for tokens without known text, a name that no text contains."""
     piece = vocabulary.pieces[token] if token < len(vocabulary.pieces) else None
     if piece is not None:
         return piece
@@ -169,7 +169,7 @@ def _regions(ours: bytes, theirs: bytes, said: Message) -> list[_Region]:
         return not any(region.ours <= place < region.ours + region.size for region in found)
 
     def add(pairs: Iterable[tuple[int, int]]) -> None:
-        """Of several pairs of places, those from which both go on alike the longest: the answer may be in the thought too."""
+        """The pair of places with the longest common continuation (reasoning may repeat it)."""
         sizes = [(_common(ours[one:], theirs[other:]), one, other) for one, other in pairs if is_new(one)]
         size, one, other = max(sizes, default=(0, 0, 0))
         if size:
@@ -199,7 +199,7 @@ def _parts(said: Message) -> list[bytes]:
 def _align(
     ours: _Turn, theirs: _Turn, regions: Sequence[_Region], teacher: np.ndarray, first: np.ndarray, last: np.ndarray
 ) -> None:
-    """Fill in which token of the teacher begins where each of the student's does, and the spans between them."""
+    """Fill in the teacher's token at the start of each student token, and the spans."""
     begins = dict(zip(theirs.starts.tolist(), range(len(theirs.starts)), strict=True))
     for region in regions:
         inside = (ours.starts >= region.ours) & (ours.ends <= region.ours + region.size) & (ours.ends > ours.starts)

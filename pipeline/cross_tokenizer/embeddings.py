@@ -1,4 +1,4 @@
-"""Where the embeddings of a student's tokens come from: the teacher's tokens that their bytes are made of."""
+"""Initial embeddings of a student's tokens, from the teacher's tokens of the same bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def new_vocabulary(
 
 
 def _sources(equal: np.ndarray, student: TokenBytes, teacher: TokenBytes) -> Ragged:
-    """For each token of the student: the teacher's token that is equal to it, else those that its bytes are made of.
+    """For each student token, the equal teacher token, or the tokens that spell its bytes.
 
     Args:
         equal: (V,) the teacher's token; -1: there is none.

@@ -1,4 +1,4 @@
-"""The rows of a cache in a student's tokens, made once and kept in the user's cache directory, a file for each shard."""
+"""Aligned rows, computed once per shard and stored in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -120,13 +120,13 @@ class KeptRows:
         return np.concatenate(parts).astype(np.int64)
 
     def missing(self, shards: tuple[Shard, ...]) -> list[Shard]:
-        """Shards without a whole file, in the order in which this rank makes them: several ranks begin at different ones."""
+        """Shards without a complete file, in this rank's order; ranks start at different ones."""
         rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         first = rank * len(shards) // max(world, 1)
         return [shard for shard in (*shards[first:], *shards[:first]) if not self.has(shard)]
 
     def has(self, shard: Shard) -> bool:
-        """Whether the file of a shard is there, with as many rows as the shard; one that is not is made again, which is logged."""
+        """Whether the file of a shard is complete; a damaged one is logged and made again."""
         path = self.path(shard.name)
         try:
             with pq.ParquetFile(path) as file:
@@ -199,7 +199,7 @@ def _check_ids(made: list[StudentRow], num_classes: int) -> None:
 
 
 def _agreeing(block: RowBlock, made: list[StudentRow], first_token: np.ndarray) -> np.ndarray:
-    """(rows,) how many hard labels of aligned positions are the token that the teacher's becomes."""
+    """(rows,): aligned positions whose hard label is the mapped teacher token."""
     ids, supervised = block.lists["input_ids"], block.lists["supervised"]
     found = np.zeros(len(made), dtype=np.int32)
     for i, row in enumerate(made):

@@ -117,7 +117,7 @@ def open_retokenized(
 
 
 def _own_template(cache: Cache, name: str, info: TokenizerInfo) -> str:
-    """The hash of the chat template that conversations are rendered with for a student; empty: there are none, or its template is the teacher's.
+    """Hash of the student's chat template; empty without chats, or if it is the teacher's.
 
     Raises:
         ContractError: the cache has rows of conversations and not the conversations.
@@ -203,7 +203,7 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
 
 
 def _moved_mass(view: RetokenizedCache, split: str | Sequence[str]) -> tuple[float, float]:
-    """Mean mass of an aligned position on the student's special tokens, and on none, over the first rows."""
+    """Mean mass on special tokens, and on no token, per aligned position of the first rows."""
     mapping = view.vocabulary_map
     assert mapping is not None
     special = lost = 0.0

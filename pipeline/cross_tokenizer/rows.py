@@ -1,4 +1,4 @@
-"""Rows of a cache in the tokens of a student, and which of the teacher's positions predicts the same text.
+"""Rows of a cache in a student's tokens, aligned with the teacher's positions.
 
 Both tokenizations cover the same bytes. A position of the student is aligned with the position of
 the teacher whose next token begins at the same byte of the same text. A *span* is the text between
@@ -160,7 +160,7 @@ class Retokenizer:
         return parts + self._specials(ids, at, len(ids), start)
 
     def _num_predicted(self, row: CachedTokens, runs: Sequence[Run]) -> int:
-        """Bytes that the supervised positions of a row predict; -2 where it has several documents, or no text."""
+        """Bytes that supervised positions predict; -2 for several documents, or no text."""
         if row.document_lengths is not None or not runs:
             return -2
         predicted = np.append(False, row.supervised[:-1])
@@ -182,7 +182,7 @@ class Retokenizer:
         ends = np.cumsum(num_bytes)
         return Run(run.first, text.encode(), ends - num_bytes, ends, run.adds_space, True)
 
-    # ---------------------------------------------------------------------------------------- the student's side
+    # --------------------------------------------------------------------------- the student's side
 
     def _encode(self, texts: Sequence[_Text]) -> Iterator[_Encoded]:
         decoded = [_decode(text.run.text) for text in texts]
@@ -210,7 +210,7 @@ class Retokenizer:
             yield _Encoded(text, ids, starts, ends, is_valid)
 
     def _needs_anchor(self, text: _Text) -> bool:
-        """Whether the student would put a space before the text, and would not behind a special token."""
+        """Whether the tokenizer adds a space at the start, but not after a special token."""
         found = self.student.vocabulary
         return text.kind == "after" and found.adds_space and not found.adds_space_after_special
 
@@ -298,7 +298,7 @@ def _special(part: _Special, predicted: np.ndarray) -> Columns:
 
 
 def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's first and last token of the span that begins with each token of a text; see `Columns`."""
+    """First and last teacher token of the span at each token of a text; see `Columns`."""
     run, first = found.text.run, found.text.first
     span_first, span_last = (np.full(len(found.ids), NONE) for _ in range(2))
     heads = np.flatnonzero(meets)
@@ -382,7 +382,7 @@ def _documents(row: CachedTokens) -> list[tuple[int, int]]:
 
 
 def _decode(data: bytes) -> tuple[str, int, bool]:
-    """Text; how many bytes of a character cut before it are left out; whether the rest is UTF-8 up to a character cut at its end."""
+    """Decoded text, bytes of a cut character that are skipped, and whether the rest is UTF-8."""
     skipped = next((n for n in range(min(4, len(data))) if data[n] & 0xC0 != 0x80), 0)
     try:
         return data[skipped:].decode(), skipped, True

@@ -1,4 +1,4 @@
-"""`softlabel init-student`: a student from its teacher, with the teacher's tokenizer, another one, or one that is trained for it."""
+"""`softlabel init-student`: a student with the teacher's tokenizer, another, or a new one."""
 
 from __future__ import annotations
 

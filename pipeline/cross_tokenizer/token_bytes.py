@@ -1,4 +1,4 @@
-"""The bytes of text that each token of a vocabulary stands for, and the text of a row of token ids."""
+"""The bytes of each token of a vocabulary, and the text of a row of token ids."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ class TokenBytes:
         return Run(first, b"".join(pieces), np.append(0, ends[:-1]), ends, adds_space, None not in found)
 
     def begins_with_added_space(self, token: int, num_bytes: int) -> bool:
-        """Whether a token that stands for so many bytes of a text begins with a space that is not the text's."""
+        """Whether a token of so many bytes begins with a space that the text does not have."""
         piece = self.pieces[token] or b""
         return piece[:1] == b" " and len(piece) > num_bytes
 
     def _adds_space(self, *, is_first: bool) -> bool:
-        """Whether the tokenizer puts a space before the first word of a run: of the first one of a text, or of a later one."""
+        """Whether the tokenizer adds a space before the first word of a first or a later run."""
         if self.vocabulary.family == "wordpiece":
             return is_first
         return self.vocabulary.adds_space if is_first else self.vocabulary.adds_space_after_special

@@ -1,4 +1,4 @@
-"""A tokenizer trained on the text of a cache: a byte-level BPE with the special tokens and the chat template of another one."""
+"""Train a byte-level BPE on a cache's text, with another tokenizer's special tokens."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _backend(base: PreTrainedTokenizerBase) -> Any:
 
 
 def _added(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens in the order of their ids, without tokens of single bytes, which a byte-level vocabulary has anyway."""
+    """Added tokens by id, without single bytes, which a byte-level vocabulary has."""
     found = [item for item in content["added_tokens"] if not _BYTE_TOKEN.fullmatch(item["content"])]
     return sorted(found, key=lambda item: int(item["id"]))
 
@@ -180,7 +180,7 @@ def _untrained(content: dict[str, Any]) -> Tokenizer:
 
 
 def _with_ids(part: Any, raw: Tokenizer) -> Any:
-    """What is put before and after a text, with the ids that the new tokenizer has for the same tokens."""
+    """The post-processor with the new tokenizer's ids of the tokens it adds."""
     if part is None:
         return None
     if part["type"] == "Sequence":
@@ -229,7 +229,7 @@ def _stored_texts(table: pa.Table) -> Iterator[str]:
 
 
 def _rebuilt_texts(table: pa.Table, codes: TokenBytes, read: _Read, *, packed: bool) -> Iterator[str]:
-    """Texts between special tokens; what added tokens spell is left out, since no other token ever covers it.
+    """Texts between special tokens, without the text of added tokens.
 
     A row that goes on with a document begins with the last token of the row before, which is left
     out too. Packed rows do not say which of them go on.

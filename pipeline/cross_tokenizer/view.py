@@ -1,4 +1,4 @@
-"""A cache as a student with another tokenizer reads it: its own tokens, the teacher's soft labels, and how they meet."""
+"""A cache in a student's tokens, with the teacher's soft labels and their alignment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.records import OwnTokenizer, RowBlock, Shard, VocabularyMap
 
 
 class RetokenizedDataset(CacheDataset):
-    """Rows of a split: tokens, hard labels and text bytes are the student's, soft labels the teacher's."""
+    """Rows with the student's tokens, labels and text bytes, and the teacher's soft labels."""
 
     def __init__(self, kept: KeptRows, shards: tuple[Shard, ...], *, window: int) -> None:
         super().__init__(kept.cache.root, kept.cache.manifest, shards, window=window, remote=kept.cache.remote)
@@ -89,7 +89,7 @@ def shards_of(cache: Cache, split: str | Sequence[str]) -> tuple[Shard, ...]:
 
 
 def own_tokenizer(caches: Sequence[Cache], split: str | Sequence[str]) -> OwnTokenizer | None:
-    """How the student's tokens meet the teachers' in a split of all caches; None: they are the teachers'."""
+    """Alignment of student and teacher tokens in a split; None if they are the same."""
     views = [cache for cache in caches if isinstance(cache, RetokenizedCache)]
     if not views:
         return None
@@ -104,7 +104,7 @@ def own_tokenizer(caches: Sequence[Cache], split: str | Sequence[str]) -> OwnTok
 def retokenized(
     cache: Cache, kept: KeptRows, prepare: Callable[[], Maker], tokenizer: PreTrainedTokenizerBase, info: Any
 ) -> RetokenizedCache:
-    """A cache read through the kept rows of a student; `prepare` gives what makes those that are missing."""
+    """A cache read through stored alignments; `prepare` computes the missing ones."""
     contract = cache.manifest.contract
     settings = dataclasses.replace(contract.tokenization, max_length=kept.max_length)
     changed = dataclasses.replace(

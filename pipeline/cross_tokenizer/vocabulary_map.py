@@ -51,7 +51,7 @@ def map_vocabulary(teacher: TokenBytes, student: TokenBytes, num_teacher: int, n
 
 
 def counterparts(teacher: TokenBytes, student: TokenBytes, num_teacher: int) -> np.ndarray:
-    """(num_teacher,) int64: the student's token of the same bytes, for a special one of the same text or role; -1: there is none."""
+    """(num_teacher,) int64: student token of equal bytes, or special role; -1: none."""
     first = np.full(num_teacher, NONE, dtype=np.int64)
     _map_equal(first, teacher, student)
     _map_special(first, teacher, student)
@@ -59,7 +59,7 @@ def counterparts(teacher: TokenBytes, student: TokenBytes, num_teacher: int) -> 
 
 
 def counterpart(token: int, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> int | None:
-    """The student's special token for one of the teacher's: of the same text, else of the same role."""
+    """The student's special token with the text or the role of a teacher's."""
     name = teacher.convert_ids_to_tokens(token)
     if name in student.all_special_tokens or name in student.get_added_vocab():
         found: Any = student.convert_tokens_to_ids(str(name))
@@ -74,7 +74,7 @@ def counterpart(token: int, teacher: PreTrainedTokenizerBase, student: PreTraine
 
 
 def _ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that an answer of the tokenizer's own chat template ends with; none without a template."""
+    """Special tokens at the end of an answer in the chat template; none without one."""
     if not tokenizer.chat_template:
         return []
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -124,7 +124,7 @@ def _map_special(first: np.ndarray, teacher: TokenBytes, student: TokenBytes) ->
 
 
 def _first_of_bytes(piece: bytes, student: TokenBytes) -> int:
-    """The first token of bytes that are no text by themselves, a part of a character for example."""
+    """The first token of bytes that are not text alone, such as a part of a character."""
     if student.vocabulary.family == "byte-level":
         raw = getattr(student.tokenizer, "backend_tokenizer", None)
         found = [] if raw is None else raw.model.tokenize("".join(_CHARACTERS[byte] for byte in piece))
@@ -164,7 +164,7 @@ def _first_tokens(texts: list[str], student: TokenBytes) -> np.ndarray:
 
 
 def _inside_word(text: str, student: TokenBytes) -> int:
-    """WordPiece: the longest piece that goes on with a word; what ends a word (punctuation) begins one of its own."""
+    """WordPiece: the longest continuation piece; punctuation starts a word of its own."""
     names = student.tokenizer.get_vocab()
     ids = _encode([text], student)["input_ids"][0]
     alone = str(student.tokenizer.convert_ids_to_tokens(ids[0])) if ids else ""

@@ -1,4 +1,4 @@
-"""What models are compared by: the task's own metric, or bits a byte of text where their tokenizers differ."""
+"""The metric of comparison: the task's, or bits per byte if tokenizers differ."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Basis:
         return self.task.higher_is_better and not self.in_bytes
 
     def row_scores(self, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """(R,) sums and (R,) weights whose ratio of totals is the main metric: of bits, a row's own bytes.
+        """(R,) sums and (R,) weights whose ratio of totals is the main metric.
 
         A row that is cut, or that begins with a longer token, has fewer bytes that are predicted
         than it has for another model.

@@ -1,4 +1,4 @@
-"""What a report holds, in the order in which it is read: the verdict, then quality, fidelity, calibration, cost, training, determinants."""
+"""Records of a report: verdict, quality, fidelity, calibration, cost, training, determinants."""
 
 from __future__ import annotations
 

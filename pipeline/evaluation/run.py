@@ -41,7 +41,7 @@ from pipeline.training.student import check_fit, load_student
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
-    """`softlabel evaluate`: the report, also kept as `evaluation.json` where an output directory is given."""
+    """`softlabel evaluate`; writes `evaluation.json` if an output directory is given."""
     students, cache, bases = _opened(config)
     report = evaluate(
         cache, students, split=config.split, batch_size=config.batch_size, base_models=bases, cache_dir=config.cache_dir
@@ -252,7 +252,7 @@ class _Comparison:
         )
 
     def _row_scores(self, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """The task's; in bytes, as if each row had the bytes that the teacher predicts of it: rows may be cut, or begin a token later."""
+        """The task's metrics; per byte over the bytes that the teacher predicts of each row."""
         scores, weights = self.basis.row_scores(found)
         return (
             on_bytes_of(scores, weights, self.predictions.row_text_bytes) if self.basis.in_bytes else (scores, weights)
@@ -297,7 +297,7 @@ def _predict(
 
 
 def groups_of(cache: Cache, split: str) -> np.ndarray | None:
-    """(R,) int64: the list of each row of a split, or the text of which it is a mask or a window, numbered from 0; None: each row is by itself."""
+    """(R,) int64: group of each row (list, or text of masks and windows); None: no groups."""
     if resampled_name(get_task(cache.manifest.contract.task)) == "text":
         return np.unique(cache.dataset(split).column("source_row"), return_inverse=True)[1].astype(np.int64)
     if "score_group" not in cache.manifest.contract.columns:

@@ -97,7 +97,7 @@ def format_table(report: EvaluationReport) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Rows of cells as lines of equal columns: the first `left` columns flush left, the others flush right."""
+    """Align rows of cells: the first `left` columns flush left, the others flush right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return [
         "  ".join(

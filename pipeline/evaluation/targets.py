@@ -26,7 +26,7 @@ def with_chrf(
     *,
     base_models: Mapping[str, str] | None = None,
 ) -> EvaluationReport:
-    """Add `chrf` to the metrics of each model that writes target texts; a report of another task is returned as it is.
+    """Add `chrf` to models that write target texts; other reports are returned unchanged.
 
     Args:
         students: name, as in the report, -> directory or hub name.
@@ -50,7 +50,7 @@ def with_chrf(
 
 
 def chrf(cache: Cache, model: LoadedModel, name: str, split: str, rows: int) -> float:
-    """ChrF (Popovic, 2015) in [0, 100], as sacrebleu computes it, of what a model writes greedily for the first rows of a split."""
+    """ChrF (Popovic, 2015; sacrebleu) in [0, 100] of greedy texts for the first rows."""
     from sacrebleu import corpus_chrf
 
     task, dataset = get_task(cache.manifest.contract.task), cache.dataset(split)

@@ -1,4 +1,4 @@
-"""Whether the `text_bytes` of a cache, which bits per byte are counted by, are what its tokens stand for."""
+"""Check that a cache's `text_bytes`, the base of bits per byte, match its tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches that go elsewhere and come from there: push, pull, importers of what inference servers return."""
+"""Publish, download and import caches."""
 
 from pipeline.sharing.importers import import_responses
 

@@ -1,4 +1,4 @@
-"""The packed log-probabilities of DistillKit (Goddard and Atkins, Arcee AI, 2024): bytes of one position -> its top classes.
+"""Decode DistillKit's packed log-probabilities (Goddard and Atkins, Arcee AI, 2024).
 
 A position's K classes are sorted by falling log-probability. `compressed_logprobs` holds, one after
 another: the first `exact_k` of them as floats; the coefficients of a least-squares fit of the
@@ -108,7 +108,7 @@ def load_layout(path: Path) -> PackedLayout:
 
 
 def unpack(logprobs: np.ndarray, ids: np.ndarray, layout: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
-    """L positions as they are packed -> (L, K) int64 class ids and (L, K) float64 log-probabilities, nats.
+    """Decode L packed positions to (L, K) int64 ids and (L, K) float64 log-probabilities.
 
     Raises:
         SourceError: the bytes of a position are not as many as the layout says.

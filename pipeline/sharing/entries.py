@@ -40,7 +40,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class TopEntries:
-    """T tokens and L entries: entry j belongs to token j or to the one after it (see `import_responses`)."""
+    """T tokens and L entries; entry j is of token j or j + 1 (see `import_responses`)."""
 
     input_ids: np.ndarray
     """(T,) int64."""
@@ -57,7 +57,7 @@ class TopEntries:
 
 
 def shift_differences(entries: TopEntries) -> np.ndarray:
-    """(M,): by how much the token at an entry's place weighs more in it than the token after that."""
+    """(M,): log-probability of the token at an entry's place minus that of the next token."""
     at = np.arange(1, min(len(entries.ids), len(entries.input_ids) - 1))
     at = at[~np.isneginf(entries.logprobs[at]).all(-1)]
     weights = np.exp(np.minimum(np.nan_to_num(entries.logprobs[at], nan=-np.inf), 0.0))
@@ -134,7 +134,7 @@ def _check_values(logprobs: np.ndarray, position: np.ndarray) -> None:
 def _check_served(
     served: Served, logprobs: np.ndarray, following: np.ndarray, hit: np.ndarray, position: np.ndarray, top_k: int
 ) -> None:
-    """A server gives the token that follows in each entry, and beside it as many of the most likely as were asked for."""
+    """Servers return the actual token beside the requested number of likeliest tokens."""
     counts = (~np.isneginf(logprobs)).sum(-1)
     alone = (counts == 1) & hit.any(-1) & (served.num_top == 0)
     if alone.any():
@@ -160,7 +160,7 @@ def _check_served(
 
 
 def _soft_labels(ids: np.ndarray, logprobs: np.ndarray, num_classes: int, k: int, position: np.ndarray) -> SoftLabels:
-    """(N, K) classes by falling probability -> soft labels; the mass outside is 1 - sum(p), all that is known of it."""
+    """(N, K) classes by falling probability -> soft labels with a residual of 1 - sum(p)."""
     known = np.isfinite(logprobs)
     counts = known.sum(-1)
     wrong = known & ((ids < 0) | (ids >= num_classes))

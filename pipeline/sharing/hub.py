@@ -1,4 +1,4 @@
-"""Publish to the Hugging Face hub: files first, each by itself, then one commit that others can pin."""
+"""Publish to the Hugging Face hub: upload files, then make one commit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def repository(url: str) -> str:
 def push_to_hub(
     contents: Contents, repo_id: str, *, public: bool, revision: str | None, message: str
 ) -> tuple[str, int]:
-    """Upload what is not there yet, and commit all of it at once, on the state that was found at the beginning.
+    """Upload missing files and commit all of them at once, on the initial state.
 
     Args:
         public: who can read a new repository: everyone, or its owners.
@@ -146,7 +146,7 @@ def _look(api: HfApi, where: str, repo_id: str, *, public: bool, branch: str) ->
 
 
 def _upload(api: HfApi, where: str, repo_id: str, addition: Any, branch: str) -> None:
-    """Send one shard to the hub's storage; it belongs to no commit yet, and is there when the same push goes on."""
+    """Upload one shard before the commit; a resumed push finds it there."""
     patiently(
         where,
         lambda: api.preupload_lfs_files(repo_id, [addition], repo_type="dataset", revision=branch),

@@ -1,4 +1,4 @@
-"""A cache from what others have: responses of vLLM and OpenAI-compatible servers, and data sets of top log-probabilities (`tables`)."""
+"""Import server responses and data sets of top log-probabilities (`tables`) as caches."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def import_responses(
     store_label_logprobs: bool = False,
     overwrite: bool = False,
 ) -> Cache:
-    """Write a `top-k` cache from a server's responses, or from rows that hold top log-probabilities.
+    """Write a `top-k` cache from server responses or rows of top log-probabilities.
 
     Args:
         files: JSON lines, Parquet files, or directories of Parquet files.
@@ -230,7 +230,7 @@ def outline(config: ImportConfig) -> Outline:
 
 
 def tell_shift(entries: Iterable[TopEntries]) -> bool:
-    """Whether entry j speaks of token j (True), or of token j + 1: the one under which the tokens that follow weigh more.
+    """Whether entry j is of token j (True) or j + 1: the alignment of higher probability.
 
     Raises:
         SourceError: neither wins by 4 paired standard errors.
@@ -354,7 +354,7 @@ def _row(
     split: str,
     max_length: int | None,
 ) -> LabelledRow | PipelineError:
-    """Entries moved to the position that made them; a position without an entry is not supervised."""
+    """Entries at the positions that predict them; positions without one are not supervised."""
     if isinstance(entry, PipelineError):
         return entry
     if max_length is not None and len(entry.input_ids) > max_length:

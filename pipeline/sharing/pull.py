@@ -197,7 +197,7 @@ def _fetch_shards(url: str, shards: Sequence[Shard], root: Path) -> None:
 
 
 def _fetch_shard(url: str, shard: Shard, root: Path, progress: Progress) -> None:
-    """One shard: what has come is kept, so that the next run goes on; its final name means that it was verified."""
+    """Download one shard, resumable; it gets its final name once verified."""
     final = Layout(root).shard(shard.name)
     if final.is_file() and final.stat().st_size == shard.bytes and file_sha256(final) == shard.sha256:
         progress.update(shard.bytes)
@@ -250,7 +250,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _describe_part(url: str, cache: Cache) -> None:
-    """A card of its own, with the licence of the whole; the fidelity and the list of bad rows are those of the whole."""
+    """Write the part's card; licence, fidelity and bad rows are those of the whole."""
     names = list_files(url, "reports")
     for name in ("fidelity.json", "bad-rows.tsv"):
         if name in names:

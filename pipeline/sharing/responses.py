@@ -1,4 +1,4 @@
-"""One response of an inference server -> tokens and the top log-probabilities beside them, one row for each choice. Three layouts, told apart by their keys.
+"""Parse a server response of any of three layouts to tokens and top log-probabilities.
 
 - vLLM: `prompt_logprobs`, a list with a mapping {token id: {logprob, rank, ...}} for each token of
   the prompt.
@@ -34,7 +34,7 @@ _RETURN_IDS = "ask the server for them with return_token_ids"
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What a server gives for one token: log-probabilities by token id, how many of them are the most likely, and the token it is of, where that is known."""
+    """One entry: log-probabilities by token id, how many are the likeliest, and its token."""
 
     classes: Mapping[int, float]
     num_top: int
@@ -76,7 +76,7 @@ def read_responses(
 
 
 def _body(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The response itself: of a line of a batch file, what is inside; and an error where the request has failed."""
+    """Unwrap a line of a batch file; raise an error if its request failed."""
     _refuse_error(line)
     if "response" not in line:
         return line
@@ -198,7 +198,7 @@ def _prompt_ids(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
 def _completion(
     record: Mapping[str, Any], logprobs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[_Entry | None]]:
-    """Prompt and completion with `echo`; the completion alone without it, then behind the prompt."""
+    """Prompt and completion; without `echo` the completion is put after the prompt."""
     tops = logprobs["top_logprobs"]
     prompt, completion = record.get("prompt_token_ids"), record.get("token_ids")
     echoed = not tops or tops[0] is None
@@ -271,7 +271,7 @@ def _chat(
 
 
 def needs_template(line: Mapping[str, Any]) -> bool:
-    """Whether the prompt of a chat answer is to be made with the tokenizer's template: it has no prompt_token_ids."""
+    """Whether a chat answer without prompt_token_ids needs its prompt rendered."""
     body = line.get("response", line)
     body = body.get("body", body) if isinstance(body, Mapping) else {}
     choices = body.get("choices") if isinstance(body, Mapping) else None

@@ -1,4 +1,4 @@
-"""Publish to an S3-compatible store, or whatever fsspec opens: shards first, the manifest last, by a conditional put."""
+"""Publish to S3-compatible stores and other URLs: shards first, the manifest last."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def missing_in_store(contents: Contents, url: str) -> dict[str, Path]:
 
 
 class _Sent(Callback):  # type: ignore[misc]
-    """Bytes of one file on their way, as the store's client tells of them: each part of a large one."""
+    """Progress of one upload, from the callbacks of the store's client."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__()

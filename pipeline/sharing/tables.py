@@ -4,7 +4,7 @@ Four layouts, told apart by their columns.
 
 | columns beside `input_ids` | layout |
 |---|---|
-| `compressed_logprobs`, `bytepacked_indices` | DistillKit's packed Parquet, with a compression configuration |
+| `compressed_logprobs`, `bytepacked_indices` | DistillKit's packed Parquet and its configuration |
 | `token_ids`, `top_values` | L lists of class ids and of their log-probabilities |
 | `target_token_ids`, `logprobs` | the same |
 | `logprobs` or `top_logprobs` | L lists of {logprob, token}; a token is an id or its text |
@@ -104,7 +104,7 @@ def read_entries(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, lay
 
 
 def _unpacked(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(L, K) ids and log-probabilities of the layouts that hold them as they are, and (L,) which entries are empty."""
+    """(L, K) ids and log-probabilities of plain layouts, and (L,) empty entries."""
     for names in _PAIRS:
         if _has(row, names):
             (ids, counts), (values, others) = (

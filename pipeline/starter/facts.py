@@ -62,7 +62,7 @@ class Facts:
 
 
 def column_facts(splits: Mapping[str, Rows]) -> dict[str, Facts]:
-    """Column -> its facts over all splits, in the order of the columns, those of some files included."""
+    """Column -> facts over all splits, in column order, partial columns included."""
     splits = {split: with_partial_columns(rows) for split, rows in splits.items()}
     kinds: dict[str, str] = {}
     names: dict[str, tuple[str, ...] | None] = {}

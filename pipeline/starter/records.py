@@ -70,7 +70,7 @@ class Start:
 
     @property
     def is_split(self) -> bool:
-        """Whether a row that is too long is read in pieces, as documents are; else its end is cut."""
+        """Whether rows that are too long are read in pieces, or cut."""
         return self.generative and self.roles.text is not None
 
     @property

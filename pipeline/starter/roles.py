@@ -177,7 +177,7 @@ def is_long(each: Facts) -> bool:
 
 
 def _generative(where: str, facts: Mapping[str, Facts], *, named_alone: bool) -> Roles | None:
-    """Chats, prompts with completions, or token ids; `named_alone`: only those with an unambiguous name."""
+    """Find chats, prompts or token ids; `named_alone`: only unambiguous names."""
     chats = [each.name for each in facts.values() if "role, content" in each.kind or "from, value" in each.kind]
     mixed = [
         n

@@ -212,7 +212,7 @@ def _read(data: DataConfig, added: tuple[str, ...], roles: Roles, config: InitCo
 
 
 def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple[DataConfig, tuple[str, ...]]:
-    """The same data with the rows of an unlabelled split `test` in `train`, or without that split."""
+    """Move the rows of an unlabelled split `test` to `train`, or drop them."""
     if data.data_files:
         renamed = tuple(
             "train=" + item.removeprefix("test=") if item.startswith("test=") else item for item in data.data_files

@@ -1,4 +1,4 @@
-"""What is known of a teacher before it is loaded: its files, tokenizer, longest row and speed here."""
+"""Facts of a teacher before loading: files, tokenizer, longest row, speed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Speed:
 
 
 def look_up(name: str) -> Known:
-    """The tokenizer and the configuration of a model: from a directory, the hub's local cache, or the hub.
+    """Tokenizer and configuration of a model from a directory or the hub.
 
     Raises:
         ModelError: a directory that is no model; no such model on the hub.
@@ -148,7 +148,7 @@ def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Seq
 
 
 def _few(rows: Sequence[TokenizedExample], weights: int, length: int) -> list[TokenizedExample]:
-    """Rows of similar length that the model reads in about a second; empty: one alone takes much longer."""
+    """Rows of similar length for about a second of the model; empty if one takes longer."""
     tokens = max(1, _OPERATIONS // (2 * weights))
     whole = sorted((row for row in rows if len(row.input_ids) <= length), key=lambda row: len(row.input_ids))
     middle = whole[len(whole) // 2 :] if whole and len(whole[len(whole) // 2].input_ids) <= tokens else whole[:1]
@@ -161,7 +161,7 @@ def _few(rows: Sequence[TokenizedExample], weights: int, length: int) -> list[To
 
 
 def _operations_per_second() -> float:
-    """What half of a large product of matrices reaches here: rough, since no model is as regular."""
+    """Half of the speed of a large matrix product here, as a rough estimate."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,7 +170,7 @@ def _operations_per_second() -> float:
 
 
 def _fastest(compute: Callable[[], Tensor], *, on_cpu: bool) -> float:
-    """Seconds that a computation takes where nothing else runs; the time of other programs is not counted."""
+    """Seconds of a computation, without the time of other programs."""
     import torch
 
     threads = torch.get_num_threads()
@@ -229,7 +229,7 @@ def _bytes(directory: Path) -> int:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached: asked once and briefly, since its client tries again for a minute."""
+    """Whether the hub answers, asked once with a short timeout."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:

@@ -176,7 +176,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
 def calibration_line(
     name: str, seen: Sequence[Observation], scores: ScoreTable, temperature: float | None
 ) -> Calibration:
-    """ECE (the mean over seeds), Brier, NLL and the diagram (seeds pooled) of one model, over the labelled positions."""
+    """ECE (mean over seeds), Brier, NLL and pooled diagram of a model, labelled positions."""
     errors, diagrams = [], []
     for one in seen:
         known = one.labelled
@@ -213,7 +213,7 @@ def _mean(items: list[Bin]) -> Bin:
 
 
 def calibration_split(cache: Cache, task: Task, asked: str | None, reported: str) -> str | None:
-    """The split to fit temperatures on: the one asked for, or `validation`; None: there is none with labels.
+    """The split to fit temperatures on: as configured, or `validation`; None without labels.
 
     Raises:
         CacheError: no split of the name that was asked for, or no label in it.

@@ -52,7 +52,7 @@ def measure_costs(
     watts: float,
     in_bytes: bool = False,
 ) -> tuple[tuple[Cost, ...], Machine | None]:
-    """Each model in a process of its own; in each round every model has a turn, in an order that changes, so that noise of the machine hits all alike.
+    """Measure each model in its own process, in rounds of changing order against noise.
 
     The first round warms up and is not counted. A candidate named `teacher` is what the others are
     compared with.
@@ -208,7 +208,7 @@ def disk_bytes(directory: str) -> int | None:
 
 
 def break_even(name: str, cache: Cache, runs: Sequence[Provenance], split: str = "train") -> BreakEven | None:
-    """When a cache has paid for itself against a teacher in the loop, which would run over the split in every epoch of every student.
+    """After how many epochs and students a cache costs less than a teacher in the loop.
 
     Decoding the cache, and the memory that a teacher in the loop takes, are left out.
 

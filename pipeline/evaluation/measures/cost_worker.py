@@ -1,4 +1,4 @@
-"""One model in a process of its own, so that its memory is its own: `python -m pipeline.evaluation.measures.cost_worker`, one JSON line in, one out.
+"""Measure one model in its own process: one JSON line in, one out.
 
 It loads the model, makes its batches, says so, and then runs what it is told to, so that whoever
 asks can let several models take turns. Tokenization is not part of what is timed: the batches are
@@ -178,7 +178,7 @@ def _say(answers: Any, answer: Ready | Turn) -> None:
 
 
 def _memory(field: str) -> int | None:
-    """A field of this process's own memory, bytes; `ru_maxrss` would start with the peak of the process that started this one."""
+    """A field of this process's memory in bytes; `ru_maxrss` includes the parent's peak."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -187,13 +187,13 @@ def _memory(field: str) -> int | None:
 
 
 def _forget_peak() -> None:
-    """The most memory so far is from importing libraries; count from here, where the system allows it."""
+    """Reset the peak memory, which importing libraries raised, if the system allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _meter() -> dict[str, tuple[int, int]]:
-    """Package -> microjoules so far and where they start anew, from RAPL; empty where it cannot be read."""
+    """Package -> (microjoules, wrap-around) from RAPL; empty if it cannot be read."""
     found = {}
     for package in sorted(Path("/sys/class/powercap").glob("intel-rapl:*")):
         if package.name.count(":") == 1:  # a whole package, not a part of one

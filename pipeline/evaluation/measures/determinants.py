@@ -1,4 +1,4 @@
-"""What decides how good a student becomes: its architecture, its teacher, the balance of the hyperparameters. Answered where students differ in them."""
+"""Effects of architecture, teacher and hyperparameters, where students differ in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTIONS = (ARCHITECTURE, TEACHER, BALANCE)
 
 
 def determinants(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tuple[Determinant, ...]:
-    """One table for each factor that has more than one value among the students; controls are no part of it.
+    """One table per factor with several values among the students; controls are left out.
 
     A level's mean is over the students that share the value, whatever else they differ in: in a
     full grid that is the factor's main effect.

@@ -1,4 +1,4 @@
-"""Students against their teacher: agreement on its right answers and on its errors, divergences, by class or token frequency, and where they differ most."""
+"""Fidelity: agreement, divergences, slices, and the largest differences from the teacher."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _over_seeds(seen: Sequence[Observation], what: str, where: np.ndarray) -> fl
 def slices(
     task: Task, subjects: Sequence[Subject], cache: Cache, teacher: Observation
 ) -> tuple[str, tuple[Slice, ...]]:
-    """What the slices are, and every model on each: classes by their label; tokens by how often they stand in the training split."""
+    """Every model by slice: classes by label, tokens by frequency in the training split."""
     labels = teacher.predictions.labels
     if teacher.is_score:
         return "", ()
@@ -78,7 +78,7 @@ def slices(
 
 
 def _slice_line(subject: Subject, where: np.ndarray) -> SliceLine:
-    """Of a model with its own tokens over the aligned positions; what is right there is another token, and nothing to compare."""
+    """A model with its own tokens on aligned positions; correctness is not comparable there."""
     known, own = position_kl_is_known(subject.teacher.cache.manifest.contract), subject.has_own_tokens
     return SliceLine(
         name=subject.name,
@@ -173,7 +173,7 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
 
 
 def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | None:
-    """The row's text, or of words the one in brackets among those beside it, or of tokens what stands before the position and its token.
+    """The text of a row, or the context of a word or token at a position.
 
     None where the cache was made to keep no texts.
     """

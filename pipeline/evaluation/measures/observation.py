@@ -77,7 +77,7 @@ class Observation:
         return same
 
     def at(self, where: np.ndarray) -> np.ndarray:
-        """(T,) bool over the teacher's positions -> (N,) bool: the model's own positions that are aligned with one of these, and may agree."""
+        """(T,) bool of teacher positions -> (N,) bool of the model's aligned positions."""
         if self.teacher_position is None:
             return where
         known = (self.teacher_position >= 0) & (self.predictions.teacher_predicted != NO_LABEL)
@@ -110,7 +110,7 @@ class Observation:
         return values if self.js is None else {**values, "js": self.js}
 
     def _correlation(self) -> np.ndarray:
-        """(N,): what each score adds to the correlation with the teacher's, the mean over outputs; see `metrics.correlation_influence`."""
+        """(N,): each score's part of the correlation; see `metrics.correlation_influence`."""
         names = self.predictions.label_names or ("",)
         ours, theirs = (
             values.reshape(-1, len(names)).T
@@ -126,7 +126,7 @@ class Observation:
         return np.bincount(self.predictions.rows, weights=values, minlength=self.num_rows)
 
     def row_weights(self, metric: str) -> np.ndarray:
-        """(R,) positions of each row that count: labelled ones, or where the truth is not asked all that are aligned."""
+        """(R,): positions per row that count: labelled, or all aligned without a truth."""
         if metric not in ("agreement", "kl", "js"):
             known = self.labelled
         elif self.teacher_position is None:
@@ -141,7 +141,7 @@ class Observation:
 
 
 def position_kl_is_known(contract: Contract) -> bool:
-    """Whether KL is right position by position: for `sampled` that needs the teacher's entropy of each."""
+    """Whether KL is known per position; `sampled` needs the teacher's entropy for that."""
     return not isinstance(contract.encoding, Sampled) or "entropy" in contract.columns
 
 
@@ -234,7 +234,7 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
 
 
 def brier_scores(probabilities: Tensor, labels: Tensor) -> np.ndarray:
-    """(N, V), (N,) -> (N,) float64: sum over classes of (p - truth)^2, in [0, 2]; nan without a label (Brier 1950)."""
+    """(N, V), (N,) -> (N,) float64: Brier score (1950) in [0, 2]; nan without a label."""
     p = probabilities.double()
     of_truth = p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     scores = p.square().sum(-1) - 2 * of_truth + 1

@@ -1,4 +1,4 @@
-"""Students against the truth: metrics, retention, paired comparisons, the share of the gap that was closed."""
+"""Quality: metrics, retention, paired comparisons, and the closed share of the gap."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def difference(basis: Basis, scores: Scores, first: str, second: str, metric: st
 def comparisons(
     basis: Basis, subjects: Sequence[Subject], headline: Subject, scores: Scores, *, seed: int
 ) -> tuple[Comparison, ...]:
-    """Each student with its teacher and with every control, and the headline student with the other students; p-values adjusted together.
+    """Compare students with teacher and controls, and the headline student with the others.
 
     In loss also with every control after temperature scaling, which changes no prediction. Of many
     students only the headline one meets the controls: the more is tested, the less each test can
@@ -124,7 +124,7 @@ def gap_shares(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tup
 
 
 def gap_share(basis: Basis, student: Subject, control: Subject, metric: str, scores: Scores) -> Measured | None:
-    """(student - control) / (teacher - control); None where less than 97.5% of the resamples have the control behind the teacher."""
+    """(student - control) / (teacher - control); None if the gap is not clear (97.5%)."""
     names = (student.name, control.name, student.teacher.name)
     behind = scores[names[2], metric].resampled - scores[names[1], metric].resampled
     if not is_higher(basis, metric):

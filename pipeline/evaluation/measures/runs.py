@@ -102,7 +102,7 @@ def _read(kind: type[Any], path: Path) -> Any:
 
 
 def _history(path: Path) -> tuple[Mapping[str, float], ...]:
-    """Trainer's log: of the finished run, or of its newest checkpoint where an older version trained it."""
+    """Trainer's log of the finished run, or of its newest checkpoint (older versions)."""
     checkpoints = sorted(
         path.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.rpartition("-")[2])
     )

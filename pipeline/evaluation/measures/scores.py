@@ -1,4 +1,4 @@
-"""Every model's metrics over rows, seeds and resamples: what quality, fidelity and the verdict are read from."""
+"""Metrics of every model over rows, seeds and resamples."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Scores:
 
 
 def _sums(basis: Basis, metric: str, observation: Observation) -> np.ndarray | None:
-    """(2, R): sums and weights whose ratio of totals is the metric; None: the observation has no such metric."""
+    """(2, R): sums and weights whose ratio of totals is the metric; None: not known."""
     by_position = observation.by_position()
     if metric in by_position:
         return np.array([observation.row_sums(by_position[metric]), observation.row_weights(metric)])

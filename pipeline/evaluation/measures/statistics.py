@@ -75,7 +75,7 @@ def percentiles(resampled: np.ndarray) -> Interval | None:
 
 
 def proportion(successes: int, count: int) -> Interval:
-    """Exact binomial interval (Clopper and Pearson 1934): where all rows are right, or none, a bootstrap would have no width."""
+    """Exact binomial interval (Clopper and Pearson 1934), also for shares of 0 and 1."""
     from scipy import stats
 
     found = stats.binomtest(successes, count).proportion_ci(0.95, method="exact")
@@ -83,7 +83,7 @@ def proportion(successes: int, count: int) -> Interval:
 
 
 def _crossed(value: float, resampled: np.ndarray, seeds: np.ndarray) -> Interval:
-    """Rows and seeds as two crossed random effects: variances add, degrees of freedom after Welch and Satterthwaite.
+    """Combine rows and seeds as crossed random effects (Welch and Satterthwaite).
 
     What rows and seeds do together stands in both variances, so that the interval errs on the wide
     side.
@@ -159,7 +159,7 @@ def paired_t(differences: np.ndarray) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979): the chance of one false finding among all stays below the level. nan stays nan."""
+    """Adjust p-values for their number (Holm 1979); nan stays nan."""
     known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted = [math.nan] * len(p_values)
     largest = 0.0

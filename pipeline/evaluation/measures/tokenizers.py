@@ -1,4 +1,4 @@
-"""What a report compares where a model has another tokenizer than its teacher, and what it leaves out."""
+"""What a report compares and omits for models with another tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every figure is drawn on: axes in the colours of a light or a dark page, and the PNG in the end."""
+"""Axes and colours of figures for light and dark pages, and PNG output."""
 
 from __future__ import annotations
 

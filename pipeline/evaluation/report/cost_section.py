@@ -9,7 +9,7 @@ from pipeline.tasks import get_task
 
 
 def cost_section(report: Report) -> Section:
-    """Speed, memory and energy of each model; the cache against a teacher in the loop; what training took."""
+    """The section on speed, memory, energy, break-even and training time."""
     measured = report.machine is not None
     in_bytes = report.machine is not None and report.machine.bytes_per_row is not None
     header = ["", "parameters", "bytes on disk"]

@@ -83,7 +83,7 @@ def draw_all(report: Report) -> tuple[Picture, ...]:
 
 
 def draw_quality(report: Report, style: Style) -> Any:
-    """The main metric and the other one of accuracy and loss: a point and an interval each; the teacher's as a band."""
+    """Main metric and loss or accuracy: points with intervals, the teacher's as a band."""
     metrics = [report.main_metric, *(m for m in ("accuracy", "loss", "mse") if m != report.main_metric)]
     lines = [line for line in report.quality if not line.scaled]
     metrics = [m for m in metrics if all(m in line.metrics for line in lines)]
@@ -112,7 +112,7 @@ def draw_quality(report: Report, style: Style) -> Any:
 
 
 def draw_fidelity(report: Report, style: Style) -> Any:
-    """Three shares of each model: agreement where the teacher is right, where it is wrong, and errors of the teacher that it mends."""
+    """Agreement where the teacher is right or wrong, and corrected teacher errors, per model."""
     lines = report.closeness
     if all(math.isnan(line.on_right) for line in lines):
         return None
@@ -166,7 +166,7 @@ def draw_reliability(report: Report, style: Style) -> Any:
 
 
 def draw_pareto(report: Report, style: Style) -> Any:
-    """The main metric against the number of parameters; the line joins what nothing smaller is better than."""
+    """Main metric against parameters; the line joins models that no smaller one beats."""
     points: list[tuple[int, Measured, str, str, str]] = [
         (
             model.num_parameters,
@@ -221,7 +221,7 @@ def pareto_front(points: Sequence[tuple[float, float]], *, higher: bool) -> list
 
 
 def draw_training(report: Report, style: Style) -> Any:
-    """A panel each for the soft loss, the hard loss, the loss over aligned spans, the learning rate and the evaluations, where the log has them."""
+    """Panels of losses, learning rate and evaluations, as far as the log has them."""
     shown = {
         "soft_loss": "soft loss",
         "hard_loss": "hard loss",
@@ -287,7 +287,7 @@ def draw_determinants(report: Report, style: Style) -> Any:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def _point(axis: Any, found: Measured | None, y: float, colour: str, marker: str) -> None:

@@ -19,7 +19,7 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]#|~!$])")
 
 
 def make_page(report: Report, pictures: Sequence[Picture]) -> str:
-    """One file that asks for no other: pictures as data URIs, no script, and a policy that forbids both."""
+    """Render one self-contained file: data URIs, no script, and a policy that enforces it."""
     return _render("report.html.j2", report, pictures, autoescape=True)
 
 

@@ -153,7 +153,7 @@ def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:
 
 
 def read_by(directory: str, teachers: Mapping[str, Teacher], split: str) -> tuple[Teacher, Cache]:
-    """The teacher that a model is compared with, its own where that is among them, and its cache as the model reads it.
+    """The teacher to compare a model with, its own if present, and the cache it reads.
 
     Raises:
         ContractError: its tokenizer cannot be aligned with the teacher's.
@@ -170,7 +170,7 @@ def look(
     config: ReportConfig,
     fitted_on: str | None,
 ) -> Subject:
-    """Every seed of one student or control, each loaded once: on the calibration split, then on the reported one.
+    """Evaluate every seed of a model on the calibration split and the reported split.
 
     Args:
         views: directory -> see `read_by`.

@@ -1,4 +1,4 @@
-"""A report as sections of text, tables and quotes: what the page, the Markdown and the terminal all show. Nothing here is escaped; the templates do that."""
+"""Sections of text, tables and quotes for page, Markdown and terminal, not escaped."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from pipeline.metrics import number
 
 
 def headline(basis: Basis, subjects: Sequence[Subject], split: str | None) -> tuple[Subject, str]:
-    """The student that the answer is about, and how it was chosen: never on the rows that are reported."""
+    """The headline student and how it was chosen, never on the reported rows."""
     students = [subject for subject in subjects if subject.model.role == "student"]
     if len(students) == 1:
         return students[0], "the only student"
