@@ -44,12 +44,12 @@ Completion of commands, flags and paths:
 def _verbosity_options() -> list[click.Option]:
     """Flags of the group and of every command; no settings of a run."""
     return [
-        click.Option(["--quiet"], is_flag=True, help="Print results and warnings alone, no progress."),
-        click.Option(["--verbose"], is_flag=True, help="Print all that is logged, by the libraries too."),
+        click.Option(["--quiet"], is_flag=True, help="Print results and warnings only, no progress."),
+        click.Option(["--verbose"], is_flag=True, help="Print all log messages, those of libraries too."),
         click.Option(
             ["--log-level"],
             type=click.Choice(LEVELS),
-            help="Least level of the log on standard error: info, unless --quiet (warning) or --verbose (debug) is given.",
+            help="Lowest log level on standard error: info, warning with --quiet, debug with --verbose.",
         ),
     ]
 

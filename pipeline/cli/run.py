@@ -23,7 +23,7 @@ from pipeline.cli.report import show_report
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Make a cache, teacher or student anew where the one that is there has other settings or inputs, or is unfinished.",
+    help="Replace caches, teachers and students that have other settings or inputs, or are unfinished.",
 )
 def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool, dry_run: bool) -> None:
     """Run every stage of a configuration file in order, or the STAGES named.

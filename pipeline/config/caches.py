@@ -24,8 +24,8 @@ class VerifyConfig:
     """Check every byte of a cache against its manifest."""
 
     cache: str = data_option("Directory of the cache.")
-    quick: bool = data_option("Only hashes, sizes, columns and the counts in the footers: nothing is decoded.", False)
-    repair: bool = output_option("Drop broken shards, so that the same cache-logits command makes them again.", False)
+    quick: bool = data_option("Check hashes, sizes, columns and the counts in footers; decode nothing.", False)
+    repair: bool = output_option("Delete damaged shards; the same cache-logits command writes them again.", False)
     json: bool = output_option("Print JSON.", False)
 
 
@@ -76,7 +76,7 @@ class InspectConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportConfig:
-    """Make a cache of what a server has returned, or of a data set of top log-probabilities."""
+    """Make a cache from server responses, or from a data set of top log-probabilities."""
 
     input: tuple[str, ...] = data_option(
         "JSON-lines file with one response or row a line, Parquet file, or directory of Parquet files; repeat for several."
@@ -93,11 +93,12 @@ class ImportConfig:
     )
     split: str = data_option("Split that the rows become.", "train")
     position_zero: Literal["auto", "empty", "filled"] = data_option(
-        "Whether the first entry is empty, each speaking of its own token (vLLM, OpenAI), or filled, speaking of the next. auto finds out.",
+        "Whether entry i is of token i, so that the first is empty (vLLM, OpenAI), or of token i + 1; auto: detected.",
         "auto",
     )
     compression_config: str | None = data_option(
-        "How DistillKit has packed its Parquet. Default: compression_config.yaml beside the first file.", None
+        "DistillKit's compression configuration of the Parquet files. Default: compression_config.yaml beside the first file.",
+        None,
     )
     max_length: int | None = data_option(
         "Longest row in tokens that is allowed. Default: the longest that comes.", None
@@ -108,7 +109,7 @@ class ImportConfig:
     on_bad_row: Literal["stop", "skip"] = data_option(
         "What to do with a failed request, or with a row that cannot be used.", "stop"
     )
-    overwrite: bool = output_option("Delete what the output directory holds and start anew.", False)
+    overwrite: bool = output_option("Delete what the output directory holds, and start again.", False)
 
     def __post_init__(self) -> None:
         check_positive("--top-k", self.top_k)

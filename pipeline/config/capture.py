@@ -46,7 +46,7 @@ _OF_SERVERS = ("server_model", "server_api", "check_with", "concurrency", "serve
 class TrainTeacherConfig:
     """Fine-tune a teacher on the task's hard labels."""
 
-    task: TaskName = data_option("What is learnt.")
+    task: TaskName = data_option("Task to train.")
     data: DataConfig
     model: str = model_option("Name or path of the pretrained model; a PEFT adapter directory is one too.")
     output: str = output_option("Directory of the fine-tuned model.")
@@ -60,7 +60,7 @@ class TrainTeacherConfig:
     batch_size: int | None = training_option("Rows per device and step. Default: 16.", None)
     seed: int = training_option("Seed of initialisation and order.", 0)
     overwrite: bool = output_option(
-        "Delete the model and the checkpoints that the output directory holds and start anew.", False
+        "Delete the model and the checkpoints that the output directory holds, and start again.", False
     )
     on_bad_row: Literal["stop", "skip"] = data_option("What to do with a row whose text is empty.", "stop")
     report_to: tuple[str, ...] = training_option(
@@ -77,7 +77,7 @@ class TrainTeacherConfig:
 class CacheLogitsConfig:
     """Run the teacher once over a data set and write its soft labels."""
 
-    task: TaskName = data_option("What the teacher predicts.")
+    task: TaskName = data_option("Task of the teacher.")
     data: DataConfig
     unlabelled: tuple[str, ...] = data_option(
         "File or data set whose rows are added to the split train without labels; repeat for several.", ()
@@ -92,7 +92,7 @@ class CacheLogitsConfig:
     server_model: str | None = model_option(
         "The teacher's name at the server. Default: the only one that it serves.", None
     )
-    server_api: Literal["vllm", "sglang"] | None = model_option("How the server is asked. Default: found out.", None)
+    server_api: Literal["vllm", "sglang"] | None = model_option("API of the server to use. Default: found out.", None)
     check_with: str | None = model_option(
         "Local weights of a served teacher: one row of the server is compared with theirs before the first shard.",
         None,
@@ -108,7 +108,7 @@ class CacheLogitsConfig:
         "Run code that comes with the teacher. Never set by a cache or a manifest.", False
     )
     prompt_template: str | None = model_option(
-        "Let a language model label class by class: file of a Jinja template of the prompt, or default for the built-in one.",
+        "Label classes with a language model: file with a Jinja template of the prompt, or default for the built-in one.",
         None,
     )
     label_text: tuple[str, ...] = model_option(
@@ -144,7 +144,7 @@ class CacheLogitsConfig:
         False,
     )
     output: str = output_option("Directory of the cache, or a URL that fsspec opens, as s3://bucket/cache.")
-    overwrite: bool = output_option("Delete what the output directory holds and start anew.", False)
+    overwrite: bool = output_option("Delete what the output directory holds, and start again.", False)
     append: bool = output_option("Add the rows that the data set has gained to a finished cache, as new shards.", False)
     rows: str | None = data_option("Cache only the rows A:B of each split (from 0, B excluded).", None)
     rows_per_shard: int | None = output_option(
@@ -154,16 +154,16 @@ class CacheLogitsConfig:
         "Tokens in a forward pass, padding included. Default: 8192 (classification), 2048 (language models).", None
     )
     auto_batch_tokens: bool = machine_option(
-        "Find out before the first shard how many tokens in a forward pass are fastest, and keep to it.", False
+        "Measure before the first shard which number of tokens in a forward pass is fastest, and use it.", False
     )
     concurrency: int | None = machine_option(
-        "Rows that are asked of servers at once, by each worker. Default: raised until they get no faster.", None
+        "Rows requested from servers at once by each worker. Default: raised until they get no faster.", None
     )
     server_patience: float = machine_option(
-        "Seconds for which a request to a slow, restarted or dead server is sent again.", 600.0
+        "Seconds during which a request to a slow, restarted or dead server is repeated.", 600.0
     )
     engine: Literal["local", "ray"] = machine_option(
-        "Who runs the workers: this machine, or Ray (an existing cluster, else a local one).", "local"
+        "Where workers run: on this machine, or on Ray (an existing cluster, else a local one).", "local"
     )
     num_workers: int | None = machine_option(
         "Processes that share the shards. Default: this one; with Ray one for each GPU, or for each machine without.",
@@ -173,7 +173,8 @@ class CacheLogitsConfig:
         "GPUs of each worker; several hold one teacher together. Default: 1, where there are any.", None
     )
     part: str | None = machine_option(
-        "Make part I of N (from 0), as 0/8: for arrays of jobs. Whoever makes the last shard finishes the cache.", None
+        "Make part I of N (from 0), as 0/8: for arrays of jobs. The job that makes the last shard finishes the cache.",
+        None,
     )
     seed: int = encoding_option("Seed of the sampled encoding.", 0)
     on_bad_row: Literal["stop", "skip"] = data_option(
@@ -345,9 +346,9 @@ def make_encoding(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateConfig:
-    """Say what each encoding would cost and lose, from a pilot; no cache is written."""
+    """Estimate what each encoding costs and loses, from a pilot; no cache is written."""
 
-    task: TaskName = data_option("What the teacher predicts.")
+    task: TaskName = data_option("Task of the teacher.")
     data: DataConfig
     teacher: str = model_option("Name or path of the teacher.")
     teacher_revision: str | None = model_option("Revision of a teacher on the hub.", None)

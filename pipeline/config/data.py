@@ -100,7 +100,7 @@ class DataConfig:
         "KEY=VALUE: argument of the chat template, as enable_thinking=false; repeat for several.", ()
     )
     assistant_turns: AssistantTurns = option(
-        "Chats: learn all turns of the assistant, in as few rows as have each in its own context (auto) or in one row (all), "
+        "Chats: supervise all turns of the assistant, in as few rows as have each in its own context (auto) or in one row (all), "
         "each in a row of its own, or the last alone.",
         "auto",
     )

@@ -26,7 +26,7 @@ FAULTS: tuple[Fault, ...] = ("empty", "cut", "repeated", "duplicate")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig:
-    """Let a language model write a data set: completions of prompts, or labelled examples."""
+    """Write a data set with a language model: completions of prompts, or labelled examples."""
 
     model: str = model_option(
         "Name or path of the model that writes; a PEFT adapter directory or a GGUF file is one too. With --server: of its tokenizer."
@@ -62,7 +62,7 @@ class GenerateConfig:
         None,
     )
     messages_column: str | None = data_option(
-        "Column with chats; the turns of the assistant at the end are left out and written anew. Default: messages, where there "
+        "Column with chats; the turns of the assistant at the end are removed and written again. Default: messages, where there "
         "is such a column and no column prompt.",
         None,
     )
@@ -114,7 +114,7 @@ class GenerateConfig:
         (),
     )
     output: str = output_option("Directory of the data set.")
-    overwrite: bool = output_option("Delete what the output directory holds and start anew.", False)
+    overwrite: bool = output_option("Delete what the output directory holds, and start again.", False)
     rows_per_shard: int | None = output_option(
         "Rows of prompts in a shard; a killed run repeats at most one. Default: shards of about 250 completions.", None
     )
@@ -126,10 +126,10 @@ class GenerateConfig:
         "Requests in flight at most, to all servers. Default: found by raising it until throughput stops growing.", None
     )
     server_patience: float = machine_option(
-        "Seconds for which a request is sent again to servers that are down, slow or overloaded.", 600.0
+        "Seconds during which a request to servers that are down, slow or overloaded is repeated.", 600.0
     )
     engine: Literal["local", "ray"] = machine_option(
-        "Who runs the workers: this machine, or Ray (an existing cluster, else a local one).", "local"
+        "Where workers run: on this machine, or on Ray (an existing cluster, else a local one).", "local"
     )
     num_workers: int | None = machine_option(
         "Processes that share the shards. Default: this one; with Ray one for each GPU, or for each machine without.",
@@ -139,7 +139,7 @@ class GenerateConfig:
         "GPUs of each worker; several hold one model together. Default: 1, where there are any.", None
     )
     part: str | None = machine_option(
-        "Make part I of N (from 0), as 0/8: for arrays of jobs. Whoever makes the last shard finishes the data set.",
+        "Make part I of N (from 0), as 0/8: for arrays of jobs. The job that makes the last shard finishes the data set.",
         None,
     )
     on_bad_row: Literal["stop", "skip"] = data_option(

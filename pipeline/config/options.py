@@ -112,7 +112,7 @@ def parse_bytes(flag: str, text: str) -> int:
 def cache_dir_option() -> Any:
     """Where shards of caches behind URLs are kept."""
     return machine_option(
-        "Directory for what is fetched of a cache behind a URL, and for the rows of students with another tokenizer. Default: softlabel in the user's cache directory.",
+        "Directory for files fetched from a cache behind a URL, and for aligned rows of students with another tokenizer. Default: softlabel in the user's cache directory.",
         None,
     )
 
@@ -120,7 +120,7 @@ def cache_dir_option() -> Any:
 def cache_bytes_option() -> Any:
     """How much of them."""
     return machine_option(
-        "A cache behind a URL: keep at most so much of what was fetched; what was used longest ago goes first.", "20GB"
+        "Caches behind a URL: most bytes to keep on this machine; the least recently used are deleted first.", "20GB"
     )
 
 

@@ -19,7 +19,7 @@ class InitConfig:
         "File or data set with more texts, which have no label; repeat for several.", ()
     )
     output: str = output_option("YAML file to write.")
-    task: TaskName | None = data_option("What the teacher predicts. Default: found out from the columns.", None)
+    task: TaskName | None = data_option("Task of the teacher. Default: detected from the columns.", None)
     text_column: str | None = data_option("Column with the text. Default: found out.", None)
     text_pair_column: str | None = data_option("Column with the second text of a pair.", None)
     label_column: str | None = data_option("Column with the class. Default: found out.", None)

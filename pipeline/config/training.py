@@ -158,9 +158,9 @@ class TrainStudentConfig:
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = output_option(
         "Precision of the finished student's weights; training is in float32. auto: as the student's own files.", "auto"
     )
-    resume: bool = training_option("Go on from the newest whole checkpoint in the output directory.", False)
+    resume: bool = training_option("Continue from the newest complete checkpoint in the output directory.", False)
     overwrite: bool = output_option(
-        "Delete the student and the checkpoints that the output directory holds and start anew.", False
+        "Delete the student and the checkpoints that the output directory holds, and start again.", False
     )
     lora_r: int | None = model_option("Train a LoRA adapter of this rank instead of all weights.", None)
     lora_alpha: int | None = model_option("LoRA scale. Default: twice the rank.", None)

@@ -15,7 +15,7 @@ class MergeConfig:
 
     cache: tuple[str, ...] = data_option("Directory of a cache; repeat for two or more.")
     output: str = output_option("Directory of the merged cache.")
-    overwrite: bool = output_option("Delete the cache that the output directory holds and start anew.", False)
+    overwrite: bool = output_option("Delete the cache that the output directory holds, and start again.", False)
 
     def __post_init__(self) -> None:
         if len(self.cache) < 2:
@@ -33,7 +33,7 @@ class FilterConfig:
     )
     split: tuple[str, ...] = data_option("Split to keep; repeat for several. Default: all.", ())
     as_split: str | None = output_option("Name that the one split gets in the new cache.", None)
-    overwrite: bool = output_option("Delete the cache that the output directory holds and start anew.", False)
+    overwrite: bool = output_option("Delete the cache that the output directory holds, and start again.", False)
 
     def __post_init__(self) -> None:
         if self.where is None and not self.split and self.as_split is None:
@@ -55,7 +55,7 @@ class ConvertConfig:
     temperature: tuple[float, ...] = encoding_option(
         "Temperature to serve; repeat for a grid (top-k, top-p). Default: those of the cache, or of a capture.", ()
     )
-    overwrite: bool = output_option("Delete the cache that the output directory holds and start anew.", False)
+    overwrite: bool = output_option("Delete the cache that the output directory holds, and start again.", False)
 
     def __post_init__(self) -> None:
         knobs = {"top-k": self.top_k, "top-p": self.top_p, "sampled": self.sample_size}
