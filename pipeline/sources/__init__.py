@@ -1,4 +1,4 @@
-"""Find and load a data set, map its columns, hold out a test split, read rows as examples."""
+"""Load a data set, map its columns, hold out a test split, and read its rows as examples."""
 
 from pipeline.sources.content import Survey, fingerprints, is_of_files, survey
 from pipeline.sources.inputs.choices import most_choices

@@ -1,4 +1,4 @@
-"""Rows of a split in batches, so that memory does not grow with the data set."""
+"""Read the rows of a split in batches, so that memory use does not grow with the data set."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from pipeline.sources.files.joined import Rows
 
-#: Rows that are Python objects at the same time. A few are enough: at 256 slicing costs less than a
-#: tenth of decoding.
+#: Number of rows that are Python objects at the same time. At 256, slicing costs less than a tenth
+#: of decoding.
 BATCH_ROWS = 256
 
 Row = dict[str, object]
@@ -29,20 +29,20 @@ class _Unreadable:
         return "UNREADABLE"
 
 
-#: Every value of a row whose bytes are not UTF-8. Arrow files may hold such strings; Python strings
-#: cannot.
+#: Replaces every value of a row with a string that is not valid UTF-8. Arrow files can contain such
+#: strings; Python cannot decode them.
 UNREADABLE: Final = _Unreadable()
 
 
 def read_rows(dataset: Rows, names: Sequence[str], start: int = 0, stop: int | None = None) -> Iterator[Row]:
-    """The rows `[start, stop)` as Python objects, in order.
+    """Yield the rows `[start, stop)` as Python objects, in order.
 
     Args:
-        names: columns to read; the others are never decoded. One that the data set does not have is
-            left out.
+        names: columns to read; the others are never decoded. Columns that the data set does not
+            have are left out.
 
-    Returns:
-        One dictionary a row, by column name, whatever format the data set is set to.
+    Yields:
+        One dictionary per row, by column name, whatever format the data set is set to.
     """
     stop = len(dataset) if stop is None else stop
     present = [name for name in dict.fromkeys(names) if name in dataset.column_names]
@@ -50,7 +50,7 @@ def read_rows(dataset: Rows, names: Sequence[str], start: int = 0, stop: int | N
         yield from ({} for _ in range(start, stop))
         return
     if isinstance(dataset, JoinedRows):
-        blank = dict.fromkeys(present)  # what rows of a part without a column hold under its name
+        blank = dict.fromkeys(present)  # null for the columns that a part does not have
         for i, first, last in dataset.pieces(start, stop):
             own = [name for name in present if dataset.holds(i, name)]
             yield from ({**blank, **row} for row in read_rows(dataset.parts[i], own, first, last))
@@ -74,9 +74,10 @@ def _read(plain: Dataset, present: Sequence[str], start: int, stop: int) -> Iter
 
 
 def _view(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
-    """These columns as Python objects.
+    """Return a view of the data set that gives these columns as Python objects.
 
-    Kept as long as the data set, which names each view by a hash: more work than to read a row.
+    The view is cached as long as the data set exists, since making one (with a fingerprint) costs
+    more than reading a row.
     """
     views = _VIEWS.setdefault(dataset, {})
     if names not in views:

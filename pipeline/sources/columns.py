@@ -1,4 +1,4 @@
-"""Which column plays which role, and whether its type can."""
+"""Assign columns to roles (input, label, group, ...) and check that their types fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.records import Columns, LabelColumn
 if TYPE_CHECKING:
     from pipeline.sources.files.joined import JoinedRows, Rows
 
-#: Field of `Columns` -> the flag that names it. The inputs: what a model reads.
+#: Field of `Columns` -> its command-line flag, for the columns that a model reads.
 _INPUT_FLAGS = {
     "text": "--text-column",
     "text_pair": "--text-pair-column",
@@ -23,20 +23,21 @@ _INPUT_FLAGS = {
     "input_ids": "--input-ids-column",
     "labels": "--labels-column",
 }
-#: What the roles of columns of choices begin with.
+#: Prefix of the roles of choice columns.
 CHOICES = "choices:"
-#: Columns that no flag names: they are read beside token ids and chats wherever a data set has
-#: them.
+#: Columns without a flag: they are read together with token ids and chats if a data set has them.
 ATTENTION_MASK, TOOLS = "attention_mask", "tools"
 _TEXT_ROLES = ("text", "text_pair", "prompt", "completion")
 _SCALARS = ("text", "integers", "floats", "booleans", "class labels", "nulls")
 
 
 def one_input(columns: Columns) -> Columns:
-    """The same columns with `text` only where nothing else is the input, and each kept column once.
+    """Return the columns with exactly one kind of input, and each kept column once.
+
+    `text` is dropped if there is another input.
 
     Raises:
-        MisuseError: no input, two of them, or half of one.
+        MisuseError: there is no input, more than one, or only a part of one.
     """
     if (columns.prompt is None) != (columns.completion is None):
         raise MisuseError("--prompt-column and --completion-column go together; give both or neither")
@@ -59,14 +60,17 @@ def one_input(columns: Columns) -> Columns:
 
 
 def input_roles(columns: Columns) -> dict[str, str]:
-    """Role -> column of what a model reads, in a fixed order: the inputs, without class labels and kept columns."""
+    """Return the input columns by role, in a fixed order, without labels and kept columns."""
     found = {role: getattr(columns, role) for role in _INPUT_FLAGS}
     several = {f"{CHOICES}{i}": name for i, name in enumerate(columns.choices)}
     return {role: name for role, name in {**found, **several}.items() if name is not None}
 
 
 def side_roles(dataset: Rows, columns: Columns) -> dict[str, str]:
-    """Role -> column of what is read beside the inputs where the data set has it: padding of token ids, tools of chats."""
+    """Return the optional columns that are read with the inputs, by role, if they exist.
+
+    They are `attention_mask` for token ids and `tools` for chats.
+    """
     if columns.input_ids is not None and columns.labels != ATTENTION_MASK:
         name = ATTENTION_MASK
     elif is_chat(dataset, columns):
@@ -77,24 +81,26 @@ def side_roles(dataset: Rows, columns: Columns) -> dict[str, str]:
 
 
 def is_chat(dataset: Rows, columns: Columns) -> bool:
-    """Whether the input is chats: messages, or prompts that are no plain text."""
+    """Return whether the input is chats: messages, or prompts that are not plain text."""
     chat = columns.messages or columns.prompt
     return chat is not None and describe(dataset.features.get(chat)) != "text"
 
 
 def used_roles(columns: Columns) -> dict[str, str]:
-    """Role -> column of all that is read: the inputs, the class label, and `keep:NAME` for each kept column."""
+    """Return all columns that are named, by role: inputs, label, group and kept columns.
+
+    The role of a kept column is `keep:NAME`.
+    """
     label = {} if columns.label is None else {"label": columns.label}
     group = {} if columns.group is None else {"group": columns.group}
     return {**input_roles(columns), **label, **group, **{f"keep:{name}": name for name in columns.keep}}
 
 
 def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
-    """Check that the input columns are there and that their types can be what they are named for.
+    """Check that the input columns exist and that their types fit their roles.
 
     Raises:
-        SourceError: a missing column, or a type that no row can be read from. `where` begins the
-            message.
+        SourceError: a column is missing or of the wrong type; the message begins with `where`.
     """
     for role, name in input_roles(columns).items():
         _require(where, dataset, name, _INPUT_FLAGS.get(role, "--choices-column"))
@@ -121,10 +127,10 @@ def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
 
 
 def check_alike(where: str, dataset: JoinedRows, columns: Columns) -> None:
-    """Check that files read as one split agree: on whether the input is chats, and on the names of the classes.
+    """Check that the files of one split agree on class names and on whether the input is chats.
 
     Raises:
-        SourceError: two files that do not.
+        SourceError: two files differ.
     """
     labelled = [part for i, part in enumerate(dataset.parts) if columns.label and dataset.holds(i, columns.label)]
     names = {class_names(part.features[columns.label]) for part in labelled}
@@ -138,10 +144,10 @@ def check_alike(where: str, dataset: JoinedRows, columns: Columns) -> None:
 
 
 def check_kept(where: str, dataset: Rows, columns: Columns) -> None:
-    """Check that the kept columns are there and hold one plain value a row.
+    """Check that the kept columns exist and hold one scalar per row.
 
     Raises:
-        SourceError: a missing column, or one of lists, structs, dates or bytes.
+        SourceError: a column is missing, or holds lists, structs, dates or bytes.
     """
     for name in columns.keep:
         _require(where, dataset, name, "--keep-column")
@@ -153,10 +159,15 @@ def check_kept(where: str, dataset: Rows, columns: Columns) -> None:
 
 
 def check_label(where: str, dataset: Rows, columns: Columns, *, holds: LabelColumn = "class") -> None:
-    """Check that the label column, where there is one, holds what it should: of rows of words, lists of class ids; of texts, spans too.
+    """Check the type of the label column, if the data set has it.
+
+    With a column of words, it must hold lists of labels. With a column of texts, it may hold spans.
+
+    Args:
+        holds: what the column must hold.
 
     Raises:
-        SourceError: a column of another type.
+        SourceError: the column has another type.
     """
     name = columns.label
     if name is None or name not in dataset.column_names:
@@ -191,10 +202,10 @@ def check_label(where: str, dataset: Rows, columns: Columns, *, holds: LabelColu
 
 
 def check_group(where: str, dataset: Rows, columns: Columns) -> None:
-    """Check that the column of groups, where one is named, is there and holds one name or number a row.
+    """Check that the group column, if one is named, exists and holds one name or number per row.
 
     Raises:
-        SourceError: a missing column, or one of another type.
+        SourceError: the column is missing or of another type.
     """
     if columns.group is None:
         return
@@ -207,14 +218,18 @@ def check_group(where: str, dataset: Rows, columns: Columns) -> None:
 
 
 def holds_spans(dataset: Rows, name: str) -> bool:
-    """Whether a column holds lists of {start, end, label}: characters of a text."""
+    """Return whether a column holds lists of {start, end, label}, spans of characters of a text."""
     feature = dataset.features.get(name)
     item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
     return isinstance(item, dict) and {"start", "end", "label"} <= set(item)
 
 
 def holds_answers(feature: Any) -> bool:
-    """Whether a column holds {text, answer_start}, of lists or of one answer, or lists of it; or nothing."""
+    """Return whether a type can hold answers {text, answer_start}, as SQuAD has them.
+
+    A row may hold a struct of lists, a list of structs, or a single struct. Columns of nulls or of
+    mixed types are accepted too.
+    """
     item: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
     structs = [each for each in (feature, item) if isinstance(each, dict)]
     named = any({"text", "answer_start"} <= set(each) for each in structs)
@@ -227,12 +242,15 @@ def holds_answers(feature: Any) -> bool:
 
 
 def holds_flags(dataset: Rows, name: str) -> bool:
-    """Whether a column holds lists of one number a class: booleans or floats."""
+    """Return whether a column holds lists of one boolean or float per class."""
     return describe(dataset.features.get(name)) in ("lists of booleans", "lists of floats")
 
 
 def class_names(feature: Any) -> tuple[str, ...]:
-    """The names of a column of `ClassLabel`, of lists of it, or of spans with such labels; () where it has none."""
+    """Return the class names of a `ClassLabel` column, or of lists or spans with such labels.
+
+    For other columns, return ().
+    """
     if isinstance(feature, dict):
         return class_names(feature["label"]) if "label" in feature else ()
     item = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
@@ -240,7 +258,7 @@ def class_names(feature: Any) -> tuple[str, ...]:
 
 
 def describe(feature: Any) -> str:
-    """What a column of this type holds, in words: `text`, `integers`, `lists of integers`, `structs of role, content`."""
+    """Describe a column type in words, such as `text`, `integers` or `structs of role, content`."""
     import datasets
 
     if isinstance(feature, datasets.Value):
@@ -298,7 +316,7 @@ def _check_choices(where: str, name: str, feature: Any, found: str, *, several: 
 
 
 def holds_images(feature: Any) -> bool:
-    """Whether a column holds encoded images: images of `datasets`, {bytes, path} or bytes; text is the path of a file."""
+    """Return whether a column holds encoded images: `datasets.Image`, {bytes, path} or bytes."""
     import datasets
 
     if isinstance(feature, dict):
@@ -321,7 +339,10 @@ def _check_messages(where: str, name: str, feature: Any, found: str) -> None:
 
 
 def _is_chat(feature: Any, found: str) -> bool:
-    """A chat is a list of {role, content} or {from, value}; where rows differ in type, each row is checked when it is read."""
+    """Return whether a column can hold chats: lists of {role, content} or {from, value}.
+
+    Columns of mixed types are accepted; their rows are checked when they are read.
+    """
     if found in ("values of mixed types", "lists of values of mixed types"):
         return True
     turn: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)

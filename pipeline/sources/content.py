@@ -1,8 +1,8 @@
-"""What rows hold, hashed and counted: the fingerprint of a split, equal rows of two splits, and which rows are held out.
+"""Hash rows: fingerprints of splits, rows that two splits share, and the choice of held-out rows.
 
-A row is hashed as one line of JSON over the values of its roles. Names of columns, files, chunks
-and batches play no part. Parquet files that are read in place are known by their footers, so that
-nothing else of them is read before the first shard.
+A row is hashed as one line of JSON with the values of its roles. Names of columns and files, and
+the division into chunks and batches, have no influence. Parquet files that are read in place are
+identified by their footers, so that nothing else of them is read before the first shard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.sources.values import without_nulls
 if TYPE_CHECKING:
     from pipeline.sources.files.joined import Rows
 
-#: What the fingerprint of a list of files begins with.
+#: Prefix of the fingerprint of a list of files.
 _OF_FILES = "files-"
 
 _CHATS = ("messages", "prompt", "completion")
@@ -41,16 +41,16 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=Tr
 def fingerprints(
     source: Source, ranges: Mapping[str, tuple[int, int]] | None = None, *, by_contents: bool = False
 ) -> dict[str, str]:
-    """Split -> SHA-256 over the values of every column that is read, in row order, each with its role.
+    """Return the SHA-256 of each split over the values and roles of every column that is read.
 
     Args:
-        ranges: split -> the rows `[start, stop)` that count; default: all rows of all splits.
-        by_contents: read the rows of Parquet files too, whose fingerprint is that of the list of
-            files otherwise: rows, bytes, footer and tag of each.
+        ranges: split -> the rows `[start, stop)` to hash; default: all rows of all splits.
+        by_contents: read the rows of Parquet files too. Otherwise their fingerprint is that of the
+            list of files: rows, bytes, footer and tag of each.
 
-    By contents, equal rows have equal fingerprints, whatever the file format, the path and the
-    columns that are not read. The names of a `ClassLabel` count, since its values mean nothing
-    without them.
+    Rows are hashed in order. By contents, equal rows have equal fingerprints, whatever the file
+    format, the path and the columns that are not read. The names of a `ClassLabel` are included,
+    since its values mean nothing without them.
     """
     ranges = ranges if ranges is not None else {split: (0, len(dataset)) for split, dataset in source.splits.items()}
     found = {}
@@ -62,25 +62,25 @@ def fingerprints(
 
 
 def is_of_files(fingerprint: str) -> bool:
-    """Whether a fingerprint is that of a list of files, not of what they hold."""
+    """Return whether a fingerprint is that of a list of files, not of their contents."""
     return fingerprint.startswith(_OF_FILES)
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass over the rows of a source has found."""
+    """The results of one pass over the rows of a source."""
 
     fingerprints: Mapping[str, str]
-    """Split -> SHA-256, as `fingerprints` gives it."""
+    """Split -> SHA-256, as from the function `fingerprints`."""
     contents: SourceContents
 
 
 def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents: bool = False) -> Survey:
-    """Fingerprints and counts of the rows `[start, stop)` of each split, by one pass over them.
+    """Compute fingerprints and counts of the rows `[start, stop)` of each split in one pass.
 
-    Two rows are equal where all their inputs are, whatever their labels and kept columns. Memory: 8
-    bytes a row. Parquet files are not passed over, unless `by_contents`: their rows are counted as
-    their shards are made.
+    Two rows are equal if all their inputs are equal, whatever their labels and kept columns. Memory
+    use is 8 bytes per row. Parquet files are read only with `by_contents`; otherwise their rows are
+    counted later, when their shards are written.
     """
     inputs, label = input_roles(source.columns), source.columns.label
     hashes: dict[str, np.ndarray] = {}
@@ -114,18 +114,21 @@ def survey(source: Source, ranges: Mapping[str, tuple[int, int]], *, by_contents
 
 
 def held_out(dataset: Rows, columns: Columns, share: float) -> np.ndarray:
-    """Which rows belong to the test split.
+    """Choose the rows of the test split.
 
-    A row's side depends on its inputs alone, or on the list that it belongs to: added rows move no
-    other row, equal inputs stay together, and a larger share keeps what a smaller one held out.
-    Rows of files without the label column are held out only where a row of the same inputs in
-    another file is: a test split is there to be measured on. Rows of a file that has the label
-    column are held out whether they have a label or not.
+    The choice depends only on a row's inputs, or on its list for rankings. So added rows change no
+    other row's split, equal inputs stay together, and a larger share includes the rows of a smaller
+    one. Rows of files without the label column are held out only if a row with the same inputs in
+    another file is, since a test split is for measuring. Rows of a file with the label column are
+    held out whether they have a label or not.
+
+    Args:
+        share: share of the rows to hold out, in (0, 1).
 
     Returns:
-        (rows,) bool.
+        (rows,) bool: True for the rows of the test split.
     """
-    roles = input_roles(columns) if columns.group is None else {"group": columns.group}  # lists stay whole
+    roles = input_roles(columns) if columns.group is None else {"group": columns.group}  # keeps lists whole
     limit = math.ceil(share * 2.0**64)
     positions = np.fromiter(
         (_position(row, roles) for row in read_rows(dataset, list(roles.values()))),
@@ -172,13 +175,13 @@ def _is_blank(value: object) -> bool:
 
 
 def _position(row: Row, roles: dict[str, str]) -> int:
-    """Where the row lies in [0, 2^64)."""
+    """Hash the row to an integer in [0, 2^64), which decides whether it is held out."""
     digest = hashlib.blake2b(_line(_content(row, roles)), digest_size=8, person=b"hold-out")
     return int.from_bytes(digest.digest(), "big")
 
 
 def _content(row: Row, roles: dict[str, str]) -> list[object]:
-    """What is read of a row, however its structs are laid out."""
+    """Return the values of a row in a form that does not depend on the layout of its structs."""
     return [_value(role, row.get(name)) for role, name in roles.items()]
 
 

@@ -1,4 +1,4 @@
-"""The names of the classes that a data set has: what a new teacher's head is made for."""
+"""Find the class names of a data set, from which the head of a new teacher is built."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Larger numbers are row ids or prices, not classes.
+#: Numbers from here on are taken for row ids or prices, not classes.
 _MAX_CLASSES = 100_000
 
 
 def label_names(source: Source, label_map: Sequence[str] = (), *, several: bool = False) -> tuple[str, ...]:
-    """Names of the classes that a data set has, in the order of their ids.
+    """Return the class names of a data set, in the order of their ids.
 
     Args:
-        label_map: `DATA=MODEL` each: the class named MODEL is made for the label DATA.
+        label_map: `DATA=MODEL` each: the label DATA becomes the class named MODEL.
         several: a row has several labels at once.
 
     Returns:
         The names of a `ClassLabel` column; else the distinct texts of all splits, sorted (numbers
-            as numbers); else "0" to the largest number.
-        Of spans the tags of words: "O", and "B-" and "I-" before each label.
+        as numbers); else "0" to the largest number. For spans, the tags of words: "O", and each
+        label with the prefixes "B-" and "I-".
 
     Raises:
-        SourceError: no label column, no labelled row, both names and numbers, or numbers that are
-            no classes.
+        SourceError: there is no label column or no labelled row; the labels are both names and
+            numbers, or numbers that cannot be classes; or lists of numbers differ in length.
     """
     column = source.columns.label
     if column is None:
@@ -94,7 +94,7 @@ def _lists(dataset: Rows, column: str) -> Iterator[list[object]]:
 
 
 class _Renamed:
-    """The names that `--label-map` gives to labels."""
+    """Renames labels according to `--label-map`."""
 
     def __init__(self, label_map: Sequence[str]) -> None:
         pairs = dict(sides(item) for item in label_map)
@@ -102,17 +102,17 @@ class _Renamed:
         self._data = Names.of({data: i for i, data in enumerate(pairs)})
 
     def has(self, *forms: str) -> bool:
-        """Whether a label is renamed."""
+        """Return whether a label, written in one of these forms, is renamed."""
         return any(self._data.find(form, "--label-map") is not None for form in forms)
 
     def name(self, *forms: str) -> str:
-        """The name of a class whose label is written in these forms."""
+        """Return the class name of a label that is written in these forms."""
         found = (self._data.find(form, "--label-map") for form in forms)
         return next((self._models[i] for i in found if i is not None), forms[0])
 
 
 def _distinct(names: Iterable[str], source: Source, column: str) -> tuple[str, ...]:
-    """Each name once; names that differ in case or space alone are told."""
+    """Remove duplicate names, and warn about names that differ only in case or space."""
     kept = tuple(dict.fromkeys(names))
     first: dict[str, str] = {}
     for name in kept:

@@ -1,4 +1,4 @@
-"""Class labels: from what a data set writes, names or numbers, to the ids that a model has."""
+"""Map the class labels of a data set, names or numbers, to the class ids of a model."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ MEND = "mend the row, or name another column with --label-column"
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names that are found by their exact text, else without regard to case and surrounding space."""
+    """Names with ids; lookup is exact first, then ignores case and surrounding space."""
 
     ids: Mapping[str, int]
     folded: Mapping[str, tuple[str, ...]]
-    """Folded name -> the names that fold to it."""
+    """Name after `fold` -> the original names."""
 
     @classmethod
     def of(cls, ids: Mapping[str, int]) -> Names:
-        """Names with an id each."""
+        """Build from names with ids."""
         groups: dict[str, tuple[str, ...]] = {}
         for name in ids:
             groups[fold(name)] = (*groups.get(fold(name), ()), name)
         return cls(ids, groups)
 
     def find(self, text: str, where: str) -> int | None:
-        """The id of a name; None: no such name.
+        """Return the id of a name; None: there is no such name.
 
         Raises:
-            SourceError: no name is exactly this, and several differ from it in case or space alone.
+            SourceError: there is no exact match, and names with different ids match apart from case
+                and space.
         """
         if text in self.ids:
             return self.ids[text]
@@ -55,34 +56,35 @@ _WRITE_IT = "write one of them exactly, or say which with --label-map DATA=MODEL
 
 @dataclass(frozen=True, slots=True)
 class LabelMap:
-    """Raw values of a label column -> class ids."""
+    """Maps raw values of a label column to class ids."""
 
     source: str
     """Name of the source, for messages."""
     names: Names
-    """The model's classes."""
+    """The model's class names."""
     numbers: Mapping[int, int]
-    """Whole number -> class id: by name where a name is the number, else by position."""
+    """Whole number -> class id: by name if a name is this number, else by position."""
     unclear: frozenset[int]
-    """Numbers that are no name, and the position of a class that is named by another number."""
+    """Ambiguous numbers: they are not a name, and the class at this position is named by another
+    number."""
     class_ids: Mapping[str, tuple[int, ...]]
     """Split with a `ClassLabel` column -> the class id of each of its numbers."""
     class_names: Mapping[str, tuple[str, ...]]
     """Split with a `ClassLabel` column -> its names."""
     given: Names
-    """`--label-map`: data value -> class id. It comes before all else."""
+    """`--label-map`: data value -> class id. It takes precedence over all other rules."""
     several: bool = False
-    """A row has several labels at once."""
+    """Whether a row has several labels at once."""
 
     @classmethod
     def for_names(
         cls, source: Source, names: tuple[str, ...], label_map: Sequence[str] = (), *, several: bool = False
     ) -> LabelMap:
-        """A map to positions in `names`.
+        """Build a map to positions in `names`.
 
-        Text is looked up without regard to case and surrounding space. Integers are looked up where
-        a name is that number, and else are positions; those of a `ClassLabel` are looked up by its
-        names, if `names` has all of them.
+        Text is matched to names, ignoring case and surrounding space. An integer is matched to a
+        name that is this number, else it is a position. Integers of a `ClassLabel` are matched by
+        the names of the `ClassLabel`, if `names` has all of them.
 
         Args:
             label_map: `DATA=MODEL` each: a name or number of the data, and a name, `LABEL_i` or
@@ -90,7 +92,8 @@ class LabelMap:
             several: a row has several labels at once.
 
         Raises:
-            SourceError: a label column of another type; a side of the label map that is not known.
+            SourceError: the label column has another type, the classes of a `ClassLabel` do not
+                match, or one side of the label map is not known.
         """
         known = Names.of({name: i for i, name in enumerate(names)})
         numbers, unclear = _numbers(names)
@@ -123,10 +126,12 @@ class LabelMap:
         return made
 
     def class_id(self, value: object, *, split: str, row: int) -> int | None:
-        """The class, or None: null, NaN and -1 mean unlabelled, where no class has that name.
+        """Return the class id of a raw value; None: unlabelled.
+
+        Null and NaN mean unlabelled, and so does -1 unless a class has that name.
 
         Raises:
-            SourceError: a name that is not known, a number that is no class.
+            SourceError: the name is unknown, or the number is not a class.
         """
         where = f"{self.source}: split {split}, row {row}"
         key = self._given_key(value, split, where)
@@ -166,7 +171,7 @@ class LabelMap:
         return self.numbers[number]
 
     def shown(self, value: object, split: str) -> str:
-        """A raw value as DATA of `--label-map` names it."""
+        """Return a raw value in the form of the side DATA of `--label-map`."""
         names = self.class_names.get(split)
         if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
             return names[int(value)] if names is not None and 0 <= value < len(names) else f"{value:.0f}"
@@ -174,15 +179,15 @@ class LabelMap:
 
     @property
     def contract_form(self) -> tuple[str, ...]:
-        """The label map as the contract keeps it: sorted, the classes by their names."""
+        """The label map as the contract records it: sorted, with class names."""
         return tuple(sorted(f"{data}={self.class_name(i)}" for data, i in self.given.ids.items()))
 
     def class_name(self, class_id: int) -> str:
-        """The model's name of a class, or `LABEL_i` where another class has the same name."""
+        """Return the model's name of a class, or `LABEL_i` if another class has the same name."""
         return next((name for name, i in self.names.ids.items() if i == class_id), f"LABEL_{class_id}")
 
     def _given_key(self, value: object, split: str, where: str) -> str | None:
-        """Which side DATA of the label map a raw value is."""
+        """Return the side DATA of the label map that matches a raw value; None: there is none."""
         if not self.given.ids or value is None or value is UNREADABLE or value != value:
             return None
         forms = [self.shown(value, split)]
@@ -194,10 +199,10 @@ class LabelMap:
         return None
 
     def _check_given(self, source: Source, column: str) -> None:
-        """Every DATA of the label map is a value of the data.
+        """Check that every DATA of the label map occurs in the data.
 
         Raises:
-            SourceError: one that is not.
+            SourceError: one does not occur.
         """
         if not self.given.ids:
             return
@@ -222,36 +227,38 @@ _MAP = f"{MEND}, or say which class it is with --label-map DATA=MODEL"
 
 
 def fold(name: str) -> str:
-    """A name without regard to case and surrounding space."""
+    """Normalise a name for comparison without case and surrounding space."""
     return name.strip().casefold()
 
 
 def order(name: str) -> tuple[int, int, str]:
-    """A sort key of names: whole numbers come first, as numbers."""
+    """Return a sort key of names: whole numbers come first, in numeric order."""
     return (0, int(name), name) if is_number(name) else (1, 0, name)
 
 
 def is_number(name: str) -> bool:
-    """Whether a name is a whole number."""
+    """Return whether a name is a whole number."""
     return re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", name) is not None
 
 
 def listed(names: Sequence[str] | Mapping[str, int]) -> str:
-    """The first 20 names."""
+    """List the first 20 names, for messages."""
     return ", ".join(list(names)[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
 def sides(item: str) -> tuple[str, str]:
-    """DATA and MODEL of one `--label-map`; a further `=` belongs to DATA."""
+    """Split one `--label-map` into DATA and MODEL at its last `=`."""
     data, _, model = item.rpartition("=")
     return data, model
 
 
 def raw_labels(source: Source, column: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, object]]:
-    """Every value of a label column, those of lists and spans one by one and without -100, each with its place for messages.
+    """Yield every value of a label column with its location, for messages.
+
+    Values in lists and spans are yielded one by one, without -100.
 
     Args:
-        splits: default: all.
+        splits: the splits to read; empty: all.
     """
     for split in splits or source.splits:
         for i, row in enumerate(read_rows(source.splits[split], [column])):
@@ -261,7 +268,11 @@ def raw_labels(source: Source, column: str, splits: Sequence[str] = ()) -> Itera
 
 
 def whole_number(value: object, where: str) -> int | None:
-    """An integer from an integer, a boolean or a whole float; None from null, NaN and -1."""
+    """Convert an integer, boolean or whole float to an integer; null, NaN and -1 to None.
+
+    Raises:
+        SourceError: the value is of another kind; the message begins with `where`.
+    """
     if value is None or value is UNREADABLE or value == -1 or value != value:
         return None
     if isinstance(value, int):
@@ -272,7 +283,11 @@ def whole_number(value: object, where: str) -> int | None:
 
 
 def _numbers(names: tuple[str, ...]) -> tuple[dict[int, int], frozenset[int]]:
-    """Number -> class id, by name and else by position, and the numbers whose position is that of a class named by another number."""
+    """Return class ids by number, and the ambiguous numbers.
+
+    A number is the class with this name, else the class at this position. It is ambiguous if that
+    class is named by another number.
+    """
     named = {int(name): i for i, name in enumerate(names) if is_number(name)}
     if len(named) == len(names):
         return named, frozenset()
@@ -281,10 +296,10 @@ def _numbers(names: tuple[str, ...]) -> tuple[dict[int, int], frozenset[int]]:
 
 
 def _given(label_map: Sequence[str], names: Names, numbers: Mapping[int, int]) -> dict[str, int]:
-    """DATA -> class id.
+    """Parse a label map into class ids by DATA.
 
     Raises:
-        SourceError: a class that the model does not have, or two for one label.
+        SourceError: the model does not have a class, or one label has two classes.
     """
     found: dict[str, int] = {}
     for item in label_map:
@@ -304,11 +319,13 @@ def _given(label_map: Sequence[str], names: Names, numbers: Mapping[int, int]) -
 
 
 def _class_ids(found: tuple[str, ...], names: Names, given: Names, where: str) -> tuple[int, ...]:
-    """The class id of each name of a `ClassLabel`: by name where the model has all of them, else by number.
+    """Return the class id of each name of a `ClassLabel`.
+
+    The classes are matched by name if the model has all of the names, else by number.
 
     Raises:
-        SourceError: the model has another number of classes, or has some of the names at other
-            positions.
+        SourceError: the model lacks a name, and has another number of classes, has some of the
+            names at other positions, or a label map is given.
     """
     ids: list[int | None] = []
     for number, name in enumerate(found):

@@ -1,4 +1,4 @@
-"""Find a data set, check its columns and split it: what `--dataset` and the flags beside it stand for."""
+"""Load the data set named by `--dataset`, check its columns, and hold out a test split."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A whole repository of the hub: its name and its revision.
+#: URL of a whole repository of the Hugging Face Hub; groups: name, revision.
 _REPOSITORY = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?")
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A data set that is found; nothing is known of its columns."""
+    """A data set that has been found; its columns are not checked yet."""
 
     name: str
     """As in `Source`."""
@@ -59,17 +59,18 @@ class Located:
 
 
 def load_source(data: DataConfig, *, label_required: bool = False, holds: LabelColumn = "class") -> Source:
-    """Find a data set, local, behind a URL or on the hub, and make it ready to be read.
+    """Load a data set from a local path, a URL or the hub, and prepare it for reading.
 
-    A local path that exists comes before a hub data set of the same name.
+    An existing local path takes precedence over a hub data set of the same name.
 
     Args:
         label_required: whether a missing label column is an error.
-        holds: what the label column should.
+        holds: what the label column must hold; checked if `label_required`.
 
     Raises:
-        SourceError: nothing there, nothing in it, or columns that are missing or of another type.
-        MisuseError: a hub flag with a local path or a URL.
+        SourceError: the data set is not found or is empty, or columns are missing or of another
+            type.
+        MisuseError: a flag for hub data sets is given with a local path or a URL.
     """
     found = locate(data)
     source = _prepare(found.name, dict(found.splits), data.columns, data.holdout, data.split, _directory(data.dataset))
@@ -79,11 +80,11 @@ def load_source(data: DataConfig, *, label_required: bool = False, holds: LabelC
 
 
 def locate(data: DataConfig) -> Located:
-    """Find a data set and its splits, as `load_source` does, without a look at its columns.
+    """Find a data set and its splits, as `load_source` does, without checking its columns.
 
     Raises:
-        SourceError: nothing there, or what cannot be read.
-        MisuseError: a hub flag with a local path or a URL.
+        SourceError: the data set is not found, or cannot be read.
+        MisuseError: a flag for hub data sets is given with a local path or a URL.
     """
     inputs = tuple(input_roles(data.columns).values())
     path = Path(data.dataset).expanduser()
@@ -126,7 +127,7 @@ def locate(data: DataConfig) -> Located:
 
 
 def _may_be_folders(path: Path, data: DataConfig) -> bool:
-    """Whether a directory may hold files of images in folders, which have no data file."""
+    """Return whether a path may be a directory with folders of image files and no data file."""
     return data.image_column is not None and path.is_dir() and not data.data_files and saved_splits(path) is None
 
 
@@ -148,14 +149,15 @@ def from_datasets(
     holdout: float = 0.0,
     splits: tuple[str, ...] = (),
 ) -> Source:
-    """A data set that is in memory already. One without splits is the split `train`.
+    """Prepare a data set that is already in memory. One without splits becomes the split `train`.
 
-    A `datasets.IterableDataset` (`streaming=True`) is taken where it is a list of Parquet files as
-    they are; those are read in place.
+    A `datasets.IterableDataset` (`streaming=True`) is accepted if it reads Parquet files without
+    further transforms; the files are read in place.
 
     Raises:
-        SourceError: no data set or an empty one, or columns that are missing or of another type.
-        MisuseError: a hold-out outside [0, 1), or columns that contradict each other.
+        SourceError: the object is no data set or is empty, or columns are missing or of another
+            type.
+        MisuseError: `holdout` is outside [0, 1), or the columns contradict each other.
     """
     import datasets
 
@@ -175,7 +177,7 @@ def from_datasets(
 
 
 def _instead(dataset: Any, part: Any) -> str:
-    """How what was given becomes a data set."""
+    """Return a hint how to make a data set of the object that was given."""
     import datasets
 
     if isinstance(dataset, Mapping) and isinstance(part, list | tuple) and not (part and isinstance(part[0], Mapping)):
@@ -194,7 +196,7 @@ def _instead(dataset: Any, part: Any) -> str:
 
 
 def _directory(dataset: str) -> Path:
-    """What paths in a data set are relative to."""
+    """Return the directory that paths in a data set are relative to."""
     path = Path(dataset).expanduser().resolve()
     return path if path.is_dir() else path.parent
 
@@ -207,11 +209,12 @@ def _prepare(
     only: tuple[str, ...],
     directory: Path | None,
 ) -> Source:
-    """Hold out, restrict to the splits asked for, check every one of them.
+    """Hold out rows, select the requested splits, and check each of them.
 
     Args:
-        directory: what paths of images are relative to, and caches may refer to; None: the current
-            one, and to nothing.
+        only: the splits to keep; empty: all.
+        directory: image paths are relative to it, and caches may refer to files in it; None: paths
+            are relative to the current directory, and caches cannot refer to files.
     """
     columns = one_input(columns)
     if not splits:
@@ -227,7 +230,7 @@ def _prepare(
             )
     if columns.image is not None:
         for split, rows in splits.items():
-            if columns.image in rows.column_names:  # else `check_inputs` says so
+            if columns.image in rows.column_names:  # `check_inputs` reports a missing column
                 splits[split] = with_encoded_images(
                     rows, columns.image, directory or Path.cwd(), f"{name}: split {split}"
                 )
@@ -255,7 +258,7 @@ def _prepare(
 
 
 def _warn_of_absent(where: str, rows: ParquetRows) -> None:
-    """Say so where a column is not in every file."""
+    """Warn about the first columns that are not in every file."""
     for column, location in list(rows.absent.items())[:3]:
         logger.warning(
             "%s: column %r is not in every file and is not read: %s has none", where, column, shareable_url(location)
@@ -280,7 +283,7 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
 
 
 def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
-    """Say how many rows have no label because their file has no such column, and where it is spelt otherwise."""
+    """Report rows whose file has no label column, and columns that only differ in spelling."""
     if not isinstance(dataset, JoinedRows) or label is None:
         return
     for file, part in zip(dataset.names, dataset.parts, strict=True):
@@ -299,7 +302,11 @@ def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
 
 
 def _hold_out(name: str, splits: dict[str, Rows], columns: Columns, share: float) -> dict[str, Rows]:
-    """`train` in two: `test` comes last."""
+    """Divide `train` into `train` and `test`; `test` becomes the last split.
+
+    Raises:
+        SourceError: there is no `train`, or one of the two would be empty.
+    """
     if "train" not in splits:
         raise SourceError(
             f"{name}: --holdout takes rows from the split train; found {', '.join(splits)}; drop --holdout"
@@ -324,7 +331,7 @@ def _require_label(source: Source, column: str | None, holds: LabelColumn) -> No
 
 
 def _shareable_name(path: Path) -> str:
-    """A relative path as it was given; of any other path the last part."""
+    """Return a relative path as given; of a path that is absolute or has "..", the last part."""
     if path.is_absolute() or ".." in path.parts:
         return path.resolve().name
     return path.as_posix() if path.name else path.resolve().name

@@ -1,4 +1,4 @@
-"""Rows of a split as examples; a row that cannot be one is set aside with the reason."""
+"""Read the rows of a split as examples; a row that cannot be one becomes a `BadRow`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _MAX_TOKEN_ID = 2**31 - 1
 def read_examples(
     source: Source, split: str, start: int, stop: int, labels: Labels | None
 ) -> Iterator[Example | BadRow]:
-    """The rows `[start, stop)` of a split, in order, one item each.
+    """Read the rows `[start, stop)` of a split, in order, one item per row.
 
     Args:
-        labels: None: class labels and scores are not read.
+        labels: reads the label column; None: class labels and scores are not read.
 
     Returns:
-        Examples with the row's index in the split; a `BadRow` for what no teacher can read: an
-            empty or null input, token labels
-        that do not fit the tokens, text that is not valid Unicode.
+        Examples with the row's index in the split. A row that no teacher can read becomes a
+        `BadRow`: an empty or null input, token labels that do not fit the tokens, or text that is
+        not valid Unicode.
 
     Raises:
-        SourceError: no such split or rows; while reading, a label that is no class.
+        SourceError: the split or the rows do not exist; while reading, a label is not a class.
     """
     if split not in source.splits:
         raise SourceError(f"{source.name}: no split {split!r}; found {', '.join(source.splits)}")
@@ -79,11 +79,11 @@ def _examples(source: Source, split: str, start: int, stop: int, labels: Labels 
 
 
 def _labelled(example: Example, value: object, labels: Labels, *, by_spans: bool, split: str) -> Example:
-    """The example with what its label column says.
+    """Return the example with the value of its label column.
 
     Raises:
-        BadRowError: labels that do not fit the words or the text.
-        SourceError: a label that is no class.
+        BadRowError: the labels do not fit the words or the text.
+        SourceError: a label is not a class.
     """
     number = example.source_row
     if isinstance(labels, ScoreColumn):
@@ -101,11 +101,11 @@ def _labelled(example: Example, value: object, labels: Labels, *, by_spans: bool
 
 
 class _GroupError(BadRowError):
-    """Of the column that says which list a row belongs to."""
+    """An invalid value in the group column, which gives the list of a row."""
 
 
 def _grouped(example: Example, row: Row, columns: Columns, labels: Labels, split: str) -> Example:
-    """The example with its list, where rows are ranked."""
+    """Return the example with its list, if rows are ranked."""
     if columns.group is None or not isinstance(labels, ScoreColumn):
         return example
     try:
@@ -136,7 +136,7 @@ def _example(i: int, row: Row, source: Source, kept: dict[str, Scalar]) -> Examp
         )
     if columns.words is not None:
         return Example(i, words=read_words(columns.words, row[columns.words]), kept=kept)
-    assert columns.text is not None  # one_input() saw to it
+    assert columns.text is not None  # one_input() ensures it
     pair = None if columns.text_pair is None else read_text(columns.text_pair, row[columns.text_pair])
     if columns.choices:
         texts, names = read_choices(columns.choices, row)
@@ -149,7 +149,10 @@ def _example(i: int, row: Row, source: Source, kept: dict[str, Scalar]) -> Examp
 def _prompt_and_completion(
     i: int, row: Row, prompt_name: str, completion_name: str, kept: dict[str, Scalar]
 ) -> Example:
-    """Two texts, or two lists of turns: one chat, of which the completion's turns are learnt."""
+    """Make an example of a prompt and a completion.
+
+    Two lists of turns become one chat, in which only the completion's turns are trained on.
+    """
     if not isinstance(row[prompt_name], list):
         prompt = read_text(prompt_name, row[prompt_name], may_be_empty=True)
         return Example(i, prompt_completion=(prompt, read_text(completion_name, row[completion_name])), kept=kept)
@@ -159,7 +162,11 @@ def _prompt_and_completion(
 
 
 def _attended(name: str, value: object, ids: tuple[int, ...]) -> slice:
-    """The tokens that are no padding, which may stand on either side of them."""
+    """Return the slice of the tokens that are not padding; padding may be on both sides.
+
+    Raises:
+        BadRowError: the attention mask does not fit the tokens, or has a 0 between two 1.
+    """
     mask = _integers(
         name, [int(m) if isinstance(m, bool) else m for m in value] if isinstance(value, list) else value, lowest=0
     )

@@ -1,4 +1,4 @@
-"""Scores of rows: one number, or one for each output of a model; and the lists that rows are ranked in."""
+"""Read the scores of rows, one per model output, and the lists in which rows are ranked."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from pipeline.sources.labels import LabelMap
 from pipeline.sources.source import Source
 from pipeline.sources.values import kind_of
 
-#: What reads a label column.
+#: The readers of a label column.
 Labels: TypeAlias = "LabelMap | ScoreColumn | AnswerColumn"
 
-_LARGEST = 3.0e38  # of float32
+_LARGEST = 3.0e38  # about the maximum of float32
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreColumn:
-    """Raw values of a label column -> scores."""
+    """Reads raw values of a label column as scores."""
 
     outputs: int
-    """How many a row has."""
+    """Number of scores of a row."""
 
     lone: frozenset[tuple[str, int]] = frozenset()
-    """Split and list, of lists of one row, which is compared with nothing."""
+    """(split, list id) of each list with a single row; such rows are bad rows."""
 
     contract_form: tuple[str, ...] = ()
-    """There is nothing to map."""
+    """Empty: scores have no label map."""
     several: bool = True
-    """Rows without a label column have as many unknown ones."""
+    """Whether rows get unknown scores if there is no label column."""
 
     @classmethod
     def of(cls, source: Source, outputs: int, label_map: Sequence[str] = ()) -> ScoreColumn:
-        """The label column of a source, read for a model of so many outputs.
+        """Make a reader of a source's label column, for a model with `outputs` outputs.
 
         Raises:
-            SourceError: a column of another type; a label map; rows of a list that stand apart.
+            SourceError: the column has another type, a label map is given, or the rows of a list
+                are not consecutive.
         """
         if label_map:
             raise SourceError(f"{source.name}: --label-map is for class labels, and here they are scores; leave it out")
@@ -54,10 +55,10 @@ class ScoreColumn:
         return cls(outputs, frozenset() if source.columns.group is None else _lone(source))
 
     def list_of(self, value: object, split: str) -> int:
-        """The list that a row belongs to.
+        """Return the id of the list that a row belongs to.
 
         Raises:
-            BadRowError: none, or one of this row alone.
+            BadRowError: the value is null, or the list has only this row.
         """
         if value is None or value is UNREADABLE:
             raise BadRowError("expected a name or a number, found null")
@@ -67,10 +68,11 @@ class ScoreColumn:
         return found
 
     def read(self, value: object) -> tuple[float, ...]:
-        """One float for each output; nan for null and nan.
+        """Return one float for each output; nan if it is not known.
 
         Raises:
-            BadRowError: another number of them, no number, or one that float32 does not hold.
+            BadRowError: the number of scores differs from the number of outputs, or a score is no
+                number or too large for float32.
         """
         if value is None or value is UNREADABLE:
             return (math.nan,) * self.outputs
@@ -89,10 +91,10 @@ class ScoreColumn:
 
 
 def head_names(source: Source, label_map: Sequence[str] = (), *, holds: LabelColumn = "class") -> tuple[str, ...]:
-    """What the head of a new model has names for: the classes that a data set has, or the outputs.
+    """Return the names of the classes or outputs that the head of a new model needs.
 
     Raises:
-        SourceError: as `label_names` and `score_names` raise it.
+        SourceError: see `label_names` and `score_names`.
     """
     if holds == "answers":
         return ()
@@ -102,10 +104,10 @@ def head_names(source: Source, label_map: Sequence[str] = (), *, holds: LabelCol
 def label_reader(
     source: Source, names: Sequence[str], label_map: Sequence[str] = (), *, holds: LabelColumn = "class"
 ) -> Labels:
-    """What reads the label column of a source for a model with these names of classes or outputs.
+    """Make the reader of a source's label column, for a model with these class or output names.
 
     Raises:
-        SourceError: as `LabelMap.for_names` and `ScoreColumn.of` raise it.
+        SourceError: see `LabelMap.for_names`, `ScoreColumn.of` and `AnswerColumn.of`.
     """
     if holds == "scores":
         return ScoreColumn.of(source, len(names), label_map)
@@ -115,13 +117,13 @@ def label_reader(
 
 
 def group_id(value: object) -> int:
-    """A hash of the value that the rows of one list share, in [0, 2^63)."""
+    """Hash the value that the rows of one list share, to an integer in [0, 2^63)."""
     text = str(value).encode("utf-8", errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def list_starts(source: Source) -> dict[str, list[int]]:
-    """Split -> the first row of each list; {} where the rows are no lists."""
+    """Return the first row of each list, by split; {} if the rows do not form lists."""
     return {split: list(_starts(source, split)) for split in source.splits} if source.columns.group is not None else {}
 
 
@@ -134,10 +136,10 @@ def _starts(source: Source, split: str) -> Iterator[int]:
 
 
 def _lone(source: Source) -> frozenset[tuple[str, int]]:
-    """Split and list, of the lists of one row.
+    """Return (split, list id) of each list with a single row.
 
     Raises:
-        SourceError: the rows of a list stand in two places of a split.
+        SourceError: the rows of a list are not consecutive.
     """
     name, found = source.columns.group or "", set()
     for split, dataset in source.splits.items():
@@ -158,10 +160,12 @@ def _lone(source: Source) -> frozenset[tuple[str, int]]:
 
 
 def score_names(source: Source) -> tuple[str, ...]:
-    """Names of the outputs that a model of a data set's scores needs: that of the column, with numbers where it holds lists.
+    """Return names for the outputs of a model of a data set's scores.
+
+    The name is that of the label column, with a number appended if the column holds lists.
 
     Raises:
-        SourceError: no label column, no row with a score, or lists of several lengths.
+        SourceError: there is no label column, no row with a score, or lists differ in length.
     """
     column = source.columns.label
     if column is None:

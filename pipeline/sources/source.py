@@ -1,4 +1,4 @@
-"""The record of a data set that is ready to be read."""
+"""The record of a data set that has been loaded and checked."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from pipeline.sources.files.parquet import ParquetRows
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A data set whose columns are known to be there."""
+    """A loaded data set with checked columns."""
 
     name: str
-    """Hub name, relative path, or the last part of any other path: never where the data lies on one
-    machine."""
+    """Hub name, relative path, or the last part of another path; never an absolute path, which is
+    specific to one machine."""
     config: str | None
     revision: str | None
-    """Of a hub data set: the commit, or what was asked for where the commit is not known."""
+    """The commit of a hub data set, or the requested revision if the commit is not known."""
     splits: Mapping[str, Rows]
     columns: Columns
-    """`label` is None where no split has such a column."""
+    """`label` is None if no split has the label column."""
     holdout: float
-    """Share of `train` that is now `test`; 0 where there was a `test`."""
+    """Share of `train` that was held out as `test`; 0 if the data set has a `test`."""
     unlabelled: tuple[UnlabelledSource, ...] = ()
-    """Data sets whose rows stand behind those of `train`, without labels."""
+    """Data sets whose rows are appended to `train`, without labels."""
     directory: Path | None = None
-    """Images: what the paths of files in the data set are relative to; None: caches cannot refer to
-    its files."""
+    """Images: the directory that file paths in the data set are relative to; None: caches cannot
+    refer to its files."""
     place: str = ""
-    """Images: where the directory lies for those who share it: what the places of files begin
-    with."""
+    """Images: machine-independent name of `directory`; recorded file paths begin with it."""
 
     @property
     def row_groups(self) -> dict[str, list[int]]:
-        """Split -> the first row of each row group, of the splits that are read by row group."""
+        """First row of each row group, by split, for the splits that are read by row group."""
         return {
             split: rows.starts.tolist()
             for split, rows in self.splits.items()
@@ -46,10 +45,10 @@ class Source:
         }
 
     def sample_ranges(self, split: str, start: int, stop: int, most: int) -> list[range]:
-        """The rows of `[start, stop)` that a sample is drawn from.
+        """Return the rows of `[start, stop)` from which a sample may be drawn.
 
-        Where one row costs its whole row group, those of at most so many row groups, evenly spaced;
-        else all of them.
+        If reading one row means reading its whole row group, these are the rows of at most `most`
+        evenly spaced row groups; else all rows.
         """
         rows = self.splits[split]
         grouped = isinstance(rows, ParquetRows | JoinedRows)
@@ -57,5 +56,5 @@ class Source:
 
 
 def holds_chats(source: Source) -> bool:
-    """Whether its rows are chats, in any split."""
+    """Return whether any split holds chats."""
     return any(is_chat(dataset, source.columns) for dataset in source.splits.values())

@@ -1,4 +1,4 @@
-"""Rows without labels, added to the training split: `--unlabelled`."""
+"""Add rows without labels to the training split (`--unlabelled`)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipeline.sources.source import Source
 
 logger = logging.getLogger(__name__)
 
-#: The split that grows.
+#: The split that gets the rows.
 _TRAIN = "train"
 
 
 def load_unlabelled(names: Sequence[str], data: DataConfig) -> list[Source]:
-    """The data sets that `--unlabelled` names, with the columns of the labelled one.
+    """Load the data sets that `--unlabelled` names, with the columns of the labelled one.
 
     Raises:
-        SourceError: nothing there, or columns that are missing or of another type.
+        SourceError: a data set is not found, or columns are missing or of another type.
     """
     alone = dataclasses.replace(
         data, data_files=(), dataset_config=None, dataset_revision=None, split=(), holdout=0.0, label_map=()
@@ -33,13 +33,13 @@ def load_unlabelled(names: Sequence[str], data: DataConfig) -> list[Source]:
 
 
 def with_unlabelled(source: Source, others: Sequence[Source]) -> Source:
-    """The source with the rows of others behind those of `train`, in order and without their labels.
+    """Append the rows of other sources to `train`, in order and without their labels.
 
-    Of a data set with several splits `train` is taken.
+    If another source has several splits, its `train` is used.
 
     Raises:
-        SourceError: there is no `train` to add to or to take, or a column is of another type than
-            in the source.
+        SourceError: a source lacks the split `train`, or a column has another type than in the
+            labelled source.
     """
     if not others:
         return source

@@ -1,4 +1,4 @@
-"""Values of a row as text and lists, with what was found where they are something else."""
+"""Read values of a row as text or lists, with errors that describe the value that was found."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pipeline.errors import BadRowError
 
 
 def read_text(name: str, value: object, *, may_be_empty: bool = False) -> str:
-    """A value as text that is valid Unicode.
+    """Return a value that must be text in valid Unicode.
 
     Raises:
-        BadRowError: null, another type, empty unless that is allowed, or a lone surrogate. `name`
-            begins the message.
+        BadRowError: the value is null, of another type, has a lone surrogate, or is empty and
+            `may_be_empty` is False; the message begins with `name`.
     """
     if value is None:
         raise BadRowError(f"{name} is null")
@@ -29,19 +29,19 @@ def read_text(name: str, value: object, *, may_be_empty: bool = False) -> str:
 
 
 def without_nulls(value: object) -> object:
-    """The same value without the keys that are null: Arrow fills them in where rows have different keys."""
+    """Remove null keys from structs: Arrow adds them where rows have different keys."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def kind_of(value: object) -> str:
-    """The type of a value, for messages."""
+    """Return the name of a value's type, for messages."""
     return "null" if value is None else type(value).__name__
 
 
 def fields_of(value: object, names: Sequence[str]) -> tuple[object, ...] | None:
-    """Some fields of a struct of lists, or as lists those of a list of structs; None: it is neither."""
+    """Return the fields of a struct, or of a list of structs as lists; None: it is neither."""
     if isinstance(value, Mapping):
         return tuple(value.get(name) for name in names)
     if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):

@@ -1,4 +1,4 @@
-"""Several labels of one row: one for each word, spans of characters of a text, or those of the model's that the row has."""
+"""Read rows with several labels: one per word, spans of a text, or a set of classes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pipeline.sources.values import kind_of
 def word_labels(
     labels: LabelMap, value: object, words: tuple[str, ...], split: str, row: int
 ) -> tuple[int, ...] | None:
-    """Class ids of a row's words, -100 for null, -100 and what else means unlabelled; None: the row has no labels.
+    """Return the class ids of a row's words; None: the row has no labels.
+
+    An unlabelled word (null, -100 or another unlabelled value) has the id -100.
 
     Raises:
-        BadRowError: no list, or not one label a word.
-        SourceError: a label that is no class.
+        BadRowError: the value is no list, or does not have one label per word.
+        SourceError: a label is not a class.
     """
     if value is None or value is UNREADABLE:
         return None
@@ -32,12 +34,14 @@ def word_labels(
 def span_labels(
     labels: LabelMap, value: object, text: str, split: str, row: int
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """The words of a text with their class ids; a span that begins or ends inside a word cuts it there. (None, None): the row has no labels.
+    """Return the words of a text with their class ids; (None, None): the row has no labels.
+
+    A span that begins or ends inside a word divides the word there.
 
     Raises:
-        BadRowError: spans that are none, reach beyond the text, hold no word, or overlap; a text
-            without words.
-        SourceError: a label that is no class.
+        BadRowError: a span is malformed, exceeds the text, contains no word or overlaps another; or
+            the text has no words.
+        SourceError: a label is not a class.
     """
     if value is None or value is UNREADABLE:
         return None, None
@@ -69,17 +73,17 @@ def span_labels(
 
 
 def flags(labels: LabelMap, value: object, split: str, row: int) -> tuple[int, ...]:
-    """1 for each class that a list of labels names, 0 for the others; of a list of booleans or floats, one for each class, what it says.
+    """Read the classes of a row, as a list of labels or as one boolean or float per class.
 
     Returns:
-        One number for each class in order; all -100 where the row has no labels.
+        1 or 0 for each class, in order; -100 where it is null or nan, or if the row has no labels.
 
     Raises:
-        BadRowError: a label twice; not as many booleans or floats as there are classes, or one that
-            is neither 0 nor 1.
-        SourceError: a label that is no class.
+        BadRowError: a label occurs twice, the number of booleans or floats differs from the number
+            of classes, or one is neither 0 nor 1.
+        SourceError: a label is not a class.
     """
-    count = 1 + max(labels.names.ids.values())  # two classes may have one name
+    count = 1 + max(labels.names.ids.values())  # two classes may have the same name
     if value is None or value is UNREADABLE:
         return (NO_LABEL,) * count
     if not isinstance(value, list):
@@ -101,7 +105,11 @@ def flags(labels: LabelMap, value: object, split: str, row: int) -> tuple[int, .
 
 
 def _spans(value: object, labels: LabelMap, text: str, split: str) -> list[tuple[int, int, str]]:
-    """(start, end, label) of each span."""
+    """Return (start, end, label) of each span.
+
+    Raises:
+        BadRowError: a span is malformed or exceeds the text.
+    """
     if not isinstance(value, list):
         raise BadRowError(f"expected a list of spans, found {kind_of(value)}")
     found = []

@@ -1,6 +1,6 @@
-"""What differs between tasks, one module each, behind one protocol.
+"""The tasks (classification, language modelling, ...), each a module behind one `Task` protocol.
 
-Nothing else in the code branches on the task.
+All code that depends on the task is here. No other package branches on the task's name.
 """
 
 from pipeline.errors import ConfigError
@@ -47,10 +47,10 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task of a name.
+    """Return the task with this name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no task has this name.
     """
     try:
         return TASKS[name]
@@ -59,7 +59,7 @@ def get_task(name: str) -> Task:
 
 
 def writing_task() -> Task:
-    """The task whose models write: they go on from a prompt."""
+    """Return the task whose models generate text from a prompt."""
     return next(task for task in TASKS.values() if task.continues_prompts)
 
 

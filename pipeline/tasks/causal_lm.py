@@ -1,4 +1,7 @@
-"""The next token at every supervised position: V = vocabulary, class i is token i."""
+"""Causal language modelling: next-token prediction at every supervised position.
+
+V is the size of the vocabulary; class i is token i.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 @dataclass(frozen=True, slots=True)
 class CausalLM(TokenTask):
-    """See `Task`."""
+    """Causal language models; see `Task`."""
 
     name: str = "causal-lm"
     auto_class: Any = AutoModelForCausalLM
@@ -60,7 +63,7 @@ class CausalLM(TokenTask):
     default_eval_rows: int = 4
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Pairs of texts and words are for classifiers; a packed row has no one value of a kept column; settings go with their inputs."""
+        """Refuse text pairs, words, kept columns with packing, and chat settings without chats."""
         if columns.text_pair is not None:
             raise MisuseError(
                 f"--text-pair-column is for classifiers; --task {self.name} takes --prompt-column and --completion-column"
@@ -74,7 +77,7 @@ class CausalLM(TokenTask):
         check_chat_settings(columns, tokenization)
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """With what the chat template decides, where there are chats."""
+        """Return the settings; for chats, with what the chat template determines."""
         if not chats and (settings.assistant_turns is not None or settings.chat_template_kwargs):
             raise MisuseError(
                 "--assistant-turns and --chat-template-kwargs go with chats, and the prompts of this data set are plain text"
@@ -90,11 +93,11 @@ class CausalLM(TokenTask):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Documents are cut into pieces of `max_length` tokens, or with packing joined by EOS first.
+        """Divide documents into rows of `max_length` tokens; with packing, join them by EOS first.
 
-        A piece starts with the last token of the one before, so that every token but a document's
-        first is predicted once. Chats, prompts and rows with labels of their own are truncated
-        instead: a later piece would have lost its prompt. Packed rows keep no texts.
+        A piece starts with the last token of the piece before, so that every token except a
+        document's first is predicted once. Chats, prompts and rows with labels of their own are
+        truncated instead, since a later piece would lack its prompt. Packed rows keep no texts.
         """
         if settings.packing:
             yield from _pack(read_documents(examples, split, tokenizer, settings), split, tokenizer, settings)
@@ -110,13 +113,13 @@ class CausalLM(TokenTask):
                 yield from _cut(fitted, settings.max_length)
 
     def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """All but the last, which no token follows."""
+        """Return True for all tokens except the last, which no token follows."""
         return np.arange(len(input_ids)) < len(input_ids) - 1
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,): the token after each supervised position."""
+        """Return the (N,) tokens that follow the supervised positions."""
         tokens = token_block(rows)
-        assert tokens.supervised is not None  # and never of the last token of a row
+        assert tokens.supervised is not None  # never True for the last token of a row
         return tokens.input_ids.values[np.flatnonzero(tokens.supervised.values) + 1].astype(np.int64)
 
     def collate(
@@ -127,10 +130,10 @@ class CausalLM(TokenTask):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Padded on the right.
+        """Pad on the right.
 
-        Isolated documents: positions start anew at each, which `transformers` reads as a block
-        mask.
+        With isolated documents, `position_ids` restart at each document; `transformers` derives a
+        block-diagonal attention mask from them.
         """
         tokens = token_block(rows)
         assert tokens.supervised is not None
@@ -143,11 +146,11 @@ class CausalLM(TokenTask):
         return inputs, supervised
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """The output matrix sees the supervised positions only."""
+        """Return (N, V) logits; the output matrix is applied to the supervised positions only."""
         return supervised_logits(model, inputs, supervised, use_cache=False)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Loss, perplexity, bits per byte, next-token accuracy and calibration."""
+        """Return loss, perplexity, bits per byte, next-token accuracy and calibration."""
         found = TokenTask.metrics(self, predictions, num_classes)
         return {
             "loss": found.pop("loss"),
@@ -160,7 +163,7 @@ class CausalLM(TokenTask):
 def _truncate(
     document: Document, split: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization
 ) -> Document | BadRow:
-    """As many tokens of one side as a row may have, if they leave anything to predict."""
+    """Truncate a document to `max_length`; a `BadRow` if no token to predict is left."""
     longest = settings.max_length
     if len(document.input_ids) <= longest:
         return document
@@ -186,9 +189,9 @@ def _pack(
     tokenizer: PreTrainedTokenizerBase,
     settings: Tokenization,
 ) -> Iterator[TokenizedExample | BadRow]:
-    """Fill rows of `max_length` with documents, EOS after each.
+    """Pack documents into rows of `max_length` tokens, with EOS after each document.
 
-    A text that does not fit goes on in the next row; what may not be cut starts there.
+    A document that does not fit continues in the next row, or starts there if it may not be cut.
     """
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
@@ -224,7 +227,7 @@ def _pack(
             open_row.append(part)
             room -= len(part.input_ids)
             start += len(part.input_ids) - 1
-            if room < 2:  # one token more would predict nothing
+            if room < 2:  # a single further token would predict nothing
                 yield from close()
                 open_row.clear()
                 room = settings.max_length
@@ -233,7 +236,7 @@ def _pack(
 
 
 def _row(parts: Sequence[Document], piece: int, *, isolate: bool) -> TokenizedExample:
-    """`predicted` speaks of tokens, `supervised` of the positions before them."""
+    """Join documents into a row; position j is supervised if token j + 1 is predicted."""
     predicted = np.concatenate([part.predicted for part in parts])
     num_bytes = np.concatenate([part.num_bytes for part in parts])
     example, covered, conversation = parts[0].example, parts[0].covered, parts[0].conversation
@@ -253,7 +256,7 @@ def _row(parts: Sequence[Document], piece: int, *, isolate: bool) -> TokenizedEx
 
 
 def _positions(tokens: Ragged, documents: Ragged, width: int) -> Tensor:
-    """(B, T): 0, 1, 2, ... anew at every document, and at the padding."""
+    """Return (B, T) position ids that restart at 0 at every document and at the padding."""
     rows = len(tokens.counts)
     lengths = np.insert(documents.values, documents.offsets[1:], width - tokens.counts)
     starts = np.cumsum(lengths) - lengths

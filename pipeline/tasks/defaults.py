@@ -1,4 +1,4 @@
-"""What most tasks state alike. A task inherits it, and states the rest."""
+"""Defaults for the properties of a task, which tasks inherit and override."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ from pipeline.tasks.protocol import token_block
 
 @dataclass(frozen=True, slots=True)
 class TaskDefaults:
-    """The facts of an encoder that reads a text and gives it one of several classes.
-
-    See `Task` for each.
-    """
+    """The properties of an encoder that classifies a text. `Task` documents each of them."""
 
     name: str
     reads: Inputs = "tokens"
@@ -55,15 +52,15 @@ class TaskDefaults:
     higher_is_better: bool = True
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are."""
+        """Return the settings unchanged."""
         return settings
 
     def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """None: a row marks no tokens, or says itself which."""
+        """Return False for all tokens: a row marks no tokens, or states itself which."""
         return np.zeros(len(input_ids), dtype=bool)
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,): those of the rows, or of their positions."""
+        """Return (N,) labels: one per row, or one per position, according to `label_source`."""
         block = token_block(rows)
         if self.label_source == "row":
             assert block.label is not None
@@ -72,5 +69,5 @@ class TaskDefaults:
         return block.labels.values.astype(np.float32 if self.target == "score" else np.int64)
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(N, V), as they are."""
+        """Return the (N, V) logits unchanged."""
         return logits

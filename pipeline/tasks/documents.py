@@ -1,4 +1,4 @@
-"""Example -> Document: token ids, which of them are to be predicted, and the bytes of text that each stands for."""
+"""Tokenize examples into documents: token ids, which of them are predicted, and text bytes."""
 
 from __future__ import annotations
 
@@ -24,39 +24,45 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One source row as tokens, or one of several of a chat.
+    """The tokens of one source row, or of one of the several rows that a chat becomes.
 
-    `predicted[j]`: token j is to be predicted, from j - 1.
+    `predicted[j]`: whether token j is predicted, at position j - 1.
     """
 
     example: Example
     input_ids: np.ndarray
     """(T,) int32."""
     predicted: np.ndarray
-    """(T,) bool; the first is False, since nothing stands before it."""
+    """(T,) bool; the first is False, since no token precedes it."""
     num_bytes: np.ndarray
-    """(T,) int64."""
+    """(T,) int64: UTF-8 bytes of text that each token stands for."""
     is_closed: bool = False
-    """Whether EOS ends it, but for white space after it."""
+    """Whether the document ends with EOS; white space may follow the EOS."""
     piece: int = 0
-    """Which of the rows of its chat it is."""
+    """Number of the row among the rows of its chat."""
     split_chat: int = 0
-    """The first of several rows of a chat: how many they are."""
+    """Number of rows of the chat, on the first of several rows; else 0."""
     cut: Cut | None = None
-    """What was cut off."""
+    """What truncation has removed."""
     covered: Covered | None = None
-    """The characters of each token, where texts are kept."""
+    """The characters of each token, if texts are kept."""
     conversation: Conversation | None = None
-    """The turns of a chat, where they are kept."""
+    """The turns of a chat, if they are kept."""
 
     @property
     def may_be_cut(self) -> bool:
-        """Whether every token is to be predicted, so that a later piece has lost nothing but context."""
+        """Whether the document may be divided into pieces.
+
+        True if every token is predicted: a later piece then lacks only context.
+        """
         example = self.example
         return example.text is not None or (example.input_ids is not None and example.token_labels is None)
 
     def part(self, start: int, stop: int) -> Document:
-        """Tokens `[start, stop)`; the first of them has been predicted before, or never is."""
+        """Return the document of tokens `[start, stop)`.
+
+        The first token is not predicted: the part before predicts it, or no token precedes it.
+        """
         predicted = self.predicted[start:stop].copy()
         predicted[:1] = False
         return dataclasses.replace(
@@ -71,9 +77,11 @@ class Document:
         )
 
     def truncated(self, longest: int, *, left: bool, bos_id: int | None) -> Document:
-        """`longest` of its tokens: the first, or BOS and the last.
+        """Truncate the document to `longest` tokens.
 
-        The first of those has lost its context.
+        Args:
+            left: keep the last tokens, after BOS if the document begins with it. The first of
+                those has lost its context and is not predicted. Otherwise keep the first tokens.
         """
         rest = np.arange(len(self.input_ids))
         opening = int(left and longest > 2 and self.input_ids[0] == bos_id)
@@ -91,14 +99,14 @@ class Document:
         )
 
     def _origin(self, index: Index) -> dict[str, Any]:
-        """What some of the tokens were made of."""
+        """Return `covered` and `conversation` for some of the tokens."""
         return {
             "covered": None if self.covered is None else self.covered.take(index),
             "conversation": None if self.conversation is None else self.conversation.take(index),
         }
 
     def with_eos(self, eos_id: int) -> Document:
-        """Closed by EOS, which is to be predicted where all of the text is."""
+        """Append EOS, unless the document has one; it is predicted if every token is."""
         if self.is_closed or self.input_ids[-1] == eos_id:
             return self
         return dataclasses.replace(
@@ -117,17 +125,16 @@ def read_documents(
     *,
     texts: bool = False,
 ) -> Iterator[Document | BadRow]:
-    """Tokenize each example by the kind of its input, at its full length.
+    """Tokenize each example according to its kind of input, without truncation.
 
-    A chat may be several documents.
+    A chat may become several documents. A warning counts the rows of token ids that begin or end
+    with supervised padding.
 
     Args:
-        texts: with what each was made of; the tokenizer is a fast one.
-
-    Rows of token ids that begin or end in padding which is to be learnt are counted in a warning.
+        texts: keep the text or the turns of each document; this needs a fast tokenizer.
 
     Raises:
-        SourceError: there is no chat template for chats.
+        SourceError: the examples are chats, and the tokenizer has no chat template or is not fast.
         MisuseError: the chat template does not read one of the arguments given.
     """
     vocabulary, control = read_vocabulary(tokenizer), control_tokens(tokenizer)
@@ -146,7 +153,7 @@ def read_documents(
             padded += example.input_ids is not None and _learns_padding(document, tokenizer.pad_token_id)
             problem = _problem(document, len(tokenizer))
             yield document if problem is None else BadRow(split, example.source_row, problem)
-    if padded and rows > 1:  # one row alone is a trial
+    if padded and rows > 1:  # a single row is only a trial, so it needs no warning
         logger.warning(
             "split %s: %d of %d rows begin or end in a run of the pad token %d, which is to be learnt as any other; add a "
             "column attention_mask that is 0 there, or labels of %d",
@@ -159,7 +166,7 @@ def read_documents(
 
 
 def _problem(document: Document, vocabulary_size: int) -> str | None:
-    """Why a document cannot be a row, if it cannot."""
+    """Return the reason that a document cannot be a row; None: it can."""
     ids = document.input_ids
     if len(ids) and int(ids.max()) >= vocabulary_size:
         return f"expected token ids below {vocabulary_size}, found {int(ids.max())}"
@@ -169,7 +176,7 @@ def _problem(document: Document, vocabulary_size: int) -> str | None:
 
 
 def _learns_padding(document: Document, pad_id: int | None) -> bool:
-    """Whether the first two or the last two tokens are padding, and one of them is predicted."""
+    """Return whether the first or last two tokens are padding and one of the two is predicted."""
     ends = (slice(0, 2), slice(-2, None))
     return any(bool((document.input_ids[end] == pad_id).all() and document.predicted[end].any()) for end in ends)
 
@@ -216,7 +223,8 @@ def _from_text(example: Example, row: Rendered, vocabulary: Vocabulary, texts: b
     tokenizer = vocabulary.tokenizer
     ids, num_bytes, offsets = vocabulary.encode(row.text)
     learnt = overlapping(offsets, row.spans)
-    twice = int(len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id)  # the template's, and the first turn's
+    # The text has two BOS if both the template and the first turn begin with one.
+    twice = int(len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id)
     ends = tokenizer.eos_token is not None and row.text.rstrip().endswith(str(tokenizer.eos_token))
     document = _document(example, ids[twice:], learnt[twice:], num_bytes[twice:])
     conversation = _conversation(example, row, offsets, learnt).take(slice(twice, None)) if texts else None
@@ -226,7 +234,7 @@ def _from_text(example: Example, row: Rendered, vocabulary: Vocabulary, texts: b
 def _conversation(
     example: Example, row: Rendered, offsets: Sequence[tuple[int, int]], learnt: np.ndarray
 ) -> Conversation:
-    """The turns of a row, and to which of them each token that is learnt belongs."""
+    """Return the turns of a row, with the turn that each supervised token belongs to."""
     turn_of: np.ndarray | None = np.full(len(learnt), -1, dtype=np.int64)
     assert turn_of is not None
     if len(row.numbers) == 1:
@@ -240,10 +248,10 @@ def _conversation(
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> np.ndarray:
-    """(T,) bool: which tokens cover a character of a span.
+    """Return a (T,) bool mask of the tokens that cover a character of a span.
 
-    A token without characters (white space whose offsets are trimmed, or an added space) covers
-    those since the token before, or the next one.
+    A token with empty offsets (trimmed white space, or an added space) covers the characters since
+    the end of the token before it, or the next character.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     before = np.append(np.zeros(1, dtype=np.int64), np.maximum.accumulate(ends))[:-1]
@@ -256,12 +264,15 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, i
 
 
 def _from_prompt(example: Example, vocabulary: Vocabulary, texts: bool) -> Document:
-    """The completion's tokens are to be predicted, and EOS after them.
+    """Tokenize a prompt and a completion; the completion's tokens and the EOS are predicted.
 
-    Prompt and completion are tokenized apart, so that no token straddles the border. Tokenizers
-    that put a space in front of a text would put one in front of the completion: there they are
-    tokenized together, and a token belongs to the completion where its first character that is not
-    white space does.
+    Prompt and completion are tokenized separately, so that no token covers parts of both. This
+    would add a space before the completion with tokenizers that add one before every text. With
+    those, both are tokenized together, and a token belongs to the completion if its first
+    character that is not white space does.
+
+    Raises:
+        BadRowError: no token belongs to the completion.
     """
     prompt, completion = example.prompt_completion or ("", "")
     if vocabulary.joins_words and vocabulary.tokenizer.is_fast:
@@ -288,7 +299,7 @@ def _from_prompt(example: Example, vocabulary: Vocabulary, texts: bool) -> Docum
 
 
 def _covering(document: Document, covered: Covered, before: int) -> Document:
-    """A document with the characters of its tokens, of which so many were put before those of the text."""
+    """Set `covered` on a document that has `before` special tokens before those of the text."""
     after = len(document.input_ids) - before - len(covered.starts)
     return dataclasses.replace(document, covered=covered.enclosed(before, after))
 

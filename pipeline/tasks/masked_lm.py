@@ -1,4 +1,7 @@
-"""The hidden tokens of a text: V = vocabulary, class i is token i; one position for each token that the mask hides."""
+"""Masked language modelling: one position for each token that the mask hides.
+
+V is the size of the vocabulary; class i is token i.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ print(fill(f"a text with a {{fill.tokenizer.mask_token}} in it"))
 
 @dataclass(frozen=True, slots=True)
 class MaskedLM(TokenTask):
-    """See `Task`."""
+    """Masked language models; see `Task`."""
 
     name: str = "masked-lm"
     auto_class: Any = AutoModelForMaskedLM
@@ -49,7 +52,7 @@ class MaskedLM(TokenTask):
     default_eval_rows: int = 16
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Only texts are masked."""
+        """Accept only single texts."""
         if columns.text is None or columns.text_pair is not None:
             raise MisuseError(
                 f"--task {self.name} reads --text-column; pairs, words, chats, prompts and token ids are for other tasks"
@@ -57,7 +60,7 @@ class MaskedLM(TokenTask):
         refuse_settings_of_language_models(self.name, tokenization, "texts, in pieces of --max-length tokens")
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """With the masks' settings, whether they are defaults or not."""
+        """Return the settings with those of the masks filled in."""
         _mask_id(tokenizer)
         masking = settings.masking or Masking()
         if masking.whole_words and not tokenizer.is_fast:
@@ -73,7 +76,11 @@ class MaskedLM(TokenTask):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Texts are divided into pieces of at most `max_length` tokens, each enclosed in the tokenizer's special tokens; of each piece so many masks as asked for."""
+        """Divide texts into pieces of at most `max_length` tokens and mask each piece.
+
+        A piece includes the tokenizer's special tokens. It becomes `Masking.copies` rows, each with
+        another mask.
+        """
         masking = settings.masking or Masking()
         vocabulary = read_vocabulary(tokenizer)
         allowed = np.setdiff1d(np.arange(len(tokenizer)), [*vocabulary.special, tokenizer.unk_token_id or 0])
@@ -90,7 +97,7 @@ class MaskedLM(TokenTask):
                 yield BadRow(split, item.source_row, "expected a token to hide, found none")
 
     def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """All: rows of one's own say which tokens are hidden."""
+        """Return True for all tokens, for rows that do not state their hidden tokens."""
         return np.ones(len(input_ids), dtype=bool)
 
     def collate(
@@ -101,13 +108,13 @@ class MaskedLM(TokenTask):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Padded on the right."""
+        """Pad on the right."""
         tokens = token_block(rows)
         assert tokens.supervised is not None
         return collate_texts(tokens, pad_id, length), pad(tokens.supervised, 0, length).bool()
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """The output matrix sees the hidden positions only."""
+        """Return (N, V) logits; the output matrix is applied to the hidden positions only."""
         return supervised_logits(model, inputs, supervised)
 
 
@@ -121,7 +128,7 @@ def _rows(
     *,
     texts: bool,
 ) -> Iterator[TokenizedExample]:
-    """Pieces of one text, and the masks of each."""
+    """Yield the rows of one text: its pieces, each with several masks."""
     tokenizer, text = vocabulary.tokenizer, example.text or ""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=texts)
     ids = np.asarray(encoded["input_ids"], dtype=np.int32)
@@ -154,16 +161,16 @@ def _rows(
 
 
 def _covered(text: str, offsets: Sequence[tuple[int, int]], start: int, stop: int) -> str:
-    """The text from one token to another."""
+    """Return the text of the tokens `[start, stop)`."""
     last = offsets[min(stop, len(offsets)) - 1][1] if stop < len(offsets) else len(text)
     return text[offsets[start][0] if start else 0 : last]
 
 
 def _mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the mask token.
+    """Return the id of the mask token.
 
     Raises:
-        MisuseError: the tokenizer has none.
+        MisuseError: the tokenizer has no mask token.
     """
     found: Any = tokenizer.mask_token_id
     if found is None:

@@ -1,4 +1,4 @@
-"""Which tokens of a text are hidden, and what stands in their place: the masks of BERT (Devlin et al., 2019), drawn once from a seed."""
+"""Choose which tokens to mask, and their replacements, as BERT does (Devlin et al., 2019)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from pipeline.records import Masking
 from pipeline.softlabels import counter_uniforms
 
-#: Of the hidden tokens, the shares replaced by the mask token and by a random one; the rest keep
-#: their token.
+#: Shares of the hidden tokens that are replaced by the mask token and by a random one. The rest
+#: keep their token.
 MASKED, RANDOM = 0.8, 0.1
 
 
@@ -28,13 +28,13 @@ def draw_mask(
     Args:
         ids: (T,) token ids, without the special tokens around them.
         allowed: token ids that may be hidden, and that may replace a hidden one.
-        words: (T,) the word of each token, to hide whole words; None: tokens are hidden one by one.
-        place: split, source row and piece, which with the seed decide the mask.
+        words: (T,) the word number of each token, to hide whole words; None: hide single tokens.
+        place: split, source row and piece; together with the seed they determine the mask.
 
     Returns:
-        (T,) bool, the hidden tokens: `share` of those allowed, rounded, at least one where there is
-            any; of whole words at most so many, but for
-        a first word that is longer. (T,) token ids, with the replacements.
+        (T,) bool, the hidden tokens: `masking.share` of the allowed ones, rounded, and at least one
+        if there is any. With whole words, this number is a maximum that only the first may exceed.
+        (T,) token ids, with the replacements.
     """
     split, row, piece = place
     positions = np.arange(len(ids))
@@ -62,7 +62,10 @@ def draw_mask(
 
 
 def _words(words: Sequence[int | None], candidates: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
-    """The tokens of each word in a random order, words with a token that may not be hidden left out."""
+    """Return the tokens of each word, in random order of words.
+
+    Words with a token that may not be hidden are left out.
+    """
     members: dict[int, list[int]] = {}
     for i, word in enumerate(words):
         if word is not None:

@@ -1,8 +1,8 @@
-"""Several labels for a text at once: N = the number of labels, a position for each; V = 2, whether the row has it.
+"""Multi-label classification: one position for each label, with the two classes "no" and "yes".
 
-A label's logit z is the distribution softmax(0, z) over "no" and "yes", whose probability of "yes"
-is the sigmoid of z. So cross-entropy is the binary one, and the soft term the binary KL of each
-label, times T^2.
+N is the number of labels; V = 2. A label's logit z becomes the distribution softmax(0, z) over "no"
+and "yes"; the probability of "yes" is sigmoid(z). So the cross-entropy is binary cross-entropy, and
+the soft term is the binary KL of each label, times T^2.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ print(label("a text", truncation=True, max_length={max_length}))
 
 @dataclass(frozen=True, slots=True)
 class MultiLabelClassification(TextTask):
-    """See `Task`."""
+    """Classifiers with several labels at once; see `Task`."""
 
     name: str = "multi-label-classification"
     usage: str = _USAGE
@@ -48,7 +48,7 @@ class MultiLabelClassification(TextTask):
     main_metric: str = "f1"
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """2: each label is there or not."""
+        """Return 2: a row has a label or not."""
         config: Any = model.config
         if config.problem_type not in (None, self.problem_type):
             raise ModelError(
@@ -57,16 +57,19 @@ class MultiLabelClassification(TextTask):
         return 2
 
     def labels_of(self, example: Example) -> Mapping[str, Any]:
-        """1 for each label that a row has, 0 for the others."""
+        """Return 1 for each label that a row has, 0 for the others, -100 where it is not known."""
         return {} if example.flags is None else {"labels": np.asarray(example.flags, dtype=np.int32)}
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, labels) -> (N, 2): 0 and the logit of each label of each row."""
+        """Return (N, 2) logits, 0 and the label's logit, from (B, labels) logits."""
         flat = logits.flatten()
         return torch.stack([torch.zeros_like(flat), flat], -1)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Micro and macro F1, average precision, accuracy of single labels, loss and calibration, over what is labelled."""
+        """Return micro and macro F1, average precision, accuracy, loss and calibration.
+
+        Accuracy is over single labels. Unknown labels are left out.
+        """
         right, found, true = _counts(predictions).sum(0).tolist()
         scores = label_scores(
             *_by_label(predictions, predictions.labels, _share_of_yes(predictions)),
@@ -81,13 +84,16 @@ class MultiLabelClassification(TextTask):
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Twice the right labels, and predicted and true ones together: the ratio of totals is micro F1."""
+        """Return (R,) twice the correct labels, and (R,) predicted plus true labels.
+
+        The ratio of their totals is micro F1.
+        """
         counts = _counts(predictions).astype(np.float64)
         return 2 * counts[:, 0], counts[:, 1] + counts[:, 2]
 
 
 def _counts(predictions: Predictions) -> np.ndarray:
-    """(R, 3): labels that are right, predicted and true, over what is labelled."""
+    """Return (R, 3) numbers of correct, predicted and true labels, without unknown ones."""
     known = predictions.labels != NO_LABEL
     found, true = (known & (values == 1) for values in (predictions.predicted, predictions.labels))
     rows = len(predictions.row_text_bytes)
@@ -96,12 +102,12 @@ def _counts(predictions: Predictions) -> np.ndarray:
 
 
 def _share_of_yes(predictions: Predictions) -> np.ndarray:
-    """(N,) the probability that the row has the label; nan where it is not known."""
+    """Return the (N,) probability that the row has the label; nan where it is not known."""
     confidence = predictions.confidence
     return np.where(predictions.predicted == 1, confidence, 1 - confidence)
 
 
 def _by_label(predictions: Predictions, *values: np.ndarray) -> list[np.ndarray]:
-    """(N,) -> (R, labels)."""
+    """Reshape (N,) values to (R, labels)."""
     count = 1 if predictions.label_names is None else len(predictions.label_names)
     return [each.reshape(-1, count) for each in values]

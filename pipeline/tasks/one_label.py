@@ -1,4 +1,4 @@
-"""What tasks with one class a row have in common: the head, the metrics, and the answers that intervals resample."""
+"""What tasks with one class per row share: the check of the head, and the metrics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pipeline.records import NO_LABEL, Predictions
 
 
 def num_labels(model: nn.Module) -> int:
-    """The number of labels; one label is a regression, and several at once are not one distribution.
+    """Return the number of labels of a classifier.
 
     Raises:
-        ModelError: it is no classifier of at least 2 exclusive labels.
+        ModelError: the model is not a classifier of at least 2 exclusive labels: a regression has
+            one label, and a multi-label classifier gives no single distribution.
     """
     config: Any = model.config
     if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
@@ -29,7 +30,7 @@ def num_labels(model: nn.Module) -> int:
 
 
 def class_metrics(predictions: Predictions, num_classes: int) -> dict[str, float]:
-    """Accuracy, macro-F1, loss and calibration, over the labelled rows."""
+    """Return accuracy, macro-F1, loss and calibration over the labelled rows."""
     known = predictions.labels != NO_LABEL
     correct = predictions.predicted[known] == predictions.labels[known]
     return {
@@ -41,6 +42,6 @@ def class_metrics(predictions: Predictions, num_classes: int) -> dict[str, float
 
 
 def right_answers(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """Right answers, and labelled rows."""
+    """Return (R,) 1.0 for correct rows, and (R,) 1.0 for labelled rows; else 0.0."""
     known = predictions.labels != NO_LABEL
     return (predictions.predicted == predictions.labels).astype(np.float64), known.astype(np.float64)

@@ -1,4 +1,4 @@
-"""What each token of a tokenizer stands for: UTF-8 bytes of text, or none for special tokens."""
+"""The number of UTF-8 bytes of text that each token stands for; 0 for special tokens."""
 
 from __future__ import annotations
 
@@ -15,54 +15,58 @@ from pipeline.errors import SourceError
 Family = Literal["byte-level", "metaspace", "wordpiece", "other"]
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_SPACES = ("\u2581", "\u0120")  # of metaspace and of byte-level pieces
+_SPACES = ("\u2581", "\u0120")  # the space in metaspace and in byte-level pieces
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer, and what is true of all of its tokens."""
+    """A tokenizer and the properties of its vocabulary."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
     special: frozenset[int]
-    """Tokens that stand for no text. The unknown token stands for some, and byte tokens do."""
+    """Tokens that stand for no text. The unknown token and byte tokens stand for text."""
     literal: Mapping[int, str]
     """Added tokens that stand for their own text."""
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
-    """What the tokenizer puts before and after a text: BOS and EOS, for example."""
+    """Special tokens that the tokenizer adds before (`prefix`) and after a text, such as BOS and
+    EOS."""
     adds_space: bool
-    """Whether the first word of a text is tokenized as if a space stood in front of it."""
+    """Whether the first word of a text is tokenized as if a space preceded it."""
     adds_space_after_special: bool
+    """Whether the first word after a special token is tokenized as if a space preceded it."""
 
     @property
     def joins_words(self) -> bool:
-        """Whether a text that goes on with another one is not tokenized as it is alone: a word begins at its start."""
+        """Whether the start of a text is always tokenized as the start of a word.
+
+        The tokens of two texts are then not the tokens of the joined text.
+        """
         return self.adds_space or self.family == "wordpiece"
 
     def enclose(self, ids: np.ndarray, num_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put `prefix` and `suffix` around the tokens of a text, each unless the text has it already."""
+        """Add `prefix` and `suffix` to the tokens of a text, each unless it is already there."""
         return _append(*self.open(ids, num_bytes), self.suffix)
 
     def open(self, ids: np.ndarray, num_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put `prefix` before the tokens of a text, unless it has it already."""
+        """Add `prefix` before the tokens of a text, unless it is already there."""
         if _starts_with(ids, self.prefix):
             return ids, num_bytes
         before = len(self.prefix)
         return _ids([*self.prefix, *ids]), np.append(np.zeros(before, dtype=np.int64), num_bytes)
 
     def close(self, ids: np.ndarray, num_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put EOS, if there is one, after the tokens of a text, unless it has it already."""
+        """Add EOS, if the tokenizer has one, after the tokens of a text, unless it is there."""
         eos = self.tokenizer.eos_token_id
         return _append(ids, num_bytes, () if eos is None else (eos,))
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-        """Tokens of a text, without `prefix` and `suffix`.
+        """Tokenize a text, without `prefix` and `suffix`.
 
         Returns:
-            (T,) int32 token ids; (T,) int64 bytes of text that each stands for; the characters that
-                each covers, none
-            where the tokenizer is not a fast one.
+            (T,) int32 token ids; (T,) int64 bytes of text that each token stands for; and the
+            character offsets of each token, empty if the tokenizer is not fast.
         """
         fast = bool(self.tokenizer.is_fast)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
@@ -73,12 +77,12 @@ class Vocabulary:
         return ids, self.bytes_of_text(text, ids, offsets), offsets
 
     def bytes_of_text(self, text: str, ids: np.ndarray, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-        """(T,) int64: bytes of the text that each token stands for.
+        """Return the (T,) int64 number of bytes of the text that each token stands for.
 
-        White space between two tokens belongs to the second one, other characters that no token
-        covers (combining marks that the normalizer removes) to the first one. Tokens that cover the
-        same character (its bytes, or an added space) share it in proportion to their pieces; for
-        byte-level pieces that is exact.
+        White space between two tokens belongs to the second token. Other characters that no token
+        covers (combining marks that the normalizer removes) belong to the first. Tokens that cover
+        the same character (its bytes, or an added space) share its bytes in proportion to the
+        lengths of their pieces; this is exact for byte-level pieces.
         """
         if not len(ids):
             return np.zeros(0, dtype=np.int64)
@@ -109,7 +113,7 @@ class Vocabulary:
                 continue
             while end < following and not text[end].isspace():
                 end += 1
-            if self.family == "byte-level" and i + 1 == len(offsets):  # which drops no white space
+            if self.family == "byte-level" and i + 1 == len(offsets):  # byte-level drops no white space
                 end = len(text)
             if not special[i]:
                 total = int(position[end] - position[begin])
@@ -119,7 +123,7 @@ class Vocabulary:
         return out
 
     def _share(self, ids: np.ndarray, total: int, *, space_added: bool) -> np.ndarray:
-        """`total` bytes in proportion to the pieces, in whole bytes: what is too little goes to the later ones."""
+        """Divide `total` bytes in proportion to the pieces; later tokens get the remainders."""
         if len(ids) == 1:
             return np.full(1, total, dtype=np.int64)
         lengths = [self._length(int(token)) for token in ids]
@@ -129,14 +133,14 @@ class Vocabulary:
         return shares
 
     def bytes_of_ids(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) int64: bytes of text that each token stands for, where the text is not known."""
+        """Return the (T,) int64 number of text bytes per token if the text itself is not known."""
         out = np.zeros(len(ids), dtype=np.int64)
         start, after_special = True, False
         for i, token in enumerate(ids.tolist()):
             if token in self.special:
                 after_special = not start or after_special
                 continue
-            if token != self.tokenizer.unk_token_id:  # for what it stands is not known
+            if token != self.tokenizer.unk_token_id:  # the text of an unknown token is not known
                 out[i] = self._length(token)
             added = (start and self.adds_space) or (after_special and self.adds_space_after_special)
             if self.family == "wordpiece":
@@ -151,12 +155,12 @@ class Vocabulary:
         return "" if piece is None else str(piece)
 
     def _length(self, token: int) -> int:
-        """Bytes of one piece: a space that it begins with counts."""
+        """Return the number of bytes of one piece, a leading space included."""
         if token in self.literal:
             return len(self.literal[token].encode())
         piece = self._piece(token)
         if self.family == "byte-level":
-            return len(piece)  # one character a byte
+            return len(piece)  # one character per byte
         if _BYTE.fullmatch(piece):
             return 1
         if self.family == "metaspace":
@@ -168,10 +172,10 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """What is true of all tokens of a tokenizer.
+    """Determine the properties of a tokenizer's vocabulary.
 
     Raises:
-        SourceError: it changes a text when it adds special tokens to it.
+        SourceError: the tokens of a text differ if the tokenizer adds special tokens.
     """
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

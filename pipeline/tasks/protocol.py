@@ -1,4 +1,8 @@
-"""What a task is: N supervised positions a row, each with a distribution over V classes, or a score."""
+"""The `Task` protocol, and helpers that several tasks share.
+
+A row of a task has N supervised positions. The target of a position is a distribution over V
+classes, or a score.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +36,15 @@ from pipeline.records import (
 
 
 class Task(Protocol):
-    """The protocol; implementations hold no state."""
+    """The interface of a task. Implementations hold no state."""
 
     @property
     def name(self) -> str:
-        """As `--task` names it."""
+        """The value of `--task`."""
 
     @property
     def reads(self) -> Inputs:
-        """What its models read."""
+        """The kind of input that the task's models read."""
 
     @property
     def auto_class(self) -> Any:
@@ -48,19 +52,19 @@ class Task(Protocol):
 
     @property
     def peft_type(self) -> str | None:
-        """The task as PEFT names it; None: it has no name for it, and adapters are refused."""
+        """The task's name in PEFT; None: PEFT does not have the task, and adapters are refused."""
 
     @property
     def hub_category(self) -> str:
-        """The task as the hub's search names it."""
+        """The task's name in the search of the Hugging Face Hub."""
 
     @property
     def usage(self) -> str:
-        """How a student is used, for its card: Markdown with the fields `tag`, `folder` and `max_length`."""
+        """Usage example for model cards: Markdown with fields `tag`, `folder` and `max_length`."""
 
     @property
     def marks_positions(self) -> bool:
-        """Whether a row marks which of its tokens have soft labels; else it has one position, or one for each label name."""
+        """Whether rows mark their positions; else a row has one position, or one per label name."""
 
     @property
     def label_source(self) -> LabelSource:
@@ -68,22 +72,25 @@ class Task(Protocol):
 
     @property
     def names(self) -> LabelNames | None:
-        """What has names, which contract and model state: the classes, or the positions of a row.
+        """What the label names of contract and model refer to, such as the classes; None: no names.
 
-        A model that is trained gets a new head for those of its data.
+        Training replaces a head that does not fit the label names of the data.
         """
 
     @property
     def target(self) -> TargetKind:
-        """What a position's target is."""
+        """The kind of target that a position has."""
 
     @property
     def ranks(self) -> bool:
-        """Whether scores rank the rows of lists, which a column of the data names."""
+        """Whether scores rank the rows of a list; a column of the data set names the list."""
 
     @property
     def problem_type(self) -> str | None:
-        """`config.problem_type` of its models, where their architecture is another task's too; None: the other one."""
+        """`config.problem_type` of the task's models; None: the task does not set it.
+
+        It distinguishes tasks whose models have the same architecture.
+        """
 
     @property
     def predicts_tokens(self) -> bool:
@@ -91,19 +98,19 @@ class Task(Protocol):
 
     @property
     def fuses_head(self) -> bool:
-        """Whether the loss can be taken chunk by chunk of the output embedding, so that (N, V) never exists."""
+        """Whether the loss can be computed in chunks, without the full (N, V) logits."""
 
     @property
     def continues_prompts(self) -> bool:
-        """Whether a model can go on from a prompt: write data sets, answer as a server, read chats."""
+        """Whether models generate text from a prompt: for data sets, serving and chats."""
 
     @property
     def takes_token_types(self) -> bool:
-        """Whether `token_type_ids` are stored where the tokenizer makes them."""
+        """Whether `token_type_ids` are stored if the tokenizer returns them."""
 
     @property
     def stores_text(self) -> bool:
-        """Whether texts are stored where the user does not say."""
+        """Whether texts are stored by default."""
 
     @property
     def other_tokenizers(self) -> OtherTokenizers | None:
@@ -115,45 +122,46 @@ class Task(Protocol):
 
     @property
     def default_encoding(self) -> Encoding:
-        """What is kept where the user does not say."""
+        """The default encoding of soft labels."""
 
     @property
     def default_temperature(self) -> float:
-        """What students train at where neither the user nor the encoding says."""
+        """The training temperature if neither the user nor the encoding sets one."""
 
     @property
     def default_max_length(self) -> int:
-        """Longest row in tokens, where the model would take longer ones and the user does not say."""
+        """Default length of the longest row in tokens, if the model accepts such rows."""
 
     @property
     def default_batch_tokens(self) -> int:
-        """Tokens in a forward pass of the teacher: what keeps (N, V) logits at some hundred megabytes."""
+        """Tokens in a teacher's forward pass; keeps (N, V) logits at a few hundred megabytes."""
 
     @property
     def default_eval_rows(self) -> int:
-        """Rows in a forward pass of an evaluation."""
+        """Default number of rows in a forward pass of an evaluation."""
 
     @property
     def main_metric(self) -> str:
-        """The metric that retention is taken of."""
+        """The metric that retention is computed from."""
 
     @property
     def higher_is_better(self) -> bool:
-        """The direction of the main metric."""
+        """Whether a higher value of the main metric is better."""
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Raise `MisuseError` for inputs that the task cannot use."""
+        """Raise `MisuseError` if the task cannot use these columns or settings."""
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """The settings as a contract states them: with all that the chat template decides, where there are chats.
+        """Return the settings that the contract records, completed with the task's defaults.
+
+        For chats, they include what the chat template determines.
 
         Raises:
-            PipelineError: a chat template that cannot be used, or that does not read an argument
-                given.
+            PipelineError: the chat template cannot be used, or does not read one of the arguments.
         """
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """V of the soft labels that a model makes. Raises `ModelError` where it makes none."""
+        """Return V of a model's soft labels. Raises `ModelError` if the model has another head."""
 
     def tokenize(
         self,
@@ -164,18 +172,23 @@ class Task(Protocol):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Examples of one shard -> rows of the cache, in order, with the supervised positions marked.
+        """Tokenize the examples of one shard into rows of the cache, in order.
+
+        The rows have their supervised positions marked.
 
         Args:
-            texts: language models: with the text or the messages that each row is of; the tokenizer
-                is a fast one, and rows are not packed.
+            texts: language models: store the text or the messages of each row. This needs a fast
+                tokenizer and rows that are not packed.
         """
 
     def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """(T,) token ids of a row -> (T,) bool: its positions, where nothing says which they are and rows mark them."""
+        """Return the default (T,) bool mask of supervised positions for (T,) token ids of a row."""
 
     def hard_labels(self, rows: TokenBlock | Sequence[TokenizedExample]) -> np.ndarray:
-        """(N,) int64: the hard label of each supervised position of all rows, -100 where there is none; scores: float32, nan where there is none."""
+        """Return the (N,) hard labels of the supervised positions of all rows.
+
+        They are int64, -100 where a label is missing; scores are float32, nan where missing.
+        """
 
     def collate(
         self,
@@ -185,28 +198,39 @@ class Task(Protocol):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Rows -> what a model's `forward` takes, (B, T) each, and the (B, T) mask of supervised positions (None: one a row).
+        """Collate rows into the arguments of `forward` and a mask of the supervised positions.
 
         Args:
-            processor: what stands in the place of a tokenizer where rows are images: it makes pixel
-                values of them, (B, C, H, W).
+            pad_id: token id of the padding.
+            length: T; None: the length of the longest row.
+            processor: the image processor if rows are images; it makes (B, C, H, W) pixel values.
+
+        Returns:
+            (B, T) tensors by argument name, and a (B, T) bool mask; None: one position per row.
         """
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """One forward pass -> (N, V) logits at the supervised positions."""
+        """Run one forward pass and return the (N, V) logits at the supervised positions."""
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """What a model's `forward` returns as logits -> (N, V) at the supervised positions."""
+        """Select the (N, V) logits at the supervised positions from the logits of `forward`."""
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """The columns of the evaluation table; has the main metric among them."""
+        """Return the columns of the evaluation table; the main metric is one of them."""
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """(R,) sums and (R,) weights, whose ratio of totals is the main metric: what the bootstrap resamples."""
+        """Return (R,) sums and (R,) weights, which the bootstrap resamples.
+
+        The ratio of their totals is the main metric.
+        """
 
 
 def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> None:
-    """Raise `MisuseError` for inputs that the task cannot use, and where lists are named that it does not rank, or none that it would."""
+    """Raise `MisuseError` if the task cannot use these columns or settings.
+
+    This includes a list column (`--group-column`) for a task that does not rank, and a missing one
+    for a task that does.
+    """
     if columns.image is not None and task.reads != "images":
         raise MisuseError(f"--image-column: --task {task.name} reads texts; give --task image-classification")
     if columns.choices and task.reads != "choices":
@@ -231,17 +255,17 @@ def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> N
 
 
 def needs_label_column(task: Task) -> bool:
-    """Whether hard labels are a column of the data set; else they are tokens of the text, and every row has them."""
+    """Whether hard labels are a column of the data set; else they are tokens of the text."""
     return task.label_source in ("row", "positions")
 
 
 def may_lack_head(task: Task) -> bool:
-    """Whether a model without the task's head gets a new one when it is trained: for the names of the data, or to fill masks."""
+    """Whether training adds a head to a model without one: for label names or masked tokens."""
     return task.names is not None or task.label_source == "hidden"
 
 
 def label_column(task: Task) -> LabelColumn:
-    """What the label column of a data set holds, where there is one."""
+    """Return what the label column of a data set holds, if it has one."""
     if task.target == "score":
         return "scores"
     if task.names == "places":
@@ -250,14 +274,14 @@ def label_column(task: Task) -> LabelColumn:
 
 
 def refuse_settings_of_language_models(name: str, tokenization: Tokenization, reads: str) -> None:
-    """Refuse packing, and settings of chats.
+    """Refuse packing and chat settings for a task that is not a language model.
 
     Args:
-        name: of the task.
-        reads: what it reads, and what of it it keeps, for the message.
+        name: the task's name.
+        reads: what the task reads, and what it keeps of that, for the message.
 
     Raises:
-        MisuseError: names the flags.
+        MisuseError: one of the settings is given; the message names the flags.
     """
     if tokenization.packing:
         raise MisuseError(f"--packing is for language models; --task {name} has one text or image a row")
@@ -269,7 +293,7 @@ def refuse_settings_of_language_models(name: str, tokenization: Tokenization, re
 
 
 def token_block(rows: TokenBlock | Sequence[TokenizedExample]) -> TokenBlock:
-    """Rows by column. They have the same columns; there is at least one."""
+    """Convert rows to columns. There is at least one row, and all rows have the same fields set."""
     if isinstance(rows, TokenBlock):
         return rows
     labels = [NO_LABEL if row.label is None else row.label for row in rows]
@@ -296,7 +320,11 @@ def _ragged(values: Sequence[np.ndarray]) -> Ragged:
 
 
 def pad(rows: Ragged, value: int, length: int | None = None) -> Tensor:
-    """Ragged integer rows -> (B, T) int64, filled on the right with `value` up to `length` or the longest row."""
+    """Pad ragged integer rows on the right with `value`, to `length` or the longest row.
+
+    Returns:
+        (B, T) int64.
+    """
     inside = _inside(rows, length)
     out = np.full(inside.shape, value, dtype=np.int64)
     out[inside] = rows.values
@@ -304,54 +332,57 @@ def pad(rows: Ragged, value: int, length: int | None = None) -> Tensor:
 
 
 def attention_mask(rows: Ragged, length: int | None = None) -> Tensor:
-    """(B, T) int64: 1 on tokens, 0 on padding."""
+    """Return the (B, T) int64 attention mask: 1 for tokens, 0 for padding."""
     return torch.from_numpy(_inside(rows, length).astype(np.int64))
 
 
 def _inside(rows: Ragged, length: int | None) -> np.ndarray:
-    """(B, T) bool: where the rows' own values stand."""
+    """Return a (B, T) bool mask: True for the values of the rows, False for padding."""
     counts = rows.counts
     inside: np.ndarray = np.arange(length or counts.max()) < counts[:, None]
     return inside
 
 
 def embedding_rows(model: Any) -> int:
-    """How many token ids a model has an input embedding for."""
+    """Return the number of rows of a model's input embedding."""
     table = model.get_input_embeddings()
     rows = getattr(table, "num_embeddings", None) or getattr(getattr(table, "weight", None), "shape", [None])[0]
     return int(rows or model.config.get_text_config().vocab_size)
 
 
 def kept_pad_id(model: Any) -> int | None:
-    """`pad_token_id` of a model's configuration; None where it has none, or one without an input embedding."""
+    """Return a model's `config.pad_token_id`; None if it is not set or has no input embedding."""
     kept = model.config.get_text_config().pad_token_id
     return kept if isinstance(kept, int) and 0 <= kept < embedding_rows(model) else None
 
 
 def free_pad_id(last_ids: Iterable[int], rows: int) -> int | None:
-    """The smallest of so many ids that no row ends with, so that its end is found behind it; None: there is none."""
+    """Return the smallest id below `rows` that is not in `last_ids`; None: there is none.
+
+    No row ends with this id. As pad token it lets a model find the last token of each row.
+    """
     taken = set(last_ids)
     return next((i for i in range(min(rows, len(taken) + 1)) if i not in taken), None)
 
 
 def ids_beyond(rows: Iterable[TokenizedExample], limit: int) -> list[int]:
-    """The token ids of rows that an embedding of so many rows lacks, in order."""
+    """Return the sorted distinct token ids of rows that are at least `limit`."""
     return sorted({int(i) for row in rows if len(row.input_ids) for i in row.input_ids[row.input_ids >= limit]})
 
 
 def named_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A few token ids with their tokens."""
+    """Format the first few token ids with their tokens, for a message."""
     shown = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:5])
     return shown + (", ..." if len(ids) > 5 else "")
 
 
 def check_ids(limit: int, rows: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse rows with token ids beyond an input embedding of so many rows.
+    """Refuse rows with token ids outside an input embedding of `limit` rows.
 
-    Padding is not looked at: it is masked.
+    Padding ids are not checked, since padding is masked.
 
     Raises:
-        ModelError: names the ids and their tokens.
+        ModelError: there are such ids; the message names them and their tokens.
     """
     beyond = ids_beyond(rows, limit)
     if beyond:

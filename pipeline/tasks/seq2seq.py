@@ -1,8 +1,10 @@
-"""The target text of an encoder-decoder, token by token: V = vocabulary, class i is token i; N = the tokens of the target, EOS included.
+"""Sequence-to-sequence language modelling: one position for each token of the target text.
 
-A row holds the tokens of the source and behind them those of the target, whose positions are
-supervised. The position of a target token has the prediction of that token, which the decoder makes
-from the source and the target tokens before it (teacher forcing).
+N is the number of target tokens, EOS included. V is the size of the vocabulary; class i is token i.
+
+A row holds the tokens of the source, followed by those of the target. The target positions are
+supervised. The prediction at a target position is of the token at that position; the decoder
+computes it from the source and the target tokens before it (teacher forcing).
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_spec
 
 @dataclass(frozen=True, slots=True)
 class Seq2SeqLM(TokenTask):
-    """See `Task`."""
+    """Encoder-decoder language models; see `Task`."""
 
     name: str = "seq2seq-lm"
     auto_class: Any = AutoModelForSeq2SeqLM
@@ -59,7 +61,7 @@ class Seq2SeqLM(TokenTask):
     default_eval_rows: int = 8
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Only texts with a target text are read."""
+        """Accept only source texts with target texts."""
         if columns.prompt is None or columns.completion is None:
             raise MisuseError(
                 f"--task {self.name} reads --prompt-column, the source text, and --completion-column, the target text; other inputs are for other tasks"
@@ -67,7 +69,11 @@ class Seq2SeqLM(TokenTask):
         refuse_settings_of_language_models(self.name, tokenization, "plain texts, and keeps the beginning of each")
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are."""
+        """Return the settings unchanged.
+
+        Raises:
+            MisuseError: the prompts are chats, or `max_length` is below 2.
+        """
         if chats:
             raise MisuseError(f"--task {self.name} reads plain texts, and the prompts of this data set are chats")
         if settings.max_length < 2:
@@ -85,7 +91,7 @@ class Seq2SeqLM(TokenTask):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Source and target are cut to half of `max_length` tokens, or to more where the other needs less."""
+        """Truncate source and target to half of `max_length`, or more if the other is shorter."""
 
         def tokenized(chunk: Sequence[Example]) -> Iterator[TokenizedExample | BadRow]:
             pairs = [example.prompt_completion or ("", "") for example in chunk]
@@ -104,7 +110,10 @@ class Seq2SeqLM(TokenTask):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Sources and targets, each padded on the right to its longest; `length` is of both together, and not used."""
+        """Pad sources and targets separately on the right, each to its longest.
+
+        `length`, the length of both together, is not used. The mask is (B, T of the targets).
+        """
         tokens = token_block(rows)
         assert tokens.supervised is not None
         flags = tokens.supervised.values.astype(bool)
@@ -119,12 +128,12 @@ class Seq2SeqLM(TokenTask):
         return inputs, inputs["labels"] != NO_LABEL
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """The output matrix sees the tokens of the targets only, no padding."""
+        """Return (N, V) logits; the output matrix is applied to the target tokens only."""
         return supervised_logits(model, decoder_inputs(model, inputs), supervised, use_cache=False)
 
 
 def _row(example: Example, split: str, source: list[int], target: list[int], longest: int) -> TokenizedExample | BadRow:
-    """One row; the last token of a part that is cut stays, since tokenizers end texts with EOS."""
+    """Make a row; truncation keeps the last token of each part, since it usually is EOS."""
     if not source or not target:
         return BadRow(
             split, example.source_row, f"expected tokens, found none of the {'target' if source else 'source'}"

@@ -1,4 +1,7 @@
-"""One class for a text or a pair of texts: N = 1 position a row, V = number of labels."""
+"""Sequence classification: one class for a text or a pair of texts.
+
+N = 1 position per row; V is the number of labels.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ print(classify("a text", truncation=True, max_length={max_length}))
 
 @dataclass(frozen=True, slots=True)
 class SequenceClassification(TextTask):
-    """See `Task`."""
+    """Classification of texts and pairs of texts; see `Task`."""
 
     name: str = "sequence-classification"
     usage: str = _USAGE
@@ -40,7 +43,7 @@ class SequenceClassification(TextTask):
     main_metric: str = "accuracy"
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Only texts and pairs of texts are classified."""
+        """Accept only texts and pairs of texts."""
         if columns.words is not None:
             raise MisuseError(
                 f"--words-column has a label for each word; --task {self.name} has one a row; for words give --task token-classification"
@@ -52,14 +55,14 @@ class SequenceClassification(TextTask):
         refuse_settings_of_language_models(self.name, tokenization, "texts, and keeps their beginning")
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The number of labels; one label is a regression, and several at once are not one distribution."""
+        """Return the number of labels; `ModelError` for regressions and multi-label classifiers."""
         return num_labels(model)
 
     def labels_of(self, example: Example) -> Mapping[str, Any]:
-        """The class of the row.
+        """Return the class of the row.
 
         Raises:
-            MisuseError: the label column holds spans.
+            MisuseError: the label column holds spans of the text.
         """
         if example.word_labels is not None:
             raise MisuseError(
@@ -68,9 +71,9 @@ class SequenceClassification(TextTask):
         return {"label": example.label}
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Accuracy, macro-F1, loss and calibration, over the labelled rows."""
+        """Return accuracy, macro-F1, loss and calibration over the labelled rows."""
         return class_metrics(predictions, num_classes)
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Right answers, and labelled rows."""
+        """Return (R,) correct answers and (R,) labelled rows; the ratio of totals is accuracy."""
         return right_answers(predictions)

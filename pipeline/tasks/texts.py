@@ -1,4 +1,4 @@
-"""What a row was made of, for students whose tokenizer is another one: its text, or the conversation that it was rendered from."""
+"""The text or conversation that a row was made from, for students with another tokenizer."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import numpy as np
 from pipeline.errors import BadRowError
 from pipeline.records import Message
 
-#: Tokens of a document: those from one to another, or each by its number.
+#: Selects tokens of a document: a slice, or an array of indices.
 Index = slice | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """The characters of a text that each of T tokens stands for."""
+    """A text, and the characters of it that each of T tokens stands for."""
 
     text: str
     starts: np.ndarray
-    """(T,) int64."""
+    """(T,) int64: the first character of each token."""
     ends: np.ndarray
-    """(T,) int64; where it equals the start, the token stands for no text, as BOS."""
+    """(T,) int64, exclusive; equal to the start if the token stands for no text, such as BOS."""
 
     @classmethod
     def of(cls, text: str, offsets: Sequence[tuple[int, int]]) -> Covered:
-        """By the characters that a fast tokenizer gives for each token.
+        """Build from the character offsets of a fast tokenizer.
 
-        Every character belongs to a token, as in `Vocabulary.bytes_of_text`: of those between two
-        tokens the ones up to the first white space to the token before, the others to the token
-        after. What stands before the first token and behind the last one is theirs. Tokens that
-        share a character, as its bytes, have it both.
+        Every character is assigned to a token, as in `Vocabulary.bytes_of_text`. Of the characters
+        between two tokens, those up to the first white space belong to the token before, the rest
+        to the token after. Characters before the first token or after the last belong to that
+        token. Tokens that share a character, such as its bytes, each get the whole character.
         """
         starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
         end = last = 0
@@ -55,11 +55,11 @@ class Covered:
         return cls(text, starts, ends)
 
     def joined(self, other: Covered) -> Covered:
-        """This text and another behind it, tokenized apart."""
+        """Append another text that was tokenized separately."""
         return self._with(self.text + other.text, other.starts + len(self.text), other.ends + len(self.text))
 
     def enclosed(self, before: int, after: int) -> Covered:
-        """With so many tokens before and after its own that stand for no text."""
+        """Add `before` tokens at the start and `after` at the end that stand for no text."""
         starts, ends = (
             np.concatenate([np.zeros(before, dtype=np.int64), values, np.full(after, len(self.text))])
             for values in (self.starts, self.ends)
@@ -70,39 +70,41 @@ class Covered:
         return Covered(text, np.concatenate([self.starts, starts]), np.concatenate([self.ends, ends]))
 
     def take(self, index: Index) -> Covered:
-        """Of some of the tokens."""
+        """Select some of the tokens; the text stays whole."""
         return dataclasses.replace(self, starts=self.starts[index], ends=self.ends[index])
 
     @property
     def shown(self) -> str:
-        """The text from the first of the tokens to the last."""
+        """The part of the text that the tokens cover, from the first to the last."""
         real = self.ends > self.starts
         return self.text[int(self.starts[real].min()) : int(self.ends[real].max())] if real.any() else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The turns that a row was rendered from, and which of them it learns."""
+    """The turns that a row was rendered from, and which of them are trained on."""
 
     messages: Sequence[Message]
-    """Those that are in the row, from the first of the chat."""
+    """The turns in the row, from the first of the chat on."""
     tools: Sequence[Mapping[str, object]] | None
     learnt: tuple[int, ...]
-    """Numbers of the assistant's turns that are to be learnt in this row."""
+    """Numbers of the assistant turns that this row trains on."""
     turn_of: np.ndarray | None
-    """(T,) int64: the number of the turn that a token to be learnt belongs to, else -1; None: the
-    marks of the template do not tell."""
+    """(T,) int64: the number of the turn that each supervised token belongs to, else -1; None: not
+    known, since the template's marks do not match the turns."""
 
     def take(self, index: Index) -> Conversation:
-        """Of some of the tokens of the row."""
+        """Select some of the tokens of the row."""
         return self if self.turn_of is None else dataclasses.replace(self, turn_of=self.turn_of[index])
 
     def to_json(self, predicted: np.ndarray) -> str:
-        """The column `messages`: `{"messages": [...], "tools": [...] or null, "learnt": [...]}`.
+        """Return the value of the column `messages`, as JSON text.
+
+        Its form is `{"messages": [...], "tools": [...] or null, "learnt": [...]}`.
 
         Args:
-            predicted: (T,) bool: the tokens that are learnt; a turn that was cut off is none of the
-                learnt ones.
+            predicted: (T,) bool: the predicted tokens. A turn without one, since truncation has
+                removed it, is left out of `learnt`.
         """
         learnt = self.learnt
         if self.turn_of is not None:
@@ -120,16 +122,19 @@ class Conversation:
         text = json.dumps(content, ensure_ascii=False, default=str)
         try:
             text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        except UnicodeEncodeError:  # half of a surrogate pair: JSON can escape it, UTF-8 cannot encode it
             text = json.dumps(content, default=str)
         return text
 
 
 def read_conversation(text: str) -> tuple[tuple[Message, ...], tuple[Mapping[str, object], ...] | None]:
-    """The column `messages` of a row -> the turns, those that the row learns marked `learnt`, and the tools.
+    """Parse the column `messages` of a row.
+
+    Returns:
+        The turns, with `learnt` set on those that the row trains on, and the tools.
 
     Raises:
-        BadRowError: it is not what `Conversation.to_json` writes.
+        BadRowError: the text does not have the form that `Conversation.to_json` writes.
     """
     try:
         content = json.loads(text)

@@ -1,4 +1,7 @@
-"""A class for each word: N = the words of a row, each at its first token; V = number of labels."""
+"""Token classification: one class for each word.
+
+N is the number of words of a row; a word's position is its first token. V is the number of labels.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ print(tag("a text"))
 
 @dataclass(frozen=True, slots=True)
 class TokenClassification(TaskDefaults):
-    """See `Task`."""
+    """Classification of the words of a text; see `Task`."""
 
     name: str = "token-classification"
     auto_class: Any = AutoModelForTokenClassification
@@ -55,7 +58,7 @@ class TokenClassification(TaskDefaults):
     main_metric: str = "f1"
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Words, or a text that is split into words."""
+        """Accept words, or a text that is split into words."""
         if columns.words is None and (columns.text is None or columns.text_pair is not None):
             raise MisuseError(
                 f"--task {self.name} reads --words-column, or --text-column with spans in --label-column; chats, prompts, pairs and token ids are for other tasks"
@@ -63,7 +66,7 @@ class TokenClassification(TaskDefaults):
         refuse_settings_of_language_models(self.name, tokenization, "words, and keeps the first")
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The number of labels."""
+        """Return the number of labels, at least 2."""
         config: Any = model.config
         if config.num_labels < 2:
             raise ModelError(
@@ -80,11 +83,11 @@ class TokenClassification(TaskDefaults):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Words become tokens as in a text with spaces between them; those beyond `max_length` tokens are cut off.
+        """Tokenize words as in a text with spaces between them, and truncate to `max_length`.
 
         Raises:
-            MisuseError: a tokenizer that does not know the word of each token; rows with one label
-                for all words.
+            MisuseError: the tokenizer is not fast, so that the word of each token is not known; or
+                a row has one label for all words.
         """
         if not tokenizer.is_fast:
             raise MisuseError(
@@ -111,7 +114,7 @@ class TokenClassification(TaskDefaults):
         return replace(example, words=words) if words else BadRow(split, example.source_row, "the text has no words")
 
     def default_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        """All tokens."""
+        """Return True for all tokens."""
         return np.ones(len(input_ids), dtype=bool)
 
     def collate(
@@ -122,24 +125,27 @@ class TokenClassification(TaskDefaults):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Padded on the right."""
+        """Pad on the right."""
         tokens = token_block(rows)
         assert tokens.supervised is not None
         return collate_texts(tokens, pad_id, length), pad(tokens.supervised, 0, length).bool()
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(N, V): those of the first token of each word."""
+        """Return the (N, V) logits at the first token of each word."""
         assert supervised is not None
         logits: Tensor = model(**inputs).logits  # (B, T, V)
         return logits[supervised.to(logits.device)]
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, T, V) -> (N, V): those of the first token of each word."""
+        """Select the (N, V) logits at the first token of each word from (B, T, V) logits."""
         assert supervised is not None
         return logits[supervised]
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """F1, precision and recall of entities (of words where no class is "O"), accuracy of words, loss and calibration, over the labelled words."""
+        """Return F1, precision, recall, accuracy, loss and calibration over the labelled words.
+
+        The first three are of entities, or of words if no class is "O".
+        """
         known = predictions.labels != NO_LABEL
         correct = predictions.predicted[known] == predictions.labels[known]
         right, found, true = self._entities(predictions).sum(0).tolist()
@@ -153,7 +159,10 @@ class TokenClassification(TaskDefaults):
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Twice the right entities, and predicted and true ones together: the ratio of totals is F1."""
+        """Return (R,) twice the correct entities, and (R,) predicted plus true entities.
+
+        The ratio of their totals is F1.
+        """
         counts = self._entities(predictions).astype(np.float64)
         return 2 * counts[:, 0], counts[:, 1] + counts[:, 2]
 
@@ -165,14 +174,15 @@ class TokenClassification(TaskDefaults):
 
 
 def _share(part: float, whole: float) -> float:
-    """Nan where there is nothing to share."""
+    """Return `part / whole`; nan if `whole` is 0."""
     return part / whole if whole else float("nan")
 
 
 def _space(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a word that is not the first begins with, so that its tokens are those that it has in a text.
+    """Return the prefix of words after the first, so that they get the tokens that a text gives.
 
-    Byte-level tokenizers without `add_prefix_space` would take separate words for one long one.
+    It is a space for byte-level tokenizers without `add_prefix_space`, which would otherwise join
+    the words into one; else it is empty.
     """
 
     def ids(words: list[str] | str) -> list[int]:
@@ -224,7 +234,7 @@ def _tokenize_words(
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, words: Sequence[list[str]], max_length: int) -> Any:
-    """The beginnings of rows, whichever end the tokenizer itself would cut off."""
+    """Tokenize words and truncate on the right, whatever the tokenizer's `truncation_side` is."""
     side = tokenizer.truncation_side
     tokenizer.truncation_side = "right"
     try:
@@ -236,7 +246,11 @@ def _cut(tokenizer: PreTrainedTokenizerBase, words: Sequence[list[str]], max_len
 
 
 def _name_unknown(words: Sequence[list[str]], encoded: Any, unknown: str) -> bool:
-    """Put the token for unknown words in place of those that no token is made of, as zero-width marks. Returns whether there are any."""
+    """Replace words that become no token, such as zero-width marks, by the unknown token, in place.
+
+    Returns:
+        Whether there are any.
+    """
     found = False
     for i, row in enumerate(words):
         missing = set(range(len(row))) - set(encoded.word_ids(i))
@@ -247,7 +261,7 @@ def _name_unknown(words: Sequence[list[str]], encoded: Any, unknown: str) -> boo
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
-    """Number of a word -> place of its first token."""
+    """Return the index of each word's first token, by the number of the word."""
     found: dict[int, int] = {}
     for place, word in enumerate(word_ids):
         if word is not None:

@@ -1,4 +1,4 @@
-"""What models that predict tokens share: the output matrix, applied to the supervised positions only, and their metrics."""
+"""What tasks that predict tokens share: metrics, and logits at the supervised positions only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.tasks.defaults import TaskDefaults
 
 @dataclass(frozen=True, slots=True)
 class TokenTask(TaskDefaults):
-    """What tasks whose classes are tokens share."""
+    """Base of the tasks whose classes are the tokens of the vocabulary."""
 
     marks_positions: bool = True
     names: LabelNames | None = None
@@ -33,9 +33,9 @@ class TokenTask(TaskDefaults):
     higher_is_better: bool = False
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The tokenizer's vocabulary.
+        """Return the size of the tokenizer's vocabulary, at most the rows of the output embedding.
 
-        Padded embedding rows beyond it stand for no token: their logits are cut off, at capture and
+        Padded embedding rows beyond it stand for no token: their logits are dropped at capture and
         in training.
         """
         inner: Any = model
@@ -44,14 +44,14 @@ class TokenTask(TaskDefaults):
         return int(min(len(tokenizer), rows))
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, T, V) -> (N, V)."""
+        """Select (N, V) logits from (B, T, V) logits."""
         assert supervised is not None
         return logits[supervised]
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Loss, perplexity, accuracy and calibration.
+        """Return loss, perplexity, accuracy and calibration.
 
-        Every position has a label; nan where a cache does not know its likelihood.
+        Every position has a label. Loss and perplexity are nan if the likelihood of one is missing.
         """
         loss = float(predictions.nll.mean())
         return {
@@ -62,7 +62,10 @@ class TokenTask(TaskDefaults):
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """(G,) sums of negative log-likelihoods, nats, and (G,) positions, of each group of rows or else of each row."""
+        """Return (G,) sums of negative log-likelihoods in nats, and (G,) numbers of positions.
+
+        G is the number of groups of rows, or of rows if there are no groups.
+        """
         groups = np.arange(len(predictions.row_text_bytes)) if predictions.groups is None else predictions.groups
         owner, count = groups[predictions.rows], 1 + int(groups.max(initial=-1))
         return (
@@ -72,10 +75,11 @@ class TokenTask(TaskDefaults):
 
 
 def supervised_hidden(model: Any, inputs: Mapping[str, Tensor], supervised: Tensor) -> Tensor:
-    """(N, H) what the output matrix reads at the supervised positions, with gradients; the matrix itself is not applied.
+    """Return the (N, H) inputs of the output matrix at the supervised positions, with gradients.
 
-    Taken by a forward pre-hook that hands no position on, for models whose base model does not give
-    these hidden states: encoder-decoders.
+    A forward pre-hook captures them and passes zero positions to the matrix, so no logits are
+    computed. This is for models whose base model does not return these hidden states, such as
+    encoder-decoders.
     """
     found: list[Tensor] = []
 
@@ -94,10 +98,11 @@ def supervised_hidden(model: Any, inputs: Mapping[str, Tensor], supervised: Tens
 def supervised_logits(
     model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None, **settings: Any
 ) -> Tensor:
-    """(N, V) logits of one forward pass; the output matrix sees the supervised positions only, so (B, T, V) never exists.
+    """Return the (N, V) logits of one forward pass at the supervised positions.
 
-    A forward pre-hook on the output embeddings selects them; the model's own code does the rest
-    (biases, soft-caps, scales), so no architecture is a special case.
+    The output matrix is applied to these positions only, so the (B, T, V) logits never exist. A
+    forward pre-hook on the output embeddings selects the positions. The model's own code applies
+    biases, soft-caps and scales, so no architecture is a special case.
 
     Args:
         supervised: (B, T) bool.
@@ -121,13 +126,13 @@ def supervised_logits(
 
 
 def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `forward` takes in place of `labels`: the tokens that the decoder reads, as the model itself makes them of the targets.
+    """Replace `labels` by the `decoder_input_ids` that the model itself would derive from them.
 
-    A model without a method for that (NLLB, Blenderbot) reads the targets behind its start token,
-    as its own `forward` does.
+    For a model without a method for that (NLLB, Blenderbot), the labels are shifted right after the
+    start token, as its own `forward` does.
 
     Raises:
-        ModelError: the model names no start token.
+        ModelError: the configuration lacks `decoder_start_token_id` or `pad_token_id`.
     """
     found = dict(inputs)
     labels = found.pop("labels")

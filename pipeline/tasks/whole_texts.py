@@ -1,4 +1,4 @@
-"""Rows that are whole texts or pairs of texts, of which a model gives one vector of logits each."""
+"""What tasks on texts and pairs of texts share: one vector of logits per row."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _BATCH = 1000
 
 @dataclass(frozen=True, slots=True)
 class TextTask(TaskDefaults):
-    """What tasks of texts and pairs of texts share: how they are read, and the model's pass."""
+    """Base of the tasks on texts and pairs of texts: tokenization, collation and forward pass."""
 
     auto_class: Any = AutoModelForSequenceClassification
     peft_type: str | None = "SEQ_CLS"
     hub_category: str = "text-classification"
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Only texts and pairs of texts are read."""
+        """Accept only texts and pairs of texts."""
         if columns.text is None:
             raise MisuseError(
                 f"--task {self.name} reads --text-column (and --text-pair-column); words, chats, prompts and token ids are for other tasks"
@@ -53,7 +53,10 @@ class TextTask(TaskDefaults):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Texts longer than `max_length` are truncated, as `transformers` does; each row has its whole text in any case."""
+        """Truncate texts to `max_length` tokens, as `transformers` does.
+
+        The `text` of a row stays complete.
+        """
 
         def tokenized(chunk: Sequence[Example]) -> Iterator[TokenizedExample]:
             return _tokenize(chunk, tokenizer, settings.max_length, self.labels_of)
@@ -61,7 +64,7 @@ class TextTask(TaskDefaults):
         return in_chunks(tokenized, examples, _BATCH)
 
     def labels_of(self, example: Example) -> Mapping[str, Any]:
-        """The hard labels of an example, as arguments of `TokenizedExample`."""
+        """Return the hard labels of an example, as arguments of `TokenizedExample`."""
         return {"label": example.label}
 
     def collate(
@@ -72,11 +75,11 @@ class TextTask(TaskDefaults):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Padded on the right."""
+        """Pad on the right."""
         return collate_texts(rows, pad_id, length), None
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(N, V): at the positions of each row, as the model gives them for the row alone."""
+        """Return (N, V) logits, the same as if each row were passed to the model alone."""
         return self.at_positions(row_logits(model, inputs), None)
 
 
@@ -85,7 +88,10 @@ def in_chunks(
     items: Iterable[Example | BadRow],
     size: int,
 ) -> Iterator[TokenizedExample | BadRow]:
-    """One row for each item, in order; of so many items at once. Bad rows stay where they are."""
+    """Apply a function that makes one row per example to chunks of `size` items.
+
+    The rows stay in order; bad rows keep their place.
+    """
     iterator = iter(items)
     while chunk := tuple(itertools.islice(iterator, size)):
         good = [item for item in chunk if isinstance(item, Example)]
@@ -122,7 +128,7 @@ def _tokenize(
 
 
 def collate_texts(rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, length: int | None) -> dict[str, Tensor]:
-    """Padded on the right."""
+    """Pad token ids, attention mask and token types on the right; each is (B, T) int64."""
     tokens = token_block(rows)
     inputs = {
         "input_ids": pad(tokens.input_ids, pad_id, length),
@@ -134,13 +140,13 @@ def collate_texts(rows: TokenBlock | Sequence[TokenizedExample], pad_id: int, le
 
 
 def row_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(B, labels): the logits of each row, as the model gives them for the row alone.
+    """Return (B, labels) logits, the same as if each row were passed to the model alone.
 
-    Decoder-only classifiers of `transformers` take the last token that is not
-    `config.pad_token_id`. Padded with that id, a row ends where it ends alone. Where the
-    configuration has none, or one without an embedding, the model takes the last token of a row
-    alone; for this one pass the configuration gets an id that no row of the batch ends with, and
-    padding is made of it.
+    Decoder-only classifiers of `transformers` use the last token that is not
+    `config.pad_token_id`, so rows are padded with that id. If the configuration has no such id, or
+    one without an input embedding, the model uses the last token of a row passed alone. Then this
+    function sets `config.pad_token_id`, for this forward pass only, to an id that no row of the
+    batch ends with, and pads with it.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     kept = kept_pad_id(model)
@@ -149,7 +155,7 @@ def row_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return logits
     last = (mask * torch.arange(ids.shape[1], device=ids.device)).argmax(-1, keepdim=True)  # (B, 1)
     free = free_pad_id(ids.gather(1, last).flatten().tolist(), embedding_rows(model))
-    if free is None:  # a batch of more rows than the vocabulary has tokens
+    if free is None:  # the batch's last tokens include the whole vocabulary
         rows = [{name: tensor[i : i + 1] for name, tensor in inputs.items()} for i in range(len(ids))]
         return torch.cat([row_logits(model, row) for row in rows])
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -168,7 +174,11 @@ def lost_tokens(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[int]:
-    """How many tokens each text, or pair of texts, of so many tokens has lost to truncation."""
+    """Return how many tokens each text or pair of texts has lost to truncation.
+
+    Args:
+        lengths: number of tokens of each after truncation.
+    """
     lost = [0] * len(texts)
     full = [i for i, length in enumerate(lengths) if length >= max_length]
     if full:

@@ -1,1 +1,1 @@
-"""Where data sets lie, and how their files become rows: local, behind a URL, on the hub."""
+"""Find the files of a data set (local, behind a URL, or on the hub) and read them as rows."""

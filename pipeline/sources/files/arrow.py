@@ -1,8 +1,8 @@
-"""Data files: Parquet is read in place, everything else through `datasets`.
+"""Load data files: Parquet is read in place, other formats are converted by `datasets`.
 
-`datasets` keeps an Arrow copy of each file under HF_HOME, and takes it again when path and
-modification time are the same. Here the copy's name holds the SHA-256 of the file as well, so that
-a file that was edited is always read anew.
+`datasets` keeps an Arrow copy of each file under HF_HOME, and reuses it if path and modification
+time are the same. Here the name of the copy also includes the SHA-256 of the file, so that an
+edited file is always converted again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Suffix -> builder of `datasets`. In CSV only an empty cell is missing: "None" and "NA" are words.
+#: Suffix -> builder of `datasets`, with settings. In CSV, only an empty cell is null; "None" and
+#: "NA" are text.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
@@ -45,28 +46,28 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _MAX_HEADER_BYTES = 1 << 16
-#: Lines below the first that show whether a sign separates columns.
+#: Number of lines after the first that are checked for a separator.
 _MOST_LINES = 20
-#: What pandas and Arrow call fields of rows that have no name.
+#: Names that pandas and Arrow give to unnamed fields.
 _INDEX = re.compile(r"__index_level_[0-9]+__")
-#: A first line that spreadsheets write and read: what separates the columns.
+#: A first line, written by spreadsheets, that declares the separator.
 _SAID = re.compile(r"(?i:sep)=[;,|\t]")
-#: What a line of a compressed file is read with; of `.zst` only `datasets` reads the rows.
+#: Functions that open compressed files here; `.zst` files are read by `datasets` only.
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def load_files(locations: Sequence[str], inputs: Sequence[str] = ()) -> Rows:
-    """The rows of the files of one split, one file after another: local paths, or URLs.
+    """Load the files of one split, in order.
 
-    Files may be of several kinds and have different columns: rows of a file without a column hold
-    null there.
+    Files may have different formats and columns. A column that a file lacks is null in its rows.
 
     Args:
-        inputs: columns that a model reads. Where some are null, files are read one by one, so that
-            a file without such a column can be named.
+        locations: local paths or URLs.
+        inputs: columns that a model reads. If some of their values are null, files are read one by
+            one, so that messages can name the file.
 
     Raises:
-        SourceError: one cannot be read as what its suffix says.
+        SourceError: a file cannot be read in the format that its suffix names.
     """
     names: list[str] = []
     parts: list[OneRows] = []
@@ -79,7 +80,7 @@ def load_files(locations: Sequence[str], inputs: Sequence[str] = ()) -> Rows:
 
 
 def _kind(location: str) -> tuple[str, str | None]:
-    """What a file is read as: its suffix, and what separates its columns where that is not usual for the suffix."""
+    """Return a file's suffix, and the separator of its columns; None: the suffix's usual one."""
     kind = suffix(PurePath(location.partition("?")[0]))
     if kind != ".csv" or "://" in location:
         return kind, None
@@ -92,18 +93,25 @@ def _kind(location: str) -> tuple[str, str | None]:
 
 
 def _separates(sign: str, names: str, lines: Sequence[str]) -> bool:
-    """Whether a sign of the first line, `names` without its quoted parts, separates columns in most lines below it too."""
+    """Return whether a sign separates columns in the first line and in at least half of the others.
+
+    Args:
+        names: the first line, without its quoted parts.
+    """
     if sign not in names:
         return False
     try:
         rows = [row for row in csv.reader([f"{line}\n" for line in lines[1:]], delimiter=sign) if row]
-    except csv.Error:  # very long fields, or the ends of lines of another system
+    except csv.Error:  # very long fields, or line ends of another operating system
         return True
     return 2 * sum(len(row) > 1 for row in rows) >= len(rows)
 
 
 def _csv_settings(kind: str, separator: str | None) -> dict[str, Any]:
-    """How a table in a text file is read; `sep=;` in place of a separator is a first line that says so itself."""
+    """Return the builder's settings for a CSV or TSV file.
+
+    A separator such as `sep=;` is a first line that declares it, which is skipped.
+    """
     if separator is None:
         return _BUILDERS[kind][1]
     skipped = {"skiprows": 1} if _SAID.fullmatch(separator) else {}
@@ -111,9 +119,9 @@ def _csv_settings(kind: str, separator: str | None) -> dict[str, Any]:
 
 
 def _first_lines(path: Path, most: int) -> list[str]:
-    """The first lines of a text file, compressed or not, up to one that is very long.
+    """Return the first lines of a text file, compressed or not, up to a very long one.
 
-    One empty line where the file cannot be read: the reader says why.
+    If the file cannot be read, return one empty line; the reader then reports the error.
     """
     if path.suffix.lower() == ".zst":
         return [""]
@@ -127,13 +135,13 @@ def _first_lines(path: Path, most: int) -> list[str]:
 
 
 def _header(path: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The names of the columns of a table in a text file."""
+    """Return the column names in the first line of a CSV or TSV file."""
     line = _first_lines(path, settings.get("skiprows", 0) + 1)[-1]
     return next(csv.reader([line], delimiter=settings.get("sep", ",")), [])
 
 
 def _columns_differ(paths: Sequence[Path], kind: str, separator: str | None) -> bool:
-    """Whether tables in text files have different columns, by their first lines."""
+    """Return whether CSV or TSV files have different columns, by their first lines."""
     if kind not in (".csv", ".tsv"):
         return False
     settings = _csv_settings(kind, separator)
@@ -141,7 +149,7 @@ def _columns_differ(paths: Sequence[Path], kind: str, separator: str | None) -> 
 
 
 def _converted(locations: Sequence[str], kind: str, separator: str | None, inputs: Sequence[str]) -> list[Dataset]:
-    """The files as `datasets` makes Arrow of them, once: together, or one by one where their columns differ."""
+    """Convert files to Arrow with `datasets`: together, or one by one if their columns differ."""
     paths = [Path(location) for location in locations if "://" not in location]
     for path in paths:
         if path.stat().st_size == 0:
@@ -157,7 +165,7 @@ def _converted(locations: Sequence[str], kind: str, separator: str | None, input
         return [found] if parts is None else parts
     except SourceError:
         raise
-    except Exception as error:  # whatever a parser raises at a broken file
+    except Exception as error:  # parsers raise various exceptions for a broken file
         parts = _one_by_one(locations, kind, separator)
         if parts is not None:
             return parts
@@ -179,14 +187,18 @@ def _converted(locations: Sequence[str], kind: str, separator: str | None, input
 
 
 def _one_by_one(locations: Sequence[str], kind: str, separator: str | None) -> list[Dataset] | None:
-    """Each file by itself; None where there is one alone, one cannot be read, or all have the same columns and types."""
+    """Convert each file separately.
+
+    Returns:
+        None if there is only one file, one cannot be read, or all have the same columns and types.
+    """
     if len(locations) == 1:
         return None
     try:
         parts = [_prepared([location], kind, separator) for location in locations]
     except SourceError:
         raise
-    except Exception:  # the caller says what is wrong
+    except Exception:  # the caller reports the error
         return None
     return parts if any(part.features != parts[0].features for part in parts) else None
 
@@ -216,7 +228,9 @@ def _prepared(locations: Sequence[str], kind: str, separator: str | None) -> Dat
 
 
 def _check_index(where: str, found: Dataset, paths: Sequence[Path], settings: Mapping[str, Any]) -> None:
-    """Check that the first fields of rows have not become an index, as pandas makes of fields beyond the names.
+    """Check that rows do not have more fields than the first line has names.
+
+    pandas would turn the first fields of such rows into an index.
 
     Raises:
         SourceError: rows have more fields than there are names.
@@ -230,7 +244,7 @@ def _check_index(where: str, found: Dataset, paths: Sequence[Path], settings: Ma
 
 
 def _disguise(path: Path) -> str | None:
-    """What a file is that is no text in UTF-8, by its first bytes, and what to do about it."""
+    """Detect a zip or UTF-16 file by its first bytes, and return a message; None: it is neither."""
     with path.open("rb") as handle:
         start = handle.read(4)
     if start == b"PK\x03\x04":
@@ -239,12 +253,12 @@ def _disguise(path: Path) -> str | None:
 
 
 def saved_splits(path: Path) -> dict[str, Dataset] | None:
-    """The splits of a directory that `save_to_disk` wrote; None where it is none.
+    """Load the splits of a directory that `save_to_disk` wrote; None: it is no such directory.
 
-    A single data set is `train`.
+    A data set without splits becomes `train`.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the directory cannot be read.
     """
     if not is_saved(path):
         return None
@@ -258,12 +272,12 @@ def saved_splits(path: Path) -> dict[str, Dataset] | None:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote a directory."""
+    """Return whether a directory was written by `save_to_disk`."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Of the files' bytes: 32 hexadecimal digits."""
+    """Return a digest of the files' contents, 32 hexadecimal digits."""
     digests = []
     for path in paths:
         with path.open("rb") as handle:
@@ -272,7 +286,10 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def _bad_line(path: Path) -> str | None:
-    """The first line that is no JSON object in valid Unicode: Arrow's own message counts from the start of a block."""
+    """Describe the first line that is no JSON object in valid Unicode; None: there is none.
+
+    Arrow's own message counts lines from the start of a block.
+    """
     if path.suffix.lower() == ".zst":
         return None
     with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as handle:

@@ -1,4 +1,4 @@
-"""Folders of images, as `datasets` reads them: `train/cat/1.jpg`, or files beside a `metadata.csv`."""
+"""Load folders of images (`train/cat/1.jpg`, or files with a `metadata.csv`) with `datasets`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 def image_folders(path: Path, config: str | None) -> dict[str, Dataset] | None:
-    """Split -> rows with the columns `image` (paths) and `label`, where files lie in folders of their class, or those of a metadata file.
+    """Load a folder of images.
 
     Returns:
-        None: there are data files, or `datasets` takes the directory for something else than a
-            folder of images.
+        Rows by split, with the column `image` (paths), and with `label` if files are in folders
+        named by class, or with the columns of a metadata file. None: the directory holds data files
+        or no images, or `config` is given.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the folder cannot be read.
     """
     import datasets
 
@@ -35,11 +36,13 @@ def image_folders(path: Path, config: str | None) -> dict[str, Dataset] | None:
     if not images:
         return None
     try:
-        with quiet():  # by the builder's own name: what is kept under the directory's would be found in place of a directory that is missing
+        # The builder is loaded by its own name: `datasets` would find a copy cached under the
+        # directory's name even after the directory is gone.
+        with quiet():
             builder = datasets.load_dataset_builder("imagefolder", data_dir=str(path.resolve()))
             builder.download_and_prepare()
             found = builder.as_dataset()
-    except Exception as error:  # each kind of metadata file has errors of its own
+    except Exception as error:  # each format of metadata raises different exceptions
         raise SourceError(f"{path}: cannot be read as a folder of images: {reason(error)}") from None
     splits = {str(split): rows for split, rows in found.items()}
     for split, rows in splits.items():
@@ -54,7 +57,7 @@ def image_folders(path: Path, config: str | None) -> dict[str, Dataset] | None:
 
 
 def _refuse_stray(path: Path, split: str, rows: Dataset) -> None:
-    """Raise `SourceError` where `datasets` gives no labels because some images lie beside the folders of the classes."""
+    """Raise `SourceError` if images outside the class folders make `datasets` drop all labels."""
     if set(rows.column_names) != {"image"}:
         return
     folders = {

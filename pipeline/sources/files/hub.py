@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: Parquet in place, everything else through `datasets.load_dataset`."""
+"""Load data sets of the Hugging Face Hub: Parquet in place, others with `load_dataset`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 
     from pipeline.sources.files.joined import OneRows
 
-#: A file of the hub at one commit.
+#: URL of a file of the hub at one commit.
 _PINNED = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[str, OneRows], str | None]:
-    """Every split of a hub data set: Parquet files are read in place, others downloaded, or taken from the local cache.
+    """Load all splits of a hub data set.
+
+    Parquet files are read in place; others are downloaded, or read from the local cache.
 
     Returns:
-        The splits, and the commit that they are of: `revision` as it was asked for where `datasets`
-            does not tell.
+        The splits, and their commit, or the requested `revision` if the commit is not known.
 
     Raises:
-        SourceError: no such data set, configuration or revision, no access, or no connection.
+        SourceError: the data set, configuration or revision does not exist, or there is no access
+            or no connection.
     """
     import datasets
 
@@ -38,7 +40,7 @@ def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[
         if in_place is not None:
             return in_place
         found = datasets.load_dataset(name, config, revision=revision)
-    except Exception as error:  # the hub client, the parsers and the file systems each have their own
+    except Exception as error:  # hub client, parsers and file systems raise different exceptions
         raise SourceError(
             f"{redact(name)}: cannot be loaded from the Hugging Face hub: {reason(error)}; {_hint(error)} (no local file or directory has this name)"
         ) from error
@@ -53,7 +55,11 @@ def load_hub(name: str, config: str | None, revision: str | None) -> tuple[dict[
 
 
 def _in_place(name: str, config: str | None, revision: str | None) -> tuple[dict[str, OneRows], str | None] | None:
-    """The Parquet files of the hub, by range; None where there are others, or where the hub is not to be asked."""
+    """Open the Parquet files of a hub data set in place.
+
+    Returns:
+        Splits and revision; None if there are files of other formats, or `HF_HUB_OFFLINE` is set.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -72,7 +78,7 @@ def _in_place(name: str, config: str | None, revision: str | None) -> tuple[dict
 
 
 def _commit(dataset: Dataset) -> str | None:
-    """The commit: `datasets` keeps what it made of one in a directory of that name."""
+    """Return the commit of a data set; `datasets` names the cache directory after it."""
     folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
     return next((folder for folder in folders if _COMMIT.fullmatch(folder)), None)
 

@@ -1,4 +1,4 @@
-"""Data sets one after another, read as one: files with different columns, or labelled rows and rows without labels."""
+"""Concatenate data sets with different columns, or labelled and unlabelled ones."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 #: The rows of one data set: an Arrow table of `datasets`, or Parquet files that are read in place.
 OneRows: TypeAlias = "Dataset | ParquetRows"
-#: The rows of one split: of one data set, or of several.
+#: The rows of one split, from one data set or several.
 Rows: TypeAlias = "OneRows | JoinedRows"
 
 
 class JoinedRows:
-    """The rows of several data sets in order, read as one.
+    """The rows of several data sets, concatenated in order.
 
     The type of a column is that of the first part that has the column with a type other than null.
-    Rows of a part without the column hold null there.
+    A column that a part lacks is null in its rows.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class JoinedRows:
             parts: the data sets, in the order of their rows.
             names: the file of each part, for messages. Empty: the parts are not files of one split.
             label: the column with the class label.
-            unlabelled: indices of the parts whose label column is not read, and whose features are
-                not taken.
+            unlabelled: indices of the parts whose label column is not read, and whose column types
+                are ignored.
         """
         import datasets
 
@@ -56,33 +56,33 @@ class JoinedRows:
                     found[name] = feature
         self.features: Any = datasets.Features(found)
         self.bounds: list[int] = np.cumsum([0, *(len(part) for part in parts)]).tolist()
-        """(parts + 1,): the first row of each."""
+        """(parts + 1,): the first row of each part, and the number of rows."""
 
     def __len__(self) -> int:
         return self.bounds[-1]
 
     @property
     def column_names(self) -> list[str]:
-        """Columns that some part has."""
+        """The columns of all parts that are not in `unlabelled`."""
         return list(self.features)
 
     @property
     def in_place(self) -> bool:
-        """Whether some of the rows are read by row group."""
+        """Whether some rows are read by row group."""
         return any(isinstance(part, ParquetRows) for part in self.parts)
 
     @property
     def starts(self) -> np.ndarray:
-        """(row groups,) the first row of each, of the parts that are read by row group."""
+        """(row groups,) the first row of each row group of the Parquet parts."""
         found = [p.starts + b for p, b in zip(self.parts, self.bounds, strict=False) if isinstance(p, ParquetRows)]
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
     def holds(self, part: int, name: str) -> bool:
-        """Whether a column is read of a part."""
+        """Return whether a column is read from a part; labels of unlabelled parts are not."""
         return name in self.parts[part].column_names and not (name == self.label and part in self.unlabelled)
 
     def select(self, rows: np.ndarray) -> JoinedRows:
-        """The same parts with these of their rows, (n,) int64 in ascending order."""
+        """Select rows, given as (n,) int64 in ascending order."""
         parts: list[OneRows] = []
         names: list[str] = []
         unlabelled: list[int] = []
@@ -95,7 +95,7 @@ class JoinedRows:
         return JoinedRows(parts, names=names, label=self.label, unlabelled=unlabelled)
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The rows `[start, stop)` as (part, first, last) with rows counted from the beginning of the part."""
+        """Return the rows `[start, stop)` as (part, first, last), with rows counted per part."""
         return [
             (i, max(start, first) - first, min(stop, last) - first)
             for i, (first, last) in enumerate(zip(self.bounds, self.bounds[1:], strict=False))
@@ -103,7 +103,7 @@ class JoinedRows:
         ]
 
     def few_groups(self, start: int, stop: int, most: int) -> list[range]:
-        """The rows `[start, stop)`; of a part that is read by row group those of at most so many row groups."""
+        """Return the rows `[start, stop)`, of each Parquet part in at most `most` row groups."""
         found = []
         for i, first, last in self.pieces(start, stop):
             part, before = self.parts[i], self.bounds[i]
@@ -113,16 +113,16 @@ class JoinedRows:
 
 
 def parts_of(rows: Rows) -> tuple[OneRows, ...]:
-    """The data sets that rows are made of."""
+    """Return the data sets that the rows consist of."""
     return rows.parts if isinstance(rows, JoinedRows) else (rows,)
 
 
 def with_partial_columns(rows: Rows, only: Collection[str] | None = None) -> Rows:
-    """The same rows with the columns that only some Parquet files have: rows of the other files hold null there.
+    """Add the columns that only some Parquet files have; they are null in rows of other files.
 
     Args:
         rows: the files of one split.
-        only: the columns that count; None: all.
+        only: the columns to add; None: all.
     """
     parts: list[OneRows] = []
     names: list[str] = []
@@ -138,5 +138,5 @@ def with_partial_columns(rows: Rows, only: Collection[str] | None = None) -> Row
 
 
 def is_in_place(rows: Rows) -> bool:
-    """Whether a row is read with its row group, of some rows at least."""
+    """Return whether some rows are read by row group."""
     return isinstance(rows, ParquetRows) or (isinstance(rows, JoinedRows) and rows.in_place)

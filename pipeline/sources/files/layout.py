@@ -1,8 +1,8 @@
-"""Which files of a directory belong to which split.
+"""Assign the files of a directory to splits.
 
-Files at the top of a directory are splits by their names, and so are sub-directories named as
-splits usually are. Everything else (`data/train-00000-of-00002.parquet`, the `configs:` of a
-README) is resolved by `datasets` itself.
+Files at the top of a directory are splits by their names, and so are sub-directories with usual
+split names. `datasets` resolves everything else (`data/train-00000-of-00002.parquet`, the
+`configs:` of a README).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 from pipeline.errors import MisuseError, SourceError
 from pipeline.sources.files.loading import reason
 
-#: Suffixes of the files that are read, compressed or not.
+#: Suffixes of data files, compressed or not.
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 EXPECTED = (
@@ -24,39 +24,41 @@ EXPECTED = (
     "with one file or folder per split (train.jsonl, test/)"
 )
 _Path = TypeVar("_Path", bound=PurePath)
-#: Suffixes of images, which are read in folders.
+#: Suffixes of image files, which are read from folders.
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
-#: In this order; others follow by name.
+#: Usual split names, in the order of splits; others follow by name.
 USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)")
-#: Parts without the name of a split: `part-00000-UUID.c000` of Spark, `0003`, `shard-3`.
+#: Names of parts without a split name: `part-00000-UUID.c000` of Spark, `0003`, `shard-3`.
 _PART = re.compile(r"part-\d+.*|\d+|[a-z]+-\d+", re.ASCII | re.IGNORECASE)
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name can only mean local files: it has our suffix, starts as paths do, is a glob, or is deeper than a hub name."""
+    """Return whether a name can only be a local path or glob, not the name of a hub data set.
+
+    It is if it has a suffix of data files, begins with `.`, `~` or `/`, has a `*`, or has more than
+    one slash.
+    """
     if "://" in name or name.startswith("buckets/"):
         return False
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or suffix(Path(name)) in SUFFIXES or "*" in name
 
 
 def find_files(path: Path, *, config: str | None = None) -> dict[str, tuple[Path, ...]]:
-    """Split -> its files in order, `train` first and `test` last.
+    """Find the files of each split; usual split names come first, from `train` to `test`.
 
-    A single file, or a glob of parts, is the split `train`.
-
-    In a directory, hidden files and files of other kinds are ignored; so are .txt and .json files
-    beside splits in another format (LICENSE.txt, label_names.json), unless they are named as splits
-    usually are.
+    A single file, or a glob of parts, is the split `train`. In a directory, hidden files and files
+    of other formats are ignored. So are .txt and .json files next to splits in another format
+    (LICENSE.txt, label_names.json), unless they have usual split names.
 
     Args:
         config: the name of a configuration in the README of a directory.
 
     Raises:
-        SourceError: no such path, no data file there, two files for one split, a numbered part is
-            missing, or a name that no split can have.
-        MisuseError: a configuration of what has none.
+        SourceError: the path does not exist or has no data file, two files are the same split, a
+            numbered part is missing, or a name is not a valid split name.
+        MisuseError: a configuration is given, but there are none.
     """
     if path.is_dir() and (_has_configs(path) or not _split_folders_and_files(path)):
         found = _by_datasets(path, config)
@@ -76,11 +78,11 @@ def find_files(path: Path, *, config: str | None = None) -> dict[str, tuple[Path
 
 
 def files_named(path: Path, patterns: Iterable[str]) -> dict[str, tuple[Path, ...]]:
-    """Split -> files, as `SPLIT=PATTERN` says; patterns are relative to a directory.
+    """Find the files of each split by `SPLIT=PATTERN`, with patterns relative to a directory.
 
     Raises:
-        SourceError: a pattern that no file matches.
-        MisuseError: no `SPLIT=PATTERN`.
+        SourceError: no file matches a pattern.
+        MisuseError: a value is not of the form `SPLIT=PATTERN`.
     """
     found: dict[str, tuple[Path, ...]] = {}
     for split, pattern in split_patterns(patterns):
@@ -89,11 +91,11 @@ def files_named(path: Path, patterns: Iterable[str]) -> dict[str, tuple[Path, ..
 
 
 def split_patterns(patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Split and pattern of each `SPLIT=PATTERN`.
+    """Yield split and pattern of each `SPLIT=PATTERN`.
 
     Raises:
-        MisuseError: no `SPLIT=PATTERN`.
-        SourceError: a name that no split can have.
+        MisuseError: a value is not of the form `SPLIT=PATTERN`.
+        SourceError: a name is not a valid split name.
     """
     for item in patterns:
         split, separator, pattern = item.partition("=")
@@ -103,10 +105,10 @@ def split_patterns(patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def check_split_name(where: str, name: str) -> str:
-    """The name, where shards and directories can be called by it.
+    """Return a split name after checking that files and directories can be named after it.
 
     Raises:
-        SourceError: it holds other characters than letters, digits, _ and dots between them.
+        SourceError: the name has characters other than letters, digits, _ and dots between them.
     """
     if not _SPLIT_NAME.fullmatch(name):
         raise SourceError(
@@ -116,7 +118,7 @@ def check_split_name(where: str, name: str) -> str:
 
 
 def suffix(path: PurePath) -> str:
-    """The suffix that says the kind of file, in lower case: `.jsonl` of `train.jsonl.gz`."""
+    """Return the suffix of the file format, in lower case: `.jsonl` for `train.jsonl.gz`."""
     name = path.name.lower()
     inner = _uncompressed(name)
     found = Path(inner).suffix
@@ -155,7 +157,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _split_folders(path: Path) -> list[Path]:
-    """Sub-directories that are named as splits usually are and hold data."""
+    """Return the sub-directories with usual split names that hold data files."""
     return [path / name for name in USUAL_SPLITS if (path / name).is_dir() and _data_files(path / name)]
 
 
@@ -164,18 +166,23 @@ def _split_folders_and_files(path: Path) -> bool:
 
 
 def data_files_at(path: Path) -> list[Path]:
-    """The data files at the top of a directory, and in its sub-directories that are named as splits usually are."""
+    """Return the data files of a directory and of its sub-directories with usual split names."""
     return [*_data_files(path), *(file for folder in _split_folders(path) for file in _data_files(folder))]
 
 
 def split_directory(
     where: str, files: Sequence[_Path], folders: Mapping[str, Sequence[_Path]]
 ) -> dict[str, tuple[_Path, ...]]:
-    """Split -> files of a directory: of its data files, and of its sub-directories that are named as splits usually are.
+    """Assign the data files of a directory to splits.
+
+    Args:
+        where: the directory, for messages.
+        files: the data files at its top.
+        folders: the data files of each sub-directory with a usual split name.
 
     Raises:
-        SourceError: no file, two files for one split, a numbered part is missing, or a name that no
-            split can have.
+        SourceError: there is no file, two files are the same split, a numbered part is missing, or
+            a name is not a valid split name.
     """
     if len({suffix(f) for f in files}) > 1:
         files = [f for f in files if suffix(f) not in (".txt", ".json") or _stem(f) in USUAL_SPLITS] or files
@@ -193,10 +200,10 @@ def split_directory(
 
 
 def split_glob(where: str, files: Sequence[_Path]) -> dict[str, tuple[_Path, ...]]:
-    """Files named as splits usually are, each a split; otherwise all of them are parts of `train`.
+    """Assign files to splits by their usual split names; if none has one, all belong to `train`.
 
     Raises:
-        SourceError: some are named as splits and others are not.
+        SourceError: some files have usual split names and others do not.
     """
     named = [file for file in files if _split_word(file) in USUAL_SPLITS]
     if not named:
@@ -214,7 +221,7 @@ def _split_word(path: PurePath) -> str:
 
 
 def _by_split(where: str, files: Sequence[_Path]) -> dict[str, tuple[_Path, ...]]:
-    """Files at one level: numbered parts of a split together, any other file a split of its own."""
+    """Group the files of a directory: numbered parts form one split, any other file is a split."""
     groups: dict[str, list[_Path]] = {}
     for file in files:
         groups.setdefault(_split_of(where, _stem(file)), []).append(file)
@@ -240,7 +247,11 @@ def _split_of(where: str, stem: str) -> str:
 
 
 def _check_parts(where: str, files: Sequence[PurePath]) -> None:
-    """Numbered parts (`-00000-of-00002`) are complete."""
+    """Check that numbered parts (`-00000-of-00002`) are complete.
+
+    Raises:
+        SourceError: a part is missing.
+    """
     numbers: dict[str, set[int]] = {}
     for file in files:
         found = _NUMBERED.fullmatch(_stem(file))
@@ -255,7 +266,7 @@ def _check_parts(where: str, files: Sequence[PurePath]) -> None:
 
 
 def _has_configs(path: Path) -> bool:
-    """Whether a README says which files are which split."""
+    """Return whether the README of a directory assigns files to splits."""
     readme = path / "README.md"
     if not readme.is_file():
         return False
@@ -263,20 +274,20 @@ def _has_configs(path: Path) -> bool:
 
     try:
         card = DatasetCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError):  # somebody else's text
+    except (ValueError, OSError):  # the README may have any content
         return False
     return any("data_files" in each for each in card.get("configs") or () if isinstance(each, Mapping))
 
 
 def _by_datasets(path: Path, config: str | None) -> dict[str, tuple[Path, ...]]:
-    """Split -> files, as `datasets.load_dataset(path)` has them; empty where it finds none."""
+    """Return the files of each split that `datasets.load_dataset(path)` finds; {}: none."""
     import datasets
 
     try:
         files = datasets.load_dataset_builder(str(path.absolute()), config).config.data_files
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError):
         return {}
-    except Exception as error:  # each kind of README and file has errors of its own
+    except Exception as error:  # READMEs and files can raise different exceptions
         raise SourceError(
             f"{path}: cannot be read as a data set: {reason(error)}; name the files with --data-files"
         ) from None
@@ -289,7 +300,7 @@ def _by_datasets(path: Path, config: str | None) -> dict[str, tuple[Path, ...]]:
 
 
 def natural_order(path: PurePath) -> list[tuple[int, int, str]]:
-    """A sort key: part 2 comes before part 10."""
+    """Return a sort key by which part 2 comes before part 10."""
     pieces = re.split(r"(\d+)", path.as_posix())
     return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
 

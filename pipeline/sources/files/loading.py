@@ -1,4 +1,4 @@
-"""What is said while data is loaded: no noise of libraries, and failures in one line without credentials."""
+"""Silence library output while data is loaded, and format errors without credentials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_REASON = 300
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While local files are converted: no log lines beside our own error, no progress bar off a terminal."""
+    """Silence the logs of `datasets`, and its progress bars if stderr is not a terminal."""
     import datasets
     from datasets.utils import logging
 
@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Why a load failed: the text of the first cause, in one line, without credentials."""
+    """Return the message of the first cause of an error, in one line and without credentials."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
@@ -42,7 +42,7 @@ def reason(error: BaseException) -> str:
 
 
 def redact(text: str) -> str:
-    """The text without hub tokens, and without user names, passwords and signatures in its URLs."""
+    """Replace hub tokens, and user names, passwords and query strings in URLs, by `***`."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
     text = re.sub(r"://[^/@\s]+@(?=[^/\s])", "://***@", text)
     return re.sub(r"(\w+://[^\s?]+)\?[^\s'\")]+", r"\1?***", text)

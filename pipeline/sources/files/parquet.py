@@ -1,7 +1,7 @@
-"""Parquet files read in place, local or behind a URL: planned from their footers, read by row group.
+"""Read Parquet files in place by row group, local or behind a URL.
 
-Nothing is converted, and of a remote file only the footer and the row groups that are asked for are
-fetched, each by ranged requests for the columns that are read.
+Nothing is converted. Of a remote file, only the footer and the needed row groups are fetched, by
+range requests for the columns that are read.
 """
 
 from __future__ import annotations
@@ -26,59 +26,58 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
     from fsspec import AbstractFileSystem
 
-#: Bytes at the end of a file that are read first: a longer footer takes a second request.
+#: Number of bytes at the end of a file that are read first; a longer footer takes a second request.
 _TAIL_BYTES = 64 << 10
 _NO_RANGES = "the server does not serve ranges of bytes; download the file and give its path"
-#: Footers that are fetched at the same time.
+#: Number of footers that are fetched at the same time.
 _THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What tells whether a file has changed, without reading it."""
+    """The metadata by which a changed file is detected without reading it."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     tag: str
-    """ETag or blob, as the store has it; empty for a local file."""
+    """ETag or blob id from the remote store; empty for a local file."""
     changed: int = 0
-    """Of a local file: when, in nanoseconds."""
+    """Modification time of a local file, in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What is known of one Parquet file without reading its rows."""
+    """The metadata of one Parquet file, known without reading its rows."""
 
     location: str
     """A local path, or a URL."""
     metadata: pq.FileMetaData
     schema: pa.Schema
     sha256: str
-    """Of the footer, which holds the place and the statistics of every column chunk."""
+    """Hash of the footer, which holds the offset and statistics of every column chunk."""
     state: State
-    """When the footer was read."""
+    """The file's state when the footer was read."""
 
     @property
     def identity(self) -> tuple[int, int, str, str]:
-        """Rows, bytes, footer and tag: two files that agree in these are taken for equal."""
+        """Number of rows, bytes, footer hash and tag; files that agree in these count as equal."""
         return self.metadata.num_rows, self.state.size, self.sha256, self.state.tag
 
 
 class ParquetRows:
-    """The rows of several Parquet files, one file after another.
+    """The rows of several Parquet files, in order.
 
-    Columns that some file lacks cannot be used. Types are those of the first file, to which the
-    others are cast.
+    Only columns that every file has can be read. Other files are cast to the types of the first.
     """
 
     def __init__(
         self, files: Sequence[Footer], features: Features | None = None, rows: np.ndarray | None = None
     ) -> None:
-        """Rows of all files, or some of them.
+        """Combine files, and select some or all of their rows.
 
         Args:
-            features: instead of what the first file says.
-            rows: (n,) int64, ascending: the rows that count; None: all.
+            features: column types to use instead of those of the first file.
+            rows: (n,) int64, ascending: the selected rows; None: all.
         """
         import datasets
 
@@ -99,46 +98,50 @@ class ParquetRows:
 
     @property
     def column_names(self) -> list[str]:
-        """Columns that every file has."""
+        """The columns that every file has."""
         return list(self.features)
 
     @property
     def absent(self) -> dict[str, str]:
-        """Column -> a file that lacks it, of the columns that only some files have."""
+        """The columns that only some files have, each with the location of a file that lacks it."""
         names = dict.fromkeys(name for file in self._files for name in file.schema.names)
         lacking = {name: [file.location for file in self._files if name not in file.schema.names] for name in names}
         return {name: files[0] for name, files in lacking.items() if files}
 
     def split_by(self, *columns: str) -> list[tuple[str, ParquetRows]]:
-        """Runs of files that have the same ones of these columns, in order: each with the location of its first file."""
+        """Divide the files into runs of consecutive files that have the same ones of these columns.
+
+        Returns:
+            The location of the first file of each run, and its rows.
+        """
         runs = itertools.groupby(self._files, key=lambda file: [name in file.schema.names for name in columns])
         members = [tuple(files) for _, files in runs]
         return [(files[0].location, ParquetRows(files, self._given)) for files in members]
 
     @property
     def starts(self) -> np.ndarray:
-        """(row groups,) the first row of each; empty where only some rows count."""
+        """(row groups,) the first row of each row group; empty if only some rows are selected."""
         return np.zeros(0, dtype=np.int64) if self._rows is not None else self._starts[:-1]
 
     def select(self, rows: np.ndarray) -> ParquetRows:
-        """The same files with these of their rows, (n,) int64 in ascending order."""
+        """Select rows, given as (n,) int64 in ascending order."""
         chosen = rows if self._rows is None else self._rows[rows]
         return ParquetRows(self._files, self.features, chosen)
 
     def with_feature(self, column: str, feature: Any) -> ParquetRows:
-        """The same rows, of which a column is decoded as another feature of the same storage."""
+        """Decode a column as another feature with the same storage type."""
         import datasets
 
         return ParquetRows(self._files, datasets.Features({**self.features, column: feature}), self._rows)
 
     def few_groups(self, start: int, stop: int, most: int) -> list[range]:
-        """The rows `[start, stop)` that lie in at most so many row groups, evenly spaced."""
+        """Return the rows of `[start, stop)` in at most `most` evenly spaced row groups."""
         pieces = self._pieces(start, stop)
         chosen = np.unique(np.linspace(0, len(pieces) - 1, num=min(most, len(pieces))).astype(np.int64))
         return [pieces[i][1] for i in chosen.tolist()]
 
     def identity(self, start: int, stop: int) -> list[object]:
-        """What the rows `[start, stop)` are known by: the files that hold them, and where in them they lie."""
+        """Identify the rows `[start, stop)` by their files and their positions in the files."""
         if start >= stop:
             return []
         rows = np.array([start, stop - 1]) if self._rows is None else self._rows[[start, stop - 1]]
@@ -152,11 +155,14 @@ class ParquetRows:
         return [int(rows[0]) - before, stop - start, *picked, files]
 
     def parts(self, names: Sequence[str], start: int, stop: int) -> Iterator[Dataset]:
-        """The rows `[start, stop)` in order, those of one row group at a time.
+        """Yield the rows `[start, stop)` in order, one row group at a time.
+
+        Args:
+            names: columns to read.
 
         Raises:
-            SourceError: a file that cannot be read any more, or a column that cannot be cast to the
-                first file's type.
+            SourceError: a file has changed or cannot be read any more, or a column cannot be cast
+                to the first file's type.
         """
         for group, piece in self._pieces(start, stop):
             table = self._read(group, tuple(names))
@@ -167,7 +173,7 @@ class ParquetRows:
                 yield _dataset(table.take(pa.array(self._rows[piece.start : piece.stop] - before)), self.features)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, range]]:
-        """The rows `[start, stop)`, cut where a row group ends: (row group, rows) each."""
+        """Divide the rows `[start, stop)` by row group, into (row group, rows)."""
         starts = self._starts if self._rows is None else np.searchsorted(self._rows, self._starts)
         first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1 if start < stop else (0, -1)
         edges = starts.tolist()
@@ -179,14 +185,14 @@ class ParquetRows:
         return found
 
     def _read(self, group: int, names: tuple[str, ...]) -> pa.Table:
-        """The columns of a row group; the latest one is kept, since several shards may lie in it."""
+        """Read columns of a row group; the latest is cached, since several shards may share it."""
         import datasets
         from datasets.table import table_cast
 
         latest = self._latest
         if latest is not None and latest[0] == (group, names):
             return latest[1]
-        self._latest = None  # two are never in memory
+        self._latest = None  # free the old row group before the next is read
         number, inside = self._groups[group]
         file = self._files[number]
         wanted = datasets.Features({name: self.features[name] for name in names}).arrow_schema
@@ -199,7 +205,7 @@ class ParquetRows:
             table = table_cast(table, wanted)
         except SourceError:
             raise
-        except Exception as error:  # each file system has errors of its own, and so have Arrow's casts
+        except Exception as error:  # file systems and Arrow's casts raise different exceptions
             raise SourceError(
                 f"{redact(file.location)}: row group {inside} cannot be read: {reason(error)}; mend the file, or leave it out"
             ) from error
@@ -207,7 +213,7 @@ class ParquetRows:
         return table
 
     def _reader(self, number: int) -> pq.ParquetFile:
-        """Of one file; it stays open until another is read."""
+        """Return the reader of a file; it stays open until another file is read."""
         if self._open is None or self._open[0] != number:
             if self._open is not None:
                 self._open[1].close()
@@ -218,24 +224,29 @@ class ParquetRows:
 
 
 def parquet_rows(locations: Sequence[str], features: Features | None = None) -> ParquetRows:
-    """Read the footers of the files of one split, several at a time.
+    """Open the Parquet files of one split: read their footers, several at a time.
 
     Args:
         locations: local paths or URLs, in order.
+        features: column types to use instead of those of the first file.
 
     Raises:
-        SourceError: one cannot be opened, or is no Parquet file.
+        SourceError: a file cannot be opened, or is no Parquet file.
     """
     with ThreadPoolExecutor(min(_THREADS, len(locations))) as pool:
         return ParquetRows(list(pool.map(_read_footer, locations)), features)
 
 
 def of_stream(dataset: IterableDataset) -> ParquetRows | None:
-    """The Parquet files behind a data set that was loaded with `streaming=True`; None where it is anything else."""
+    """Return the Parquet files of a data set that was loaded with `streaming=True`.
+
+    Returns:
+        None if the data set is of other files, or has a filter, selected columns or a transform.
+    """
     from datasets.iterable_dataset import ArrowExamplesIterable
     from datasets.packaged_modules.parquet.parquet import Parquet
 
-    plain = dataset._ex_iterable  # `datasets` has no public way to the files
+    plain = dataset._ex_iterable  # `datasets` has no public access to the files
     builder: Any = getattr(getattr(plain, "generate_tables_fn", None), "__self__", None)
     if type(plain) is not ArrowExamplesIterable or not isinstance(builder, Parquet):
         return None
@@ -258,7 +269,7 @@ def _read_footer(location: str) -> Footer:
                 tail = _last_bytes(handle, size, length)
     except SourceError:
         raise
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # file systems raise different exceptions
         raise SourceError(
             f"{redact(location)}: cannot be opened: {reason(error)}; check the path and your access to it"
         ) from error
@@ -278,7 +289,7 @@ def _last_bytes(handle: Any, size: int, count: int) -> bytes:
 
 
 def _opened(location: str) -> Any:
-    """A seekable handle that reads what it is asked for and nothing ahead."""
+    """Open a file as a seekable handle without read-ahead."""
     if "://" not in location:
         return pa.memory_map(location)
     filesystem, path = filesystem_of(location)
@@ -289,10 +300,10 @@ def _opened(location: str) -> Any:
 
 
 def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL, and the path in it. Credentials are those of the environment.
+    """Return the file system of a URL, and the path in it. Credentials come from the environment.
 
     Raises:
-        SourceError: no file system of this scheme, or its package is missing.
+        SourceError: the scheme has no file system, or its package is missing.
     """
     import fsspec
 
@@ -317,7 +328,7 @@ def _state(location: str) -> State:
 
 
 def _dataset(table: pa.Table, features: Features) -> Dataset:
-    """A table as `datasets` decodes it."""
+    """Wrap a table as a `datasets.Dataset`, which decodes it."""
     import datasets
 
     kept = datasets.Features({name: features[name] for name in table.column_names})

@@ -1,4 +1,4 @@
-"""Data files behind a URL that fsspec opens (`s3://`, `https://`, `hf://`, `gs://`): which of them belong to which split."""
+"""Assign data files behind an fsspec URL (`s3://`, `https://`, `hf://`, `gs://`) to splits."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from pipeline.sources.files.parquet import filesystem_of
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-#: A web address as a path holds it: with one slash.
+#: The start of a web address after conversion to a path, which keeps only one slash.
 _WEB = re.compile(r"^(https?):/(?!/)")
 
 
 def is_url(name: str) -> bool:
-    """Whether a data set is named by a URL."""
+    """Return whether the name of a data set is a URL."""
     return "://" in name
 
 
 def shareable_url(url: str) -> str:
-    """The URL without credentials and without what follows a question mark, which may hold a signature."""
+    """Remove credentials and the query string, which may hold a signature, from a URL."""
     return redact(url.partition("?")[0] if url.startswith(("http://", "https://")) else url)
 
 
 def find_urls(url: str, *, data_files: Iterable[str] = (), config: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Split -> the URLs of its files in order, by the rules for local files.
+    """Find the URLs of the files of each split, in order, by the rules for local files.
 
     Args:
         data_files: `SPLIT=PATTERN` each, relative to the URL.
         config: the name of a configuration in the README of a directory.
 
     Raises:
-        SourceError: nothing there, no access, or no rule for what is there.
-        MisuseError: a configuration of what has none.
+        SourceError: nothing is found, there is no access, or the files cannot be assigned.
+        MisuseError: a configuration is given, but there are none.
     """
     filesystem, path = filesystem_of(url)
     try:
@@ -57,21 +57,21 @@ def find_urls(url: str, *, data_files: Iterable[str] = (), config: str | None = 
         if any(character in path for character in "*["):
             return _urls(filesystem, split_glob(shareable_url(url), _matches(filesystem, path)))
         if suffix(_name(path)) in SUFFIXES:
-            filesystem.info(path)  # is it there?
+            filesystem.info(path)  # raises if the file does not exist
             return {"train": (str(filesystem.unstrip_protocol(path)),)}
         return _in_directory(filesystem, path, config)
     except (SourceError, MisuseError):
         raise
     except FileNotFoundError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # so says the web's file system
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # raised by the HTTP file system
             raise SourceError(
                 f"{shareable_url(url)}: cannot be reached: {reason(error)}; check the URL and the connection"
             ) from None
         raise SourceError(
             f"{shareable_url(url)}: nothing there, or not for you; expected {EXPECTED}; check the URL and the credentials"
         ) from None
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # file systems raise different exceptions
         raise SourceError(
             f"{shareable_url(url)}: cannot be read: {reason(error)}; check the URL and the credentials"
         ) from error
@@ -97,13 +97,13 @@ def _in_directory(filesystem: AbstractFileSystem, path: str, config: str | None)
 
 
 def _configured(readme: bytes, config: str | None, where: str) -> Any:
-    """The `data_files` of a configuration in a README; None where it has none."""
+    """Return the `data_files` of a configuration in a README; None: it has no configurations."""
     from huggingface_hub import DatasetCard
 
     try:
         data: Any = DatasetCard(readme.decode(), ignore_metadata_errors=True).data
         card = data.to_dict()
-    except ValueError:  # somebody else's text
+    except ValueError:  # the README may have any content
         return None
     configs = {
         str(each.get("config_name", "default")): each for each in card.get("configs") or () if isinstance(each, dict)
@@ -121,7 +121,7 @@ def _configured(readme: bytes, config: str | None, where: str) -> Any:
 
 
 def _by_datasets(url: str, patterns: Any, where: str) -> dict[str, tuple[str, ...]]:
-    """Split -> URLs, as `datasets` resolves patterns; without patterns by its own rules for directories."""
+    """Resolve patterns to URLs by split with `datasets`; without patterns, by its own rules."""
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
     try:
@@ -155,7 +155,7 @@ def _data_files(entries: Iterable[dict[str, Any]]) -> list[PurePosixPath]:
 
 
 def _name(path: str) -> PurePosixPath:
-    """Of a web address without what follows a question mark."""
+    """Return a path; of a web address, without the query string."""
     return PurePosixPath(path.partition("?")[0] if path.startswith(("http://", "https://")) else path)
 
 

@@ -1,4 +1,4 @@
-"""What a name that a user has given stands for: a path with a mistake in it or a hub name, a model or a cache."""
+"""Recognise what a name given by the user refers to: a mistyped path, a model or a cache."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 
 
 def missing_path(name: str) -> str | None:
-    """What to say of a name of which nothing was found, if it was meant as a path: its parent is a directory here, or a neighbour is called alike.
+    """Return an error message for a name that was probably meant as a local path.
+
+    This is the case if a file with a similar name exists, or if its parent directory exists and is
+    not the current directory.
 
     Returns:
-        A clause for a message; None: it may as well be a hub name, or it is there.
+        A clause for a message; None: the path exists, or the name may be a hub name.
     """
     path = Path(name).expanduser()
     if path.exists() or "://" in name or not path.parent.is_dir():
@@ -29,12 +32,12 @@ def missing_path(name: str) -> str | None:
 
 
 def is_cache(path: Path) -> bool:
-    """Whether a directory is a finished cache of soft labels."""
+    """Return whether a directory is a finished cache of soft labels."""
     return (path / "manifest.json").is_file() and (path / "tokenizer").is_dir()
 
 
 def is_model(path: Path) -> bool:
-    """Whether a directory is a model or an adapter, with its weights."""
+    """Return whether a directory is an adapter, or a model with its weights."""
     if (path / "adapter_config.json").is_file():
         return True
     weights = (next(path.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))

@@ -1,1 +1,1 @@
-"""What a row of a source holds that a model reads: chats, words, images, and texts to choose from."""
+"""Read the inputs of a row: chats, words, images, choices and answers."""

@@ -1,4 +1,4 @@
-"""Answers that stand in a text: the characters of each, from a column as SQuAD has it."""
+"""Read answers in a text as character spans, from a column in the format of SQuAD."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from pipeline.sources.values import fields_of, kind_of
 
 @dataclass(frozen=True, slots=True)
 class AnswerColumn:
-    """Raw values of a column of answers -> characters of the text that they stand in."""
+    """Reads raw values of a column of answers as character spans of the text."""
 
     contract_form: tuple[str, ...] = ()
-    """There is nothing to map."""
+    """Empty: answers have no label map."""
     several: bool = False
+    """As in `ScoreColumn`."""
 
     @classmethod
     def of(cls, source: Source, label_map: Sequence[str] = ()) -> AnswerColumn:
-        """The label column of a source.
+        """Make a reader of a source's label column.
 
         Raises:
-            SourceError: a column of another type; a label map.
+            SourceError: the column has another type, or a label map is given.
         """
         if label_map:
             raise SourceError(
@@ -36,14 +37,18 @@ class AnswerColumn:
         return cls()
 
     def read(self, value: Any, text: str) -> tuple[tuple[int, int], ...] | None:
-        """Characters `[start, end)` of each answer in the text; (): there is none in it; None: not known.
+        """Return the characters `[start, end)` of each answer in the text.
 
         Args:
             value: {text: texts, answer_start: numbers}, a list of {text, answer_start}, or one of
                 them; null: not known.
 
+        Returns:
+            (): the text has no answer; None: the answers are not known.
+
         Raises:
-            BadRowError: not as many texts as numbers, or an answer that does not stand there.
+            BadRowError: the numbers of texts and starts differ, or the text does not have an answer
+                at its start.
         """
         if value is None:
             return None
@@ -71,5 +76,5 @@ def _span(number: int, answer: object, start: object, text: str) -> tuple[int, i
     there = text[max(start, 0) : max(start, 0) + len(answer)]
     if start < 0 or there != answer:
         raise BadRowError(f"answer {number}: expected {answer[:60]!r} at character {start}, found {there[:60]!r}")
-    lead = len(answer) - len(answer.lstrip())  # white space at its ends is no part of an answer
+    lead = len(answer) - len(answer.lstrip())  # an answer does not include white space at its ends
     return start + lead, start + len(answer.rstrip())

@@ -1,4 +1,4 @@
-"""Turns and tools of a chat, as data sets write them: {role, content}, or {from, value} as ShareGPT does."""
+"""Read the turns and tools of chats: {role, content}, or {from, value} as in ShareGPT."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _CALLS = ("tool_calls", "function_call")
 
 
 def read_messages(name: str, value: object) -> tuple[Message, ...]:
-    """The turns of a chat.
+    """Read the turns of a chat.
 
-    Keys that are null or empty count as absent; all others reach the chat template.
+    Keys with null or empty values are dropped; all others are passed to the chat template.
 
     Raises:
-        BadRowError: no turns, or one without a role or content. `name` begins the message.
+        BadRowError: there are no turns, or a turn has no role or content; the message begins with
+            `name`.
     """
     if value is None or value == []:
         raise BadRowError(f"{name} is {'null' if value is None else 'empty'}")
@@ -30,10 +31,10 @@ def read_messages(name: str, value: object) -> tuple[Message, ...]:
 
 
 def read_tools(name: str, value: object) -> tuple[Mapping[str, object], ...] | None:
-    """The descriptions of the tools of a chat, a list or its JSON text; None where there are none.
+    """Read the tool descriptions of a chat, a list or its JSON text; None: there are none.
 
     Raises:
-        BadRowError: something else. `name` begins the message.
+        BadRowError: the value is something else; the message begins with `name`.
     """
     if isinstance(value, str) and value:
         try:
@@ -68,7 +69,7 @@ def _message(where: str, turn: object) -> Message:
 
 
 def _content(name: str, value: object) -> str:
-    """Text, or the text of all parts."""
+    """Return the text of a content, or of all parts of a list joined."""
     if not isinstance(value, list) or not value:
         return read_text(name, value, may_be_empty=True)
     texts = []
@@ -87,7 +88,7 @@ def _content(name: str, value: object) -> str:
 
 
 def _medium(part: object) -> str | None:
-    """What a part holds that is no text: an image, audio or video, by its type or the keys that it has."""
+    """Return the medium of a part (image, audio or video) by its type or keys; None: no medium."""
     if not isinstance(part, dict):
         return None
     words = " ".join(str(word) for word in (part.get("type"), *part) if word is not None).lower()
@@ -96,7 +97,7 @@ def _medium(part: object) -> str | None:
 
 
 def _is_learnt(where: str, turn: dict[str, object]) -> bool:
-    """What `weight` and `train` say, which are taken out of the turn."""
+    """Remove `weight` and `train` from the turn, and return whether it is trained on."""
     learnt = True
     for key in ("weight", "train"):
         value = turn.pop(key, None)
@@ -107,7 +108,7 @@ def _is_learnt(where: str, turn: dict[str, object]) -> bool:
 
 
 def _calls(name: str, value: object) -> list[object]:
-    """A tool call, as ShareGPT writes it: {name, arguments} as JSON text."""
+    """Parse the tool calls of a ShareGPT turn: JSON text of {name, arguments}, or of a list."""
     try:
         call = json.loads(read_text(name, value))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Texts to choose from: the choices of a row, which of them is right, and how many a row has at most."""
+"""Read the choices of a row and the correct one, and count the largest number of choices."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from pipeline.sources.values import fields_of, kind_of, read_text
 if TYPE_CHECKING:
     from pipeline.sources.source import Source
 
-#: More choices than any row has.
+#: Maximum number of choices of a row.
 _MOST = 64
 
 
 def read_choices(columns: Sequence[str], row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices of a row, and what the data calls each.
+    """Read the choices of a row, and their names in the data.
 
     Args:
-        columns: one with lists of texts, with {text: texts, label: names} or with lists of {text,
-            label}; or one for each choice.
+        columns: a column of lists of texts, of {text: texts, label: names} or of lists of {text,
+            label}; or one column for each choice.
 
     Returns:
-        (C,) texts; (C,) names, or () where they have none.
+        (C,) texts; (C,) names, or () if they have none.
 
     Raises:
-        BadRowError: fewer than two, or one that is no text. The column's name begins the message.
+        BadRowError: there are fewer than 2 choices or more than 64, one is no text, or the number
+            of names differs from that of choices; the message begins with the column's name.
     """
     if len(columns) > 1:
         values = [row[name] for name in columns]
@@ -54,17 +55,17 @@ def _texts(name: str, values: Sequence[object]) -> tuple[str, ...]:
 
 
 def read_choice(name: str, value: object, texts: Sequence[str], names: Sequence[str]) -> int | None:
-    """The number of the right choice, from 0.
+    """Return the index of the correct choice; None: not known.
 
     Args:
-        name: of the column, for messages.
-        value: a number from 0, a letter from A, the data's name of a choice, or its text; null and
-            -1: not known.
-        texts: (C,).
-        names: (C,) the data's, or ().
+        name: name of the column, for messages.
+        value: a number from 0, a letter from A, the name of a choice in the data, or its text; null
+            and -1: not known.
+        texts: (C,) the choices.
+        names: (C,) their names in the data, or ().
 
     Raises:
-        BadRowError: it names no choice, or two of them.
+        BadRowError: the value matches no choice, or several.
     """
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return None
@@ -96,24 +97,24 @@ def read_choice(name: str, value: object, texts: Sequence[str], names: Sequence[
 
 
 def _number_of(said: str, names: Sequence[str]) -> int:
-    """What a number or a letter stands for, from 0; -1: it is neither."""
+    """Convert a number or a letter to an index from 0; -1: it is neither."""
     if said.isascii() and said.isdecimal() and not _are_numbers(names):
         return int(said)
     return ord(said.upper()) - ord("A") if len(said) == 1 and said.isalpha() and said.isascii() else -1
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
-    """Whether the data's own names are numbers, which then do not count from 0."""
+    """Return whether the names in the data are numbers; a number then is a name, not an index."""
     return bool(names) and all(name.isdecimal() for name in names)
 
 
 def most_choices(source: Source) -> int:
-    """The most choices that a row of any split has: the classes of a cache.
+    """Return the largest number of choices of a row in any split: the classes of a cache.
 
-    Reads the columns of choices alone.
+    Only the columns of choices are read.
 
     Raises:
-        MisuseError: no row has two.
+        MisuseError: no row has two choices.
     """
     columns, most = source.columns.choices, 0
     if len(columns) > 1:
@@ -122,7 +123,7 @@ def most_choices(source: Source) -> int:
         for row in track(read_rows(dataset, list(columns)), f"choices of {split}", len(dataset), stride=64):
             try:
                 most = max(most, len(read_choices(columns, row)[0]))
-            except BadRowError:  # told when the row is read
+            except BadRowError:  # reported when the row is read
                 continue
     if not most:
         raise MisuseError(f"{source.name}: no row has two choices in column {columns[0]!r} (--choices-column)")

@@ -1,4 +1,4 @@
-"""Images of a source: their bytes, wherever a row has them, and paths of files made absolute."""
+"""Read the encoded bytes of images from rows or files, and make file paths absolute."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def read_image(name: str, value: object, directory: Path | None = None, called: str = "") -> Image:
-    """A value of a column of images: {bytes, path} or bytes.
+    """Read a value of an image column: {bytes, path} or bytes.
 
     Args:
-        directory: of the data set.
-        called: what the places of files below the directory begin with.
+        directory: the directory of the data set.
+        called: the prefix of the recorded paths of files in the directory.
 
     Raises:
-        BadRowError: null, another type, no bytes, or a file that cannot be read. `name` begins the
-            message.
+        BadRowError: the value is null, of another type or empty, or the file cannot be read; the
+            message begins with `name`.
     """
     found = value
     path: object = None
@@ -53,14 +53,14 @@ def read_image(name: str, value: object, directory: Path | None = None, called: 
 
 
 def _place(path: str, directory: Path | None, called: str) -> str | None:
-    """Where a file lies below the directory of the data set, after the directory's name; None: elsewhere."""
+    """Return `called` joined with a file's path relative to the directory; None: outside it."""
     if directory is None or not Path(path).is_relative_to(directory):
         return None
     return (Path(called) / Path(path).relative_to(directory)).as_posix()
 
 
 def image_identity(value: object) -> str | None:
-    """SHA-256 of an image's bytes, whatever its file is called; None where there are none."""
+    """Return the SHA-256 of an image's bytes, independent of its path; None: it is unreadable."""
     try:
         return hashlib.sha256(read_image("", value).data).hexdigest()
     except BadRowError:
@@ -68,14 +68,14 @@ def image_identity(value: object) -> str | None:
 
 
 def with_encoded_images(rows: Rows, column: str, root: Path, where: str) -> Rows:
-    """The same rows, whose images stay encoded, and whose paths of files are absolute.
+    """Change an image column so that images stay encoded and file paths are absolute.
 
     Args:
         root: the directory that paths are relative to.
-        where: begins messages.
+        where: the start of messages.
 
     Raises:
-        SourceError: paths in Parquet files that are read in place.
+        SourceError: a Parquet file that is read in place holds paths.
     """
     parts = [_encoded(part, column, root, where) for part in parts_of(rows)]
     return JoinedRows(parts, names=rows.names) if isinstance(rows, JoinedRows) else parts[0]
@@ -102,7 +102,7 @@ def _encoded(rows: OneRows, column: str, root: Path, where: str) -> OneRows:
         for path in rows.with_format(None)[column][:]
     ]
     images = [{"bytes": None, "path": path} for path in paths]
-    spare = f"{column} "  # a table without columns has no rows
+    spare = f"{column} "  # a temporary name, since a table without columns loses its rows
     while spare in rows.column_names:
         spare += " "
     with_both = rows.add_column(spare, images, feature=datasets.Image(decode=False))

@@ -1,4 +1,4 @@
-"""Words: lists of them as rows hold them, texts split into them, and the tags that the words of a span get."""
+"""Read lists of words, split texts into words, and make the tags of the words of a span."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import regex
 from pipeline.errors import BadRowError
 from pipeline.sources.values import kind_of, read_text
 
-#: Ideographs and kana, which are written without spaces: each is a word, as in BERT's basic
-#: tokenizer. Else runs of letters with their marks and joiners, digits and underscores; every other
-#: sign is a word by itself.
+#: Words: each single ideograph or kana, as in BERT's basic tokenizer; a run of letters with their
+#: marks and joiners, digits and underscores; and every other character that is not white space.
 _WORD = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}]\p{M}*"
     r"|[[\p{L}\p{M}\p{N}_\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}]]+"
@@ -23,11 +22,11 @@ OUTSIDE = "O"
 
 
 def read_words(name: str, value: object) -> tuple[str, ...]:
-    """A value of a column of words.
+    """Read a value of a column of words.
 
     Raises:
-        BadRowError: null, no list, empty, or a word that is no text, empty or white space. `name`
-            begins the message.
+        BadRowError: the value is null, no list or empty, or a word is no text, empty or white
+            space; the message begins with `name`.
     """
     if not isinstance(value, list):
         raise BadRowError(f"{name} is null" if value is None else f"{name}: expected a list, found {kind_of(value)}")
@@ -41,13 +40,14 @@ def read_words(name: str, value: object) -> tuple[str, ...]:
 
 
 def split_words(text: str, cuts: Collection[int] = ()) -> list[tuple[int, int]]:
-    """The characters `[start, end)` of each word: runs of letters and digits, and every other sign by itself.
+    """Split a text into words, and return the characters `[start, end)` of each.
+
+    Words are runs of letters and digits; every other character is a word by itself, and so are
+    ideographs and kana. Other scripts without spaces, such as Thai, give whole runs; such data
+    should be given as lists of words.
 
     Args:
-        cuts: places that are between words in any case.
-
-    Ideographs and kana are words one by one. Other scripts without spaces, as Thai, come as whole
-    runs: bring such rows as words.
+        cuts: character positions at which words are always divided.
     """
     found: list[tuple[int, int]] = []
     inner = sorted(cuts)
@@ -58,12 +58,20 @@ def split_words(text: str, cuts: Collection[int] = ()) -> list[tuple[int, int]]:
 
 
 def tags_of(labels: Iterable[str]) -> list[str]:
-    """The tags of words that spans with these labels become, in the scheme BIO."""
+    """Return the BIO tags of words for spans with these labels."""
     return [OUTSIDE, *(f"{prefix}-{label}" for label in labels for prefix in ("B", "I"))]
 
 
 def tags_of_span(label: str, count: int, names: Collection[str]) -> list[str]:
-    """The tags of the words of one span, in the scheme that the model's class names follow: BIOES, BILOU, BIO, IO, or the label alone. Case and surrounding space do not count."""
+    """Return the tags of the words of one span, in the scheme that the model's class names follow.
+
+    The scheme is BIOES, BILOU, BIO, IO, or the label alone. Case and surrounding space are ignored.
+
+    Args:
+        label: the label of the span.
+        count: number of words in the span.
+        names: the model's class names.
+    """
     wanted = label.strip().casefold()
     prefixes = {
         prefix.strip().upper()

@@ -1,4 +1,4 @@
-"""Tasks whose rows are questions: answers to choose from, and answers that stand in a text."""
+"""Tasks whose rows are questions: multiple choice and extractive question answering."""
 
 from pipeline.tasks.answers.multiple_choice import MultipleChoice
 from pipeline.tasks.answers.question_answering import QuestionAnswering

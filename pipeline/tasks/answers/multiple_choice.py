@@ -1,4 +1,7 @@
-"""One of several texts for a text: N = 1 position a row, V = the most choices that a row has."""
+"""Multiple choice: for a text, choose one of several other texts.
+
+N = 1 position per row; V is the largest number of choices of a row.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,13 @@ with torch.no_grad():
 print(choices[int(logits.argmax())])
 ```
 """
-#: Examples that are tokenized at once.
+#: Number of examples that are tokenized in one call.
 _BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class MultipleChoice(TaskDefaults):
-    """See `Task`."""
+    """Choice of one of several texts; see `Task`."""
 
     name: str = "multiple-choice"
     reads: Inputs = "choices"
@@ -64,7 +67,7 @@ class MultipleChoice(TaskDefaults):
     main_metric: str = "accuracy"
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """A text, and choices."""
+        """Accept only a text with choices."""
         if not columns.choices or columns.text is None:
             raise MisuseError(
                 f"--task {self.name} reads --text-column and --choices-column (a list of texts; or the flag once for each choice)"
@@ -72,7 +75,7 @@ class MultipleChoice(TaskDefaults):
         refuse_settings_of_language_models(self.name, tokenization, "a text and choices, and keeps their beginning")
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Any number: the data says how many choices there are."""
+        """Return `ANY_NUMBER`: the data determines the number of choices."""
         return ANY_NUMBER
 
     def tokenize(
@@ -84,7 +87,10 @@ class MultipleChoice(TaskDefaults):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """The text with each choice is one sequence of at most `max_length` tokens; of what is too long, the longer of the two loses its end."""
+        """Tokenize the text with each choice as a pair of at most `max_length` tokens.
+
+        Truncation removes tokens from the end of the longer of the two.
+        """
         fewest = tokenizer.num_special_tokens_to_add(pair=True) + 2
         if settings.max_length < fewest:
             raise MisuseError(
@@ -104,9 +110,10 @@ class MultipleChoice(TaskDefaults):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """(B, C, T), C of the row with the most choices; and (B, V): which choices each row has.
+        """Pad to (B, C, T), where C is the largest number of choices in the batch.
 
-        In place of one that it does not have stands its first.
+        The mask is (B, V) bool: which choices each row has. A missing choice is filled with the
+        tokens of the row's first choice.
         """
         block = token_block(rows)
         assert block.document_lengths is not None
@@ -114,22 +121,22 @@ class MultipleChoice(TaskDefaults):
         has = pad(Ragged.of((lengths.values > 0).astype(np.int64), lengths.counts), 0).bool()  # (B, V)
         counts = has.sum(1)
         there = has[:, : int(counts.max())]
-        order = (counts.cumsum(0) - counts)[:, None].expand(there.shape).clone()  # of each row its first choice
+        order = (counts.cumsum(0) - counts)[:, None].expand(there.shape).clone()  # index of each row's first choice
         order[there] = torch.arange(int(counts.sum()))
         sizes = lengths.values[lengths.values > 0].astype(np.int64)
-        tokens = Ragged.of(block.input_ids.values, sizes)  # one sequence a choice
+        tokens = Ragged.of(block.input_ids.values, sizes)  # one sequence per choice
         inputs = {"input_ids": pad(tokens, pad_id)[order], "attention_mask": attention_mask(tokens)[order]}
         if block.token_type_ids is not None:
             inputs["token_type_ids"] = pad(Ragged.of(block.token_type_ids.values, sizes), 0)[order]
         return inputs, has
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(B, V): `ABSENT` where a row has no such choice."""
+        """Return (B, V) logits; `ABSENT` where a row does not have the choice."""
         assert supervised is not None
         return own_logits(model(**inputs).logits, supervised)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Accuracy, loss and calibration, over the labelled rows."""
+        """Return accuracy, loss and calibration over the labelled rows."""
         known = predictions.labels != NO_LABEL
         correct = predictions.predicted[known] == predictions.labels[known]
         return {
@@ -139,7 +146,7 @@ class MultipleChoice(TaskDefaults):
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Right answers, and labelled rows."""
+        """Return (R,) correct answers and (R,) labelled rows; the ratio of totals is accuracy."""
         return right_answers(predictions)
 
 

@@ -1,4 +1,8 @@
-"""Where in a text the answer to a question stands: N = 2 positions a row, its first and its last token, each over the places of the row's tokens."""
+"""Extractive question answering: find the first and last token of the answer in a text.
+
+N = 2 positions per row, the start and the end of the answer. The classes of both are the places
+(indices) of the row's tokens.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +49,13 @@ first, last = int(found.start_logits.argmax()), int(found.end_logits.argmax())
 print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))
 ```
 """
-#: Tokens that two windows of a long text share, where nothing is said.
+#: Default number of tokens that two consecutive windows of a long text share.
 STRIDE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionAnswering(TaskDefaults):
-    """See `Task`."""
+    """Extractive question answering; see `Task`."""
 
     name: str = "question-answering"
     auto_class: Any = AutoModelForQuestionAnswering
@@ -67,7 +71,7 @@ class QuestionAnswering(TaskDefaults):
     main_metric: str = "f1"
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """A question, and the text that its answer stands in."""
+        """Accept only a question with the text that contains its answer."""
         if columns.text is None or columns.text_pair is None:
             raise MisuseError(
                 f"--task {self.name} reads the question from --text-column and the text with its answer from --text-pair-column"
@@ -75,10 +79,10 @@ class QuestionAnswering(TaskDefaults):
         refuse_settings_of_language_models(self.name, tokenization, "questions and texts, in windows")
 
     def settle(self, settings: Tokenization, tokenizer: PreTrainedTokenizerBase, *, chats: bool) -> Tokenization:
-        """As they are.
+        """Return the settings unchanged.
 
         Raises:
-            MisuseError: a tokenizer that does not know the characters of its tokens.
+            MisuseError: the tokenizer is not fast, so that it gives no character offsets.
         """
         if not tokenizer.is_fast:
             raise MisuseError(
@@ -87,7 +91,7 @@ class QuestionAnswering(TaskDefaults):
         return settings
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Any number: the longest row says how many places there are."""
+        """Return `ANY_NUMBER`: the longest row determines the number of places."""
         return ANY_NUMBER
 
     def tokenize(
@@ -99,7 +103,10 @@ class QuestionAnswering(TaskDefaults):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """The question with each window of the text; windows of a text share `stride` tokens, as in the examples of `transformers`."""
+        """Tokenize the question with each window of the text.
+
+        Consecutive windows share `stride` tokens, as in the examples of `transformers`.
+        """
         self.settle(settings, tokenizer, chats=False)
         for item in examples:
             if isinstance(item, BadRow):
@@ -115,17 +122,19 @@ class QuestionAnswering(TaskDefaults):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """(B, T), padded on the right; and (B, V): which places each row has."""
+        """Pad on the right to (B, T). The mask is (B, V) bool: which places each row has."""
         block = token_block(rows)
         inputs = collate_texts(block, pad_id, length)
         places = torch.arange(max(block.num_classes or 0, inputs["input_ids"].shape[1]))
         return inputs, places < torch.from_numpy(block.input_ids.counts.astype(np.int64))[:, None]
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(2B, V): of each row the logits of the first token, then of the last; `ABSENT` beyond the row.
+        """Return (2B, V) logits: for each row those of the start, then those of the end.
+
+        They are `ABSENT` at places that a row does not have.
 
         Raises:
-            ModelError: the model gives no logits of the two ends.
+            ModelError: the model returns no start and end logits.
         """
         assert supervised is not None
         found = model(**inputs)
@@ -137,7 +146,7 @@ class QuestionAnswering(TaskDefaults):
         return own_logits(logits, supervised[:, None]).flatten(0, 1)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """F1 of the tokens and exact answers, over rows with a label; accuracy and loss of the two ends."""
+        """Return token F1 and exact match over labelled rows, accuracy and loss over positions."""
         f1, known = self.row_scores(predictions)
         right = (predictions.predicted == predictions.labels).reshape(-1, 2).all(1)
         return {
@@ -148,14 +157,19 @@ class QuestionAnswering(TaskDefaults):
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """F1 of the tokens of each row's answer, and rows with a label."""
+        """Return (R,) token F1 of each row's answer, and (R,) 1.0 for labelled rows."""
         labels, predicted = predictions.labels.reshape(-1, 2), predictions.predicted.reshape(-1, 2)
         known = (labels != NO_LABEL).all(1)
         return np.where(known, overlap_of_spans(labels, predicted), 0.0), known.astype(np.float64)
 
 
 def encode_windows(question: str, text: str, tokenizer: PreTrainedTokenizerBase, settings: Tokenization) -> Any:
-    """The question with each window of the text, as a fast tokenizer encodes them, with `offset_mapping`; None: the question leaves no room."""
+    """Encode the question with each window of the text, with `offset_mapping`.
+
+    Returns:
+        The encoding of a fast tokenizer, one entry per window; None if the question leaves room for
+        fewer than two tokens of the text.
+    """
     taken = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
     room = settings.max_length - taken - tokenizer.num_special_tokens_to_add(pair=True)
     if room < 2:
@@ -173,7 +187,7 @@ def encode_windows(question: str, text: str, tokenizer: PreTrainedTokenizerBase,
 
 
 def of_text(encoded: Any, number: int) -> list[int]:
-    """The places of a window that are tokens of the text."""
+    """Return the places of a window whose tokens are of the text."""
     return [place for place, side in enumerate(encoded.sequence_ids(number)) if side == 1]
 
 
@@ -189,7 +203,8 @@ def _windows(
     count, types = len(encoded["input_ids"]), encoded.get("token_type_ids")
     for number, ids in enumerate(encoded["input_ids"]):
         places, offsets = of_text(encoded, number), encoded["offset_mapping"][number]
-        # What a normalizer drops at the text's own ends lies in the first and the last window.
+        # Characters that a normalizer drops at the ends of the text count to the first and the last
+        # window.
         begin = 0 if number == 0 or not places else offsets[places[0]][0]
         end = len(text) if number == count - 1 or not places else offsets[places[-1]][1]
         spans = {place: offsets[place] for place in places}
@@ -207,7 +222,7 @@ def _windows(
 
 
 def _none_at(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """The place that stands for no answer: that of the CLS token, or the first."""
+    """Return the place that represents "no answer": that of the CLS token, or the first."""
     return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
 
 
@@ -217,12 +232,17 @@ def _ends(
     window: tuple[int, int],
     none_at: int,
 ) -> np.ndarray:
-    """(2,) int32: the places of the first answer's first and last token; of no answer in the window `none_at`, -100 where it is not known.
+    """Return the places of the first and last token of the first answer.
 
     Args:
-        answers: characters `[start, stop)` of each.
-        offsets: place -> characters, of the tokens of the text.
+        answers: characters `[start, stop)` of each answer; None: not known.
+        offsets: character offsets of the tokens of the text, by place.
         window: characters of the text that the window covers.
+        none_at: the place that represents "no answer".
+
+    Returns:
+        (2,) int32: `none_at` twice if the window does not contain the answer; -100 twice if the
+        answers are not known.
     """
     if answers is None:
         return np.full(2, NO_LABEL, dtype=np.int32)

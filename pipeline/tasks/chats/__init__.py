@@ -1,4 +1,4 @@
-"""Chats as rows: rendered by the tokenizer's template, with the turns of the assistant marked."""
+"""Render chats with the tokenizer's chat template and find the text that the assistant writes."""
 
 from pipeline.tasks.chats.render import check_chat_settings, render_chat, render_prompt, settle, supervision
 

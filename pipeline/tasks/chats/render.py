@@ -1,4 +1,4 @@
-"""Chats as text: what a chat template makes of the turns of a row, and which characters of it the assistant writes."""
+"""Render a chat as text and find the character spans that the assistant writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.tasks.chats.templates import (
 )
 from pipeline.tasks.chats.turns import Rendered, replies, share_rows
 
-#: `assistant_turns` of a contract, in words.
+#: Descriptions of the values of `assistant_turns`.
 _ROWS = {
     "auto": "a chat is as few rows as have each turn in the context of inference",
     "all": "a chat is one row (--assistant-turns all)",
@@ -35,10 +35,10 @@ _OTHER = "give a template that reads it with --chat-template FILE.jinja"
 
 
 def check_chat_settings(columns: Columns, settings: Tokenization) -> None:
-    """Refuse settings that have no effect on inputs of other kinds.
+    """Refuse chat settings for inputs on which they have no effect.
 
     Raises:
-        MisuseError: names the flag, and the inputs that it goes with.
+        MisuseError: a setting has no effect; the message names its flag and the inputs it is for.
     """
     chats = columns.messages is not None or columns.prompt is not None
     for flag, given in (
@@ -54,14 +54,14 @@ def check_chat_settings(columns: Columns, settings: Tokenization) -> None:
 
 
 def settle(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-    """The settings of chats as the contract states them: with what the chat template decides.
+    """Return the chat settings that the contract records, adjusted to the chat template.
 
-    Where it marks the assistant's tokens, `assistant_turns` is left out, and where its text depends
-    on the day, the day stands among its arguments.
+    `assistant_turns` is None if the template marks the assistant's tokens (unless it is "each" or
+    "last"). If an unmarked template's text depends on the date, the date is added to its arguments.
 
     Raises:
-        MisuseError: arguments that the template does not read.
-        SourceError: the tokenizer has no chat template that can be read.
+        MisuseError: the template does not read one of the arguments.
+        SourceError: the tokenizer has no chat template, or one that cannot be parsed.
     """
     template = find_template(tokenizer)
     make_renderer(template, settings.chat_template_kwargs, tokenizer)
@@ -74,7 +74,7 @@ def settle(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> Tokeni
 
 
 def supervision(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How the assistant's tokens are found with these settings of a contract, and why so."""
+    """Describe for the user how the assistant's tokens are found with these settings, and why."""
     template = find_template(tokenizer)
     if template.is_marked:
         parts = ["the chat template marks the assistant's tokens"]
@@ -98,15 +98,18 @@ def supervision(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> s
 def render_chat(
     example: Example, tokenizer: PreTrainedTokenizerBase, settings: Tokenization, control: re.Pattern[str]
 ) -> list[Rendered]:
-    """The rows of a chat as text with the character spans that are to be learnt; several where turns differ in context.
+    """Render a chat as one or more rows of text, with the character spans to train on.
+
+    A chat becomes several rows if the template renders its assistant turns in different contexts.
 
     Args:
-        control: matches the tokens that templates are made of, as `control_tokens` gives it.
+        control: the pattern from `control_tokens`; it matches the control tokens of templates.
 
     Raises:
-        SourceError: there is no chat template.
-        MisuseError: an argument that the template does not read.
-        BadRowError: the chat has keys that the template does not read, or the template refuses it.
+        SourceError: the tokenizer has no chat template, or one that cannot be parsed.
+        MisuseError: the template does not read one of the arguments.
+        BadRowError: the chat has keys that the template does not read, the template raises an
+            error for it, or the text of an assistant turn cannot be determined.
     """
     messages, tools = example.messages or (), example.tools
     template = find_template(tokenizer, tools)
@@ -136,15 +139,16 @@ def render_chat(
 
 
 def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, kwargs: Sequence[str]) -> str:
-    """The turns of a chat with the generation prompt: the text after which the assistant writes.
+    """Render the turns of a chat followed by the generation prompt.
 
     Args:
-        kwargs: `KEY=JSON` each, as a contract states them.
+        kwargs: the template's arguments, `KEY=JSON` each, as in a contract.
 
     Raises:
-        SourceError: there is no chat template.
-        MisuseError: an argument that the template does not read.
-        BadRowError: the chat has keys that the template does not read, or the template refuses it.
+        SourceError: the tokenizer has no chat template, or one that cannot be parsed.
+        MisuseError: the template does not read one of the arguments.
+        BadRowError: the chat has keys that the template does not read, or the template raises an
+            error for it.
     """
     messages, tools = example.messages or (), example.tools
     render = make_renderer(find_template(tokenizer, tools), kwargs, tokenizer)
@@ -158,7 +162,7 @@ def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, kwargs: 
 def _marked(
     number: int, messages: Sequence[Message], turns: Sequence[Turn], tools: Sequence[Any] | None, render: Renderer
 ) -> Rendered:
-    """One turn of the assistant in its context, by the marks of the template."""
+    """Render one assistant turn in its context with a template that marks assistant tokens."""
     try:
         text, spans = render(turns[: number + 1], tools)
     except REFUSALS as error:
@@ -179,15 +183,16 @@ def _learnt(messages: Sequence[Message], spans: list[Span]) -> list[Span]:
     return [span for span, message in zip(spans, turns, strict=True) if message.learnt]
 
 
-# --------------------------------------------------------------------------------- the form that the template takes
+# ------------------------------------------------------------- the form that the template accepts
 
 
 def _rendered(
     messages: Sequence[Message], tools: Sequence[Any] | None, render: Renderer
 ) -> tuple[list[Turn], str, list[Span]]:
-    """The turns in the first form that the template takes, and their rendering.
+    """Return the turns in the first form that the template accepts, the text and marked spans.
 
-    All that they hold must have been read.
+    Raises:
+        BadRowError: the template accepts no form, or does not read all keys of the turns.
     """
     unread = [
         (i, key)
@@ -199,7 +204,7 @@ def _rendered(
     for turns in _forms(messages):
         try:
             text, spans = render(turns, tools)
-        except REFUSALS as error:  # turns that must alternate, for one, or text expected where a turn has none
+        except REFUSALS as error:  # for example, roles that must alternate, or missing content
             refusal = _unread(*min(unread)) if unread else BadRowError(f"the chat template refuses it: {error}")
             problem = problem or refusal
             continue
@@ -217,15 +222,18 @@ def _rendered(
 
 
 def _is_reference(key: str, role: str) -> bool:
-    """Whether a key says which call a tool's turn answers, and no more: many templates go by the order of turns."""
+    """Return whether a key only identifies the call that a tool turn answers.
+
+    Many templates ignore such keys and rely on the order of turns.
+    """
     return key == "tool_call_id" or (key == "name" and role in ("tool", "function"))
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[Turn]]:
-    """The forms that templates want turns in, in the order in which they are tried.
+    """Yield the turns in the different forms that templates expect, in the order to try them.
 
-    The turns as they are given; then with the arguments of tool calls as objects, and as JSON text.
-    Each with the content of turns that have none left out, null, and empty.
+    The forms are: turns as given; arguments of tool calls as objects; arguments as JSON text. In
+    each, missing content is left out, null, or empty.
     """
     contents: list[dict[str, Any]] = [{}]
     if any(message.content is None for message in messages):
@@ -249,7 +257,7 @@ def _given(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """The same with the arguments of its tool calls as objects, where they are the JSON text of one."""
+    """Convert arguments of tool calls from JSON text to objects; other arguments stay."""
     return _with_arguments(value, lambda each: _object(each) if isinstance(each, str) else each)
 
 
@@ -281,7 +289,10 @@ def _object(text: str) -> Any:
 
 
 def _misprinted(turns: Sequence[Turn], text: str) -> BadRowError | None:
-    """Arguments of a tool call that the template writes as no model would read them, if there are any."""
+    """Return an error if the template writes tool-call arguments in a wrong form; else None.
+
+    Wrong forms are JSON text quoted once more, and Python's `str` of a dict that is not JSON.
+    """
     for number, turn in enumerate(turns):
         calls = turn.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
@@ -301,7 +312,10 @@ def _misprinted(turns: Sequence[Turn], text: str) -> BadRowError | None:
 
 
 def _as_python(arguments: dict[str, Any], turns: Sequence[Turn], text: str) -> bool:
-    """Whether the text has them as Python prints them, which is not JSON, and no turn says so itself."""
+    """Return whether the template wrote `str(arguments)`, which is not JSON.
+
+    Text that a turn's own content has does not count.
+    """
     printed = str(arguments)
     try:
         json.loads(printed)
@@ -313,7 +327,10 @@ def _as_python(arguments: dict[str, Any], turns: Sequence[Turn], text: str) -> b
 def _check_read(
     turns: Sequence[Turn], tools: Sequence[Any] | None, text: str, render: Renderer, number: int, key: str
 ) -> None:
-    """A key that is not named in the template may still be read, with the whole turn: then the text changes without it."""
+    """Raise `BadRowError` if the rendering stays the same without a key.
+
+    A template can read a key that it does not name, if it writes a whole turn.
+    """
     without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
     try:
         changed = render(without, tools)[0] != text

@@ -1,4 +1,4 @@
-"""A chat template: what its text says of itself, and how it renders turns."""
+"""Analyse a chat template's source, and render turns with it."""
 
 from __future__ import annotations
 
@@ -21,62 +21,62 @@ from pipeline.errors import MisuseError, SourceError
 Span = tuple[int, int]
 Turn = Mapping[str, Any]
 
-#: What templates raise for turns that they do not take: roles that must alternate, text where a
-#: turn has none.
+#: Errors that templates raise for turns that they do not accept, such as roles that do not
+#: alternate or missing content.
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
-#: The argument that names the day that `strftime_now` tells, and the day where it is not given:
-#: that of Llama 3.1, whose template falls back on it. Chats of templates that mark the assistant's
-#: tokens keep today's date, as caches of them have it.
+#: The argument that sets the date that `strftime_now` returns, and its default, which is the
+#: fallback date in the template of Llama 3.1. Templates that mark the assistant's tokens use the
+#: current date by default, for compatibility with existing caches.
 CLOCK, DAY = "strftime_now", "2024-07-26"
 
-#: `transformers` gives a turn's reasoning to templates under each of these names.
+#: `transformers` passes a turn's reasoning to templates under each of these names.
 _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """The source of a chat template, and what it reads, as far as its text shows."""
+    """The source of a chat template, and the names that it reads, found by static analysis."""
 
     source: str
     is_marked: bool
-    """Whether it marks what the assistant writes with {% generation %}."""
+    """Whether it marks the text that the assistant writes with {% generation %}."""
     turn_keys: frozenset[str]
-    """Keys of a turn."""
+    """Keys of a turn that it reads."""
     variables: frozenset[str]
-    """Names that it does not define itself: `messages`, `tools`, keyword arguments."""
+    """Undeclared variables that it reads: `messages`, `tools`, keyword arguments."""
     date_formats: frozenset[str] | None
-    """Formats in which it asks for today's date; None: one that is not a constant."""
+    """Formats that it passes to `strftime_now`; None: one of them is not a constant."""
 
     @property
     def asks_the_date(self) -> bool:
-        """Whether its text depends on the day."""
+        """Whether the rendered text depends on the date."""
         return self.date_formats is None or bool(self.date_formats)
 
     def reads(self, key: str) -> bool:
-        """Whether a key of a turn is named in it."""
+        """Return whether the template names a key of a turn."""
         return key in self.turn_keys or (key in _REASONING and bool(_REASONING & self.turn_keys))
 
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
-    """A template with its arguments: turns -> text."""
+    """A template with its keyword arguments; call it to render turns as text."""
 
     template: ChatTemplate
     source: str
-    """The template's, with the date pinned where there is one."""
+    """The template's source, with the date pinned if one is set."""
     arguments: Mapping[str, Any]
 
     def __call__(
         self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, *, prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text of some turns, and the characters that a marked template marks.
+        """Return the text of some turns, and the character spans that the template marks.
 
         Args:
-            prompt: with the generation prompt at its end.
+            prompt: add the generation prompt at the end.
 
         Raises:
-            REFUSALS: the template does not take them.
+            REFUSALS: the template does not accept the turns.
         """
         rendered: Any = render_jinja_template(
             [[dict(turn) for turn in turns]],
@@ -90,11 +90,13 @@ class Renderer:
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None) -> ChatTemplate:
-    """The chat template of a tokenizer; of several, the one that `transformers` takes where there are tools, or none.
+    """Return a tokenizer's chat template.
+
+    If the tokenizer has several, `transformers` chooses one depending on `tools`.
 
     Raises:
-        SourceError: there is none, it is not Jinja, or it marks tokens where their characters are
-            not known.
+        SourceError: there is none, it is not valid Jinja, or it marks text inside a macro or
+            another block, where character positions are not known.
     """
     try:
         source = tokenizer.get_chat_template(tools=None if tools is None else list(tools))
@@ -111,10 +113,10 @@ def find_template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | Non
 
 
 def make_renderer(template: ChatTemplate, kwargs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """The template with its keyword arguments (`KEY=JSON` each) and the tokenizer's special tokens.
+    """Combine a template with keyword arguments (`KEY=JSON` each) and the special tokens.
 
     Raises:
-        MisuseError: an argument that the template does not read, or a date that cannot be pinned.
+        MisuseError: the template does not read an argument, or the date cannot be pinned.
     """
     special: dict[str, Any] = dict(tokenizer.special_tokens_map)
     arguments = dict(_parsed(tuple(kwargs)))
@@ -133,12 +135,12 @@ def make_renderer(template: ChatTemplate, kwargs: Sequence[str], tokenizer: PreT
 
 
 def pinned_day(template: ChatTemplate, kwargs: Sequence[str]) -> tuple[str, ...]:
-    """The keyword arguments of chats as the contract states them: with the day, where the text would depend on it."""
+    """Add the date to the keyword arguments if the text of an unmarked template depends on it."""
     return tuple(kwargs) if template.is_marked else with_day(template, kwargs)
 
 
 def with_day(template: ChatTemplate, kwargs: Sequence[str]) -> tuple[str, ...]:
-    """The keyword arguments with the day, where the text of the template, marked or not, depends on it."""
+    """Add the date to the keyword arguments if the template's text depends on it."""
     if not template.asks_the_date or CLOCK in _parsed(tuple(kwargs)):
         return tuple(kwargs)
     return tuple(sorted([*kwargs, f"{CLOCK}={json.dumps(DAY)}"]))
@@ -152,7 +154,7 @@ def _parsed(kwargs: tuple[str, ...]) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=16)
 def _pinned(template: ChatTemplate, day: str) -> str:
-    """The source, with a macro in the place of the clock."""
+    """Return the source with a macro that replaces `strftime_now`."""
     try:
         now = datetime.datetime.fromisoformat(day)
     except ValueError:
@@ -164,14 +166,14 @@ def _pinned(template: ChatTemplate, day: str) -> str:
         )
     dates = {form: now.strftime(form) for form in sorted(template.date_formats)}
     macro = f"{{% macro {CLOCK}(format) %}}{{{{ {json.dumps(dates)}[format] }}}}{{% endmacro %}}\n"
-    return macro + template.source  # the line end after a block is no text
+    return macro + template.source  # Jinja drops the newline after a block
 
 
-# ------------------------------------------------------------------------------------ what a template's text says
+# ------------------------------------------------------------------ analysis of a template's source
 
 
 class _Marks(Extension):
-    """Parses `{% generation %}`, as the extension of transformers does."""
+    """Jinja extension that parses `{% generation %}`, like the one of transformers."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -183,11 +185,11 @@ class _Marks(Extension):
 
 @lru_cache(maxsize=16)
 def read_template(source: str) -> ChatTemplate:
-    """What the text of a template says.
+    """Analyse the source of a template.
 
     Raises:
-        jinja2.TemplateError: it is not Jinja.
-        SourceError: a mark inside a macro or another block.
+        jinja2.TemplateError: the source is not valid Jinja.
+        SourceError: `{% generation %}` is inside a macro or another block.
     """
     tree = jinja2.Environment(extensions=[_Marks, loopcontrols]).parse(source)
     is_marked = any(map(_is_mark, tree.find_all(nodes.CallBlock)))
@@ -214,7 +216,7 @@ def _date_formats(tree: nodes.Template) -> frozenset[str] | None:
 
 
 def _turn_keys(tree: nodes.Template) -> Iterator[str]:
-    """String keys and attributes of `messages[...]` and of every variable that holds a turn."""
+    """Yield the keys read from `messages[...]` and from every variable that holds a turn."""
     names = {"messages"}
     bound = [
         *((node.target, node.iter) for node in tree.find_all(nodes.For)),
@@ -239,7 +241,10 @@ def _turn_keys(tree: nodes.Template) -> Iterator[str]:
 
 
 def _is_turn(node: nodes.Node, names: set[str]) -> bool:
-    """Whether an expression is a turn or a list of turns: a variable of `names`, an element, a slice, a filter of it."""
+    """Return whether an expression is a turn or a list of turns.
+
+    It is if it is a variable of `names`, or an element, slice, filter, choice or sum of such.
+    """
     if isinstance(node, nodes.Name):
         return node.name in names
     if isinstance(node, nodes.Getitem) and not (isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)):

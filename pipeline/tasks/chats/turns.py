@@ -1,9 +1,9 @@
-"""The assistant's turns of a chat where the template does not mark them: what each adds to the rendering before it.
+"""Find the text of assistant turns for a chat template that does not mark it.
 
-Of turn i there are two renderings: that of the turns before it with the generation prompt, which is
-what a model is given at inference, and that of the turns up to and including it. What the second
-one adds is to be learnt, up to the token that ends the turn, where generation stops. A turn has its
-own context; turns whose contexts agree share a row.
+The text of turn i is found by comparing two renderings: the turns before it with the generation
+prompt (the model's input at inference), and the turns up to and including it. The text that the
+second adds is trained on, up to the token that ends the turn, where generation stops. Each turn has
+its own context; turns whose contexts agree share a row.
 """
 
 from __future__ import annotations
@@ -19,49 +19,50 @@ from pipeline.errors import BadRowError
 from pipeline.tasks.chats.templates import REFUSALS, Renderer, Span, Turn
 
 _OPEN, _CLOSE = "<think>", "</think>"
-#: A character that no text has: what stands in for the words of a turn.
+#: A private-use character that replaces the words of a turn.
 _BLANK = "\ue000"
 _SPOKEN = ("content", "reasoning_content", "thinking", "reasoning")
-#: Characters by which the end of a context is known in another rendering of it, where no control
-#: token is there.
+#: Number of characters, if there is no control token, by which the end of a context is found in
+#: another rendering.
 _SHARED = 4
-#: A control token is no longer than this.
+#: Maximum length of a control token, in characters.
 _NEAR = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One turn of the assistant with the context that it has at inference.
-
-    All from `start` on is to be learnt.
-    """
+    """One assistant turn with the context that it has at inference."""
 
     number: int
-    """Of the turn in the chat."""
+    """Number of the turn in the chat."""
     text: str
     start: int
+    """Where the text to train on starts, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The text of a row, and the characters that are to be learnt."""
+    """The text of a row, and the character spans to train on."""
 
     text: str
     spans: list[Span]
     num_turns: int
-    """The turns of the chat that it was rendered from, from the first on."""
+    """How many turns the row contains, from the first of the chat."""
     numbers: list[int]
-    """The turns that are to be learnt. Where they are as many as the spans, a span is of each."""
+    """Numbers of the turns to train on. If there are as many as spans, span i is of turn i."""
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the added tokens of a tokenizer but for words and white space: what templates are made of."""
+    """Return a pattern for the added tokens of a tokenizer, except words and white space."""
     names = [name for name in tokenizer.get_added_vocab() if name.strip() and not name.isalnum()]
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def share_rows(replies: Sequence[Reply]) -> list[Rendered]:
-    """As few rows as have every reply in its own context: one whose text begins a later reply's stands in its row."""
+    """Combine replies into as few rows as possible, with each reply in its own context.
+
+    A reply shares the row of a later reply whose text begins with the text of the former.
+    """
     rows: list[Rendered] = []
     for reply in reversed(replies):
         span = (reply.start, len(reply.text))
@@ -81,10 +82,11 @@ def replies(
     render: Renderer,
     control: re.Pattern[str],
 ) -> Iterator[Reply]:
-    """The assistant's turns of these numbers, in order.
+    """Yield the assistant turns with these numbers, in order.
 
     Raises:
-        BadRowError: the template refuses a part of the chat, or does not show what a turn adds.
+        BadRowError: the template raises an error for a part of the chat, drops reasoning, or
+            renders the turns so that the text of a turn cannot be determined.
     """
     chat = _Chat(turns, tools, render, control)
     for number in numbers:
@@ -112,12 +114,12 @@ class _Chat:
             return None
 
     def reply(self, number: int) -> Reply:
-        """A turn in its context, with all that the template puts behind it."""
+        """Return a turn in its context, including the text that the template adds after it."""
         before, upto = self.turns[:number], self.turns[: number + 1]
         whole = self.text(upto, number)
         asked = self.attempt(before, prompt=True)
         if asked is None or (not number and not whole.startswith(asked)):
-            # The assistant begins the chat: its header is what stays when it says something else.
+            # The assistant begins the chat: the header is the text that other words do not change.
             return Reply(number, whole, self.blanked(number, whole))
         if whole.startswith(asked):
             return self.whole_reasoning(Reply(number, whole, len(asked)), asked)
@@ -128,11 +130,11 @@ class _Chat:
             shared = len(context)
         rest = self.control.sub("", asked[shared:])
         if (context is not None and shared >= len(context)) or not rest.strip():
-            # The header of the turn is another one than the generation prompt's: an empty <think>,
+            # The header of the turn differs from the generation prompt: it has an empty <think>,
             # for example.
             return self.whole_reasoning(Reply(number, whole, shared), asked)
-        # The context is another one: a system message that stands in the last turn alone, reasoning
-        # that goes with an answer.
+        # The context differs: the template writes the system message only in the last turn, or
+        # drops the reasoning of earlier turns, for example.
         header = "" if context is None else asked[len(context) :]
         words = self.blanked(number, whole)
         start = _behind(header or _last_piece(asked, self.control), whole, words) if words < len(whole) else None
@@ -145,15 +147,18 @@ class _Chat:
         return self.whole_reasoning(Reply(number, asked + whole[start:], len(asked)), asked)
 
     def blanked(self, number: int, whole: str) -> int:
-        """Where the words of a turn begin: up to there its rendering is the same with other words."""
+        """Return where the words of a turn begin: where the rendering changes with other words."""
         other = self.attempt([*self.turns[:number], _blank(self.turns[number])])
         return len(whole) if other in (None, whole) else _alike(whole, str(other))
 
     def whole_reasoning(self, reply: Reply, asked: str) -> Reply:
-        """The turn with the reasoning that its content begins with, where the template leaves it out of every turn.
+        """Restore reasoning at the start of a turn's content if the template drops it.
 
-        The text is what the model writes at inference: after the generation prompt, which may open
-        the reasoning.
+        The resulting text is what the model writes at inference, after the generation prompt; the
+        prompt may already contain the opening tag of the reasoning.
+
+        Raises:
+            BadRowError: the place of the reasoning in the rendering is not found.
         """
         content = self.turns[reply.number].get("content")
         if not isinstance(content, str) or _CLOSE not in content:
@@ -175,11 +180,10 @@ class _Chat:
         return Reply(reply.number, asked + kept + added[at:], len(asked))
 
     def end(self, reply: Reply) -> int:
-        """Where generation stops: behind the token that ends the turn.
+        """Return where generation stops: after the token that ends the turn.
 
-        What follows it is the template's.
-
-        Without such a token all that the turn adds is its own.
+        The template adds the text after it. Without such a token, the turn extends to the end of
+        the text.
         """
         text = reply.text
         stops = _trailing_tokens(text, reply.start, self.control)
@@ -187,7 +191,7 @@ class _Chat:
             return len(text)
         turn = self.turns[reply.number]
         if len(stops) > 1 and (turn.get("content") or turn.get("tool_calls")):
-            # A token that closes the whole chat, and no turn, is not there when another turn
+            # A token that closes the whole chat, not the turn, disappears when another turn
             # follows.
             more = self.attempt([*self.turns[: reply.number + 1], {"role": "user", "content": "."}])
             goes_on = [stop for stop in stops if more is not None and more.startswith(text[:stop])]
@@ -196,7 +200,10 @@ class _Chat:
 
 
 def common_start(whole: str, other: str, control: re.Pattern[str]) -> int:
-    """How far two texts are alike, without the beginning of a word or control token that they share by chance."""
+    """Return the length of the common prefix of two texts, cut back to a token or word boundary.
+
+    The two may share the beginning of a word or control token by chance; that part is excluded.
+    """
     alike = _alike(whole, other)
     stops, inside = {0}, False
     for text in (whole, other):
@@ -211,26 +218,26 @@ def common_start(whole: str, other: str, control: re.Pattern[str]) -> int:
 
 
 def _alike(whole: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
+    """Return the length of the common prefix of two texts, in characters."""
     return next(
         (i for i, pair in enumerate(zip(whole, other, strict=False)) if pair[0] != pair[1]), min(len(whole), len(other))
     )
 
 
 def _behind(piece: str, whole: str, limit: int) -> int | None:
-    """Where the last of such pieces before a place ends."""
+    """Return the end of the last occurrence of `piece` before `limit`; None: there is none."""
     found = whole.rfind(piece, 0, limit)
     return None if found < 0 else found + len(piece)
 
 
 def _last_piece(text: str, control: re.Pattern[str]) -> str:
-    """The end of a text by which it is known in another one: its last control token, or a few characters."""
+    """Return the end of a text: from its last control token on, at least `_SHARED` characters."""
     last = max((found.start() for found in control.finditer(text, max(0, len(text) - _NEAR))), default=len(text))
     return text[min(last, max(0, len(text) - _SHARED)) :]
 
 
 def _trailing_tokens(text: str, start: int, control: re.Pattern[str]) -> list[int]:
-    """Where the control tokens end that nothing but white space follows."""
+    """Return the ends of the control tokens at the end of a text; white space may separate them."""
     stops: list[int] = []
     for found in control.finditer(text, start):
         if stops and text[stops[-1] : found.start()].strip():
@@ -240,7 +247,7 @@ def _trailing_tokens(text: str, start: int, control: re.Pattern[str]) -> list[in
 
 
 def _blank(turn: Turn) -> Turn:
-    """A turn with other words, and another name for each tool that it calls."""
+    """Return a turn with its words and the names of the tools that it calls replaced."""
     words = {key: _BLANK for key in _SPOKEN if isinstance(turn.get(key), str)}
     calls = turn.get("tool_calls")
     return {**turn, **words, **({"tool_calls": [_renamed(call) for call in calls]} if isinstance(calls, list) else {})}

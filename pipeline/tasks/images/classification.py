@@ -1,4 +1,4 @@
-"""One class for an image: N = 1 position a row, V = number of labels."""
+"""Image classification: N = 1 position per row; V is the number of labels."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ print(classify("image.png"))
 ```
 """
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
-#: Whose images are seen in parts.
+#: The split whose images are divided into views.
 _TRAIN = "train"
 
 
 @dataclass(frozen=True, slots=True)
 class ImageClassification(TaskDefaults):
-    """See `Task`."""
+    """Classification of images; see `Task`."""
 
     name: str = "image-classification"
     reads: Inputs = "images"
@@ -57,7 +57,7 @@ class ImageClassification(TaskDefaults):
     main_metric: str = "accuracy"
 
     def check_columns(self, columns: Columns, tokenization: Tokenization) -> None:
-        """Only images are classified."""
+        """Accept only images."""
         if columns.image is None:
             raise MisuseError(
                 f"--task {self.name} reads images: name their column with --image-column (folders of images have the column image)"
@@ -65,7 +65,11 @@ class ImageClassification(TaskDefaults):
         refuse_settings_of_language_models(self.name, tokenization, "images")
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The number of labels, of a model that reads three colours."""
+        """Return the number of labels.
+
+        Raises:
+            ModelError: the model does not read images with 3 channels, or is no classifier.
+        """
         config: Any = model.config
         channels = getattr(config, "num_channels", 3)
         if channels != 3:
@@ -83,7 +87,10 @@ class ImageClassification(TaskDefaults):
         *,
         texts: bool = False,
     ) -> Iterator[TokenizedExample | BadRow]:
-        """Each image is decoded, so that one that cannot be is found now; of `train` there are so many views as asked for."""
+        """Make one row per view of each image of the split `train`, and one per image elsewhere.
+
+        Each image is decoded, so that a damaged one is found here.
+        """
 
         def rows(item: Example | BadRow) -> list[TokenizedExample | BadRow]:
             return [item] if isinstance(item, BadRow) else _rows(item, split, settings)
@@ -99,22 +106,22 @@ class ImageClassification(TaskDefaults):
         *,
         processor: Any = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """`pixel_values`, (B, C, H, W) float32."""
+        """Return `pixel_values`, (B, C, H, W) float32, and no mask."""
         block = token_block(rows)
         assert block.images is not None
         return {"pixel_values": pixel_values(block.images, block.views, processor)}, None
 
     def gather_logits(self, model: nn.Module, inputs: Mapping[str, Tensor], supervised: Tensor | None) -> Tensor:
-        """(B, V): one position a row.
+        """Return (B, V) logits.
 
         Raises:
-            ModelError: the model takes images of another size.
+            ModelError: the model expects images of another size.
         """
         pixels = inputs["pixel_values"]
-        dtype: Any = getattr(model, "dtype", pixels.dtype)  # half precision; a student in training casts by itself
+        dtype: Any = getattr(model, "dtype", pixels.dtype)  # a student in training casts its inputs itself
         try:
             logits: Tensor = model(pixel_values=pixels.to(dtype)).logits
-        except ValueError as error:  # as models of one size of image say it
+        except ValueError as error:  # raised by models with a fixed image size
             config: Any = model.config
             raise ModelError(
                 f"{config.name_or_path or 'the model'}: does not take the {pixels.shape[-2]} x {pixels.shape[-1]} pixels that its image processor makes: {error}; "
@@ -123,16 +130,16 @@ class ImageClassification(TaskDefaults):
         return logits
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Accuracy, macro-F1, loss and calibration, over the labelled rows."""
+        """Return accuracy, macro-F1, loss and calibration over the labelled rows."""
         return class_metrics(predictions, num_classes)
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """Right answers, and labelled rows."""
+        """Return (R,) correct answers and (R,) labelled rows; the ratio of totals is accuracy."""
         return right_answers(predictions)
 
 
 def _rows(example: Example, split: str, settings: Tokenization) -> list[TokenizedExample | BadRow]:
-    """The image as it is, or so many parts of it."""
+    """Return the rows of an image: the whole image, or its views."""
     assert example.image is not None
     try:
         image = decode(example.image.data)

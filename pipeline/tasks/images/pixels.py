@@ -1,4 +1,4 @@
-"""Encoded images -> pixel values: decoded by Pillow, cut to the part that is seen, and made a tensor by the image processor."""
+"""Convert encoded images to pixel values: decode, crop to a view, apply the image processor."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from pipeline.errors import BadRowError, ModelError
 from pipeline.records import Image, Ragged
 
-#: Files that are decoded. Pillow reads others too, some by starting programs.
+#: The accepted file formats. Pillow reads others too, some by starting external programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-#: Images, or parts of a batch, that are decoded at a time, for each thread.
+#: Number of items (images, or parts of a batch) per thread that are processed ahead.
 _AHEAD = 4
-#: Bytes of images, on average, that are decoded without other threads: threads that wait for each
-#: other take longer.
+#: Batches whose images are smaller than this on average, in bytes, are decoded in one thread, since
+#: the overhead of threads exceeds their gain.
 _SMALL = 16 << 10
 
 Item = TypeVar("Item")
@@ -33,33 +33,37 @@ Found = TypeVar("Found")
 
 
 def decode(data: bytes) -> Any:
-    """A `PIL.Image.Image` in RGB, turned as its orientation says; of an animation the first frame.
+    """Decode an image as a `PIL.Image.Image` in RGB.
+
+    The EXIF orientation is applied. Of an animation, the first frame is decoded.
 
     Raises:
-        BadRowError: no image in one of `FORMATS`, a damaged one, or one of so many pixels that
-            Pillow refuses it.
+        BadRowError: the data is no image in one of `FORMATS`, is damaged, or has so many pixels
+            that Pillow refuses it.
     """
     import PIL.Image
     from PIL import ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, which are allowed up to twice the size
+            warnings.simplefilter("ignore")  # Pillow warns about large images; above twice the size it raises
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 turned = ImageOps.exif_transpose(image)
                 return _in_bytes(turned).convert("RGB")
     except BadRowError:
         raise
-    except Exception as error:  # each decoder has errors of its own
+    except Exception as error:  # each decoder raises different exceptions
         why = "no image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise BadRowError(f"cannot be decoded: {' '.join(why.split())[:200]}") from None
 
 
 def _in_bytes(image: Any) -> Any:
-    """An image of 8 bits a channel; of 16 bits the upper half of each. `convert` would clip them.
+    """Convert an image of 16 bits per channel to 8 bits, by dropping the lower 8 bits.
+
+    Pillow's `convert` would clip the values instead. Images of 8 bits stay unchanged.
 
     Raises:
-        BadRowError: pixels of 32 bits, or floats, whose range is not known.
+        BadRowError: the pixels are 32-bit integers or floats, whose range is not known.
     """
     import PIL.Image
 
@@ -73,18 +77,18 @@ def _in_bytes(image: Any) -> Any:
 
 
 def pixel_values(images: Sequence[Image], views: Ragged | None, processor: Any) -> Tensor:
-    """(B, C, H, W) float32: what a model is given.
+    """Return the (B, C, H, W) float32 pixel values of a batch of images.
 
     Args:
-        images: (B,).
-        views: the part of each that is seen, as `TokenizedExample.view`; None: all of each.
-        processor: a `transformers` image processor, which resizes and normalises a part as if it
-            were an image of its own.
+        images: B images.
+        views: the part of each image to use, as in `TokenizedExample.view`; None: whole images.
+        processor: a `transformers` image processor; it resizes and normalises each part like a
+            whole image.
 
     Raises:
-        BadRowError: an image that cannot be decoded, or a part that lies outside of it; begins with
-            its name.
-        ModelError: the processor makes images of several sizes.
+        BadRowError: an image cannot be decoded, or a view is outside of its image; the message
+            begins with the image's name.
+        ModelError: the processor returns different sizes.
     """
     parts = [None] * len(images) if views is None else np.split(views.values, views.offsets[1:-1])
 
@@ -97,7 +101,7 @@ def pixel_values(images: Sequence[Image], views: Ragged | None, processor: Any) 
         return found
 
     def some(pairs: Sequence[tuple[Image, Any]]) -> list[Tensor]:
-        # One by one, so that no image depends on the others of its batch.
+        # One at a time, so that no result depends on the other images of the batch.
         return [one(image, view) for image, view in pairs]
 
     pairs = list(zip(images, parts, strict=True))
@@ -119,7 +123,11 @@ def _joined(pixels: Sequence[Tensor]) -> Tensor:
 
 
 def cut(image: Any, view: np.ndarray | None) -> Any:
-    """The part of a `PIL.Image.Image` that is seen, mirrored where the view says so."""
+    """Crop a `PIL.Image.Image` to a view, and mirror it if the view says so.
+
+    Raises:
+        BadRowError: the view is outside of the image.
+    """
     import PIL.Image
 
     if view is None or not len(view):
@@ -134,7 +142,10 @@ def cut(image: Any, view: np.ndarray | None) -> Any:
 
 
 def thumbnail(data: bytes, view: np.ndarray | None, side: int = 128) -> str:
-    """A `data:` URI of a small PNG of what is seen of an image, at most `side` pixels wide and high."""
+    """Return a `data:` URI of a PNG thumbnail of a view, at most `side` pixels wide and high.
+
+    It is empty if the image cannot be decoded or cropped.
+    """
     try:
         small = cut(decode(data), view)
     except BadRowError:
@@ -146,7 +157,10 @@ def thumbnail(data: bytes, view: np.ndarray | None, side: int = 128) -> str:
 
 
 def in_threads(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
-    """`map` in several threads, a few items ahead: decoding and resizing leave Python's lock."""
+    """Apply a function in several threads, a few items ahead; results are in the order of items.
+
+    Threads help because decoding and resizing release Python's global interpreter lock.
+    """
     pool, waiting = _pool(os.getpid()), iter(items)
     ahead = [pool.submit(function, item) for item in itertools.islice(waiting, _AHEAD * _threads())]
     while ahead:
@@ -156,7 +170,7 @@ def in_threads(function: Callable[[Item], Found], items: Iterable[Item]) -> Iter
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """One for each process: threads do not survive a fork, as workers of a `DataLoader` are made."""
+    """Return the thread pool of a process: threads do not survive a fork (`DataLoader` workers)."""
     return ThreadPoolExecutor(_threads(), "images")
 
 

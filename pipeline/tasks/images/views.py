@@ -1,7 +1,4 @@
-"""Random parts of images: the random resized crop of Szegedy et al.
-
-(2015), drawn once from a seed.
-"""
+"""Random crops of images, drawn from a seed: the random resized crop of Szegedy et al. (2015)."""
 
 from __future__ import annotations
 
@@ -12,25 +9,25 @@ import numpy as np
 from pipeline.records import Views
 from pipeline.softlabels import counter_uniforms
 
-#: Width over height of a part.
+#: Range of a crop's aspect ratio, width over height.
 RATIOS = (3 / 4, 4 / 3)
-#: Tries until a part lies within the image; then the largest part in the middle is taken.
+#: Number of attempts to draw a crop that fits the image; then the largest centred crop is used.
 _TRIES = 10
 
 
 def draw_view(width: int, height: int, views: Views, *, place: tuple[str, int, int]) -> np.ndarray:
-    """A part of an image.
+    """Draw a random crop of an image.
 
     Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        place: split, source row and number of the view, which with the seed decide the part.
+        width: the image's width, in pixels.
+        height: the image's height, in pixels.
+        place: split, source row and number of the view; with the seed they determine the crop.
 
     Returns:
-        (5,) int32: left, top, width and height in pixels, and 1 where it is mirrored. Its area is a
-            uniform share of the image's, at least
-        `views.smallest`, and its ratio log-uniform in `RATIOS`, as
-            `torchvision.transforms.RandomResizedCrop` draws them.
+        (5,) int32: left, top, width and height in pixels, and 1 if the crop is mirrored, else 0.
+
+    The area is a uniform share of the image's, at least `views.smallest`. The aspect ratio is
+    log-uniform in `RATIOS`, as in `torchvision.transforms.RandomResizedCrop`.
     """
     split, row, piece = place
     drawn = counter_uniforms(views.seed, f"view/{split}", row, piece, np.arange(4 * _TRIES + 1)).numpy()

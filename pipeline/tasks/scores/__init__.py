@@ -1,4 +1,4 @@
-"""Tasks whose models give scores to texts: regressions, and rankings of lists."""
+"""Tasks whose models assign scores to texts: regression and ranking."""
 
 from pipeline.tasks.scores.texts import RANKING, ScoredTexts
 

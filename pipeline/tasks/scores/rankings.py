@@ -9,13 +9,13 @@ from pipeline.records import Predictions, is_known
 
 
 def ranking_metrics(predictions: Predictions) -> dict[str, float]:
-    """NDCG@10 and reciprocal rank, each the mean over the lists that have a relevant row."""
+    """Return NDCG@10 and reciprocal rank, each the mean over the lists that have a relevant row."""
     lists = _by_list(predictions)
     return {"ndcg@10": _mean_of_known(ndcg(*lists)), "mrr": _mean_of_known(reciprocal_rank(*lists))}
 
 
 def ranking_scores(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """(lists,) NDCG@10 and (lists,) weights: 1, or 0 for a list without a relevant row."""
+    """Return (lists,) NDCG@10 and (lists,) weights: 1, or 0 for a list without a relevant row."""
     count = 1 + int(_lists(predictions).max(initial=-1))
     found = ndcg(*_by_list(predictions))
     values, weights = np.zeros(count), np.zeros(count)
@@ -30,16 +30,16 @@ def _mean_of_known(values: np.ndarray) -> float:
 
 
 def _lists(predictions: Predictions) -> np.ndarray:
-    """(R,) the list of each row; without named lists, all rows form one list."""
+    """Return the (R,) list number of each row; without named lists, all rows form one list."""
     if predictions.groups is None:
         return np.zeros(len(predictions.labels), dtype=np.int64)
     return predictions.groups
 
 
 def _by_list(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, scores and lists of the rows with a label.
+    """Return labels, scores and list numbers of the rows with a label.
 
-    Rows without one are removed from their lists.
+    Rows without a label are removed from their lists.
     """
     known = is_known(predictions.labels)
     return predictions.labels[known], predictions.predicted[known], _lists(predictions)[known]

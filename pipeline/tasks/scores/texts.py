@@ -1,7 +1,7 @@
-"""Scores of texts and pairs of texts: one position per model output, V = 1, in the unit of the data.
+"""Regression and ranking of texts and pairs of texts.
 
-Two tasks share the class: regression, with any number of outputs, and ranking, with one output by
-which the rows of a list are ordered.
+One position per model output; V = 1, a score in the unit of the data. Two tasks share the class:
+regression, with any number of outputs, and ranking, with one output that orders the rows of a list.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ print(score("a text", truncation=True, max_length={max_length}))  # of a pair: {
 
 @dataclass(frozen=True, slots=True)
 class ScoredTexts(TextTask):
-    """See `Task`. The defaults are those of regression."""
+    """Scores of texts; see `Task`. The defaults are those of regression."""
 
     name: str = "sequence-regression"
     usage: str = _USAGE
@@ -61,7 +61,7 @@ class ScoredTexts(TextTask):
     main_metric: str = "pearson"
 
     def num_classes(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """1: an output is one number."""
+        """Return 1: an output is one number."""
         config: Any = model.config
         if config.problem_type not in (None, self.problem_type):
             raise ModelError(
@@ -74,15 +74,18 @@ class ScoredTexts(TextTask):
         return 1
 
     def labels_of(self, example: Example) -> Mapping[str, Any]:
-        """The scores of the data, nan where one is not known."""
+        """Return the scores of the data, nan where a score is not known."""
         return {} if example.scores is None else {"labels": np.asarray(example.scores, dtype=np.float32)}
 
     def at_positions(self, logits: Tensor, supervised: Tensor | None) -> Tensor:
-        """(B, outputs) -> (N, 1)."""
+        """Reshape (B, outputs) logits to (N, 1)."""
         return logits.reshape(-1, 1)
 
     def metrics(self, predictions: Predictions, num_classes: int) -> dict[str, float]:
-        """Correlations with the labels (means over outputs) and the mean squared error; rankings first have NDCG@10 and reciprocal rank."""
+        """Return Pearson and Spearman correlation, means over outputs, and mean squared error.
+
+        For rankings, NDCG@10 and mean reciprocal rank come first.
+        """
         pairs = [(truth[is_known(truth)], found[is_known(truth)]) for truth, found in _by_output(predictions)]
         known = is_known(predictions.labels)
         return {
@@ -93,7 +96,10 @@ class ScoredTexts(TextTask):
         }
 
     def row_scores(self, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """The mean correlation plus each row's influence on it, and 1 for each row with a label; rankings: NDCG@10 of each list."""
+        """Return the mean correlation plus each row's influence on it, and 1 for labelled rows.
+
+        For rankings, return NDCG@10 and a weight for each list.
+        """
         if self.ranks:
             return ranking_scores(predictions)
         pairs = [(is_known(truth), truth, found) for truth, found in _by_output(predictions)]
@@ -105,7 +111,7 @@ class ScoredTexts(TextTask):
         )
         for known, _ in each:
             labelled |= known
-        for known, influence in each:  # an output with fewer labels counts as much as the others
+        for known, influence in each:  # every output has the same weight, whatever its number of labels
             values[known] += influence * (labelled.sum() / (len(each) * known.sum()))
         return values, labelled.astype(np.float64)
 
@@ -120,13 +126,13 @@ RANKING = ScoredTexts(
 
 
 def _mean_of_known(values: Sequence[float]) -> float:
-    """Outputs without labels, or whose scores do not vary, are left out."""
+    """Return the mean without nan, the value of outputs without labels or with constant scores."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
 
 
 def _by_output(predictions: Predictions) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(R,) labels and (R,) scores of each output."""
+    """Return the (R,) labels and (R,) scores of each output."""
     count = 1 if predictions.label_names is None else len(predictions.label_names)
     labels, found = (values.reshape(-1, count).T for values in (predictions.labels, predictions.predicted))
     return list(zip(labels, found, strict=True))
