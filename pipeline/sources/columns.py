@@ -136,7 +136,7 @@ def check_alike(where: str, dataset: JoinedRows, columns: Columns) -> None:
     names = {class_names(part.features[columns.label]) for part in labelled}
     if len(names) > 1:
         raise SourceError(
-            f"{where}: column {columns.label!r}: files have different names of classes; write names in place of numbers"
+            f"{where}: column {columns.label!r}: files have different class names for the same numbers; write names instead of numbers"
         )
     chat = columns.messages or columns.prompt
     if len({is_chat(part, columns) for part in dataset.parts if chat in part.column_names}) > 1:
@@ -192,7 +192,7 @@ def check_label(where: str, dataset: Rows, columns: Columns, *, holds: LabelColu
     elif holds == "classes":
         if found != "nulls" and found not in [f"lists of {scalar}" for scalar in _SCALARS]:
             raise SourceError(
-                f"{where}: column {name!r} (--label-column): expected a list of the labels that a row has, or of one boolean or float a class, found {found}; "
+                f"{where}: column {name!r} (--label-column): expected a list of a row's labels, or a list of one boolean or float per class, found {found}; "
                 "name another column, or make lists of it"
             )
     elif found not in _SCALARS and not (columns.text is not None and holds_spans(dataset, name)):

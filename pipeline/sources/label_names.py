@@ -119,7 +119,7 @@ def _distinct(names: Iterable[str], source: Source, column: str) -> tuple[str, .
         other = first.setdefault(fold(name), name)
         if other != name:
             logger.warning(
-                "%s: column %r has the labels %r and %r, which become two classes; if they are one, mend the rows or give --label-map '%s=%s'",
+                "%s: column %r has the labels %r and %r, which become two classes; if they are one, correct the rows or give --label-map '%s=%s'",
                 *(source.name, column, other, name, name, other),
             )
     return kept

@@ -15,7 +15,7 @@ from pipeline.sources.source import Source
 
 logger = logging.getLogger(__name__)
 
-MEND = "mend the row, or name another column with --label-column"
+MEND = "correct the row, or name another column with --label-column"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class LabelMap:
             return by_class[number]
         if number in self.unclear:
             raise SourceError(
-                f"{where}: label {number} is no class by name, and the class at position {number} is named by another number ({listed(self.names.ids)}); "
+                f"{where}: label {number} is ambiguous: it is the name of no class, and the class at position {number} is named by another number ({listed(self.names.ids)}); "
                 "say which with --label-map DATA=MODEL"
             )
         if number not in self.numbers:
@@ -339,7 +339,7 @@ def _class_ids(found: tuple[str, ...], names: Names, given: Names, where: str) -
     model = list(names.ids)
     if len(found) != len(model):
         raise SourceError(
-            f"{where}: expected the model's {len(model)} labels ({', '.join(model[:5])}), found {len(found)} in the data's list of classes, which is of all splits ({', '.join(found[:5])}); "
+            f"{where}: expected the model's {len(model)} labels ({', '.join(model[:5])}), found {len(found)} in the data's list of classes for all splits ({', '.join(found[:5])}); "
             "rename the data's labels to the model's, or give --label-map DATA=MODEL for each"
         )
     if given.ids:

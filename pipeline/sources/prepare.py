@@ -181,17 +181,17 @@ def _instead(dataset: Any, part: Any) -> str:
     import datasets
 
     if isinstance(dataset, Mapping) and isinstance(part, list | tuple) and not (part and isinstance(part[0], Mapping)):
-        return "of columns make one with datasets.Dataset.from_dict(columns)"
+        return "for columns use datasets.Dataset.from_dict(columns)"
     if isinstance(part, list | tuple):
-        return "of rows make one with datasets.Dataset.from_list(rows)"
+        return "for a list of rows use datasets.Dataset.from_list(rows)"
     if isinstance(part, Mapping):
-        return "of columns make one with datasets.Dataset.from_dict(columns)"
+        return "for columns use datasets.Dataset.from_dict(columns)"
     if isinstance(part, datasets.IterableDataset):
         return "expected Parquet files as they are, without map, filter or shuffle: load it without streaming=True, or make one with datasets.Dataset.from_generator(lambda: iter(rows))"
     if type(part).__name__ == "DataFrame":
-        return "of a pandas frame make one with datasets.Dataset.from_pandas(frame)"
+        return "for a pandas frame use datasets.Dataset.from_pandas(frame)"
     if isinstance(part, Iterable):
-        return "of what gives rows one by one make one with datasets.Dataset.from_generator(lambda: iter(rows))"
+        return "for an iterable of rows use datasets.Dataset.from_generator(lambda: iter(rows))"
     return "give a datasets.Dataset, or a DatasetDict of them"
 
 
@@ -290,7 +290,7 @@ def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
         near = next((name for name in part.column_names if fold(name) == fold(label)), None)
         if near is not None and label not in part.column_names:
             logger.warning(
-                "%s: %s: column %r is not read as the label, which is %r: its %d rows have none; spell both alike",
+                "%s: %s: column %r is not read as the label column %r: its %d rows have no label; spell both alike",
                 *(where, file, near, label, len(part)),
             )
     without = sum(len(part) for part in dataset.parts if label not in part.column_names)

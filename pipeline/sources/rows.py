@@ -172,14 +172,16 @@ def _attended(name: str, value: object, ids: tuple[int, ...]) -> slice:
     )
     if len(mask) != len(ids) or set(mask) - {0, 1}:
         raise BadRowError(
-            f"{name}: expected {len(ids)} times 0 or 1, one for each token, found {len(mask)} values of {sorted(set(mask))[:4]}"
+            f"{name}: expected {len(ids)} values of 0 or 1, one per token, found {len(mask)} values of {sorted(set(mask))[:4]}"
         )
     if 1 not in mask:
         raise BadRowError(f"{name}: expected a 1, found {len(mask)} times 0")
     first, last = mask.index(1), len(mask) - 1 - mask[::-1].index(1)
     if 0 in mask[first:last]:
         hole = mask.index(0, first)
-        raise BadRowError(f"{name}[{hole}]: expected 0 at the beginning and the end alone, found 0 between two of 1")
+        raise BadRowError(
+            f"{name}[{hole}]: expected 0 only at the beginning and the end, found 0 between two values of 1"
+        )
     return slice(first, last + 1)
 
 

@@ -64,7 +64,7 @@ class ScoreColumn:
             raise BadRowError("expected a name or a number, found null")
         found = group_id(value)
         if (split, found) in self.lone:
-            raise BadRowError(f"{value!r} is a list of one row, which is compared with nothing")
+            raise BadRowError(f"{value!r} is a list of one row, which has nothing to be ranked against")
         return found
 
     def read(self, value: object) -> tuple[float, ...]:
@@ -151,7 +151,7 @@ def _lone(source: Source) -> frozenset[tuple[str, int]]:
             group = group_id(row[name])
             if group != before and group in sizes:
                 raise SourceError(
-                    f"{source.name}: split {split}: column {name!r} (--group-column): the rows of {row[name]!r} stand apart, row {i} is not next to the others; sort the rows by the column"
+                    f"{source.name}: split {split}: column {name!r} (--group-column): the rows of {row[name]!r} are not consecutive: row {i} is separate; sort the rows by the column"
                 )
             sizes[group] += 1
             before = group

@@ -155,7 +155,7 @@ def read_documents(
             yield document if problem is None else BadRow(split, example.source_row, problem)
     if padded and rows > 1:  # a single row is only a trial, so it needs no warning
         logger.warning(
-            "split %s: %d of %d rows begin or end in a run of the pad token %d, which is to be learnt as any other; add a "
+            "split %s: %d of %d rows begin or end with the pad token %d, which is trained on like any other; add a "
             "column attention_mask that is 0 there, or labels of %d",
             split,
             padded,
@@ -281,7 +281,7 @@ def _from_prompt(example: Example, vocabulary: Vocabulary, texts: bool) -> Docum
         first = next((i for i, offset in enumerate(offsets) if _first_letter(text, offset) >= len(prompt)), len(ids))
         if first == len(ids):
             raise BadRowError(
-                f"no token of the completion begins after the prompt: {len(ids)} tokens of the joined text, all of the prompt"
+                f"the tokenizer merges the completion into the prompt: {len(ids)} tokens of the joined text, all of them begin in the prompt"
             )
         before, after = (ids[:first], num_bytes[:first]), (ids[first:], num_bytes[first:])
         covered = Covered.of(text, offsets) if texts else None

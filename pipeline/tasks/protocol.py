@@ -234,7 +234,9 @@ def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> N
     if columns.image is not None and task.reads != "images":
         raise MisuseError(f"--image-column: --task {task.name} reads texts; give --task image-classification")
     if columns.choices and task.reads != "choices":
-        raise MisuseError(f"--choices-column: --task {task.name} chooses no text; give --task multiple-choice")
+        raise MisuseError(
+            f"--choices-column: --task {task.name} does not choose between texts; give --task multiple-choice"
+        )
     task.check_columns(columns, tokenization)
     if columns.group is not None and not task.ranks:
         raise MisuseError(
@@ -242,7 +244,7 @@ def check_columns(task: Task, columns: Columns, tokenization: Tokenization) -> N
         )
     if columns.group is None and task.ranks:
         raise MisuseError(
-            f"--task {task.name} needs --group-column: the column whose rows of one value are a list, as the query or its number"
+            f"--task {task.name} needs --group-column: the column with the list of each row, such as its query; rows with the same value are a list"
         )
     if tokenization.views is not None and task.reads != "images":
         raise MisuseError(f"--views is for images; --task {task.name} reads texts; leave it out")
@@ -284,7 +286,7 @@ def refuse_settings_of_language_models(name: str, tokenization: Tokenization, re
         MisuseError: one of the settings is given; the message names the flags.
     """
     if tokenization.packing:
-        raise MisuseError(f"--packing is for language models; --task {name} has one text or image a row")
+        raise MisuseError(f"--packing is for language models; --task {name} has one text or image per row")
     if tokenization.assistant_turns or tokenization.chat_template_kwargs or tokenization.truncation_side:
         raise MisuseError(
             "--assistant-turns, --chat-template-kwargs and --truncation-side are for the chats of language models; "
@@ -387,6 +389,6 @@ def check_ids(limit: int, rows: Iterable[TokenizedExample], tokenizer: PreTraine
     beyond = ids_beyond(rows, limit)
     if beyond:
         raise ModelError(
-            f"{name}: rows of the data set hold token ids without a row in the input embedding, which has {limit}: {named_ids(beyond, tokenizer)}"
+            f"{name}: the data set has token ids that the input embedding lacks, which has {limit}: {named_ids(beyond, tokenizer)}"
             "; use the tokenizer that the model was trained with, or train it after resize_token_embeddings"
         )

@@ -208,7 +208,7 @@ def _tokenize_words(
         whole = _first_tokens(encoded.word_ids(i))
         if len(whole) < len(example.words):
             lost = next(k for k in range(len(example.words)) if k not in whole)
-            reason = f"word {lost}, {example.words[lost]!r}: the tokenizer makes no token of it, and has none for unknown words; take it out, with its label"
+            reason = f"word {lost}, {example.words[lost]!r}: the tokenizer makes no token of it and has no unknown token; remove the word and its label"
             yield BadRow(split, example.source_row, reason)
             continue
         if not places:

@@ -120,7 +120,8 @@ def test_columns_that_are_kept(write):
 def test_a_prompt_that_is_too_long_is_a_line_or_set_aside(write):
     rows = [{"prompt": "the cat"}, {"prompt": "the " * 400}, {"prompt": ""}]
     with pytest.raises(
-        BadRowError, match=r"rows.jsonl: split train, row 1: a prompt of \d+ tokens and 4 new ones .* 128; mend the row"
+        BadRowError,
+        match=r"rows.jsonl: split train, row 1: a prompt of \d+ tokens and 4 new ones .* 128; correct the row",
     ):
         run(write(rows))
     found = run(write(rows, on_bad_row="skip", overwrite=True))

@@ -195,7 +195,9 @@ def test_what_a_server_refuses_is_a_bad_row(config, serve, tmp_path):
     server = serve(owner="library", takes_ids=False)
     (tmp_path / "p.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "forbidden"}\n')
     settings = {"server": (server.url,), "dataset": str(tmp_path / "p.jsonl")}
-    with pytest.raises(BadRowError, match=r"row 1: the server refuses the prompt: .*400 no such prompts; mend the row"):
+    with pytest.raises(
+        BadRowError, match=r"row 1: the server refuses the prompt: .*400 no such prompts; correct the row"
+    ):
         run(config(**settings))
     found = run(config("skip", on_bad_row="skip", **settings))
     assert (found.counts.completions, found.counts.rows_set_aside) == (2, 1)

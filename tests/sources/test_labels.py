@@ -130,8 +130,8 @@ def test_numbers_are_the_class(labels: Any, expected: list[int | None]) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (source("a", "z"), "row 1: unknown label 'z'; expected one of a, b; mend the row, or name another column"),
-        (source(0, 2), r"row 1: label 2 out of range; expected 0 to 1 \(a, b\); mend the row"),
+        (source("a", "z"), "row 1: unknown label 'z'; expected one of a, b; correct the row, or name another column"),
+        (source(0, 2), r"row 1: label 2 out of range; expected 0 to 1 \(a, b\); correct the row"),
         (source(0, -2), "row 1: label -2 out of range"),
         (source(0.0, 0.5), "row 1: label 0.5 is no class; expected a name or a whole number"),
     ],
@@ -142,7 +142,7 @@ def test_labels_that_the_model_does_not_have(data: Source, message: str) -> None
 
 
 def test_many_names_are_cut_short() -> None:
-    with pytest.raises(SourceError, match=r"19, \.\.\. \(50 in all\); mend"):
+    with pytest.raises(SourceError, match=r"19, \.\.\. \(50 in all\); correct"):
         mapped(source("z"), *(f"name{i}" for i in range(50)))
 
 
@@ -173,7 +173,8 @@ def test_numbers_are_looked_up_where_the_names_are_numbers() -> None:
 def test_a_number_at_the_position_of_a_class_that_is_another_number() -> None:
     assert mapped(source(0, 5), "other", "0", "5") == [1, 2]
     with pytest.raises(
-        SourceError, match="label 1 is no class by name, and the class at position 1 is named by another"
+        SourceError,
+        match="label 1 is ambiguous: it is the name of no class, and the class at position 1 is named by another",
     ):
         mapped(source(1), "other", "0", "5")
     assert mapped(source(0, 1), "other", "0", "5", label_map=("0=0", "1=other")) == [1, 0]

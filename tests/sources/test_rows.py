@@ -228,10 +228,10 @@ def test_padding_is_left_out_by_the_attention_mask() -> None:
         ((5, 6), (5, 6)),
     ]
     assert [item.reason for item in found[3:] if isinstance(item, BadRow)] == [
-        "attention_mask[1]: expected 0 at the beginning and the end alone, found 0 between two of 1",
+        "attention_mask[1]: expected 0 only at the beginning and the end, found 0 between two values of 1",
         "attention_mask: expected a 1, found 2 times 0",
-        "attention_mask: expected 2 times 0 or 1, one for each token, found 1 values of [1]",
-        "attention_mask: expected 2 times 0 or 1, one for each token, found 2 values of [1, 2]",
+        "attention_mask: expected 2 values of 0 or 1, one per token, found 1 values of [1]",
+        "attention_mask: expected 2 values of 0 or 1, one per token, found 2 values of [1, 2]",
     ]
 
 

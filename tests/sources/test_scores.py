@@ -101,7 +101,7 @@ def test_a_list_of_one_row_and_a_row_of_no_list_are_set_aside():
     rows = read(source_of([0.0] * 5, RANKED, query=["a", "a", "b", None, None]), 1)
     reasons = [row.reason for row in rows if isinstance(row, BadRow)]
     assert reasons == [
-        "query: 'b' is a list of one row, which is compared with nothing",
+        "query: 'b' is a list of one row, which has nothing to be ranked against",
         *["query: expected a name or a number, found null"] * 2,
     ]
 
@@ -109,7 +109,7 @@ def test_a_list_of_one_row_and_a_row_of_no_list_are_set_aside():
 def test_lists_whose_rows_stand_apart_are_refused():
     with pytest.raises(
         SourceError,
-        match=r"column 'query' \(--group-column\): the rows of 'a' stand apart, row 4 is not next to the others; sort the rows by the column",
+        match=r"column 'query' \(--group-column\): the rows of 'a' are not consecutive: row 4 is separate; sort the rows by the column",
     ):
         read(source_of([0.0] * 6, RANKED, query=["a", "a", "b", "b", "a", "a"]), 1)
 

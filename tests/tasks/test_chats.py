@@ -375,7 +375,7 @@ def test_turns_of_weight_0_are_context_without_marks_too() -> None:
     for tokenizer, mode in (("phi-4", None), ("phi-4", "each"), (marked, "each"), (marked, "last")):
         (row,) = rows_of(tokenizer, context[:2], assistant_turns=mode)
         assert isinstance(row, BadRow)
-        assert "expected a turn of the assistant to learn from, found the roles user, assistant" in row.reason
+        assert "expected a turn of the assistant to train on, found the roles user, assistant" in row.reason
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_a_context_that_is_not_found_again_makes_a_bad_row() -> None:
     )
     (row,) = rows_of(tokenizer, PLAIN)
     assert isinstance(row, BadRow)
-    assert "turn 2: the rendering with it does not go on from the rendering before it" in row.reason
+    assert "turn 2: the rendering with it does not continue the rendering before it" in row.reason
 
 
 def test_the_day_that_a_template_asks_for_is_pinned() -> None:
@@ -490,7 +490,7 @@ def test_the_day_that_a_template_asks_for_is_pinned() -> None:
     own = rows_of("llama-3.1", PLAIN, chat_template_kwargs=('date_string="a day"',))
     assert "Today Date: a day\n" in parts("llama-3.1", own[0])[0][0]
     odd = with_template("{% set form = '%Y' %}{{ strftime_now(form) }}" + LINES)
-    with pytest.raises(MisuseError, match="in a format that its text does not show"):
+    with pytest.raises(MisuseError, match="in a format that is not a constant"):
         rows_of(odd, PLAIN)
 
 
@@ -546,7 +546,7 @@ def test_arguments_of_a_call_are_given_in_the_form_that_the_template_takes(
 def test_arguments_that_no_form_fits_are_a_bad_row() -> None:
     (row,) = rows_of("llama-3.1", (turn("user", "a"), call("no object")))
     assert isinstance(row, BadRow)
-    assert "turn 1: the chat template quotes the arguments of a tool call" in row.reason
+    assert "turn 1: the chat template quotes arguments of a tool call" in row.reason
 
 
 def test_a_tool_turn_may_name_its_call_and_its_tool() -> None:
@@ -650,14 +650,16 @@ def test_what_decides_is_said_with_the_reason() -> None:
     def said(tokenizer: Any, mode: Any = None) -> str:
         return supervision(LM.settle(Tokenization(9, assistant_turns=mode), tokenizer, chats=True), tokenizer)
 
-    assert "as few rows as have each turn in the context of inference" in said(tokenizer_of("phi-4"))
+    assert "as few rows as possible, with each turn in its context at inference" in said(tokenizer_of("phi-4"))
     assert "(--assistant-turns last)" in said(tokenizer_of("phi-4"), "last")
     assert 'the day is strftime_now="2024-07-26"' in said(tokenizer_of("gpt-oss"))
-    assert "has no generation prompt, so that the header of a turn is learnt too" in said(tokenizer_of("mistral-v0.3"))
+    assert "has no generation prompt, so that the header of a turn is trained on too" in said(
+        tokenizer_of("mistral-v0.3")
+    )
     marked = with_template("{% generation %}{{ messages[0].content }}{% endgeneration %}")
     assert said(marked) == "the chat template marks the assistant's tokens"
     dated = with_template("{{ strftime_now('%Y') }}{% generation %}{{ messages[0].content }}{% endgeneration %}")
-    assert "rows differ from day to day" in said(dated)
+    assert "rows contain the current date" in said(dated)
     assert "marks the assistant's tokens; each turn is a row" in said(marked, "each")
 
 

@@ -63,7 +63,7 @@ def test_ids_without_an_embedding_are_named_before_the_first_shard(tmp_path, lm_
     plain = datasets.Dataset.from_dict({"text": ["the cat", "the dog sat on the mat"]})
     assert len(softlabel.cache_logits(str(path), plain, tmp_path / "fine", task=task).dataset("train")) == 2
     marked = datasets.Dataset.from_dict({"text": ["the cat", "the <think> dog"]})
-    with pytest.raises(ModelError, match=rf"without a row in the input embedding.*{len(more) - 1} \('<think>'\)"):
+    with pytest.raises(ModelError, match=rf"that the input embedding lacks.*{len(more) - 1} \('<think>'\)"):
         softlabel.cache_logits(str(path), marked, tmp_path / "refused", task=task)
     assert not list((tmp_path / "refused").rglob("*.parquet"))
     cache = softlabel.cache_logits(str(path), marked, tmp_path / "skipped", task=task, on_bad_row="skip")

@@ -347,7 +347,10 @@ def test_damaged_lengths_are_found(cache):
     ("settings", "match"),
     [
         ({"columns": Columns(text="question")}, "reads --text-column and --choices-column"),
-        ({"task": "sequence-classification"}, "--choices-column: --task sequence-classification chooses no text"),
+        (
+            {"task": "sequence-classification"},
+            "--choices-column: --task sequence-classification does not choose between texts",
+        ),
         ({"label_map": {"a": "b"}}, "--label-map goes with class labels"),
     ],
 )

@@ -378,13 +378,15 @@ def test_a_list_of_one_row_stops_the_capture_or_is_set_aside(tmp_path, ranked):
     data = DatasetDict({"train": Dataset.from_list([*rows, alone])})
     settings: dict[str, Any] = {"task": "text-ranking", "columns": RANKING}
     teacher = str(ranked.root.parent / "ranker")
-    with pytest.raises(BadRowError, match="row 20: id: 'alone' is a list of one row, which is compared with nothing"):
+    with pytest.raises(
+        BadRowError, match="row 20: id: 'alone' is a list of one row, which has nothing to be ranked against"
+    ):
         softlabel.cache_logits(teacher, data, tmp_path / "a", **settings)
     made = softlabel.cache_logits(teacher, data, tmp_path / "b", **settings, on_bad_row="skip")
     assert made.manifest.bad_rows == 1
     assert len(made.dataset("train")) == 20
     apart = DatasetDict({"train": Dataset.from_list([*rows, rows[0]])})
-    with pytest.raises(SourceError, match="stand apart"):
+    with pytest.raises(SourceError, match="are not consecutive"):
         softlabel.cache_logits(teacher, apart, tmp_path / "c", **settings)
 
 

@@ -191,7 +191,7 @@ def test_caches_are_merged_and_converted(tmp_path, cache):
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        (["business"], SourceError, "expected a list of the labels that a row has, or of one boolean or float a class, found text"),
+        (["business"], SourceError, "expected a list of a row's labels, or a list of one boolean or float per class, found text"),
         ([["business", "business"]], BadRowError, "label: label 'business' twice; expected the labels that the row has, each once"),
         ([["music"]], SourceError, "unknown label 'music'"),
         ([[1.0, 0.0]], BadRowError, "label: expected 3 numbers, one for each class, found 2"),

@@ -266,7 +266,7 @@ def test_rows_without_text_are_left_out_where_asked(tmp_path, bert_tokenizer, da
     for split in ("train", "test"):
         with Path(data.dataset, f"{split}.jsonl").open("a") as handle:
             handle.write(json.dumps({"id": "empty", "text": "", "label": "film"}) + "\n")
-    with pytest.raises(BadRowError, match="split train, row 90: text is empty; mend or remove the row"):
+    with pytest.raises(BadRowError, match="split train, row 90: text is empty; correct or remove the row"):
         train_teacher(config(tmp_path, pretrained, data, max_steps=1))
     train_teacher(config(tmp_path, pretrained, data, max_steps=1, on_bad_row="skip"))
     kept = json.loads((tmp_path / "out" / "metrics.json").read_text())

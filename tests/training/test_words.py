@@ -274,7 +274,7 @@ def test_numbers_in_another_order_than_the_teachers_are_refused(tmp_path, teache
 def test_bad_rows_stop_or_are_set_aside(tmp_path, teacher):
     rows = Dataset.from_dict({"tokens": [["the", "cat"], ["old"]], "ner_tags": [["O"], ["O"]]})
     with pytest.raises(
-        BadRowError, match="split train, row 0: ner_tags: expected 2 labels, one a word, found 1; mend the row"
+        BadRowError, match="split train, row 0: ner_tags: expected 2 labels, one a word, found 1; correct the row"
     ):
         softlabel.cache_logits(str(teacher), rows, tmp_path / "a", task=TASK, columns=WORDS)
     found = softlabel.cache_logits(str(teacher), rows, tmp_path / "b", task=TASK, columns=WORDS, on_bad_row="skip")

@@ -182,7 +182,7 @@ def _converted(locations: Sequence[str], kind: str, separator: str | None, input
         if bad is not None:
             where = bad[0]
         why = reason(error) if bad is None else bad[1]
-        hint = "save it as UTF-8" if "codec can't decode" in why else "mend the file, or convert it"
+        hint = "save it as UTF-8" if "codec can't decode" in why else "repair the file, or convert it"
         raise SourceError(f"{where}: cannot be read as {kind[1:]}: {why}; {hint}") from error
 
 

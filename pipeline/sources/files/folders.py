@@ -50,7 +50,7 @@ def image_folders(path: Path, config: str | None) -> dict[str, Dataset] | None:
     read = sum(len(rows) for rows in splits.values())
     if read < images:
         logger.warning(
-            "%s: %d of %d images are read, as the splits %s: folders beside those of splits, and images that a metadata file leaves out, are not",
+            "%s: %d of %d images are read, as the splits %s; folders that are no splits, and images that a metadata file leaves out, are skipped",
             *(path, read, images, ", ".join(splits)),
         )
     return splits
@@ -67,5 +67,5 @@ def _refuse_stray(path: Path, split: str, rows: Dataset) -> None:
     if above is not None:
         stray = next(file.name for file in sorted(above.iterdir()) if file.is_file() and not file.name.startswith("."))
         raise SourceError(
-            f"{path}: split {split}: {stray} lies beside the folders of the classes, so that no image has a label; move it, or give the labels in a metadata.csv"
+            f"{path}: split {split}: {stray} is outside the folders of the classes, so that no image gets a label; move it, or give the labels in a metadata.csv"
         )

@@ -207,7 +207,7 @@ class ParquetRows:
             raise
         except Exception as error:  # file systems and Arrow's casts raise different exceptions
             raise SourceError(
-                f"{redact(file.location)}: row group {inside} cannot be read: {reason(error)}; mend the file, or leave it out"
+                f"{redact(file.location)}: row group {inside} cannot be read: {reason(error)}; repair the file, or leave it out"
             ) from error
         self._latest = (group, names), table
         return table
@@ -278,7 +278,7 @@ def _read_footer(location: str) -> Footer:
         return Footer(location, reader.metadata, reader.schema_arrow, hashlib.sha256(tail[-length:]).hexdigest(), state)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
-            f"{redact(location)}: cannot be read as parquet: {reason(error)}; mend the file, or convert it"
+            f"{redact(location)}: cannot be read as parquet: {reason(error)}; repair the file, or convert it"
         ) from error
 
 

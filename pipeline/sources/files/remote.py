@@ -69,7 +69,7 @@ def find_urls(url: str, *, data_files: Iterable[str] = (), config: str | None = 
                 f"{shareable_url(url)}: cannot be reached: {reason(error)}; check the URL and the connection"
             ) from None
         raise SourceError(
-            f"{shareable_url(url)}: nothing there, or not for you; expected {EXPECTED}; check the URL and the credentials"
+            f"{shareable_url(url)}: not found, or access denied; expected {EXPECTED}; check the URL and the credentials"
         ) from None
     except Exception as error:  # file systems raise different exceptions
         raise SourceError(

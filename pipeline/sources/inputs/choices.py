@@ -82,7 +82,7 @@ def read_choice(name: str, value: object, texts: Sequence[str], names: Sequence[
         found = known.index(said)
         if not names and 0 <= number < len(texts) and number != found:
             raise BadRowError(
-                f"{name}: {value!r} is the text of choice {found + 1} and the {'number, from 0,' if said.isdecimal() else 'letter'} of choice {number + 1}; "
+                f"{name}: {value!r} is ambiguous: it is the text of choice {found + 1} and the {'number, from 0,' if said.isdecimal() else 'letter'} of choice {number + 1}; "
                 "give numbers as integers, or a name to each choice: {text: [...], label: [...]}"
             )
         return found

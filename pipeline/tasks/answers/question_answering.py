@@ -86,7 +86,7 @@ class QuestionAnswering(TaskDefaults):
         """
         if not tokenizer.is_fast:
             raise MisuseError(
-                f"--task {self.name} needs a fast tokenizer, which knows the characters of each token; {type(tokenizer).__name__} is none"
+                f"--task {self.name} needs a fast tokenizer, which gives the characters of each token; found {type(tokenizer).__name__}"
             )
         return settings
 

@@ -26,10 +26,10 @@ from pipeline.tasks.chats.turns import Rendered, replies, share_rows
 
 #: Descriptions of the values of `assistant_turns`.
 _ROWS = {
-    "auto": "a chat is as few rows as have each turn in the context of inference",
+    "auto": "a chat becomes as few rows as possible, with each turn in its context at inference",
     "all": "a chat is one row (--assistant-turns all)",
     "each": "each turn is a row (--assistant-turns each)",
-    "last": "the last turn alone is learnt (--assistant-turns last)",
+    "last": "only the last turn is trained on (--assistant-turns last)",
 }
 _OTHER = "give a template that reads it with --chat-template FILE.jinja"
 
@@ -80,15 +80,15 @@ def supervision(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> s
         parts = ["the chat template marks the assistant's tokens"]
     else:
         parts = [
-            "the chat template does not mark the assistant's tokens: a turn is what it adds to the rendering before it "
+            "the chat template does not mark the assistant's tokens: a turn is the text that it adds to the rendering before it "
             "with the generation prompt"
         ]
     if not template.is_marked and "add_generation_prompt" not in template.variables:
-        parts.append("the template has no generation prompt, so that the header of a turn is learnt too")
+        parts.append("the template has no generation prompt, so that the header of a turn is trained on too")
     parts += [] if settings.assistant_turns is None else [_ROWS[settings.assistant_turns]]
     pinned = any(item.startswith(f"{CLOCK}=") for item in settings.chat_template_kwargs)
     if template.asks_the_date and not pinned:
-        parts.append(f"rows differ from day to day, by the date in them (--chat-template-kwargs {CLOCK}=DAY pins it)")
+        parts.append(f"rows contain the current date (--chat-template-kwargs {CLOCK}=DAY fixes it)")
     elif template.asks_the_date:
         day = next(item for item in settings.chat_template_kwargs if item.startswith(f"{CLOCK}="))
         parts.append(f"the day is {day}, whenever it is run (--chat-template-kwargs {CLOCK}=DAY)")
@@ -123,7 +123,7 @@ def render_chat(
         return [Rendered(text, _learnt(messages, spans), len(messages), learnt)]
     if not learnt:
         roles = ", ".join(dict.fromkeys(message.role for message in messages))
-        raise BadRowError(f"expected a turn of the assistant to learn from, found the roles {roles}")
+        raise BadRowError(f"expected a turn of the assistant to train on, found the roles {roles}")
     if template.is_marked:
         return [_marked(number, messages, turns, tools, render) for number in learnt]
     found = list(replies(learnt, turns, tools, render, control))
@@ -156,7 +156,7 @@ def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, kwargs: 
     try:
         return render(turns, tools, prompt=True)[0]
     except REFUSALS as error:
-        raise BadRowError(f"the chat template refuses it with the generation prompt: {error}") from None
+        raise BadRowError(f"the chat template raises an error with the generation prompt: {error}") from None
 
 
 def _marked(
@@ -205,7 +205,7 @@ def _rendered(
         try:
             text, spans = render(turns, tools)
         except REFUSALS as error:  # for example, roles that must alternate, or missing content
-            refusal = _unread(*min(unread)) if unread else BadRowError(f"the chat template refuses it: {error}")
+            refusal = _unread(*min(unread)) if unread else BadRowError(f"the chat template raises an error: {error}")
             problem = problem or refusal
             continue
         misprint = _misprinted(turns, text)
@@ -300,7 +300,7 @@ def _misprinted(turns: Sequence[Turn], text: str) -> BadRowError | None:
             arguments = function.get("arguments") if isinstance(function, dict) else None
             if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
                 return BadRowError(
-                    f"turn {number}: the chat template quotes the arguments of a tool call, which are text; give them as an "
+                    f"turn {number}: the chat template quotes arguments of a tool call that are given as text; give them as an "
                     "object"
                 )
             if isinstance(arguments, dict) and _as_python(arguments, turns, text):

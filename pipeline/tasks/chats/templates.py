@@ -161,7 +161,7 @@ def _pinned(template: ChatTemplate, day: str) -> str:
         raise MisuseError(f"--chat-template-kwargs {CLOCK}: expected a day as {DAY}, found {day!r}") from None
     if template.date_formats is None:
         raise MisuseError(
-            "the chat template asks for today's date in a format that its text does not show, so that rows would differ "
+            "the chat template asks for today's date in a format that is not a constant, so that rows would differ "
             "from day to day; give another with --chat-template FILE.jinja"
         )
     dates = {form: now.strftime(form) for form in sorted(template.date_formats)}

@@ -140,7 +140,7 @@ class _Chat:
         start = _behind(header or _last_piece(asked, self.control), whole, words) if words < len(whole) else None
         if start is None:
             raise BadRowError(
-                f"turn {number}: the rendering with it does not go on from the rendering before it, so that what it adds is "
+                f"turn {number}: the rendering with it does not continue the rendering before it, so that its text is "
                 "not known; give a template that marks the assistant's tokens with {% generation %}, with --chat-template "
                 "FILE.jinja"
             )
@@ -170,7 +170,7 @@ class _Chat:
         at = added.find(visible.strip())
         if at < 0:
             raise BadRowError(
-                f"turn {reply.number}: the chat template drops its reasoning, which is to be learnt; give one that keeps it "
+                f"turn {reply.number}: the chat template drops its reasoning, which is trained on; give one that keeps it "
                 "with --chat-template FILE.jinja, or set the turn's weight to 0"
             )
         kept = content[: len(content) - len(visible.lstrip())].lstrip()

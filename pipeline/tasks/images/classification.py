@@ -125,7 +125,7 @@ class ImageClassification(TaskDefaults):
             config: Any = model.config
             raise ModelError(
                 f"{config.name_or_path or 'the model'}: does not take the {pixels.shape[-2]} x {pixels.shape[-1]} pixels that its image processor makes: {error}; "
-                "mend preprocessor_config.json beside it"
+                "correct its preprocessor_config.json"
             ) from None
         return logits
 

@@ -117,7 +117,7 @@ def _joined(pixels: Sequence[Tensor]) -> Tensor:
     if len(sizes) > 1:
         (h, w), (height, width) = sizes[0], sizes[-1]
         raise ModelError(
-            f"the image processor makes images of several sizes, {h} x {w} and {height} x {width} pixels; let it resize or crop all to one size, in preprocessor_config.json"
+            f"the image processor returns images of different sizes, {h} x {w} and {height} x {width} pixels; set a fixed size or crop in preprocessor_config.json"
         )
     return torch.cat(list(pixels))
 

@@ -156,7 +156,7 @@ def test_unknown_kind_of_file_and_empty_directory(tmp_path: Path) -> None:
         (
             "d.jsonl",
             b'{"text": "a"}\nnonsense\n',
-            "cannot be read as jsonl: line 2, column 1: Expecting value; mend the file",
+            "cannot be read as jsonl: line 2, column 1: Expecting value; repair the file",
         ),
         ("d.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: .*surrogates not allowed"),
         ("d.jsonl", b'{"text": "a"}\n[1]\n', "line 2: expected an object, found list"),
@@ -316,7 +316,7 @@ def test_classes_of_two_files_have_the_same_names(tmp_path: Path) -> None:
         found.cast_column("label", datasets.ClassLabel(names=names)).to_parquet(tmp_path / f"{name}.parquet")
     put(tmp_path, "c.csv", "text\nc\n")
     files = ("train=a.parquet", "train=c.csv", "train=b.parquet")
-    with pytest.raises(SourceError, match="files have different names of classes"):
+    with pytest.raises(SourceError, match="files have different class names"):
         load_source(DataConfig(dataset=str(tmp_path), data_files=files))
 
 
@@ -358,4 +358,4 @@ def test_a_label_column_that_is_spelt_otherwise_in_one_file(tmp_path: Path, name
     put(tmp_path, "b.csv", f"text,{name}\ntwo,x\n")
     load_source(DataConfig(dataset=str(tmp_path), data_files=("train=a.csv", "train=b.csv")))
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert f"b.csv: column {name!r} is not read as the label, which is 'label': its 1 rows have none" in said
+    assert f"b.csv: column {name!r} is not read as the label column 'label': its 1 rows have no label" in said

@@ -131,7 +131,7 @@ def test_types_are_those_of_the_first_file(tmp_path: Path) -> None:
     assert list(read_rows(found, ["text", "label"])) == [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
     pq.write_table(pa.table({"text": ["c"], "label": ["three"]}), tmp_path / "part-2.parquet")
     found = load_source(DataConfig(dataset=str(tmp_path))).splits["train"]
-    with pytest.raises(SourceError, match=r"part-2.parquet: row group 0 cannot be read: .*three.*; mend the file"):
+    with pytest.raises(SourceError, match=r"part-2.parquet: row group 0 cannot be read: .*three.*; repair the file"):
         list(read_rows(found, ["label"]))
 
 
@@ -202,7 +202,7 @@ def test_only_the_footer_and_the_columns_of_one_row_group_are_fetched(served) ->
 
 def test_a_server_without_ranges_and_a_file_that_is_not_there(served) -> None:
     put(served.folder / "d.parquet", rows(10), 5)
-    with pytest.raises(SourceError, match=r"/none.parquet: nothing there, or not for you"):
+    with pytest.raises(SourceError, match=r"/none.parquet: not found, or access denied"):
         load_source(DataConfig(dataset=f"{served.url}/none.parquet"))
     served.with_ranges = False
     with pytest.raises(SourceError, match="does not serve ranges of bytes; download the file and give its path"):

@@ -83,7 +83,7 @@ def test_the_configs_of_a_readme(memory):
 
 
 def test_nothing_there_and_misuse(memory):
-    with pytest.raises(SourceError, match=r"none: nothing there, or not for you; expected a \.jsonl"):
+    with pytest.raises(SourceError, match=r"none: not found, or access denied; expected a \.jsonl"):
         read(f"{memory}/none")
     put(f"{memory}/a.parquet", "a")
     with pytest.raises(MisuseError, match="--dataset-config goes with a hub data set or a README with configs"):

@@ -32,9 +32,9 @@ def test_numbers_letters_names_and_texts(value, texts, names, expected):
         (
             "0",
             ["2", "1", "0", "3"],
-            r"'0' is the text of choice 3 and the number, from 0, of choice 1; give numbers as",
+            r"'0' is ambiguous: it is the text of choice 3 and the number, from 0, of choice 1; give numbers as",
         ),
-        ("A", ["B", "A"], r"'A' is the text of choice 2 and the letter of choice 1"),
+        ("A", ["B", "A"], r"'A' is ambiguous: it is the text of choice 2 and the letter of choice 1"),
         ("x", ["x", "x"], "'x' names 2 of the choices"),
     ],
 )

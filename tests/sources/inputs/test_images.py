@@ -161,7 +161,7 @@ def test_a_directory_that_is_not_here_is_not_found_among_those_read_before(tmp_p
 def test_folders_that_are_not_read_and_stray_images_are_told(tmp_path, caplog):
     mixed = folders(tmp_path / "mixed", train=FOUND)
     (mixed / "train" / "stray.png").write_bytes(BYTES[0])
-    with pytest.raises(SourceError, match=r"stray\.png lies beside the folders of the classes"):
+    with pytest.raises(SourceError, match=r"stray\.png is outside the folders of the classes"):
         load(mixed)
     odd = tmp_path / "odd"
     for name, image in zip(("train", "car", "plane"), BYTES, strict=False):

@@ -53,7 +53,7 @@ def test_a_part_beyond_the_image_and_a_processor_of_several_sizes_are_refused():
     beyond = Ragged.of(np.array([0, 0, 4, 4, 0, 5, 0, 5, 8, 0]), np.array([5, 5]))
     with pytest.raises(BadRowError, match=r"9\.png: expected a part of 9 x 8 pixels, found 5 x 8 at 5, 0"):
         pixel_values(data, beyond, ViTImageProcessorPil(size={"height": 8, "width": 8}))
-    with pytest.raises(ModelError, match="makes images of several sizes, 8 x 8 and 8 x 9 pixels"):
+    with pytest.raises(ModelError, match="returns images of different sizes, 8 x 8 and 8 x 9 pixels"):
         pixel_values(data, None, ViTImageProcessorPil(do_resize=False))
 
 
