@@ -1,8 +1,8 @@
-"""Offline soft-label data sets: run a teacher once, cache what it believes, train students from the cache.
+"""Offline knowledge distillation: cache a teacher's soft labels once, train students from them.
 
     import pipeline as softlabel
 
-Exports are lazy: importing this package imports no torch.
+Exports are lazy: importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -87,5 +87,5 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     found = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = found  # the next time it is simply there
+    globals()[name] = found  # cached: later accesses do not call __getattr__
     return found

@@ -3,20 +3,20 @@
 PipelineError               exit code 1; one line: what, where, expected, found, what to do next
 |-- MisuseError             exit code 2: options that contradict each other
 |-- ConfigError             a configuration file or value that cannot be used
-|-- SourceError             a data set that is missing, empty, or has other columns or labels than named
-|-- ModelError              a model, adapter or tokenizer that cannot be loaded or does not fit
-|-- ServerError             an inference server that cannot be reached, refuses, or answers what cannot be used
-|-- EncodingError           logits, temperatures or divergences that an encoding cannot serve
+|-- SourceError             a data set that is missing, empty, or lacks a named column or label
+|-- ModelError              a model, adapter or tokenizer that does not load or does not fit
+|-- ServerError             an inference server that is unreachable, refuses or answers wrongly
+|-- EncodingError           logits, temperatures or divergences that an encoding does not support
 |-- BadRowError             a row whose text or logits cannot be cached
 |-- CacheError              a directory that is not a cache, or cannot be written
-|   |-- ContractError       two things that must agree differ: a resumed capture, a student and its cache
-|   `-- IntegrityError      bytes that are not what the manifest says
-`-- TrainingError           a training run that cannot start or go on
+|   |-- ContractError       settings that must agree differ: a resumed capture, student and cache
+|   `-- IntegrityError      bytes that differ from the manifest
+`-- TrainingError           a training run that cannot start or continue
 """
 
 
 class PipelineError(Exception):
-    """Base of every error that a user can mend; its text is one line."""
+    """Base class of all errors that a user can resolve; the message is one line."""
 
     exit_code = 1
 
@@ -32,19 +32,19 @@ class ConfigError(PipelineError):
 
 
 class SourceError(PipelineError):
-    """A data set that is missing, empty, or has other columns or labels than named."""
+    """A data set that is missing, empty, or lacks a named column or label."""
 
 
 class ModelError(PipelineError):
-    """A model, adapter or tokenizer that cannot be loaded or does not fit."""
+    """A model, adapter or tokenizer that does not load or does not fit."""
 
 
 class ServerError(PipelineError):
-    """An inference server that cannot be reached, refuses, or answers what cannot be used."""
+    """An inference server that is unreachable, refuses requests, or sends unusable answers."""
 
 
 class EncodingError(PipelineError):
-    """Logits, temperatures or divergences that an encoding cannot serve."""
+    """Logits, temperatures or divergences that an encoding does not support."""
 
 
 class BadRowError(PipelineError):
@@ -56,12 +56,12 @@ class CacheError(PipelineError):
 
 
 class ContractError(CacheError):
-    """Two things that must agree differ: a resumed capture, a student and its cache."""
+    """Settings that must agree differ: of a resumed capture, or of a student and its cache."""
 
 
 class IntegrityError(CacheError):
-    """Bytes that are not what the manifest says."""
+    """Bytes that differ from what the manifest states."""
 
 
 class TrainingError(PipelineError):
-    """A training run that cannot start or go on."""
+    """A training run that cannot start or continue."""

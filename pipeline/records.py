@@ -1,19 +1,21 @@
-"""Every in-memory type, in the order in which data flows through them: one page, longer than others, so that there is one to read first.
+"""All record types that modules exchange, in the order in which data flows through them.
 
-    source -> Example -> TokenizedExample -> teacher -> SoftLabels -> shard -> Manifest        capture
-    Manifest -> shard -> RowBlock -> StudentBatch -> loss -> student -> EvaluationReport       training
+    source -> Example -> TokenizedExample -> teacher -> SoftLabels -> shard -> Manifest   (capture)
+    Manifest -> shard -> RowBlock -> StudentBatch -> loss -> student -> EvaluationReport (training)
 
-Shape letters, used everywhere: B batch, T tokens, N supervised positions, K kept classes, V
-classes, G temperatures.
+They are in one module, longer than the others, so that it can be read first.
 
-A position's target is one distribution over V classes. Several independent ones (labels of which a
-text may have none or all) are several positions of two classes. A score is a position of one class,
-V = 1, whose logit is the score itself, in the unit of the data.
+Letters for shapes: B rows of a batch, R rows, T tokens, N supervised positions, K kept classes, V
+classes, G temperatures, S spans.
 
-Row n of a `SoftLabels` is the prediction *made at* supervised position n. A sequence classifier
-makes one per example. A causal language model makes one per supervised token position t, and it
-predicts token t + 1: the hard label of position t is `input_ids[t + 1]`. The last token of a row
-and the last token of a document are never supervised.
+The target of a position is one distribution over V classes. If a row can have any number of labels,
+each label is a position with two classes. A score is a position with one class (V = 1), whose logit
+is the score in the unit of the data.
+
+Row n of `SoftLabels` is the prediction *made at* supervised position n. A sequence classifier makes
+one prediction per example. A causal language model makes one per supervised token position t, for
+token t + 1: the hard label of position t is `input_ids[t + 1]`. The last token of a row and the
+last token of a document are never supervised.
 """
 
 from __future__ import annotations
@@ -27,67 +29,67 @@ import numpy as np
 
 from pipeline.errors import MisuseError
 
-if TYPE_CHECKING:  # records are read by `--help`, which must not wait for torch
+if TYPE_CHECKING:  # `--help` imports this module, and must not import torch
     import pyarrow as pa
     from torch import Tensor
 
-#: What the losses and `transformers` skip: a position without a hard label. Where labels are
-#: scores, nan is.
+#: Hard label of positions without one, which the losses and `transformers` ignore. Scores use nan
+#: instead.
 NO_LABEL = -100
 
 Scalar = str | int | float | bool | None
 
-#: What a command would do, as `--dry-run` prints it: what is told, and what there is to say of it.
+#: What `--dry-run` prints: pairs of a heading and its text.
 Outline = tuple[tuple[str, str], ...]
 
-#: Which turns of the assistant are learnt: all of them, in one row if they have one context; each
-#: in a row; the last.
+#: Assistant turns of a chat to learn: all of them, in one row if they share one context (`auto`);
+#: all in one row (`all`); each in a row of its own (`each`); only the last (`last`).
 AssistantTurns = Literal["auto", "all", "each", "last"]
 
-#: Where hard labels come from: a value of the source for each row, or for each position; or the
-#: text itself: the token that follows a position, the one that the input hides there, or the one of
-#: a target text that stands there.
+#: Source of the hard labels: a value of the data set for each row (`row`) or each position
+#: (`positions`), or tokens of the text: the token after a position (`tokens`), the masked token
+#: (`hidden`), or the token of a target text at the position (`target`).
 LabelSource = Literal["row", "positions", "tokens", "hidden", "target"]
 
-#: What the label column of a data set holds: one class a row (of words one a word), the classes
-#: that a row has, scores, or answers that stand in a text.
+#: What the label column of a data set holds: one class per row (or per word), a set of classes per
+#: row, scores, or answers that are spans of a text.
 LabelColumn = Literal["class", "classes", "scores", "answers"]
 
-#: What a position's target is: a distribution over classes, or one number.
+#: Type of a position's target: a distribution over classes, or one number.
 TargetKind = Literal["distribution", "score"]
 
-#: What the label names of a cache are of: the classes of every position; the positions of every
-#: row, of which each is one label that is there or not; the choices of every row, by their numbers;
-#: or two positions whose classes are the places of the row's tokens. Models state neither of the
-#: last two.
+#: What the label names of a cache belong to. `classes`: the classes of every position. `positions`:
+#: the positions of every row, each of which is one binary label. `choices`: the choices of every
+#: row, by number. `places`: the first and last token of an answer; the classes of these two
+#: positions are the places of the row's tokens. Models have no names for `choices` and `places`.
 LabelNames = Literal["classes", "positions", "choices", "places"]
 
-#: What a model reads: token ids, the pixel values of an image, or the token ids of several texts of
+#: Input of a model: token ids, the pixel values of an image, or the token ids of several texts of
 #: which one is chosen.
 Inputs = Literal["tokens", "images", "choices"]
 
-#: How a student with another tokenizer learns from a cache: the stored texts or words are tokenized
-#: anew, the tokens of both are aligned by their bytes, or, of images, its own image processor reads
-#: the stored images.
+#: How a student with another tokenizer is trained from a cache: the stored texts or words are
+#: tokenized again, the tokens of both are aligned by their bytes, or the student's own image
+#: processor reads the stored images.
 OtherTokenizers = Literal["texts", "bytes", "words", "images"]
 
 
-# ------------------------------------------------------------------------------------------------ source -> tokens
+# --------------------------------------------------------------------------------- source -> tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column of a data set holds what. `None`: there is no such column."""
+    """Names of the columns of a data set, by role; None: there is no such column."""
 
     text: str | None = "text"
     text_pair: str | None = None
     image: str | None = None
-    """Images, or the paths of their files. Manifests leave it out where there is none."""
+    """Images, or the paths of image files. Omitted from manifests if None."""
     choices: tuple[str, ...] = ()
-    """Lists of texts to choose from, or one column for each choice. Manifests leave it out where
-    there is none."""
+    """Either one column with lists of texts to choose from, or one column per choice. Omitted from
+    manifests if empty."""
     words: str | None = None
-    """Lists of words, of which each has a label."""
+    """Lists of words, each of which has a label."""
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
@@ -96,8 +98,8 @@ class Columns:
     label: str | None = "label"
     keep: tuple[str, ...] = ()
     group: str | None = None
-    """Whose rows of one value are compared with each other: the query of some documents. Manifests
-    leave it out where there is none."""
+    """Rankings: rows with equal values form a list that is ranked, such as the documents of one
+    query. Omitted from manifests if None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,12 @@ class Message:
 
     role: str
     content: str | None
-    """None: the turn is made of `fields` alone, a tool call for example."""
+    """None: the turn has only `fields`, for example a tool call."""
     fields: Mapping[str, object] = field(default_factory=dict)
-    """What else the turn has, for the chat template: `tool_calls`, `reasoning_content` and so
-    on."""
+    """Other fields of the turn for the chat template, such as `tool_calls` and
+    `reasoning_content`."""
     learnt: bool = True
-    """False: only context, where the template would mark it as the assistant's."""
+    """False: the turn is context only, even if the template marks it as the assistant's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,71 +122,80 @@ class Image:
 
     data: bytes
     path: str | None = None
-    """The file's name, for people: its last part. Of a cache that refers to images, where the file
-    lies below `SOFTLABEL_IMAGES`."""
+    """Last part of the file's name, for display. In a cache that refers to images: the file's path
+    below `SOFTLABEL_IMAGES`."""
     file: str | None = None
-    """Where the file lies below the directory that holds the data set: the data set's name, and the
-    path in it. None: it is no file, or lies elsewhere."""
+    """Path of the file below the directory that contains the data set: the name of the data set,
+    and the path in it. None: the image is not a file, or is stored elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of a source, columns mapped, not tokenized. Exactly one of the six inputs is set."""
+    """One row of a source with its columns mapped, before tokenization.
+
+    Exactly one of these inputs is set: `text`, `image`, `words`, `messages`, `prompt_completion`,
+    `input_ids`.
+    """
 
     source_row: int
     text: str | None = None
     text_pair: str | None = None
     choices: tuple[str, ...] | None = None
-    """Beside `text`: of these one is chosen; `text_pair` begins each."""
+    """With `text`: the choices, of which one is the answer. Each begins with `text_pair`, if that
+    is set."""
     image: Image | None = None
     words: tuple[str, ...] | None = None
     word_labels: tuple[int, ...] | None = None
-    """Class ids, one a word, -100 where a word has none; None: the row has no labels."""
+    """One class id per word, -100 for a word without a label; None: the row has no labels."""
     messages: tuple[Message, ...] | None = None
     tools: tuple[Mapping[str, object], ...] | None = None
-    """Chats only: the descriptions of the tools, for the chat template."""
+    """Chats: descriptions of the tools, for the chat template."""
     prompt_completion: tuple[str, str] | None = None
     input_ids: tuple[int, ...] | None = None
     token_labels: tuple[int, ...] | None = None
-    """Pre-tokenized rows only: -100 where a token is not to be learnt, aligned with `input_ids`
-    (not shifted)."""
+    """Pre-tokenized rows: -100 for tokens that are not learnt; aligned with `input_ids` (not
+    shifted)."""
     label: int | None = None
     flags: tuple[int, ...] | None = None
-    """Several labels at once: 1 for each of the model's labels that the row has, 0 for the others,
-    -100 where it is not known."""
+    """Multi-label classification: 1 for each of the model's labels that the row has, 0 for the
+    others, -100 if unknown."""
     scores: tuple[float, ...] | None = None
-    """One for each of the model's outputs, nan where it is not known."""
+    """One score for each of the model's outputs, nan if unknown."""
     answers: tuple[tuple[int, int], ...] | None = None
-    """Characters `[start, end)` of `text_pair` that answer `text`; (): none does. None: not
-    known."""
+    """Question answering: character ranges `[start, end)` of `text_pair` that answer `text`. Empty:
+    there is no answer. None: unknown."""
     group: int | None = None
-    """Rankings: a hash of the value that the rows of one list share."""
+    """Rankings: a hash of the value that all rows of one list share."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """Which tokens a masked language model predicts."""
+    """Settings for choosing the tokens that a masked language model predicts."""
 
     share: float = 0.15
-    """Of the tokens of a row that are hidden."""
+    """Share of a row's tokens that are masked."""
     whole_words: bool = False
-    """Hide all tokens of a word or none."""
+    """Whether to mask either all tokens of a word or none."""
     copies: int = 1
-    """Rows made of each text, each with another mask."""
+    """Number of rows made from each text, each with a different mask."""
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Random parts of each image, each a row of its own: teacher and students see the same ones (Shen and Xing, 2022)."""
+    """Settings for cutting random parts from images; each part is a row (Shen and Xing, 2022).
+
+    The coordinates are stored, so teacher and students see the same parts.
+    """
 
     count: int
-    """Rows made of each image of the split `train`; other splits have the whole image, once."""
+    """Rows made of each image of the split `train`; other splits have one row with the whole
+    image."""
     smallest: float = 0.08
-    """Share of the image's area that a part has at least."""
+    """Smallest area of a part, as a share of the image's area."""
     mirror: bool = True
-    """Whether half of the parts are mirrored, left to right."""
+    """Whether half of the parts are flipped horizontally."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -194,96 +205,99 @@ class Views:
             raise MisuseError(f"--view-area: expected a share above 0, at most 1, found {self.smallest}")
 
     def rows_of_an_image(self, split: str) -> int:
-        """`count` for the split `train`; 1 for the others."""
+        """Return `count` for the split `train`, 1 for others."""
         return self.count if split == "train" else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """How texts become tokens: all that decides `input_ids`, beside the tokenizer itself.
+    """Settings that, with the tokenizer, determine `input_ids`.
 
-    An image counts as one token.
-
-    Manifests leave out the settings of chats and prompts where they are empty.
+    An image counts as one token. Manifests omit the settings of chats and prompts if they are
+    empty.
     """
 
     max_length: int
     packing: bool = False
     isolate_documents: bool = False
-    """Packed rows only: attention and positions start anew at every document."""
+    """Packed rows: attention and position ids restart at every document."""
     assistant_turns: AssistantTurns | None = None
-    """Chats: which turns are learnt, and in how many rows. None in a contract: as the chat template
-    marks them."""
+    """Chats: which turns are learnt, and in how many rows. None in a contract: the turns that the
+    chat template marks."""
     chat_template_kwargs: tuple[str, ...] = ()
-    """Chats: `KEY=JSON` each, sorted: keyword arguments of the chat template."""
+    """Chats: sorted `KEY=JSON` strings, the keyword arguments of the chat template."""
     truncation_side: Literal["left"] | None = None
-    """Chats, prompts and token ids with labels: where a row that is too long loses tokens. None: at
-    its end."""
+    """Chats, prompts and token ids with labels: the side on which rows that are too long are
+    truncated. None: at the end."""
     masking: Masking | None = None
-    """Masked language models. Manifests leave it out where there is none."""
+    """Masked language models. Omitted from manifests if None."""
     views: Views | None = None
-    """Images. Manifests leave it out where rows are whole images."""
+    """Images. Omitted from manifests if rows are whole images."""
     num_choices: int | None = None
-    """The most choices that a row has. Manifests leave it out where rows have none."""
+    """The largest number of choices of a row. Omitted from manifests if rows have none."""
     stride: int | None = None
-    """Question answering: tokens that two windows of a text share; None: as the task does.
-    Manifests leave it out where it is not given."""
+    """Question answering: number of tokens by which two windows of a text overlap. None: the task's
+    default. Omitted from manifests if None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Tokens that a source row has lost to the longest row allowed."""
+    """Tokens that were cut from a source row because it exceeds the maximum length."""
 
     source_row: int
     tokens: int
     supervised: int = 0
-    """Those of them that were to be learnt."""
+    """The number of these tokens that are supervised."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One row of a cache before the teacher has seen it: a text, a piece of a long one, several packed, or an image."""
+    """One row of a cache before the teacher's forward pass.
+
+    A row is a text, a piece of a long text, several packed texts, or an image.
+    """
 
     source_row: int
     piece: int
     input_ids: np.ndarray
-    """(T,) int32; of an image (0,)."""
+    """(T,) int32; (0,) for an image."""
     supervised: np.ndarray | None = None
-    """(T,) bool: the positions that carry soft labels. None: the task has one position per example,
-    or one for each of the model's labels."""
+    """(T,) bool: the positions that have soft labels. None: the row has one position, or one for
+    each label name."""
     token_type_ids: np.ndarray | None = None
     label: int | None = None
     labels: np.ndarray | None = None
-    """(N,) int32: the hard label of each supervised position, -100 where there is none; of scores
-    float32, nan where there is none. None: the task has none by position."""
+    """(N,) the hard label of each position: int32, -100 if unknown; scores: float32, nan if
+    unknown. None: the task has no labels by position."""
     words: tuple[str, ...] | None = None
-    """(N,) the words that the supervised positions are the beginnings of."""
+    """(N,) words; the supervised positions are at the first token of each."""
     group: int | None = None
     """As in `Example`."""
     text: str | None = None
-    """Language models, where it is kept: the part of the source's text that the tokens cover."""
+    """Language models, if texts are stored: the part of the source's text that the tokens cover."""
     text_pair: str | None = None
     image: Image | None = None
     view: np.ndarray | None = None
-    """(5,) int32: left, top, width and height of the part of the image that is seen, in pixels, and
-    1 where it is mirrored; (0,): the whole image. None: no row is a part."""
+    """(5,) int32: left, top, width and height of the part of the image in pixels, and 1 if it is
+    flipped. (0,): the whole image. None: the cache has no views."""
     messages: str | None = None
-    """Chats, where they are kept: JSON of the turns that the row was rendered from, the tools, and
-    the numbers of the turns that it learns."""
+    """Chats, if texts are stored: JSON of the turns that the row was rendered from, the tools, and
+    the numbers of the turns that the row learns."""
     document_lengths: np.ndarray | None = None
-    """Lengths in tokens of the isolated documents that the row is packed from, int32; None:
-    attention is not cut. Of choices their lengths, 0 where the row has fewer than others."""
+    """int32 lengths in tokens of the isolated documents that the row is packed from; None:
+    attention is not restricted. For choices, the length of each, 0 for missing choices."""
     choices: tuple[str, ...] | None = None
-    """As in `Example`, where the texts are kept."""
+    """As in `Example`, if texts are stored."""
     num_classes: int | None = None
-    """Question answering: V, the places that the longest row may have; not stored."""
+    """Question answering: V, the number of places in the longest row; not stored."""
     text_bytes: int = 0
     """UTF-8 bytes of the text that the supervised positions predict."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
     cut: tuple[Cut, ...] = ()
-    """What was cut off, of each source row in it that lost some; not stored."""
+    """For each source row in this row that was truncated, what was cut off; not stored."""
     split_chats: tuple[int, ...] = ()
-    """Rows of each chat that is more than one, and has its first row here; not stored."""
+    """For each chat that makes several rows, and has its first row here, the number of its rows;
+    not stored."""
 
     @property
     def num_tokens(self) -> int:
@@ -292,14 +306,14 @@ class TokenizedExample:
 
     @property
     def num_positions(self) -> int:
-        """N of this row."""
+        """N, the number of supervised positions of this row."""
         if self.labels is not None:
             return len(self.labels)
         return 1 if self.supervised is None else int(self.supervised.sum())
 
 
 def offsets_of_counts(counts: np.ndarray) -> np.ndarray:
-    """(R,) counts -> (R + 1,) offsets, int64."""
+    """Convert (R,) counts to (R + 1,) int64 offsets."""
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets
@@ -307,62 +321,66 @@ def offsets_of_counts(counts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """A list of numbers for each of R rows: the numbers of all rows one after another."""
+    """A list of numbers for each of R rows, stored as one array with offsets."""
 
     values: np.ndarray
-    """(sum of the counts,)."""
+    """(sum of counts,) the lists of all rows, concatenated."""
     counts: np.ndarray
-    """(R,) integers: how many numbers each row has."""
+    """(R,) integers: the length of each row's list."""
     offsets: np.ndarray
-    """(R + 1,) int64: row r owns `values[offsets[r]:offsets[r + 1]]`."""
+    """(R + 1,) int64: the list of row r is `values[offsets[r]:offsets[r + 1]]`."""
 
     @classmethod
     def of(cls, values: np.ndarray, counts: np.ndarray) -> Ragged:
-        """With the offsets that the counts make."""
+        """Create it from values and counts; computes the offsets."""
         return cls(values, counts, offsets_of_counts(counts))
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBlock:
-    """The tokens and labels of R rows, by column: what a task collates."""
+    """Tokens and labels of R rows by column, the input for collating a batch."""
 
     input_ids: Ragged
     supervised: Ragged | None = None
-    """As in `TokenizedExample`; None: one position a row."""
+    """As in `TokenizedExample`; None: one position per row, or one for each label name."""
     token_type_ids: Ragged | None = None
     document_lengths: Ragged | None = None
     label: np.ndarray | None = None
-    """(R,) int64, -100 where there is none; None: the task has no label a row."""
+    """(R,) int64, -100 if unknown; None: the task has no label per row."""
     labels: Ragged | None = None
-    """One a supervised position, -100 (of scores nan) where there is none; None: the task has none
-    by position."""
+    """One hard label per supervised position, -100 if unknown (scores: nan); None: the task has no
+    labels by position."""
     images: Sequence[Image] | None = None
     """(R,) images; None: rows are tokens."""
     views: Ragged | None = None
     """As in `TokenizedExample`."""
     num_classes: int | None = None
-    """V of the cache; None: not known, or of no use to the task."""
+    """V of the cache; None: unknown, or not used by the task."""
 
 
 def is_known(labels: Any) -> Any:
-    """(N,) hard labels, a NumPy array or a tensor -> (N,) bool: which of them are known; class ids but -100, scores but nan."""
+    """Return (N,) bool for (N,) hard labels: whether a class id is not -100, or a score is not nan.
+
+    Args:
+        labels: a NumPy array or a tensor.
+    """
     is_float = labels.dtype.kind == "f" if isinstance(labels, np.ndarray) else labels.is_floating_point()
     return labels == labels if is_float else labels != NO_LABEL
 
 
-# ---------------------------------------------------------------------------------------------------- soft labels
+# -------------------------------------------------------------------------------------- soft labels
 
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """All V log-probabilities of every position. The default for classifiers."""
+    """All V log-probabilities of every position; the default for classifiers."""
 
     kind: Literal["full"] = "full"
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The k largest, and the exact mass outside them at each temperature of a grid."""
+    """The k largest probabilities, and the remaining mass at a grid of temperatures."""
 
     k: int
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
@@ -371,7 +389,7 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class TopP:
-    """The fewest classes whose mass reaches p, and the exact mass outside them at each temperature of a grid."""
+    """The fewest classes whose mass reaches p, and the remaining mass at a grid of temperatures."""
 
     p: float
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
@@ -380,19 +398,21 @@ class TopP:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Every class of at least 1/c exactly, an unbiased sample of the rest at weight 1/c (c = `sample_size`).
+    """Exact weights of classes with a probability of at least 1/c, and a sample of the others.
 
-    The default for language models: E[target] = q, at about c classes or fewer a position. c = 25
-    because there 24 bytes a position hold 1.4% of the noise of one drawn label, less than 50 draws
-    with replacement do in 61 (`make bench-encodings`): students learn as much from either. Half the
-    bytes have four times the noise; twice the bytes save only noise that more text averages away as
-    well.
+    c is `sample_size`. The sample is unbiased: each sampled class has weight 1/c, so that E[target]
+    = q, with at most about c classes per position. This is the default for language models.
+
+    The default is c = 25 because it takes 24 bytes per position and has 1.4% of the noise of a
+    single label drawn from the teacher. That is less noise than 50 draws with replacement have in
+    61 bytes (`make bench-encodings`), and students learn as much from either. Half the bytes have
+    four times the noise. Twice the bytes remove only noise that more text averages out as well.
     """
 
     sample_size: float = 25.0
     temperature: float = 1.0
     steps: int = 0
-    """The top's weights are stored as whole numbers of 1/steps, rounded without bias. 0:
+    """Top weights are stored as integer multiples of 1/steps, rounded without bias. 0:
     `top_steps(sample_size)`."""
     kind: Literal["sampled"] = "sampled"
 
@@ -408,20 +428,20 @@ class Sampled:
 
 
 def top_steps(sample_size: float) -> int:
-    """How finely the top's weights are stored.
+    """Return the default resolution for storing the top weights, as the number of steps per unit.
 
     On news text the rounding adds 0.9% to the variance of sampling, at c = 18, 25 and 54 alike.
     """
     return min(math.ceil(3.2 * sample_size), _MOST_STEPS)
 
 
-#: What fits uint16.
+#: The largest uint16.
 _MOST_STEPS = 65_535
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The score of every position as the teacher gives it: no distribution, and nothing to leave out."""
+    """The teacher's score of every position, stored in full; a score is not a distribution."""
 
     kind: Literal["score"] = "score"
 
@@ -431,9 +451,9 @@ Encoding = Full | TopK | TopP | Sampled | Score
 
 @dataclass(frozen=True, slots=True)
 class SoftLabels:
-    """What a teacher believes at N positions: top + tail + log-residuals.
+    """Compressed teacher distributions at N positions: top classes, sampled tail, residual mass.
 
-    Ragged: position n owns `[offsets[n]:offsets[n + 1]]`.
+    Ragged: the values of position n are `[offsets[n]:offsets[n + 1]]`.
     """
 
     encoding: Encoding
@@ -441,17 +461,17 @@ class SoftLabels:
     top_offsets: Tensor
     """(N + 1,) int64."""
     top_ids: Tensor
-    """(sum K,) int64, by falling probability (`full`: by id)."""
+    """(sum K,) int64 class ids, by descending probability (`full`: by id)."""
     top_logprobs: Tensor
-    """(sum K,) float32, nats, of softmax(z), or of softmax(z / T) for `sampled`; there, once
-    narrow, of a whole number of 1/steps, which may be 0. `score`: the score."""
+    """(sum K,) float32, nats: log softmax(z), or log softmax(z / T) for `sampled`. After `narrow`,
+    `sampled` has logs of multiples of 1/steps, which may be 0 (log: -inf). `score`: the scores."""
     tail_offsets: Tensor
     """(N + 1,) int64."""
     tail_ids: Tensor
-    """(sum K,) int64, rising. Each has the weight 1 / sample_size."""
+    """(sum K,) int64 class ids, ascending. Each has the weight 1 / sample_size."""
     log_residuals: Tensor
     """(N, G) float32, nats: log of the mass outside the top at each temperature of the grid. G = 0
-    for `full`, `sampled`."""
+    for `full`, `sampled` and `score`."""
 
     def __len__(self) -> int:
         return self.top_offsets.numel() - 1
@@ -459,19 +479,22 @@ class SoftLabels:
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """What the full logits say and the kept classes do not, per position, nats."""
+    """Statistics of the full logits that the kept classes do not determine: (N,) each, nats."""
 
     nll: Tensor
-    """(N,) float32, -log softmax(z)[hard label], of scores the squared error; 0 where there is no
-    hard label."""
+    """(N,) float32: -log softmax(z)[hard label]; for scores, the squared error. 0 without a hard
+    label."""
     entropy: Tensor
-    """(N,) float32, of the distribution whose log-probabilities are kept (T = 1, or the T of
-    `sampled`)."""
+    """(N,) float32: entropy of the distribution whose log-probabilities are kept (at T = 1, or the
+    T of `sampled`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The distribution a student is trained towards at N positions: ragged weights, and one bucket for the rest."""
+    """The distribution that a student is trained to match at N positions.
+
+    It has ragged class weights, and optionally one bucket for the mass of all other classes.
+    """
 
     num_classes: int
     offsets: Tensor
@@ -479,18 +502,18 @@ class Target:
     ids: Tensor
     """(sum K,) int64."""
     weights: Tensor
-    """(sum K,) float: probabilities, or unbiased estimates of them (then they need not sum to 1);
+    """(sum K,) float: probabilities, or unbiased estimates of them (which need not sum to 1);
     `score`: the scores."""
     log_residual: Tensor | None
-    """(N,) float, log of the teacher's mass outside `ids`; None: there is none to match."""
+    """(N,) float, nats: log of the teacher's mass outside `ids`; None: no such mass is matched."""
     negative_entropy: Tensor
-    """(N,) float, nats: sum_i q_i log q_i of each position, which turns a cross-entropy into a KL
-    (`sampled`: the mean over the row)."""
+    """(N,) float, nats: sum_i q_i log q_i, which turns a cross-entropy into a KL divergence
+    (`sampled`: the mean over the row, unless entropies are stored by position)."""
     unit: Tensor | None = None
-    """(N,) float, scores alone: the standard deviation of the teacher's scores of the position's
-    output, in which differences are taken."""
+    """Scores: (N,) float, the standard deviation of the teacher's scores of this output, by which
+    differences are divided."""
     group: Tensor | None = None
-    """(N,) int64, scores alone: which positions are compared with each other; None: the data names
+    """Scores: (N,) int64, equal for positions that are compared with each other; None: the data has
     no groups."""
 
     def __len__(self) -> int:
@@ -499,35 +522,36 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyMap:
-    """A linear map of distributions: the mass of teacher token t goes to student token `first_token[t]`.
+    """A linear map from the teacher's vocabulary to a student's.
 
-    A target that is unbiased stays so: E[M q_hat] = M q, where M has one 1 in each column.
+    The mass of each teacher token goes to one student token. An unbiased target stays unbiased: E[M
+    q_hat] = M q, where M has at most one 1 in each column.
     """
 
     first_token: np.ndarray
-    """(V of the teacher,) int64; -1 where the student has no token for it: its mass is left out."""
+    """(V of the teacher,) int64: the student's token that receives the mass of each teacher token;
+    -1: none, and `softlabels.mapped` drops the mass or adds it to the bucket of other classes."""
     num_classes: int
     """V of the student."""
     is_special: np.ndarray
-    """(V of the student,) bool: stands for no text."""
+    """(V of the student,) bool: whether a token stands for no text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Stretches of text where the tokens of teacher and student begin and end together, over N positions of the student.
+    """Aligned spans: stretches of text that begin and end at token boundaries of both tokenizers.
 
-    The student's log-probability of a span is the sum over its positions of those of their hard
-    labels: the tokens of the text.
+    They refer to N positions of the student. The student's log-probability of a span is the sum of
+    the log-probabilities of its tokens, which are hard labels of these positions.
     """
 
     owner: Tensor
-    """(N,) int64: the span that the position's hard label is a token of; -1: none."""
+    """(N,) int64: the span that contains the token which is the position's hard label; -1: none."""
     teacher_logprobs: Tensor
-    """(S,) float, nats: the teacher's log-probability of the span's text, the sum over its own
+    """(S,) float, nats: the teacher's log-probability of the span's text, summed over the teacher's
     tokens."""
     weights: Tensor
-    """(S,) float, at least 0: how much each span counts; 0 for those of the rows that do not
-    count."""
+    """(S,) float, at least 0: the weight of each span; 0 for spans of padding rows."""
 
     def __len__(self) -> int:
         return self.teacher_logprobs.numel()
@@ -535,60 +559,63 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How faithful an encoding's target is, measured on a sample of positions with all V logits at hand; `softlabels.fidelity` has the formulas."""
+    """How closely the targets of an encoding match the teacher, measured with all V logits.
+
+    The measurement uses a sample of positions; `softlabels.fidelity` has the formulas.
+    """
 
     positions: int
     kept: float
-    """Classes a position."""
+    """Mean number of kept classes per position."""
     kept_mass: Mapping[str, float]
     """Temperature -> the teacher's mass on the classes that are kept for certain."""
     kl: float | None
-    """Nats a position, KL(teacher || target); None where the target gives classes of the teacher no
+    """KL(teacher || target), nats per position; None if the target gives a class of the teacher no
     mass."""
     noise: float
     noise_share: float
-    """The noise over that of one hard label drawn from the teacher."""
+    """`noise` relative to that of one hard label drawn from the teacher."""
     bias: float | None
-    """None: of one position it is not known."""
+    """None: unknown, since there is one position only."""
     angle: float
-    """Degrees, between the gradients with this target and with the whole distribution."""
+    """Degrees between the gradients with this target and with the full distribution."""
     norm_ratio: float
-    """Of the lengths of those gradients."""
+    """Ratio of the norms of these gradients."""
 
 
 @dataclass(frozen=True, slots=True)
 class EstimatedEncoding:
-    """What one encoding would cost and lose."""
+    """Estimated cost and fidelity of one encoding."""
 
     encoding: Encoding
     bytes_per_position: float
-    """Of all columns, in Parquet."""
+    """All columns, in Parquet."""
     total_bytes: int
     num_shards: int
     hours: float
-    """Of one device like the pilot's: the teacher's pass and the encoding after it."""
+    """Teacher's forward passes and encoding, on one device like the pilot's."""
     overhead: float
-    """Seconds of encoding over those of the teacher's pass."""
+    """Seconds of encoding divided by seconds of the teacher's forward passes."""
     decoded_per_second: float
-    """Positions that one thread reads back."""
+    """Positions that one thread decodes per second."""
     fidelity: Fidelity | None
 
 
 @dataclass(frozen=True, slots=True)
 class EstimatedColumn:
-    """What a column that is stored on request takes, whatever the encoding."""
+    """Estimated size of an optional column, which does not depend on the encoding."""
 
     flag: str
     bytes_per_position: float
     """In Parquet."""
     total_bytes: int
     included: bool
-    """Whether the figures of the encodings have it."""
+    """Whether the figures of the encodings include it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What `softlabel estimate` found out; the totals are the pilot's, scaled up by source rows."""
+    """Results of `softlabel estimate`; totals are scaled from a pilot by the number of rows."""
 
     teacher: str
     source: str
@@ -596,7 +623,7 @@ class Estimate:
     pilot_rows: int
     pilot_positions: int
     rows: int
-    """Of all splits."""
+    """Source rows of all splits."""
     tokens: int
     positions: int
     tokens_per_second: float
@@ -605,81 +632,84 @@ class Estimate:
     scale_tokens: float | None = None
     gpus: int = 1
     columns: tuple[EstimatedColumn, ...] = ()
-    """Of language models."""
+    """Optional columns of language models."""
 
 
-# ----------------------------------------------------------------------------------------------- the cache on disk
+# -------------------------------------------------------------------------------- the cache on disk
 
 
 PromptFormat = Literal["chat", "plain"]
-"""Whether a rendered prompt is the user's message in the tokenizer's chat template, or the text
-itself."""
+"""Whether a rendered prompt becomes the user's message in the tokenizer's chat template, or is used
+as plain text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judging:
-    """How a language model labels texts by prompt, as the flags of `cache-logits` say it."""
+    """Options of `cache-logits` for a language model that labels texts by prompt."""
 
     template: str | None = None
-    """File of a Jinja template, or the template itself; None: the built-in one."""
+    """A Jinja template, or the path of one; None: the built-in template."""
     label_text: tuple[str, ...] = ()
-    """`NAME=TEXT` or `NAME` each; none: the names of the data's labels."""
+    """`NAME=TEXT` or `NAME` for each label; empty: the names of the data's labels."""
     format: Literal["auto", "chat", "plain"] = "auto"
-    """auto: chat where the tokenizer has a chat template."""
+    """auto: `chat` if the tokenizer has a chat template, else `plain`."""
     shots: int = 0
     shot_tokens: int = 64
-    """Longest text of an example, in tokens."""
+    """Maximum tokens of an example's text."""
     calibrate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeInfo:
-    """The prompt of a language model that labels texts, with everything about it that changes a label's probability."""
+    """The prompt of a language model that labels texts, and every setting that affects it."""
 
     template: tuple[str, ...]
     """Lines of the Jinja template."""
     format: PromptFormat
     label_texts: tuple[str, ...]
-    """What the model reads for each class, in the order of the classes."""
+    """The text that stands for each class, in the order of the classes."""
     shots: tuple[str, ...] = ()
-    """`SPLIT:ROW` of the source rows that are the examples, in the order of the prompt."""
+    """`SPLIT:ROW` of the source rows used as examples, in the order of the prompt."""
     shot_tokens: int | None = None
     calibrated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """A teacher behind a server: what it was asked, and what it says of itself."""
+    """A teacher behind an inference server: its settings, and what was requested."""
 
     api: Literal["vllm", "sglang"]
     version: str
-    """Of the server's software."""
+    """Version of the server software."""
     top_logprobs: int
-    """Classes that were asked of each position."""
+    """Number of log-probabilities that were requested for each position."""
     residual_error: float
-    """Mass: the mass outside the top is 1 - the mass of the top, as exact as the server's float32
-    log-probabilities."""
+    """Error of the residual mass: it is 1 minus the mass of the top, and as exact as the server's
+    float32 log-probabilities."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Precision, quantization and so on, where it says so."""
+    """Precision, quantization and so on, if the server reports them."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstAnswer:
-    """What a server said of one short row when a capture began, N positions; later answers are compared with it."""
+    """A server's answer for one short row of N positions, recorded when a capture begins.
+
+    Later answers are compared with it.
+    """
 
     input_ids: tuple[int, ...]
-    """Of the row."""
+    """Token ids of the row."""
     top_ids: tuple[tuple[int, ...], ...]
-    """(N, K)."""
+    """(N, K) class ids."""
     top_logprobs: tuple[tuple[float, ...], ...]
     """(N, K), nats."""
     own_logprobs: tuple[float, ...]
-    """(N,), nats: of the token that follows."""
+    """(N,), nats: log-probability of the token that follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Which model made the logits, and everything about its loading that changes one."""
+    """The model that made the logits, with all settings that affect them."""
 
     name: str
     revision: str | None
@@ -693,22 +723,20 @@ class ModelInfo:
     compiler: str | None = None
     """The backend of `torch.compile`; None: not compiled."""
     base_model: str | None = None
-    """What `--base-model` named in place of the adapter's own base."""
+    """The base model given by `--base-model` instead of the adapter's own."""
     judge: JudgeInfo | None = None
-    """A language model that labels by prompt: with which. None: the model has a head for the
-    task."""
+    """The prompt of a language model that labels texts. None: the model has a head for the task."""
     server: ServerInfo | None = None
-    """Of a teacher behind a server; None: local weights. Manifests leave it out where it is
-    empty."""
+    """The server of a remote teacher; None: local weights. Omitted from manifests if None."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """Which tokenizer made the token ids."""
+    """The tokenizer that made the token ids."""
 
     sha256: str
-    """Of vocabulary, merges, normalisation and special tokens: all that makes two tokenizers give
-    the same ids."""
+    """Hash of vocabulary, merges, normalisation and special tokens: tokenizers with equal hashes
+    give equal ids."""
     chat_template_sha256: str | None
     vocabulary_size: int
     special_ids: Mapping[str, int]
@@ -725,37 +753,37 @@ class UnlabelledSource:
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """Which data set was read, and how."""
+    """The data set that was read, and the settings for reading it."""
 
     name: str
     config: str | None
     revision: str | None
     columns: Columns
     fingerprints: Mapping[str, str]
-    """Split -> SHA-256 over the columns that were read; `files-` and the SHA-256 of the list of
-    Parquet files that were read in place."""
+    """Split -> SHA-256 of the columns that were read. For Parquet files that are read in place:
+    `files-` and the SHA-256 of the list of files."""
     holdout: float = 0.0
     rows: tuple[int, int | None] | None = None
-    """`--rows`: the rows `[start, stop)` of each split, which alone were read; None: all."""
+    """`--rows`: the range `[start, stop)` of rows of each split that was read; None: all rows."""
     label_map: tuple[str, ...] = ()
-    """`--label-map`: `DATA=MODEL` each, sorted. Manifests leave it out where it is empty."""
+    """`--label-map`: sorted `DATA=MODEL` strings. Omitted from manifests if empty."""
     unlabelled_sources: tuple[UnlabelledSource, ...] = ()
-    """`--unlabelled`: whose rows stand behind the others of `train`, in this order. Manifests leave
-    it out where it is empty."""
+    """`--unlabelled`: data sets whose rows follow the others of `train`, in this order. Omitted
+    from manifests if empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """Everything that decides what a cache holds.
+    """All settings that determine the contents of a cache.
 
-    Two captures of one contract may share a directory.
+    Two captures with equal contracts may share a directory.
     """
 
     task: str
     encoding: Encoding
     num_classes: int
-    """V of the soft labels: classes beyond the tokenizer's vocabulary (padded embedding rows) are
-    not part of it."""
+    """V of the soft labels. Classes beyond the tokenizer's vocabulary (padded embedding rows) do
+    not count."""
     label_names: tuple[str, ...] | None
     teacher: ModelInfo
     tokenizer: TokenizerInfo
@@ -772,7 +800,7 @@ class Contract:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One shard: the source rows `[start, stop)` of a split."""
+    """A shard to be made from the source rows `[start, stop)` of a split."""
 
     name: str
     split: str
@@ -782,7 +810,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A source row that was set aside."""
+    """A source row that could not be cached and was skipped."""
 
     split: str
     source_row: int
@@ -791,27 +819,27 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of some numbers."""
+    """Count, mean and squared deviation of a set of numbers."""
 
     count: int
     mean: float
     deviation: float
-    """Sum of the squared distances from the mean."""
+    """Sum of squared differences from the mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Mean and standard deviation of some scores, by output: what they are learnt in."""
+    """Mean and standard deviation of each output's scores, by which they are standardised."""
 
     mean: np.ndarray
     """(outputs,) float32."""
     std: np.ndarray
-    """(outputs,) float32, above 0: 1 where the scores do not vary."""
+    """(outputs,) float32, above 0: 1 if the scores do not vary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One line of the shard table."""
+    """One row of the shard table."""
 
     name: str
     split: str
@@ -823,41 +851,41 @@ class Shard:
     row_groups: tuple[int, ...]
     """Rows of each row group."""
     footer_sha256: str = ""
-    """Of what Parquet says of columns and pages, which its page checksums do not cover: checked
-    whenever a shard is opened."""
+    """Hash of the Parquet footer, which page checksums do not cover; verified whenever a shard is
+    opened."""
     moments: tuple[Moments, ...] = ()
-    """Of the teacher's scores, one for each output, from which students take their unit. Manifests
-    leave it out where there are none."""
+    """Moments of the teacher's scores of each output, from which students compute their `Scale`.
+    Omitted from manifests if empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one finished shard leaves beside it: proof of work, and where it was made."""
+    """The record of a finished shard, stored next to it: what was made, and where."""
 
     shard: Shard
     plan: ShardPlan
     batches: tuple[tuple[int, int], ...]
-    """The batch plan: rows and padded length of each forward pass."""
+    """Rows and padded length of each forward pass."""
     device: str
     seconds: float
     forward_seconds: float
     bad_rows: tuple[BadRow, ...] = ()
     fidelity: Fidelity | None = None
-    """The first shard's: of a sample of its positions."""
+    """Only in the receipt of the first shard: measured on a sample of its positions."""
     cut_rows: int = 0
-    """Source rows that lost tokens to the longest row allowed."""
+    """Source rows that were truncated to the maximum length."""
     cut_tokens: int = 0
-    """Tokens that they lost."""
+    """Tokens that were cut off."""
     unlabelled_rows: int = 0
     """Source rows without a label."""
     blank_rows: int = 0
-    """Source rows with a text of white space alone."""
+    """Source rows whose text is only white space."""
     cut_supervised_rows: int = 0
-    """Those of these source rows that lost tokens that were to be learnt."""
+    """Truncated source rows that lost supervised tokens."""
     split_chats: int = 0
-    """Chats that are several rows, since the turns of the assistant have not one context."""
+    """Chats that make several rows, since the assistant's turns do not share one context."""
     split_chat_rows: int = 0
-    """Rows that they are."""
+    """Rows of these chats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -866,35 +894,35 @@ class SplitContents:
 
     rows: int
     unlabelled: int | None
-    """Rows without a label; None where the data set has no label column."""
+    """Rows without a label; None: the data set has no label column, or the receipts have the
+    count."""
     blank: int | None
-    """Rows with a text of white space alone. None: both counts are left to the receipts of the
-    shards."""
+    """Rows whose text is only white space; None: the receipts of the shards have both counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceContents:
-    """`reports/contents.json`: counts over the source rows of a capture."""
+    """Counts over the source rows of a capture, stored in `reports/contents.json`."""
 
     splits: Mapping[str, SplitContents]
     shared: Mapping[str, int] | None
-    """"ONE, OTHER" -> distinct inputs that stand in both splits; pairs that share none are left
-    out. None: not counted."""
+    """"ONE, OTHER" -> number of distinct inputs that are in both splits; pairs without any are
+    omitted. None: not counted."""
     cut_rows: int = 0
-    """Source rows that lost tokens to the longest row allowed."""
+    """Source rows that were truncated to the maximum length."""
     cut_tokens: int = 0
     cut_supervised_rows: int = 0
-    """Those of them that lost tokens that were to be learnt."""
+    """Truncated rows that lost supervised tokens."""
     split_chats: int = 0
-    """Chats that are several rows, since the turns of the assistant have not one context."""
+    """Chats that make several rows, since the assistant's turns do not share one context."""
     split_chat_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AlignmentProbe:
-    """Mean target weight of the hard label `shift` positions further, over the same positions.
+    """Mean target weight of the hard label, and of the tokens before and after it.
 
-    Shift 0 must win.
+    In an aligned cache the hard label (shift 0, `aligned`) has the largest mean weight.
     """
 
     positions: int
@@ -906,7 +934,7 @@ class AlignmentProbe:
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """A cache that this one was made from, and how."""
+    """A cache that this one was made from, and the operation."""
 
     cache_id: str
     operation: str
@@ -914,7 +942,10 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The contract and the shard table. `cache_id` is the SHA-256 over both."""
+    """The description of a finished cache: contract and shard table.
+
+    `cache_id` is the SHA-256 of both.
+    """
 
     format_version: int
     cache_id: str
@@ -925,10 +956,10 @@ class Manifest:
     ancestry: tuple[Ancestor, ...] = ()
     """Oldest first; not part of the cache_id."""
     sha256: str = ""
-    """Of all of the above: what the `cache_id` does not cover may be damaged too."""
+    """Hash of all other fields, to detect damage in those that the `cache_id` does not cover."""
 
     def split_shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of one split, in order."""
+        """Return the shards of one split, in order."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     @property
@@ -937,7 +968,7 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
 
-# ---------------------------------------------------------------------------------------------- cache -> student
+# --------------------------------------------------------------------------------- cache -> student
 
 Divergence = Literal[
     "forward-kl",
@@ -956,31 +987,34 @@ PositionWeights = Literal["equal", "certainty", "uncertainty"]
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """hard_weight * cross-entropy(labels) + soft_weight * T^2 * divergence(teacher_T, student_T), and span_weight * the loss over aligned spans."""
+    """Weights and settings of the training loss.
+
+    `hard_weight` * cross-entropy(labels) + `soft_weight` * T^2 * divergence(teacher_T, student_T) +
+    `span_weight` * loss over aligned spans.
+    """
 
     hard_weight: float = 0.5
     soft_weight: float = 0.5
     temperature: float | None = None
-    """None: the one of a `sampled` cache, 2 for classes, 1 for tokens."""
+    """None: that of a `sampled` cache, else 2 for classes and 1 for tokens."""
     divergence: Divergence = "forward-kl"
     tail: Literal["ghost", "renormalize", "ignore"] = "ghost"
     mixture: float | None = None
-    """The teacher's share in what `jensen-shannon` (None: 0.5) and `skewed-kl` (None: 0.1) compare
-    with."""
+    """Share of the teacher in the mixture distribution of `jensen-shannon` (None: 0.5) and
+    `skewed-kl` (None: 0.1)."""
     schedule: Schedule = "constant"
-    """How the two weights go from their values to the end values over the run."""
+    """How `hard_weight` and `soft_weight` change to their end values over the run."""
     hard_weight_end: float | None = None
     soft_weight_end: float | None = None
-    """None: `warmup-stable-decay` ends at 0, the others where they began."""
+    """None: `warmup-stable-decay` ends at 0, others at the initial value."""
     position_weights: PositionWeights = "equal"
-    """Soft term: by 1 - H / log V of the teacher (`certainty`) or by H / log V (`uncertainty`), H
-    its entropy at the position."""
+    """Weights of positions in the soft term: 1 - H / log V (`certainty`) or H / log V
+    (`uncertainty`), with H the teacher's entropy at the position."""
     span_weight: float = 0.0
-    """Of the likelihood of aligned spans, where teacher and student have different tokenizers; no
-    schedule changes it."""
+    """Weight of the likelihood of aligned spans, if teacher and student have different tokenizers;
+    not affected by the schedule."""
     span_temperature: float | None = None
-    """By which the spans' log-probabilities are divided; None:
-    `training.spans.SPAN_TEMPERATURE`."""
+    """Divides the log-probabilities of spans; None: `training.spans.SPAN_TEMPERATURE`."""
 
     def __post_init__(self) -> None:
         weights = {
@@ -1018,7 +1052,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class CachedExample:
-    """One row of a cache: what the teacher saw, and what it said."""
+    """One row of a cache: the teacher's input and its soft labels."""
 
     example: TokenizedExample
     soft: SoftLabels
@@ -1026,24 +1060,24 @@ class CachedExample:
     teacher_entropy_sum: float
     content_hash: int
     entropy: Tensor | None = None
-    """(N,) float32, nats: of each position, where it was stored."""
+    """(N,) float32, nats: entropy at each position, if stored."""
     label_logprobs: Tensor | None = None
-    """(N,) float32, nats: log softmax(z)[hard label] of each position, where it was stored; -inf is
-    a probability of 0."""
+    """(N,) float32, nats: log softmax(z)[hard label] at each position, if stored; -inf for
+    probability 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """R rows of a cache, by column, under the names and in the types that they are stored in."""
+    """R rows of a cache by column, with the stored names and types."""
 
     encoding: Encoding
     num_classes: int
     lists: Mapping[str, Ragged]
     """Columns of lists: tokens, soft labels."""
     numbers: Mapping[str, np.ndarray]
-    """Columns of numbers, (R,) each; `label` is -100 where there is none."""
+    """Columns of numbers, (R,) each; `label` is -100 if unknown."""
     others: Mapping[str, pa.Array]
-    """Texts, and the columns copied from the source."""
+    """Text columns, and the columns copied from the source."""
 
     def __len__(self) -> int:
         return len(self.numbers["source_row"])
@@ -1055,80 +1089,80 @@ Segment = tuple[RowBlock, int, int]
 
 @dataclass(frozen=True, slots=True)
 class StudentBatch:
-    """B rows, collated. N counts supervised positions of all rows, in row order."""
+    """A collated batch of B rows; N counts the supervised positions of all rows, in row order."""
 
     inputs: dict[str, Tensor]
-    """What the student's `forward` takes; the first dimension is B."""
+    """Arguments of the student's `forward`; the first dimension is B."""
     supervised: Tensor | None
-    """(B, T) bool: where the N positions are. None: one position a row."""
+    """(B, T) bool: the N positions. None: one position per row."""
     labels: Tensor
-    """(N,) int64 hard labels, -100 where there is none; of scores float32, nan where there is
-    none."""
+    """(N,) int64 hard labels, -100 if unknown; scores: float32, nan if unknown."""
     target: Target
     weights: Tensor
-    """(N,) float: how much each position counts; 0 for the rows that fill up the last step of
-    several ranks."""
+    """(N,) float: weight of each position; 0 for rows that pad the last step when there are several
+    ranks."""
     soft_weights: Tensor
-    """(N,) float: `weights`, times what the teacher's entropy makes of the position in the soft
-    term."""
+    """(N,) float: `weights`, times the weight of each position in the soft term
+    (`Loss.position_weights`)."""
     source_rows: Tensor
-    """(B,) int64: which rows of the source these are, for messages."""
+    """(B,) int64: source row of each row, for messages."""
     teacher_predicted: Tensor | None = None
-    """(N,) int64, for evaluation: the teacher's most likely class; of scores float32, its score."""
+    """Evaluation: (N,) int64, the teacher's most likely class; scores: float32, its score."""
     text_bytes: Tensor | None = None
-    """(B,) int64, for evaluation: of the rows that count."""
+    """Evaluation: (B,) int64, text bytes of each row; 0 for padding rows."""
     num_positions: Tensor | None = None
-    """(B,) int64, for evaluation: supervised positions of each row."""
+    """Evaluation: (B,) int64, supervised positions of each row."""
     spans: Spans | None = None
-    """Over the N positions: what the loss over aligned spans needs."""
+    """Aligned spans over the N positions, for the span loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """A loss and its parts, each a sum over positions of nats at the scale of cross-entropy."""
+    """A loss and its parts: sums over positions, in nats at the scale of cross-entropy."""
 
     total: Tensor
-    """() the weighted mean that is minimised."""
+    """() weighted mean, which is minimised."""
     hard_sum: Tensor
     """() sum of cross-entropies with the hard labels."""
     soft_sum: Tensor
     """() sum of T^2-scaled divergences from the teacher."""
     num_hard: Tensor
-    """() how many positions have a hard label."""
+    """() number of positions with a hard label."""
     num_soft: Tensor
-    """() how many positions count."""
+    """() sum of the positions' weights in the soft term."""
     span_sum: Tensor
     """() weighted sum over aligned spans of the losses of `training.spans`; 0 without spans."""
     num_spans: Tensor
-    """() the weights of the spans."""
+    """() sum of the spans' weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class MixedCache:
-    """One of several caches that a student learns from."""
+    """One of several caches that a student is trained from."""
 
     cache_id: str
     kind: Literal["teachers", "data"]
     share: float | None
-    """Of the soft term, or of the rows of an epoch; None: every row once."""
+    """Share of the soft term, or of the rows of an epoch; None: every row once per epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnTokenizer:
-    """Of a student whose tokenizer is not the teacher's: how much of what it was trained on both cut at the same bytes."""
+    """Alignment statistics of a student whose tokenizer differs from the teacher's."""
 
     vocabulary_size: int
     positions: int
-    """Of the student, in the training splits."""
+    """The student's supervised positions in the training splits."""
     aligned: int
-    """Of these: a token of the teacher begins at the same byte as the student's next one."""
+    """Positions for which a token of the teacher begins at the same byte as the student's next
+    token."""
     agreeing: int
-    """Of these: the teacher's token becomes the one that the text has."""
+    """Aligned positions where the teacher's token maps to the student's next token."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a training run leaves: kept beside the student as `distillation.json`."""
+    """The result of a training run, stored next to the student as `distillation.json`."""
 
     output: str
     cache_id: str
@@ -1138,70 +1172,69 @@ class TrainResult:
     steps: int
     seconds: float
     hard_loss: float | None
-    """Mean since the losses were last logged, nats; None where there was no hard label, or no
-    weight on them."""
+    """Mean since the losses were last logged, nats; None: there is no hard label, or their weight
+    is 0."""
     soft_loss: float | None
     num_parameters: int
     num_trainable: int
     max_length: int | None = None
-    """Tokens of the longest row that the student may have seen: longer texts are to be cut to
-    it."""
+    """Tokens of the longest row that the student may have seen; truncate longer texts to it."""
     eval_split: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the finished student on `eval_split`, as evaluation during training gives them; empty
-    where there is no such split."""
+    """Metrics of the final student on `eval_split`, as in evaluation during training; empty without
+    such a split."""
     eval_rows: int | None = None
     """Rows of `eval_split`."""
     split: str | None = None
-    """What it was trained on; several splits with a comma between them."""
+    """The training split; several are joined by commas."""
     rows: int | None = None
     """Rows in one pass over `split`, of all caches."""
     mixed: tuple[MixedCache, ...] = ()
-    """Where there are several caches: all of them, the first included."""
+    """All caches, including the first; empty if there is only one."""
     most_steps: int | None = None
-    """With early stopping: the steps that it might have taken."""
+    """With early stopping: the maximum number of steps."""
     best_step: int | None = None
-    """The step whose weights were kept, where the best evaluation was; None: the last step's."""
+    """The step with the best evaluation, whose weights were kept; None: the last step."""
     span_loss: float | None = None
-    """As `soft_loss`, over aligned spans; None without them."""
+    """Like `soft_loss`, over aligned spans; None without spans."""
     own_tokenizer: OwnTokenizer | None = None
-    """None: the teacher's."""
+    """None: the student has the teacher's tokenizer."""
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What one model predicted at N positions, and what the teacher and the truth say there."""
+    """Predictions of one model at N positions, with the teacher's predictions and the labels."""
 
     labels: np.ndarray
-    """(N,) int64, -100 where unknown; of scores float, nan where unknown."""
+    """(N,) int64, -100 if unknown; scores: float, nan if unknown."""
     predicted: np.ndarray
-    """(N,) int64, the argmax; of scores float, the score."""
+    """(N,) int64, the argmax; scores: float, the score."""
     confidence: np.ndarray
-    """(N,) float64, the probability of the argmax; of scores nan."""
+    """(N,) float64, the probability of the argmax; scores: nan."""
     nll: np.ndarray
-    """(N,) float64, nats, of scores the squared error; nan where there is no label."""
+    """(N,) float64, nats; scores: the squared error. nan without a label."""
     teacher_predicted: np.ndarray
-    """(N,) int64, of scores float."""
+    """(N,) int64; scores: float."""
     rows: np.ndarray
     """(N,) int64: the row of the split that each position belongs to. Intervals resample rows,
     since positions of one row depend on each other."""
     row_kl: np.ndarray
-    """(R,) float64: the sum over the row's positions of KL(teacher || model), nats."""
+    """(R,) float64, nats: KL(teacher || model), summed over the row's positions."""
     row_text_bytes: np.ndarray
     """(R,) int64."""
     label_names: tuple[str, ...] | None = None
-    """Of the classes, or of the positions of every row, where they have names."""
+    """Names of the classes, or of the positions of every row, if they have names."""
     groups: np.ndarray | None = None
-    """(R,) int64: the list of each row of rankings, or the text of each mask, numbered from 0.
-    Intervals resample these. None: each row is by itself."""
+    """(R,) int64, from 0: the list of each row in rankings, or the text that a row is made from.
+    Intervals resample these. None: each row is a group of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An interval of 95% confidence."""
+    """A 95% confidence interval."""
 
     low: float
     high: float
@@ -1209,7 +1242,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class ModelEvaluation:
-    """One line of the table."""
+    """Results of one model in an evaluation: one row of the table."""
 
     name: str
     num_parameters: int
@@ -1217,16 +1250,16 @@ class ModelEvaluation:
     agreement: float | None = None
     kl: float | None = None
     size_ratio: float | None = None
-    """The teacher's parameters over this model's."""
+    """The teacher's number of parameters divided by this model's."""
     retention: float | None = None
-    """This model's main metric over the teacher's (for a loss-like metric the teacher's over this
-    model's)."""
+    """This model's main metric divided by the teacher's (for a metric that is better when smaller,
+    the inverse)."""
     retention_interval: Interval | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """How each model goes on from one prompt, greedily."""
+    """Greedy continuations of one prompt by each model."""
 
     prompt: str
     texts: Mapping[str, str]
@@ -1235,7 +1268,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Students and their teacher on one split of one cache."""
+    """Evaluation of students and their teacher on one split of one cache."""
 
     cache_id: str
     task: str
@@ -1246,12 +1279,11 @@ class EvaluationReport:
     teacher: ModelEvaluation
     students: tuple[ModelEvaluation, ...]
     temperature: float = 1.0
-    """At which KL and agreement are taken: 1, or the temperature that the encoding knows nearest to
-    it."""
+    """Temperature for KL and agreement: 1, or the nearest one that the encoding serves exactly."""
     continuations: tuple[Continuation, ...] = ()
     labelled: int | None = None
-    """Positions with a hard label, which metrics are over. Without any there are no metrics and no
-    retention. None: an older report."""
+    """Positions with a hard label, over which metrics are computed. If 0, there are no metrics and
+    no retention. None: the report is from an older release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1265,16 +1297,16 @@ class WordPrediction:
 
 @dataclass(frozen=True, slots=True)
 class TextPrediction:
-    """What a model says of one text."""
+    """A model's prediction for one text."""
 
     text: str
     labels: Mapping[str, float] = field(default_factory=dict)
-    """Classifiers: the likeliest labels and their probabilities, the likeliest first."""
+    """Classifiers: the likeliest labels with their probabilities, the likeliest first."""
     continuation: str | None = None
-    """Language models: how they go on."""
+    """Language models: the generated continuation."""
     words: tuple[WordPrediction, ...] = ()
-    """Token classifiers: every word that the model has read."""
+    """Token classifiers: all words within the model's maximum length."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Models of scores: what each output gives."""
+    """Models of scores: the value of each output."""
     target: str | None = None
-    """Encoder-decoders: what they make of the text."""
+    """Encoder-decoders: the generated target."""

@@ -1,4 +1,4 @@
-"""The on-disk contract: schema, codec, manifest, commit protocol, writer, reader (local and behind URLs), verify, alignment probe, card."""
+"""Caches of soft labels on disk or behind URLs: format, reading, writing, transforms, reports."""
 
 from pipeline.cache.format.manifest import Layout, Plan
 from pipeline.cache.reading.reader import Cache, CacheDataset

@@ -1,10 +1,9 @@
-"""Pure functions over predictions: numpy arrays in, floats out.
+"""Metrics as pure functions over predictions: NumPy arrays in, floats out.
 
-Nothing here knows a model, a task or a cache.
-
-Nan means "cannot be said": no labelled position, no text, too few rows. It is never an error, so
-that one metric without an answer does not cost the other ones. torchmetrics and scipy load on first
-use (4 seconds).
+The functions do not depend on a model, a task or a cache. nan means that a value is undefined,
+because there is no labelled position, no text or too few rows. It is never an error, so that one
+undefined metric does not prevent others. torchmetrics and scipy are imported on first use (4
+seconds).
 """
 
 from __future__ import annotations
@@ -18,45 +17,43 @@ import numpy as np
 from pipeline.metrics.scores import pearson
 from pipeline.records import NO_LABEL, Interval, Predictions
 
-#: Elements of one chunk of bootstrap indices: 8 MB each for the indices and for every array they
-#: gather.
+#: Elements of one chunk of bootstrap indices: 8 MB for the indices, and 8 MB for every array that
+#: they gather.
 RESAMPLE_CHUNK = 1 << 20
 
 _UNKNOWN = Interval(math.nan, math.nan)
 
 
-# ------------------------------------------------------------------------------------------- against the hard labels
+# -------------------------------------------------------------------------- against the hard labels
 
 
 def accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
     """Share of labelled positions whose prediction is the label.
 
     Args:
-        labels: (N,) integers, -100 where unknown.
+        labels: (N,) integers, -100 if unknown.
         predicted: (N,) integers.
 
     Returns:
-        In [0, 1]; nan where nothing is labelled.
+        In [0, 1]; nan if nothing is labelled.
     """
     known = labels != NO_LABEL
     return agreement(labels[known], predicted[known])
 
 
 def macro_f1(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int) -> float:
-    """Mean over classes of the F1 score, every class counting the same.
+    """Mean over classes of the F1 score, with equal weight for every class.
 
     Args:
-        labels: (N,) integers in [0, num_classes), -100 where unknown.
+        labels: (N,) integers in [0, num_classes), -100 if unknown.
         predicted: (N,) integers in [0, num_classes).
-        num_classes: V, at least 2. Time and memory are O(V): meant for classifiers, not
+        num_classes: V, at least 2. Time and memory are O(V), which suits classifiers, not
             vocabularies.
 
     Returns:
-        In [0, 1]; nan where nothing is labelled. A class that is neither a label nor predicted at a
-            labelled position
-        is left out of the mean; one that is only a label, or only predicted, counts as 0.
-            torchmetrics and scikit-learn
-        agree on both.
+        In [0, 1]; nan if nothing is labelled. A class that is neither a label nor predicted at a
+        labelled position is left out of the mean. One that is only a label, or only predicted,
+        counts as 0. torchmetrics and scikit-learn agree on both.
     """
     import torch
     from torchmetrics.functional.classification import multiclass_f1_score
@@ -70,27 +67,26 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class LabelScores:
-    """Means over the labels of a row that has several at once; nan where no label has what they need."""
+    """Mean scores of multi-label classification over the labels; nan if no label qualifies."""
 
     macro_f1: float
     """Over the labels that are true or predicted somewhere."""
     average_precision: float
-    """The area under precision over recall, as a sum over thresholds; over the labels that some row
-    has."""
+    """Area under the precision-recall curve, as a sum over thresholds; over the labels that some
+    row has."""
     calibration_error: float
-    """How far the probability that a row has the label is from how often it does; 15 bins of equal
+    """Difference between predicted probability and frequency of a label, with 15 bins of equal
     width."""
 
 
 def label_scores(labels: np.ndarray, probabilities: np.ndarray) -> LabelScores:
-    """Scores of each label, and their means.
+    """Compute the scores of each label of multi-label classification, and average them.
 
     Args:
-        labels: (R, L) integers, 1 where the row has the label, 0 where not, -100 where it is not
-            known.
-        probabilities: (R, L) float, of having it; nan where it is not known.
+        labels: (R, L) integers, 1 if the row has the label, 0 if not, -100 if unknown.
+        probabilities: (R, L) float, of having the label; nan if unknown.
 
-    torchmetrics computes each label's; scikit-learn agrees on F1 and average precision.
+    Each label is scored by torchmetrics; scikit-learn agrees on F1 and average precision.
     """
     import torch
     from torchmetrics.functional.classification import (
@@ -116,16 +112,16 @@ def label_scores(labels: np.ndarray, probabilities: np.ndarray) -> LabelScores:
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The entities of a row of tags.
+    """Return the entities in the tags of a row.
 
     Args:
-        tags: "O", or the label of an entity, with the place of the word in it before a dash: BIO,
-            BIOES, BILOU, or none.
+        tags: "O", or the label of an entity with an optional prefix for the position in it: BIO,
+            BIOES, BILOU, or no prefix.
 
     Returns:
-        (label, first word, word behind the last) of each, in order. A tag that goes on with an
-            entity that is not open begins one, as in the evaluation of
-        CoNLL-2000 (conlleval) and in seqeval's default mode.
+        (label, first word, word after the last) of each entity, in order. A tag that continues an
+        entity which is not open begins one, as in the evaluation of CoNLL-2000 (conlleval) and in
+        seqeval's default mode.
     """
     found: list[tuple[str, int, int]] = []
     start, before, label_before = 0, _OUTSIDE, ""
@@ -146,17 +142,18 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 def entity_counts(
     labels: np.ndarray, predicted: np.ndarray, rows: np.ndarray, names: Sequence[str], num_rows: int
 ) -> np.ndarray:
-    """Entities of each row, over its labelled positions.
+    """Count the entities of each row over its labelled positions.
 
     Args:
-        labels: (N,) integers, -100 where unknown.
+        labels: (N,) integers, -100 if unknown.
         predicted: (N,) integers.
-        rows: (N,) the row of each position, not falling.
-        names: of the classes. Without one called "O" every position is an entity by itself, as of
-            parts of speech.
+        rows: (N,) the row of each position, in ascending order.
+        names: names of the classes. Without a class "O", every position is an entity, for example
+            in part-of-speech tagging.
+        num_rows: R.
 
     Returns:
-        (R, 3) int64: right ones (label and both ends), predicted ones, true ones.
+        (R, 3) int64: correct entities (same label and both ends), predicted and true entities.
     """
     known = np.flatnonzero(labels != NO_LABEL)
     if _OUTSIDE not in names:
@@ -177,16 +174,16 @@ _PREFIXES = ("I", *_FIRST, *_LAST)
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, num_bins: int = 15) -> float:
-    """How far the probability of the predicted class is from how often it is right, averaged over positions.
+    """Mean absolute difference between confidence and accuracy, over bins of confidence.
 
     Args:
-        confidence: (N,) float, the probability of the predicted class. Labelled positions only:
-            without a label nothing is correct or wrong.
+        confidence: (N,) float, the probability of the predicted class, at labelled positions only.
         correct: (N,) bool, whether the prediction is the label.
-        num_bins: bins of equal width over [0, 1]; a confidence of exactly 1 has a bin to itself.
+        num_bins: number of bins of equal width over [0, 1]. A confidence of exactly 1 has its own
+            bin.
 
     Returns:
-        In [0, 1]; nan where there is no position, or where a confidence is nan.
+        In [0, 1]; nan without positions, or if a confidence is nan.
 
     Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning", top label,
     L1 norm.
@@ -196,9 +193,9 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, n
 
     if confidence.size == 0 or np.isnan(confidence).any():
         return math.nan
-    # One value above 1 makes torchmetrics take all of them for logits, and exp() of a
-    # log-probability may pass 1 by an ulp. float64, since its bins count in the type of the
-    # confidences.
+    # If one value exceeds 1, torchmetrics treats all of them as logits, and exp() of a
+    # log-probability may exceed 1 by an ulp. float64, since torchmetrics computes the bins in the
+    # type of the confidences.
     top = torch.from_numpy(np.clip(confidence, 0.0, 1.0, dtype=np.float64))
     return float(binary_calibration_error(top, torch.from_numpy(correct.astype(np.int64)), n_bins=num_bins, norm="l1"))
 
@@ -207,17 +204,17 @@ def mean_nll(nll: np.ndarray) -> float:
     """Mean negative log-likelihood of the hard labels.
 
     Args:
-        nll: (N,) float, nats; nan where there is no label.
+        nll: (N,) float, nats; nan without a label.
 
     Returns:
-        Nats per labelled position; nan where nothing is labelled.
+        Nats per labelled position; nan if nothing is labelled.
     """
     known = nll[~np.isnan(nll)]
     return float(known.mean(dtype=np.float64)) if known.size else math.nan
 
 
 def perplexity(mean_nll: float) -> float:
-    """Exp of a mean negative log-likelihood in nats; inf where that passes the largest float."""
+    """Exponential of a mean negative log-likelihood in nats; inf on overflow."""
     try:
         return math.exp(mean_nll)
     except OverflowError:
@@ -225,23 +222,23 @@ def perplexity(mean_nll: float) -> float:
 
 
 def bits_per_byte(nll_sum: float, text_bytes: int) -> float:
-    """Negative log-likelihood per byte of text, which compares models whose tokenizers differ.
+    """Negative log-likelihood per byte of text, which is comparable between tokenizers.
 
     Args:
         nll_sum: nats, summed over the positions that predict the text.
         text_bytes: UTF-8 bytes of that text.
 
     Returns:
-        Bits per byte; nan where there is no text.
+        Bits per byte; nan without text.
     """
     return nll_sum / math.log(2) / text_bytes if text_bytes else math.nan
 
 
-# ----------------------------------------------------------------------------------------------- against the teacher
+# ------------------------------------------------------------------------------ against the teacher
 
 
 def agreement_of(predictions: Predictions) -> float:
-    """Of a model with its teacher: `agreement`, or of scores their correlation, the mean over outputs."""
+    """Agreement of a model with its teacher; for scores, the mean correlation over the outputs."""
     ours, theirs = predictions.predicted, predictions.teacher_predicted
     if ours.dtype.kind != "f":
         return agreement(ours, theirs)
@@ -252,23 +249,23 @@ def agreement_of(predictions: Predictions) -> float:
 
 
 def agreement(predicted: np.ndarray, teacher_predicted: np.ndarray) -> float:
-    """Share of positions, labelled or not, where model and teacher predict the same class.
+    """Share of positions where model and teacher predict the same class, labelled or not.
 
     Args:
         predicted: (N,) integers.
-        teacher_predicted: (N,) integers; positions of -100 do not count: the teacher says nothing
-            there.
+        teacher_predicted: (N,) integers; -100 where the teacher has no prediction. Such positions
+            are left out.
 
     Returns:
-        In [0, 1]; nan where there is no position.
+        In [0, 1]; nan without positions.
     """
     known = teacher_predicted != NO_LABEL
     return float((predicted == teacher_predicted)[known].mean()) if known.any() else math.nan
 
 
-# ------------------------------------------------------------------------------------------------------ as they are read
+# --------------------------------------------------------------------------------------- formatting
 
-#: Shares of positions or of mass, read in percent.
+#: Metrics that are shown in percent.
 _SHARES = (
     *("accuracy", "average_precision", "exact", "f1", "precision", "recall", "macro_f1", "ece", "agreement"),
     *("ndcg@10", "mrr"),
@@ -276,24 +273,24 @@ _SHARES = (
 
 
 def number(name: str | None, value: float) -> str:
-    """A metric as it is read: shares in percent, the others in their unit, nan as a dash."""
+    """Format a metric: shares in percent, others in their unit, nan as a dash."""
     if math.isnan(value):
         return "-"
     return f"{value:.1%}" if name in _SHARES else f"{value:.3f}"
 
 
 def on_split(metrics: Mapping[str, float], split: str, rows: int | None, of: str = "rows") -> str:
-    """Metrics in one line with what they were measured on: `accuracy 86.0%, loss 0.412 on test, 300 rows`.
+    """Format metrics in one line: `accuracy 86.0%, loss 0.412 on test, 300 rows`.
 
     Args:
-        rows: how many; None: not known.
+        rows: number of rows; None: unknown.
         of: what is counted.
     """
     shown = ", ".join(f"{name} {number(name, value)}" for name, value in metrics.items())
     return f"{shown} on {split}" + ("" if rows is None else f", {rows:,} {of}")
 
 
-# ---------------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def bootstrap_ratio(
@@ -306,37 +303,37 @@ def bootstrap_ratio(
     resamples: int = 2000,
     inverse: bool = False,
 ) -> Interval:
-    """Interval of 95% confidence of a student's score over its teacher's, both taken over all positions of a split.
+    """Bootstrap 95% confidence interval of a student's score divided by its teacher's.
 
-    Rows are resampled, not positions, since positions of one row depend on each other; both models
-    are scored on the same rows, so that what makes a row hard for both cancels.
+    Both scores are totals over a split. Rows are resampled rather than positions, because positions
+    of one row depend on each other. Both models are scored on the same rows, so that differences in
+    difficulty cancel.
 
     Args:
         student_row_scores: (R,) float, not negative: the sum over the row's positions of what the
-            metric averages (correct predictions, nats). Nan in a row of both models: the row has no
+            metric averages (correct predictions, nats). nan in a row of both models: the row has no
             label and is left out.
         teacher_row_scores: (R,) float, the same for the teacher.
-        row_weights: (R,) float, needed where the scores are means over a row rather than sums: its
-            number of positions.
-        of: (R,) each, student and teacher: what the scores are shares of, where it differs between
-            them, as predicted and true entities do.
-        seed: of the resampling.
-        resamples: how many times R rows are drawn with replacement.
+        row_weights: (R,) float, the number of positions of each row, if scores are means over a row
+            instead of sums.
+        of: (R,) each, for student and teacher: denominators of the scores, if they differ between
+            the models, such as numbers of predicted and true entities.
+        seed: seed of the resampling.
+        resamples: number of times that R rows are drawn with replacement.
         inverse: teacher over student, for a metric that is better when smaller.
 
     Returns:
-        The 2.5% and 97.5% percentiles of sum(student) / sum(teacher) over the resamples, with `of`
-            each over the sum of its own; exactly (1, 1) for equal
-        scores. Nan for fewer than two rows, and where only one of the models has a nan. A resample
-            with a zero
-        denominator counts as inf, and not at all where its numerator is zero too.
+        The 2.5% and 97.5% percentiles of sum(student) / sum(teacher) over the resamples; with `of`,
+        each sum is divided by the sum of its denominators. Exactly (1, 1) for equal scores. nan for
+        fewer than two rows, or if only one of the models has a nan. A resample with a zero
+        denominator counts as inf, and is dropped if its numerator is zero too.
 
     Raises:
         ValueError: the arrays differ in shape.
 
     Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13. The percentile
-    interval, because the bias-corrected one (BCa) costs O(R^2) and is undefined for equal models.
-    Memory does not grow with `resamples` beyond their ratios.
+    interval is used, because the bias-corrected one (BCa) costs O(R^2) and is undefined for equal
+    models. Apart from their ratios, memory does not grow with `resamples`.
     """
     from scipy import stats
 
@@ -359,19 +356,23 @@ def bootstrap_ratio(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    sums = result.bootstrap_distribution  # (2 or 4, resamples); the ratio is taken here, where 0 / 0 can be left out
+    # (2 or 4, resamples); ratios are computed here, so that 0 / 0 can be dropped
+    sums = result.bootstrap_distribution
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = sums[0] / sums[1] if of is None else (sums[0] / sums[2]) / (sums[1] / sums[3])
     ratios = ratios[~np.isnan(ratios)]
     if not ratios.size:
         return _UNKNOWN
-    # An order statistic: interpolation between a number and inf would be nan.
+    # Use an order statistic: interpolation between a number and inf would give nan.
     low, high = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf")
     return Interval(float(low), float(high))
 
 
 def share_interval(count: int, total: int) -> Interval:
-    """Wilson's interval of 95% confidence of a share: `count` of `total`, at least 1, drawn at random (Wilson, 1927)."""
+    """Return Wilson's 95% confidence interval of a share, from a random sample (Wilson, 1927).
+
+    `count` of the `total` drawn, at least 1, are hits.
+    """
     z = 1.959964
     share = count / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
@@ -380,10 +381,10 @@ def share_interval(count: int, total: int) -> Interval:
 
 
 def paired_mean_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of paired differences: of two methods over the same seeds, say.
+    """Return Student's t interval of the mean of paired differences, such as those of two methods.
 
     Args:
-        differences: (n,) float, one per pair, taken as independent and roughly normal.
+        differences: (n,) float, one per pair, assumed to be independent and roughly normal.
         confidence: in (0, 1).
 
     Returns:

@@ -1,6 +1,6 @@
-"""Of scores: how they go along with others, and how they rank the rows of lists.
+"""Metrics for scores: correlation with other scores, and ranking quality in lists.
 
-Numpy arrays in, floats out; nan means "cannot be said".
+NumPy arrays in, floats or arrays out; nan means that a value is undefined.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def pearson(truth: np.ndarray, found: np.ndarray) -> float:
-    """Correlation of scores, in [-1, 1]; nan for fewer than two, or where one of both does not vary.
+    """Pearson correlation in [-1, 1]; nan for fewer than two scores, or if either is constant.
 
     Args:
         truth: (N,) float.
@@ -25,19 +25,18 @@ def pearson(truth: np.ndarray, found: np.ndarray) -> float:
 
 
 def spearman(truth: np.ndarray, found: np.ndarray) -> float:
-    """Correlation of ranks, equal scores with the mean of theirs; arguments and result as of `pearson`."""
+    """Spearman rank correlation, ties with mean ranks; arguments and result as for `pearson`."""
     from scipy import stats
 
     return pearson(stats.rankdata(truth), stats.rankdata(found))
 
 
 def correlation_influence(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """(N,) float64: the correlation r plus the influence of each pair on it.
+    """Return (N,) float64: the correlation r plus the influence of each pair on it.
 
-    The mean is r, and the variance of the mean that of r to first order.
-
-    r + a b - r (a^2 + b^2) / 2 with a and b the scores less their mean, over their standard
-    deviation (Devlin, Gnanadesikan and Kettenring, 1975).
+    The mean of these values is r, and the variance of the mean is that of r to first order. Each is
+    r + a b - r (a^2 + b^2) / 2, where a and b are the standardised scores (Devlin, Gnanadesikan and
+    Kettenring, 1975).
     """
     r = pearson(truth, found)
     if math.isnan(r):
@@ -48,13 +47,16 @@ def correlation_influence(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 
 def ndcg(relevance: np.ndarray, scores: np.ndarray, lists: np.ndarray, *, cutoff: int = 10) -> np.ndarray:
-    """Normalised discounted cumulative gain of each list (Jarvelin and Kekalainen, 2002; gains as they are, as trec_eval takes them).
+    """Normalised discounted cumulative gain of each list (Jarvelin and Kekalainen, 2002).
+
+    Gains are the relevances themselves, as in trec_eval.
 
     Args:
         relevance: (R,) float, of each row; below 0 counts as 0.
-        scores: (R,) float. Of rows with the same score the less relevant one comes first: a model
-            that gives one score to all gains nothing by it.
+        scores: (R,) float. Of rows with equal scores, the less relevant comes first, so that a
+            model with constant scores gains nothing from ties.
         lists: (R,) integers from 0: the list of each row.
+        cutoff: number of top ranks that count.
 
     Returns:
         (lists,) in [0, 1]; nan for a list without a relevant row.
@@ -73,21 +75,24 @@ def ndcg(relevance: np.ndarray, scores: np.ndarray, lists: np.ndarray, *, cutoff
 
 
 def reciprocal_rank(relevance: np.ndarray, scores: np.ndarray, lists: np.ndarray) -> np.ndarray:
-    """1 over the place of the first row of each list that is relevant, which is above 0; arguments and result as of `ndcg`."""
+    """1 / rank of the first relevant row of each list; arguments and result as for `ndcg`.
+
+    A row is relevant if its relevance is above 0.
+    """
     order = _ranked(relevance, scores, lists)
     places, relevant = _places(lists[order]), relevance[order] > 0
     first = np.full(int(lists.max(initial=-1)) + 1, np.nan)
     places, of = places[relevant][::-1], lists[order][relevant][::-1]
-    first[of] = 1.0 / (places + 1)  # the last that is written is the first of its list
+    first[of] = 1.0 / (places + 1)  # in reverse order, so the first row of a list is written last
     return first
 
 
 def _ranked(relevance: np.ndarray, scores: np.ndarray, lists: np.ndarray) -> np.ndarray:
-    """Rows list by list, in each by falling score."""
+    """Return row indices sorted by list, then by descending score."""
     return np.lexsort((relevance, -scores, lists))
 
 
 def _places(lists: np.ndarray) -> np.ndarray:
-    """(R,) lists, each in one run -> (R,) places within it, from 0."""
+    """Return (R,) ranks within each list, from 0; the rows of a list must be contiguous."""
     starts = np.flatnonzero(np.append(True, lists[1:] != lists[:-1])) if len(lists) else np.zeros(0, dtype=np.int64)
     return np.arange(len(lists)) - np.repeat(starts, np.diff(np.append(starts, len(lists))))

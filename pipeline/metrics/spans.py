@@ -1,4 +1,4 @@
-"""How much two stretches of tokens have in common."""
+"""Overlap of two token spans."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 def overlap_of_spans(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """F1 of the tokens of two spans.
+    """F1 score of the tokens of two spans.
 
     Args:
-        labels: (R, 2) integers: first and last token of each.
-        predicted: (R, 2) integers. One that ends before it begins has no token.
+        labels: (R, 2) integers: first and last token of each span.
+        predicted: (R, 2) integers. A span that ends before it begins is empty.
 
     Returns:
         (R,) in [0, 1]: 2 |A and B| / (|A| + |B|).

@@ -1,4 +1,4 @@
-"""The mathematics: logits -> SoftLabels (`encode`) -> a target distribution (`target`).
+"""Encode logits as SoftLabels (`encode`), and make target distributions of them (`target`).
 
 Pure functions over tensors.
 """

@@ -1,13 +1,15 @@
-"""SoftLabels -> SoftLabels of a smaller encoding, where that is honest: as exact, or as unbiased, as if the teacher's logits had been encoded so.
+"""Convert SoftLabels to a smaller encoding, if that is as exact as encoding the logits with it.
 
-| from | to | why it is honest |
-|---|---|---|
-| `full` | any other | the logits are there: it is `encode` |
-| `top-k`, `top-p` | fewer classes of the same encoding, temperatures of its grid | the mass that leaves the top is known, and is added to the residual |
-| `sampled` | a smaller c at the same temperature | the kept weights t are sampled once more: E[t' | t] = t, so that E[t'] = E[t] = q |
+For `sampled`, the result is as unbiased as if the logits had been sampled.
+
+- `full` to any other: the logits are known, so this is `encode`.
+- `top-k`, `top-p` to fewer classes of the same encoding, at temperatures of its grid: the mass that
+  leaves the top is known, and is added to the residual.
+- `sampled` to a smaller c at the same temperature: the kept weights t are sampled again.
+  E[t' | t] = t, so E[t'] = E[t] = q.
 
 Sampling t at c' < c has the variance of sampling q at c', class by class: for a class of the tail
-E[t'^2] = E[t] / c' = q / c', and one of the top has t = q.
+E[t'^2] = E[t] / c' = q / c', and a class of the top has t = q.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from pipeline.softlabels.sampling import round_unbiased
 
 
 def check_conversion(source: Encoding, wanted: Encoding) -> None:
-    """Refuse what cannot be made from what was kept.
+    """Check that an encoding can be made from a stored one.
 
     Raises:
-        EncodingError: says why, and what can be made.
+        EncodingError: says why not, and what can be made.
     """
     if isinstance(source, Score):
         raise EncodingError(
@@ -69,14 +71,14 @@ def check_conversion(source: Encoding, wanted: Encoding) -> None:
 
 
 def convert(soft: SoftLabels, wanted: Encoding, *, uniforms: Tensor) -> SoftLabels:
-    """The same positions in a smaller encoding.
+    """Convert N positions to a smaller encoding.
 
     Args:
-        uniforms: (N,) float64 in [0, 1), for `sampled`; independent of those that `soft` was
-            sampled with.
+        uniforms: (N,) float64 in [0, 1), for `sampled`; independent of those with which `soft` was
+            sampled.
 
     Returns:
-        N positions, narrow as they are stored.
+        N positions, rounded as they are stored (`narrow`).
 
     Raises:
         EncodingError: see `check_conversion`.
@@ -92,7 +94,10 @@ def convert(soft: SoftLabels, wanted: Encoding, *, uniforms: Tensor) -> SoftLabe
 
 
 def _shorten(soft: SoftLabels, wanted: TopK | TopP) -> SoftLabels:
-    """The first classes of each position; log r' = log(r + the mass of those that leave), at each temperature."""
+    """Keep the first classes of each position, and add the mass of the others to the residuals.
+
+    At each temperature, log r' = log(r + the mass of the dropped classes).
+    """
     assert isinstance(soft.encoding, TopK | TopP)
     owner = owners(soft.top_offsets)
     logprobs = soft.top_logprobs.double()
@@ -100,7 +105,7 @@ def _shorten(soft: SoftLabels, wanted: TopK | TopP) -> SoftLabels:
     if isinstance(wanted, TopK):
         stays = torch.arange(len(owner)) - start < wanted.k
     else:
-        mass = torch.cumsum(logprobs.exp(), 0) - logprobs.exp()  # of all classes before
+        mass = torch.cumsum(logprobs.exp(), 0) - logprobs.exp()  # of all earlier classes
         stays = (mass - mass[start] < wanted.p) | (torch.arange(len(owner)) == start)
     residuals = []
     for temperature in wanted.temperatures:
@@ -123,20 +128,25 @@ def _shorten(soft: SoftLabels, wanted: TopK | TopP) -> SoftLabels:
 
 
 def _sample_again(soft: SoftLabels, wanted: Sampled, uniforms: Tensor) -> SoftLabels:
-    """Weights t of at least 1/c', and the argmax, stay; each other class is kept with probability c' t, at weight 1/c'."""
+    """Sample the kept weights t again, at a smaller sample size c'.
+
+    The argmax and weights of at least 1/c' stay. Each other class is kept with probability c' t, at
+    weight 1/c'.
+    """
     assert isinstance(soft.encoding, Sampled)
     size = wanted.sample_size
     top_owner, tail_owner = owners(soft.top_offsets), owners(soft.tail_offsets)
     weights = soft.top_logprobs.double().exp()
     stays = weights >= 1 / size
-    stays[soft.top_offsets[:-1]] = True  # the argmax stands first
+    stays[soft.top_offsets[:-1]] = True  # the argmax is the first class
     owner = torch.cat([top_owner[~stays], tail_owner])
     ids = torch.cat([soft.top_ids[~stays], soft.tail_ids])
     tail_weights = torch.full((len(tail_owner),), 1 / soft.encoding.sample_size, dtype=torch.float64)
     chances = torch.cat([weights[~stays], tail_weights]) * size
     order = torch.argsort(owner * soft.num_classes + ids)  # by position, then by class
     owner, ids, chances = owner[order], ids[order], chances[order]
-    hit = round_unbiased(chances, owner, uniforms) > 0  # of values below 1: systematic sampling
+    # for values below 1, unbiased rounding is systematic sampling
+    hit = round_unbiased(chances, owner, uniforms) > 0
     sampled = dataclasses.replace(
         soft,
         encoding=wanted,

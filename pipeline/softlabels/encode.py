@@ -1,4 +1,4 @@
-"""Logits -> SoftLabels: what of each distribution is kept."""
+"""Encode logits as SoftLabels: select what is kept of each distribution."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pipeline.softlabels.blocks import BLOCK, Blocks, Workspace, block_sums, chu
 from pipeline.softlabels.ragged import offsets_of
 from pipeline.softlabels.sampling import sample_tail
 
-#: Probabilities below this have lost digits in float32: such a residual is taken by log-sum-exp in
+#: Probabilities below this are inexact in float32; such a residual is computed by log-sum-exp in
 #: float64.
 _TINY = 1e-30
-#: Classes that top-p looks at first; more where they do not reach p.
+#: Number of classes that top-p considers first; it considers more if these do not reach p.
 _FIRST_CLASSES = 256
 
 
 def encode(
     logits: Tensor, encoding: Encoding, *, uniforms: Tensor | None = None, generator: torch.Generator | None = None
 ) -> SoftLabels:
-    """Keep of N distributions what the encoding keeps.
+    """Encode N distributions.
 
     Args:
         logits: (N, V) float, raw teacher output. -inf is a class of probability 0.
-        uniforms: (N,) float64 in [0, 1), for `sampled`; drawn from `generator` (or torch's own)
-            where it is None.
+        uniforms: (N,) float64 in [0, 1), for `sampled`. None: drawn from `generator`, or from
+            torch's default generator.
 
     Returns:
-        N positions, on the CPU, as exact as float32; `narrow` rounds them as they are stored.
+        N positions on the CPU, as exact as float32; `narrow` rounds them as they are stored.
 
     Raises:
-        EncodingError: a row with NaN, +inf or no finite logit.
+        EncodingError: a row has NaN, +inf or no finite logit.
     """
     if uniforms is None:
         uniforms = torch.rand(len(logits), generator=generator, dtype=torch.float64)
@@ -44,31 +44,31 @@ def encode(
 def encode_and_score(
     logits: Tensor, labels: Tensor, encoding: Encoding, uniforms: Tensor
 ) -> tuple[SoftLabels, TeacherScores]:
-    """`encode` and `teacher_scores` in one pass: what they share is made once.
+    """Compute `encode` and `teacher_scores` in one pass that shares intermediate results.
 
     Args:
-        labels: (N,) int64, -100 where there is none.
+        labels: (N,) int64, -100 if unknown.
 
     Returns:
-        N positions, and their scores; the entropy is of the distribution whose log-probabilities
-            are kept (T = 1, or the T of `sampled`).
+        N positions, and their scores. The entropy is of the distribution whose log-probabilities
+        are kept (at T = 1, or the T of `sampled`).
 
     Raises:
-        EncodingError: a row with NaN, +inf or no finite logit.
+        EncodingError: a row has NaN, +inf or no finite logit.
     """
     return _encode(logits, labels, encoding, uniforms)
 
 
 def teacher_scores(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> TeacherScores:
-    """The teacher's negative log-likelihood of the hard labels, and its entropy.
+    """Return the teacher's negative log-likelihood of the hard labels, and its entropy.
 
     Args:
         logits: (N, V) float.
-        labels: (N,) int64, -100 where there is none.
-        temperature: at which the entropy is taken; the likelihood is always at 1.
+        labels: (N,) int64, -100 if unknown.
+        temperature: for the entropy; the likelihood is always at 1.
 
     Returns:
-        (N,) and (N,) float32, nats, on the CPU.
+        (N,) and (N,) float32, nats, on the CPU. The likelihood is 0 where the label is unknown.
     """
     parts = []
     step, workspace = chunk_positions(logits), Workspace()
@@ -79,7 +79,7 @@ def teacher_scores(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
     return _join_scores(parts)
 
 
-# ------------------------------------------------------------------------------------------------------- all chunks
+# --------------------------------------------------------------------------------------- all chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,9 @@ class _Kept:
     """What is kept of one chunk of n positions, numbered from 0."""
 
     owner: Tensor
-    """(K,) int64: the position of each class of the top, rising."""
+    """(K,) int64: the position of each class of the top, ascending."""
     ids: Tensor
-    """(K,) int64; of one position by falling probability."""
+    """(K,) int64; within a position by descending probability (`full`: by id)."""
     logprobs: Tensor
     """(K,) float64."""
     tail_owner: Tensor | None = None
@@ -101,7 +101,7 @@ class _Kept:
 def _encode(
     logits: Tensor, labels: Tensor | None, encoding: Encoding, uniforms: Tensor
 ) -> tuple[SoftLabels, TeacherScores]:
-    """Some positions at a time, so that what is made of them stays in the CPU's caches."""
+    """Encode some positions at a time, so that intermediate results stay in the CPU's caches."""
     count, num_classes = logits.shape
     if isinstance(encoding, Score):
         return _scores(logits, labels, encoding)
@@ -128,7 +128,7 @@ def _encode(
 
 
 def _scores(logits: Tensor, labels: Tensor | None, encoding: Score) -> tuple[SoftLabels, TeacherScores]:
-    """(N, 1) scores as they are, and their squared errors."""
+    """Return (N, 1) scores unchanged, and their squared errors."""
     values = logits[:, 0].detach().float().cpu()
     bad = torch.nonzero(~torch.isfinite(values))
     if len(bad):
@@ -168,7 +168,7 @@ def _join_scores(parts: list[TeacherScores]) -> TeacherScores:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- one chunk
+# ---------------------------------------------------------------------------------------- one chunk
 
 
 def _full(blocks: Blocks, num_classes: int) -> _Kept:
@@ -180,29 +180,30 @@ def _full(blocks: Blocks, num_classes: int) -> _Kept:
 
 
 def _sampled(q: Tensor, sums: Tensor, blocks: Blocks, encoding: Sampled, uniforms: Tensor) -> _Kept:
-    """The top: what reaches 1/c, and the argmax.
+    """Keep the classes that reach 1/c and the argmax, and sample the others.
 
-    The tail: a sample of the rest. `q` (N, V') and `sums` (N, M) are overwritten.
+    `q` (N, V') and `sums` (N, M) are overwritten.
     """
     c = encoding.sample_size
     parts = in_blocks(q)  # (N, M, 64)
-    total = sums.sum(-1)  # (N,): 1, but for what float32 has lost over thousands of classes
+    total = sums.sum(-1)  # (N,): 1 up to float32 errors over thousands of classes
     best_block = blocks.best // BLOCK
     best_q = q.gather(1, blocks.best[:, None])
-    # The blocks that may hold any of the top: their peak reaches 1/c, but for rounding.
+    # The blocks that may contain classes of the top: their peak reaches 1/c, up to rounding.
     relative = ((blocks.peaks - blocks.peak[:, None]) / encoding.temperature).exp_()
     reaching = relative >= 0.9999 / c / best_q
     reaching.scatter_(1, best_block[:, None], True)
     position, block = reaching.nonzero(as_tuple=True)
     candidates = parts[position, block]  # (H, 64)
     is_best = torch.zeros_like(candidates, dtype=torch.bool)
-    home = (block == best_block[position]).nonzero().squeeze(-1)  # (N,): of each position the block of its argmax
+    # (N,): the block of each position's argmax
+    home = (block == best_block[position]).nonzero().squeeze(-1)
     is_best[home, blocks.best % BLOCK] = True
     likely = (candidates >= (total / c)[position, None]) | is_best
     hit, offset = likely.nonzero(as_tuple=True)
     owner, ids = position[hit], block[hit] * BLOCK + offset
     found = candidates[hit, offset].double() / total[owner]
-    # By position, then by falling probability; of equals, the argmax first.
+    # By position, then by descending probability; of equal ones, the argmax first.
     order = torch.argsort(4.0 * owner - found - is_best[hit, offset].double(), stable=True)
     candidates.masked_fill_(likely, 0.0)
     parts[position, block] = candidates
@@ -212,12 +213,13 @@ def _sampled(q: Tensor, sums: Tensor, blocks: Blocks, encoding: Sampled, uniform
 
 
 def _top(q: Tensor, blocks: Blocks, encoding: TopK | TopP, num_classes: int) -> _Kept:
-    """The residual is a sum over the classes outside, never 1 - sum: 1e-12 is exact too.
+    """Keep the most likely classes, and compute the log of the mass outside them.
 
+    The residual is a sum over the classes outside, not 1 minus a sum, so that even 1e-12 is exact.
     `q` (N, V') is overwritten.
     """
     if isinstance(encoding, TopK):
-        values, ids = blocks.largest(min(encoding.k, num_classes))  # (N, K), by falling logit
+        values, ids = blocks.largest(min(encoding.k, num_classes))  # (N, K), descending
         kept = values > -torch.inf
     else:
         values, ids, kept = _until(blocks, encoding.p, q)
@@ -240,7 +242,11 @@ def _top(q: Tensor, blocks: Blocks, encoding: TopK | TopP, num_classes: int) -> 
 
 
 def _until(blocks: Blocks, p: float, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fewest classes that reach p: (N, K) logits, falling, their classes, and which of the K they are."""
+    """Return the fewest classes that reach p.
+
+    Returns:
+        (N, K) logits, descending; their class ids; and (N, K) bool, which of them are kept.
+    """
     k, most = _FIRST_CLASSES, blocks.logits.shape[1]
     while True:
         values, ids = blocks.largest(min(k, most))
@@ -252,17 +258,21 @@ def _until(blocks: Blocks, p: float, q: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _log_residual(blocks: Blocks, ids: Tensor, kept: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """(R,) float64: log of the mass outside the kept classes, by log-sum-exp, of some positions."""
+    """Return (R,) float64: log of the mass outside the kept classes of `rows`, by log-sum-exp."""
     scaled = blocks.logits[rows].double() / temperature
     outside = scaled.scatter(1, ids[rows], scaled.gather(1, ids[rows]).masked_fill(kept[rows], -torch.inf))
     return torch.logsumexp(outside, -1) - torch.logsumexp(scaled, -1)
 
 
 def _score(blocks: Blocks, q: Tensor, total: Tensor, labels: Tensor, temperature: float) -> TeacherScores:
-    """Scores of one chunk; `q` is softmax(z / T), `total` (N,) its sum, 1 but for what float32 has lost.
+    """Return the scores of one chunk.
 
-    With s = (z - peak) / T, the entropy is log(sum of exp(s)) - E[s], and the first is -log of the
-    largest probability.
+    Args:
+        q: softmax(z / T), (N, V').
+        total: (N,) sum of `q`: 1 up to float32 errors.
+
+    With s = (z - peak) / T, the entropy is log(sum of exp(s)) - E[s], and log(sum of exp(s)) is
+    minus the log of the largest probability.
     """
     log_sum = total.log() - q.gather(1, blocks.best[:, None]).double().log().squeeze(-1)
     entropy = log_sum - (blocks.mean(q) / total - blocks.peak.double()) / temperature
@@ -274,7 +284,10 @@ def _score(blocks: Blocks, q: Tensor, total: Tensor, labels: Tensor, temperature
 
 
 def _check_finite(blocks: Blocks, start: int) -> None:
-    """Refuse rows that are no distribution: NaN and +inf propagate through the peak; all -inf leaves -inf."""
+    """Refuse rows that are not a distribution.
+
+    NaN and +inf propagate to the peak, and the peak of rows without a finite logit is -inf.
+    """
     bad = ~torch.isfinite(blocks.peak)
     if not bool(bad.any()):
         return

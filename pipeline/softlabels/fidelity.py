@@ -1,15 +1,17 @@
-"""What an encoding's target keeps of the teacher, and what noise and bias it adds to the gradient of a student: measured where all V logits are at hand.
+"""Measure what an encoding keeps of the teacher, and how it changes a student's gradient.
 
-With q the teacher, t the target and p a student, (V,) each, W the output matrix (V, H) and g(t) =
-W'(p - t) the gradient of the loss with respect to the student's hidden state at one position:
+All V logits are needed. With q the teacher, t the target and p a student, (V,) each, W the output
+matrix (V, H), and g(t) = W'(p - t) the gradient of the loss with respect to the student's hidden
+state at one position:
 
-    noise   E |W'(t - q)|^2, over positions and samples: what the target adds to the variance of g
-    bias    |E W'(t - q)|^2: what no amount of data averages away
-    angle   between g(t) and g(q), of all positions of the sample as one vector; beside it |g(t)| / |g(q)|
+    noise   E |W'(t - q)|^2, over positions and samples: variance that the target adds to g
+    bias    |E W'(t - q)|^2: error that no amount of data averages out
+    angle   between g(t) and g(q), over all positions of the sample as one vector;
+            the norm ratio is |g(t)| / |g(q)|
 
-The student is the teacher with standard normal noise on its logits: half a nat away from it or so,
-as a student is that has learnt something. The ghost bucket has no classes of its own: in the
-gradient its mass stands where the student puts its own outside the top, so that t has r p_i / sum p
+The student is the teacher with standard normal noise added to its logits. That is about half a nat
+from the teacher, like a partly trained student. The ghost bucket has no classes of its own: in the
+gradient, its mass is distributed like the student's mass outside the top, so t_i = r p_i / sum p
 there.
 """
 
@@ -25,36 +27,36 @@ from torch import Tensor
 from pipeline.records import Fidelity, SoftLabels, Target
 from pipeline.softlabels.ragged import owners
 
-#: At which the mass of the kept classes is told.
+#: Temperatures at which the mass of the kept classes is reported.
 TEMPERATURES = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """The output matrix in float32, made once: it may be gigabytes."""
+    """The output matrix in float32, converted once because it may take gigabytes."""
 
     matrix: Tensor
-    """(V, H); the identity where the noise on the probabilities themselves is meant."""
+    """(V, H); the identity matrix to measure noise of the probabilities themselves."""
     norms: Tensor
-    """(V,) float64: the squared length of each class's row."""
+    """(V,) float64: the squared norm of each class's row."""
 
     @classmethod
     def of(cls, matrix: Tensor, device: torch.device | None = None) -> Projection:
-        """(V, H) of any float type, to be held on the device of the logits."""
+        """Convert a (V, H) matrix of any float type, and move it to the device of the logits."""
         wide = matrix.detach().to(device=device or matrix.device, dtype=torch.float32)
         return cls(wide, torch.cat([part.double().square().sum(-1) for part in torch.split(wide, 4096)]))
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The whole distributions at n positions, at one temperature, and what of them every target is compared with."""
+    """Full distributions of teacher and student at n positions, to compare targets with."""
 
     logits: Tensor
     """(n, V) float32."""
     logprobs: Tensor
     """(n, V) of the teacher."""
     student: Tensor
-    """(n, V) probabilities."""
+    """(n, V) probabilities of the student."""
     matrix: Tensor
     """(V, H) float32."""
     teacher_out: Tensor
@@ -66,7 +68,11 @@ class Reference:
 
     @classmethod
     def of(cls, logits: Tensor, projection: Projection, *, temperature: float = 1.0, seed: int = 0) -> Reference:
-        """(n, V) logits of the teacher; `seed`: of the student's noise, another for every chunk."""
+        """Make a reference from (n, V) teacher logits.
+
+        Args:
+            seed: seed of the student's noise, different for every chunk.
+        """
         logits, matrix = logits.detach().float(), projection.matrix
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(logits.shape, generator=generator).to(logits.device)
@@ -78,7 +84,7 @@ class Reference:
 
 
 class FidelityMeter:
-    """Sums over positions of one encoding; `result` gives the means."""
+    """Accumulates sums over positions for one encoding; `result` returns the means."""
 
     def __init__(self) -> None:
         self.positions = 0
@@ -87,7 +93,11 @@ class FidelityMeter:
         self._has_kl = True
 
     def add(self, reference: Reference, target: Target, soft: SoftLabels | None = None) -> None:
-        """The target at the positions of the reference, on the CPU; `soft`: what it was made of, whose top is then told too."""
+        """Add the target, on the CPU, at the positions of a reference.
+
+        Args:
+            soft: the soft labels that the target was made from, to measure the mass of their top.
+        """
         device = reference.logits.device
         offsets, owner, ids = target.offsets.to(device), owners(target.offsets).to(device), target.ids.to(device)
         weights = target.weights.to(device)
@@ -101,7 +111,8 @@ class FidelityMeter:
         self._has_kl &= target.log_residual is not None or len(ids) == reference.logits.numel()
         if target.log_residual is not None:
             rest = target.log_residual.to(device).exp()
-            outside = reference.student.index_put((owner, ids), torch.zeros((), device=device))  # never 1 - sum
+            # a sum over the classes outside is exact, unlike 1 - sum
+            outside = reference.student.index_put((owner, ids), torch.zeros((), device=device))
             share = rest / outside.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
             made = made + share[:, None] * (outside @ reference.matrix)
         if self._has_kl:
@@ -123,7 +134,7 @@ class FidelityMeter:
                 self._add(f"mass {t:g}", logprobs.exp())
 
     def _kl(self, reference: Reference, target: Target, owner: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """(n,) KL(teacher || target), the bucket's mass spread evenly over its classes."""
+        """Return (n,) KL(teacher || target), the bucket's mass spread evenly over its classes."""
         count, num_classes = reference.logits.shape
         log_even = torch.full((count,), -torch.inf, device=owner.device)
         if target.log_residual is not None:
@@ -138,12 +149,13 @@ class FidelityMeter:
         self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
 
     def result(self) -> Fidelity | None:
-        """The means; None where no position was added."""
+        """Return the means, or None if no position was added."""
         n = self.positions
         if n == 0:
             return None
         sums = self._sums
-        # |sum|^2 holds each position's own square, which is noise: without it the estimate of the squared mean is unbiased.
+        # |sum|^2 contains each position's own square, which is noise. Subtracting it makes the
+        # estimate of the squared mean unbiased.
         drift = float(torch.as_tensor(self._drift).square().sum())
         bias = max((drift - sums["noise"]) / (n * (n - 1)), 0.0) if n > 1 else None
         cosine = sums["product"] / math.sqrt(max(sums["ours"] * sums["theirs"], 1e-300))
@@ -161,6 +173,6 @@ class FidelityMeter:
 
 
 def spread(count: int, most: int) -> Sequence[int]:
-    """At most so many of `count` positions, evenly spaced."""
+    """Return at most `most` of `count` positions, evenly spaced."""
     step = max(1, -(-count // most))
     return range(0, count, step)

@@ -1,4 +1,4 @@
-"""A target over a teacher's vocabulary -> the same over a student's, at the positions that both have."""
+"""Map a target over the teacher's vocabulary to a student's, at aligned positions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from pipeline.softlabels.ragged import offsets_of, owners
 
 
 def map_target(target: Target, positions: Tensor, mapping: VocabularyMap, *, is_sample: bool = False) -> Target:
-    """The target of each of the student's positions, over the student's classes.
+    """Return the target of each of the student's positions, over the student's classes.
 
-    Weights that meet in one token are added: the map is linear, so that an unbiased target stays
-    unbiased. Mass of tokens that the student has none for is left out, or goes to the bucket of the
-    rest where there is one.
+    Weights that map to the same token are added: the map is linear, so an unbiased target stays
+    unbiased. The mass of tokens without a student token is dropped, or added to the bucket of other
+    classes if there is one.
 
     Args:
         target: N positions over the teacher's V classes.
-        positions: (M,) int64: which of the N each of the student's positions is aligned with; -1:
-            none, which gives no mass.
-
-        is_sample: of encoding `sampled`. A sample does not tell the entropy of the mapped
-            distribution: the teacher's own stands for it, which is at least as large, so that KL is
-            a lower bound, up to a constant exact.
+        positions: (M,) int64: the teacher's position with which each of the student's is aligned;
+            -1: none, and the target has no mass.
+        is_sample: whether the encoding is `sampled`. The entropy of the mapped distribution is then
+            unknown, and the teacher's is used instead. It is at least as large, so KL is a lower
+            bound, exact up to a constant.
 
     Returns:
         M positions.
@@ -56,13 +55,13 @@ def map_target(target: Target, positions: Tensor, mapping: VocabularyMap, *, is_
 
 
 def at_positions(values: Tensor, positions: Tensor, otherwise: float) -> Tensor:
-    """(N,) values of the teacher's positions -> (M,) of the student's; `otherwise` where none is aligned."""
+    """Select (M,) of (N,) values at aligned positions; `otherwise` where none is aligned."""
     if not len(values):
         return torch.full((len(positions),), otherwise, dtype=values.dtype)
     return values[positions.clamp_min(0)].masked_fill(positions < 0, otherwise)
 
 
 def map_classes(classes: Tensor, positions: Tensor, mapping: VocabularyMap) -> Tensor:
-    """(N,) classes of the teacher's positions -> (M,) int64 of the student's; -100 where there is none."""
+    """Map (N,) classes at the teacher's positions to (M,) int64 at the student's; -100: none."""
     found = at_positions(torch.from_numpy(mapping.first_token)[classes], positions, NO_LABEL)
     return found.masked_fill(found < 0, NO_LABEL)

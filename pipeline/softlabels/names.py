@@ -1,4 +1,4 @@
-"""Encodings as people read them."""
+"""Names of encodings for messages and reports."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _KNOBS = {"k": "k", "p": "p", "sample_size": "sample size"}
 
 
 def encoding_name(encoding: Encoding) -> str:
-    """Kind and size: `sampled 25`, `top-k 50`, `full`."""
+    """Return kind and size: `sampled 25`, `top-k 50`, `full`."""
     knob = next((getattr(encoding, name) for name in _KNOBS if hasattr(encoding, name)), None)
     return encoding.kind if knob is None else f"{encoding.kind} {knob:g}"
 
 
 def encoding_text(encoding: Encoding) -> str:
-    """Kind and every setting: `top-k, k 50, temperatures (1.0, 2.0, 4.0)`."""
+    """Return kind and all settings: `top-k, k 50, temperatures (1.0, 2.0, 4.0)`."""
     knobs = {**_KNOBS, "temperature": "temperature", "temperatures": "temperatures"}
     found = [f"{label} {getattr(encoding, name)}" for name, label in knobs.items() if hasattr(encoding, name)]
     return ", ".join([encoding.kind, *found])

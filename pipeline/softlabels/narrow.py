@@ -1,4 +1,4 @@
-"""SoftLabels as they are stored: the top of `sampled` in whole numbers of 1/steps, rounded so that the expectation stays exact."""
+"""Unbiased rounding of the top weights of `sampled` to the resolution in which they are stored."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from pipeline.records import Sampled, SoftLabels
 from pipeline.softlabels.ragged import owners
 from pipeline.softlabels.sampling import round_unbiased
 
-#: Rounding takes the digits of u that sampling all but ignores: a class is so rarely kept by them
-#: alone.
+#: Rounding uses low-order digits of the uniform number, which hardly affect which classes are
+#: sampled.
 _LATER_DIGITS = 2.0**20
 
 
 def narrow(soft: SoftLabels, uniforms: Tensor) -> SoftLabels:
-    """Round what storing would round, without bias; other encodings than `sampled` come back as they are.
+    """Round the top weights of `sampled` to multiples of 1/steps, without bias.
+
+    Other encodings are returned unchanged.
 
     Args:
-        uniforms: (N,) float64 in [0, 1), those that the positions were sampled with.
+        uniforms: (N,) float64 in [0, 1), with which the positions were sampled.
 
     Returns:
         N positions whose top weights are multiples of 1/steps. E[weight] is unchanged, and the sum
-            of a position's top changes by less than 1/steps.
+        of a position's top weights changes by less than 1/steps.
     """
     if not isinstance(soft.encoding, Sampled):
         return soft

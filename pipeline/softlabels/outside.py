@@ -1,28 +1,28 @@
-"""The mass outside the most likely classes, where nothing is known of it but that all masses sum to 1."""
+"""The mass outside the most likely classes, computed as 1 minus their mass."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Mass that is left outside where rounding says that there is none, or less.
+#: Minimum of the mass outside, used if rounding gives none or a negative one.
 LEAST_OUTSIDE = 2.0**-24
 
 
 def log_outside(mass: np.ndarray, counts: np.ndarray, num_classes: int, log_most: np.ndarray) -> np.ndarray:
-    """The log of 1 - sum(p), within what can be.
+    """Return the log of 1 - sum(p), kept within its possible range.
 
-    A position with classes outside has mass there: without any, losses would leave the outside out,
-    and a reverse KL could be negative.
+    If there are classes outside, the result is above -inf. Otherwise losses would ignore these
+    classes, and a reverse KL could be negative.
 
     Args:
         mass: (N,) float64, of the classes that are kept.
-        counts: (N,) int64, how many these are.
+        counts: (N,) int64, number of these classes, K.
         num_classes: V.
-        log_most: (N,) float64, nats: the most that may be outside, V - K times the least likely of
-            the K most likely classes; inf where that is not known.
+        log_most: (N,) float64, nats: log of the largest possible mass outside, V - K times the
+            smallest of the K probabilities; inf if unknown.
 
     Returns:
-        (N,) float64, nats; -inf where no class is outside.
+        (N,) float64, nats; -inf if no class is outside.
     """
     found = np.minimum(np.log(np.maximum(1 - mass, LEAST_OUTSIDE)), log_most)
     return np.where(counts == num_classes, -np.inf, found)

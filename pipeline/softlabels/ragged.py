@@ -1,4 +1,4 @@
-"""Slices and joins of SoftLabels: positions are rows, and each owns a run of classes."""
+"""Slice and concatenate SoftLabels, whose positions each have a varying number of classes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pipeline.records import Encoding, Full, Score, SoftLabels
 
 
 def offsets_of(counts: Tensor) -> Tensor:
-    """(N,) counts -> (N + 1,) offsets, int64."""
+    """Convert (N,) counts to (N + 1,) int64 offsets."""
     offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=offsets[1:])
     return offsets
 
 
 def owners(offsets: Tensor) -> Tensor:
-    """(N + 1,) offsets -> (sum K,) the position that owns each class, int64."""
-    if offsets.device.type == "cpu":  # NumPy's takes one thread: beside training there is often no other
+    """Convert (N + 1,) offsets to the (sum K,) int64 position of each class."""
+    if offsets.device.type == "cpu":  # NumPy uses one thread; others are often busy with training
         counts = np.diff(offsets.numpy())
         return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
 
 
 def segment_logsumexp(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """(sum K,) values -> (N,) log-sum-exp of each position's own."""
+    """Return the (N,) log-sum-exp of the (sum K,) values of each position."""
     peak = torch.full((count,), -torch.inf, dtype=values.dtype, device=values.device).scatter_reduce(
         0, owner, values, "amax"
     )
@@ -39,7 +39,7 @@ def segment_logsumexp(values: Tensor, owner: Tensor, count: int) -> Tensor:
 
 
 def empty(encoding: Encoding, num_classes: int) -> SoftLabels:
-    """Soft labels of no position."""
+    """Return soft labels without positions."""
     none = torch.zeros(0, dtype=torch.int64)
     start = torch.zeros(1, dtype=torch.int64)
     grid = len(getattr(encoding, "temperatures", ()))
@@ -47,7 +47,7 @@ def empty(encoding: Encoding, num_classes: int) -> SoftLabels:
 
 
 def rows(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
-    """Positions `[start, stop)`; a view wherever tensors allow."""
+    """Return the positions `[start, stop)`, as views where possible."""
     top, tail = soft.top_offsets[start : stop + 1], soft.tail_offsets[start : stop + 1]
     return replace(
         soft,
@@ -61,7 +61,7 @@ def rows(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
 
 
 def split_rows(soft: SoftLabels, counts: Sequence[int]) -> list[SoftLabels]:
-    """Runs of so many positions each, one after another, on the CPU; views wherever tensors allow."""
+    """Split soft labels on the CPU into consecutive runs of `counts` positions, mostly views."""
     top_offsets, tops = _split_offsets(soft.top_offsets.numpy(), counts)
     tail_offsets, tails = _split_offsets(soft.tail_offsets.numpy(), counts)
     parts = zip(
@@ -77,18 +77,19 @@ def split_rows(soft: SoftLabels, counts: Sequence[int]) -> list[SoftLabels]:
 
 
 def _split_offsets(offsets: np.ndarray, counts: Sequence[int]) -> tuple[Sequence[Tensor], list[int]]:
-    """(N + 1,) offsets of all -> those of each run, from 0, and the classes of each run."""
+    """Split (N + 1,) offsets into those of each run, from 0, and count the classes of each run."""
     each = np.asarray(counts, dtype=np.int64)
     edges = offsets[np.concatenate([[0], np.cumsum(each)])]
     run = np.repeat(np.arange(len(each)), each + 1)
-    inner = offsets[np.arange(len(run)) - run] - edges[run]  # each run has one offset more than positions
+    # each run has one more offset than positions
+    inner = offsets[np.arange(len(run)) - run] - edges[run]
     return torch.split(torch.from_numpy(inner), (each + 1).tolist()), np.diff(edges).tolist()
 
 
 def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
-    """Positions of all parts, one after another.
+    """Concatenate the positions of all parts.
 
-    The parts share encoding and V; there is at least one.
+    There is at least one part, and all have the same encoding and number of classes V.
     """
     return replace(
         parts[0],
@@ -102,7 +103,7 @@ def concatenate(parts: Sequence[SoftLabels]) -> SoftLabels:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Offsets of several runs, each from 0 -> those of all, one after another."""
+    """Concatenate the offsets of several runs, each from 0."""
     if parts[0].device.type != "cpu":
         return offsets_of(torch.cat([part.diff() for part in parts]))
     arrays = [part.numpy() for part in parts]
@@ -112,14 +113,16 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def most_likely(soft: SoftLabels) -> tuple[Tensor, Tensor]:
-    """(N,) int64 and (N,) nats: the teacher's most likely class, always among the kept, and its log-probability as it is stored (`sampled`: rounded).
+    """Return the teacher's most likely class at each position, and its stored log-probability.
 
-    Of scores (N,) float32, the scores, and nan.
+    Returns:
+        (N,) int64 class ids, and (N,) nats (`sampled`: rounded). The most likely class is always
+        kept. For scores: (N,) float32 scores, and nan.
     """
     if isinstance(soft.encoding, Score):
         return soft.top_logprobs, torch.full((len(soft),), torch.nan)
     if isinstance(soft.encoding, Full):
         logprobs, ids = soft.top_logprobs.reshape(len(soft), soft.num_classes).max(-1)
         return ids, logprobs
-    first = soft.top_offsets[:-1]  # by falling probability, before any rounding
+    first = soft.top_offsets[:-1]  # classes are sorted by probability before rounding
     return soft.top_ids[first], soft.top_logprobs[first]

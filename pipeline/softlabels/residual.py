@@ -1,15 +1,17 @@
-"""The mass outside the top of `top-k` and `top-p` at any temperature inside the grid: exact at its points, interpolated between within a bound.
+"""The mass outside the top of `top-k` and `top-p`, at any temperature inside the grid.
 
-With b = 1/T and l the log-probabilities at T = 1, let A(b) be the log of the sum of exp(b l) over
-the classes outside the top, and B(b) that over the top. B is known at every b. The residual r gives
-A at the grid: A = B + log(r / (1 - r)). A log-sum-exp is convex in b, so that between two points
+It is exact at the points of the grid, and interpolated between them within bounds. With b = 1/T and
+l the log-probabilities at T = 1, let A(b) be the log of the sum of exp(b l) over the classes
+outside the top, and B(b) that over the top. B is known at every b. The residual r gives A at the
+grid: A = B + log(r / (1 - r)). A log-sum-exp is convex in b, so between two points
 
     A <= the chord through them;
-    A >= the chords through two points on either side, drawn on;
-    A >= A(b1) - l_K (b1 - b), with b1 the point above and l_K the least log-probability kept, since A' is a mean of l over classes below it.
+    A >= the chords through two points on either side, extended;
+    A >= A(b1) - l_K (b1 - b), with b1 the point above and l_K the smallest log-probability
+         kept, since A' is a mean of l over classes below it.
 
-The estimate is the polynomial through all points, cut to these bounds. log r moves by less than A
-does: its error is below the width between them.
+The estimate is the polynomial through all points, clipped to these bounds. log r changes by less
+than A, so its error is smaller than the distance between the bounds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from pipeline.softlabels.ragged import owners, segment_logsumexp
 
 
 def log_residual_at(soft: SoftLabels, temperature: float) -> Tensor:
-    """(N,) float32, nats: log of the mass outside the top at T, which lies inside the grid of `top-k` or `top-p`."""
+    """Return the (N,) float32 log of the mass outside the top at T, nats.
+
+    T must be inside the grid of `top-k` or `top-p`.
+    """
     grid = _grid(soft)
     for point, t in enumerate(grid):
         if math.isclose(t, temperature):
@@ -35,7 +40,10 @@ def log_residual_at(soft: SoftLabels, temperature: float) -> Tensor:
 
 
 def log_residual_bounds(soft: SoftLabels, temperature: float) -> tuple[Tensor, Tensor]:
-    """(N,) and (N,) float32, nats: between which the true log-residual lies, up to the rounding of those stored. Equal at a point of the grid."""
+    """Return lower and upper bounds of the true log-residual, (N,) and (N,) float32, nats.
+
+    They hold up to the rounding of the stored residuals, and are equal at a point of the grid.
+    """
     grid = _grid(soft)
     if any(math.isclose(t, temperature) for t in grid):
         exact = log_residual_at(soft, temperature)
@@ -50,9 +58,10 @@ def _grid(soft: SoftLabels) -> Sequence[float]:
 
 
 def _outside(soft: SoftLabels, grid: Sequence[float], b: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(N,) float64 each: A(b) estimated, bounded from below and from above, and B(b)."""
-    order = sorted({t: i for i, t in enumerate(grid)}.values(), key=lambda i: -grid[i])  # a temperature may stand twice
-    points = [1 / grid[i] for i in order]  # rising
+    """Return (N,) float64 each: an estimate of A(b), its lower and upper bounds, and B(b)."""
+    # without duplicates
+    order = sorted({t: i for i, t in enumerate(grid)}.values(), key=lambda i: -grid[i])
+    points = [1 / grid[i] for i in order]  # ascending
     owner = owners(soft.top_offsets)
     logprobs = soft.top_logprobs.double()
     values = []  # A at each point
@@ -76,13 +85,13 @@ def _outside(soft: SoftLabels, grid: Sequence[float], b: float) -> tuple[Tensor,
     high = chord(below, above)
     low = torch.minimum(torch.stack(lows).amax(0), high)
     estimate = torch.zeros_like(high)
-    for i, value in enumerate(values):  # Lagrange's form
+    for i, value in enumerate(values):  # Lagrange interpolation
         weight = math.prod((b - other) / (points[i] - other) for j, other in enumerate(points) if j != i)
         estimate = estimate + weight * value
     return estimate, low, high, segment_logsumexp(b * logprobs, owner, len(soft))
 
 
 def _log_share(outside: Tensor, top: Tensor, soft: SoftLabels) -> Tensor:
-    """log(exp(A) / (exp(A) + exp(B))); -inf where the residuals stored are."""
+    """Return log(exp(A) / (exp(A) + exp(B))); -inf where a stored residual is -inf."""
     share = -torch.nn.functional.softplus(top - outside)
     return share.masked_fill(soft.log_residuals.isneginf().any(-1), -torch.inf)

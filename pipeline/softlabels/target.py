@@ -1,4 +1,4 @@
-"""SoftLabels -> Target: the distribution a student is trained towards, at one temperature."""
+"""Make the distribution that a student is trained to match from SoftLabels, at one temperature."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.softlabels.residual import log_residual_at
 
 
 def default_temperature(encoding: Encoding, otherwise: float) -> float:
-    """The one temperature of `sampled`, else `otherwise`."""
+    """Return the temperature of `sampled`, or `otherwise` for other encodings."""
     return encoding.temperature if isinstance(encoding, Sampled) else otherwise
 
 
 def served_temperature(encoding: Encoding) -> float:
-    """The temperature to look at a cache with: 1, or the one nearest to it of those that are known without interpolation."""
+    """Return 1, or the nearest temperature that the encoding serves without interpolation."""
     if isinstance(encoding, Full | Score):
         return 1.0
     grid = (encoding.temperature,) if isinstance(encoding, Sampled) else encoding.temperatures
@@ -28,11 +28,10 @@ def served_temperature(encoding: Encoding) -> float:
 
 
 def check_temperature(encoding: Encoding, temperature: float) -> None:
-    """Refuse what an encoding cannot serve.
+    """Check that an encoding serves a temperature.
 
     Raises:
-        EncodingError: names the temperatures that it serves, and the encodings that would serve
-            this one.
+        EncodingError: names the temperatures that it serves, and the encodings that serve this one.
     """
     if isinstance(encoding, Full | Score):
         return
@@ -53,19 +52,19 @@ def check_temperature(encoding: Encoding, temperature: float) -> None:
 
 
 def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy: Tensor | None = None) -> Target:
-    """The teacher's distribution at a temperature.
+    """Return the teacher's distribution at a temperature.
 
     Args:
-        tail: for `top-k` and `top-p`, the mass outside the top: `ghost` makes it one bucket
-            (exact), `renormalize` spreads it over the top, `ignore` drops it. `full` and `sampled`
-            have none.
-        entropy: (N,) nats, for `sampled`: the teacher's own, as measured at capture (a sample's own
-            entropy is not the teacher's). Without it KL is known up to that constant.
+        tail: for `top-k` and `top-p`, what becomes of the mass outside the top: `ghost` makes it
+            one bucket (exact), `renormalize` spreads it over the top, `ignore` drops it. No effect
+            on `full` and `sampled`.
+        entropy: (N,) nats, for `sampled`: the teacher's entropy, measured at capture (that of a
+            sample differs). Without it, KL is known up to this constant.
 
     Returns:
-        Scores as they are; or N ragged distributions, float32: q_T(i) = (1 - r_T) * softmax over
-            the top of (logprob_i / T). r_T is exact on the grid, and interpolated
-        between its points (see `residual`).
+        N ragged distributions, float32; scores are returned unchanged. For `top-k` and `top-p`,
+        q_T(i) = (1 - r_T) * softmax over the top of (logprob_i / T), where r_T is exact on the grid
+        and interpolated between its points (see `residual`).
 
     Raises:
         EncodingError: the encoding does not serve this temperature.
@@ -79,7 +78,8 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
         return Target(1, soft.top_offsets, soft.top_ids, soft.top_logprobs, None, torch.zeros(len(soft)))
     scaled = soft.top_logprobs / temperature
     owner = owners(soft.top_offsets)
-    log_weights = scaled - segment_logsumexp(scaled, owner, len(soft))[owner]  # (sum K,), each position sums to 1
+    # (sum K,), the weights of each position sum to 1
+    log_weights = scaled - segment_logsumexp(scaled, owner, len(soft))[owner]
     log_residual = None
     if tail != "renormalize":
         outside = log_residual_at(soft, temperature)
@@ -94,7 +94,7 @@ def target(soft: SoftLabels, temperature: float, *, tail: str = "ghost", entropy
 
 
 def _full_target(soft: SoftLabels, temperature: float) -> Target:
-    """As of other encodings, over a matrix of positions and classes."""
+    """Like `target`, for `full`, computed on a dense (N, V) matrix."""
     scaled = (soft.top_logprobs / temperature).view(len(soft), soft.num_classes)
     peak = scaled.amax(-1, keepdim=True)
     log_weights = scaled - (peak + _sums((scaled - peak).exp()).log()[:, None])
@@ -104,7 +104,7 @@ def _full_target(soft: SoftLabels, temperature: float) -> Target:
 
 
 def _sums(values: Tensor) -> Tensor:
-    """(N, V) -> (N,): one class after another, as sums over ragged classes are taken."""
+    """Sum (N, V) over classes to (N,), in the order in which sums over ragged classes are taken."""
     if values.device.type != "cpu":
         return values.sum(-1)
     return torch.from_numpy(np.add.reduce(np.ascontiguousarray(values.numpy().T), axis=0))

@@ -1,4 +1,4 @@
-"""Soft labels from the top log-probabilities that inference servers return."""
+"""Make soft labels from the top log-probabilities that inference servers return."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from pipeline.softlabels.ragged import offsets_of
 def top_soft_labels(
     ids: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]], num_classes: int, *, k: int
 ) -> SoftLabels:
-    """Soft labels from top log-probabilities alone, as inference servers return them.
+    """Make `top-k` soft labels from the top log-probabilities of an inference server.
 
     Args:
-        ids: N lists of class ids, by falling probability.
+        ids: N lists of class ids, by descending probability.
         logprobs: N lists of their log-probabilities at T = 1, nats.
+        num_classes: V.
+        k: the k of the encoding.
 
     Returns:
-        N positions of `TopK(k, (1.0,))`. The mass outside is 1 - sum(p) in float64, all that is
-            known of it: where the server rounds, it is as
-        exact as that rounding.
+        N positions of `TopK(k, (1.0,))`. The mass outside is computed as 1 - sum(p) in float64, so
+        it is as exact as the server's log-probabilities.
 
     Raises:
-        EncodingError: an id twice or out of range, or a mass above 1.
+        EncodingError: a class id is repeated or out of range, or the mass exceeds 1.
     """
     counts = torch.tensor([len(row) for row in ids])
     flat_ids = torch.tensor([i for row in ids for i in row], dtype=torch.int64)

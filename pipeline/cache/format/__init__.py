@@ -1,1 +1,1 @@
-"""The format on disk: columns, codec, manifest, pages, and the checks that read no more than they need."""
+"""The on-disk format: columns, codec, manifest, and checks of untrusted files."""

@@ -1,6 +1,6 @@
-"""`pack` and `unpack`, side by side: the columns of several rows as NumPy arrays <-> Arrow columns; and their soft labels <-> the columns that hold them.
+"""Convert blocks of rows to and from Arrow columns, and soft labels to and from their columns.
 
-Nothing is done row by row. `rows.py` makes blocks of rows, and rows of blocks.
+All conversions are by column, never row by row. `rows.py` converts single rows to and from blocks.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pipeline.records import (
     offsets_of_counts,
 )
 
-#: Of rows that are read in the tokens of a student: which of the teacher's positions each of its
-#: own is aligned with.
+#: List column of rows that are read in a student's tokens: for each position of the student, the
+#: teacher's position that it is aligned with.
 TEACHER_POSITION = "teacher_position"
-#: Environment variable: the directory that holds the data sets whose images caches refer to.
+#: Environment variable: the directory of the data sets whose images caches refer to by path.
 IMAGES = "SOFTLABEL_IMAGES"
-#: The teacher's log-probability of each position's hard label, where it was stored.
+#: Optional column: the teacher's log-probability of each position's hard label.
 LABEL_LOGPROBS = "label_logprobs"
 
 _NONE = np.zeros(0, dtype=np.int32)
@@ -48,7 +48,7 @@ _SMALLEST_HALF = np.finfo(np.float16).min
 
 
 def content_hash(example: TokenizedExample) -> int:
-    """Identity by content: a 64-bit hash of the token ids and the labels."""
+    """Return a row's identity: a 64-bit hash of its token ids, or its image, and its labels."""
     labels = example.label if example.labels is None else tuple(example.labels.tolist())
     if example.image is None:
         return hash_tokens(example.input_ids, labels)
@@ -56,11 +56,12 @@ def content_hash(example: TokenizedExample) -> int:
 
 
 def hash_image(sha256: str, view: np.ndarray | None, label: int | tuple[int, ...] | None) -> int:
-    """`content_hash` of an image's parts.
+    """Return the `content_hash` of an image, from its parts.
 
     Args:
-        sha256: of the encoded image, in hexadecimal digits.
-        view: the part that is seen; None: no row is a part.
+        sha256: SHA-256 of the encoded image, in hexadecimal.
+        view: the part of the image that is used, as in `TokenizedExample`. None: the cache has no
+            views.
     """
     digest = hashlib.blake2b(sha256.encode(), digest_size=8)
     digest.update(b"" if view is None else view.astype("<i4", copy=False).tobytes())
@@ -69,26 +70,26 @@ def hash_image(sha256: str, view: np.ndarray | None, label: int | tuple[int, ...
 
 
 def hash_tokens(input_ids: np.ndarray, label: int | tuple[int, ...] | None) -> int:
-    """`content_hash` of a row's parts."""
+    """Return the `content_hash` of a row of tokens, from its parts."""
     digest = hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=8)
     digest.update(str(label).encode())
     return int.from_bytes(digest.digest(), "little")
 
 
-# ------------------------------------------------------------------------------------------------- block <-> columns
+# -------------------------------------------------------------------------------- block <-> columns
 
 
 def pack(block: RowBlock, schema: pa.Schema) -> pa.Table:
-    """A block -> the columns of the schema."""
+    """Convert a block to a table with the columns of the schema."""
     return pa.table([_pack_column(block, field) for field in schema], schema=schema)
 
 
 def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
-    """Columns -> a block, whose arrays are views of Arrow's memory wherever types allow."""
+    """Convert a table to a block; its arrays are views of Arrow's memory where types allow."""
     lists, numbers, others = {}, {}, {}
     for name in table.column_names:
         array = table.column(name).combine_chunks()
-        if isinstance(array, pa.ChunkedArray):  # of no rows
+        if isinstance(array, pa.ChunkedArray):  # a column without rows
             array = pa.concat_arrays([pa.array([], type=array.type), *array.chunks])
         if name not in COLUMNS or _stays_arrow(array.type):
             others[name] = array
@@ -101,7 +102,7 @@ def unpack(table: pa.Table, encoding: Encoding, num_classes: int) -> RowBlock:
 
 
 def _stays_arrow(kind: pa.DataType) -> bool:
-    """Whether a column is of texts, of lists of them, or of images."""
+    """Whether a column holds texts, lists of texts, or images."""
     return bool(pa.types.is_string(kind.value_type if pa.types.is_list(kind) else kind) or pa.types.is_struct(kind))
 
 
@@ -117,30 +118,32 @@ def _pack_column(block: RowBlock, field: pa.Field) -> pa.Array:
 
 
 def flat(array: pa.ListArray) -> Ragged:
-    """Values of all rows one after another, and offsets into them that start at 0."""
+    """Return the values of all rows in one array, with offsets that start at 0."""
     offsets = array.offsets.to_numpy()
     values = array.values[offsets[0] : offsets[-1]].to_numpy(zero_copy_only=False)
     return Ragged.of(values, np.diff(offsets))
 
 
-# --------------------------------------------------------------------------------------------- soft labels <-> lists
+# ---------------------------------------------------------------------------- soft labels <-> lists
 
 
 def pack_soft(soft: SoftLabels, counts: np.ndarray) -> dict[str, Ragged]:
-    """Soft labels of all rows one after another -> their columns, as they are stored.
+    """Convert the soft labels of R rows to the columns in which they are stored.
 
     Args:
+        soft: soft labels of all rows, concatenated.
         counts: (R,) positions of each row.
 
-    The rows of `sampled` come back as they are, once they are narrow (`softlabels.narrow`); the
-    others up to the float16 of what is stored in it.
+    The round trip is exact for `sampled`, once `softlabels.narrow` was applied; for other encodings
+    it is exact up to the rounding of the columns stored as float16.
     """
     types = soft_columns(soft.encoding, soft.num_classes)
     positions = offsets_of_counts(counts)
-    columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # values, and where each row's begin
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # values, and the offsets of the rows
     if isinstance(soft.encoding, Full):
         logprobs = soft.top_logprobs.reshape(len(soft), soft.num_classes)
-        centred = (logprobs - logprobs.amax(-1, keepdim=True)) if len(soft) else logprobs  # the maximum is 0
+        # centred: the maximum is 0
+        centred = (logprobs - logprobs.amax(-1, keepdim=True)) if len(soft) else logprobs
         columns["logits"] = centred.flatten().numpy(), positions * soft.num_classes
     elif isinstance(soft.encoding, Score):
         columns["teacher_scores"] = soft.top_logprobs.numpy(), positions
@@ -164,14 +167,14 @@ def pack_soft(soft: SoftLabels, counts: np.ndarray) -> dict[str, Ragged]:
 
 
 def narrowed(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """The values in the type that they are stored in."""
-    if dtype == np.float16:  # a log-probability below -65504 is a probability of 0 either way; -inf stays -inf
+    """Cast values to the type in which they are stored."""
+    if dtype == np.float16:  # clip to -65504 instead of overflowing to -inf; keep -inf
         values = np.where(np.isneginf(values), values, np.maximum(values, _SMALLEST_HALF))
     return values.astype(dtype)
 
 
 def unpack_soft(block: RowBlock) -> SoftLabels:
-    """The soft labels of all positions of a block, one row after another."""
+    """Return the soft labels of all positions of a block, concatenated in row order."""
     encoding, lists = block.encoding, block.lists
     if isinstance(encoding, Full):
         return _unpack_full(_tensor(lists["logits"].values), block.num_classes)
@@ -219,7 +222,11 @@ def _unpack_full(logits: Tensor, num_classes: int) -> SoftLabels:
 
 
 def _tail_gaps(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(sum K,): of each position the first class, then from each to the next: small numbers, which take fewer bytes."""
+    """Encode ascending class ids as (sum K,) differences, which compress better.
+
+    The first value of each position is its first class id; the others are the differences to the
+    class id before.
+    """
     gaps = np.diff(ids, prepend=0)
     starts = _starts(offsets)
     gaps[starts] = ids[starts]
@@ -227,7 +234,7 @@ def _tail_gaps(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def tail_ids(gaps: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(K,) gaps, (N + 1,) offsets of the positions -> (K,) classes: the inverse of `_tail_gaps`."""
+    """Convert (K,) gaps, with the (N + 1,) offsets of the positions, back to (K,) class ids."""
     sums = np.cumsum(gaps, dtype=np.int64)
     starts = _starts(offsets)
     counts = np.diff(offsets)
@@ -236,15 +243,15 @@ def tail_ids(gaps: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def _starts(offsets: np.ndarray) -> np.ndarray:
-    """Where the first class stands of each position that has any."""
+    """Return the index of the first value of each position that has any."""
     starts: np.ndarray = offsets[:-1][np.diff(offsets) > 0]
     return starts
 
 
 def _tensor(values: np.ndarray) -> Tensor:
-    """Numbers as torch computes with them: float32 or float64, int64.
+    """Return the values as a tensor of float32, float64 or int64.
 
-    Arrow's own memory is read-only, and is copied.
+    Arrow's memory is read-only, so it is copied.
     """
     if values.dtype == np.float16:
         values = values.astype(np.float32)
@@ -253,11 +260,11 @@ def _tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-# ----------------------------------------------------------------------------------------------------- parts of blocks
+# ---------------------------------------------------------------------------------- parts of blocks
 
 
 def tokens_of(block: RowBlock) -> TokenBlock:
-    """What a task collates."""
+    """Return the columns of a block that a task collates."""
     lists: Mapping[str, Ragged] = block.lists
     images = block.others.get("encoded_image")
     return TokenBlock(
@@ -274,11 +281,14 @@ def tokens_of(block: RowBlock) -> TokenBlock:
 
 
 def images_of(block: RowBlock) -> list[Image]:
-    """(R,) images; those that the block refers to are read from their files, in the directory `SOFTLABEL_IMAGES` or the current one.
+    """Return the (R,) images of a block.
+
+    Images that the block refers to by path are read from the directory in the environment variable
+    `SOFTLABEL_IMAGES`, or from the current directory.
 
     Raises:
-        CacheError: a file is not there.
-        IntegrityError: it is another image than the teacher saw.
+        CacheError: a file cannot be read.
+        IntegrityError: a file is not the image that the teacher saw.
     """
     images: list[dict[str, Any]] = block.others["encoded_image"].to_pylist()
     if "image_sha256" not in block.others:
@@ -304,24 +314,27 @@ def _read_image(place: str, sha256: str) -> Image:
 
 
 def image_hash(sha256: str) -> int:
-    """64 bits of a SHA-256 in hexadecimal digits: by which equal images are told."""
+    """Return the first 64 bits of a SHA-256 in hexadecimal, by which equal images are found."""
     return int(sha256[:16], 16)
 
 
 def num_tokens_of(block: RowBlock) -> int:
-    """Tokens of all rows; an image is one."""
+    """Return the number of tokens of all rows; an image counts as one token."""
     ids = block.lists.get("input_ids")
     return len(block) if ids is None else int(ids.counts.sum())
 
 
 def positions_of(block: RowBlock) -> np.ndarray:
-    """(R,) integers: the supervised positions of each row; of a row in a student's tokens, those of the student."""
+    """Return the number of supervised positions of each row, (R,) integers.
+
+    In rows that are read in a student's tokens, these are the student's positions.
+    """
     found = block.lists.get(TEACHER_POSITION)
     return labelled_positions_of(block) if found is None else found.counts
 
 
 def labelled_positions_of(block: RowBlock) -> np.ndarray:
-    """(R,) integers: the positions of each row that the teacher has labelled, which the soft labels are of."""
+    """Return the number of positions of each row that have soft labels, (R,) integers."""
     if isinstance(block.encoding, Full):
         return block.lists["logits"].counts // block.num_classes
     if isinstance(block.encoding, Score):
@@ -330,7 +343,10 @@ def labelled_positions_of(block: RowBlock) -> np.ndarray:
 
 
 def positions_in_rows(block: RowBlock) -> list[np.ndarray]:
-    """Of each row the supervised positions among its tokens; without such a column they are numbered from 0."""
+    """Return, for each row, the token positions that are supervised.
+
+    Without the column `supervised`, the positions are numbered from 0.
+    """
     flags = block.lists.get("supervised")
     if flags is None:
         return [np.arange(count) for count in labelled_positions_of(block).tolist()]
@@ -338,12 +354,12 @@ def positions_in_rows(block: RowBlock) -> list[np.ndarray]:
 
 
 def text_bytes_of(block: RowBlock) -> np.ndarray:
-    """(R,) int64; 0 where the task has none."""
+    """Return the `text_bytes` of each row, (R,) int64; 0 if the task has none."""
     found = block.numbers.get("text_bytes")
     return np.zeros(len(block), dtype=np.int64) if found is None else found.astype(np.int64)
 
 
-#: The columns of ours; others come from the source.
+#: Columns that this project defines; all others are copied from the source.
 COLUMNS = frozenset(
     [
         "source_row",

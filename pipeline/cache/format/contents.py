@@ -1,9 +1,7 @@
-"""Do the columns of a row group fit each other and the contract?
+"""Check that the columns of a row group fit each other and the contract, before any row is used.
 
-Looked at before any row is handed on.
-
-Training takes ids as indices and counts as cuts, so a wrong one would be another row's soft labels,
-or the end of the process on a GPU.
+Training uses class ids as indices and counts as offsets. A wrong value would return the soft labels
+of another row, or abort the process on a GPU.
 """
 
 from __future__ import annotations
@@ -20,19 +18,22 @@ from pipeline.errors import IntegrityError
 from pipeline.records import Contract, Full, Sampled, Score, is_known
 from pipeline.tasks import get_task
 
-#: Columns that may be empty in a row; those of the source may too.
+#: Columns that may be null, apart from those copied from the source.
 _NULLABLE = ("label",)
-#: More than any image has along a side.
+#: Upper bound of an image's width and height, in pixels.
 _MOST_PIXELS = 1 << 24
-#: What float16 may round a probability of 1 up to, nats.
+#: Tolerance for log-probabilities above 0 that come from float16 rounding, nats.
 _SLACK = 1e-2
 
 
 def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     """Check nulls, lengths, counts and ranges of every row.
 
+    Args:
+        where: the file and row group, for messages.
+
     Returns:
-        The supervised positions.
+        The number of supervised positions.
 
     Raises:
         IntegrityError: names `where` and the column.
@@ -72,7 +73,7 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
         labels = table.column("label").drop_null().to_numpy()
         check.range(labels, contract.num_classes, "label")
     if "position_labels" in lists:
-        if "supervised" not in lists:  # a position for each name
+        if "supervised" not in lists:  # one position for each label name
             positions = np.full(table.num_rows, len(contract.label_names or ()), dtype=np.int64)
         check.same(lists["position_labels"].counts, positions, "position_labels: expected one a position")
         known = lists["position_labels"].values
@@ -147,7 +148,7 @@ def _check_images(table: pa.Table, views: _List | None, check: _Check) -> None:
 
 
 def _check_files(paths: pa.Array, hashes: pa.ChunkedArray, check: _Check) -> None:
-    """Nothing refers to a file outside of the directory of images."""
+    """Check that no path leads outside the directory of images."""
     check(paths.null_count == 0, "encoded_image: expected a path in every row")
     for path in map(PurePosixPath, paths.to_pylist()):
         inside = not path.is_absolute() and bool(path.parts) and not {"..", "\\", "\0"} & {*path.parts, *str(path)}
@@ -172,9 +173,8 @@ def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, posi
         tails, gaps = lists["tail_count"], lists["tail_gaps"]
         check.same(tails.counts, positions, "tail_count: expected one a position")
         check.same(gaps.counts, tails.sums(), "tail_gaps: expected as many as tail_count says")
-        last = _List(
-            "tail_gaps", tails.values.astype(np.int64), gaps.values
-        ).sums()  # of each position; 0 without a tail
+        # the last class of each position; 0 without a tail
+        last = _List("tail_gaps", tails.values.astype(np.int64), gaps.values).sums()
         check.range(last, classes, "tail_gaps")
         return
     grid = len(getattr(encoding, "temperatures", ()))
@@ -184,13 +184,14 @@ def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, posi
         check(_are_log_probabilities(lists[name].values), f"{name}: expected log-probabilities, at most 0")
 
 
-#: The columns of ours but for texts, of which nothing but the number is known.
+#: Columns whose values are checked: all that the schema defines except texts, of which only the
+#: number is checked.
 _CHECKED = COLUMNS - {"text", "text_pair", "messages", "position_words", "choice_texts"}
 
 
 @dataclass(frozen=True, slots=True)
 class _List:
-    """One list column, flat."""
+    """One list column, flattened."""
 
     name: str
     counts: np.ndarray
@@ -199,19 +200,19 @@ class _List:
 
     @property
     def ends(self) -> np.ndarray:
-        """(rows,): where each row ends in the values."""
+        """(rows,): the end of each row in `values`."""
         ends: np.ndarray = np.cumsum(self.counts)
         return ends
 
     def sums(self) -> np.ndarray:
-        """(rows,) int64."""
+        """Return the sum of each row's values, (rows,) int64."""
         total = np.append(0, np.cumsum(self.values, dtype=np.int64))
         sums: np.ndarray = total[self.ends] - total[self.ends - self.counts]
         return sums
 
 
 def _list(table: pa.Table, name: str, check: _Check, *, values: bool = True) -> _List:
-    """A list column; without its values only its lengths and that it has no nulls."""
+    """Flatten a list column, and check that it has no nulls; `values=False` omits the values."""
     array = table.column(name).combine_chunks()
     offsets = array.offsets.to_numpy()
     items = array.values[offsets[0] : offsets[-1]]
@@ -221,9 +222,9 @@ def _list(table: pa.Table, name: str, check: _Check, *, values: bool = True) -> 
 
 
 def _are_log_probabilities(values: np.ndarray) -> bool:
-    """Whether none is NaN or above 0, but for rounding.
+    """Whether no value is NaN or above 0, up to rounding.
 
-    Of float16 by its bits, which are compared faster.
+    float16 values are compared by their bits, which is faster.
     """
     if values.dtype != np.float16:
         return not bool((values > _SLACK).any() or np.isnan(values).any())
@@ -234,7 +235,7 @@ def _are_log_probabilities(values: np.ndarray) -> bool:
 
 
 class _Check:
-    """Raises where a condition does not hold."""
+    """Raises `IntegrityError` if a condition is false."""
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -244,13 +245,13 @@ class _Check:
             raise IntegrityError(f"{self._where}: {what}")
 
     def same(self, found: np.ndarray, expected: np.ndarray, what: str) -> None:
-        """Both hold a number for each row."""
+        """Check that two arrays of one number per row are equal."""
         if not np.array_equal(found, expected):
             row = int(np.flatnonzero(found != expected)[0])
             self(False, f"{what} (row {row} of the group: expected {expected[row]}, found {found[row]})")
 
     def range(self, values: np.ndarray, stop: int, name: str) -> None:
-        """Whole numbers of 0 to stop - 1."""
+        """Check that all integers are in [0, stop)."""
         if len(values):
             low, high = int(values.min()), int(values.max())
             self(low >= 0 and high < stop, f"{name}: expected 0 to {stop - 1}, found {low if low < 0 else high}")

@@ -9,15 +9,15 @@ from pipeline.cache.format.pages import ShardFile, read_footer
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def footer_sha256(path: ShardFile) -> str:
-    """SHA-256 of a Parquet file's footer, hexadecimal.
+    """Return the SHA-256 of a Parquet file's footer in hexadecimal.
 
     Raises:
-        IntegrityError: it has none.
+        IntegrityError: the file has no footer.
     """
     return hashlib.sha256(read_footer(path)).hexdigest()

@@ -1,4 +1,4 @@
-"""manifest.json, receipts and plan: typed records <-> JSON, and where each file stands in a cache."""
+"""manifest.json, receipts and plan as typed records, and the paths of a cache's files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
-#: Fields that came after the first release: where they are empty, manifests and the records of runs
-#: have the bytes and ids that they had before.
+#: Fields added after the first release. They are omitted if empty, so that the bytes and ids of
+#: older manifests and run records stay the same.
 _ADDED = frozenset(
     {
         "label_map",
@@ -76,10 +76,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What messages call the work that is done shard by shard, and its result; and the names of its own files.
+    """Names of a sharded job and its result in messages, and of the files that the job owns.
 
-    Two kinds of work have different names of files, so that neither goes on in, or deletes, what
-    the other has made.
+    Different kinds of jobs use different file names, so that no job resumes or deletes the files of
+    another.
     """
 
     result: str = "cache"
@@ -91,45 +91,45 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each file of a cache stands."""
+    """The paths of a cache's files."""
 
     root: Path
     outbox: Outbox | None = None
-    """Of a cache that is made behind a URL: what sends its files there; `root` is where they are
-    made."""
+    """For a cache that is written to a URL: sends files from `root`, a local staging directory, to
+    the URL."""
     names: Names = Names()
 
     @property
     def name(self) -> str:
-        """As messages name the cache."""
+        """The cache's directory or URL, for messages."""
         return self.outbox.url if self.outbox is not None else str(self.root)
 
     @property
     def manifest(self) -> Path:
-        """Written last."""
+        """The manifest, which is written last."""
         return self.root / self.names.end
 
     @property
     def plan(self) -> Path:
-        """Written first: the contract and the shards to be made."""
+        """The plan, which is written first: the contract and the shards to be made."""
         return self.root / "receipts" / self.names.plan
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's files."""
+        """The directory of the tokenizer's files."""
         return self.root / "tokenizer"
 
     @property
     def data(self) -> Path:
-        """The shards."""
+        """The directory of the shards."""
         return self.root / self.names.shards
 
     def shard(self, name: str) -> Path:
-        """A shard's Parquet file."""
+        """Return the path of a shard's Parquet file."""
         return self.data / f"{name}.parquet"
 
     def receipt(self, name: str) -> Path:
-        """A finished shard's receipt."""
+        """Return the path of a finished shard's receipt."""
         return self.root / "receipts" / f"{name}.json"
 
 
@@ -139,36 +139,36 @@ class Parent:
 
     cache_id: str
     rows: Mapping[str, int]
-    """Split -> the source row after its last one."""
+    """Split -> the number of source rows that the parent covers: the first source row to append."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a capture sets out to make, fixed before its first shard."""
+    """What a capture will make, fixed before its first shard."""
 
     contract: Contract
     shards: tuple[ShardPlan, ...]
     parent: Parent | None = None
     ancestry: tuple[Ancestor, ...] = ()
-    """The caches that it is made from, where it is made from caches."""
+    """The caches that this one is derived from, if any."""
 
 
 class AnyPlan(Protocol):
-    """The plan of any work that is done shard by shard: a capture's, or another's with a contract of its own."""
+    """The plan of a sharded job: a capture, or another job with its own type of contract."""
 
     @property
     def contract(self) -> Any:
-        """Everything that decides what the shards hold."""
+        """Everything that determines the contents of the shards."""
 
     @property
     def shards(self) -> tuple[ShardPlan, ...]:
-        """What is to be made."""
+        """The shards to be made."""
 
 
 def dump(record: Any) -> str:
-    """A record as indented JSON; equal records give equal text.
+    """Serialize a record as indented JSON; equal records give equal text.
 
-    JSON has no NaN: it becomes null.
+    NaN and infinity become null.
     """
     return json.dumps(_without_nan(_plain(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -177,17 +177,17 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    """Made once for each kind of record, which takes milliseconds."""
+    """Return a cached `TypeAdapter`; creating one takes milliseconds."""
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(kind)
     return _ADAPTERS[kind]
 
 
 def parse(kind: type[Record], path: Path) -> Record:
-    """Read a record back.
+    """Read a record from a JSON file.
 
     Raises:
-        IntegrityError: the file is not JSON of this kind.
+        IntegrityError: the file is not JSON of this record type.
     """
     return _parse(kind, path, read_json(path)[0])
 
@@ -212,13 +212,13 @@ def make_manifest(
     probe: AlignmentProbe | None,
     ancestry: tuple[Ancestor, ...] = (),
 ) -> Manifest:
-    """The manifest of finished shards, with its cache_id."""
+    """Return the manifest of finished shards, with its cache_id."""
     manifest = Manifest(FORMAT_VERSION, cache_id(contract, shards), contract, shards, bad_rows, probe, ancestry)
     return dataclasses.replace(manifest, sha256=_own_sha256(manifest))
 
 
 def cache_id(contract: Contract, shards: tuple[Shard, ...]) -> str:
-    """SHA-256 over the contract and the shard table, as canonical JSON."""
+    """Return the SHA-256 of the contract and the shard table as canonical JSON."""
     content = [_plain(contract), [_plain(shard) for shard in shards]]
     return _sha256(content)
 
@@ -235,9 +235,8 @@ def load_manifest(root: Path) -> Manifest:
     """Read and check manifest.json.
 
     Raises:
-        CacheError: no cache there, or one that was not finished.
-        IntegrityError: another format version, an id that does not fit, a name that is no file
-            name.
+        CacheError: there is no cache, or it is unfinished.
+        IntegrityError: the format version, an id or a name is wrong, or the file was changed.
     """
     layout = Layout(root)
     if not layout.manifest.is_file() and not layout.manifest.is_symlink():
@@ -276,7 +275,7 @@ def load_manifest(root: Path) -> Manifest:
 
 
 def strangers(layout: Layout, manifest: Manifest) -> list[Path]:
-    """Shards that the cache does not list. Those that are being appended to it are none."""
+    """Return the Parquet files that neither the manifest nor an append in progress lists."""
     listed = {shard.name for shard in manifest.shards}
     if layout.plan.is_file():
         plan = parse(Plan, layout.plan)
@@ -286,10 +285,10 @@ def strangers(layout: Layout, manifest: Manifest) -> list[Path]:
 
 
 def load_receipt(layout: Layout, name: str) -> Receipt | None:
-    """The receipt of a finished shard, or None.
+    """Return the receipt of a finished shard, or None.
 
     Raises:
-        IntegrityError: it is no receipt, or that of another shard.
+        IntegrityError: the file is not a receipt, or it belongs to another shard.
     """
     path = layout.receipt(name)
     if not path.is_file():
@@ -301,7 +300,7 @@ def load_receipt(layout: Layout, name: str) -> Receipt | None:
 
 
 def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
-    """Each setting in which two records differ, as `path: expected ..., found ...`."""
+    """Yield each setting in which two records differ, as `path: expected ..., found ...`."""
     if dataclasses.is_dataclass(expected) or dataclasses.is_dataclass(found):
         expected, found = _plain(expected), _plain(found)
     if isinstance(expected, dict) and isinstance(found, dict):
@@ -312,7 +311,7 @@ def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
 
 
 def check_same_contract(expected: AnyPlan, found: AnyPlan, where: str, *, work: str = "capture") -> None:
-    """Refuse to mix two captures, or what else is done shard by shard.
+    """Check that two plans of a capture, or of another sharded job, are equal.
 
     Raises:
         ContractError: names the first setting that differs.
@@ -335,7 +334,7 @@ def _plain(record: Any) -> Any:
 
 
 def _without_added(value: Any) -> Any:
-    """Leave out the fields of `_ADDED` that are empty."""
+    """Omit the fields of `_ADDED` that are empty."""
     if isinstance(value, dict):
         return {key: _without_added(item) for key, item in value.items() if item or key not in _ADDED}
     return [_without_added(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Mean and spread of the teacher's scores, by output: from each row group to a shard, from shards to what students divide by."""
+"""Mean and standard deviation of the teacher's scores for each output, pooled over row groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.records import Manifest, Moments, Scale
 
 
 def moments_of(table: pa.Table) -> tuple[Moments, ...]:
-    """Of each output of a row group; () where there are no scores."""
+    """Return the moments of each output of a row group; empty for a cache without scores."""
     if "teacher_scores" not in table.column_names or not table.num_rows:
         return ()
     values = np.concatenate([chunk.flatten().to_numpy() for chunk in table.column("teacher_scores").chunks])
@@ -23,12 +23,12 @@ def moments_of(table: pa.Table) -> tuple[Moments, ...]:
 
 
 def pooled(parts: Iterable[Sequence[Moments]]) -> tuple[Moments, ...]:
-    """Of all numbers of several parts (Chan, Golub and LeVeque, 1983)."""
+    """Combine the moments of several parts (Chan, Golub and LeVeque, 1983)."""
     return tuple(_joined(each) for each in zip(*(part for part in parts if part), strict=True))
 
 
 def scale_of(manifest: Manifest) -> Scale | None:
-    """Of the teacher's scores in `train`, where there is such a split, else in all rows.
+    """Return the scale of the teacher's scores in `train`, or in all rows if there is no `train`.
 
     None: the cache holds distributions.
     """

@@ -1,9 +1,9 @@
-"""What a Parquet file says of its pages, before anything is decoded: a few kilobytes can claim to be gigabytes.
+"""Bound the memory that decoding a Parquet file takes, before anything is decoded.
 
-The footer's own sums may lie, and so they do not bound what decoding takes. The header in front of
-each page is what the decoder goes by: its sizes bound what is decompressed, its count of values
-what they become. Headers are Thrift's compact protocol
-(https://parquet.apache.org/docs/file-format/); pyarrow does not show them.
+A few kilobytes of Parquet can claim to decode to gigabytes. The totals in the footer may be wrong,
+so they are no bound. The decoder uses the header of each page: its sizes bound the decompressed
+bytes, and its count of values bounds the decoded values. Page headers are in Thrift's compact
+protocol (https://parquet.apache.org/docs/file-format/), which pyarrow does not expose.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import IntegrityError
 
-#: Of one row group, decoded. The writer's have 16 MB, or one row; the largest row that a capture
-#: makes has 64.
+#: Limit for one decoded row group. The writer's row groups have 16 MB, or one row; the largest row
+#: that a capture makes has 64 MB.
 MOST_BYTES = 256 << 20
 _MOST_FOOTER = 16 << 20
 _MOST_PAGES = 10_000
 _HEADER_WINDOW = 1 << 16
-#: Of a value in memory, with its two levels; byte strings are bounded by what is decompressed.
+#: Bytes of one value in memory, without its two levels (`_LEVELS`). Byte strings are bounded by the
+#: decompressed size instead.
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
 _LEVELS = 4
 
 
-#: A shard: its path, or what stands for it behind a URL.
+#: A shard: a path, or a file-like object for a shard behind a URL.
 ShardFile = Path | io.RawIOBase
 
 
@@ -41,10 +42,10 @@ def _opened(path: ShardFile) -> contextlib.AbstractContextManager[BinaryIO]:
 
 
 def read_footer(path: ShardFile) -> bytes:
-    """The footer of a Parquet file, which no page checksum covers.
+    """Return the footer of a Parquet file, which no page checksum covers.
 
     Raises:
-        IntegrityError: there is none, or it is larger than any of ours.
+        IntegrityError: there is no footer, or it is larger than any that a capture writes.
     """
     with _opened(path) as handle:
         size = handle.seek(0, 2)
@@ -81,10 +82,10 @@ def check_types(file: pq.ParquetFile, path: ShardFile) -> None:
 
 
 def check_row_group(file: pq.ParquetFile, path: ShardFile, group: int, columns: Sequence[str] | None = None) -> None:
-    """Refuse a row group that would take more memory than any of ours.
+    """Refuse a row group that would decode to more than `MOST_BYTES`.
 
     Args:
-        columns: those that are to be read; default: all.
+        columns: the columns to be read. Default: all.
 
     Raises:
         IntegrityError: names the file, the row group and the column.
@@ -111,11 +112,11 @@ def check_row_group(file: pq.ParquetFile, path: ShardFile, group: int, columns: 
 
 @dataclass(frozen=True, slots=True)
 class _Pages:
-    """The sums over one column chunk's pages."""
+    """Totals over the pages of one column chunk."""
 
     values: int
     bytes: int
-    """Decompressed."""
+    """Decompressed bytes of all pages."""
     dictionary_bytes: int
 
 
@@ -157,8 +158,8 @@ def _decoded_bytes(pages: _Pages, column: Any, path: ShardFile, group: int, wher
         return pages.bytes + pages.values * (pages.dictionary_bytes + _LEVELS)
     if pages.bytes > MOST_BYTES:
         return pages.bytes
-    # One text of the dictionary may stand for a thousand: count what they are, without writing them
-    # out.
+    # A dictionary entry may be repeated many times: sum the lengths by index, without expanding
+    # them.
     try:
         coded = (
             pq.ParquetFile(path, read_dictionary=[column.path]).read_row_group(group, columns=[column.path]).column(0)
@@ -177,7 +178,10 @@ def _is_half(column: Any) -> bool:
 
 
 class _Header:
-    """One struct of Thrift's compact protocol: field number -> integer or struct; what else there is, is stepped over."""
+    """Parser for one struct of Thrift's compact protocol.
+
+    Integers and structs are returned by field number; other fields are skipped.
+    """
 
     def __init__(self, data: bytes, where: str) -> None:
         self._data = data
@@ -185,7 +189,7 @@ class _Header:
         self.position = 0
 
     def read_struct(self, depth: int = 0) -> dict[int, Any]:
-        """The fields up to the struct's end."""
+        """Read the fields up to the end of the struct."""
         if depth > 4:
             raise self._damaged()
         found: dict[int, Any] = {}

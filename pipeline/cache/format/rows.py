@@ -1,4 +1,4 @@
-"""Rows one by one, and blocks of them by column: from each to the other, and blocks of some rows of others."""
+"""Convert single rows to and from blocks of rows, and build blocks from rows of other blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ from pipeline.softlabels import concatenate, split_rows
 
 
 def block_of(rows: Sequence[CachedExample], schema: pa.Schema) -> RowBlock:
-    """Rows -> the columns of a schema. The rows share encoding and V; there is at least one."""
+    """Convert rows to a block with the columns of a schema.
+
+    There is at least one row, and all rows have the same encoding and number of classes V.
+    """
     entropies = [row.entropy for row in rows if row.entropy is not None]
     logprobs = [row.label_logprobs for row in rows if row.label_logprobs is not None]
     return make_block(
@@ -64,16 +67,17 @@ def make_block(
     entropy: Tensor | None = None,
     label_logprobs: Tensor | None = None,
 ) -> RowBlock:
-    """R rows before they are cached, and what the teacher said of them -> the columns of a schema.
+    """Build a block with the columns of a schema from R examples and their soft labels.
 
     Args:
-        soft: of all rows one after another.
+        soft: soft labels of all rows, concatenated.
         nll_sums: (R,) nats.
         entropy_sums: (R,) nats.
-        hashes: (R,) of their contents.
+        hashes: (R,) content hashes.
         counts: (R,) positions of each row.
-        entropy: (N,) nats, where the schema has it.
-        label_logprobs: (N,) nats, where the schema has it; what rounding has put above 0 becomes 0.
+        entropy: (N,) nats; stored if the schema has the column.
+        label_logprobs: (N,) nats; stored if the schema has the column. Values above 0, from
+            rounding, become 0.
     """
     positions = np.asarray(counts)
     lists = pack_soft(soft, positions)
@@ -137,7 +141,7 @@ _READERS: dict[str, Callable[[TokenizedExample], Any]] = {
 
 
 def rows_of(block: RowBlock) -> list[CachedExample]:
-    """A block -> its rows. Tensors are views of one copy of each column."""
+    """Convert a block to its rows. Their tensors are views of one copy of each column."""
     soft = split_rows(unpack_soft(block), labelled_positions_of(block).tolist())
     numbers: dict[str, list[Any]] = {name: values.tolist() for name, values in block.numbers.items()}
     images = images_of(block) if "encoded_image" in block.others else None
@@ -191,17 +195,17 @@ _LISTS = (
     "label_logprobs",
 )
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
-#: Columns that some caches of a task have and others not, as `cache-logits` was asked.
+#: Columns that a cache of a task may or may not have, depending on the options of `cache-logits`.
 _OPTIONAL = frozenset({"entropy", "label_logprobs", "text", "text_pair", "messages", "position_words", "choice_texts"})
 
 
 def _floats(lists: Mapping[str, list[np.ndarray]], name: str, row: int) -> Tensor | None:
-    """The list of a row as float32; None: there is no such column."""
+    """Return the list of one row as float32, or None if there is no such column."""
     return torch.from_numpy(lists[name][row].astype(np.float32)) if name in lists else None
 
 
 def _parts(column: Ragged) -> list[np.ndarray]:
-    """The list of each row; Arrow's own memory is read-only, and is copied."""
+    """Split a column into the list of each row. Arrow's memory is read-only, so it is copied."""
     values = column.values if column.values.flags.writeable else column.values.copy()
     offsets = column.offsets.tolist()
     return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
@@ -216,13 +220,12 @@ def _label(label: int | None) -> int | None:
 
 
 def gather(segments: Sequence[Segment], *, names: Container[str] | None = None) -> RowBlock:
-    """Rows of several blocks of one cache, or of caches with one encoding -> one block.
-
-    There is at least one segment.
+    """Concatenate segments of blocks of one cache, or of caches with one encoding, into one block.
 
     Args:
-        names: the columns that are wanted; None: all. An optional column, as the entropy of each
-            position, is left out where one of the caches has none.
+        segments: at least one.
+        names: the columns to keep. None: all. An optional column, such as `entropy`, is dropped if
+            one of the blocks lacks it.
     """
     first = segments[0][0]
     if len(segments) == 1 and segments[0][2] - segments[0][1] == len(first):
@@ -262,10 +265,10 @@ def _gather(parts: Sequence[tuple[Ragged, int, int]]) -> Ragged:
 
 
 def in_order(blocks: Sequence[RowBlock], numbers: Sequence[int]) -> RowBlock:
-    """The rows of all blocks, at least one, by rising number.
+    """Return the rows of all blocks (at least one), sorted by number.
 
     Args:
-        numbers: of the rows of one block after another.
+        numbers: the number of each row, concatenated over the blocks.
     """
     return _take(gather([(block, 0, len(block)) for block in blocks]), np.argsort(numbers))
 

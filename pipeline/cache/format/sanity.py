@@ -1,6 +1,6 @@
-"""Is a manifest one that a capture could have written?
+"""Semantic checks of a manifest from an untrusted source.
 
-Hashes say that it is whole, not that it means well.
+Hashes prove that a manifest is undamaged, not that its values are possible.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pipeline.errors import PipelineError
 from pipeline.records import Contract, Full, Manifest, Sampled, Score, Shard, TopK
 from pipeline.tasks import Task, get_task
 
-#: Shard names are file names, not paths: nothing in a manifest can point out of the cache.
+#: Shard names are file names, not paths, so that a manifest cannot refer to files outside the
+#: cache.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-#: More classes, tokens or rows than any cache has: what is larger would end as an overflow
-#: somewhere.
+#: Upper bounds that no cache reaches. Larger values would cause overflows later.
 _MOST_CLASSES, _MOST = 1 << 24, 1 << 48
 _KEPT = re.compile(r"null|bool|string|u?int(8|16|32|64)|halffloat|float|double")
 _MOST_STRING = 10_000
 
 
 def contract_problem(contract: Contract) -> str | None:
-    """What is wrong with a contract by itself, as `path: expected ..., found ...`; None: nothing."""
+    """Return the first problem of a contract, as `path: expected ..., found ...`, or None."""
     return next(_of_contract(contract), None)
 
 
 def manifest_problem(manifest: Manifest) -> str | None:
-    """What is wrong with a contract and its shard table; None: nothing."""
+    """Return the first problem of a contract and its shard table, or None."""
     problem = contract_problem(manifest.contract)
     others = (_of_shards(manifest.shards), _of_moments(manifest), _of_rest(manifest))
     return problem or next(itertools.chain(*others), None)
@@ -88,7 +88,7 @@ def _of_contract(contract: Contract) -> Iterator[str]:
 
 
 def _of_columns(contract: Contract, task: Task) -> Iterator[str]:
-    """The columns are those of the encoding and the task, each of its one type, and kept ones of plain types."""
+    """Check that the columns are those of task and encoding; kept columns have plain types."""
     found = contract.columns
     schema = cache_schema(
         contract.encoding,
@@ -142,7 +142,7 @@ def _of_shards(shards: tuple[Shard, ...]) -> Iterator[str]:
 
 
 def _of_moments(manifest: Manifest) -> Iterator[str]:
-    """Of scores, each shard says the mean and the spread of each output."""
+    """Check that each shard of a cache of scores has the moments of each output."""
     is_score = isinstance(manifest.contract.encoding, Score)
     outputs = len(manifest.contract.label_names or ()) if is_score else 0
     for i, shard in enumerate(manifest.shards):

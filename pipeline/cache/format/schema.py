@@ -1,4 +1,4 @@
-"""The columns of a cache, format 1: plain Parquet types only."""
+"""The columns of a cache in format 1, in plain Parquet types only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.records import Encoding, Full, LabelSource, Sampled, Score
 
 FORMAT_VERSION = 1
 
-#: An encoded image, as `datasets.Image` stores it: the bytes of the file, and its name.
+#: An encoded image, stored as `datasets.Image` stores it: the bytes of the file, and its name.
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
-#: From here on `logits` are float16: a classifier's few keep float32, a vocabulary's would be twice
-#: the bytes for nothing.
+#: From this number of classes on, `logits` are float16 instead of float32: for a vocabulary,
+#: float32 would double the bytes without a benefit.
 _NARROW_FROM = 4096
 
 
@@ -41,23 +41,23 @@ def cache_schema(
     label_logprobs: bool = False,
     kept: Mapping[str, pa.DataType] | None = None,
 ) -> pa.Schema:
-    """The Arrow schema of every shard of a cache.
+    """Return the Arrow schema of every shard of a cache.
 
     Args:
-        labels: where hard labels come from: `row` has the column `label`, `positions`, `hidden` and
-            `target` have `position_labels`, `tokens` has `text_bytes` of what is predicted.
-        marks_positions: a row says which of its tokens have soft labels, in `supervised`; else it
-            has one position, or one for each label name.
-        images: rows are images in place of tokens.
+        labels: where hard labels come from. `row` adds the column `label`; `positions`, `hidden`
+            and `target` add `position_labels`; `tokens` adds `text_bytes`, the size of the
+            predicted text.
+        marks_positions: add `supervised`, which marks the tokens that have soft labels. Without it,
+            a row has one position, or one for each label name.
+        images: rows are images instead of tokens.
         views: rows are parts of images.
-        choices: the texts to choose from are stored; their lengths in tokens are
-            `document_lengths`.
-        image_files: images are files elsewhere, of which the cache has place and hash.
+        image_files: the cache stores path and hash of each image file, not its bytes.
+        choices: store the texts of the choices. Their lengths in tokens are in `document_lengths`.
         documents: rows are packed from isolated documents.
         kept: name and type of the columns copied from the source.
 
     Raises:
-        MisuseError: a kept column has the name of one of ours.
+        MisuseError: a kept column has the name of a column that this schema defines.
     """
     columns: dict[str, pa.DataType] = {"source_row": pa.int64(), "piece": pa.int32(), "content_hash": pa.uint64()}
     if text:
@@ -108,7 +108,7 @@ def cache_schema(
 
 
 def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]:
-    """The columns that hold the soft labels themselves."""
+    """Return name and type of the columns that hold the soft labels."""
     if isinstance(encoding, Full):
         return {"logits": pa.list_(pa.float32() if num_classes < _NARROW_FROM else pa.float16())}
     if isinstance(encoding, Score):
@@ -122,12 +122,13 @@ def soft_columns(encoding: Encoding, num_classes: int) -> dict[str, pa.DataType]
 
 
 def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
-    """How Parquet stores the columns, as `pyarrow.parquet.ParquetWriter` takes it.
+    """Return the arguments of `pyarrow.parquet.ParquetWriter` that control how columns are stored.
 
-    Lists of integers go in byte planes: a small integer is an INT32 in Parquet, and zstd would pay
-    for its zeros. Level 16 takes 5% off them, at 3 us a position; level 9 takes nothing off. Not
-    floats, whose planes DuckDB does not read, and which no level makes smaller. Only what comes
-    from the source, and may repeat, has a dictionary.
+    Lists of integers use BYTE_STREAM_SPLIT: Parquet stores small integers as INT32, and zstd would
+    spend bytes on their zeros. zstd level 16 makes these columns 5% smaller, at 3 us per position;
+    level 9 makes them no smaller. Lists of floats use neither: DuckDB does not read
+    BYTE_STREAM_SPLIT floats, and no level makes them smaller. Only columns from the source, whose
+    values may repeat, are dictionary-encoded.
     """
     dictionary, planes, levels = [], {}, {}
     for field in schema:
@@ -164,7 +165,7 @@ _OURS = (
 
 
 def describe(schema: pa.Schema) -> dict[str, str]:
-    """Name -> type of each column, as the manifest holds them."""
+    """Return name -> type of each column, as the manifest stores them."""
     return {field.name: _type_name(field.type) for field in schema}
 
 

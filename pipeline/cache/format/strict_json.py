@@ -1,8 +1,8 @@
-"""JSON from anywhere: read whole, once, within bounds, or refused.
+"""Read JSON from an untrusted source, within size limits.
 
-A cache may be somebody else's download. What Python's own reader would let through is refused here:
-keys that are given twice (of which two readers may take two values), NaN, nesting that ends the
-interpreter's stack, and a few megabytes that become gigabytes of objects.
+A cache may be a download. This reader refuses input that Python's own reader accepts: duplicate
+keys (which two readers may resolve differently), NaN, nesting that exhausts the interpreter's
+stack, and a few megabytes that expand to gigabytes of objects.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Any
 from pipeline.errors import IntegrityError
 
 _MOST_BYTES = 48 << 20
-#: Of lists and objects, and of their items: a manifest of 100,000 shards has 200,000 and 2 million.
+#: Limits for lists and objects, and for their items. A manifest of 100,000 shards has 200,000 lists
+#: and objects with 2 million items.
 _MOST_CONTAINERS, _MOST_ITEMS = 300_000, 3_000_000
 
 
 def read_json(path: Path) -> tuple[bytes, Any]:
-    """The bytes of a JSON file, and what they say.
+    """Return the bytes of a JSON file, and the parsed value.
 
     Raises:
-        IntegrityError: it is no regular file, too large, or no strict JSON.
+        IntegrityError: the path is not a regular file, or the file is too large or not strict JSON.
     """
     if path.is_symlink() or not path.is_file():
         raise IntegrityError(

@@ -1,4 +1,4 @@
-"""The tokenizer of a cache: loaded from plain files that stand in it, never with code of its own."""
+"""Load the tokenizer of a cache from its plain files, without running code from them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_BYTES = 64 << 20
-#: What a tokenizer's directory may hold: data, and nothing that is run or unpickled.
+#: File types that a tokenizer's directory may hold: data, nothing that is executed or unpickled.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".spm", ".tiktoken", ".md", ".codes")
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse links, code, pickles and files of a size that no tokenizer has.
+    """Refuse links, code, pickles and implausibly large files in a tokenizer's directory.
 
     Raises:
         IntegrityError: names the file.
@@ -49,7 +49,10 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def without_code(folder: Path) -> None:
-    """Take the code out of a tokenizer that was just saved, where it has a `tokenizer.json`, which needs none."""
+    """Remove custom code from a tokenizer that was just saved, if it has a `tokenizer.json`.
+
+    A tokenizer with a `tokenizer.json` loads without custom code.
+    """
     path = folder / "tokenizer_config.json"
     if not (folder / "tokenizer.json").is_file() or not path.is_file():
         return
@@ -63,7 +66,7 @@ def without_code(folder: Path) -> None:
 
 
 def load_cached_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a cache's directory; of images, the image processor.
+    """Load the tokenizer in a cache's directory, or the image processor of a cache of images.
 
     Raises:
         IntegrityError: a file that does not belong there, or one that cannot be loaded.
@@ -77,7 +80,7 @@ def load_cached_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except BaseException as error:  # its Rust half raises plain exceptions, and panics that are not even those
+    except BaseException as error:  # Rust's PanicException derives from BaseException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise IntegrityError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
@@ -85,7 +88,7 @@ def load_cached_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_problems(folder: Path, contract: Contract) -> list[str]:
-    """What is wrong with the tokenizer's files; nothing where they are the manifest's."""
+    """Compare a tokenizer's files with the manifest and return the problems found."""
     if not folder.is_dir():
         return [f"{folder}: expected the tokenizer's files, found no such directory"]
     try:

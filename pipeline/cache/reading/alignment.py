@@ -1,6 +1,6 @@
-"""Does a cache belong to its tokens and labels?
+"""Check that the soft labels of a cache match its tokens and labels.
 
-Asked when it is made and before it is trained from, of the cache alone.
+The check runs when a cache is made and before it is trained from, and uses the cache alone.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from pipeline.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
-#: What is looked at, spread over the shards: enough for the probe, and a second's work at most.
+#: Limits of what is checked, spread over the shards: enough for the probe, at most a second's work.
 _POSITIONS, _ROWS, _ROW_GROUPS, _FEW_ROW_GROUPS = 20_000, 4_000, 16, 256
-#: Labelled rows that agreement is judged by, and by how many standard errors it must pass chance.
+#: Labelled rows needed to judge agreement, and standard errors by which it must exceed chance.
 _ENOUGH_ROWS, _STANDARD_ERRORS = 30, 3.0
 
 
 def check_alignment(
     cache: Cache, splits: Sequence[str] | None = None, *, name: str | None = None
 ) -> AlignmentProbe | None:
-    """Probe rows from all over a cache; what cannot be told is a warning.
+    """Probe rows from all over a cache; log a warning if the result is inconclusive.
+
+    For a cache behind a URL the probe in its manifest is used, since reading rows from all over the
+    cache would fetch them.
 
     Args:
-        splits: default: all.
-        name: as messages name the cache; default: where it is.
-
-    Of a cache behind a URL the numbers in its manifest stand: to read rows from all over it would
-    be to fetch them.
+        splits: the splits to check. Default: all.
+        name: name of the cache in messages. Default: its location.
 
     Returns:
-        What the probe found; None where classes are no tokens: there the teacher's most likely
-            class is compared with the hard label instead, and agreement
-        that is not above chance is a warning.
+        The result of the probe, or None if the classes are not tokens. In that case the teacher's
+        most likely class is compared with the hard label instead, and a warning is logged if they
+        agree no more often than by chance.
 
     Raises:
-        ContractError: the soft labels are out of step with their tokens.
+        ContractError: the soft labels are not aligned with their tokens.
         IntegrityError: a row group that is read is damaged.
     """
     name = name or cache.where
@@ -81,7 +81,7 @@ def check_alignment(
 
 
 def spread_blocks(cache: Cache, splits: Sequence[str]) -> Iterator[RowBlock]:
-    """Rows from the beginnings of row groups that are evenly spaced over the splits; all rows of a small cache."""
+    """Yield the first rows of evenly spaced row groups; all rows of a small cache."""
     shards = [shard for split in splits for shard in cache.manifest.split_shards(split)]
     groups = [(shard, i) for shard in shards for i in range(len(shard.row_groups))]
     few = sum(shard.positions for shard in shards) <= _POSITIONS and sum(shard.rows for shard in shards) <= _ROWS
@@ -96,21 +96,24 @@ def spread_blocks(cache: Cache, splits: Sequence[str]) -> Iterator[RowBlock]:
 
 
 def _quota(shard: Shard, groups: int) -> int:
-    """Rows of one of so many row groups."""
+    """Return the number of rows to read of each of `groups` row groups."""
     per_row = shard.positions / shard.rows
     return max(1, min(math.ceil(_POSITIONS / groups / per_row), _ROWS // groups))
 
 
 def _labels(block: RowBlock) -> np.ndarray | None:
-    """(N,) hard labels, -100 where there is none; None: they are tokens."""
+    """Return the (N,) hard labels, -100 if unknown; None: the labels are tokens."""
     return block.lists["position_labels"].values if "position_labels" in block.lists else block.numbers.get("label")
 
 
 def _warn_of_chance(name: str, blocks: Sequence[RowBlock], unit: str) -> None:
-    """Say so where the teacher's most likely class is the hard label no more often than two independent choices would be the same.
+    """Warn if the teacher's most likely class matches the hard label no more often than by chance.
 
-    Of scores, where they go along with those of the data no more than chance makes them. `unit`:
-    what has a label, where rows have several.
+    Chance is the rate at which two independent choices with the same class frequencies match. For
+    scores, the correlation with the data's scores is tested instead.
+
+    Args:
+        unit: what has a label, if rows have several.
     """
     if any(isinstance(block.encoding, Score) for block in blocks):
         _warn_of_no_correlation(name, blocks)

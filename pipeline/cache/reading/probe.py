@@ -1,4 +1,4 @@
-"""The alignment probe: is a cache in step with its tokens? From the cache alone."""
+"""The alignment probe: tests from the cache alone whether soft labels match their tokens."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ _ENOUGH = 1000
 def probe_alignment(blocks: Iterable[RowBlock]) -> AlignmentProbe | None:
     """Compare the mean target weight of the hard label with that of its neighbours.
 
-    A position predicts the token after it, so the weights of the soft labels should be large there:
-    shift 0. Weights of classes that were not kept count as 0; the mean is linear in the weights, so
-    it is unbiased for a sampled target.
+    A position predicts the token after it, so the soft labels should have large weights there: at
+    shift 0. Classes that were not kept have weight 0. The mean is linear in the weights, so it is
+    unbiased for a sampled target.
 
     Returns:
-        Misaligned: a neighbour wins by more than 4 paired standard errors over at least 1,000
-            positions, where shift 0's mean exceeds
-        3/V. Inconclusive: neither wins (a random model with tied embeddings predicts its own input
-            best). None: no token classes.
+        The mean weights and a verdict, or None if the classes are not tokens. `aligned`: shift 0
+        exceeds both neighbours by more than 4 paired standard errors. `misaligned`: a neighbour
+        exceeds shift 0 by as much, over at least 1,000 positions, and the mean at shift 0 exceeds
+        3/V. `inconclusive`: otherwise (a random model with tied embeddings predicts its own input
+        best).
     """
     columns: list[np.ndarray] = []
     seen = 0
@@ -59,7 +60,7 @@ def probe_alignment(blocks: Iterable[RowBlock]) -> AlignmentProbe | None:
 
 
 def first_shards(shards: Iterable[Shard]) -> tuple[Shard, ...]:
-    """As many shards as the probe reads."""
+    """Return the first shards, as many as the probe reads."""
     found: list[Shard] = []
     for shard in shards:
         if sum(other.positions for other in found) >= _POSITIONS:
@@ -69,7 +70,7 @@ def first_shards(shards: Iterable[Shard]) -> tuple[Shard, ...]:
 
 
 def _until(block: RowBlock, positions: int) -> RowBlock:
-    """The first rows that have so many positions with both neighbours, or all rows."""
+    """Return the first rows with enough positions that have both neighbours, or all rows."""
     place = _Places.of(block)
     ends = np.cumsum(np.bincount(place.row[place.inner], minlength=len(block)))
     rows = min(int(np.searchsorted(ends, positions)) + 1, len(block))
@@ -78,18 +79,18 @@ def _until(block: RowBlock, positions: int) -> RowBlock:
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where the N supervised positions of a block stand."""
+    """The places of the N supervised positions of a block among its tokens."""
 
     position: np.ndarray
-    """(N,) among all tokens."""
+    """(N,) index among all tokens of the block."""
     row: np.ndarray
-    """(N,) the row of each."""
+    """(N,) row of each position."""
     last: np.ndarray
-    """(N,) the last token of its row."""
+    """(N,) index of the last token of the position's row."""
 
     @classmethod
     def of(cls, block: RowBlock) -> _Places:
-        """Those of a block."""
+        """Find the supervised positions of a block."""
         flags = block.lists["supervised"]
         position = np.flatnonzero(flags.values)
         row = np.searchsorted(flags.offsets, position, side="right") - 1
@@ -97,18 +98,21 @@ class _Places:
 
     @property
     def inner(self) -> np.ndarray:
-        """(N,) bool: the token at shift 1 is of the row too."""
+        """(N,) bool: whether the token at shift 1 is in the same row."""
         return self.position + 2 <= self.last
 
     def token(self, shift: int, block: RowBlock) -> np.ndarray:
-        """(N,) the token that the position predicts, or one so many further; the row's first or last where there is none."""
+        """Return (N,) token ids: the token that each position predicts, moved by `shift`.
+
+        Beyond the ends of the row, it is the row's first or last token.
+        """
         first = block.lists["input_ids"].offsets[self.row]
         found: np.ndarray = block.lists["input_ids"].values[np.clip(self.position + 1 + shift, first, self.last)]
         return found
 
 
 def _weights(block: RowBlock) -> np.ndarray:
-    """(N, 3): the target weight of the tokens at shift -1, 0 and +1, where all three exist."""
+    """Return (N, 3) target weights of the tokens at shift -1, 0 and +1, for rows with all three."""
     place = _Places.of(block)
     neighbours = [place.token(shift, block) for shift in (-1, 0, 1)]
     soft = unpack_soft(block)
@@ -127,7 +131,7 @@ def _weights(block: RowBlock) -> np.ndarray:
 
 
 def _lead(differences: np.ndarray) -> float:
-    """Mean over its standard error."""
+    """Return the mean divided by its standard error."""
     spread = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     mean = float(differences.mean())
     return mean / spread if spread > 0 else math.copysign(math.inf, mean) if mean else 0.0

@@ -1,4 +1,4 @@
-"""Open a cache, and read its rows back."""
+"""Open a cache and read its rows."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cache:
-    """A finished cache.
+    """A finished cache of soft labels.
 
-    `root` and `manifest` say which; everything else is read when it is asked for.
+    `root` and `manifest` identify it; everything else is read on demand.
     """
 
     root: Path
-    """Of a cache behind a URL: a directory with its manifest and tokenizer."""
+    """The cache's directory; for a cache behind a URL, a local directory with its manifest and
+    tokenizer."""
     manifest: Manifest
     remote: Remote | None = None
-    """Where the shards of a cache behind a URL are."""
+    """The location of the shards of a cache behind a URL; None: they are in `root`."""
 
     @classmethod
     def open(
@@ -56,18 +57,23 @@ class Cache:
         cache_dir: str | Path | None = None,
         cache_bytes: int = DEFAULT_BYTES,
     ) -> Cache:
-        """Open a cache directory, or a cache behind any URL that fsspec opens: its shards are fetched as they are read.
+        """Open a cache in a directory, or behind any URL that fsspec opens.
+
+        The shards of a cache behind a URL are fetched as they are read.
 
         Args:
-            verify: `quick` checks the manifest, and that each shard is there, of its size and its
-                columns (behind a URL: the columns when it is first read); `full` reads every byte.
-            cache_dir: where what is fetched is kept. Default: `softlabel` in the user's cache
+            url: directory or URL.
+            verify: `quick` checks the manifest, and that each shard exists with the expected size
+                and columns (behind a URL, columns are checked when a shard is first read). `full`
+                also reads every byte, which needs a cache in a directory. `none` checks the
+                manifest only.
+            cache_dir: directory for fetched files. Default: `softlabel` in the user's cache
                 directory.
-            cache_bytes: of fetched shards that are kept there, at most.
+            cache_bytes: most bytes of fetched shards to keep there.
 
         Raises:
-            CacheError: no finished cache there.
-            IntegrityError: it is not what its manifest says.
+            CacheError: there is no finished cache, or `full` was given with a URL.
+            IntegrityError: the cache differs from its manifest.
         """
         if is_url(str(url)):
             root, remote = open_remote(str(url), None if cache_dir is None else Path(cache_dir), cache_bytes)
@@ -84,7 +90,7 @@ class Cache:
 
     @property
     def where(self) -> str:
-        """Its directory, or its URL without credentials."""
+        """The cache's directory, or its URL without credentials."""
         return str(self.root if self.remote is None else self.remote)
 
     @property
@@ -94,29 +100,35 @@ class Cache:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that made the token ids."""
+        """The tokenizer that made the token ids, or the image processor of a cache of images."""
         return load_cached_tokenizer(self.root / "tokenizer")
 
     @property
     def as_captured(self) -> Cache:
-        """The cache in the teacher's own tokens, where this one is read in a student's."""
+        """The cache in the teacher's tokens, if this one is read in a student's; else itself."""
         return self
 
     @property
     def vocabulary_map(self) -> VocabularyMap | None:
-        """What makes the teacher's classes those of a student with another tokenizer; None: they are the same."""
+        """The map from the teacher's classes to those of a student with another tokenizer.
+
+        None: the classes are the same.
+        """
         return None
 
     @property
     def location(self) -> str:
-        """What opens it again: the directory, or the URL with its credentials, which is never shown."""
+        """The directory, or the URL with its credentials, for opening it again; never shown."""
         return str(self.root) if self.remote is None else self.remote.url
 
     def directory(self, what: str) -> Path:
-        """The directory that its shards are in, for what reads all of them.
+        """Return the directory of the cache, for operations that read all shards.
+
+        Args:
+            what: the operation, for the message.
 
         Raises:
-            CacheError: it is behind a URL.
+            CacheError: the cache is behind a URL.
         """
         if self.remote is not None:
             raise CacheError(
@@ -129,7 +141,7 @@ class Cache:
 
         Raises:
             IntegrityError: names the first file (and row group) that differs.
-            CacheError: it is behind a URL.
+            CacheError: the cache is behind a URL.
         """
         if self.remote is not None:
             raise CacheError(
@@ -138,10 +150,11 @@ class Cache:
         verify(self.root).raise_first()
 
     def dataset(self, split: str | Sequence[str], *, window: int = 8) -> CacheDataset:
-        """The rows of a split, or of several one after another, for `torch.utils.data.DataLoader`.
+        """Return the rows of one or more splits as a dataset for `torch.utils.data.DataLoader`.
 
         Args:
-            window: row groups that are held decoded at once.
+            split: name of a split, or names of several, which are concatenated.
+            window: number of decoded row groups to keep in memory.
 
         Raises:
             CacheError: there is no such split.
@@ -155,14 +168,20 @@ class Cache:
         return CacheDataset(self.root, self.manifest, shards, window=window, remote=self.remote)
 
     def soft_labels(self, row: Mapping[str, Any]) -> SoftLabels:
-        """The soft labels of one row as another reader gives it: a mapping of this cache's columns (lists or arrays)."""
+        """Return the soft labels of one row that another library has read.
+
+        Args:
+            row: column name -> list or array, with the columns of this cache.
+        """
         contract = self.manifest.contract
         types = soft_columns(contract.encoding, contract.num_classes)
         columns = pa.table({name: pa.array([list(row[name])], type=kind) for name, kind in types.items()})
         return unpack_soft(unpack(columns, contract.encoding, contract.num_classes))
 
     def check_files(self) -> None:
-        """What can be checked without reading the data: shards present, their sizes, rows and columns; no others there.
+        """Check without reading the data that all shards, and no others, are there.
+
+        Sizes, row counts and columns are compared with the manifest.
 
         Raises:
             IntegrityError: names the file.
@@ -178,20 +197,21 @@ class Cache:
 
 @dataclass(slots=True)
 class _Open:
-    """A row group that was read."""
+    """A decoded row group."""
 
     block: RowBlock
     left: int
-    """Rows that were not read yet."""
+    """Number of rows that were not read yet."""
     rows: list[CachedExample] | None = None
-    """Made when one of them is asked for by itself."""
+    """Created when a single row is first requested."""
 
 
 class CacheDataset(Dataset[CachedExample]):
-    """Rows of one split, or of several, by number: one by one, or many at once by column (`segments`, `blocks`).
+    """Rows of one or more splits, read one by one or as blocks of columns.
 
-    A row group is read once, and dropped when as many rows were read as it has. Memory is bounded
-    by `window` row groups, not by the cache. Picklable: each DataLoader worker opens its own files.
+    `segments` and `blocks` read many rows at once. A row group is read once, and dropped when as
+    many rows were read as it has, so memory is bounded by `window` row groups, not by the cache.
+    Picklable: each DataLoader worker opens its own files.
     """
 
     def __init__(
@@ -207,14 +227,14 @@ class CacheDataset(Dataset[CachedExample]):
         self.manifest = manifest
         self.remote = remote
         self.window = window
-        """Row groups held at once: as many as the order of reading draws from."""
+        """Number of row groups in memory: as many as the order of reading draws from."""
         self.groups = [(shard.name, i) for shard in shards for i in range(len(shard.row_groups))]
         self.starts = np.cumsum([0, *(rows for shard in shards for rows in shard.row_groups)])
         """(groups + 1,): the first row of each row group."""
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self.upcoming: Sequence[int] = ()
-        """Row groups that are read next. Behind a URL they are fetched ahead, from when the first
-        of them is decoded: what is only skipped is not."""
+        """Row groups that are read next. Behind a URL they are prefetched once the first of them is
+        decoded, so row groups that are only skipped are not fetched."""
         self._announced: set[int] = set()
 
     def __len__(self) -> int:
@@ -237,7 +257,7 @@ class CacheDataset(Dataset[CachedExample]):
             yield from (self[row] for row in range(int(self.starts[group]), int(self.starts[group + 1])))
 
     def segments(self, rows: np.ndarray) -> list[Segment]:
-        """Rows by number, as runs of rows that stand one after another in a row group."""
+        """Return rows by number, as runs of consecutive rows within a row group."""
         groups = np.searchsorted(self.starts, rows, side="right") - 1
         follows = (rows[1:] == rows[:-1] + 1) & (groups[1:] == groups[:-1])
         firsts = np.flatnonzero(np.append(True, ~follows))
@@ -252,7 +272,12 @@ class CacheDataset(Dataset[CachedExample]):
         return found
 
     def blocks(self, rows: int | None = None, *, names: Container[str] | None = None) -> Iterator[RowBlock]:
-        """All rows in order, so many at a time (None: a row group at a time), and the columns of these names (None: all)."""
+        """Yield all rows in order, as blocks.
+
+        Args:
+            rows: rows of each block. None: one row group.
+            names: the columns to keep. None: all.
+        """
         cuts = self.starts if rows is None else np.append(np.arange(0, len(self), rows), len(self))
         for start, stop in itertools.pairwise(cuts.tolist()):
             group = self.group_of(start)
@@ -263,23 +288,23 @@ class CacheDataset(Dataset[CachedExample]):
         return {**self.__dict__, "_open": OrderedDict()}
 
     def group_of(self, index: int) -> int:
-        """Which row group a row is in."""
+        """Return the number of the row group that has a row."""
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Some columns of the whole split, in the order given, a row group at a time."""
+        """Yield some columns of all rows, in the given order, one row group at a time."""
         for group in range(len(self.groups)):
             yield self._read(group, columns).select(columns)
 
     def column(self, name: str) -> np.ndarray:
-        """One plain column of the whole split, (rows,). Reads that column alone."""
+        """Return one plain column of all rows, (rows,); reads no other column."""
         parts = [table.column(0).to_numpy() for table in self.tables([name])]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def num_tokens(self) -> np.ndarray:
-        """(rows,) int64: the length of each row of the whole split, 1 of an image.
+        """Return the number of tokens of each row, (rows,) int64; 1 for an image.
 
-        Reads the token ids, a row group at a time.
+        Reads the token ids, one row group at a time.
         """
         if "input_ids" not in self.manifest.contract.columns:
             return np.ones(len(self), dtype=np.int64)
@@ -306,12 +331,12 @@ class CacheDataset(Dataset[CachedExample]):
         return found
 
     def _block(self, group: int, table: pa.Table) -> RowBlock:
-        """The rows of a row group by column."""
+        """Return the rows of a row group as a block."""
         contract = self.manifest.contract
         return unpack(table, contract.encoding, contract.num_classes)
 
     def _read_rows(self, group: int, opened: _Open, rows: int) -> None:
-        """Count rows as read; a row group whose rows were all read is dropped."""
+        """Count rows as read, and drop a row group when all of its rows were read."""
         opened.left -= rows
         if opened.left <= 0:
             del self._open[group]
@@ -325,14 +350,14 @@ class CacheDataset(Dataset[CachedExample]):
                 self.remote.announce(*self.groups[group])
 
     def _read(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A row group, from its file or from behind a URL."""
+        """Read a row group from its file, or from behind a URL."""
         name, i = self.groups[group]
         if self.remote is None:
             path = Layout(self.root).shard(name)
             return read_row_group(open_shard(path), path, i, columns=columns)
         try:
             table, shard, file = self._fetch(self.remote, name, i, columns)
-        except IntegrityError:  # damaged in the store, or on the way: once more, from the network
+        except IntegrityError:  # damaged in the store or in transfer: fetch it again
             self.remote.forget(self.remote.shards[name])
             table, shard, file = self._fetch(self.remote, name, i, columns)
         shard.check_whole(file.metadata)

@@ -1,8 +1,8 @@
-"""A cache behind a URL, read as it is needed: a row group at a time, through a bounded store on this machine.
+"""Read a cache behind a URL on demand, one row group at a time, through a bounded local store.
 
-A small shard is fetched whole and its SHA-256 checked at once. Of a larger one the footer is
-fetched, then each row group by one request: page checksums are verified when it is decoded, and the
-SHA-256 of the file once all of it was fetched. Damaged pieces of the store are fetched again.
+A small shard is fetched whole, and its SHA-256 is checked at once. Of a larger shard the footer is
+fetched, then each row group by one request. Page checksums are verified on decoding, and the
+SHA-256 of the file once all of it is fetched. Damaged pieces of the store are fetched again.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from pipeline.errors import CacheError, IntegrityError
 from pipeline.records import Manifest, Shard
 from pipeline.sources.files.loading import redact
 
-#: Up to here a shard is one request.
+#: Up to this size in bytes, a shard is fetched by one request.
 _SMALL = 1 << 20
-#: The end of a shard that is read first: PyArrow asks for as much to find the footer.
+#: Bytes at the end of a shard that are fetched first: PyArrow reads as many to find the footer.
 _TAIL = 1 << 16
-#: Threads that fetch ahead.
+#: Number of threads that prefetch row groups.
 _FETCHERS = 4
 
 
 class Remote:
-    """Where the shards of one cache are, and what was fetched of them."""
+    """The location of a cache's shards, and the pieces of them that were fetched."""
 
     _fetchers: list[threading.Thread]
 
     def __init__(self, url: str, manifest: Manifest, store: Store) -> None:
         self.url = url.rstrip("/")
-        """With its credentials, if it has any: never shown. `str()` is what messages show."""
+        """The URL with its credentials, if it has any; never shown. Messages use `str()`."""
         self.shards = {shard.name: shard for shard in manifest.shards}
         self.store = store
         self.prefix = manifest.cache_id[:32]
@@ -54,11 +54,11 @@ class Remote:
         return redact(self.url)
 
     def shard(self, name: str) -> RemoteShard:
-        """A shard, to be opened by PyArrow."""
+        """Return a shard as a file that PyArrow can open."""
         return RemoteShard(self, self.shards[name])
 
     def announce(self, name: str, group: int) -> None:
-        """Start to fetch a row group that will be needed; a failure is raised where it is read."""
+        """Start to prefetch a row group; a failure is raised when the row group is read."""
         self._check_process()
         if not self._fetchers:
             self._fetchers = [
@@ -69,17 +69,17 @@ class Remote:
         self._queue.put((name, group))
 
     def piece(self, shard: Shard, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a shard, from the store or else from the network.
+        """Return the bytes [start, stop) of a shard, from the store or the network.
 
         Raises:
-            CacheError: the network failed, time and again.
-            IntegrityError: the shard is not there, or is shorter; a whole one has another SHA-256.
+            CacheError: the network failed repeatedly.
+            IntegrityError: the shard is missing or too short, or a whole shard has another SHA-256.
         """
         self._check_process()
         name = self._name(shard, start, stop)
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
-        with lock:  # what is being fetched ahead is waited for
+        with lock:  # wait for a prefetch of the same piece
             data = self.store.read(name)
             if data is None or len(data) != stop - start:
                 data = self._fetch(shard, start, stop)
@@ -87,19 +87,19 @@ class Remote:
             return data
 
     def holds(self, shard: Shard, start: int, stop: int) -> bool:
-        """Whether the store has a piece."""
+        """Whether a piece is in the store."""
         return self.store.holds(self._name(shard, start, stop))
 
     def is_checked(self, shard: Shard) -> bool:
-        """Whether the SHA-256 of all of it was compared."""
+        """Whether the SHA-256 of the whole shard was verified."""
         return self.store.holds(f"{self.prefix}/pieces/{shard.name}/checked")
 
     def mark_checked(self, shard: Shard) -> None:
-        """It was."""
+        """Record that the SHA-256 of the whole shard was verified."""
         self.store.write(f"{self.prefix}/pieces/{shard.name}/checked", b"")
 
     def forget(self, shard: Shard) -> None:
-        """Drop what is stored of a shard."""
+        """Delete the stored pieces of a shard."""
         shutil.rmtree(self.store.directory / self.prefix / "pieces" / shard.name, ignore_errors=True)
 
     def _fetch(self, shard: Shard, start: int, stop: int) -> bytes:
@@ -123,7 +123,7 @@ class Remote:
             try:
                 shard = self.shard(name)
                 shard.load(pq.ParquetFile(shard).metadata, group)
-            except Exception:  # whatever it is, the reader meets it too
+            except Exception:  # the reader will raise it too
                 continue
 
     def _name(self, shard: Shard, start: int, stop: int) -> str:
@@ -137,7 +137,7 @@ class Remote:
         self._fetchers = []
 
     def _check_process(self) -> None:
-        if self._process != os.getpid():  # a worker that was forked has no threads, and may hold their locks
+        if self._process != os.getpid():  # a forked worker has no threads, and locks may be held
             self.store = Store(self.store.directory, self.store.max_bytes)
             self._begin()
 
@@ -150,7 +150,7 @@ class Remote:
 
 
 class RemoteShard(io.RawIOBase):
-    """One shard as a file for PyArrow, made of fetched pieces; `str()` names it in messages."""
+    """A shard as a file object for PyArrow, built from fetched pieces; `str()` is its URL."""
 
     def __init__(self, remote: Remote, shard: Shard) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class RemoteShard(io.RawIOBase):
         return f"{self.remote}/data/{self.record.name}.parquet"
 
     def load(self, metadata: pq.FileMetaData, group: int, columns: Sequence[str] | None = None) -> None:
-        """Fetch what PyArrow will read of a row group: all of it by one request, or the given columns."""
+        """Fetch a row group by one request, or the given columns of it."""
         if self.record.bytes <= _SMALL:
             return
         if columns is not None:
@@ -175,22 +175,22 @@ class RemoteShard(io.RawIOBase):
         self._take(*_group_range(metadata, group))
 
     def check_whole(self, metadata: pq.FileMetaData) -> None:
-        """Once the store has every row group: the SHA-256 of the file, which covers what no page checksum does. Once for each shard.
+        """Verify the file's SHA-256 once, when the store has all row groups.
 
         Raises:
-            IntegrityError: it is not the manifest's.
+            IntegrityError: it differs from the manifest.
         """
         ranges = [_group_range(metadata, group) for group in range(metadata.num_row_groups)]
         bounds = [4, *(stop for _, stop in ranges)]
         if (
-            self.record.bytes <= _SMALL  # it was compared when it came
+            self.record.bytes <= _SMALL  # verified when it was fetched
             or self.remote.is_checked(self.record)
-            or [start for start, _ in ranges] != bounds[:-1]  # not ours: something stands between them
+            or [start for start, _ in ranges] != bounds[:-1]  # gaps: from another writer
             or not all(self.remote.holds(self.record, *piece) for piece in ranges)
         ):
             return
         found = self._digest(ranges)
-        if found != self.record.sha256:  # damaged in the store, or on the way: once more, from the network
+        if found != self.record.sha256:  # damaged in the store or in transfer: fetch it again
             self._forget()
             found = self._digest(ranges)
         if found != self.record.sha256:
@@ -211,25 +211,25 @@ class RemoteShard(io.RawIOBase):
         self.remote.forget(self.record)
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Return the position of the next read."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move there."""
+        """Set the position of the next read, and return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.record.bytes}[whence]
         self._position = base + offset
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes, out of a piece that is there; else they are fetched."""
+        """Return the next bytes, from a fetched piece or from the network."""
         start = self._position
         stop = self.record.bytes if size < 0 else min(start + size, self.record.bytes)
         if stop <= start:
@@ -246,15 +246,15 @@ class RemoteShard(io.RawIOBase):
 
 
 def open_remote(url: str, cache_dir: Path | None = None, cache_bytes: int = DEFAULT_BYTES) -> tuple[Path, Remote]:
-    """A directory with a cache's manifest and tokenizer, and where its shards are.
+    """Return a directory with a cache's manifest and tokenizer, and the location of its shards.
 
     Args:
-        cache_dir: for fetched files. Default: `softlabel` in the user's cache directory.
-        cache_bytes: of shards, at most.
+        cache_dir: directory for fetched files. Default: `softlabel` in the user's cache directory.
+        cache_bytes: most bytes of shards to keep there.
 
     Raises:
-        CacheError: no finished cache there, or it cannot be reached.
-        IntegrityError: the manifest, the tokenizer or a shard's size is not what it should be.
+        CacheError: there is no finished cache, or it cannot be reached.
+        IntegrityError: the manifest, the tokenizer or the size of a shard is wrong.
     """
     directory = cache_dir or default_directory()
     url = pinned(url)
@@ -280,7 +280,7 @@ def open_remote(url: str, cache_dir: Path | None = None, cache_bytes: int = DEFA
 
 
 def check_sha256(where: str, shard: Shard, found: str) -> None:
-    """Refuse a shard's bytes that are not the manifest's.
+    """Compare the SHA-256 of a shard's bytes with the manifest.
 
     Raises:
         IntegrityError: they differ.
@@ -292,7 +292,7 @@ def check_sha256(where: str, shard: Shard, found: str) -> None:
 
 
 def list_files(url: str, folder: str) -> dict[str, int]:
-    """Plain name -> size of the files in a folder of a cache; empty if there is no such folder."""
+    """Return name -> size of the files in a folder of a cache; empty if there is no folder."""
     filesystem, path = open_filesystem(url)
     try:
         found = patiently(
@@ -305,10 +305,10 @@ def list_files(url: str, folder: str) -> dict[str, int]:
 
 
 def read_small(url: str, name: str) -> bytes:
-    """A small file of a cache.
+    """Return the contents of a small file of a cache.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         CacheError: it cannot be read.
     """
     filesystem, path = open_filesystem(url)
@@ -316,11 +316,11 @@ def read_small(url: str, name: str) -> bytes:
 
 
 def fetch_manifest(url: str, folder: Path) -> Manifest:
-    """Read a cache's manifest, and keep it in a folder.
+    """Download a cache's manifest into a folder, and load it.
 
     Raises:
-        CacheError: no finished cache there.
-        IntegrityError: the manifest is not one.
+        CacheError: there is no finished cache.
+        IntegrityError: the manifest is damaged or not valid.
     """
     _fetch_small(url, "manifest.json", folder)
     with _named(url, folder):
@@ -328,10 +328,10 @@ def fetch_manifest(url: str, folder: Path) -> Manifest:
 
 
 def fetch_tokenizer(url: str, folder: Path, manifest: Manifest) -> None:
-    """Fetch the tokenizer's files into a folder, and compare them with the manifest.
+    """Download the tokenizer's files into a folder, and compare them with the manifest.
 
     Raises:
-        IntegrityError: they make another tokenizer.
+        IntegrityError: they differ from the manifest's tokenizer.
     """
     for name in list_files(url, "tokenizer"):
         _fetch_small(url, f"tokenizer/{name}", folder)
@@ -353,7 +353,7 @@ def _fetch_small(url: str, name: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _named(url: str, folder: Path) -> Iterator[None]:
-    """Errors about files in a folder name the URL that they came from."""
+    """Replace the folder by the URL in error messages."""
     try:
         yield
     except CacheError as error:
@@ -361,7 +361,7 @@ def _named(url: str, folder: Path) -> Iterator[None]:
 
 
 def check_sizes(url: str, manifest: Manifest) -> None:
-    """Each shard there and of its size, and no others, by one listing.
+    """Check by one listing that all shards exist with their sizes, and that there are no others.
 
     Raises:
         IntegrityError: names the first that differs.
@@ -388,7 +388,7 @@ def _chunk_range(column: Any) -> tuple[int, int]:
 
 
 def _group_range(metadata: pq.FileMetaData, group: int) -> tuple[int, int]:
-    """First and last byte of a row group: its columns stand one after another."""
+    """Return the byte range [start, stop) of a row group, whose columns are contiguous."""
     row_group = metadata.row_group(group)
     ranges = [_chunk_range(row_group.column(i)) for i in range(row_group.num_columns)]
     return min(start for start, _ in ranges), max(stop for _, stop in ranges)

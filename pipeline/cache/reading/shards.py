@@ -1,4 +1,4 @@
-"""What is checked when a shard is opened: its place, size, footer and columns, and the page checksums of what is read."""
+"""Checks on opening a shard: place, size, footer, columns, and page checksums of what is read."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from pipeline.cache.reading.remote import RemoteShard
 from pipeline.errors import IntegrityError
 from pipeline.records import Manifest, Shard
 
-#: What PyArrow raises on damaged files; a flipped bit in a column's name is a UnicodeDecodeError.
+#: Exceptions that PyArrow raises for damaged files. A flipped bit in a column's name gives
+#: UnicodeDecodeError.
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 _COPY = "copy the cache's files themselves (cp -rL)"
 
-#: Suffixes of pickles, and of code.
+#: Suffixes of pickles and of code.
 _PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".py", ".pyc", ".so")
 
-#: Of a footer: the longest string, the most items in a list, and how deep a schema is.
+#: Limits for a footer: bytes of a string, items of a list, and depth of the schema.
 _MOST_THRIFT_STRING, _MOST_THRIFT_ITEMS, _MOST_DEPTH = 16 << 20, 100_000, 8
 
 REMEDY = 'the same "softlabel cache-logits" again makes it anew; a copy: fetch it again'
 
 
 def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.ParquetFile:
-    """Presence, size, row groups and columns of one shard, without its data.
+    """Check that a shard exists with the expected size, row groups and columns; reads no data.
 
     Raises:
-        IntegrityError: what differs from the manifest.
+        IntegrityError: says what differs from the manifest.
     """
     if path.is_symlink() or path.parent.is_symlink():
         raise IntegrityError(f"{path}: is a symbolic link, which may point anywhere; {_COPY}")
@@ -51,10 +52,10 @@ def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.Parquet
 
 
 def check_footer(file: pq.ParquetFile, path: Path | RemoteShard, shard: Shard, manifest: Manifest) -> None:
-    """Row groups and columns of an open shard.
+    """Check the row groups and columns of an open shard.
 
     Raises:
-        IntegrityError: what differs from the manifest.
+        IntegrityError: says what differs from the manifest.
     """
     if footer_sha256(path) != shard.footer_sha256:
         raise IntegrityError(f"{path}: footer differs from manifest.json; {REMEDY}")
@@ -74,10 +75,12 @@ def check_footer(file: pq.ParquetFile, path: Path | RemoteShard, shard: Shard, m
 
 
 def open_shard(path: Path | RemoteShard) -> pq.ParquetFile:
-    """Open a Parquet file with page checksums verified, extension types off, and its footer bounded.
+    """Open a Parquet file with page checksums verified and extension types off.
+
+    The size of the footer is bounded.
 
     Raises:
-        IntegrityError: it is no Parquet file.
+        IntegrityError: it is not a Parquet file.
     """
     read_footer(path)
     try:
@@ -96,11 +99,13 @@ def open_shard(path: Path | RemoteShard) -> pq.ParquetFile:
 def read_row_group(
     file: pq.ParquetFile, path: Path | RemoteShard, group: int, *, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """One row group, or some columns of it, the page checksums verified, its size in memory bounded before anything is decoded.
+    """Read a row group, or some of its columns, with page checksums verified.
+
+    Its size in memory is bounded before anything is decoded.
 
     Raises:
-        IntegrityError: bytes were changed; names the file and the row group.
-        CacheError: behind a URL, the network failed.
+        IntegrityError: the data is damaged; names the file and the row group.
+        CacheError: the shard is behind a URL, and the network failed.
     """
     if isinstance(path, RemoteShard):
         path.load(file.metadata, group, columns)
@@ -112,7 +117,7 @@ def read_row_group(
 
 
 def check_beside(root: Path) -> None:
-    """Refuse what some other tool might unpickle or run, and links.
+    """Refuse links, and files that another tool might unpickle or run.
 
     Raises:
         IntegrityError: names the file.

@@ -23,13 +23,13 @@ from pipeline.errors import CacheError, IntegrityError
 from pipeline.progress import Progress
 from pipeline.records import Contract, Full, Manifest, Sampled, Score, Shard
 
-#: Number of a row, and its label or labels -> the identity that its content gives it.
+#: (row number, label or labels) -> the content hash that the row should have.
 _Identity: TypeAlias = Callable[[int, "int | tuple[int, ...] | None"], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was read, and what was wrong with it."""
+    """The result of verifying a cache: totals and problems."""
 
     cache_id: str
     shards: int
@@ -38,7 +38,7 @@ class Verification:
     bytes: int
     problems: tuple[str, ...]
     broken: tuple[str, ...] = ()
-    """Names of the shards that are not what the manifest says."""
+    """Names of the shards that differ from the manifest."""
 
     def raise_first(self) -> None:
         """Raise `IntegrityError` for the first problem, if there is one."""
@@ -48,12 +48,14 @@ class Verification:
 
 
 def verify(root: Path, *, quick: bool = False) -> Verification:
-    """Hashes, sizes, columns, page checksums, counts and ranges of every shard; the tokenizer; the shard table.
+    """Verify every shard of a cache, its tokenizer and the shard table.
+
+    Checks hashes, sizes, columns, page checksums, counts and value ranges. Row groups are read by
+    as many threads as there are processors.
 
     Args:
-        quick: only what needs no decoding: hashes, sizes, columns and the counts in the footers.
-
-    Row groups are read by as many threads as there are processors.
+        quick: skip the checks that decode data; check only hashes, sizes, columns and the counts in
+            the footers.
 
     Raises:
         CacheError: there is no finished cache.
@@ -87,10 +89,13 @@ def verify(root: Path, *, quick: bool = False) -> Verification:
 
 
 def drop_broken(root: Path, found: Verification) -> None:
-    """Remove broken shards and what says that they are finished; the manifest first, so that what is left is an unfinished cache.
+    """Delete broken shards and their receipts, so that the capture can be resumed.
+
+    The manifest is deleted first, so that what is left is an unfinished cache.
 
     Raises:
-        CacheError: the plan of the capture is not there, so that nothing could make them again.
+        CacheError: the plan of the capture is missing or does not list a broken shard, so that it
+            cannot be made again.
     """
     layout = Layout(root)
     if not found.broken:
@@ -101,7 +106,7 @@ def drop_broken(root: Path, found: Verification) -> None:
             f"{root}: receipts/plan.json does not list {found.broken[0]}, so that no capture could make it again; fetch or import the cache again"
         )
     layout.manifest.unlink()
-    for claim in layout.plan.parent.glob("append-*.txt"):  # the rows may be appended anew
+    for claim in layout.plan.parent.glob("append-*.txt"):  # so that the rows can be appended again
         claim.unlink()
     for name in found.broken:
         layout.receipt(name).unlink(missing_ok=True)
@@ -109,7 +114,7 @@ def drop_broken(root: Path, found: Verification) -> None:
 
 
 class _ShardCheck:
-    """One shard's checks, begun in a pool of threads."""
+    """The checks of one shard, running in a thread pool."""
 
     def __init__(self, pool: Executor, path: Path, shard: Shard, manifest: Manifest, quick: bool) -> None:
         self.shard = shard
@@ -129,9 +134,9 @@ class _ShardCheck:
         self._quick = quick
 
     def problem(self, progress: Progress) -> str | None:
-        """The first thing that is wrong.
+        """Return the first problem, or None.
 
-        Row groups come before the hash: their page checksums say where it is.
+        Row groups are reported before the hash, because their page checksums locate the damage.
         """
         rest, share = self.shard.bytes, self.shard.bytes // max(len(self._groups), 1)
         for group in self._groups:
@@ -160,16 +165,21 @@ class _ShardCheck:
 
 
 def _verify_row_group(path: Path, group: int, manifest: Manifest) -> tuple[int, int]:
-    """Positions and tokens of one row group; raises `IntegrityError` for the first thing that is wrong with it."""
+    """Return the positions and tokens of one row group; raise `IntegrityError` if it is damaged."""
     table = read_row_group(open_shard(path), path, group)
-    # A sample of a sample is off by the rounding of both.
+    # Each conversion of `sampled` draws again and rounds again, so the tolerances add up.
     draws = 1 + sum(each.operation.startswith("convert sampled") for each in manifest.ancestry)
     positions = _check_soft_labels(table, manifest.contract, f"{path}: row group {group}", draws=draws)
     return positions, len(_flat(table, "input_ids")) if "input_ids" in table.column_names else table.num_rows
 
 
 def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws: int) -> int:
-    """What reading checks, and beyond it the content hashes and the mass of each position, over so many draws. Returns the positions of the row group."""
+    """Check contents, content hashes and kept mass of a row group; return its positions.
+
+    Args:
+        draws: how often `sampled` soft labels were sampled; the tolerance of their sum grows with
+            it.
+    """
     positions = check_contents(table, contract, where)
     _check_hashes(table, where)
     if isinstance(contract.encoding, Full | Score):
@@ -183,7 +193,8 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws
         tail_counts, gaps = _flat(table, "tail_count").astype(np.int64), _flat(table, "tail_gaps")
         ends = np.append(0, np.cumsum(tail_counts))
         inner = np.ones(len(gaps), dtype=bool)
-        inner[ends[:-1][tail_counts > 0]] = False  # the first of a position may be class 0
+        # the first gap of a position is a class id, which may be 0
+        inner[ends[:-1][tail_counts > 0]] = False
         _expect(bool((gaps[inner] > 0).all()), where, "tail_gaps: expected each class once")
         slack = draws * (1 / encoding.sample_size + 1 / encoding.steps) + 1e-6
         mass = mass + tail_counts / encoding.sample_size
@@ -194,7 +205,7 @@ def _check_soft_labels(table: pa.Table, contract: Contract, where: str, *, draws
 
 
 def _check_hashes(table: pa.Table, where: str) -> None:
-    """The identity of each row is that of its tokens, or its image, and of its label."""
+    """Check that the content hash of each row matches its tokens or image, and its label."""
     names = table.column_names
     of_images = "encoded_image" in names
     identity = _identity_of_images(table, where) if of_images else _identity_of_tokens(table)
@@ -228,7 +239,7 @@ def _identity_of_images(table: pa.Table, where: str) -> _Identity:
 
 
 def _flat(table: pa.Table, name: str) -> np.ndarray:
-    """All values of a list column, one after another."""
+    """Return all values of a list column, concatenated."""
     flat: np.ndarray = table.column(name).combine_chunks().values.to_numpy(zero_copy_only=False)
     return flat
 

@@ -1,1 +1,1 @@
-"""Where the files of a cache are kept: local disks, URLs, and the commit protocol."""
+"""File storage of a cache: atomic writes on local disks, and transfers to and from URLs."""

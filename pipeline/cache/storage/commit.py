@@ -1,8 +1,8 @@
-"""The commit protocol: whatever happens, a file under its final name is whole.
+"""Atomic writes: a file that exists under its final name is complete, even after a crash.
 
-Write under a temporary name in the same directory, fsync, rename, fsync the directory. Temporary
-files of killed runs are swept by the next one. `crash` names the points between these steps, for
-the tests that kill a capture at each.
+A file is written under a temporary name in the same directory, fsynced and renamed; then the
+directory is fsynced. The next run removes the temporary files of killed runs. Tests kill a capture
+at each of the points that `crash` names between these steps.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pipeline.cache.storage.crash import kind_of, reached
 from pipeline.errors import CacheError
 
 _PREFIX = ".tmp-"
-#: Process number, and eight digits that stand for the machine: on a shared disk, only a machine
-#: knows which of its processes live.
+#: Process number, and eight hexadecimal digits that identify the machine: on a shared disk, a
+#: machine can only check its own processes.
 _TEMPORARY = re.compile(r"\.tmp-(\d+)-([0-9a-f]{8})-.")
-#: After so long a temporary file of another machine is nobody's any more.
+#: Age in seconds after which a temporary file of another machine counts as abandoned.
 _SECONDS_FOREIGN = 7 * 86_400
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then give it its final name.
+    """Call `write` with a temporary path, then rename the file to its final name.
 
     Raises:
         CacheError: the disk is full, or the directory cannot be written; nothing is left behind.
@@ -47,12 +47,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_atomically` for a small text file."""
+    """Write a small text file with `write_atomically`."""
     write_atomically(path, lambda temporary: _write(temporary, text))
 
 
 def write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary directory, then give it its final name, unless another writer was first.
+    """Call `write` with a temporary directory, then rename it, unless the final name exists.
 
     Raises:
         CacheError: the disk is full, or the directory cannot be written; nothing is left behind.
@@ -73,7 +73,7 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def create_exclusively(path: Path, text: str) -> bool:
-    """Create a file whole, unless it is there. Of two racing writers one gets True."""
+    """Create a complete file if it does not exist; of two racing writers, one gets True."""
     kind = kind_of(path)
     with _temporary(path) as temporary:
         _write(temporary, text)
@@ -90,12 +90,12 @@ def create_exclusively(path: Path, text: str) -> bool:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what will have that name."""
+    """Return the temporary path under which this process writes `path`."""
     return path.with_name(f"{_PREFIX}{os.getpid()}-{_machine()}-{path.name}")
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed runs have left half-written."""
+    """Remove the temporary files of killed runs."""
     for orphan in directory.glob(f"{_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):
             if _is_orphan(orphan):
@@ -103,7 +103,7 @@ def sweep(directory: Path) -> None:
 
 
 def full_disk(path: Path, error: BaseException) -> CacheError:
-    """What could not be written, and why, in one line."""
+    """Return a one-line error that names what could not be written, and why."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error):
         why = "the disk is full" if number != errno.EFBIG else "the file is larger than this disk or account allows"
@@ -114,7 +114,7 @@ def full_disk(path: Path, error: BaseException) -> CacheError:
 
 
 def _is_orphan(path: Path) -> bool:
-    """Whether the process that wrote it is gone, or was on another machine, long ago."""
+    """Whether the process that wrote a temporary file has ended, or the file is old and foreign."""
     found = _TEMPORARY.match(path.name)
     if found is None or found[2] != _machine():
         return time.time() - path.lstat().st_mtime > _SECONDS_FOREIGN
@@ -141,7 +141,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise full_disk(path, error) from error
     finally:
-        # A disk that is full, or gone, may refuse this too; the next run sweeps.
+        # A disk that is full or disconnected may refuse this too; then the next run sweeps.
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 

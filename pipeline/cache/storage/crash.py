@@ -1,7 +1,7 @@
-"""Named points of a capture at which a test may end the process, or let another one go first.
+"""Named points of a capture at which a test may kill the process, or let another process run first.
 
-They do nothing unless a hook is set, and only code can set one: no variable of the environment, no
-file, no flag.
+The points do nothing unless a hook is set. Only code can set a hook: no environment variable, file
+or flag does.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-#: In the order in which a capture comes by them. `written`: the temporary file is whole; `synced`:
-#: it is on the disk; `named`: it has its final name, and the directory is on the disk too.
+#: The points in the order in which a capture reaches them. `written`: the temporary file is
+#: complete; `synced`: it is fsynced; `named`: it has its final name, and the directory is fsynced
+#: too.
 POINTS = (
     "plan:written",
     "plan:synced",
@@ -41,7 +42,7 @@ _hooks: list[Callable[[str], None]] = []
 
 
 def reached(point: str) -> None:
-    """Tell the hook, if there is one, that the capture has come here."""
+    """Call the hooks with the name of a point that was reached."""
     for hook in _hooks:
         hook(point)
 
@@ -57,7 +58,7 @@ def hooked(hook: Callable[[str], None]) -> Iterator[None]:
 
 
 def kind_of(path: Path) -> str:
-    """What a file of a cache is, as the points name it."""
+    """Return the kind of a cache's file, as the names of the points use it."""
     if path.suffix == ".parquet":
         return "shard"
     if path.parent.name == "receipts":

@@ -1,7 +1,7 @@
-"""A cache that is made behind a URL: each shard is made in a local directory, sent whole, and forgotten here.
+"""Write a cache to a URL: each shard is made in a local directory, uploaded, and deleted locally.
 
-What is there already is known from the receipts there, so that any number of machines may work on
-one cache, and a killed one loses what it had not sent.
+The receipts at the URL record which shards are finished. Any number of machines may therefore work
+on one cache, and a killed process loses only what it had not uploaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.cache.storage.urls import open_filesystem
 from pipeline.errors import CacheError
 from pipeline.sources.files.loading import reason, redact
 
-#: Seconds that a whole shard may take.
+#: Timeout for uploading one shard, in seconds.
 _SENDING = 3600.0
 
 Result = TypeVar("Result")
@@ -28,23 +28,24 @@ Result = TypeVar("Result")
 class Outbox:
     """Sends the files of one cache to a URL.
 
-    Credentials are the environment's, as the file system of the URL reads them.
+    Credentials come from the environment, as the URL's file system reads them.
     """
 
     def __init__(self, url: str) -> None:
         self.url = redact(url)
-        """As messages show it."""
+        """The URL without credentials, for messages."""
         self.location = url
-        """With its credentials, if it has any: never shown."""
+        """The URL with its credentials, if it has any; never shown."""
         self._filesystem, self._root = open_filesystem(url)
         self.staging = Path(tempfile.mkdtemp(prefix="softlabel-"))
-        """The local directory; it goes with this object, at the latest with the process."""
+        """The local directory; deleted with this object, or when the process exits."""
         weakref.finalize(self, shutil.rmtree, self.staging, ignore_errors=True)
 
     def create(self, name: str, text: str) -> bool:
-        """Create a file whole, unless it is there: a conditional put, so that of two racing writers one gets True.
+        """Create a complete file at the URL if it does not exist.
 
-        File systems that know no conditional put look first and write then.
+        Of two racing writers, one gets True: this is a conditional put. File systems without one
+        check first and then write.
         """
         path = f"{self._root}/{name}"
         with self._told(name):
@@ -53,7 +54,7 @@ class Outbox:
             return create_file(self._filesystem, path, text.encode())
 
     def fetch(self, name: str) -> bool:
-        """Copy a file from there to its place here. False: there is none."""
+        """Download a file to its place in the staging directory; False if it does not exist."""
         target = self.staging / name
         with self._told(name):
             try:
@@ -65,13 +66,13 @@ class Outbox:
         return True
 
     def fetch_receipts(self) -> None:
-        """All receipts that are not here yet: what other workers have made."""
+        """Download all receipts that are missing locally, which other workers have written."""
         for name in self.names("receipts"):
             if not (self.staging / "receipts" / name).exists():
                 self.fetch(f"receipts/{name}")
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file there; None: there is none."""
+        """Return the size of a file at the URL in bytes, or None if it does not exist."""
         self._filesystem.invalidate_cache()
         with self._told(name):
             try:
@@ -80,10 +81,12 @@ class Outbox:
                 return None
 
     def send(self, name: str) -> None:
-        """Copy a file from here to there: object stores show it whole or not at all.
+        """Upload a file from the staging directory.
+
+        Object stores show a file only once it is complete.
 
         Raises:
-            CacheError: it cannot be sent, or is of another size there.
+            CacheError: the file cannot be sent, or its size at the URL differs.
         """
         local = self.staging / name
         with self._told(name):
@@ -96,7 +99,7 @@ class Outbox:
             )
 
     def is_same(self, name: str) -> bool:
-        """Whether a file there is the one here."""
+        """Whether a file at the URL equals the local one."""
         path = f"{self._root}/{name}"
         with self._told(name):
             try:
@@ -106,7 +109,7 @@ class Outbox:
         return found == (self.staging / name).read_bytes()
 
     def sizes(self, directory: str) -> dict[str, int]:
-        """Name -> bytes of the files in a directory there."""
+        """Return name -> bytes of the files in a directory at the URL."""
         self._filesystem.invalidate_cache()
         with self._told(directory):
             try:
@@ -116,11 +119,11 @@ class Outbox:
         return {str(item["name"]).rpartition("/")[2]: int(item["size"]) for item in found if item["type"] == "file"}
 
     def is_empty(self) -> bool:
-        """Whether nothing is there."""
+        """Whether the URL holds no files."""
         return not self.names("")
 
     def clear(self, names: tuple[str, ...]) -> None:
-        """Delete these files and directories there, in this order."""
+        """Delete files and directories at the URL, in the given order."""
         for name in names:
             with self._told(name):
                 path = f"{self._root}/{name}"
@@ -132,7 +135,7 @@ class Outbox:
         return patiently(f"{self.url}/{name}", request, timeout=timeout)
 
     def names(self, directory: str) -> list[str]:
-        """Names of what is in a directory there."""
+        """Return the names of the entries in a directory at the URL."""
         self._filesystem.invalidate_cache()
         with self._told(directory):
             try:
@@ -143,12 +146,12 @@ class Outbox:
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
-        """What goes wrong over there, as one line without credentials."""
+        """Convert errors of the file system to a one-line `CacheError` without credentials."""
         try:
             yield
         except FileNotFoundError as error:
             raise CacheError(f"{self.url}/{name}: cannot be reached: {reason(error)}; is the bucket there?") from None
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own exceptions
             if isinstance(error, CacheError):
                 raise
             raise CacheError(

@@ -1,4 +1,4 @@
-"""What was fetched of caches behind URLs, kept on this machine, bounded in bytes: what was used longest ago goes first."""
+"""A bounded local store for downloaded parts of caches, with least-recently-used eviction."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from pathlib import Path
 
 from pipeline.cache.storage.commit import write_atomically
 
-#: After a clean-up this share of the bound is used, so that the next one is not due at once.
+#: Share of the bound that is in use after a clean-up, so that the next one is not due at once.
 _KEPT = 0.9
-#: After this share of it was written the directory is looked at again: other processes write too.
+#: Share of the bound that may be written before the directory is scanned again, since other
+#: processes write to it too.
 _LOOK = 0.05
 
 DEFAULT_BYTES = 20_000_000_000
 
 
 def default_directory() -> Path:
-    """`softlabel` in the user's cache directory."""
+    """Return the directory `softlabel` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softlabel"
 
 
 class Store:
-    """Pieces of files by name.
+    """Stores pieces of files by name.
 
     Several processes may share a directory; a name always stands for the same bytes.
     """
@@ -33,26 +34,26 @@ class Store:
         self.directory = directory
         self.max_bytes = max_bytes
         self._used: int | None = None
-        """Bytes when the directory was last looked at; None: never."""
+        """Bytes in the directory at the last scan; None: not scanned yet."""
         self._written = 0
         self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes | None:
-        """A piece, or None. It counts as used now."""
+        """Return a piece and mark it as recently used, or None if it is not stored."""
         path = self._path(name)
         try:
             data = path.read_bytes()
-            os.utime(path, ns=(now := time.time_ns(), now))  # finer than the clock that the kernel would take
+            os.utime(path, ns=(now := time.time_ns(), now))  # finer than the kernel's default clock
         except FileNotFoundError:
             return None
         return data
 
     def holds(self, name: str) -> bool:
-        """Whether a piece is there."""
+        """Whether a piece is stored."""
         return self._path(name).is_file()
 
     def write(self, name: str, data: bytes) -> None:
-        """Keep a piece, and make room.
+        """Store a piece, and evict others if the bound is exceeded.
 
         Raises:
             CacheError: the disk is full, or the directory cannot be written.
@@ -64,14 +65,14 @@ class Store:
                 self._used, self._written = self._clean(), 0
 
     def drop(self, name: str) -> None:
-        """Forget a piece."""
+        """Delete a piece."""
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.directory / name
 
     def _clean(self) -> int:
-        """Remove pieces until the rest is within the bound. Returns the bytes of the rest."""
+        """Remove pieces until the rest is within the bound, and return the bytes of the rest."""
         found = []
         for path in self.directory.glob("*/pieces/*/*"):
             with contextlib.suppress(FileNotFoundError):  # another process cleans up too

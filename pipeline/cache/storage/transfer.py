@@ -1,4 +1,4 @@
-"""Requests over a network: each within a time, again after a failure, and then one clear line."""
+"""Network requests with timeouts and retries; errors are one line."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between one attempt and the next: an outage of half a minute is lived through.
+#: Seconds between attempts: outages of up to half a minute are bridged.
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-#: Seconds that one request may take. The largest is a row group or a part of a file, some
+#: Timeout of one request in seconds. The largest request is a row group or part of a file, a few
 #: megabytes.
 TIMEOUT = 120.0
 
-#: Stores of objects, which have no directories to make.
+#: Schemes of object stores, which have no directories to create.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "r2", "hf"}
 
-#: What another attempt would not mend. By name: what raises them may not be installed.
+#: Errors that another attempt would not solve. Some are listed by name, since the package that
+#: raises them may not be installed.
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, TypeError, ValueError)
 _FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "OfflineModeIsEnabled"}
 
 
 def patiently(where: str, request: Callable[[], Result], *, timeout: float | None = None) -> Result:
-    """The request's result, tried again with growing waits where the network fails or stalls.
+    """Return the request's result, with retries and growing waits if the network fails or stalls.
 
     Args:
-        where: what is read or written, for messages, without credentials.
+        where: what is read or written, without credentials, for messages.
         timeout: seconds for one attempt; None: `TIMEOUT`.
 
     Raises:
-        FileNotFoundError, FileExistsError: as the file system raises them, at once.
+        FileNotFoundError, FileExistsError: raised by the file system; not retried.
         CacheError: access is denied, or every attempt failed.
     """
     seconds = TIMEOUT if timeout is None else timeout
@@ -66,10 +67,10 @@ def patiently(where: str, request: Callable[[], Result], *, timeout: float | Non
 
 
 def read_range(filesystem: AbstractFileSystem, path: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file, and no more of it from the network: the hub's file system would read ahead.
+    """Read the bytes [start, stop) of a file, without the read-ahead of the hub's file system.
 
     Raises:
-        OSError: fewer came.
+        OSError: fewer bytes were received.
     """
     settings = {"cache_type": "none"} if "hf" in protocols(filesystem) else {}
     data = bytes(filesystem.cat_file(path, start=start, end=stop, **settings))
@@ -79,7 +80,11 @@ def read_range(filesystem: AbstractFileSystem, path: str, start: int, stop: int)
 
 
 def create_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> bool:
-    """Write a file unless it is there, by the store's own condition where it has one: of two racing writers one gets True."""
+    """Write a file if it does not exist, by a conditional put where the store has one.
+
+    Returns:
+        Whether this call created the file; of two racing writers, one gets True.
+    """
     make_parent(filesystem, path)
     try:
         if is_local(filesystem):
@@ -90,35 +95,35 @@ def create_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno == errno.EINVAL:  # S3: the condition of the put was not met
+        if error.errno == errno.EINVAL:  # S3: the condition of the put failed
             return False
         raise
     return True
 
 
 def make_parent(filesystem: AbstractFileSystem, path: str) -> None:
-    """Make the directory that a file goes to.
+    """Create the parent directory of a file.
 
-    Object stores have none; s3fs would make a bucket for one.
+    Object stores are skipped: they have no directories, and s3fs would create a bucket.
     """
     if not _OBJECT_STORES & set(protocols(filesystem)):
         filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
 
 
 def is_local(filesystem: AbstractFileSystem) -> bool:
-    """Whether a `file://` URL led here."""
+    """Whether a file system is the local one, opened by a `file://` URL."""
     from fsspec.implementations.local import LocalFileSystem
 
     return isinstance(filesystem, LocalFileSystem)
 
 
 def protocols(filesystem: AbstractFileSystem) -> tuple[str, ...]:
-    """The schemes of a file system's URLs."""
+    """Return the URL schemes of a file system."""
     return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
 
 
 def is_final(error: BaseException | None) -> bool:
-    """Whether the same request would fail in the same way: the file is not there, access is denied, the request is wrong."""
+    """Whether the same request would fail again: no such file, access denied, or a bad request."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
         refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
@@ -129,16 +134,16 @@ def is_final(error: BaseException | None) -> bool:
 
 
 def _within(seconds: float, request: Callable[[], Result]) -> Result:
-    """The result, or TimeoutError.
+    """Return the result, or raise TimeoutError.
 
-    The thread of a request that stalls is left behind; it ends with the process.
+    The thread of a stalled request keeps running until the process ends.
     """
     done: queue.Queue[tuple[Result | None, BaseException | None]] = queue.Queue(1)
 
     def work() -> None:
         try:
             done.put((request(), None))
-        except BaseException as error:  # handed over, whatever it is
+        except BaseException as error:  # raised again in the calling thread
             done.put((None, error))
 
     threading.Thread(target=work, name="transfer", daemon=True).start()
@@ -148,4 +153,4 @@ def _within(seconds: float, request: Callable[[], Result]) -> Result:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]  # without an error there is a result
+    return result  # type: ignore[return-value]  # no error, so there is a result

@@ -1,4 +1,4 @@
-"""Where a cache lies: a local directory, or behind any URL that fsspec opens."""
+"""Locations of caches: local directories, or any URL that fsspec opens."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 
 def is_url(location: str) -> bool:
-    """Whether it is a URL; anything else is a local path."""
+    """Whether a location is a URL; anything else is a local path."""
     return "://" in location
 
 
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL, and the path in it, without a slash at the end.
+    """Return the file system of a URL, and the path in it without a trailing slash.
 
-    Credentials are those of the environment, as each file system reads them (AWS_ACCESS_KEY_ID,
+    Credentials come from the environment, as each file system reads them (AWS_ACCESS_KEY_ID,
     AWS_ENDPOINT_URL, HF_TOKEN).
 
     Raises:
-        CacheError: no file system of this scheme, or its package is missing; the URL's credentials
-            are not shown.
+        CacheError: there is no file system for this scheme, or its package is missing. The message
+            does not show the URL's credentials.
     """
     import fsspec
 
@@ -37,7 +37,9 @@ def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def pinned(url: str) -> str:
-    """The URL of one commit, where it names a branch of the hub: what is read of it does not change while it is read.
+    """Resolve a hub URL to its current commit, so that its contents do not change while it is read.
+
+    Other URLs are returned unchanged.
 
     Raises:
         CacheError: there is no such repository or revision.

@@ -1,6 +1,7 @@
-"""Caches from caches: merge, filter, convert.
+"""Make a cache from other caches: merge, filter, convert.
 
-Each writes a new verified cache, a shard for each shard, whose manifest names its ancestors.
+Each transform writes a new verified cache, with one shard for each input shard. Its manifest names
+the caches that it was made from.
 """
 
 from pipeline.cache.transforms.convert import convert

@@ -1,7 +1,7 @@
-"""A condition in SQL over the columns of a cache, one row at a time, evaluated by DuckDB in memory.
+"""SQL conditions over the columns of a cache, evaluated in memory by DuckDB for each row.
 
-The condition is data: it is parsed alone as one expression, sees the columns of one row, and can
-read or write nothing else.
+A condition is untrusted input: it must parse as a single expression, sees only the columns of one
+row, and cannot read or write anything else.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _ROW = "__row"
 
 
 class Condition:
-    """A parsed condition, bound to the columns of a cache."""
+    """A parsed SQL condition, bound to the columns of a cache."""
 
     def __init__(self, where: str, schema: pa.Schema) -> None:
-        """Parse it, and try it on no rows.
+        """Parse the condition, and test it on an empty table.
 
         Raises:
-            MisuseError: no condition over these columns; says what DuckDB says.
+            MisuseError: it is not a condition over these columns; includes DuckDB's message.
             CacheError: DuckDB is not installed.
         """
         try:
@@ -41,7 +41,7 @@ class Condition:
         self.keep(schema.empty_table())
 
     def keep(self, table: pa.Table) -> np.ndarray:
-        """(rows,) bool: where the condition is true; unknown (NULL) is not.
+        """Return (rows,) bool: where the condition is true; NULL counts as false.
 
         Raises:
             MisuseError: the condition fails on a value.
@@ -58,7 +58,10 @@ class Condition:
         return mask
 
     def _check_alone(self) -> None:
-        """One SELECT over the columns with nothing but a condition in it: no second statement, no subquery, which would see one row group only."""
+        """Check that the query is one plain SELECT without a second statement or a subquery.
+
+        A subquery would see a single row group only.
+        """
         try:
             statements = self._connection.extract_statements(self._query)
             found: Any = self._connection.execute("select json_serialize_sql(?)", [self._query]).fetchall()
@@ -79,7 +82,7 @@ class Condition:
 
 
 def _readable(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """DuckDB takes no float16 from Arrow."""
+    """Cast lists of float16 to float32, since DuckDB does not read float16 from Arrow."""
     kind = column.type
     if pa.types.is_list(kind) and pa.types.is_float16(kind.value_type):
         return column.cast(pa.list_(pa.float32()))

@@ -1,4 +1,4 @@
-"""A cache -> the same rows in a smaller encoding, where that is honest (`softlabels.convert`)."""
+"""Convert a cache to a smaller encoding, if that loses no exactness (`softlabels.convert`)."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from pipeline.softlabels.names import encoding_name
 def convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding, overwrite: bool = False) -> Cache:
     """Write the rows of a cache in a smaller encoding.
 
-    `full` becomes what a capture with this encoding and the same seed would have kept, up to the
-    rounding of the stored logits.
+    From `full`, the result is what a capture with this encoding and the same seed would have kept,
+    up to the rounding of the stored logits.
 
     Returns:
-        The new cache; what is no soft label is copied as it is.
+        The new cache. Columns other than soft labels are copied.
 
     Raises:
-        EncodingError: the encoding cannot be made from what was kept; says why.
+        EncodingError: the encoding cannot be made from the stored one; says why.
         CacheError: see `rewrite`.
     """
     return rewrite(plan_convert(cache, output, encoding=encoding), overwrite=overwrite)
 
 
 def plan_convert(cache: Cache | str | Path, output: str | Path, *, encoding: Encoding) -> Rewrite:
-    """What `convert` is to do, its inputs checked."""
+    """Check the inputs of `convert` and return the planned rewrite."""
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
     check_conversion(contract.encoding, encoding)
     schema = _schema(shard_schema(opened), contract.encoding, encoding, contract.num_classes)
-    # What the new encoding changes: its own columns, and the entropy, which is that of the
-    # distribution whose probabilities are kept.
+    # Columns that change: those of the encoding; and the entropy, if it is of a distribution at
+    # another temperature.
     anew = isinstance(contract.encoding, Full) and isinstance(encoding, Sampled) and encoding.temperature != 1.0
     changed = {*soft_columns(encoding, contract.num_classes), *(("teacher_entropy_sum", "entropy") if anew else ())}
     changed_schema = pa.schema([field for field in schema if field.name in changed])
@@ -72,7 +72,7 @@ def plan_convert(cache: Cache | str | Path, output: str | Path, *, encoding: Enc
 
 
 def _convert(block: RowBlock, encoding: Encoding, split: str, seed: int, *, entropy_anew: bool) -> RowBlock:
-    """The columns that change."""
+    """Return a block of the columns that change."""
     soft, counts = unpack_soft(block), positions_of(block)
     made = convert_soft_labels(soft, encoding, uniforms=_uniforms(block, encoding, split, seed))
     lists, numbers = pack_soft(made, counts), {}
@@ -88,7 +88,11 @@ def _convert(block: RowBlock, encoding: Encoding, split: str, seed: int, *, entr
 
 
 def _uniforms(block: RowBlock, encoding: Encoding, split: str, seed: int) -> Tensor:
-    """Of all logits those of a capture; of a sample others, independent of those that it was drawn with."""
+    """Return the random numbers for sampling at each position.
+
+    From `full`, they are those that a capture would use. From `sampled`, they are independent of
+    the numbers that the stored sample was drawn with.
+    """
     if isinstance(block.encoding, Sampled) and isinstance(encoding, Sampled):
         split = f"{split} sampled anew at {encoding.sample_size}"
     numbers = zip(
@@ -98,7 +102,7 @@ def _uniforms(block: RowBlock, encoding: Encoding, split: str, seed: int) -> Ten
 
 
 def _schema(before: pa.Schema, source: Encoding, wanted: Encoding, num_classes: int) -> pa.Schema:
-    """The same columns, those of the soft labels in the place of those that were there."""
+    """Return the schema with the soft-label columns replaced by those of the new encoding."""
     old, new = soft_columns(source, num_classes), soft_columns(wanted, num_classes)
     first = next(i for i, name in enumerate(before.names) if name in old)
     kept = [[field for field in part if field.name not in old] for part in (list(before)[:first], list(before)[first:])]

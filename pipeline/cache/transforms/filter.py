@@ -1,6 +1,6 @@
-"""Some rows of a cache -> a cache: by a condition in SQL, by split, or both.
+"""Make a cache from some rows of another: by a SQL condition, by split, or both.
 
-Also how one samples and splits.
+This is also how to sample and split a cache.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ def filter_rows(
     """Keep the rows for which a condition is true.
 
     Args:
-        where: SQL over the columns of a row, as DuckDB reads it; None: every row.
-        splits: which splits to keep; default: all.
-        as_split: the name that the one split gets.
+        where: SQL over the columns of a row, in DuckDB's dialect. None: every row.
+        splits: the splits to keep. Default: all.
+        as_split: a new name for the one split that is kept.
 
     Returns:
-        The new cache, with the rows as they were: a shard of which all rows stay is copied as
-            bytes.
+        The new cache. Rows do not change; shards of which all rows are kept are copied as bytes.
 
     Raises:
-        MisuseError: no condition, or nothing to do.
-        CacheError: no such split, no row left; see `rewrite`.
+        MisuseError: the condition is not valid, or there is nothing to do.
+        CacheError: there is no such split, or no row is left; see `rewrite`.
     """
     planned = plan_filter(cache, output, where=where, splits=splits, as_split=as_split)
     return rewrite(planned, overwrite=overwrite)
@@ -54,7 +53,10 @@ def plan_filter(
     splits: Sequence[str] = (),
     as_split: str | None = None,
 ) -> Rewrite:
-    """What `filter_rows` is to do, its inputs checked; the condition is tried on no rows."""
+    """Check the inputs of `filter_rows` and return the planned rewrite.
+
+    The condition is tested on an empty table.
+    """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     if where is None and not splits and as_split is None:
         raise MisuseError("filter: give --where, --split or --as-split")

@@ -1,4 +1,4 @@
-"""Several caches of one contract -> one, rows of equal content kept once."""
+"""Merge several caches of one contract into one, without duplicate rows."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from pipeline.records import Contract, SourceInfo
 
 logger = logging.getLogger(__name__)
 
-#: What two caches may differ in and still say the same thing of a row: where rows come from, and
-#: how the work was dealt out.
+#: Settings of a contract in which caches to merge may differ, since they do not change what is
+#: stored of a row: where rows come from, and how the work was split up.
 MAY_DIFFER = ("source", "versions", "seed", "batch_tokens", "on_bad_row", "tokenization.max_length")
 
 
 def merge(caches: Sequence[Cache | str | Path], output: str | Path, *, overwrite: bool = False) -> Cache:
-    """Join the shards of caches; of rows with the same `content_hash` in a split, the first is kept.
+    """Join the shards of caches; of rows in a split with the same `content_hash`, keep the first.
 
     Args:
-        caches: their contracts agree in all but `MAY_DIFFER`. The merged contract keeps the longest
-            `max_length`, the first seed, and the names, fingerprints and versions of all.
+        caches: caches whose contracts differ at most in `MAY_DIFFER`. The merged contract has the
+            longest `max_length`, the first seed, and the names, fingerprints and versions of all.
 
     Returns:
-        The merged cache. Beside one row group, 17 bytes a row are held in memory.
+        The merged cache. Besides one row group, 17 bytes per row are held in memory.
 
     Raises:
-        MisuseError: fewer than two.
+        MisuseError: there are fewer than two caches.
         ContractError: names the first setting that differs.
         CacheError: see `rewrite`.
     """
@@ -43,7 +43,10 @@ def merge(caches: Sequence[Cache | str | Path], output: str | Path, *, overwrite
 
 
 def plan_merge(caches: Sequence[Cache | str | Path], output: str | Path) -> Rewrite:
-    """What `merge` is to do, its inputs checked; the content hashes of all rows are read."""
+    """Check the inputs of `merge` and return the planned rewrite.
+
+    The content hashes of all rows are read.
+    """
     opened = [cache if isinstance(cache, Cache) else Cache.open(cache) for cache in caches]
     if len(opened) < 2:
         raise MisuseError("merge: expected two caches or more; repeat --cache")
@@ -79,7 +82,7 @@ def _check_alike(expected: Cache, found: Cache) -> None:
 
 
 def _keep_first(caches: Sequence[Cache], splits: Sequence[str]) -> dict[str, np.ndarray]:
-    """For each split (rows,) bool over all caches one after another: whether a row is the first of its content."""
+    """Return for each split (rows,) bool over all caches: whether a row's content is new."""
     masks, seen = {}, np.zeros(0, dtype=np.uint64)
     for split in splits:
         parts = [_identities(cache, split) for cache in caches if split in cache.splits]
@@ -99,7 +102,7 @@ def _keep_first(caches: Sequence[Cache], splits: Sequence[str]) -> dict[str, np.
 
 
 def _identities(cache: Cache, split: str) -> np.ndarray:
-    """(rows,) uint64: the content of each row, and of rankings the list that it stands in."""
+    """Return (rows,) uint64: the content hash of each row, combined with its list in rankings."""
     dataset = cache.dataset(split)
     found: np.ndarray = dataset.column("content_hash").astype(np.uint64)
     if "score_group" in cache.manifest.contract.columns:
@@ -129,7 +132,11 @@ def _merged(contracts: Sequence[Contract]) -> Contract:
 
 
 def _merged_source(sources: Sequence[SourceInfo]) -> SourceInfo:
-    """Names joined; a split's fingerprint is the hash over those of all sources that have it; what differs otherwise is not said."""
+    """Merge the descriptions of the sources.
+
+    Names are joined. The fingerprint of a split is the hash of the fingerprints of all sources that
+    have it. Other settings that differ become None.
+    """
     first = sources[0]
     if all(source == first for source in sources):
         return first

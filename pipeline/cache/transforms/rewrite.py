@@ -1,7 +1,8 @@
-"""What merge, filter and convert share: shards of caches -> shards of a new one, by the protocol of a capture.
+"""Write the shards of a new cache from those of other caches: the basis of merge, filter, convert.
 
-One row group is in memory at a time. A shard that does not change is copied as bytes. A run that
-was stopped goes on where it stopped, by its receipts; the manifest comes last.
+The new cache is written by the same protocol as a capture. One row group is in memory at a time.
+Shards that do not change are copied as bytes. A stopped run resumes from its receipts; the manifest
+is written last.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from pipeline.records import Ancestor, BadRow, Contract, Fidelity, Outline, Rece
 from pipeline.softlabels.names import encoding_name
 from pipeline.sources.files.loading import redact
 
-#: A piece's row groups -> those of the new shard; None: the shard stays as it is.
+#: Function from a piece to the row groups of the new shard; None: the shard does not change.
 Change = Callable[["Piece"], Iterable[pa.Table] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One shard to be made, of one that is there."""
+    """A shard to be made, and the shard that it is made from."""
 
     plan: ShardPlan
     cache: Cache
@@ -48,19 +49,19 @@ class Piece:
 
     @property
     def path(self) -> Path:
-        """The shard that is there."""
+        """Path of the input shard."""
         return Layout(self.cache.root).shard(self.shard.name)
 
     def row_groups(self) -> Iterator[pa.Table]:
-        """Its row groups, one after another, page checksums verified."""
+        """Return an iterator over the input's row groups, with page checksums verified."""
         file = open_shard(self.path)
         return (read_row_group(file, self.path, group) for group in range(len(self.shard.row_groups)))
 
 
 def plan_pieces(caches: Sequence[Cache], splits: Sequence[str], *, as_split: str | None = None) -> list[Piece]:
-    """The shards of some splits, one cache after another, numbered anew.
+    """Plan a new shard for each shard of some splits, one cache after another, renumbered.
 
-    The plan's rows count those of all caches.
+    The row numbers in the plans count over all caches.
     """
     pieces = []
     for split in splits:
@@ -75,7 +76,7 @@ def plan_pieces(caches: Sequence[Cache], splits: Sequence[str], *, as_split: str
 
 
 def shard_schema(cache: Cache) -> pa.Schema:
-    """The columns of a cache's shards."""
+    """Return the schema of a cache's shards."""
     first = cache.manifest.shards[0]
     return open_shard(
         Layout(cache.directory("making another from it")).shard(first.name)
@@ -83,17 +84,17 @@ def shard_schema(cache: Cache) -> pa.Schema:
 
 
 def ancestry(caches: Sequence[Cache], operation: str) -> tuple[Ancestor, ...]:
-    """Oldest first: the ancestors of the caches, then the caches themselves, each once."""
+    """Return the ancestors of the caches, then the caches themselves: oldest first, each once."""
     direct = [Ancestor(cache.manifest.cache_id, operation) for cache in caches]
     return tuple(dict.fromkeys([*(each for cache in caches for each in cache.manifest.ancestry), *direct]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
-    """A cache that is to be made from others, before anything is written."""
+    """The plan of a new cache made from other caches, before anything is written."""
 
     name: str
-    """Of the command."""
+    """Name of the command."""
     output: str | Path
     pieces: Sequence[Piece]
     change: Change
@@ -101,33 +102,33 @@ class Rewrite:
     schema: pa.Schema
     ancestors: tuple[Ancestor, ...]
     same_encoding: bool = True
-    """What was measured at capture still holds."""
+    """Whether the fidelity measured at capture still applies."""
     nothing: str
-    """The message where no row is left."""
+    """Message for the case that no row is left."""
 
     @property
     def root(self) -> Path:
-        """The directory."""
+        """The output directory."""
         return Path(self.output)
 
     @property
     def plan(self) -> Plan:
-        """Its shards."""
+        """The plan of the output's shards."""
         return Plan(self.contract, tuple(piece.plan for piece in self.pieces), ancestry=self.ancestors)
 
     @property
     def sources(self) -> list[Cache]:
-        """The caches that are read."""
+        """The input caches."""
         return list({piece.cache.root: piece.cache for piece in self.pieces}.values())
 
 
 def check_output(planned: Rewrite, *, overwrite: bool) -> None:
-    """Look at the place of the new cache. Changes nothing.
+    """Check the location of the new cache, without changing anything.
 
     Raises:
-        MisuseError: it is behind a URL.
-        CacheError: it is one of the inputs, or holds something else.
-        ContractError: it holds another cache.
+        MisuseError: it is a URL, or one of the inputs.
+        CacheError: an input is behind a URL, or the location holds other files.
+        ContractError: the location holds another cache.
     """
     if is_url(str(planned.output)):
         raise MisuseError(
@@ -144,7 +145,7 @@ def check_output(planned: Rewrite, *, overwrite: bool) -> None:
 
 
 def outline(planned: Rewrite, *, overwrite: bool) -> Outline:
-    """What `rewrite` would do, its inputs and the place of its output checked. Writes nothing.
+    """Describe what `rewrite` would do, after checking its inputs and output. Writes nothing.
 
     Raises:
         PipelineError: see `check_output`.
@@ -166,14 +167,12 @@ def outline(planned: Rewrite, *, overwrite: bool) -> Outline:
 
 
 def rewrite(planned: Rewrite, *, overwrite: bool = False) -> Cache:
-    """Make the new cache.
-
-    Returns:
-        The finished cache.
+    """Write the new cache and return it.
 
     Raises:
-        CacheError: no row is left; the output is one of the inputs, or cannot be written.
-        IntegrityError: an input is not what its manifest says.
+        MisuseError: the output is a URL, or one of the inputs.
+        CacheError: no row is left, or the output cannot be written.
+        IntegrityError: an input differs from its manifest.
     """
     check_output(planned, overwrite=overwrite)
     root, plan, pieces, sources = planned.root, planned.plan, planned.pieces, planned.sources
@@ -200,7 +199,7 @@ def rewrite(planned: Rewrite, *, overwrite: bool = False) -> Cache:
             made = write_row_groups(
                 path, piece.plan, (t.select(names).cast(planned.schema) for t in regroup(counted)), planned.schema
             )
-        progress.update(piece.shard.rows - (progress.done - before_piece))  # rows that are left out
+        progress.update(piece.shard.rows - (progress.done - before_piece))  # dropped rows
         before = load_receipt(Layout(piece.cache.root), piece.shard.name)
         receipt = Receipt(
             shard=made,
@@ -216,7 +215,7 @@ def rewrite(planned: Rewrite, *, overwrite: bool = False) -> Cache:
     progress.close()
     if not any((load_receipt(layout, piece.plan.name) or _NONE).shard.rows for piece in pieces):
         clear(layout)
-        with contextlib.suppress(OSError):  # something else is in it
+        with contextlib.suppress(OSError):  # the directory is not empty
             root.rmdir()
         raise CacheError(planned.nothing)
     licences = {license_beside(cache.root / "README.md") for cache in sources}
@@ -233,7 +232,7 @@ _NONE = Receipt(Shard("", "", 0, 0, 0, 0, "", ()), ShardPlan("", "", 0, 0), (), 
 
 
 def _copy(piece: Piece, path: Path) -> Shard:
-    """The same bytes under another name."""
+    """Copy a shard's file under its new name."""
     write_atomically(path, lambda temporary: _copy_file(piece.path, temporary))
     shard = piece.shard
     found = file_sha256(path)
@@ -255,7 +254,7 @@ def _is_first(pieces: Sequence[Piece], number: int) -> bool:
 
 
 def _bad_rows(cache: Cache) -> tuple[BadRow, ...]:
-    """The rows that were set aside at capture, as its report lists them."""
+    """Return the rows that were set aside at capture, from the cache's report."""
     path = cache.root / "reports" / "bad-rows.tsv"
     if not path.is_file():
         return ()

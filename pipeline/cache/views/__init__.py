@@ -1,1 +1,1 @@
-"""Reports about a finished cache: dataset card, page, kept mass."""
+"""Reports about a finished cache: dataset card, HTML page, kept mass."""

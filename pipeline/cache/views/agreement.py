@@ -1,4 +1,4 @@
-"""The teacher's most likely classes against the hard labels: counts, accuracy, confusion.
+"""Compare the teacher's most likely classes with the hard labels: counts, accuracy, confusion.
 
 Pure functions over arrays.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.records import NO_LABEL
 
-#: Classes that are shown one by one; the rest is one line.
+#: Number of classes that are shown separately; the rest is combined in one line.
 MOST_CLASSES = 30
 _MOST_PAIRS = 10
 
@@ -28,50 +28,50 @@ class ClassCount:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """Counts of classes."""
+    """Counts of labels and predictions by class."""
 
     classes: tuple[ClassCount, ...]
-    """In order of the classes where all are shown, else by falling count."""
+    """In order of the classes if all are shown, else by descending count."""
     others: ClassCount | None
     """The sum over the classes that are not shown."""
     labelled: int
     positions: int
-    """All of them, of which so many are labelled."""
+    """All positions, labelled or not."""
     num_classes: int
     never_labels: int
-    """Classes that are no row's label."""
+    """Number of classes that are never a label."""
     never_teacher: int
 
     @property
     def most(self) -> int:
-        """The largest count of a class that is shown: the end of the axis."""
+        """The largest count of a class that is shown, which is the end of the axis."""
         return max((max(each.labels, each.teacher) for each in self.classes), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Counts of labelled rows by label (down) and the teacher's most likely class (across)."""
+    """Counts of labelled rows, by label (rows) and the teacher's most likely class (columns)."""
 
     names: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
     left_out: int
-    """Classes in the last row and column, which is all but those with the most disagreements; 0:
-    every class is shown."""
+    """Number of classes combined in the last row and column; 0: every class is shown. The classes
+    with the most disagreements are shown."""
 
     @property
     def numbered(self) -> bool:
-        """Whether the columns are headed by numbers: there are many, or a name is long."""
+        """Whether columns are headed by numbers, because there are many or a name is long."""
         return len(self.names) > 12 or max(map(len, self.names)) > 16
 
     @property
     def totals(self) -> tuple[int, ...]:
-        """Labelled rows of each line."""
+        """Labelled rows of each label."""
         return tuple(sum(line) for line in self.counts)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A label and the class that the teacher finds most likely in its place."""
+    """A label, and the different class that the teacher predicts for some of its rows."""
 
     label: str
     predicted: str
@@ -82,7 +82,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Over measured positions."""
+    """Agreement of the teacher with the labels, over the measured positions."""
 
     labelled: int
     unlabelled: int
@@ -97,7 +97,7 @@ class Agreement:
 
     @property
     def accuracy(self) -> float:
-        """In [0, 1]; of a split with labels."""
+        """Share of labelled positions where they agree, in [0, 1]; undefined without labels."""
         return self.agreed / self.labelled
 
 
@@ -110,14 +110,15 @@ def balance(
     most: int = MOST_CLASSES,
     of: str = "classes",
 ) -> Balance:
-    """Count each class.
+    """Count how often each class is the label and how often it is predicted.
 
     Args:
-        labels: (N,) integers in [0, num_classes), -100 where unknown.
+        labels: (N,) integers in [0, num_classes), -100 if unknown.
         predicted: (N,) integers in [0, num_classes).
-        name: of a class.
-        most: classes that are shown; of more, the most frequent, and the rest in one line.
-        of: what they are.
+        name: returns the name of a class.
+        most: number of classes to show. If there are more, the most frequent are shown and the rest
+            is combined.
+        of: what the classes are called.
     """
     of_labels = np.bincount(labels[labels != NO_LABEL], minlength=num_classes)
     of_teacher = np.bincount(predicted, minlength=num_classes)
@@ -143,7 +144,10 @@ def balance(
 
 
 def agreement(labels: np.ndarray, predicted: np.ndarray, name: Callable[[int], str]) -> Agreement:
-    """How often the teacher's most likely class is the label, and what it is instead; shapes as in `balance`."""
+    """Count how often the teacher's most likely class is the label, and the frequent disagreements.
+
+    Shapes are as in `balance`.
+    """
     known = labels != NO_LABEL
     labels, predicted, unlabelled = labels[known], predicted[known], int((~known).sum())
     pairs, counts = _pair_counts(labels, predicted)
@@ -170,11 +174,10 @@ def agreement(labels: np.ndarray, predicted: np.ndarray, name: Callable[[int], s
 def confusion(
     labels: np.ndarray, predicted: np.ndarray, names: Sequence[str], *, most: int = MOST_CLASSES
 ) -> Confusion | None:
-    """The confusion matrix; of more than `most` classes, those with the most disagreements, and one line for the others.
+    """Return the confusion matrix, or None if nothing is labelled.
 
-    Returns:
-        None where nothing is labelled. Counts sum to the labelled rows either way. Memory is
-            O(most^2 + N).
+    Of more than `most` classes, those with the most disagreements are shown, and the others are
+    combined. Counts always sum to the number of labelled rows. Memory is O(most^2 + N).
     """
     known = labels != NO_LABEL
     if not known.any():
@@ -196,6 +199,6 @@ def confusion(
 
 
 def _pair_counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(P, 2) distinct pairs and (P,) counts."""
+    """Return the (P, 2) distinct pairs and their (P,) counts."""
     pairs, counts = np.unique(np.stack([labels, predicted], 1).astype(np.int64), axis=0, return_counts=True)
     return pairs, counts

@@ -1,7 +1,6 @@
-"""README.md of a cache: a dataset card whose front matter lets `datasets.load_dataset` read the directory as it is.
+"""Write a cache's dataset card, README.md, so that `datasets.load_dataset` reads the directory.
 
-Made from the manifest and from what `reports/` says; the same manifest and reports give the same
-bytes.
+The card depends only on the manifest and the reports: equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -101,14 +100,14 @@ def make_card(
     picture: bool = False,
     contents: SourceContents | None = None,
 ) -> str:
-    """The card's text.
+    """Return the text of the card.
 
     Args:
-        license: as the hub names it.
-        location: where readers find the cache: what they give to `--cache`.
+        license: the licence, by its name on the hub.
+        location: where readers find the cache: the value for `--cache`.
         masses: the kept mass of each split.
-        picture: there is a `reports/kept-mass.png`.
-        contents: counts over the source rows; what they say stands among the known gaps.
+        picture: whether there is a `reports/kept-mass.png`.
+        contents: counts over the source rows, which are listed among the known gaps.
     """
     contract = manifest.contract
     found = recipe(contract)
@@ -154,15 +153,15 @@ def make_card(
 
 
 def license_beside(card: Path) -> str | None:
-    """The licence that the card in a cache's directory states; None where there is no card, or none in it."""
+    """Return the licence in a cache's card, or None if there is no card or no licence in it."""
     try:
         return card_license(card.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # somebody else's text, or none
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or one that this project did not write
         return None
 
 
 def card_license(text: str) -> str | None:
-    """The licence that a card states."""
+    """Return the licence in the text of a card."""
     from huggingface_hub import DatasetCard
 
     found: object = DatasetCard(text, ignore_metadata_errors=True).data.get("license")
@@ -178,7 +177,7 @@ _DUCKDB = """With DuckDB, the mean mass that is kept for certain, by split (in t
 
 
 def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> str:
-    """The card through the hub's own classes, which check and order its front matter."""
+    """Add front matter to the card, with the hub's own classes, which validate and order it."""
     import datasets
     from datasets.info import DatasetInfosDict
     from datasets.splits import SplitDict
@@ -196,10 +195,10 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
         task_categories=[get_task(contract.task).hub_category],
         size_categories=[_size(sum(shard.rows for shard in manifest.shards))],
         source_datasets=None if source.revision is None else [source.name],
-        base_model=None if teacher.revision is None else teacher.name,  # what has no revision is not on the hub
+        base_model=None if teacher.revision is None else teacher.name,  # not on the hub
         tags=["soft-labels", "knowledge-distillation", contract.task],
-        # `datasets` keeps what it has read under a directory's last name and a hash of what stands
-        # here
+        # The description puts the cache_id into the key under which `datasets` stores a directory
+        # that it has read: the directory's last name, and a hash of this configuration.
         configs=[{"config_name": "default", "description": f"cache_id {manifest.cache_id}", "data_files": files}],
     )
     schema = _schema(contract)
@@ -208,7 +207,7 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
             {
                 split: datasets.SplitInfo(
                     split,
-                    num_bytes=sum(shard.bytes for shard in part),  # in Parquet: that of Arrow is not known
+                    num_bytes=sum(shard.bytes for shard in part),  # in Parquet, not in Arrow
                     num_examples=sum(shard.rows for shard in part),
                 )
                 for split, part in shards.items()
@@ -224,7 +223,7 @@ def _with_front_matter(manifest: Manifest, license: str | None, body: str) -> st
 
 
 def _schema(contract: Contract) -> pa.Schema | None:
-    """The columns' Arrow types from their names; None where a column of the source has one without a plain name."""
+    """Return the schema for the contract's type names; None if a type has no plain name."""
     try:
         return pa.schema([(name, _type(kind)) for name, kind in contract.columns.items()])
     except ValueError:
@@ -239,7 +238,7 @@ def _type(name: str) -> pa.DataType:
 
 
 def _size(rows: int) -> str:
-    """The hub's name for a number of rows."""
+    """Return the hub's size category for a number of rows."""
     names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
     if rows < 1000:
         return "n<1K"
@@ -322,7 +321,7 @@ def _rows_left_out(manifest: Manifest) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name for a line of Markdown, without credentials."""
+    """Return a name for a line of Markdown, without credentials."""
     return re.sub(r"[`|\s]+", " ", redact(text))
 
 

@@ -1,4 +1,7 @@
-"""Bar charts as numbers that a template draws in SVG: no library in the page, and light and dark come from its own colours."""
+"""Compute bar charts as coordinates that a template draws in SVG, without a plotting library.
+
+Colours come from the page's style sheet, which has a light and a dark theme.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: The drawing's own units: all of it, and the bars' area without the space left of it.
+#: Size of the drawing, and edges of the bars' area, in SVG units.
 WIDTH, HEIGHT = 320, 154
 TOP, BOTTOM, RIGHT = 23, 118, 314
-#: Of the letters in it, about.
+#: Approximate width of a character, in SVG units.
 _LETTER = 6.2
 _BINS, _FEWEST = 24, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bin."""
+    """One bar of a chart."""
 
     x: float
     y: float
@@ -38,12 +41,12 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart, and the few numbers that say the same."""
+    """A bar chart, with a text that summarises its values."""
 
     title: str
     caption: str
     left: float
-    """Where the bars' area begins."""
+    """Left edge of the bars' area."""
     bars: tuple[Bar, ...]
     x_labels: tuple[Label, ...]
     y_labels: tuple[Label, ...]
@@ -51,38 +54,35 @@ class Chart:
     y_title: str
     summary: str
     mark: Label | None = None
-    """A value on the x axis to compare with."""
+    """A reference value on the x axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What a histogram is drawn over."""
+    """The x axis of a histogram."""
 
     title: str
     low: float | None = None
     high: float | None = None
-    """The range; None: that of the values."""
+    """End of the range; None for `low` or `high`: from the values."""
     whole: bool = False
-    """Values are counts, and bins hold whole numbers of them."""
+    """Values are integers; bins hold whole numbers of them."""
     percent: bool = False
     mark: tuple[float, str] | None = None
-    """A value inside the range, and what it is."""
+    """A reference value inside the range, and its description."""
 
     def text(self, value: float) -> str:
-        """A value as the axis names it."""
+        """Return a value as the axis shows it."""
         return f"{value:.0%}" if self.percent else f"{value:,.0f}" if self.whole else f"{value:.2f}"
 
 
 def histogram(title: str, values: np.ndarray, caption: str, *, axis: Axis, of: str) -> Chart | None:
-    """Count values in at most 24 bins.
+    """Return a histogram with at most 24 bins, or None if no value is finite.
 
     Args:
-        values: (N,) numbers; those that are not finite are not known: left out, and their number is
-            in the summary.
-        of: what is counted, as the y axis names it.
-
-    Returns:
-        None where no value is known.
+        values: (N,) numbers. Values that are not finite count as unknown: they are left out, and
+            their number is in the summary.
+        of: what is counted, the title of the y axis.
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[np.isfinite(known)]
@@ -108,8 +108,10 @@ def histogram(title: str, values: np.ndarray, caption: str, *, axis: Axis, of: s
     def across(value: float) -> float:
         return left + (RIGHT - left) * (value - low) / (high - low)
 
-    middle = 0.5 if axis.whole and edges[1] - edges[0] == 1 else 0.0  # a bar of one whole number has it in the middle
-    most = _FEWEST if axis.whole and high - low <= _FEWEST else 5  # each whole number, where they are few
+    # centre the tick below its bar
+    middle = 0.5 if axis.whole and edges[1] - edges[0] == 1 else 0.0
+    # a tick for each integer if there are few
+    most = _FEWEST if axis.whole and high - low <= _FEWEST else 5
     ticks = _nice(low, high - 1 if axis.whole else high, most, whole=axis.whole)
     return Chart(
         title,
@@ -126,7 +128,7 @@ def histogram(title: str, values: np.ndarray, caption: str, *, axis: Axis, of: s
 
 
 def bars(title: str, groups: Sequence[tuple[str, int]], caption: str, *, x_title: str, of: str) -> Chart:
-    """A bar for each named count."""
+    """Return a chart with a bar for each named count."""
     counts = [count for _, count in groups]
     left, y_labels, scale = _counts_axis(max(counts))
     unit = (RIGHT - left) / len(counts)
@@ -161,7 +163,7 @@ def _bars(counts: Sequence[int], left: float, scale: float, name: Callable[[int]
 
 
 def _counts_axis(most: int) -> tuple[float, tuple[Label, ...], float]:
-    """Where the bars' area begins, the labels of the y axis, and units a count."""
+    """Return the left edge of the bars' area, the labels of the y axis, and SVG units per count."""
     ticks = _nice(0, most, 3, whole=True)
     end = max(most, ticks[-1], 1)
     scale = (BOTTOM - TOP) / end
@@ -170,7 +172,7 @@ def _counts_axis(most: int) -> tuple[float, tuple[Label, ...], float]:
 
 
 def _nice(low: float, high: float, most: int, *, whole: bool) -> list[float]:
-    """At most so many steps of 1, 2 or 5 times a power of ten inside a range."""
+    """Return ticks in a range, at most `most` steps of 1, 2 or 5 times a power of ten."""
     width = max(high - low, 1 if whole else 1e-9)
     power = 10.0 ** math.floor(math.log10(width / most))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= width * (1 - 1e-9))
@@ -187,7 +189,7 @@ def _tick_text(axis: Axis, tick: float, ticks: Sequence[float]) -> str:
 
 
 def _inside(at: float, text: str) -> Label:
-    """A text in the middle over a point, or beside it where it would leave the drawing."""
+    """Return a label centred at a point, or aligned to stay inside the drawing."""
     half = _LETTER * len(text) / 2
     return Label(round(at, 2), text, "start" if at < half else "end" if at + half > WIDTH else "middle")
 

@@ -1,4 +1,4 @@
-"""Counts over the source rows of a capture, as lines of text: what was cut, repeated, empty or unlabelled."""
+"""Describe the counts over the source rows as text: what was cut, repeated, empty or unlabelled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipeline.records import SourceContents
 
 
 def contents_lines(contents: SourceContents) -> list[str]:
-    """One line for each thing that a user may not have meant; none where there is none."""
+    """Return one line for each count that may be unintended; no lines if there is none."""
     rows = sum(split.rows for split in contents.splits.values())
     lines = []
     if contents.cut_rows:

@@ -1,4 +1,4 @@
-"""Show what a cache holds: the contract, the totals, agreement with the labels, and the first rows with their soft labels as text."""
+"""Show a cache as text: contract, totals, agreement with the labels, first rows."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from pipeline.softlabels import served_temperature, target
 from pipeline.softlabels.names import encoding_text
 from pipeline.tasks import get_task
 
-#: Rows of a split that the agreement of teacher and labels is taken over, about a second's work.
+#: Positions of a split over which the agreement of teacher and labels is measured: about a second's
+#: work.
 _AGREEMENT_ROWS = 10_000
 
 
 def labelled(cache: Cache) -> dict[str, int]:
-    """How many rows, words or labels of each split have a hard label; {} where that is not known: token classes, a cache behind a URL.
+    """Return how many rows, words or labels of each split have a hard label.
 
-    Of rows the footers of the shards tell; of words and labels the column is read.
+    For rows this is read from the footers of the shards; for words and labels the column is read.
+    Empty if it is not known: the labels are tokens, or the cache is behind a URL.
     """
     found: dict[str, int] = {}
     if get_task(cache.manifest.contract.task).label_source == "positions":
@@ -51,16 +53,15 @@ def labelled(cache: Cache) -> dict[str, int]:
 
 
 def _labelled_positions(cache: Cache, split: str) -> int:
-    """Read from the shards of a split, a row group at a time."""
+    """Count the known position labels of a split, one row group at a time."""
     tables = cache.dataset(split).tables(["position_labels"])
     found = sum(int(is_known(pc.list_flatten(table.column(0)).to_numpy()).sum()) for table in tables)
-    return (
-        found // 2 if get_task(cache.manifest.contract.task).names == "places" else found
-    )  # both ends of an answer are known or none
+    # an answer has two positions, and both are known or neither is
+    return found // 2 if get_task(cache.manifest.contract.task).names == "places" else found
 
 
 def totals(cache: Cache) -> dict[str, dict[str, float]]:
-    """Rows, positions, tokens, bytes and bytes a position of each split."""
+    """Return rows, positions, tokens, bytes and bytes per position of each split."""
     out: dict[str, dict[str, float]] = {}
     for split in cache.splits:
         shards = cache.manifest.split_shards(split)
@@ -74,7 +75,7 @@ def totals(cache: Cache) -> dict[str, dict[str, float]]:
 
 
 def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: int) -> Iterator[str]:
-    """The lines of `softlabel inspect`."""
+    """Yield the lines that `softlabel inspect` prints."""
     contract = cache.manifest.contract
     teacher, source = contract.teacher, contract.source
     of_images = get_task(contract.task).reads == "images"
@@ -125,7 +126,10 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
 
 
 def _agreements(cache: Cache) -> Iterator[str]:
-    """Classifiers: a line for each split with labels; none behind a URL, where it would fetch what nobody asked for."""
+    """Yield the agreement of the teacher with the labels for each split that has labels.
+
+    Nothing for token labels, and nothing behind a URL, where measuring would download shards.
+    """
     unit = unit_of(get_task(cache.manifest.contract.task))
     if cache.remote is not None or unit == "positions":
         return
@@ -152,7 +156,7 @@ def _classes(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
 
 
 def _places(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
-    """The question and the text, and a line for each end of the answer: where the data has it, and where the teacher."""
+    """Yield question and text, then a line for each end of the answer: label and predictions."""
     labels = row.example.labels
     assert labels is not None
     yield f"  {_short(' '.join(text_of(cache, row).split()), 160)}"
@@ -163,7 +167,7 @@ def _places(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
 
 
 def _labels(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
-    """The text, the labels that it has, and those that the teacher finds likeliest."""
+    """Yield the text, the labels that it has, and the labels that are likeliest by the teacher."""
     names, labels = cache.manifest.contract.label_names or (), row.example.labels
     assert labels is not None
     yield f"  {_short(' '.join(text_of(cache, row).split()), 160)}"
@@ -177,7 +181,7 @@ def _labels(cache: Cache, row: CachedExample, top: int) -> Iterator[str]:
 
 
 def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator[str]:
-    """A line for each supervised position: the token that it predicts, and what the teacher expected there."""
+    """Yield a line for each supervised position: its target token, and the teacher's prediction."""
     assert row.example.supervised is not None
     ids = row.example.input_ids.tolist()
 
@@ -203,7 +207,7 @@ def _tokens(cache: Cache, row: CachedExample, tokens: int, top: int) -> Iterator
 
 
 def _words(cache: Cache, row: CachedExample, words: int, top: int) -> Iterator[str]:
-    """A line a word: its label, and the classes that the teacher finds likely."""
+    """Yield a line for each word: its label, and the likeliest classes by the teacher."""
     labels, names = row.example.labels, cache.manifest.contract.label_names or ()
     assert row.example.supervised is not None
     assert labels is not None

@@ -1,4 +1,4 @@
-"""The teacher's mass on the classes that a cache keeps for certain: by position, summed up by split, as a picture."""
+"""The teacher's mass on the classes kept for certain, summarised and plotted for each split."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ _BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class KeptMass:
-    """Of one split, over its positions; at temperature 1, or the one of `sampled`."""
+    """Kept mass over the positions of one split, at temperature 1, or the one of `sampled`."""
 
     positions: int
     mean: float
     histogram: tuple[int, ...]
-    """Positions in each twentieth of [0, 1]; what rounding lifts above 1 counts in the last."""
+    """Positions in each twentieth of [0, 1]; values rounded to above 1 count in the last one."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptMasses:
-    """`reports/kept-mass.json`."""
+    """Contents of `reports/kept-mass.json`."""
 
     cache_id: str
     splits: Mapping[str, KeptMass]
 
 
 def kept_masses(cache: Cache) -> KeptMasses | None:
-    """Of every split, reading two columns; None for `full`, which keeps all of it, and for scores."""
+    """Return the kept mass of every split, reading two columns.
+
+    None for `full`, which keeps all mass, and for scores.
+    """
     if isinstance(cache.manifest.contract.encoding, Full | Score):
         return None
     return KeptMasses(cache.manifest.cache_id, {split: _kept_mass(cache, split) for split in cache.splits})
@@ -54,9 +57,10 @@ def _kept_mass(cache: Cache, split: str) -> KeptMass:
 
 
 def draw(masses: KeptMasses, path: Path) -> bool:
-    """Draw the distributions as a PNG, the same bytes for the same masses.
+    """Plot the distributions as a PNG; equal masses give equal bytes.
 
-    False: matplotlib (the extra `report`) is not installed.
+    Returns:
+        False if matplotlib (the extra `report`) is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

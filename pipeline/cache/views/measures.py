@@ -1,4 +1,7 @@
-"""Measure a split of a cache: one number a row or position, over rows spread over the split, in bounded memory."""
+"""Measure agreement, entropy, kept mass and more over a sample of rows of a split.
+
+Rows are spread over the split, and memory is bounded.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,13 @@ from pipeline.softlabels import concatenate, most_likely, served_temperature, ta
 from pipeline.tasks import get_task
 from pipeline.tasks.images.pixels import thumbnail
 
-#: Most positions that are measured, and most classes of them where all V are kept; rows are
-#: measured whole.
+#: Most positions that are measured; for `full`, most positions times V. Rows are measured whole.
 _POSITIONS, _CLASSES = 50_000, 20_000_000
-#: A larger split is measured in at least so many of its row groups.
+#: Least number of row groups from which the rows of a larger split are taken.
 _GROUPS = 24
-#: Positions, and classes of them, whose targets are made at once.
+#: Positions processed at once; for `full`, positions times V.
 _CHUNK_POSITIONS, _CHUNK_CLASSES = 4096, 4_000_000
-#: Confident disagreements that are kept, and characters of the text of each.
+#: Number of confident disagreements to keep, and characters of the text of each.
 _DISAGREEMENTS, _CHARACTERS = 6, 400
 
 
@@ -38,52 +40,50 @@ class Disagreement:
     confidence: float
     """The teacher's weight on its most likely class."""
     text: str
-    """Of the row; a word is in brackets, in its context."""
+    """Text of the row; a word is in brackets, in its context."""
     image: str = ""
-    """A `data:` URI of a small picture of the row."""
+    """A `data:` URI of the row's thumbnail."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitMeasures:
-    """R measured rows of one split, and their N positions."""
+    """Measures of R rows of one split, with N positions."""
 
     split: str
     rows: int
-    """Of the whole split, as are the positions."""
+    """Rows of the whole split; `positions` counts the whole split too."""
     positions: int
     lengths: np.ndarray
     """(R,) int64: tokens of each measured row."""
     labels: np.ndarray
-    """(N,) int64: the hard labels, -100 where there is none."""
+    """(N,) int64: the hard labels, -100 if unknown."""
     predicted: np.ndarray
     """(N,) int64: the teacher's most likely class."""
     confidence: np.ndarray
     """(N,) float64: the weight of that class."""
     entropy: np.ndarray
-    """Nats, (N,) where it is known by position, else (R,) means of the rows; nan where it is not
-    known."""
+    """Nats: (N,) if it is known by position, else (R,) means over each row; nan if unknown."""
     by_position: bool
     """Whether `entropy` is by position."""
     kept_mass: np.ndarray
-    """(N,) float64: the mass on the classes that are kept for certain; empty for `full`, as is
-    `kept_classes`."""
+    """(N,) float64: the mass on the classes that are kept for certain; empty for `full`."""
     kept_classes: np.ndarray
-    """(N,) int64."""
+    """(N,) int64: the number of stored classes; empty for `full`."""
     ranks: np.ndarray
-    """(N,) int64: the hard label's place in the teacher's order, from 1; 0: not in the top; -1: no
+    """(N,) int64: rank of the hard label in the teacher's order, from 1; 0: not in the top; -1: no
     hard label."""
     nll: np.ndarray
-    """(R,) float64: sum over the row of the teacher's negative log-likelihood of the hard labels;
-    nan: not known."""
+    """(R,) float64: the teacher's negative log-likelihood of the hard labels, summed over the row,
+    nats; nan: unknown."""
     disagreements: tuple[Disagreement, ...]
-    """Classifiers: the most confident, falling."""
+    """Classifiers: the most confident disagreements, in descending order."""
 
 
 def measure(cache: Cache, split: str, *, most: int = _POSITIONS) -> SplitMeasures:
-    """Measure rows of a split: all of a small one, of a larger one as many as reach `most` positions.
+    """Measure rows of a split: all of a small split, else enough to reach `most` positions.
 
     Raises:
-        CacheError: no such split.
+        CacheError: there is no such split.
         IntegrityError: a row group that is read is damaged.
     """
     contract = cache.manifest.contract
@@ -99,7 +99,10 @@ def measure(cache: Cache, split: str, *, most: int = _POSITIONS) -> SplitMeasure
 
 
 def _rows(dataset: CacheDataset, positions: int, most: int) -> Iterator[CachedExample]:
-    """All rows, or the first of row groups that are spread over the split, with an equal share of positions each."""
+    """Yield all rows, or the first rows of row groups spread over the split.
+
+    Each row group contributes about the same number of positions.
+    """
     groups = len(dataset.groups)
     if positions > most:
         groups = min(groups, max(_GROUPS, math.ceil(most * groups / positions)))
@@ -129,7 +132,7 @@ def _chunks(rows: Iterator[CachedExample], num_classes: int) -> Iterator[list[Ca
 
 
 class _Found:
-    """What was measured so far."""
+    """Accumulates the measures of chunks of rows."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -170,7 +173,7 @@ class _Found:
     def _add_disagreements(
         self, rows: Sequence[CachedExample], labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
     ) -> None:
-        """Texts are made of the few positions that may be shown."""
+        """Keep the most confident disagreements; texts are made only for the few candidates."""
         ends = np.cumsum([len(row.soft) for row in rows])  # (R,)
         wrong = np.flatnonzero((labels != predicted) & (labels != NO_LABEL))
         for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:_DISAGREEMENTS].tolist():
@@ -190,7 +193,7 @@ class _Found:
         self._disagreements = sorted(self._disagreements, key=lambda d: -d.confidence)[:_DISAGREEMENTS]
 
     def _text(self, row: CachedExample, position: int) -> str:
-        """What a position of a row is of: its text, or a word in its context."""
+        """Return the text of a position: the text of its row, or a word in its context."""
         if row.example.labels is not None and row.example.supervised is None:
             names = self._cache.manifest.contract.label_names or ()
             return f"{names[position]}: {' '.join(text_of(self._cache, row).split())}"
@@ -227,7 +230,7 @@ _ARRAYS: dict[str, type] = {
 
 
 def _kept_mass(soft: SoftLabels, goal: Target) -> np.ndarray:
-    """(N,)."""
+    """Return the (N,) mass on the classes that are kept for certain."""
     if goal.log_residual is not None:
         return np.asarray(1 - goal.log_residual.double().exp().numpy())
     weights = soft.top_logprobs.double().exp().numpy()
@@ -235,7 +238,10 @@ def _kept_mass(soft: SoftLabels, goal: Target) -> np.ndarray:
 
 
 def _confidence(goal: Target, is_full: bool) -> np.ndarray:
-    """(N,): every position keeps its most likely class, and keeps it first where not all are kept."""
+    """Return the (N,) weight of the most likely class.
+
+    It is always kept; encodings other than `full` store it first.
+    """
     weights: np.ndarray = goal.weights.double().numpy()
     if is_full:
         return np.asarray(weights.reshape(len(goal), goal.num_classes).max(1))
@@ -243,7 +249,7 @@ def _confidence(goal: Target, is_full: bool) -> np.ndarray:
 
 
 def _ranks(soft: SoftLabels, labels: np.ndarray) -> np.ndarray:
-    """(N,) int64; see `SplitMeasures`."""
+    """Return the (N,) int64 ranks of the hard labels; see `SplitMeasures`."""
     known = labels != NO_LABEL
     if isinstance(soft.encoding, Full):
         dense = soft.top_logprobs.view(len(soft), soft.num_classes)

@@ -1,7 +1,7 @@
-"""`softlabel inspect --html`: one self-contained page, so that people look at a cache rather than read about it.
+"""Write the self-contained HTML page of `softlabel inspect --html`.
 
-Jinja2 with autoescape writes it: what comes from data sets is text. It holds no script and asks for
-nothing from anywhere, which its own Content-Security-Policy also says.
+Jinja2 renders it with autoescape, so that strings from data sets are text. The page has no scripts
+and loads nothing; its Content-Security-Policy forbids both.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from pipeline.softlabels.names import encoding_text
 from pipeline.sources.files.loading import redact
 from pipeline.tasks import get_task
 
-#: Tokens whose counts a language model's page shows.
+#: Number of tokens whose counts the page of a language model shows.
 _MOST_TOKENS = 12
-#: Places in the teacher's order, by the last of each group.
+#: Groups of ranks in the teacher's order: name, and last rank.
 _RANKS = (("1", 1), ("2", 2), ("3-5", 5), ("6-10", 10), ("11-100", 100), ("101+", math.inf))
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPart:
-    """What the page says of one split."""
+    """The part of the page about one split."""
 
     name: str
     measured: str
-    """How many rows and positions all of it is taken over."""
+    """Over how many rows and positions the figures are taken."""
     summary: tuple[str, ...]
     charts: tuple[Chart, ...]
     balance: Balance | None
-    """None: the split has no rows, or scores."""
+    """None: the split has no rows, or holds scores or answers in a text."""
     agreement: Agreement | None
     confusion: Confusion | None
     disagreements: tuple[Disagreement, ...]
@@ -55,14 +55,16 @@ class SplitPart:
 def write_page(
     cache: Cache, path: Path, *, split: str | None = None, rows: int = 6, tokens: int = 160, top: int = 6
 ) -> None:
-    """Write the page of a cache: every split measured, and rows of one of them.
+    """Write the page of a cache: measures of every split, and sample rows of one of them.
 
     Args:
-        split: whose rows are shown; default: the first.
-        rows: how many rows to show, `tokens` of each and `top` soft labels of each position.
+        split: the split whose rows are shown. Default: the first.
+        rows: number of rows to show.
+        tokens: tokens to show of each row.
+        top: soft labels to show of each position.
 
     Raises:
-        CacheError: no such split, or the page cannot be written.
+        CacheError: there is no such split, or the page cannot be written.
     """
     contract = cache.manifest.contract
     chosen = split or cache.splits[0]
@@ -94,7 +96,7 @@ def write_page(
 
 
 def _of(cache: Cache) -> str:
-    """What is labelled: rows, words, or the answers whether a row has a label."""
+    """Return the name of what has labels, such as rows, words, or `answers` of several labels."""
     task = get_task(cache.manifest.contract.task)
     if task.names == "places":
         return "ends"
@@ -115,7 +117,7 @@ def _template() -> Any:
 
 
 def _heads(cache: Cache) -> list[tuple[str, str]]:
-    """What is asked first."""
+    """Return the most important facts, as names and values."""
     contract = cache.manifest.contract
     return [
         ("cache_id", cache.manifest.cache_id),
@@ -127,7 +129,10 @@ def _heads(cache: Cache) -> list[tuple[str, str]]:
 
 
 def _labelled(cache: Cache, measured: Sequence[SplitMeasures]) -> dict[str, int]:
-    """Rows, or words, with a label of the splits for which that is known: from the footers, or where all of a split was measured."""
+    """Return the number of labelled rows, or words, of each split for which it is known.
+
+    It is known from the footers, or if all rows of a split were measured.
+    """
     if cache.manifest.contract.label_names is None:
         return {}
     counted = {each.split: int((each.labels != NO_LABEL).sum()) for each in measured if len(each.lengths) == each.rows}
@@ -135,14 +140,14 @@ def _labelled(cache: Cache, measured: Sequence[SplitMeasures]) -> dict[str, int]
 
 
 def _teacher(contract: Contract) -> str:
-    """Its name, and its size where that is known."""
+    """Return the teacher's name, and its number of parameters if known."""
     teacher = contract.teacher
     parts = [redact(teacher.name)] + ([f"{teacher.num_parameters:,} parameters"] if teacher.num_parameters else [])
     return ", ".join(parts)
 
 
 def _facts(cache: Cache) -> list[tuple[str, str]]:
-    """The contract in the order in which people ask for it."""
+    """Return the contract as names and values, the most important first."""
     manifest, contract = cache.manifest, cache.manifest.contract
     teacher, source = contract.teacher, contract.source
     facts = [
@@ -223,7 +228,11 @@ def _score_sample(cache: Cache, row: CachedExample) -> Sample:
 
 
 def _measured(found: SplitMeasures, unit: str | None) -> str:
-    """`All 300 rows`, or how many of how many; `unit`: what rows have many of, None: one position each."""
+    """Describe how many rows were measured: `All 300 rows.`, or how many of how many.
+
+    Args:
+        unit: what rows have several of; None: rows have one position each.
+    """
     rows, positions = len(found.lengths), len(found.labels)
     if not found.rows:
         return "No rows."
@@ -235,13 +244,18 @@ def _measured(found: SplitMeasures, unit: str | None) -> str:
 
 
 def _tokens_of(contract: Contract) -> str | None:
-    """What a position predicts: `next`, `hidden` or `target` tokens; None: it predicts no token."""
+    """Return which tokens positions predict: `next`, `hidden` or `target`; None: no tokens."""
     task = get_task(contract.task)
     return None if not task.predicts_tokens else {"hidden": "hidden", "target": "target"}.get(task.label_source, "next")
 
 
 def _summary(found: SplitMeasures, agreed: Agreement, *, tokens: str | None, of: str) -> list[str]:
-    """Sentences about teacher and labels, which are of rows or words."""
+    """Return sentences that compare the teacher with the labels.
+
+    Args:
+        tokens: as from `_tokens_of`.
+        of: what has labels, in the plural.
+    """
     if not found.rows:
         return []
     if not agreed.labelled:
@@ -268,7 +282,11 @@ def _summary(found: SplitMeasures, agreed: Agreement, *, tokens: str | None, of:
 
 
 def _charts(contract: Contract, found: SplitMeasures, unit: str) -> list[Chart]:
-    """`unit`: what a soft label is of, `positions`, `words`, `answers` or `rows`."""
+    """Return the charts of a split.
+
+    Args:
+        unit: what a soft label belongs to: `positions`, `words`, `answers`, `ends` or `rows`.
+    """
     encoding = contract.encoding
     share = Axis("share of the teacher's mass", 0.0, 1.0, percent=True)
     uniform = math.log(contract.num_classes)
@@ -301,7 +319,7 @@ def _charts(contract: Contract, found: SplitMeasures, unit: str) -> list[Chart]:
 
 
 def _rank_chart(ranks: np.ndarray, is_full: bool) -> Chart:
-    """Where the data's token stands among the teacher's predictions."""
+    """Return a chart of the rank of the data's token among the teacher's predictions."""
     known = ranks[ranks >= 0]
     ends = [0.0, *(end for _, end in _RANKS)]
     counts = [int(((known > low) & (known <= high)).sum()) for low, high in itertools.pairwise(ends)]

@@ -1,4 +1,4 @@
-"""How a cache was made, as a command that would make it again."""
+"""Describe how a cache was made, as a command that makes it again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pipeline.tasks import get_task
 
 
 def origin(manifest: Manifest) -> str:
-    """Markdown: the command, or what is known where it was none; and the caches that it was made from."""
+    """Return Markdown with the command that made a cache, and the transforms applied since.
+
+    If no command made it, says how it was made instead.
+    """
     contract = manifest.contract
     if contract.batch_tokens == 0:
         text = "Written by `write_cache` or `softlabel import`, from soft labels that were made elsewhere."
@@ -24,7 +27,7 @@ def origin(manifest: Manifest) -> str:
     return text
 
 
-#: `assistant_turns` of a contract, in words.
+#: Descriptions of the values of `assistant_turns`.
 _TURNS = {
     "auto": "turns of the assistant by rendering the chat up to each, in as few rows as have each in its own context",
     "all": "turns of the assistant by rendering the chat up to each, in one row",
@@ -34,7 +37,7 @@ _TURNS = {
 
 
 def rows_text(contract: Contract) -> str:
-    """What a row is: its longest length, packing, and how chats and prompts become rows."""
+    """Describe a row: its maximum length, packing, and how chats and texts become rows."""
     settings = contract.tokenization
     if get_task(contract.task).reads == "images":
         return _views_text(settings.views)
@@ -56,12 +59,12 @@ def _views_text(views: Views | None) -> str:
 
 
 def tokenizer_name(contract: Contract) -> str:
-    """What stands in the place of the tokenizer."""
+    """Return `tokenizer`, or `image processor` for a cache of images."""
     return "image processor" if get_task(contract.task).reads == "images" else "tokenizer"
 
 
 def tokenizer_text(contract: Contract, *, short: bool = False) -> str:
-    """Tokens and hash of the tokenizer; of images the hash of their processor."""
+    """Return the vocabulary size and hash of the tokenizer, or the hash of the image processor."""
     sha256 = contract.tokenizer.sha256[:12] if short else contract.tokenizer.sha256
     if get_task(contract.task).reads == "images":
         return f"sha256 {sha256}"
@@ -73,7 +76,11 @@ def tokenizer_text(contract: Contract, *, short: bool = False) -> str:
 
 
 def command(contract: Contract) -> str:
-    """`softlabel cache-logits` with every setting that is not a default, and those whose default depends on the models."""
+    """Return the `softlabel cache-logits` command that makes a cache with this contract.
+
+    It has every setting that differs from its default, and those whose default depends on the
+    models.
+    """
     teacher, source, columns = contract.teacher, contract.source, contract.source.columns
     flags: list[tuple[str, object]] = [
         ("--task", contract.task),
@@ -148,7 +155,10 @@ def _masks(masking: Masking | None) -> list[tuple[str, object]]:
 
 
 def _judge(contract: Contract) -> list[tuple[str, object]]:
-    """The flags of a language model that labels by prompt; its template is in the manifest, under no file's name."""
+    """Return the flags of a language model that labels by prompt.
+
+    The manifest stores its template, but not the template's file name.
+    """
     judge = contract.teacher.judge
     if judge is None:
         return []
@@ -163,7 +173,7 @@ def _judge(contract: Contract) -> list[tuple[str, object]]:
 
 
 def judge_text(contract: Contract) -> str | None:
-    """How a language model labels by prompt, in words; None: the teacher is none."""
+    """Describe how a language model labels by prompt; None if the teacher does not do so."""
     judge = contract.teacher.judge
     if judge is None:
         return None

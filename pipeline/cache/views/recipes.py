@@ -1,4 +1,4 @@
-"""What the card says of reading a cache: the columns of its encoding, and code that readers can paste. Tests run it."""
+"""The card's section on reading a cache: column descriptions, and code that tests execute."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pipeline.tasks import get_task
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one encoding is read."""
+    """How to read one encoding."""
 
     name: str
     """The encoding with its parameters."""
     columns: str
-    """What its columns hold."""
+    """Description of its columns."""
     numpy: str
-    """Code that makes `positions`, a list of (classes, weights), of a mapping `row`."""
+    """Code that converts a mapping `row` to `positions`, a list of (classes, weights)."""
     kept_mass: str | None
-    """SQL: the mass of a row on the classes that are kept for certain, summed over its positions.
-    None: it is all of it."""
+    """SQL expression for the mass on the classes kept for certain, summed over a row's positions.
+    None: all mass is kept."""
 
 
 def recipe(contract: Contract) -> Recipe:
-    """The recipe of a cache's encoding."""
+    """Return the recipe of a cache's encoding."""
     encoding: Encoding = contract.encoding
     if isinstance(encoding, Full):
         return Recipe("full", _FULL, _FULL_NUMPY.format(num_classes=contract.num_classes), None)
@@ -50,7 +50,7 @@ def recipe(contract: Contract) -> Recipe:
 
 
 def on_request(contract: Contract) -> list[str]:
-    """What the columns hold that are no soft labels, of language models those that are stored on request alone: a paragraph each."""
+    """Return a description of each column that holds labels, words or optional data."""
     unit = unit_of(get_task(contract.task))
     if isinstance(contract.encoding, Score):
         return [_OF_SCORES]
@@ -66,7 +66,7 @@ def on_request(contract: Contract) -> list[str]:
 
 
 def rows_and_positions(manifest: Manifest) -> str:
-    """What a row is, and which soft label is of what; Markdown."""
+    """Describe in Markdown what a row is, and what each of its soft labels belongs to."""
     if get_task(manifest.contract.task).target == "score":
         return "A row has a score of the teacher's for each of `label_names` of `manifest.json`, in their order. The scores of the data are in `position_labels`."
     if get_task(manifest.contract.task).names == "positions":
@@ -124,7 +124,11 @@ def rows_and_positions(manifest: Manifest) -> str:
 
 
 def kept_mass_sql(manifest: Manifest) -> str | None:
-    """A DuckDB query, run in the cache's directory: the mean mass of each split on the classes that are kept for certain."""
+    """Return a DuckDB query for the mean kept mass of each split, or None if all mass is kept.
+
+    It is run in the cache's directory. Kept mass is the mass on the classes that are kept for
+    certain.
+    """
     mass = recipe(manifest.contract).kept_mass
     positions = "len(top_count)"
     if mass is None:
@@ -134,7 +138,7 @@ def kept_mass_sql(manifest: Manifest) -> str | None:
     }
     numbered = all(shard.name.startswith(f"{shard.split}-") for shard in manifest.shards)
     several = len({name.rpartition("-")[0] for name in (shard.name for shard in manifest.shards)}) == len(files)
-    if numbered and several:  # as a capture names them
+    if numbered and several:  # the names that a capture gives
         split = "regexp_extract(parse_filename(filename), '(.*)-[^-]*', 1)"
     else:
         cases = " ".join(

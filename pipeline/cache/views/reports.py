@@ -1,4 +1,4 @@
-"""What is said about a finished cache beside its data: the card, and the mass that it keeps."""
+"""Reports stored next to a finished cache: the dataset card and the kept-mass figures."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pipeline.records import Fidelity, SourceContents
 
 
 def write_reports(cache: Cache, folder: Path, *, license: str | None = None, location: str = "DIR") -> None:
-    """Write `README.md`, and `reports/kept-mass.json` and `.png` where mass is left out, into a folder: the cache's own or another.
+    """Write a cache's card, `README.md`, and its kept-mass reports if it has any, to a folder.
 
     Args:
-        license: as the hub names it.
-        location: where readers will find the cache.
+        folder: the cache's own directory, or another.
+        license: the licence, by its name on the hub.
+        location: the URL or directory where readers will find the cache.
 
     Raises:
         CacheError: the folder cannot be written.
-        IntegrityError: a row group is damaged, or `reports/fidelity.json`.
+        IntegrityError: a row group or a report of the cache is damaged.
     """
     kept = cache.root / "reports" / "fidelity.json"
     fidelity = parse(Fidelity, kept) if kept.is_file() else None

@@ -1,4 +1,4 @@
-"""Sample rows of a cache as a page shows them: tokens, words or classes with their heaviest soft labels."""
+"""Sample rows for the HTML page: tokens, words or classes with their largest soft labels."""
 
 from __future__ import annotations
 
@@ -18,56 +18,61 @@ if TYPE_CHECKING:
     from pipeline.records import Target
 
 
-#: Of a classifier's text, at most.
+#: Most characters that are shown of a classifier's text.
 CHARACTERS = 1500
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One soft label as it is shown."""
+    """A class with its soft label."""
 
     name: str
     weight: float
     is_next: bool
-    """Whether it is what the data has here."""
+    """Whether this is the hard label."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token or word of a sample row, and the teacher's predictions for its place."""
+    """A token or word of a sample row, with the teacher's predictions at its place."""
 
     text: str
     candidates: tuple[Candidate, ...] = ()
     weight: float | None = None
-    """The target weight of the token itself, or of the word's label; None: it carries no soft
-    labels, or no label."""
+    """The target weight of the token, or of the word's label; None: there is no soft label, or no
+    hard label."""
     kept: int = 0
     entropy: float | None = None
     rest: float = 0.0
-    """The mass that is not shown."""
+    """The mass of the classes that are not shown."""
     label: str | None = None
-    """The class of a word; None: it has none, or is a token."""
+    """The class of a word; None: it has no label, or this is a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row."""
+    """One row as it is shown."""
 
     title: str
     facts: str
     tokens: tuple[Token, ...] = ()
     words: tuple[Token, ...] = ()
     cut: int = 0
-    """Tokens, words, or characters of the text, that are left out."""
+    """Number of tokens, words, or characters of the text that are left out."""
     text: str = ""
     candidates: tuple[Candidate, ...] = ()
     """Classifiers: the classes of the row."""
     image: str = ""
-    """A `data:` URI of a small picture of the row."""
+    """A `data:` URI of the row's thumbnail."""
 
 
 def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sample:
-    """One row of a cache, at most `tokens` of its tokens or words and `top` soft labels of each position."""
+    """Return one row as a sample.
+
+    Args:
+        tokens: most tokens or words to show.
+        top: most soft labels to show at each position.
+    """
     part = "piece" if row.example.view is None else "view"
     title = f"Source row {row.example.source_row}" + (f", {part} {row.example.piece}" if row.example.piece else "")
     goal = target(row.soft, served_temperature(row.soft.encoding))
@@ -93,7 +98,7 @@ def sample_of(cache: Cache, row: CachedExample, *, tokens: int, top: int) -> Sam
 
 
 def _place_sample(cache: Cache, row: CachedExample, goal: Target, title: str, top: int) -> Sample:
-    """A question and a text: where the answer begins and ends, by the tokens there."""
+    """Return a question and its text, with the likeliest first and last tokens of the answer."""
     text, labels = text_of(cache, row), row.example.labels
     assert labels is not None
     shown = tuple(
@@ -106,18 +111,18 @@ def _place_sample(cache: Cache, row: CachedExample, goal: Target, title: str, to
 
 
 def place_name(cache: Cache, row: CachedExample, place: int) -> str:
-    """The token at a place of a row, and its number."""
+    """Return the token at a place of a row, and the number of the place."""
     ids = row.example.input_ids
     return f"{cache.tokenizer.decode([int(ids[place])])!s} ({place})" if place < len(ids) else f"({place})"
 
 
 def answer_text(cache: Cache, row: CachedExample, first: int, last: int) -> str:
-    """The tokens from one place of a row to another, as text."""
+    """Return the tokens from one place of a row to another, as text."""
     return str(cache.tokenizer.decode(row.example.input_ids[first : last + 1].tolist())).strip()
 
 
 def _label_sample(cache: Cache, row: CachedExample, title: str, top: int) -> Sample:
-    """A text with several labels: the likeliest, each with its probability."""
+    """Return a text that has several labels, with the likeliest labels and their probabilities."""
     names, labels, text = cache.manifest.contract.label_names or (), row.example.labels, text_of(cache, row)
     assert labels is not None
     has = [name for name, label in zip(names, labels.tolist(), strict=True) if label == 1]
@@ -134,7 +139,7 @@ def _label_sample(cache: Cache, row: CachedExample, title: str, top: int) -> Sam
 
 
 def share_of_yes(row: CachedExample) -> np.ndarray:
-    """(N,) float64: the teacher's probability that the row has each of several labels."""
+    """Return (N,) float64: the probability of each label of a row with several labels."""
     goal = target(row.soft, served_temperature(row.soft.encoding))
     owner = np.repeat(np.arange(len(goal)), goal.offsets.diff().numpy())
     yes = goal.ids.numpy() == 1
@@ -142,7 +147,10 @@ def share_of_yes(row: CachedExample) -> np.ndarray:
 
 
 def text_of(cache: Cache, row: CachedExample) -> str:
-    """The text of a row, and of its pair; decoded from its tokens where the cache holds no texts; of an image its file, and the part of it."""
+    """Return the text of a row, with its second text or its choices if it has them.
+
+    Without stored texts it is decoded from the tokens. For an image it is `image_text`.
+    """
     if row.example.image is not None:
         return image_text(row.example)
     text, pair = row.example.text, row.example.text_pair
@@ -153,7 +161,7 @@ def text_of(cache: Cache, row: CachedExample) -> str:
 
 
 def image_text(example: TokenizedExample) -> str:
-    """The file of an image, its bytes, and the part that is seen."""
+    """Return the file name of an image, its size in bytes, and the part that is used."""
     assert example.image is not None
     text = f"{example.image.path or 'an image'}, {len(example.image.data):,} bytes"
     if example.view is None or not len(example.view):
@@ -229,10 +237,10 @@ def _word_sample(cache: Cache, row: CachedExample, goal: Target, title: str, wor
 
 
 def _heaviest(goal: Target, n: int, top: int) -> list[tuple[int, float]]:
-    """The `top` largest weights of a position; of equal ones the first."""
+    """Return the `top` largest weights of a position; ties are broken by order."""
     part = slice(int(goal.offsets[n]), int(goal.offsets[n + 1]))
     ids, weights = goal.ids[part].numpy(), goal.weights[part].numpy()
-    if 0 < top < len(weights):  # sorting all of a vocabulary takes long
+    if 0 < top < len(weights):  # sorting a whole vocabulary is slow
         large = weights >= np.partition(weights, -top)[-top]
         ids, weights = ids[large], weights[large]
     order = np.argsort(-weights, kind="stable")[:top]

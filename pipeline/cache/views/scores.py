@@ -1,4 +1,4 @@
-"""What a cache of scores holds: the teacher's scores of each output beside those of the data."""
+"""Compare the teacher's scores with those of the data, for each output of a cache of scores."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pipeline.cache.views.samples import text_of
 from pipeline.metrics.scores import pearson
 from pipeline.records import CachedExample
 
-#: Rows of a split that are looked at, of a larger one in as many row groups as have them.
+#: Most rows of a split that are read, from row groups spread over the split.
 MOST_ROWS = 50_000
-#: Outputs that have charts of their own.
+#: Number of outputs with their own charts.
 _CHARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class SplitScores:
-    """R rows of a split."""
+    """Scores of R rows of a split."""
 
     rows: int
-    """Of the whole split."""
+    """Rows of the whole split."""
     teacher: np.ndarray
     """(R, outputs) float."""
     labels: np.ndarray
-    """(R, outputs) float, nan where there is none."""
+    """(R, outputs) float, nan if unknown."""
     lengths: np.ndarray
-    """(R,) tokens."""
+    """(R,) tokens of each row."""
 
 
 def scores_of_split(cache: Cache, split: str, most: int = MOST_ROWS) -> SplitScores:
-    """The first rows of row groups that are spread over the split; all of a small one."""
+    """Read the scores of row groups spread over the split; all row groups of a small split."""
     dataset = cache.dataset(split)
     groups = len(dataset.groups)
     each = len(dataset) / groups
@@ -53,7 +53,7 @@ def scores_of_split(cache: Cache, split: str, most: int = MOST_ROWS) -> SplitSco
 
 
 def score_summary(cache: Cache, found: SplitScores) -> list[str]:
-    """A sentence for each output: how the teacher's scores are spread, and how they go along with the data's."""
+    """Return a sentence for each output: mean, spread, and correlation with the data's scores."""
     lines = []
     for i, name in enumerate(cache.manifest.contract.label_names or ()):
         teacher, labels = found.teacher[:, i], found.labels[:, i]
@@ -70,7 +70,10 @@ def score_summary(cache: Cache, found: SplitScores) -> list[str]:
 
 
 def score_charts(cache: Cache, found: SplitScores) -> list[Chart]:
-    """The teacher's scores and the data's, of the first outputs, over one axis; and the lengths of the rows."""
+    """Return histograms of the teacher's and the data's scores for the first outputs.
+
+    Both have the same axis. The last chart is of the lengths of the rows.
+    """
     charts = []
     for i, name in enumerate((cache.manifest.contract.label_names or ())[:_CHARTS]):
         both = np.concatenate([found.teacher[:, i], found.labels[:, i]])
@@ -83,14 +86,14 @@ def score_charts(cache: Cache, found: SplitScores) -> list[Chart]:
 
 
 def score_lines(cache: Cache, row: CachedExample) -> Iterator[str]:
-    """The text, and a line for each output."""
+    """Yield the text of a row, and one line with its scores."""
     text = " ".join(text_of(cache, row).split())
     yield f"  {text if len(text) <= 160 else text[:157] + '...'}"
     yield f"  {score_facts(cache, row)}"
 
 
 def score_facts(cache: Cache, row: CachedExample) -> str:
-    """`similarity: teacher 3.91, data 4`."""
+    """Return the scores of a row: `similarity: teacher 3.91, data 4`."""
     labels = row.example.labels
     assert labels is not None
     said = []

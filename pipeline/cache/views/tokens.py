@@ -1,4 +1,4 @@
-"""A row as its tokens, those that are predicted or labelled in brackets, or as its words."""
+"""Show a row as its tokens, with predicted or labelled ones in brackets, or as its words."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from pipeline.records import TokenizedExample
 
 _MOST_TOKENS = 80
-#: Words that are shown on each side of the one at stake.
+#: Number of words that are shown on each side of the marked one.
 _AROUND = 15
 
 
 def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | None, *, follows: bool = True) -> str:
-    """The tokens of a row in one line: `<s> the [cat] [sat]`.
+    """Return the tokens of a row in one line: `<s> the [cat] [sat]`.
 
     Args:
-        supervised: (T,) bool, the positions with soft labels, which predict the tokens in brackets.
-            None: the row has one soft label for the whole of it, and no token is marked.
-        follows: whether a position predicts the token after it; else its soft labels are of its own
-            token.
+        supervised: (T,) bool, the positions with soft labels, whose predicted tokens are put in
+            brackets. None: the row has one soft label for the whole row, and no token is marked.
+        follows: whether a position predicts the token after it; else its soft labels are for its
+            own token.
 
-    Of a long row the 80 tokens from just before the first marked one are shown.
+    Of a long row, 80 tokens are shown, starting shortly before the first marked one.
     """
     predicted = np.zeros(len(ids), dtype=bool)
     if supervised is not None:
@@ -40,10 +40,10 @@ def marked_tokens(tokenizer: Any, ids: Sequence[int], supervised: np.ndarray | N
 
 
 def words_of(tokenizer: Any, example: TokenizedExample) -> tuple[str, ...]:
-    """(N,) words of a row's positions: as the cache holds them, else decoded from the tokens of each.
+    """Return the N words of a row's positions, as stored or else decoded from the tokens.
 
-    The tokens of a word are those from its position to the next one; special tokens are left out,
-    except that for unknown words.
+    The tokens of a word reach from its position to the next one. Special tokens other than the
+    unknown token are left out.
     """
     if example.words is not None:
         return example.words
@@ -56,7 +56,7 @@ def words_of(tokenizer: Any, example: TokenizedExample) -> tuple[str, ...]:
 
 
 def in_context(words: Sequence[str], number: int) -> str:
-    """One word in brackets, between those beside it: `... lives in [new] york ...`."""
+    """Return one word in brackets with its neighbours: `... lives in [new] york ...`."""
     start, stop = max(0, number - _AROUND), number + _AROUND + 1
     shown = [f"[{word}]" if i == number else word for i, word in enumerate(words[start:stop], start)]
     return " ".join([*["..."] * (start > 0), *shown, *["..."] * (stop < len(words))])

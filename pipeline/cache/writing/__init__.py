@@ -1,1 +1,1 @@
-"""Write the shards of a cache, claim them, and commit the whole."""
+"""Write a cache: claim its shards, write them, and commit the cache."""

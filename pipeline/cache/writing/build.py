@@ -1,4 +1,7 @@
-"""Begin and finish a cache: the plan first, the manifest last, each created so that of two writers one wins."""
+"""Begin and finish a cache: the plan is written first and the manifest last.
+
+Both are created exclusively, so that of two racing writers one wins.
+"""
 
 from __future__ import annotations
 
@@ -53,19 +56,19 @@ from pipeline.records import (
 
 logger = logging.getLogger(__name__)
 
-#: Fields of receipts whose sums stand in the counts over the source rows.
+#: Fields of receipts whose sums are stored in `SourceContents`.
 _SUMS = ("cut_rows", "cut_tokens", "cut_supervised_rows", "split_chats", "split_chat_rows")
 
 
 def begin(
     output: str | Path | Layout, plan: Plan, tokenizer: PreTrainedTokenizerBase, *, overwrite: bool = False
 ) -> Layout:
-    """Make the directory of a cache, or join a capture of the same plan that is there.
+    """Create the directory of a cache, or join a capture of the same plan that is there.
 
     Raises:
-        ContractError: the directory holds another capture, or the contract is one that no reader
-            would take.
-        CacheError: it holds something else, or cannot be written.
+        ContractError: the directory holds another capture, or the contract is not valid for any
+            cache.
+        CacheError: the directory holds other files, or cannot be written.
     """
     layout = output if isinstance(output, Layout) else open_layout(output)
     root = layout.root
@@ -90,7 +93,7 @@ def begin(
 
 
 def keep_tokenizer(layout: Layout, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the tokenizer's files, unless they are there.
+    """Write the tokenizer's files, if they do not exist.
 
     Raises:
         CacheError: the disk is full, or the directory cannot be written.
@@ -101,7 +104,7 @@ def keep_tokenizer(layout: Layout, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def refresh(layout: Layout) -> None:
-    """Of a cache behind a URL: what others have finished since."""
+    """For a cache behind a URL, fetch receipts and manifest that others have written since."""
     if layout.outbox is not None:
         layout.outbox.fetch_receipts()
         layout.outbox.fetch("manifest.json")
@@ -114,14 +117,17 @@ def _send(layout: Layout, paths: Iterable[Path]) -> None:
 
 
 def note_contents(layout: Layout, plan: Plan, contents: SourceContents) -> None:
-    """Keep what is known of the source rows for the end of the capture, whoever finishes it; a finished one has its own."""
+    """Store the counts over the source rows for the end of the capture, unless it is finished.
+
+    Another process may finish the capture, so the counts are kept in a file.
+    """
     if not is_finished(layout, plan):
         write_text(_contents_path(layout), dump(contents))
         _send(layout, [_contents_path(layout)])
 
 
 def note_answer(layout: Layout, answer: FirstAnswer) -> FirstAnswer:
-    """Keep the first answer of a capture beside its plan, whoever has it first; the one that is there then."""
+    """Store the first answer of a capture, unless there is one; return the one that is stored."""
     path = _answer_path(layout)
     found = noted_answer(layout)
     if found is None:
@@ -131,7 +137,7 @@ def note_answer(layout: Layout, answer: FirstAnswer) -> FirstAnswer:
 
 
 def noted_answer(layout: Layout) -> FirstAnswer | None:
-    """The first answer of a capture; None where none is kept."""
+    """Return the stored first answer of a capture, or None."""
     path = _answer_path(layout)
     if layout.outbox is not None and not path.is_file():
         layout.outbox.fetch("reports/first-answer.json")
@@ -147,7 +153,10 @@ def _contents_path(layout: Layout) -> Path:
 
 
 def _counted(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) -> SourceContents | None:
-    """The counts over the source rows, with what was cut; None for a cache that was not made from a data set."""
+    """Complete the counts over the source rows from the receipts, and store them.
+
+    None: the cache was not made from a data set.
+    """
     path = _contents_path(layout)
     if layout.outbox is not None:
         layout.outbox.fetch("reports/contents.json")
@@ -169,7 +178,7 @@ def _counted(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) ->
 def _counted_by_shards(
     contract: Contract, name: str, split: SplitContents, receipts: Sequence[Receipt]
 ) -> SplitContents:
-    """Counts of a split whose rows nobody has passed over before the first shard."""
+    """Return the counts of a split, from its receipts if the rows were not counted before."""
     if split.blank is not None:
         return split
     made = [receipt for receipt in receipts if receipt.plan.split == name]
@@ -178,7 +187,10 @@ def _counted_by_shards(
 
 
 def _shared(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) -> dict[str, int] | None:
-    """Equal contents of two splits, by the tokens that were cached; None where rows are packed or the shards lie elsewhere."""
+    """Count the content hashes that two splits share.
+
+    None: not counted, since rows are packed or the shards are behind a URL.
+    """
     if layout.outbox is not None or contract.tokenization.packing:
         return None
     shards = [receipt.shard for receipt in receipts if receipt.shard.rows]
@@ -195,7 +207,7 @@ def _shared(layout: Layout, contract: Contract, receipts: Sequence[Receipt]) -> 
 
 
 def is_finished(layout: Layout, plan: Plan) -> bool:
-    """Whether the manifest is there and lists what the receipts say."""
+    """Whether there is a manifest and it lists the shards of the receipts."""
     if not layout.manifest.is_file():
         return False
     receipts = [load_receipt(layout, shard.name) for shard in plan.shards]
@@ -204,22 +216,22 @@ def is_finished(layout: Layout, plan: Plan) -> bool:
 
 
 def withdraw(layout: Layout, waiting: Sequence[ShardPlan]) -> None:
-    """Take back the manifest of a cache with damaged shards, which are to be made anew.
+    """Delete the manifest of a cache with damaged shards, so that they can be made again.
 
-    A manifest is written when every shard is whole: one that is not, while there is a manifest, was
-    damaged since. (A shard of `waiting` may be whole by now, made by a capture beside this one that
-    has finished the cache.)
+    A manifest is written when all shards are complete, so a shard that is incomplete now was
+    damaged since. A shard of `waiting` may also be complete by now, because another capture has
+    finished the cache in the meantime.
     """
     if not layout.manifest.is_file():
         return
     damaged = [shard for shard in waiting if finished(layout, shard) is None]
-    if damaged:  # on another device a shard made anew is as valid, with other bytes: then it is another cache
+    if damaged:  # on another device the bytes of a shard may differ, which changes the cache_id
         logger.warning("%s: %d damaged shards are made anew; the cache_id may change", layout.name, len(damaged))
         withdraw_manifest(layout)
 
 
 def withdraw_manifest(layout: Layout) -> None:
-    """Unfinish a cache; an append to another that it came from may be finished anew."""
+    """Delete the manifest of a cache, and the marks of appends, so that both can be made again."""
     if layout.outbox is not None:
         layout.outbox.clear(("manifest.json",))
     layout.manifest.unlink(missing_ok=True)
@@ -228,7 +240,11 @@ def withdraw_manifest(layout: Layout) -> None:
 
 
 def record(layout: Layout, receipt: Receipt) -> None:
-    """Say that a shard is done: it counts from here on."""
+    """Write the receipt of a finished shard; behind a URL, upload both and delete the local shard.
+
+    Raises:
+        ContractError: another capture has replaced the plan at the URL.
+    """
     name = receipt.plan.name
     if layout.outbox is not None and not layout.outbox.is_same("receipts/plan.json"):
         raise ContractError(
@@ -252,21 +268,22 @@ def record(layout: Layout, receipt: Receipt) -> None:
 
 
 def missing(layout: Layout, plan: AnyPlan) -> list[str]:
-    """Names of the shards that have no receipt, or that of other rows."""
+    """Return the names of the shards without a receipt, or with a receipt of other rows."""
     refresh(layout)
     receipts = ((shard, load_receipt(layout, shard.name)) for shard in plan.shards)
     return [shard.name for shard, receipt in receipts if receipt is None or receipt.plan != shard]
 
 
 def finish(layout: Layout, plan: Plan, *, license: str | None = None) -> Cache:
-    """Commit: probe the alignment, write the card, and last the manifest.
+    """Commit a cache: probe the alignment, write the card, and write the manifest last.
 
     Args:
-        license: of the caches that it is made from; one that is appended to keeps its own.
+        license: the licence of the caches that it is made from. Default: the one in the existing
+            card.
 
     Raises:
         CacheError: no row was cached, or a shard is missing.
-        ContractError: the soft labels are out of step with their tokens.
+        ContractError: the soft labels are not aligned with their tokens.
     """
     absent = missing(layout, plan)
     if absent:
@@ -296,12 +313,15 @@ def finish(layout: Layout, plan: Plan, *, license: str | None = None) -> Cache:
 
 
 def opened(layout: Layout) -> Cache:
-    """The cache that is finished there."""
+    """Open the finished cache of a layout."""
     return Cache.open(layout.root if layout.outbox is None else layout.outbox.location)
 
 
 def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> AlignmentProbe | None:
-    """The alignment probe: over rows from all over the cache; behind a URL over its first shards, which are fetched for it."""
+    """Run the alignment probe over rows spread over the cache.
+
+    For a cache behind a URL it runs over the first shards, which are fetched for it.
+    """
     if layout.outbox is None:
         draft = Cache(layout.root, make_manifest(contract, shards, bad_rows=0, probe=None))
         draft.check_files()
@@ -325,8 +345,8 @@ def _probe(layout: Layout, contract: Contract, shards: tuple[Shard, ...]) -> Ali
 
 def _commit(layout: Layout, plan: Plan, manifest: Manifest) -> None:
     if plan.parent is not None:
-        # Of two appends to one cache the first to create this file wins; the manifest of the parent
-        # stands until it is replaced.
+        # Of two appends to one cache, the first to create this file wins. The parent's manifest
+        # stays valid until it is replaced.
         claim = layout.plan.parent / f"append-{plan.parent.cache_id[:16]}.txt"
         create_exclusively(claim, manifest.cache_id)
         if claim.read_text(encoding="utf-8") == manifest.cache_id:
@@ -353,7 +373,10 @@ def _create(layout: Layout, path: Path, text: str) -> bool:
 
 
 def _replace_plan(layout: Layout, found: Plan | None, plan: Plan) -> None:
-    """Of an append that begins, or that was stopped and is cut otherwise now: what was made for the plan before and is not of this one goes."""
+    """Replace the plan when an append begins or is resumed with other shards.
+
+    Shards and receipts of the old plan that the new one does not list are deleted.
+    """
     write_text(layout.plan, dump(plan))
     for name in {shard.name for shard in found.shards} - {shard.name for shard in plan.shards} if found else ():
         layout.receipt(name).unlink(missing_ok=True)
@@ -366,5 +389,5 @@ def _save(tokenizer: PreTrainedTokenizerBase, draft: Path, path: Path) -> None:
         without_code(draft)
     except OSError:
         raise
-    except Exception as error:  # the Rust half of a tokenizer has no class of errors of its own
+    except Exception as error:  # tokenizers' Rust code raises bare Exception
         raise full_disk(path, error) from error

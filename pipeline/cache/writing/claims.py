@@ -1,9 +1,10 @@
-"""Two captures of one plan in one directory share the work: a shard belongs to the process that holds its claim.
+"""File locks that let several captures share the shards of one cache.
 
 A claim is a lock (`flock`) on a small file in `receipts/`, so that the claim of a killed process is
-free at once. It saves work and keeps two devices from writing one shard in turns; that a cache is
-whole does not depend on it (shards and receipts have their names only when they are whole, and of
-two manifests one wins). On a disk without locks every process takes every shard.
+released at once. Claims avoid duplicate work, and keep two devices from writing the same shard. The
+integrity of a cache does not depend on them: shards and receipts get their names only once they are
+complete, and of two manifests one wins. On a file system without locks every process makes every
+shard.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class Claims:
-    """The claims that one process holds. A context: at its end they are free."""
+    """The claims that one process holds, as a context manager that releases them at its end."""
 
     def __init__(self, layout: Layout, plan: AnyPlan) -> None:
         self._layout, self._plan = layout, plan
@@ -48,13 +49,13 @@ class Claims:
             self.release(name)
 
     def take(self, shards: Iterable[ShardPlan]) -> Iterator[ShardPlan]:
-        """The shards that this process is to make, one after another, each held until it is released.
+        """Yield the shards that this process should make, each claimed until it is released.
 
-        What others are making comes last, and is waited for; what they have finished meanwhile is
-        left out.
+        Shards claimed by other processes come last, once their claims are free; finished shards are
+        skipped.
 
         Raises:
-            ContractError: another capture has taken the directory (`--overwrite`).
+            ContractError: another capture has replaced this one (`--overwrite`).
         """
         ours = _plan_file(self._layout)
         found = parse(type(self._plan), self._layout.plan)
@@ -71,7 +72,7 @@ class Claims:
                 self.release(shard.name)
         for shard in taken:
             if not self.hold(shard.name, wait=True):
-                return  # stopped
+                return  # the context has ended
             _check_plan_file(self._layout, ours)
             if finished(self._layout, shard) is None:
                 yield shard
@@ -80,16 +81,14 @@ class Claims:
         _check_plan_file(self._layout, ours)
 
     def hold(self, name: str, *, wait: bool = False) -> bool:
-        """Take the claim of one shard.
+        """Claim one shard, and return whether this process holds the claim.
 
-        Gives whether it is ours: with `wait` always, unless the context has ended.
-
-        After the context's end nothing is held: a thread that reads ahead of a capture that has
-        failed may come later.
+        With `wait`, it returns False only if the context has ended. Nothing is claimed after the
+        context's end: a thread that reads ahead may still call this after the capture has failed.
 
         Raises:
-            ContractError: the directory's capture is gone.
-            CacheError: it cannot be written.
+            ContractError: the capture in this directory was removed.
+            CacheError: the directory cannot be written.
         """
         handle = _lock(_path(self._layout, name), wait, self._stopped)
         if handle is None:
@@ -102,12 +101,11 @@ class Claims:
         return False
 
     def release(self, name: str) -> None:
-        """Let go of the claim of one shard, where it is held."""
+        """Release the claim of one shard, if it is held."""
         handle = self._held.pop(name, None)
         if handle is not None:
-            _path(self._layout, name).unlink(
-                missing_ok=True
-            )  # before the lock is free: who gets it then sees that the name is gone
+            # before the lock is released, so that the next holder sees that the file is gone
+            _path(self._layout, name).unlink(missing_ok=True)
             os.close(handle)
 
 
@@ -125,16 +123,17 @@ def is_claimed(directory: Path) -> bool:
 
 
 def sweep_claims(layout: Layout, plan: AnyPlan) -> None:
-    """Remove the claims of killed processes."""
+    """Remove the claim files of killed processes."""
     with Claims(layout, plan) as claims:
         for path in layout.plan.parent.glob(f"{_PREFIX}*"):
             claims.hold(path.name.removeprefix(_PREFIX))
 
 
 def finished(layout: Layout, plan: ShardPlan) -> Receipt | None:
-    """The receipt of a shard that is whole; None where it is still to be made.
+    """Return the receipt of a complete shard, or None if the shard is still to be made.
 
-    A local shard is hashed. One behind a URL was sent whole, so that its size tells.
+    A local shard is hashed. Of a shard behind a URL only the size is compared, since uploads are
+    complete or absent.
     """
     receipt = load_receipt(layout, plan.name)
     if receipt is None or receipt.plan != plan:
@@ -154,9 +153,9 @@ def _path(layout: Layout, name: str) -> Path:
 
 
 def _lock(path: Path, wait: bool, stopped: threading.Event) -> int | None:
-    """An open file with the lock on it; None where another has it.
+    """Open and lock a file; None if another process holds the lock.
 
-    Looks again and again rather than blocks, until it is stopped.
+    With `wait`, it polls until the lock is free or `stopped` is set.
     """
     told = False
     while True:
@@ -190,7 +189,7 @@ def _try_lock(handle: int) -> bool:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
         if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            return True  # a disk without locks
+            return True  # a file system without locks
         raise
     return True
 

@@ -1,4 +1,4 @@
-"""What lies where a cache is to be made, and what of it gives way."""
+"""Check the output directory or URL of a new cache, and delete an old cache there."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PlanType = TypeVar("PlanType", bound=AnyPlan)
 
 
 def open_layout(output: str | Path) -> Layout:
-    """Where a cache is to be made: a directory, or a URL that fsspec opens.
+    """Return the layout of a cache's output: a directory, or a URL that fsspec opens.
 
     Raises:
-        CacheError: no such file system.
+        CacheError: there is no file system for the URL.
     """
     if not is_url(str(output)):
         return Layout(Path(output))
@@ -31,28 +31,29 @@ def open_layout(output: str | Path) -> Layout:
 
 
 def current_plan(layout: Layout) -> Plan | None:
-    """The plan of the capture that is there, finished or not."""
+    """Return the plan of the capture at this location, finished or not, or None."""
     return plan_there(layout, Plan)
 
 
 def plan_there(layout: Layout, kind: type[PlanType]) -> PlanType | None:
-    """As `current_plan`, of work that has plans of its own kind."""
+    """Like `current_plan`, for jobs with their own type of plan."""
     if layout.outbox is not None:
         layout.outbox.fetch("receipts/plan.json")
     return parse(kind, layout.plan) if layout.plan.is_file() else None
 
 
 def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan | None:
-    """The plan of the capture that is there, where another may join it or take its place.
+    """Check that a capture may write here; return the plan of the capture that is there already.
 
     Changes nothing.
 
     Args:
-        overwrite: what is there gives way: None comes back.
+        overwrite: an existing cache will be deleted; returns None.
 
     Raises:
-        ContractError: the contract is one that no reader would take.
-        CacheError: something else is there, or another process is writing what gives way.
+        ContractError: the contract is not valid for any cache.
+        CacheError: something other than a cache is there, or another process is writing to the
+            cache that would be deleted.
     """
     problem = contract_problem(plan.contract)
     if problem is not None:
@@ -61,10 +62,10 @@ def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan 
 
 
 def check_files(layout: Layout, kind: type[PlanType], *, overwrite: bool = False) -> PlanType | None:
-    """As `check_place`, where the plan is not known yet.
+    """Like `check_place`, but before the plan is known.
 
     Args:
-        kind: of the plans that this work has.
+        kind: the type of the job's plans.
     """
     if layout.root.exists() and not layout.root.is_dir():
         raise CacheError(f"{layout.root}: expected a directory, found a file")
@@ -74,7 +75,8 @@ def check_files(layout: Layout, kind: type[PlanType], *, overwrite: bool = False
             if layout.plan.parent.is_dir() and is_claimed(layout.plan.parent):
                 raise _written_by_another(layout)
         return None
-    # In this order: a racing capture's first file is its plan.
+    # In this order: a racing capture writes its plan first, so its files are never seen without a
+    # plan.
     holds_files = _holds_files(layout)
     found = plan_there(layout, kind)
     if holds_files and found is None:
@@ -85,7 +87,10 @@ def check_files(layout: Layout, kind: type[PlanType], *, overwrite: bool = False
 
 
 def _holds_files(layout: Layout) -> bool:
-    """Whether a directory holds anything but hidden files: our own temporary ones, and the mark that `softlabel run` leaves."""
+    """Whether a location holds any file that is not hidden.
+
+    Hidden files are temporary files, and the marker of `softlabel run`.
+    """
     if layout.outbox is not None:
         return not layout.outbox.is_empty()
     return any(
@@ -95,25 +100,26 @@ def _holds_files(layout: Layout) -> bool:
 
 
 def clear(layout: Layout) -> None:
-    """Delete a cache, the manifest first, so that what is half-deleted is no cache.
+    """Delete a cache, and nothing else.
 
-    Never anything else.
+    The manifest is deleted first, so that a half-deleted cache does not count as one.
 
     Raises:
-        CacheError: files are there that are no cache, or another process is writing them.
+        CacheError: the location holds files that are not a cache, or another process is writing to
+            it.
     """
     if not _holds_files(layout):
         return
     _check_is_ours(layout)
     outbox = layout.outbox
     if outbox is not None:
-        # the plan last: without it what is left is no cache that may be deleted
+        # the plan last: without it, the rest does not count as a cache that may be deleted
         names = [f"receipts/{name}" for name in outbox.names("receipts") if name != "plan.json"]
         outbox.clear(("manifest.json", "README.md", "data", "tokenizer", "reports", *names, "receipts"))
     away = temporary_path(layout.plan.parent)
     if layout.plan.parent.is_dir():
-        # Out of the way first: a capture that goes on here finds no place for its next claim, and
-        # one that holds a claim holds it under the new name too.
+        # Rename the receipts first: another capture of this cache cannot take its next claim, and a
+        # claim that it holds is still held under the new name.
         os.replace(layout.plan.parent, away)
         if is_claimed(away):
             os.replace(away, layout.plan.parent)
@@ -128,7 +134,8 @@ def _check_is_ours(layout: Layout) -> None:
     if layout.outbox is not None:
         layout.outbox.fetch("manifest.json")
         layout.outbox.fetch("receipts/plan.json")
-    half_cleared = any(layout.root.glob(f".tmp-*-receipts/{layout.names.plan}"))  # by a killed command
+    # the plan of a cache whose deletion was interrupted
+    half_cleared = any(layout.root.glob(f".tmp-*-receipts/{layout.names.plan}"))
     if not layout.plan.exists() and not layout.manifest.exists() and not half_cleared:
         raise CacheError(
             f"{layout.name}: --overwrite deletes {layout.names.result}s only, and this directory holds other files; remove it by hand"
