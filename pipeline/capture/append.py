@@ -1,4 +1,4 @@
-"""New rows for a finished cache: new shards under the same contract."""
+"""Appending of rows to a finished cache: new shards under the same contract."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ def appended(
     rows_per_shard: int,
     row_groups: Mapping[str, Sequence[int]],
 ) -> Plan:
-    """The plan of a cache that grows: the shards that are there, and those of the rows behind them.
+    """Return the plan of a cache after an append: its existing shards and those of the new rows.
 
     Args:
-        found: the plan that lies in the directory.
-        wanted: what a capture of the whole source would be.
+        found: the plan in the cache directory.
+        wanted: the plan of a capture of the whole source.
         row_groups: split -> the first row of each row group that is read as a whole.
 
     Returns:
-        `wanted` itself where nothing was finished yet; `found` where there is nothing to append.
+        `found` if there are no new rows. Without a manifest: `found` if it is an append under the
+            same contract, else `wanted`.
 
     Raises:
-        ContractError: another setting, or the rows that were cached are others now.
+        ContractError: a setting differs, or the cached rows have changed in the source.
     """
     if not layout.manifest.is_file():
-        # Rows were appended and a shard was dropped since: the same cache is made whole again.
+        # An appended cache lost a shard: rerunning the same command completes it.
         return found if found.parent is not None and found.contract == wanted.contract else wanted
     manifest = load_manifest(layout.root)
     parent = found.parent
-    if parent is None or parent.cache_id != manifest.cache_id:  # not an append that was stopped
+    if parent is None or parent.cache_id != manifest.cache_id:  # not an interrupted append
         parent = Parent(manifest.cache_id, _ends(found.shards))
     there = tuple(shard for shard in found.shards if shard.stop <= parent.rows.get(shard.split, 0))
     _check_prefix(layout, manifest.contract, wanted.contract, source, there)
@@ -57,7 +58,7 @@ def appended(
 
 
 def new_ranges(plan: Plan, parent: Parent) -> dict[str, tuple[int, int]]:
-    """Split -> the source rows `[start, stop)` that an append adds, for the splits that have gained some."""
+    """Return the source rows `[start, stop)` that an append adds to each split that grows."""
     new = [shard for shard in plan.shards if shard.stop > parent.rows.get(shard.split, 0)]
     starts = {shard.split: shard.start for shard in reversed(new)}
     return {split: (starts[split], stop) for split, stop in _ends(new).items()}
@@ -66,7 +67,11 @@ def new_ranges(plan: Plan, parent: Parent) -> dict[str, tuple[int, int]]:
 def _check_prefix(
     layout: Layout, cached: Contract, wanted: Contract, source: Source, there: Sequence[ShardPlan]
 ) -> None:
-    """All settings are equal, and the rows that were cached are still the first."""
+    """Check that all settings are equal and that the source still starts with the cached rows.
+
+    Raises:
+        ContractError: a setting or the cached rows differ.
+    """
     begun = (wanted.source.rows or (0, None))[0], (cached.source.rows or (0, None))[0]
     same = dataclasses.replace(
         wanted,
@@ -94,5 +99,5 @@ def _check_prefix(
 
 
 def _ends(shards: Sequence[ShardPlan]) -> dict[str, int]:
-    """Split -> the source row after its last one."""
+    """Return the end (exclusive) of the last shard of each split."""
     return {shard.split: shard.stop for shard in shards}

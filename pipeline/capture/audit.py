@@ -1,11 +1,11 @@
-"""`softlabel audit`: is a cache what its teacher says?
+"""`softlabel audit`: check that a cache holds its teacher's predictions.
 
-Some rows are run again, and compared with what is stored.
+Some rows are run through the teacher again and compared with the stored soft labels.
 
-Float results change with the shape of a batch, so equal is no measure. The teacher is run twice, in
-batches and row by row; how far it is from itself is the floor, and the cache may be some times as
-far from it, and what storing rounds. What is random in `sampled`, its tail, is compared as a
-statistic.
+Float results depend on the shape of a batch, so exact equality cannot be required. The teacher runs
+twice, in batches and row by row. The difference between the two runs is the floor. The cache may
+differ from the teacher by a multiple of the floor plus the rounding of storage. The random tail of
+`sampled` is compared as a statistic.
 """
 
 from __future__ import annotations
@@ -44,58 +44,57 @@ from pipeline.records import (
 from pipeline.softlabels.ragged import owners
 from pipeline.tasks import Task, get_task
 
-#: How many times the floor a cache may be away from its teacher.
+#: The largest allowed difference between cache and teacher, as a multiple of the floor.
 _FLOORS = 8.0
-#: Least allowance in nats where another device made the shards: float32 of two devices differs more
-#: than that of two batch shapes.
+#: Least allowance in nats if the shards come from another device: float32 results of two devices
+#: differ more than those of two batch shapes.
 _OTHER_DEVICE = {"float32": 1e-3, "float16": 2e-2}
 _OTHER_DEVICE_HALF = 1e-1
-#: Log-probabilities below this are nobody's: their rounding would drown the rest.
+#: Smaller log-probabilities are not compared: their rounding errors would dominate.
 _LOWEST = -20.0
 _STANDARD_ERRORS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One comparison: the worst row's, or for a statistic that of all positions."""
+    """One comparison: its worst row, or for a statistic its value over all positions."""
 
     what: str
     found: float
-    """Between cache and teacher."""
+    """Difference between cache and teacher."""
     floor: float
-    """Between the teacher and itself."""
+    """Difference between the two runs of the teacher."""
     limit: float
 
     @property
     def agrees(self) -> bool:
-        """Within the limit."""
+        """Whether the difference is within the limit."""
         return self.found <= self.limit
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What an audit found: kept in `reports/`."""
+    """The result of an audit, stored in `reports/`."""
 
     cache_id: str
     teacher: str
     time: str
-    """UTC."""
+    """In UTC."""
     rows: int
     positions: int
     seed: int
     device: str
     made_on: tuple[str, ...]
-    """The devices of the shards."""
+    """The devices on which the shards were made."""
     figures: tuple[Figure, ...]
     verdict: Literal["agrees", "differs"]
 
 
 def run(config: AuditConfig) -> Audit:
-    """Audit, and keep the report beside the cache.
+    """Audit a cache and write the report into its directory.
 
     Raises:
-        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest
-            names.
+        ContractError: the weights or the tokenizer are not those of the manifest.
         PipelineError: see the subclasses.
     """
     cache, teacher = open_both(config)
@@ -106,7 +105,11 @@ def run(config: AuditConfig) -> Audit:
 
 
 def open_both(config: AuditConfig) -> tuple[Cache, LoadedModel]:
-    """The cache, and the teacher as the manifest says that it ran."""
+    """Open the cache, and load the teacher with the revision and precision of the manifest.
+
+    Raises:
+        MisuseError: the teacher was a language model that labels by prompt.
+    """
     cache = Cache.open(config.cache)
     made_by = cache.manifest.contract.teacher
     if made_by.judge is not None:
@@ -121,7 +124,7 @@ def open_both(config: AuditConfig) -> tuple[Cache, LoadedModel]:
         dtype=made_by.dtype if made_by.dtype in ("float32", "bfloat16", "float16") else "auto",
         attn_implementation=config.attn_implementation or made_by.attn_implementation,
         device_map=config.device_map,
-        quantization=made_by.quantization if made_by.server is None else None,  # a server's own is not ours to load
+        quantization=made_by.quantization if made_by.server is None else None,  # not a server's
         trust_remote_code=config.trust_remote_code,
         base_model=config.base_model,
     )
@@ -129,11 +132,10 @@ def open_both(config: AuditConfig) -> tuple[Cache, LoadedModel]:
 
 
 def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) -> Audit:
-    """Compare some rows of a cache with a teacher. Writes nothing.
+    """Compare some rows of a cache with a teacher. Write nothing.
 
     Raises:
-        ContractError: the teacher's weights, or its tokenizer, are not those that the manifest
-            names.
+        ContractError: the weights or the tokenizer are not those of the manifest.
     """
     contract = cache.manifest.contract
     check_teacher(contract, teacher)
@@ -171,7 +173,7 @@ def audit(cache: Cache, teacher: LoadedModel, *, rows: int = 64, seed: int = 0) 
 
 
 def describe(found: Audit) -> str:
-    """The figures as a table."""
+    """Format the figures as a table."""
     width = max(len(figure.what) for figure in found.figures)
     lines = [
         f"{found.rows} rows, {found.positions} positions, on {found.device} (made on {', '.join(found.made_on)})",
@@ -192,21 +194,21 @@ def describe(found: Audit) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ the rows
+# ----------------------------------------------------------------------------------------- the rows
 
 
 def check_teacher(contract: Contract, teacher: LoadedModel) -> None:
-    """Refuse another teacher than the manifest names.
+    """Refuse a teacher other than the one in the manifest.
 
     Raises:
-        ContractError: other weights, or another tokenizer.
+        ContractError: the weights or the tokenizer differ.
     """
     info, expected = model_info(teacher), contract.teacher
     pairs = {
         "weights": (expected.weights_sha256, info.weights_sha256),
         "adapter": (expected.adapter_sha256, info.adapter_sha256),
     }
-    if expected.weights_sha256 == "unknown":  # made elsewhere, and imported
+    if expected.weights_sha256 == "unknown":  # imported from another program
         pairs = {}
     for what, (old, new) in pairs.items():
         if old != new:
@@ -221,7 +223,7 @@ def check_teacher(contract: Contract, teacher: LoadedModel) -> None:
 
 
 def choose_rows(cache: Cache, rows: int, seed: int) -> list[CachedExample]:
-    """Rows at random over all splits, in order, so that each row group is read once."""
+    """Return random rows of all splits, in order, so that each row group is read once."""
     sets = [cache.dataset(split) for split in cache.splits]
     ends = np.cumsum([len(part) for part in sets])
     total = int(ends[-1])
@@ -236,7 +238,7 @@ def choose_rows(cache: Cache, rows: int, seed: int) -> list[CachedExample]:
 def _logits(
     task: Task, teacher: LoadedModel, rows: Sequence[CachedExample], contract: Contract, width: int | None
 ) -> Tensor:
-    """(N, V) float32, on the CPU."""
+    """Return (N, V) float32 logits on the CPU."""
     examples = [dataclasses.replace(row.example, num_classes=contract.num_classes) for row in rows]
     return teacher_logits(task, teacher, teacher.tokenizer, examples, contract.num_classes, width).float().cpu()
 
@@ -246,18 +248,18 @@ def _devices(cache: Cache) -> tuple[str, ...]:
     return tuple(sorted({receipt.device if receipt is not None else "unknown" for receipt in receipts}))
 
 
-# ------------------------------------------------------------------------------------------------------ the comparison
+# ----------------------------------------------------------------------------------- the comparison
 
 
 def _between(values: Tensor) -> Tensor:
-    """The variance of values that are rounded to one of their neighbours without bias: f (1 - f) of the fractions f."""
+    """Return the variance f (1 - f) of unbiased stochastic rounding of values with fraction f."""
     fractions = values - values.floor()
     return fractions * (1 - fractions)
 
 
 @dataclass(slots=True)
 class _Marks:
-    """What each row has come to."""
+    """Accumulates the differences of each row."""
 
     encoding: Encoding
     found: dict[str, list[float]] = field(default_factory=dict)
@@ -265,11 +267,16 @@ class _Marks:
     rounding: dict[str, list[float]] = field(default_factory=dict)
     statistics: dict[str, list[np.ndarray]] = field(default_factory=dict)
     variances: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Of the statistics: what the rounding of the top's weights, and the number of classes drawn,
-    explain at each position."""
+    """For `statistics`, per position: the variance due to the rounding of the top's weights and to
+    the number of classes drawn."""
 
     def add(self, row: CachedExample, together: Tensor, alone: Tensor, labels: Tensor) -> None:
-        """One row: its soft labels, and the (N, V) logits of two passes of the teacher."""
+        """Compare one row.
+
+        Args:
+            together: (N, V) logits of the pass in a batch.
+            alone: (N, V) logits of the pass of this row alone.
+        """
         if isinstance(self.encoding, Score):
             stored = row.soft.top_logprobs
             self._mark(
@@ -297,7 +304,8 @@ class _Marks:
             seen = soft.top_logprobs > _LOWEST
             stored = soft.top_logprobs[seen]
             first, second = one[at][seen], two[at][seen]
-            # float16 keeps 11 bits; float32 logits are exact but for the log-sum-exp of each pass.
+            # float16 keeps 11 bits; float32 logits are exact except for the log-sum-exp of each
+            # pass.
             narrow = 2.0**-11 if not isinstance(self.encoding, Full) or soft.num_classes >= 4096 else 2.0**-20
             rounding = narrow * float(stored.abs().mean()) + 1e-6
             self._mark(
@@ -333,7 +341,7 @@ class _Marks:
             self._mark("negative log-likelihood, nats a position", apart, floor, 1e-6 * (1 + abs(sums[0])))
 
     def figures(self, slack: float) -> tuple[Figure, ...]:
-        """The worst row of each mark, and each statistic over all positions."""
+        """Return the worst row of each comparison, and each statistic over all positions."""
         out = []
         for what, found in self.found.items():
             floor = max(self.floor[what])
@@ -342,8 +350,8 @@ class _Marks:
         for what, parts in self.statistics.items():
             values = np.concatenate(parts)
             error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-            # Of few positions of a teacher that is nearly sure, all may be rounded to the same
-            # side, and nothing be drawn.
+            # With few positions and a nearly certain teacher, all weights may be rounded to the
+            # same side and no class drawn; then the sample's own standard deviation is too small.
             error = max(error, math.sqrt(float(np.concatenate(self.variances[what]).sum())) / len(values))
             score = abs(float(values.mean())) / error if error > 0 else 0.0
             out.append(Figure(f"{what}, standard errors from 0", score, 0.0, _STANDARD_ERRORS + slack))
@@ -354,12 +362,17 @@ class _Marks:
             kind.setdefault(what, []).append(float(value))
 
     def _add_statistics(self, row: CachedExample, logprobs: Tensor, labels: Tensor) -> None:
-        """Sums over classes that are linear in the target: unbiased, so their mean difference from the teacher's is 0 but for sampling."""
+        """Add sums over classes that are linear in the target.
+
+        The target is unbiased, so the mean difference from the teacher's sums is 0 up to sampling
+        noise.
+        """
         assert isinstance(self.encoding, Sampled)
         soft, q = row.soft, logprobs.exp()
         top, tail = owners(soft.top_offsets), owners(soft.tail_offsets)
         size, is_top = self.encoding.sample_size, q >= 1 / self.encoding.sample_size
-        rounding = _between(q.double() * self.encoding.steps) / self.encoding.steps**2 * is_top  # (N, V)
+        # (N, V)
+        rounding = _between(q.double() * self.encoding.steps) / self.encoding.steps**2 * is_top
         rest = q.double() * ~is_top
         drawn = _between(rest.sum(-1) * size) / size**2  # (N,): how many of the rest are drawn
         values = {"log q under the target": logprobs.clamp_min(-30.0), "q under the target": q}

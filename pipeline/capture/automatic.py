@@ -1,4 +1,7 @@
-"""How many tokens a forward pass takes: found once, before the first shard, and then part of the plan."""
+"""Choice of the number of tokens per forward pass.
+
+It is measured once, before the first shard, and then stored in the plan.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-#: A batch twice as large is worth its memory where it is faster by this much.
+#: A batch of twice the size must be faster by this factor.
 _GAIN = 1.05
 _REPEATS = 3
 _MOST_TOKENS = 1 << 20
-#: Logits of a batch may take this share of what is free: there are two of them, and what the model
-#: needs besides.
+#: The float32 logits of a batch may take 1/8 of the free memory: two copies exist at a time, and
+#: the model needs memory too.
 _SHARE = 8
 
 
@@ -36,13 +39,13 @@ def fastest_batch_tokens(
     num_classes: int,
     tokenization: Tokenization,
 ) -> int:
-    """Tokens in a batch of rows of the greatest length, doubled until it is no faster, or until memory ends.
+    """Return the fastest batch size in tokens, measured with rows of the greatest length.
 
-    On a CPU memory does not end with an error: there a batch's logits stay below an eighth of what
-    is free.
+    The size doubles until it is no longer faster or memory runs out. The float32 logits of a batch
+    stay within an eighth of the free memory, because a CPU raises no error when memory runs out.
 
     Raises:
-        ModelError: not even one row fits.
+        ModelError: a single row does not fit.
     """
     length = tokenization.max_length
     best, best_speed = 0, 0.0
@@ -79,7 +82,7 @@ def _row(task: Task, tokenizer: PreTrainedTokenizerBase, model: Any, length: int
 def _seconds(
     task: Task, teacher: LoadedModel, tokenizer: PreTrainedTokenizerBase, rows: list[TokenizedExample], num_classes: int
 ) -> float:
-    """The fastest of a few passes: the first warms up."""
+    """Return the shortest duration of a few passes; the first one warms up."""
     found = []
     for _ in range(_REPEATS):
         started = time.perf_counter()

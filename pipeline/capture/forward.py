@@ -1,4 +1,4 @@
-"""One forward pass of a teacher, and what is wrong with its logits."""
+"""A forward pass of a teacher, and detection of non-finite logits."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def teacher_logits(
     num_classes: int,
     length: int | None = None,
 ) -> Tensor:
-    """One pass of a teacher: (N, V) logits of the supervised positions, padded classes cut off.
+    """Run one forward pass; return the (N, V) logits of the supervised positions.
 
     Args:
-        length: to which rows are padded; default: the longest.
+        num_classes: V; padded classes beyond it are cut off.
+        length: number of tokens to pad rows to. Default: the longest row.
     """
     model = teacher.model
     inputs, supervised = task.collate(examples, pad_id(tokenizer, model), length, processor=tokenizer)
@@ -40,13 +41,16 @@ def teacher_logits(
 
 
 def synchronize(logits: Tensor) -> None:
-    """Wait until they are there: a GPU answers before it has done anything, and the clock would stop too early."""
+    """Wait for the computation of the logits, so that timing on a GPU is correct."""
     if logits.device.type == "cuda":
         torch.cuda.synchronize(logits.device)
 
 
 def output_matrix(model: Any, num_classes: int) -> Tensor | None:
-    """(V, H): what hidden states are multiplied with; the identity for few classes; None where there is no such matrix in memory."""
+    """Return the (V, H) output matrix of a model.
+
+    Without a matrix in memory: the identity if there are few classes, else None.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
     if weight is not None and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta:
@@ -56,13 +60,13 @@ def output_matrix(model: Any, num_classes: int) -> Tensor | None:
 
 
 def device_name(teacher: LoadedModel) -> str:
-    """The device model, as the receipt names it."""
+    """Return the name of the teacher's device, as stored in receipts."""
     device = teacher.model.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def broken_rows(examples: Sequence[TokenizedExample], logits: Tensor, split: str) -> dict[int, BadRow]:
-    """Rows with a position whose logits are no distribution."""
+    """Return a `BadRow` for each row that has a position with non-finite logits, by row index."""
     peak = logits.amax(-1)
     good = torch.isfinite(peak).tolist()
     if all(good):
@@ -78,6 +82,6 @@ def broken_rows(examples: Sequence[TokenizedExample], logits: Tensor, split: str
 
 
 def without(broken: Container[int], examples: Sequence[TokenizedExample], logits: Tensor) -> Tensor:
-    """The logits of the other rows."""
+    """Return the logits of the rows that are not in `broken`."""
     keep = [i not in broken for i, example in enumerate(examples) for _ in range(example.num_positions)]
     return logits[torch.tensor(keep, device=logits.device)]

@@ -1,4 +1,4 @@
-"""Checks of the teacher and of the rows, before the first shard."""
+"""Checks of the teacher and of the rows before the first shard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def show_first_row(job: Job) -> None:
-    """Log the first row as tokens, those that are predicted or labelled in brackets, so that a wrong template or mask is seen now."""
+    """Log the first row as tokens, with the predicted or labelled tokens in brackets.
+
+    This shows a wrong template or mask at the start.
+    """
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 1, first.stop))
     examples = read_shard(job, few).examples
@@ -54,10 +57,10 @@ def check_head(job: Job, keep: Keep | None = None) -> None:
     """Let the teacher check its predictions on one short row of the first shard.
 
     Args:
-        keep: default: the first answer is kept beside the plan.
+        keep: receives the first answer of the teacher. Default: store it next to the plan.
 
     Raises:
-        PipelineError: they are not sound.
+        PipelineError: the check fails.
     """
     first = job.plan.shards[0]
     few = type(first)(first.name, first.split, first.start, min(first.start + 16, first.stop))
@@ -66,15 +69,18 @@ def check_head(job: Job, keep: Keep | None = None) -> None:
 
 
 def check_rows(job: Job, shards: Sequence[ShardPlan]) -> None:
-    """Read the rows that are to be made once, where the tokenizer has ids beyond the input embedding. One process does it for all.
+    """Check all rows of the shards for token ids without an input embedding.
+
+    The rows are read only if the tokenizer has ids beyond the embedding. One process checks the
+    rows for all workers.
 
     Raises:
-        ModelError: a row has a token id without an input embedding, and the contract says stop.
+        ModelError: a row has such a token id, and the contract's `on_bad_row` is "stop".
     """
     if job.task.reads == "images":
         return
     if job.plan.contract.on_bad_row == "skip":
-        return  # such rows are set aside, shard by shard
+        return  # such rows are skipped during the capture of their shard
     if max(job.tokenizer.get_vocab().values(), default=0) < job.teacher.embedding_rows:
         return
     for shard in track(shards, "token ids", len(shards), unit="shard"):

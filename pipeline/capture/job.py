@@ -1,4 +1,4 @@
-"""What a capture is to do, all of it fixed before its first shard: by any worker from the same settings, to the same end."""
+"""Preparation of a capture: everything that is fixed before the first shard, as a `Job`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that `capture_shards` needs beside the shards: fixed before the first, the same in every worker."""
+    """All that `capture_shards` needs except the shards; the same in every worker."""
 
     task: Task
     source: Source
@@ -79,10 +79,10 @@ class Job:
 
 
 def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
-    """What the flags of `softlabel cache-logits` come to; the output is begun, or joined.
+    """Build the job of `softlabel cache-logits` from its flags, and start or join its output.
 
     Args:
-        dry_run: the output is looked at, and stays as it is.
+        dry_run: read the output, but do not change it.
 
     Raises:
         PipelineError: see the subclasses.
@@ -130,11 +130,11 @@ def prepare(config: CacheLogitsConfig, *, dry_run: bool = False) -> Job:
 
 
 def teacher_of(task: Task, config: CacheLogitsConfig, source: Source, begun: Plan | None) -> Teacher:
-    """The teacher that the flags name.
+    """Load the teacher that the flags select.
 
     Args:
-        source: what it will label; a judge takes the labels' names and its examples from there.
-        begun: a capture that is there already; a judge keeps its examples.
+        source: the rows to label; a judge takes its label names and examples from it.
+        begun: the plan of an existing capture; a judge keeps its examples.
     """
     tokenizer = None
     if config.server and task.reads != "tokens":
@@ -184,11 +184,11 @@ def _serve(
 
 
 def _scorer_of(task: Task, config: CacheLogitsConfig, tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
-    """The language model of a judge.
+    """Load the language model of a judge.
 
     Args:
-        task: the language model's.
-        tokenizer: of a served one.
+        task: the task of the language model.
+        tokenizer: of a served model; None: the model runs locally.
     """
     if tokenizer is not None:
         return ServedScorer(_serve(task, config, tokenizer, 1))
@@ -196,14 +196,13 @@ def _scorer_of(task: Task, config: CacheLogitsConfig, tokenizer: PreTrainedToken
 
 
 def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | None = None) -> int:
-    """The longest row in tokens: what was asked for, else what the teacher was trained on, else the task's default.
+    """Return the largest row length: as given, as the teacher was trained, or the task's default.
 
     Args:
-        begun: a capture that is there already. One of an earlier version, with the task's default,
-            goes on with it.
+        begun: the plan of an existing capture. One of an earlier version keeps the task's default.
 
     Raises:
-        MisuseError: more was asked for than the teacher takes.
+        MisuseError: the given length is more than the teacher accepts.
     """
     usual = length_within(task, teacher.name, teacher.longest_input, asked)
     trained = trained_length(teacher.name) if task.reads != "images" else None
@@ -219,7 +218,7 @@ def row_length(task: Task, teacher: Teacher, asked: int | None, begun: Plan | No
 
 
 def load_teacher(task: Task, config: CacheLogitsConfig | EstimateConfig) -> LoadedModel:
-    """The teacher that the flags name, with the chat template that they give it."""
+    """Load the teacher that the flags select, and set the chat template that they give."""
     teacher = load_model(
         task,
         config.teacher,
@@ -258,16 +257,16 @@ def make_job(
     label_map: Sequence[str] = (),
     dry_run: bool = False,
 ) -> Job:
-    """Contract, plan and output of one capture.
+    """Build the contract, plan and output of one capture.
 
     Args:
-        batch_tokens: None: as many as are fastest here, or as the capture that is joined has.
-        store_text: None: classifiers keep their texts, language models none.
+        batch_tokens: None: measure the fastest, or use that of the capture that is joined.
+        store_text: None: the task's default; classifiers store texts, language models do not.
         rows: the source rows `[start, stop)` of each split; None: all.
-        append: a finished cache of the first rows grows by those that it has not.
-        label_map: `DATA=MODEL` each; with one the order of the classes is not compared with the
+        append: add the rows that a finished cache of the first rows does not have.
+        label_map: `DATA=MODEL` each; if given, the order of the classes is not compared with the
             teacher's.
-        dry_run: the output is looked at, and stays as it is.
+        dry_run: read the output, but do not change it.
     """
     tokenizer, num_classes = teacher.tokenizer, teacher.num_classes
     check_stored(
@@ -303,7 +302,7 @@ def make_job(
     )
     ranges = ranges_of(source, rows)
     begun = None if overwrite else current_plan(layout)
-    # Earlier versions read Parquet as everything else: such a cache goes on as it began.
+    # Earlier versions fingerprinted the rows of Parquet files; keep doing so for such a cache.
     by_contents = begun is not None and not any(map(is_of_files, begun.contract.source.fingerprints.values()))
     found_in_source = survey(source, ranges, by_contents=by_contents)
     row_groups = list_starts(source) or ({} if by_contents else source.row_groups)
@@ -311,7 +310,7 @@ def make_job(
     of_classes = labels if isinstance(labels, LabelMap) else None
     compare = partial(check_class_order, task, source, of_classes, teacher, encoding, tokenization)
     info = teacher.info
-    # Whoever makes the plan looks, before it is written; those who join or resume need not.
+    # Only the process that makes the plan checks this; those that join or resume do not.
     if begun is None and info.judge is not None:
         tried = partial(try_judge, task, source, of_classes, teacher, encoding, tokenization)
         tried(ranges, batch_tokens or task.default_batch_tokens, compare_order=not label_map)
@@ -324,7 +323,7 @@ def make_job(
         raise CacheError(f"{layout.name}: --append goes with a local directory; pull the cache, append, and push it")
     if batch_tokens is None:
         measured = None if found else teacher.fastest_batch_tokens(tokenization)
-        found = found or (None if dry_run else current_plan(layout))  # another part may have chosen meanwhile
+        found = found or (None if dry_run else current_plan(layout))  # another part may have chosen
         batch_tokens = measured if found is None else found.contract.batch_tokens
         assert batch_tokens is not None
     contract = Contract(
@@ -376,10 +375,10 @@ def make_job(
 
 
 def _label_map(task: Task, source: Source, names: tuple[str, ...] | None, label_map: Sequence[str]) -> Labels | None:
-    """How the data's labels become classes; None where classes are tokens.
+    """Return how the data's labels become classes; None if the classes are tokens or choices.
 
     Raises:
-        MisuseError: a label map for tokens.
+        MisuseError: a label map is given, but there are no class labels.
     """
     if names is None or task.names == "choices":
         if label_map:

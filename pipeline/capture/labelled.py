@@ -1,4 +1,4 @@
-"""Rows that some other program has labelled: their parts, checked against each other and the contract."""
+"""Rows labelled by another program, checked against each other and against the contract."""
 
 from __future__ import annotations
 
@@ -33,49 +33,51 @@ from pipeline.tasks.images.pixels import decode
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """Tokens or an image, and what a teacher predicts at the supervised positions: dense logits or ready soft labels."""
+    """A tokenized row or image with the teacher's output: logits or encoded soft labels."""
 
     input_ids: Sequence[int] | np.ndarray = ()
     logits: Tensor | np.ndarray | None = None
-    """(N, V) float, row n made at supervised position n. Multiple choice: (1, choices of the row)
-    too."""
+    """(N, V) float; row n is for supervised position n. Multiple choice also accepts (1, C) for the
+    C choices of the row."""
     soft_labels: SoftLabels | None = None
-    """N positions; with `scores`, where they are known."""
+    """N positions; give `scores` too if they are known."""
     scores: TeacherScores | None = None
     supervised: Sequence[bool] | np.ndarray | None = None
-    """(T,) bool, token tasks. Default: every position, of language models but the last."""
+    """(T,) bool, token tasks. Default: all positions; for language models, all but the last."""
     label: int | None = None
     labels: Sequence[int] | Sequence[float] | np.ndarray | None = None
-    """(N,) token classification and several labels at once: of each position, -100 where there is
-    none; scores: of each output, nan where there is none. Default: none anywhere."""
+    """(N,). Token classification and multi-label classification: one class id per position, -100
+    for no label. Score tasks: one score per output, nan for no score. Default: no labels."""
     group: int | str | None = None
-    """Rankings: what the rows of one list share; they come one after another."""
+    """Rankings: identifies the list of the row. The rows of one list must be consecutive."""
     words: Sequence[str] | None = None
-    """(N,) token classification: the words of the positions, which are stored with `store_text`."""
+    """(N,) token classification: the word of each position; stored with `store_text`."""
     text: str | None = None
     text_pair: str | None = None
     messages: str | None = None
-    """Chats, in place of `text`: the JSON that `TokenizedExample.messages` is."""
+    """Chats, instead of `text`: the JSON string of `TokenizedExample.messages`."""
     image: bytes | None = None
-    """Image classification, in place of `input_ids`: the bytes of a PNG, JPEG or other file."""
+    """Image classification, instead of `input_ids`: the bytes of a PNG, JPEG or other image
+    file."""
     choice_lengths: Sequence[int] | np.ndarray | None = None
-    """Multiple choice: of each choice, how many of the `input_ids` are its own, one choice after
-    another."""
+    """Multiple choice: number of `input_ids` of each choice; `input_ids` concatenates the
+    choices."""
     token_type_ids: Sequence[int] | np.ndarray | None = None
     text_bytes: int = 0
     split: str = "train"
     kept: Mapping[str, Scalar] = field(default_factory=dict)
-    """Columns to copy into the cache, those of the first row, as text."""
+    """Columns to copy into the cache as text. The first row determines which columns are copied."""
 
 
 def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> TokenizedExample:
-    """The row as it is cached, without what the teacher said.
+    """Convert a labelled row to a `TokenizedExample`, without its soft labels.
 
     Args:
-        num_names: label names of the cache.
+        number: source row number.
+        num_names: number of label names of the cache.
 
     Raises:
-        BadRowError: flags, labels or words that do not fit the tokens.
+        BadRowError: the flags, labels, words, choice lengths or image do not fit the row.
     """
     ids = np.asarray(row.input_ids, dtype=np.int32)
     supervised = labels = None
@@ -116,7 +118,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
 
 
 def _check_image(row: LabelledRow, number: int) -> None:
-    """Raise `BadRowError` where the image is no encoded one, or tokens are given too."""
+    """Raise `BadRowError` unless the row has an image that can be decoded, and no tokens."""
     if not isinstance(row.image, bytes) or len(row.input_ids):
         raise BadRowError(
             f"row {number}: image: expected the bytes of a PNG, JPEG or other file, and no input_ids, found {type(row.image).__name__}"
@@ -128,10 +130,10 @@ def _check_image(row: LabelledRow, number: int) -> None:
 
 
 def _lengths_of(row: LabelledRow, number: int, ids: np.ndarray, most: int) -> np.ndarray:
-    """(most,) int32: tokens of each choice, 0 for those that the row does not have.
+    """Return the (most,) int32 number of tokens of each choice, 0 for choices the row lacks.
 
     Raises:
-        BadRowError: lengths that do not fit the tokens.
+        BadRowError: the lengths do not fit the tokens.
     """
     lengths = np.asarray(() if row.choice_lengths is None else row.choice_lengths)
     fits = lengths.ndim == 1 and 2 <= len(lengths) <= most and lengths.dtype.kind in "iu" and int(lengths.min()) >= 2
@@ -143,10 +145,10 @@ def _lengths_of(row: LabelledRow, number: int, ids: np.ndarray, most: int) -> np
 
 
 def _scores_of(row: LabelledRow, number: int, count: int) -> np.ndarray:
-    """(N,) float32, nan where there is none.
+    """Return the (count,) float32 scores of a row, nan where a score is missing.
 
     Raises:
-        BadRowError: no numbers, or not one for each output.
+        BadRowError: the labels are not numbers, or not one per output.
     """
     labels = np.full(count, np.nan) if row.labels is None else np.asarray(row.labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iuf":
@@ -157,10 +159,11 @@ def _scores_of(row: LabelledRow, number: int, count: int) -> np.ndarray:
 
 
 def _labels_of(task: Task, row: LabelledRow, number: int, count: int) -> np.ndarray:
-    """(N,) int32, or scores as float32: the labels; the words are looked at too.
+    """Return the (count,) labels of a row, int32 or float32 for scores, and check its words.
 
     Raises:
-        BadRowError: not one a position, labels that are no class ids, or words that are no text.
+        BadRowError: not one label or word per position, labels that are not class ids, or words
+            that are not text.
     """
     if task.target == "score":
         return _scores_of(row, number, count)
@@ -177,10 +180,10 @@ def _labels_of(task: Task, row: LabelledRow, number: int, count: int) -> np.ndar
 
 
 def _target_of(row: LabelledRow, number: int, ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
-    """(N,) int32, the tokens of the target, which are the last of the row.
+    """Return the (N,) int32 target tokens, which are the last tokens of the row.
 
     Raises:
-        BadRowError: no source before them, or labels that are other tokens.
+        BadRowError: no source tokens precede the target, or the labels differ from the target.
     """
     first = int(supervised.argmax())
     if not first or not supervised[first:].all():
@@ -195,10 +198,10 @@ def _target_of(row: LabelledRow, number: int, ids: np.ndarray, supervised: np.nd
 
 
 def check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contract) -> None:
-    """Token ids and hard labels are within the contract's vocabulary and classes.
+    """Check that token ids and hard labels lie within the contract's vocabulary and classes.
 
     Raises:
-        BadRowError: some are not.
+        BadRowError: an id or a label is out of range.
     """
     number = examples[0].source_row
     tokens = token_block(examples)
@@ -215,7 +218,11 @@ def check_ids(task: Task, examples: Sequence[TokenizedExample], contract: Contra
 
 
 def logits_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -> Tensor:
-    """(N, V)."""
+    """Return the (N, V) logits of a row, without padded classes.
+
+    Raises:
+        BadRowError: the logits do not have the shape that the contract expects.
+    """
     logits = torch.as_tensor(row.logits).detach().cpu()
     _check(example.source_row, logits.dim() == 2, "logits of two dimensions, (N, V)", tuple(logits.shape))
     if logits.shape[1] > contract.num_classes:
@@ -230,7 +237,10 @@ def logits_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -
 
 
 def _num_own(example: TokenizedExample, contract: Contract) -> int | None:
-    """How many of the classes are the row's own: its choices, or the places of its tokens; None: all are, of every row."""
+    """Return the number of classes of this row: its choices, or the places of its tokens.
+
+    None: every row has all classes.
+    """
     names = get_task(contract.task).names
     if names == "choices" and example.document_lengths is not None:
         return int((example.document_lengths > 0).sum())
@@ -238,7 +248,11 @@ def _num_own(example: TokenizedExample, contract: Contract) -> int | None:
 
 
 def ready_of(row: LabelledRow, example: TokenizedExample, contract: Contract) -> SoftLabels:
-    """Soft labels as they were given."""
+    """Return the row's own soft labels after checking them against the contract.
+
+    Raises:
+        BadRowError: no soft labels, or another number of positions, encoding or number of classes.
+    """
     soft, number = row.soft_labels, example.source_row
     if soft is None:
         raise BadRowError(f"row {number}: expected logits or soft_labels, found neither")
@@ -250,7 +264,11 @@ def ready_of(row: LabelledRow, example: TokenizedExample, contract: Contract) ->
 
 
 def scores_of(rows: Sequence[LabelledRow], soft: SoftLabels, labels: Tensor, counts: Sequence[int]) -> TeacherScores:
-    """Those given, and else what the kept classes say: nan where the hard label is not among them; the entropy is not known. Of scores their errors."""
+    """Return the teacher scores of a batch: as given, else computed from the kept classes.
+
+    Computed from kept classes, `nll` is nan where the hard label is not among them, and `entropy`
+    is nan. For `Score` encodings, `nll` is the squared error of each output.
+    """
     if isinstance(soft.encoding, Score):
         errors = (soft.top_logprobs - labels).square().nan_to_num(nan=0.0)
         return TeacherScores(errors, torch.zeros_like(errors))
@@ -269,13 +287,13 @@ def scores_of(rows: Sequence[LabelledRow], soft: SoftLabels, labels: Tensor, cou
 def label_logprobs(
     rows: Sequence[LabelledRow], examples: Sequence[TokenizedExample], scores: TeacherScores, encoding: Encoding
 ) -> Tensor:
-    """(N,) float32, nats: of the token after each position, at temperature 1.
+    """Return the (N,) float32 log-probability of the token after each position, in nats, T = 1.
 
     Raises:
-        BadRowError: it is not known at some position; the message is of the first row.
+        BadRowError: it is unknown at some position; the message names the first row of the batch.
     """
     nll = scores.nll.float().clone()
-    if isinstance(encoding, Sampled):  # whose kept classes have rounded weights, at a temperature of their own
+    if isinstance(encoding, Sampled):  # kept weights are rounded, at their own temperature
         of_row = torch.tensor([example.num_positions for example in examples])
         unknown = torch.tensor([row.logits is None and row.scores is None for row in rows])
         nll[unknown.repeat_interleave(of_row)] = torch.nan

@@ -1,10 +1,8 @@
-"""Is the order of the data's classes the teacher's?
+"""Check that the data's class order matches the teacher's, on a sample of labelled rows.
 
-Looked at on a sample of labelled rows, before anything is written.
-
-Numbers are classes by position, and two conventions that differ (1 = sport, 1 = business) give hard
-labels that are wrong without a trace. Where another order of the classes fits what the teacher
-predicts far better, that is the likely reason.
+The check runs before anything is written. Numeric labels are matched to classes by position. If two
+conventions differ (1 = sport, 1 = business), the hard labels are wrong without an error. A
+different order that fits the teacher's predictions far better indicates such a mismatch.
 """
 
 from __future__ import annotations
@@ -35,20 +33,20 @@ from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-#: Rows of the sample: a twentieth of the source within these bounds.
+#: Size of the sample: 1/20 of the source rows, within these bounds.
 _LEAST, _MOST, _SHARE = 128, 512, 20
-#: Rows that a judge is tried on.
+#: Number of rows that a judge is tried on.
 _TRIED = 200
-#: Of a source that is read by row group.
+#: For sources that are read by row group.
 _MOST_ROW_GROUPS = 16
-#: The chance of a refusal where no other order fits better, over all cycles that are tested.
+#: Probability of a false refusal over all tested cycles.
 _ALPHA = 1e-3
-#: How well a class has to signal a label: the share of the label's rows that are given the class,
-#: less that of other labels' rows.
+#: Least signal of a class for a label: the share of the label's rows that are predicted as the
+#: class, minus that share among the rows of other labels.
 _LEAST_SIGNAL = 0.5
-#: By how much it has to signal it better than the class of the label's own number does.
+#: Least gain of this signal over the signal of the label's own class.
 _LEAST_GAIN = 0.5
-#: A label of fewer sampled rows is left out: nothing can be said of it.
+#: Labels with fewer sampled rows are left out; they give no evidence.
 _LEAST_ROWS = 2
 
 
@@ -67,16 +65,16 @@ def check_class_order(
     """Refuse hard labels that fit the teacher far better in another order of the classes.
 
     Args:
-        labels: without a label map: with one the user has said what the order is. None, where
-            classes are tokens: there is nothing to compare.
+        labels: matched without a label map; with one, the user has stated the order. None: the
+            classes are tokens, so there is nothing to compare.
         ranges: the rows `[start, stop)` of each split that are read.
-        append: they are added to a finished cache, whose contract cannot take a label map any more.
+        append: the rows are appended to a finished cache, whose contract cannot get a label map.
 
     Raises:
-        SourceError: names the labels, and the `--label-map` that would mend it; or a label that is
-            no class.
+        SourceError: the order differs; the message has the labels and the right `--label-map`. Or a
+            label is not a class.
     """
-    if task.names != "classes":  # each label is a class by itself, or answers have no order
+    if task.names != "classes":  # multi-label classes and answers have no order to compare
         return
     rows = [] if labels is None else _labelled(source, labels, ranges)
     if labels is None or len({row.label for row in rows}) < 2:
@@ -100,15 +98,15 @@ def try_judge(
     *,
     compare_order: bool,
 ) -> None:
-    """Show how often a teacher that never saw a label is right, on labelled rows of any split but test.
+    """Log the accuracy of a prompted teacher on labelled rows of all splits except test.
 
     Args:
         labels, ranges: as in `check_class_order`.
-        compare_order: check the order of the classes too, on the same rows, where the data's labels
-            are not the classes' names.
+        compare_order: also check the order of the classes on these rows, if the data's labels are
+            not the class names.
 
     Raises:
-        SourceError: as `check_class_order` raises it.
+        SourceError: as in `check_class_order`.
     """
     rows = [] if labels is None else _labelled(source, labels, ranges)
     known = [row for row in rows if not row.split.startswith("test")]
@@ -151,7 +149,10 @@ def _predict(
     batch_tokens: int,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """(N,) labels and (N,) most likely classes of labelled rows; None: they do not fit in memory, of which the capture's own message says what to do."""
+    """Return the (N,) labels and (N,) most likely classes of labelled rows.
+
+    None: out of memory; the capture itself then raises an error that states the remedy.
+    """
     stops = np.cumsum([example.num_positions for example in examples])
     predicted = np.zeros(int(stops[-1]), dtype=np.int64)
     try:
@@ -210,23 +211,22 @@ def _refuse_other_order(
 
 
 def better_order(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[int, int]:
-    """The labels that belong to other classes, beyond chance.
+    """Return the labels that belong to other classes, where this is beyond chance.
 
     Args:
-        truth, predicted: (N,) int64 labels and the teacher's argmax, in a random order or a fixed
-            one that says nothing of them.
+        truth, predicted: (N,) int64 labels and the teacher's argmax, in an order that is
+            independent of their values.
 
     Returns:
-        Label -> class, for those that move; empty where the order as it is fits, and where the
-            teacher or the labels are too bad to say.
+        Label -> class for the labels that move. Empty if the given order fits, or if the teacher or
+            the labels are too bad to tell.
 
-    The assignment that fits best is chosen on one half of the rows (linear assignment on how much
-    better than elsewhere each class is predicted for each label, so that a class that is predicted
-    everywhere signals nothing), and tested on the other half, so that having chosen among K! orders
-    costs nothing: a cycle of it counts where an exact paired sign test rejects "as often right as
-    before" at `_ALPHA` over the number of cycles, where the signals pass a test against
-    independence, and where they are strong, not only sure: a bad teacher may favour a wrong class
-    slightly, but surely.
+    The best assignment is chosen on one half of the rows: a linear assignment on `_signals`, so
+    that a class that is predicted everywhere has no signal. It is tested on the other half, so that
+    the choice among K! orders does not bias the test. A cycle of it is accepted if an exact paired
+    sign test rejects "as often right as before" at `_ALPHA` / number of cycles, if its signals pass
+    a test against independence, and if they are strong: a bad teacher may favour a wrong class
+    slightly but significantly.
     """
     halves = _halves(truth)
     chosen = _assignment(_signals(truth[halves == 0], predicted[halves == 0], num_classes))
@@ -252,12 +252,12 @@ def better_order(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
 
 
 def _independent(scores: Sequence[float]) -> float:
-    """P(z scores as large as these, taken together), where the teacher's predictions say nothing of the labels (Stouffer)."""
+    """Return P(z scores as large as these) if predictions do not depend on labels (Stouffer)."""
     return math.erfc(sum(scores) / math.sqrt(2 * len(scores))) / 2
 
 
 def _z(truth: np.ndarray, predicted: np.ndarray, label: int, to: int) -> float:
-    """How many standard errors a class is predicted more often for a label than for the others (two proportions, pooled)."""
+    """Return the pooled two-proportion z score of class `to` for a label against the others."""
     ours, hit = truth == label, predicted == to
     n, m = int(ours.sum()), int((~ours).sum())
     share = float(hit.mean())
@@ -267,14 +267,17 @@ def _z(truth: np.ndarray, predicted: np.ndarray, label: int, to: int) -> float:
 
 
 def _sign_test(gained: int, lost: int) -> float:
-    """P(at least so many of the rows that changed are gains), where both are as likely."""
+    """Return P(at least `gained` of all changes are gains) if gains and losses are as likely."""
     changed = gained + lost
     ways = sum(math.comb(changed, i) for i in range(gained, changed + 1))
     return float(ways / 2**changed)
 
 
 def _signals(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """(V, V): how much more often class j is predicted for label i than for the other labels, each of which counts the same; 0 for labels without rows."""
+    """Return (V, V): how much more often class j is predicted for label i than for other labels.
+
+    Each of the other labels has the same weight. Labels with too few rows are 0.
+    """
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (truth, predicted), 1)
     rows = counts.sum(1)
@@ -286,7 +289,7 @@ def _signals(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.n
 
 
 def _assignment(signals: np.ndarray) -> list[int]:
-    """Label -> class, one to one; of equally good ones the one that moves least."""
+    """Return the best one-to-one map label -> class; among ties, the one that moves least."""
     from scipy.optimize import linear_sum_assignment
 
     _, columns = linear_sum_assignment(signals + 1e-6 * np.eye(len(signals)), maximize=True)
@@ -294,7 +297,7 @@ def _assignment(signals: np.ndarray) -> list[int]:
 
 
 def _cycles(order: Sequence[int]) -> list[list[int]]:
-    """The labels that move, a list for each cycle."""
+    """Return the labels that move, one list per cycle."""
     seen: set[int] = set()
     found = []
     for start in range(len(order)):
@@ -309,7 +312,7 @@ def _cycles(order: Sequence[int]) -> list[list[int]]:
 
 
 def _halves(truth: np.ndarray) -> np.ndarray:
-    """(N,): 0 and 1 in turns within each label."""
+    """Return (N,) int64: 0 and 1 alternating within each label."""
     halves = np.zeros(len(truth), dtype=np.int64)
     for label in np.unique(truth):
         rows = np.flatnonzero(truth == label)
@@ -323,13 +326,14 @@ class _Row:
     number: int
     label: int
     shown: str
-    """As the data writes it."""
+    """The label as the data writes it."""
 
 
 def _labelled(source: Source, labels: LabelMap, ranges: Mapping[str, tuple[int, int]]) -> list[_Row]:
-    """The labelled rows that a sample is drawn from, in an order that says nothing of them: by a hash of where they stand.
+    """Return the labelled rows to sample from, ordered by a hash of split and row number.
 
-    Every label is looked at: one that is no class is told now.
+    Raises:
+        SourceError: a label is not a class; every label is checked.
     """
     column = source.columns.label
     found: list[tuple[float, _Row]] = []
@@ -353,9 +357,9 @@ def _labelled(source: Source, labels: LabelMap, ranges: Mapping[str, tuple[int, 
 
 
 def _single(value: object) -> Sequence[object]:
-    """The labels of a row: one, or those of its words.
+    """Return the labels of a row: a single one, or those of its words.
 
-    Those of spans are names, whatever their order, and are read with the text.
+    Labels of spans are names, which do not depend on the order, so they are left out.
     """
     if not isinstance(value, list):
         return [value]
@@ -363,7 +367,7 @@ def _single(value: object) -> Sequence[object]:
 
 
 def _sample(rows: Sequence[_Row], size: int) -> list[_Row]:
-    """So many rows, each label as often as the others where it has as many rows: a label that is rare is looked at too."""
+    """Return up to `size` rows with equal numbers of rows per label where possible."""
     rank: Counter[int] = Counter()
     ranked = []
     for row in rows:
@@ -381,9 +385,9 @@ def _read(
     tokenization: Tokenization,
     sample: Sequence[_Row],
 ) -> list[TokenizedExample]:
-    """The tokens of the rows, each once, without those that cannot be used: the capture says what is wrong with them."""
+    """Tokenize the rows, each once; leave out unusable rows, which the capture reports."""
     found: dict[tuple[str, int], list[TokenizedExample]] = {}
-    for row in sorted(sample, key=lambda row: (row.split, row.number)):  # one row group after another
+    for row in sorted(sample, key=lambda row: (row.split, row.number)):  # by row group
         item = read_examples(source, row.split, row.number, row.number + 1, labels)
         tokens = task.tokenize(item, row.split, tokenizer, tokenization)
         found[row.split, row.number] = [

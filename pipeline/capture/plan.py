@@ -1,4 +1,7 @@
-"""What a capture sets out to make: ranges of source rows, cut by a rule that depends on the source and the settings only."""
+"""Shards, batches and stored columns of a capture.
+
+They depend on the source and the settings only, so that every worker derives the same plan.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ from pipeline.tasks import Task, get_task
 _TARGET_BYTES = 128 << 20
 _MOST_ROWS = 10_000
 _IMAGE_BYTES = 64 << 10
-#: What the Hub takes in one folder.
+#: The largest number of files that the Hub accepts in one folder.
 MOST_FILES = 10_000
-#: Above this, one row of `full` language-model logits is refused.
+#: The `full` encoding is refused for language models whose rows of logits exceed this.
 MAX_ROW_BYTES = 64 << 20
 
 
@@ -39,7 +42,9 @@ Ranges = Mapping[str, tuple[int, int]]
 
 
 def ranges_of(source: Source, rows: tuple[int, int | None] | None = None) -> Ranges:
-    """The source rows `[start, stop)` of each split that a capture reads; of a split that is shorter, what it has.
+    """Return the source rows `[start, stop)` of each split that a capture reads.
+
+    A split that is shorter than `rows` contributes the rows that it has.
 
     Raises:
         SourceError: no split has such rows.
@@ -62,10 +67,12 @@ def plan_shards(
     after: Sequence[ShardPlan] = (),
     row_groups: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[ShardPlan, ...]:
-    """Cut the rows of every split into shards of so many, or fewer where they end with a row group of the source.
+    """Cut the rows of every split into shards of `rows_per_shard` rows.
+
+    A shard is shorter if it ends with a row group of the source, or with the split.
 
     Args:
-        after: shards that are there already; their numbers are not given again.
+        after: existing shards; numbering continues after them.
         row_groups: split -> the first row of each row group that is read as a whole, ascending.
     """
     taken = Counter(shard.split for shard in after)
@@ -80,7 +87,10 @@ def plan_shards(
 
 
 def _cuts(start: int, stop: int, most: int, row_groups: Sequence[int]) -> list[int]:
-    """Where shards begin, and `stop`: at the last row group's beginning that a shard of `most` rows can reach, if there is one."""
+    """Return the first row of each shard, and `stop`.
+
+    A shard ends at the last start of a row group within `most` rows, if there is one.
+    """
     cuts = [start]
     while cuts[-1] < stop:
         reach = min(cuts[-1] + most, stop)
@@ -91,7 +101,10 @@ def _cuts(start: int, stop: int, most: int, row_groups: Sequence[int]) -> list[i
 
 
 def default_rows_per_shard(task: Task, encoding: Encoding, num_classes: int, tokenization: Tokenization) -> int:
-    """Source rows whose shard stays around 128 MB, at a guess from above of the bytes a position and an image."""
+    """Return a number of source rows whose shard has about 128 MB.
+
+    It uses an upper estimate of the bytes per position and per image.
+    """
     max_length = tokenization.max_length * (tokenization.num_choices or 1)
     if isinstance(encoding, Full):
         per_position = 4 * num_classes
@@ -108,12 +121,11 @@ def default_rows_per_shard(task: Task, encoding: Encoding, num_classes: int, tok
 
 
 def kept_types(source: Source) -> dict[str, pa.DataType]:
-    """The Arrow type of each column to keep, as Parquet gives it back.
+    """Return the Arrow type of each kept column, as Parquet returns it.
 
     Raises:
-        MisuseError: a column with the name of one of a cache's own, which would be read in its
-            place.
-        SourceError: two splits have another type for one column.
+        MisuseError: a column has the name of one of the cache's own columns.
+        SourceError: a column has different types in two splits.
     """
     for name in source.columns.keep:
         if name in COLUMNS:
@@ -142,14 +154,14 @@ def check_stored(
     store_label_logprobs: bool = False,
     fast_tokenizer: bool = True,
 ) -> None:
-    """Refuse to store what the rows of this data set do not have.
+    """Refuse to store text or log-probabilities that the rows of this data set do not have.
 
     Args:
-        store_text: None: as the task does where nothing is asked for.
-        fast_tokenizer: whether the tokenizer knows the characters of each token.
+        store_text: None: the task's default.
+        fast_tokenizer: whether the tokenizer gives the character offsets of tokens.
 
     Raises:
-        MisuseError: names the flag.
+        MisuseError: the message names the flag.
     """
     if store_label_logprobs and task.label_source != "tokens":
         raise MisuseError(
@@ -172,15 +184,15 @@ def check_stored(
 
 
 def choices_of(task: Task, source: Source) -> int | None:
-    """The most choices that a row of the source has; None: the task chooses no text."""
+    """Return the largest number of choices of a row; None if the task is not multiple choice."""
     return most_choices(source) if task.reads == "choices" else None
 
 
 def judges_task(task: Task) -> Task:
-    """The task of the language models that label rows by prompt.
+    """Return the task of the language models that can label rows of `task` by prompt.
 
     Raises:
-        MisuseError: rows of this task are not labelled so.
+        MisuseError: language models cannot label rows of this task by prompt.
     """
     if task.judged_by is None:
         raise MisuseError(
@@ -190,7 +202,7 @@ def judges_task(task: Task) -> Task:
 
 
 def check_images_stored(task: Task, store_images: bool | None) -> bool:
-    """Whether a cache refers to images in place of holding them.
+    """Return whether the cache stores references to images instead of their bytes.
 
     Raises:
         MisuseError: the task has no images.
@@ -201,7 +213,7 @@ def check_images_stored(task: Task, store_images: bool | None) -> bool:
 
 
 def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[str, bool]:
-    """Arguments of `cache_schema`: which columns hold the texts."""
+    """Return the arguments of `cache_schema` that select the text columns."""
     if task.other_tokenizers == "words":
         return {"words": store_text is not False}
     if task.stores_text:
@@ -210,10 +222,10 @@ def text_columns(task: Task, store_text: bool | None, *, chats: bool) -> dict[st
 
 
 def check_encoding(task: Task, encoding: Encoding, num_classes: int, max_length: int) -> None:
-    """Refuse an encoding of other targets than the task's, and one that takes too much.
+    """Refuse an encoding that does not fit the task's targets, or that takes too much space.
 
     Raises:
-        MisuseError: says what to use.
+        MisuseError: the message names an alternative.
     """
     if (task.target == "score") != isinstance(encoding, Score):
         raise MisuseError(
@@ -227,15 +239,15 @@ def check_encoding(task: Task, encoding: Encoding, num_classes: int, max_length:
 
 
 def full_row_is_too_large(task: Task, num_classes: int, max_length: int) -> bool:
-    """Whether `full` is refused: a row of a language model's float16 logits would pass 64 MB."""
+    """Return whether a row of float16 logits is over 64 MB, so that `full` is refused."""
     return task.marks_positions and 2 * num_classes * max_length > MAX_ROW_BYTES
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
-    """Group rows of similar length: (row numbers, padded length) of each forward pass.
+    """Group rows of similar length; return (row indices, padded length) of each forward pass.
 
-    The longest come first, so that what does not fit in memory shows at once. Padded, a batch has
-    at most `batch_tokens` tokens, or one row.
+    Batches of long rows come first, so that an out-of-memory error occurs at the start. A padded
+    batch has at most `batch_tokens` tokens, or a single row.
     """
     batches: list[tuple[list[int], int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -247,7 +259,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[i
 
 
 def library_versions() -> dict[str, str]:
-    """What must be equal for equal bytes."""
+    """Return the versions of the packages that must be equal for byte-identical shards."""
     found = {}
     for name in ("soft-label-pipeline", "torch", "transformers", "tokenizers", "pyarrow"):
         try:

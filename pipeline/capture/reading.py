@@ -1,4 +1,4 @@
-"""The rows of one shard as tokens, before the teacher has seen them."""
+"""Reading and tokenization of the rows of one shard, before the teacher runs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from pipeline.tasks import ids_beyond, named_ids
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A shard before the teacher has seen it."""
+    """The tokenized rows of a shard."""
 
     shard: ShardPlan
     examples: list[TokenizedExample]
     bad: list[BadRow]
     unlabelled: int
-    """Source rows without a label, where labels are read."""
+    """Number of source rows without a label, if labels are read."""
     blank: int
-    """Source rows with a text of white space alone."""
+    """Number of source rows with a text of only white space."""
 
 
 def read_shard(job: Job, shard: ShardPlan) -> Tokens:
-    """Tokens of a shard's rows, in order, and the rows that have none.
+    """Read and tokenize the rows of a shard, in order; collect the rows that cannot be used.
 
     Raises:
-        BadRowError: a row cannot be used, and the contract says stop.
+        BadRowError: a row cannot be used, and the contract's `on_bad_row` is "stop".
+        MisuseError: the cache stores references to images, and an image is not a file of the data
+            set.
     """
     examples: list[TokenizedExample] = []
     bad: list[BadRow] = []
@@ -59,7 +61,7 @@ def read_shard(job: Job, shard: ShardPlan) -> Tokens:
 
 
 def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterator[Example | BadRow]:
-    """The same items; rows without a label, and with a text of white space alone, are counted as they pass."""
+    """Yield the items unchanged; count rows without a label and rows with a blank text."""
     for item in items:
         if isinstance(item, Example):
             completion = item.prompt_completion[1:] if item.prompt_completion else ()
@@ -76,7 +78,7 @@ def _counting(items: Iterator[Example | BadRow], counts: Counter[str]) -> Iterat
 
 
 def _fed(row: TokenizedExample, split: str, limit: int, tokenizer: Any) -> TokenizedExample | BadRow:
-    """The row, unless it has token ids that the teacher has no embedding for."""
+    """Return the row, or a `BadRow` if the teacher has no embedding for one of its token ids."""
     beyond = ids_beyond([row], limit)
     if not beyond:
         return row
@@ -85,7 +87,7 @@ def _fed(row: TokenizedExample, split: str, limit: int, tokenizer: Any) -> Token
 
 
 def losses(examples: Sequence[TokenizedExample]) -> dict[str, int]:
-    """Fields of a receipt: what it says of rows that were cut, and of chats that are several rows."""
+    """Return the fields of a receipt that count truncated rows and split chats."""
     cuts = [cut for example in examples for cut in example.cut]
     chats = [count for example in examples for count in example.split_chats]
     return {
@@ -98,13 +100,13 @@ def losses(examples: Sequence[TokenizedExample]) -> dict[str, int]:
 
 
 def stop_unless_skipped(job: Job, bad: Sequence[BadRow]) -> None:
-    """Stop at the last of the bad rows, unless the contract says that such rows are set aside.
+    """Raise an error for the last bad row, unless the contract skips bad rows.
 
     Raises:
-        BadRowError: it says stop.
+        BadRowError: the contract's `on_bad_row` is "stop".
     """
     if job.plan.contract.on_bad_row == "stop":
         row = bad[-1]
         raise BadRowError(
-            f"{job.source.name}: split {row.split}, row {row.source_row}: {row.reason}; mend the row, or set such rows aside with --on-bad-row skip"
+            f"{job.source.name}: split {row.split}, row {row.source_row}: {row.reason}; correct the row, or set such rows aside with --on-bad-row skip"
         )

@@ -1,4 +1,4 @@
-"""The recipe of stage 1."""
+"""The steps of stage 1, from the command's configuration or from Python arguments."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokeniz
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import Task, check_columns, get_task
 
-#: Settings of a teacher that labels by prompt.
+#: Settings of a teacher that labels rows by prompt.
 _OF_JUDGES = frozenset(("prompt_format", "shots", "shot_tokens", "calibrate"))
-#: What `cache_logits` takes beside its arguments.
+#: Keyword arguments that `cache_logits` accepts as `settings`.
 _SETTINGS = _OF_JUDGES.union(
     ("packing", "isolate_documents", "masking", "views", "stride", "truncation_side"),
     ("assistant_turns", "chat_template_kwargs"),
@@ -46,14 +46,14 @@ _SETTINGS = _OF_JUDGES.union(
 
 
 def run(config: CacheLogitsConfig) -> Cache | None:
-    """`softlabel cache-logits`: with the engine that the flags name.
+    """Run `softlabel cache-logits` with the engine that the flags select.
 
     Returns:
-        The finished cache; None: this part of it is done, and others are not.
+        The finished cache, or None if this part is done but others are not.
 
     Raises:
-        PipelineError: see the subclasses; nothing is half-written, and the same command goes on
-            where it stopped.
+        PipelineError: see the subclasses. No shard is half-written; the same command resumes the
+            capture.
     """
     if config.engine == "ray":
         from pipeline.capture.engines.on_ray import run_on_ray
@@ -96,33 +96,33 @@ def cache_logits(
     """Run a teacher over a data set and write its soft labels.
 
     Args:
-        teacher: a name, a path, or a live model (then with its `tokenizer`).
-        dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path that `softlabel
-            cache-logits --dataset` takes.
-        task: as `--task` names it; of images `tokenizer` is the image processor.
+        teacher: a name, a path, or a model in memory (which needs its `tokenizer`).
+        dataset: a `datasets.Dataset` or `DatasetDict`, or a name or path as for `softlabel
+            cache-logits --dataset`.
+        task: a name as for `--task`. For image tasks, `tokenizer` is the image processor.
         encoding: default: `Full()` for classifiers, `Sampled()` for language models.
-        label_map: label of the data (name or number) -> the teacher's class (name, `LABEL_i` or
-            number), for those that are not found by name.
+        label_map: label of the data (name or number) -> class of the teacher (name, `LABEL_i` or
+            number), for labels that are not matched by name.
         unlabelled: data sets, as `dataset`, whose rows are added to the split `train` without
             labels.
-        server: addresses of vLLM or SGLang servers that run the teacher, as "http://host:8000/v1";
-            `teacher` then names its tokenizer. The encoding is `TopK(20, (1.0,))` then, where none
-            is given.
-        prompt_template: the teacher is a language model that labels by prompt: file of a Jinja
+        server: addresses of vLLM or SGLang servers that run the teacher, such as
+            "http://host:8000/v1"; `teacher` is then the name of its tokenizer, and the default
+            encoding is `TopK(20, (1.0,))`.
+        prompt_template: for a language model that labels rows by prompt: the file of a Jinja
             template, its text, or "default".
-        label_text: class -> what the language model reads for it, or the classes alone; default:
-            the data's labels.
+        label_text: class -> text that the language model reads for it, or the classes alone.
+            Default: the data's labels.
         settings: packing, isolate_documents, store_text, store_images, views (`records.Views`),
             masking (`records.Masking`), stride, store_entropy, store_label_logprobs, batch_tokens,
-            rows_per_shard, rows, on_bad_row, overwrite, append; with a server server_model,
+            rows_per_shard, rows, on_bad_row, overwrite, append. With a server: server_model,
             server_api, concurrency, server_patience (seconds), check_with (local weights),
-            top_logprobs (asked of each position, for `TopP`); with a prompt prompt_format ("auto",
-            "chat", "plain"), shots, shot_tokens and calibrate; for chats assistant_turns ("auto",
-            "all", "each", "last") and chat_template_kwargs (a mapping), for chats and prompts
-            truncation_side ("right", "left").
+            top_logprobs (number requested per position, for `TopP`). With a prompt: prompt_format
+            ("auto", "chat", "plain"), shots, shot_tokens, calibrate. For chats: assistant_turns
+            ("auto", "all", "each", "last"), chat_template_kwargs (a mapping). For chats and
+            prompts: truncation_side ("right", "left").
 
     Returns:
-        The finished cache. Called again with the same arguments it goes on where it was stopped.
+        The finished cache. Calling again with the same arguments resumes an interrupted capture.
 
     Raises:
         PipelineError: see the subclasses.
@@ -177,14 +177,14 @@ def cache_logits(
         cache = capture(job)
     finally:
         made.close()
-    assert cache is not None  # no part was left out
+    assert cache is not None  # never None without `part`
     return cache
 
 
 def _judging(
     prompt_template: str | Path | None, label_text: Mapping[str, str] | Sequence[str], settings: dict[str, Any]
 ) -> Judging | None:
-    """Takes what it needs out of the settings."""
+    """Remove the settings of a prompted teacher from `settings`, and return them if it has one."""
     texts = [f"{name}={text}" for name, text in label_text.items()] if isinstance(label_text, Mapping) else label_text
     asked = {name: settings.pop(name) for name in _OF_JUDGES & settings.keys()}
     return judging_of(None if prompt_template is None else str(prompt_template), tuple(texts), **asked)
@@ -198,7 +198,7 @@ def _scorer(
     batch_tokens: int,
     settings: dict[str, Any],
 ) -> Scorer:
-    """The language model of a judge; takes what a server needs out of the settings."""
+    """Load the language model of a judge; the settings of a server are removed from `settings`."""
     if servers:
         return ServedScorer(_served(task, teacher, servers, tokenizer, TopK(1, (1.0,)), settings))
     loaded = _loaded(task, teacher, tokenizer)
@@ -208,10 +208,11 @@ def _scorer(
 def _loaded(
     task: Task, teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> LoadedModel:
-    """A teacher by name, or a live one.
+    """Load a teacher by name, or wrap a model in memory.
 
     Raises:
-        MisuseError: a live one without its tokenizer.
+        MisuseError: a model in memory without its tokenizer, or a tokenizer that does not fit the
+            task.
     """
     if isinstance(teacher, str | Path):
         loaded = load_model(task, str(teacher))
@@ -240,7 +241,7 @@ def _served(
     encoding: Encoding | None,
     settings: dict[str, Any],
 ) -> ServedTeacher:
-    """Takes what it needs out of the settings."""
+    """Connect to the servers of a teacher; their settings are removed from `settings`."""
     if not isinstance(teacher, str | Path):
         raise MisuseError(
             "cache_logits: with server=... the teacher is the name or path of its tokenizer, found a model"
@@ -261,10 +262,10 @@ def _served(
 
 
 def _tokenization(max_length: int, settings: dict[str, Any]) -> Tokenization:
-    """Takes what it needs out of the settings.
+    """Build the tokenization settings, and remove them from `settings`.
 
     Raises:
-        MisuseError: a value that is none of those allowed.
+        MisuseError: a value is not one of the allowed ones.
     """
     arguments = settings.pop("chat_template_kwargs", {}).items()
     turns = _one_of(settings, "assistant_turns", typing.get_args(AssistantTurns))
@@ -286,7 +287,7 @@ def _views(given: Any) -> Views | None:
 
 
 def _check_known(settings: Mapping[str, Any]) -> None:
-    """Raise `MisuseError` for a setting that there is not, with the nearest one."""
+    """Raise `MisuseError` for an unknown setting; the message suggests the nearest known one."""
     for name in settings:
         if name not in _SETTINGS:
             near = difflib.get_close_matches(name, _SETTINGS, n=1)

@@ -1,4 +1,4 @@
-"""One shard: source rows -> tokens -> teacher -> soft labels -> Parquet -> receipt."""
+"""Capture of one shard: source rows -> tokens -> teacher -> soft labels -> Parquet -> receipt."""
 
 from __future__ import annotations
 
@@ -51,30 +51,31 @@ from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-#: Positions whose fidelity is measured: in all, and of one batch.
+#: Number of positions whose fidelity is measured: in total, and per batch.
 _MEASURED, _MEASURED_OF_BATCH = 512, 64
 
 
-#: Called with rows and tokens after every batch: source rows of the shard in proportion to its
-#: batches' rows, and tokens without padding.
+#: Callback with (rows, tokens) after each batch. Rows are source rows of the shard, in proportion
+#: to the tokenized rows of the batch; tokens exclude padding.
 Moved = Callable[[int, int], None]
 
 
 def capture_shards(
     job: Job, shards: Iterable[ShardPlan], done: Callable[[Receipt], None], moved: Moved = lambda rows, tokens: None
 ) -> None:
-    """Make shards one after another, knowing nothing of the others.
+    """Capture shards one after another, independently of each other.
 
-    While the teacher runs, the shard after is tokenised, and the batch before is encoded. On a GPU
-    that costs no time; on a CPU it takes turns with the teacher, on the processors that a forward
-    pass leaves idle. A teacher that is not busy has several batches at once, of the next shard too.
+    While the teacher runs, the next shard is tokenized and the previous batch is encoded in other
+    threads. On a GPU this takes no extra time; on a CPU these threads use the cores that a forward
+    pass leaves idle. A teacher that is not `busy` (a server) gets several batches at once, also
+    from the next shard.
 
     Args:
-        done: called with each receipt, once it is on disk; in another thread.
+        done: called with each receipt after it is on disk, in another thread.
         moved: called after each batch, in the same thread as `done`.
 
     Raises:
-        BadRowError: a row cannot be cached, and the contract says stop.
+        BadRowError: a row cannot be cached, and the contract's `on_bad_row` is "stop".
         CacheError: a shard cannot be written.
         ModelError: out of memory.
     """
@@ -104,12 +105,15 @@ def capture_shards(
         if behind is not None:
             behind.result()
     finally:
-        reader.shutdown(wait=False, cancel_futures=True)  # it may wait for a shard that nobody will name
+        reader.shutdown(wait=False, cancel_futures=True)  # it may wait for a shard that never comes
         encoder.shutdown(cancel_futures=True)
 
 
 def _tokens_of(ahead: Future[Tokens | None], written: Future[None] | None) -> Tokens | None:
-    """The next shard; errors from writing the previous one are raised as soon as they are known."""
+    """Return the next shard's tokens, or None at the end.
+
+    Errors from writing the previous shard are raised as soon as they are known.
+    """
     if written is not None:
         futures: list[Future[Any]] = [ahead, written]
         wait(futures, return_when=FIRST_COMPLETED)
@@ -125,18 +129,21 @@ def _read_next(job: Job, waiting: Iterator[ShardPlan]) -> Tokens | None:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A batch of a shard that the teacher has begun, or the end of the shard."""
+    """A batch of a shard that the teacher has started, or the end of the shard."""
 
     labels: _ShardLabels
     number: int = 0
     begun: Begun | None = None
-    """None: all batches of the shard came before."""
+    """None: the end of the shard; all of its batches come before this step."""
 
 
 def _take(
     job: Job, step: _Step, encoder: ThreadPoolExecutor, done: Callable[[Receipt], None], behind: Future[None] | None
 ) -> Future[None]:
-    """Wait for a batch; encoding and writing are left to the encoder, which is at most one batch `behind`."""
+    """Wait for a batch and submit its encoding, or the writing of its shard, to the encoder thread.
+
+    The encoder is at most one batch (`behind`) late.
+    """
     labels = step.labels
     if step.begun is None:
         if behind is not None:
@@ -151,7 +158,7 @@ def _take(
 
 
 class _ShardLabels:
-    """The soft labels of one shard, as its batches come in; used by one thread."""
+    """Accumulates the soft labels of one shard batch by batch; not thread-safe."""
 
     def __init__(self, job: Job, tokens: Tokens, batches: list[tuple[list[int], int]], moved: Moved) -> None:
         self.forward_seconds = 0.0
@@ -165,7 +172,11 @@ class _ShardLabels:
 
     @contextmanager
     def teacher_runs(self, members: list[int], length: int) -> Iterator[None]:
-        """Count the time that is waited for the teacher."""
+        """Add the time spent waiting for the teacher to `forward_seconds`.
+
+        Raises:
+            ModelError: out of memory.
+        """
         started = time.monotonic()
         try:
             yield
@@ -178,7 +189,13 @@ class _ShardLabels:
         self.forward_seconds += time.monotonic() - started
 
     def add(self, number: int, members: list[int], logits: Predicted) -> None:
-        """Encode one batch: what the teacher predicts for the rows `members`."""
+        """Encode one batch.
+
+        Args:
+            number: index of the batch in the shard.
+            members: indices of the batch's rows in the shard.
+            logits: the teacher's predictions for these rows.
+        """
         split = self._tokens.shard.split
         part = [self._tokens.examples[i] for i in members]
         num_tokens = sum(example.num_tokens for example in part)
@@ -186,7 +203,7 @@ class _ShardLabels:
         made: RowBlock | None
         try:
             made = self._label(part, logits)
-        except EncodingError:  # looked for only now: it takes a pass over all logits
+        except EncodingError:  # found only now: this takes a pass over all logits
             broken = faults(logits, part, split)
             if not broken:
                 raise
@@ -211,10 +228,10 @@ class _ShardLabels:
         return label_rows(self._job.task, part, logits, contract.encoding, schema, split=split, seed=contract.seed)
 
     def write(self, done: Callable[[Receipt], None]) -> None:
-        """Write the shard, then its receipt: it counts from there on."""
+        """Write the shard, then its receipt, which marks the shard as complete."""
         job, tokens = self._job, self._tokens
         reached("shard:encoded")
-        block = in_order(self._blocks, self._members) if self._blocks else ()  # (): every row was set aside
+        block = in_order(self._blocks, self._members) if self._blocks else ()  # all skipped
         written = write_shard(job.layout.shard(tokens.shard.name), tokens.shard, block, job.schema)
         receipt = Receipt(
             shard=written,
@@ -234,7 +251,7 @@ class _ShardLabels:
 
 
 def forward(job: Job, examples: Sequence[TokenizedExample], length: int | None = None) -> Begun:
-    """Begin a batch of the job's teacher."""
+    """Start a batch on the job's teacher."""
     return job.teacher.begin(examples, length, job.plan.contract.encoding)
 
 
@@ -248,10 +265,10 @@ def label_rows(
     split: str,
     seed: int,
 ) -> RowBlock:
-    """Predictions of several rows -> the rows with their soft labels, as they are stored.
+    """Encode the predictions of several rows as rows of a cache.
 
     Raises:
-        EncodingError: logits of some row cannot be encoded.
+        EncodingError: the logits of some row cannot be encoded.
     """
     soft, scores = encode_rows(task, examples, logits, encoding, split=split, seed=seed)
     counts = [example.num_positions for example in examples]
@@ -278,13 +295,14 @@ def encode_rows(
     seed: int,
     uniforms: Tensor | None = None,
 ) -> tuple[SoftLabels, TeacherScores]:
-    """Predictions of several rows -> their soft labels as they are stored, and the scores.
+    """Encode the predictions of several rows; return their soft labels as stored, and the scores.
 
     Args:
-        uniforms: (N,) float64 of the sample; default: by split, source row, piece and position.
+        uniforms: (N,) float64 in [0, 1) for sampling. Default: derived from seed, split, source
+            row, piece and position.
 
     Raises:
-        EncodingError: logits of some row cannot be encoded.
+        EncodingError: the logits of some row cannot be encoded.
     """
     if isinstance(logits, Labelled):
         return logits.checked()
@@ -296,7 +314,7 @@ def encode_rows(
 
 
 def row_sums(values: Tensor, counts: Sequence[int]) -> list[float]:
-    """(N,) values -> the sums of runs of so many, in float64."""
+    """Sum consecutive runs of `counts` elements of the (N,) values, in float64."""
     if set(counts) == {1}:
         found: list[float] = values.double().tolist()
         return found
@@ -306,9 +324,9 @@ def row_sums(values: Tensor, counts: Sequence[int]) -> list[float]:
 def _measure(
     job: Job, meter: FidelityMeter, examples: Sequence[TokenizedExample], logits: Predicted, split: str, *, seed: int
 ) -> None:
-    """Add some positions of a batch to the measurement.
+    """Add some positions of a batch to the fidelity measurement.
 
-    It is a report: for want of memory it is left out, and the capture goes on.
+    The measurement is only reported. If memory does not suffice, it is skipped with a warning.
     """
     matrix, encoding = job.teacher.output_matrix, job.plan.contract.encoding
     if matrix is None or isinstance(logits, Labelled) or isinstance(encoding, Score):
@@ -326,7 +344,7 @@ def _measure(
 
 
 def _drawn(examples: Sequence[TokenizedExample], encoding: Encoding, split: str, seed: int) -> Tensor:
-    """(N,) float64 of the positions of all rows: 0 where the encoding draws nothing."""
+    """Return the (N,) float64 uniforms of all rows; zeros if the encoding does not sample."""
     if isinstance(encoding, Sampled):
         return torch.cat([_uniforms(example, split, seed) for example in examples])
     return torch.zeros(sum(example.num_positions for example in examples), dtype=torch.float64)

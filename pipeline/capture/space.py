@@ -1,6 +1,6 @@
-"""Will the cache fit on the disk?
+"""Estimate of the size of a cache, and a warning if the disk is too small.
 
-Asked before the first shard, which may be days before the last.
+The check runs before the first shard; a capture may take days.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from pipeline.sources import read_examples
 
 logger = logging.getLogger(__name__)
 
-#: Source rows that are tokenized for the estimate, at most.
+#: Maximum number of source rows that are tokenized for the estimate.
 _SAMPLE = 64
-#: Of a row beside its lists, and of a token.
+#: Bytes of a row without its lists, and bytes of a token.
 _ROW_BYTES, _TOKEN_BYTES = 40, 2
 
 
 def warn_of_full_disk(job: Job, waiting: Sequence[ShardPlan], *, overwrite: bool = False) -> int:
-    """Say so when what is still to be made will probably not fit.
+    """Warn if the outstanding shards will probably not fit on the disk.
 
     Args:
-        overwrite: the shards that are there will give way, and tell nothing.
+        overwrite: existing shards will be deleted and are not used for the estimate.
 
     Returns:
-        The estimate in bytes: as the shards that are there, by source rows; where there are none,
-            from the tokens of a few rows.
+        The estimated size of the outstanding shards in bytes: from the bytes per source row of
+            existing shards, or else from the tokens of a few rows.
     """
     needed = int(_bytes_per_row(job, overwrite=overwrite) * sum(shard.stop - shard.start for shard in waiting))
-    if job.layout.outbox is not None:  # one shard at a time is held here
+    if job.layout.outbox is not None:  # only one shard at a time is on this disk
         return needed
     root = job.layout.root.absolute()
     free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
@@ -77,7 +77,10 @@ def _bytes_per_row(job: Job, *, overwrite: bool) -> float:
 
 
 def sample_rows(job: Job) -> tuple[list[TokenizedExample], int]:
-    """A few rows of the source as tokens, and how many source rows they are; packed, each by itself."""
+    """Tokenize a few rows of the source; return the examples and the number of source rows.
+
+    With packing, each row is packed by itself.
+    """
     examples: list[TokenizedExample] = []
     rows = 0
     for split, row in _sample(job):
@@ -90,7 +93,10 @@ def sample_rows(job: Job) -> tuple[list[TokenizedExample], int]:
 
 
 def bytes_per_position(encoding: Encoding, num_classes: int) -> float:
-    """About what a position takes in Parquet, as measured on language models; see docs/encodings.md."""
+    """Return the approximate size of a position in Parquet, in bytes.
+
+    Measured on language models; see docs/encodings.md.
+    """
     if isinstance(encoding, Full):
         return (4 if num_classes < 4096 else 2) * num_classes
     if isinstance(encoding, Score):
@@ -102,7 +108,11 @@ def bytes_per_position(encoding: Encoding, num_classes: int) -> float:
 
 
 def _sample(job: Job) -> list[tuple[str, int]]:
-    """Splits and source rows, evenly spaced over the shards; those of one row group where a row costs as much as its row group."""
+    """Return (split, source row) of sample rows, evenly spaced over the shards.
+
+    If the source is read by row group, all sample rows come from one row group, because reading one
+    row costs as much as reading its row group.
+    """
     shards = job.plan.shards
     first = shards[0]
     if first.split in job.source.row_groups:

@@ -1,4 +1,4 @@
-"""Bring your own logits: a cache from rows that some other program has labelled (vLLM, an ensemble, another framework)."""
+"""Write a cache from rows labelled by another program (vLLM, an ensemble, another framework)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from pipeline.sources.files.loading import redact
 from pipeline.tasks import Task, get_task
 from pipeline.tasks.answers.candidates import ENDS, choice_names
 
-#: Logits that are encoded at once: 8 MB in float32.
+#: Number of logits that are encoded at once: 8 MB in float32.
 _BATCH_LOGITS = 2 << 20
 
 
@@ -78,31 +78,33 @@ def write_cache(
     store_label_logprobs: bool = False,
     overwrite: bool = False,
 ) -> Cache:
-    """Write a cache from labelled rows, as they come.
+    """Write a cache from a stream of labelled rows.
 
     Args:
-        rows: in any number; the rows of a split come one after another. Nothing but one shard is
-            held in memory.
-        encoding: what is kept of dense logits; of ready soft labels, the encoding that they have.
-        teacher: who made the logits: a name, or all that is known.
-        num_classes: V; default: the tokenizer's vocabulary (token tasks), or the number of label
-            names.
-        max_length: the longest row that is allowed; default: the longest that comes.
-        store_text: keep the texts, or the messages, of the rows; None: of classifiers those that
-            have one.
-        store_label_logprobs: language models: keep the log-probability of each token that follows.
-            It is known of dense logits, of ready soft labels with `scores`, and where the token is
-            among the kept classes; a row with a position of which it is not is a bad row.
-        on_bad_row: `skip`: a `BadRow` among the rows, and a row whose parts do not fit each other,
-            is set aside.
+        rows: any number of rows; the rows of a split must be consecutive. Only one shard is held in
+            memory.
+        encoding: how dense logits are encoded; ready soft labels must have this encoding.
+        teacher: the model that made the logits: a name, or a `ModelInfo`.
+        num_classes: V; default: the tokenizer's vocabulary size (token tasks), or the number of
+            label names.
+        max_length: the longest row allowed; default: the longest row that occurs. Tasks whose
+            classes are places require it.
+        store_text: keep the texts or messages of the rows. None: classifiers keep texts if the rows
+            have them.
+        store_label_logprobs: language models: keep the log-probability of each next token. It is
+            known for dense logits, for soft labels with `scores`, and if the token is among the
+            kept classes; a row where it is unknown at some position is a bad row.
+        on_bad_row: "skip": skip each `BadRow` and each row whose parts do not fit each other.
 
     Returns:
-        The finished cache. An iterator cannot be wound forward: a run that was stopped starts anew.
+        The finished cache. An interrupted run starts again from the first row; it cannot resume in
+            the middle of `rows`.
 
     Raises:
-        MisuseError: no number of classes.
-        BadRowError: a row whose parts do not fit each other; names its number.
-        CacheError: see its subclasses; the soft labels may be out of step with the tokens.
+        MisuseError: no rows, no number of classes, or arguments that do not fit the task or the
+            rows.
+        BadRowError: the parts of a row do not fit each other; the message has the row's number.
+        CacheError: see the subclasses; for example, soft labels that do not fit the tokens.
     """
     chosen = get_task(task)
     if chosen.names == "positions" and not label_names:
@@ -229,16 +231,16 @@ Numbered = tuple[int, LabelledRow | BadRow]
 def _split_bad(
     task: Task, part: Sequence[Numbered], contract: Contract, schema: pa.Schema
 ) -> tuple[list[RowBlock], tuple[BadRow, ...]]:
-    """The rows of a shard, and those that are set aside.
+    """Make the blocks of a shard's rows, and collect its bad rows.
 
     Raises:
-        BadRowError: the first that is bad, where the contract says stop.
+        BadRowError: the first bad row, if the contract's `on_bad_row` is "stop".
     """
     blocks: list[RowBlock] = []
     bad: list[BadRow] = []
 
     def make(batch: Sequence[Numbered]) -> None:
-        """One block; of a batch with a bad row one of each half, down to the row itself."""
+        """Make one block; split a batch with a bad row in halves until the bad row is alone."""
         try:
             blocks.append(_make(task, batch, contract, schema))
         except (BadRowError, EncodingError) as error:
@@ -258,7 +260,7 @@ def _split_bad(
 
 
 def _batches(part: Sequence[Numbered]) -> Iterator[Sequence[Numbered]]:
-    """Rows one after another whose soft labels are of one kind and precision, up to so many logits."""
+    """Group consecutive rows with logits of one type and dtype, up to `_BATCH_LOGITS` logits."""
     start, held = 0, 0
     kind: tuple[type, object] | None = None
     for i, (_, row) in enumerate(part):
@@ -273,13 +275,13 @@ def _batches(part: Sequence[Numbered]) -> Iterator[Sequence[Numbered]]:
 
 
 def _make(task: Task, batch: Sequence[Numbered], contract: Contract, schema: pa.Schema) -> RowBlock:
-    """Rows of one split with their soft labels, as they are stored.
+    """Encode rows of one split as rows of a cache.
 
-    What a message says is of the first row: it is asked for where that is the only one.
+    Error messages may name the first row of the batch only; the caller retries single rows.
 
     Raises:
-        BadRowError: parts of a row do not fit each other.
-        EncodingError: logits of some row cannot be encoded.
+        BadRowError: the parts of a row do not fit each other.
+        EncodingError: the logits of some row cannot be encoded.
     """
     rows = [row for _, row in batch if isinstance(row, LabelledRow)]
     if len(rows) < len(batch):
@@ -356,10 +358,10 @@ def _by_split(
 
 
 def _lists_together(rows: Iterable[LabelledRow | BadRow]) -> Iterator[LabelledRow | BadRow]:
-    """The same rows.
+    """Yield the rows unchanged.
 
     Raises:
-        BadRowError: the rows of a list come in two places.
+        BadRowError: the rows of a list are not consecutive.
     """
     seen: set[int | str] = set()
     before: int | str | None = None
@@ -376,6 +378,6 @@ def _lists_together(rows: Iterable[LabelledRow | BadRow]) -> Iterator[LabelledRo
 
 
 def _drop_shards(layout: Layout) -> None:
-    """What a stopped run has left; nothing of it can be taken over."""
+    """Delete the shards and receipts of an interrupted run; they cannot be reused."""
     for path in [*layout.data.glob("*.parquet"), *(p for p in layout.plan.parent.glob("*.json") if p != layout.plan)]:
         path.unlink()

@@ -1,4 +1,4 @@
-"""Whether the token ids of a data set that `softlabel generate` wrote are those of another model's tokenizer."""
+"""Check that token ids written by `softlabel generate` fit another model's tokenizer."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pipeline.errors import ContractError, ModelError
 from pipeline.models.fingerprint import tokenizer_info
 from pipeline.models.load import load_tokenizer
 
-#: Written last by `softlabel generate`; its tokenizer's files lie beside it.
+#: The file that `softlabel generate` writes last, and the directory with its tokenizer, next to it.
 _END, _TOKENIZER = "generation.json", "tokenizer"
 
 
 def check_written_ids(dataset: str, tokenizer: PreTrainedTokenizerBase, reader: str) -> None:
-    """Refuse the token ids of a generated data set that another tokenizer has made: they stand for other texts.
+    """Refuse a generated data set whose token ids come from a different tokenizer.
 
     Args:
-        dataset: what `--dataset` names: the directory of a generated data set, its `data` or a file
-            in it. Anything else passes.
-        tokenizer: of the model that is to read the ids.
+        dataset: the value of `--dataset`: the directory of a generated data set, its `data`
+            directory or a file in that. Other data sets are accepted.
+        tokenizer: tokenizer of the model that will read the ids.
         reader: the model's name, for the message.
 
     Raises:
-        ContractError: the two tokenizers give one id to different tokens. Special tokens and chat
+        ContractError: the tokenizers map an id to different tokens. Special tokens and chat
             templates may differ.
     """
     path = Path(dataset)
@@ -36,7 +36,7 @@ def check_written_ids(dataset: str, tokenizer: PreTrainedTokenizerBase, reader: 
         written = json.loads((root / _END).read_text(encoding="utf-8"))["contract"]["tokenizer"]
         name, size = str(written["sha256"]), int(written["vocabulary_size"])
     except (ValueError, KeyError, TypeError):
-        return  # no record of ours: the rows are read as those of any data set
+        return  # not a record of `softlabel generate`: an ordinary data set
     own = tokenizer_info(tokenizer)
     if name == own.sha256 or _same_tokens(root / _TOKENIZER, tokenizer):
         return
@@ -48,7 +48,7 @@ def check_written_ids(dataset: str, tokenizer: PreTrainedTokenizerBase, reader: 
 
 
 def _same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every token has the id that it has in the tokenizer whose files are there."""
+    """Whether every token has the same id in the tokenizer saved at `path`."""
     if not path.is_dir():
         return False
     try:

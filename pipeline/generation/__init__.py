@@ -1,4 +1,4 @@
-"""Prompts -> a model that writes -> a data set with a card, whose token ids `cache-logits` reads."""
+"""Generation of a data set by a language model from prompts; `cache-logits` reads its token ids."""
 
 from pipeline.generation.records import Counts, Generation
 from pipeline.generation.run import generate

@@ -1,4 +1,4 @@
-"""Which settings a server takes: asked with short prompts, before the first completion."""
+"""Detection of the settings that a server accepts, with short prompts before the first shard."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.servers.client import Client
 logger = logging.getLogger(__name__)
 
 PATH = "/v1/completions"
-#: Of the first request, by which a server and a tokenizer are compared.
+#: Number of tokens of the first request, which compares the server with the tokenizer.
 _PROBED_TOKENS = 8
-#: Settings of the draws at which they change nothing. All are sent with each request: for one that
-#: is absent a server applies its own, or what the model's generation config says.
+#: Sampling settings with neutral values. Every request contains all of them: for an absent setting,
+#: a server uses its own default or the model's generation config.
 _NEUTRAL = {
     "top_p": 1.0,
     "top_k": -1,
@@ -28,8 +28,7 @@ _NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-#: The same of llama.cpp, whose names are others, and whose other samplers a model's file may turn
-#: on.
+#: The same for llama.cpp, which has other names, and other samplers that a model file may enable.
 _NEUTRAL_LLAMA_CPP = {
     **{name: value for name, value in _NEUTRAL.items() if name != "repetition_penalty"},
     "top_k": 0,
@@ -41,8 +40,8 @@ _NEUTRAL_LLAMA_CPP = {
     "dynatemp_range": 0.0,
     "mirostat": 0,
 }
-#: Ollama's completions endpoint reads these three; for the others, which it leaves unread, the
-#: Modelfile's hold.
+#: The completions endpoint of Ollama reads these three. It ignores the others, for which the
+#: Modelfile applies.
 _NEUTRAL_OLLAMA = {name: _NEUTRAL[name] for name in ("top_p", "presence_penalty", "frequency_penalty")}
 _UNREAD_BY_OLLAMA = ("top_k", "min_p", "repeat_penalty")
 
@@ -55,19 +54,19 @@ def agree(
     asked: Mapping[str, float],
     temperature: float,
 ) -> tuple[bool, dict[str, float], tuple[str, ...]]:
-    """Find out with short prompts what requests may hold.
+    """Find out which settings requests may contain, with short prompts.
 
     Args:
-        asked: the filters that the flags name.
+        asked: the filters that the flags set.
 
     Returns:
-        Whether prompts may be token ids; the settings of the draws; and the names of those that the
-            server does not take.
+        Whether prompts may be token ids; the sampling settings of requests; and the names of the
+            settings that the server does not accept.
 
     Raises:
-        MisuseError: it does not take one that is asked for, or the ids that come back are other
-            text to the tokenizer than to the server.
-        ServerError: no server can be used, or it refuses such a request.
+        MisuseError: the server does not accept a requested filter, or the tokenizer decodes the
+            returned ids to another text than the server.
+        ServerError: no server is available, or it refuses even such a request.
     """
     neutral = {"llama.cpp": _NEUTRAL_LLAMA_CPP, "ollama": _NEUTRAL_OLLAMA}.get(api, _NEUTRAL)
     settings = {**neutral, **asked}
@@ -101,7 +100,7 @@ def agree(
 def _asked(
     client: Client, tokenizer: PreTrainedTokenizerBase, model: str, settings: Mapping[str, float], api: str
 ) -> tuple[bool, RefusedError | None]:
-    """Whether prompts may be token ids; and why a prompt is refused as ids and as text, where it is.
+    """Return whether prompts may be token ids, and the refusal if both forms are refused.
 
     Raises:
         MisuseError: see `agree`.
@@ -133,7 +132,10 @@ def _check_text(answer: Any, tokenizer: PreTrainedTokenizerBase, model: str) -> 
 
 
 def same_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
-    """Whether token ids are the same letters and digits as a text; True where a character is cut in two."""
+    """Return whether token ids decode to the letters and digits of a text.
+
+    Also true if a character is cut in two.
+    """
     if any(not 0 <= i < len(tokenizer) for i in ids):
         return False
     own = str(tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -1,4 +1,7 @@
-"""README.md of a generated data set: a card whose front matter lets `datasets.load_dataset` read the directory as it is."""
+"""The dataset card (README.md) of a generated data set.
+
+Its front matter lets `datasets.load_dataset` read the directory.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ _FAULT_TEXTS: dict[Fault, str] = {
 
 
 def make_card(end: GenerationEnd) -> str:
-    """The card's text; equal records give equal text."""
+    """Return the text of the card; equal records give equal text."""
     contract, counts = end.contract, end.counts
     labelled = "label" in contract.columns
     splits = tuple(dict.fromkeys(shard.split for shard in end.shards))
@@ -122,7 +125,7 @@ def make_card(end: GenerationEnd) -> str:
 
 
 def counts_line(counts: Counts, dropped: Sequence[Fault]) -> str:
-    """What is said at the end of a run."""
+    """Return the summary of a run as one line."""
     parts = [f"{getattr(counts, fault):,} {fault}" for fault in FAULTS]
     left_out = counts.completions - counts.kept
     said = f"{left_out:,} dropped (--drop {' --drop '.join(dropped)})" if dropped else "none dropped (see --drop)"
@@ -132,7 +135,7 @@ def counts_line(counts: Counts, dropped: Sequence[Fault]) -> str:
 
 
 def _settings(contract: GenerationContract) -> list[tuple[str, str]]:
-    """Every setting that decides what is written."""
+    """Return every setting that affects the completions, as rows of a table."""
     model, sampling, prompts = contract.model, contract.sampling, contract.prompts
     found: list[tuple[str, object]] = [("model", model.name)]
     if isinstance(model, ModelInfo):
@@ -189,7 +192,7 @@ def _table(rows: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that stands in a cell of a table between backticks."""
+    """Escape text for a table cell in backticks."""
     return re.sub(r"\s+", " ", text).replace("`", "'").replace("|", "\\|")
 
 
@@ -207,8 +210,8 @@ def _with_front_matter(end: GenerationEnd, splits: Sequence[str], body: str) -> 
         task_categories=["text-classification" if labelled else "text-generation"],
         base_model=model.name if isinstance(model, ModelInfo) and model.revision is not None else None,
         tags=["synthetic", "soft-label-pipeline"],
-        # `datasets` keeps what it has read under the last name of a directory and a hash of these
-        # configs: the id tells apart two data sets of one name, and one that was written again.
+        # `datasets` caches by the last name of a directory and a hash of these configs. The id
+        # distinguishes two data sets with one name, and a data set that was written again.
         configs=[{"config_name": "default", "description": f"generation_id {end.generation_id}", "data_files": files}],
     )
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}")) + "\n"

@@ -1,4 +1,4 @@
-"""Prompts made of a template and the names of labels: each asks for an example of one label."""
+"""Prompts from a template and label names; each prompt asks for an example of one label."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pipeline.records import BadRow, Columns, Example
 from pipeline.sources import LabelMap, Source, from_datasets, label_names, load_source, read_examples
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 
-#: What a template may read.
+#: The variables that a template may use.
 _KNOWN = ("label", "labels", "number", "shots")
 _SPLIT = "train"
 
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """A labelled row, as a template reads it."""
+    """A labelled row, as passed to a template."""
 
     text: str
     label: str
@@ -36,7 +36,7 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class LabelPrompts:
-    """See `Prompts`: `num_examples` prompts, dealt to the labels in turn."""
+    """`num_examples` prompts that take the labels in turn; see `Prompts`."""
 
     settings: PromptSettings
     source: Source | None
@@ -45,11 +45,11 @@ class LabelPrompts:
     vocabulary: Vocabulary
     template: jinja2.Template
     shots: Mapping[str, Sequence[Shot]]
-    """Label -> its rows."""
+    """Label -> its labelled rows."""
     seed: int
 
     def read(self, split: str, start: int, stop: int) -> Iterator[Prompt | BadRow]:
-        """Row i asks for label i modulo their number."""
+        """Yield the prompts; row i asks for an example of label i modulo the number of labels."""
         labels = self.settings.labels
         for row in range(start, stop):
             label = labels[row % len(labels)]
@@ -66,17 +66,17 @@ class LabelPrompts:
             yield Prompt(row, rendered, ids, label=label, is_chat=self.settings.are_chats)
 
     def _shots(self, row: int, label: str) -> list[Shot]:
-        """Drawn for each prompt, without replacement, by its seed and row."""
+        """Draw the examples of a prompt without replacement, by the seed and the row."""
         known = self.shots.get(label, ())
         return random.Random(f"shots/{self.seed}/{row}").sample(known, min(self.settings.shots, len(known)))
 
 
 def label_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, live: Any = None) -> LabelPrompts:
-    """The prompts that `--template` and the flags beside it name.
+    """Build the prompts of `--template` and the flags that go with it.
 
     Raises:
-        MisuseError: the template does not read `label`, or reads what there is not.
-        SourceError: no labels, or a label without rows to show.
+        MisuseError: the template does not use `label`, or uses an unknown variable.
+        SourceError: no labels, or too few rows of a label for `--shots`.
     """
     assert config.template is not None
     text = _read(config.template)
@@ -114,7 +114,11 @@ def _read(file: str) -> str:
 
 
 def _parsed(file: str, text: str) -> jinja2.Template:
-    """The template, in a sandbox: as transformers runs chat templates, it cannot reach anything but its variables."""
+    """Parse a template in a sandbox, as transformers does with chat templates.
+
+    Raises:
+        MisuseError: invalid Jinja, an unknown variable, or no use of `label`.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=False
     )
@@ -147,7 +151,7 @@ def _labelled(config: GenerateConfig, live: Any) -> Source:
 
 
 def _read_shots(source: Source, names: Sequence[str]) -> Mapping[str, Sequence[Shot]]:
-    """Label -> its rows; of several splits those of `train`: test rows are no shots."""
+    """Return label -> its rows, of `train` if that split exists: test rows are never examples."""
     found: dict[str, list[Shot]] = {name: [] for name in names}
     known = LabelMap.for_names(source, tuple(names), ())
     for split in (_SPLIT,) if _SPLIT in source.splits else source.splits:

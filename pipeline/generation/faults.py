@@ -1,4 +1,4 @@
-"""What is wrong with a completion: empty, cut, with an n-gram loop, or the same as one before."""
+"""Faults of a completion: empty, cut, an n-gram loop, or a duplicate."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import hashlib
 
 import numpy as np
 
-#: A loop: a run of tokens that repeats one n-gram, of up to so many tokens, so many times and over
-#: so many tokens.
+#: A loop repeats an n-gram: its largest size, the least number of repeats, and the least number of
+#: tokens in total.
 _LONGEST_NGRAM, _REPEATS, _FEWEST_TOKENS = 64, 4, 20
 
 
 def is_repeated(token_ids: np.ndarray) -> bool:
-    """Whether some n-gram of up to 64 tokens stands at least 4 times in a row, over at least 20 tokens.
+    """Return whether a completion has an n-gram loop.
+
+    A loop is an n-gram of up to 64 tokens that occurs at least 4 times in a row, over at least 20
+    tokens.
 
     Args:
         token_ids: (T,) integers.
@@ -25,7 +28,7 @@ def is_repeated(token_ids: np.ndarray) -> bool:
 
 
 def longest_run(flags: np.ndarray) -> int:
-    """The most True in a row.
+    """Return the length of the longest run of True.
 
     Args:
         flags: (T,) bool.
@@ -35,5 +38,5 @@ def longest_run(flags: np.ndarray) -> int:
 
 
 def content_key(content: bytes) -> int:
-    """64 bits by which equal contents are known."""
+    """Return a 64-bit hash that identifies equal contents."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, person=b"generated").digest(), "little")

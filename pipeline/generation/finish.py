@@ -1,10 +1,10 @@
-"""The end of a run: find the completions to drop, write the rest as the data set, its card, and last `generation.json`.
+"""The end of a run: drop completions, then write the data set, its card and `generation.json`.
 
-What is a duplicate depends on all shards, so that it is known only here. The rule does not depend
-on who has made which shard when: the shards are read in the order of the plan, and of equal
-completions the first without another fault that is dropped stays. Killed anywhere in between, the
-same command begins the pass again, from the shards with all completions, which are removed when the
-data set is committed.
+Duplicates depend on all shards, so they are known only here. The rule does not depend on which
+worker made a shard when: shards are read in the order of the plan, and of equal completions the
+first one stays that is not dropped for another fault. After an interruption, the same command
+repeats this pass from the shards with all completions, which are deleted when the data set is
+committed.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _COLUMNS = ("completion", "input_ids", "labels", "finish_reason")
 
 
 def open_generation(root: str | Path) -> Generation:
-    """A finished generated data set.
+    """Open a finished generated data set.
 
     Raises:
-        CacheError: none is there.
-        IntegrityError: a shard is not what `generation.json` says.
+        CacheError: there is no finished data set.
+        IntegrityError: a shard differs from `generation.json`.
     """
     layout = Layout(Path(root), names=NAMES)
     if not layout.manifest.is_file():
@@ -68,33 +68,33 @@ def open_generation(root: str | Path) -> Generation:
 
 
 def result_path(layout: Layout, name: str) -> Path:
-    """A shard of the data set."""
+    """Return the path of a shard of the data set."""
     return layout.root / "data" / f"{name}.parquet"
 
 
 def clear_result(layout: Layout) -> None:
-    """Delete what the end of a run has made, `generation.json` first."""
+    """Delete the results of the end of a run, `generation.json` first."""
     layout.manifest.unlink(missing_ok=True)
     shutil.rmtree(layout.root / "data", ignore_errors=True)
 
 
 def is_committed(layout: Layout, plan: GenerationPlan) -> bool:
-    """Whether `generation.json` is there, of this plan."""
+    """Return whether there is a `generation.json` with the contract of this plan."""
     return layout.manifest.is_file() and parse(GenerationEnd, layout.manifest).contract == plan.contract
 
 
 def finish(layout: Layout, plan: GenerationPlan) -> Generation:
-    """Commit, unless another process has.
+    """Commit the data set, unless another process has done so.
 
     Raises:
-        CacheError: a shard is missing, or no completion is left.
+        CacheError: a shard is missing, no completion is left, or the disk is full.
     """
     if is_committed(layout, plan):
         return open_generation(layout.root)
     try:
         return _finish(layout, plan)
     except OSError as error:
-        if is_committed(layout, plan):  # by another part, which has removed what this one was reading
+        if is_committed(layout, plan):  # committed by another part
             return open_generation(layout.root)
         raise full_disk(layout.root, error) from error
 
@@ -132,22 +132,23 @@ def _finish(layout: Layout, plan: GenerationPlan) -> Generation:
 
 @dataclass(slots=True)
 class _Tally:
-    """What the completions of all shards are, in the order of the plan."""
+    """Counts over the completions of all shards, in the order of the plan."""
 
     labelled: bool
-    """The content of a row is its example's text; else its tokens, prompt and completion."""
+    """Whether duplicates are found by the example's text; else by its tokens, prompt and
+    completion."""
     counted: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[str, int, int, str]] = field(default_factory=list)
-    """Split, source row, sample and faults of each that is left out."""
+    """Split, source row, sample and faults of each dropped completion."""
     stays: dict[int, bool] = field(default_factory=dict)
-    """Content of each completion so far -> whether one of this content stays."""
+    """Content key of each completion so far -> whether a completion with this content is kept."""
 
     def drops(self, row: dict[str, object], droppable: Sequence[Fault]) -> list[Fault]:
         """Count the faults of one completion.
 
         Returns:
-            Those for which it is dropped. An equal completion that is dropped itself makes no
-                duplicate of it.
+            The faults for which it is dropped. A completion is not a duplicate of one that is
+                dropped itself.
         """
         text, ids = str(row["completion"]), np.asarray(row["input_ids"], dtype=np.int32)
         written = ids[np.asarray(row["labels"]) != NO_LABEL]
@@ -168,7 +169,7 @@ class _Tally:
         return dropped
 
     def counts(self, receipts: Sequence[Receipt]) -> Counts:
-        """All in all."""
+        """Return the totals."""
         bad = [row.reason.startswith(TOO_SHORT) for receipt in receipts for row in receipt.bad_rows]
         named = {name: self.counted[name] for name in ("completions", "tokens", *FAULTS)}
         return Counts(
@@ -182,7 +183,7 @@ class _Tally:
 
 
 def _kept_shard(layout: Layout, plan: GenerationPlan, receipt: Receipt, tally: _Tally) -> Shard:
-    """Write the completions of one shard that stay; where all do, the file as it is."""
+    """Write the kept completions of one shard; if all are kept, link its file."""
     if not receipt.shard.rows:
         return receipt.shard
     source, target = layout.shard(receipt.shard.name), result_path(layout, receipt.shard.name)
@@ -219,7 +220,7 @@ def _chosen(file: pq.ParquetFile, stays: np.ndarray) -> Iterator[pa.Table]:
 
 
 def _link(source: Path, temporary: Path) -> None:
-    """The same file under another name; a copy where the disk has no links."""
+    """Create a hard link, or a copy if the file system has no links."""
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)

@@ -1,4 +1,4 @@
-"""What a run is to write, all of it fixed before its first shard: by any worker from the same settings, to the same end."""
+"""Preparation of a generation: everything that is fixed before the first shard, as a job."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from pipeline.tasks import Task, writing_task
 
 logger = logging.getLogger(__name__)
 
-#: Completions of a shard, where no number of rows is given: minutes of a model's work, which a
-#: killed run loses.
+#: Completions per shard without `--rows-per-shard`: minutes of work, which an interrupted run
+#: loses.
 _SHARD_COMPLETIONS = 250
-#: Prompts that are looked at for the check of the model.
+#: Number of rows that the check of the model reads.
 _LOOKED_AT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationJob:
-    """All that the shards need: fixed before the first, the same in every worker."""
+    """All inputs of the shards; the same in every worker."""
 
     prompts: Prompts
     writer: Writer
@@ -56,10 +56,10 @@ class GenerationJob:
 
 
 def generation_layout(output: str | Path) -> Layout:
-    """Where the data set is made.
+    """Return the layout of the output directory.
 
     Raises:
-        MisuseError: a URL.
+        MisuseError: the output is a URL.
     """
     if is_url(str(output)):
         raise MisuseError(f"{redact(str(output))}: generate writes to a directory; copy it from there")
@@ -69,12 +69,12 @@ def generation_layout(output: str | Path) -> Layout:
 def prepare(
     config: GenerateConfig, *, dry_run: bool = False, live_model: LoadedModel | None = None, live_prompts: Any = None
 ) -> GenerationJob:
-    """What the flags of `softlabel generate` come to; the output is begun, or joined.
+    """Build the job of `softlabel generate` from its flags, and start or join its output.
 
     Args:
-        dry_run: the output is looked at, and stays as it is.
-        live_model: in place of `--model`.
-        live_prompts: a `datasets.Dataset`, or a mapping of them, in place of `--dataset`.
+        dry_run: read the output, but do not change it.
+        live_model: used instead of `--model`.
+        live_prompts: a `datasets.Dataset`, or a mapping of them, instead of `--dataset`.
 
     Raises:
         PipelineError: see the subclasses.
@@ -152,14 +152,14 @@ def _sampling(config: GenerateConfig) -> Sampling:
 
 
 def few_prompts(job: GenerationJob, count: int = _LOOKED_AT) -> list[Prompt]:
-    """The first prompts, of the first few rows."""
+    """Return the usable prompts of the first rows."""
     first = job.plan.shards[0]
     found = job.prompts.read(first.split, first.start, min(first.start + count, first.stop))
     return [item for item in found if not isinstance(item, BadRow) and problem_of(job, item) is None]
 
 
 def problem_of(job: GenerationJob, prompt: Prompt) -> str | None:
-    """Why the model cannot go on from a prompt, if it cannot."""
+    """Return why the model cannot continue a prompt, or None if it can."""
     count, new = len(prompt.input_ids), job.plan.contract.sampling.max_new_tokens
     if not count:
         return "the prompt has no token; a model without a BOS token needs one to go on from"
@@ -177,9 +177,9 @@ def problem_of(job: GenerationJob, prompt: Prompt) -> str | None:
 def _writer(
     config: GenerateConfig, task: Task, live_model: LoadedModel | None
 ) -> tuple[PreTrainedTokenizerBase, Writer]:
-    """Who writes, and the tokenizer."""
+    """Load the tokenizer, and load the model or connect to its servers."""
     if config.server:
-        from pipeline.generation.served import served_writer  # its client loads a library for HTTP
+        from pipeline.generation.served import served_writer  # imports an HTTP library
         from pipeline.servers.client import Client
 
         client = Client(
@@ -234,11 +234,11 @@ def _source_info(prompts: Prompts, config: GenerateConfig) -> SourceInfo:
 
 
 def _begin(layout: Layout, plan: GenerationPlan, tokenizer: PreTrainedTokenizerBase, *, overwrite: bool) -> None:
-    """Make the directory, or join a run of the same plan that is there.
+    """Create the output directory, or join an existing run of the same plan.
 
     Raises:
-        ContractError: the directory holds another one.
-        CacheError: it holds something else, or cannot be written.
+        ContractError: the directory holds a run of another plan.
+        CacheError: the directory holds something else, or cannot be written.
     """
     if overwrite:
         check_files(layout, GenerationPlan, overwrite=True)
@@ -248,7 +248,7 @@ def _begin(layout: Layout, plan: GenerationPlan, tokenizer: PreTrainedTokenizerB
     if found is not None or not create_exclusively(layout.plan, dump(plan)):
         check_same_contract(plan, found or plan_there(layout, GenerationPlan) or plan, layout.name, work=NAMES.work)
     if is_committed(layout, plan):
-        shutil.rmtree(layout.data, ignore_errors=True)  # of a run that was killed just after
+        shutil.rmtree(layout.data, ignore_errors=True)  # left by an interrupted commit
         return
     try:
         for directory in (layout.data, layout.plan.parent, layout.root):

@@ -1,4 +1,4 @@
-"""A model in this process writes: `generate` of transformers over padded batches, with draws of our own."""
+"""Generation by a local model: `generate` of transformers on padded batches, with seeded draws."""
 
 from __future__ import annotations
 
@@ -29,55 +29,58 @@ from pipeline.models import LoadedModel, longest_input, model_info, pad_id
 from pipeline.records import BadRow, ModelInfo
 from pipeline.tasks import Task, embedding_rows
 
-#: Tokens of a prompt that the check of padding reads at most, and the padding that it gets.
+#: Maximum prompt tokens and number of padding tokens in the check of left padding.
 _CHECKED_TOKENS, _PADDING = 64, 3
 
 
 @dataclass(frozen=True, slots=True)
 class LocalWriter:
-    """See `Writer`."""
+    """A writer with a model in memory; see `Writer` for the members."""
 
     task: Task
     loaded: LoadedModel
     stops: tuple[str, ...] = ()
-    """`--stop`; those that are special tokens are ends."""
+    """The texts of `--stop`; special tokens among them are end tokens."""
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """Name of the model."""
         return self.loaded.name
 
     @property
     def device(self) -> str:
-        """The device model."""
+        """Name of the device."""
         return device_name(self.loaded)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """EOS of the tokenizer, and what the model's generation config names (a chat model ends its turn otherwise) or `--stop`."""
+        """EOS of the tokenizer, and end tokens of the model's generation config and of `--stop`.
+
+        Chat models often end a turn with another token than EOS.
+        """
         config: Any = getattr(self.loaded.model, "generation_config", None)
         return end_ids(getattr(config, "eos_token_id", None), self.loaded.tokenizer, self.stops)
 
     @property
     def longest(self) -> int:
-        """Positions of the model."""
+        """The largest number of tokens that the model has positions for."""
         return longest_input(self.loaded.model, self.loaded.tokenizer)
 
     @property
     def num_ids(self) -> int:
-        """Rows of the input embedding."""
+        """Number of rows of the input embedding."""
         return embedding_rows(self.loaded.model)
 
     def info(self) -> ModelInfo:
-        """Weights and precision."""
+        """Return the name, weights and precision of the model."""
         return model_info(self.loaded)
 
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
-        """Of similar lengths, the longest first."""
+        """Group completions of similar lengths, the longest first."""
         return plan_batches(lengths, batch_tokens)
 
     def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion | BadRow]:
-        """One call of `generate`."""
+        """Generate the completions of a batch in one call of `generate`."""
         model: Any = self.loaded.model
         prompts = [each.prompt.input_ids for each in asked]
         keys = [stream_key(sampling.seed, each.split, each.prompt.source_row, each.sample) for each in asked]
@@ -89,7 +92,11 @@ class LocalWriter:
         return [self._completion(each, drawn[i], logprobs[i], stops.ends[i], sampling) for i, each in enumerate(asked)]
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Compare the logits after the beginning of a prompt with those of the same tokens padded on the left."""
+        """Check that left padding does not change the logits after the beginning of a prompt.
+
+        Raises:
+            ModelError: the logits differ by more than the precision explains.
+        """
         short = min(prompts, key=lambda prompt: len(prompt.input_ids), default=None)
         if short is None or batch_tokens == 1:
             return
@@ -111,7 +118,7 @@ class LocalWriter:
             )
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing; there are no connections."""
 
     def _num_classes(self) -> int:
         return self.task.num_classes(self.loaded.model, self.loaded.tokenizer)
@@ -123,7 +130,11 @@ class LocalWriter:
         processor: LogitsProcessor,
         stops: StoppingCriteria | None = None,
     ) -> Tensor:
-        """(B, W + T'): the prompts padded on the left to W, and what was drawn."""
+        """Return (B, W + T'): the prompts, padded on the left to W, and the generated tokens.
+
+        Raises:
+            ModelError: out of memory.
+        """
         model: Any = self.loaded.model
         width, pad = max(map(len, prompts)), pad_id(self.loaded.tokenizer, model)
         ids = np.full((len(prompts), width), pad, dtype=np.int64)
@@ -156,7 +167,7 @@ class LocalWriter:
     def _completion(
         self, asked: Asked, drawn: np.ndarray, logprobs: np.ndarray, stopped: int | None, sampling: Sampling
     ) -> Completion | BadRow:
-        """Of one row: up to and with its first end token, or with the token that has completed a stop text."""
+        """Build a completion from the tokens up to its first end token or stop text."""
         ends = np.flatnonzero(np.isin(drawn, self.end_ids))
         end = int(ends[0]) + 1 if len(ends) else None
         length = min(x for x in (end, stopped, len(drawn)) if x is not None)
@@ -170,18 +181,18 @@ class LocalWriter:
 
 
 class _StopTexts(StoppingCriteria):
-    """Ends a row when a stop text stands in its completion."""
+    """Ends a row when its completion contains a stop text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], width: int, rows: int) -> None:
         self.ends: list[int | None] = [None] * rows
-        """Tokens of each completion, where a stop text ends it."""
+        """Number of tokens of each completion that a stop text ends, else None."""
         self._tokenizer, self._stops, self._width = tokenizer, stops, width
-        # a token is a byte at least; those of a special token, or of a part of a character, are
-        # none
+        # A token has at least one byte. Special tokens and tokens of partial characters have none,
+        # hence the extra 8.
         self._window = max((len(stop.encode()) for stop in stops), default=0) + 8
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """(B,) bool."""
+        """Return (B,) bool: whether each row has ended."""
         drawn = input_ids[:, self._width :]
         if self._stops:
             for i, row in enumerate(drawn[:, -self._window :].tolist()):
@@ -193,7 +204,7 @@ class _StopTexts(StoppingCriteria):
 
 
 class _Recorder(LogitsProcessor):
-    """Keeps the logits of the first row."""
+    """Records the logits of the first row."""
 
     def __init__(self) -> None:
         self.scores: list[Tensor] = []
@@ -205,7 +216,10 @@ class _Recorder(LogitsProcessor):
 
 @contextlib.contextmanager
 def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """While it writes, the model has no settings but these: its files may ask for a penalty on repetition, for example."""
+    """Replace the model's generation config during generation.
+
+    Its own config may contain other settings, such as a repetition penalty.
+    """
     models = [model, *([model.get_base_model()] if hasattr(model, "peft_config") else [])]
     before = [each.generation_config for each in models]
     model.generation_config = settings

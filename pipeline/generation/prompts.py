@@ -27,33 +27,33 @@ from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
-#: Begins the reason of a row that is set aside whatever `--on-bad-row` says: a corpus has short
-#: texts.
+#: Start of the reason of rows that are always skipped, regardless of `--on-bad-row`: short texts
+#: are normal in a corpus.
 TOO_SHORT = "shorter than --prefix-tokens"
 
 
 class Prompts(Protocol):
-    """Where prompts come from."""
+    """A source of prompts."""
 
     @property
     def settings(self) -> PromptSettings:
-        """How they are made, for the contract."""
+        """The settings of the prompts, for the contract."""
 
     @property
     def source(self) -> Source | None:
-        """The data set that is read; None: there is none."""
+        """The data set with the prompts, or None."""
 
     @property
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         """Split -> its rows `[start, stop)`."""
 
     def read(self, split: str, start: int, stop: int) -> Iterator[Prompt | BadRow]:
-        """The prompts of the rows `[start, stop)`, in order, one item each."""
+        """Yield one item per row of `[start, stop)`, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowPrompts:
-    """See `Prompts`: one prompt from each row of a data set."""
+    """One prompt per row of a data set; see `Prompts`."""
 
     source: Source
     ranges: Mapping[str, tuple[int, int]]
@@ -62,7 +62,7 @@ class RowPrompts:
     vocabulary: Vocabulary
 
     def read(self, split: str, start: int, stop: int) -> Iterator[Prompt | BadRow]:
-        """Rows that are no prompts are bad rows."""
+        """Yield the prompts; rows that cannot be prompts become bad rows."""
         for item in read_examples(self.source, split, start, stop, None):
             if isinstance(item, BadRow):
                 yield item
@@ -84,14 +84,14 @@ class RowPrompts:
 
 
 def row_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, live: Any = None) -> RowPrompts:
-    """The prompts that the flags name.
+    """Build the prompts that the flags select.
 
     Args:
-        live: a `datasets.Dataset`, or a mapping of them, in place of `--dataset`.
+        live: a `datasets.Dataset`, or a mapping of them, instead of `--dataset`.
 
     Raises:
-        SourceError: no such data set, or no column with prompts.
-        MisuseError: settings that do not go with these prompts.
+        SourceError: there is no such data set, or no column with prompts.
+        MisuseError: settings that do not fit these prompts.
     """
     features = _features(live if live is not None else locate(config.data()).splits)
     role, column = _column(config, features)
@@ -129,7 +129,10 @@ def row_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, l
 
 
 def _tell_of_fewer(name: str, asked: tuple[int, int | None] | None, ranges: Mapping[str, tuple[int, int]]) -> None:
-    """Warn where no split has as many rows as `--rows` asks for: rounds that take one part after another run out of prompts."""
+    """Warn if no split has as many rows as `--rows` requests.
+
+    Repeated runs over successive row ranges then run out of prompts.
+    """
     start, stop = asked or (0, None)
     split, (_, last) = max(ranges.items(), key=lambda item: item[1][1])
     if stop is not None and last < stop:
@@ -140,7 +143,10 @@ def _tell_of_fewer(name: str, asked: tuple[int, int | None] | None, ranges: Mapp
 
 
 def template_kwargs(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The arguments of the chat template, with the day where its text depends on it: a run may go on tomorrow."""
+    """Return the arguments of the chat template, with the date if the template uses it.
+
+    The date stays fixed, because a run may be resumed on another day.
+    """
     kwargs = chat_template_kwargs(config.chat_template_kwargs)
     pinned = any(item.startswith(f"{CLOCK}=") for item in kwargs)
     if pinned or not find_template(tokenizer).asks_the_date:
@@ -151,7 +157,7 @@ def template_kwargs(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) 
 def text_prompt(
     text: str, settings: PromptSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> tuple[str, np.ndarray]:
-    """A text as the model reads it, and its tokens: as it stands, or as one turn of the user."""
+    """Return a text as the model reads it (plain, or as a user turn) and its token ids."""
     if not settings.as_chat:
         return text, _opened(text, vocabulary)
     example = Example(0, messages=(Message("user", text),))
@@ -160,10 +166,10 @@ def text_prompt(
 
 
 def chat_text(example: Example, settings: PromptSettings, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The turns up to where the assistant writes, rendered.
+    """Render the turns of a chat up to the next turn of the assistant.
 
     Raises:
-        BadRowError: no turn is left, or the template refuses them.
+        BadRowError: no turn is left, or the template refuses the turns.
     """
     messages = list(example.messages or ())
     while messages and messages[-1].role == "assistant":
@@ -176,7 +182,10 @@ def chat_text(example: Example, settings: PromptSettings, tokenizer: PreTrainedT
 
 
 def chat_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(T,) int32: of a rendered chat, which has its own special tokens; BOS of the template and of the first turn once."""
+    """Return the (T,) int32 token ids of a rendered chat, which contains its special tokens.
+
+    If both the template and the first turn begin with BOS, one of the two is removed.
+    """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     twice = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
     return np.asarray(ids[1:] if twice else ids, dtype=np.int32)
@@ -188,7 +197,13 @@ def _opened(text: str, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _prefix(text: str, count: int, vocabulary: Vocabulary) -> tuple[str, np.ndarray]:
-    """The first tokens of a text, with what the tokenizer puts before a text, and the characters that they cover."""
+    """Return the first `count` tokens of a text: the characters that they cover, and the ids.
+
+    The ids begin with the special tokens that the tokenizer puts before a text.
+
+    Raises:
+        BadRowError: the text has fewer tokens.
+    """
     ids, num_bytes, offsets = vocabulary.encode(text)
     if len(ids) < count:
         raise BadRowError(f"{TOO_SHORT}: expected at least {count} tokens, found {len(ids)}")
@@ -198,17 +213,17 @@ def _prefix(text: str, count: int, vocabulary: Vocabulary) -> tuple[str, np.ndar
 
 
 def _features(splits: Any) -> Mapping[str, Any]:
-    """Column -> type, of the first split."""
+    """Return column -> type of the first split."""
     rows = next(iter(splits.values()), None) if isinstance(splits, Mapping) else splits
     found = getattr(rows, "features", None)
     return dict(found) if found else {}
 
 
 def _column(config: GenerateConfig, features: Mapping[str, Any]) -> tuple[str, str]:
-    """The role, `text` or `messages`, and the name of the column with the prompts.
+    """Return the role (`text` or `messages`) and the name of the column with the prompts.
 
     Raises:
-        SourceError: none is named, and none is found by its name.
+        SourceError: no column is named, and none has a default name.
     """
     if config.prefix_tokens is not None:
         return "text", config.text_column or "text"

@@ -1,6 +1,6 @@
-"""The records of a generated data set, in the order in which data flows through them.
+"""The records of a generated data set, in the order of the data flow.
 
-prompts -> Prompt -> Asked -> Completion -> shard -> Generation
+Prompt -> Asked -> Completion -> shard -> Generation
 """
 
 from __future__ import annotations
@@ -16,39 +16,38 @@ from pipeline.cache.format.manifest import Names
 from pipeline.config.generation import Fault
 from pipeline.records import ModelInfo, Scalar, Shard, ShardPlan, SourceInfo, TokenizerInfo
 
-#: The files of a generated data set; `samples` holds the shards with all completions, until those
-#: to drop are known.
+#: The files of a generated data set. `samples` holds the shards with all completions until the end
+#: of the run, when some are dropped.
 NAMES = Names(
     result="generated data set", work="generation", end="generation.json", plan="generation-plan.json", shards="samples"
 )
 
-#: Why a completion ends: with an end-of-sequence token, with a text of `--stop`, or at
-#: `--max-new-tokens`.
+#: Why a completion ends: an end-of-sequence token, a text of `--stop`, or `--max-new-tokens`.
 FinishReason = Literal["eos", "stop", "length"]
-#: Who made the token ids of a completion: the model that drew them, the server's response, or the
-#: tokenizer, of the text.
+#: Source of the token ids of a completion: the model that drew them, the server's response, or the
+#: tokenizer, which encodes the response's text.
 IdsFrom = Literal["model", "server", "tokenizer"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One source row, ready for the model."""
+    """The prompt of one source row."""
 
     source_row: int
     text: str
-    """As the model reads it: a chat is rendered."""
+    """The text that the model reads; chats are rendered."""
     input_ids: np.ndarray
     """(T,) int32."""
     label: str | None = None
-    """With a template: what the example is asked for."""
+    """With a template: the label of the requested example."""
     kept: Mapping[str, Scalar] = field(default_factory=dict)
     is_chat: bool = False
-    """Rendered with the chat template: the completion is a turn of the assistant."""
+    """Whether the chat template rendered it, so that the completion is a turn of the assistant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One completion that is to be written."""
+    """A request for one completion."""
 
     prompt: Prompt
     split: str
@@ -56,27 +55,27 @@ class Asked:
 
     @property
     def num_tokens(self) -> int:
-        """T of the prompt."""
+        """Number of tokens of the prompt."""
         return len(self.prompt.input_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was written."""
+    """A generated completion."""
 
     text: str
     token_ids: np.ndarray
-    """(T,) int32, with the end-of-sequence token where one ends it."""
+    """(T,) int32, including the end-of-sequence token if one ends it."""
     finish_reason: FinishReason
     logprob: float | None
-    """Sum over the tokens, nats, under the model at temperature 1 without filters. None: the server
-    does not say."""
+    """Sum over the tokens under the model at temperature 1 without filters, nats. None: the server
+    does not report it."""
     ids_from: IdsFrom = "model"
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn."""
+    """The sampling settings."""
 
     num_samples: int
     max_new_tokens: int
@@ -90,7 +89,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class PromptSettings:
-    """How rows become prompts."""
+    """The settings that turn rows into prompts."""
 
     kind: Literal["texts", "chats", "prefixes", "template"]
     as_chat: bool = False
@@ -104,28 +103,28 @@ class PromptSettings:
 
     @property
     def are_chats(self) -> bool:
-        """Whether the prompts are rendered with the chat template."""
+        """Whether the chat template renders the prompts."""
         return self.kind == "chats" or self.as_chat
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model of a server, as far as it says."""
+    """The model of a server, as far as the server reports it."""
 
     name: str
     api: str
-    """`vllm`, `sglang`, `llama.cpp`, `ollama`, or `openai` where it does not say."""
+    """`vllm`, `sglang`, `llama.cpp`, `ollama`, or `openai` if the server does not report it."""
     version: str | None = None
-    """Of the server's software, where it says so."""
+    """Version of the server's software, if reported."""
     own_settings: tuple[str, ...] = ()
-    """Settings of the draws that the server takes from nobody: it applies its own."""
+    """Sampling settings that the server does not accept; it uses its own values."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationContract:
-    """Everything that decides what a generated data set holds.
+    """Everything that determines the content of a generated data set.
 
-    Two runs of one contract may share a directory.
+    Two runs with equal contracts may share a directory.
     """
 
     model: ModelInfo | ServedModel
@@ -140,12 +139,12 @@ class GenerationContract:
     on_bad_row: Literal["stop", "skip"]
     versions: Mapping[str, str]
     columns: Mapping[str, str]
-    """Name and type of each column of the shards."""
+    """Column name -> type, of the shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationPlan:
-    """What a run sets out to make, fixed before its first shard."""
+    """The plan of a run, fixed before its first shard."""
 
     contract: GenerationContract
     shards: tuple[ShardPlan, ...]
@@ -153,35 +152,35 @@ class GenerationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Completions of a finished data set.
+    """Counts of the completions of a finished data set.
 
-    One with several faults counts in each, and is dropped once.
+    A completion with several faults counts in each of them, and is dropped once.
     """
 
     completions: int
     tokens: int
     ended: int
-    """With an end-of-sequence token."""
+    """Completions that end with an end-of-sequence token."""
     stopped: int
-    """With a text of `--stop`."""
+    """Completions that end with a text of `--stop`."""
     empty: int
     cut: int
     repeated: int
     duplicate: int
     kept: int
     rows_set_aside: int
-    """Source rows that were no prompts."""
+    """Source rows that could not be prompts."""
     short_rows: int
-    """Of a corpus: texts of fewer tokens than a prompt has."""
+    """Texts of a corpus with fewer tokens than a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """`generation.json`: written last."""
+    """The content of `generation.json`, which is written last."""
 
     format_version: int
     generation_id: str
-    """SHA-256 over the contract and the shard table."""
+    """SHA-256 of the contract and the shard table."""
     contract: GenerationContract
     shards: tuple[Shard, ...]
     counts: Counts
@@ -196,5 +195,5 @@ class Generation:
 
     @property
     def counts(self) -> Counts:
-        """Of its completions."""
+        """The counts of its completions."""
         return self.end.counts

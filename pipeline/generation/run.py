@@ -1,4 +1,4 @@
-"""The recipe of generation, before stage 1."""
+"""The steps of generation, which precedes stage 1."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _SHOWN = 600
 
 
 def run(config: GenerateConfig) -> Generation | None:
-    """`softlabel generate`: with the engine that the flags name.
+    """Run `softlabel generate` with the engine that the flags select.
 
     Returns:
-        The finished data set; None: this part of it is done, and others are not.
+        The finished data set, or None if this part is done but others are not.
 
     Raises:
-        PipelineError: see the subclasses; nothing is half-written, and the same command goes on
-            where it stopped.
+        PipelineError: see the subclasses. No shard is half-written; the same command resumes the
+            run.
     """
     found: Any
     if config.engine == "ray":
@@ -60,7 +60,7 @@ def run(config: GenerateConfig) -> Generation | None:
 
 
 def _here(config: GenerateConfig, **live: Any) -> Any:
-    """In this process."""
+    """Run in this process."""
     job = prepare(config, **live)
     with contextlib.closing(job.writer):
         return make_here(GENERATION, job, part=config.parsed_part)
@@ -74,18 +74,18 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Any,
 ) -> Generation:
-    """Let a language model write a data set.
+    """Generate a data set with a language model.
 
     Args:
-        model: a name, a path, or a live model (then with its `tokenizer`), which is left as it was
-            found.
-        prompts: a `datasets.Dataset` or `DatasetDict`, a list of texts, or a name or path that
-            `softlabel generate --dataset` takes. With `template`: labelled rows, or None.
-        settings: those of `softlabel generate`, under the names of its flags with underscores:
-            `num_samples`, `max_new_tokens`, `temperature`, `prefix_tokens`, `drop`, ...
+        model: a name, a path, or a model in memory (which needs its `tokenizer`). The model is not
+            changed.
+        prompts: a `datasets.Dataset` or `DatasetDict`, a list of texts, or a name or path as for
+            `softlabel generate --dataset`. With `template`: labelled rows, or None.
+        settings: the flags of `softlabel generate`, with underscores: `num_samples`,
+            `max_new_tokens`, `temperature`, `prefix_tokens`, `drop`, ...
 
     Returns:
-        The finished data set. Called again with the same arguments it goes on where it was stopped.
+        The finished data set. Calling again with the same arguments resumes an interrupted run.
 
     Raises:
         PipelineError: see the subclasses.
@@ -122,21 +122,21 @@ def generate(
 
 
 def _dataset(prompts: Any) -> Any:
-    """A list of texts becomes a data set with a column `prompt`."""
+    """Convert a list of texts to a data set with a column `prompt`."""
     if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence) or hasattr(prompts, "features"):
         return prompts
     import datasets
 
     if not all(isinstance(text, str) for text in prompts):
         raise MisuseError(
-            "generate: a list of prompts holds texts; of rows make one with datasets.Dataset.from_list(rows)"
+            "generate: a list of prompts holds texts; for a list of rows use datasets.Dataset.from_list(rows)"
         )
     return datasets.Dataset.from_dict({"prompt": list(prompts)})
 
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout; a model in training goes on in training."""
+    """Put a model into evaluation mode, and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -147,56 +147,59 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class GenerationWork:
-    """See `Work`."""
+    """The work of `softlabel generate`; see `Work`."""
 
     command: str = "generate"
     speaks: tuple[str, ...] = ("pipeline.generation.run", "pipeline.generation.prompts")
 
     def open_layout(self, config: GenerateConfig) -> Layout:
-        """A directory."""
+        """Return the layout of the output directory."""
         return generation_layout(config.output)
 
     def prepare(self, config: GenerateConfig) -> GenerationJob:
-        """With the model."""
+        """Build the job, including its model."""
         return prepare(config)
 
     def after_the_first(self, config: GenerateConfig) -> GenerateConfig:
-        """Nothing is deleted."""
+        """Return the configuration of later workers: without `overwrite`."""
         return dataclasses.replace(config, overwrite=False)
 
     def current_plan(self, layout: Layout) -> GenerationPlan | None:
-        """That of the run that is there."""
+        """Return the plan of the existing run, if any."""
         return plan_there(layout, GenerationPlan)
 
     def outstanding(self, layout: Layout, plan: GenerationPlan, part: tuple[int, int] | None) -> list[ShardPlan]:
-        """None of a finished data set: its shards with all completions are gone."""
+        """Return the missing shards of a part.
+
+        A finished data set has none: its shards with all completions are deleted.
+        """
         if is_committed(layout, plan):
             return []
         return [shard for shard in shards_of(plan, part) if finished(layout, shard) is None]
 
     def is_finished(self, layout: Layout, plan: GenerationPlan) -> bool:
-        """By `generation.json`."""
+        """Return whether there is a `generation.json` of this plan."""
         return is_committed(layout, plan)
 
     def opened(self, layout: Layout) -> Generation:
-        """The data set, whose shards are hashed."""
+        """Open the data set, and check the hashes of its shards."""
         return open_generation(layout.root)
 
     def finish(self, layout: Layout, plan: GenerationPlan) -> Generation | None:
-        """Drop, write the card and `generation.json`."""
+        """If no shard is missing, drop completions and write the card and `generation.json`."""
         if is_committed(layout, plan):
             return open_generation(layout.root)
         return finish(layout, plan) if is_whole(layout, plan) else None
 
     def show(self, job: GenerationJob, waiting: Sequence[ShardPlan]) -> None:
-        """The first prompt, and what the model makes of it."""
+        """Log the first prompt and its completion."""
         show_first(job)
 
     def check_rows(self, job: GenerationJob, waiting: Sequence[ShardPlan]) -> None:
-        """None: a prompt is checked where it is written."""
+        """Do nothing; a prompt is checked when its shard is made."""
 
     def check(self, job: GenerationJob) -> None:
-        """Whether padding changes what the model computes."""
+        """Check that padding does not change the logits."""
         job.writer.check(few_prompts(job), batch_tokens=job.plan.contract.batch_tokens)
 
     def make(
@@ -206,12 +209,15 @@ class GenerationWork:
         done: Callable[[Receipt], None],
         moved: Callable[[int, int], None],
     ) -> None:
-        """Prompts, completions, Parquet."""
+        """Make the shards: read prompts, generate and write."""
         write_shards(job, shards, done, moved)
 
 
 def show_first(job: GenerationJob, *, sample: bool = True) -> None:
-    """Log the first prompt as tokens, and its first completion, so that a wrong template or setting is seen now."""
+    """Log the first prompt as tokens, and its first completion.
+
+    This shows a wrong template or setting at the start.
+    """
     prompts = few_prompts(job)
     if not prompts:
         return

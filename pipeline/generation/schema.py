@@ -1,4 +1,4 @@
-"""The columns of a generated data set: plain Parquet types only."""
+"""The columns of a generated data set, which have plain Parquet types only."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pipeline.records import NO_LABEL
 
 
 def generated_schema(*, labelled: bool, kept: Mapping[str, pa.DataType]) -> pa.Schema:
-    """The Arrow schema of every shard.
+    """Return the Arrow schema of every shard.
 
     Args:
-        labelled: with a template: the example's text and label, under the names that `cache-logits`
-            reads.
-        kept: name and type of the columns copied from the prompts.
+        labelled: with a template: add the example's text and label, under the names that
+            `cache-logits` reads.
+        kept: name -> type of the columns copied from the prompts.
 
     Raises:
-        MisuseError: a kept column has the name of one of ours.
+        MisuseError: a kept column has the name of one of these columns.
     """
     columns: dict[str, pa.DataType] = {"source_row": pa.int64(), "sample": pa.int32()}
     if labelled:
@@ -47,7 +47,7 @@ def generated_schema(*, labelled: bool, kept: Mapping[str, pa.DataType]) -> pa.S
 
 
 def table_of(rows: Sequence[tuple[Asked, Completion]], schema: pa.Schema) -> pa.Table:
-    """Completions as a table, in the order given."""
+    """Build a table of completions, in the given order."""
     labelled = "label" in schema.names
     return pa.Table.from_pylist([_row(asked, found, labelled=labelled) for asked, found in rows], schema=schema)
 

@@ -1,8 +1,8 @@
-"""The model of a server writes: one request for each completion, by the completions endpoint of the OpenAI API.
+"""Generation by a server: one request per completion to the OpenAI completions endpoint.
 
-Prompts are sent as token ids; to servers that take text alone (Ollama, TGI), as text. A request
-holds a seed of its own, so that a server that keeps to it gives the same completion whoever asks,
-where its arithmetic does not depend on its batches.
+Prompts are sent as token ids, or as text to servers that accept text only (Ollama, TGI). Each
+request contains its own seed. A server that respects it, and whose arithmetic does not depend on
+its batches, returns the same completion to any worker.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from pipeline.servers.client import Client
 
 logger = logging.getLogger(__name__)
 
-#: What `owned_by` of `/v1/models` says -> the name of the API.
+#: Value of `owned_by` in `/v1/models` -> name of the API.
 _APIS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "library": "ollama"}
 _SEEDS = 1 << 31
 _NO_LIMIT = 1 << 30
-#: APIs that take token ids as stops.
+#: APIs that accept token ids as stops.
 _STOP_IDS = ("vllm", "sglang")
 _MOST_VERSION = 100
 
 
 @dataclass(frozen=True, slots=True)
 class ServedWriter:
-    """See `Writer`."""
+    """A writer behind a server; see `Writer` for the members."""
 
     client: Client
     tokenizer: PreTrainedTokenizerBase
@@ -50,45 +50,45 @@ class ServedWriter:
     end_ids: tuple[int, ...]
     takes_ids: bool
     settings: Mapping[str, float]
-    """Of the draws, as requests hold them."""
+    """The sampling settings of requests."""
     own_settings: tuple[str, ...]
-    """Those that the server does not take."""
+    """The settings that the server does not accept."""
     special_stops: Mapping[str, int]
-    """Of `--stop`: special token -> its id."""
+    """The special tokens among `--stop` -> their ids."""
     text_end: int | None
-    """The token that ends a completion of a text, where the server does not say which has; None:
-    not known."""
+    """The end token of completions of plain texts, used if the server does not report it; None:
+    unknown."""
     chat_end: int | None
-    """The same of a chat."""
+    """The same for chats."""
 
     @property
     def name(self) -> str:
-        """The served model's."""
+        """Name of the served model."""
         return self.model
 
     @property
     def device(self) -> str:
-        """The device is the server's own."""
+        """The server's API; the device itself is unknown."""
         return f"server ({self.api})"
 
     @property
     def num_ids(self) -> int:
-        """The tokenizer's vocabulary."""
+        """Size of the tokenizer's vocabulary."""
         return len(self.tokenizer)
 
     def info(self) -> ServedModel:
-        """As far as the server says."""
-        shared = PurePath(self.model).name if self.model.startswith("/") else self.model  # a path of its machine
+        """Return what the server reports about its model, without a local directory."""
+        shared = PurePath(self.model).name if self.model.startswith("/") else self.model
         return ServedModel(shared, self.api, self.version, self.own_settings)
 
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
-        """All of a shard: the server makes the batches."""
+        """Return one batch with all completions of a shard: the server makes its own batches."""
         return [(list(range(len(lengths))), max(lengths))] if lengths else []
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Say where the end tokens are not known.
+        """Warn if the end tokens are unknown.
 
-        The first completion, which is shown, has been asked for.
+        A request for the first completion, which is logged, has already checked the server.
         """
         if prompts and self.api not in _STOP_IDS and self._end(prompts[0]) is None:
             logger.warning(
@@ -98,7 +98,7 @@ class ServedWriter:
             )
 
     def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion | BadRow]:
-        """One request for each."""
+        """Send one request per completion and wait for the answers."""
         futures = [self._submit(each, sampling) for each in asked]
         found: list[Completion | BadRow] = []
         for each, future in zip(asked, futures, strict=True):
@@ -111,7 +111,7 @@ class ServedWriter:
         return found
 
     def close(self) -> None:
-        """The client's connections."""
+        """Close the client's connections."""
         self.client.close()
 
     def _submit(self, asked: Asked, sampling: Sampling) -> Future[Completion]:
@@ -140,16 +140,16 @@ class ServedWriter:
         }
 
     def _text(self, prompt: Prompt) -> str:
-        """Without the BOS of a rendered chat: the server puts its own before a text."""
+        """Return the prompt without BOS: the server adds its own."""
         bos = self.tokenizer.bos_token
         return prompt.text.removeprefix(str(bos)) if bos else prompt.text
 
     def _completion(self, answer: Any, asked: Asked, sampling: Sampling) -> Completion:
-        """What a response says.
+        """Convert a response to a completion.
 
         Raises:
-            UnusableAnswerError: it is none, ends for another reason than an end or its length, or
-                holds token ids that the tokenizer does not have.
+            UnusableAnswerError: there is no completion, it ends for another reason than an end or
+                its length, or the tokenizer does not have its token ids.
         """
         choices = answer.get("choices") if isinstance(answer, Mapping) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
@@ -159,7 +159,8 @@ class ServedWriter:
         assert isinstance(choice, Mapping)
         reason, end = self._finish(choice, sampling)
         ids, ids_from = self._ids(choice, text)
-        if reason == "eos" and not (len(ids) and int(ids[-1]) in self.end_ids):  # a response ends before it
+        # Some responses exclude the end token.
+        if reason == "eos" and not (len(ids) and int(ids[-1]) in self.end_ids):
             end = self._end(asked.prompt) if end is None else end
             if end is None:
                 reason = "stop"
@@ -172,10 +173,10 @@ class ServedWriter:
         return Completion(text, ids.astype(np.int32), reason, self._logprob(choice, sampling), ids_from)
 
     def _finish(self, choice: Mapping[str, Any], sampling: Sampling) -> tuple[FinishReason, int | None]:
-        """Why a completion ends, and the token that ends it as far as the server says (vLLM's and SGLang's do).
+        """Return why a completion ends, and its end token if the server (vLLM, SGLang) reports it.
 
-        `eos` only where that is known: of a server that does not say which of the two has ended it,
-        a stop text has.
+        If the server does not report whether an end token or a stop text ended the completion, and
+        there are stop texts, the reason is `stop`.
         """
         given = choice.get("finish_reason")
         if given in ("length", "eos_token"):
@@ -183,7 +184,7 @@ class ServedWriter:
         if given not in (
             "stop",
             "stop_sequence",
-        ):  # abort, error, content_filter, repetition, null: not the model's end
+        ):  # abort, error, content_filter, repetition or null
             raise UnusableAnswerError(f"expected the finish reason stop or length, found {given!r}", of_row=True)
         key = "stop_reason" if "stop_reason" in choice else "matched_stop"
         by, texts = choice.get(key), set(sampling.stop) - set(self.special_stops)
@@ -208,7 +209,10 @@ class ServedWriter:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64), "tokenizer"
 
     def _logprob(self, choice: Mapping[str, Any], sampling: Sampling) -> float | None:
-        """Of the model at temperature 1 without filters: what vLLM gives, and others where nothing else was asked for."""
+        """Return the log-probability under the model at temperature 1 without filters, else None.
+
+        vLLM always reports this value; other servers only if no other sampling is requested.
+        """
         plain = sampling.temperature == 1 and (sampling.top_p, sampling.top_k, sampling.min_p) == (None, None, None)
         given = choice.get("logprobs")
         values = given.get("token_logprobs") if isinstance(given, Mapping) else None
@@ -221,12 +225,12 @@ class ServedWriter:
 def served_writer(
     client: Client, tokenizer: PreTrainedTokenizerBase, *, model: str | None, sampling: Sampling, stated_ends: object
 ) -> ServedWriter:
-    """Ask the servers what they serve.
+    """Ask the servers for their model, and build a writer.
 
     Raises:
-        MisuseError: no such model there, or several and none is named; a filter that the server
-            does not take.
-        ServerError: no server can be used.
+        MisuseError: there is no such model, several and none is named, or the server does not
+            accept a filter.
+        ServerError: no server is available.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for url in client.urls:
@@ -275,14 +279,17 @@ def served_writer(
 
 
 def _ends_of_texts(stated: object, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What may end a text that is no chat: EOS of the tokenizer, unless the generation config states other ends alone."""
+    """Return the possible end tokens of a completion of a plain text.
+
+    EOS of the tokenizer, unless the generation config lists other end tokens only.
+    """
     eos = tokenizer.eos_token_id
     its = end_ids(stated, tokenizer) if stated is None else tuple(stated if isinstance(stated, list) else [stated])
     return (eos,) if isinstance(eos, int) and eos in its else its
 
 
 def _only(ends: Sequence[int], stops: Mapping[str, int]) -> int | None:
-    """The one token that may have ended a completion, if there is one."""
+    """Return the only token that can end a completion, or None if there are several or none."""
     possible = {*ends, *stops.values()}
     return possible.pop() if len(possible) == 1 else None
 

@@ -1,4 +1,4 @@
-"""One shard: source rows -> prompts -> completions -> Parquet -> receipt."""
+"""Generation of one shard: source rows -> prompts -> completions -> Parquet -> receipt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.generation.records import Asked, Completion
 from pipeline.generation.schema import table_of
 from pipeline.records import BadRow, Receipt, Shard, ShardPlan
 
-#: Completions of a table that is made at once.
+#: Number of completions per Arrow table.
 _TABLE_ROWS = 256
 
 
@@ -25,15 +25,15 @@ def write_shards(
     done: Callable[[Receipt], None],
     moved: Callable[[int, int], None],
 ) -> None:
-    """Make shards one after another, knowing nothing of the others.
+    """Make shards one after another, independently of each other.
 
     Args:
-        done: called with each receipt, once it is on disk.
-        moved: called after each batch, with source rows in proportion to its completions, and the
-            tokens that were written.
+        done: called with each receipt after it is on disk.
+        moved: called after each batch with the source rows in proportion to its completions, and
+            the number of generated tokens.
 
     Raises:
-        BadRowError: a row is no prompt, and the contract says stop.
+        BadRowError: a row cannot be a prompt, and the contract's `on_bad_row` is "stop".
         CacheError: a shard cannot be written.
         ModelError: out of memory.
     """
@@ -44,10 +44,10 @@ def write_shards(
 
 
 def read_prompts(job: GenerationJob, shard: ShardPlan) -> tuple[list[Asked], list[BadRow]]:
-    """The completions that are to be written, by row and sample, and the rows that are no prompts.
+    """Return the completions to generate, by row and sample, and the rows that cannot be prompts.
 
     Raises:
-        BadRowError: there is such a row, and the contract says stop.
+        BadRowError: there is such a row, and the contract's `on_bad_row` is "stop".
     """
     asked: list[Asked] = []
     bad: list[BadRow] = []
@@ -67,7 +67,7 @@ def _stop_unless_skipped(job: GenerationJob, row: BadRow) -> None:
         source = job.prompts.source
         where = f"{source.name}: " if source is not None else ""
         raise BadRowError(
-            f"{where}split {row.split}, row {row.source_row}: {row.reason}; mend the row, or set such rows aside with "
+            f"{where}split {row.split}, row {row.source_row}: {row.reason}; correct the row, or set such rows aside with "
             "--on-bad-row skip"
         )
 

@@ -1,4 +1,4 @@
-"""Who writes completions: the interface, and what makes of token ids the text of a completion."""
+"""The `Writer` protocol of models that generate, end tokens, and the text of a completion."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.tasks.chats.templates import REFUSALS, find_template, make_rendere
 
 
 class Writer(Protocol):
-    """A model that writes: a local one, or that of a server."""
+    """A model that generates completions: a local one, or one behind a server."""
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
 
     @property
     def device(self) -> str:
-        """As receipts name it."""
+        """The device, as stored in receipts."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -31,50 +31,50 @@ class Writer(Protocol):
 
     @property
     def longest(self) -> int:
-        """The most tokens of a prompt with its completion."""
+        """The largest number of tokens of a prompt with its completion."""
 
     @property
     def num_ids(self) -> int:
-        """Token ids below this can be read."""
+        """The model accepts token ids below this."""
 
     def info(self) -> ModelInfo | ServedModel:
-        """For the contract."""
+        """The model's entry in the contract."""
 
     def check(self, prompts: Sequence[Prompt], *, batch_tokens: int) -> None:
-        """Before the first shard, with a few short prompts.
+        """Check the model with a few short prompts, before the first shard.
 
         Raises:
-            ModelError: its batches cannot be trusted.
+            ModelError: completions would depend on their batch.
         """
 
     def batches(self, lengths: Sequence[int], batch_tokens: int) -> list[tuple[list[int], int]]:
-        """Which completions are written together: row numbers, and the padded length.
+        """Return (indices, padded length) of the completions that are generated together.
 
         Args:
-            lengths: tokens of each prompt with its longest completion.
+            lengths: number of tokens of each prompt with its longest completion.
         """
 
     def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[Completion | BadRow]:
-        """The completions of one batch, in order; a bad row where there is none.
+        """Return the completions of one batch, in order, with a bad row where there is none.
 
         Raises:
             ModelError: out of memory.
-            ServerError: no server can be used.
+            ServerError: no server is available.
         """
 
     def close(self) -> None:
-        """Give up what is not written yet, and every connection."""
+        """Cancel pending completions and close the connections."""
 
 
 def end_ids(stated: object, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> tuple[int, ...]:
-    """The tokens that end a completion.
+    """Return the tokens that end a completion.
 
     Args:
-        stated: `eos_token_id` of a model's generation config.
-        stops: `--stop`; those that are special tokens are among the ends.
+        stated: `eos_token_id` of the model's generation config.
+        stops: texts of `--stop`; special tokens among them are end tokens.
 
     Returns:
-        These and EOS of the tokenizer, in order.
+        These tokens and EOS of the tokenizer, sorted.
     """
     ids = stated if isinstance(stated, list) else [stated]
     known = [*ids, tokenizer.eos_token_id, *special_stops(tokenizer, stops).values()]
@@ -82,13 +82,16 @@ def end_ids(stated: object, tokenizer: PreTrainedTokenizerBase, stops: Sequence[
 
 
 def special_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> dict[str, int]:
-    """The texts among `stops` that are exactly one special token, with its id: no decoded completion holds them."""
+    """Return the texts of `stops` that are exactly one special token, with their ids.
+
+    Decoded completions never contain these texts, because decoding skips special tokens.
+    """
     special = _special_tokens(tokenizer)
     return {stop: special[stop] for stop in stops if stop in special}
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind a turn of the assistant; None where there is none."""
+    """Return the special token that the chat template puts after an assistant turn, or None."""
     said = "softlabel"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
     try:
@@ -101,13 +104,13 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text -> id of the tokens that decoding leaves out."""
+    """Return text -> id of the tokens that decoding skips."""
     named = set(tokenizer.all_special_ids)
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in named}
 
 
 def stated_ends(name: str, revision: str | None = None) -> object:
-    """`eos_token_id` of a generation config beside a tokenizer; None where there is none."""
+    """Return `eos_token_id` of the generation config next to a tokenizer, or None."""
     try:
         return GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
     except (OSError, ValueError):
@@ -117,10 +120,10 @@ def stated_ends(name: str, revision: str | None = None) -> object:
 def completion_text(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: np.ndarray, token_ids: np.ndarray, stops: Sequence[str]
 ) -> tuple[str, bool]:
-    """The text that goes on from the prompt, without special tokens, up to the first of `stops`; and whether one was found.
+    """Return the text of a completion up to the first of `stops`, and whether a stop was found.
 
-    It is what the tokens add to the text of the prompt: some tokenizers drop the space that the
-    first token of a text begins with.
+    It is the text that the tokens add to the text of the prompt, without special tokens: some
+    tokenizers drop the space at the beginning of a text.
     """
     before = _decoded(tokenizer, prompt_ids[-_CONTEXT:])
     whole = _decoded(tokenizer, np.concatenate([prompt_ids[-_CONTEXT:], token_ids]))
@@ -129,7 +132,7 @@ def completion_text(
     return (text[: min(places)], True) if places else (text, False)
 
 
-#: Tokens of the prompt that are decoded with a completion: enough to know the space between them.
+#: Number of prompt tokens decoded with a completion, which determine the space between them.
 _CONTEXT = 8
 
 

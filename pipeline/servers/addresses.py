@@ -1,4 +1,4 @@
-"""Addresses of inference servers, and the key that they are asked with."""
+"""Addresses of inference servers, and their API key."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import MisuseError
 
-#: The environment variable that holds the key; there is no flag for it.
+#: The environment variable with the API key; there is no flag for it.
 KEY_VARIABLE = "SOFTLABEL_SERVER_KEY"
 
 
 def base_urls(flags: Sequence[str]) -> tuple[str, ...]:
-    """The root address of each server: `http://host:8000` of `http://host:8000/v1/`.
+    """Return the root address of each server: `http://host:8000` for `http://host:8000/v1/`.
 
     Raises:
-        MisuseError: no http(s) address, one with a user name or a password in it, or one that is
-            given twice.
+        MisuseError: not an http(s) address, an address with a user name or a password, or a
+            duplicate.
     """
     found: list[str] = []
     for flag in flags:
@@ -47,10 +47,10 @@ def _without_user(flag: str) -> str:
 
 
 def server_key() -> str | None:
-    """The key in the environment; None where there is none.
+    """Return the API key from the environment, or None if there is none.
 
     Raises:
-        MisuseError: it cannot be sent in a header.
+        MisuseError: the key cannot be sent in a header.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not all("!" <= character <= "~" for character in key):
@@ -61,7 +61,7 @@ def server_key() -> str | None:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is this machine's own: proxies of the environment are not for it."""
+    """Return whether an address is on this machine, so that proxies must not be used for it."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

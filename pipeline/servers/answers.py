@@ -1,4 +1,4 @@
-"""What a failed request means: whether to send it again, and the line that says what is wrong."""
+"""Interpretation of failed requests: whether to retry, and the error message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.errors import ServerError
 from pipeline.servers.addresses import KEY_VARIABLE
 
 _MOST_TEXT, _MOST_REASON = 300, 150
-#: URLs, paths of two parts and more, hosts with a port, addresses, and ids of requests.
+#: URLs, paths of two or more parts, hosts with a port, IP addresses, and request ids.
 _PRIVATE = re.compile(
     r"""[a-z][a-z0-9+.-]*://\S+            # a URL
     | (?<![\w.])(?:~|[a-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?  # a path
@@ -25,19 +25,19 @@ _PRIVATE = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-#: Longest `Retry-After` that is kept to, seconds.
+#: Upper bound of `Retry-After` in seconds.
 _MOST_WAIT = 60.0
 
 
 class RefusedError(ServerError):
-    """A server refuses one request, and would refuse it again; its text names the server."""
+    """A server permanently refuses one request; the message names the server."""
 
     def __init__(self, said: str, *, reason: str) -> None:
-        """What is wrong.
+        """Initialize the error.
 
         Args:
-            reason: the same for a report that is published: without the server's address, the row's
-                name, and paths.
+            reason: the message for a published report: without the server's address, the name of
+                the row, and paths.
         """
         super().__init__(said)
         self.reason = reason
@@ -51,68 +51,68 @@ def _refused(said: str, reason: str) -> RefusedError:
 
 
 class RefusedKeyError(ServerError):
-    """A server refuses the key, or asks for one."""
+    """A server refuses the API key, or requires one."""
 
 
 class UnusableAnswerError(Exception):
-    """An answer of status 200 that is not what was asked for."""
+    """A response with status 200 that does not have the expected content."""
 
     def __init__(self, said: str, *, of_row: bool = False) -> None:
-        """What was expected, and what was found.
+        """Initialize the error with what was expected and found.
 
         Args:
-            of_row: the answer is in order but for its numbers: given again and again, it is the
-                request that is bad.
+            of_row: the response has the right form, but invalid numbers. If this repeats, the
+                request is at fault, not the server.
         """
         super().__init__(said)
         self.of_row = of_row
 
 
 class AnswerError(Exception):
-    """An answer with another status than 200."""
+    """A response with another status than 200."""
 
     def __init__(self, response: httpx2.Response) -> None:
-        """Keep what it says."""
+        """Store the response."""
         super().__init__(response.status_code)
         self.response = response
 
     def fault(self, url: str, what: str) -> Fault:
-        """What it means for the request that `what` names."""
+        """Return the fault of the request that `what` names."""
         response = self.response
         return fault_of_answer(response.status_code, response.content, url, what, response.headers.get("Retry-After"))
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What went wrong with one request."""
+    """A failure of one request."""
 
     said: str
-    """One line: which server, and what it said."""
+    """One line with the server and its message."""
     final: type[ServerError] | None = None
-    """To be raised at once; None: the request is sent again."""
+    """The error to raise immediately; None: retry the request."""
     is_down: bool = False
     """The server cannot be reached."""
     is_of_server: bool = False
-    """The server is left alone for a while."""
+    """The server is not used for a while."""
     is_of_load: bool = False
-    """Fewer requests are to be in flight."""
+    """Fewer requests should be in flight."""
     is_of_request: bool = False
-    """It may be this request that the server fails at."""
+    """The request itself may be the cause."""
     retry_after: float = 0.0
-    """Seconds."""
+    """In seconds."""
     reason: str = ""
-    """What is wrong with this request, for a report that is published; see `RefusedError`."""
+    """The message for a published report; see `RefusedError`."""
 
 
 def fault_of_exception(error: httpx2.HTTPError, url: str) -> Fault:
-    """No answer came."""
+    """Return the fault of a request without a response."""
     text = " ".join(str(error).split())[:_MOST_TEXT] or type(error).__name__
     if isinstance(error, httpx2.ConnectError) and "certificate" in text.lower():
         return Fault(
             f"{url}: the certificate of the server is not trusted ({text}); set SSL_CERT_FILE", final=ServerError
         )
     if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
-        return Fault(  # the text may quote the key
+        return Fault(  # the text may contain the key
             f"{url}: {type(error).__name__}; check the address, and the key in {KEY_VARIABLE}", final=ServerError
         )
     if isinstance(error, httpx2.ConnectTimeout):
@@ -130,7 +130,7 @@ def fault_of_exception(error: httpx2.HTTPError, url: str) -> Fault:
 
 
 def fault_of_answer(status: int, body: bytes, url: str, what: str, retry_after: str | None) -> Fault:
-    """An answer of another status than 200."""
+    """Return the fault of a response with another status than 200."""
     text = message_of(body)
     said = f"{url}: {what}: {status} {text}".rstrip()
     if status in (401, 403):
@@ -152,12 +152,12 @@ def fault_of_answer(status: int, body: bytes, url: str, what: str, retry_after: 
 
 
 def publishable(text: str) -> str:
-    """What a server says, without addresses, paths of its machine, and numbers of requests; short."""
+    """Shorten a server's message, and remove addresses, paths and request ids from it."""
     return _PRIVATE.sub("...", text)[:_MOST_REASON]
 
 
 def message_of(body: bytes) -> str:
-    """What a server says in the body of an error, as one line."""
+    """Return the message in the body of an error response, as one line."""
     text = body[:10_000].decode("utf-8", "replace")
     try:
         found: Any = json.loads(body)

@@ -1,8 +1,8 @@
-"""Requests to inference servers: several at once, to the least busy one, sent again on failure.
+"""Concurrent requests to inference servers, with load balancing and retries.
 
-A request that keeps failing is told from a server that fails by a control: the shortest request
-that has been answered before is sent to the same server. Where that is answered, the request is at
-fault, else the server.
+If a request keeps failing, a control decides whether the request or the server is at fault: the
+shortest request that was answered before is sent to the same server. If that is answered, the
+request is at fault, otherwise the server is.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pipeline.servers.pool import Server, choose, wait_after
 
 Answer = TypeVar("Answer")
 
-#: How often a request is sent whose answers cannot be used; and how often one fails before the
-#: control is sent, within the patience, and at its end. After the control it is sent once more.
+#: Attempts of a request with unusable answers; failures of a request before the control is sent,
+#: within the patience and at its end. After the control, the request is sent once more.
 _TRIES, _TRIES_ALONE, _TRIES_AT_LEAST = 4, 7, 2
 _CONNECT_SECONDS = 10.0
-#: Seconds that requests in flight are waited for at the end.
+#: Seconds to wait for requests in flight when closing.
 _CLOSE_SECONDS = 2.0
-#: Seconds without a byte after which an answer is given up and asked for again, at most.
+#: Upper bound of the read timeout in seconds.
 _READ_SECONDS = 300.0
 
 
@@ -57,13 +57,13 @@ class _Task(Generic[Answer]):
 
 
 class Client:
-    """A client of one or several servers of the same model; `submit` may be called from any thread.
+    """A client of one or several servers of the same model; `submit` is thread-safe.
 
-    Each request is sent to the server with the fewest requests in flight. It is sent again after a
-    growing wait, and to another server first, where a server is unreachable, slow, overloaded (429,
-    503) or fails (5xx), until `patience` seconds have gone by since its first failure. A server
-    that fails is left alone for a growing time while there is another. The key is read from the
-    environment by the caller and stands in no message.
+    Each request goes to the server with the fewest requests in flight. If a server is unreachable,
+    slow, overloaded (429, 503) or fails (5xx), the request is retried, on another server first,
+    with growing waits, until `patience` seconds after its first failure. A failing server is not
+    used for a growing time while there is another one. The caller reads the API key from the
+    environment; messages never contain it.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Client:
         patience: float = 600.0,
         read_seconds: float | None = None,
     ) -> None:
-        """Open no connection yet.
+        """Initialize the client without opening a connection.
 
         Args:
-            urls: root addresses, as `addresses.base_urls` gives them.
-            concurrency: requests in flight at most, to all servers; None: found out.
-            patience: seconds for which a request is sent again.
-            read_seconds: without a byte, after which an answer is given up; default: half of the
-                patience, at most 300.
+            urls: root addresses, from `addresses.base_urls`.
+            concurrency: maximum number of requests in flight to all servers; None: determined at
+                run time.
+            patience: seconds during which a request is retried.
+            read_seconds: read timeout; default: half of the patience, at most 300.
         """
         wait = read_seconds if read_seconds is not None else min(_READ_SECONDS, max(1.0, patience / 2))
         headers = {"Accept": "application/json", **({} if key is None else {"Authorization": f"Bearer {key}"})}
@@ -116,28 +116,28 @@ class Client:
 
     @property
     def concurrency(self) -> int:
-        """Requests in flight at most, as of now."""
+        """The current maximum number of requests in flight."""
         return self._pace.limit
 
     @property
     def waiting(self) -> int:
-        """Requests that are to be sent, or sent again."""
+        """Number of requests that wait to be sent or sent again."""
         with self._changed:
             return len(self._tasks) + self._pausing
 
     @property
     def busy(self) -> bool:
-        """Whether as many requests wait as may be in flight: more would only take memory."""
+        """Whether as many requests wait as may be in flight; more would only use memory."""
         return self.waiting >= self.concurrency
 
     def get(self, path: str, url: str | None = None) -> Any:
-        """The JSON that a server gives for a path; None where it has no such path (404).
+        """Return the JSON response for a path, or None if the server does not have the path (404).
 
         Args:
-            url: which server; default: the first.
+            url: the server; default: the first one.
 
         Raises:
-            ServerError: it refuses, or cannot be reached for as long as the patience lasts.
+            ServerError: the server refuses, or cannot be reached within the patience.
         """
         server = next(server for server in self._servers if url in (None, server.url))
         return self._persist(None, path, f"{server.url}{path}", lambda answer: answer, server)
@@ -152,20 +152,19 @@ class Client:
         size: int = 1,
         url: str | None = None,
     ) -> Future[Answer]:
-        """Post a request; it is sent when fewer than `concurrency` are in flight.
+        """Post a request as soon as fewer than `concurrency` are in flight.
 
         Args:
-            read: makes the result of the JSON that came, in another thread; raises
-                `UnusableAnswerError` for an answer that is to be asked for again.
-            what: names the request in messages: "train row 7".
-            size: in tokens; throughput is measured in it.
-            url: which server; default: the least busy.
+            read: converts the JSON response to the result, in another thread; raises
+                `UnusableAnswerError` if the request should be retried.
+            what: name of the request in messages: "train row 7".
+            size: in tokens, to measure throughput.
+            url: the server; default: the least busy one.
 
         Returns:
-            A future of what `read` gives. It raises `RefusedError` where the server refuses this
-                very request (4xx, or
-            5xx again and again) and answers the control, and `ServerError` where no server can be
-                used.
+            A future of the result of `read`. It raises `RefusedError` if a server refuses this
+                request (4xx, or repeated 5xx) but answers the control, and `ServerError` if no
+                server is available.
         """
         only = None if url is None else next(server for server in self._servers if server.url == url)
         task = _Task(path, json.dumps(body).encode(), read, what, size, only)
@@ -174,11 +173,11 @@ class Client:
                 raise RuntimeError("the client is closed")
             self._tasks.append(task)
             self._start_threads()
-            self._changed.notify_all()  # one that pauses between two tries may be the first to wake
+            self._changed.notify_all()  # a pausing thread may wake first
         return task.future
 
     def close(self) -> None:
-        """Give up every request that has no answer yet, and close the connections."""
+        """Cancel all pending requests and close the connections."""
         with self._changed:
             self._closed = True
             for task in self._tasks:
@@ -186,16 +185,16 @@ class Client:
             self._tasks.clear()
             self._changed.notify_all()
         deadline = time.monotonic() + _CLOSE_SECONDS
-        for thread in self._threads:  # a connection that is opened behind the back of `http.close` stays open
+        for thread in self._threads:  # they could open connections after `close`
             thread.join(max(0.0, deadline - time.monotonic()))
         for server in self._servers:
-            with contextlib.suppress(RuntimeError):  # a request that hangs
+            with contextlib.suppress(RuntimeError):  # a request hangs
                 server.http.close()
 
     # ------------------------------------------------------------------------------ the requests
 
     def _start_threads(self) -> None:
-        """As many as may have a request in flight, beside those that pause."""
+        """Start as many threads as may have a request in flight, in addition to pausing threads."""
         wanted = self._pausing + min(self._pace.limit, self._running + len(self._tasks))
         while len(self._threads) < min(wanted, MOST) and not self._closed:
             self._threads.append(threading.Thread(target=self._work, name="server-request", daemon=True))
@@ -228,7 +227,7 @@ class Client:
         *,
         size: int = 1,
     ) -> Answer:
-        """Send a request until it is answered, refused, or patience ends."""
+        """Send a request until it is answered or refused, or the patience ends."""
         first_failure: float | None = None
         unusable, is_suspect = 0, False
         asked, failed = Counter[Server](), Counter[Server]()
@@ -266,11 +265,11 @@ class Client:
             enough = _TRIES_AT_LEAST if is_over else _TRIES_ALONE
             if fault.is_of_request and failed.total() >= enough:
                 for each in [each for each in failed if not self._answers_control(each, unknown=False)]:
-                    del failed[each]  # it is the server that fails
+                    del failed[each]  # the server is at fault
                 was_suspect, is_suspect = is_suspect, failed.total() >= enough
                 if is_suspect and was_suspect:
                     raise self._refused(fault, f"; asked {sum(asked.values())} times, while others were answered")
-                if is_suspect:  # unless the server has begun to answer again just now
+                if is_suspect:  # unless the server has just recovered
                     continue
             if is_over:
                 raise ServerError(
@@ -285,7 +284,7 @@ class Client:
         return RefusedError(self._redacted(f"{fault.said}{more}"), reason=self._redacted(fault.reason))
 
     def _failed(self, server: Server, fault: Fault) -> None:
-        """Leave a server alone for a while; where there is no other to ask, a refusal for load lowers the pace."""
+        """Pause a server; without another server, also reduce the pace after a refusal for load."""
         said = self._redacted(fault.said)
         with self._changed:
             server.failed(said, self.patience, at_once=fault.is_down, retry_after=fault.retry_after)
@@ -293,19 +292,19 @@ class Client:
                 self._pace.refused()
 
     def _has_other(self, servers: Container[Server]) -> bool:
-        """Whether there is a server to ask beside some."""
+        """Return whether there is a usable server that is not in `servers`."""
         with self._changed:
             now = time.monotonic()
             return any(each not in servers and each.is_usable(now) for each in self._servers)
 
     def _remember(self, content: bytes | None, path: str, read: Callable[[Any], Any]) -> None:
-        """Keep the shortest request that was answered as the control."""
+        """Keep the shortest answered request as the control."""
         with self._changed:
             if content is not None and (self._control is None or len(content) < len(self._control[0])):
                 self._control = content, path, read
 
     def _answers_control(self, server: Server, *, unknown: bool) -> bool:
-        """Whether a server answers a request that has been answered before; `unknown` where none has been.
+        """Return whether a server answers the control; `unknown` if there is no control yet.
 
         Raises:
             ServerError: the server refuses the control too.
@@ -333,7 +332,7 @@ class Client:
         return False
 
     def _taken(self, only: Server | None, asked: Mapping[Server, int]) -> Server:
-        """Wait until a request may be sent, and say where to; `_send` gives the place back."""
+        """Wait for a free place and return the server to use; `_send` releases the place."""
         with self._changed:
             while self._running >= self._pace.limit and not self._closed:
                 self._changed.wait()

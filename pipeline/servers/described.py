@@ -1,4 +1,4 @@
-"""Which model a server serves, through which API, and what it says of itself."""
+"""The model that a server serves, the server's API, and its settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.servers.client import Client
 
 Api = Literal["vllm", "sglang"]
 
-#: What SGLang says of its settings and what changes a prediction.
+#: Settings that SGLang reports and that change predictions.
 _SETTINGS = ("dtype", "quantization", "kv_cache_dtype", "attention_backend", "revision")
 _MOST_TEXT = 200
-#: Tokens of a context that no prompt takes: the one that is generated; and of SGLang's scheduler,
-#: whose longest prompt is below the context less 1 and 5.
+#: Tokens of the context that a prompt cannot use: the generated one, and for SGLang those that its
+#: scheduler reserves (its longest prompt is shorter than the context - 1 - 5).
 _NOT_PROMPT: Mapping[Api, int] = {"vllm": 1, "sglang": 7}
 
 
@@ -26,28 +26,29 @@ class Described:
 
     api: Api
     model: str
-    """As requests name it."""
+    """Name of the model in requests."""
     version: str
-    """Of the server's software; "unknown" where it does not say."""
+    """Version of the server's software, or "unknown"."""
     longest: int | None = None
-    """Tokens of the longest prompt that leaves room for one more token; None: it does not say."""
+    """Number of tokens of the longest prompt, which leaves room for one more token; None:
+    unknown."""
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def public_name(self) -> str:
-        """The model's name without the directories of the server's machine."""
+        """The model's name without directories of the server's machine."""
         return PurePath(self.model).name if self.model.startswith("/") else self.model
 
 
 def describe(client: Client, *, api: Api | None = None, model: str | None = None) -> Described:
-    """Ask every server of a client what it serves.
+    """Ask every server of a client for its model.
 
     Args:
-        api: through which API it is asked; None: found out.
-        model: which of its models; None: its only one.
+        api: the API to use; None: detect it.
+        model: name of the model; None: the only one.
 
     Raises:
-        ServerError: a server that cannot be asked, another API, no such model, or servers that
+        ServerError: a server does not answer, has another API or no such model, or the servers
             differ.
     """
     found = [_describe(client, url, api, model) for url in client.urls]
@@ -89,7 +90,7 @@ def _describe(client: Client, url: str, api: Api | None, model: str | None) -> D
 
 
 def _root(entry: Mapping[str, Any]) -> dict[str, str]:
-    """What vLLM says of the weights: the last name of their directory or hub name."""
+    """Return the name of vLLM's weights: the last part of their directory or Hub name."""
     root = entry.get("root")
     name = PurePath(root).name[:_MOST_TEXT] if isinstance(root, str) else ""
     return {"root": name} if name else {}

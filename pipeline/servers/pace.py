@@ -1,18 +1,21 @@
-"""How many requests are in flight: raised while that is faster, lowered on refusals for load."""
+"""The number of requests in flight.
+
+It grows while that increases the throughput, and shrinks after refusals for load.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-#: Most requests in flight, and those that a search begins with, for each server.
+#: Maximum number of requests in flight, and the initial number per server.
 MOST = 1024
 _FIRST = 8
-#: Twice as many requests are kept where they are faster by this much.
+#: A doubled limit is kept if the throughput grows at least by this factor.
 _GAIN = 1.1
-#: Seconds, and rounds of requests, over which a throughput is measured.
+#: Least seconds, and rounds of requests, over which throughput is measured.
 _SECONDS, _ROUNDS = 0.5, 2
-#: Seconds after a refusal in which others are taken for the same one.
+#: Refusals within these seconds after another count as one.
 _SAME_REFUSAL = 1.0
 
 
@@ -20,15 +23,16 @@ class Pace:
     """The limit of requests in flight; used under the lock of its client.
 
     The limit is doubled until the throughput grows by less than a tenth; the last doubling is then
-    taken back. After a refusal for load (429, 503) the limit is halved, and rises by one a round
-    again, up to where the refusal came.
+    undone. A refusal for load (429, 503) ends the search and halves the limit. The limit then grows
+    by one per round, up to the result of the search, or to just below the limit at the refusal that
+    ended it.
     """
 
     def __init__(self, fixed: int | None, servers: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin.
+        """Initialize the limit.
 
         Args:
-            fixed: so many at most, without a search; None: the limit is found.
+            fixed: the limit; None: search for it.
         """
         self.limit = fixed or min(MOST, _FIRST * servers)
         self._ceiling = fixed or MOST
@@ -48,12 +52,12 @@ class Pace:
         return not self._searching
 
     def answered(self, size: int, *, waiting: bool) -> None:
-        """One more answer.
+        """Record an answered request.
 
         Args:
             size: of the request, in tokens.
-            waiting: whether more requests were there to be sent; without it, a throughput says
-                nothing of the limit.
+            waiting: whether more requests were waiting. Otherwise the throughput does not depend on
+                the limit and is ignored.
         """
         self._answers += 1
         self._size += size
@@ -78,7 +82,7 @@ class Pace:
             self.limit = min(2 * self.limit, self._ceiling)
 
     def refused(self) -> None:
-        """A server has refused a request for load."""
+        """Record that a server refused a request because of its load."""
         now = self._clock()
         if now - self._refused < _SAME_REFUSAL:
             return

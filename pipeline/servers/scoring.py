@@ -1,7 +1,7 @@
-"""Top log-probabilities at positions of a prompt: requests to vLLM and SGLang, and their answers.
+"""Top log-probabilities at positions of a prompt, from vLLM and SGLang.
 
-Token ids are sent, never text. Every answer is checked: for the ids that were sent, for each
-position, for K classes.
+Prompts are sent as token ids, never as text. Every answer is checked for the sent ids, for each
+position, and for K classes.
 """
 
 from __future__ import annotations
@@ -15,48 +15,50 @@ import numpy as np
 from pipeline.servers.answers import UnusableAnswerError
 from pipeline.servers.described import Api
 
-#: Positions that are asked of SGLang in one request. More are split: `logprob_start_len` says where
-#: each part begins.
+#: Positions per request to SGLang. Longer prompts are split; `logprob_start_len` is the beginning
+#: of each part.
 _POSITIONS = 2048
-#: What vLLM writes for a probability of 0 is -9999.
+#: vLLM writes -9999 for a probability of 0.
 _ZERO = -9000.0
-#: Above 0, or 1 in mass: what rounding explains.
+#: Tolerances for rounding: the largest log-probability, and the largest mass.
 _POSITIVE, _MOST_MASS = 0.01, 1.01
 
 
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
-    """Predictions made at P positions of a prompt."""
+    """Predictions at P positions of a prompt."""
 
     ids: np.ndarray
-    """(P, K) int64, by falling log-probability."""
+    """(P, K) int64, by descending log-probability."""
     logprobs: np.ndarray
     """(P, K) float64, nats; -inf for a probability of 0."""
     own: np.ndarray
-    """(P,) float64, nats: of the token that follows, which need not be among the K."""
+    """(P,) float64, nats: log-probability of the next token, which may not be among the K."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request, and how its answer is read."""
+    """A request, and the function that reads its answer."""
 
     path: str
     body: Mapping[str, Any]
     read: Callable[[Any], TopLogprobs]
     size: int
-    """Tokens of the prompt."""
+    """Number of tokens of the prompt."""
 
 
 def requests_for(
     api: Api, model: str, ids: Sequence[int], positions: np.ndarray, k: int, rows: int | None = None
 ) -> list[Request]:
-    """Requests for the predictions at some positions of one prompt; several where it is long.
+    """Build the requests for predictions at some positions of one prompt.
+
+    SGLang gets several requests if there are many positions.
 
     Args:
         ids: the prompt.
-        positions: (P,) int64, rising, each below `len(ids) - 1`.
-        k: how many classes of each position.
-        rows: classes of the model, padding included; None: not known.
+        positions: (P,) int64, ascending, each below `len(ids) - 1`.
+        k: number of classes per position.
+        rows: number of classes of the model, including padding; None: unknown.
     """
     if api == "vllm":
         return [_vllm(model, ids[: int(positions[-1]) + 2], positions, k, rows)]
@@ -90,7 +92,8 @@ def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int, rows: i
                 raise UnusableAnswerError(f"position {p}: expected log-probabilities, found {row!r}")
         counts = np.array([len(row) for row in tops])
         tokens = np.array([int(token) for row in tops for token in row], dtype=np.int64)
-        values = np.array([_value(each) for row in tops for each in row.values()], dtype=np.float64)  # null: nan
+        # null becomes nan
+        values = np.array([_value(each) for row in tops for each in row.values()], dtype=np.float64)
         is_own = tokens == np.repeat(following, counts)
         missing = np.add.reduceat(is_own, np.cumsum(counts) - counts) != 1
         if missing.any():
@@ -98,7 +101,7 @@ def _vllm(model: str, ids: Sequence[int], positions: np.ndarray, k: int, rows: i
             raise UnusableAnswerError(
                 f"position {positions[n]}: expected the log-probability of token {following[n]}, which follows there, found those of others"
             )
-        # The token that follows is one more where it is none of the most likely.
+        # The next token is an additional entry if it is not among the most likely ones.
         counts_top = counts - (counts == k + 1)
         in_top = ~(is_own & np.repeat(counts == k + 1, counts))
         return _table(tokens[in_top], values[in_top], counts_top, values[is_own], positions, k, rows)
@@ -179,7 +182,12 @@ def _table(
     k: int,
     classes: int | None = None,
 ) -> TopLogprobs:
-    """Entries of P positions, one after another -> (P, K), by falling log-probability, then by id."""
+    """Reshape consecutive entries of P positions to (P, K), by descending log-probability, then id.
+
+    Raises:
+        UnusableAnswerError: a wrong number of entries, invalid log-probabilities, or a duplicate
+            class.
+    """
     few = counts != k
     if few.any():
         n = int(few.argmax())

@@ -1,1 +1,1 @@
-"""Who makes which shard: this process, local workers, or Ray."""
+"""Engines that distribute shards: this process, local worker processes, or Ray."""

@@ -1,4 +1,4 @@
-"""Which worker makes which shard; the shards of one that died go to another."""
+"""Assignment of shards to workers; the shards of a worker that dies are reassigned."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pipeline.errors import CacheError
 from pipeline.records import ShardPlan
 
-#: A worker holds the shard that it makes, and the next, which it tokenises meanwhile.
+#: Shards per worker: the one in progress, and the next, which is tokenized meanwhile.
 _IN_HAND = 2
 _ATTEMPTS = 3
 
 
 class Deal:
-    """Deals shards to workers.
+    """Assigns shards to workers.
 
-    Exactly-once comes from receipts: a shard that is made twice is the same shard.
+    A shard that is made twice is byte-identical; its receipt makes it count once.
     """
 
     def __init__(self, shards: Sequence[ShardPlan], workers: int) -> None:
@@ -26,7 +26,10 @@ class Deal:
         self._losses: Counter[str] = Counter()
 
     def to(self, worker: int) -> list[str]:
-        """The names of the shards that a worker is given now; none: there are no more, or its hands are full."""
+        """Assign shards to a worker and return their names.
+
+        The list is empty if no shards are left or the worker has enough.
+        """
         hand = self._in_hand.setdefault(worker, [])
         given: list[str] = []
         while self._waiting and len(hand) < _IN_HAND and (not hand or len(self._waiting) > self._idle):
@@ -36,22 +39,22 @@ class Deal:
 
     @property
     def _idle(self) -> int:
-        """Workers that have nothing to do: a second shard in one's hands would be taken from them."""
+        """Number of workers without a shard. Second shards are kept back for them."""
         return self._workers - sum(map(bool, self._in_hand.values()))
 
     def in_hand(self, worker: int) -> bool:
-        """Whether a worker has something to do."""
+        """Return whether a worker has shards assigned."""
         return bool(self._in_hand.get(worker))
 
     def done(self, worker: int, name: str) -> None:
-        """A shard has its receipt."""
+        """Mark a shard as done: its receipt is written."""
         self._in_hand[worker].remove(name)
 
     def lost(self, worker: int, how: str) -> None:
-        """A worker has died: its shards wait again.
+        """Queue the shards of a dead worker again.
 
         Raises:
-            CacheError: it was the third in the same place.
+            CacheError: the third worker has died at the same shard, or at the start.
         """
         hand = self._in_hand.pop(worker, [])
         place = hand[0] if hand else "the start"
@@ -64,5 +67,5 @@ class Deal:
 
     @property
     def is_over(self) -> bool:
-        """Whether every shard is made."""
+        """Return whether every shard is done."""
         return not self._waiting and not any(self._in_hand.values())

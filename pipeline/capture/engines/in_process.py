@@ -1,4 +1,4 @@
-"""One process that makes every outstanding shard itself; and a capture, as engines see it."""
+"""The engine that makes all shards in this process, and `Capture`, the work of `cache-logits`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ from pipeline.records import Receipt, ShardPlan
 
 
 def capture(job: Job, *, part: tuple[int, int] | None = None) -> Cache | None:
-    """Make every shard (of a part) that is not there yet, in this process; commit where none is missing then."""
+    """Make every outstanding shard in this process; finish the cache if no shard is missing.
+
+    Args:
+        part: (index, count): make only this part of the shards.
+
+    Returns:
+        The finished cache, or None if shards of other parts are missing.
+    """
     cache = make_here(CAPTURE, job, part=part)
     assert cache is None or isinstance(cache, Cache)
     return cache
 
 
 def make_here(work: Work, job: AnyJob, *, part: tuple[int, int] | None = None) -> Any:
-    """As `capture`, for any work."""
+    """Do the same as `capture`, for any `Work`."""
     waiting = work.outstanding(job.layout, job.plan, part)
     if not waiting and work.is_finished(job.layout, job.plan):
         return already(work, job.layout)
@@ -52,54 +59,54 @@ def make_here(work: Work, job: AnyJob, *, part: tuple[int, int] | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """See `Work`."""
+    """The work of `softlabel cache-logits`; see `Work`."""
 
     command: str = "cache-logits"
     speaks: tuple[str, ...] = ("pipeline.capture.head",)
 
     def open_layout(self, config: CacheLogitsConfig) -> Layout:
-        """A directory, or a URL."""
+        """Open the output, a directory or a URL."""
         return open_layout(config.output)
 
     def prepare(self, config: CacheLogitsConfig) -> Job:
-        """With the teacher."""
+        """Build the job, including its teacher."""
         return prepare(config)
 
     def after_the_first(self, config: CacheLogitsConfig) -> CacheLogitsConfig:
-        """Nothing is deleted, and the server is compared no more."""
+        """Return the configuration of later workers: without `overwrite` and `check_with`."""
         return dataclasses.replace(config, overwrite=False, check_with=None)
 
     def current_plan(self, layout: Layout) -> Plan | None:
-        """That of the capture that is there."""
+        """Return the plan of the existing capture, if any."""
         return current_plan(layout)
 
     def outstanding(self, layout: Layout, plan: Plan, part: tuple[int, int] | None) -> list[ShardPlan]:
-        """Damaged shards of a finished cache too."""
+        """Return the shards to make, including damaged shards of a finished cache."""
         return outstanding(layout, plan, part)
 
     def is_finished(self, layout: Layout, plan: Plan) -> bool:
-        """By its manifest."""
+        """Return whether there is a manifest that lists the shards of all receipts."""
         return is_finished(layout, plan)
 
     def opened(self, layout: Layout) -> Cache:
-        """The cache."""
+        """Open the finished cache."""
         return opened(layout)
 
     def finish(self, layout: Layout, plan: Plan) -> Cache | None:
-        """Write card and manifest."""
+        """Write the dataset card and the manifest if no shard is missing."""
         return finish_when_whole(layout, plan)
 
     def show(self, job: Job, waiting: Sequence[ShardPlan]) -> None:
-        """Whether the disk is large enough, and the first row as tokens."""
+        """Warn if the disk is too small, and log the first row as tokens."""
         warn_of_full_disk(job, waiting)
         show_first_row(job)
 
     def check_rows(self, job: Job, waiting: Sequence[ShardPlan]) -> None:
-        """Token ids without an embedding."""
+        """Check for token ids without an input embedding."""
         check_rows(job, waiting)
 
     def check(self, job: Job) -> None:
-        """The logits of supervised positions against the model's own."""
+        """Let the teacher check its predictions on a short row."""
         check_head(job)
 
     def make(
@@ -109,7 +116,7 @@ class Capture:
         done: Callable[[Receipt], None],
         moved: Callable[[int, int], None],
     ) -> None:
-        """Tokens, teacher, soft labels, Parquet."""
+        """Capture the shards: tokenize, run the teacher, encode and write."""
         capture_shards(job, shards, done, moved)
 
 

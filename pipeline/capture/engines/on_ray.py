@@ -1,8 +1,8 @@
-"""Ray as the scheduler of a capture, or of other work: one actor for each GPU, or for each share of the CPUs.
+"""Ray as the engine of a capture or of generation: one actor per GPU, or per share of the CPUs.
 
-Ray starts workers, restarts them and says how far they are. It never writes our Parquet (its
-tensors become an extension type), and exactly-once comes from our receipts, not from its
-checkpoints.
+Ray starts and restarts workers and transports their progress. It does not write the Parquet files,
+because it stores tensors as an extension type. Receipts, not Ray's checkpoints, ensure that each
+shard counts exactly once.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from pipeline.verbosity import level_name, set_level
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_WARN = 30.0
-_OBJECT_STORE_BYTES = 80 << 20  # only names of shards pass through it
+_OBJECT_STORE_BYTES = 80 << 20  # only names of shards pass through
 
 
 def run_on_ray(work: Work, config: Config) -> Any:
-    """Share the shards among actors on the cluster of RAY_ADDRESS, the one that runs here, or a new local one.
+    """Distribute the shards among actors on a Ray cluster, and finish the output.
 
-    Every machine needs this package, the model and the data set under the names given, and the
+    The cluster is that of RAY_ADDRESS, or one that runs on this machine, or a new local one. Every
+    machine needs this package, the model and the data set under the same names, and access to the
     output: a shared directory or a URL.
 
     Raises:
-        PipelineError: what a worker met; the others are stopped, and what was finished is kept.
+        PipelineError: the error of a worker. The other workers are stopped; finished shards are
+            kept.
     """
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -58,7 +60,7 @@ def run_on_ray(work: Work, config: Config) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Share:
-    """What each worker is given."""
+    """The number of workers, and the resources of each."""
 
     workers: int
     cpus: int
@@ -130,16 +132,16 @@ def _run(ray: Any, work: Work, config: Config) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Said:
-    """What a worker has done since it was last asked."""
+    """The progress of a worker since its last message."""
 
     rows: int
     tokens: int
     made: str | None = None
-    """A shard that has its receipt."""
+    """Name of a shard whose receipt is written."""
 
 
 class ShardWorker:
-    """A Ray actor: it makes the shards that it is given, one after another."""
+    """Ray actor that makes the shards assigned to it, one after another."""
 
     def __init__(self, work: Work, config: Config, directory: str, threads: int, level: str) -> None:
         self._of, self._config, self._directory, self._threads, self._level = work, config, directory, threads, level
@@ -147,9 +149,9 @@ class ShardWorker:
         self._said: queue.Queue[_Said | BaseException] = queue.Queue()
 
     def ready(self, *, is_first: bool = False) -> None:
-        """Load the model and join the work; the first one looks at the rows of all.
+        """Load the model and join the work; the first worker also checks the rows of all shards.
 
-        Relative paths are those of the command.
+        Relative paths refer to the working directory of the command.
         """
         import torch
 
@@ -167,11 +169,11 @@ class ShardWorker:
         threading.Thread(target=self._work, args=(job,), daemon=True).start()
 
     def give(self, name: str) -> None:
-        """One more shard to make."""
+        """Assign a shard to this worker."""
         self._given.put(name)
 
     def says(self) -> _Said:
-        """The next news of the work: batches that were run, or a shard that is done."""
+        """Wait for the next progress message; raise the error of the work, if any."""
         found = self._said.get()
         if isinstance(found, BaseException):
             raise found
@@ -183,9 +185,9 @@ class ShardWorker:
 
         def given() -> Iterator[ShardPlan]:
             for name in iter(self._given.get, ""):
-                claims.hold(
-                    name
-                )  # says that this output is being written; where another process holds it, the shard is made all the same
+                # A claim marks the output as being written. The shard is made even if another
+                # process holds its claim.
+                claims.hold(name)
                 yield shards[name]
 
         def done(receipt: Receipt) -> None:
@@ -205,7 +207,7 @@ class ShardWorker:
 
 
 def _connect(ray: Any) -> None:
-    """To an existing cluster, or to a local one that lives as long as we do."""
+    """Connect to an existing cluster, or start a local one that ends with this process."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -214,14 +216,14 @@ def _connect(ray: Any) -> None:
         if os.environ.get("RAY_ADDRESS"):
             raise CacheError(f"RAY_ADDRESS: no cluster answers there: {str(error).splitlines()[0]}") from None
         ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-    signal.signal(signal.SIGTERM, terminate)  # Ray has put its own in place of ours
+    signal.signal(signal.SIGTERM, terminate)  # Ray replaces the handler
 
 
 def _share(ray: Any, config: Config) -> _Share:
-    """How many workers, and how much of the cluster each claims: never so much that none could start.
+    """Return the number of workers, and the resources that each requests from the cluster.
 
     Raises:
-        MisuseError: more was asked for than there is.
+        MisuseError: more workers are requested than the cluster can run.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
@@ -238,7 +240,7 @@ def _share(ray: Any, config: Config) -> _Share:
 
 
 def _wait(ray: Any, speaking: dict[Any, int], share: _Share) -> list[Any]:
-    """The next answers; says so once in a while where the cluster has no room for a worker."""
+    """Wait for the next messages; log a warning while the cluster has no free resources."""
     while True:
         ready, _ = ray.wait(list(speaking), num_returns=1, timeout=_SECONDS_TO_WARN)
         if ready:
@@ -249,7 +251,11 @@ def _wait(ray: Any, speaking: dict[Any, int], share: _Share) -> list[Any]:
 
 
 def _answer(ray: Any, reference: Any) -> _Said | None:
-    """What a worker has answered, None where it is ready; its `PipelineError` as our own."""
+    """Return a worker's message, or None if it reports that it is ready.
+
+    Raises:
+        PipelineError: the error of the worker.
+    """
     try:
         found = ray.get(reference)
     except ray.exceptions.RayTaskError as error:

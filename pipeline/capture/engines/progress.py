@@ -1,4 +1,4 @@
-"""What all engines share: which shards are outstanding, the progress, and the commit at the end."""
+"""Functions shared by all engines: outstanding shards, progress, and the final commit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from pipeline.records import ShardPlan
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two messages of a worker to its parent.
+#: Minimum seconds between two messages of a worker to its parent.
 _BETWEEN_MESSAGES = 0.5
 
 
 def outstanding(layout: Layout, plan: Plan, part: tuple[int, int] | None = None) -> list[ShardPlan]:
-    """The shards of a part that are still to be made, damaged ones of a finished cache too."""
+    """Return the shards of a part that are missing, including damaged shards of a finished cache.
+
+    If shards of a finished cache are damaged, its manifest is deleted.
+    """
     refresh(layout)
     waiting = [shard for shard in shards_of(plan, part) if finished(layout, shard) is None]
     is_its_own = plan.parent is None or _cache_id(layout) != plan.parent.cache_id
-    if is_its_own:  # while rows are appended, the manifest is that of the cache before, which stands
+    if is_its_own:  # during an append, the manifest is that of the cache before it
         withdraw(layout, waiting)
     return waiting
 
@@ -37,23 +40,23 @@ def _cache_id(layout: Layout) -> str | None:
 
 
 def shards_of(plan: AnyPlan, part: tuple[int, int] | None) -> Sequence[ShardPlan]:
-    """Part I of N: every N-th shard from I on."""
+    """Return part I of N: every N-th shard, beginning with shard I."""
     return plan.shards if part is None else plan.shards[part[0] :: part[1]]
 
 
 def already(work: Work, layout: Layout) -> Any:
-    """What was finished before."""
+    """Log that the output is finished, and open it."""
     logger.info("%s is finished already; nothing to do", layout.name)
     return work.opened(layout)
 
 
 def finish_when_whole(layout: Layout, plan: Plan) -> Cache | None:
-    """Commit, where no shard is missing: whoever finds all receipts does it."""
+    """Write the manifest if every shard has a receipt; any process that finds this may do it."""
     return finish(layout, plan) if is_whole(layout, plan) else None
 
 
 def is_whole(layout: Layout, plan: AnyPlan) -> bool:
-    """Whether every shard has its receipt; says how many have none."""
+    """Return whether every shard has a receipt; log the number of missing ones."""
     absent = missing(layout, plan)
     if absent:
         logger.info(
@@ -65,50 +68,50 @@ def is_whole(layout: Layout, plan: AnyPlan) -> bool:
 def progress_of(
     work: Work, plan: AnyPlan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None
 ) -> Progress:
-    """Source rows, those of finished shards counted already."""
+    """Return a progress bar over source rows that starts at the rows of finished shards."""
     total, left = (sum(shard.stop - shard.start for shard in shards) for shards in (shards_of(plan, part), waiting))
     return Progress(work.command, total, initial=total - left)
 
 
 @dataclass(slots=True)
 class Tally:
-    """What several workers have done: rows of a shard that its worker does not finish are taken back."""
+    """Progress of several workers; the rows of unfinished shards of dead workers are subtracted."""
 
     progress: Progress
     sizes: dict[str, int]
-    """Shard -> its source rows."""
+    """Shard name -> number of source rows."""
     unfinished: dict[int, int] = field(default_factory=dict)
-    """Worker -> rows that are counted of the shard that it makes."""
+    """Worker -> rows counted so far of its current shard."""
 
     def moved(self, worker: int, rows: int, tokens: int) -> None:
-        """Some batches of the shard that a worker makes."""
+        """Count the batches that a worker has run."""
         self.unfinished[worker] = self.unfinished.get(worker, 0) + rows
         self.progress.update(rows, tokens=tokens)
 
     def made(self, worker: int, name: str) -> None:
-        """A shard is made: its other rows, which have no batch, count too."""
+        """Count the remaining rows of a finished shard, including rows that were in no batch."""
         self.progress.update(self.sizes[name] - self.unfinished.pop(worker, 0))
 
     def lost(self, worker: int) -> None:
-        """A worker has died in the middle of a shard."""
+        """Subtract the rows of the unfinished shard of a worker that has died."""
         self.progress.update(-self.unfinished.pop(worker, 0))
 
 
 class Throttle:
-    """Gathers what a worker has done, so that it sends a message now and then rather than after every batch."""
+    """Accumulates a worker's progress, so that it sends few messages instead of one per batch."""
 
     def __init__(self) -> None:
         self._rows = self._tokens = 0
         self._sent = time.monotonic()
 
     def add(self, rows: int, tokens: int) -> bool:
-        """One batch. Gives whether a message is due."""
+        """Add a batch, and return whether a message is due."""
         self._rows += rows
         self._tokens += tokens
         return time.monotonic() - self._sent >= _BETWEEN_MESSAGES
 
     def drain(self) -> tuple[int, int]:
-        """Rows and tokens since the last message."""
+        """Return the rows and tokens since the last message, and reset them."""
         found = self._rows, self._tokens
         self._rows = self._tokens = 0
         self._sent = time.monotonic()

@@ -1,4 +1,4 @@
-"""What engines schedule: work that is done shard by shard, a capture or another."""
+"""The protocol of work that engines schedule shard by shard: a capture or a generation."""
 
 from __future__ import annotations
 
@@ -9,70 +9,70 @@ from pipeline.cache.format.manifest import AnyPlan, Layout
 from pipeline.config import CacheLogitsConfig, GenerateConfig
 from pipeline.records import Receipt, ShardPlan
 
-#: The settings of engines stand in the configuration of the command.
+#: The configuration of a command contains the settings of its engine.
 Config = CacheLogitsConfig | GenerateConfig
 
 
 class AnyJob(Protocol):
-    """What a worker needs beside its shards, the same in every worker."""
+    """All inputs of a worker except its shards; the same in every worker."""
 
     @property
     def layout(self) -> Layout:
-        """Where the shards go."""
+        """The output of the work."""
 
     @property
     def plan(self) -> AnyPlan:
-        """The shards."""
+        """The plan with all shards."""
 
 
 class Work(Protocol):
-    """A kind of work whose shards any worker makes, in any order, any number of times, with the same bytes.
+    """Work whose shards any worker can make, in any order and repeatedly, with identical bytes.
 
-    The process that shares the shards among workers knows the plan and the receipts alone: the job,
-    with its model, is the workers'. Implementations have no state: they are sent to the workers by
-    name.
+    The process that distributes the shards only reads the plan and the receipts. The workers build
+    the job and load its model. Implementations have no state, because they are pickled for the
+    workers.
     """
 
     @property
     def command(self) -> str:
-        """As the progress names it."""
+        """Name of the command, for progress messages."""
 
     @property
     def speaks(self) -> tuple[str, ...]:
-        """Loggers whose information is that of the first worker alone."""
+        """Names of the loggers whose info messages only the first worker prints."""
 
     def open_layout(self, config: Any) -> Layout:
-        """Where the output stands."""
+        """Open the output."""
 
     def prepare(self, config: Any) -> Any:
-        """The job; the output is begun, or joined."""
+        """Build the job, and start or join its output."""
 
     def after_the_first(self, config: Any) -> Any:
-        """The configuration of the workers after the first, which has done what is done once."""
+        """Return the configuration of all workers but the first, which does the one-time steps."""
 
     def current_plan(self, layout: Layout) -> AnyPlan | None:
-        """The plan that is there."""
+        """Return the plan of the output, if there is one."""
 
     def outstanding(self, layout: Layout, plan: Any, part: tuple[int, int] | None) -> list[ShardPlan]:
-        """The shards of a part that are still to be made."""
+        """Return the shards of a part that are missing."""
 
     def is_finished(self, layout: Layout, plan: Any) -> bool:
-        """Whether the whole is committed."""
+        """Return whether the complete output is committed."""
 
     def opened(self, layout: Layout) -> Any:
-        """What was finished before."""
+        """Open the finished output."""
 
     def finish(self, layout: Layout, plan: Any) -> Any:
-        """Commit, where no shard is missing; None where others are still to make some."""
+        """Commit and return the output if no shard is missing, else return None."""
 
     def show(self, job: Any, waiting: Sequence[ShardPlan]) -> None:
-        """What is said before the first shard: once, by one process."""
+        """Log information before the first shard; called once, in one process."""
 
     def check_rows(self, job: Any, waiting: Sequence[ShardPlan]) -> None:
-        """The checks of the rows before the first shard: once, by one process."""
+        """Check the rows before the first shard; called once, in one process."""
 
     def check(self, job: Any) -> None:
-        """The checks of the model: by each process that has one."""
+        """Check the model; called in each process that loads it."""
 
     def make(
         self,
@@ -81,4 +81,9 @@ class Work(Protocol):
         done: Callable[[Receipt], None],
         moved: Callable[[int, int], None],
     ) -> None:
-        """Make shards one after another; `done` gets each receipt, `moved` source rows and tokens after each batch."""
+        """Make shards one after another.
+
+        Args:
+            done: called with each receipt.
+            moved: called after each batch with its source rows and tokens.
+        """

@@ -1,4 +1,4 @@
-"""Local processes that share the shards of one capture, or other work, each with a model of its own."""
+"""The engine that distributes shards among local processes, each with its own model."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ class _Worker:
 
 
 def run_workers(work: Work, config: Config, count: int) -> Any:
-    """Share the shards (of a part) among `count` processes.
+    """Distribute the shards (of a part) among `count` processes, and finish the output.
 
-    The first one makes the plan; the others start when it is known.
+    The first process makes the plan; the others start after that.
 
     Raises:
-        PipelineError: what a worker met; the others are stopped, and what was finished is kept.
+        PipelineError: the error of a worker. The other workers are stopped; finished shards are
+            kept.
     """
     layout = work.open_layout(config)
     devices = devices_of_workers(config, count)
@@ -97,24 +98,24 @@ def run_workers(work: Work, config: Config, count: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What a worker says: it is ready, has run some batches, has made a shard, or has met an error."""
+    """A message of a worker: it is ready, has run batches, has made a shard, or has an error."""
 
     made: str | None = None
     error: PipelineError | None = None
     rows: int = 0
     tokens: int = 0
-    """Since the message before."""
+    """Since the previous message."""
 
 
 def _work(work: Work, config: Config, connection: Connection, threads: int, is_first: bool, level: str) -> None:
-    """A worker's life. It ends with its parent, in the middle of a shard too."""
+    """Run a worker process; it ends with its parent, even in the middle of a shard."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Bars of the libraries would share a lock between processes, whose semaphore Python calls
-    # leaked when the worker is stopped.
+    # The progress bars of the libraries would share a lock between processes, and Python would
+    # report its semaphore as leaked when the worker is stopped.
     tqdm.set_lock(threading.RLock())
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    set_level("warning" if level == "info" else level)  # information that is the same for all is not repeated
+    set_level("warning" if level == "info" else level)  # avoid repeated messages
     quiet_libraries()
     torch.set_num_threads(threads)
     try:
@@ -146,7 +147,7 @@ def _work(work: Work, config: Config, connection: Connection, threads: int, is_f
         connection.send(_Message(error=error))
     except BaseException:
         traceback.print_exc()
-    os._exit(1)  # it ends here on an error only; the thread that waits for shards would not end
+    os._exit(1)  # reached after an error only; the shard reader blocks a normal exit
 
 
 def _end_with_parent() -> None:
@@ -157,10 +158,10 @@ def _end_with_parent() -> None:
 
 
 def _given(job: AnyJob, connection: Connection, claims: Claims) -> Iterator[ShardPlan]:
-    """The shards that the parent names.
+    """Yield the shards that the parent assigns.
 
-    A claim says that this output is being written; where another process holds it, the shard is
-    made all the same.
+    A claim marks the output as being written. The shard is made even if another process holds its
+    claim.
     """
     shards = {shard.name: shard for shard in job.plan.shards}
     while True:
@@ -176,7 +177,7 @@ def _start(work: Work, number: int, config: Config, devices: list[str], threads:
     ours, theirs = _SPAWN.Pipe()
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]  # a new process takes the environment as it is now
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]  # inherited by the process
         if "," in devices[number] and config.device_map is None:
             config = dataclasses.replace(config, device_map="auto")
     try:
@@ -197,10 +198,10 @@ def _start(work: Work, number: int, config: Config, devices: list[str], threads:
 
 
 def check_engine(config: Config) -> None:
-    """Whether the workers that are asked for can be had, before anything is loaded.
+    """Check that the requested workers are available, before anything is loaded.
 
     Raises:
-        MisuseError: no Ray, or not as many GPUs.
+        MisuseError: Ray is not installed, or there are too few GPUs.
     """
     if config.engine == "ray":
         if importlib.util.find_spec("ray") is None:
@@ -210,10 +211,10 @@ def check_engine(config: Config) -> None:
 
 
 def devices_of_workers(config: Config, count: int) -> list[str]:
-    """What each worker sees of the GPUs, as CUDA_VISIBLE_DEVICES; empty: there are none.
+    """Return the CUDA_VISIBLE_DEVICES of each worker; empty if workers use no GPU.
 
     Raises:
-        MisuseError: fewer GPUs than are asked for.
+        MisuseError: fewer GPUs than requested.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = (
@@ -239,7 +240,7 @@ def _expect_ready(worker: _Worker) -> None:
 
 def _give(deal: Deal, worker: _Worker, idle: dict[int, _Worker]) -> None:
     for name in deal.to(worker.number):
-        with contextlib.suppress(OSError):  # it has died meanwhile: the end of its connection says so next
+        with contextlib.suppress(OSError):  # it has died; its closed connection is handled next
             worker.connection.send(name)
     if deal.in_hand(worker.number):
         idle.pop(worker.number, None)
@@ -248,13 +249,13 @@ def _give(deal: Deal, worker: _Worker, idle: dict[int, _Worker]) -> None:
 
 
 def _next_to_speak(workers: list[_Worker]) -> list[_Worker]:
-    """Workers with a message; one that has died says so by the end of its connection."""
+    """Wait for workers with a message or a closed connection."""
     ready: list[Any] = wait([worker.connection for worker in workers])
     return [worker for worker in workers if worker.connection in ready]
 
 
 def _receive(worker: _Worker) -> _Message | None:
-    """The next message; None: the worker is gone."""
+    """Return the next message, or None if the worker has died."""
     try:
         message = worker.connection.recv()
     except (EOFError, ConnectionResetError):

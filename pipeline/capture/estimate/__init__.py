@@ -1,1 +1,1 @@
-"""What each encoding would cost and lose, from a pilot."""
+"""Estimate of the cost and the errors of each encoding, from a pilot."""

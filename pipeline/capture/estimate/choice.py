@@ -1,4 +1,4 @@
-"""The encoding that `--target-noise` or `--budget` asks for, and the file that captures with it."""
+"""Choice of an encoding for `--target-noise` or `--budget`, and the YAML file for its capture."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from pipeline.softlabels.names import encoding_name
 
 
 def choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
-    """What `--target-noise` or `--budget` asks for, of the encodings without bias, which more data does not mend.
+    """Return the encoding that satisfies `--target-noise` or `--budget`, or None without the flags.
+
+    Only unbiased encodings are considered, because more data does not reduce a bias.
 
     Raises:
-        MisuseError: none of those compared reaches it; says what the nearest does.
+        MisuseError: no compared encoding satisfies the flag; the message names the nearest one.
     """
     if config.target_noise is None and config.budget is None:
         return None
@@ -47,7 +49,7 @@ def choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
 
 
 def write_config(config: EstimateConfig, found: Estimate) -> None:
-    """The stage `cache-logits` of a YAML file, ready to run."""
+    """Write a YAML file with a complete `cache-logits` stage."""
     import yaml
 
     assert found.chosen is not None

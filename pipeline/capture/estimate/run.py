@@ -1,4 +1,7 @@
-"""`softlabel estimate`: what each encoding would cost and lose, from a pilot over a few rows of the data set. It writes no cache."""
+"""`softlabel estimate`: cost and errors of each encoding, from a pilot over a few rows.
+
+It writes no cache.
+"""
 
 from __future__ import annotations
 
@@ -59,22 +62,22 @@ from pipeline.softlabels.fidelity import FidelityMeter, Projection, Reference, s
 from pipeline.sources import Source, holds_chats, label_reader, load_source, read_examples
 from pipeline.tasks import Task, check_columns, check_ids, embedding_rows, get_task, label_column
 
-#: The choices that are compared, where they have fewer classes than V.
+#: The settings that are compared; those with as many classes as V or more are left out.
 SAMPLE_SIZES = (6.0, 8.0, 12.0, 17.0, 25.0, 35.0, 50.0, 70.0, 100.0, 200.0)
 TOP_KS = (12, 50, 128)
 TOP_PS = (0.9, 0.98)
-#: Runs of neighbouring rows that a pilot reads, evenly spaced over the split.
+#: Runs of consecutive rows that a pilot reads, evenly spaced over the split.
 _RUNS = 8
 _FEW_CLASSES = 4096
-#: Columns of language models that are stored on request: flag -> the columns, of which a cache has
+#: Columns of language models that are stored on request: flag -> column names, of which a cache has
 #: one.
 _ON_REQUEST = {"--store-text": ("text", "messages"), "--store-label-logprobs": ("label_logprobs",)}
-#: Positions of a batch that fidelity is measured at.
+#: Number of positions per batch at which fidelity is measured.
 _MEASURED_OF_BATCH = 256
 
 
 def run(config: EstimateConfig) -> Estimate:
-    """The pilot and what it says; with `--write-config` also a YAML file.
+    """Run the pilot and return the estimate; with `--write-config`, also write a YAML file.
 
     Raises:
         PipelineError: see the subclasses.
@@ -117,7 +120,11 @@ def estimate(
     seed: int = 0,
     label_map: Sequence[str] = (),
 ) -> Estimate:
-    """Run the teacher over about so many positions and encode them in every way."""
+    """Run the teacher over about `positions` positions and encode its output in every encoding.
+
+    Raises:
+        SourceError: no usable row in the pilot, or no row with finite logits.
+    """
     fast = bool(getattr(teacher.tokenizer, "is_fast", False))
     check_stored(task, source.columns, tokenization, store_text=store_text, fast_tokenizer=fast)
     choices = choices_of(task, source)
@@ -142,13 +149,13 @@ def estimate(
 
     encodings = _encodings(task, num_classes, tokenization.max_length, temperature)
     pilots = [_Pilot(encoding, schema_of(encoding, store_text)) for encoding in encodings]
-    if task.label_source == "tokens":  # the columns that are stored on request, beside those of the first encoding
+    if task.label_source == "tokens":  # add the columns stored on request
         more = schema_of(pilots[0].encoding, with_texts, label_logprobs=True)
         pilots[0].asked, pilots[0].schema = frozenset(pilots[0].schema.names), more
     generator = torch.Generator().manual_seed(seed)
     forward_seconds = 0.0
     shortest = min(examples, key=lambda example: example.num_tokens)
-    teacher_logits(task, teacher, teacher.tokenizer, [shortest], num_classes)  # the first pass warms up
+    teacher_logits(task, teacher, teacher.tokenizer, [shortest], num_classes)  # warm-up
     batches = plan_batches([example.num_tokens for example in examples], batch_tokens)
     progress = Progress("estimate", len(examples))
     for members, width in batches:
@@ -159,7 +166,7 @@ def estimate(
         synchronize(logits)
         forward_seconds += time.perf_counter() - started
         broken = broken_rows(part, logits, split)
-        if broken:  # cache-logits will stop at these, or set them aside
+        if broken:  # cache-logits stops at these, or skips them
             logits = without(broken, part, logits)
             members = [row for i, row in enumerate(members) if i not in broken]
             part = [examples[i] for i in members]
@@ -172,7 +179,8 @@ def estimate(
             projection = projection or Projection.of(matrix, logits.device)
             reference = Reference.of(picked, projection, temperature=temperature, seed=seed + members[0])
         for pilot in pilots:
-            # All classes of all rows would fill the memory: one row of each batch stands for them.
+            # All classes of all rows do not fit in memory; one row of each batch is measured
+            # instead.
             some = part[:1] if isinstance(pilot.encoding, Full) and num_classes > _FEW_CLASSES else part
             positions_taken = sum(example.num_positions for example in some)
             started = time.perf_counter()
@@ -237,11 +245,11 @@ def estimate(
 def _on_request(
     sizes: Mapping[str, int], asked: frozenset[str], positions: int, all_positions: float
 ) -> list[EstimatedColumn]:
-    """What the columns that are stored on request take.
+    """Return the size of each column that is stored on request.
 
     Args:
         sizes: bytes of each column of the pilot.
-        asked: the columns that the figures of the encodings count.
+        asked: the columns that the figures of the encodings include.
     """
     return [
         EstimatedColumn(flag, sizes[name] / positions, int(sizes[name] / positions * all_positions), name in asked)
@@ -251,7 +259,7 @@ def _on_request(
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------- the pilot
+# ---------------------------------------------------------------------------------------- the pilot
 
 
 def _pilot_rows(
@@ -265,10 +273,13 @@ def _pilot_rows(
     *,
     texts: bool,
 ) -> tuple[list[TokenizedExample], int]:
-    """Rows with about so many positions, from evenly spaced runs of neighbours, and how many source rows they are.
+    """Read rows with about `positions` positions, from evenly spaced runs of consecutive rows.
+
+    Returns:
+        The tokenized rows, and the number of source rows that were read.
 
     Raises:
-        SourceError: no row of them can be used.
+        SourceError: none of the rows can be used.
     """
     count = len(source.splits[split])
     labels = None
@@ -280,8 +291,8 @@ def _pilot_rows(
     examples: list[TokenizedExample] = []
     used = 0
     for start, stop in itertools.pairwise([*starts, count]):
-        # Whole source rows, as many as have the positions, and then exactly those: a packed row
-        # would end in the middle of one.
+        # Take whole source rows until they have enough positions, then tokenize exactly these: a
+        # packed row would end in the middle of a source row.
         taken: list[Example | BadRow] = []
         quota = positions / runs
         for item in read_examples(source, split, start, stop, labels):
@@ -314,18 +325,18 @@ def _encodings(task: Task, num_classes: int, max_length: int, temperature: float
 
 @dataclasses.dataclass(slots=True)
 class _Pilot:
-    """What one encoding has made so far."""
+    """The results of one encoding so far."""
 
     encoding: Encoding
     schema: pa.Schema
     blocks: list[RowBlock] = dataclasses.field(default_factory=list)
     rows: list[int] = dataclasses.field(default_factory=list)
-    """The place of each row of the blocks among the pilot's rows."""
+    """The index in the pilot of each row of the blocks."""
     positions: int = 0
     seconds: float = 0.0
     meter: FidelityMeter = dataclasses.field(default_factory=FidelityMeter)
     asked: frozenset[str] | None = None
-    """The columns that its figures count, where its schema has others too."""
+    """The columns that the figures include, if the schema has additional columns."""
 
 
 def _schema(
@@ -338,7 +349,7 @@ def _schema(
     *,
     label_logprobs: bool,
 ) -> pa.Schema:
-    """The columns that cache-logits would write for rows like this one."""
+    """Return the columns that cache-logits would write for rows like `example`."""
     return cache_schema(
         encoding,
         num_classes,
@@ -357,7 +368,7 @@ def _schema(
 
 
 def _bytes_and_decoding(rows: RowBlock, schema: pa.Schema) -> tuple[dict[str, int], float]:
-    """Bytes of each column in Parquet, and the seconds that one thread takes to read the rows back."""
+    """Return the bytes of each column in Parquet, and the seconds of reading in one thread."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pilot.parquet"
         write_shard(path, ShardPlan("pilot", "train", 0, len(rows)), rows, schema)

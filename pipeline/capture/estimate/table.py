@@ -1,4 +1,4 @@
-"""An estimate as text: the table, what its columns mean, and the projection to more tokens."""
+"""Format an estimate as text: the table, its legend, and the projection to more tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.softlabels.names import encoding_name
 
 
 def human(size: float) -> str:
-    """Bytes in decimal units."""
+    """Format a number of bytes in decimal units."""
     units = ("B", "kB", "MB", "GB", "TB", "PB")
     unit = 0
     while size >= 999.5 and unit < len(units) - 1:
@@ -19,7 +19,7 @@ def human(size: float) -> str:
 
 
 def format_estimate(found: Estimate) -> str:
-    """The table, what its columns mean, and the projection."""
+    """Return the table, its legend, and the projection."""
     return "\n".join(_lines(found))
 
 

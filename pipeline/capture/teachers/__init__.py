@@ -1,1 +1,1 @@
-"""Teachers turn tokenised rows into soft labels and scores: a local model, a server."""
+"""Teachers (a local model, a server) that turn tokenized rows into soft labels and scores."""

@@ -1,4 +1,4 @@
-"""A local model as the teacher: one forward pass for each batch."""
+"""A local model as the teacher: one forward pass per batch."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from pipeline.records import Encoding, ModelInfo, Tokenization, TokenizedExample
 from pipeline.tasks import Task, embedding_rows
 from pipeline.tasks.answers.candidates import ENDS, choice_names
 
-#: Longest row, in tokens, that is predicted twice before the first shard.
+#: Only rows up to this many tokens are predicted twice in the check before the first shard.
 _SHORT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Logits of a forward pass, which a GPU may still be working on."""
+    """Logits of a forward pass that may still be running on a GPU."""
 
     logits: Tensor
 
     def result(self) -> Tensor:
-        """(N, V) logits."""
+        """Wait for the GPU and return the (N, V) logits."""
         synchronize(self.logits)
         return self.logits
 
 
 @dataclass(frozen=True, slots=True)
 class LocalTeacher:
-    """A model in memory; the protocol says what each member is."""
+    """A teacher in memory; see `Teacher` for the members."""
 
     task: Task
     loaded: LoadedModel
     tokenizer: PreTrainedTokenizerBase
     choices: int | None = None
-    """The most choices that a row of the data has; None: the task chooses no text."""
+    """The largest number of choices of a row; None if the task is not multiple choice."""
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
         return self.loaded.name
 
     @property
     def model(self) -> Any:
-        """The model itself."""
+        """The loaded model."""
         return self.loaded.model
 
     @property
@@ -63,7 +63,7 @@ class LocalTeacher:
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        """Those of its configuration; of choices their places."""
+        """The class names of the model's configuration; for choices and places, fixed names."""
         if self.task.names is None:
             return None
         if self.task.names == "places":
@@ -74,55 +74,55 @@ class LocalTeacher:
 
     @property
     def info(self) -> ModelInfo:
-        """Name, weights and precision."""
+        """Name, weights and precision of the model."""
         return model_info(self.loaded)
 
     @property
     def device(self) -> str:
-        """The device model."""
+        """Name of the device."""
         return device_name(self.loaded)
 
     @property
     def longest_input(self) -> int:
-        """What it has positions for."""
+        """The largest number of tokens that the model has positions for."""
         return longest_input(self.model, self.tokenizer)
 
     @property
     def embedding_rows(self) -> int:
-        """Of its input embedding; of images, which have no tokens, 0."""
+        """Rows of the input embedding; 0 for images, which have no tokens."""
         return embedding_rows(self.model) if self.task.reads != "images" else 0
 
     @property
     def output_matrix(self) -> Tensor | None:
-        """(V, H)."""
+        """The (V, H) output matrix; see `forward.output_matrix`."""
         return output_matrix(self.model, self.num_classes)
 
     @property
     def busy(self) -> bool:
-        """Always: a second batch would wait for the first, and hold its logits meanwhile."""
+        """Always true: a second batch would wait for the first and hold its logits in memory."""
         return True
 
     def describe(self, info: ModelInfo) -> str:
-        """Parameters, precision and device."""
+        """Return the number of parameters, the precision and the device."""
         return f"{self.name}: {info.num_parameters:,} parameters, {info.dtype}, on {self.device}"
 
     def settle(self, tokenization: Tokenization) -> Tokenization:
-        """With the number of choices, where there are any."""
+        """Add the number of choices, for multiple choice."""
         return tokenization if self.choices is None else dataclasses.replace(tokenization, num_choices=self.choices)
 
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
-        """Logits serve every encoding; the attention may not isolate documents."""
+        """Check that the attention supports isolated documents; logits allow every encoding."""
         check_isolation(self.model, tokenization)
 
     def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
-        """Compare the head on supervised positions with the model's plain path, on a short row.
+        """Compare the logits of supervised positions with a plain forward pass, on a short row.
 
         Raises:
             ModelError: the logits differ by more than the precision explains.
         """
-        if self.task.names == "places" or self.task.reads == "images":  # the plain path is the only one
+        if self.task.names == "places" or self.task.reads == "images":  # has the plain path only
             return
-        if self.choices is not None:  # the plain path gives a logit to what a row does not have
+        if self.choices is not None:  # the plain path gives logits to absent choices
             rows = [row for row in rows if row.document_lengths is not None and row.document_lengths.all()]
         if not rows:
             return
@@ -131,8 +131,8 @@ class LocalTeacher:
             return
         model = self.model
         inputs, supervised = self.task.collate([shortest], 0, processor=self.tokenizer)
-        # With a cache of keys and values `transformers` does not look for documents in the
-        # positions.
+        # With a key-value cache, `transformers` does not derive document boundaries from position
+        # ids.
         uncached = {"use_cache": False} if self.task.marks_positions else {}
         with torch.inference_mode():
             plain = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **uncached).logits
@@ -140,7 +140,7 @@ class LocalTeacher:
         plain = self.task.at_positions(plain, marks)[:, : self.num_classes].float()
         found = self.begin([shortest], None, encoding).result().float()
         tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-        finite = plain.isfinite()  # logits that are not are told row by row, later
+        finite = plain.isfinite()  # non-finite logits are reported row by row, later
         if not bool(finite.any()):
             return
         worst = float((plain - found)[finite].abs().max() / plain[finite].abs().max().clamp_min(1.0))
@@ -151,13 +151,13 @@ class LocalTeacher:
             )
 
     def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
-        """Measured on this device, by forward passes."""
+        """Measure the fastest batch size on this device."""
         return fastest_batch_tokens(self.task, self.loaded, self.tokenizer, self.num_classes, tokenization)
 
     def close(self) -> None:
-        """Nothing: the model goes with the last reference to it."""
+        """Do nothing; the model is freed with its last reference."""
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> Computed:
-        """One forward pass."""
+        """Run one forward pass."""
         logits = teacher_logits(self.task, self.loaded, self.tokenizer, rows, self.num_classes, length)
         return Computed(logits)

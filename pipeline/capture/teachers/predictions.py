@@ -1,4 +1,4 @@
-"""What a teacher predicts for a batch of rows: dense logits, or ready soft labels."""
+"""The predictions of a teacher for a batch of rows: dense logits, or encoded soft labels."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pipeline.records import BadRow, SoftLabels, TeacherScores, TokenizedExample
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Soft labels of the rows of a batch, from a teacher that does not give all V logits."""
+    """Soft labels of a batch, from a teacher that does not give all V logits."""
 
     soft: SoftLabels
-    """N positions: those of all rows of the batch but the ones in `bad`, in order."""
+    """N positions: those of all rows of the batch except the rows in `bad`, in order."""
     scores: TeacherScores
-    """Of the same positions; nan where they are not known."""
+    """Scores of the same positions; nan if unknown."""
     bad: Mapping[int, str] = field(default_factory=dict)
-    """Place of a row in the batch -> why it has no soft labels."""
+    """Index of a row in the batch -> why it has no soft labels."""
 
     def checked(self) -> tuple[SoftLabels, TeacherScores]:
-        """Soft labels and scores of every row of the batch.
+        """Return the soft labels and scores of every row of the batch.
 
         Raises:
-            EncodingError: some row has none.
+            EncodingError: some row has no soft labels.
         """
         if self.bad:
             place, reason = next(iter(self.bad.items()))
@@ -37,25 +37,25 @@ class Labelled:
 
 
 Predicted = Tensor | Labelled
-"""(N, V) logits of the supervised positions, float; or soft labels."""
+"""(N, V) float logits of the supervised positions, or soft labels."""
 
 
 def faults(predicted: Predicted, rows: Sequence[TokenizedExample], split: str) -> dict[int, BadRow]:
-    """The rows of a batch that cannot be cached: place in the batch -> source row and reason."""
+    """Return a `BadRow` for each row of a batch that cannot be cached, by index in the batch."""
     if isinstance(predicted, Labelled):
         return {i: BadRow(split, rows[i].source_row, reason) for i, reason in predicted.bad.items()}
     return forward.broken_rows(rows, predicted, split)
 
 
 def without(broken: Container[int], rows: Sequence[TokenizedExample], predicted: Predicted) -> Predicted:
-    """The predictions of the rows that are not in `broken`."""
+    """Return the predictions of the rows that are not in `broken`."""
     if isinstance(predicted, Labelled):
         return Labelled(predicted.soft, predicted.scores)
     return forward.without(broken, rows, predicted)
 
 
 def most_likely(predicted: Predicted) -> np.ndarray:
-    """(N,) int64: the class of the highest probability at each position."""
+    """Return (N,) int64: the most likely class of each position."""
     if isinstance(predicted, Labelled):
         first: np.ndarray = predicted.soft.top_ids[predicted.soft.top_offsets[:-1]].numpy()
         return first

@@ -1,7 +1,7 @@
-"""What a teacher is: tokenised rows in, soft labels over V classes and scores out.
+"""The `Teacher` protocol: tokenized rows in, soft labels over V classes and scores out.
 
-`Job.teacher` is one. Engines schedule shards for any teacher; nothing outside this package branches
-on which it is.
+Engines schedule shards for any teacher. No code outside this package depends on the kind of a
+teacher.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.capture.teachers.predictions import Predicted
 from pipeline.records import Encoding, FirstAnswer, ModelInfo, Tokenization, TokenizedExample
 
-#: Keeps the first answer of a capture beside its plan, and gives the one that is there; None: there
-#: is none.
+#: Stores the first answer of a capture next to its plan unless one is stored; returns the stored
+#: answer, or None.
 Keep = Callable[[FirstAnswer], FirstAnswer | None]
 
 
 class Begun(Protocol):
-    """A batch that a teacher has begun."""
+    """A batch that a teacher has started."""
 
     def result(self) -> Predicted:
         """Wait for the predictions of the batch.
 
         Raises:
-            torch.OutOfMemoryError: a local model does not fit; the caller says what to do.
-            PipelineError: the predictions of no row can be had.
+            torch.OutOfMemoryError: the batch of a local model does not fit; the caller reports a
+                remedy.
+            PipelineError: no row can be predicted.
         """
 
 
 class Teacher(Protocol):
-    """The protocol. A teacher is made once in each process, before the contract."""
+    """A teacher, built once per process, before the contract."""
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Makes the token ids of the rows."""
+        """The tokenizer of the rows."""
 
     @property
     def num_classes(self) -> int:
@@ -49,80 +50,79 @@ class Teacher(Protocol):
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        """Names of the V classes; None where class i is token i."""
+        """Names of the V classes; None if class i is token i."""
 
     @property
     def info(self) -> ModelInfo:
-        """What the contract says of it: everything about it that changes a prediction."""
+        """The teacher's entry in the contract: everything about it that changes a prediction."""
 
     @property
     def device(self) -> str:
-        """Where it runs, as receipts name it."""
+        """The device, as stored in receipts."""
 
     @property
     def longest_input(self) -> int:
-        """The longest row that it takes, in tokens."""
+        """The longest row that it accepts, in tokens."""
 
     @property
     def embedding_rows(self) -> int:
-        """Token ids from here on have no input embedding."""
+        """Number of rows of the input embedding; larger token ids have no embedding."""
 
     @property
     def output_matrix(self) -> Tensor | None:
-        """(V, H), for the fidelity report (`forward.output_matrix`); None: there is no report."""
+        """(V, H) for the fidelity report (see `forward.output_matrix`); None: no report."""
 
     @property
     def busy(self) -> bool:
-        """Whether a batch is to be taken from it before another is begun.
+        """Whether the caller must take the result of a batch before it starts another one.
 
-        A local model always is.
+        Always true for a local model.
         """
 
     def describe(self, info: ModelInfo) -> str:
-        """One line for `--dry-run`: name, size, device.
+        """Return one line for `--dry-run`: name, size, device.
 
         Args:
-            info: what the contract says of it; for a local model that takes a pass over its
-                weights.
+            info: `self.info`, which a local model computes in a pass over its weights.
         """
 
     def settle(self, tokenization: Tokenization) -> Tokenization:
-        """How rows become tokens, as the contract states it: with what the teacher decides."""
+        """Return the tokenization with the settings that the teacher determines."""
 
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
-        """Refuse settings that it cannot serve, before anything is written.
+        """Refuse settings that the teacher does not support, before anything is written.
 
         Raises:
-            MisuseError: says how to get the same in another way.
+            MisuseError: the message names an alternative.
         """
 
     def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
-        """Check, before the first shard and in every process, that its predictions are sound.
+        """Check the teacher's predictions, before the first shard and in every process.
 
         Args:
-            rows: a few rows of the data set; there may be none.
-            keep: for a teacher that may change between two processes of a capture; None: nothing is
-                kept.
+            rows: a few rows of the data set; may be empty.
+            keep: for a teacher that may change between two processes of a capture; None: store
+                nothing.
 
         Raises:
-            PipelineError: they are not.
+            PipelineError: the check fails.
         """
 
     def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
-        """Tokens in a batch, padding included, at which it is fastest: `--auto-batch-tokens`.
+        """Return the fastest batch size in tokens, padding included, for `--auto-batch-tokens`.
 
         Raises:
-            MisuseError: it does not depend on batches.
+            MisuseError: the teacher does not support the measurement.
         """
 
     def close(self) -> None:
-        """Close connections and give up what is not predicted yet; it is not used afterwards."""
+        """Close connections and drop pending predictions; the teacher cannot be used afterwards."""
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> Begun:
-        """Begin to predict a batch; called from one thread.
+        """Start the prediction of a batch; called from one thread.
 
         Args:
-            rows: of one split; there is at least one.
-            length: to which rows are padded, where the teacher pads; None: the longest.
-            encoding: of the contract; it is what `Labelled` predictions have.
+            rows: rows of one split, at least one.
+            length: number of tokens to pad rows to, if the teacher pads; None: the longest row.
+            encoding: the encoding of the contract, which `Labelled` predictions use.
         """

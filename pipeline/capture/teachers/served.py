@@ -1,4 +1,4 @@
-"""A teacher behind a server: rows are prompts of token ids, soft labels are top log-probabilities."""
+"""A teacher behind a server: prompts of token ids in, top log-probabilities out."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ from pipeline.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-#: Mass: what float32 log-probabilities, and the log-sum-exp over all classes behind them, leave
-#: open of 1 - sum(p).
+#: Error of the mass 1 - sum(p): log-probabilities are float32, and so is the log-sum-exp over all
+#: classes.
 RESIDUAL_ERROR = 1e-5
-#: What servers say of a row that is longer than their context.
+#: Parts of the servers' messages for a row that is longer than their context.
 _TOO_LONG = ("context length", "max_model_len", "longer than", "maximum allowed length")
 
 
 class ServedTeacher:
-    """A model behind one or several servers; the protocol says what each member is."""
+    """A teacher behind one or several servers; see `Teacher` for the members."""
 
     embedding_rows: int
     num_classes: int
@@ -72,17 +72,17 @@ class ServedTeacher:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Ask nothing yet.
+        """Initialize the teacher without sending a request.
 
         Args:
-            name: directory or hub name of the tokenizer; where there is a configuration beside it,
-                it says how many classes there are.
+            name: directory or Hub name of the tokenizer. A model configuration there gives the
+                number of classes.
             revision: of the configuration.
-            top_logprobs: K, classes that are asked of each position.
-            check_with: local weights that predictions are compared with before the first shard.
+            top_logprobs: K, the number of classes requested per position.
+            check_with: local weights to compare predictions with before the first shard.
 
         Raises:
-            MisuseError: a task whose classes are no tokens.
+            MisuseError: the classes of the task are not tokens.
         """
         if not task.continues_prompts:
             raise MisuseError(
@@ -100,16 +100,19 @@ class ServedTeacher:
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
         return self._described.public_name
 
     @property
     def label_names(self) -> None:
-        """Classes are tokens."""
+        """None: classes are tokens."""
 
     @property
     def info(self) -> ModelInfo:
-        """The served model's name, and what the server says of it; no address, which may change."""
+        """Name of the served model, and the server's settings.
+
+        It excludes the address, which may change.
+        """
         found = self._described
         server = ServerInfo(found.api, found.version, self._top, RESIDUAL_ERROR, dict(found.settings))
         dtype = found.settings.get("dtype", "unknown").removeprefix("torch.")
@@ -119,31 +122,31 @@ class ServedTeacher:
 
     @property
     def device(self) -> str:
-        """The server's software."""
+        """Name and version of the server's software."""
         return f"{self._described.api} {self._described.version}"
 
     @property
     def output_matrix(self) -> None:
-        """It is not here."""
+        """None: the output matrix is on the server."""
 
     @property
     def busy(self) -> bool:
-        """Whether a batch waits beside the one that is awaited, and as much as may be in flight."""
+        """Whether enough requests are queued to keep the server busy during one more batch."""
         return self._client.waiting >= max(self._client.concurrency, self._largest)
 
     def describe(self, info: ModelInfo) -> str:
-        """Model, software and addresses."""
+        """Return the model, software and addresses."""
         return f"{self.name} behind {', '.join(self._client.urls)}: {self.device}, the top {self._top} log-probabilities of each position"
 
     def settle(self, tokenization: Tokenization) -> Tokenization:
-        """As it is."""
+        """Return the tokenization unchanged."""
         return tokenization
 
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
-        """Servers give the most likely classes at temperature 1, and nothing of the others.
+        """Refuse what a server cannot give: it has the most likely classes only, at temperature 1.
 
         Raises:
-            MisuseError: says how to get it otherwise.
+            MisuseError: the message names an alternative.
         """
         local = "or capture with local weights, without --server"
         if not isinstance(encoding, TopK | TopP):
@@ -163,7 +166,7 @@ class ServedTeacher:
             )
 
     def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
-        """The server batches by itself.
+        """Refuse `--auto-batch-tokens`: the server makes its own batches.
 
         Raises:
             MisuseError: always.
@@ -173,13 +176,13 @@ class ServedTeacher:
         )
 
     def close(self) -> None:
-        """Give up what is not answered yet."""
+        """Cancel pending requests and close the connections."""
         self._client.close()
 
     # --------------------------------------------------------------------------- the predictions
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Asked:
-        """Ask for every row; isolated documents of a packed row are prompts of their own."""
+        """Send the requests of every row; each isolated document is a prompt of its own."""
         futures = [self.ask(row) for row in rows]
         self._largest = max(self._largest, sum(map(len, futures)))
         return _Asked(self, rows, encoding, futures)
@@ -188,7 +191,7 @@ class ServedTeacher:
         """Send the requests of one row.
 
         Args:
-            url: to which server; default: the least busy.
+            url: server to use; default: the least busy one.
         """
         assert row.supervised is not None
         lengths = [row.num_tokens] if row.document_lengths is None else row.document_lengths.tolist()
@@ -209,10 +212,10 @@ class ServedTeacher:
     def labelled(
         self, rows: Sequence[TokenizedExample], found: Sequence[TopLogprobs | str], encoding: Encoding
     ) -> Labelled:
-        """Soft labels and scores of a batch.
+        """Build the soft labels and scores of a batch.
 
         Args:
-            found: of each row its predictions, or why there are none.
+            found: per row, its predictions, or the reason why there are none.
         """
         bad = {i: each for i, each in enumerate(found) if isinstance(each, str)}
         tops = [each for each in found if not isinstance(each, str)]
@@ -226,10 +229,12 @@ class ServedTeacher:
         return Labelled(soft, scores, bad)
 
     def refused(self, error: RefusedError) -> str:
-        """Why a row has no soft labels, as reports publish it: without the server's address, which is logged.
+        """Return why a row has no soft labels, for reports.
+
+        The text excludes the server's address, which is logged only.
 
         Raises:
-            ServerError: it is not the row that the server refuses.
+            ServerError: the server refuses the settings, not the row.
         """
         if self._asks_too_much(error):
             raise self.unusable(error)
@@ -237,11 +242,11 @@ class ServedTeacher:
         return error.reason + self._advice(error)
 
     def unusable(self, error: RefusedError) -> ServerError:
-        """A refusal that ends the capture, with the flag that changes it."""
+        """Return the error that ends the capture, with the flag that solves it."""
         return ServerError(f"{error}{self._advice(error)}")
 
     def _asks_too_much(self, error: RefusedError) -> bool:
-        lower = error.reason.lower()  # without the address
+        lower = error.reason.lower()  # excludes the address
         return "logprobs" in lower and self._described.api == "vllm" and ("max" in lower or "greater" in lower)
 
     def _advice(self, error: RefusedError) -> str:
@@ -258,13 +263,14 @@ class ServedTeacher:
     # -------------------------------------------------------------------------------- the checks
 
     def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
-        """Ask one short row twice, and of every server, and compare the answers, with that of the capture's begin too.
+        """Request one short row twice, and from every server, and compare the answers.
 
-        With `check_with` they are compared with local weights.
+        The answers are also compared with the first one of the capture, and with local weights if
+        `check_with` is set.
 
         Raises:
-            ServerError: the row is refused, or the answers are not of one model.
-            ModelError: the local weights say something else.
+            ServerError: the row is refused, or the answers are not those of one model.
+            ModelError: the answers differ from those of the local weights.
         """
         if not rows:
             return
@@ -322,16 +328,16 @@ def serve(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> ServedTeacher:
-    """Ask servers what they serve, and make a teacher of it.
+    """Connect to servers and return a teacher for the model that they serve.
 
     Args:
-        name: directory or hub name of the tokenizer, and of the model's configuration.
+        name: directory or Hub name of the tokenizer and of the model's configuration.
+        servers: addresses such as http://host:8000/v1.
         revision: of the configuration.
-        servers: addresses, as http://host:8000/v1.
 
     Raises:
         ServerError: see `describe`.
-        MisuseError: an address that is none, or a task whose classes are no tokens.
+        MisuseError: an invalid address, or a task whose classes are not tokens.
     """
     client = Client(base_urls(servers), key=server_key(), concurrency=concurrency, patience=patience)
     try:
@@ -354,7 +360,7 @@ def serve(
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A batch that is asked for."""
+    """A batch whose requests are sent."""
 
     teacher: ServedTeacher
     rows: Sequence[TokenizedExample]
@@ -362,7 +368,7 @@ class _Asked:
     futures: Sequence[Sequence[Future[TopLogprobs]]]
 
     def result(self) -> Labelled:
-        """Wait for the answers; a row that the server refuses is a bad row."""
+        """Wait for the answers; a row that the server refuses becomes a bad row."""
         found: list[TopLogprobs | str] = []
         for futures in self.futures:
             try:

@@ -1,4 +1,4 @@
-"""The most likely classes that a server gives: joined, made soft labels, kept and compared."""
+"""Top log-probabilities from servers: joining, conversion to soft labels, storage, comparison."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pipeline.softlabels.ragged import offsets_of
 
 logger = logging.getLogger(__name__)
 
-#: Nats by which two answers to one row may differ without a warning, and in the mean at all. The
-#: second is more than half precision explains.
+#: Allowed differences of two answers for one row, in nats: largest one without a warning, and mean
+#: without an error. Half precision does not explain a larger mean.
 SAME, CLOSE = 1e-3, 0.1
-#: Log-probabilities below this are not compared.
+#: Smaller log-probabilities are not compared.
 _LEAST = -10.0
-#: Positions of the first answer that are kept, and what is kept of a probability of 0.
+#: Number of positions of the first answer that are stored, and the stored value of log 0.
 _MOST_POSITIONS, _ZERO = 64, -1e4
 
 
 def join(parts: Sequence[TopLogprobs]) -> TopLogprobs:
-    """The predictions of one row, from those of its parts."""
+    """Concatenate the predictions of the parts of one row."""
     if len(parts) == 1:
         return parts[0]
     return TopLogprobs(
@@ -37,13 +37,13 @@ def join(parts: Sequence[TopLogprobs]) -> TopLogprobs:
 def top_labels(
     ids: np.ndarray, logprobs: np.ndarray, encoding: Encoding, num_classes: int, rows: int | None = None
 ) -> SoftLabels:
-    """Soft labels from the most likely classes; the mass outside is 1 - sum(p), as far as that can be.
+    """Build soft labels from the most likely classes; the mass outside is about 1 - sum(p).
 
     Args:
-        ids: (N, K) int64, by falling log-probability; ids from `num_classes` on are the model's
-            padding, and count to the mass outside.
-        logprobs: (N, K) float64, nats, at T = 1; -inf: not there.
-        rows: classes of the model with its padding; None: not known.
+        ids: (N, K) int64, by descending log-probability. Ids of at least `num_classes` are padding
+            of the model and count as mass outside.
+        logprobs: (N, K) float64, nats, at T = 1; -inf: missing.
+        rows: number of classes of the model including padding; None: unknown.
     """
     kept = np.isfinite(logprobs) & (ids < num_classes)
     mass = np.where(kept, np.exp(logprobs), 0.0)
@@ -51,9 +51,9 @@ def top_labels(
         kept &= np.cumsum(mass, -1) - mass < encoding.p
         mass = np.where(kept, mass, 0.0)
     counts = kept.sum(-1)
-    with np.errstate(divide="ignore"):  # no class outside
+    with np.errstate(divide="ignore"):  # no class is outside
         most = np.log(np.maximum((rows or 0) - counts, 0)) + logprobs[:, -1]
-    is_known = kept.all(-1) & (rows is not None)  # else more likely ones are outside too
+    is_known = kept.all(-1) & (rows is not None)  # else more likely classes may be outside
     residual = log_outside(mass.sum(-1), counts, num_classes, np.where(is_known, most, np.inf))
     return SoftLabels(
         encoding,
@@ -68,7 +68,7 @@ def top_labels(
 
 
 def first_answer(row: TokenizedExample, found: TopLogprobs) -> FirstAnswer:
-    """What is kept of an answer, to compare later ones with."""
+    """Return the part of an answer that is stored to compare later answers with."""
     ids, logprobs, own = (getattr(found, name)[:_MOST_POSITIONS] for name in ("ids", "logprobs", "own"))
     logprobs, own = (np.round(np.maximum(each, _ZERO), 6).tolist() for each in (logprobs, own))
     return FirstAnswer(
@@ -77,7 +77,7 @@ def first_answer(row: TokenizedExample, found: TopLogprobs) -> FirstAnswer:
 
 
 def kept_answer(answer: FirstAnswer) -> TopLogprobs:
-    """The predictions that were kept."""
+    """Convert a stored answer back to predictions."""
     return TopLogprobs(
         np.asarray(answer.top_ids, dtype=np.int64),
         np.asarray(answer.top_logprobs, dtype=np.float64),
@@ -86,10 +86,10 @@ def kept_answer(answer: FirstAnswer) -> TopLogprobs:
 
 
 def difference(one: TopLogprobs, other: TopLogprobs) -> tuple[float, float]:
-    """Nats: mean and largest difference of the log-probabilities that both have, and that are not tiny.
+    """Return the mean and the largest difference of the log-probabilities in both answers, in nats.
 
-    Positions that only one of the two has are left out. Infinite where no class of a position is in
-    both.
+    Positions of only one answer and tiny probabilities are ignored. The difference is infinite if
+    the answers have no common class at a position.
     """
     count = min(len(one.own), len(other.own))
     apart = [np.abs(one.own[:count] - other.own[:count])[one.own[:count] > _LEAST]]
@@ -104,7 +104,7 @@ def difference(one: TopLogprobs, other: TopLogprobs) -> tuple[float, float]:
 
 
 def difference_to_logprobs(served: TopLogprobs, local: np.ndarray) -> tuple[float, float]:
-    """Nats: as `difference`, to the log-probabilities of all classes.
+    """Return `difference` in nats, to log-probabilities of all classes.
 
     Args:
         local: (N, V) float.
@@ -116,10 +116,14 @@ def difference_to_logprobs(served: TopLogprobs, local: np.ndarray) -> tuple[floa
 
 
 def check_alike(url: str, found: TopLogprobs, expected: TopLogprobs, whom: str, what: str) -> None:
-    """Compare answers to one row.
+    """Compare the answers to one row, and warn about a small difference.
+
+    Args:
+        whom: source of the expected answer, for messages.
+        what: explanation for the error message.
 
     Raises:
-        ServerError: they are not of one model.
+        ServerError: the answers are not those of one model.
     """
     mean, worst = difference(expected, found)
     if not mean <= CLOSE:

@@ -1,1 +1,1 @@
-"""A language model as the teacher of a classifier: the probability of a label is that of its text after a prompt."""
+"""A language model as the teacher of a classifier: it scores label texts after a prompt."""

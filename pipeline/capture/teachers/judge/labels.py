@@ -15,14 +15,14 @@ _GIVE = "give each class with --label-text NAME=TEXT"
 def labels_of(
     source: Source, label_text: Sequence[str], label_map: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and texts of the classes, in the order of their ids.
+    """Return the names and texts of the classes, in the order of their ids.
 
     Args:
-        label_text: `NAME=TEXT`, or `NAME` for both; none: the names of the data's labels.
+        label_text: `NAME=TEXT`, or `NAME` for both. Empty: the names of the data's labels.
 
     Raises:
-        MisuseError: fewer than two labels, one twice or without a text, or labels of the data that
-            are numbers.
+        MisuseError: fewer than two labels, a label that is given twice or without a text, or
+            numeric labels of the data.
         SourceError: the data's labels cannot be read.
     """
     if label_text:

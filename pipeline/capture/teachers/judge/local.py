@@ -1,9 +1,9 @@
-"""Log-probabilities of the labels' texts after prompts, by a local causal language model.
+"""Log-probabilities of label texts after prompts, from a local causal language model.
 
-All labels of a batch share one pass over the prompts, which fills a cache of keys and values. The
-labels are walked as a prefix tree: each of its inner nodes is one token more for every prompt of
-the batch, and is taken out of the cache again. The tokens that all prompts begin with, instruction
-and examples, are passed once.
+All labels of a batch share one pass over the prompts, which fills a key-value cache. The labels are
+traversed as a prefix tree: each inner node is one more token for every prompt of the batch, which
+is removed from the cache afterwards. The tokens that all prompts begin with (instruction and
+examples) are processed once.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from pipeline.models import LoadedModel, longest_input, model_info, pad_id
 from pipeline.records import ModelInfo
 from pipeline.tasks import embedding_rows
 
-#: Layers of a cache that hold keys and values of tokens, or nothing. Subclasses hold more.
+#: Cache layers that hold keys and values of tokens, or nothing. Subclasses hold more.
 _OF_TOKENS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 @dataclass(slots=True)
 class LocalScorer:
-    """A causal language model in memory; the protocol of scorers says what each member is."""
+    """A scorer with a causal language model in memory; see `Scorer` for the members."""
 
     loaded: LoadedModel
     batch_tokens: int
-    """Tokens of a forward pass, prefix and padding included."""
+    """Tokens of a forward pass, including prefix and padding."""
     _takes: frozenset[str] = field(default=frozenset(), init=False)
-    """Arguments of the model's `forward`."""
+    """Argument names of the model's `forward`."""
     _is_recurrent: bool = field(default=False, init=False)
-    """Whether every label is passed with its whole prompt: a recurrent layer has no keys and values
-    to take tokens out of."""
+    """Whether every label is processed together with its whole prompt: the state of a recurrent
+    layer cannot be rolled back by a token."""
     _kept: tuple[bytes, Any] | None = field(default=None, init=False)
-    """A prefix, and its keys and values."""
+    """A prefix as bytes, and its key-value cache."""
 
     def __post_init__(self) -> None:
         model: Any = self.loaded.model
@@ -60,45 +60,48 @@ class LocalScorer:
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
         return self.loaded.name
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
+        """The model's tokenizer."""
         return self.loaded.tokenizer
 
     @property
     def positions(self) -> int:
-        """What the model has positions for."""
+        """The largest number of tokens that the model has positions for."""
         return longest_input(self.loaded.model, self.loaded.tokenizer)
 
     @property
     def info(self) -> ModelInfo:
-        """Name, weights and precision."""
+        """Name, weights and precision of the model."""
         return model_info(self.loaded)
 
     @property
     def device(self) -> str:
-        """The device model."""
+        """Name of the device."""
         return device_name(self.loaded)
 
     @property
     def embedding_rows(self) -> int:
-        """Of its input embedding."""
+        """Number of rows of the input embedding."""
         return embedding_rows(self.loaded.model)
 
     @property
     def busy(self) -> bool:
-        """Always, as a local model is."""
+        """Always true; see `LocalTeacher.busy`."""
         return True
 
     def describe(self, info: ModelInfo) -> str:
-        """Parameters, precision and device."""
+        """Return the number of parameters, the precision and the device."""
         return f"{self.name}: {info.num_parameters:,} parameters, {info.dtype}, on {self.device}"
 
     def begin(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> Computed:
-        """One pass over the prompts, in batches of similar length, and one for each inner node of the labels' tree."""
+        """Score the labels: one pass over the prompts, and one per inner node of the label tree.
+
+        Prompts of similar length share a batch.
+        """
         if not self._allows_gaps:
             prefix = prefix[:0]
         out: Tensor | None = None
@@ -114,15 +117,15 @@ class LocalScorer:
         return Computed(out)
 
     def compare(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> None:
-        """Compare the scores with those of whole prompts, one prompt and one label at a time.
+        """Compare the scores with those of single passes over each whole prompt with each label.
 
         Raises:
-            ModelError: they differ by more than the precision explains.
+            ModelError: the scores differ by more than the precision explains.
         """
         found = self.begin(prompts, labels, prefix).result()
         plain = torch.cat([self.plain([prompt], labels) for prompt in prompts])
         tolerance = 1e-4 if self.loaded.model.dtype in (torch.float32, torch.float64) else 5e-2
-        finite = plain.isfinite()  # those that are not are told row by row, later
+        finite = plain.isfinite()  # non-finite scores are reported row by row
         if not bool(finite.any()):
             return
         worst = float((plain - found)[finite].abs().max() / plain[finite].abs().max().clamp_min(1.0))
@@ -133,27 +136,27 @@ class LocalScorer:
             )
 
     def close(self) -> None:
-        """Nothing: the model goes with the last reference to it."""
+        """Do nothing; the model is freed with its last reference."""
 
     @property
     def _allows_gaps(self) -> bool:
-        """Whether padding may stand between a prefix and a text.
+        """Whether padding between a prefix and a text leaves the results unchanged.
 
-        It shifts what is within a window or a chunk, and every position that a model counts by
-        itself; Bloom counts those of the attention mask.
+        Padding shifts the limits of windows and chunks, and all positions if the model counts them
+        itself. Bloom counts positions in the attention mask, which excludes padding.
         """
         config: Any = self.loaded.model.config.get_text_config()
         windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return ("position_ids" in self._takes or config.model_type == "bloom") and not any(windows)
 
     def plain(self, prompts: Sequence[np.ndarray], labels: Labels) -> Tensor:
-        """(N, V): the scores by one pass for each label, over prompt and label; the reference."""
+        """Return the (N, V) reference scores: one pass per label over prompt and label."""
         found = []
         with torch.inference_mode():
             for label in labels:
                 tail = np.asarray(label, dtype=np.int64)
                 inputs = self._padded([np.concatenate([prompt, tail]) for prompt in prompts])
-                logits = self._forward(inputs, keep=len(tail) + 1)[:, :-1]  # (N, tokens of the label, V of tokens)
+                logits = self._forward(inputs, keep=len(tail) + 1)[:, :-1]  # (N, label tokens, V of tokens)
                 at = torch.from_numpy(tail).to(logits.device).expand(len(prompts), -1).unsqueeze(-1)
                 found.append(_logprobs(logits).gather(-1, at).squeeze(-1).sum(-1))
         return torch.stack(found, dim=-1)
@@ -161,7 +164,7 @@ class LocalScorer:
     def _batches(
         self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray
     ) -> Iterator[tuple[list[int], int]]:
-        """Numbers of the prompts that are passed together, the longest first, and how many of their first tokens are the prefix."""
+        """Yield the indices of the prompts of each pass, and the size of their prefix."""
         longest_label = max(map(len, labels))
         size = len(prefix)
         begins = [
@@ -180,7 +183,7 @@ class LocalScorer:
         yield batch, begins[batch[0]]
 
     def _of_tree(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> Tensor:
-        """(N, V), of prompts that begin with the prefix, which may be empty."""
+        """Return the (N, V) scores of prompts that begin with the prefix, which may be empty."""
         shared = len(prefix)
         cache = self._prefix_of(prefix, len(prompts)) if shared else DynamicCache()
         inputs = self._padded([prompt[shared:] for prompt in prompts], before=shared)
@@ -200,10 +203,10 @@ class LocalScorer:
         """Add the log-probabilities of the labels' remaining tokens to the scores.
 
         Args:
-            inputs: of the pass that came last.
-            logits: (N, V of tokens) at its last token.
-            labels: class and remaining tokens, at least one, of the labels that begin with what was
-                passed.
+            inputs: inputs of the last pass.
+            logits: (N, V of tokens), at the last token of that pass.
+            labels: (class, remaining tokens), at least one token each, of the labels that begin
+                with the tokens processed so far.
         """
         logprobs = _logprobs(logits)
         branches: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
@@ -222,7 +225,7 @@ class LocalScorer:
             cache.crop(-1)
 
     def _prefix_of(self, prefix: np.ndarray, rows: int) -> Any:
-        """Keys and values of a prefix, for so many rows."""
+        """Return the key-value cache of a prefix, repeated for `rows` rows."""
         key = prefix.tobytes()
         if self._kept is None or self._kept[0] != key:
             made = DynamicCache()
@@ -233,10 +236,10 @@ class LocalScorer:
         return cache
 
     def _padded(self, rows: Sequence[np.ndarray], before: int = 0) -> dict[str, Tensor]:
-        """Padded on the left, so that all rows end together.
+        """Pad rows on the left, so that all rows end at the same column.
 
         Args:
-            before: tokens that the cache of keys and values holds of each row.
+            before: number of tokens per row in the key-value cache.
         """
         model: Any = self.loaded.model
         width = max(map(len, rows))
@@ -251,7 +254,7 @@ class LocalScorer:
         return {name: torch.from_numpy(value).to(model.device) for name, value in made.items()}
 
     def _forward(self, inputs: Mapping[str, Tensor], *, cache: Any = None, keep: int = 1) -> Tensor:
-        """(N, keep, V of tokens): logits of the last tokens."""
+        """Return (N, keep, V of tokens): the logits of the last tokens."""
         arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name in self._takes}
         if "logits_to_keep" in self._takes:
             arguments["logits_to_keep"] = keep
@@ -262,5 +265,5 @@ class LocalScorer:
 
 
 def _logprobs(logits: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Return log-probabilities in float32 or float64."""
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

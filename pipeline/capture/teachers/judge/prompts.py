@@ -1,8 +1,7 @@
-"""From a row to the token ids of its prompt, and from the labels to the ids that stand after it.
+"""Token ids of the prompt of a row, and of the labels that follow it.
 
-Prompt and label are tokenised together once, for a prompt without a row: what the label adds is its
-token ids. So a label's ids are those that the tokenizer gives it behind the end of the template,
-and are the same for all rows.
+Prompt and label are tokenized together once, for a prompt without a row. The tokens that the label
+adds are its ids. They are the same for all rows.
 """
 
 from __future__ import annotations
@@ -24,54 +23,54 @@ from pipeline.tasks.chats.templates import REFUSALS, Renderer
 
 logger = logging.getLogger(__name__)
 
-#: Inputs without content, whose mean prediction is the labels' prior (Zhao et al., 2021).
+#: Inputs without content; their mean prediction is the prior of the labels (Zhao et al., 2021).
 CONTENT_FREE = ("N/A", "[MASK]", "")
-#: Tokens that a text may gain where it meets the template, over those that it has by itself.
+#: Number of tokens that a text may gain at its borders with the template.
 _SEAM = 8
-#: Behind these a label needs no space.
+#: A label needs no space after these characters.
 _OPENING = "\"'`([{<"
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Makes prompts: everything about them is fixed before the first row."""
+    """Builds the prompts of rows; all settings are fixed before the first row."""
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     chat: Renderer | None
-    """The chat template, in which the rendered prompt is the user's message; None: it is the text
-    itself."""
+    """The chat template, which renders the prompt as the user's message; None: plain text."""
     label_texts: tuple[str, ...]
     shots: Shots
     paired: bool
     positions: int
-    """Tokens that the model has positions for."""
+    """Number of tokens that the model has positions for."""
     opening: str = ""
-    """Behind the prompt of every row: what the chat template writes between its generation prompt
-    and an answer, as the empty `<think>` block of Qwen3, if that is more than white space."""
+    """Text after every prompt: what the chat template writes between its generation prompt and an
+    answer, such as the empty `<think>` block of Qwen3, unless it is only white space."""
     gap: str = ""
-    """Between that and the label, in a chat: white space."""
+    """Chats: the white space between `opening` and the label."""
     label_ids: tuple[tuple[int, ...], ...] = ()
-    """Of each class, at least one."""
+    """Token ids of each class, at least one."""
     leading_ids: tuple[int, ...] = ()
-    """What the tokenizer puts before a text, BOS; a chat template writes it itself."""
+    """Token ids that the tokenizer puts before a text, such as BOS; chat templates write them
+    themselves."""
     prefix: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """(P,) int64: the tokens that all prompts begin with."""
     overhead: int = 0
-    """Tokens of a prompt beside the texts of its row, with the longest label."""
+    """Number of tokens of a prompt with the longest label, without the texts of its row."""
     repeats: int = 1
-    """How often the template shows the row's texts."""
+    """How many times the template contains the row's texts."""
 
     @property
     def longest_text(self) -> int:
-        """Tokens of a row that the model has positions for, beside the prompt and the longest label."""
+        """The largest number of tokens of a row that fits beside prompt and longest label."""
         return max((self.positions - self.overhead) // self.repeats - _SEAM, 0)
 
     def of_row(self, row: TokenizedExample) -> np.ndarray:
-        """(T,) int64: the prompt of a row, whose text is cut where the row's tokens are.
+        """Return the (T,) int64 prompt of a row, with its text cut where the row's tokens are cut.
 
         Raises:
-            BadRowError: as `fitted`.
+            BadRowError: see `fitted`.
         """
         text, pair = row.text or "", row.text_pair
         shots = self.shots.of(text, pair)
@@ -80,13 +79,13 @@ class Prompts:
         return self.fitted(text, pair, shots)
 
     def fitted(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
-        """(T,) int64: the prompt of a text, which loses tokens of its end where model and labels leave no room.
+        """Return the (T,) int64 prompt of a text; cut the end of the text if it does not fit.
 
         Args:
             shots: the examples; default: those of most rows.
 
         Raises:
-            BadRowError: there is room for none of its tokens.
+            BadRowError: not a single token of the text fits.
         """
         most = self.positions - max(map(len, self.label_ids), default=0)
         ids = self.ids(text, pair, shots)
@@ -106,17 +105,18 @@ class Prompts:
         return found
 
     def ids(self, text: str, pair: str | None, shots: Sequence[Shot] | None = None) -> np.ndarray:
-        """(T,) int64: the prompt of a text as it is."""
+        """Return the (T,) int64 prompt of a text, without cutting."""
         return np.asarray(self._tokens(self.text(text, pair, shots)), dtype=np.int64)
 
     def text(
         self, text: str, pair: str | None, shots: Sequence[Shot] | None = None, *, answer: str | None = None
     ) -> str:
-        """The prompt as the model reads it.
+        """Return the text of the prompt.
 
         Args:
-            shots: as in `fitted`.
-            answer: with it as the assistant's turn, in a chat; for how the template writes turns.
+            shots: see `fitted`.
+            answer: chats: append this answer as the assistant's turn, to find out how the template
+                writes turns.
         """
         shown = [
             Shown(shot.shown, shot.shown_pair if self.paired else None, self.label_texts[shot.label])
@@ -141,10 +141,10 @@ class Prompts:
         return found if self.chat is not None or found[: len(leading)] == leading else leading + found
 
     def label_tokens(self) -> tuple[tuple[int, ...], ...]:
-        """The token ids of each label, behind a prompt.
+        """Return the token ids of each label after a prompt.
 
         Raises:
-            MisuseError: a label adds no token, changes those of the prompt, or has the ids of
+            MisuseError: a label adds no token, changes the tokens of the prompt, or has the ids of
                 another label.
         """
         prompt = self.text("", "" if self.paired else None)
@@ -169,7 +169,11 @@ class Prompts:
         return tuple(found)
 
     def _gap(self, prompt: str, label: str) -> str:
-        """What stands between prompt and label: in a chat what its template writes there, else a space where words have one."""
+        """Return the text between prompt and label.
+
+        In a chat, it is the white space that the chat template writes. Otherwise it is a space, or
+        nothing where words are not separated by spaces.
+        """
         if self.chat is not None:
             return self.gap
         last = prompt[-1:]
@@ -177,12 +181,12 @@ class Prompts:
         return "" if not last or last.isspace() or label[:1].isspace() or wide or last in _OPENING else " "
 
     def opened(self) -> Prompts:
-        """With `opening` and `gap`, as the chat template writes the assistant's turns."""
+        """Return the prompts with `opening` and `gap` as the chat template writes them."""
         if self.chat is None:
             return self
         second = "" if self.paired else None
         prompt = self.text("", second)
-        # Two answers that begin differently: what stands before an answer is what both have.
+        # Two answers with different beginnings: their common prefix is what precedes an answer.
         answered, other = (self.text("", second, answer=answer) for answer in ("Answer", "Reply"))
         answered = answered[: _alike(answered, other)]
         if not answered.startswith(prompt):
@@ -200,13 +204,13 @@ class Prompts:
 
 
 def _alike(one: str, other: str) -> int:
-    """Characters that both begin with."""
+    """Return the length of the common prefix of two strings."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What a tokenizer puts before every text: BOS, or nothing."""
+    """Return the token ids that a tokenizer puts before every text: BOS, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -214,7 +218,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def common_prefix(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """The tokens that all rows begin with; each row has at least one behind them."""
+    """Return the longest common prefix that leaves at least one token of each row."""
     least = min(map(len, rows)) - 1
     same = np.stack([row[:least] == rows[0][:least] for row in rows]).all(0)
     found: np.ndarray = rows[0][: least if same.all() else int(same.argmin())]
@@ -222,7 +226,7 @@ def common_prefix(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def cut_shot(tokenizer: PreTrainedTokenizerBase, shot: Shot, tokens: int) -> Shot:
-    """An example that shows at most so many tokens of its text, and of its second text."""
+    """Cut the texts of an example to at most `tokens` tokens each."""
     text, _ = _cut(tokenizer, shot.text, None, tokens, special=False)
     pair = None if shot.text_pair is None else _cut(tokenizer, shot.text_pair, None, tokens, special=False)[0]
     return dataclasses.replace(shot, shown=text, shown_pair=pair)
@@ -231,10 +235,10 @@ def cut_shot(tokenizer: PreTrainedTokenizerBase, shot: Shot, tokens: int) -> Sho
 def _cut(
     tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, tokens: int, *, special: bool = True
 ) -> tuple[str, str | None]:
-    """The beginning of a text, or of both, that has so many tokens.
+    """Cut a text, or a pair of texts, to its first `tokens` tokens.
 
     Args:
-        special: those that the tokenizer adds count, as they do in rows of a cache.
+        special: count the special tokens that the tokenizer adds, as in rows of a cache.
     """
     if tokens <= 0:
         return "", None if pair is None else ""
@@ -246,7 +250,7 @@ def _cut(
         add_special_tokens=special,
         return_offsets_mapping=tokenizer.is_fast,
     )
-    if not tokenizer.is_fast:  # no offsets: the tokens are made text again
+    if not tokenizer.is_fast:  # no offsets: decode the tokens
         first = str(tokenizer.decode(made["input_ids"], skip_special_tokens=True))
         return (first, None) if pair is None else (text[: len(first)], pair)
     ends = [0, 0]

@@ -1,4 +1,7 @@
-"""What gives log-probabilities of labels after prompts: a local language model, or one behind a server."""
+"""The `Scorer` protocol: log-probabilities of labels after prompts.
+
+Scorers are a local language model and one behind a server.
+"""
 
 from __future__ import annotations
 
@@ -15,67 +18,67 @@ Labels = Sequence[tuple[int, ...]]
 
 
 class BegunScores(Protocol):
-    """A batch that is begun."""
+    """A batch that a scorer has started."""
 
     def result(self) -> Tensor:
-        """(N, V) nats: for each prompt and label the sum of the log-probabilities of the label's tokens.
+        """Wait for the (N, V) sums of the log-probabilities of each label's tokens, in nats.
 
-        NaN where they cannot be had.
+        NaN where a score is not available.
         """
 
 
 class Scorer(Protocol):
-    """The protocol."""
+    """A language model that scores labels after prompts."""
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Makes the token ids of prompts."""
+        """The tokenizer of the prompts."""
 
     @property
     def positions(self) -> int:
-        """Tokens of prompt and label that it takes."""
+        """The largest number of tokens of prompt and label that it accepts."""
 
     @property
     def info(self) -> ModelInfo:
-        """What the contract says of it, without the prompt."""
+        """The model's entry in the contract, without the prompt."""
 
     @property
     def device(self) -> str:
-        """Where it runs, as receipts name it."""
+        """The device, as stored in receipts."""
 
     @property
     def embedding_rows(self) -> int:
-        """Token ids from here on have no input embedding."""
+        """Number of rows of the input embedding; larger token ids have no embedding."""
 
     @property
     def busy(self) -> bool:
-        """Whether a batch should be taken from it before another is begun."""
+        """Whether the caller must take the result of a batch before it starts another one."""
 
     def describe(self, info: ModelInfo) -> str:
-        """One line: name, size, device."""
+        """Return one line: name, size, device."""
 
     def begin(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> BegunScores:
-        """Begin to score a batch.
+        """Start to score a batch.
 
         Args:
-            prompts: (T,) int64 each, at least one.
-            labels: token ids of each label, at least one.
-            prefix: (P,) int64, what most prompts begin with; there is at least one token behind it.
+            prompts: (T,) int64 each, at least one prompt.
+            labels: token ids of each label, at least one per label.
+            prefix: (P,) int64, the beginning of most prompts, which are longer than it.
         """
 
     def compare(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> None:
-        """Check, before the first shard, that the scores are sound.
+        """Check the scores before the first shard.
 
         Args:
-            prompts: two short ones, of different lengths.
+            prompts: two short prompts of different lengths.
 
         Raises:
-            PipelineError: they are not.
+            PipelineError: the check fails.
         """
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""

@@ -1,4 +1,4 @@
-"""Labels scored by a language model behind a server: a request for each prompt and label, of token ids."""
+"""Label scores from a server: one request of token ids per prompt and label."""
 
 from __future__ import annotations
 
@@ -19,66 +19,66 @@ from pipeline.records import ModelInfo, TokenizedExample, TopK
 
 logger = logging.getLogger(__name__)
 
-#: A server gives the most likely token with each one that is asked for; it is not used.
+#: Servers return the most likely token next to each requested one; it is not used.
 _ASKED = TopK(1, (1.0,))
 
 
 @dataclass(frozen=True, slots=True)
 class ServedScorer:
-    """A served teacher of tokens; the protocol of scorers says what each member is."""
+    """A scorer with a served teacher; see `Scorer` for the members."""
 
     teacher: ServedTeacher
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
         return self.teacher.name
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the directory or hub name that `--teacher` gives."""
+        """The tokenizer that `--teacher` names."""
         return self.teacher.tokenizer
 
     @property
     def positions(self) -> int:
-        """What the server takes."""
+        """The largest number of tokens that the server accepts."""
         return self.teacher.longest_input
 
     @property
     def info(self) -> ModelInfo:
-        """What the server says of itself."""
+        """The model's entry in the contract, from the server."""
         return self.teacher.info
 
     @property
     def device(self) -> str:
-        """The server's software."""
+        """Name and version of the server's software."""
         return self.teacher.device
 
     @property
     def embedding_rows(self) -> int:
-        """Of the model, as its configuration or its tokenizer has it."""
+        """Number of rows of the input embedding, from the configuration or the tokenizer."""
         return self.teacher.embedding_rows
 
     @property
     def busy(self) -> bool:
-        """As many requests wait as are asked at once."""
+        """Whether enough requests are queued to keep the server busy; see `ServedTeacher.busy`."""
         return self.teacher.busy
 
     def describe(self, info: ModelInfo) -> str:
-        """Model, software and addresses."""
+        """Return the model, software and addresses."""
         return self.teacher.describe(info)
 
     def begin(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> _Asked:
-        """Ask for every label behind every prompt; servers keep the beginnings that prompts share by themselves."""
+        """Send a request per prompt and label; servers cache the prefixes that prompts share."""
         rows = [_row(i, prompt, label) for i, prompt in enumerate(prompts) for label in labels]
         return _Asked(self.teacher.begin(rows, None, _ASKED), rows, len(labels))
 
     def compare(self, prompts: Sequence[np.ndarray], labels: Labels, prefix: np.ndarray) -> None:
-        """As a served teacher compares its answers."""
+        """Compare repeated answers; see `ServedTeacher.compare`."""
         self.teacher.compare([_row(0, prompts[0], labels[0])], _ASKED)
 
     def close(self) -> None:
-        """Give up what is not answered yet."""
+        """Cancel pending requests and close the connections."""
         self.teacher.close()
 
 
@@ -86,11 +86,11 @@ class ServedScorer:
 class _Asked:
     begun: Begun
     rows: Sequence[TokenizedExample]
-    """Of each prompt a row for each label."""
+    """One row per label for each prompt."""
     num_labels: int
 
     def result(self) -> Tensor:
-        """(N, V) float32; a prompt that the server refuses has NaN."""
+        """Wait for the (N, V) float32 scores; NaN for a prompt that the server refuses."""
         found = self.begun.result()
         assert isinstance(found, Labelled)
         for reason in list(dict.fromkeys(found.bad.values()))[:1]:
@@ -103,7 +103,7 @@ class _Asked:
 
 
 def _row(number: int, prompt: np.ndarray, label: tuple[int, ...]) -> TokenizedExample:
-    """Prompt and label, with the positions before the label's tokens supervised."""
+    """Build a row of prompt and label; the positions before the label's tokens are supervised."""
     ids = np.concatenate([prompt, np.asarray(label, dtype=np.int64)]).astype(np.int32)
     supervised = np.zeros(len(ids), dtype=np.bool_)
     supervised[len(prompt) - 1 : -1] = True

@@ -17,9 +17,9 @@ from pipeline.sources.batches import read_rows
 
 logger = logging.getLogger(__name__)
 
-#: The only split that examples come from: others are there to measure with.
+#: The only split that examples come from; other splits are for evaluation.
 _SPLIT = "train"
-#: Of a source that is read by row group.
+#: For sources that are read by row group.
 _MOST_ROW_GROUPS = 16
 
 
@@ -29,32 +29,36 @@ class Shot:
 
     row: int
     text: str
-    """Of the row, whole: what it is recognised by."""
+    """The whole text of the row, which identifies it."""
     text_pair: str | None
     label: int
     shown: str = ""
-    """Its beginning, as the prompt shows it."""
+    """The beginning of the text, as the prompt shows it."""
     shown_pair: str | None = None
 
     @property
     def place(self) -> str:
-        """As the contract names it."""
+        """Split and row number, as in the contract."""
         return f"{_SPLIT}:{self.row}"
 
     def is_row(self, text: str, text_pair: str | None) -> bool:
-        """Whether a row has the same texts, be it this one or a duplicate of it."""
+        """Whether a row has the same texts: it is this row or a duplicate."""
         return self.text.strip() == text.strip() and (self.text_pair or "").strip() == (text_pair or "").strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Shots:
-    """The examples, and one more of each label in their place for the rows that are examples themselves."""
+    """The examples of a prompt, and spare ones.
+
+    A spare example replaces an example of its label in the prompt of a row that is that example
+    itself.
+    """
 
     chosen: tuple[Shot, ...]
     reserve: tuple[Shot, ...]
 
     def of(self, text: str, text_pair: str | None) -> tuple[Shot, ...]:
-        """The examples for a row: those that are not the row itself."""
+        """Return the examples for a row, without the row itself."""
         if not any(shot.is_row(text, text_pair) for shot in self.chosen):
             return self.chosen
         spare = {shot.label: shot for shot in self.reserve if not shot.is_row(text, text_pair)}
@@ -65,15 +69,17 @@ class Shots:
 def choose_shots(
     source: Source, labels: LabelMap, names: Sequence[str], count: int, seed: int, begun: Sequence[str] = ()
 ) -> Shots:
-    """So many labelled rows of `train`, each label in turn, in an order that is a hash of seed and row.
+    """Choose `count` labelled rows of `train`, taking each label in turn.
+
+    The order of the rows of a label is a hash of seed and row number.
 
     Args:
-        begun: the places of the examples of a cache that goes on, which rows that were added since
-            do not displace.
+        begun: the places of the examples of an existing cache, which are kept even if rows were
+            appended since.
 
     Raises:
         MisuseError: `train` has fewer labelled rows.
-        SourceError: a label that is no class.
+        SourceError: a label is not a class.
     """
     if not count:
         return Shots((), ())
@@ -110,7 +116,7 @@ def choose_shots(
 
 
 def _labelled(source: Source, labels: LabelMap, seed: int) -> Iterator[tuple[int, int]]:
-    """Row and label of the labelled rows, in the order of their hashes."""
+    """Yield (row, label) of the labelled rows, in the order of their hashes."""
     column = source.columns.label
     dataset = source.splits.get(_SPLIT)
     if dataset is None or column is None or column not in dataset.column_names:
@@ -128,14 +134,14 @@ def _labelled(source: Source, labels: LabelMap, seed: int) -> Iterator[tuple[int
 
 
 def _at(source: Source, labels: LabelMap, place: str) -> Shot | None:
-    """The example at a place of a contract; None: there is none any more."""
+    """Return the example at a place of a contract, or None if it no longer exists."""
     split, _, row = place.partition(":")
     rows = len(source.splits[_SPLIT])
     return _read(source, labels, int(row)) if split == _SPLIT and row.isdecimal() and int(row) < rows else None
 
 
 def _read(source: Source, labels: LabelMap, row: int) -> Shot | None:
-    """None: the row has no text."""
+    """Read an example; None if the row has no text."""
     item = next(iter(read_examples(source, _SPLIT, row, row + 1, labels)))
     if not isinstance(item, Example) or item.label is None or not (item.text or "").strip():
         return None

@@ -1,4 +1,4 @@
-"""A language model as the teacher of a classifier: labels are scored by their text after a prompt."""
+"""A language model as the teacher of a classifier: it scores label texts after a prompt."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from pipeline.tasks.chats.templates import find_template, make_renderer, with_da
 
 logger = logging.getLogger(__name__)
 
-#: Tokens of the longest text whose row is predicted twice before the first shard, and labels that
-#: are compared.
+#: For the check before the first shard: the longest row in tokens that is predicted twice, and the
+#: number of labels that are compared.
 _SHORT, _LABELS = 512, 8
-#: Characters of a prompt that are logged.
+#: Number of characters of a prompt that are logged.
 _SHOWN = 1200
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A causal language model with a prompt; the protocol says what each member is."""
+    """A teacher with a causal language model and a prompt; see `Teacher` for the members."""
 
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
-    """The language model's; rows are the texts alone, without the prompt."""
+    """The language model's tokenizer; rows are the texts alone, without the prompt."""
     prompts: Prompts
     names: tuple[str, ...]
     prompt: JudgeInfo
-    """As the contract states it."""
+    """The prompt's entry in the contract."""
     chat_arguments: tuple[str, ...]
-    """`KEY=JSON` each, of the chat template: those given, and the day, where its text depends on
-    that."""
+    """Chat template arguments, `KEY=JSON` each: the given ones, and the date if the template
+    depends on it."""
     prior: Tensor | None
     """(V,) nats: log of the mean probability of each label after prompts without content; None: not
     calibrated."""
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name for messages."""
         return self.scorer.name
 
     @property
@@ -71,41 +71,41 @@ class Judge:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Those of `--label-text`, or of the data."""
+        """The names of `--label-text`, or of the data's labels."""
         return self.names
 
     @property
     def info(self) -> ModelInfo:
-        """The model, and the prompt."""
+        """The model and the prompt."""
         return dataclasses.replace(self.scorer.info, judge=self.prompt)
 
     @property
     def device(self) -> str:
-        """Where the language model runs."""
+        """The device of the language model."""
         return self.scorer.device
 
     @property
     def longest_input(self) -> int:
-        """Tokens of a text that there are positions for, beside the prompt and the longest label."""
+        """The largest number of tokens of a text that fits beside prompt and longest label."""
         return self.prompts.longest_text
 
     @property
     def embedding_rows(self) -> int:
-        """Of its input embedding."""
+        """Number of rows of the input embedding."""
         return self.scorer.embedding_rows
 
     @property
     def output_matrix(self) -> Tensor:
-        """The identity: a label's score is made of many passes of the output matrix."""
+        """The identity: a label of several tokens has no row of its own in an output matrix."""
         return torch.eye(self.num_classes)
 
     @property
     def busy(self) -> bool:
-        """Whether the scorer is."""
+        """Whether the scorer is busy."""
         return self.scorer.busy
 
     def describe(self, info: ModelInfo) -> str:
-        """The scorer, and the prompt."""
+        """Return the scorer's description, and that of the prompt."""
         shots = f", {len(self.prompt.shots)} examples" if self.prompt.shots else ""
         calibrated = ", calibrated" if self.prompt.calibrated else ""
         return (
@@ -114,17 +114,17 @@ class Judge:
         )
 
     def settle(self, tokenization: Tokenization) -> Tokenization:
-        """With the arguments of the prompt's chat template."""
+        """Add the arguments of the prompt's chat template."""
         return dataclasses.replace(tokenization, chat_template_kwargs=self.chat_arguments)
 
     def check(self, encoding: Encoding, tokenization: Tokenization, *, store_entropy: bool) -> None:
-        """Log-probabilities of all labels serve every encoding."""
+        """Accept every encoding: the log-probabilities of all labels are available."""
 
     def compare(self, rows: Sequence[TokenizedExample], encoding: Encoding, keep: Keep | None = None) -> None:
-        """Show a prompt; let the scorer check itself on short ones.
+        """Log a prompt, and let the scorer check its scores on short prompts.
 
         Raises:
-            PipelineError: its scores are not sound.
+            PipelineError: the check fails.
         """
         by_length = sorted(rows, key=lambda row: row.num_tokens)
         found = list(self._of(by_length).items())
@@ -138,7 +138,7 @@ class Judge:
             )
 
     def _of(self, rows: Sequence[TokenizedExample]) -> dict[int, np.ndarray]:
-        """Place of a row -> its prompt, of the rows that have one."""
+        """Return row index -> prompt for the rows whose text fits."""
         found = {}
         for i, row in enumerate(rows):
             try:
@@ -154,11 +154,11 @@ class Judge:
         return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}", ", ".join(labels)
 
     def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
-        """Not measured: the prompt counts beside the rows."""
+        """Raise `MisuseError`: the measurement would not include the prompts."""
         raise MisuseError("--auto-batch-tokens does not measure prompts; give --batch-tokens")
 
     def begin(self, rows: Sequence[TokenizedExample], length: int | None, encoding: Encoding) -> _Begun:
-        """Score the labels after the prompt of each row; one that has no room for its text has NaN."""
+        """Start to score the labels after each row's prompt; NaN for rows that do not fit."""
         found = self._of(rows)
         scores = scored(self.scorer, self.prompts, list(found.values())) if found else None
         return _Begun(scores, self.prior, tuple(found), len(rows), self.num_classes)
@@ -173,12 +173,12 @@ class _Begun:
     scores: BegunScores | None
     prior: Tensor | None
     places: tuple[int, ...]
-    """Of the rows that have scores."""
+    """Indices of the rows that have scores."""
     rows: int
     num_classes: int
 
     def result(self) -> Tensor:
-        """(N, V) log-probabilities of the labels, up to a constant of each row."""
+        """Wait for the (N, V) log-probabilities of the labels, up to a constant per row."""
         if self.scores is None:
             return torch.full((self.rows, self.num_classes), torch.nan)
         found = self.scores.result()
@@ -192,10 +192,10 @@ class _Begun:
 
 
 def two_lengths(rows: Sequence[np.ndarray], prompts: Prompts) -> list[np.ndarray]:
-    """The first prompt and the next one of another length, so that one of them is padded beside the other.
+    """Return the first prompt and the next one of another length, to check a padded batch.
 
-    Both begin with the common prefix, if any prompt does. Where all are of one length, the second
-    one has no text.
+    Both begin with the common prefix, if any prompt does. If all prompts have the same length, the
+    second one is the prompt without a text.
     """
     size = len(prompts.prefix)
     alike = [ids for ids in rows if np.array_equal(ids[:size], prompts.prefix)] or list(rows)
@@ -204,7 +204,7 @@ def two_lengths(rows: Sequence[np.ndarray], prompts: Prompts) -> list[np.ndarray
 
 
 def scored(scorer: Scorer, prompts: Prompts, batch: Sequence[np.ndarray]) -> BegunScores:
-    """Begin to score some prompts."""
+    """Start to score a batch of prompts."""
     return scorer.begin(batch, prompts.label_ids, prompts.prefix)
 
 
@@ -218,16 +218,15 @@ def make_judge(
     chat_arguments: Sequence[str] = (),
     begun: Contract | None = None,
 ) -> Judge:
-    """The judge that the flags ask for.
+    """Build the judge that the flags select.
 
     Args:
-        seed: of the choice of examples.
+        seed: seed of the choice of examples.
         chat_arguments: `KEY=JSON` each, for the chat template.
-        begun: of a cache that is there and goes on or grows: its examples stay.
+        begun: the contract of an existing cache, whose examples are kept.
 
     Raises:
-        MisuseError: a template, label or number of examples that cannot be used; the scorer is
-            closed then.
+        MisuseError: an unusable template, label or number of examples. The scorer is closed then.
     """
     try:
         return _make_judge(scorer, judging, source, label_map, seed, chat_arguments, begun)
@@ -245,8 +244,8 @@ def _make_judge(
     chat_arguments: Sequence[str],
     begun: Contract | None,
 ) -> Judge:
-    # Rows are tokenised ahead in another thread, and each call sets the truncation that a fast
-    # tokenizer keeps.
+    # Another thread tokenizes rows ahead, and each call changes the truncation setting that is
+    # stored in a fast tokenizer.
     own, tokenizer = copy.deepcopy(scorer.tokenizer), copy.deepcopy(scorer.tokenizer)
     own.truncation_side = tokenizer.truncation_side = "right"  # a text keeps its beginning
     names, texts = labels_of(source, judging.label_text, label_map)
@@ -299,10 +298,10 @@ def _make_judge(
 
 
 def _measured(prompts: Prompts, name: str) -> Prompts:
-    """With the common prefix, the tokens that each prompt takes, and how often it shows the texts.
+    """Return the prompts with their common prefix, overhead and number of repeats.
 
     Raises:
-        MisuseError: the model has no positions for prompt and label.
+        MisuseError: the model has too few positions for prompt and label.
     """
     second = "" if prompts.paired else None
     empty = prompts.ids("", second)
@@ -310,7 +309,7 @@ def _measured(prompts: Prompts, name: str) -> Prompts:
     marker = "softlabel-marker"
     repeats = max(prompts.text(marker, second).count(marker), 1)
     longest_label = max(map(len, prompts.label_ids))
-    # A row that is an example itself gets another example in its place.
+    # A row that is an example itself gets a spare example instead.
     spare = max((_size(prompts, [shot]) for shot in prompts.shots.reserve), default=0)
     least = min((_size(prompts, [shot]) for shot in prompts.shots.chosen), default=0)
     overhead = len(empty) + longest_label + max(spare - least, 0)
@@ -329,7 +328,10 @@ def _size(prompts: Prompts, shots: Sequence[Any]) -> int:
 
 
 def _warn_of_prefixes(prompts: Prompts) -> None:
-    """A label whose tokens begin another's is never less likely than it: tokens that follow it are not counted."""
+    """Warn if the tokens of one label begin those of another.
+
+    Such a label is never less likely than the longer one, because the tokens after it do not count.
+    """
     for i, short in enumerate(prompts.label_ids):
         for j, long in enumerate(prompts.label_ids):
             if i != j and long[: len(short)] == short:
@@ -341,10 +343,12 @@ def _warn_of_prefixes(prompts: Prompts) -> None:
 
 
 def _prior(scorer: Scorer, prompts: Prompts) -> Tensor:
-    """(V,) nats: what the model says without content, which calibration takes out (Zhao et al., 2021, section 5).
+    """Return the (V,) log prior of the labels in nats (Zhao et al., 2021, section 5).
 
-    Their W = diag(p)^-1 with b = 0: each probability is divided by the mean one over inputs without
-    content; soft labels are what is left, scaled to a sum of 1.
+    Calibration divides by the prior.
+
+    Their W = diag(p)^-1 with b = 0: each probability is divided by its mean over inputs without
+    content, and the result is normalized to a sum of 1.
     """
     batch = [prompts.fitted(text, text if prompts.paired else None) for text in CONTENT_FREE]
     found = scored(scorer, prompts, batch).result()

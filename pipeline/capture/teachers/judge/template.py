@@ -1,4 +1,4 @@
-"""The Jinja template of a prompt: read, checked and rendered in a sandbox."""
+"""The Jinja template of a prompt: reading, checks, and rendering in a sandbox."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import MisuseError
 
-#: Used where no template is given. It reads the same as a message of a chat and as plain text.
+#: The default template, for both chats and plain text.
 DEFAULT = """\
 Classify the text into one of these categories: {{ labels | join(', ') }}.
 
@@ -30,14 +30,14 @@ Second text: {{ text_pair }}
 {% endif %}
 Category:"""
 
-#: The template stands in the manifest, which takes no longer texts.
+#: The template is stored in the manifest, which limits the length of texts.
 _MOST_CHARACTERS = 10_000
 _EXAMPLE = "docs/llm-teachers.md has an example"
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A labelled text, as templates read it."""
+    """A labelled text, as passed to templates."""
 
     text: str
     text_pair: str | None
@@ -47,15 +47,15 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A template that renders: text, labels and examples -> prompt."""
+    """A template that renders text, labels and examples to a prompt."""
 
     name: str
-    """As messages name it."""
+    """Name for messages."""
     source: str
     compiled: jinja2.Template
 
     def render(self, text: str, text_pair: str | None, labels: Sequence[str], shots: Sequence[Shown]) -> str:
-        """The prompt of one row.
+        """Render the prompt of one row.
 
         Raises:
             MisuseError: the template cannot be rendered.
@@ -69,15 +69,15 @@ class Template:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The source as the contract states it."""
+        """The lines of the source, as stored in the contract."""
         return tuple(self.source.split("\n"))
 
 
 def read_template(given: str | None) -> Template:
-    """The template of a file, or of its text, where that holds Jinja; None: the built-in one.
+    """Read a template from a file, or from a text with Jinja expressions; None: the built-in one.
 
     Raises:
-        MisuseError: the file cannot be read, or is no template.
+        MisuseError: the file cannot be read, or is not a template.
     """
     if given is None:
         return _compiled("the built-in template", DEFAULT)
@@ -113,11 +113,11 @@ def _compiled(name: str, source: str) -> Template:
 
 
 def check_reads(template: Template, labels: Sequence[str], *, paired: bool, shots: bool) -> None:
-    """Refuse a template that leaves out what it is given.
+    """Refuse a template that does not use all of its inputs.
 
     Args:
-        paired: rows have a second text.
-        shots: there are examples.
+        paired: whether rows have a second text.
+        shots: whether there are examples.
 
     Raises:
         MisuseError: the prompt does not depend on the text, on the second text or on the examples.
