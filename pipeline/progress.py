@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, else one line every 30 seconds."""
+"""Progress of long steps on standard error: a bar on a terminal, else a line every 30 s."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-#: Seconds between two lines where standard error is no terminal. A step that ends sooner prints
-#: none.
+#: Seconds between two lines if standard error is not a terminal. A shorter step prints none.
 INTERVAL = 30.0
-#: Seconds between two readings of the rates beside a bar.
+#: Seconds between two updates of the rates next to a bar.
 _BAR_INTERVAL = 0.5
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 class Progress:
-    """Counts what is done of a step. A context; several threads may update it."""
+    """Progress of one step, as a context manager; several threads may update it."""
 
     def __init__(
         self,
@@ -38,15 +37,16 @@ class Progress:
         leave: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin.
+        """Start the step.
 
         Args:
-            total: None: not known, and so there is no estimate of the time that is left.
-            unit: `B` is shown as kB, MB, ...
-            initial: done before this process began: counted as done, but not in the rate.
-            shown: False on all ranks but the first.
-            leave: whether the bar stays on the terminal when the step has ended.
-            clock: seconds.
+            name: label of the step.
+            total: number of units; None: not known, so no remaining time is estimated.
+            unit: name of the counted unit; `B` is shown as kB, MB, ...
+            initial: units done before this process began; not included in the rate.
+            shown: whether to print; False on all ranks except the first.
+            leave: whether the bar stays on the terminal after the step.
+            clock: function that returns the time in seconds.
         """
         self.name, self.total, self.unit, self.done = name, total, unit, initial
         self._initial, self._more, self._note = initial, dict[str, Any](), ""
@@ -58,13 +58,13 @@ class Progress:
         self._bar = _open_bar(self, leave=leave) if self._shown and sys.stderr.isatty() else None
 
     def update(self, count: int, *, note: str | None = None, **more: Any) -> None:
-        """Count what is done.
+        """Add to the count of done units.
 
         Args:
-            count: in the step's unit; below 0 where something that was counted is to be done again.
-            note: stands beside the counts until the next one.
-            more: counts in other units, whose rates are shown: `tokens=4096`. Tensors are read when
-                a rate is.
+            count: number of units; negative if counted work must be repeated.
+            note: text shown next to the counts until the next note.
+            more: counts in other units, whose rates are shown, such as `tokens=4096`. Tensors are
+                converted only when a rate is shown.
         """
         with self._lock:
             self.done += count
@@ -82,12 +82,12 @@ class Progress:
                 logger.info("%s", self.line(now))
 
     def line(self, now: float) -> str:
-        """What is printed where there is no terminal."""
+        """The line that is printed without a terminal."""
         left = self._seconds_left(now)
         return ", ".join([self._counts(), *self._details(now), *([] if left is None else [f"{duration(left)} left"])])
 
     def close(self) -> None:
-        """End the bar; where lines were printed, print how long it took."""
+        """Close the bar; if lines were printed, print the duration."""
         if self._bar is not None:
             self._bar.close()
         elif self._has_told:
@@ -101,7 +101,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._has_told = False  # it has not ended
+            self._has_told = False  # the step failed: print no duration
         self.close()
 
     def _counts(self) -> str:
@@ -113,7 +113,7 @@ class Progress:
         return f"{self.name}: {done} of {_amount(self.total, self.unit)}{units}{share}"
 
     def _details(self, now: float, *, own_rate: bool = True) -> list[str]:
-        """The note and the rates; a step's own only where rows are not counted."""
+        """The note and the rates; the rate of the step's unit only if `rows` are not counted."""
         seconds = now - self._started
         found = [self._note] if self._note else []
         if seconds <= 0:
@@ -140,11 +140,11 @@ def track(
     size: Callable[[Item], int] | None = None,
     shown: bool = True,
 ) -> Iterator[Item]:
-    """The same items, counted as they pass. The bar goes at the end.
+    """Iterate over items and show the progress; the bar is removed at the end.
 
     Args:
-        stride: how many are counted at once: several where one takes microseconds.
-        size: what an item counts for; None: 1.
+        stride: number of items per update; more than 1 if an item takes microseconds.
+        size: function that returns the count of an item; None: 1 per item.
     """
     with Progress(name, total, unit=unit, shown=shown, leave=False) as progress:
         waiting = 0
@@ -158,7 +158,7 @@ def track(
 
 
 def duration(seconds: float) -> str:
-    """`37 s`, `4 min 10 s`, `2 h 5 min`, `3 d 4 h`."""
+    """Format a duration: `37 s`, `4 min 10 s`, `2 h 5 min`, `3 d 4 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -171,7 +171,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units, as `1.2 GB`."""
+    """Format bytes in decimal units, such as `1.2 GB`."""
     power = 0
     while abs(count) >= 999.5 and power < len(_PREFIXES) - 1:
         count, power = count / 1000, power + 1
@@ -194,6 +194,6 @@ def _open_bar(progress: Progress, *, leave: bool) -> Any:
         unit_scale=progress.unit == "B",
         desc=progress.name,
         leave=leave,
-        smoothing=0,  # the mean of this run: batches of a shard differ in length by design
+        smoothing=0,  # mean rate of the run; batches of a shard differ in length
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""Measures of on-policy rounds: the teacher's loss on the student's texts."""
+"""Progress of on-policy distillation: the teacher's loss on the student's texts, per round."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A teacher's view of what a model wrote."""
+    """The teacher's loss on the texts that a model generated."""
 
     tokens: int
-    """Labelled by the teacher: what was written, and as far as the cache learns more, that."""
+    """Number of tokens labelled by the teacher: completions, and prompts if they are supervised."""
     teacher_nll: float
-    """The teacher's negative log-likelihood, mean over the tokens, nats."""
+    """The teacher's negative log-likelihood in nats, mean over `tokens`."""
     reverse_kl: float | None
-    """KL(writer || teacher), nats a token: the mean of log p(writer) - log p(teacher) over the
-    tokens, an estimate without bias but for that of a mean over rows of several lengths. None: the
-    tokens were not drawn from the writer's own distribution, or the cache is not of them all and of
-    them alone."""
+    """KL(writer || teacher) in nats per token: the mean of log p(writer) - log p(teacher) over the
+    tokens. The estimate is unbiased, except for the bias of a ratio over rows of different lengths.
+    None: the tokens were not sampled from the writer's own distribution, or the cache does not
+    cover exactly these tokens."""
     written_tokens: int
-    """Of all completions: more than `tokens` where the cache has lost some, fewer where it learns
-    prompts too."""
+    """Number of tokens of all completions: more than `tokens` if the cache lost some, fewer if
+    prompts are supervised too."""
 
 
 def measure_written(cache: Cache | str | Path, written: str | Path) -> Written:
-    """How a teacher sees what a model wrote, from the cache of it alone.
+    """Measure the teacher's loss on generated texts from the cache alone.
 
     Args:
-        cache: labels of the generated data set, read by token ids: the completions alone are
+        cache: cache of the generated data set, read by token ids, so that only completions are
             supervised.
         written: directory of the generated data set.
 
     Raises:
-        CacheError: one of the two is not finished, the cache has no position, or is of rows that
-            are not in the data set.
+        CacheError: cache or data set is not finished, or the cache has no position or rows that are
+            not in the data set.
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache, verify="none")
     root = Path(written)
@@ -87,7 +87,7 @@ _COLUMNS = ["completion_tokens", "logprob", "ids_from", "input_ids"]
 
 
 def _are_own_draws(end: GenerationEnd) -> bool:
-    """Whether all completions of a model are there, each drawn from its own distribution."""
+    """Whether all completions were kept and sampled from the model's unmodified distribution."""
     sampling, model = end.contract.sampling, end.contract.model
     filtered = sampling.top_k is not None or sampling.min_p is not None or sampling.top_p not in (None, 1)
     changed = isinstance(model, ServedModel) and model.own_settings
@@ -95,10 +95,13 @@ def _are_own_draws(end: GenerationEnd) -> bool:
 
 
 def _check_of_these(cache: Cache, written: str, labelled: Counter[int], rows: Counter[int], longest: int) -> None:
-    """Refuse the cache of another data set: its sums would be put beside the draws of this one.
+    """Check that the rows of the cache are in the data set.
 
-    A row that was cut, or tokenised again from its text, is another row: nothing can be said of
-    such a cache.
+    A cache whose rows may be truncated or tokenized again from text is not checked, since its rows
+    differ.
+
+    Raises:
+        CacheError: rows are missing in the data set.
     """
     contract = cache.manifest.contract
     if contract.source.columns.input_ids is None or contract.tokenization.max_length < longest:
@@ -113,17 +116,17 @@ def _check_of_these(cache: Cache, written: str, labelled: Counter[int], rows: Co
 
 @dataclass(frozen=True, slots=True)
 class WrittenCache:
-    """A cache of what the student of a round wrote."""
+    """A cache of texts that the student of a round generated."""
 
     round: int
     written: str
     """Directory of the generated data set."""
     section: int
-    """Which of the sections of `generate` wrote it, from 0."""
+    """Number of the section of `generate` that wrote it, from 0."""
 
 
 def written_caches(steps: Sequence[Resolved]) -> Mapping[str, WrittenCache]:
-    """Place of each cache of what a student wrote -> what is known of it."""
+    """Map the place of each cache of generated texts to its round and data set."""
     outputs = {
         (step.round, place_of(config.output)): (config.output, step.section_number)
         for step, config in steps
@@ -139,10 +142,10 @@ def written_caches(steps: Sequence[Resolved]) -> Mapping[str, WrittenCache]:
 
 
 def progress(cache: str, made_of: WrittenCache, told: dict[tuple[int, int], Written]) -> str | None:
-    """One line on a round; None: its cache is not finished, or behind a URL.
+    """One line on the progress of a round; None if its cache is not finished, or behind a URL.
 
     Args:
-        told: by section and round, what was found in earlier rounds; this one is added.
+        told: (section, round) -> measurements of earlier rounds; this round is added.
     """
     if not (Path(cache) / "manifest.json").is_file():
         return None
@@ -166,7 +169,7 @@ def progress(cache: str, made_of: WrittenCache, told: dict[tuple[int, int], Writ
 
 
 def warn_of_own_labels(steps: Sequence[Resolved]) -> None:
-    """Warn where a student would learn, as hard labels, the tokens that it wrote itself."""
+    """Warn if a student would be trained on its own generated tokens as hard labels."""
     written = written_caches(steps)
     for _, config in steps:
         if not isinstance(config, TrainStudentConfig) or config.hard_labels == "teacher":

@@ -19,7 +19,7 @@ from pipeline.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
-#: Settings that name what a stage reads.
+#: Settings that name inputs of a stage.
 INPUTS = (
     "dataset",
     "model",
@@ -34,17 +34,17 @@ INPUTS = (
     "tokenizer",
 )
 
-#: A step, and its section as the configuration of its command.
+#: A step with its section, as the configuration of its command.
 Resolved = tuple[Step, Any]
 
 
 def place_of(path: str) -> str:
-    """A path or URL in the one form in which paths are compared."""
+    """Normalize a path or URL for comparison."""
     return path if is_url(path) else os.path.abspath(path)
 
 
 def named_inputs(config: Any) -> set[str]:
-    """Paths that a stage reads, as they are written."""
+    """Paths that a stage reads, as written in its configuration."""
     settings = dataclasses.asdict(config)
     found = [value for name, value in {**settings, **settings.get("data", {})}.items() if name in INPUTS and value]
     names = itertools.chain.from_iterable(value if isinstance(value, tuple) else [value] for value in found)
@@ -52,13 +52,13 @@ def named_inputs(config: Any) -> set[str]:
 
 
 def check_steps(file: ConfigFile, steps: Sequence[Resolved]) -> None:
-    """Refuse steps that cannot all be run.
+    """Check that all steps can run.
 
     Raises:
-        ConfigError: in a file with rounds, a step reads what is made after it, or a student is
+        ConfigError: in a file with rounds, a step reads the output of a later step, or a student is
             trained into its own directory.
-        PipelineError: a student cannot learn from caches that are made before it, as
-            `train-student` would say.
+        PipelineError: a student cannot be trained on the caches made before it; the error of
+            `train-student`.
     """
     encodings = _encodings(steps)
     for _, config in steps:
@@ -77,7 +77,10 @@ def check_steps(file: ConfigFile, steps: Sequence[Resolved]) -> None:
 
 
 def _check_order(file: ConfigFile, steps: Sequence[Resolved]) -> None:
-    """Refuse a step that reads the output of a later one."""
+    """Check that no step reads the output of a later one.
+
+    In a second run it would read the output of the first run.
+    """
     made: dict[str, Step] = {}
     for step, config in steps:
         if config.output is not None:
@@ -96,7 +99,7 @@ def _check_order(file: ConfigFile, steps: Sequence[Resolved]) -> None:
 
 
 def _check_mixture(config: TrainStudentConfig, encodings: Mapping[str, Encoding]) -> None:
-    """Check mixtures and divergences against the caches that this file makes."""
+    """Check a student's mixture and divergence against the caches that this file makes."""
     from pipeline.training.batches.mixing import checked_kind
     from pipeline.training.divergences import check_divergence
     from pipeline.training.scores import check_score_loss
@@ -122,7 +125,7 @@ def _check_mixture(config: TrainStudentConfig, encodings: Mapping[str, Encoding]
 
 
 def _encodings(steps: Sequence[Resolved]) -> dict[str, Encoding]:
-    """Place of each cache that is made -> its encoding."""
+    """Map the place of each cache that the file makes to its encoding."""
     return {
         place_of(config.output): config.resolve_encoding(get_task(config.task).default_encoding.kind)
         for _, config in steps
@@ -134,17 +137,17 @@ def _in_round(step: Step) -> str:
     return "" if step.round is None else f" in round {step.round}"
 
 
-# -------------------------------------------------------------------------- what a run goes on with
+# ---------------------------------------------------------- warnings that do not stop the run
 
 
 def warn_of_steps(steps: Sequence[Resolved]) -> None:
-    """One line for each thing that makes less of the rounds than was meant."""
+    """Log a warning for each setting that makes rounds less useful than intended."""
     for line in itertools.chain(_one_seed(steps), _mixed_alike(steps), _held_out(steps)):
         logger.warning("%s", line)
 
 
 def _one_seed(steps: Sequence[Resolved]) -> Iterator[str]:
-    """The same prompts with the same random numbers in two rounds."""
+    """Warn if two rounds use the same prompts with the same seed."""
     seen: dict[tuple[Any, ...], int] = {}
     for step, config in steps:
         if not isinstance(config, GenerateConfig) or step.round is None or config.temperature == 0:
@@ -160,7 +163,7 @@ def _one_seed(steps: Sequence[Resolved]) -> Iterator[str]:
 
 
 def _mixed_alike(steps: Sequence[Resolved]) -> Iterator[str]:
-    """A share of one cache, in each round the same rows of it."""
+    """Warn if `proportion` selects the same rows of one cache in every round."""
     seen: dict[tuple[int, str], int] = {}
     for step, config in steps:
         if not isinstance(config, TrainStudentConfig) or step.round is None or not config.proportion:
@@ -177,7 +180,7 @@ def _mixed_alike(steps: Sequence[Resolved]) -> Iterator[str]:
 
 
 def _held_out(steps: Sequence[Resolved]) -> Iterator[str]:
-    """`holdout` where models write: `generate` knows nothing of it."""
+    """Warn if `holdout` applies to prompts or generated rows, since `generate` ignores it."""
     written = {place_of(config.output): config for _, config in steps if isinstance(config, GenerateConfig)}
     shares = {
         place_of(config.data.dataset): (config.output, config.data.holdout)

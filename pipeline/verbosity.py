@@ -1,4 +1,4 @@
-"""The log level on standard error, and the flags `--quiet` and `--verbose`."""
+"""The log level of this package, set by `--log-level`, `--quiet` and `--verbose`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from pipeline.errors import MisuseError
 
-#: As transformers and the standard library name them, from the most to the least that is said.
+#: Names as in transformers and `logging`, from most to least verbose.
 LEVELS = ("debug", "info", "warning", "error", "critical")
-#: The level of this process; workers are given their parent's.
+#: The level of this process; workers receive that of their parent.
 _current = "info"
 
 
@@ -25,14 +25,14 @@ def level() -> int:
 
 
 def shows_progress() -> bool:
-    """Whether bars, and lines in the place of bars, are shown."""
+    """Whether progress bars, or lines in their place, are shown."""
     return level() <= logging.INFO
 
 
 def set_level(name: str) -> None:
     """Set the level of this package's logs.
 
-    With `debug`, the information of other libraries is shown too.
+    With `debug`, messages of other libraries at level `info` are shown too.
     """
     global _current
     _current = name
@@ -42,7 +42,7 @@ def set_level(name: str) -> None:
 
 @contextlib.contextmanager
 def at_level(name: str) -> Iterator[None]:
-    """Set the level, and put back what was there."""
+    """Set the level within a context, and restore the previous one."""
     before, root = _current, logging.getLogger().level
     set_level(name)
     try:
@@ -53,13 +53,13 @@ def at_level(name: str) -> Iterator[None]:
 
 
 def chosen_level(*, quiet: bool, verbose: bool, names: tuple[str, ...]) -> str:
-    """What the flags ask for.
+    """The level that the flags select.
 
     Args:
-        names: of `--log-level`, which may stand before the command and after it.
+        names: values of `--log-level`, which may be given before and after the command.
 
     Raises:
-        MisuseError: flags that contradict each other.
+        MisuseError: flags contradict each other.
     """
     asked = [*(["--quiet"] if quiet else []), *(["--verbose"] if verbose else [])]
     asked += [f"--log-level {name}" for name in dict.fromkeys(names)]

@@ -1,10 +1,10 @@
-"""`softlabel run`: every stage of a configuration file in order, those that are done skipped.
+"""`softlabel run`: run the stages of a configuration file in order, and skip those that are done.
 
-A stage is done when its output is there and was made from the same settings and the same inputs.
-Inputs are compared by content (a cache by its manifest), so a changed input makes the stages after
-it run again. A cache or a generated data set is never deleted unasked: where one of other settings
-or of another teacher is there, the run stops and names the first difference; `--overwrite` makes it
-anew. A report is made from what other stages keep, so a stale one is replaced.
+A stage is done if its output exists and was made from the same settings and inputs. Inputs are
+compared by content (a cache by its manifest), so a changed input makes the stages that depend on it
+run again. A cache or a generated data set is never deleted without `--overwrite`: if it was made
+with other settings or another teacher, the run stops and names the first difference. A stale report
+is replaced, since it is computed from outputs of other stages.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pipeline.steps import INPUTS, check_steps, named_inputs, place_of, warn_of_
 
 logger = logging.getLogger(__name__)
 
-#: Written last by each stage: the output is whole when it is there.
+#: The file that each stage writes last; its presence shows that the output is complete.
 _PROOF = {
     "train-teacher": "metrics.json",
     "generate": "generation.json",
@@ -49,24 +49,26 @@ _PROOF = {
     "evaluate": "evaluation.json",
     "report": "report.json",
 }
-#: Stages that go on from their checkpoints.
+#: Stages that resume from their checkpoints.
 _TRAINING = ("train-teacher", "train-student")
-#: Those that may be the text itself in place of a file's name.
+#: Settings that hold a template itself or the name of its file.
 _TEMPLATES = ("template", "prompt_template")
 
 
 def stage_configs(
     file: ConfigFile, stages: tuple[str, ...] = (), through: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Stages to run in order with their configurations; sections and rounds repeat them.
+    """The stages to run, in order, with their configurations.
+
+    A stage with several sections or rounds occurs several times.
 
     Args:
-        stages: only these. None named: all.
-        through: nothing that comes after the last step of this stage.
+        stages: run only these; empty: all.
+        through: run no stage after the last step of this one.
 
     Raises:
-        ConfigError: a stage that the file does not have.
-        PipelineError: a section that is wrong: before anything has run.
+        ConfigError: the file does not have a stage.
+        PipelineError: a section is invalid; raised before anything runs.
     """
     return ((step.stage, config) for step, config in _steps(file, stages, through))
 
@@ -95,22 +97,22 @@ def run(
     shown: Mapping[str, Callable[[Any], None]] | None = None,
     tell: Callable[[str], None] = logger.info,
 ) -> None:
-    """Run what is not done.
+    """Run the stages that are not done.
 
     Args:
-        runners: stage -> a function that runs it and prints its result.
-        overwrite: a cache of other settings or inputs gives way; without it that is an error, since
-            a cache may have cost days.
-        shown: stage -> a function that prints the result of one that is done.
-        tell: prints a line on each round.
+        runners: stage -> function that runs it and prints its result.
+        overwrite: replace caches and generated data sets made with other settings or inputs. False:
+            raise an error, since they may have taken days.
+        shown: stage -> function that prints the result of a stage that is done.
+        tell: function that prints a line on each round.
 
     Raises:
-        PipelineError: of the stage that failed; the stages before it stay done.
+        PipelineError: a stage failed; the stages before it stay done.
     """
     steps = _steps(file, stages, through)
     if any(step.stage == "report" for step, _ in steps):
         try:
-            require_matplotlib()  # before hours of work
+            require_matplotlib()  # fail before hours of work
         except MisuseError:
             if not all(_is_done(Path(config.output or ""), step.stage, config, _key(config)) for step, config in steps):
                 raise
@@ -133,7 +135,7 @@ def _run_step(
     overwrite: bool,
     shown: Mapping[str, Callable[[Any], None]],
 ) -> None:
-    """Run one step, or show what it has made."""
+    """Run one step, or show its result if it is done."""
     output = Path(config.output) if config.output is not None else None
     key = _key(config)
     if output is not None and _is_done(output, name, config, key):
@@ -147,9 +149,7 @@ def _run_step(
     if output is not None and name in _TRAINING:
         write_text(_mark(output, name), _begun(key))
     runners[name](config)
-    if (
-        output is not None and (output / _PROOF[name]).is_file()
-    ):  # not there: one part of a cache, or it is behind a URL
+    if output is not None and (output / _PROOF[name]).is_file():  # missing for one part of a cache, or behind a URL
         _mark(output, name).write_text(_state(output, name, key), encoding="utf-8")
 
 
@@ -161,13 +161,14 @@ def outline(
     *,
     overwrite: bool = False,
 ) -> Iterator[tuple[str, Outline]]:
-    """What `run` would do: each stage with its output, and why it runs or does not.
+    """Describe what `run` would do: each stage with its output, and why it runs or is skipped.
 
     Args:
-        outlines: stage -> what it would do; asked where everything that the stage reads is there.
+        outlines: stage -> function that describes its work; called if all inputs of the stage
+            exist.
 
     Raises:
-        PipelineError: of a stage whose inputs are there, before its work begins.
+        PipelineError: a stage whose inputs exist would fail its checks.
     """
     to_come: set[str] = set()
     steps = _steps(file, stages, through)
@@ -207,10 +208,10 @@ def _mark(output: Path, stage: str) -> Path:
 
 
 def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
-    """Whether what is there is deleted.
+    """Whether the existing output of a stage is deleted.
 
-    A cache or a generated data set gives way when asked to; a stale model or report always, but for
-    an unfinished run of the same settings.
+    A cache or a generated data set is deleted only if asked; a stale model or report always, except
+    an unfinished training run of the same settings, which resumes.
     """
     if stage == "report":
         return True
@@ -223,16 +224,19 @@ def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
     mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
     if asked or proof.is_file() or not mark.is_file() or mark.read_text(encoding="utf-8") != _begun(key):
         return True
-    return not checkpoints(Path(config.output))  # killed while its weights were saved: there is nothing to go on from
+    return not checkpoints(Path(config.output))  # without one, it cannot be resumed
 
 
 def _begun(key: str) -> str:
-    """The mark of a training run that has begun: it is not stale, it goes on."""
+    """The mark of a training run that has begun; it is resumed, not stale."""
     return json.dumps({"key": key, "output": None}) + "\n"
 
 
 def _state(output: Path, stage: str, key: str) -> str:
-    """Fingerprint of a stage's settings, inputs and output; manual changes make it stale."""
+    """Fingerprint of a stage's settings, inputs and output.
+
+    A later command run by hand changes the output, which makes the stage stale.
+    """
     return json.dumps({"key": key, "output": _file(output / _PROOF[stage])}) + "\n"
 
 
@@ -244,7 +248,7 @@ def _is_done(output: Path, stage: str, config: Any, key: str) -> bool:
     return kept == _state(output, stage, key) or kept == _state(output, stage, _key(config, before=True))
 
 
-#: Defaults of training before they were chosen for student and data: what was made with them stays
+#: Former fixed defaults of training, now chosen for student and data. Outputs made with them stay
 #: done.
 _BEFORE = {
     "epochs": 3.0,
@@ -258,33 +262,33 @@ _BEFORE = {
 
 
 def _key(config: Any, *, before: bool = False) -> str:
-    """SHA-256 over the settings and over what they name.
+    """SHA-256 over the settings and the content of the inputs that they name.
 
     Args:
-        before: as it was made when the defaults of training were fixed.
+        before: compute the key of earlier versions, with fixed defaults of training.
     """
     settings = dataclasses.asdict(config)
     found: dict[str, Any] = {}
     data = _data_of(config)
     for name, value in {**settings, **settings.get("data", {})}.items():
         if name == "dataset" and data is not None and data.data_files and not before:
-            continue  # only the files named count, below
+            continue  # only the listed files count, see below
         if name in _TEMPLATES and isinstance(value, str) and ("{{" in value or "\n" in value):
-            continue  # its text, which stands in the settings
+            continue  # the template itself, part of the settings
         if name in INPUTS and value is not None:
             names = [name_and_path(item)[1] for item in value] if isinstance(value, tuple) else [value]
             found[name] = [_manifest_at(item) if is_url(item) else content_of(Path(item)) for item in names]
     if data is not None:
         found["files"] = _nested_files(data, before=before)
     for name in ("overwrite", "report_to", "concurrency", "server_patience", "check_with"):
-        settings.pop(name, None)  # they change nothing of what is made
-    if "tokenizer" in settings and settings["tokenizer"] is None:  # students that were made before they could have one
+        settings.pop(name, None)  # they do not affect the output
+    if "tokenizer" in settings and settings["tokenizer"] is None:  # as before students could have their own
         for name in ("tokenizer", "cache"):
             settings.pop(name)
     for name in ("server", "server_model", "server_api"):
-        if not settings.get(name):  # what was made before there were servers stays done
+        if not settings.get(name):  # as before servers were supported
             settings.pop(name, None)
-    if not any(settings.get(name) for name in ("prompt_template", "label_text", "shots")):  # as before prompts
+    if not any(settings.get(name) for name in ("prompt_template", "label_text", "shots")):  # as without prompts
         for name in ("prompt_template", "label_text", "prompt_format", "shots", "shot_tokens", "calibrate"):
             settings.pop(name, None)
     if before:
@@ -295,7 +299,7 @@ def _key(config: Any, *, before: bool = False) -> str:
 
 
 def _data_of(config: Any) -> DataConfig | None:
-    """Which data set a stage reads rows of; None: of none."""
+    """The data set that a stage reads rows from; None if it reads none."""
     if isinstance(config, GenerateConfig):
         return config.data() if config.dataset is not None else None
     data = getattr(config, "data", None)
@@ -303,7 +307,7 @@ def _data_of(config: Any) -> DataConfig | None:
 
 
 def _manifest_at(url: str) -> str:
-    """SHA-256 of the manifest of a cache behind a URL; of what is not there, nothing."""
+    """SHA-256 of the manifest of a cache behind a URL; `absent` if there is none."""
     try:
         return hashlib.sha256(read_small(pinned(url), "manifest.json")).hexdigest()
     except (FileNotFoundError, CacheError):
@@ -311,7 +315,10 @@ def _manifest_at(url: str) -> str:
 
 
 def content_of(path: Path) -> str:
-    """SHA-256 of a file, a cache's manifest, or a directory's files; hub names as they are."""
+    """SHA-256 of a file, of a cache's manifest, or of a directory's files.
+
+    A name that is not a local path, such as a hub name, is returned unchanged.
+    """
     if (path / "manifest.json").is_file():
         path = path / "manifest.json"
     if path.is_file():
@@ -327,7 +334,10 @@ def content_of(path: Path) -> str:
 
 
 def _nested_files(data: DataConfig, *, before: bool) -> str | None:
-    """SHA-256 of the files of `data_files`, or of nested files; None without any."""
+    """SHA-256 of the files of `data_files`, or of files not at the top of the directory.
+
+    None if there are none.
+    """
     path = Path(data.dataset).expanduser()
     if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
         return None
@@ -346,7 +356,10 @@ def _nested_files(data: DataConfig, *, before: bool) -> str | None:
 
 
 def _images_below(folder: Path) -> str:
-    """SHA-256 of names, sizes and times of all files below a directory (of images)."""
+    """SHA-256 of names, sizes and times of all files below a directory.
+
+    Used for images, whose bytes would take long to read.
+    """
     found = sorted((file.relative_to(folder).as_posix(), file.stat()) for file in folder.rglob("*") if file.is_file())
     lines = (f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in found)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -114,7 +114,7 @@ def open_both(config: AuditConfig) -> tuple[Cache, LoadedModel]:
     made_by = cache.manifest.contract.teacher
     if made_by.judge is not None:
         raise MisuseError(
-            f"{config.cache}: its soft labels are those of a language model after a prompt, which audit does not run; "
+            f"{config.cache}: its teacher was a language model with a prompt, which audit does not support; "
             "cache some rows again with the same flags (--rows) into another --output and compare the two"
         )
     teacher = load_model(

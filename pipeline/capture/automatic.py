@@ -66,7 +66,7 @@ def fastest_batch_tokens(
         raise ModelError(
             f"{teacher.name}: out of memory with one row of {length} tokens; use a smaller --max-length or --dtype bfloat16"
         )
-    logger.info("batches of %d tokens: %.0f tokens a second", best, best_speed)
+    logger.info("batches of %d tokens: %.0f tokens per second", best, best_speed)
     return best
 
 

@@ -139,7 +139,7 @@ def teacher_of(task: Task, config: CacheLogitsConfig, source: Source, begun: Pla
     tokenizer = None
     if config.server and task.reads != "tokens":
         raise MisuseError(
-            f"--server: servers give the next tokens of texts; --task {task.name} needs local weights; leave it out"
+            f"--server: servers give probabilities of next tokens only; --task {task.name} needs local weights; leave it out"
         )
     if config.server:
         tokenizer = load_tokenizer(
@@ -320,7 +320,7 @@ def make_job(
         clear(layout)
     found = None if overwrite and dry_run else current_plan(layout)
     if append and found is not None and layout.outbox is not None:
-        raise CacheError(f"{layout.name}: --append goes with a local directory; pull the cache, append, and push it")
+        raise CacheError(f"{layout.name}: --append needs a local directory; pull the cache, append, and push it")
     if batch_tokens is None:
         measured = None if found else teacher.fastest_batch_tokens(tokenization)
         found = found or (None if dry_run else current_plan(layout))  # another part may have chosen

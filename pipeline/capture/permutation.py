@@ -112,7 +112,7 @@ def try_judge(
     known = [row for row in rows if not row.split.startswith("test")]
     examples = [] if labels is None else _read(task, source, labels, teacher.tokenizer, tokenization, known[:_TRIED])
     if labels is None or not examples:
-        logger.info("%s: no labelled rows to try the teacher on (rows of test are not looked at)", source.name)
+        logger.info("%s: no labelled rows to measure the teacher on (rows of test are not used)", source.name)
         return
     with Progress("trial of the teacher", len(examples)) as progress:
         found = _predict(task, teacher, examples, encoding, batch_tokens, progress)
@@ -132,7 +132,7 @@ def try_judge(
         logger.info("%s", text)
     else:
         logger.warning(
-            "%s: it is not shown to be better than that one answer, and students of it would be no better; try --calibrate, --shots %d, "
+            "%s: this is not shown to be better than that one answer, and students of it would be no better; try --calibrate, --shots %d, "
             "other --label-text, another --prompt-template, or a larger model",
             *(text, 2 * teacher.num_classes),
         )

@@ -141,8 +141,10 @@ def cache_logits(
         chosen, columns, tokenization if judging is None else dataclasses.replace(tokenization, chat_template_kwargs=())
     )
     source, *others = (
-        _named_source(str(each), columns) if isinstance(each, str | Path) else from_datasets(each, columns)
-        for each in (dataset, *unlabelled)
+        _named_source(str(each), columns, labelled=not i)
+        if isinstance(each, str | Path)
+        else from_datasets(each, columns, labelled=not i)
+        for i, each in enumerate((dataset, *unlabelled))
     )
     source = with_unlabelled(source, others)
     label_maps = [f"{data}={model}" for data, model in (label_map or {}).items()]
@@ -305,7 +307,7 @@ def _one_of(settings: dict[str, Any], name: str, known: Sequence[str]) -> Any:
     return value
 
 
-def _named_source(name: str, columns: Columns) -> Source:
+def _named_source(name: str, columns: Columns, *, labelled: bool) -> Source:
     data = DataConfig(
         dataset=name,
         text_column=columns.text or "text",
@@ -322,4 +324,4 @@ def _named_source(name: str, columns: Columns) -> Source:
         keep_column=columns.keep,
         group_column=columns.group,
     )
-    return load_source(data)
+    return load_source(data, labelled=labelled)

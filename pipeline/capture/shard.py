@@ -183,7 +183,7 @@ class _ShardLabels:
         except torch.OutOfMemoryError:
             batch_tokens = self._job.plan.contract.batch_tokens
             raise ModelError(
-                f"out of memory in a batch of {len(members)} rows of {length} tokens; the batches are part of what makes the bytes the same, so start anew: "
+                f"out of memory in a batch of {len(members)} rows of {length} tokens; the batch size is part of the contract, so start again: "
                 f"--batch-tokens {max(batch_tokens // 2, 1)} --overwrite"
             ) from None
         self.forward_seconds += time.monotonic() - started

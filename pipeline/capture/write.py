@@ -108,10 +108,10 @@ def write_cache(
     """
     chosen = get_task(task)
     if chosen.names == "positions" and not label_names:
-        raise MisuseError("write_cache: give label_names=...: a row has a position for each")
+        raise MisuseError("write_cache: give label_names=...: rows have one position per name")
     if chosen.names == "places":
         if max_length is None:
-            raise MisuseError("write_cache: give max_length=...: the places of the longest row are the classes")
+            raise MisuseError("write_cache: give max_length=...: the classes are the places of the longest row")
         num_classes, label_names = max_length, ENDS
     usual = len(tokenizer) if chosen.predicts_tokens else len(label_names or ())
     classes = num_classes or usual
@@ -133,7 +133,7 @@ def write_cache(
     if first is None:
         raise MisuseError("write_cache: expected rows, found none")
     if chosen.ranks and first.group is None:
-        raise MisuseError(f"write_cache: rows of {chosen.name} need group=..., which the rows of one list share")
+        raise MisuseError(f"write_cache: rows of {chosen.name} need group=..., one value for all rows of a list")
     if first.group is not None and not chosen.ranks:
         raise MisuseError(f"write_cache: group=... names the lists of rankings; rows of {chosen.name} have none")
     if (first.image is not None) != (chosen.reads == "images"):

@@ -1,4 +1,4 @@
-"""click options -> configuration -> one call of the public API; nothing else."""
+"""The command line: click options -> configuration -> one call of the public API."""
 
 from pipeline.cli import (  # noqa: F401 - each adds its commands
     caches,

@@ -1,4 +1,4 @@
-"""verify, audit, inspect, import."""
+"""The commands verify, audit, inspect and import."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _verify(config: cfg.VerifyConfig) -> None:
     from pipeline.cache.storage.urls import is_url
 
     if is_url(config.cache):
-        Cache.open(config.cache, verify="full")  # says how
+        Cache.open(config.cache, verify="full")  # raises the error
     found = verify(Path(config.cache), quick=config.quick)
     if config.json:
         click.echo(dump(found), nl=False)

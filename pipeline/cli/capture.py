@@ -1,4 +1,4 @@
-"""train-teacher, cache-logits, estimate."""
+"""The commands train-teacher, cache-logits and estimate."""
 
 from __future__ import annotations
 

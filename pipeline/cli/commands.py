@@ -1,6 +1,6 @@
-"""Commands built from configurations: a flag per field, errors as one line and an exit code.
+"""Build commands from configurations: one flag per field, errors as one line and an exit code.
 
-Heavy libraries are imported inside the commands, so that help answers at once.
+Heavy libraries are imported inside the commands, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pipeline.errors import MisuseError, PipelineError
 from pipeline.records import Outline
 from pipeline.verbosity import LEVELS, at_level, chosen_level
 
-#: Command -> what it does with its configuration; `run` calls the same.
+#: Command -> function that runs it with its configuration; also used by `run`.
 FUNCTIONS: dict[str, Callable[[Any], None]] = {}
-#: Command -> what it would do, for `--dry-run`.
+#: Command -> function that describes what it would do, for `--dry-run`.
 OUTLINES: dict[str, Callable[[Any], Outline]] = {}
 
 
@@ -42,7 +42,7 @@ Completion of commands, flags and paths:
 
 
 def _verbosity_options() -> list[click.Option]:
-    """Flags of the group and of every command; no settings of a run."""
+    """Flags of the group and of every command; they do not affect outputs, so are no settings."""
     return [
         click.Option(["--quiet"], is_flag=True, help="Print results and warnings only, no progress."),
         click.Option(["--verbose"], is_flag=True, help="Print all log messages, those of libraries too."),
@@ -55,17 +55,17 @@ def _verbosity_options() -> list[click.Option]:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception: temporary files are removed on the way out, as on Ctrl-C."""
+    """SIGTERM as an exception, so that temporary files are removed as on Ctrl-C."""
 
 
 _VERBOSITY = _verbosity_options()
 
 
 class _Command(click.Command):
-    """Refuses a single-valued option that is given twice; click would use the last."""
+    """Command that rejects a repeated single-valued option; click would use the last value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, and count how often each option stands there."""
+        """Parse arguments, and check that no single-valued option is repeated."""
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for param in given if not ctx.resilient_parsing else ():
             once = isinstance(param, click.Option) and param.expose_value and not (param.multiple or param.count)
@@ -76,12 +76,12 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Those that every command has come last."""
+        """Parameters, with those of every command last."""
         own = super().get_params(ctx)
         return [*own[:-1], *_VERBOSITY, *own[-1:]]
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run, and say as much as the flags of the command and of the group ask for."""
+        """Run the command at the log level set by the flags of the command and of the group."""
         given = [{option.name: ctx.params.pop(str(option.name), None) for option in _VERBOSITY}]
         given += [ctx.parent.params] if ctx.parent is not None else []
         quiet, verbose = (any(params.get(name) for params in given) for name in ("quiet", "verbose"))
@@ -90,26 +90,26 @@ class _Command(click.Command):
             return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """What is required comes first."""
+        """Usage with the required options first."""
         return [*usage_pieces(self, ctx), *super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """By group."""
+        """Format the options by group."""
         format_options(self, ctx, formatter)
 
 
 class _Group(click.Group):
-    """Turns `PipelineError`, Ctrl-C and SIGTERM into one line on stderr and an exit code."""
+    """Group that reports `PipelineError`, Ctrl-C and SIGTERM by one line and an exit code."""
 
     command_class = _Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the pipeline."""
+        """Commands in the order of the pipeline."""
         order = ["init", *cfg.SECTIONS]
         return sorted(self.commands, key=lambda name: order.index(name) if name in order else len(order))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """`help COMMAND` is `COMMAND --help`."""
+        """Parse arguments; `help COMMAND` is the same as `COMMAND --help`."""
         return super().parse_args(ctx, [*args[1:2], "--help"] if args[:1] == ["help"] else args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -146,7 +146,7 @@ def _terminate(_number: int, _frame: Any) -> None:
 
 
 def _leave_ranks() -> None:
-    """End torchrun's process group: gloo aborted ranks that just exit, in one run of three."""
+    """Destroy the process group of torchrun; with gloo, ranks that just exit sometimes abort."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -177,11 +177,16 @@ main.params.extend(_verbosity_options())
 def command(
     name: str, config_type: type, example: str, *, outline: Callable[[Any], Outline] | None = None
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Make a command whose flags are the fields of its configuration, or of `--config`.
+    """Decorator that makes a command with one flag per field of its configuration.
+
+    `--config` sets the fields that are not given by flags.
 
     Args:
-        outline: what the command would do, after the checks that it makes before its work; with it
-            there is `--dry-run`.
+        name: name of the command.
+        config_type: dataclass of the configuration; its docstring is the summary in the help.
+        example: command line shown in the help.
+        outline: function that checks the inputs and describes what the command would do; adds
+            `--dry-run`.
     """
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -228,14 +233,14 @@ def command(
 
 
 def dry_run_option() -> click.Option:
-    """The flag of every command that works long."""
+    """The flag `--dry-run` of long-running commands."""
     return click.Option(
         ["--dry-run"], is_flag=True, help="Check everything, print what would be read and written, and stop."
     )
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    """One flag of one field."""
+    """The click option of one field."""
     flag = "--" + cfg.flag_name(field.name)
     arguments = [a for a in typing.get_args(hint) if a is not type(None)]
     options: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Output that several commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def echo_cache(cache: Cache, output: str) -> None:
-    """The size of each split of a cache."""
+    """Print the size of each split of a cache."""
     from pipeline.cache.views.inspection import labelled, totals
     from pipeline.cache.views.units import unit_of
     from pipeline.sources.files.loading import redact
@@ -33,8 +33,8 @@ def echo_cache(cache: Cache, output: str) -> None:
 
 
 def echo_outline(name: str, lines: Outline) -> None:
-    """What a command would do."""
-    if os.environ.get("RANK", "0") != "0":  # under torchrun every rank comes here
+    """Print what a command would do."""
+    if os.environ.get("RANK", "0") != "0":  # print once under torchrun
         return
     width = max((len(what) for what, _ in lines), default=0)
     click.echo(f"{name}: dry run, nothing is written")

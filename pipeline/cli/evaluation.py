@@ -1,4 +1,4 @@
-"""How good a student is: evaluate."""
+"""The command evaluate."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def _echo_report(report: EvaluationReport, config: cfg.EvaluateConfig) -> None:
 
 
 def show_evaluation(config: cfg.EvaluateConfig) -> None:
-    """The report that is kept already."""
+    """Print the stored evaluation."""
     from pipeline.cache.format.manifest import parse
     from pipeline.records import EvaluationReport
 
     if config.output is not None:
         try:
             _echo_report(parse(EvaluationReport, Path(config.output, "evaluation.json")), config)
-        except IntegrityError:  # a figure that was no number is null in it
+        except IntegrityError:  # nan is stored as null
             click.echo(f"kept in {Path(config.output, 'evaluation.json')}")

@@ -1,4 +1,4 @@
-"""generate."""
+"""The command generate."""
 
 from __future__ import annotations
 

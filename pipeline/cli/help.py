@@ -12,16 +12,16 @@ import click
 
 from pipeline.config.options import Group
 
-#: Columns of help, examples included.
+#: Width of help texts and examples in columns.
 WIDTH = 100
-#: Letters of choices that stand in place of a value; more are listed in the text.
+#: Maximum length of choices that are shown as the metavar; longer ones are listed in the text.
 _MOST_CHOICES = 60
 
 
 class FieldOption(click.Option):
     """The flag of one field of a configuration.
 
-    Its default stays in the dataclass; here it is only shown.
+    The default is set by the dataclass and only shown here.
     """
 
     def __init__(self, field: dataclasses.Field[Any], param_decls: Sequence[str], **settings: Any) -> None:
@@ -33,11 +33,11 @@ class FieldOption(click.Option):
         self.group: Group = field.metadata["group"]
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         self.needed = not has_default
-        """Required, by a flag or by the file of --config."""
+        """Whether the field must be set, by its flag or in the file of --config."""
         self.shown = f"({later.rstrip('.')})" if later else self._shown(field.default)
 
     def _shown(self, default: Any) -> str:
-        """A default as click prints it."""
+        """Format a default as click does."""
         if default in (None, (), dataclasses.MISSING):
             return ""
         if isinstance(default, bool):
@@ -45,7 +45,7 @@ class FieldOption(click.Option):
         return ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """What stands in brackets behind the help text."""
+        """The text in brackets after the help text."""
         extra: Any = super().get_help_extra(ctx)
         if self.shown:
             extra["default"] = self.shown
@@ -55,7 +55,7 @@ class FieldOption(click.Option):
 
 
 def format_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-    """The required options, the others by group, and last those that every command has."""
+    """Format required options, then the others by group, then those of every command."""
     sections: dict[str, list[tuple[str, str]]] = {"Required": [], **{name: [] for name in typing.get_args(Group)}}
     for param in command.get_params(ctx):
         record = param.get_help_record(ctx)
@@ -72,7 +72,7 @@ def format_options(command: click.Command, ctx: click.Context, formatter: click.
 
 
 def usage_pieces(command: click.Command, ctx: click.Context) -> list[str]:
-    """`--cache TEXT... --student TEXT [OPTIONS]`."""
+    """The required options in a usage line, such as `--cache TEXT... --student TEXT`."""
     needed = [param for param in command.get_params(ctx) if isinstance(param, FieldOption) and param.needed]
     return [f"{param.opts[0]} {param.make_metavar(ctx)}{'...' * param.multiple}" for param in needed]
 

@@ -1,4 +1,4 @@
-"""A data set to a YAML file: init."""
+"""The command init."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _init(config: cfg.InitConfig) -> None:
 
 
 def _findings(start: Start) -> Iterator[tuple[str, str]]:
-    """What was found and chosen, a line each."""
+    """Yield label and text of each finding and choice."""
     from pipeline.starter.cautions import label_cautions, text_cautions
     from pipeline.starter.page import class_line, few_line, length_line, moved_line, other_columns, split_line
     from pipeline.starter.roles import summary

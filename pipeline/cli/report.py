@@ -1,4 +1,4 @@
-"""Whether students perform as well as their teacher: report."""
+"""The command report."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def _echo_place(config: cfg.ReportConfig) -> None:
 
 
 def show_report(config: cfg.ReportConfig) -> None:
-    """The report that is kept already."""
+    """Print the stored report."""
     from pipeline.cache.format.manifest import parse
     from pipeline.evaluation.records import Report
 
     try:
         _echo(parse(Report, Path(config.output, "report.json")), config)
-    except IntegrityError:  # a figure that was no number is null in it
+    except IntegrityError:  # nan is stored as null
         _echo_place(config)

@@ -1,4 +1,4 @@
-"""run: the stages of a file."""
+"""The command run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""push, pull."""
+"""The commands push and pull."""
 
 from __future__ import annotations
 

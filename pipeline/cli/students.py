@@ -1,4 +1,4 @@
-"""sweep, predict."""
+"""The commands sweep and predict."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def _predict(config: cfg.PredictConfig) -> None:
 
 
 def _as_json(found: TextPrediction) -> str:
-    """One line, with what there is: labels, scores, a continuation, or words."""
+    """A prediction as one line of JSON: labels, scores, a continuation, or words."""
     known = {name: value for name, value in dataclasses.asdict(found).items() if value not in (None, {}, ())}
     return json.dumps(known, ensure_ascii=False)
 
 
 def _shown(found: TextPrediction) -> str:
-    """A text and, indented, what the model says of it."""
+    """Format a text with the model's predictions, indented below it."""
     text = found.text if len(found.text) <= 80 else found.text[:77] + "..."
     if found.continuation is not None:
         return f"{text!r} goes on:\n  {' '.join(found.continuation.split())}"

@@ -1,4 +1,4 @@
-"""init-student, train-student."""
+"""The commands init-student and train-student."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _train_student(config: cfg.TrainStudentConfig) -> None:
     from pipeline.training.run import run
 
     result = run(config)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
+    if os.environ.get("RANK", "0") == "0":  # print once under torchrun
         _echo_training(result)
 
 

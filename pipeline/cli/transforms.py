@@ -1,4 +1,4 @@
-"""merge, filter, convert."""
+"""The commands merge, filter and convert."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One frozen dataclass per command, and the YAML file that fills them.
 
-Each field carries its help text, so that the command line, the YAML keys and the documentation have
-one source. A file has `task:` and `data:` at the top, shared by all commands, and a section per
+Each field carries its help text: the single source of the command line, the YAML keys and the
+documentation. A file has `task:` and `data:` at the top, shared by all commands, and a section per
 command:
 
     task: sequence-classification

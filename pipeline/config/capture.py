@@ -1,4 +1,4 @@
-"""The teacher's commands: train-teacher, cache-logits, estimate."""
+"""Configurations of train-teacher, cache-logits and estimate."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from pipeline.config.options import (
 from pipeline.errors import MisuseError
 from pipeline.records import Encoding, Full, Judging, Sampled, Score, TopK, TopP
 
-#: Classes that a server is asked for where --top-k does not say: vLLM's own limit, unless it was
-#: started with another.
+#: Classes requested from a server without --top-k: vLLM's default limit.
 SERVED_TOP_K = 20
-#: Settings of local weights, and those of servers.
+#: Settings that apply to local weights only, and to servers only.
 _OF_WEIGHTS = (
     "base_model",
     "dtype",
@@ -211,13 +210,13 @@ class CacheLogitsConfig:
 
     @property
     def judging(self) -> Judging | None:
-        """How a language model labels by prompt; None: no flag asks for it."""
+        """Settings to label by prompt with a language model; None without such flags."""
         return judging_of(
             self.prompt_template, self.label_text, self.prompt_format, self.shots, self.shot_tokens, self.calibrate
         )
 
     def _check_server(self) -> None:
-        """Flags that go with a server, and those that go with local weights."""
+        """Check that flags for servers and for local weights are not mixed."""
         check_positive("--concurrency", self.concurrency)
         if not 0 < self.server_patience < math.inf:
             raise MisuseError(f"--server-patience: expected above 0 seconds, found {self.server_patience}")
@@ -234,22 +233,22 @@ class CacheLogitsConfig:
 
     @property
     def uses_devices(self) -> bool:
-        """Whether the teacher runs in the workers, on GPUs where there are any."""
+        """Whether the teacher runs in the workers (on GPUs if available), not on a server."""
         return not self.server
 
     @property
     def top_logprobs(self) -> int:
-        """Classes per position to request from a server: `--top-k`, or vLLM's default of 20."""
+        """Classes per position to request from a server: `--top-k`, or `SERVED_TOP_K`."""
         return self.top_k or SERVED_TOP_K
 
     @property
     def row_range(self) -> tuple[int, int | None] | None:
-        """`--rows A:B`, `A:` or `:B`."""
+        """The parsed value of `--rows`; see `parse_rows`."""
         return parse_rows(self.rows)
 
     @property
     def parsed_part(self) -> tuple[int, int] | None:
-        """`--part I/N`: I and N."""
+        """The parsed value of `--part`: I and N; None: not given."""
         return parse_part(self.part)
 
     def _named_by_knob(self) -> str | None:
@@ -257,14 +256,14 @@ class CacheLogitsConfig:
         return next((kind for kind, value in knobs.items() if value is not None), None)
 
     def resolve_encoding(self, default_kind: str) -> Encoding:
-        """The encoding that the flags name, or the task's default kind.
+        """The encoding given by flags, else the task's default kind.
 
         Raises:
-            MisuseError: a knob of another encoding, or a value out of range.
+            MisuseError: a parameter belongs to another encoding, or a value is out of range.
         """
         kind = self.encoding or self._named_by_knob() or default_kind
         top_k, temperatures = self.top_k, self.temperature
-        if self.server and self.judging is None:  # it gives the most likely classes, at temperature 1
+        if self.server and self.judging is None:  # servers return the top classes at temperature 1
             kind = self.encoding or ("top-p" if self.top_p is not None else "top-k")
             top_k, temperatures = self.top_logprobs, self.temperature or ((1.0,) if kind in ("top-k", "top-p") else ())
         for flag, value, owner in (
@@ -287,10 +286,10 @@ def judging_of(
     shot_tokens: int = 64,
     calibrate: bool = False,
 ) -> Judging | None:
-    """How a language model labels by prompt, checked; None: nothing asks for it.
+    """Check the settings to label by prompt; None if there is neither prompt nor label text.
 
     Raises:
-        MisuseError: a value out of range, or a setting of prompts where there is none.
+        MisuseError: a value is out of range, or a setting of prompts is given without a prompt.
     """
     if shots < 0:
         raise MisuseError(f"--shots: expected at least 0, found {shots}")
@@ -310,10 +309,10 @@ def judging_of(
 def make_encoding(
     kind: str, top_k: int | None, top_p: float | None, sample_size: float | None, temperatures: tuple[float, ...]
 ) -> Encoding:
-    """The encoding of one name and its knobs, checked.
+    """Make an encoding of the given kind from its parameters.
 
     Raises:
-        MisuseError: a missing or impossible knob.
+        MisuseError: a parameter is missing or out of range.
     """
     if not all(0 < t < math.inf for t in temperatures):
         raise MisuseError(f"--temperature: expected above 0, found {', '.join(map(str, temperatures))}")

@@ -1,4 +1,4 @@
-"""Which data set, and how it is read: shared by all commands that read one."""
+"""The data set and how it is read, shared by all commands that read one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipeline.config.options import data_option as option
 from pipeline.errors import MisuseError
 from pipeline.records import AssistantTurns, Columns, Masking, Tokenization, Views
 
-#: What the pipeline itself gives to a chat template.
+#: Arguments of chat templates that the pipeline sets itself.
 _GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversations")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Which data set, which of its columns, and how texts become tokens."""
+    """The data set, its columns, and how texts are tokenized."""
 
     dataset: str = option(
         "Hub name, a jsonl/json/csv/tsv/parquet/arrow/text file, a glob of such files, or a directory: one file or folder per split, the hub's layout, or one "
@@ -100,7 +100,7 @@ class DataConfig:
         "KEY=VALUE: argument of the chat template, as enable_thinking=false; repeat for several.", ()
     )
     assistant_turns: AssistantTurns = option(
-        "Chats: supervise all turns of the assistant, in as few rows as have each in its own context (auto) or in one row (all), "
+        "Chats: supervise all turns of the assistant, in the fewest rows in which each has its own context (auto) or in one row (all), "
         "each in a row of its own, or the last alone.",
         "auto",
     )
@@ -157,10 +157,10 @@ class DataConfig:
 
     @property
     def columns(self) -> Columns:
-        """The columns named, with `text` only where nothing else is the input.
+        """The chosen columns; `text` is the input only if no other input is given.
 
         Raises:
-            MisuseError: a text column is named beside another input.
+            MisuseError: a text column is given together with another input.
         """
         texts = self.words_column or self.messages_column or self.prompt_column
         other = texts or self.input_ids_column or self.image_column
@@ -185,7 +185,7 @@ class DataConfig:
         )
 
     def tokenization(self, max_length: int) -> Tokenization:
-        """How texts become tokens, once the longest row is known."""
+        """The settings of tokenization, for a given maximum length."""
         return Tokenization(
             max_length=max_length,
             packing=self.packing,
@@ -200,7 +200,7 @@ class DataConfig:
 
     @property
     def _views(self) -> Views | None:
-        """What is said of parts of images; None: nothing."""
+        """The settings of image views; None: no views."""
         if self.views is None:
             return None
         usual = Views(self.views)
@@ -213,7 +213,7 @@ class DataConfig:
 
     @property
     def _masking(self) -> Masking | None:
-        """What is said of masks; None: nothing."""
+        """The settings of masking; None: none is given."""
         if self.mask_share is None and not self.whole_words and self.mask_copies is None and self.mask_seed is None:
             return None
         usual = Masking()
@@ -225,7 +225,7 @@ class DataConfig:
         )
 
 
-#: Kinds of input, of which a row has one: the columns of each.
+#: The columns of each kind of input; a row has one kind.
 _KINDS = (
     ("text_column", "text_pair_column"),
     ("image_column",),
@@ -237,10 +237,10 @@ _KINDS = (
 
 
 def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a data set, of which those of a section come before the shared ones.
+    """Merge the shared settings of a data set with those of a section, which take precedence.
 
-    A section that names another kind of input drops the shared columns of the others: token ids in
-    place of chats.
+    If the section names columns of one kind of input, shared columns of other kinds are dropped,
+    for example token ids in place of chats.
     """
     named = [kind for kind in _KINDS if any(own.get(column) is not None for column in kind)]
     dropped = {column for kind in _KINDS if named and kind not in named for column in kind}
@@ -248,13 +248,12 @@ def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chat_template_kwargs(items: Iterable[str]) -> tuple[str, ...]:
-    """Arguments of a chat template, `KEY=VALUE` each, as `KEY=JSON` in the order of their keys.
+    """Convert arguments of a chat template from `KEY=VALUE` to `KEY=JSON`, sorted by key.
 
-    A value that is JSON counts as that (false, 3, "3"), as do True, False and None; any other is
-    text.
+    A value is parsed as JSON (false, 3, "3"), or as True, False or None; any other is text.
 
     Raises:
-        MisuseError: no key, a key twice, or one that the pipeline gives itself.
+        MisuseError: a key is missing, given twice, or set by the pipeline itself.
     """
     found: dict[str, object] = {}
     for item in items:

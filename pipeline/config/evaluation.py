@@ -1,4 +1,4 @@
-"""The commands that run finished models: evaluate, predict."""
+"""Configurations of evaluate and predict."""
 
 from __future__ import annotations
 

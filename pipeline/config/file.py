@@ -1,4 +1,4 @@
-"""The YAML file, and how it, the flags and the defaults become one configuration."""
+"""Read the YAML file, and combine it with flags and defaults into one configuration."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pipeline.errors import ConfigError, MisuseError
 
 ConfigType = TypeVar("ConfigType")
 
-#: The field of `KEY=JSON` items: a list is one value.
+#: The field of `KEY=JSON` items; a list in it is a single value.
 _AS_JSON = "chat_template_kwargs"
-#: Fields that hold a path, or a name that may be one, or NAME=PATH.
+#: Fields that hold a path, a name that may be a path, or NAME=PATH.
 PATHS = frozenset(
     [
         "base_model",
@@ -56,20 +56,21 @@ PATHS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A parsed YAML file: the shared part, and a list of sections per stage."""
+    """A parsed YAML file: the shared part, and one or more sections per stage."""
 
     path: str
     shared: Mapping[str, Any]
     sections: Mapping[str, tuple[Mapping[str, Any], ...]]
     rounds: int | None = None
-    """How often the sections of `pipeline.config.rounds` are run. None: none is."""
+    """Number of rounds, see `pipeline.config.rounds`; None: the file has no rounds."""
 
 
 def load_config(path: str | Path) -> ConfigFile:
     """Read a YAML file and check every key in it.
 
     Raises:
-        ConfigError: no such file, no YAML, or an unknown key (the nearest one is suggested).
+        ConfigError: the file does not exist or is not YAML, or a key is unknown (the nearest key
+            is suggested).
     """
     import yaml
 
@@ -112,15 +113,14 @@ def resolve(
     """Resolve a configuration from flags, its section and the shared part, in this order.
 
     Args:
-        config_type: one of the dataclasses of this module.
+        config_type: one of the dataclasses of `pipeline.config`.
         file: the YAML file, for its shared part.
-        section: the command's part of the file.
-        flags: only what was given on the command line, by field name (those of `DataConfig` beside
-            the others).
+        section: the command's section of the file.
+        flags: options given on the command line, by field name, including fields of `DataConfig`.
 
     Raises:
         MisuseError: a required option is missing, or options contradict each other.
-        ConfigError: a value of another type.
+        ConfigError: a value has the wrong type.
     """
     from pydantic import ValidationError
 
@@ -136,7 +136,7 @@ def resolve(
         values["data"] = over(values["data"], {k: v for k, v in flags.items() if k in data_names and k not in names})
     values.update({k: v for k, v in flags.items() if k in names})
     for listed in (f.name for f in dataclasses.fields(config_type) if str(f.type).startswith("tuple[")):  # type: ignore[arg-type]
-        if isinstance(values.get(listed), str):  # one, not in a list
+        if isinstance(values.get(listed), str):  # a single item without a list
             values[listed] = [values[listed]]
     values = _with_homes(values)
     section_name = next((name for name, known in SECTIONS.items() if known is config_type), None)
@@ -160,14 +160,14 @@ def resolve(
 
 @functools.cache
 def _adapter(config_type: type) -> Any:
-    """Made once for each command: a file with many rounds has thousands of sections."""
+    """A type adapter, cached since a file with many rounds has thousands of sections."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(config_type)
 
 
 def cli_fields(config_type: type) -> Iterator[dataclasses.Field[Any]]:
-    """The fields that become flags: those of the command, and of its data section."""
+    """Yield the fields that become flags: those of the command and of its data section."""
     for item in dataclasses.fields(config_type):
         if item.name == "data":
             yield from dataclasses.fields(DataConfig)
@@ -176,7 +176,7 @@ def cli_fields(config_type: type) -> Iterator[dataclasses.Field[Any]]:
 
 
 def _with_homes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`~` and `~user` at the beginning of each path made whole; no name on the hub begins so."""
+    """Expand `~` and `~user` at the start of each path; hub names never begin with `~`."""
     found = {name: _expanded(value) if name in PATHS else value for name, value in values.items()}
     return {**found, "data": _with_homes(found["data"])} if isinstance(found.get("data"), Mapping) else found
 
@@ -232,8 +232,7 @@ def _given_twice(node: Any, seen: set[int]) -> tuple[str, int, int] | None:
     """Find the first key that a mapping repeats, and its two lines; YAML keeps the last.
 
     Args:
-        seen: nodes that have been looked at, since aliases may repeat them without end; this one is
-            added.
+        seen: ids of visited nodes, to stop at recursive aliases; this node is added.
     """
     if node is None or node.id == "scalar" or id(node) in seen:
         return None
@@ -259,7 +258,7 @@ def _checked_rounds(path: str | Path, value: Any) -> int:
 
 
 def _check_quoted(path: str | Path, where: str, item: Any) -> None:
-    """Without quotes, YAML reads `seed: {round}` as a mapping."""
+    """Check that placeholders are quoted; YAML reads an unquoted `seed: {round}` as a mapping."""
     for value in item if isinstance(item, list) else [item]:
         if isinstance(value, dict) and len(value) == 1 and {"round": None, "previous": None}.items() >= value.items():
             name = next(iter(value))
@@ -267,7 +266,7 @@ def _check_quoted(path: str | Path, where: str, item: Any) -> None:
 
 
 def _pairs(value: Mapping[Any, Any], *, as_json: bool) -> Iterator[tuple[Any, Any]]:
-    """Key and value of each item; a list of values repeats its key."""
+    """Yield key and value of each item; a key with a list of values is repeated for each."""
     for key, found in value.items():
         for item in found if isinstance(found, list) and not as_json else [found]:
             yield key, json.dumps(item) if as_json else item

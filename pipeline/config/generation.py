@@ -1,4 +1,4 @@
-"""The command that writes data: generate."""
+"""Configuration of generate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.config.options import (
 )
 from pipeline.errors import MisuseError
 
-#: What is wrong with a completion, as `--drop` names it.
+#: Faults of completions that `--drop` accepts.
 Fault = Literal["empty", "cut", "repeated", "duplicate"]
 FAULTS: tuple[Fault, ...] = ("empty", "cut", "repeated", "duplicate")
 
@@ -259,28 +259,31 @@ class GenerateConfig:
 
     @property
     def dropped(self) -> tuple[Fault, ...]:
-        """What `--drop` comes to, in one order."""
+        """The faults to drop, in the order of `FAULTS`.
+
+        Without `--drop`: all for labelled examples (`--template`), none for prompts.
+        """
         if not self.drop:
             return () if self.template is None else FAULTS
         return tuple(fault for fault in FAULTS if fault in self.drop)
 
     @property
     def uses_devices(self) -> bool:
-        """Whether the model runs in the workers, on GPUs where there are any."""
+        """Whether the model runs in the workers (on GPUs if available), not on a server."""
         return not self.server
 
     @property
     def row_range(self) -> tuple[int, int | None] | None:
-        """`--rows A:B`, `A:` or `:B`."""
+        """The parsed value of `--rows`; see `parse_rows`."""
         return parse_rows(self.rows)
 
     @property
     def parsed_part(self) -> tuple[int, int] | None:
-        """`--part I/N`: I and N."""
+        """The parsed value of `--part`: I and N; None: not given."""
         return parse_part(self.part)
 
     def data(self, **columns: str | None) -> DataConfig:
-        """Which data set is read, with the columns that play a role."""
+        """The data set of prompts, with the given columns."""
         assert self.dataset is not None
         return DataConfig(
             dataset=self.dataset,

@@ -26,7 +26,7 @@ TaskName = Literal[
 ]
 
 
-#: The groups of a command's help, in order.
+#: The groups of options in a command's help, in order.
 Group = Literal["Data", "Model", "Sampling", "Encoding", "Loss", "Training", "Machine", "Output"]
 
 
@@ -34,9 +34,10 @@ def option(text: str, default: Any = dataclasses.MISSING, *, group: Group) -> An
     """A dataclass field with its help text.
 
     Args:
-        text: may end with "Default: ...", where the default is found out later and the field holds
-            None or nothing.
-        group: of the command's help.
+        text: the help text; ends with "Default: ..." if the default is computed later and the field
+            holds None or an empty value.
+        default: the default value; MISSING: the option is required.
+        group: the group of the option in the command's help.
     """
     metadata = {"help": text, "group": group}
     if isinstance(default, dict):
@@ -60,20 +61,23 @@ def flag_name(field_name: str) -> str:
 
 
 def check_positive(flag: str, value: int | None) -> None:
-    """A count is at least 1, where it is given.
+    """Check that a count is None or at least 1.
 
     Raises:
-        MisuseError: it is not.
+        MisuseError: it is less than 1.
     """
     if value is not None and value < 1:
         raise MisuseError(f"{flag}: expected at least 1, found {value}")
 
 
 def parse_rows(text: str | None) -> tuple[int, int | None] | None:
-    """`--rows A:B`, `A:` or `:B`.
+    """Parse `--rows`: `A:B`, `A:` or `:B`.
+
+    Returns:
+        Start and stop; stop None: to the end. None: `text` is None.
 
     Raises:
-        MisuseError: it is something else.
+        MisuseError: the text has another form.
     """
     if text is None:
         return None
@@ -84,10 +88,10 @@ def parse_rows(text: str | None) -> tuple[int, int | None] | None:
 
 
 def parse_part(text: str | None) -> tuple[int, int] | None:
-    """`--part I/N`: I and N.
+    """Parse `--part I/N` to I and N; None: `text` is None.
 
     Raises:
-        MisuseError: it is something else.
+        MisuseError: the text has another form.
     """
     if text is None:
         return None
@@ -98,10 +102,10 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_bytes(flag: str, text: str) -> int:
-    """A size as people write it: 500MB, 1.5 TB; decimal units.
+    """Parse a size in decimal units, such as 500MB or 1.5 TB, to bytes.
 
     Raises:
-        MisuseError: no number, or another unit.
+        MisuseError: the text is not a positive number with a known unit.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGTP]?)B?\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
@@ -110,7 +114,7 @@ def parse_bytes(flag: str, text: str) -> int:
 
 
 def cache_dir_option() -> Any:
-    """Where shards of caches behind URLs are kept."""
+    """The option `--cache-dir`: directory for shards of caches behind URLs."""
     return machine_option(
         "Directory for files fetched from a cache behind a URL, and for aligned rows of students with another tokenizer. Default: softlabel in the user's cache directory.",
         None,
@@ -118,13 +122,13 @@ def cache_dir_option() -> Any:
 
 
 def cache_bytes_option() -> Any:
-    """How much of them."""
+    """The option `--cache-bytes`: maximum size of that directory's shards."""
     return machine_option(
         "Caches behind a URL: most bytes to keep on this machine; the least recently used are deleted first.", "20GB"
     )
 
 
 def name_and_path(item: str) -> tuple[str, str]:
-    """Split `NAME=DIR`; of a plain directory the name is its own."""
+    """Split `NAME=DIR` into name and path; the name of a plain DIR is its last component."""
     name, separator, path = item.partition("=")
     return (Path(item).name, item) if not separator or Path(item).exists() else (name, path)

@@ -1,4 +1,4 @@
-"""The command that answers the question: report."""
+"""Configuration of report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ReportConfig:
     json: bool = output_option("Print report.json instead of a table.", False)
 
     def __post_init__(self) -> None:
-        for name in ("cache", "student", "control"):  # from Python, one may be given by itself
+        for name in ("cache", "student", "control"):  # Python callers may give a single string
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         if not self.cache:

@@ -1,9 +1,9 @@
-"""`rounds: N` of a YAML file: sections that are run once a round.
+"""`rounds: N` of a YAML file: sections that run once per round.
 
-A section that holds `{round}` (1 to N) or `{previous}` (one less) in any of its texts is run once a
-round, with the numbers put in. The sections of one round follow each other in the order of
-`STAGES`. Those without a placeholder are run before the first round, but `evaluate` and `report`
-after the last.
+A section with the placeholder `{round}` (1 to N) or `{previous}` (one less) in any of its texts
+runs once per round, with the placeholder replaced by the number. The sections of a round run in the
+order of `STAGES`. Sections without a placeholder run before the first round, except `evaluate` and
+`report`, which run after the last.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from pipeline.config.file import ConfigFile
 from pipeline.config.sections import STAGES
 from pipeline.errors import ConfigError
 
-#: Stages that are run after the last round where they have no placeholder.
+#: Stages that run after the last round if they have no placeholder.
 _LAST = ("evaluate", "report")
 _ROUND, _PREVIOUS = "{round}", "{previous}"
 #: A word in single braces.
 _BRACES = re.compile(r"(?<!\{)\{\s*([A-Za-z_]+)[^{}]*\}(?!\})")
-#: Keys whose texts may hold braces of their own.
+#: Keys whose texts may contain other braces.
 _FREE_TEXTS = ("template", "prompt_template", "chat_template_kwargs", "label_text", "stop", "prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One section of one stage, as it is to be run."""
+    """One section of one stage, with placeholders filled in."""
 
     stage: str
     section: Mapping[str, Any]
     round: int | None = None
-    """From 1; None: outside the rounds."""
+    """Number of the round, from 1; None: outside the rounds."""
     section_number: int = 0
-    """Which of the sections of its stage it is of, from 0."""
+    """Index of the section within its stage, from 0."""
 
 
 def steps_of(file: ConfigFile) -> tuple[Step, ...]:
-    """All steps of a file, in the order in which they are run.
+    """All steps of a file, in execution order.
 
     Raises:
-        ConfigError: a placeholder without `rounds`, `rounds` without a placeholder, or two steps
-            with one output.
+        ConfigError: a placeholder is used without `rounds`, `rounds` without a placeholder, or two
+            steps have the same output.
     """
     each = [
         Step(stage, section, section_number=number)
@@ -72,16 +72,16 @@ def steps_of(file: ConfigFile) -> tuple[Step, ...]:
 
 
 def through_stage(steps: tuple[Step, ...], stage: str) -> tuple[Step, ...]:
-    """The steps up to the last one of a stage; without rounds, no later stage is among them."""
+    """The steps up to the last one of a stage; without rounds, none of a later stage."""
     last = max((number for number, step in enumerate(steps) if step.stage == stage), default=-1)
     return steps[: last + 1]
 
 
 def sections_for(file: ConfigFile, command: str) -> tuple[Mapping[str, Any], ...]:
-    """The sections of one command that is not called by `run`.
+    """The sections of a command that is called directly, not by `run`.
 
     Raises:
-        ConfigError: one is run once a round, which `run` alone does.
+        ConfigError: a section has a placeholder; only `run` runs rounds.
     """
     sections = file.sections.get(command, ())
     for section in sections:
@@ -94,7 +94,7 @@ def sections_for(file: ConfigFile, command: str) -> tuple[Mapping[str, Any], ...
 
 
 def placeholder_in(section: Any, key: str = "") -> tuple[str, str] | None:
-    """The key and the text of the first placeholder in a section; None: it has none."""
+    """The key and the text of the first placeholder in a section; None: no placeholder."""
     for name, text in _texts(section, key):
         if _ROUND in text or _PREVIOUS in text:
             return name, text
@@ -102,7 +102,7 @@ def placeholder_in(section: Any, key: str = "") -> tuple[str, str] | None:
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every text in a section, with the key that it stands under."""
+    """Yield every text in a section with its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):
@@ -143,7 +143,7 @@ def _check_placeholders(file: ConfigFile, repeated: list[tuple[str, Mapping[str,
 
 
 def _check_spelling(file: ConfigFile) -> None:
-    """Refuse misspelt placeholders, which would become names of directories."""
+    """Check for misspelt placeholders, which would become names of directories."""
     if file.rounds is None:
         return
     for stage in STAGES:
@@ -161,13 +161,13 @@ def _check_spelling(file: ConfigFile) -> None:
 
 
 def _check_outputs(file: ConfigFile, steps: tuple[Step, ...]) -> None:
-    """Refuse two steps with one output: the second would replace the first, or fail."""
+    """Check that no two steps have the same output; the second would replace it or fail."""
     seen: dict[tuple[str, str], Step] = {}
     for step in steps:
         output = step.section.get("output")
         if not isinstance(output, str):
             continue
-        kind = step.stage if step.stage in _LAST else "made"  # an evaluation may stand beside what it is of
+        kind = step.stage if step.stage in _LAST else "made"  # an evaluation may share the directory of a model
         place = (kind, output if "://" in output else os.path.abspath(Path(output).expanduser()))
         first = seen.setdefault(place, step)
         if first.stage != step.stage:

@@ -1,4 +1,4 @@
-"""Which commands a file may have sections for."""
+"""The commands that a YAML file may have sections for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config.sweep import SweepConfig
 from pipeline.config.training import InitStudentConfig, TrainStudentConfig
 from pipeline.config.transforms import ConvertConfig, FilterConfig, MergeConfig
 
-#: Every command that a YAML file may have a section for, in the order in which one comes to them.
+#: All commands that a YAML file may have a section for, in the order of their use.
 SECTIONS: dict[str, type] = {
     "train-teacher": TrainTeacherConfig,
     "generate": GenerateConfig,
@@ -35,7 +35,7 @@ SECTIONS: dict[str, type] = {
     "predict": PredictConfig,
 }
 
-#: What `run` runs, in this order.
+#: The stages of `run`, in order.
 STAGES: dict[str, type] = {
     name: SECTIONS[name]
     for name in ("train-teacher", "generate", "cache-logits", "init-student", "train-student", "evaluate", "report")

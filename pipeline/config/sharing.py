@@ -1,4 +1,4 @@
-"""The commands that carry caches to others and back: push, pull."""
+"""Configurations of push and pull."""
 
 from __future__ import annotations
 

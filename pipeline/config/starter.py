@@ -1,4 +1,4 @@
-"""The command that writes a YAML file: init."""
+"""Configuration of init."""
 
 from __future__ import annotations
 

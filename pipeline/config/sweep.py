@@ -1,4 +1,4 @@
-"""The command that trains many students: sweep."""
+"""Configuration of sweep."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ class SweepConfig:
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """Every combination of weights, divergences and temperatures that is a loss of its own.
+        """The distinct losses among all combinations of weights, divergences and temperatures.
 
-        Without a soft term nothing else counts, and the temperature does not to the logits' squared
-        distance: such combinations come once.
+        Divergence and temperature have no effect without a soft term, and temperature has none on
+        the squared distance of logits; such combinations occur once.
         """
         found = []
         for text in self.weights:
@@ -110,7 +110,7 @@ class SweepConfig:
             for kind in self.divergence:
                 for temperature in self.temperature or (None,):
                     plain = Loss(hard, soft, temperature, kind, self.tail_policy)
-                    if not soft:  # the size of the only weight changes nothing that an optimizer with a step of its own would notice
+                    if not soft:  # Adam is invariant to the scale of a loss with a single term
                         plain = Loss(1.0, 0.0)
                     elif kind == "logit-mse":
                         plain = Loss(hard, soft, 1.0, kind, self.tail_policy)
@@ -119,10 +119,10 @@ class SweepConfig:
 
 
 def parse_weights(text: str) -> tuple[float, float]:
-    """`HARD/SOFT`.
+    """Parse the two weights of `HARD/SOFT`.
 
     Raises:
-        MisuseError: it is something else.
+        MisuseError: the text has another form.
     """
     try:
         hard, soft = map(float, text.split("/"))
@@ -132,10 +132,10 @@ def parse_weights(text: str) -> tuple[float, float]:
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """`LAYERSxWIDTHxHEADS`.
+    """Parse `LAYERSxWIDTHxHEADS`.
 
     Raises:
-        MisuseError: it is something else.
+        MisuseError: the text has another form.
     """
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if found is None:
@@ -144,10 +144,10 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """`I,J,...`.
+    """Parse the numbers of layers `I,J,...`.
 
     Raises:
-        MisuseError: it is something else.
+        MisuseError: the text has another form.
     """
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise MisuseError(f"--layers: expected numbers of layers, as 0,2,5, found {text!r}")

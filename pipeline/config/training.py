@@ -1,4 +1,4 @@
-"""The student's commands: init-student, train-student."""
+"""Configurations of init-student and train-student."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class InitStudentConfig:
 
 
 def trained_size(tokenizer: str) -> int | None:
-    """How many tokens `train:SIZE` asks for; None: it is a name or a path.
+    """Parse SIZE, the number of tokens, of `train:SIZE`; None for a name or a path.
 
     Raises:
-        MisuseError: SIZE is no whole number above 256, the number of bytes.
+        MisuseError: SIZE is not an integer above 256, the number of bytes.
     """
     kind, colon, size = tokenizer.partition(":")
     if kind != "train" or not colon:
@@ -177,7 +177,7 @@ class TrainStudentConfig:
     training: dict[str, Any] = training_option("Any field of transformers.TrainingArguments.", {})
 
     def __post_init__(self) -> None:
-        if isinstance(self.cache, str):  # one, as a script gives it
+        if isinstance(self.cache, str):  # Python callers may give a single string
             object.__setattr__(self, "cache", (self.cache,))
         if isinstance(self.split, str):
             object.__setattr__(self, "split", (self.split,))
@@ -209,14 +209,17 @@ class TrainStudentConfig:
 
     @property
     def mix_kind(self) -> Literal["teachers", "data"] | None:
-        """How several caches are mixed, said or implied."""
+        """How several caches are mixed: `--mix`, or implied by weights or proportions."""
         implied: Literal["teachers", "data"] | None = (
             "teachers" if self.teacher_weight else "data" if self.proportion else None
         )
         return self.mix or implied
 
     def loss_over(self, chosen: Loss) -> Loss:
-        """The loss of the flags, completed by `chosen`; temperature goes with divergence."""
+        """The loss of the flags; fields without a flag are taken from `chosen`.
+
+        The temperature of `chosen` is used only if the divergence is that of `chosen`.
+        """
         divergence = self.divergence or chosen.divergence
         same = divergence == chosen.divergence
         soft = chosen.soft_weight if self.soft_weight is None else self.soft_weight

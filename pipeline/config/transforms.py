@@ -1,4 +1,4 @@
-"""The commands that make caches of caches: merge, filter, convert."""
+"""Configurations of merge, filter and convert."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Render stored conversations by the student's template and align the assistant's turns.
+"""Render stored conversations by the student's chat template and align the assistant's turns.
 
-Between the turns the two rows hold different text, and templates write into the turns too: a
-channel, an empty thought. Turn by turn, both are followed from their beginning, and from where each
-part of the message begins in them, as far as they have the same bytes. A special token is written
-as its counterpart, so that the end of a turn is one of these bytes.
+Outside the assistant's turns the rows of teacher and student hold different text. Templates also
+insert text into the turns, such as a channel name or empty reasoning. Each turn is therefore
+compared from its beginning, and from the beginning of each part of the message, for as long as both
+rows have equal bytes. Special tokens are compared by their counterparts, so that the end of a turn
+can match.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from pipeline.records import Example, Message, Tokenization, TokenizedExample
 from pipeline.tasks import writing_task
 from pipeline.tasks.texts import read_conversation
 
-#: Cut afterwards: a row of the student loses its end, as other rows do.
+#: No limit while rendering; `finished` truncates the row at its end, as it does other rows.
 _ANY_LENGTH = 1 << 30
-#: Of a text that a turn has so often, the last ones are looked at.
+#: Number of occurrences of a text in a turn that are compared, counted from the last one.
 _MOST_PLACES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRenderer:
-    """Renders conversations for a student."""
+    """Renders conversations by a student's chat template and aligns them with teacher rows."""
 
     teacher: TokenBytes
     student: TokenBytes
     first_token: np.ndarray
-    """As in `VocabularyMap`: for special tokens."""
+    """As in `VocabularyMap`; used for special tokens."""
     settings: Tokenization
     max_length: int
 
@@ -50,7 +51,7 @@ class ChatRenderer:
         contract: Tokenization,
         max_length: int,
     ) -> ChatRenderer:
-        """With the arguments of the teacher's chat template that the student's reads too.
+        """Create a renderer; keeps the teacher's template arguments that the student's reads.
 
         Raises:
             SourceError: the student's chat template cannot be read.
@@ -60,7 +61,10 @@ class ChatRenderer:
         return cls(teacher, student, first_token, settings, max_length)
 
     def row(self, row: CachedTokens) -> StudentRow | None:
-        """The student's row; None if its template refuses the conversation or yields no row."""
+        """The student's row.
+
+        None: its template fails on the conversation, or yields no row with an assistant's turn.
+        """
         assert row.messages is not None
         try:
             messages, tools = read_conversation(row.messages)
@@ -71,7 +75,7 @@ class ChatRenderer:
         rows = [each for each in made if isinstance(each, TokenizedExample)]
         if not rows:
             return None
-        whole = rows[-1]  # of several, the last has most of the conversation
+        whole = rows[-1]  # the last of several rows has most of the conversation
         found = self._aligned(row, whole, messages)
         return dataclasses.replace(found, num_in_other_rows=sum(each.num_positions for each in rows[:-1]))
 
@@ -89,7 +93,7 @@ class ChatRenderer:
             if other is not None:
                 _align(turn, other, _regions(turn.text, other.text, messages[number]), teacher, first, last)
             behind = int(turn.tokens[-1]) + 1
-            if behind < size and first[behind] == NONE:  # no span reaches into what the template writes
+            if behind < size and first[behind] == NONE:  # ends the span before text of the template
                 first[behind] = 0
         predicted = np.append(False, row.supervised[:-1])
         position = np.where(predicted, np.cumsum(predicted) - 1, NONE)
@@ -100,7 +104,7 @@ class ChatRenderer:
         return finished(columns, position, self.max_length, None, is_rebuilt=is_rebuilt)
 
     def _numbered(self, turns: Sequence[_Turn], messages: Sequence[Message]) -> dict[int, _Turn] | None:
-        """The turns by their numbers; None if they are not the supervised ones."""
+        """The turns by message number; None if there are not as many as supervised messages."""
         numbers = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
         return dict(zip(numbers, turns, strict=True)) if len(numbers) == len(turns) else None
 
@@ -109,29 +113,28 @@ def _settled(plain: Tokenization, kwargs: tuple[str, ...], tokenizer: PreTrained
     task = writing_task()
     try:
         return task.settle(dataclasses.replace(plain, chat_template_kwargs=kwargs), tokenizer, chats=True)
-    except MisuseError:  # an argument that this template does not read
+    except MisuseError:  # the template does not read one of the arguments
         return task.settle(plain, tokenizer, chats=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """A stretch of tokens that are learnt."""
+    """A run of consecutive supervised tokens."""
 
     tokens: np.ndarray
-    """(t,) which of the row."""
+    """(t,) indices of the tokens in the row."""
     starts: np.ndarray
-    """(t,) bytes."""
+    """(t,) offset in `text` of the first byte of each token."""
     ends: np.ndarray
-    """(t,)."""
+    """(t,) offset after the last byte."""
     text: bytes
 
 
 def _turns(ids: np.ndarray, supervised: np.ndarray, vocabulary: TokenBytes, names: np.ndarray) -> list[_Turn]:
-    """The learnt stretches of a row.
+    """The runs of supervised tokens in a row.
 
     Args:
-        names: (V,) of each token the student's token that a special one is written as; -1: it has
-            none.
+        names: (V,) the student's token that stands for each special token; -1: none.
     """
     predicted = np.append(False, supervised[:-1])
     bounds = np.flatnonzero(np.diff(np.concatenate([[False], predicted, [False]]).astype(np.int8)))
@@ -144,7 +147,7 @@ def _turns(ids: np.ndarray, supervised: np.ndarray, vocabulary: TokenBytes, name
 
 
 def _written(token: int, vocabulary: TokenBytes, names: np.ndarray) -> bytes:
-    """The bytes of a token; for tokens without known text, a name that no text contains."""
+    """The bytes of a token; for tokens without known text, a name that is not valid UTF-8."""
     piece = vocabulary.pieces[token] if token < len(vocabulary.pieces) else None
     if piece is not None:
         return piece
@@ -154,7 +157,7 @@ def _written(token: int, vocabulary: TokenBytes, names: np.ndarray) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """Bytes that both turns have: `[ours, ours + size)` and `[theirs, theirs + size)`."""
+    """Equal bytes of two turns: `[ours, ours + size)` and `[theirs, theirs + size)`."""
 
     ours: int
     theirs: int
@@ -162,14 +165,14 @@ class _Region:
 
 
 def _regions(ours: bytes, theirs: bytes, said: Message) -> list[_Region]:
-    """What the two have in common, in order, none within another."""
+    """The common regions of two turns, in order; none begins inside another."""
     found: list[_Region] = []
 
     def is_new(place: int) -> bool:
         return not any(region.ours <= place < region.ours + region.size for region in found)
 
     def add(pairs: Iterable[tuple[int, int]]) -> None:
-        """The pair of places with the longest common continuation (reasoning may repeat it)."""
+        """Add the pair with the longest common text; the reasoning may contain the answer too."""
         sizes = [(_common(ours[one:], theirs[other:]), one, other) for one, other in pairs if is_new(one)]
         size, one, other = max(sizes, default=(0, 0, 0))
         if size:
@@ -177,13 +180,13 @@ def _regions(ours: bytes, theirs: bytes, said: Message) -> list[_Region]:
 
     add([(0, 0)])
     add([(len(ours) - len(ours.lstrip()), len(theirs) - len(theirs.lstrip()))])
-    for text in sorted(_parts(said), key=len, reverse=True):  # a part that is in another one is met behind it
+    for text in sorted(_parts(said), key=len, reverse=True):  # a part inside another one comes after it
         add(product(islice(_places(ours, text), _MOST_PLACES), islice(_places(theirs, text), _MOST_PLACES)))
     return sorted(found, key=lambda region: region.ours)
 
 
 def _places(turn: bytes, text: bytes) -> Iterator[int]:
-    """Where a turn has a text, from the last one on."""
+    """Offsets of a text in a turn, from the last to the first."""
     at = turn.rfind(text)
     while at >= 0:
         yield at
@@ -191,7 +194,7 @@ def _places(turn: bytes, text: bytes) -> Iterator[int]:
 
 
 def _parts(said: Message) -> list[bytes]:
-    """The texts of a message, as templates write them."""
+    """The texts of a message in UTF-8, stripped of surrounding whitespace."""
     texts = [said.content, *(value for value in said.fields.values() if isinstance(value, str))]
     return [text.strip().encode() for text in texts if text and text.strip()]
 
@@ -199,7 +202,7 @@ def _parts(said: Message) -> list[bytes]:
 def _align(
     ours: _Turn, theirs: _Turn, regions: Sequence[_Region], teacher: np.ndarray, first: np.ndarray, last: np.ndarray
 ) -> None:
-    """Fill in the teacher's token at the start of each student token, and the spans."""
+    """Fill in `teacher`, `first` and `last` for the tokens of one turn; see `Columns`."""
     begins = dict(zip(theirs.starts.tolist(), range(len(theirs.starts)), strict=True))
     for region in regions:
         inside = (ours.starts >= region.ours) & (ours.ends <= region.ours + region.size) & (ours.ends > ours.starts)
@@ -217,11 +220,11 @@ def _align(
                 theirs.tokens[after[1] - 1] if after is not None else theirs.tokens[other] if ends_alike else NONE
             )
             if after is None and i + 1 < len(ours.tokens) and first[ours.tokens[i + 1]] == NONE:
-                first[ours.tokens[i + 1]] = 0  # where the common bytes end, so does the last span
+                first[ours.tokens[i + 1]] = 0  # the last span ends with the common bytes
 
 
 def _common(one: bytes, other: bytes) -> int:
-    """Bytes that both begin with."""
+    """The length in bytes of the common prefix."""
     size = min(len(one), len(other))
     differs = np.flatnonzero(np.frombuffer(one[:size], np.uint8) != np.frombuffer(other[:size], np.uint8))
     return int(differs[0]) if len(differs) else size

@@ -19,13 +19,13 @@ _CHARACTERS = bytes_to_unicode()
 def new_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, *, with_rows: bool
 ) -> NewVocabulary:
-    """A student's tokenizer beside its teacher's.
+    """Describe a student's tokenizer relative to its teacher's.
 
     Args:
-        with_rows: also find where the rows of its embedding come from.
+        with_rows: also find the teacher's tokens that initialize each row of the embedding.
 
     Raises:
-        SourceError: one of the tokenizers changes a text when it adds special tokens to it.
+        SourceError: one of the tokenizers changes a text when it adds special tokens.
     """
     same = partial(counterpart, teacher=teacher, student=student)
     if not with_rows:
@@ -36,10 +36,10 @@ def new_vocabulary(
 
 
 def _sources(equal: np.ndarray, student: TokenBytes, teacher: TokenBytes) -> Ragged:
-    """For each student token, the equal teacher token, or the tokens that spell its bytes.
+    """For each student token, the equal teacher token, else the teacher tokens of its bytes.
 
     Args:
-        equal: (V,) the teacher's token; -1: there is none.
+        equal: (V,) the equal teacher token; -1: none.
     """
     by_bytes = {piece: i for i, piece in reversed(list(enumerate(teacher.pieces))) if piece}
     longest = max(map(len, by_bytes), default=0)
@@ -56,7 +56,7 @@ def _sources(equal: np.ndarray, student: TokenBytes, teacher: TokenBytes) -> Rag
 
 
 def _merged(piece: bytes, teacher: TokenBytes) -> list[int]:
-    """A byte-level vocabulary: as its own merges cut the bytes."""
+    """Tokenize bytes by the merges of a byte-level vocabulary."""
     backend = getattr(teacher.tokenizer, "backend_tokenizer", None)
     if teacher.vocabulary.family != "byte-level" or backend is None:
         return []
@@ -65,9 +65,9 @@ def _merged(piece: bytes, teacher: TokenBytes) -> list[int]:
 
 
 def _longest_pieces(piece: bytes, by_bytes: dict[bytes, int], longest: int) -> list[int]:
-    """From left to right the longest token that the bytes go on with, as WordPiece cuts words.
+    """Tokenize bytes greedily from left to right by the longest match, as WordPiece does.
 
-    Bytes that no token has are left out.
+    Bytes that match no token are skipped.
     """
     found, at = [], 0
     while at < len(piece):

@@ -30,11 +30,11 @@ from pipeline.records import Contract, RowBlock, Shard, VocabularyMap
 
 logger = logging.getLogger(__name__)
 
-#: Of how rows are aligned: files of another version are made again.
+#: Version of the alignment; files of another version are computed again.
 _VERSION = 1
-#: What is read of a cache.
+#: Columns that are read from a cache.
 _READ = ("input_ids", "supervised", "source_row", "piece", "text_bytes", "document_lengths", "text", "messages")
-#: Lists of the kept rows: they take the place of the cache's, or stand beside them.
+#: List columns of the stored rows; they replace columns of the cache or add to them.
 LISTS = ("input_ids", "supervised", "teacher_position", "span", "span_start", "span_stop", "document_lengths")
 _TYPES = {
     **{name: pa.list_(pa.int32()) for name in LISTS},
@@ -50,24 +50,23 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What became of the supervised positions of some rows."""
+    """How the supervised positions of some rows were aligned."""
 
     rows: int = 0
     not_rebuilt: int = 0
-    """Rows whose text their token ids do not tell."""
+    """Rows whose text cannot be rebuilt from their token ids."""
     positions: int = 0
-    """Of the student."""
+    """Supervised positions of the student."""
     aligned: int = 0
     agreeing: int = 0
-    """Aligned positions whose hard label is the token that the teacher's becomes."""
+    """Aligned positions whose hard label is the mapped token of the teacher."""
     cut_rows: int = 0
     cut: int = 0
-    """Positions beyond the student's longest row."""
+    """Positions beyond the student's maximum length."""
     dropped: int = 0
-    """Special tokens of the teacher that the student has none for."""
+    """Special tokens of the teacher without a counterpart in the student's vocabulary."""
     in_other_rows: int = 0
-    """Positions of turns that the student's chat template does not put into the row that holds
-    them."""
+    """Positions of turns that the student's chat template renders into another row."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
@@ -75,27 +74,27 @@ class Counts:
 
 @dataclass(frozen=True)
 class KeptRows:
-    """The files of one cache and one student."""
+    """The files of aligned rows for one cache and one student."""
 
     cache: Cache
     vocabulary_map: VocabularyMap
     directory: Path
     max_length: int
-    """Longest row of the student, in tokens."""
+    """The student's maximum length in tokens."""
 
     def path(self, shard: str) -> Path:
         """The file of a shard."""
         return self.directory / f"{Path(shard).stem}.parquet"
 
     def read(self, shard: str, group: int) -> RowBlock:
-        """The rows of a row group: the columns that take the place of the cache's, and more."""
+        """Read a row group: the columns that replace those of the cache, and additional ones."""
         return unpack_kept(self._table(shard, group=group), self.cache.manifest.contract)
 
     def _table(self, shard: str, *, group: int | None = None, columns: list[str] | None = None) -> pa.Table:
-        """A row group of a file, or all of it.
+        """Read one row group of a file, or the whole file.
 
         Raises:
-            CacheError: its bytes were changed.
+            CacheError: the file is damaged.
         """
         path = self.path(shard)
         try:
@@ -106,7 +105,7 @@ class KeptRows:
             raise CacheError(f"{path}: is damaged ({why}); delete it, and the same command makes it again") from None
 
     def counts(self, shards: tuple[Shard, ...]) -> Counts:
-        """Of the rows of some shards."""
+        """The counts of some shards."""
         found = Counts()
         for shard in shards:
             for group in range(len(shard.row_groups)):
@@ -126,7 +125,10 @@ class KeptRows:
         return [shard for shard in (*shards[first:], *shards[:first]) if not self.has(shard)]
 
     def has(self, shard: Shard) -> bool:
-        """Whether the file of a shard is complete; a damaged one is logged and made again."""
+        """Whether the file of a shard is there and complete, with as many rows as the shard.
+
+        A damaged file is logged and counts as missing.
+        """
         path = self.path(shard.name)
         try:
             with pq.ParquetFile(path) as file:
@@ -142,14 +144,14 @@ class KeptRows:
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Makes the rows of a student."""
+    """Computes the aligned rows of a student."""
 
     retokenizer: Retokenizer
     renderer: ChatRenderer | None = None
-    """Of conversations that the cache has stored, for a student with a chat template of its own."""
+    """For stored conversations and a student with its own chat template; else None."""
 
     def make(self, kept: KeptRows, shards: Sequence[Shard]) -> None:
-        """Make the files of some shards; what another rank has made meanwhile is left."""
+        """Make the files of some shards, except those that another rank has made meanwhile."""
         with Progress("student's tokens", sum(shard.rows for shard in shards)) as progress:
             for shard in shards:
                 if not kept.has(shard):
@@ -174,8 +176,8 @@ class Maker:
     def _made(self, rows: list[CachedTokens]) -> list[StudentRow]:
         """The student's rows.
 
-        Conversations that its template does not take are read as the teacher's row, on hard labels
-        alone.
+        If the student's template fails on a conversation, the teacher's row is retokenized instead
+        and has hard labels only.
         """
         if self.renderer is None:
             return self.retokenizer.rows(rows)
@@ -185,10 +187,10 @@ class Maker:
 
 
 def _check_ids(made: list[StudentRow], num_classes: int) -> None:
-    """Refuse tokens that the student's model does not have.
+    """Check that all token ids are below the number of classes of the student's model.
 
     Raises:
-        ContractError: names the largest.
+        ContractError: a token id is too large.
     """
     largest = max((int(row.input_ids.max(initial=0)) for row in made), default=0)
     if largest >= num_classes:
@@ -199,7 +201,7 @@ def _check_ids(made: list[StudentRow], num_classes: int) -> None:
 
 
 def _agreeing(block: RowBlock, made: list[StudentRow], first_token: np.ndarray) -> np.ndarray:
-    """(rows,): aligned positions whose hard label is the mapped teacher token."""
+    """(rows,) int32: number of aligned positions whose hard label is the mapped teacher token."""
     ids, supervised = block.lists["input_ids"], block.lists["supervised"]
     found = np.zeros(len(made), dtype=np.int32)
     for i, row in enumerate(made):
@@ -214,7 +216,7 @@ def _agreeing(block: RowBlock, made: list[StudentRow], first_token: np.ndarray) 
 
 
 def kept_map(directory: Path, make: Callable[[], VocabularyMap]) -> VocabularyMap:
-    """The map of vocabularies that is kept beside the rows, made where it is not there yet."""
+    """Load the map of vocabularies stored beside the rows, or make and store it."""
     path = directory / "map.npz"
     if path.is_file():
         try:
@@ -233,10 +235,10 @@ def _save_map(mapping: VocabularyMap, path: Path) -> None:
 
 
 def directory_of(cache: Cache, student: str, max_length: int, num_classes: int, root: Path) -> Path:
-    """Where the rows of a cache are kept for a tokenizer: named by what decides them.
+    """The directory of aligned rows, named by a hash of everything that determines them.
 
     Args:
-        student: what tells its tokenizer and chat template from others.
+        student: identifies the student's tokenizer and chat template.
     """
     decides = f"{_VERSION} {cache.manifest.cache_id} {student} {max_length} {num_classes}"
     key = hashlib.sha256(decides.encode()).hexdigest()[:16]
@@ -244,7 +246,7 @@ def directory_of(cache: Cache, student: str, max_length: int, num_classes: int, 
 
 
 def unpack_kept(table: pa.Table, contract: Contract) -> RowBlock:
-    """A row group of a kept file by column."""
+    """Convert a row group of a stored file to a `RowBlock`."""
     lists, numbers = {}, {}
     for name in table.column_names:
         array = table[name].combine_chunks()

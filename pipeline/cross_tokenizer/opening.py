@@ -31,10 +31,10 @@ from pipeline.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
-#: Shares of the student's positions that are aligned, and of those where the map agrees with the
-#: text: below these a warning, or an error.
+#: Minimum shares: of positions that are aligned, and of aligned positions where the mapped token is
+#: the hard label (a warning below these); of aligned positions for an error.
 _FEW_ALIGNED, _FEW_AGREEING, _TOO_FEW = 0.5, 0.8, 0.2
-#: Rows whose soft labels are looked at for the mass that the map moves to special tokens, or loses.
+#: Number of rows from which the mass that the map moves to special tokens, or loses, is estimated.
 _SAMPLE = 256
 
 
@@ -48,21 +48,21 @@ def cache_for(
     cache_dir: str | Path | None = None,
     teaches: bool = True,
 ) -> Cache:
-    """A cache as a student reads it.
+    """Open a cache for a student; the rows are in the tokens of the student's tokenizer.
 
-    For another tokenizer its rows are aligned first, and what became of them is said in a line.
+    If that is not the teacher's tokenizer, rows are aligned first and a summary is logged.
 
     Args:
-        student: a name, or a directory.
-        split: what is read now; other splits are aligned when they are read.
-        base_model: of an adapter, in place of what it names.
-        cache_dir: where aligned rows are kept; None: `softlabel` in the user's cache directory.
-        teaches: whether something is learnt from the teacher: then too few aligned positions are an
-            error.
+        student: a hub name or a directory.
+        split: the split(s) to align now; others are aligned when they are read.
+        base_model: base model of an adapter; overrides the one in its configuration.
+        cache_dir: where aligned rows are stored; None: `softlabel` in the user's cache directory.
+        teaches: whether the student is trained on soft labels; too few aligned positions are then
+            an error.
 
     Raises:
-        ContractError: the student's tokenizer cannot be aligned, or so few positions are that
-            nothing would be learnt from the teacher.
+        ContractError: the student's tokenizer cannot be aligned, or `teaches` and too few positions
+            are aligned.
     """
     contract = cache.manifest.contract
     if get_task(contract.task).other_tokenizers != "bytes":
@@ -83,7 +83,7 @@ def open_retokenized(
     cache_dir: str | Path | None = None,
     teaches: bool = True,
 ) -> RetokenizedCache:
-    """`cache_for` a tokenizer that is known to be another one."""
+    """`cache_for` for a tokenizer that differs from the teacher's."""
     if not tokenizer.is_fast:
         raise ContractError(
             f"{name}: its tokenizer is not the cache's, and is a slow one, which does not say what text each token covers; give it a tokenizer.json"
@@ -117,10 +117,10 @@ def open_retokenized(
 
 
 def _own_template(cache: Cache, name: str, info: TokenizerInfo) -> str:
-    """Hash of the student's chat template; empty without chats, or if it is the teacher's.
+    """Hash of the student's chat template; empty without conversations or for equal templates.
 
     Raises:
-        ContractError: the cache has rows of conversations and not the conversations.
+        ContractError: the rows are from conversations, which the cache does not store.
     """
     contract, template = cache.manifest.contract, info.chat_template_sha256
     is_chat = contract.tokenization.assistant_turns is not None or "messages" in contract.columns
@@ -136,7 +136,7 @@ def _own_template(cache: Cache, name: str, info: TokenizerInfo) -> str:
 
 
 def _of_student(name: str, *, trust_remote_code: bool, base_model: str | None) -> tuple[Any, Any]:
-    """Tokenizer and configuration, as `load_model` finds them."""
+    """Load the student's tokenizer and configuration as `load_model` does."""
     adapter, folder = adapter_config(name), adapter_folder(name)
     base = base_name(name, adapter, base_model)
     own = folder is None or (folder / "tokenizer_config.json").exists()
@@ -145,7 +145,7 @@ def _of_student(name: str, *, trust_remote_code: bool, base_model: str | None) -
 
 
 def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequence[str], *, teaches: bool) -> None:
-    """One line of what became of the rows, and warnings.
+    """Log a summary of the alignment in one line, and warnings.
 
     Raises:
         ContractError: too few positions are aligned to learn from the teacher.
@@ -203,7 +203,10 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
 
 
 def _moved_mass(view: RetokenizedCache, split: str | Sequence[str]) -> tuple[float, float]:
-    """Mean mass on special tokens, and on no token, per aligned position of the first rows."""
+    """Mean probability mass that the map moves to special tokens, and that it drops.
+
+    Per aligned position, over the first `_SAMPLE` rows.
+    """
     mapping = view.vocabulary_map
     assert mapping is not None
     special = lost = 0.0

@@ -1,4 +1,4 @@
-"""Rows of a cache in a student's tokens, aligned with the teacher's positions.
+"""Retokenize rows of a cache for a student and align them with the teacher's positions.
 
 Both tokenizations cover the same bytes. A position of the student is aligned with the position of
 the teacher whose next token begins at the same byte of the same text. A *span* is the text between
@@ -20,52 +20,52 @@ from pipeline.cross_tokenizer.vocabulary_map import NONE
 
 @dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """What a cache says of the tokens of one row."""
+    """The columns of a cached row that alignment reads."""
 
     input_ids: np.ndarray
     """(T,) integers."""
     supervised: np.ndarray
     """(T,) bool."""
     continues: bool = False
-    """It begins inside a text: a later piece of one."""
+    """Whether the row begins inside a text, as a later piece of it."""
     text_bytes: int | None = None
     """Bytes that the supervised positions predict; None: not known."""
     text: str | None = None
-    """The text of the row, where it was stored."""
+    """The text of the row, if it was stored."""
     source_row: int = 0
     messages: str | None = None
-    """The conversation that it was rendered from, where it was stored: the column `messages`."""
+    """The conversation of the row, if it was stored: the column `messages`."""
     document_lengths: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StudentRow:
-    """A row in the student's tokens. M: its supervised positions, S: its spans."""
+    """A row in the student's tokens, with M supervised positions and S spans."""
 
     input_ids: np.ndarray
     """(T,) int32."""
     supervised: np.ndarray
     """(T,) bool."""
     teacher_position: np.ndarray
-    """(M,) int32: which of the teacher's supervised positions predicts text from the same byte on;
-    -1: none does."""
+    """(M,) int32: the teacher's supervised position whose next token begins at the same byte; -1:
+    none."""
     span: np.ndarray
-    """(M,) int32: the span that the predicted token is in; -1: in none that both predict."""
+    """(M,) int32: the span of the predicted token; -1: no span that both models predict."""
     span_start: np.ndarray
     """(S,) int32: the first of the teacher's supervised positions that predict the span."""
     span_stop: np.ndarray
-    """(S,) int32: behind the last."""
+    """(S,) int32: one past the last of these positions."""
     text_bytes: int
-    """That the supervised positions predict."""
+    """Bytes that the supervised positions predict."""
     document_lengths: np.ndarray | None
     is_rebuilt: bool
-    """False: the text cannot be told from the token ids, so that nothing is aligned."""
+    """False: the text cannot be rebuilt from the token ids, so no position is aligned."""
     num_cut: int
-    """Supervised positions beyond the longest row, which are left out."""
+    """Supervised positions beyond the maximum length, which are left out."""
     num_in_other_rows: int = 0
-    """Supervised positions of turns that the student's chat template does not put into this row."""
+    """Supervised positions of turns that the chat template renders into other rows."""
     num_dropped: int = 0
-    """Special tokens of the teacher's row that the student has none for."""
+    """Special tokens of the teacher's row without a counterpart in the student's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +74,18 @@ class _Special:
 
     token: int
     teacher: int
-    """The teacher's token that it stands for; -1: none."""
+    """Index in the row of the teacher's token that it replaces; -1: none."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A text of the row."""
+    """A text of the row, between special tokens."""
 
     run: Run
     first: int
-    """The teacher's token that it begins with."""
+    """Index in the row of the teacher's first token of the text."""
     kind: str
-    """start: of a text; inside: later in it; after: a special token."""
+    """`start`: at the start of a text; `inside`: later in it; `after`: after a special token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,54 +95,53 @@ class _Encoded:
     text: _Text
     ids: np.ndarray
     starts: np.ndarray
-    """(t,) bytes, as in the run."""
+    """(t,) offset of each token in the bytes of the run."""
     ends: np.ndarray
     is_valid: bool
-    """False: the bytes of the run are no UTF-8."""
+    """False: the bytes of the run are not valid UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The tokens of a student's row."""
+    """The T tokens of a student's row and how they match the teacher's tokens."""
 
     ids: np.ndarray
     num_bytes: np.ndarray
     predicted: np.ndarray
-    """(T,) bool."""
+    """(T,) bool: whether the token is a target of a supervised position."""
     teacher: np.ndarray
-    """(T,) the teacher's token that begins where it begins; -1: none."""
+    """(T,) the teacher's token that begins at the same byte; -1: none."""
     span_first: np.ndarray
-    """(T,) the first token of the teacher in the span that begins with it; -1: no span begins with
-    it."""
+    """(T,) the teacher's first token of the span that begins here; -1: no span begins here."""
     span_last: np.ndarray
-    """(T,) the last one; -1: the span does not end where a token of both ends."""
+    """(T,) the teacher's last token of that span; -1: it has no end common to both rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retokenizer:
-    """Reads rows of a teacher's tokens as rows of a student's."""
+    """Converts rows of a teacher's tokens to rows of a student's tokens."""
 
     teacher: TokenBytes
     student: TokenBytes
     first_token: np.ndarray
-    """As in `VocabularyMap`: for special tokens."""
+    """As in `VocabularyMap`; used for special tokens."""
     max_length: int
-    """Longest row of the student, in tokens."""
+    """The student's maximum length in tokens."""
 
     def rows(self, rows: Sequence[CachedTokens]) -> list[StudentRow]:
-        """Rows in order; the texts of all are tokenized together."""
+        """Convert rows, in order; all texts are tokenized in one batch."""
         plans = [[self._parts(row, start, stop) for start, stop in _documents(row)] for row in rows]
         every = [part for plan in plans for document in plan for part in document if isinstance(part, _Text)]
         encoded = self._encode(every)
         return [self._row(row, plan, encoded) for row, plan in zip(rows, plans, strict=True)]
 
     def _parts(self, row: CachedTokens, start: int, stop: int) -> list[_Special | _Text]:
-        """One document of a row: texts, and special tokens between them."""
+        """Split one document of a row into texts and the special tokens between them."""
         ids = row.input_ids[start:stop].astype(np.int64)
         inside = row.continues and start == 0
         runs = list(self.teacher.runs(ids, continues=inside))
         if row.text_bytes == self._num_predicted(row, runs) + 1 and runs[0].adds_space:
-            runs = list(self.teacher.runs(ids, continues=True))  # the space is the text's: then none is added
+            runs = list(self.teacher.runs(ids, continues=True))  # the text itself has the space; none was added
         if row.text is not None and len(runs) == 1:
             runs = [self._with_text(runs[0], ids, row.text)]
         parts: list[_Special | _Text] = []
@@ -160,7 +159,7 @@ class Retokenizer:
         return parts + self._specials(ids, at, len(ids), start)
 
     def _num_predicted(self, row: CachedTokens, runs: Sequence[Run]) -> int:
-        """Bytes that supervised positions predict; -2 for several documents, or no text."""
+        """Bytes that the supervised positions predict; -2 for several documents or no text."""
         if row.document_lengths is not None or not runs:
             return -2
         predicted = np.append(False, row.supervised[:-1])
@@ -175,7 +174,7 @@ class Retokenizer:
         return [_Special(token, start + i) for i, token in known if token != NONE]
 
     def _with_text(self, run: Run, ids: np.ndarray, text: str) -> Run:
-        """The run with the stored text, where its tokens are that text's."""
+        """The run with the stored text, if that has the tokens of the run."""
         found, num_bytes, offsets = self.teacher.vocabulary.encode(text)
         if not offsets or not np.array_equal(found, ids[run.first : run.first + len(run.starts)]):
             return run
@@ -215,13 +214,13 @@ class Retokenizer:
         return text.kind == "after" and found.adds_space and not found.adds_space_after_special
 
     def _after_special(self, string: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens and offsets of a text that stands behind a special token."""
+        """Tokens and offsets of a text that follows a special token."""
         tokenizer = self.student.tokenizer
         anchor = tokenizer.eos_token or next(iter(tokenizer.all_special_tokens), "")
         found = tokenizer(anchor + string, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         shift = len(anchor)
         pairs = [p for p in zip(found["input_ids"], found["offset_mapping"], strict=True) if p[1][1] > shift]
-        if self.student.is_special[[token for token, _ in pairs]].any():  # the text spells one, and is only text
+        if self.student.is_special[[token for token, _ in pairs]].any():  # a special token spelled in a text is text
             found = tokenizer(string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
             return found["input_ids"], found["offset_mapping"]
         return [token for token, _ in pairs], [(max(a - shift, 0), b - shift) for _, (a, b) in pairs]
@@ -230,7 +229,7 @@ class Retokenizer:
         self, row: CachedTokens, plan: Sequence[Sequence[_Special | _Text]], encoded: Iterator[_Encoded]
     ) -> StudentRow:
         predicted = np.append(False, row.supervised[:-1])
-        position = np.where(predicted, np.cumsum(predicted) - 1, NONE)  # of the teacher, by the token it predicts
+        position = np.where(predicted, np.cumsum(predicted) - 1, NONE)  # the teacher's, by predicted token
         columns: list[Columns] = []
         lengths: list[int] = []
         is_rebuilt, num_bytes = True, 0
@@ -269,7 +268,7 @@ class Retokenizer:
     def _text(self, found: _Encoded, predicted: np.ndarray) -> Columns:
         run, first = found.text.run, found.text.first
         theirs = predicted[first : first + len(run.starts)]
-        some = np.flatnonzero(run.ends > run.starts)  # tokens of no bytes begin nowhere
+        some = np.flatnonzero(run.ends > run.starts)  # tokens without bytes have no start
         starts = run.starts[some]
         unlearnt = np.append(0, np.cumsum(np.where(theirs, 0, run.ends - run.starts)[some]))
         bounds = np.append(starts, len(run.text))
@@ -283,7 +282,7 @@ class Retokenizer:
             int(found.ids[0]), int(found.ends[0])
         )
         teacher = np.where(meets & (alike | (found.starts > 0)), first + (some[place] if len(some) else 0), NONE)
-        if alike and found.ends[0] == 0 == run.ends[0]:  # the beginning of a word by itself, in both
+        if alike and found.ends[0] == 0 == run.ends[0]:  # both begin with a lone word-start marker
             teacher[0] = first
         return Columns(
             found.ids, found.ends - found.starts, before == behind, teacher, *_spans(found, meets, some, place)
@@ -293,7 +292,7 @@ class Retokenizer:
 def _special(part: _Special, predicted: np.ndarray) -> Columns:
     one = np.array([part.teacher])
     flag = np.array([part.teacher != NONE and bool(predicted[part.teacher])])
-    head = np.maximum(one, 0)  # the student's own BOS is in no span, and not in that of the document before
+    head = np.maximum(one, 0)  # a BOS of the student is in no span and ends the span of the document before
     return Columns(np.array([part.token], dtype=np.int32), np.zeros(1, dtype=np.int64), flag, one, head, one)
 
 
@@ -303,13 +302,13 @@ def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarr
     span_first, span_last = (np.full(len(found.ids), NONE) for _ in range(2))
     heads = np.flatnonzero(meets)
     if len(found.ids) and not meets[0]:
-        if len(heads) and not found.ends[: heads[0]].any():  # a lone beginning of a word belongs to its first letter
+        if len(heads) and not found.ends[: heads[0]].any():  # a lone word-start marker belongs to the first letter
             heads[0] = 0
-        else:  # what stands before the first meeting is in no span, and not in that of the part before
+        else:  # text before the first common start is in no span and ends the one of the part before
             span_first[0] = first
     if not len(heads):
         return span_first, span_last
-    begins = np.searchsorted(run.starts, np.where(heads == 0, 0, found.starts[heads]))  # with tokens of no bytes
+    begins = np.searchsorted(run.starts, np.where(heads == 0, 0, found.starts[heads]))  # includes tokens without bytes
     ends = np.append(begins[1:], len(run.starts))
     is_whole = np.ones(len(heads), dtype=bool)
     is_whole[-1] = int(found.ends[-1]) == len(run.text)
@@ -321,12 +320,16 @@ def _spans(found: _Encoded, meets: np.ndarray, some: np.ndarray, place: np.ndarr
 def finished(
     columns: Columns, position: np.ndarray, longest: int, lengths: list[int] | None, *, is_rebuilt: bool
 ) -> StudentRow:
-    """Cut to the longest row, positions in place of tokens, spans that both predict whole."""
+    """Build the student's row: truncate it and keep the spans that both models predict completely.
+
+    `position` is the teacher's supervised position that predicts each of its tokens, or -1.
+    `lengths` are tokens per document; None: documents are not isolated.
+    """
     predicted = columns.predicted.copy()
     predicted[0] = False
     kept = np.arange(len(predicted)) < longest
     targets = predicted & kept
-    span = np.cumsum(columns.span_first != NONE) - 1  # of each token; -1 before the first one
+    span = np.cumsum(columns.span_first != NONE) - 1  # span of each token; -1 before the first one
     heads = np.flatnonzero(columns.span_first != NONE)
     first, last = columns.span_first[heads], columns.span_last[heads]
     sizes = np.bincount(span[span >= 0], minlength=len(heads))
@@ -355,7 +358,7 @@ def finished(
 
 
 def without_alignment(row: StudentRow) -> StudentRow:
-    """The row, trained on hard labels alone."""
+    """A copy of the row without aligned positions and spans; it has hard labels only."""
     none = np.zeros(0, dtype=np.int32)
     return dataclasses.replace(
         row,
@@ -374,7 +377,7 @@ def _cut_lengths(lengths: list[int], longest: int) -> np.ndarray:
 
 
 def _documents(row: CachedTokens) -> list[tuple[int, int]]:
-    """Where each of its documents begins and ends; one where they are not isolated."""
+    """Start and end of each document of a row; one document if they are not isolated."""
     if row.document_lengths is None:
         return [(0, len(row.input_ids))]
     ends = np.cumsum(row.document_lengths).tolist()
@@ -382,7 +385,11 @@ def _documents(row: CachedTokens) -> list[tuple[int, int]]:
 
 
 def _decode(data: bytes) -> tuple[str, int, bool]:
-    """Decoded text, bytes of a cut character that are skipped, and whether the rest is UTF-8."""
+    """Decode bytes that may begin and end inside a character.
+
+    Returns the text, the bytes skipped of a character cut at the start, and whether the rest is
+    UTF-8, except for a character cut at the end.
+    """
     skipped = next((n for n in range(min(4, len(data))) if data[n] & 0xC0 != 0x80), 0)
     try:
         return data[skipped:].decode(), skipped, True

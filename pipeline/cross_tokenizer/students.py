@@ -1,4 +1,4 @@
-"""`softlabel init-student`: a student with the teacher's tokenizer, another, or a new one."""
+"""`softlabel init-student`: create a student with the teacher's or another tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run(config: InitStudentConfig) -> NewStudent:
-    """The shape or the layers that the flags name, else evenly spaced layers."""
+    """Create a student of the given shape or layers; the default is evenly spaced layers."""
     shape = None
     if config.num_layers is not None:
         shape = Shape(config.num_layers, config.hidden_size or 0, config.num_heads or 0)
@@ -47,34 +47,35 @@ def init_student(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a student as an ordinary model directory, with the teacher's tokenizer or another one.
+    """Write a student as an ordinary model directory, with the teacher's or another tokenizer.
 
-    With another tokenizer, embedding and head have its size. Where layers are copied, a token that
-    the teacher has too keeps its row, and another one begins with the mean of the rows of the
-    teacher's tokens that its bytes are made of.
+    With another tokenizer, embedding and head have its size. If layers are copied, a token that the
+    teacher also has keeps its row; the row of a new token is the mean of the rows of the teacher's
+    tokens that spell its bytes.
 
     Args:
-        teacher: a name, a path or a live model.
-        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with
-            them. Default, where there is no `config` either: a third of the teacher's, evenly
-            spaced.
+        teacher: a hub name, a path or a live model.
+        layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied
+            too. Default, if `config` is None as well: a third of the layers, evenly spaced.
         config: a shape, or a whole config (whose `architectures` names the class), for a student
             with random weights.
-        tokenizer: of the student: a name, a directory, a live one, or "train:SIZE" for a byte-level
-            BPE of so many tokens that is trained on the text of `cache`. Default: the teacher's. A
-            live one beside a live teacher without `teacher_tokenizer` is the teacher's.
-        cache: what a tokenizer is trained on (split `train`).
-        teacher_tokenizer: of a live teacher. Default: `tokenizer`, or the cache's.
+        tokenizer: the student's tokenizer: a hub name, a directory, a tokenizer, or "train:SIZE" to
+            train a byte-level BPE of SIZE tokens on the text of `cache`. Default: the teacher's. A
+            tokenizer object given with a live teacher and no `teacher_tokenizer` is taken as the
+            teacher's.
+        cache: the cache whose split `train` a tokenizer is trained on.
+        teacher_tokenizer: the tokenizer of a live teacher. Default: `tokenizer`, or the cache's.
+        seed: seed of random weights.
 
     Returns:
-        The directory.
+        The directory of the student.
 
     Raises:
-        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the
-            heads do not divide; a size that is no number, or too small; a cache without a tokenizer
-            to train, or the other way round.
-        ModelError: teacher or tokenizer cannot be loaded, or its layers cannot be found.
-        CacheError: there is no such cache, or it holds no text.
+        MisuseError: both `layers` and `config` are given; the teacher does not have a layer; the
+            width is not divisible by the heads; SIZE is not a number or too small; `cache` is given
+            without "train:SIZE", or the other way round.
+        ModelError: the teacher or the tokenizer cannot be loaded, or no layers are found.
+        CacheError: the cache does not exist or holds no text.
     """
     made = _make(
         teacher,
@@ -104,7 +105,7 @@ def _make(
     if (size is None) != (cache is None):
         raise MisuseError("init_student: tokenizer='train:SIZE' and cache=... go together")
     if tokenizer is not None:
-        check_request(teacher, output, layers=layers, config=config)  # a tokenizer may take long
+        check_request(teacher, output, layers=layers, config=config)  # a tokenizer may take long to train
     opened = cache if isinstance(cache, Cache) or cache is None else Cache.open(cache)
     theirs = teacher_tokenizer
     if theirs is None and isinstance(teacher, str | Path):

@@ -1,4 +1,4 @@
-"""The bytes of each token of a vocabulary, and the text of a row of token ids."""
+"""The bytes that each token of a vocabulary stands for, and the text of rows of token ids."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _METASPACE = "\u2581"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The text between two special tokens of a row, and the tokens that it is made of."""
+    """The text between two special tokens of a row, and the byte ranges of its T tokens."""
 
     first: int
-    """Which token of the row the run begins with; the others follow."""
+    """Index in the row of the first token of the run."""
     text: bytes
     starts: np.ndarray
-    """(T,) int64: where the bytes of each token begin in `text`. A token of no bytes begins where
-    the next one does."""
+    """(T,) int64: offset in `text` of the first byte of each token. A token without bytes begins
+    where the next one does."""
     ends: np.ndarray
-    """(T,) int64."""
+    """(T,) int64: offset after the last byte of each token."""
     adds_space: bool
-    """Whether the first token begins with a space that the tokenizer has added: it is not in
-    `text`."""
+    """Whether the first token begins with a space that the tokenizer added and `text` does not
+    have."""
     is_exact: bool
-    """False: a token stands for text that its id does not tell, an unknown one for example."""
+    """False: the text of a token is not known, for example of an unknown token."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
-    """A vocabulary as bytes."""
+    """The bytes of each token of a vocabulary of V tokens."""
 
     vocabulary: Vocabulary
     pieces: tuple[bytes | None, ...]
-    """Of each id; a space that a word begins with is among them. None: it stands for no text, or
-    for text that is not known."""
+    """The bytes of each id, with the leading space of a word. None: the token has no text, or its
+    text is not known."""
     is_special: np.ndarray
-    """(V,) bool: stands for no text."""
+    """(V,) bool: the token has no text."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -57,7 +57,7 @@ class TokenBytes:
         """Read all tokens of a tokenizer.
 
         Raises:
-            SourceError: it changes a text when it adds special tokens to it.
+            SourceError: the tokenizer changes a text when it adds special tokens.
         """
         vocabulary = read_vocabulary(tokenizer)
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -73,8 +73,8 @@ class TokenBytes:
         """The texts of a row of token ids, between its special tokens.
 
         Args:
-            continues: the row begins inside a text, where no tokenizer has put a space before the
-                first word.
+            continues: the row begins inside a text, where tokenizers add no space before the first
+                word.
         """
         known = ids < len(self.pieces)
         special = np.where(known, self.is_special[np.where(known, ids, 0)], False)
@@ -96,12 +96,12 @@ class TokenBytes:
         return Run(first, b"".join(pieces), np.append(0, ends[:-1]), ends, adds_space, None not in found)
 
     def begins_with_added_space(self, token: int, num_bytes: int) -> bool:
-        """Whether a token of so many bytes begins with a space that the text does not have."""
+        """Whether a token that covers `num_bytes` of a text begins with a space not in the text."""
         piece = self.pieces[token] or b""
         return piece[:1] == b" " and len(piece) > num_bytes
 
     def _adds_space(self, *, is_first: bool) -> bool:
-        """Whether the tokenizer adds a space before the first word of a first or a later run."""
+        """Whether the tokenizer adds a space before a run: the first of a text, or a later one."""
         if self.vocabulary.family == "wordpiece":
             return is_first
         return self.vocabulary.adds_space if is_first else self.vocabulary.adds_space_after_special

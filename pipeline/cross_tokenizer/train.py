@@ -1,4 +1,7 @@
-"""Train a byte-level BPE on a cache's text, with another tokenizer's special tokens."""
+"""Train a byte-level BPE on a cache's text.
+
+Special tokens and chat template are those of another tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ from pipeline.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
-#: Whose text a tokenizer is trained on.
+#: The split whose text a tokenizer is trained on.
 SPLIT = "train"
 _BYTES = 256
 _TEXTS = ("text", "text_pair")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-#: What a tokenizer has beside its vocabulary and its special tokens.
+#: Attributes of a tokenizer that are copied besides vocabulary and special tokens.
 _SETTINGS = (
     "model_max_length",
     "padding_side",
@@ -41,29 +44,29 @@ _SETTINGS = (
 
 @dataclass
 class _Read:
-    """What was read so far."""
+    """Counts of what was read so far."""
 
     num_rows: int = 0
     num_bytes: int = 0
     num_unknown: int = 0
-    """Texts with tokens that do not tell what they stand for: left out."""
+    """Texts that are left out because the text of a token is not known."""
     last: int = -1
-    """The last token of the row before."""
+    """The last token of the previous row."""
 
 
 def train_on_cache(cache: Cache, base: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer on the texts of a cache's split `train`, a row group at a time.
 
-    A classifier's texts are the stored ones. A language model's are rebuilt from the token ids, row
-    by row: where a long document goes on in another row, a word may be cut. A stored text stands in
-    for tokens that do not tell theirs.
+    The texts of a classifier's cache are the stored ones. Those of a language model's are rebuilt
+    from the token ids, row by row; a word may be cut where a long document continues in the next
+    row. The stored text is used if the text of a token is not known.
 
     Args:
         base: as in `train_tokenizer`.
 
     Raises:
-        CacheError: there is no such split, or no text.
-        MisuseError: the size has no room for the 256 bytes and the special tokens.
+        CacheError: the split does not exist or has no text.
+        MisuseError: the size is too small for the 256 bytes and the special tokens.
     """
     _check_size(base, size)
     read = _Read()
@@ -87,19 +90,19 @@ def train_on_cache(cache: Cache, base: PreTrainedTokenizerBase, size: int) -> Pr
 
 
 def train_tokenizer(base: PreTrainedTokenizerBase, texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer.
+    """Train a byte-level BPE tokenizer.
 
     Args:
-        base: added tokens, their roles, what is put before and after a text, and the chat template
-            are its own. So is what normalizes and splits a text, where it is a byte-level BPE too;
-            else a text is split as GPT-2's tokenizer does.
-        texts: read once, and not held.
-        size: tokens, added ones included. There are fewer where the texts have no more pairs to
-            merge.
+        base: source of the added tokens, their roles, the post-processor and the chat template. If
+            it is a byte-level BPE, normalizer and pre-tokenizer are copied too; otherwise texts
+            are split as by GPT-2's tokenizer.
+        texts: iterated once, and not held in memory.
+        size: number of tokens, with added ones. The result has fewer if the texts have no more
+            pairs to merge.
 
     Raises:
-        MisuseError: the size has no room for the 256 bytes and the added tokens.
-        ModelError: `base` is a slow tokenizer, whose settings are code.
+        MisuseError: the size is too small for the 256 bytes and the added tokens.
+        ModelError: `base` is a slow tokenizer, whose settings cannot be copied.
     """
     _check_size(base, size)
     content: dict[str, Any] = json.loads(_backend(base).to_str())
@@ -151,7 +154,7 @@ def _backend(base: PreTrainedTokenizerBase) -> Any:
 
 
 def _added(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens by id, without single bytes, which a byte-level vocabulary has."""
+    """Added tokens by id, without tokens of single bytes, which a byte-level vocabulary has."""
     found = [item for item in content["added_tokens"] if not _BYTE_TOKEN.fullmatch(item["content"])]
     return sorted(found, key=lambda item: int(item["id"]))
 
@@ -162,13 +165,13 @@ def _added_token(item: dict[str, Any]) -> AddedToken:
 
 
 def _is_byte_level(content: dict[str, Any]) -> bool:
-    """Whether texts become bytes before they are merged."""
+    """Whether a tokenizer converts texts to bytes before it merges them."""
     before = json.dumps([content["pre_tokenizer"], content["normalizer"]])
     return content["model"]["type"] == "BPE" and '"ByteLevel"' in before
 
 
 def _untrained(content: dict[str, Any]) -> Tokenizer:
-    """A byte-level BPE without tokens, with the settings of another one where that is one too."""
+    """An empty byte-level BPE; copies the settings of the base if that is a byte-level BPE too."""
     if not _is_byte_level(content):
         raw = Tokenizer(models.BPE())
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -180,7 +183,7 @@ def _untrained(content: dict[str, Any]) -> Tokenizer:
 
 
 def _with_ids(part: Any, raw: Tokenizer) -> Any:
-    """The post-processor with the new tokenizer's ids of the tokens it adds."""
+    """The post-processor, with token ids replaced by those of the new tokenizer."""
     if part is None:
         return None
     if part["type"] == "Sequence":
@@ -198,7 +201,7 @@ def _with_ids(part: Any, raw: Tokenizer) -> Any:
 
 
 def _texts(cache: Cache, read: _Read) -> Iterator[str]:
-    """Texts of the split, a row group at a time; counted as they are read."""
+    """Iterate over the texts of the split by row group, and count them in `read`."""
     contract = cache.manifest.contract
     if get_task(contract.task).other_tokenizers is None:
         raise CacheError(
@@ -231,8 +234,8 @@ def _stored_texts(table: pa.Table) -> Iterator[str]:
 def _rebuilt_texts(table: pa.Table, codes: TokenBytes, read: _Read, *, packed: bool) -> Iterator[str]:
     """Texts between special tokens, without the text of added tokens.
 
-    A row that goes on with a document begins with the last token of the row before, which is left
-    out too. Packed rows do not say which of them go on.
+    A row that continues a document begins with the last token of the previous row, which is left
+    out too. In packed rows, continued documents are not marked.
     """
     texts: list[str | None] = table["text"].to_pylist() if "text" in table.column_names else [None] * table.num_rows
     literal = "|".join(re.escape(text) for text in codes.vocabulary.literal.values())

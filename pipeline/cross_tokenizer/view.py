@@ -38,9 +38,9 @@ class RetokenizedDataset(CacheDataset):
 
 @dataclass(frozen=True)
 class RetokenizedCache(Cache):
-    """See above.
+    """A cache whose rows are in the tokens of a student with another tokenizer.
 
-    The contract says the student's tokenizer and classes; `as_captured` is the cache itself.
+    Its contract has the student's tokenizer and classes; `as_captured` is the original cache.
     """
 
     kept: KeptRows | None = None
@@ -49,25 +49,25 @@ class RetokenizedCache(Cache):
 
     @property
     def as_captured(self) -> Cache:
-        """The cache in the teacher's own tokens."""
+        """The original cache, in the teacher's tokens."""
         assert self.kept is not None
         return self.kept.cache
 
     @property
     def vocabulary_map(self) -> VocabularyMap | None:
-        """What makes the teacher's classes the student's."""
+        """The map from the teacher's classes to the student's."""
         assert self.kept is not None
         return self.kept.vocabulary_map
 
     @property
     def tokenizer(self) -> Any:
-        """The student's."""
+        """The student's tokenizer."""
         return self.student_tokenizer
 
     def dataset(self, split: str | Sequence[str], *, window: int = 8) -> CacheDataset:
-        """The rows of a split, or of several one after another; see `Cache.dataset`.
+        """The rows of a split, or of several in sequence; see `Cache.dataset`.
 
-        What is not kept yet is made.
+        Alignments that are not stored yet are computed first.
         """
         assert self.kept is not None
         assert self.prepare is not None
@@ -78,18 +78,18 @@ class RetokenizedCache(Cache):
 
 
 def shards_of(cache: Cache, split: str | Sequence[str]) -> tuple[Shard, ...]:
-    """The shards of a split, or of several.
+    """The shards of one or more splits.
 
     Raises:
-        CacheError: there is no such split.
+        CacheError: a split does not exist.
     """
-    cache.dataset(split)  # which says what splits there are
+    cache.dataset(split)  # raises an error that lists the splits
     names = (split,) if isinstance(split, str) else tuple(split)
     return tuple(shard for name in names for shard in cache.manifest.split_shards(name))
 
 
 def own_tokenizer(caches: Sequence[Cache], split: str | Sequence[str]) -> OwnTokenizer | None:
-    """Alignment of student and teacher tokens in a split; None if they are the same."""
+    """Counts of how student and teacher tokens align in a split; None for one tokenizer."""
     views = [cache for cache in caches if isinstance(cache, RetokenizedCache)]
     if not views:
         return None
@@ -104,7 +104,7 @@ def own_tokenizer(caches: Sequence[Cache], split: str | Sequence[str]) -> OwnTok
 def retokenized(
     cache: Cache, kept: KeptRows, prepare: Callable[[], Maker], tokenizer: PreTrainedTokenizerBase, info: Any
 ) -> RetokenizedCache:
-    """A cache read through stored alignments; `prepare` computes the missing ones."""
+    """A cache read through stored alignments; `prepare` makes the `Maker` of missing ones."""
     contract = cache.manifest.contract
     settings = dataclasses.replace(contract.tokenization, max_length=kept.max_length)
     changed = dataclasses.replace(

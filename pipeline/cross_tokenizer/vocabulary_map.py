@@ -11,21 +11,21 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from pipeline.cross_tokenizer.token_bytes import TokenBytes
 from pipeline.records import VocabularyMap
 
-#: No token of the student stands for it.
+#: The teacher's token has no counterpart in the student's vocabulary.
 NONE = -1
 _CHARACTERS = bytes_to_unicode()
-#: Texts before a token that is no beginning of a word: the first that ends in a token of the
-#: student's own serves.
+#: Texts put before a token that does not start a word; the first one after which a token of the
+#: student begins is used.
 _ANCHORS = ("\n", ".", "a", "1", "-")
 _ROLES = ("eos_token_id", "bos_token_id", "sep_token_id", "cls_token_id", "pad_token_id", "mask_token_id")
 
 
 def map_vocabulary(teacher: TokenBytes, student: TokenBytes, num_teacher: int, num_student: int) -> VocabularyMap:
-    """Map each of the teacher's classes.
+    """Map each of the teacher's classes to a class of the student.
 
-    A token of the same bytes comes first, else the first token of the student's own tokenization of
-    the bytes, as they continue a text. Special tokens go to those of the same text, else of the
-    same role.
+    A token maps to the token of equal bytes, else to the first token of the student's tokenization
+    of its bytes as the continuation of a text. A special token maps to the one of equal text, else
+    of the same role.
 
     Args:
         num_teacher: classes of the cache.
@@ -51,7 +51,10 @@ def map_vocabulary(teacher: TokenBytes, student: TokenBytes, num_teacher: int, n
 
 
 def counterparts(teacher: TokenBytes, student: TokenBytes, num_teacher: int) -> np.ndarray:
-    """(num_teacher,) int64: student token of equal bytes, or special role; -1: none."""
+    """(num_teacher,) int64: the student token of equal bytes; -1: none.
+
+    For special tokens, the one of equal text or role.
+    """
     first = np.full(num_teacher, NONE, dtype=np.int64)
     _map_equal(first, teacher, student)
     _map_special(first, teacher, student)
@@ -59,7 +62,7 @@ def counterparts(teacher: TokenBytes, student: TokenBytes, num_teacher: int) -> 
 
 
 def counterpart(token: int, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> int | None:
-    """The student's special token with the text or the role of a teacher's."""
+    """The student's special token with the text of a teacher's, else with its role; or None."""
     name = teacher.convert_ids_to_tokens(token)
     if name in student.all_special_tokens or name in student.get_added_vocab():
         found: Any = student.convert_tokens_to_ids(str(name))
@@ -67,7 +70,7 @@ def counterpart(token: int, teacher: PreTrainedTokenizerBase, student: PreTraine
     for role in _ROLES:
         if getattr(teacher, role, None) == token and getattr(student, role, None) is not None:
             return int(getattr(student, role))
-    if token in _ends_of_turns(teacher):  # where generation stops, as EOS says it
+    if token in _ends_of_turns(teacher):  # generation stops there, as at EOS
         ends = _ends_of_turns(student)
         return ends[0] if ends else student.eos_token_id
     return None
@@ -80,7 +83,7 @@ def _ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception:  # a template that refuses this chat: it is foreign code
+    except Exception:  # the template may raise any error on this chat
         return []
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = tokenizer(text[text.rfind("b") + 1 :], add_special_tokens=False)["input_ids"]
@@ -88,9 +91,10 @@ def _ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _map_equal(first: np.ndarray, teacher: TokenBytes, student: TokenBytes) -> None:
-    """Tokens of the same bytes.
+    """Map tokens of equal bytes.
 
-    Where both spell bytes alike, of the same spelling: two tokens may have the same bytes.
+    Several tokens may have the same bytes. If both vocabularies spell bytes alike, the token of
+    equal spelling is chosen.
     """
     if teacher.vocabulary.family == student.vocabulary.family:
         names = student.tokenizer.get_vocab()
@@ -103,7 +107,7 @@ def _map_equal(first: np.ndarray, teacher: TokenBytes, student: TokenBytes) -> N
     for i, piece in enumerate(student.pieces):
         if piece:
             kept = by_bytes.setdefault(piece, i)
-            if _is_byte(student, kept):  # a piece of text comes before the byte that it could fall back to
+            if _is_byte(student, kept):  # prefer text to a byte-fallback token
                 by_bytes[piece] = i
     for i in np.flatnonzero(first == NONE).tolist():
         if i < len(teacher.pieces) and teacher.pieces[i]:
@@ -124,7 +128,7 @@ def _map_special(first: np.ndarray, teacher: TokenBytes, student: TokenBytes) ->
 
 
 def _first_of_bytes(piece: bytes, student: TokenBytes) -> int:
-    """The first token of bytes that are not text alone, such as a part of a character."""
+    """The first token of bytes that are not valid UTF-8, such as a part of a character."""
     if student.vocabulary.family == "byte-level":
         raw = getattr(student.tokenizer, "backend_tokenizer", None)
         found = [] if raw is None else raw.model.tokenize("".join(_CHARACTERS[byte] for byte in piece))
@@ -141,7 +145,7 @@ def _first_of_bytes(piece: bytes, student: TokenBytes) -> int:
 
 
 def _first_tokens(texts: list[str], student: TokenBytes) -> np.ndarray:
-    """(texts,) int64: the first token of each text, as it continues another one."""
+    """(texts,) int64: the first token of each text as the continuation of another text."""
     out = np.full(len(texts), NONE, dtype=np.int64)
     if not student.vocabulary.joins_words:
         out[:] = _first_after("", texts, student)
@@ -164,7 +168,7 @@ def _first_tokens(texts: list[str], student: TokenBytes) -> np.ndarray:
 
 
 def _inside_word(text: str, student: TokenBytes) -> int:
-    """WordPiece: the longest continuation piece; punctuation starts a word of its own."""
+    """WordPiece: the longest continuation piece; punctuation is a word of its own."""
     names = student.tokenizer.get_vocab()
     ids = _encode([text], student)["input_ids"][0]
     alone = str(student.tokenizer.convert_ids_to_tokens(ids[0])) if ids else ""
@@ -184,13 +188,13 @@ def _encode(texts: list[str], student: TokenBytes) -> Any:
 
 
 def _first_after(anchor: str, texts: list[str], student: TokenBytes) -> np.ndarray:
-    """(texts,) int64: the first token that begins where the anchor ends; -1 where none does."""
+    """(texts,) int64: the first token that begins where the anchor ends; -1: none."""
     out = np.full(len(texts), NONE, dtype=np.int64)
     behind = len(anchor.encode())
     found = _encode([anchor + text for text in texts], student)
     for i, (ids, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True)):
-        # by bytes, as rows are aligned: offsets may leave out the space that a word begins with
-        # (`trim_offsets`)
+        # compare bytes, as the alignment of rows does: offsets may exclude the leading space of a
+        # word (`trim_offsets`)
         sizes = student.vocabulary.bytes_of_text(anchor + texts[i], np.asarray(ids, dtype=np.int32), offsets)
         starts = np.cumsum(sizes) - sizes
         at = next(iter(np.flatnonzero((starts == behind) & (sizes > 0)).tolist()), None)

@@ -1,4 +1,4 @@
-"""The metric of comparison: the task's, or bits per byte if tokenizers differ."""
+"""The metric that models are compared by: the task's, or bits per byte if tokenizers differ."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from pipeline.records import Predictions
 from pipeline.tasks import Task
 
 BITS_PER_BYTE = "bits_per_byte"
-#: Numbers a token, which say nothing between tokenizers.
+#: Metrics per token, which cannot be compared between tokenizers.
 OF_TOKENS = ("loss", "perplexity", "accuracy")
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What models of one task are compared by."""
+    """The metric by which models of one task are compared."""
 
     task: Task
     in_bytes: bool = False
-    """Whether one of them has another tokenizer than the teacher: then losses are compared a byte
-    of text, not a token."""
+    """Whether a model has another tokenizer than the teacher. Losses are then compared per byte of
+    text, not per token."""
 
     @property
     def main_metric(self) -> str:
-        """What retention is taken of."""
+        """The metric that retention is computed from."""
         return BITS_PER_BYTE if self.in_bytes else self.task.main_metric
 
     @property
     def higher_is_better(self) -> bool:
-        """Of the main metric."""
+        """Whether higher values of the main metric are better."""
         return self.task.higher_is_better and not self.in_bytes
 
     def row_scores(self, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """(R,) sums and (R,) weights whose ratio of totals is the main metric.
+        """Per-row scores and weights; the main metric is the ratio of their totals.
 
-        A row that is cut, or that begins with a longer token, has fewer bytes that are predicted
-        than it has for another model.
+        In bytes, the weight of a row depends on the model: truncation or a longer first token
+        leaves fewer predicted bytes.
+
+        Returns:
+            (R,) sums (bits if `in_bytes`) and (R,) weights (bytes if `in_bytes`).
         """
         scores, weights = self.task.row_scores(found)
         if not self.in_bytes:
@@ -47,15 +50,15 @@ class Basis:
 
 
 def on_bytes_of(scores: np.ndarray, num_bytes: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of rows as if each row had the bytes that another model predicts of it.
+    """Rescale the sums of rows to the number of bytes that another model predicts.
 
     Args:
         scores: (R,) sums.
-        num_bytes: (R,) that they are of.
-        reference: (R,) bytes of the other model.
+        num_bytes: (R,) bytes that each sum covers.
+        reference: (R,) bytes that the other model predicts in each row.
 
     Returns:
-        (R,) sums and (R,) bytes; 0 where the row has no bytes.
+        (R,) sums and (R,) bytes; both are 0 for rows with `num_bytes` 0.
     """
     known = num_bytes > 0
     a_byte = np.divide(scores, num_bytes, where=known, out=np.zeros_like(scores))

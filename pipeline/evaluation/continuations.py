@@ -1,4 +1,4 @@
-"""How language models go on from a prompt: what figures do not show."""
+"""Greedy continuations of prompts, to inspect language models beyond their metrics."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def continue_prompts(
     max_new_tokens: int = 32,
     base_models: Mapping[str, str] | None = None,
 ) -> tuple[Continuation, ...]:
-    """Greedy continuations, one model in memory at a time.
+    """Continue prompts greedily with each model, one model in memory at a time.
 
     Args:
         models: name -> directory or hub name.
-        base_models: name -> base model of an adapter, in place of the one that it names.
+        base_models: name -> base model of an adapter; overrides the one in its configuration.
 
     Raises:
-        MisuseError: the cache is of a task that generates nothing.
-        ModelError: a model that cannot be loaded.
+        MisuseError: the task of the cache does not generate text.
+        ModelError: a model cannot be loaded.
     """
     task = get_task(cache.manifest.contract.task)
     check_prompts(task)
@@ -42,10 +42,10 @@ def continue_prompts(
 
 
 def check_prompts(task: Task) -> None:
-    """Refuse prompts for what generates nothing.
+    """Check that the models of a task can continue prompts.
 
     Raises:
-        MisuseError: the task is another.
+        MisuseError: the task does not generate text.
     """
     if not task.continues_prompts:
         raise MisuseError(f"--prompt is for language models; the cache is of the task {task.name}")

@@ -22,15 +22,15 @@ from pipeline.training.batches.collate import Collator, from_tensors, longest_ro
 def logits_by_batch(
     cache: Cache, task: Task, model: LoadedModel, split: str, batch_size: int, description: str
 ) -> Iterator[tuple[RowBlock, StudentBatch, Tensor]]:
-    """The rows of a split in order, with what the model makes of them.
+    """Iterate over the rows of a split in order, with the model's logits.
 
     Args:
         batch_size: rows in a forward pass.
-        description: of the progress.
+        description: label of the progress bar.
 
     Yields:
-        rows; their batch, whose target is the teacher at `served_temperature`; (N, V) float32
-            logits.
+        Rows; their batch, whose target is the teacher at `served_temperature`; (N, V) float32
+        logits of the N supervised positions.
     """
     num_classes = cache.manifest.contract.num_classes
     collator = collator_of(cache, task, model)
@@ -46,7 +46,7 @@ def logits_by_batch(
 
 
 def collator_of(cache: Cache, task: Task, model: LoadedModel) -> Collator:
-    """What makes the model's batches: the cache's tokens, or its texts in the model's own."""
+    """The collator of the model's batches; retokenizes rows for a model with its own tokenizer."""
     contract = cache.manifest.contract
     own_tokenizer = tokenizer_info(model.tokenizer).sha256 != contract.tokenizer.sha256
     return Collator(

@@ -13,28 +13,28 @@ Role = Literal["student", "control"]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A figure and what is known of its uncertainty, at 95% confidence."""
+    """An estimate with its 95% confidence intervals."""
 
     value: float
-    """The mean over seeds, or what is made of means over seeds."""
+    """The mean over seeds, or a function of such means."""
     rows: Interval | None
-    """Over other rows of this kind, the students as they are: percentiles of a bootstrap over rows.
+    """Uncertainty from the sample of rows, for fixed students: percentile bootstrap over rows.
     None: not defined."""
     seeds: Interval | None = None
-    """Over other seeds, the rows as they are: Student's t over the seeds. None: fewer than two
-    seeds."""
+    """Uncertainty from the training seed, for fixed rows: Student's t over the seeds. None: fewer
+    than two seeds."""
     both: Interval | None = None
-    """Over other rows and other seeds: variances added. None: fewer than two seeds."""
+    """Uncertainty from rows and seeds: the sum of both variances. None: fewer than two seeds."""
 
     @property
     def interval(self) -> Interval | None:
-        """The widest claim that the data allows: over rows and seeds, or over rows alone."""
+        """The most general interval available: over rows and seeds, else over rows alone."""
         return self.both or self.rows
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a model directory says of how it was made; None where it does not say."""
+    """How a model was trained, as recorded in its directory; None: not recorded."""
 
     directory: str
     cache_id: str | None = None
@@ -45,27 +45,27 @@ class Provenance:
     steps: int | None = None
     seconds: float | None = None
     passes: float | None = None
-    """Over the training split: steps times rows a step, over its rows."""
+    """Epochs over the training split: steps * rows per step / rows of the split."""
     history: tuple[Mapping[str, float], ...] = ()
-    """Trainer's log: one mapping an entry, each with `step`."""
+    """The log of the Trainer: one mapping per entry, each with `step`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One student or control: all its seeds."""
+    """One student or control, with the runs of all its seeds."""
 
     name: str
     role: Role
     architecture: str
-    """As `BertForSequenceClassification, 2 layers of 128`."""
+    """For example `BertForSequenceClassification, 2 layers of 128`."""
     num_parameters: int
     cache_id: str
-    """Of the cache whose teacher it is compared with: its own, where that is among the caches."""
+    """The cache whose teacher it is compared with: its training cache if that is given."""
     runs: tuple[Provenance, ...]
 
     @property
     def made_by(self) -> str:
-        """How it was trained, in a few words; '' where that is not known."""
+        """A short description of the training loss; '' if it is not known."""
         loss, teacher_labels = self.runs[0].loss, self.runs[0].teacher_labels
         if loss is None:
             return ""
@@ -84,7 +84,7 @@ class TeacherLine:
     """The teacher of one cache."""
 
     name: str
-    """`teacher`; of further caches with the name of their own."""
+    """`teacher`; teachers of further caches have the name of the cache added."""
     cache: str
     cache_id: str
     num_parameters: int
@@ -93,7 +93,7 @@ class TeacherLine:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """One model against the truth."""
+    """Metrics of one model on the true labels."""
 
     name: str
     role: Role
@@ -101,16 +101,16 @@ class Quality:
     num_seeds: int
     metrics: Mapping[str, Measured]
     retention: Measured
-    """Its main metric over the teacher's (for a loss the teacher's over its own)."""
+    """The model's main metric divided by the teacher's (inverted for a loss)."""
     difference: Measured
-    """To the teacher, in the unit of the main metric; above 0: better than the teacher."""
+    """Difference from the teacher in the unit of the main metric; above 0: better than it."""
     scaled: bool = False
-    """With temperature scaling after training."""
+    """Whether temperature scaling is applied after training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same rows."""
+    """A paired comparison of two models on the same rows."""
 
     first: str
     second: str
@@ -120,26 +120,26 @@ class Comparison:
     test: str
     p_value: float
     p_adjusted: float
-    """By Holm over all comparisons of the report."""
+    """The p-value with Holm's correction over all comparisons of the report."""
     p_seeds: float | None = None
-    """Paired t-test over the seeds, not adjusted; None: fewer than two, or not the same ones."""
+    """p-value of a paired t-test over seeds, not adjusted; None: fewer than two, or unequal."""
 
 
 @dataclass(frozen=True, slots=True)
 class GapShare:
-    """How much of the way from a control to the teacher a student goes."""
+    """The share of the gap between a control and the teacher that a student closes."""
 
     student: str
     control: str
     metric: str
     share: Measured | None
     """(student - control) / (teacher - control); None: the control is not clearly worse than the
-    teacher, and the share of nothing is nothing."""
+    teacher, so the share is undefined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
-    """One model against its teacher."""
+    """How closely one model matches its teacher."""
 
     name: str
     role: Role
@@ -147,20 +147,20 @@ class Closeness:
     on_right: float
     """Agreement where the teacher is right."""
     on_errors: float
-    """Agreement where the teacher is wrong: mistakes that it copies."""
+    """Agreement where the teacher is wrong: the model makes the same mistake."""
     mended: float
-    """Right answers where the teacher is wrong; nan of tokens that are not the teacher's."""
+    """Share of right answers where the teacher is wrong; nan if the tokenizers differ."""
     kl: Measured | None
     js: Measured | None
 
 
 @dataclass(frozen=True, slots=True)
 class SliceLine:
-    """One model on one class, or on one band of token frequencies."""
+    """Results of one model on one `Slice`."""
 
     name: str
     accuracy: float | None
-    """None, as `loss`: of tokens that are not the teacher's."""
+    """`accuracy` and `loss` are None if the model has another tokenizer than the teacher."""
     loss: float | None
     agreement: float
     kl: float | None
@@ -168,7 +168,7 @@ class SliceLine:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The positions of one class, or of tokens of one band of frequency."""
+    """The positions of one class, or of tokens in one band of frequencies."""
 
     name: str
     positions: int
@@ -178,20 +178,20 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Where a student is far from its teacher."""
+    """A position at which a student is far from its teacher."""
 
     student: str
     source_row: int
     text: str | None
-    """None: the cache keeps no texts."""
+    """None: the cache stores no texts."""
     truth: str
     teacher: str
-    """Its most likely class, with its probability where that is known."""
+    """The teacher's most likely class, with its probability if known."""
     answer: str
-    """The student's."""
+    """The student's most likely class."""
     distance: float
-    """KL in nats where it is known by position; else log q / p of the teacher's likeliest class, q
-    being the teacher's probability and p the student's."""
+    """KL in nats if it is known per position; else log(q / p) of the teacher's most likely class,
+    with the teacher's probability q and the student's p."""
     is_kl: bool = True
 
 
@@ -206,21 +206,21 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How far a model may be believed."""
+    """How well a model's confidence matches its accuracy."""
 
     name: str
     ece: float
     brier: Measured | None
     nll: Measured | None
-    """None: of tokens that are not the teacher's."""
+    """None: the model has another tokenizer than the teacher."""
     bins: tuple[Bin, ...]
     temperature: float | None = None
-    """Of temperature scaling; the mean over seeds and folds. None: as trained."""
+    """Temperature of temperature scaling, mean over seeds and folds. None: not scaled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The middle of repeated measurements."""
+    """Median and quartiles of repeated measurements."""
 
     median: float
     low: float
@@ -237,63 +237,63 @@ class Cost:
     num_parameters: int
     disk_bytes: int | None
     latency: Spread | None = None
-    """Seconds of one row by itself."""
+    """Seconds for a single row."""
     throughput: Spread | None = None
-    """Rows a second, in batches."""
+    """Rows per second, in batches."""
     speedup: Spread | None = None
-    """Seconds of the teacher's row over this model's, round by round; None: the teacher was not
+    """The teacher's latency divided by this model's, per round; None: the teacher was not
     measured."""
     speedup_batched: Spread | None = None
     peak_bytes: int | None = None
-    """Most resident memory while it ran, above that of the process before it loaded the model."""
+    """Peak resident memory above that of the process before it loads the model."""
     joules_per_thousand: float | None = None
     bytes_per_second: Spread | None = None
-    """Bytes of text a second, in batches; None: all models have the same tokens."""
+    """Bytes of text per second, in batches; None: all models have the same tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where and how costs were measured."""
+    """The machine on which costs were measured, and how."""
 
     device: str
     threads: int
     rounds: int
     batch_rows: int
     tokens: int
-    """Of the rows measured, on average."""
+    """Mean number of tokens of the measured rows."""
     energy: str
-    """How the energy was found, in words."""
+    """How the energy was measured, in words."""
     bytes_per_row: int | None = None
-    """Of text, on average; None: all models have the same tokens."""
+    """Mean bytes of text per row; None: all models have the same tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """A cache against a teacher in the loop."""
+    """When a cache costs less than training with the teacher in the loop."""
 
     cache: str
     cache_bytes: int
     capture_seconds: float
-    """Of the training split: forward passes, encoding, writing."""
+    """Time to capture the training split: forward passes, encoding, writing."""
     pass_seconds: float
-    """The teacher's forward passes alone, once over the training split: what each epoch would cost
-    with the teacher in the loop."""
+    """Time of the teacher's forward passes over the training split: what each epoch would cost with
+    the teacher in the loop."""
     device: str
     passes: float
-    """Epochs times students after which the cache has paid for itself."""
+    """Break-even: epochs, summed over students, after which the cache saves time."""
     passes_made: float | None
-    """By the students here."""
+    """Epochs of the students trained on this cache, summed; None: not recorded for all."""
     saved_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The students that share one value of a factor."""
+    """The students with the same value of a factor."""
 
     value: str
     students: tuple[str, ...]
     mean: float
-    """Of the main metric."""
+    """Mean of the main metric."""
     low: float
     high: float
     retention: float
@@ -301,39 +301,38 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Determinant:
-    """How the main metric goes with one factor, over the students."""
+    """How the main metric varies with one factor over the students."""
 
     question: str
     factor: str
     levels: tuple[Level, ...]
     spread: float
-    """Between the best level's mean and the worst's."""
+    """Difference between the highest and the lowest mean of a level."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer."""
+    """The conclusion of the report: does a student replace its teacher?"""
 
     student: str
     chosen: str
-    """How, in words."""
+    """How the student was chosen, in words."""
     answer: Literal["yes", "no", "better", "open", "unknown"]
     sentence: str
     controls: str
-    """What they keep; '' without controls."""
+    """What the controls retain, as a sentence; '' without controls."""
     gap: str
-    """How much of the way from each control to the teacher the student goes; '' where that is not
-    defined."""
+    """The `GapShare` of each control, as a sentence; '' where it is not defined."""
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole verdict."""
         return " ".join(part for part in (self.sentence, self.controls, self.gap) if part)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything; `report.json`."""
+    """The whole report, as written to `report.json`."""
 
     task: str
     split: str
@@ -343,9 +342,9 @@ class Report:
     higher_is_better: bool
     encoding: str
     temperature: float
-    """At which KL and JS are taken."""
+    """The temperature of KL and JS."""
     calibration: str
-    """What temperatures were fitted on, in words."""
+    """The rows that temperatures were fitted on, in words."""
     verdict: Verdict
     teachers: tuple[TeacherLine, ...]
     models: tuple[Model, ...]
@@ -354,7 +353,7 @@ class Report:
     gap_shares: tuple[GapShare, ...]
     closeness: tuple[Closeness, ...]
     divergence_note: str
-    """What KL and JS mean with this encoding."""
+    """How to read KL and JS with this encoding."""
     slices: tuple[Slice, ...]
     slice_kind: str
     examples: tuple[Example, ...]
@@ -364,7 +363,6 @@ class Report:
     break_even: tuple[BreakEven, ...]
     determinants: tuple[Determinant, ...]
     tokenizer_notes: tuple[str, ...] = ()
+    """If a model has another tokenizer than its teacher: what is compared, and what is left out."""
     doubts: tuple[str, ...] = ()
     """Models that are no better than the most common class, or poorly calibrated."""
-    """Where a model has another tokenizer than its teacher: what is compared, and what is left
-    out."""

@@ -1,6 +1,6 @@
-"""Students and their teacher on one split of a cache.
+"""Evaluate students and their teacher on one split of a cache.
 
-The teacher's numbers come from the cache: it is not loaded.
+The teacher's metrics come from the cache; the teacher is not loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pipeline.training.student import check_fit, load_student
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
-    """`softlabel evaluate`; writes `evaluation.json` if an output directory is given."""
+    """Run `softlabel evaluate`; writes `evaluation.json` if an output directory is given."""
     students, cache, bases = _opened(config)
     report = evaluate(
         cache, students, split=config.split, batch_size=config.batch_size, base_models=bases, cache_dir=config.cache_dir
@@ -76,10 +76,10 @@ def _opened(config: EvaluateConfig) -> tuple[dict[str, str], Cache, dict[str, st
 
 
 def outline(config: EvaluateConfig) -> Outline:
-    """What `run` would do; each student is loaded, and fits. Writes nothing.
+    """Describe what `run` would do; loads and checks each student, but writes nothing.
 
     Raises:
-        PipelineError: as `run` raises it.
+        PipelineError: `run` would raise it.
     """
     students, cache, bases = _opened(config)
     contract = cache.manifest.contract
@@ -113,27 +113,24 @@ def evaluate(
 
     Args:
         students: name -> directory, hub name, or live model (with the cache's tokenizer).
-        batch_size: rows in a forward pass; default: the task's.
-        seed: of the bootstrap.
-        base_models: name -> base model of a student that is an adapter, in place of the one that it
-            names.
-        cache_dir: where the rows of students with another tokenizer are kept; None: `softlabel` in
-            the user's cache directory.
+        batch_size: rows in a forward pass; None: the task's default.
+        seed: seed of the bootstrap.
+        base_models: name -> base model of an adapter; overrides the one in its configuration.
+        cache_dir: where aligned rows of students with another tokenizer are stored; None:
+            `softlabel` in the user's cache directory.
 
     Returns:
-        Metrics of the teacher and of each student; for each student also agreement with the
-            teacher, KL(teacher || student) in nats a
-        position (for `top-k` and `top-p` over the kept classes and one bucket, a lower bound; for
-            `sampled` an unbiased estimate), the
-        teacher's size over the student's, and retention with its 95% interval. Of a split without
-            hard labels there are
-        no metrics and no retention. Where a student has another tokenizer, retention is of bits per
-            byte, its loss a token
-        is left out, and agreement and KL are over the positions that are aligned with the
-            teacher's.
+        Metrics of the teacher and of each student. For each student also agreement with the
+        teacher, KL(teacher || student) in nats per position, the teacher's size divided by the
+        student's, and retention with its 95% interval.
+
+        With `top-k` and `top-p`, KL is over the kept classes and one bucket for the rest, a lower
+        bound; with `sampled` it is an unbiased estimate. A split without hard labels has no metrics
+        and no retention. If a student has another tokenizer, retention is of bits per byte, metrics
+        per token are left out, and agreement and KL are over positions aligned with the teacher's.
 
     Raises:
-        PipelineError: a student that does not fit, a split that is not there.
+        PipelineError: a student does not fit the cache, or the split does not exist.
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
@@ -192,10 +189,10 @@ def evaluate(
 
 
 def _bases(students: Mapping[str, str], base_model: str | None) -> dict[str, str]:
-    """`--base-model` for each student that is an adapter.
+    """The value of `--base-model` for each student that is an adapter.
 
     Raises:
-        MisuseError: none is.
+        MisuseError: `--base-model` is given and no student is an adapter.
     """
     if base_model is None:
         return {}
@@ -207,16 +204,16 @@ def _bases(students: Mapping[str, str], base_model: str | None) -> dict[str, str
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Comparison:
-    """What students are compared with, and by what."""
+    """Compares students with the teacher by one metric."""
 
     basis: Basis
     teacher: ModelEvaluation
     predictions: Predictions
-    """Of the teacher."""
+    """The teacher's predictions."""
     seed: int
 
     def line(self, name: str, loaded: LoadedModel, found: Predictions, kl: float, cache: Cache) -> ModelEvaluation:
-        """One student."""
+        """The evaluation of one student."""
         num_parameters = sum(p.numel() for p in loaded.model.parameters())
         line = ModelEvaluation(
             name=name,
@@ -229,13 +226,13 @@ class _Comparison:
         if not self.teacher.metrics:  # no hard label
             return line
         metrics = self.basis.task.metrics(found, cache.manifest.contract.num_classes)
-        if cache.vocabulary_map is not None:  # of other tokens: no number to compare
+        if cache.vocabulary_map is not None:  # metrics per token cannot be compared
             metrics = {key: value for key, value in metrics.items() if key not in OF_TOKENS}
         main = self.basis.main_metric
         ours, theirs = metrics[main], self.teacher.metrics[main]
         scores, weights = self._row_scores(found)
         teacher_scores, teacher_weights = self._row_scores(self.predictions)
-        alike = self.basis.in_bytes or np.array_equal(weights, teacher_weights)  # then a row counts alike for both
+        alike = self.basis.in_bytes or np.array_equal(weights, teacher_weights)  # rows have equal weights for both
         each = weights > 0 if alike else (weights > 0) | (teacher_weights > 0)
         higher = self.basis.higher_is_better
         return dataclasses.replace(
@@ -252,7 +249,7 @@ class _Comparison:
         )
 
     def _row_scores(self, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
-        """The task's metrics; per byte over the bytes that the teacher predicts of each row."""
+        """`Basis.row_scores`; in bytes, rescaled to the bytes that the teacher predicts."""
         scores, weights = self.basis.row_scores(found)
         return (
             on_bytes_of(scores, weights, self.predictions.row_text_bytes) if self.basis.in_bytes else (scores, weights)
@@ -262,7 +259,10 @@ class _Comparison:
 def _predict(
     cache: Cache, task: Task, student: LoadedModel, name: str, split: str, batch_size: int
 ) -> tuple[Predictions, float]:
-    """One pass of a student over a split, and KL(teacher || student) a position that both have."""
+    """A student's predictions on a split and its KL(teacher || student) in nats per position.
+
+    KL is the mean over positions that have a soft label: aligned ones, for another tokenizer.
+    """
     temperature = served_temperature(cache.manifest.contract.encoding)
     parts, labels, owners, kl = [], [], [], []
     teacher: list[np.ndarray] = []
@@ -297,7 +297,10 @@ def _predict(
 
 
 def groups_of(cache: Cache, split: str) -> np.ndarray | None:
-    """(R,) int64: group of each row (list, or text of masks and windows); None: no groups."""
+    """(R,) int64: the group of each row, or None if rows are independent.
+
+    A group is a list of candidates, or the masked copies or windows of one text.
+    """
     if resampled_name(get_task(cache.manifest.contract.task)) == "text":
         return np.unique(cache.dataset(split).column("source_row"), return_inverse=True)[1].astype(np.int64)
     if "score_group" not in cache.manifest.contract.columns:
@@ -314,12 +317,13 @@ def predictions_of_teacher(
     label_names: tuple[str, ...] | None = None,
     groups: np.ndarray | None = None,
 ) -> Predictions:
-    """What the cache itself says of the teacher.
+    """The teacher's predictions, read from the cache.
 
-    Its loss is exact: the sums were taken over the full distribution.
+    Its loss is exact: the stored sums are over the full distribution.
 
-    `temperature`: of the kept probabilities; its confidence is known at 1 only (else nan), as the
-    students' is taken.
+    Args:
+        temperature: temperature of the stored probabilities. Confidence is nan unless it is 1, the
+            temperature at which students are scored.
     """
     labels, predicted, confidence, nll, owners, text_bytes = [], [], [], [], [], []
     done = 0

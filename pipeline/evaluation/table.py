@@ -1,4 +1,4 @@
-"""An evaluation as a table for the terminal, with a line on what each column means."""
+"""Format an evaluation as a table for the terminal, with an explanation of each column."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.metrics import number
 from pipeline.records import EvaluationReport, ModelEvaluation
 from pipeline.tasks import get_task
 
-#: What metrics of scores mean.
+#: Explanations of metrics of scores.
 OF_SCORES = {
     "ndcg@10": "normalised discounted cumulative gain of the first 10, the mean over lists with a relevant row",
     "mrr": "1 over the place of the first relevant row (label above 0), the mean over the same lists",
@@ -34,7 +34,7 @@ _MEANING = {
 }
 
 
-#: What metrics mean where positions are words, labels, or the ends of answers.
+#: Explanations that differ where positions are words, labels, or the ends of answers.
 OF_UNIT = {
     "end": {
         "f1": "of the tokens of each row's answer and the true one, the mean over rows",
@@ -54,7 +54,7 @@ OF_UNIT = {
 
 
 def format_table(report: EvaluationReport) -> str:
-    """The report as text: a line a model, the teacher first."""
+    """Format a report as text: one line per model, the teacher first."""
     metrics = list(dict.fromkeys(name for line in (report.teacher, *report.students) for name in line.metrics))
     kept = ["retention", "95% interval"] if metrics else []
     task = get_task(report.task)

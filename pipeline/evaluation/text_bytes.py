@@ -1,4 +1,4 @@
-"""Check that a cache's `text_bytes`, the base of bits per byte, match its tokens."""
+"""Check that the column `text_bytes`, which bits per byte are computed with, fits the tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pipeline.tasks.pieces import read_vocabulary
 logger = logging.getLogger(__name__)
 
 _ROWS = 64
-#: Tokens alone do not tell what a normalizer has changed, or an unknown token stands for.
+#: Relative: tokens do not show what a normalizer changed or which text an unknown token replaces.
 _TOLERANCE = 0.05
 
 
 def warn_of_text_bytes(cache: Cache, split: str) -> None:
-    """Warn where the first rows of a split state other bytes than their tokens have.
+    """Warn if `text_bytes` of the first rows differs from the bytes of their tokens.
 
-    Caches made before `text_bytes` was exact are up to 3 times off, in both directions.
+    Caches made before `text_bytes` was exact are off by up to a factor of 3 in both directions.
     """
     if "text_bytes" not in cache.manifest.contract.columns:
         return

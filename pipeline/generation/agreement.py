@@ -91,9 +91,7 @@ def agree(
             "the server (%s) does not take %s: it applies its own, and the card says so", api, ", ".join(own)
         )
     elif api == "openai":
-        logger.warning(
-            "the server does not say what software it is: whether it reads top_k, min_p and the penalties is not known"
-        )
+        logger.warning("the server does not report its software, so that it may ignore top_k, min_p and the penalties")
     return takes_ids, settings, own
 
 

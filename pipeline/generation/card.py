@@ -66,7 +66,7 @@ _LABELLED_USE = """As labelled rows, for a teacher or for its soft labels:
     softlabel train-teacher --task sequence-classification --model MODEL --dataset DIR --output TEACHER
     softlabel cache-logits --task sequence-classification --teacher TEACHER --dataset DIR --output CACHE
 
-The label is what the model was asked for, which it may have missed: look at some rows.
+The label is the one that the prompt asked for; the model may have missed it: check some rows.
 """
 
 _COLUMN_TEXTS = {

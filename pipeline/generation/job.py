@@ -103,7 +103,7 @@ def _job(
     prompts: Prompts = make_prompts(config, tokenizer, live=live_prompts)
     for stop, token in special_stops(tokenizer, config.stop).items():
         logger.info(
-            "--stop %s is a special token (id %d): it ends a completion as EOS does, and is learnt", stop, token
+            "--stop %s is a special token (id %d): it ends a completion as EOS does, and is trained on", stop, token
         )
     if not writer.end_ids and not config.stop:
         logger.warning(
@@ -162,7 +162,7 @@ def problem_of(job: GenerationJob, prompt: Prompt) -> str | None:
     """Return why the model cannot continue a prompt, or None if it can."""
     count, new = len(prompt.input_ids), job.plan.contract.sampling.max_new_tokens
     if not count:
-        return "the prompt has no token; a model without a BOS token needs one to go on from"
+        return "the prompt has no tokens; a model without a BOS token cannot continue it"
     if count + new > job.writer.longest:
         return (
             f"a prompt of {count:,} tokens and {new:,} new ones (--max-new-tokens) are more than the model takes, "

@@ -109,7 +109,7 @@ def row_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, l
         source = dataclasses.replace(source, columns=dataclasses.replace(source.columns, label=None))
     chats = holds_chats(source)
     if config.as_chat and chats:
-        raise MisuseError(f"--as-chat goes with prompts that are text, and the column {column!r} holds chats")
+        raise MisuseError(f"--as-chat needs prompts that are text, and the column {column!r} holds chats")
     if config.chat_template_kwargs and not (chats or config.as_chat):
         raise MisuseError("--chat-template-kwargs goes with chats, or with --as-chat")
     settings = PromptSettings(
@@ -120,7 +120,7 @@ def row_prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, *, l
     )
     if settings.kind == "texts" and not config.as_chat and tokenizer.chat_template is not None:
         logger.info(
-            "the prompts are plain texts, which the model goes on from; the tokenizer has a chat template: --as-chat makes "
+            "the prompts are plain texts, which the model continues; the tokenizer has a chat template: --as-chat makes "
             "each a turn of the user"
         )
     ranges = ranges_of(source, config.row_range)

@@ -236,7 +236,7 @@ def served_writer(
     for url in client.urls:
         found = _models(client.get("/v1/models", url))
         if not found:
-            raise ServerError(f"{url}: says of no model that it serves it; expected a server with the OpenAI API")
+            raise ServerError(f"{url}: lists no model; expected a server with the OpenAI API")
         if model is None and len(found) > 1:
             raise MisuseError(f"{url}: serves {', '.join(found)}; name one with --server-model")
         model = model or next(iter(found))
@@ -250,7 +250,7 @@ def served_writer(
     takes_ids, taken, own = agree(client, tokenizer, model, api, asked, sampling.temperature)
     if not takes_ids:
         logger.warning(
-            "the server takes prompts as text alone: its tokens are not known, those of the data set are the tokenizer's"
+            "the server takes prompts as text only: its tokens are not known, and the data set has those of the tokenizer"
         )
     stops, chat_end = special_stops(tokenizer, sampling.stop), turn_end(tokenizer)
     if stops and api not in _STOP_IDS:

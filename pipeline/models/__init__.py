@@ -1,4 +1,4 @@
-"""Load a model or adapter by name or path, audit and fingerprint it, make a student."""
+"""Load models and adapters, check and fingerprint them, and make students from teachers."""
 
 from pipeline.models.adapters import LABELS
 from pipeline.models.fingerprint import model_info, public_name, tokenizer_info

@@ -1,4 +1,4 @@
-"""PEFT adapters: what a directory says of its base model, and the adapter around it."""
+"""Read PEFT adapters: their configuration, base model and labels; load them onto the base model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from pipeline.models.audit import refuse_adapter
 
 UNLOADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
-#: As PEFT names them.
+#: PEFT's file names.
 CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-#: Beside a classifier's adapter: its label names, which the base model's config does not have.
+#: File next to a classifier's adapter with its label names, which the base model's config lacks.
 LABELS = "labels.json"
 
 
-#: A name on the hub: NAME, or ORG/NAME.
+#: A hub name: NAME or ORG/NAME.
 _HUB_NAME = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 
 
 def adapter_folder(name: str, revision: str | None = None) -> Path | None:
-    """Where the files of a PEFT adapter are: its directory, or the snapshot that is fetched from the hub. None: it is no adapter.
+    """Return the directory with the files of a PEFT adapter, or None if the name is no adapter.
+
+    It is the adapter's own directory, or a snapshot downloaded from the hub.
 
     Args:
-        name: of anything that can be loaded.
-        revision: on the hub.
+        name: a name or path of any model or adapter.
+        revision: revision on the hub.
 
     Raises:
-        ModelError: it is one, and its files cannot be fetched.
+        ModelError: it is an adapter, and its files cannot be downloaded.
     """
     local = Path(name).expanduser()
     if (local / CONFIG_NAME).is_file():
@@ -52,10 +54,10 @@ def adapter_folder(name: str, revision: str | None = None) -> Path | None:
     try:
         config = find_adapter_config_file(name, revision=revision)
     except UNLOADABLE:
-        return None  # no such name or revision: whoever loads it says so
+        return None  # no such name or revision: loading it raises an error
     if config is None:
         return None
-    folder = Path(config).parent  # named by the commit
+    folder = Path(config).parent  # its name is the commit
     try:
         for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, LABELS, "tokenizer_config.json"):
             if file != WEIGHTS_NAME or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
@@ -66,7 +68,7 @@ def adapter_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def adapter_config(name: str, revision: str | None = None) -> Mapping[str, Any] | None:
-    """What a PEFT adapter says of itself; None where it is no adapter.
+    """Return the configuration of a PEFT adapter, or None if the name is no adapter.
 
     Raises:
         ModelError: the file cannot be read.
@@ -85,7 +87,7 @@ def adapter_config(name: str, revision: str | None = None) -> Mapping[str, Any] 
 
 
 def adapter_labels(name: str, revision: str | None = None) -> tuple[str, ...] | None:
-    """The label names beside a classifier's adapter; None where there are none.
+    """Return the label names of a classifier's adapter, or None if it has no such file.
 
     Raises:
         ModelError: the file does not hold a list of names.
@@ -104,14 +106,14 @@ def adapter_labels(name: str, revision: str | None = None) -> tuple[str, ...] | 
 
 
 def base_name(name: str, adapter: Mapping[str, Any] | None, asked: str | None) -> str:
-    """The model to load first: an adapter's base, or the model itself.
+    """Return the name of the model to load first: an adapter's base model, or the model itself.
 
     Args:
-        asked: `--base-model`, which replaces what the adapter names.
+        asked: `--base-model`, which replaces the base model that the adapter names.
 
     Raises:
         MisuseError: `--base-model` for a model that is no adapter.
-        ModelError: the adapter names no base, or its base is an adapter.
+        ModelError: the adapter names no base model, or its base model is an adapter.
     """
     if adapter is None:
         if asked is not None:
@@ -130,12 +132,14 @@ def base_name(name: str, adapter: Mapping[str, Any] | None, asked: str | None) -
 
 
 def with_adapter(model: Any, name: str, folder: Path, missing: Sequence[str], *, base: str, trainable: bool) -> Any:
-    """The model with an adapter around it, every weight of which comes from a file.
+    """Return the model wrapped in an adapter, after checking that all weights come from a file.
 
     Args:
-        folder: where its files are.
-        missing: parameters of the base that its own checkpoint lacks; the adapter has to bring
-            them.
+        folder: directory with the adapter's files.
+        missing: parameters of the base model that its own checkpoint lacks; the adapter must
+            contain them.
+        base: name of the base model, which is also saved with the adapter.
+        trainable: load the adapter for further training.
 
     Raises:
         ModelError: PEFT is not installed, or the adapter does not fit.
@@ -155,9 +159,9 @@ def with_adapter(model: Any, name: str, folder: Path, missing: Sequence[str], *,
         if not weights:
             raise ModelError(f"{name}: the adapter's file holds no weights; save the adapter again")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, as an error
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # raised below as an error
             adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-        loaded = set_peft_model_state_dict(adapted, weights)  # once more: from_pretrained does not say what it left out
+        loaded = set_peft_model_state_dict(adapted, weights)  # again: from_pretrained does not report missing keys
     except KeyError as error:
         raise ModelError(
             f"{name}: the adapter's file lacks the weights {error} that adapter_config.json describes; save the adapter again"
@@ -166,14 +170,14 @@ def with_adapter(model: Any, name: str, folder: Path, missing: Sequence[str], *,
         raise ModelError(f"{name}: the adapter does not fit its base model: {first_line(error)}") from error
     refuse_adapter(adapted, name, weights.keys(), loaded, missing, base=base)
     for settings in adapted.peft_config.values():
-        settings.base_model_name_or_path = base  # what is saved again names the base that it was loaded on
+        settings.base_model_name_or_path = base  # saved with the adapter
     return adapted
 
 
 def refuse_prompt_tokens(model: Any, name: str, *, marks_positions: bool) -> None:
-    """Refuse an adapter that puts tokens of its own before each row, where these move the positions whose logits are taken.
+    """Refuse an adapter whose virtual tokens shift the positions that logits are taken from.
 
-    Encoders take the first position, whatever stands there.
+    Encoders take the first position, whichever token is there.
 
     Raises:
         ModelError: prompt tuning of a language model, or of a classifier that takes the last
@@ -191,5 +195,5 @@ def refuse_prompt_tokens(model: Any, name: str, *, marks_positions: bool) -> Non
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says anything."""
+    """Return the first non-empty line of an error's message, or else its class name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Every parameter of a loaded model comes from a file: the keys of the files against those of the model."""
+"""Check that every parameter of a loaded model comes from a file, by comparing their keys."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from pipeline.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-#: Buffers that a module computes itself; files of older versions hold them.
+#: Buffers that a module computes itself; files of older versions contain them.
 _COMPUTED = re.compile(
     r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|cos_cached|sin_cached|k_scale|v_scale)$"
     r"|\.(attn|attention|crossattention)\.bias$"
 )
-#: Wrapper that adds a prefix to every key -> the attribute that holds the model inside it.
+#: Prefix that a wrapper adds to every key -> the wrapper's name.
 _WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP"}
 
 
 def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head: bool) -> tuple[str, ...]:
-    """Parameters that no file of the checkpoint gave, in order; the caller says which of them may be so.
+    """Return the parameters that are in no file of the checkpoint, sorted.
+
+    The caller decides which of them may be missing.
 
     Args:
-        info: what `from_pretrained(output_loading_info=True)` returns; transformers has left out
-            tied weights and the buffers that each architecture computes itself.
-        new_head: the head is to be trained, so that the checkpoint may hold another one, which
-            gives way to it where it has another number of classes.
+        info: the result of `from_pretrained(output_loading_info=True)`; transformers leaves out
+            tied weights and buffers that the architecture computes itself.
+        new_head: the head is to be trained; a head of the checkpoint with another number of classes
+            is then replaced.
 
     Raises:
-        ModelError: all keys carry a wrapper's prefix, a shape differs, or the checkpoint holds
-            weights that the configuration has no place for.
+        ModelError: all keys carry a wrapper's prefix, a shape differs, or the checkpoint has
+            weights that do not exist under the configuration.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     _refuse_prefix(name, missing, unexpected)
@@ -60,11 +62,13 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
 
 
 def refuse_more_blocks(name: str, tensors: Sequence[str], num_layers: int) -> None:
-    """Refuse a GGUF file with layers that its own configuration leaves out; transformers drops them without a word.
+    """Refuse a GGUF file with more layers than its own configuration states.
+
+    transformers drops such layers without a warning.
 
     Args:
-        tensors: their names in the file. Blocks that predict more than one token ahead (`nextn`)
-            are no layers.
+        tensors: names of the tensors in the file. Blocks that predict more than one token ahead
+            (`nextn`) are not layers.
 
     Raises:
         ModelError: names the first of them.
@@ -90,10 +94,10 @@ def refuse_missing(model: Any, name: str, missing: Sequence[str], *, new_head: b
     """Refuse a model with parameters that come from no file.
 
     Args:
-        new_head: what stands outside the base model, and its pooler, may be new.
+        new_head: parameters outside the base model, and its pooler, may be new.
 
     Raises:
-        ModelError: names them.
+        ModelError: names the parameters.
     """
     if new_head:
         missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
@@ -118,18 +122,18 @@ def refuse_adapter(
     base: str,
     adapter: str = "default",
 ) -> None:
-    """Refuse an adapter whose file and modules do not match, or that leaves a head of its base without weights.
+    """Refuse an adapter that does not match its base model, or leaves the head without weights.
 
     Args:
         model: the PeftModel.
-        file_keys: of the weights in the adapter's file.
-        loaded: the missing and unexpected keys, as `set_peft_model_state_dict` returns them.
-        missing: parameters of the base that its own checkpoint lacks.
+        file_keys: keys of the weights in the adapter's file.
+        loaded: the missing and unexpected keys, as returned by `set_peft_model_state_dict`.
+        missing: parameters of the base model that its own checkpoint lacks.
 
     Raises:
         ModelError: names the keys.
     """
-    prompts = model.peft_config[adapter].is_prompt_learning  # PEFT puts its `prompt_embeddings` in place itself
+    prompts = model.peft_config[adapter].is_prompt_learning  # PEFT loads `prompt_embeddings` itself
     biases = _biases(model, adapter)
     strangers = [
         key for key in loaded.unexpected_keys if key not in biases and not (prompts and key == "prompt_embeddings")
@@ -143,7 +147,7 @@ def refuse_adapter(
     lost = set(loaded.missing_keys)
     if not prompts:
         own = [key for key, _ in model.named_parameters() if of_adapter.search(key) and key in lost]
-        own += sorted(key for key in biases - set(file_keys) if ".modules_to_save." not in key)  # their second copy
+        own += sorted(key for key in biases - set(file_keys) if ".modules_to_save." not in key)  # a second copy
         if own:
             raise ModelError(
                 f"{name}: the adapter's file lacks {len(own)} of the weights that adapter_config.json describes ({_some(own)}); save the adapter again"
@@ -158,7 +162,11 @@ def refuse_adapter(
 
 
 def _biases(model: Any, adapter: str) -> set[str]:
-    """Biases of the base that an adapter was trained with (`bias` of its configuration), as PEFT writes them: some of them twice."""
+    """Return the keys of the base model's biases in an adapter's file, as PEFT writes them.
+
+    They are there if `bias` of the adapter's configuration is not "none". PEFT writes some of them
+    twice.
+    """
     if getattr(model.peft_config[adapter], "bias", "none") == "none":
         return set()
     from peft.utils import get_peft_model_state_dict
@@ -179,13 +187,13 @@ def _refuse_prefix(name: str, missing: Sequence[str], unexpected: Sequence[str])
 
 
 def _has_no_place(key: str, modules: Collection[str], base: str, new_head: bool) -> bool:
-    """Whether a key belongs to a part that the model has.
+    """Return whether a key is a weight that is missing from a module that the model has.
 
-    Whole parts that it lacks are another task's heads.
+    Keys of modules that the model does not have at all are heads of other tasks.
     """
     if _COMPUTED.search(key):
         return False
-    for path in (key, f"{base}.{key}"):  # a headless checkpoint leaves the base model's name out
+    for path in (key, f"{base}.{key}"):  # a checkpoint without a head has no prefix of the base model
         part = path.rpartition(".")[0]
         while part and part not in modules:
             part = part.rpartition(".")[0]
@@ -195,7 +203,7 @@ def _has_no_place(key: str, modules: Collection[str], base: str, new_head: bool)
 
 
 def _base_name(key: str, adapter: str) -> str:
-    """The base model's name of a weight that stands in a PeftModel."""
+    """Return the name in the base model of a weight of a PeftModel."""
     return (
         key.removeprefix("base_model.model.").replace(f".modules_to_save.{adapter}.", ".").replace(".base_layer.", ".")
     )

@@ -1,4 +1,4 @@
-"""Which task a saved model is for, from its own configuration."""
+"""Detect the task of a saved model from its configuration."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pipeline.tasks import TASKS, Task
 
 
 def detect_task(name: str, *, trust_remote_code: bool = False, base_model: str | None = None) -> Task:
-    """The task whose head a model has: by its architecture, or by what an adapter says of itself, or else by its base.
+    """Return the task that a model's head is for.
+
+    It is found by the architecture; for an adapter by the adapter's task type, or else by its base
+    model.
 
     Args:
-        base_model: of an adapter, in place of what it names.
+        base_model: base model of an adapter, instead of the one that the adapter names.
 
     Raises:
-        ModelError: nothing loadable there, or a head of another kind.
+        ModelError: the model cannot be loaded, or its head is for no known task.
     """
     adapter = adapter_config(name)
     kind = None if adapter is None else adapter.get("task_type")
@@ -29,7 +32,7 @@ def detect_task(name: str, *, trust_remote_code: bool = False, base_model: str |
         config = load_config(base, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]
         tasks = [task for task in TASKS.values() if architecture in _class_names(task.auto_class)]
-        if config.is_encoder_decoder:  # BART stands among the models of masks too
+        if config.is_encoder_decoder:  # BART is registered as a masked language model too
             tasks.sort(key=lambda task: task.label_source != "target")
         stated = [task for task in tasks if task.problem_type == config.problem_type]
         found = next(iter([*stated, *tasks]), None)
@@ -40,7 +43,7 @@ def detect_task(name: str, *, trust_remote_code: bool = False, base_model: str |
 
 
 def _class_names(auto_class: Any) -> set[str]:
-    """By name alone: the classes themselves would import every architecture that transformers has."""
+    """Return class names; resolving the classes would import every architecture of transformers."""
     mapping = auto_class._model_mapping
     named = [entry if isinstance(entry, tuple) else (entry,) for entry in mapping._model_mapping.values()]
     registered = [entry if isinstance(entry, tuple) else (entry,) for entry in mapping._extra_content.values()]

@@ -1,4 +1,4 @@
-"""What in a model's predictions says that something is wrong with it, in a line each."""
+"""Find signs in a model's predictions that it is not trained well, and warn of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from pipeline.records import Predictions, is_known
 
 logger = logging.getLogger(__name__)
 
-#: |confidence - accuracy| from which on it is told, over so many labelled positions at least.
+#: A difference of mean confidence and accuracy above this is reported, for at least this many
+#: labelled positions.
 _GAP, _ENOUGH = 0.2, 30
 
 
 def doubts(predictions: Predictions) -> tuple[str, ...]:
-    """Whether a model is no better than the majority class, and whether its confidence is far from its accuracy.
+    """Return the signs that a classifier is no better than chance, or poorly calibrated.
+
+    With classes: accuracy no better than that of the majority class, or mean confidence far from
+    accuracy. With scores: no correlation with the labels.
 
     Returns:
-        A clause each; nothing where fewer than two classes are among the labels, or too few
-            positions are labelled to say.
+        One clause per sign; none if the labels have fewer than two classes, or too few positions
+        are labelled.
     """
     known = is_known(predictions.labels)
     if predictions.labels.dtype.kind == "f":
@@ -37,7 +41,7 @@ def doubts(predictions: Predictions) -> tuple[str, ...]:
             f"its accuracy of {accuracy:.1%} is no better than that of always predicting the most common class ({majority:.1%})"
         )
     confidence = float(predictions.confidence[known].mean())
-    if counts.sum() >= _ENOUGH and abs(confidence - accuracy) > _GAP:  # False for nan: the confidence is not known
+    if counts.sum() >= _ENOUGH and abs(confidence - accuracy) > _GAP:  # False if the confidence is nan (unknown)
         found.append(
             f"its mean confidence is {confidence:.1%} and its accuracy {accuracy:.1%}: its probabilities are poorly calibrated"
         )
@@ -45,9 +49,9 @@ def doubts(predictions: Predictions) -> tuple[str, ...]:
 
 
 def _doubts_of_scores(predictions: Predictions, known: np.ndarray) -> tuple[str, ...]:
-    """Whether the scores go along with the labels at all.
+    """Return a clause for each output whose scores do not correlate with the labels.
 
-    A scale of their own is none: only ranks may matter.
+    Another scale than that of the labels is no sign, since only ranks may matter.
     """
     count = 1 if predictions.label_names is None else len(predictions.label_names)
     names = predictions.label_names or ("score",)
@@ -68,7 +72,7 @@ def _doubts_of_scores(predictions: Predictions, known: np.ndarray) -> tuple[str,
 
 
 def warn_of_doubts(predictions: Predictions, model: str, split: str) -> tuple[str, ...]:
-    """Warn of each doubt in a line, with the split and the number of labelled positions.
+    """Warn of each sign in one line, with the split and the number of labelled positions.
 
     Returns:
         The lines.

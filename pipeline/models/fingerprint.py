@@ -1,4 +1,4 @@
-"""What identifies a model and a tokenizer: hashes of content, never of paths."""
+"""Identify models and tokenizers by hashes of their content, not by paths."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipeline.records import ModelInfo, TokenizerInfo
 
 
 def model_info(loaded: LoadedModel) -> ModelInfo:
-    """Name, weights and precision of a loaded model.
+    """Return name, hash of the weights and precision of a loaded model.
 
     Raises:
-        ModelError: weights are offloaded, so there is nothing to hash.
+        ModelError: some weights are offloaded, so that they cannot be hashed.
     """
     model: Any = loaded.model
     adapter = hasattr(model, "peft_config")
@@ -49,12 +49,15 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
 
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
-    """Hashes of what makes the token ids, and of the chat template; of an image processor, of what makes the pixel values."""
+    """Return the hash of everything that determines token ids, and that of the chat template.
+
+    For an image processor, the hash is of everything that determines the pixel values.
+    """
     if is_image_processor(tokenizer):
         return processor_info(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    if backend is not None:  # set by each call, and not part of what the tokenizer is
+    if backend is not None:  # set by each call, so not part of the tokenizer's identity
         rules.pop("truncation", None)
         rules.pop("padding", None)
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
@@ -70,7 +73,11 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
 
 
 def public_name(name: str) -> str:
-    """A name that may be shared: hub names and relative paths as they are, of an absolute path only its last part."""
+    """Return a name that reveals no local path.
+
+    Hub names and relative paths are unchanged. An absolute path becomes relative to the working
+    directory, or else its last part.
+    """
     path = Path(name)
     if not path.is_absolute() and ".." not in path.parts:
         return name
@@ -81,7 +88,7 @@ def public_name(name: str) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """The name that a weight has without PEFT around it."""
+    """Return the name of a weight without PEFT's prefixes."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 

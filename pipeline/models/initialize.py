@@ -1,4 +1,4 @@
-"""A student from its teacher: a smaller config with random weights, or chosen layers."""
+"""Make a student from its teacher: a smaller config with random weights, or copied layers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from pipeline.models.vocabulary import (
     with_vocabulary,
 )
 
-#: Part of the name of a weight that the first layer of each list alone may have.
+#: Part of the name of a weight that only the first layer of a list has.
 _OF_FIRST_LAYER = "relative_attention_bias"
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The size of a student with random weights; everything else is scaled from the teacher's config."""
+    """The size of a student with random weights; its other settings are scaled from the teacher."""
 
     num_layers: int
     hidden_size: int
@@ -45,25 +45,26 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class NewStudent:
-    """A student before its first step, and how it compares with its teacher."""
+    """An untrained student, compared with its teacher."""
 
     path: Path
     num_parameters: int
     teacher_parameters: int
-    """0: not known."""
+    """0 if unknown."""
     layers: tuple[int, ...]
-    """Layers of the teacher that were copied, from 0; empty: all weights are random."""
+    """Numbers of the copied teacher layers, from 0; empty: all weights are random."""
     num_layers: int
-    """Of the student."""
+    """Number of layers of the student."""
     teacher_layers: int
     vocabulary: NewVocabulary | None = None
-    """Its own; None: the teacher's."""
+    """The student's own vocabulary; None: the teacher's."""
 
 
 def evenly_spaced(total: int) -> tuple[int, ...]:
-    """A third of so many layers, at least 1: the first, the last where there are several, and as evenly as possible between.
+    """Return a third of the layers, evenly spaced, with the first and the last.
 
-    The first layer reads the embeddings and the last writes what the head reads, so both are kept.
+    At least one layer is returned. The first layer reads the embeddings and the last writes the
+    input of the head, so both are kept.
     """
     count = max(1, round(total / 3))
     return (0,) if count == 1 else tuple(round(i * (total - 1) / (count - 1)) for i in range(count))
@@ -76,13 +77,13 @@ def check_request(
     layers: Sequence[int] | None = None,
     config: Shape | PreTrainedConfig | None = None,
 ) -> Any:
-    """What can be told about a student before its teacher's weights are read, or a tokenizer is trained for it.
+    """Check a student's settings before the teacher's weights are read or a tokenizer is trained.
 
     Returns:
         The teacher's configuration.
 
     Raises:
-        MisuseError, ModelError: as `make_student`.
+        MisuseError, ModelError: as in `make_student`.
     """
     if layers is not None and config is not None:
         raise MisuseError("init_student: give either layers=... or config=...")
@@ -115,24 +116,23 @@ def make_student(
     vocabulary: NewVocabulary | None = None,
     seed: int = 0,
 ) -> NewStudent:
-    """Write a student as an ordinary model directory.
+    """Write a student as a model directory.
 
     Args:
-        teacher: a name, a path or a live model (then with its `tokenizer`).
+        teacher: a hub name, a path, or a model in memory (which needs `tokenizer`).
         layers: numbers of the teacher's layers to copy, from 0; embeddings and head are copied with
-            them. Default, where there is no `config` either: a third of the teacher's, evenly
-            spaced.
-        config: a shape, or a whole config (whose `architectures` names the class), for a student
+            them. Default without `config`: a third of the teacher's layers, evenly spaced.
+        config: a shape, or a complete config (whose `architectures` names the class), for a student
             with random weights.
-        tokenizer: the teacher's, as it is written beside the student. Default: the one beside the
-            teacher.
-        vocabulary: a tokenizer that is written in its place, with embeddings and head of its size.
+        tokenizer: the teacher's tokenizer, which is saved with the student. Default: loaded with
+            the teacher.
+        vocabulary: another tokenizer to save instead; embeddings and head get its size.
 
     Raises:
-        MisuseError: both `layers` and `config`; a layer that the teacher has not; a width that the
-            heads do not divide.
+        MisuseError: both `layers` and `config`; a layer that the teacher does not have; a hidden
+            size that is no multiple of the number of heads.
         ModelError: the teacher cannot be loaded, its layers cannot be found, or its weights cannot
-            take another vocabulary.
+            be converted to another vocabulary.
     """
     base = check_request(teacher, output, layers=layers, config=config)
     total = _num_layers(base)
@@ -167,12 +167,12 @@ def make_student(
         (tokenizer if vocabulary is None else vocabulary.tokenizer).save_pretrained(draft)
         write_start(Path(draft), "random" if layers is None else "layers")
         path.mkdir(exist_ok=True)
-        for name in TOKENIZER_FILES:  # of a student that was there, whose tokenizer had other ones
+        for name in TOKENIZER_FILES:  # left by an earlier student with another tokenizer
             if not Path(draft, name).exists():
                 (path / name).unlink(missing_ok=True)
         for file in sorted(
             Path(draft).iterdir(), key=lambda f: f.name == "config.json"
-        ):  # the file that makes it a model comes last
+        ):  # config.json last: it marks a complete model
             os.replace(file, path / file.name)
     return NewStudent(
         path,
@@ -186,14 +186,14 @@ def make_student(
 
 
 def _num_layers(config: Any) -> int:
-    """Layers of a model; of one of stages all of theirs."""
+    """Return the number of layers of a model, over all stages if it has stages."""
     text = config.get_text_config()
     depths = getattr(text, "depths", None)
     return int(getattr(text, "num_hidden_layers", 0) if depths is None else sum(depths))
 
 
 def _refuse_stages(config: Any, name: str) -> None:
-    """Raise `ModelError` for a model without a list of layers of one width."""
+    """Raise `ModelError` for a model that is not one list of layers of equal width."""
     text = config.get_text_config()
     if getattr(text, "depths", None) is not None or not hasattr(text, "num_hidden_layers"):
         raise ModelError(
@@ -203,7 +203,10 @@ def _refuse_stages(config: Any, name: str) -> None:
 
 
 def _count(config: Any) -> int:
-    """The parameters of a model of this configuration, without its weights; 0 where its class is not one of transformers."""
+    """Return the number of parameters of a configuration, without weights.
+
+    It is 0 if the class is not one of transformers.
+    """
     if not hasattr(transformers, (config.architectures or [""])[0]):
         return 0
     with torch.device("meta"):
@@ -211,10 +214,12 @@ def _count(config: Any) -> int:
 
 
 def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: NewVocabulary | None) -> PreTrainedModel:
-    """A model of the same class with fewer layers, weights copied; embeddings and head of another vocabulary are made of the teacher's.
+    """Return a model of the same class with fewer layers and copied weights.
+
+    With another vocabulary, embeddings and head are computed from the teacher's.
 
     Raises:
-        ModelError: a layer is of another kind than the student has in its place.
+        ModelError: a layer is of another kind than the student's layer in its place.
     """
     total = teacher.config.get_text_config().num_hidden_layers
     config = _resized(teacher.config, list(layers))
@@ -234,7 +239,7 @@ def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: Ne
             if old == int(match[2]):
                 chosen[f"{match[1]}.{new}.{match[3]}"] = tensor
     student: Any = type(teacher)(config)
-    if teacher.config.is_encoder_decoder:  # T5: the first layer of a list alone has the biases of relative positions
+    if teacher.config.is_encoder_decoder:  # T5: only the first layer has relative position biases
         for name in weights.keys() & student.state_dict().keys():
             if _OF_FIRST_LAYER in name:
                 chosen.setdefault(name, weights[name])
@@ -252,10 +257,10 @@ def _copy_layers(teacher: PreTrainedModel, layers: Sequence[int], vocabulary: Ne
 
 
 def _layer_lists(model: PreTrainedModel, total: int) -> list[str]:
-    """The names of the module lists that hold the layers: one, of encoder-decoders one of each.
+    """Return the names of the module lists with the layers: one, or two of an encoder-decoder.
 
     Raises:
-        ModelError: there is none of so many layers, or the decoder has another number of them.
+        ModelError: no list has this number of layers, or encoder and decoder have other numbers.
     """
     if not model.config.is_encoder_decoder:
         return [_layer_list(model, total)]
@@ -275,7 +280,11 @@ def _layer_lists(model: PreTrainedModel, total: int) -> list[str]:
 
 
 def _layer_list(model: nn.Module, total: int) -> str:
-    """The name of the module list that holds the layers."""
+    """Return the name of the module list with the layers.
+
+    Raises:
+        ModelError: no list has this number of layers.
+    """
     found: list[str] = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
     ]
@@ -287,7 +296,7 @@ def _layer_list(model: nn.Module, total: int) -> str:
 
 
 def _resized(config: Any, layers: list[int]) -> PreTrainedConfig:
-    """The config of chosen layers; per-layer settings go with them."""
+    """Return the config for the chosen layers, with the settings that are given per layer."""
     smaller: Any = copy.deepcopy(config)
     text = smaller.get_text_config()
     total = text.num_hidden_layers
@@ -304,7 +313,11 @@ def _resized(config: Any, layers: list[int]) -> PreTrainedConfig:
 
 
 def _scale(config: Any, shape: Shape) -> PreTrainedConfig:
-    """The teacher's config at another size: feed-forward width and key-value heads keep their ratio."""
+    """Return the teacher's config in another size; feed-forward width and KV heads are scaled.
+
+    Raises:
+        MisuseError: a number below 1, or a hidden size that is no multiple of the number of heads.
+    """
     if min(shape.num_layers, shape.hidden_size, shape.num_heads) < 1:
         raise MisuseError(f"--num-layers, --hidden-size, --num-heads: expected at least 1 each, found {shape}")
     if shape.hidden_size % shape.num_heads:

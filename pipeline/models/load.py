@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a hub name, a directory, a PEFT adapter directory or a GGUF file."""
+"""Load a model and its tokenizer from a hub name, a directory, a PEFT adapter or a GGUF file."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in evaluation mode with the tokenizer that stands beside it."""
+    """A model in evaluation mode with its tokenizer."""
 
     model: PreTrainedModel
-    """Or a `peft.PeftModel` around one."""
+    """May be wrapped in a `peft.PeftModel`."""
     tokenizer: PreTrainedTokenizerBase
-    """Of images the image processor: see `models.processors`."""
+    """For a model of images, its image processor: see `models.processors`."""
     name: str
     revision: str | None = None
     quantization: str | None = None
     compiler: str | None = None
     base_model: str | None = None
-    """What `--base-model` named in place of the adapter's own base."""
+    """The `--base-model` that replaced the adapter's own base model."""
     new_weights: tuple[str, ...] = ()
-    """Parameters that no file gave: a new head."""
+    """Parameters that come from no file: those of a new head."""
     use_cache: bool | None = None
-    """The configuration's setting as it came; while the model is loaded it is False. None: left as
-    it is."""
+    """The configuration's original `use_cache`, which is False while the model is loaded; None if
+    it has none."""
     file_dtype: torch.dtype | None = None
-    """The precision that the configuration states for the weights in the files."""
+    """The dtype that the configuration states for the weights in the files."""
 
 
 def load_model(
@@ -74,21 +74,22 @@ def load_model(
     compiler: str | None = None,
     base_model: str | None = None,
 ) -> LoadedModel:
-    """Load weights with the task's head.
+    """Load a model with the head of a task.
 
     Args:
         name: hub name, directory, PEFT adapter (a directory or a hub name), or GGUF file
             (`dir/file.gguf`, `org/name/file.gguf`).
         label_names: names of the classes of a new classification head.
-        new_head: a head that the checkpoint lacks is initialised; otherwise that is an error, for
-            its logits would be noise.
-        trainable: a PEFT adapter is loaded to be trained further.
+        new_head: initialise a head that the checkpoint lacks. Otherwise a missing head is an error,
+            since its logits would be noise.
+        trainable: load a PEFT adapter for further training.
         compiler: backend of `torch.compile` for all but the head.
-        base_model: name or directory of the base of an adapter, in place of what the adapter names.
+        base_model: name or directory of an adapter's base model, instead of the one that the
+            adapter names.
 
     Raises:
-        ModelError: nothing loadable there, or a weight comes from no file, or a weight of a file
-            has no place.
+        ModelError: the model cannot be loaded, or the weights in the files are not those of the
+            model.
         MisuseError: a dtype or a compiler that does not exist.
     """
     adapter, folder = adapter_config(name, revision), adapter_folder(name, revision)
@@ -118,7 +119,7 @@ def load_model(
             config.problem_type = task.problem_type
     options: dict[str, Any] = {"dtype": _dtype(dtype), "config": config, "output_loading_info": True}
     if new_head:
-        options["ignore_mismatched_sizes"] = True  # of the head alone: `missing_weights` refuses others
+        options["ignore_mismatched_sizes"] = True  # for the head only: `missing_weights` refuses others
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if device_map is not None:
@@ -173,7 +174,7 @@ def _stated_dtype(config: Any) -> torch.dtype | None:
 
 @contextmanager
 def as_it_came(loaded: LoadedModel) -> Iterator[None]:
-    """While a model is saved: `use_cache` of its configuration as the files had it."""
+    """Restore the original `use_cache` of the configuration while a model is saved."""
     config = loaded.model.config
     before = getattr(config, "use_cache", None)
     if loaded.use_cache is not None:
@@ -187,10 +188,10 @@ def as_it_came(loaded: LoadedModel) -> Iterator[None]:
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+    """Load the tokenizer of a model.
 
     Raises:
-        ModelError: there is none.
+        ModelError: it cannot be loaded.
     """
     source, kwargs = _locate(name)
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(
@@ -202,10 +203,10 @@ def load_tokenizer(
 def load_processor(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The image processor beside a model, in the place of a tokenizer.
+    """Load the image processor of a model, typed as a tokenizer.
 
     Raises:
-        ModelError: there is none.
+        ModelError: it cannot be loaded.
     """
     source, kwargs = _locate(name)
     found = _from_pretrained(
@@ -215,9 +216,10 @@ def load_processor(
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> None:
-    """Replace a tokenizer's chat template by the Jinja template in a file; None leaves it.
+    """Replace a tokenizer's chat template by the Jinja template in a file; None keeps it.
 
     Raises:
+        MisuseError: the model reads images.
         ModelError: the file cannot be read.
     """
     if file is None:
@@ -231,9 +233,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> N
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
-    """The token to pad with, one that the model has an embedding for.
+    """Return the token id to pad with, for which the model has an embedding.
 
-    Padding is masked, so any does where the tokenizer names none.
+    Padding is masked, so any token can be used if the tokenizer has no padding token.
     """
     if is_image_processor(tokenizer):
         return 0
@@ -245,10 +247,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
 
 
 def check_isolation(model: Any, tokenization: Tokenization) -> None:
-    """Refuse an attention that would cross the documents of packed rows.
+    """Refuse an attention implementation that crosses the documents of packed rows.
 
     Raises:
-        MisuseError: flash attention, which `transformers` isolates in batches of one row only.
+        MisuseError: flash attention, with which `transformers` isolates documents only in batches
+            of one row.
     """
     if tokenization.isolate_documents and "flash" in str(getattr(model.config, "_attn_implementation", "")):
         raise MisuseError(
@@ -257,16 +260,18 @@ def check_isolation(model: Any, tokenization: Tokenization) -> None:
 
 
 def choose_max_length(task: Task, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
-    """The longest row in tokens: what was asked for, or the task's default within what the model takes.
+    """Return the longest row in tokens: the requested length, or the task's default.
+
+    The default is limited to what the model accepts.
 
     Raises:
-        MisuseError: more was asked for than the model takes.
+        MisuseError: the requested length is more than the model accepts.
     """
     return length_within(task, loaded.name, longest_input(loaded.model, tokenizer), asked)
 
 
 def length_within(task: Task, name: str, longest: int, asked: int | None) -> int:
-    """`choose_max_length` of a model that takes so many tokens."""
+    """Return `choose_max_length` for a model that accepts `longest` tokens."""
     if asked is not None and task.reads == "images":
         raise MisuseError(f"--max-length {asked}: is for texts; --task {task.name} reads images; leave it out")
     if asked is None:
@@ -277,17 +282,17 @@ def length_within(task: Task, name: str, longest: int, asked: int | None) -> int
 
 
 def class_names(model: Any) -> tuple[str, ...]:
-    """The names of the classes of a model's head, in order."""
+    """Return the class names of a model's head, in order."""
     return tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest row in tokens that the model has positions for."""
+    """Return the largest number of tokens that a model accepts."""
     return longest_of(model.config, tokenizer)
 
 
 def longest_of(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`longest_input` of a model whose weights are not loaded."""
+    """Return `longest_input` from a model's configuration."""
     if is_image_processor(tokenizer):
         return 1
     config = model_config.get_text_config()
@@ -298,7 +303,11 @@ def longest_of(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes for a name: its first argument, and `gguf_file` where it is one."""
+    """Return the first argument of `from_pretrained` for a name, and `gguf_file` for a GGUF file.
+
+    Raises:
+        ModelError: a local path that does not exist or is a cache of soft labels.
+    """
     if name.startswith("~"):
         name = str(Path(name).expanduser())
     if name.endswith(".gguf"):
@@ -316,17 +325,20 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, without its weights.
+    """Load the configuration of a model, without its weights.
 
     Raises:
-        ModelError: there is none.
+        ModelError: it cannot be loaded.
     """
     source, kwargs = _locate(name)
     return _from_pretrained(AutoConfig, source, name, revision=revision, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def _compile(model: Any, backend: str) -> None:
-    """Compile the body, whose shapes are those of the batch; the head is left alone, since it runs on any number of positions."""
+    """Compile a model's body with dynamic shapes, but not the head.
+
+    The head is called with any number of positions.
+    """
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise MisuseError(f"--torch-compile {backend}: expected one of {', '.join(torch.compiler.list_backends())}")
     body = model.get_base_model().base_model if hasattr(model, "peft_config") else model.base_model
@@ -356,7 +368,7 @@ def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> 
     try:
         return auto_class.from_pretrained(source, **kwargs)
     except Exception as error:
-        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:  # as the library tokenizers raises it
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:  # from the library tokenizers
             raise
         missing = missing_path(name)
         if missing is not None:

@@ -1,4 +1,8 @@
-"""What a model says of a text: the classes that it finds likely, of all of it or of each word, or how it goes on. A student can be tried with it from the shell."""
+"""Run `softlabel predict`: try a model on texts or images from the command line.
+
+The result depends on the model's task: class probabilities of a text or of each of its words, a
+continuation, an answer, or scores.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ from pipeline.tasks.answers.question_answering import encode_windows, of_text
 
 logger = logging.getLogger(__name__)
 
-#: Tokens looked at for each one that is shown: several may have the same text.
+#: Candidate tokens per token that is shown, since several tokens may have the same text.
 _CANDIDATES = 4
 
 
 def run(config: PredictConfig) -> Iterator[TextPrediction]:
-    """`softlabel predict`: each text of the command line, the file or standard input, in order."""
+    """Run `softlabel predict` on the texts of the command line, a file or standard input."""
     given = config.text or config.image
     texts = _checked(given, "--text" if config.text else "--image") if given else _read(config.input)
     task = detect_task(config.model, trust_remote_code=config.trust_remote_code, base_model=config.base_model)
@@ -79,7 +83,7 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
 
 
 def write_targets(loaded: LoadedModel, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
-    """What an encoder-decoder makes of B texts, greedily.
+    """Return the texts that an encoder-decoder generates for B texts, with greedy decoding.
 
     Args:
         inputs: `input_ids` and `attention_mask`, (B, S) each.
@@ -92,7 +96,9 @@ def write_targets(loaded: LoadedModel, inputs: Mapping[str, Tensor], max_new_tok
 
 
 def fill_masks(loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int) -> Iterator[TextPrediction]:
-    """The likeliest tokens in place of the mask token of each text; of several mask tokens the likeliest of each.
+    """Predict the most likely tokens for the mask token of each text.
+
+    For a text with several mask tokens, only the most likely token of each is given.
 
     Raises:
         SourceError: a text without a mask token within `max_length` tokens.
@@ -121,7 +127,10 @@ def fill_masks(loaded: LoadedModel, texts: Sequence[str], *, max_length: int, to
 
 
 def _by_name(tokenizer: Any, found: tuple[list[int], list[float]], top: int) -> dict[str, float]:
-    """The probabilities of the likeliest tokens by their text; of tokens that differ in spaces only (`the`, ` the`) the likelier one."""
+    """Return the probabilities of the most likely tokens by their text.
+
+    Of tokens that differ only in spaces (`the`, ` the`), the more likely one is kept.
+    """
     names: dict[str, float] = {}
     for i, share in zip(*found, strict=True):
         names.setdefault(str(tokenizer.decode([i])).strip(), share)
@@ -131,10 +140,10 @@ def _by_name(tokenizer: Any, found: tuple[list[int], list[float]], top: int) -> 
 def give_scores(
     task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, batch_size: int
 ) -> Iterator[TextPrediction]:
-    """The scores of each text, by the names of the outputs.
+    """Predict the scores of each text, by the names of the outputs.
 
     Args:
-        max_length: tokens; longer texts are cut.
+        max_length: tokens; longer texts are truncated.
 
     Raises:
         ModelError: the model gives no scores.
@@ -151,12 +160,12 @@ def give_scores(
 
 
 def _probabilities(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -> Tensor:
-    """(N, V) at all positions of the rows."""
+    """Return (N, V) probabilities at all positions of the rows."""
     return torch.softmax(_logits(task, loaded, rows), -1)
 
 
 def _logits(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -> Tensor:
-    """(N, V) float32 at all positions of the rows."""
+    """Return (N, V) float32 logits at all positions of the rows."""
     model: Any = loaded.model
     if task.reads != "images":
         check_ids(embedding_rows(model), rows, loaded.tokenizer, loaded.name)
@@ -169,22 +178,24 @@ def _logits(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample]) -
 def classify(
     task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, top: int, batch_size: int
 ) -> Iterator[TextPrediction]:
-    """The `top` most likely labels of each text with their probabilities, as an evaluation computes them; of several labels at once each has its own.
+    """Predict the `top` most likely labels of each text with their probabilities.
+
+    With several labels per text (multi-label), each label has its own probability.
 
     Args:
-        max_length: tokens; longer texts are cut.
+        max_length: tokens; longer texts are truncated.
 
     Raises:
-        ModelError: the model does not choose one of several labels.
+        ModelError: the model is no classifier of texts.
     """
-    task.num_classes(loaded.model, loaded.tokenizer)  # it has labels to choose from
+    task.num_classes(loaded.model, loaded.tokenizer)  # raises ModelError if it has no labels
     names = class_names(loaded.model)
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
         examples = [Example(source_row=i, text=text) for i, text in enumerate(chunk)]
         rows = task.tokenize(examples, "", loaded.tokenizer, Tokenization(max_length))
         shares = _probabilities(task, loaded, [row for row in rows if isinstance(row, TokenizedExample)])
-        if task.names == "positions":  # of each label by itself, that the text has it
+        if task.names == "positions":  # the probability that the text has each label
             shares = shares[:, 1].view(len(chunk), len(names))
         found = shares.topk(min(top, len(names)))
         for text, values, ids in zip(chunk, found.values.tolist(), found.indices.tolist(), strict=True):
@@ -194,7 +205,7 @@ def classify(
 def choose(
     task: Task, loaded: LoadedModel, texts: Sequence[str], choices: Sequence[str], *, max_length: int, top: int
 ) -> Iterator[TextPrediction]:
-    """The likeliest of the same choices for each text, and their probabilities.
+    """Predict the most likely of the given choices for each text, with their probabilities.
 
     Raises:
         SourceError: a text or a choice without tokens.
@@ -212,12 +223,14 @@ def choose(
 def answer(
     task: Task, loaded: LoadedModel, question: str, context: str, *, max_length: int, top: int
 ) -> TextPrediction:
-    """The likeliest answers that stand in a text, and the probability of each, the product of those of its two ends; "" is no answer.
+    """Find the most likely answers to a question in a text, with their probabilities.
 
-    Windows of a long text are asked one by one, and the likeliest answers of all count.
+    The probability of an answer is the product of those of its start and end; "" is no answer.
+    Windows of a long text are evaluated one by one, and the most likely answers of all are
+    returned.
 
     Raises:
-        SourceError: a question that leaves no room for the text.
+        SourceError: the question leaves no room for the text.
     """
     settings = Tokenization(max_length)
     encoded = encode_windows(question, context, loaded.tokenizer, settings)
@@ -231,7 +244,7 @@ def answer(
         places, offsets = of_text(encoded, number), encoded["offset_mapping"][number]
         inside = torch.zeros(len(row.input_ids), dtype=torch.bool)
         inside[places] = True
-        outside = pairs[~inside][:, ~inside].sum()  # no answer: the CLS token, or places that are not of the text
+        outside = pairs[~inside][:, ~inside].sum()  # no answer: the CLS token, or other places outside the text
         found[""] = max(found.get("", 0.0), float(outside))
         of_answers = pairs * inside[:, None] * inside[None]
         best = of_answers.flatten().topk(min(4 * top, of_answers.numel()))
@@ -247,11 +260,11 @@ def answer(
 def classify_images(
     task: Task, loaded: LoadedModel, files: Sequence[str], *, top: int, batch_size: int
 ) -> Iterator[TextPrediction]:
-    """The most likely labels of the image in each file and their probabilities, as an evaluation computes them.
+    """Predict the most likely labels of the image in each file, with their probabilities.
 
     Raises:
-        ModelError: the model does not choose one of several labels.
-        SourceError: a file that cannot be read as an image.
+        ModelError: the model is no image classifier.
+        SourceError: a file cannot be read as an image.
     """
     task.num_classes(loaded.model, loaded.tokenizer)
     names = class_names(loaded.model)
@@ -278,14 +291,13 @@ def _read_image(file: str) -> Image:
 def label_words(
     task: Task, loaded: LoadedModel, texts: Sequence[str], *, max_length: int, batch_size: int
 ) -> Iterator[TextPrediction]:
-    """The most likely label of each word of each text with its probability, as an evaluation computes them.
+    """Predict the most likely label of each word of each text, with its probability.
 
     Args:
-        max_length: tokens; the words of longer texts that are beyond have no prediction, and a
-            warning says how many they are.
+        max_length: tokens; words beyond them have no prediction, and a warning counts the texts.
 
     Raises:
-        ModelError: the model does not choose one of several labels.
+        ModelError: the model is no token classifier.
         SourceError: a text without a word that can be read.
     """
     task.num_classes(loaded.model, loaded.tokenizer)
@@ -316,10 +328,10 @@ def label_words(
 
 
 def continue_text(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:
-    """What a language model adds to a text, greedily.
+    """Return the continuation of a text by a language model, with greedy decoding.
 
     Raises:
-        MisuseError: text and new tokens together are longer than the model takes.
+        MisuseError: text and new tokens together are longer than the model accepts.
     """
     model: Any = loaded.model
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -341,11 +353,11 @@ def continue_text(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:
 
 
 def _read(file: str | None) -> Sequence[str]:
-    """A text a line, from a file or standard input.
+    """Read one text per line from a file or standard input.
 
     Raises:
-        SourceError: no such file, not UTF-8, or an empty line.
-        MisuseError: standard input is a terminal, on which nobody knows that a text is expected.
+        SourceError: the file cannot be read, is not UTF-8, or has an empty line.
+        MisuseError: standard input is a terminal, so that the command would wait without a prompt.
     """
     if file is None and sys.stdin.isatty():
         raise MisuseError("missing a text; give --text, --input FILE, or a text a line on standard input")
@@ -366,7 +378,7 @@ def _read(file: str | None) -> Sequence[str]:
 
 
 def _checked(texts: Sequence[str], where: str) -> Sequence[str]:
-    """Refuse what says nothing: a model would answer all the same.
+    """Refuse empty texts, for which a model would give a prediction too.
 
     Raises:
         SourceError: no text, or an empty one.

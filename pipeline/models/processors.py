@@ -1,7 +1,7 @@
-"""What makes pixel values of images: a model's image processor, in the form that Pillow computes.
+"""Image processors, which turn images into pixel values.
 
-It stands wherever a tokenizer does for texts (`LoadedModel.tokenizer`, `Cache.tokenizer`), as
-`processing_class` of `transformers.Trainer` is either.
+An image processor takes the place of the tokenizer (`LoadedModel.tokenizer`, `Cache.tokenizer`),
+just as `processing_class` of `transformers.Trainer` is either. It always uses the Pillow backend.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedToken
 from pipeline.records import Image, TokenizedExample, TokenizerInfo
 from pipeline.tasks import Task
 
-#: The file that says how images become pixel values.
+#: The file with the settings of an image processor.
 SETTINGS = "preprocessor_config.json"
-#: Of the forms that a processor has, torchvision's and Pillow's, which differ in how they resize:
-#: the pixels of a cache are the same on every machine.
+#: The backend. The torchvision and Pillow backends resize differently; with a fixed one, the pixels
+#: of a cache are the same on every machine.
 FORM: dict[str, Any] = {"backend": "pil"}
 
 
 def is_image_processor(processor: Any) -> bool:
-    """Whether it makes pixel values, and no tokens."""
+    """Return whether a processor is an image processor, and not a tokenizer."""
     return isinstance(processor, BaseImageProcessor)
 
 
 def in_place_of_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
-    """An image processor, in the form that Pillow computes, where records name a tokenizer."""
+    """Return an image processor with the Pillow backend, typed as a tokenizer."""
     if getattr(processor, "backend", "pil") != "pil":
         with tempfile.TemporaryDirectory() as folder:
             processor.save_pretrained(folder)
@@ -42,15 +42,15 @@ def in_place_of_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
 
 
 def plain_row(processor: Any) -> TokenizedExample:
-    """A row of `plain_image`."""
+    """Return a row with `plain_image`."""
     return TokenizedExample(0, 0, np.zeros(0, dtype=np.int32), image=plain_image(processor))
 
 
 def check_images(task: Task, model: Any, processor: Any) -> None:
-    """Let a model read an image of one colour.
+    """Run a model on an image of one colour.
 
     Raises:
-        ModelError: it does not take what its image processor makes.
+        ModelError: the model does not accept the output of its image processor.
     """
     task.num_classes(model, processor)
     inputs, _ = task.collate([plain_row(processor)], 0, processor=processor)
@@ -59,14 +59,14 @@ def check_images(task: Task, model: Any, processor: Any) -> None:
 
 
 def processor_info(processor: Any) -> TokenizerInfo:
-    """The hash of all settings that are set, which decide the pixel values; no vocabulary."""
+    """Return the hash of all settings of an image processor, which determine the pixel values."""
     settings = {name: value for name, value in json.loads(processor.to_json_string()).items() if value is not None}
     content = json.dumps(settings, sort_keys=True)
     return TokenizerInfo(hashlib.sha256(content.encode()).hexdigest(), None, 0, {})
 
 
 def load_cached_processor(folder: Path) -> PreTrainedTokenizerBase:
-    """The image processor in a directory, without code of its own."""
+    """Load the image processor in a directory, without remote code."""
     return cast(
         PreTrainedTokenizerBase,
         AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **FORM),
@@ -74,7 +74,7 @@ def load_cached_processor(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def plain_image(processor: Any) -> Image:
-    """An image of one colour, of the size that the processor makes."""
+    """Return an image of one colour, in the size that the processor outputs."""
     import PIL.Image
 
     height, width = image_size(processor) or (224, 224)
@@ -84,7 +84,7 @@ def plain_image(processor: Any) -> Image:
 
 
 def image_size(processor: Any) -> tuple[int, int] | None:
-    """Height and width of the pixel values, where all images have the same."""
+    """Return height and width of the pixel values, or None if they depend on the image."""
     size: Any = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = size or getattr(processor, "size", None)
     if isinstance(size, int):

@@ -1,4 +1,4 @@
-"""Other libraries' logs and progress bars."""
+"""Verbosity and progress bars of other libraries."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pipeline.verbosity import level
 
 
 def quiet_libraries() -> None:
-    """Hide the libraries' bars, which would mix with ours, and their reports; errors still show.
+    """Hide the progress bars and logs of transformers and datasets, except errors.
 
-    With `--verbose` their information is shown. TRANSFORMERS_VERBOSITY and DATASETS_VERBOSITY name
-    one library each, and win.
+    With `--verbose` their INFO logs are shown. TRANSFORMERS_VERBOSITY and DATASETS_VERBOSITY take
+    precedence for their library.
     """
     import datasets
     import transformers

@@ -1,4 +1,4 @@
-"""What a directory that a command writes a model to holds already."""
+"""Files of saved models: find, remove and convert them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ _OF_A_MODEL = ("adapter_*", "model*.safetensors*", "pytorch_model*", "config.jso
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints that a run has left, whole or torn, in no order."""
+    """Return the checkpoints that a run has left, complete or not, in no order."""
     return [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
 def model_files(output: Path) -> list[Path]:
-    """The weights and the configuration of a model at the top of a directory."""
+    """Return the files of weights and configuration at the top of a directory."""
     return [path for pattern in _OF_A_MODEL for path in output.glob(pattern)]
 
 
 def trained_length(name: str) -> int | None:
-    """Tokens of the longest row that a model of ours was trained on, where its directory says so; None elsewhere."""
+    """Return the tokens of the longest row that a model was trained on, or None if unknown.
+
+    The directories of students and teachers that this package trained record it.
+    """
     for file in ("distillation.json", "metrics.json"):  # of a student, of a teacher
         try:
             found = json.loads((Path(name).expanduser() / file).read_text(encoding="utf-8"))
@@ -39,7 +42,10 @@ def trained_length(name: str) -> int | None:
 
 
 def round_weights(model: Any, dtype: torch.dtype) -> None:
-    """Round the parameters of a model to another precision, in the one that they have: what a file of it will hold."""
+    """Round the parameters to another dtype in place, keeping their own dtype.
+
+    The model then computes what a file in the other dtype will give.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -47,7 +53,7 @@ def round_weights(model: Any, dtype: torch.dtype) -> None:
 
 
 def cast_weights(folder: Path, dtype: torch.dtype) -> None:
-    """Write the weights of a saved model again in another precision, and say so in its configuration."""
+    """Convert the weights of a saved model to another dtype, and record it in the configuration."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         return

@@ -1,4 +1,4 @@
-"""What a model's logits say of its own prediction and of the truth."""
+"""Score a model's logits: prediction, confidence and negative log-likelihood of the labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """(N,) each."""
+    """Prediction, its probability and the label's negative log-likelihood in nats, (N,) each."""
 
     predicted: np.ndarray
     confidence: np.ndarray
@@ -22,7 +22,11 @@ class Scores:
 
 
 def score_of(task: Task, logits: Tensor, labels: Tensor) -> Scores:
-    """`score`; of a task whose targets are numbers these, nan, and their squared errors (nan where there is no label)."""
+    """Return the `score` of a task's logits.
+
+    For a task whose targets are scores, return the predicted scores, nan, and the squared errors
+    (nan where there is no label).
+    """
     if task.target != "score":
         return score(logits, labels)
     found = logits[:, 0].float()
@@ -31,7 +35,12 @@ def score_of(task: Task, logits: Tensor, labels: Tensor) -> Scores:
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:
-    """(N, V) logits, (N,) labels -> argmax, its probability, and the negative log-likelihood of the label (nan where there is none)."""
+    """Score (N, V) logits against (N,) labels.
+
+    Returns:
+        The argmax, its probability, and the negative log-likelihood of the label (nan where there
+        is none).
+    """
     logprobs = torch.log_softmax(logits.float(), -1)
     best, predicted = logprobs.max(-1)
     nll = -logprobs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""How a student begins: random weights, layers of its teacher, pretrained weights, or an adapter."""
+"""A student's initial weights: random, layers of its teacher, pretrained, or an adapter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import nn
 
 Start = Literal["random", "layers", "pretrained", "adapter"]
 
-#: Written by `init-student` beside the weights.
+#: The file that `init-student` writes next to the weights.
 START = "student-start.json"
 
 
 def write_start(folder: Path, start: Start) -> None:
-    """Keep how a new student begins."""
+    """Record the initial weights of a new student in its directory."""
     (folder / START).write_text(json.dumps({"start": start}) + "\n", encoding="utf-8")
 
 
 def start_of(model: nn.Module, name: str) -> Start:
-    """How a student begins: as `init-student` has written it, else as its weights tell.
+    """Return the kind of a student's initial weights, as `init-student` recorded it.
+
+    Without a record, it is inferred from the weights.
 
     Args:
         name: its directory, or a hub name.
@@ -37,7 +39,7 @@ def start_of(model: nn.Module, name: str) -> Start:
 
 
 def _untrained(model: nn.Module) -> bool:
-    """Whether every normalisation layer still has the weights that it is made with: one value, and biases of zero."""
+    """Return whether every normalisation layer has its initial weights: one value, zero biases."""
     norms: list[Any] = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     scales = [norm.weight for norm in norms if getattr(norm, "weight", None) is not None]
     shifts = [norm.bias for norm in norms if getattr(norm, "bias", None) is not None]

@@ -1,4 +1,4 @@
-"""A student's model for another tokenizer than its teacher's: token ids of its configuration, rows of embeddings and head."""
+"""Convert a model to another tokenizer: special token ids, and rows of embedding and head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pipeline.errors import MisuseError, ModelError
 from pipeline.records import Ragged
 
-#: What tokenizers write beside a model.
+#: The files that tokenizers save in a model's directory.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -33,38 +33,38 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class NewVocabulary:
-    """A tokenizer that is not the teacher's, and what its tokens have from the teacher."""
+    """A tokenizer that is not the teacher's, and the relation of its tokens to the teacher's."""
 
     tokenizer: PreTrainedTokenizerBase
     counterpart: Callable[[int], int | None]
-    """Of a special token of the teacher: the one of the student; None: there is none."""
+    """Maps a special token of the teacher to the student's; None: it has none."""
     sources: Ragged | None = None
-    """Of each token: the teacher's tokens whose rows its own row is the mean of; none: the mean of
-    all rows. None: not needed, since all weights are random."""
+    """For each token, the teacher's tokens whose rows are averaged for its own row; without any,
+    the mean of all rows is used. None: not needed, since all weights are random."""
     num_copied: int = 0
-    """Tokens that the teacher has too."""
+    """Number of tokens that the teacher has too."""
 
     @property
     def size(self) -> int:
-        """Rows of its embedding: the largest id and one."""
+        """Rows of the embedding: the largest id + 1, at least the tokenizer's length."""
         return max(len(self.tokenizer), 1 + max(self.tokenizer.get_vocab().values()))
 
     @property
     def num_unknown(self) -> int:
-        """Tokens of which the teacher has no part."""
+        """Number of tokens for which no token of the teacher can be used."""
         return 0 if self.sources is None else self.size - int(np.count_nonzero(self.sources.counts))
 
     @property
     def num_averaged(self) -> int:
-        """Tokens whose parts the teacher has."""
+        """Number of tokens whose row is a mean over the teacher's tokens."""
         return 0 if self.sources is None else self.size - self.num_copied - self.num_unknown
 
 
 def with_vocabulary(config: Any, vocabulary: NewVocabulary) -> PreTrainedConfig:
-    """A copy of a configuration with the size of the vocabulary and its special tokens.
+    """Return a copy of a configuration with the new vocabulary's size and special tokens.
 
-    Ids that the configuration names (BOS, EOS, padding and others) become those of the
-    counterparts; one that has none becomes that of the same role, or none.
+    Ids in the configuration (BOS, EOS, padding and others) become those of their counterparts. An
+    id without a counterpart becomes that of the same role in the new tokenizer, or None.
     """
     changed: Any = copy.deepcopy(config)
     text = changed.get_text_config()
@@ -80,7 +80,7 @@ def with_vocabulary(config: Any, vocabulary: NewVocabulary) -> PreTrainedConfig:
 def _translated(name: str, value: Any, vocabulary: NewVocabulary) -> Any:
     if value is None:
         return None
-    ids = [i for i in (value if isinstance(value, list) else [value]) if i >= 0]  # -1: none, in older configurations
+    ids = [i for i in (value if isinstance(value, list) else [value]) if i >= 0]  # -1: none, in old configurations
     known = list(dict.fromkeys(found for i in ids if (found := vocabulary.counterpart(i)) is not None))
     if not known:
         return getattr(vocabulary.tokenizer, name, None)
@@ -88,10 +88,10 @@ def _translated(name: str, value: Any, vocabulary: NewVocabulary) -> Any:
 
 
 def check_vocabulary(config: Any, vocabulary: NewVocabulary | None) -> None:
-    """Refuse a whole configuration that has no room for the tokens.
+    """Refuse a complete configuration whose vocabulary is too small for the tokenizer.
 
     Raises:
-        MisuseError: it has not.
+        MisuseError: it is too small.
     """
     found = int(config.get_text_config().vocab_size)
     if vocabulary is not None and found < vocabulary.size:
@@ -101,20 +101,20 @@ def check_vocabulary(config: Any, vocabulary: NewVocabulary | None) -> None:
 
 
 def rows_of_vocabulary(teacher: PreTrainedModel, vocabulary: NewVocabulary, config: Any) -> dict[str, Tensor]:
-    """Embedding and head of a vocabulary, by their names in the teacher's state; weights that are tied come under each name.
+    """Return embedding and head of a new vocabulary, by their names in the teacher's state dict.
 
-    A token that the teacher has too keeps its row. Another one begins with the mean of the rows of
-    the teacher's tokens that its bytes are made of. That is a heuristic: it is close enough to
-    begin from, and no more (Gee et al. 2022, "Fast Vocabulary Transfer for Language Model
-    Compression").
+    Tied weights are returned under each name. A token that the teacher has too keeps its row.
+    Another token starts with the mean of the rows of the teacher's tokens that its bytes consist
+    of. This heuristic gives a starting point for training only (Gee et al. 2022, "Fast Vocabulary
+    Transfer for Language Model Compression").
 
-    Positions that are counted from the padding's id on (RoBERTa) are moved with it.
+    Position embeddings that are counted from the padding id (RoBERTa) are shifted with it.
 
     Args:
-        config: of the student, by `with_vocabulary`.
+        config: the student's configuration, from `with_vocabulary`.
 
     Returns:
-        Name -> (size, D), or (size,) of a bias, in the dtype of the teacher.
+        Name -> (size, D), or (size,) for a bias, in the teacher's dtype.
     """
     embedding: Any = teacher.get_input_embeddings()
     head: Any = teacher.get_output_embeddings()
@@ -141,7 +141,7 @@ def _mean_rows(weight: Tensor, vocabulary: NewVocabulary) -> Tensor:
     sources = vocabulary.sources
     assert sources is not None
     owners = np.repeat(np.arange(len(sources.counts)), sources.counts)
-    known = sources.values < len(weight)  # a tokenizer may have tokens that its model has no rows for
+    known = sources.values < len(weight)  # a tokenizer may have more tokens than its model has rows
     owner, value = (torch.from_numpy(a[known].astype(np.int64)).to(weight.device) for a in (owners, sources.values))
     rows = weight.float()
     total = torch.zeros((vocabulary.size, *rows.shape[1:]), device=weight.device).index_add_(0, owner, rows[value])
@@ -152,7 +152,7 @@ def _mean_rows(weight: Tensor, vocabulary: NewVocabulary) -> Tensor:
 
 
 def check_shapes(student: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Refuse an architecture whose other weights depend on the vocabulary too.
+    """Refuse an architecture with more weights that depend on the size of the vocabulary.
 
     Raises:
         ModelError: names one of them.

@@ -1,1 +1,1 @@
-"""`--dry-run` of the commands whose work begins in a model: what they would read and write."""
+"""The `--dry-run` of commands that load a model: what they would read and write."""

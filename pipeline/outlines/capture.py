@@ -1,4 +1,4 @@
-"""`softlabel cache-logits --dry-run`: what a capture would read and write, and about how long it would take."""
+"""`softlabel cache-logits --dry-run`: what a capture would read and write, and its duration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ _PASSES = 3
 
 
 def outline(config: CacheLogitsConfig) -> Outline:
-    """What the capture would do, after every check that comes before its first batch.
-
-    Writes nothing.
+    """Describe a capture after all checks that come before its first batch; write nothing.
 
     Raises:
-        PipelineError: as `run` raises it.
+        PipelineError: as in `run`.
     """
     check_engine(config)
     job = prepare(config, dry_run=True)
@@ -74,7 +72,7 @@ def _outline(config: CacheLogitsConfig, job: Job) -> Outline:
 
 
 def _time(job: Job, rows: int) -> Outline:
-    """From one batch of rows of the source, run a few times: the first pass warms up."""
+    """Estimate the duration from one batch that is run a few times; the first run warms up."""
     examples, source_rows = sample_rows(job)
     if not examples:
         return ()

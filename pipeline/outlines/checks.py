@@ -1,4 +1,4 @@
-"""`--dry-run` of verify, audit and report: what they would read, and what they leave."""
+"""The `--dry-run` of verify, audit and report: what they would read and write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.training.student import load_student
 
 
 def outline_verify(config: VerifyConfig) -> Outline:
-    """What `verify` would read.
+    """Describe what `verify` would read.
 
     Raises:
         CacheError: there is no finished cache.
@@ -34,10 +34,10 @@ def outline_verify(config: VerifyConfig) -> Outline:
 
 
 def outline_audit(config: AuditConfig) -> Outline:
-    """What `audit` would do; the teacher is loaded, and is the one that the manifest names.
+    """Describe an audit, after loading the teacher and comparing it with the manifest.
 
     Raises:
-        PipelineError: as `run` raises it.
+        PipelineError: as in `run`.
     """
     cache, teacher = open_both(config)
     contract = cache.manifest.contract
@@ -56,12 +56,12 @@ def outline_audit(config: AuditConfig) -> Outline:
 
 
 def outline_report(config: ReportConfig) -> Outline:
-    """What `report` would do; each student is loaded, and fits.
+    """Describe a report, after loading each student and checking that it fits.
 
     The labels and the teacher's predictions are read.
 
     Raises:
-        PipelineError: as `report` raises it.
+        PipelineError: as in `report`.
     """
     check_new(Path(config.output), overwrite=config.overwrite)
     require_matplotlib()

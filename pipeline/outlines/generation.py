@@ -12,15 +12,15 @@ from pipeline.generation.run import GENERATION, show_first
 from pipeline.generation.shard import read_prompts
 from pipeline.records import Outline
 
-#: Rows whose prompts are tokenized for the figures.
+#: Number of rows whose prompts are tokenized for the estimates.
 _SAMPLE = 64
 
 
 def outline(config: GenerateConfig) -> Outline:
-    """What the run would do, after every check that comes before its first batch. Writes nothing.
+    """Describe a run after all checks that come before its first batch; write nothing.
 
     Raises:
-        PipelineError: as `run` raises it.
+        PipelineError: as in `run`.
     """
     check_engine(config)
     job = prepare(config, dry_run=True)

@@ -1,4 +1,4 @@
-"""`--dry-run` of train-student and train-teacher: everything up to the first step is done, and described in its place."""
+"""`--dry-run` of train-student and train-teacher: prepare a run, and describe it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pipeline.training.trainer import DistillationTrainer
 
 
 def outline_student(config: TrainStudentConfig) -> Outline:
-    """What `train-student` would do. Writes nothing.
+    """Describe what `train-student` would do; write nothing.
 
     Raises:
-        PipelineError: as `run` raises it.
+        PipelineError: as in `run`.
     """
     found = _until_the_first_step(config, partial(student.run, _without_push(config)))
     return (("splits", ", ".join(config.split)), *found)
 
 
 def outline_teacher(config: TrainTeacherConfig) -> Outline:
-    """What `train-teacher` would do; the rows to learn from are read and tokenized. Writes nothing.
+    """Describe what `train-teacher` would do, after reading the training rows; write nothing.
 
     Raises:
-        PipelineError: as `run` raises it.
+        PipelineError: as in `run`.
     """
     return _until_the_first_step(config, partial(teacher.run, _without_push(config)))
 
@@ -47,7 +47,7 @@ def _until_the_first_step(config: TrainStudentConfig | TrainTeacherConfig, run: 
 
 
 class _StoppedError(Exception):
-    """Raised in the place of the first step."""
+    """Raised instead of the first step, with the description of the run."""
 
     def __init__(self, lines: Outline) -> None:
         super().__init__()
@@ -105,5 +105,5 @@ def _plain(value: Any) -> str:
 
 
 def _without_push(config: Any) -> Any:
-    """Trainer would make the repository at once."""
+    """Disable `push_to_hub`: Trainer would create the repository on construction."""
     return dataclasses.replace(config, training={**config.training, "push_to_hub": False})

@@ -274,7 +274,7 @@ class Client:
             if is_over:
                 raise ServerError(
                     self._redacted(
-                        f"{fault.said}; given up after {self.patience:g} s (--server-patience); what is finished stays: start the server and run the same command again"
+                        f"{fault.said}; given up after {self.patience:g} s (--server-patience); finished work is kept: start the server and run the same command again"
                     )
                 )
             self._pause(pause)
@@ -325,7 +325,7 @@ class Client:
         if fault.final is not None:
             raise ServerError(
                 self._redacted(
-                    f"{fault.said}; does it run with the settings that it had? What is finished stays: start it with them and run the same command again"
+                    f"{fault.said}; have the server's settings changed? Finished work is kept: start it with the earlier ones and run the same command again"
                 )
             )
         self._failed(server, fault)

@@ -74,7 +74,7 @@ def _describe(client: Client, url: str, api: Api | None, model: str | None) -> D
     found = api or _api(owner, info)
     if found is None:
         raise ServerError(
-            f"{url}: expected vLLM or SGLang, found {str(entry.get('owned_by') or 'another server')[:_MOST_TEXT]}; others give no log-probabilities of a prompt's tokens (--server-api says which it is, where it does not say so itself)"
+            f"{url}: expected vLLM or SGLang, found {str(entry.get('owned_by') or 'another server')[:_MOST_TEXT]}; others give no log-probabilities of prompt tokens (set --server-api if the server is one of the two and does not report it)"
         )
     if found == "vllm":
         info = _mapping(client.get("/version", url))

@@ -52,7 +52,7 @@ class Server:
             self.failures += 1
         if not self.logged and (at_once or self.failures >= _MOST_FAILURES):
             self.logged = True
-            logger.warning("%s; asking again for %.3g s", said, patience)
+            logger.warning("%s; retrying for %.3g s", said, patience)
 
     def answered(self) -> None:
         """Record an answered request."""

@@ -1,4 +1,4 @@
-"""What of a cache is published, and what must not be: paths of one machine, and credentials."""
+"""The files of a cache that are published, checked for local paths and credentials."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.cache.views.reports import write_reports
 from pipeline.errors import CacheError
 from pipeline.sources.files.loading import redact
 
-#: Vocabularies hold any text there is; nobody writes settings into them.
+#: Vocabulary files are not checked: they may contain any text, and hold no settings.
 _VOCABULARIES = re.compile(r"tokenizer/(tokenizer\.json|vocab.*|merges.*|.*\.model|.*\.tiktoken)")
 _ABSOLUTE = re.compile(r"(/[^/\s]+){2,}/?|[A-Za-z]:[\\/].*|~/.*|file://.*")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
@@ -24,32 +24,32 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.I
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The files of a cache as they are published: name -> where it is on this machine.
+    """The files of a cache to publish: published name -> local path.
 
-    The manifest is not among them: it comes last.
+    The manifest is separate, since it is published last.
     """
 
     cache_id: str
     shards: dict[str, Path]
     sha256: dict[str, str]
-    """Of the shards."""
+    """SHA-256 of each shard."""
     others: dict[str, Path]
-    """Card, tokenizer, receipts, reports: small."""
+    """Small files: card, tokenizer, receipts, reports."""
     manifest: Path
 
 
 def collect(cache: Cache, staging: Path, *, license: str, location: str) -> Contents:
-    """Verify a cache, make its card, and list what is published of it.
+    """Verify a cache, write its card, and list the files to publish.
 
-    The cache's directory stays as it is.
+    The cache's directory is not changed.
 
     Args:
-        staging: an empty directory, for the card.
-        location: where readers will find it.
+        staging: an empty directory for the card.
+        location: the location of the published cache, for the card.
 
     Raises:
-        IntegrityError: the cache is not what its manifest says.
-        CacheError: a file holds a path of this machine, or a credential.
+        IntegrityError: the cache does not match its manifest.
+        CacheError: a file contains a local path or a credential.
     """
     verify(cache.root, quick=True).raise_first()
     write_reports(cache, staging, license=license, location=location)
@@ -57,7 +57,7 @@ def collect(cache: Cache, staging: Path, *, license: str, location: str) -> Cont
     shards = {f"data/{shard.name}.parquet": layout.shard(shard.name) for shard in cache.manifest.shards}
     others = {
         name: path
-        for root in (cache.root, staging)  # what was made anew comes last
+        for root in (cache.root, staging)  # files in staging replace those of the cache
         for folder in ("tokenizer", "receipts", "reports")
         for name, path in _files(root, folder)
     }
@@ -69,10 +69,10 @@ def collect(cache: Cache, staging: Path, *, license: str, location: str) -> Cont
 
 
 def check_shareable(name: str, path: Path) -> None:
-    """Refuse a file that says where it was made, or holds a credential.
+    """Check that a file contains no local path and no credential.
 
     Raises:
-        CacheError: names the file and what was found, a credential only by its kind.
+        CacheError: it does; the message does not contain a credential itself.
     """
     if path.suffix == ".png":
         return
@@ -83,7 +83,7 @@ def check_shareable(name: str, path: Path) -> None:
     if _VOCABULARIES.fullmatch(name):
         return
     if name.startswith("tokenizer/"):
-        found = re.search(r"\bhf_[A-Za-z0-9]{8,}|://[^/@\s]+:[^/@\s]+@", text)  # templates may hold any other URL
+        found = re.search(r"\bhf_[A-Za-z0-9]{8,}|://[^/@\s]+:[^/@\s]+@", text)  # other URLs are allowed in templates
     else:
         found = next((line for line in text.splitlines() if redact(line) != line), None)  # type: ignore[assignment]
     if found is not None:
@@ -100,7 +100,7 @@ def check_shareable(name: str, path: Path) -> None:
 
 
 def _files(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
-    """Plain files of one folder; nothing hidden, temporary, linked or nested."""
+    """Regular files of one folder, except hidden, temporary, linked and nested ones."""
     if (root / folder).is_dir():
         for path in sorted((root / folder).iterdir()):
             if NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():

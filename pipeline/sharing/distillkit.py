@@ -2,13 +2,12 @@
 
 A position's K classes are sorted by falling log-probability. `compressed_logprobs` holds, one after
 another: the first `exact_k` of them as floats; the coefficients of a least-squares fit of the
-others over their rank t, in the terms t^i, sqrt(t), exp(t); and the fit's errors in bins, each a
-scale and so many integers of so many bits. With `delta_encoding` all of it is of the differences
-from one class to the next. `bytepacked_indices` holds the class ids in ceil(log2 d) bits each.
-Integers are packed one after another, the highest bit first, and filled up to a whole byte.
+others over their rank t, in the terms t^i, sqrt(t), exp(t); and the residuals of the fit in bins,
+each with a scale and a number of quantized integers of a given width in bits. With `delta_encoding`
+the values are differences between consecutive classes. `bytepacked_indices` holds the class ids in
+ceil(log2 d) bits each. Integers are packed consecutively, highest bit first, and padded to a byte.
 
-What comes back is as exact as the fit: it is not rounded to `exact_dtype`, as DistillKit's own
-reader does.
+Decoded values are as exact as the fit. DistillKit's own reader rounds them to `exact_dtype`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _DTYPES = {
     "float64": torch.float64,
 }
 
-#: Where DistillKit's sampler writes how it has packed, and under which keys its training files
+#: File in which DistillKit's sampler stores the layout, and the keys under which its training files
 #: repeat it.
 CONFIG_NAME = "compression_config.yaml"
 _SECTIONS = ("teacher", "logprob_compressor")
@@ -43,7 +42,7 @@ _SECTIONS = ("teacher", "logprob_compressor")
 
 @dataclass(frozen=True, slots=True)
 class ResidualBin:
-    """So many errors of the fit, quantised together."""
+    """A bin of residuals of the fit that are quantized with one scale."""
 
     scale_dtype: FloatName
     element_bits: int
@@ -52,10 +51,10 @@ class ResidualBin:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """How positions were packed, under DistillKit's own names and with its defaults."""
+    """The layout of packed positions, with the names and defaults of DistillKit."""
 
     d: int
-    """Size of the vocabulary that the ids are packed for."""
+    """Size of the vocabulary; it determines the bits of an id."""
     k: int
     exact_k: int
     residual_bins: tuple[ResidualBin, ...] = ()
@@ -68,12 +67,12 @@ class PackedLayout:
 
     @property
     def index_bits(self) -> int:
-        """Bits of a class id."""
+        """Bits per class id."""
         return math.ceil(math.log2(self.d))
 
     @property
     def num_bytes(self) -> tuple[int, int]:
-        """Bytes of a position: of its log-probabilities, and of its ids."""
+        """Bytes per position: of the log-probabilities, and of the ids."""
         floats = self.exact_k * _size(self.exact_dtype) + len(self.polynomial_terms or ()) * _size(self.term_dtype)
         bins = sum(_size(b.scale_dtype) + _bytes(b.element_bits * b.num_elements) for b in self.residual_bins)
         return floats + bins, _bytes(self.index_bits * self.k)
@@ -83,7 +82,7 @@ def load_layout(path: Path) -> PackedLayout:
     """Read a compression configuration: the sampler's own file, or a training file that repeats it.
 
     Raises:
-        SourceError: no such file, or not such a configuration.
+        SourceError: the file does not exist or is not a compression configuration.
     """
     import yaml
 
@@ -108,10 +107,13 @@ def load_layout(path: Path) -> PackedLayout:
 
 
 def unpack(logprobs: np.ndarray, ids: np.ndarray, layout: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
-    """Decode L packed positions to (L, K) int64 ids and (L, K) float64 log-probabilities.
+    """Decode L packed positions.
+
+    Returns:
+        (L, K) int64 class ids and (L, K) float64 log-probabilities in nats.
 
     Raises:
-        SourceError: the bytes of a position are not as many as the layout says.
+        SourceError: the number of bytes per position does not match the layout.
     """
     for name, packed, expected in zip(
         ("compressed_logprobs", "bytepacked_indices"), (logprobs, ids), layout.num_bytes, strict=True
@@ -125,7 +127,7 @@ def unpack(logprobs: np.ndarray, ids: np.ndarray, layout: PackedLayout) -> tuple
 
 
 def unpack_integers(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """(L, B) bytes -> (L, count) int64."""
+    """Unpack integers of `bits` bits: (L, B) bytes -> (L, count) int64."""
     flags = np.unpackbits(np.ascontiguousarray(packed), axis=-1)[:, : bits * count].reshape(len(packed), count, bits)
     values: np.ndarray = flags.astype(np.int64) @ (np.int64(1) << np.arange(bits - 1, -1, -1, dtype=np.int64))
     return values
@@ -154,7 +156,7 @@ def _unpack_logprobs(packed: np.ndarray, layout: PackedLayout) -> np.ndarray:
 
 
 class _Reader:
-    """Takes the bytes of every position from the front."""
+    """Reads the bytes of all positions in parallel, from front to back."""
 
     def __init__(self, packed: np.ndarray) -> None:
         self._packed = packed
@@ -165,18 +167,18 @@ class _Reader:
         return self._packed[:, self._at - count : self._at].copy()
 
     def floats(self, name: FloatName, count: int) -> Tensor:
-        """(L, count) of this type."""
+        """Read (L, count) floats of the given type."""
         if count == 0:
             return torch.zeros(len(self._packed), 0, dtype=_DTYPES[name])
         return torch.from_numpy(self._take(count * _size(name))).view(_DTYPES[name])
 
     def integers(self, bits: int, count: int) -> np.ndarray:
-        """(L, count) int64."""
+        """Read integers of `bits` bits as (L, count) int64."""
         return unpack_integers(self._take(_bytes(bits * count)), bits, count)
 
 
 def _terms(terms: tuple[Term, ...], count: int, *, normalized: bool) -> Tensor:
-    """(count, terms) float32: each term of t = 0, 1, ... (or t in [0, 1])."""
+    """(count, terms) float32: the terms at t = 0, 1, ..., or at t in [0, 1] if normalized."""
     t = torch.linspace(0, 1, count) if normalized else torch.arange(count, dtype=torch.float32)
     values = [t**term if isinstance(term, int) else t.sqrt() if term == "sqrt" else t.exp() for term in terms]
     return torch.stack(values, -1)

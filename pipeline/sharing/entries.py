@@ -1,7 +1,7 @@
-"""Top log-probabilities beside their tokens, as servers and data sets give them -> rows of a cache.
+"""Convert tokens with top log-probabilities, from servers or data sets, to rows of a cache.
 
-Whatever would make wrong soft labels is refused here with the position: values that are no
-log-probabilities, entries of other tokens than stand there, fewer classes than are to be kept.
+Input that would yield wrong soft labels raises an error with the position: values that are not
+log-probabilities, entries of other tokens, fewer classes than are to be stored.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from pipeline.softlabels.outside import log_outside
 from pipeline.softlabels.ragged import offsets_of
 from pipeline.tasks.pieces import Vocabulary, read_vocabulary
 
-#: Above 0, or 1 in mass: what rounding explains.
+#: Largest log-probability and largest mass that rounding can explain.
 _POSITIVE, _MOST_MASS = 0.01, 1.01
-#: Mean kept mass of a row below which the values are no top log-probabilities of a language model.
+#: Rows with a lower mean kept mass do not hold top log-probabilities of a language model.
 _LEAST_MEAN_MASS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What is known of the entries of a server's response, and not of those of a table."""
+    """Properties of entries that only server responses have, not tables."""
 
     num_top: np.ndarray
-    """(L,) int64: how many of an entry's classes are the most likely ones; one more may be there
-    because it follows."""
+    """(L,) int64: the number of most likely classes in an entry. The actual token may be an
+    additional class."""
     own: np.ndarray
-    """(L,) int64: the token that an entry is of, where its rank tells; else -1."""
+    """(L,) int64: the token that an entry belongs to, if its rank shows it; else -1."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopEntries:
-    """T tokens and L entries; entry j is of token j or j + 1 (see `import_responses`)."""
+    """T tokens and L entries; entry j belongs to token j or j + 1 (see `import_responses`)."""
 
     input_ids: np.ndarray
     """(T,) int64."""
     ids: np.ndarray
-    """(L, K) int64."""
+    """(L, K) int64 class ids."""
     logprobs: np.ndarray
-    """(L, K) float64, nats; -inf where there is none."""
+    """(L, K) float64, nats; -inf: no class."""
     learnt: np.ndarray
-    """(T,) bool: which tokens are to be learnt."""
+    """(T,) bool: tokens that are training targets."""
     blank: np.ndarray
-    """(L,) bool: which entries are there and empty, and not null."""
+    """(L,) bool: entries that are empty, but not null."""
     served: Served | None = None
     kept: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 def shift_differences(entries: TopEntries) -> np.ndarray:
-    """(M,): log-probability of the token at an entry's place minus that of the next token."""
+    """(M,): per entry, the probability of the token at its place minus that of the next token."""
     at = np.arange(1, min(len(entries.ids), len(entries.input_ids) - 1))
     at = at[~np.isneginf(entries.logprobs[at]).all(-1)]
     weights = np.exp(np.minimum(np.nan_to_num(entries.logprobs[at], nan=-np.inf), 0.0))
@@ -68,10 +68,13 @@ def shift_differences(entries: TopEntries) -> np.ndarray:
 def labelled(
     entries: TopEntries, *, empty: bool, top_k: int, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> LabelledRow:
-    """The entries at the positions that made them; a position without an entry is not supervised.
+    """Assign entries to the positions that predict them; positions without one are unsupervised.
+
+    Args:
+        empty: whether entry j belongs to token j, not to token j + 1.
 
     Raises:
-        BadRowError: no position is left, or one that holds no distribution.
+        BadRowError: no position has an entry, or an entry is not a distribution.
     """
     tokens = entries.input_ids
     outside = (tokens < 0) | (tokens >= len(tokenizer))
@@ -122,7 +125,11 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
 
 
 def _check_values(logprobs: np.ndarray, position: np.ndarray) -> None:
-    """(N, K) values: numbers, and not above 0."""
+    """Check that (N, K) log-probabilities are numbers of at most 0.
+
+    Raises:
+        BadRowError: a value is nan or too large.
+    """
     wrong = np.isnan(logprobs) | (logprobs > _POSITIVE)
     if wrong.any():
         n = int(wrong.any(-1).argmax())
@@ -134,7 +141,11 @@ def _check_values(logprobs: np.ndarray, position: np.ndarray) -> None:
 def _check_served(
     served: Served, logprobs: np.ndarray, following: np.ndarray, hit: np.ndarray, position: np.ndarray, top_k: int
 ) -> None:
-    """Servers return the actual token beside the requested number of likeliest tokens."""
+    """Check that each entry has the actual next token and at least `top_k` most likely tokens.
+
+    Raises:
+        BadRowError: it does not.
+    """
     counts = (~np.isneginf(logprobs)).sum(-1)
     alone = (counts == 1) & hit.any(-1) & (served.num_top == 0)
     if alone.any():
@@ -160,14 +171,20 @@ def _check_served(
 
 
 def _soft_labels(ids: np.ndarray, logprobs: np.ndarray, num_classes: int, k: int, position: np.ndarray) -> SoftLabels:
-    """(N, K) classes by falling probability -> soft labels with a residual of 1 - sum(p)."""
+    """Convert (N, K) classes, sorted by falling probability, to soft labels.
+
+    The residual mass is 1 - sum(p), all that is known of the other classes.
+
+    Raises:
+        BadRowError: a position does not hold a distribution.
+    """
     known = np.isfinite(logprobs)
     counts = known.sum(-1)
     wrong = known & ((ids < 0) | (ids >= num_classes))
-    apart = np.where(known, ids, -1 - np.arange(ids.shape[1]))  # what is missing is no class twice
+    apart = np.where(known, ids, -1 - np.arange(ids.shape[1]))  # missing classes are no duplicates
     twice = (np.diff(np.sort(apart, -1), axis=-1) == 0).any(-1)
     mass = np.where(known, np.exp(logprobs), 0.0).sum(-1)
-    # the K most likely of V classes hold K/V or more; hardly a text has a mean mass as low as 1%
+    # the K most likely of V classes have a mass of at least K/V; a mean below 1% is implausible
     low = mass < 0.9 * counts / num_classes
     low |= (mass == mass.min()) & (mass.mean() < _LEAST_MEAN_MASS)
     for bad, what, why in (
@@ -182,7 +199,7 @@ def _soft_labels(ids: np.ndarray, logprobs: np.ndarray, num_classes: int, k: int
                 f"position {position[n]}: expected {what}, found {ids[n][:8].tolist()}, mass {mass[n]:.3f}{why}"
             )
     least = np.where(known, logprobs, np.inf).min(-1)  # (N,)
-    with np.errstate(divide="ignore"):  # no class outside
+    with np.errstate(divide="ignore"):  # no class outside the kept ones
         most = np.log(np.maximum(num_classes - counts, 0)) + least
     rounded = log_outside(mass, counts, num_classes, most)
     residual = np.where(mass < 1, np.log(np.maximum(1 - mass, np.finfo(np.float64).tiny)), rounded)

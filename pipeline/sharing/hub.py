@@ -1,4 +1,4 @@
-"""Publish to the Hugging Face hub: upload files, then make one commit."""
+"""Publish to the Hugging Face hub: upload shards one by one, then make a single commit."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: One upload of a shard may take so long; the hub's library has time-outs of its own for each
-#: request in it.
+#: Time-out of the upload of one shard; the hub's library has its own time-outs for the single
+#: requests.
 _UPLOAD_SECONDS = 3600.0
 
 
 def repository(url: str) -> str:
-    """ORG/NAME of a hub URL.
+    """The repository ORG/NAME of a hub URL.
 
     Raises:
-        MisuseError: it names something else.
+        MisuseError: the URL does not name a data set repository.
     """
     found = re.fullmatch(r"hf://datasets/([\w.\-]+/[\w.\-]+)/?", url)
     if found is None:
@@ -39,19 +39,21 @@ def repository(url: str) -> str:
 def push_to_hub(
     contents: Contents, repo_id: str, *, public: bool, revision: str | None, message: str
 ) -> tuple[str, int]:
-    """Upload missing files and commit all of them at once, on the initial state.
+    """Upload missing shards, then commit all files at once.
+
+    The parent of the commit is the head of the branch when the push began.
 
     Args:
-        public: who can read a new repository: everyone, or its owners.
-        revision: a branch; it is made where there is none. None: main.
+        public: whether everyone can read a new repository, or only its owners.
+        revision: a branch, created if it does not exist. None: main.
 
     Returns:
-        The commit, and the bytes of the shards that were sent.
+        The commit, and the number of bytes of the shards that were sent.
 
     Raises:
-        ContractError: somebody else has committed meanwhile.
-        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not
-            asked for.
+        ContractError: another commit was made meanwhile.
+        CacheError: the hub rejects a request or cannot be reached, or the repository is public
+            and `public` is not set.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -100,13 +102,13 @@ def push_to_hub(
 
 
 def missing_on_hub(contents: Contents, repo_id: str, *, public: bool, revision: str | None) -> dict[str, Path] | None:
-    """The shards that a push would send; None where there is no such repository or branch yet.
+    """The shards that a push would send; None if the repository or branch does not exist.
 
     Writes nothing.
 
     Raises:
-        CacheError: the hub refuses, or cannot be reached; the repository is public and that was not
-            asked for.
+        CacheError: the hub rejects a request or cannot be reached, or the repository is public
+            and `public` is not set.
     """
     from huggingface_hub import HfApi
 
@@ -120,7 +122,7 @@ def missing_on_hub(contents: Contents, repo_id: str, *, public: bool, revision: 
 def _begin(api: HfApi, where: str, repo_id: str, *, public: bool, branch: str) -> tuple[str, dict[str, str]]:
     """The commit to build on, and the SHA-256 (large files) or Git hash of each file in it.
 
-    A new repository is made where there is none.
+    Creates the repository if it does not exist.
     """
     settings: dict[str, Any] = {"repo_type": "dataset", "exist_ok": True}
     patiently(where, lambda: api.create_repo(repo_id, private=not public, **settings))
@@ -146,7 +148,7 @@ def _look(api: HfApi, where: str, repo_id: str, *, public: bool, branch: str) ->
 
 
 def _upload(api: HfApi, where: str, repo_id: str, addition: Any, branch: str) -> None:
-    """Upload one shard before the commit; a resumed push finds it there."""
+    """Upload one shard to the hub's storage before the commit; a resumed push skips it."""
     patiently(
         where,
         lambda: api.preupload_lfs_files(repo_id, [addition], repo_type="dataset", revision=branch),
@@ -155,7 +157,7 @@ def _upload(api: HfApi, where: str, repo_id: str, addition: Any, branch: str) ->
 
 
 def _hashes(contents: Contents, name: str, path: Path) -> set[str]:
-    """What the hub may know a file by: its SHA-256, or its hash in Git where it is small."""
+    """The hashes that the hub may list for a file: SHA-256, or the Git hash of a small file."""
     if name in contents.sha256:
         return {contents.sha256[name]}
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Import server responses and data sets of top log-probabilities (`tables`) as caches."""
+"""Import server responses, and data sets with top log-probabilities (`tables`), as caches."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from pipeline.tasks import writing_task
 
 logger = logging.getLogger(__name__)
 
-#: Rows, or positions, from which the shift is told, and the standard errors by which one must win.
+#: Rows and positions from which the shift is inferred, and the standard errors one must win by.
 _PROBED_ROWS, _PROBED_POSITIONS = 200, 20_000
 _STANDARD_ERRORS = 4.0
 _RESPONSE_TOP_K = 20
-#: Kept classes of a shard, which is held in memory: 200 MB.
+#: Number of kept classes of a shard, which is held in memory: 200 MB.
 _SHARD_ENTRIES = 1 << 24
 
 
 def run(config: ImportConfig) -> Cache:
-    """`softlabel import`."""
+    """Run `softlabel import`."""
     tokenizer = load_tokenizer(config.tokenizer)
     return import_responses(
         config.input,
@@ -83,26 +83,26 @@ def import_responses(
 
     Args:
         files: JSON lines, Parquet files, or directories of Parquet files.
-        top_k: how many log-probabilities to keep of each position; a server must have returned as
-            many. Default: 20 of a response, all of a table.
-        position_zero: whether entry j speaks of token j (`empty`: the first has nothing before it),
-            or of the token after it (`filled`). `auto` compares the weight of the token that does
-            follow under both, over the first rows.
-        compression_config: how DistillKit has packed; default: `compression_config.yaml` beside the
-            first file.
-        requests: the input file of a batch, where the answers do not hold their prompts; told by
-            `custom_id`.
-        store_label_logprobs: keep the log-probability of each token that follows. A server's
-            response has it everywhere; a table may not, and such a row is a bad row.
-        on_bad_row: `skip`: a failed request, and a row that cannot be used, is set aside and listed
-            in `reports/bad-rows.tsv`.
+        top_k: number of log-probabilities to store per position; a server must have returned as
+            many. Default: 20 for responses, all for tables.
+        position_zero: whether entry j belongs to token j (`empty`: the first token has no entry) or
+            to token j + 1 (`filled`). `auto` compares the probability of the actual tokens under
+            both, over the first rows.
+        compression_config: DistillKit's compression configuration; default:
+            `compression_config.yaml` next to the first file.
+        requests: the input file of a batch, if the responses do not contain their prompts; matched
+            by `custom_id`.
+        store_label_logprobs: store the log-probability of each actual next token. Responses always
+            contain it; a row of a table without it is a bad row.
+        on_bad_row: `skip`: leave out failed requests and unusable rows, and list them in
+            `reports/bad-rows.tsv`.
 
     Returns:
         The cache. Residual mass is known at temperature 1 only, so students train at 1.
 
     Raises:
-        SourceError: a row that is in none of the layouts, or a shift that cannot be told.
-        BadRowError: a row whose log-probabilities are no distribution.
+        SourceError: a row has none of the layouts, or the shift cannot be inferred.
+        BadRowError: the log-probabilities of a row are not a distribution.
     """
     opened = _open(
         files,
@@ -134,18 +134,18 @@ def import_responses(
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """Input files whose first rows were read, and what these say of all."""
+    """Opened input files, and the settings inferred from their first rows."""
 
     paths: Sequence[Path]
     entries: Iterator[tuple[str, TopEntries | PipelineError]]
-    """All rows, the first ones included."""
+    """All rows, including the first ones."""
     kind: str
     empty: bool
-    """Whether entry j speaks of token j."""
+    """Whether entry j belongs to token j."""
     top_k: int
     rows_per_shard: int
     probed: int
-    """Rows that were read."""
+    """Number of first rows that were read."""
 
 
 def _open(
@@ -191,10 +191,10 @@ def _open(
 
 
 def outline(config: ImportConfig) -> Outline:
-    """What `run` would do, from the first rows. Writes nothing.
+    """Describe what `run` would do, from the first rows; writes nothing.
 
     Raises:
-        PipelineError: as `run` raises it, but for what is wrong in later rows.
+        PipelineError: as `run`, except for errors in later rows.
     """
     if is_url(config.output):
         raise MisuseError(f"{redact(config.output)}: import writes to a directory; push it from there")
@@ -230,10 +230,12 @@ def outline(config: ImportConfig) -> Outline:
 
 
 def tell_shift(entries: Iterable[TopEntries]) -> bool:
-    """Whether entry j is of token j (True) or j + 1: the alignment of higher probability.
+    """Infer whether entry j belongs to token j (True) or to token j + 1 (False).
+
+    Chooses the alignment under which the actual tokens have the higher mean probability.
 
     Raises:
-        SourceError: neither wins by 4 paired standard errors.
+        SourceError: the means differ by less than 4 paired standard errors.
     """
     parts = [shift_differences(each) for each in entries]
     values = np.concatenate(parts) if parts else np.zeros(0)
@@ -248,7 +250,7 @@ def tell_shift(entries: Iterable[TopEntries]) -> bool:
 
 
 def _expand(files: Iterable[str | Path]) -> list[Path]:
-    """Directories become their Parquet files, in the order of the numbers in their names."""
+    """Replace directories by their Parquet files, sorted by the numbers in their names."""
     paths: list[Path] = []
     for path in map(Path, files):
         inside = sorted(path.glob("*.parquet"), key=_numbers) if path.is_dir() else [path]
@@ -275,7 +277,7 @@ def _read(
     layout: PackedLayout | None,
     requests: Mapping[str, Mapping[str, Any]] | None,
 ) -> Iterator[tuple[str, TopEntries | PipelineError]]:
-    """Rows as they come, and an error in the place of a line that is none."""
+    """Yield location and row; an error instead of a row that cannot be read."""
     templated: set[str] = set()
     for path in paths:
         if path.suffix == ".parquet":
@@ -294,7 +296,7 @@ def _read(
 
 
 def _told(where: str, read: Callable[[], list[TopEntries]]) -> Iterator[tuple[str, TopEntries | PipelineError]]:
-    """What is read, or an error that says where."""
+    """Yield the rows that `read` returns, or its error, with the location."""
     try:
         found = read()
     except BadRowError as error:
@@ -354,7 +356,7 @@ def _row(
     split: str,
     max_length: int | None,
 ) -> LabelledRow | PipelineError:
-    """Entries at the positions that predict them; positions without one are not supervised."""
+    """`labelled` with the length check; returns errors instead of raising them."""
     if isinstance(entry, PipelineError):
         return entry
     if max_length is not None and len(entry.input_ids) > max_length:
@@ -370,11 +372,11 @@ def _row(
 def _rows(
     found: Iterable[LabelledRow | PipelineError], split: str, on_bad_row: Literal["stop", "skip"]
 ) -> Iterator[LabelledRow | BadRow]:
-    """Rows, and those that are set aside with their reasons.
+    """Yield rows, and bad rows with the reason.
 
     Raises:
-        PipelineError: the first that is bad, under `stop`; the first of all, where there is no
-            other row.
+        PipelineError: the error of the first bad row, if `on_bad_row` is `stop` or all rows are
+            bad.
     """
     good, first = False, None
     for number, row in enumerate(found):

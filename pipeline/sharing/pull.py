@@ -1,4 +1,7 @@
-"""Fetch a cache, or a part of it. What has its final name was verified; the manifest comes last."""
+"""Download a cache, or a part of it.
+
+Files get their final name after verification; the manifest is written last.
+"""
 
 from __future__ import annotations
 
@@ -37,35 +40,35 @@ from pipeline.sources.files.loading import redact
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-#: Bytes of one request, and shards on the way at once.
+#: Bytes per request, and number of parallel downloads.
 _PART = 8 << 20
 _PARALLEL = 4
-#: Holds what is not verified yet.
+#: Directory of files that are not verified yet.
 _WORK = ".pull"
 
 
 def run(config: PullConfig) -> Cache:
-    """`softlabel pull`."""
+    """Run `softlabel pull`."""
     return pull(config.from_, config.output, splits=config.split, shards=config.shards)
 
 
 def pull(url: str | Path, output: str | Path, *, splits: Sequence[str] = (), shards: Sequence[str] = ()) -> Cache:
-    """Fetch a cache and verify it. A pull that was cut short goes on where it was.
+    """Download a cache and verify it; resumes an interrupted download.
 
     Args:
         url: a URL, or a directory.
-        splits: which of them; none: all.
-        shards: one number, of shards from the first of each split; or names of shards.
+        splits: splits to download; empty: all.
+        shards: one number, to download that many shards from the start of each split; or names of
+            shards; empty: all.
 
     Returns:
-        The copy; of a part, a cache with an id of its own, whose manifest names the one that it is
-            a part of.
+        The copy. A partial copy is a cache with its own id, whose manifest names the original.
 
     Raises:
-        MisuseError: no such split or shard.
-        ContractError: the directory holds another cache.
-        IntegrityError: what came is not what the manifest says.
-        CacheError: no finished cache there, or the network failed.
+        MisuseError: a split or shard does not exist.
+        ContractError: the output directory holds another cache.
+        IntegrityError: a downloaded file does not match the manifest.
+        CacheError: the URL holds no finished cache, or the network failed.
     """
     source, root = _source(url), Path(output)
     work = root / _WORK
@@ -95,10 +98,10 @@ def pull(url: str | Path, output: str | Path, *, splits: Sequence[str] = (), sha
 
 
 def outline(config: PullConfig) -> Outline:
-    """What `run` would do: the manifest is fetched and looked at. Writes nothing.
+    """Describe what `run` would do, from the remote manifest; writes nothing.
 
     Raises:
-        PipelineError: as `pull` raises it, but for what its shards hold.
+        PipelineError: as `pull`, except for errors in the content of shards.
     """
     source, root = _source(config.from_), Path(config.output)
     _refuse_other_files(root)
@@ -129,10 +132,10 @@ def _source(url: str | Path) -> str:
 
 
 def part_of(parent: Manifest, splits: Sequence[str], shards: Sequence[str]) -> Manifest:
-    """The manifest of some splits and shards: the parent itself where that is all of it.
+    """The manifest of some splits and shards; the parent itself if they are all.
 
     Raises:
-        MisuseError: no such split or shard.
+        MisuseError: a split or shard does not exist.
     """
     unknown = [split for split in splits if split not in parent.splits]
     if unknown:
@@ -165,11 +168,11 @@ def part_of(parent: Manifest, splits: Sequence[str], shards: Sequence[str]) -> M
 
 
 def _is_there(root: Path, manifest: Manifest) -> bool:
-    """Whether the directory holds this very cache, whole."""
+    """Whether the directory holds exactly this cache, complete."""
     if not Layout(root).manifest.is_file():
         return False
     _check_same(root, manifest)
-    if verify(root, quick=True).problems:  # what is whole is kept, by its SHA-256
+    if verify(root, quick=True).problems:  # intact shards are kept, by SHA-256
         Layout(root).manifest.unlink()
         return False
     return True
@@ -197,7 +200,7 @@ def _fetch_shards(url: str, shards: Sequence[Shard], root: Path) -> None:
 
 
 def _fetch_shard(url: str, shard: Shard, root: Path, progress: Progress) -> None:
-    """Download one shard, resumable; it gets its final name once verified."""
+    """Download one shard; resumes a partial file and gives it its final name once verified."""
     final = Layout(root).shard(shard.name)
     if final.is_file() and final.stat().st_size == shard.bytes and file_sha256(final) == shard.sha256:
         progress.update(shard.bytes)
@@ -235,12 +238,12 @@ def _read(where: str, filesystem: AbstractFileSystem, path: str, start: int, sto
 
 
 def _fetch_rest(url: str, root: Path) -> None:
-    """Card, receipts and reports, as they are."""
+    """Download card, receipts and reports unchanged."""
     names = [f"{folder}/{name}" for folder in ("receipts", "reports") for name in list_files(url, folder)]
     for name in [*names, "README.md"]:
         try:
             data = read_small(url, name)
-        except FileNotFoundError:  # a cache without a card is one all the same
+        except FileNotFoundError:  # the card is optional
             continue
         write_atomically(root / name, partial(_write, data=data))
 
@@ -250,7 +253,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _describe_part(url: str, cache: Cache) -> None:
-    """Write the part's card; licence, fidelity and bad rows are those of the whole."""
+    """Write the card of a partial copy; licence, fidelity and bad rows are the whole cache's."""
     names = list_files(url, "reports")
     for name in ("fidelity.json", "bad-rows.tsv"):
         if name in names:

@@ -19,18 +19,18 @@ from pipeline.sources.files.loading import redact
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What a push has done."""
+    """The result of a push."""
 
     url: str
-    """What to give to `--cache` and `pull --from`; on the hub with its commit."""
+    """The URL for `--cache` and `pull --from`; on the hub with the commit."""
     cache_id: str
     commit: str | None
     sent_bytes: int
-    """Of shards; the rest was there."""
+    """Bytes of shards that were sent; the others were already there."""
 
 
 def run(config: PushConfig) -> Pushed:
-    """`softlabel push`."""
+    """Run `softlabel push`."""
     assert config.license is not None  # checked by the configuration
     return push(config.cache, config.to, license=config.license, public=config.public, revision=config.revision)
 
@@ -38,20 +38,19 @@ def run(config: PushConfig) -> Pushed:
 def push(
     cache: Cache | str | Path, url: str, *, license: str, public: bool = False, revision: str | None = None
 ) -> Pushed:
-    """Verify a cache and publish it; the manifest comes last, so that nobody reads half of it.
+    """Verify a cache and publish it; files that are already there are not sent again.
 
-    What is there already is not sent again.
+    The manifest is published last, so that readers never see an incomplete cache.
 
     Args:
-        license: of the data, as the hub names it.
-        public: the hub: a repository that everyone can read.
-        revision: the hub: a branch.
+        license: the hub's identifier of the data's licence.
+        public: hub only: whether everyone can read a new repository.
+        revision: hub only: a branch.
 
     Raises:
-        IntegrityError: the cache is not what its manifest says.
-        ContractError: another cache is there, or somebody has published there meanwhile.
-        CacheError: it cannot be published: the store refuses, or a file holds a local path or a
-            credential.
+        IntegrityError: the cache does not match its manifest.
+        ContractError: another cache is there, or was published there meanwhile.
+        CacheError: the store rejects a request, or a file contains a local path or a credential.
     """
     opened, repo_id, shown = _opened(cache, url)
     with tempfile.TemporaryDirectory() as staging:
@@ -64,12 +63,12 @@ def push(
 
 
 def outline(config: PushConfig) -> Outline:
-    """What `run` would do: the cache is verified, and what is there already is looked at.
+    """Describe what `run` would do; verifies the cache and lists the destination.
 
     Writes nothing.
 
     Raises:
-        PipelineError: as `push` raises it.
+        PipelineError: as `push`.
     """
     assert config.license is not None  # checked by the configuration
     opened, repo_id, shown = _opened(config.cache, config.to)
@@ -109,5 +108,5 @@ def _opened(cache: Cache | str | Path, url: str) -> tuple[Cache, str | None, str
 
 
 def _location(shown: str) -> str:
-    """Where readers will find it, as the card says it."""
+    """The location of the published cache, as shown in its card."""
     return shown if not shown.startswith("file://") else "DIR"

@@ -1,4 +1,6 @@
-"""Parse a server response of any of three layouts to tokens and top log-probabilities.
+"""Parse a server response in one of three layouts to tokens and top log-probabilities.
+
+Each choice of a response yields one row. The layouts are distinguished by their keys.
 
 - vLLM: `prompt_logprobs`, a list with a mapping {token id: {logprob, rank, ...}} for each token of
   the prompt.
@@ -6,8 +8,8 @@
 - chat completions: `logprobs.content`, a list of {token, logprob, top_logprobs}, for the completion
   only.
 
-Each may stand at the top of the line, or inside `choices` as the server sends it, and all of it
-inside `response` as batch files have it.
+The keys may be at the top level of a line or inside `choices`, as servers send them. In batch files
+the whole response is inside `response`.
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import BadRowError, SourceError
 from pipeline.sharing.entries import Served, TopEntries
 
-#: What a server writes for a probability of 0.
+#: The log-probability that servers return for a probability of 0.
 _LOWEST = -9999.0
 _RETURN_IDS = "ask the server for them with return_token_ids"
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One entry: log-probabilities by token id, how many are the likeliest, and its token."""
+    """The log-probabilities of one token, by token id.
+
+    `num_top` is the number of most likely classes; `own` is the token that the entry belongs to, or
+    -1 if that is not known.
+    """
 
     classes: Mapping[int, float]
     num_top: int
@@ -44,14 +50,14 @@ class _Entry:
 def read_responses(
     line: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, requests: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[TopEntries]:
-    """Parse one line: a row for each of its choices.
+    """Parse one line; yields one row per choice.
 
     Args:
         requests: `custom_id` -> the body of the request.
 
     Raises:
-        BadRowError: the request has failed.
-        SourceError: none of the layouts, or tokens that cannot be told.
+        BadRowError: the request failed.
+        SourceError: the line has none of the layouts, or tokens cannot be identified.
     """
     body = _body(line)
     request = _request(line, requests)
@@ -60,7 +66,7 @@ def read_responses(
     rest = {key: value for key, value in body.items() if value is not None and key != "choices"}
     if choices == []:
         raise BadRowError("expected choices, found none; the request has failed")
-    shared = isinstance(rest.get("prompt_logprobs"), list)  # of the one prompt of a chat: one row, whatever the choices
+    shared = isinstance(rest.get("prompt_logprobs"), list)  # all choices share the prompt: one row
     for number, choice in enumerate([{}] if choices is None or shared else choices):
         if choice.get("finish_reason") in ("error", "abort"):
             raise BadRowError(f"choice {number}: the request has failed: finish_reason {choice['finish_reason']!r}")
@@ -76,7 +82,11 @@ def read_responses(
 
 
 def _body(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Unwrap a line of a batch file; raise an error if its request failed."""
+    """The response itself, unwrapped from a line of a batch file.
+
+    Raises:
+        BadRowError: the request failed.
+    """
     _refuse_error(line)
     if "response" not in line:
         return line
@@ -99,7 +109,7 @@ def _refuse_error(record: Mapping[str, Any]) -> None:
 
 
 def _request(line: Mapping[str, Any], requests: Mapping[str, Mapping[str, Any]] | None) -> Mapping[str, Any]:
-    """What is known of the request: of the line itself, or by its custom_id."""
+    """The fields of the request, from the line itself or looked up by `custom_id`."""
     found = line.get("request")
     if isinstance(found, Mapping):
         found = found.get("body", found)
@@ -114,7 +124,7 @@ def _request(line: Mapping[str, Any], requests: Mapping[str, Mapping[str, Any]] 
 
 
 def _prompt_of(prompt: Any, place: int, choices: int) -> Any:
-    """Of a list of prompts, that of one choice: the choices of a prompt come one after another."""
+    """The prompt of one choice from a list of prompts; choices are grouped by prompt."""
     if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
         return prompt
     if choices % len(prompt) or not 0 <= place < choices:
@@ -162,7 +172,7 @@ def _arrays(ids: Sequence[int], entries: Sequence[_Entry | None], kept: Mapping[
 
 
 def _vllm_entries(given: Sequence[Any], ids: Sequence[int]) -> list[_Entry | None]:
-    """A token whose rank is beyond their number is there because it is the prompt's own."""
+    """Parse vLLM's entries; a token with a rank above their number is the prompt's own token."""
     entries: list[_Entry | None] = []
     ranked = False
     for entry in given:
@@ -175,8 +185,8 @@ def _vllm_entries(given: Sequence[Any], ids: Sequence[int]) -> list[_Entry | Non
         extra = [token for token, rank in ranks.items() if rank > len(classes)]
         entries.append(_Entry(classes, len(classes) - len(extra), extra[0] if extra else -1))
     if not ranked and all(entry is None or len(entry.classes) < 2 for entry in entries):
-        # without ranks: one token each, and the prompt's own, is the most likely only where it has
-        # half of the mass
+        # without ranks, each entry has only the prompt's own token; it is surely the most likely
+        # one if it has half of the mass
         return [
             _Entry(e.classes, 0) if e is not None and e.classes and max(e.classes.values()) < math.log(0.5) else e
             for e in entries
@@ -198,7 +208,10 @@ def _prompt_ids(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
 def _completion(
     record: Mapping[str, Any], logprobs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[_Entry | None]]:
-    """Prompt and completion; without `echo` the completion is put after the prompt."""
+    """Parse a completion: tokens of prompt and completion, and their entries.
+
+    With `echo` the response has both; otherwise the prompt is put before the completion.
+    """
     tops = logprobs["top_logprobs"]
     prompt, completion = record.get("prompt_token_ids"), record.get("token_ids")
     echoed = not tops or tops[0] is None
@@ -271,7 +284,7 @@ def _chat(
 
 
 def needs_template(line: Mapping[str, Any]) -> bool:
-    """Whether a chat answer without prompt_token_ids needs its prompt rendered."""
+    """Whether a response of a chat lacks `prompt_token_ids`, so its prompt must be rendered."""
     body = line.get("response", line)
     body = body.get("body", body) if isinstance(body, Mapping) else {}
     choices = body.get("choices") if isinstance(body, Mapping) else None
@@ -282,7 +295,7 @@ def needs_template(line: Mapping[str, Any]) -> bool:
 
 
 def _templated(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a chat's messages and of the opening of the answer."""
+    """The tokens of the prompt, rendered by the chat template."""
     if not tokenizer.chat_template:
         raise SourceError(f"expected prompt_token_ids, or a tokenizer with a chat template; {_RETURN_IDS}")
     messages = []
@@ -317,10 +330,10 @@ def _id_at(j: int, token: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a token: `token_id:123` as vLLM writes it, else the one token whose text this is.
+    """The id of a token given as `token_id:123` (vLLM) or by its text.
 
     Raises:
-        SourceError: several tokens have this text, or none.
+        SourceError: several tokens have the text, or none.
     """
     if token.startswith("token_id:"):
         return int(token.removeprefix("token_id:"))
@@ -343,10 +356,10 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
 
 
 def read_requests(path: str | Path | None) -> dict[str, Mapping[str, Any]] | None:
-    """`custom_id` -> body, of the input file of a batch.
+    """Read the input file of a batch: `custom_id` -> body. None without a file.
 
     Raises:
-        SourceError: it cannot be read, or a line that is no request.
+        SourceError: the file cannot be read, or a line is not a request.
     """
     if path is None:
         return None

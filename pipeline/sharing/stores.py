@@ -1,4 +1,7 @@
-"""Publish to S3-compatible stores and other URLs: shards first, the manifest last."""
+"""Publish to S3-compatible stores and other URLs that fsspec opens.
+
+Shards are sent first, the manifest last, by a conditional put.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +31,23 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-#: Says whose unfinished push lies there, so that the same cache's can go on and another's cannot
-#: begin.
+#: Marker file with the cache_id of an unfinished push. A push of the same cache resumes; a push of
+#: another cache fails.
 _MARK = ".push.json"
-#: Files on the way at once.
+#: Number of parallel uploads.
 _PARALLEL = 4
-#: Bytes a second that an upload must at least have.
+#: Minimum speed of an upload in bytes per second, for its time-out.
 _SLOWEST = 100_000
 
 
 def push_to_store(contents: Contents, url: str) -> int:
-    """Send what is not there yet. Returns the bytes of the shards that were sent.
+    """Send the files that are missing in the store.
 
-    A shard is there if the same cache's earlier push has left it with its size: stores show no
-    half-written object.
+    A shard with the right size from an earlier push of the same cache is complete, since stores do
+    not show partially written objects.
+
+    Returns:
+        The number of bytes of the shards that were sent.
 
     Raises:
         ContractError: another cache is there, or is being pushed there.
@@ -71,7 +77,7 @@ def push_to_store(contents: Contents, url: str) -> int:
 
 
 def missing_in_store(contents: Contents, url: str) -> dict[str, Path]:
-    """The shards that a push would send. Writes nothing.
+    """The shards that a push would send; writes nothing.
 
     Raises:
         ContractError: another cache is there, or is being pushed there.
@@ -94,15 +100,15 @@ class _Sent(Callback):  # type: ignore[misc]
         self._bytes = 0
 
     def relative_update(self, inc: int = 1) -> None:
-        """So many more."""
+        """Report `inc` more bytes."""
         self.reach(self._bytes + inc)
 
     def absolute_update(self, value: int) -> None:
-        """So many in all."""
+        """Report the total number of bytes sent."""
         self.reach(value)
 
     def reach(self, count: int) -> None:
-        """So many are there."""
+        """Set the number of bytes sent; a retry may lower it."""
         self._progress.update(count - self._bytes)
         self._bytes = count
 
@@ -119,7 +125,7 @@ class _Store:
         return redact(self._url)
 
     def put_all(self, files: dict[str, Path], what: str | None = None) -> None:
-        """Send files, several at once; `what` names the progress bar, if there is to be one."""
+        """Send files in parallel; `what` labels the progress bar, None shows none."""
         total = sum(path.stat().st_size for path in files.values())
         with Progress(what or "", total, unit="B", shown=what is not None) as progress:
 
@@ -130,7 +136,7 @@ class _Store:
             in_parallel(send, list(files.items()), _PARALLEL)
 
     def cache_id(self, name: str) -> str | None:
-        """The cache_id in a JSON file; None where there is no such file."""
+        """The cache_id in a JSON file; None if the file does not exist."""
         try:
             content = json.loads(self._try(name, lambda fs, path: fs.cat_file(path)))
         except FileNotFoundError:
@@ -142,20 +148,20 @@ class _Store:
         return str(content.get("cache_id")) if isinstance(content, dict) else ""
 
     def taken(self, cache_id: str | None) -> ContractError:
-        """Somebody else is pushing."""
+        """The error that another cache is being pushed."""
         return ContractError(
             f"{self}: another cache is being pushed there (cache_id {str(cache_id)[:12]}...); use another URL, or remove {_MARK} if nobody is"
         )
 
     def missing(self, contents: Contents, there: str | None) -> dict[str, Path]:
-        """The shards that are not there with their size.
+        """The shards that the store does not have with the right size.
 
         Args:
-            there: the cache_id of the manifest that is there.
+            there: the cache_id of the manifest in the store; None: no manifest.
 
         Raises:
-            ContractError: it is another cache's.
-            CacheError: shards of another cache are there.
+            ContractError: `there` is another cache's.
+            CacheError: the store holds shards of another cache.
         """
         if there not in (None, contents.cache_id):
             raise ContractError(
@@ -173,11 +179,15 @@ class _Store:
         }
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file unless it is there, by the store's own condition where it has one."""
+        """Create a file if it does not exist, by a conditional put if the store supports it.
+
+        Returns:
+            Whether the file was created.
+        """
         return self._write(name, lambda filesystem, path: create_file(filesystem, path, data))
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
         try:
             self._try(name, lambda fs, path: fs.rm_file(path))
         except FileNotFoundError:
@@ -187,9 +197,9 @@ class _Store:
         size = local.stat().st_size
 
         def request(filesystem: AbstractFileSystem, path: str) -> None:
-            sent.reach(0)  # it may be a second attempt
+            sent.reach(0)  # restart the progress of a retry
             make_parent(filesystem, path)
-            if is_local(filesystem):  # whose put is not atomic
+            if is_local(filesystem):  # its put is not atomic
                 filesystem.put_file(str(local), f"{path}.part", callback=sent)
                 os.replace(f"{path}.part", path)
             else:
@@ -203,7 +213,7 @@ class _Store:
     ) -> Result:
         try:
             return self._try(name, request, timeout)
-        except FileNotFoundError as error:  # no such bucket, for one
+        except FileNotFoundError as error:  # for example, the bucket does not exist
             raise CacheError(f"{self}/{name}: cannot be written: {reason(error)}") from None
 
     def _try(
@@ -214,7 +224,7 @@ class _Store:
 
 
 def in_parallel(work: Callable[[Item], None], items: list[Item], threads: int) -> None:
-    """Do it for every item; the first error stops what has not begun, and is raised."""
+    """Call `work` for every item in threads; the first error cancels the rest and is raised."""
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:

@@ -1,15 +1,15 @@
-"""Rows of data sets that hold top log-probabilities already -> the entries beside their tokens.
+"""Read rows of data sets with top log-probabilities.
 
-Four layouts, told apart by their columns.
+Four layouts are distinguished by their columns.
 
-| columns beside `input_ids` | layout |
+| columns besides `input_ids` | layout |
 |---|---|
-| `compressed_logprobs`, `bytepacked_indices` | DistillKit's packed Parquet and its configuration |
+| `compressed_logprobs`, `bytepacked_indices` | DistillKit's packed Parquet with configuration |
 | `token_ids`, `top_values` | L lists of class ids and of their log-probabilities |
 | `target_token_ids`, `logprobs` | the same |
 | `logprobs` or `top_logprobs` | L lists of {logprob, token}; a token is an id or its text |
 
-`labels`, where there are any, mark with -100 what is not to be learnt.
+The optional column `labels` has -100 for tokens that are not training targets.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _LEGACY = ("packed_indices", "exact_values", "coeffs")
 _PAIRS = (("token_ids", "top_values"), ("target_token_ids", "logprobs"))
 _LISTS = ("top_logprobs", "logprobs")
 
-#: Rows of a Parquet file that are read at once.
+#: Number of rows of a Parquet file that are read at once.
 _ROWS = 32
-#: By how much the log-probabilities of a fit may pass 0.
+#: Largest log-probability that a fit may yield.
 _FIT_ABOVE_ZERO = 1.0
 
 
 def is_table(columns: Iterable[str]) -> bool:
-    """Whether a row with these columns is in one of the layouts."""
+    """Whether a row with these columns has one of the layouts."""
     names = set(columns)
     return any(set(pair) <= names for pair in (_PACKED, _LEGACY, *_PAIRS)) or (
         "input_ids" in names and any(name in names for name in _LISTS)
@@ -49,10 +49,10 @@ def is_table(columns: Iterable[str]) -> bool:
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file, lists as Arrow arrays.
+    """Yield the rows of a Parquet file, with lists as Arrow arrays.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the file cannot be read.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, arrow_extensions_enabled=False) as file:
@@ -66,10 +66,10 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_entries(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, layout: PackedLayout | None) -> TopEntries:
-    """One row, whatever its layout.
+    """Read one row in any of the layouts.
 
     Raises:
-        SourceError: none of the layouts, or parts that do not fit each other.
+        SourceError: the row has none of the layouts, or its columns do not match.
     """
     if row.get("input_ids") is None:
         raise SourceError(f"expected input_ids beside the log-probabilities, found {', '.join(sorted(row))}")
@@ -92,7 +92,7 @@ def read_entries(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, lay
         _check_fit(logprobs)
         logprobs = logprobs - np.log(
             np.maximum(np.exp(logprobs).sum(-1, keepdims=True), 1.0)
-        )  # a fit may pass a mass of 1
+        )  # the mass of a fit may exceed 1
         blank = np.zeros(len(ids), dtype=bool)
     else:
         ids, logprobs, blank = _unpacked(row, tokenizer)
@@ -104,7 +104,11 @@ def read_entries(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, lay
 
 
 def _unpacked(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(L, K) ids and log-probabilities of plain layouts, and (L,) empty entries."""
+    """Read a layout that is not packed.
+
+    Returns:
+        (L, K) class ids; (L, K) log-probabilities; (L,) bool, entries that are empty, not null.
+    """
     for names in _PAIRS:
         if _has(row, names):
             (ids, counts), (values, others) = (
@@ -147,7 +151,7 @@ def _has(row: Mapping[str, Any], names: Sequence[str]) -> bool:
 
 
 def _vector(name: str, values: Any) -> np.ndarray:
-    """(T,) int64."""
+    """Convert a column to (T,) int64."""
     array = values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else np.asarray(values)
     if array.ndim != 1:
         raise SourceError(f"{name}: expected a list of integers, found {array.ndim} dimensions")
@@ -155,10 +159,10 @@ def _vector(name: str, values: Any) -> np.ndarray:
 
 
 def _whole(name: str, array: np.ndarray) -> np.ndarray:
-    """The same as int64.
+    """Convert an array to int64.
 
     Raises:
-        SourceError: something is no whole number; the place of the first is named.
+        SourceError: a value is not a whole number; names the place of the first.
     """
     if array.size == 0 or array.dtype.kind in "iu":
         return np.asarray(array.astype(np.int64))
@@ -171,10 +175,10 @@ def _whole(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _packed(name: str, values: Any) -> np.ndarray:
-    """(L, B) uint8: the bytes of each position.
+    """Convert a packed column to (L, B) uint8, the bytes of each position.
 
     Raises:
-        SourceError: positions of several lengths, or what is no byte.
+        SourceError: positions differ in length, or a value is not a byte.
     """
     matrix, counts = _matrix(values, fill=0)
     if len(counts) and (counts != counts[0]).any():
@@ -189,7 +193,11 @@ def _packed(name: str, values: Any) -> np.ndarray:
 
 
 def _check_fit(logprobs: np.ndarray) -> None:
-    """(L, K) unpacked: a fit may pass 0 by a little, a logit or what is no number does not."""
+    """Check (L, K) unpacked values; a fit may exceed 0 a little.
+
+    Raises:
+        BadRowError: a value is nan, or so large that it is a logit.
+    """
     wrong = np.isnan(logprobs) | (logprobs > _FIT_ABOVE_ZERO)
     if wrong.any():
         j, i = np.argwhere(wrong)[0]
@@ -199,9 +207,10 @@ def _check_fit(logprobs: np.ndarray) -> None:
 
 
 def _matrix(values: Any, *, fill: float) -> tuple[np.ndarray, np.ndarray]:
-    """L lists -> (L, K), and (L,) how many each has, -1 for null.
+    """Convert L lists to an (L, K) array, padded with `fill`; nulls are filled too.
 
-    Shorter lists and nulls in them are filled up.
+    Returns:
+        The array, and (L,) the length of each list, -1 for null.
     """
     if isinstance(values, pa.Array):
         missing = values.is_null().to_numpy(zero_copy_only=False)

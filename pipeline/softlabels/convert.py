@@ -39,13 +39,13 @@ def check_conversion(source: Encoding, wanted: Encoding) -> None:
             f"--encoding {wanted.kind}: the cache holds scores, which have one encoding; leave it as it is"
         )
     if isinstance(wanted, Full):
-        raise EncodingError("--encoding full: holds every class already or cannot be had back; cache the logits again")
+        raise EncodingError("--encoding full: classes that were not kept cannot be restored; cache the logits again")
     if isinstance(source, Full):
         return
     where = f"from {source.kind} to {wanted.kind}"
     if source.kind != wanted.kind:
         why = {
-            "sampled": "its rare classes are a random sample, so that which of them are largest, and the mass outside, is not known",
+            "sampled": "its rare classes are a random sample, so that the largest of them, and the mass outside, are unknown",
             "top-k": "the classes outside the top are not known one by one",
             "top-p": "the classes outside the top are not known one by one, and the number kept differs by position",
         }[source.kind]

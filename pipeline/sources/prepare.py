@@ -58,7 +58,9 @@ class Located:
     splits: Mapping[str, Rows]
 
 
-def load_source(data: DataConfig, *, label_required: bool = False, holds: LabelColumn = "class") -> Source:
+def load_source(
+    data: DataConfig, *, label_required: bool = False, holds: LabelColumn = "class", labelled: bool = True
+) -> Source:
     """Load a data set from a local path, a URL or the hub, and prepare it for reading.
 
     An existing local path takes precedence over a hub data set of the same name.
@@ -66,6 +68,7 @@ def load_source(data: DataConfig, *, label_required: bool = False, holds: LabelC
     Args:
         label_required: whether a missing label column is an error.
         holds: what the label column must hold; checked if `label_required`.
+        labelled: warn if a label column was named that no split has.
 
     Raises:
         SourceError: the data set is not found or is empty, or columns are missing or of another
@@ -73,7 +76,10 @@ def load_source(data: DataConfig, *, label_required: bool = False, holds: LabelC
         MisuseError: a flag for hub data sets is given with a local path or a URL.
     """
     found = locate(data)
-    source = _prepare(found.name, dict(found.splits), data.columns, data.holdout, data.split, _directory(data.dataset))
+    directory = _directory(data.dataset)
+    source = _prepare(
+        found.name, dict(found.splits), data.columns, data.holdout, data.split, directory, labelled=labelled
+    )
     if label_required:
         _require_label(source, data.columns.label, holds)
     return dataclasses.replace(source, config=data.dataset_config, revision=found.revision)
@@ -148,6 +154,7 @@ def from_datasets(
     *,
     holdout: float = 0.0,
     splits: tuple[str, ...] = (),
+    labelled: bool = True,
 ) -> Source:
     """Prepare a data set that is already in memory. One without splits becomes the split `train`.
 
@@ -173,7 +180,7 @@ def from_datasets(
             raise SourceError(
                 f"in-memory: split {split}: expected a datasets.Dataset, found {type(part).__name__}; {_instead(dataset, part)}"
             )
-    return _prepare("in-memory", found, columns, holdout, splits, None)
+    return _prepare("in-memory", found, columns, holdout, splits, None, labelled=labelled)
 
 
 def _instead(dataset: Any, part: Any) -> str:
@@ -208,6 +215,8 @@ def _prepare(
     holdout: float,
     only: tuple[str, ...],
     directory: Path | None,
+    *,
+    labelled: bool,
 ) -> Source:
     """Hold out rows, select the requested splits, and check each of them.
 
@@ -248,7 +257,7 @@ def _prepare(
         _check_split(name, split, dataset, columns)
         _tell_unlabelled(f"{name}: split {split}", dataset, columns.label)
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
-        if columns.label not in (None, Columns().label):
+        if labelled and columns.label not in (None, Columns().label):
             found = dict.fromkeys(column for dataset in splits.values() for column in dataset.column_names)
             logger.warning("%s: no split has the label column %r; found %s", name, columns.label, ", ".join(found))
         columns = dataclasses.replace(columns, label=None)

@@ -29,7 +29,7 @@ def load_unlabelled(names: Sequence[str], data: DataConfig) -> list[Source]:
     alone = dataclasses.replace(
         data, data_files=(), dataset_config=None, dataset_revision=None, split=(), holdout=0.0, label_map=()
     )
-    return [load_source(dataclasses.replace(alone, dataset=name)) for name in names]
+    return [load_source(dataclasses.replace(alone, dataset=name), labelled=False) for name in names]
 
 
 def with_unlabelled(source: Source, others: Sequence[Source]) -> Source:

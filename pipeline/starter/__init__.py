@@ -1,4 +1,4 @@
-"""Look at a data set and write the YAML file that distils a student from it: `softlabel init`."""
+"""`softlabel init`: inspect a data set and write a YAML file to distil a student from it."""
 
 from pipeline.starter.run import run
 

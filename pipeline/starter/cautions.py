@@ -1,4 +1,4 @@
-"""What in a data set is likely to be a mistake: a line each, for the file and for the screen."""
+"""Warnings about likely mistakes in a data set, one line each, for the file and the screen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.starter.roles import is_long
 
 
 def text_cautions(start: Start) -> Iterator[str]:
-    """Columns of text beside the one that is read."""
+    """Warn about columns of text that are not read."""
     if start.generative or start.roles.text_pair is not None:
         return
     for each in start.others:
@@ -23,7 +23,7 @@ def text_cautions(start: Start) -> Iterator[str]:
 
 
 def label_cautions(start: Start) -> Iterator[str]:
-    """Classes that cannot be learnt, rows whose number means no label, classes that may be one."""
+    """Warn about rare classes, rows with the label -1, and classes with nearly equal names."""
     if start.roles.label is None:
         return
     if start.counts.rare:
@@ -60,7 +60,7 @@ def _rare(rare: tuple[str, ...]) -> str:
 
 
 def _alike(names: list[str], is_teacher: bool) -> str:
-    """Classes whose names differ in case or outer spaces alone, the most frequent first."""
+    """Warn about classes whose names differ in case or outer spaces only, most frequent first."""
     said = f"{' and '.join(map(repr, names))} differ in case or outer spaces alone and are separate classes"
     if is_teacher:
         return said + " of the teacher."

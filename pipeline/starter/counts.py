@@ -1,4 +1,4 @@
-"""Rows, labels, empty and repeated texts of a data set whose columns are known."""
+"""Count rows, labels, empty and repeated texts of a data set whose columns are chosen."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pipeline.sources.batches import read_rows
 from pipeline.sources.columns import input_roles
 from pipeline.starter.facts import sampled_ranges
 
-#: Rows of a split that are read; of larger splits a sample is.
+#: Maximum number of rows that are read per split; a larger split is sampled.
 MOST_ROWS = 500_000
-#: Classes with fewer labelled rows in `train` are named.
+#: Classes with fewer labelled rows in `train` are reported as rare.
 FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """One split. Of a sampled split all figures but `rows` are those of the sample."""
+    """Counts of one split; for a sampled split, all but `rows` are counts of the sample."""
 
     rows: int
     read: int
@@ -30,32 +30,32 @@ class SplitCounts:
     empty: int
     """Rows without an input, which no model can read."""
     repeated: int
-    """Rows whose input is that of a row before."""
+    """Rows with the input of an earlier row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """All splits."""
+    """Counts of all splits."""
 
     splits: Mapping[str, SplitCounts]
     classes: Mapping[str, int]
-    """Name -> labelled rows of all splits."""
+    """Class name -> number of labelled rows in all splits."""
     rare: tuple[str, ...]
-    """Classes with labelled rows, but fewer than `FEW` in `train`."""
+    """Classes that have labelled rows, but fewer than `FEW` in `train`."""
     shared: Mapping[str, int]
-    """"one, other" -> different inputs that stand in both splits."""
+    """Pair of splits as "one, other" -> number of distinct inputs in both."""
     foreign_letters: float
-    """Share of the letters that are not those of English."""
+    """Share of letters outside a to z."""
 
 
 def count(source: Source, names: Sequence[str], label_map: Sequence[str]) -> Counts:
-    """One pass over the rows.
+    """Count in one pass over the rows.
 
     Args:
-        names: of the classes; empty: there are none.
+        names: names of the classes; empty: no classes.
 
     Raises:
-        SourceError: a label that is none of the classes.
+        SourceError: a label is not one of the classes.
     """
     labels = LabelMap.for_names(source, tuple(names), label_map) if names else None
     column = source.columns.label if names else None
@@ -109,7 +109,7 @@ def count(source: Source, names: Sequence[str], label_map: Sequence[str]) -> Cou
 
 
 def is_empty(value: object) -> bool:
-    """Whether there is nothing for a model to read."""
+    """Whether an input is empty for a model."""
     return value is None or value in ("", [])
 
 

@@ -1,4 +1,4 @@
-"""What each column of a data set looks like: one pass over its rows, or over a sample of many."""
+"""Properties of each column of a data set, from one pass over its rows or a sample of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.sources.files.parquet import ParquetRows
 if TYPE_CHECKING:
     from pipeline.sources.files.joined import Rows
 
-#: Rows of a split that are looked at.
+#: Maximum number of rows that are read per split.
 MOST_ROWS = 100_000
 _RUNS = 20
-#: Different values of a column that are counted one by one.
+#: Maximum number of distinct values of a column that are counted.
 _MOST_VALUES = 3000
 _URL = re.compile(r"(https?://|www\.)\S+")
 _DATE = re.compile(r"\d{1,4}[-./]\d{1,2}([-./]\d{1,4})?([T ,].*)?|\d{1,2}:\d{2}(:\d{2})?")
@@ -28,35 +28,35 @@ _CODE = re.compile(r"[\w.@+/-]*[\d_@-][\w.@+/-]*")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One column."""
+    """Properties of one column."""
 
     name: str
     kind: str
-    """In words, as `describe` has them."""
+    """The type of the values in words, from `describe`."""
     rows: int
-    """Rows looked at."""
+    """Number of rows that were read."""
     filled: int
-    """Of these, rows with a value that is not empty."""
+    """Number of read rows with a non-empty value."""
     distinct: int
     values: tuple[tuple[object, int], ...]
-    """The values and their counts, the most frequent first; empty where there are very many."""
+    """Values and their counts, the most frequent first; empty if there are too many values."""
     class_names: tuple[str, ...] | None
-    """Of a column of class labels."""
+    """Class names of a column of class labels; None for other columns."""
     mean_chars: float
     mean_words: float
     looks: str
-    """`url`, `date` or `code` where most values of a text column are that; else empty."""
+    """`url`, `date` or `code` if most values of a text column are; else empty."""
     fractions: bool
-    """Numbers, some of them with a fraction."""
+    """Whether values are numbers and some have a fraction."""
 
     @property
     def is_scalar(self) -> bool:
-        """One plain value a row."""
+        """Whether each row has a single plain value."""
         return self.kind in ("text", "integers", "floats", "booleans", "class labels")
 
     @property
     def words(self) -> frozenset[str]:
-        """The words of its name, in lower case."""
+        """The words of the column's name in lower case."""
         spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", self.name)
         return frozenset(re.split(r"[\W_]+", spaced.lower()))
 
@@ -88,7 +88,7 @@ def column_facts(splits: Mapping[str, Rows]) -> dict[str, Facts]:
 
 
 def sampled_rows(rows: Rows, names: list[str], most: int = MOST_ROWS) -> Iterator[dict[str, object]]:
-    """All rows of a split, or so many of them, from evenly spaced runs."""
+    """All rows of a split, or at most `most` rows from evenly spaced runs."""
     for part in sampled_ranges(rows, most):
         yield from read_rows(rows, names, part.start, part.stop)
 
@@ -107,7 +107,7 @@ def sampled_ranges(rows: Rows, most: int, runs: int = _RUNS) -> list[range]:
 
 
 class _Tally:
-    """The values of one column, as they come."""
+    """Accumulates the values of one column."""
 
     def __init__(self) -> None:
         self.filled = self.chars = self.spaces = self.texts = 0
@@ -120,7 +120,7 @@ class _Tally:
         """Count one value."""
         if value is None or value is UNREADABLE or value != value or (isinstance(value, str) and not value.strip()):
             return
-        if isinstance(value, list | dict):  # rows of mixed types
+        if isinstance(value, list | dict):  # a column of mixed types
             return
         self.filled += 1
         self.seen.add(hash(value))
@@ -138,7 +138,7 @@ class _Tally:
             self.fractions = self.fractions or not value.is_integer()
 
     def facts(self, name: str, kind: str, rows: int, class_names: tuple[str, ...] | None) -> Facts:
-        """What was counted."""
+        """The properties of the counted values."""
         look, count = self.looks.most_common(1)[0] if self.looks else ("", 0)
         return Facts(
             name=name,

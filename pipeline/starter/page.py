@@ -1,4 +1,4 @@
-"""The YAML file: what was found stands in its comments, what was chosen in its keys."""
+"""Write the YAML file: findings are comments, choices are keys."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.starter.roles import summary
 from pipeline.starter.times import cache_time, student_time, teacher_time
 
 _WIDTH = 100
-#: With so many rows to measure on, an accuracy is known to 5 points.
+#: Number of evaluated rows from which the margin of error of an accuracy is at most 5 points.
 _MANY = 400
 _LONG = 256
 
 
 def make_page(start: Start) -> str:
-    """The file as text."""
+    """The YAML file as text."""
     parts = [_head(start), _data(start)]
     if not start.is_teacher:
         parts.append(_train_teacher(start))
@@ -36,14 +36,14 @@ def make_page(start: Start) -> str:
 
 
 def scalar(value: object) -> str:
-    """A value in one line of YAML."""
+    """Format a value as one line of YAML."""
     found = str(yaml.safe_dump(value, allow_unicode=True, width=1 << 20, default_flow_style=True))
     found = found.split("\n...")[0].strip()
     return json.dumps(value, ensure_ascii=False) if "\n" in found else found
 
 
 def comment(text: str, indent: int = 0) -> list[str]:
-    """Lines of a comment; what came from the data is on one line."""
+    """Format a text as lines of a comment; line breaks from the data are removed."""
     lead = " " * indent + "# "
     return [lead + line for line in textwrap.wrap(" ".join(text.split()), _WIDTH - len(lead), break_on_hyphens=False)]
 
@@ -119,7 +119,7 @@ def _data(start: Start) -> list[str]:
 
 
 def _of_file(start: Start, pattern: str) -> str:
-    """A remark at the end of a file's line."""
+    """A remark for the line of a file."""
     for name, rows in start.unlabelled_files.items():
         if glob.escape(os.path.relpath(Path(name).expanduser(), start.data.dataset)) == pattern:
             return f"  # {rows:,} rows without a label"
@@ -127,7 +127,7 @@ def _of_file(start: Start, pattern: str) -> str:
 
 
 def few_line(start: Start) -> str:
-    """How sure a figure of quality can be, where rows to measure it on are few; else empty."""
+    """A note on the margin of error if few rows are labelled for evaluation; else empty."""
     if start.generative or not 0 < start.measured < _MANY:
         return ""
     points = 98 / math.sqrt(start.measured)
@@ -138,14 +138,14 @@ def few_line(start: Start) -> str:
 
 
 def moved_line(start: Start) -> str:
-    """Where the rows of a split test without labels are read; empty: there is no such split."""
+    """A note on the use of a split `test` without labels; empty if there is none."""
     if start.moved:
         return f"The split {start.moved[0]} has no labels to measure with: its rows are read with those of train."
     return "The split test has no labels to measure with and is left out." if start.data.split else ""
 
 
 def split_line(start: Start, split: str) -> str:
-    """Rows of a split, and what is wrong with some of them."""
+    """The number of rows of a split, with labelled, empty and repeated rows."""
     found = start.counts.splits[split]
     sampled = "" if found.read == found.rows else f" (of a sample of {found.read:,})"
     parts = [f"{split}: {found.rows:,} rows"]
@@ -184,7 +184,7 @@ def _columns(start: Start) -> Iterator[str]:
 
 
 def class_line(start: Start) -> str:
-    """How many classes there are, and how many rows each has."""
+    """The number of classes, and of rows per class."""
     known = [f"{name} {number:,}" for name, number in sorted(start.counts.classes.items(), key=lambda item: -item[1])]
     more = f", and {len(known) - 12} more" if len(known) > 12 else ""
     unused = [name for name, number in start.counts.classes.items() if not number]
@@ -194,13 +194,13 @@ def class_line(start: Start) -> str:
 
 
 def other_columns(start: Start) -> str:
-    """The columns that are not read, with what they hold."""
+    """The columns that are not read, with a summary of their content."""
     shown = [f"{each.name} ({summary(each)})" for each in start.others[:12]]
     return ", ".join(shown) + (f" and {len(start.others) - 12} more" if len(start.others) > 12 else "")
 
 
 def length_line(start: Start) -> str:
-    """How long the rows are, and what the cut costs."""
+    """The lengths of rows in tokens, and the share that is cut or split."""
     found = start.lengths
     counted = (
         "Tokens of a row"
@@ -344,7 +344,7 @@ def _path(start: Start, name: str) -> str:
 
 
 def _timed(lines: list[str], time: str, *, each: bool = False) -> list[str]:
-    """The time, above the section's first key."""
+    """Insert the estimated time above the first key of a section."""
     if not time:
         return lines
     at = next(i for i, line in enumerate(lines) if not line.startswith("#"))

@@ -1,4 +1,4 @@
-"""How the files of a data set and those of `--unlabelled` stand in the section `data`."""
+"""How the files of a data set and of `--unlabelled` are written in the section `data`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.sources.files.layout import find_files, looks_like_path
 from pipeline.sources.files.remote import is_url
 from pipeline.sources.prepare import locate
 
-#: More files are not listed one by one.
+#: Maximum number of files that are listed individually.
 _MOST_FILES = 12
 
 
 def local_files(dataset: str) -> dict[str, tuple[Path, ...]] | None:
-    """Split -> files, where a data set is a few files on this machine."""
+    """Split -> files of a local data set with at most `_MOST_FILES` files; else None."""
     path = Path(dataset).expanduser()
     if is_url(dataset) or not (path.exists() or looks_like_path(dataset)) or is_saved(path):
         return None
@@ -29,7 +29,7 @@ def local_files(dataset: str) -> dict[str, tuple[Path, ...]] | None:
 
 
 def listed_files(data: DataConfig, files: Mapping[str, Sequence[Path]]) -> DataConfig:
-    """The same data with its files by name, relative to a directory above all of them."""
+    """The section `data` with files listed by name, relative to a common directory."""
     path = Path(data.dataset).expanduser()
     every = [file for members in files.values() for file in members]
     if len({file.is_absolute() for file in every}) > 1:
@@ -43,12 +43,11 @@ def listed_files(data: DataConfig, files: Mapping[str, Sequence[Path]]) -> DataC
 
 
 def with_unlabelled_files(data: DataConfig, unlabelled: Sequence[str]) -> tuple[DataConfig, tuple[str, ...]]:
-    """Where the rows without labels are named: among the files of `train`, or in `cache-logits`.
+    """Add unlabelled rows to the files of `train`, or else to the section `cache-logits`.
 
     Returns:
-        The section `data`, and `unlabelled` of the section `cache-logits`: names of what is no file
-            on this machine, or of
-        files with labels, which are not to be read.
+        The section `data`, and `unlabelled` of the section `cache-logits`. The latter is used if a
+        name is not a local file, or a file has labels, which must not be read.
     """
     if not unlabelled:
         return data, ()

@@ -1,4 +1,4 @@
-"""What `softlabel init` has found and chosen: the page and the screen are made from it."""
+"""Findings and choices of `softlabel init`, from which file and screen output are made."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from pipeline.starter.teacher import Known, Speed
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long the rows of `train` are, and how many tokens of them are kept."""
+    """Lengths of the rows of `train` in tokens, and the chosen maximum."""
 
     median: int
     most: int
-    """95% of the rows are not longer."""
+    """95th percentile of the lengths."""
     longest: int
     chosen: int
     cut: float
-    """Share of the rows that are longer than the longest that is read at once."""
+    """Share of rows that are longer than the chosen maximum."""
     mean: float
-    """Tokens of a row that are read."""
+    """Mean number of tokens that are read per row."""
     is_counted: bool
-    """With the tokenizer; else estimated from characters."""
+    """Whether lengths are counted with the tokenizer; else estimated from characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A data set, and how a student is distilled from it."""
+    """Findings on a data set, and the chosen settings to distil a student."""
 
     path: str
-    """The file, as it was named."""
+    """The path of the YAML file as given."""
     command: str
     task: str
     generative: bool
-    """Whether the classes are tokens."""
+    """Whether the task's classes are tokens."""
     data: DataConfig
-    """The section `data` of the file."""
+    """The section `data` of the YAML file."""
     added: tuple[str, ...]
     """`unlabelled` of the section `cache-logits`."""
     roles: Roles
     facts: Mapping[str, Facts]
     counts: Counts
     unlabelled_files: Mapping[str, int]
-    """File of `--unlabelled` -> its rows."""
+    """File of `--unlabelled` -> number of rows."""
     moved: tuple[str, ...]
-    """Splits without labels whose rows are read with those of `train`."""
+    """Splits without labels whose rows are added to `train`."""
     lengths: Lengths
     known: Known
     speed: Speed | None
     is_teacher: bool
-    """The model is used as it is, not fine-tuned first."""
+    """Whether the model is used as a teacher without fine-tuning."""
     is_default: bool
-    """Whether the model is the default one, which no flag has named."""
+    """Whether the model is the default, not given by a flag."""
     evaluated: str
-    """The split that students are measured on."""
+    """The split that students are evaluated on."""
     can_draw: bool
-    """Whether matplotlib is there, which the report needs."""
+    """Whether matplotlib is installed, which the report needs."""
     runs: str
 
     @property
     def has_labels(self) -> bool:
-        """Whether students can be trained on labels alone, and measured against them."""
+        """Whether hard labels exist, to train and evaluate students on."""
         return self.generative or bool(self.counts.classes)
 
     @property
     def is_split(self) -> bool:
-        """Whether rows that are too long are read in pieces, or cut."""
+        """Whether rows that are too long are read in pieces; otherwise they are truncated."""
         return self.generative and self.roles.text is not None
 
     @property
     def measured(self) -> int:
-        """Labelled rows that students are measured on."""
+        """Number of labelled rows that students are evaluated on."""
         found = self.counts.splits.get(self.evaluated)
         return 0 if found is None or not self.has_labels else found.rows if self.generative else found.labelled
 
     @property
     def labelled(self) -> int:
-        """Rows of `train` with a label."""
+        """Number of rows of `train` with a label."""
         return self.counts.splits["train"].labelled
 
     @property
@@ -92,7 +92,7 @@ class Start:
 
     @property
     def has_empty(self) -> bool:
-        """Whether some rows cannot be read."""
+        """Whether some rows have an empty input."""
         return any(split.empty for split in self.counts.splits.values())
 
     @property

@@ -1,6 +1,6 @@
-"""Which column is the text and which the label: by type, values and names.
+"""Choose the columns of text and label by type, values and names.
 
-Columns between which nothing decides are an error that names the flag to give.
+If several columns are equally plausible, an error names the flag that decides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: Words in the names of columns, English and of a few other languages.
+#: Usual words in the names of columns, in English and a few other languages.
 _TEXT = _words(
     "text texts body content contents message document sentence review comment description utterance headline tweet "
     "abstract article post inhalt beschreibung nachricht bewertung kommentar anfrage texte contenu texto contenido"
@@ -47,7 +47,7 @@ _SHORT_CHARS, _SHORT_WORDS = 12, 2.5
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The columns that are read."""
+    """The columns that are read, by role."""
 
     text: str | None = None
     text_pair: str | None = None
@@ -59,26 +59,26 @@ class Roles:
 
     @property
     def is_generative(self) -> bool:
-        """Whether the input is one that language models alone read."""
+        """Whether the input is of a kind that only language models read."""
         return self.text is None
 
     @property
     def named(self) -> frozenset[str]:
-        """All of them."""
+        """The names of all columns that are read."""
         fields = (self.text, self.text_pair, self.messages, self.prompt, self.completion, self.input_ids, self.label)
         return frozenset(name for name in fields if name is not None)
 
 
 def choose_roles(where: str, facts: Mapping[str, Facts], config: InitConfig, *, tokens: bool | None) -> Roles:
-    """The columns that the flags name, else those that the data shows.
+    """Choose the columns: those given by flags, else those inferred from the data.
 
     Args:
-        where: begins the messages.
+        where: the location that begins error messages.
         tokens: whether the task's classes are tokens; None: not known.
 
     Raises:
-        SourceError: no such column, or none that can be the text or the label.
-        MisuseError: several that can; the message names the flag that decides.
+        SourceError: a column does not exist, or no column can be the text or the label.
+        MisuseError: several columns can be; the message names the flag that decides.
     """
     asked = [config.text_column, config.text_pair_column, config.label_column, config.messages_column]
     for name in (*asked, config.prompt_column, config.completion_column):
@@ -96,7 +96,7 @@ def choose_roles(where: str, facts: Mapping[str, Facts], config: InitConfig, *, 
             return found
     try:
         text = _text(where, facts, config)
-    except MisuseError:  # question and answer, with no label beside them
+    except MisuseError:  # question and answer without a label
         found = _generative(where, facts, named_alone=False) if tokens is None and not is_text else None
         if found is None or _label_candidates(facts, found.named):
             raise
@@ -123,10 +123,10 @@ def choose_roles(where: str, facts: Mapping[str, Facts], config: InitConfig, *, 
 
 
 def _check_flags(config: InitConfig, *, tokens: bool | None) -> None:
-    """Check that the columns named are those that models of the task read.
+    """Check that models of the task read the columns given by flags.
 
     Raises:
-        MisuseError: one that they do not.
+        MisuseError: they do not read one of them.
     """
     if tokens is None:
         return
@@ -142,13 +142,13 @@ def _check_flags(config: InitConfig, *, tokens: bool | None) -> None:
 
 
 def listed(facts: Iterable[Facts]) -> str:
-    """Columns with what they hold, for messages."""
+    """List columns with a summary of each, for messages."""
     shown = [f"{each.name!r} ({summary(each)})" for each in facts]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
 def summary(each: Facts) -> str:
-    """What a column holds, in a few words."""
+    """A short summary of a column's content."""
     if not each.is_scalar:
         return each.kind
     if not each.filled:
@@ -167,7 +167,7 @@ def summary(each: Facts) -> str:
 
 
 def is_long(each: Facts) -> bool:
-    """Whether a column holds text that somebody has written."""
+    """Whether a column holds written text, not codes or names."""
     return (
         each.kind == "text"
         and not each.looks
@@ -226,7 +226,7 @@ def _possible(facts: Mapping[str, Facts], taken: Collection[str | None]) -> list
 
 
 def _is_never_label(each: Facts) -> bool:
-    """Whether the name is that of an id, a date or the like; `class_id` is not."""
+    """Whether the name is that of an id, a date or similar; `class_id` is not."""
     found = each.words & _NEVER_LABEL
     return bool(found - _NUMBERING if each.words & _LABEL else found)
 
@@ -247,7 +247,7 @@ def _label(where: str, facts: Mapping[str, Facts], config: InitConfig, taken: se
         return config.label_column
     others = _possible(facts, taken)
     named = [each for each in others if each.words & _LABEL]
-    for each in named:  # the usual name, in any case of letters
+    for each in named:  # the usual name, ignoring case
         if each.name.lower() == "label" and label_fault(each) is None:
             return each.name
     good = _label_candidates(facts, taken)
@@ -271,7 +271,7 @@ def _label(where: str, facts: Mapping[str, Facts], config: InitConfig, taken: se
 
 
 def label_fault(each: Facts) -> str | None:
-    """Why a column cannot be the label, however it is named; None where it can."""
+    """Why a column cannot be the label, regardless of its name; None if it can."""
     if each.kind.startswith("lists"):
         return "several labels on one row are not supported; expected one class a row"
     if not each.filled:
@@ -295,10 +295,10 @@ def _can_be_label(each: Facts, *, by_name: bool) -> bool:
 
 
 def _only(where: str, found: Sequence[Facts], usual: frozenset[str], what: str, flag: str, more: str) -> Facts:
-    """The column, where there is one alone, or one alone whose name holds a usual word.
+    """The only column, or the only one with a usual word in its name.
 
     Raises:
-        MisuseError: there are several.
+        MisuseError: several columns remain.
     """
     named = [each for each in found if each.words & usual]
     choice = found if len(found) == 1 else named

@@ -1,4 +1,4 @@
-"""The recipe of `softlabel init`: look at the data, choose, write the file."""
+"""`softlabel init`: inspect the data, choose settings, write the file."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
 
 ENGLISH = "sentence-transformers/all-MiniLM-L6-v2"
 OTHER_LANGUAGES = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
-#: Layers of each, and parameters beside the embeddings: known where the hub cannot be reached.
+#: Layers and parameters without embeddings of the default models, if the hub cannot be reached.
 _SIZES = {ENGLISH: (6, 10_600_000), OTHER_LANGUAGES: (12, 21_300_000)}
 HOLDOUT = 0.1
 _FEWEST = 30
-#: More letters beside a to z: the texts are not English. German has 2%, English 0.1%.
+#: Texts with a larger share of letters outside a to z are not English (German 2%, English 0.1%).
 _FOREIGN = 0.006
-#: Flags of other commands that messages name -> what does the same here.
+#: Flags of other commands that error messages mention -> the equivalent for this command.
 _ELSEWHERE = {
     "--data-files": "softlabel init has no --data-files: name files after their splits, as train.csv and test.csv, or give one",
     "--holdout": "softlabel init has no --holdout: add more rows, or a file for the split test",
 }
-_CHARACTERS_OF_TOKEN = 3.5  # fewer than most texts have: too few cut rows, too many only take longer
-#: Rows up to here are not cut, whatever their number.
+_CHARACTERS_OF_TOKEN = 3.5  # low: a short maximum cuts rows, a long one only costs time
+#: Rows of up to this number of tokens are never cut.
 _SHORT = 128
 
 
 def run(config: InitConfig) -> Start:
-    """`softlabel init`: look at a data set and write the file.
+    """Run `softlabel init`: inspect a data set and write the file.
 
     Raises:
-        PipelineError: as `_written` says; a message that names a flag of other commands also says
-            what to do here.
+        PipelineError: as `_written`; a message that names a flag of another command also gives the
+            equivalent for this one.
     """
     try:
         return _written(config)
@@ -66,14 +66,14 @@ def run(config: InitConfig) -> Start:
 
 
 def _written(config: InitConfig) -> Start:
-    """What was found and chosen; the file is there.
+    """Write the file, and return findings and choices.
 
     Raises:
-        MisuseError: the file is there already; several columns can be the text or the label; a
-            language model without a teacher.
-        SourceError: no data, no column that can be the text or the label, labels that are no
+        MisuseError: the file exists; several columns can be the text or the label; no teacher is
+            given for a language model.
+        SourceError: there is no data, no column can be the text or the label, or labels are not
             classes.
-        ModelError: no such model or teacher.
+        ModelError: the model or the teacher does not exist.
     """
     output = Path(config.output).expanduser()
     _check_output(output, config.overwrite)
@@ -177,7 +177,7 @@ def _why_generative(roles: Roles) -> str:
 
 
 def _data(config: InitConfig, roles: Roles, splits: Mapping[str, Rows]) -> DataConfig:
-    """The data set as it is named, with the columns."""
+    """The section `data`: the data set as given, with the chosen columns."""
     if "train" not in splits:
         raise SourceError(
             f"{config.dataset}: no split train to learn from; found {', '.join(splits)}; rename a file, or give one file"
@@ -203,7 +203,7 @@ def _data(config: InitConfig, roles: Roles, splits: Mapping[str, Rows]) -> DataC
 
 
 def _read(data: DataConfig, added: tuple[str, ...], roles: Roles, config: InitConfig) -> tuple[Source, tuple[str, ...]]:
-    """The data set as the stages will read it, and the names of its classes."""
+    """Load the data set as the stages will read it, with the names of its classes."""
     source = load_source(data, label_required=roles.label is not None)
     names: tuple[str, ...] = ()
     if roles.label is not None:
@@ -212,7 +212,11 @@ def _read(data: DataConfig, added: tuple[str, ...], roles: Roles, config: InitCo
 
 
 def _without_test(data: DataConfig, config: InitConfig, counts: Counts) -> tuple[DataConfig, tuple[str, ...]]:
-    """Move the rows of an unlabelled split `test` to `train`, or drop them."""
+    """Move the rows of an unlabelled split `test` to `train`, or leave the split out.
+
+    Returns:
+        The section `data`, and the splits whose rows were moved.
+    """
     if data.data_files:
         renamed = tuple(
             "train=" + item.removeprefix("test=") if item.startswith("test=") else item for item in data.data_files
@@ -253,7 +257,7 @@ def _known(config: InitConfig, counts: Counts) -> Known:
     name = ENGLISH if counts.foreign_letters < _FOREIGN else OTHER_LANGUAGES
     try:
         found = look_up(name)
-    except ModelError:  # a mirror that does not have it
+    except ModelError:  # a mirror without the model
         found = nothing_of(name)
     layers, weights = _SIZES[name]
     return found if found.layers is not None else dataclasses.replace(found, layers=layers, weights=weights)
@@ -281,7 +285,7 @@ def _lengths(task: Task, known: Known, rows: list[TokenizedExample], source: Sou
 
 
 def _estimated(source: Source, roles: Roles) -> np.ndarray:
-    """(rows,) tokens, from characters."""
+    """(rows,): lengths in tokens, estimated from characters."""
     rows = source.splits["train"]
     names = [name for name in roles.named if name != roles.label]
     found = [
@@ -305,7 +309,7 @@ def _evaluated(task: Task, counts: Counts) -> str:
 
 
 def _command(config: InitConfig) -> str:
-    """The command as it was given, without what repeats a default."""
+    """The command as given, without flags that repeat a default."""
     words = ["softlabel", "init"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""Facts of a teacher before loading: files, tokenizer, longest row, speed."""
+"""Properties of a teacher without loading it: files, tokenizer, maximum length, speed."""
 
 from __future__ import annotations
 
@@ -23,54 +23,54 @@ if TYPE_CHECKING:
 
     from pipeline.config import DataConfig
 
-#: Weights of more bytes are not loaded to measure a speed.
+#: Models with more bytes of weights are not loaded to measure their speed.
 _MOST_BYTES = 800_000_000
 _SAMPLE = 1000
 _SECONDS_TO_CONNECT = 3.0
 _SECONDS_TO_MEASURE = 3.0
-#: Floating-point operations of a batch that is timed, and its rows.
+#: Floating-point operations of a timed batch, and its maximum number of rows.
 _OPERATIONS = 20_000_000_000
 _MOST_OF_BATCH = 8
-#: What each of several threads adds to the speed of one.
+#: Speed that each of several threads adds, relative to a single thread.
 _OF_EACH_THREAD = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A model without its weights.
+    """Properties of a model without its weights.
 
-    Fields are None where it is neither on this machine nor reachable.
+    Fields are None if the model is neither on this machine nor reachable.
     """
 
     name: str
     directory: Path | None
-    """Where its files lie on this machine."""
+    """Local directory of its files."""
     tokenizer: PreTrainedTokenizerBase | None
     longest: int | None
-    """Tokens that it has positions for."""
+    """Maximum number of tokens that it has positions for."""
     layers: int | None
     weights: int | None
-    """Parameters beside the embeddings."""
+    """Number of parameters without embeddings."""
     labels: tuple[str, ...]
-    """Names of its classes, where it is a fine-tuned classifier."""
+    """Class names of a fine-tuned classifier."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Seconds for a token, forward pass alone."""
+    """Seconds per token of a forward pass."""
 
     seconds: float
     is_measured: bool
-    """Else worked out from the number of parameters."""
+    """Whether it is measured; else estimated from the number of parameters."""
     student: float
-    """What a student of a third of the layers takes, as a share."""
+    """Time of a student with a third of the layers, as a share of the teacher's."""
 
 
 def look_up(name: str) -> Known:
-    """Tokenizer and configuration of a model from a directory or the hub.
+    """Look up tokenizer and configuration of a model in a directory, the hub's cache or the hub.
 
     Raises:
-        ModelError: a directory that is no model; no such model on the hub.
+        ModelError: the directory is not a model, or the hub does not have the model.
     """
     directory = _directory(name)
     if directory is None and not _looks_local(name) and not _hub_answers():
@@ -91,15 +91,15 @@ def look_up(name: str) -> Known:
 
 
 def nothing_of(name: str) -> Known:
-    """A model of which the name alone is known."""
+    """A model of which only the name is known."""
     return Known(name, None, None, None, None, None, ())
 
 
 def sample(source: Source, task: Task, known: Known, data: DataConfig) -> list[TokenizedExample]:
-    """Rows of `train` as tokens, whole: a sample of what the teacher will read.
+    """Tokenize a sample of the rows of `train`, without truncation.
 
     Raises:
-        PipelineError: rows that cannot become tokens, as chats without a template.
+        PipelineError: rows cannot be tokenized, for example chats without a template.
     """
     if known.tokenizer is None:
         return []
@@ -117,10 +117,10 @@ def sample(source: Source, task: Task, known: Known, data: DataConfig) -> list[T
 def measure(
     task: Task, known: Known, rows: Sequence[TokenizedExample], labels: Sequence[str], length: int
 ) -> Speed | None:
-    """How fast the model is here; None: not known.
+    """The speed of the model on this machine; None: not known.
 
-    Measured on a batch where the weights are on this machine and small, else estimated from the
-    size of the model.
+    Measured on a batch if the weights are local and small, else estimated from the size of the
+    model.
     """
     if known.layers is None:
         return None
@@ -129,7 +129,7 @@ def measure(
     if few and known.directory is not None and 0 < _bytes(known.directory) < _MOST_BYTES:
         try:
             return Speed(_timed(task, str(known.directory), few, labels), True, student)
-        except (PipelineError, RuntimeError, ValueError):  # a figure in a comment is no reason to fail
+        except (PipelineError, RuntimeError, ValueError):  # an estimate in a comment must not cause an error
             pass
     if known.weights is None:
         return None
@@ -148,7 +148,7 @@ def _timed(task: Task, place: str, rows: Sequence[TokenizedExample], labels: Seq
 
 
 def _few(rows: Sequence[TokenizedExample], weights: int, length: int) -> list[TokenizedExample]:
-    """Rows of similar length for about a second of the model; empty if one takes longer."""
+    """Rows of similar length for about a second; empty if one row takes much longer."""
     tokens = max(1, _OPERATIONS // (2 * weights))
     whole = sorted((row for row in rows if len(row.input_ids) <= length), key=lambda row: len(row.input_ids))
     middle = whole[len(whole) // 2 :] if whole and len(whole[len(whole) // 2].input_ids) <= tokens else whole[:1]
@@ -161,7 +161,7 @@ def _few(rows: Sequence[TokenizedExample], weights: int, length: int) -> list[To
 
 
 def _operations_per_second() -> float:
-    """Half of the speed of a large matrix product here, as a rough estimate."""
+    """Rough estimate: half of the speed of a large matrix product on this machine."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,7 +170,7 @@ def _operations_per_second() -> float:
 
 
 def _fastest(compute: Callable[[], Tensor], *, on_cpu: bool) -> float:
-    """Seconds of a computation, without the time of other programs."""
+    """Seconds of a computation with all threads; on CPUs without the time of other programs."""
     import torch
 
     threads = torch.get_num_threads()
@@ -191,7 +191,7 @@ def _fastest(compute: Callable[[], Tensor], *, on_cpu: bool) -> float:
 
 
 def _weights(config: Any) -> int | None:
-    """Parameters beside the embeddings, of a model that is never made."""
+    """Number of parameters without embeddings, from the configuration alone."""
     import torch
     from transformers import AutoModel
 
@@ -200,7 +200,7 @@ def _weights(config: Any) -> int | None:
             model = AutoModel.from_config(config)
         table = model.get_input_embeddings()
         return int(sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in table.parameters()))
-    except Exception:  # configurations of remote code, and of heads alone
+    except Exception:  # configurations with remote code, or of heads only
         return None
 
 
@@ -229,13 +229,13 @@ def _bytes(directory: Path) -> int:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub answers, asked once with a short timeout."""
+    """Whether the hub answers; asked once with a short timeout, since its client retries long."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS_TO_CONNECT)
-    except Exception:  # whatever the network has
+    except Exception:  # any error of the network
         return False
     return True

@@ -1,4 +1,4 @@
-"""About how long each stage takes here, in words."""
+"""Estimate how long each stage takes on this machine, in words."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import dataclasses
 from pipeline.config import TrainStudentConfig, TrainTeacherConfig
 from pipeline.starter.records import Start
 
-#: A backward pass takes twice a forward pass; batches are padded.
+#: Time of a training step relative to a forward pass (a backward pass takes twice as long), and of
+#: padded batches relative to unpadded ones.
 _TRAINING = 3.0
 _PADDING = 1.2
 _FEW_SECONDS = 10
 
 
 def teacher_time(start: Start) -> str:
-    """Of `train-teacher`."""
+    """The time of `train-teacher`."""
     return _passes(start, start.labelled, 1.0, TrainTeacherConfig, "labelled rows")
 
 
 def cache_time(start: Start) -> str:
-    """Of `cache-logits`."""
+    """The time of `cache-logits`."""
     if start.speed is None:
         return ""
     rows = sum(split.rows for split in start.counts.splits.values())
@@ -27,7 +28,7 @@ def cache_time(start: Start) -> str:
 
 
 def student_time(start: Start) -> str:
-    """Of one student."""
+    """The time to train one student."""
     share = 1.0 if start.speed is None else start.speed.student
     return _passes(start, start.counts.splits["train"].rows, share, TrainStudentConfig, "rows")
 
@@ -43,7 +44,7 @@ def _passes(start: Start, rows: int, share: float, config: type, what: str) -> s
 
 
 def _forward(start: Start, rows: int) -> float:
-    """Seconds of a forward pass over so many rows."""
+    """Seconds of a forward pass over `rows` rows."""
     assert start.speed is not None
     return rows * start.lengths.mean * _PADDING * start.speed.seconds
 
@@ -55,7 +56,7 @@ def _said(start: Start, seconds: float, what: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time of one or two digits."""
+    """Format a time with one or two digits."""
     if seconds < _FEW_SECONDS:
         return "a few seconds"
     if seconds < 90:

@@ -1,4 +1,4 @@
-"""Many students from one cache: the grid, its runs, the leaderboard."""
+"""Sweeps: train many students from one or more caches, and rank them on a leaderboard."""
 
 from pipeline.sweep.leaderboard import SweepReport, format_leaderboard
 from pipeline.sweep.run import report, run

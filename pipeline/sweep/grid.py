@@ -1,4 +1,4 @@
-"""Which runs a sweep consists of, and what each is called: the name says all that differs between them."""
+"""Plan the runs of a sweep and their names, which state everything that differs between them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Role = Literal["student", "control"]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a student begins: a directory or hub name, a shape with random weights, or layers of the teacher."""
+    """The source of a student's initial weights: a model, a random shape, or teacher layers.
+
+    A model is a directory or hub name; a student with a shape has random weights.
+    """
 
     name: str
     path: str | None = None
@@ -33,7 +36,7 @@ class PlannedRun:
     """One student to train."""
 
     group: str
-    """All that differs but the seed."""
+    """Name of everything that differs except the seed."""
     role: Role
     cache: str
     start: Start
@@ -43,29 +46,29 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """The group, and the seed."""
+        """The group with the seed."""
         return f"{self.group}-seed{self.seed}"
 
     @property
     def directory(self) -> Path:
-        """Below the sweep's output."""
+        """Directory relative to the sweep's output."""
         return Path("runs", self.name)
 
 
 def named_caches(config: SweepConfig) -> dict[str, str]:
-    """Name -> directory.
+    """Return name -> directory of the caches.
 
     Raises:
-        MisuseError: two caches have one name.
+        MisuseError: two caches have the same name.
     """
     return _named("--cache", config.cache)
 
 
 def plan(config: SweepConfig, caches: Sequence[str]) -> tuple[PlannedRun, ...]:
-    """Every run, the first seed's first, so that a sweep that is stopped has compared something.
+    """Return all runs, ordered by seed, so that a stopped sweep has already compared settings.
 
     Raises:
-        MisuseError: two students have one name.
+        MisuseError: two students have the same name.
     """
     found = []
     several = len(caches) > 1
@@ -81,10 +84,10 @@ def plan(config: SweepConfig, caches: Sequence[str]) -> tuple[PlannedRun, ...]:
 
 
 def starts(config: SweepConfig) -> tuple[Start, ...]:
-    """Where the students begin.
+    """Return the initial weights of the students.
 
     Raises:
-        MisuseError: two of them have one name.
+        MisuseError: two of them have the same name.
     """
     found = [Start(name, path=path) for name, path in _named("--student", config.student).items()]
     found += [Start(text, shape=Shape(*parse_shape(text))) for text in dict.fromkeys(config.shape)]
@@ -99,7 +102,7 @@ def starts(config: SweepConfig) -> tuple[Start, ...]:
 
 
 def train_config(config: SweepConfig, run: PlannedRun, *, cache: str, student: str) -> TrainStudentConfig:
-    """One run as `train-student` takes it."""
+    """Return the configuration of `train-student` for one run."""
     return TrainStudentConfig(
         cache=(cache,),
         student=student,
@@ -124,9 +127,9 @@ def train_config(config: SweepConfig, run: PlannedRun, *, cache: str, student: s
 
 
 def _losses(config: SweepConfig, *, with_labels_alone: bool) -> list[tuple[Loss, bool]]:
-    """Each loss, and whether its hard labels are the teacher's.
+    """Return the losses, each with whether its hard labels are the teacher's.
 
-    Labels alone teach the same whatever the teacher is: one cache does for them.
+    Training on the data's labels alone does not depend on the teacher, so it is done for one cache.
     """
     found = [(loss, False) for loss in config.losses if loss.soft_weight or with_labels_alone]
     if config.controls:
@@ -144,7 +147,13 @@ def _loss_name(loss: Loss, teacher_labels: bool) -> str:
 
 
 def _named(flag: str, items: Sequence[str]) -> dict[str, str]:
-    """`NAME=DIR`, or the directory's own name; a name becomes part of a directory's, so it has plain characters only."""
+    """Return name -> path from items `NAME=DIR` or `DIR`, which is named after the directory.
+
+    A name becomes part of a directory name, so other characters are replaced by "-".
+
+    Raises:
+        MisuseError: two items have the same name.
+    """
     found: dict[str, str] = {}
     for item in items:
         name, path = name_and_path(item)

@@ -1,4 +1,4 @@
-"""What a sweep found: every run, seeds grouped, ranked by a split that is not the one reported."""
+"""The result of a sweep: runs grouped over seeds, ranked on a split that is not reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class SweepRun:
-    """One student of the sweep, trained or failed."""
+    """One student of a sweep, trained or failed."""
 
     name: str
     group: str
@@ -32,50 +32,50 @@ class SweepRun:
     loss: Loss
     teacher_labels: bool
     directory: str
-    """Below the sweep's output."""
+    """Relative to the sweep's output."""
     result: TrainResult | None = None
-    """Settings, time and metrics; None where it failed."""
+    """Settings, time and metrics; None if the run failed."""
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SweepGroup:
-    """One line of the leaderboard: the runs that differ in their seed alone."""
+    """One line of the leaderboard: runs that differ only in their seed."""
 
     name: str
     role: Role
     seeds: tuple[int, ...]
-    """Of the runs that came to their end."""
+    """Seeds of the finished runs."""
     failed: int
     num_parameters: int
     metrics: Mapping[str, float]
-    """Means over the seeds, on the split that the choice is made on."""
+    """Means over the seeds, on the split that the best group is chosen on."""
     range: Interval | None = None
-    """The lowest and highest of the seeds, of what the choice is made by."""
+    """Lowest and highest value over the seeds of the metric that the best group is chosen by."""
     seconds: float = 0.0
     """Mean training time."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """What is kept as `sweep.json`."""
+    """The content of `sweep.json`."""
 
     settings: SweepConfig
     runs: tuple[SweepRun, ...]
     groups: tuple[SweepGroup, ...]
-    """Best first, where there is something to choose by."""
+    """Best first, if there is a metric to choose by."""
     eval_split: str | None
     chosen_by: str | None
-    """The metric; None: there is no split to choose on, and nothing is chosen."""
+    """The metric that the best group is chosen by; None: there is no split to choose on."""
     higher_is_better: bool
     best: str | None
-    """Name of the best group of students; controls are not chosen."""
+    """Name of the best group of students; controls are excluded."""
     teachers: Mapping[str, Mapping[str, float]]
-    """Cache name -> the teacher's metrics on that split, where it has labels."""
+    """Cache name -> the teacher's metrics on `eval_split`, if it has labels."""
 
     @property
     def failed(self) -> tuple[SweepRun, ...]:
-        """The runs that did not come to their end."""
+        """The runs that failed."""
         return tuple(run for run in self.runs if run.error is not None)
 
 
@@ -86,10 +86,11 @@ def make_report(
     teachers: Mapping[str, Mapping[str, float]],
     eval_split: str | None,
 ) -> SweepReport:
-    """Group the seeds and rank the groups: by the task's main metric, or by agreement with the teacher where the split has no labels; ties by the loss.
+    """Group runs over their seeds, and rank the groups by the task's main metric.
 
-    Where a student has another tokenizer than its teacher, by bits a byte of text in place of a
-    loss a token.
+    If the split has no labels, groups are ranked by agreement with the teacher. Ties are ranked by
+    the loss. If a student has another tokenizer than its teacher, bits per byte of text replace the
+    loss per token.
     """
     basis = Basis(task, in_bytes=_in_bytes(runs))
     main = "nll" if basis.main_metric == "loss" else basis.main_metric
@@ -125,9 +126,9 @@ def _group(name: str, runs: Sequence[SweepRun], chosen_by: str | None) -> SweepG
 
 
 def format_leaderboard(report: SweepReport) -> str:
-    """A line a group, the best first; the teachers above, on the same split.
+    """Return a table with one line per group, best first, below the teachers on the same split.
 
-    Divergences are left out: each is at its run's own temperature.
+    Divergences are left out, since each is at its run's own temperature.
     """
     of_tokens = [BITS_PER_BYTE] if _in_bytes(report.runs) else ["accuracy", "nll"]
     shown = [name for name in dict.fromkeys([report.chosen_by, *of_tokens, "agreement"]) if name]
@@ -144,7 +145,7 @@ def format_leaderboard(report: SweepReport) -> str:
 
 
 def _measured_on(report: SweepReport) -> str:
-    """The split and the number of rows that the metrics are of."""
+    """Return the split and the number of rows that the metrics are computed on."""
     rows = next((run.result.eval_rows for run in report.runs if run.result is not None), None)
     if report.eval_split is None:
         return ""
@@ -177,7 +178,7 @@ def _notes(report: SweepReport) -> str:
 
 
 def _in_bytes(runs: Sequence[SweepRun]) -> bool:
-    """Whether a student has another tokenizer than its teacher."""
+    """Return whether a student has another tokenizer than its teacher."""
     return any(run.result is not None and run.result.own_tokenizer is not None for run in runs)
 
 

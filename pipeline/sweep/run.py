@@ -1,4 +1,7 @@
-"""The recipe of a sweep: one process, each cache opened once, one run after the other; what is finished is not done again."""
+"""Run `softlabel sweep`: train all students in one process, one after another.
+
+Each cache is opened once. Finished runs are not repeated.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +41,20 @@ from pipeline.workflow import content_of
 
 logger = logging.getLogger(__name__)
 
-#: What a directory was made from, and what is there since it was finished: written by the sweep
-#: beside the model.
+#: The file that the sweep writes next to a model: hashes of what it was made from, and of its last
+#: file once it is finished.
 _MARK = ".sweep.json"
-#: What a training run writes last.
+#: The file that a training run writes last.
 _PROOF = "distillation.json"
 
 
 def run(config: SweepConfig) -> SweepReport:
-    """`softlabel sweep`, up to its report: every run that is not finished, in order; `sweep.json` is written after each.
+    """Run all unfinished runs of a sweep in order, and write `sweep.json` after each.
 
     Raises:
-        MisuseError: several ranks; two caches or students of one name.
-        CacheError: a cache that is not there, or has no such split. A run that fails is recorded
-            instead.
+        MisuseError: several ranks, or two caches or students of the same name.
+        CacheError: a cache does not exist, or lacks a split. A failed run is recorded instead of
+            raised.
     """
     caches, eval_split, runs = _planned(config)
     task = get_task(next(iter(caches.values())).manifest.contract.task)
@@ -63,12 +66,12 @@ def run(config: SweepConfig) -> SweepReport:
         logger.info("sweep %d/%d: %s%s", number, len(runs), planned.name, left)
         found.append(_run_one(config, planned, caches[planned.cache]))
         write_text(Path(config.output, "sweep.json"), dump(make_report(config, task, found, teachers, eval_split)))
-        gc.collect()  # a trainer and its model refer to each other
+        gc.collect()  # trainer and model are a reference cycle
     return make_report(config, task, found, teachers, eval_split)
 
 
 def _planned(config: SweepConfig) -> tuple[dict[str, Cache], str | None, tuple[PlannedRun, ...]]:
-    """The caches by name, the split to choose on, and the runs in order."""
+    """Return the caches by name, the split to choose on, and the runs in order."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MisuseError("sweep runs in one process; under torchrun, train its students with train-student")
     caches = {name: Cache.open(path) for name, path in named_caches(config).items()}
@@ -76,13 +79,13 @@ def _planned(config: SweepConfig) -> tuple[dict[str, Cache], str | None, tuple[P
 
 
 def outline(config: SweepConfig) -> Outline:
-    """What `run` would do: each run, and whether it is finished. Writes nothing.
+    """Describe each run, and whether it is finished; write nothing.
 
     Raises:
-        PipelineError: as `run` raises it, but for what goes wrong in one run alone.
+        PipelineError: as in `run`, except for errors of single runs.
     """
     caches, eval_split, runs = _planned(config)
-    training_arguments(config.output, config.training, report_to=config.report_to)  # refuses what no run would take
+    training_arguments(config.output, config.training, report_to=config.report_to)  # refuses invalid settings
     lines = [("reads", f"{cache.where}: {config.split}") for cache in caches.values()]
     lines += [
         ("chosen on", eval_split or "nothing: no cache has a split validation"),
@@ -101,7 +104,7 @@ def outline(config: SweepConfig) -> Outline:
 
 
 def _finished_before(config: SweepConfig, planned: PlannedRun, cache: Cache) -> TrainResult | None:
-    """The result of a run that is finished; of a student that is still to be begun there is none."""
+    """Return the result of a run, or None if it is unfinished or its student is not made yet."""
     start = planned.start
     student = Path(start.path) if start.path is not None else _start_directory(config, start, planned.seed)
     if start.path is None and not _is_finished(student, _start_key(config, start, planned.seed), "config.json"):
@@ -112,10 +115,12 @@ def _finished_before(config: SweepConfig, planned: PlannedRun, cache: Cache) -> 
 
 
 def report(config: SweepConfig, found: SweepReport) -> str:
-    """What the sweep ends in: `softlabel report` over every student that was trained, without measurements of speed, in the directory `report`.
+    """Write the final report of a sweep to the directory `report`: all students, without timings.
+
+    It is that of `softlabel report`.
 
     Returns:
-        Its summary. Empty where no student was trained.
+        Its summary; empty if no student was trained.
     """
     made = [(run.role, f"{run.group}={Path(config.output, run.directory)}") for run in found.runs if run.result]
     students, controls = (tuple(model for role, model in made if role == kind) for kind in ("student", "control"))
@@ -139,13 +144,11 @@ def report(config: SweepConfig, found: SweepReport) -> str:
 
 
 def _check(config: SweepConfig, caches: Mapping[str, Cache]) -> str | None:
-    """The split to choose on, None where there is none.
-
-    What would stop every run, or the report after them all, stops before the first.
+    """Return the split to choose on, or None, after checks that apply to all runs and the report.
 
     Raises:
         CacheError: a cache lacks a split.
-        MisuseError: the split to choose on is the one to report.
+        MisuseError: the split to choose on is the one to report, or matplotlib is missing.
     """
     for name, cache in caches.items():
         for flag, split in (
@@ -171,7 +174,7 @@ def _check(config: SweepConfig, caches: Mapping[str, Cache]) -> str | None:
 
 
 def _teachers(caches: Mapping[str, Cache], eval_split: str | None) -> dict[str, Mapping[str, float]]:
-    """What the caches say of their teachers on the split to choose on; nothing where it has no labels."""
+    """Return each teacher's metrics on the split to choose on, if it has labels."""
     found: dict[str, Mapping[str, float]] = {}
     for name, cache in caches.items():
         if eval_split is not None:
@@ -182,7 +185,7 @@ def _teachers(caches: Mapping[str, Cache], eval_split: str | None) -> dict[str, 
 
 
 def _run_one(config: SweepConfig, planned: PlannedRun, cache: Cache) -> SweepRun:
-    """Train one student, unless it is finished. What goes wrong in it alone is recorded."""
+    """Train one student unless it is finished; an error of this run alone is recorded."""
     record = SweepRun(
         name=planned.name,
         group=planned.group,
@@ -206,9 +209,9 @@ def _run_one(config: SweepConfig, planned: PlannedRun, cache: Cache) -> SweepRun
 
 
 def _begin(config: SweepConfig, start: Start, seed: int) -> str:
-    """Where a student begins.
+    """Return the path of a student's initial weights, after making them if necessary.
 
-    One with a shape has other weights with each seed; one of layers is the same for all.
+    A shape has other weights for each seed; layers of the teacher are the same for all.
     """
     if start.path is not None:
         return start.path
@@ -229,7 +232,7 @@ def _start_key(config: SweepConfig, start: Start, seed: int) -> str:
 
 
 def _trained(settings: TrainStudentConfig, cache: Cache) -> TrainResult:
-    """The result of a run: of the one that is finished, of the one that was stopped and goes on, or of a new one."""
+    """Return the result of a run: read if it is finished, else of a resumed or new training."""
     directory = Path(settings.output)
     key = _key(settings, cache)
     if _is_finished(directory, key, _PROOF):
@@ -238,21 +241,21 @@ def _trained(settings: TrainStudentConfig, cache: Cache) -> TrainResult:
     resume = _mark(directory) == {"key": key, "proof": None} and bool(checkpoints(directory))
     _set_mark(directory, key)
     result = train(dataclasses.replace(settings, resume=resume, overwrite=not resume), cache)
-    for checkpoint in checkpoints(directory):  # three times the size of the student, and of no more use
+    for checkpoint in checkpoints(directory):  # no longer needed, and each three times the student's size
         shutil.rmtree(checkpoint)
     _set_mark(directory, key, _PROOF)
     return result
 
 
 def _key(settings: TrainStudentConfig, cache: Cache) -> str:
-    """What decides a run."""
+    """Return a hash of everything that determines a run."""
     apart = ("cache", "student", "output", "resume", "overwrite", "report_to")
     plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in apart}
     return _hash([plain, cache.manifest.cache_id, content_of(Path(settings.student))])
 
 
 def _is_finished(directory: Path, key: str, proof: str) -> bool:
-    """Whether it was made to its end from the same things, and not touched since."""
+    """Return whether a directory was finished from the same inputs, and not changed since."""
     return (directory / proof).is_file() and _mark(directory) == {"key": key, "proof": content_of(directory / proof)}
 
 

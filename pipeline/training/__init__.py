@@ -1,4 +1,4 @@
-"""Stage 2: train a student from a cache, without the teacher; and before stage 1, fine-tune a teacher."""
+"""Training: distil a student from a cache without the teacher, and fine-tune a teacher."""
 
 from pipeline.training.losses import distillation_loss
 from pipeline.training.run import train_student

@@ -1,7 +1,8 @@
-"""README.md of a student: a model card of what it was made from, how good it is, and how it is used.
+"""Write the model card (README.md) of a trained student.
 
-Written once, at the end of training, from what training knows: the cache's manifest, the settings
-and the student's own metrics. Nothing edits it later.
+The card states what the student was made from, how accurate it is and how to use it. It is written
+once, at the end of training, from the cache's manifest, the training settings and the student's
+metrics.
 """
 
 from __future__ import annotations
@@ -86,14 +87,15 @@ _UNKNOWN = "unknown: {where} names none; ask before you share or sell it"
 def make_card(
     cache: Cache, student: LoadedModel, result: TrainResult, *, splits: Sequence[str], teacher_labels: bool
 ) -> str:
-    """The card's text, YAML front matter first.
+    """Return the text of the card, with the YAML front matter first.
 
-    It holds no path of this machine: what is no hub name goes by the last part of its path.
+    The card contains no path of this machine: of a name that is not a hub name, only the last part
+    of the path is shown.
 
     Args:
-        student: the finished student; its name is where it began.
-        splits: what it was trained on.
-        teacher_labels: the hard labels were the teacher's.
+        student: the finished student; its name is the name of the model that it started from.
+        splits: the splits that it was trained on.
+        teacher_labels: whether the hard labels were the teacher's.
     """
     contract = cache.manifest.contract
     teacher, source, start = _teacher(contract.teacher), _source(contract.source), _start(student)
@@ -157,7 +159,7 @@ def make_card(
 
 
 def _pixels(student: LoadedModel) -> str:
-    """How large the images are that it reads."""
+    """Return a sentence about the size of the images that the student reads."""
     size = image_size(student.tokenizer)
     if size is None:
         return "Its image processor, `preprocessor_config.json`, makes pixel values of images."
@@ -165,7 +167,7 @@ def _pixels(student: LoadedModel) -> str:
 
 
 def _tokenizer(result: TrainResult) -> str:
-    """A row of the table where it is not the teacher's."""
+    """Return a table row about the tokenizer; empty if the student uses the teacher's."""
     own = result.own_tokenizer
     if own is None:
         return ""
@@ -180,7 +182,7 @@ def _tokenizer(result: TrainResult) -> str:
 
 
 def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
-    """The loss as a formula in words, with every setting that changes it."""
+    """Return the loss as a formula in words, with every setting that changes it."""
     terms = []
     if loss.hard_weight or loss.hard_weight_end:
         labels = f"{'the teacher' if teacher_labels else 'the data'}'s labels"
@@ -202,7 +204,7 @@ def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
 
 
 def _weight(start: float, end: float | None, schedule: str) -> str:
-    """`0.5`, or `0.5 to 0.1` where it changes."""
+    """Return `0.5`, or `(0.5 to 0.1)` for a weight that changes over the run."""
     if schedule == "constant":
         return f"{start:g}"
     last = (0.0 if schedule == "warmup-stable-decay" else start) if end is None else end
@@ -210,7 +212,7 @@ def _weight(start: float, end: float | None, schedule: str) -> str:
 
 
 def _details(loss: Loss) -> str:
-    """Temperature, mixture, tail and weights of positions, where they are not the plain ones."""
+    """Return temperature, mixture, tail and position weights that differ from the defaults."""
     details = []
     if loss.divergence not in ("logit-mse", "mse", "margin-mse") and loss.temperature is not None:
         details.append(f" at T = {loss.temperature:g}")
@@ -225,7 +227,7 @@ def _details(loss: Loss) -> str:
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that the card in a directory names, if there is a card and it names one."""
+    """Return the licence that the model card in a directory states; None if it states none."""
     try:
         name = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict().get("license")
     except (OSError, ValueError, yaml.YAMLError):
@@ -234,7 +236,7 @@ def licence_of(folder: Path) -> str | None:
 
 
 def _of_teacher(teacher: ModelInfo) -> str:
-    """What is known of it: of a teacher behind a server, not much."""
+    """Return the known facts about a teacher; few are known of a teacher behind a server."""
     facts = [
         ("unknown" not in teacher.architecture, teacher.architecture),
         (teacher.num_parameters > 0, f"{teacher.num_parameters:,} parameters"),
@@ -246,7 +248,7 @@ def _of_teacher(teacher: ModelInfo) -> str:
 
 
 def _teacher(teacher: ModelInfo) -> tuple[str, bool]:
-    """A name to show, and whether it is one of the hub: only what comes from there has a revision."""
+    """Return a name to show and whether it is a hub name; only hub models have a revision."""
     return (teacher.name, True) if teacher.revision is not None else (PurePath(teacher.name).name, False)
 
 
@@ -260,7 +262,7 @@ def _start(student: LoadedModel) -> tuple[str, bool]:
 
 
 def _pipeline_tag(architecture: str) -> str | None:
-    """The hub's name for what models of this class do; None where `transformers` has none."""
+    """Return the hub's pipeline tag for a model class; None if `transformers` lists none."""
     mapping: dict[str, Any] = dict(TASK_MAPPING)
     return next((tag for tag, classes in mapping.items() if architecture in classes.values()), None)
 
@@ -301,5 +303,5 @@ def _metrics(result: TrainResult, task: Task) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text of a data set inside a Markdown table: one line, nothing that ends the cell or is HTML."""
+    """Escape a text of a data set for a cell of a Markdown table: one line, no markup, no HTML."""
     return re.sub(r"([|`<>\\*_\[\]])", r"\\\1", " ".join(text.split()))

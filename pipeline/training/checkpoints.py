@@ -1,4 +1,4 @@
-"""The checkpoints that an unfinished run has left: whole or torn, of this run or of another."""
+"""Find a checkpoint of an unfinished run, and check that it belongs to this run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.models.saved import checkpoints, model_files
 
 logger = logging.getLogger(__name__)
 
-#: What shapes the course of a run: a run that goes on unasked has the same, one that goes on with
-#: `--resume` may have others.
+#: The settings that determine the course of a run. A run that resumes automatically must have the
+#: same values; a run that resumes with `--resume` may have others.
 _COURSE = (
     *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
@@ -26,31 +26,32 @@ _COURSE = (
 
 
 def course(args: TrainingArguments, **more: Any) -> dict[str, Any]:
-    """The settings of transformers that shape the course of a run, and `more`."""
+    """Return the TrainingArguments that determine the course of a run, together with `more`."""
     settings = args.to_dict()
     return {**{name: settings[name] for name in _COURSE}, **more}
 
 
 def rows_per_step(args: TrainingArguments) -> int:
-    """Rows between two steps of the optimizer, over all ranks and accumulated batches."""
+    """Return the rows of one optimizer step, over all ranks and accumulated batches."""
     rows: int = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     return rows
 
 
 def whole_checkpoint(output: Path, file: str, origin: Any, *, resume: bool | None = None) -> str | None:
-    """The newest whole checkpoint of a run; None: there is none.
+    """Return the path of a run's newest complete checkpoint, or None if there is none.
 
-    Trainer writes a checkpoint's state last.
+    A checkpoint is complete if its trainer state can be read: Trainer writes that file last.
 
     Args:
-        file: where the run keeps its origin: the name of a file in `output`.
-        origin: a record of what decides the run, with a field `course`.
-        resume: `--resume`, which takes a run of another course too; None: the command has no such
-            flag, and weights without a checkpoint give way where the same run has left them.
+        file: name of the file in `output` that records the run's origin.
+        origin: a record of everything that determines the run, with a field `course`.
+        resume: `--resume`, which also accepts a run with another `course`. None: the command has no
+            such flag; the origin is then also checked where the output holds weights and no
+            checkpoint.
 
     Raises:
         ContractError: the checkpoints are of another run or, without `resume`, of another course;
-            one holds weights alone.
+            or a checkpoint holds weights without an optimizer state.
     """
     found = sorted(checkpoints(output), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     begun = bool(found) or (resume is None and bool(model_files(output)))
@@ -70,13 +71,13 @@ def whole_checkpoint(output: Path, file: str, origin: Any, *, resume: bool | Non
 
 
 def tell_of_new_start(output: Path, *, resume: bool = False) -> None:
-    """Say that nothing of a run can be gone on from, where that is not plain."""
+    """Warn that training starts from the beginning, if the user may expect it to resume."""
     if resume or checkpoints(output):
         logger.warning("%s: no whole checkpoint to resume from; starting anew", output)
 
 
 def _check_origin(output: Path, kept: Any, origin: Any, resume: bool | None) -> None:
-    """Refuse checkpoints of another run; `resume` takes those of another course."""
+    """Refuse checkpoints of another run; `resume` accepts those of another course."""
     plain = (dataclasses.replace(kept, course=None), dataclasses.replace(origin, course=None))
     first = next(differences(*plain), None)
     if first is not None and resume:
@@ -93,7 +94,7 @@ def _check_origin(output: Path, kept: Any, origin: Any, resume: bool | None) -> 
 
 
 def _check_optimizer(checkpoint: Path, resume: bool | None) -> None:
-    """Refuse to go on from weights alone: a new optimizer would go on with none of what the old one knew."""
+    """Refuse a checkpoint without optimizer state: training would resume with a new optimizer."""
     # Trainer writes optimizer.pt, FSDP optimizer.bin or optimizer_0, DeepSpeed global_step*.
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
         before, after = ("--resume: ", " in place of --resume") if resume else ("", "")

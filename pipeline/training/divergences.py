@@ -1,20 +1,22 @@
-"""How far a student's distribution is from the teacher's, position by position: dense in the student, ragged in the teacher.
+"""Divergences between teacher and student at each position: ragged teacher, dense student logits.
 
-A distribution is compared over *buckets*: the kept classes, and one for all others where the
-teacher's mass outside the top is known (ghost). Over buckets q of the teacher and p of the student,
-both at temperature T:
+A divergence is taken over *buckets*: the kept classes and, where the teacher's mass outside them is
+known (ghost), one bucket for all other classes. Over the buckets, with q of the teacher and p of
+the student, both at temperature T:
 
 | kind | D(q, p) | factor | source |
 |---|---|---|---|
 | forward-kl | sum q log(q / p) | T^2 | Hinton, Vinyals and Dean, 2015 |
 | reverse-kl | sum p log(p / q) | T^2 | Gu et al. (MiniLLM), 2024 |
-| jensen-shannon | b KL(q, m) + (1 - b) KL(p, m), m = b q + (1 - b) p | T^2 | Agarwal et al. (GKD), 2024 |
+| jensen-shannon | b KL(q, m) + (1 - b) KL(p, m) | T^2 | Agarwal et al. (GKD), 2024 |
 | skewed-kl | KL(q, a q + (1 - a) p) | T^2 | Ko et al. (DistiLLM), 2024 |
 | total-variation | 1/2 sum abs(q - p) | T | Wen et al., 2023 |
-| logit-mse | mean over V of the squared difference of mean-centred logits | 1 | Ba and Caruana, 2014; Kim et al., 2021 |
+| logit-mse | mean over V of (z_S - z_T)^2 | 1 | Ba and Caruana, 2014; Kim et al., 2021 |
 
-The factor undoes by how much softening shrinks the gradient, so that the term keeps its proportion
-to the cross-entropy when T changes.
+where m = b q + (1 - b) p, and z are the logits minus their mean.
+
+The factor compensates for the smaller gradient at a higher temperature, so that the term keeps its
+proportion to the cross-entropy when T changes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from pipeline.errors import EncodingError, MisuseError
 from pipeline.records import Divergence, Encoding, Full, Loss, Sampled, Target
 
-#: The power of T that a term is scaled by.
+#: The power of T that each divergence is multiplied by.
 _POWER: dict[Divergence, int] = {
     "forward-kl": 2,
     "reverse-kl": 2,
@@ -37,21 +39,22 @@ _POWER: dict[Divergence, int] = {
     "logit-mse": 0,
 }
 
-#: The teacher's share in the mixture, where the user does not say.
+#: Default share of the teacher in the mixture (b or a above).
 MIXTURE: dict[Divergence, float] = {"jensen-shannon": 0.5, "skewed-kl": 0.1}
 
 
 def check_divergence(encoding: Encoding, loss: Loss, *, is_mapped: bool = False) -> None:
-    """Refuse a divergence that an encoding cannot serve.
+    """Refuse a divergence that cannot be computed from an encoding.
 
     Args:
-        is_mapped: the student has another tokenizer, so that the target is over other classes than
-            the teacher's.
+        is_mapped: whether the student has another tokenizer, so that the target is over other
+            classes than the teacher's.
 
     Raises:
-        EncodingError: not linear in q for `sampled`, logits for what holds none; names the
-            encodings that serve it.
-        MisuseError: a tail policy that leaves the divergence undefined.
+        EncodingError: a divergence that is not linear in q with encoding `sampled`, or `logit-mse`
+            with an encoding that does not keep all logits. The message names the encodings that
+            support it.
+        MisuseError: a tail policy with which the divergence is undefined.
     """
     kind = loss.divergence
     if isinstance(encoding, Sampled) and kind != "forward-kl":
@@ -76,27 +79,27 @@ def check_divergence(encoding: Encoding, loss: Loss, *, is_mapped: bool = False)
 
 
 def scale_of(kind: Divergence, temperature: float) -> float:
-    """The factor of T that a divergence is multiplied by."""
+    """Return the factor, a power of T, that a divergence is multiplied by."""
     return float(temperature ** _POWER[kind])
 
 
 def divergence(
     logits: Tensor, target: Target, *, kind: Divergence = "forward-kl", temperature: float, mixture: float | None = None
 ) -> Tensor:
-    """D(teacher, student) of each position.
+    """Return D(teacher, student) at each position.
 
     Args:
-        logits: (N, V) float.
-        target: the teacher at `temperature`, over the same V classes.
+        logits: (N, V) float, of the student.
+        target: the teacher's distribution at `temperature`, over the same V classes.
         mixture: the teacher's share b or a; default 0.5 for jensen-shannon, 0.1 for skewed-kl.
 
     Returns:
         (N,) nats (total variation: a probability; logit-mse: squared nats), not scaled by a power
-            of T.
+        of T.
 
-    The student's normaliser is the log-sum-exp over all V, and its mass outside the kept classes a
-    log-sum-exp over what is outside: log(1 - sum) in float32 gives infinite losses where the
-    student is nearly sure.
+    The student's normaliser is the log-sum-exp over all V. Its mass outside the kept classes is a
+    log-sum-exp over the other classes, since log(1 - sum) in float32 gives infinite losses where
+    the student is nearly certain.
     """
     if kind == "forward-kl":
         return forward_kl(logits, target, temperature=temperature)
@@ -115,7 +118,7 @@ def divergence(
 
 
 def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
-    """KL(target || softmax(logits / T)) of each position, (N,) nats, not scaled by T^2.
+    """Return KL(target || softmax(logits / T)) at each position, (N,) nats, not scaled by T^2.
 
     See `divergence`.
     """
@@ -141,21 +144,27 @@ def _has_every_class_in_order(target: Target, logits: Tensor) -> bool:
 
 
 def owners(target: Target) -> Tensor:
-    """(sum K,) the position of each kept class."""
+    """Return (sum K,) the position that each kept class belongs to."""
     count = torch.arange(len(target), device=target.offsets.device)
     return torch.repeat_interleave(count, target.offsets.diff(), output_size=target.ids.numel())
 
 
 def _log_buckets(scaled: Tensor, target: Target) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The student's log-mass in each bucket: (sum K,) of the kept, and for the positions that have any other: (M,) which, (M,) log-mass."""
+    """Return the student's log-probability of each bucket.
+
+    Returns:
+        (sum K,) of the kept classes; and, unless the target has no residual, for the M positions
+        with a bucket of other classes: (M,) their indices and (M,) the log-probability of that
+        bucket.
+    """
     owner = owners(target)
     normaliser = torch.logsumexp(scaled, -1)  # (N,)
     kept = scaled[owner, target.ids] - normaliser[owner]
     if target.log_residual is None:
         return kept, None
     counts = target.offsets.diff()
-    # Where the teacher has no mass outside, or nothing is outside, a log-sum-exp over nothing would
-    # have no gradient.
+    # Without classes outside, or without teacher mass on them, the log-sum-exp would be over
+    # nothing and have no gradient.
     some = ((counts < scaled.shape[1]) & (target.log_residual > -torch.inf)).nonzero().squeeze(-1)
     mask = torch.zeros(scaled.shape, dtype=torch.bool, device=scaled.device)
     mask[owner, target.ids] = True
@@ -164,10 +173,9 @@ def _log_buckets(scaled: Tensor, target: Target) -> tuple[Tensor, tuple[Tensor, 
 
 
 def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float) -> Tensor:
-    """What one bucket adds.
+    """Return the contribution of each bucket to the divergence.
 
-    A teacher's probability below the smallest float counts as that, so that a ratio to it stays
-    finite.
+    Teacher probabilities are clamped to the smallest positive float, so that ratios stay finite.
     """
     log_q = q.clamp_min(torch.finfo(torch.float32).tiny).log()
     p = log_p.exp()
@@ -183,10 +191,9 @@ def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float) -> Tens
 
 
 def _logit_mse(logits: Tensor, target: Target, temperature: float) -> Tensor:
-    """`full` only.
+    """Return the squared difference of mean-centred logits, averaged over classes; `full` only.
 
-    A class that the teacher gives no probability at all has no logit to match, and is left out of
-    the mean.
+    A class with teacher probability 0 has no logit to match and is left out of the mean.
     """
     teacher = temperature * target.weights.to(logits.dtype).reshape(logits.shape).log()  # the logits up to a constant
     finite = teacher.isfinite()

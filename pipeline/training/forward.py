@@ -1,8 +1,8 @@
-"""The loss inside the student's `forward`, on the innermost instance, before anything wraps it.
+"""Compute the loss inside the student's `forward`, on the innermost model, before it is wrapped.
 
-There DDP, FSDP, autocast, PEFT and `torch.compile` see an ordinary forward pass that returns a
-loss: calling the base model around a wrapper let two ranks drift apart by 0.04 in three steps
-without an error, and ran float32 under bf16. Without `distillation=` the model's own forward runs.
+DDP, FSDP, autocast, PEFT and `torch.compile` then wrap an ordinary forward pass that returns a
+loss. Calling the base model around a wrapper made two ranks diverge by 0.04 in three steps without
+an error, and ran float32 under bf16. Without `distillation=` the model's own forward runs.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from pipeline.training.scores import score_divergence, score_loss
 
 logger = logging.getLogger(__name__)
 
-#: How far the fused logits may be from the model's own, relative to the largest: rounding of the
-#: precision.
-_SMALL, _LARGE = 2.0**-10, 1e4  # where scale * tanh is a straight line, and where it is flat
+#: Two outputs of the matrix: one where cap * tanh(x / cap) is linear, and one where it is
+#: saturated.
+_SMALL, _LARGE = 2.0**-10, 1e4
+#: Largest accepted difference between fused logits and the model's own, relative to the largest
+#: logit: the rounding error of the precision.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-#: What of a batch `distillation=` takes; beside it `counts` and `loss_weights`.
+#: The entries of a batch that `distillation=` contains, in addition to `counts` and `loss_weights`.
 GIVEN = ("supervised", "labels", "weights", "soft_weights", "target", "spans")
-#: The sums of a loss and what each is divided by, as `LossTerms` has them.
+#: The fields of `LossTerms` that hold the sum of each term and its divisor.
 SUMS = ("hard_sum", "num_hard", "soft_sum", "num_soft", "span_sum", "num_spans")
 
 
@@ -50,18 +52,18 @@ class _Settings:
     loss: Loss
     temperature: float
     transform: tuple[float, float] | None
-    """Scale and cap after the output matrix; None: the dense path."""
+    """Scale and cap that follow the output matrix; None: the dense path is taken."""
 
 
-#: On our `forward`: what the instance had in its place, if anything.
+#: Attribute of the new `forward` with the instance's previous `forward`, or None.
 _BEFORE = "_before_distillation"
 
 
 def detach_loss(model: Any) -> None:
-    """Take back what `attach_loss` and mixed precision have put on a model, so that nothing bound to it stays on the instance."""
+    """Undo `attach_loss`, and remove the `forward` that accelerate sets for mixed precision."""
     inner = innermost(model)
     for module in dict.fromkeys((model, inner)):
-        original = module.__dict__.pop("_original_forward", None)  # what accelerate keeps under mixed precision
+        original = module.__dict__.pop("_original_forward", None)  # set by accelerate under mixed precision
         if original is not None:
             del module.forward
             if getattr(original, "__func__", None) is not type(module).forward:
@@ -76,19 +78,19 @@ def detach_loss(model: Any) -> None:
 
 
 def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, temperature: float) -> bool:
-    """Replace `forward` of the innermost model by one that also takes `distillation=` and then returns losses.
+    """Replace the innermost `forward` by one that returns losses when given `distillation=`.
 
     Args:
-        model: a student of the task, PEFT adapters around it or not, not yet wrapped by anything
+        model: a student of the task, with or without PEFT adapters, not yet wrapped by anything
             else.
 
     Returns:
-        Whether the fused path is taken. It is for language models whose output embedding is a plain
-            linear layer over the base model's hidden
-        states, and whose logits are those of the model's own code in a trial on four tokens.
+        Whether the fused path is used. It requires a language model whose output embedding is a
+        plain linear layer over the base model's hidden states, and whose fused logits equal the
+        model's own in a trial on four tokens.
     """
     inner = innermost(model)
-    # Taken from `self` at each call: a copy (deepcopy, AveragedModel) runs on its own weights.
+    # Unbound, so that a copy of the model (deepcopy, AveragedModel) uses its own weights.
     plain = getattr(inner.forward, "__func__", type(inner).forward)
     transform, reason = _read_transform(inner) if task.fuses_head else (None, "")
     if task.fuses_head and transform is None:
@@ -117,7 +119,7 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
             rows = hidden[distillation["supervised"].to(hidden.device)]  # (B, T, H) -> (N, H)
         rows = _for_each_teacher(rows, distillation)
         head = self.get_output_embeddings()
-        if hasattr(head.weight, "full_tensor"):  # a DTensor: only a part of it is in memory here
+        if hasattr(head.weight, "full_tensor"):  # a DTensor: this rank holds only a part of it
             raise TrainingError(
                 "FSDP has put the output embedding into a unit of its own, where the fused loss cannot read it; "
                 "name only the layers in transformer_layer_cls_to_wrap, so that it stays in the root unit"
@@ -132,21 +134,18 @@ def attach_loss(model: Any, *, task: Task, num_classes: int, loss: Loss, tempera
 
 
 def _for_each_teacher(rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """(N, H) -> (teachers * N, H): the positions stand in the target once for each teacher."""
+    """(N, H) -> (teachers * N, H): repeat the positions, which the target has once per teacher."""
     positions = len(given["target"]["offsets"]) - 1
     return rows if positions == len(rows) else rows.repeat(positions // max(len(rows), 1), 1)
 
 
 def innermost(model: Any) -> Any:
-    """The `transformers` model inside PEFT's wrapper, or the model itself."""
+    """Return the `transformers` model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class _Plain(nn.Module):
-    """A model's own forward as a task calls it.
-
-    It holds the model without owning its parameters.
-    """
+    """A model with its original forward, as tasks call it; it does not own the parameters."""
 
     def __init__(self, model: Any, forward: Any) -> None:
         super().__init__()
@@ -228,11 +227,11 @@ def _as_dict(record: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
-    """What the model's own code does to the output of its output matrix, found by putting numbers through it.
+    """Find the scale and cap that a model applies to the output of its output matrix, by a trial.
 
     Returns:
-        (scale, cap) and no reason; or None and the reason why the logits cannot be made from hidden
-            states and matrix alone.
+        (scale, cap) and an empty reason; or None and the reason why the logits cannot be computed
+        from hidden states and matrix alone.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -256,7 +255,7 @@ def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
         scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-3) else scale
         found = Head(head.weight, head.bias, scale, cap).logits(hidden)
         worst = float((found - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
-    except Exception as error:  # foreign code: whatever it is, the dense path is there
+    except Exception as error:  # the model's code may raise anything; use the dense path
         return None, f"a trial of its base model failed ({' '.join(str(error).split())[:120]})"
     finally:
         model.train(training)
@@ -270,7 +269,7 @@ def _read_transform(model: Any) -> tuple[tuple[float, float] | None, str]:
 
 
 def _after_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor], value: float) -> float:
-    """What becomes of one number that the output matrix gives."""
+    """Return the logit that the model makes of one output value of its matrix."""
     hook = head.register_forward_hook(lambda _module, _args, output: torch.full_like(output, value))
     try:
         return float(model(**inputs, use_cache=False).logits.flatten()[0])
@@ -279,7 +278,7 @@ def _after_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor], value
 
 
 def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """What one batch of an evaluation leaves, on the CPU."""
+    """Return what is kept of one evaluation batch, as NumPy arrays on the CPU."""
     names = ("predicted", "confidence", "nll", "divergence")
     scores = {name: found[name].double().cpu().numpy() for name in names}
     sums = {name: np.asarray([float(found[name])]) for name in SUMS}
@@ -289,7 +288,7 @@ def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[s
         "predicted": found["predicted"].cpu().numpy(),
         **{name: batch[name].numpy() for name in ("labels", "weights", "teacher_predicted", "text_bytes")},
         **({"group": batch["target"]["group"].cpu().numpy()} if "group" in batch["target"] else {}),
-        # Of several teachers the positions stand once for each, and count once.
+        # With several teachers the positions are repeated for each; they count once.
         "owner": np.resize(
             np.repeat(batch["source_rows"].numpy(), batch["num_positions"].numpy()), len(batch["labels"])
         ),
@@ -297,7 +296,7 @@ def kept_scores(batch: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[s
 
 
 def predictions_of(found: Mapping[str, np.ndarray], label_names: tuple[str, ...] | None) -> Predictions:
-    """The `kept_scores` of all batches, one after another -> what was predicted where a position counts."""
+    """Return the predictions at the positions that count, from concatenated `kept_scores`."""
     known = found["weights"] > 0
     owner = found["owner"][known]
     rows = np.concatenate([[0], np.cumsum(np.diff(owner) != 0)]).astype(np.int64)[: len(owner)]

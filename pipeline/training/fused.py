@@ -1,14 +1,15 @@
-"""Hard and soft loss from hidden states and the output matrix, in chunks of positions: (N, V) never exists, forwards or backwards.
+"""Hard and soft loss from hidden states and output matrix, without the (N, V) logits in memory.
 
-Per chunk: logits, both losses, their gradient with respect to the logits, and from that the parts
-of the gradients of hidden states and output matrix. They are formed in the forward pass, while the
-chunk's logits are at hand, and only scaled in the backward pass, as in Liger-Kernel (Hsu et al.,
-2024). The price is the gradient of the output matrix in float32; the gain is that the memory of a
-step does not grow with N x V.
+Positions are processed in chunks. For each chunk the logits, both losses and their gradient with
+respect to the logits are computed, and from that the chunk's part of the gradients of hidden states
+and output matrix. This happens in the forward pass, while the chunk's logits are in memory; the
+backward pass only scales the gradients, as in Liger-Kernel (Hsu et al., 2024). The cost is a
+float32 gradient of the output matrix; the benefit is that the memory of a step does not grow with N
+x V.
 
-Cross-entropy and forward KL have their gradients written out (`_linear_terms`): one softmax over V
-serves both at T = 1. The other divergences take the dense formulas chunk by chunk through autograd,
-so that there is one place where each is defined.
+Cross-entropy and forward KL have explicit gradients (`_linear_terms`): at T = 1, one softmax over V
+serves both. The other divergences apply autograd to the dense formulas of each chunk, so that each
+divergence is defined in one place.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ __all__ = ["Head", "Scores", "fused_loss", "fused_scores", "scores_of"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the student predicts at each position, (N,) each: argmax, its probability, and the divergence from the teacher; or a score, nan, and the same."""
+    """The student's prediction at each position, (N,) each.
+
+    With classes: the argmax, its probability, the negative log-likelihood of the label and the
+    divergence from the teacher. With scores: the score, nan, the squared error and the divergence.
+    """
 
     predicted: Tensor
     confidence: Tensor
     nll: Tensor
-    """nats, of scores the squared error; nan where there is no label."""
+    """nats; with scores the squared error. nan where there is no label."""
     divergence: Tensor
     """nats, not scaled by T^2."""
 
@@ -59,14 +64,16 @@ def fused_loss(
     num_spans: Tensor | float | None = None,
     chunk_positions: int | None = None,
 ) -> LossTerms:
-    """`distillation_loss(head.logits(hidden), ...)`, value and gradient, without the logits.
+    """Return `distillation_loss(head.logits(hidden), ...)` and its gradient without all logits.
 
     Args:
         hidden: (N, H) float: the inputs of the output matrix at the supervised positions.
-        chunk_positions: positions at once. Default: 32 MB of logits on a CPU, 256 MB on a GPU.
+        chunk_positions: positions per chunk. Default: 32 MB of logits on a CPU, 256 MB on a GPU.
+
+    The other arguments are those of `distillation_loss`.
 
     Raises:
-        TrainingError: a label outside [0, V); spans that do not fit the positions.
+        TrainingError: a label outside [0, V), or spans that do not fit the positions.
     """
     check_labels(labels, target.num_classes)
     hard, soft = loss_weights or (loss.hard_weight, loss.soft_weight)
@@ -110,7 +117,7 @@ def fused_loss(
 def fused_scores(
     hidden: Tensor, head: Head, target: Target, *, labels: Tensor, loss: Loss, temperature: float
 ) -> Scores:
-    """Predictions at the supervised positions, chunk by chunk; arguments as of `fused_loss`."""
+    """Return predictions at the supervised positions, chunk by chunk; arguments as `fused_loss`."""
     parts = []
     step = default_positions(target.num_classes, hidden.device.type)
     for start in range(0, len(target), step):
@@ -123,7 +130,7 @@ def fused_scores(
 
 
 def scores_of(logits: Tensor, target: Target, labels: Tensor, *, loss: Loss, temperature: float) -> Scores:
-    """The same from (N, V) logits."""
+    """Return predictions and divergences from (N, V) logits; arguments as `fused_loss`."""
     logprobs = torch.log_softmax(logits.float(), -1)
     best, predicted = logprobs.max(-1)
     nll = -logprobs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
@@ -133,16 +140,16 @@ def scores_of(logits: Tensor, target: Target, labels: Tensor, *, loss: Loss, tem
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What the fused pass needs beside its differentiable inputs."""
+    """The inputs of the fused pass that have no gradient."""
 
     head: Head
     target: Target
     labels: Tensor
-    """(N,) int64, -100 where no hard label counts."""
+    """(N,) int64, -100 where there is no hard label or it has weight 0."""
     soft_weights: Tensor
-    """(N,) float, the power of T in them."""
+    """(N,) float, multiplied by the divergence's power of T."""
     hard_factor: float
-    """weight / count of the hard term."""
+    """Weight of the hard term divided by its count."""
     soft_factor: float
     loss: Loss
     temperature: float
@@ -152,19 +159,19 @@ class _Job:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """(hidden, weight, bias) -> (total, hard sum, soft sum); only the first has a gradient."""
+    """(hidden, weight, bias) -> (total, hard sum, soft sum); only the total has a gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Inside, gradients are always off, and `needs_input_grad` does not know whether they were
-        # on outside.
+        # Gradients are always off here, and `needs_input_grad` does not show whether the caller had
+        # them on: that is `job.needs_grad`.
         needs_hidden, needs_weight, needs_bias = (needed and job.needs_grad for needed in ctx.needs_input_grad[:3])
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         num_classes = job.target.num_classes
         with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight[:num_classes].to(job.dtype)  # (V, H): padded rows stand for no class
+            matrix = weight[:num_classes].to(job.dtype)  # (V, H): without the rows of a padded vocabulary
             offset = None if bias is None else bias[:num_classes].to(job.dtype)
             grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
             grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if needs_weight else None
@@ -177,7 +184,7 @@ class _FusedLoss(torch.autograd.Function):
             soft_sum = torch.zeros_like(hard_sum)
             count = (
                 len(job.target) if job.hard_factor or job.soft_factor else 0
-            )  # neither: aligned spans alone are learnt
+            )  # neither: only aligned spans are trained on
             for start in range(0, count, job.chunk):
                 stop = min(start + job.chunk, count)
                 inputs = hidden[start:stop].to(job.dtype)
@@ -210,12 +217,15 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0]
         scaled = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in ctx.grads]
-        ctx.grads = None  # scaled in place: good for one backward pass, as a training step takes
+        ctx.grads = None  # scaled in place: valid for one backward pass only
         return (*scaled, None)
 
 
 def _chunk(raw: Tensor, job: _Job, start: int, stop: int, *, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Both sums over one chunk, and the gradient of the total with respect to `raw`, the output of the matrix. `raw` is overwritten."""
+    """Return the hard and soft sum of one chunk, and the gradient of the total.
+
+    The gradient is with respect to `raw`, the output of the matrix. `raw` is overwritten.
+    """
     head = job.head
     logits = head.transform(raw)
     slope = None
@@ -240,7 +250,7 @@ def _chunk(raw: Tensor, job: _Job, start: int, stop: int, *, needs_grad: bool) -
 def _autograd_terms(
     logits: Tensor, target: Target, labels: Tensor, soft_weights: Tensor, job: _Job, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The dense formulas on one chunk."""
+    """Apply autograd to the dense formulas of one chunk."""
     leaf = logits.detach().requires_grad_(needs_grad)
     with torch.set_grad_enabled(needs_grad):
         hard = torch.nn.functional.cross_entropy(leaf, labels, ignore_index=NO_LABEL, reduction="sum")
@@ -254,10 +264,10 @@ def _autograd_terms(
 def _linear_terms(
     logits: Tensor, target: Target, labels: Tensor, soft_weights: Tensor, job: _Job
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy and forward KL with their gradient written out, in place of `logits`.
+    """Return cross-entropy and forward KL with explicit gradients, which overwrite `logits`.
 
-    With s = logits / T, w the target's weights, r its mass outside, M = sum w + r, and O the
-    classes outside the kept ones:
+    With s = logits / T, w the target's weights, r the target's mass outside the kept classes, M =
+    sum w + r, and O the classes that are not kept:
 
         KL   = sum q log q - sum_kept w_i s_i - r logsumexp_O(s) + M logsumexp(s)
         dKL/ds_i = M p_i - w_i                       for a kept class
@@ -268,7 +278,7 @@ def _linear_terms(
     label = labels[position]
     temperature = job.temperature
     hard, extra = zero, None
-    if job.hard_factor and temperature != 1.0 and job.soft_factor:  # two softmaxes: this one is over by itself
+    if job.hard_factor and temperature != 1.0 and job.soft_factor:  # needs a softmax of its own
         hard, extra = _cross_entropy(logits.clone(), position, label, job.hard_factor)
     elif not job.soft_factor:
         if not job.hard_factor:
@@ -300,7 +310,7 @@ def _linear_terms(
         rest = torch.where(some, target.log_residual.to(scaled.dtype).exp(), 0.0)
         each = each - rest * torch.where(rest > 0, log_outside - normaliser, 0.0)
     soft = (soft_weights * each).sum()
-    # Gradient: row factors of p, minus what is subtracted at single classes.
+    # Gradient: a factor of p per position, minus terms at single classes.
     factor = soft_weights * (job.soft_factor / temperature)  # (C,)
     row = factor * (mass + rest)
     if job.hard_factor and temperature == 1.0:
@@ -317,7 +327,7 @@ def _linear_terms(
 
 
 def _cross_entropy(logits: Tensor, position: Tensor, label: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies of the labelled positions, and `factor` times its gradient."""
+    """Return the summed cross-entropy of labelled positions, and `factor` times its gradient."""
     peak = logits.amax(-1)
     grad = torch.softmax(logits, -1)
     normaliser = peak - grad.amax(-1).log()
@@ -329,7 +339,7 @@ def _cross_entropy(logits: Tensor, position: Tensor, label: Tensor, factor: floa
 
 
 def _slice(target: Target, start: int, stop: int) -> Target:
-    """Positions [start, stop)."""
+    """Return the target of positions [start, stop)."""
     offsets = target.offsets[start : stop + 1]
     first, last = int(offsets[0]), int(offsets[-1])
     return Target(

@@ -1,4 +1,4 @@
-"""Hard and soft losses, dense: the reference that the fused ones are tested against."""
+"""Dense hard and soft losses; the fused losses are tested against them."""
 
 from __future__ import annotations
 
@@ -33,34 +33,37 @@ def distillation_loss(
     spans: Spans | None = None,
     num_spans: Tensor | float | None = None,
 ) -> LossTerms:
-    """hard_weight * mean CE(labels) + soft_weight * T^2 * mean D(teacher_T, student_T)   (Hinton, Vinyals and Dean, 2015).
+    """Return the weighted sum of cross-entropy with labels and divergence from the teacher.
 
-    T^2 undoes the 1/T^2 by which softening shrinks the gradient, so that the two terms stay in
-    proportion when T changes; see `divergences` for the factor of each.
+        hard_weight * mean CE(labels) + soft_weight * T^2 * mean D(teacher_T, student_T)
+
+    (Hinton, Vinyals and Dean, 2015.) T^2 compensates for the factor 1/T^2 in the soft term's
+    gradient, so that the two terms keep their proportion when T changes; see `divergences` for the
+    factor of each divergence.
 
     Args:
-        student_logits: (N, V') float with V' >= V; columns beyond V (padded vocabularies) are cut
-            off.
+        student_logits: (N, V') float with V' >= V; columns beyond V (padded vocabularies) are
+            ignored.
         target: the teacher at `temperature`, N positions over V classes.
         labels: (N,) int64, -100 where there is none.
         loss_weights: hard and soft weight at this step of a schedule; default: those of `loss`.
-        temperature: at which `target` was made; default `loss.temperature`, or 1.
-        weights: (N,) float, how much each position counts; 0 leaves its hard label out too. Default
-            1.
-        soft_weights: (N,) float, the same for the soft term, where it is not `weights`.
-        num_hard: what the hard sum is divided by; default: the labelled positions here. With
-            several ranks or accumulated batches, the count over all of them.
-        num_soft: the same for the soft sum; default: the sum of `soft_weights`.
-        spans: aligned spans over the N positions: adds `span_weight` times their mean loss (see
-            `training.spans`). Without them, or at weight 0, there is no such term.
-        num_spans: what the sum over spans is divided by; default: the sum of their weights here.
+        temperature: the temperature of `target`; default `loss.temperature`, or 1.
+        weights: (N,) float weight of each position; a position with weight 0 has no hard term
+            either. Default 1.
+        soft_weights: (N,) float weights of the soft term; default `weights`.
+        num_hard: divisor of the hard sum; default: the number of labelled positions here. With
+            several ranks or accumulated batches, pass the count over all of them.
+        num_soft: divisor of the soft sum; default: the sum of `soft_weights`.
+        spans: aligned spans over the N positions, which add `span_weight` times their mean loss
+            (see `training.spans`). None: no such term.
+        num_spans: divisor of the sum over spans; default: the sum of their weights here.
 
     Returns:
         The loss to minimise and its parts.
 
     Raises:
-        ContractError: fewer student classes than the target has.
-        TrainingError: a label outside [0, V); spans that do not fit the positions.
+        ContractError: the student has fewer classes than the target.
+        TrainingError: a label outside [0, V), or spans that do not fit the positions.
     """
     if student_logits.shape[-1] < target.num_classes:
         raise ContractError(f"the student has {student_logits.shape[-1]} classes, the cache {target.num_classes}")
@@ -70,7 +73,7 @@ def distillation_loss(
     weights = logits.new_ones(len(target)) if weights is None else weights.to(logits.dtype)
     soft_weights = weights if soft_weights is None else soft_weights.to(logits.dtype)
     loss_weights = loss_weights or (loss.hard_weight, loss.soft_weight)
-    zero = logits[:0].sum()  # keeps the graph when a term has no position
+    zero = logits[:0].sum()  # keeps the autograd graph if a term has no position
     hard_sum, hard_count = zero, zero.detach()
     counted = torch.full((len(target),), NO_LABEL, device=logits.device)
     if labels is not None:
@@ -99,13 +102,13 @@ def distillation_loss(
 
 
 def distance(student_logits: Tensor, target: Target, *, temperature: float) -> Tensor:
-    """What a model is apart from its teacher by at each position, as evaluations say it: forward KL; of scores the squared difference in units.
+    """Return the distance between student and teacher at each position that evaluations report.
 
     Args:
         student_logits: (N, V) float.
 
     Returns:
-        (N,) float.
+        (N,) float: the forward KL; with scores, the squared difference in units of the target.
     """
     if target.unit is not None:
         return score_divergence(student_logits[:, 0], target)
@@ -124,10 +127,10 @@ def add_spans(
     """Add `span_weight` times the mean loss over aligned spans to the total.
 
     Args:
-        nll: from (M,) numbers of positions to their (M,) negative log-likelihoods, with gradients:
-            only those of the positions in a span are made.
-        labels: (N,) int64, -100 where none counts.
-        num_spans: as of `distillation_loss`.
+        nll: maps (M,) position indices to their (M,) negative log-likelihoods, with gradients. It
+            is called with the positions inside spans only.
+        labels: (N,) int64, -100 where there is none or it has weight 0.
+        num_spans: as in `distillation_loss`.
     """
     check_spans(spans, labels)
     positions, part = owned(spans)
@@ -141,5 +144,5 @@ def add_spans(
 
 
 def _mean(total: Tensor, count: Tensor | float) -> Tensor:
-    """A term without a position drops out."""
+    """Divide a sum by its count; 0, with a gradient, for a count of 0."""
     return total / count if count else total * 0.0

@@ -1,4 +1,4 @@
-"""Settings of Trainer that mean nothing here, or cannot be served."""
+"""Checks that refuse settings of Trainer and of the loss that have no effect or are unsupported."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) -> None:
-    """Refuse settings of Trainer that mean nothing here, rather than ignore them.
+    """Refuse settings of Trainer that have no effect on distillation, instead of ignoring them.
 
     Raises:
-        MisuseError: names the first, and what to do instead.
+        MisuseError: names the first such setting and the alternative.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name, reason in REFUSED.items():
         value = getattr(args, name, None)
-        value = getattr(value, "value", value)  # of an enumeration
+        value = getattr(value, "value", value)  # the value of an enumeration
         if value not in (None, False, 0, 0.0, "no", defaults.get(name)) and value != []:
             raise MisuseError(f"training: {name}: has no effect on distillation ({reason}); leave it out")
     for name, reason in REFUSED_PARAMETERS.items():
@@ -52,14 +52,15 @@ def refuse_unused(args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) ->
 def refuse_loss(
     loss: Loss, task: Task, contract: Contract, temperature: float, *, teacher_labels: bool, is_mapped: bool
 ) -> None:
-    """Refuse a loss that the soft labels of a cache do not serve.
+    """Refuse a loss that cannot be computed from the soft labels of a cache.
 
     Args:
-        is_mapped: the student has another tokenizer, so that its target is over other classes.
+        is_mapped: whether the student has another tokenizer, so that its target is over other
+            classes.
 
     Raises:
-        EncodingError: another divergence, temperature or position weights than they have.
-        MisuseError: what would be ignored.
+        EncodingError: the cache does not support the divergence, temperature or position weights.
+        MisuseError: a setting that would be ignored.
     """
     refuse_position_weights(loss, task, contract)
     is_score = task.target == "score"
@@ -71,10 +72,11 @@ def refuse_loss(
 
 
 def refuse_two_cuts(batch_tokens: int | None, *, by_list: bool, mixture: Mixture | None) -> bool:
-    """Whether lanes give batches: cut by tokens, or by lists, and in the same number in every epoch.
+    """Return whether batches are cut within lanes, by tokens or by lists (see `BatchOrder`).
 
     Raises:
-        MisuseError: by both, or of rows that are others in every epoch.
+        MisuseError: both cuts are requested, or a cut is combined with `--proportion`, which
+            selects other rows in every epoch and so changes the number of batches.
     """
     if by_list and batch_tokens is not None:
         raise MisuseError(
@@ -93,10 +95,10 @@ def refuse_two_cuts(batch_tokens: int | None, *, by_list: bool, mixture: Mixture
 
 
 def refuse_spans(loss: Loss, *, teacher_labels: bool, several_teachers: bool) -> None:
-    """Refuse a loss over aligned spans where the likelihood of the text, or the teacher's of it, is not one number.
+    """Refuse a loss over aligned spans that needs the likelihood of one text from one teacher.
 
     Raises:
-        MisuseError: hard labels that are not the text's, or several teachers.
+        MisuseError: the hard labels are not the text's own tokens, or there are several teachers.
     """
     if loss.span_weight and teacher_labels:
         raise MisuseError(
@@ -109,19 +111,21 @@ def refuse_spans(loss: Loss, *, teacher_labels: bool, several_teachers: bool) ->
 
 
 def refuse_unevaluated(args: TrainingArguments, *, instead: str = "set eval_strategy, or leave it out") -> None:
-    """Refuse settings that choose by an evaluation, where none is due during training; transformers itself refuses some others.
+    """Refuse settings that depend on an evaluation if there is none during training.
+
+    transformers itself refuses further settings of this kind.
 
     Args:
-        instead: what to do.
+        instead: the advice at the end of the message.
 
     Raises:
-        MisuseError: names the first.
+        MisuseError: names the first such setting.
     """
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         return
     for name in NEED_EVALUATION:
         value = getattr(args, name)
-        value = getattr(value, "value", value)  # of an enumeration
+        value = getattr(value, "value", value)  # the value of an enumeration
         unused = {"save_strategy": value == "best", "eval_delay": bool(value)}
         if unused.get(name, value is not None):
             raise MisuseError(
@@ -130,10 +134,10 @@ def refuse_unevaluated(args: TrainingArguments, *, instead: str = "set eval_stra
 
 
 def refuse_evaluation(args: TrainingArguments) -> None:
-    """Refuse evaluations during the training of a teacher, and what chooses by them.
+    """Refuse evaluations during the training of a teacher, and settings that depend on them.
 
     Raises:
-        MisuseError: names the first.
+        MisuseError: names the first such setting.
     """
     evaluates = {
         "eval_strategy": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
@@ -146,7 +150,7 @@ def refuse_evaluation(args: TrainingArguments) -> None:
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """DataParallel would split ragged targets."""
+    """Use one GPU per process: DataParallel cannot split ragged targets."""
     if args.n_gpu > 1:
         logger.warning(
             "one process uses one GPU; for all %d start it with torchrun --nproc_per_node %d", args.n_gpu, args.n_gpu
@@ -155,15 +159,15 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 
 def check_metric(args: TrainingArguments, task: Task, num_classes: int, *, labelled: bool) -> None:
-    """Refuse to choose the best by a metric that no evaluation gives.
+    """Refuse to choose the best checkpoint by a metric that the evaluation does not compute.
 
     Raises:
-        MisuseError: names those that there are.
+        MisuseError: lists the metrics that it computes.
     """
     if args.metric_for_best_model is None:
         return
     one = np.zeros(1, dtype=np.int64)
-    ends = np.zeros(2 if task.names == "places" else 1, dtype=np.int64)  # of one row
+    ends = np.zeros(2 if task.names == "places" else 1, dtype=np.int64)  # the labels of one row
     single = Predictions(ends, ends, ends + 1.0, ends + 1.0, ends, ends, np.zeros(1), one + 1)
     names = ["nll" if name == "loss" else name for name in task.metrics(single, num_classes)] if labelled else []
     close = "correlation" if task.target == "score" else "agreement"
@@ -179,10 +183,12 @@ def check_metric(args: TrainingArguments, task: Task, num_classes: int, *, label
 def choose_eval_split(
     args: TrainingArguments, splits: Sequence[str], trained_on: str | Sequence[str], asked: str | None
 ) -> str | None:
-    """The split that is evaluated on during training: `validation` where none is asked for, unless it is trained on.
+    """Return the split that is evaluated during training.
+
+    Default: `validation`, unless the student is trained on it.
 
     Raises:
-        MisuseError: an evaluation is wanted, and there is no split for it.
+        MisuseError: evaluation is requested and there is no split for it.
     """
     trained_on = (trained_on,) if isinstance(trained_on, str) else trained_on
     if asked is None and "validation" in splits and "validation" not in trained_on:
@@ -199,10 +205,10 @@ def choose_eval_split(
 
 
 def refuse_position_weights(loss: Loss, task: Task, contract: Contract) -> None:
-    """Refuse to weigh positions by an entropy that was not stored.
+    """Refuse to weight positions by the teacher's entropy if the cache does not store it.
 
     Raises:
-        EncodingError: says how to cache it.
+        EncodingError: the message gives the option that stores it.
     """
     known = isinstance(contract.encoding, Full) or "entropy" in contract.columns or not task.marks_positions
     if loss.position_weights != "equal" and not known:

@@ -1,4 +1,4 @@
-"""The recipe of stage 2. It opens the cache and the student, and nothing else."""
+"""Run `softlabel train-student`: train a student from caches, without loading the teacher."""
 
 from __future__ import annotations
 
@@ -56,39 +56,39 @@ from pipeline.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
-#: What a run was, written before its first step; `trainer_state.json` beside it has the log.
+#: The file with the run's `Origin`, written before the first step.
 ORIGIN = "origin.json"
-#: Written last: the student is finished.
+#: The file with the run's result. It is written last, so that it marks a finished student.
 _PROOF = "distillation.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
-    """What decides the loss of a run: its checkpoints are of no use to another."""
+    """Everything that determines a run's loss; only checkpoints of the same origin are resumed."""
 
     cache_id: str
     loss: Loss
     split: str
-    """Several splits with a comma between them."""
+    """The splits' names, separated by commas."""
     teacher_labels: bool
     seed: int
     learning_rate: float
-    """A resumed optimizer keeps the one that it was saved with."""
+    """A resumed optimizer would keep the learning rate that it was saved with."""
     rows_per_step: int
-    """Over all ranks and accumulated batches: the order of the rows is cut by it."""
+    """Over all ranks and accumulated batches; it determines the batches."""
     batch_tokens: int | None
     student_sha256: str
-    """Of the weights before the first step."""
+    """Hash of the weights before the first step."""
     adapter_sha256: str | None
     mixed: tuple[MixedCache, ...] = ()
     course: dict[str, Any] | None = None
-    """The settings of `checkpoints.course`, and of early stopping; older runs have none."""
+    """The settings of `checkpoints.course` and of early stopping; None in runs of old versions."""
 
 
 def run(
     config: TrainStudentConfig, cache: Cache | None = None, *, before_training: BeforeTraining | None = None
 ) -> TrainResult:
-    """`softlabel train-student`. `cache`: the configured one, where it is open already."""
+    """Run `softlabel train-student`; `cache` replaces `config.cache` if it is already open."""
     kept = parse_bytes("--cache-bytes", config.cache_bytes)
     caches = (
         [cache]
@@ -99,7 +99,7 @@ def run(
     caches = caches_for_student(config, caches)
     cache, mixture = caches[0], make_mixture(caches, config.mix_kind, config.teacher_weight or config.proportion)
     check_fields(config.training)
-    set_seed(config.seed)  # a new head or adapter is random too
+    set_seed(config.seed)  # for the random weights of a new head or adapter
     student = load_student(
         cache.manifest.contract,
         config.student,
@@ -141,20 +141,21 @@ def train_student(
     split: str | Sequence[str] = "train",
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train a student from a cache, or resume an unfinished run of the same settings in `output`.
+    """Train a student from a cache, or resume an unfinished run with the same settings in `output`.
 
     Args:
-        student: a name, a path, or a live model (with the cache's tokenizer).
-        loss: None: as `softlabel train-student` chooses it.
-        args: as for `transformers.Trainer`, but for `output_dir`. None: chosen, as by the command.
-        split: what to train on; several splits are mixed as the rows of one.
-        overwrite: delete the student or the checkpoints that `output` holds.
+        student: a hub name, a path, or a model in memory (which uses the cache's tokenizer).
+        loss: default: chosen as by `softlabel train-student`.
+        args: as for `transformers.Trainer`; `output_dir` is replaced by `output`. Default: chosen
+            as by `softlabel train-student`.
+        split: the split to train on; several splits are mixed.
+        overwrite: delete the student or the checkpoints in `output`.
 
     Raises `PipelineError`.
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
-    set_seed(0 if args is None else args.seed)  # a new head is random too
+    set_seed(0 if args is None else args.seed)  # for the random weights of a new head
     if isinstance(student, str | Path):
         _check_apart(output, student)
         opened = cache_for(opened, str(student), split)
@@ -203,21 +204,20 @@ def fit(
     save_dtype: torch.dtype | None = None,
     before_training: BeforeTraining | None = None,
 ) -> TrainResult:
-    """Train, save an ordinary model directory, and say beside it what it was made from.
+    """Train a student, and save a model directory with a record of its origin and a model card.
 
     Args:
-        held_out: rows of `split` to measure on, in place of a split.
-        choices: settings that were chosen and not given; they are logged before the first step.
-        save_dtype: of the weights in the directory; None: as the student's own files have them.
-            Adapters stay as PEFT saves them.
-
-        before_training: called once everything is checked and nothing is written, with the trainer
-            and the checkpoint to go on from.
+        held_out: rows of `split` to evaluate on, instead of a split.
+        choices: settings that were chosen by default; they are logged before the first step.
+        save_dtype: dtype of the saved weights; default: that of the student's own files. Adapters
+            are saved in the dtype that PEFT uses.
+        before_training: called with the trainer and the checkpoint to resume from, after all checks
+            and before anything is written.
 
     Raises:
-        MisuseError: `output` holds a finished student, or a model of another origin.
+        MisuseError: `output` holds a finished student, or a model that train-student did not make.
         ContractError: it holds checkpoints of another run; soft labels do not fit their tokens.
-        PipelineError: see the trainer.
+        PipelineError: see `DistillationTrainer`.
     """
     contract = cache.manifest.contract
     splits = (split,) if isinstance(split, str) else tuple(split)
@@ -271,7 +271,7 @@ def fit(
         before_training(trainer, checkpoint)
     show_progress(trainer, f"train-student {output.name}")
     if args.should_save:
-        if checkpoint is None:  # an old adapter or checkpoint beside a new model would be loaded in its place
+        if checkpoint is None:  # an old adapter or checkpoint would be loaded instead of the new model
             remove(_of_a_model(output))
         write_text(output / ORIGIN, dump(origin))
     with CheckpointOnSigterm(output) as stop:
@@ -279,10 +279,10 @@ def fit(
         trainer.train(resume_from_checkpoint=checkpoint)
     is_adapter = hasattr(student.model, "peft_config")
     precision = torch.float32 if is_adapter else save_dtype or student.file_dtype or torch.float32
-    if precision != torch.float32:  # rounded before it is measured
+    if precision != torch.float32:  # so that the metrics are of the weights in the file
         round_weights(student.model, precision)
     with as_it_came(student):
-        trainer.save_model(str(output), _internal_call=True)  # pushed when all of it is there
+        trainer.save_model(str(output), _internal_call=True)  # pushed once all files are written
     if args.should_save and precision != torch.float32:
         cast_weights(output, precision)
     trainer.save_state()
@@ -332,7 +332,7 @@ def fit(
 
 
 def _measure(trainer: DistillationTrainer, measured_on: str) -> dict[str, float]:
-    """Metrics of the finished student on what is evaluated during training. All ranks call this."""
+    """Return the metrics of the finished student on the evaluation rows; a collective call."""
     found = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
     if trainer.is_world_process_zero():
         warn_of_doubts(trainer.predictions, "the student", measured_on)
@@ -340,14 +340,14 @@ def _measure(trainer: DistillationTrainer, measured_on: str) -> dict[str, float]
 
 
 def _eval_rows(cache: Cache, split: str | None, held_out: HeldOut | None) -> int | None:
-    """Rows that the student is measured on."""
+    """Return the number of rows that the student is evaluated on."""
     if held_out is not None:
         return held_out.num_measured
     return sum(shard.rows for shard in cache.manifest.split_shards(split or "")) or None
 
 
 def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:
-    """All caches of a mixture, the first included."""
+    """Return a record of each cache of a mixture, including the first."""
     if mixture is None:
         return ()
     shares = mixture.shares or (None,) * (1 + len(mixture.others))
@@ -358,7 +358,7 @@ def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:
 
 
 def _check_unfinished(output: Path) -> None:
-    """Refuse to replace a finished student, or weights whose run has left no checkpoint to go on from."""
+    """Refuse to replace a finished student, or weights without a checkpoint to resume from."""
     if (output / _PROOF).is_file():
         again = "--resume goes on from its newest checkpoint, " if checkpoints(output) else ""
         raise MisuseError(
@@ -371,11 +371,11 @@ def _check_unfinished(output: Path) -> None:
 
 
 def _checkpoint(output: Path, origin: Origin, *, resume: bool) -> str | None:
-    """The newest whole checkpoint, or None to start anew.
+    """Return the newest complete checkpoint, or None to start from the beginning.
 
     Raises:
         ContractError: checkpoints of another cache, split, loss or, without `resume`, course.
-        MisuseError: a finished student would give way to a new one.
+        MisuseError: a finished student would be replaced by a new one.
     """
     found = whole_checkpoint(output, ORIGIN, origin, resume=resume)
     if found is None and (output / _PROOF).is_file():
@@ -388,13 +388,13 @@ def _checkpoint(output: Path, origin: Origin, *, resume: bool) -> str | None:
 
 
 def _check_apart(output: str | Path, student: str | Path) -> None:
-    """Refuse to train a student into its own directory, or into the one whose checkpoint it is."""
+    """Refuse an output directory that is, or contains, the student to start from."""
     start, end = Path(student).resolve(), Path(output).resolve()
     if start.exists() and (start == end or end in start.parents):
         raise MisuseError(f"--output {output}: holds the student itself, which training would overwrite; use another")
 
 
 def _of_a_model(output: Path) -> list[Path]:
-    """What of a directory is a model's or a training run's."""
+    """Return the paths in a directory that belong to a model or a training run."""
     others = [path for name in (_PROOF, LABELS, CARD) if (path := output / name).exists()]
     return [*checkpoints(output), *model_files(output), *others]

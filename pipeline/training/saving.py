@@ -1,4 +1,7 @@
-"""`Trainer` set up and written from: what is missing is said before the first step, a full disk in one line, no token in any file."""
+"""A `Trainer` that reports missing packages, full disks and hub errors in one line.
+
+It also keeps the hub token out of all files.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,27 @@ from pipeline.models.arguments import Seen, check_installed, hide_token, num_ran
 from pipeline.records import Scale, is_known
 from pipeline.training.scores import standardized
 
-#: How torch and safetensors speak of a file that cannot be written, both without its number.
+#: Parts of the messages of torch and safetensors for a failed write; their errors have no errno.
 _TORN = ("PytorchStreamWriter failed", "unexpected pos", "os error 28", "No space left", "Disk quota exceeded")
 
 
-#: What may look at a run before its first step, and stop it: it is given the trainer and the
-#: checkpoint to go on from.
+#: A callback before the first step, with the trainer and the checkpoint to resume from. It may
+#: raise an exception to stop the run.
 BeforeTraining = Callable[["SavingTrainer", str | None], None]
 
 
 def no_directory(args: TrainingArguments) -> TrainingArguments:
-    """The same settings for a trainer that is not to train: Trainer makes its output directory at once, and finds one here."""
+    """Return a copy of the settings with an existing temporary directory as the output.
+
+    Trainer creates its output directory on construction; a trainer that does not train must not.
+    """
     made = copy.copy(args)
     made.output_dir = tempfile.gettempdir()
     return made
 
 
 class SavingTrainer(Trainer):
-    """`Trainer`, as far as it meets the machine and what is installed on it."""
+    """A `Trainer` with clear errors for its environment: packages, disk, hub and process group."""
 
     def __init__(
         self,
@@ -50,16 +56,17 @@ class SavingTrainer(Trainer):
         scale: Scale | None = None,
         **kwargs: Any,
     ) -> None:
-        """Set up.
+        """Create the trainer.
 
         Args:
-            scale: of the scores that the model learns; None: it makes none.
-            again: what to do once there is space on a disk that was full.
-            kwargs: as `transformers.Trainer` takes them.
+            again: advice on how to continue after the disk was full.
+            scale: mean and standard deviation of the scores that the model learns; None: it gives
+                no scores.
+            kwargs: passed to `transformers.Trainer`.
 
         Raises:
             ConfigError: a package that a setting needs is missing.
-            MisuseError: ranks that know nothing of each other.
+            MisuseError: torchrun has started several ranks, and they form no process group.
         """
         if num_ranks() > 1 and args.world_size == 1:
             raise MisuseError(
@@ -82,32 +89,32 @@ class SavingTrainer(Trainer):
             raise ConfigError(f"training: optim: a package is missing: {said}") from None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`, a run of its own where it is reported."""
+        """Call `Trainer.train`, as a separate run for each reporting service."""
         with own_run(self.args), standardized(self.model, self.scale):
             return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Of scores the known labels: Trainer takes a score of -100 for none, and counts nan."""
+        """Count the known labels of scores; Trainer would count nan, and skip a score of -100."""
         if self.scale is None:
             return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.tensor(sum(int(is_known(batch["labels"]).sum()) for batch in batch_samples), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The batches of the next step, counted."""
+        """Return the batches of the next step, and count their rows and tokens."""
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.seen.add(batches)
         return batches, counts
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository of `push_to_hub`.
+        """Create the hub repository for `push_to_hub`.
 
         Raises:
             ConfigError: the hub cannot be reached, or refuses.
         """
         try:
             super().init_hf_repo(token, private)
-        except Exception as error:  # of several HTTP libraries
+        except Exception as error:  # raised by several HTTP libraries
             raise ConfigError(
                 f"training: push_to_hub: the hub cannot be reached, or refuses ({_first_line(error)}); log in with hf auth login, or leave it out and push later"
             ) from None
@@ -122,10 +129,12 @@ class SavingTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def push_saved(self) -> None:
-        """Push the output directory as it is, where `push_to_hub` asks for it; `Trainer.push_to_hub` would save the model anew first.
+        """Push the output directory as it is, if `push_to_hub` is set.
+
+        `Trainer.push_to_hub` would save the model again first.
 
         Raises:
-            TrainingError: the hub cannot be reached, or refuses; what is saved stays.
+            TrainingError: the hub cannot be reached, or refuses. The saved files are kept.
         """
         if not self.args.push_to_hub or not self.is_world_process_zero():
             return
@@ -143,14 +152,14 @@ class SavingTrainer(Trainer):
                 ignore_patterns=["_*", "checkpoint-*", ".*"],
                 revision=self.args.hub_revision,
             )
-        except Exception as error:  # of several HTTP libraries
+        except Exception as error:  # raised by several HTTP libraries
             raise TrainingError(
                 f"{output}: is finished and saved, and was not pushed to {self.hub_model_id}: {_first_line(error)}; "
                 f"push it later: hf upload {self.hub_model_id} {shlex.quote(output)}"
             ) from error
 
     def save_state(self) -> None:
-        """Save the log.
+        """Save the trainer state with its log.
 
         Raises:
             TrainingError: the disk is full.
@@ -164,7 +173,7 @@ class SavingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint that leaves weights as they were, where `Trainer` only warns.
+        """Refuse a checkpoint that lacks weights of the model; `Trainer` only warns.
 
         Raises:
             TrainingError: it lacks weights of the model.
@@ -189,11 +198,11 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _own_names(model: Any) -> Iterator[None]:
-    """While a checkpoint is saved: weights have the names that the modules have.
+    """Save a checkpoint with the weight names of the modules.
 
-    `save_pretrained` saves some architectures (ViT, Swin) under the names of older releases, which
-    `from_pretrained` knows, and `Trainer`, which reads checkpoints, does not: it would go on with
-    other weights.
+    `save_pretrained` saves some architectures (ViT, Swin) under the names of older releases.
+    `from_pretrained` converts them back and `Trainer`, which reads checkpoints, does not: it would
+    resume with other weights.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     before = inner.__dict__.get("_weight_conversions")
@@ -209,10 +218,10 @@ def _own_names(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _said(where: str, again: str) -> Iterator[None]:
-    """What cannot be written, in one line."""
+    """Raise a failed write as a `TrainingError` of one line."""
     try:
         yield
-    except Exception as error:  # safetensors has a class of its own
+    except Exception as error:  # safetensors has its own exception class
         if getattr(error, "errno", None) is None and not any(part in str(error) for part in _TORN):
             raise
         torn = "the disk is full or cannot be written" if isinstance(error, RuntimeError) else None

@@ -1,4 +1,4 @@
-"""The weights of the two losses over a training run."""
+"""Schedules of the hard and soft loss weights over a training run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import math
 
 from pipeline.records import Loss, Schedule
 
-#: Of a warmup-stable-decay run: the share in which a weight rises from 0, and the share in which it
-#: falls to its end.
+#: Shares of a warmup-stable-decay run in which a weight rises from 0 and falls to its end value.
 _WARMUP, _DECAY = 0.1, 0.2
 
 
 def weights_of_step(loss: Loss, step: int, num_steps: int) -> tuple[float, float]:
-    """(hard, soft) weight of a step, counted from 0: the schedule at its middle, so that a weight that goes from or to 0 is never 0."""
+    """Return the (hard, soft) weight of a step, counted from 0.
+
+    The schedule is evaluated at the middle of the step, so that a weight that starts or ends at 0
+    is never 0.
+    """
     return weights_at(loss, min((step + 0.5) / max(num_steps, 1), 1.0))
 
 
 def weights_of_evaluation(loss: Loss) -> tuple[float, float]:
-    """The same at every evaluation of a run, so that they can be compared: those the schedule starts from, or where both are 0 ends at."""
+    """Return the (hard, soft) weight of evaluations, constant so that they can be compared.
+
+    They are the start weights of the schedule, or its end weights if both start at 0.
+    """
     start = (loss.hard_weight, loss.soft_weight)
     return start if any(start) else weights_at(loss, 1.0)
 
 
 def weights_at(loss: Loss, progress: float) -> tuple[float, float]:
-    """(hard, soft) weight after this share of the optimizer steps, in [0, 1]."""
+    """Return the (hard, soft) weight after a share of the optimizer steps, in [0, 1]."""
     return (
         _value(loss.schedule, loss.hard_weight, loss.hard_weight_end, progress),
         _value(loss.schedule, loss.soft_weight, loss.soft_weight_end, progress),
@@ -31,7 +37,7 @@ def weights_at(loss: Loss, progress: float) -> tuple[float, float]:
 
 
 def _value(schedule: Schedule, start: float, end: float | None, progress: float) -> float:
-    """One weight. A constant weight is the schedule whose end is its start."""
+    """Return one weight. A constant weight has an end equal to its start."""
     if schedule == "constant":
         return start
     if schedule == "warmup-stable-decay":

@@ -1,35 +1,35 @@
-"""Every field of TrainingArguments and parameter of Trainer: honoured, harmless here, or refused with a reason.
+"""Classify TrainingArguments fields and Trainer parameters: honoured, harmless or refused.
 
-`tests/training/test_settings.py` compares the three sets with the installed transformers, so that a
-new field has to be classified.
+`tests/training/test_settings.py` compares the sets with the installed transformers, so that a new
+field must be classified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-#: Refused where it is set: why, and what to do instead.
+#: Fields that are refused if set -> the reason, and what to do instead.
 REFUSED = {
-    "label_smoothing_factor": "the hard loss is the plain cross-entropy; soft labels smooth it",
+    "label_smoothing_factor": "the hard loss is plain cross-entropy; soft labels smooth it",
     "dataloader_drop_last": "the last step is filled up with rows of weight 0",
-    "use_liger_kernel": "it replaces the forward pass that holds the fused loss",
+    "use_liger_kernel": "it replaces the forward pass that computes the fused loss",
     "liger_kernel_config": "use_liger_kernel is refused",
-    "include_num_input_tokens_seen": "the manifest has the number of tokens",
-    "prediction_loss_only": "metrics are cheap here; leave eval_strategy at no to have none",
+    "include_num_input_tokens_seen": "the manifest contains the number of tokens",
+    "prediction_loss_only": "the metrics cost little; leave eval_strategy at no to compute none",
     "bf16_full_eval": "evaluation runs as training does, under bf16",
     "fp16_full_eval": "evaluation runs as training does, under fp16",
-    "resume_from_checkpoint": "train-student --resume goes on from the newest whole checkpoint of --output",
+    "resume_from_checkpoint": "train-student --resume continues from the newest complete checkpoint of --output",
     "train_sampling_strategy": "the order of rows is a function of seed, epoch and cache; --batch-tokens groups rows by length",
     "length_column_name": "lengths come from the cache; --batch-tokens groups rows by length",
-    "dataloader_multiprocessing_context": "the loader starts its workers in the platform's own way",
+    "dataloader_multiprocessing_context": "the loader starts its workers in the platform's default way",
     "dataloader_in_order": "the order of rows is a function of seed, epoch and cache",
-    "label_names": "the labels are the cache's",
-    "include_for_metrics": "logits are not gathered; the metrics of the task are given",
-    "batch_eval_metrics": "logits are not gathered; the metrics of the task are given",
+    "label_names": "the labels come from the cache",
+    "include_for_metrics": "logits are not gathered; the metrics of the task are computed",
+    "batch_eval_metrics": "logits are not gathered; the metrics of the task are computed",
 }
 
-#: Honoured where an evaluation is due during training, and refused where none is: they choose by
-#: its metrics, or say when it is.
+#: Fields that are honoured if the run is evaluated during training, and refused otherwise: they
+#: depend on the metrics or the time of an evaluation.
 NEED_EVALUATION = (
     "save_strategy",
     "metric_for_best_model",
@@ -38,8 +38,7 @@ NEED_EVALUATION = (
     "eval_delay",
 )
 
-#: Without effect on the student whatever they are: the work that they name is done in another way,
-#: or by scripts.
+#: Fields that have no effect on the student: their work is done in another way, or by scripts.
 HARMLESS = frozenset(
     [
         "remove_unused_columns",
@@ -54,7 +53,7 @@ HARMLESS = frozenset(
     ]
 )
 
-#: Passed on to transformers, which does what its documentation says.
+#: Fields that are passed on to transformers, with the effect that it documents.
 HONOURED = frozenset(
     [
         "output_dir",
@@ -151,23 +150,23 @@ HONOURED = frozenset(
 
 #: Parameters of Trainer that DistillationTrainer refuses.
 REFUSED_PARAMETERS = {
-    "compute_metrics": "logits are not gathered here; the metrics of the task, agreement and divergence are given",
-    "preprocess_logits_for_metrics": "logits are not gathered here; the metrics of the task, agreement and divergence are given",
+    "compute_metrics": "logits are not gathered; the metrics of the task, agreement and divergence are computed",
+    "preprocess_logits_for_metrics": "logits are not gathered; the metrics of the task, agreement and divergence are computed",
     "compute_loss_func": "the loss is the distillation loss; its weights and divergence are set by loss=Loss(...)",
     "model_init": "the student is given as model",
     "train_dataset": "rows come from cache= and split=",
     "eval_dataset": "rows come from cache= and eval_split=",
-    "data_collator": "batches are made from the cache by its task",
+    "data_collator": "the task builds the batches from the cache",
 }
 
-#: Parameters of Trainer that are passed on.
+#: Parameters of Trainer that are passed on to it.
 HONOURED_PARAMETERS = frozenset(
     {"model", "args", "processing_class", "callbacks", "optimizers", "optimizer_cls_and_kwargs"}
 )
 
 
 def settings_table() -> str:
-    """`docs/training-arguments.md`: every field and parameter, and what becomes of it, as Markdown."""
+    """Return `docs/training-arguments.md`: how each field and parameter is handled, as Markdown."""
     refused = [
         *((f"`{name}`", reason) for name, reason in sorted(REFUSED.items())),
         *((f"`Trainer({name}=)`", reason) for name, reason in sorted(REFUSED_PARAMETERS.items())),
@@ -175,16 +174,24 @@ def settings_table() -> str:
     rows = "".join(f"| {name} | {reason} |\n" for name, reason in refused)
     return (
         "# Settings of TrainingArguments and Trainer\n\n"
-        "Made from `pipeline/training/settings.py` by `settings_table()`; a test compares it with the code, and the code with\n"
-        "the installed `transformers`.\n\n"
+        "This page lists how `train-student` and `DistillationTrainer` handle each field of\n"
+        "`TrainingArguments` and each parameter of `Trainer`. It is generated by `settings_table()` in\n"
+        "`pipeline/training/settings.py`. Tests compare the page with the code, and the code with the\n"
+        "installed `transformers`.\n\n"
         "## Refused before the first step\n\n"
-        f"| setting | why, and what to do instead |\n|---|---|\n{rows}\n"
+        "These settings would have no effect on distillation, or they conflict with how it computes rows,\n"
+        "losses and metrics.\n\n"
+        f"| setting | reason, and what to do instead |\n|---|---|\n{rows}\n"
         "## Refused while `eval_strategy` is `no`\n\n"
-        "They choose by the metrics of an evaluation, or say when it is; `save_strategy` where it is `best`.\n\n"
+        "These settings use the metrics of an evaluation or set its time. `save_strategy` is refused only\n"
+        "if it is `best`.\n\n"
         f"{_listed(NEED_EVALUATION)}\n"
-        "## Without effect\n\nThe work that they name is done in another way, or by scripts.\n\n"
+        "## Without effect\n\n"
+        "These settings are accepted and ignored: the pipeline does the work in another way, or only\n"
+        "scripts read them.\n\n"
         f"{_listed(HARMLESS)}\n"
-        "## Honoured\n\nPassed on to transformers, which does what its documentation says.\n\n"
+        "## Passed on\n\n"
+        "These settings are passed to `transformers` and have the documented effect.\n\n"
         f"{_listed(HONOURED)}"
     )
 

@@ -1,4 +1,4 @@
-"""SIGTERM during training: a whole checkpoint is saved before the signal does what it would have done."""
+"""On SIGTERM during training, save a complete checkpoint before the process ends."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from pipeline.models.arguments import num_ranks
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to wait for the end of a step; SLURM kills 30 after SIGTERM.
+#: Seconds to wait for the end of a step; SLURM kills a process 30 seconds after SIGTERM.
 PATIENCE = 25.0
 
 
 class CheckpointOnSigterm(TrainerCallback):
-    """Entered around `trainer.train()`.
+    """A callback and context manager around `trainer.train()` that handles SIGTERM.
 
-    A second SIGTERM, or no step's end for long, ends the process at once.
+    The first SIGTERM saves a checkpoint at the end of the step and then ends the process. A second
+    SIGTERM, or a step that does not end within `PATIENCE` seconds, ends the process at once.
 
-    Under torchrun the ranks agree at the end of each step, since the signal reaches them at
-    different times; a repeat is no second request there: the launcher passes on what SLURM has
+    Under torchrun the signal reaches the ranks at different times, so they agree at the end of each
+    step. A repeated signal is ignored there: the launcher forwards the signal that SLURM has
     already sent to every process.
     """
 
@@ -48,22 +49,22 @@ class CheckpointOnSigterm(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
-        if kind is None and self.asked:  # after the last step had ended
+        if kind is None and self.asked:  # the signal came after the last step
             self._end()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save now where any rank was asked to stop."""
+        """Request a checkpoint if any rank has received SIGTERM."""
         if not self._agreed(args.device):
             return
         if self._timer is not None:
             self._timer.cancel()
         if control.should_evaluate:
             logger.warning("%s: SIGTERM: the evaluation after step %d is left out", self.output, state.global_step)
-        control.should_evaluate = False  # it may take longer than is left
+        control.should_evaluate = False  # it may take longer than the remaining time
         control.should_save = self._saving = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole: end, once it is so on all ranks."""
+        """End the process once the checkpoint is complete on all ranks."""
         if not self._saving:
             return
         if self._several and torch.distributed.is_initialized():
@@ -102,4 +103,4 @@ class CheckpointOnSigterm(TrainerCallback):
     def _end(self) -> None:
         self._restore()
         signal.raise_signal(signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM)  # a handler of the caller's own may only take note
+        raise SystemExit(128 + signal.SIGTERM)  # a handler of the caller may return

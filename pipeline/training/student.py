@@ -1,4 +1,4 @@
-"""The student that is to be trained, and whether it fits the cache."""
+"""Load the student that is to be trained, and check that it fits the cache."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> list[Cache]:
-    """The caches as the student reads them: for another tokenizer than theirs, in its own tokens.
+    """Return the caches as the student reads them, aligned with its tokenizer if it is another.
 
     Raises:
         ContractError: the tokenizers cannot be aligned.
-        MisuseError: `--align` where there is nothing to align, or nothing is known of spans.
+        MisuseError: `--align` does not apply to the caches, or the data for aligned spans is
+            missing.
     """
     first, last = config.soft_weight, config.soft_weight_end
     teaches = first != 0 or bool(last) or config.hard_labels == "teacher"
@@ -49,10 +50,10 @@ def caches_for_student(config: TrainStudentConfig, caches: Sequence[Cache]) -> l
 
 
 def _check_align(config: TrainStudentConfig, caches: Sequence[Cache]) -> None:
-    """Refuse `--align` where there is nothing to align, or nothing is known of spans.
+    """Refuse `--align` if there is nothing to align, or the data for aligned spans is missing.
 
     Raises:
-        MisuseError: says which.
+        MisuseError: states which.
     """
     if config.align == "map":
         return
@@ -83,12 +84,12 @@ def load_student(
     """Load a student and check that it fits the cache.
 
     Args:
-        new_head: a classifier's checkpoint without a head gets a new one.
-        base_model: of an adapter, in place of what it names.
+        new_head: add a new head to a classifier's checkpoint that has none.
+        base_model: base model of an adapter, instead of the one that the adapter names.
 
     Raises:
-        ContractError: another number of labels, another order of them, or another tokenizer.
-        ModelError: nothing loadable there.
+        ContractError: another number or order of labels, or another tokenizer.
+        ModelError: the model cannot be loaded.
     """
     task = get_task(contract.task)
     names = (
@@ -113,7 +114,7 @@ def load_student(
 
 
 def _parts(student: LoadedModel) -> list[str]:
-    """Modules with weights that no file gave."""
+    """Return the modules whose weights are in no file."""
     base = student.model.base_model_prefix
     return sorted(
         {
@@ -124,11 +125,13 @@ def _parts(student: LoadedModel) -> list[str]:
 
 
 def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) -> LoadedModel:
-    """The student with a new LoRA adapter (Hu et al., 2021) around it, which alone is trained; a new head is trained with it.
+    """Wrap the student in a new LoRA adapter (Hu et al., 2021).
+
+    Only the adapter, and a head without trained weights, are trained.
 
     Raises:
-        MisuseError: the student is an adapter already.
-        ModelError: PEFT is not installed, or does not know the modules.
+        MisuseError: the student is an adapter already, or the task does not support one.
+        ModelError: PEFT is not installed, or does not find the modules.
     """
     if hasattr(student.model, "peft_config"):
         raise MisuseError(
@@ -154,7 +157,7 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
     )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it itself where it has to
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT corrects it itself
             adapted: Any = get_peft_model(student.model, settings)
     except ValueError as error:
         raise ModelError(f"--lora-target: {' '.join(str(error).split())}") from None
@@ -162,7 +165,7 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
 
 
 def _new_modules(student: LoadedModel) -> list[str]:
-    """New modules that only the adapter can keep; PEFT adds `classifier` and `score` itself."""
+    """Return the modules for `modules_to_save`; PEFT adds `classifier` and `score` itself."""
     return [name for name in _parts(student) if name not in ("classifier", "score")]
 
 
@@ -170,7 +173,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
     """Refuse a student that does not fit the cache.
 
     Raises:
-        ContractError: names what differs.
+        ContractError: states what differs.
     """
     same_tokenizer = tokenizer_info(student.tokenizer).sha256 == contract.tokenizer.sha256
     if task.other_tokenizers == "bytes" and not same_tokenizer:
@@ -214,13 +217,13 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
 
 
 def processor_of(student: LoadedModel) -> dict[str, str]:
-    """What decides the pixel values of images, for the record of a run; {}: it reads texts."""
+    """Return the hash of the image processor for the record of a run; {} for a model of texts."""
     is_image = is_image_processor(student.tokenizer)
     return {"image_processor": tokenizer_info(student.tokenizer).sha256} if is_image else {}
 
 
 def _tell_of_own_processor(student: LoadedModel, contract: Contract) -> None:
-    """Say so where a student makes other pixel values of the images than its teacher did."""
+    """Log that the student's image processor differs from the teacher's."""
     if is_image_processor(student.tokenizer) and tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256:
         size = image_size(student.tokenizer)
         pixels = "" if size is None else f", {size[0]} x {size[1]} pixels"
@@ -230,10 +233,10 @@ def _tell_of_own_processor(student: LoadedModel, contract: Contract) -> None:
 def _agreed_labels(
     expected: tuple[str, ...], name: str, trust_remote_code: bool, base_model: str | None
 ) -> tuple[str, ...]:
-    """The cache's labels, if those that the student names already are the same.
+    """Return the cache's labels, after checking those that the student's configuration states.
 
     Raises:
-        ContractError: they are not.
+        ContractError: the student has other labels, or the same in another order.
     """
     found = _stated_labels(name, trust_remote_code, base_model)
     if found is None:
@@ -252,9 +255,9 @@ def _agreed_labels(
 
 
 def _stated_labels(name: str, trust_remote_code: bool, base_model: str | None) -> tuple[str, ...] | None:
-    """The labels of a trained classifier; None: nothing says what they are.
+    """Return the labels that a trained classifier states; None if it states none.
 
-    An adapter has its own, or its base's where it brings no head.
+    An adapter has its own labels, or those of its base model if it brings no head.
     """
     adapter = adapter_config(name)
     if adapter is not None:
@@ -268,7 +271,7 @@ def _stated_labels(name: str, trust_remote_code: bool, base_model: str | None) -
     try:
         config = load_config(base_name(name, adapter, base_model), trust_remote_code=trust_remote_code)
     except PipelineError:
-        return None  # load_model says what is wrong
+        return None  # load_model raises an error with the reason
     if not any("Classification" in architecture for architecture in config.architectures or ()):
         return None
     return tuple(str(config.id2label[i]) for i in range(config.num_labels))

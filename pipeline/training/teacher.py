@@ -1,4 +1,4 @@
-"""Fine-tune a teacher on the hard labels of the task."""
+"""Run `softlabel train-teacher`: fine-tune a teacher on the hard labels of a task."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ from pipeline.training.student import processor_of
 
 logger = logging.getLogger(__name__)
 
-#: What a run was, written before its first step.
+#: The file with the run's `TeacherOrigin`, written before the first step.
 _ORIGIN = "teacher-origin.json"
-#: Written last: the teacher is finished.
+#: The file with the metrics. It is written last, so that it marks a finished teacher.
 _PROOF = "metrics.json"
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherOrigin:
-    """What decides a run: its checkpoints are of no use to another."""
+    """Everything that determines a run; only checkpoints of the same origin are resumed."""
 
     task: str
     label_names: tuple[str, ...] | None
@@ -78,30 +78,30 @@ class TeacherOrigin:
     learning_rate: float
     rows_per_step: int
     rows_sha256: str
-    """Of the rows that are learnt from, as tokens, with their labels."""
+    """Hash of the training rows' tokens and labels."""
     model_sha256: str
-    """Of the weights before the first step."""
+    """Hash of the weights before the first step."""
     adapter_sha256: str | None
     course: dict[str, Any] | None
     """The settings of `checkpoints.course`."""
 
 
 def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = None) -> dict[str, float]:
-    """`softlabel train-teacher`: fine-tune, save an ordinary model directory, measure on the held-out split.
+    """Run `softlabel train-teacher`: fine-tune a model, save it and evaluate it.
 
-    What an unfinished run of the same settings has left in the output goes on from its newest whole
-    checkpoint.
+    The model is evaluated on a held-out split. If the output holds an unfinished run with the same
+    settings, training resumes from its newest complete checkpoint.
 
     Args:
-        before_training: called once everything is checked and nothing is written, with the trainer
-            and the checkpoint to go on from.
+        before_training: called with the trainer and the checkpoint to resume from, after all checks
+            and before anything is written.
 
     Returns:
-        The task's metrics on `validation`, or else on `test`; empty where the source has neither.
-            Kept as `metrics.json`.
+        The task's metrics on `validation`, or else on `test`; empty if the source has neither. They
+        are saved in `metrics.json`.
 
     Raises:
-        PipelineError: see the subclasses.
+        PipelineError: see its subclasses.
     """
     task = get_task(config.task)
     check_columns(task, config.data.columns, config.data.tokenization(2))
@@ -110,7 +110,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     holds = label_column(task)
     source = load_source(config.data, label_required=needs_label_column(task), holds=holds)
     names = head_names(source, config.data.label_map, holds=holds) if task.names in ("classes", "positions") else None
-    set_seed(config.seed)  # a new head is random too
+    set_seed(config.seed)  # for the random weights of a new head
     teacher = load_model(
         task,
         config.model,
@@ -177,7 +177,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
         before_training(trainer, checkpoint)
     show_progress(trainer, "train-teacher")
     if args.should_save:
-        if checkpoint is None:  # an old adapter beside a new model would be loaded in its place
+        if checkpoint is None:  # an old adapter would be loaded instead of the new model
             remove(before)
         write_text(output / _ORIGIN, dump(origin))
     with CheckpointOnSigterm(output) as stop:
@@ -186,7 +186,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     if padding is not None:
         padding.pad_token_id = kept
     with as_it_came(teacher):
-        trainer.save_model(config.output, _internal_call=True)  # pushed when all of it is there
+        trainer.save_model(config.output, _internal_call=True)  # pushed once all files are written
     if args.should_save:
         teacher.tokenizer.save_pretrained(config.output)
         if names is not None and hasattr(teacher.model, "peft_config"):
@@ -237,11 +237,11 @@ def _origin(
 
 
 def _check_output(config: TrainTeacherConfig) -> list[Path]:
-    """What of the output directory gives way to a new teacher, where there is no checkpoint to go on from.
+    """Return the files in the output directory that a new teacher replaces.
 
     Raises:
-        MisuseError: the pretrained model is in there, or, without `overwrite`, a teacher, or a run
-            of which nothing is known.
+        MisuseError: the output contains the pretrained model; or, without `overwrite`, a finished
+            teacher or a run of unknown origin.
     """
     output, model = Path(config.output).resolve(), Path(config.model).resolve()
     if output == model:
@@ -250,7 +250,7 @@ def _check_output(config: TrainTeacherConfig) -> list[Path]:
         raise MisuseError(f"--output {config.output}: holds the pretrained model {config.model}; use another")
     others = [path for name in (_PROOF, LABELS) if (path := output / name).is_file()]
     found = [*checkpoints(output), *model_files(output), *others]
-    unfinished = (output / _ORIGIN).is_file() and not (output / _PROOF).is_file()  # of which run is seen later
+    unfinished = (output / _ORIGIN).is_file() and not (output / _PROOF).is_file()  # whole_checkpoint checks its origin
     if found and not unfinished and not config.overwrite:
         what = "the checkpoints of a run" if not (model_files(output) or others) else "a finished model"
         raise MisuseError(f"--output {config.output}: holds {what}; use another, or --overwrite to train anew")
@@ -258,7 +258,13 @@ def _check_output(config: TrainTeacherConfig) -> list[Path]:
 
 
 def _training_pad_id(teacher: LoadedModel, rows: Sequence[TokenizedExample]) -> int:
-    """The configuration's, or one that no row ends with: decoder-only classifiers look for a row's end behind it."""
+    """Return the padding token's id for training: the configured one, or one that ends no row.
+
+    Decoder-only classifiers take the last token that is not padding as the end of a row.
+
+    Raises:
+        ModelError: rows end with every token of the vocabulary.
+    """
     kept = kept_pad_id(teacher.model)
     found = (
         kept
@@ -273,7 +279,7 @@ def _training_pad_id(teacher: LoadedModel, rows: Sequence[TokenizedExample]) -> 
 
 
 def predict(task: Task, loaded: LoadedModel, rows: Sequence[TokenizedExample], batch_size: int) -> Predictions:
-    """What a model predicts on labelled rows."""
+    """Return a model's predictions on labelled rows."""
     model = loaded.model.eval()
     parts, labels, owners = [], [], []
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -311,7 +317,7 @@ def _split_names(source: Source) -> tuple[str, str | None]:
 def _tell_absent(
     task: Task, source: Source, split: str, names: Sequence[str], rows: Sequence[TokenizedExample]
 ) -> None:
-    """Say which classes the teacher is given that no row to learn from has: labels 1 to 3 make a class 0."""
+    """Warn of classes that no training row has, such as class 0 if the labels are 1 to 3."""
     labels = task.hard_labels(rows)
     seen = set(np.flatnonzero(labels.reshape(len(rows), -1).any(0)) if task.names == "positions" else labels.tolist())
     absent = [name for i, name in enumerate(names) if i not in seen]
@@ -332,7 +338,12 @@ def _read(
     *,
     skip: bool,
 ) -> list[TokenizedExample]:
-    """The labelled rows of a split as tokens; a row that cannot be read stops, or is left out."""
+    """Return the labelled rows of a split as tokens.
+
+    Raises:
+        BadRowError: a row cannot be read, unless `skip` leaves such rows out.
+        SourceError: no row has a label.
+    """
     count = len(source.splits[split])
     examples = track(read_examples(source, split, 0, count, labels), f"read {split}", count, stride=64)
     rows: list[TokenizedExample] = []
@@ -342,13 +353,13 @@ def _read(
         if isinstance(item, BadRow):
             if not skip:
                 raise BadRowError(
-                    f"{source.name}: split {split}, row {item.source_row}: {item.reason}; mend or remove the row"
+                    f"{source.name}: split {split}, row {item.source_row}: {item.reason}; correct or remove the row"
                 )
             bad.append(item)
             continue
         known = is_known(task.hard_labels([item]))
         if task.names == "positions" and task.target != "score" and known.any() and not known.all():
-            # the model's own loss takes all labels
+            # the model's own loss needs all labels of a row
             partial += 1
         elif known.any():
             rows.append(item)

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` over a cache: everything its users know works, and nothing else is loaded."""
+"""A `transformers.Trainer` that trains a student on the soft labels of a cache."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class DistillationTrainer(SavingTrainer):
 
     loss = hard_weight * sum CE / N_hard + soft_weight * T^2 * sum D / N_soft, and for batches with
     aligned spans + span_weight * sum w L / sum w. Each divisor is counted over all ranks and
-    accumulated batches: the same rows give the same gradient however they are dealt.
+    accumulated batches, so that the gradient does not depend on how rows are distributed over them.
     """
 
     def __init__(
@@ -72,27 +72,29 @@ class DistillationTrainer(SavingTrainer):
         held_out: HeldOut | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        """Train on an open cache.
+        """Create a trainer for an open cache.
 
         Args:
-            split: what to train on; several splits are mixed as the rows of one.
+            split: the split to train on; several splits are mixed.
             eval_split: evaluated during training. Default: `validation`, unless trained on.
-            teacher_labels: the teacher's most likely class stands for the hard label.
-            batch_tokens: group rows by length; most tokens of a batch, padding included.
-            student_tokenizer: if not the cache's; reads the stored text, up to `max_length`.
-            mixture: more caches beside the first: teachers of the same rows, or more rows.
-            held_out: rows of `split` that are left out of it and measured on, in place of a split.
+            teacher_labels: use the teacher's most likely class as the hard label.
+            batch_tokens: group rows by length, up to this many tokens per batch, padding included.
+            student_tokenizer: tokenizes the stored text, up to `max_length`. None: the cache's
+                tokens.
+            mixture: more caches: teachers of the same rows, or more rows.
+            held_out: rows of `split` that are evaluated on instead of a split, and not trained on.
 
         Raises:
-            EncodingError: temperature, divergence or position weights that the cache lacks.
-            CacheError: no such split.
-            TrainingError: no row of the split can teach anything.
+            EncodingError: the cache does not support the temperature, divergence or position
+                weights.
+            CacheError: the cache has no such split.
+            TrainingError: only hard labels are trained on, and no row has one.
         """
         contract = cache.manifest.contract
         self.cache = cache
         self.task = get_task(contract.task)
         is_soft = loss.soft_weight or loss.soft_weight_end
-        if self.task.target == "score" and not is_soft:  # what is logged of a control
+        if self.task.target == "score" and not is_soft:  # for the logs of a control
             loss = dataclasses.replace(loss, divergence="mse")
         self.loss = loss
         self.temperature = loss.temperature or default_temperature(contract.encoding, self.task.default_temperature)
@@ -101,7 +103,7 @@ class DistillationTrainer(SavingTrainer):
         for each in contracts:
             is_mapped = cache.vocabulary_map is not None
             refuse_loss(loss, self.task, each, self.temperature, teacher_labels=teacher_labels, is_mapped=is_mapped)
-        if not is_soft:  # the target is made all the same, to be logged: at a temperature that there is
+        if not is_soft:  # the target is still computed for the logs, at a temperature of the cache
             self.temperature = served_temperature(contract.encoding)
         refuse_spans(
             loss, teacher_labels=teacher_labels, several_teachers=mixture is not None and mixture.kind == "teachers"
@@ -153,38 +155,38 @@ class DistillationTrainer(SavingTrainer):
             known = bool(which_labelled(evaluated, self.task).any())
             check_metric(args, self.task, contract.num_classes, labelled=known)
         self.loss_is_scaled_for_ga = True
-        # Where Trainer has put the model: the trial of its head may need the GPU.
+        # After Trainer has moved the model to its device: the trial of the head may need the GPU.
         attach_loss(model, task=self.task, num_classes=contract.num_classes, loss=loss, temperature=self.temperature)
 
     def _rows(self, split: str | Sequence[str], *, window: int, evaluated: bool = False) -> Any:
-        """The rows of a split: of one cache, all teachers, or all data (evaluation: the first's)."""
+        """Return the rows of a split; an evaluation of mixed data uses the first cache only."""
         if self.mixture is None or (evaluated and self.mixture.kind == "data"):
             return self.cache.dataset(split, window=window)
         made = AlignedDataset if self.mixture.kind == "teachers" else JoinedDataset
         return made((self.cache, *self.mixture.others), split, window=window)
 
     def _rows_that_teach(self, dataset: Any, teacher_labels: bool) -> np.ndarray | None:
-        """Labelled rows, where labels alone teach: others have no gradient. None: every row."""
+        """Return which rows have a label if only labels are trained on; None: all rows are used."""
         soft = self.loss.soft_weight or self.loss.soft_weight_end
         if soft or teacher_labels or not needs_label_column(self.task):
             return None
         return labelled_rows(dataset, self.task, self.cache.where)
 
-    # ------------------------------------------------------------------------------------------------- batches
+    # -------------------------------------------------------------------------------------- batches
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Whole batches are dealt to ranks by the order itself; accelerate would slice dimension 0 of ragged targets."""
+        """Return this rank's batches; accelerate would slice dimension 0 of ragged targets."""
         return self._loader(self.train_dataset, self._train_batch_size, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The rows in order."""
+        """Return this rank's batches of the evaluation rows, in order."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return self._loader(
             TrainingRows(rows) if isinstance(rows, CacheDataset) else rows, self.args.eval_batch_size, shuffle=False
         )
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """As in an evaluation: `predict(cache.dataset("test"))` gives its metrics."""
+        """Return evaluation batches; `predict(cache.dataset("test"))` gives the same metrics."""
         return self.get_eval_dataloader(test_dataset)
 
     def _loader(self, rows: Any, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
@@ -212,25 +214,25 @@ class DistillationTrainer(SavingTrainer):
             batch_sampler=order,
             collate_fn=collate,
             num_workers=workers,
-            generator=torch.Generator(),  # the loader draws from it, and dropout must not depend on when
+            generator=torch.Generator(),  # so that the loader does not advance dropout's generator
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
 
     def _measured(self, rows: Any) -> np.ndarray | None:
-        """(rows,) bool: those of an evaluation; None: all."""
+        """Return (rows,) bool: the rows that are evaluated; None: all."""
         return self.held_out.measured if self.held_out is not None and rows is self.eval_dataset else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; the thread that decodes ahead ends with it."""
+        """Call `Trainer.train`, and stop the prefetching thread at its end."""
         try:
             return super().train(*args, **kwargs)
         finally:
             self._ahead.close()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The next batches, made ahead by a thread: also in a resumed epoch, whose loader is not the one that we gave."""
+        """Return the next batches from a prefetching thread; a resumed epoch has a new loader."""
         if self.args.dataloader_num_workers == 0 and epoch_iterator is not self._epoch:
             self._ahead.close()
             self._epoch, self._ahead = epoch_iterator, prefetch(epoch_iterator)
@@ -240,26 +242,24 @@ class DistillationTrainer(SavingTrainer):
         return epoch_iterator if self.args.dataloader_num_workers else self._ahead
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """(3,): labelled positions, weights of the soft term and of spans, over the accumulated batches and all ranks. Trainer's own counts labels only."""
+        """Return (3,) divisors over batches and ranks: labels, soft weights, span weights."""
         hard = sum(int(is_known(batch["labels"]).sum()) for batch in batch_samples)
         soft = sum(float(batch["soft_weights"].sum()) for batch in batch_samples)
         spans = sum(float(batch["spans"]["weights"].sum()) for batch in batch_samples if "spans" in batch)
         counts = torch.tensor([[float(hard), soft, spans]], device=device)
         return self.accelerator.gather(counts).sum(0) if self.args.world_size > 1 else counts[0]
 
-    # ---------------------------------------------------------------------------------------------------- loss
+    # ----------------------------------------------------------------------------------------- loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """One batch of the weighted mean.
-
-        Ranks average their gradients, hence the factor of world_size.
+        """Return a batch's share of the loss, times world_size since ranks average gradients.
 
         Raises:
             TrainingError: a label that is no class, a loss that is not finite, or no position.
         """
-        # Outside training both terms are wanted, each by itself: `_metrics` weighs them.
+        # Evaluations keep both terms unweighted; `_metrics` applies the weights.
         weights = weights_of_step(self.loss, *self._steps()) if model.training else (1.0, 1.0)
         given = {name: inputs[name] for name in GIVEN if name in inputs}
         given["loss_weights"] = torch.tensor(weights)
@@ -288,10 +288,7 @@ class DistillationTrainer(SavingTrainer):
         return (total, found) if return_outputs else total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Stop before a gradient that is not finite reaches the weights; float16's scaler skips it.
-
-        Raises `TrainingError`, which names the rows and the step.
-        """
+        """Raise TrainingError if the gradient is not finite; float16's scaler skips the step."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise TrainingError(
@@ -316,21 +313,21 @@ class DistillationTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The student on a split of the cache: the loss that is minimised, the task's metrics, agreement with the teacher and the divergence from it.
+        """Return the loss, the task's metrics, agreement and divergence on a split of the cache.
 
-        Each position leaves four numbers instead of logits, and ranks may hold unequal numbers of
-        them. The task's own `loss` (the negative log-likelihood) is called `nll`.
+        Four numbers are kept per position instead of logits, and ranks may hold different numbers
+        of positions. The task's own `loss` (the negative log-likelihood) is named `nll`.
         """
-        with standardized(self.model, self.scale):  # in mixed precision too its scores are float32
+        with standardized(self.model, self.scale):  # keeps scores in float32 under mixed precision too
             return self._measure(dataloader, description, metric_key_prefix)
 
     def _measure(self, dataloader: DataLoader[Any], description: str, prefix: str) -> EvalLoopOutput:
         plain: Any = self.model
         model: Any = self._wrap_model(plain, training=False)
-        if len(self.accelerator._models) == 0 and model is plain:  # not trained before: not prepared yet
+        if len(self.accelerator._models) == 0 and model is plain:  # not prepared by a training before
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
-        schedule_free = getattr(self.optimizer, "eval", None)  # such optimizers keep other weights for evaluation
+        schedule_free = getattr(self.optimizer, "eval", None)  # such optimizers have other weights for evaluation
         if callable(schedule_free):
             schedule_free()
         parts: list[dict[str, np.ndarray]] = []
@@ -368,14 +365,17 @@ class DistillationTrainer(SavingTrainer):
         return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Trainer's estimate, from the part of the batch that the model sees."""
+        """Return Trainer's estimate, from the part of the batch that the model is called with."""
         flops: int = super().floating_point_ops(inputs["inputs"])
         return flops
 
-    # ----------------------------------------------------------------------------------------------------- log
+    # ------------------------------------------------------------------------------------------ log
 
     def drain_losses(self) -> dict[str, float]:
-        """Means of the terms since they were last logged, over all ranks, which all call this; a term without a position or a weight is left out."""
+        """Return each term's mean since the last call, over all ranks; a collective call.
+
+        Terms without a position or a weight are left out.
+        """
         totals = torch.tensor(self._totals[None], device=self.args.device, dtype=torch.float32)
         if self.args.world_size > 1:
             totals = self.accelerator.gather(totals)
@@ -391,7 +391,7 @@ class DistillationTrainer(SavingTrainer):
         return losses
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Each term by itself, nats at the scale of cross-entropy, beside Trainer's own logs."""
+        """Add each loss term's mean, in nats at the scale of cross-entropy, to Trainer's logs."""
         if "loss" in logs:
             logs.update(self.drain_losses())
             if self.loss.schedule != "constant":

@@ -64,7 +64,7 @@ def test_a_file_system_of_4_mb_fills_in_mid_shard(tmp_path):
     if found == ["cannot mount"]:
         pytest.skip("mounting is not permitted here")
     assert found[0].endswith(
-        "train-00001.parquet: the disk is full; what was written before is whole: free some space, then run the same command again"
+        "train-00001.parquet: the disk is full; files written before are complete: free some space, then run the same command again"
     )
     assert found[1:] == ["['train-00000.parquet']", "True"]
 

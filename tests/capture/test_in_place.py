@@ -160,7 +160,7 @@ def test_the_counts_at_the_end_are_those_of_other_formats(tmp_path, bert_tokeniz
     contents = parse(SourceContents, found.root / "reports" / "contents.json")
     assert contents.splits == {"train": SplitContents(5, 2, 1), "test": SplitContents(2, 1, 0)}
     assert contents.shared == {"train, test": 2}
-    assert "2 equal contents stand in both splits train and test" in caplog.text
+    assert "2 equal contents are in both splits train and test" in caplog.text
     assert "rows without a label: 2 of 5 in train, 1 of 2 in test" in caplog.text
 
 
@@ -168,4 +168,4 @@ def test_of_packed_rows_equal_contents_are_not_looked_for_and_that_is_said(as_pa
     _, make = as_parquet
     made = make()
     run(dataclasses.replace(made, data=dataclasses.replace(made.data, packing=True)))
-    assert "whether equal contents stand in two splits was not looked for" in caplog.text
+    assert "it was not checked whether two splits share rows" in caplog.text

@@ -250,7 +250,7 @@ def test_data_without_labels(config, model, tokenizer, topics, caplog, tmp_path)
             label_text=["business", "film", "sport"],
             max_length=30,
         )
-    assert "no labelled rows to try the teacher on" in caplog.text
+    assert "no labelled rows to measure the teacher on" in caplog.text
     assert len(cache.dataset("train")) == 90
 
 
@@ -326,7 +326,7 @@ def test_dry_run_and_refusals(few, tmp_path):
     assert "labels by prompt (plain, 2 examples)" in lines["teacher"]
     assert not (tmp_path / "cache").exists()
     cache = run(few())
-    with pytest.raises(MisuseError, match="are those of a language model after a prompt, which audit does not run"):
+    with pytest.raises(MisuseError, match="teacher was a language model with a prompt, which audit does not support"):
         audit.run(AuditConfig(cache=str(cache.root), teacher=str(tmp_path / "teacher")))
     with pytest.raises(MisuseError, match="--auto-batch-tokens does not measure prompts; give --batch-tokens"):
         run(few("measured", auto_batch_tokens=True))

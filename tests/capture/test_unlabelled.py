@@ -17,6 +17,8 @@ import pipeline as softlabel
 from pipeline.capture import run as stage
 from pipeline.config import CacheLogitsConfig, DataConfig
 from pipeline.errors import ContractError, SourceError
+from pipeline.sources import load_source
+from pipeline.sources.unlabelled import load_unlabelled
 from tests.conftest import tiny_model
 
 WORDS = ("cat", "dog", "bird")
@@ -92,6 +94,15 @@ def test_the_same_command_goes_on_and_other_rows_are_refused(folder):
         capture(unlabelled=("more.csv",))
     with pytest.raises(ContractError, match=r"source\.fingerprints\.train: expected"):
         capture()
+
+
+def test_a_file_without_the_label_column_is_no_warning(folder, caplog):
+    Path("bare.csv").write_text("text\na dark river\n")
+    data = DataConfig(dataset="bare.csv", label_column="kind")
+    load_unlabelled(("bare.csv",), data)
+    assert "label column" not in caplog.text
+    load_source(data)
+    assert "bare.csv: no split has the label column 'kind'; found text" in caplog.text
 
 
 @pytest.mark.parametrize("dataset", ["train.csv", "train.parquet"])

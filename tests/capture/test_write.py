@@ -76,7 +76,7 @@ def test_classifiers_too(tmp_path, bert_tokenizer):
 
 @pytest.mark.parametrize("shift", [1, -1])
 def test_logits_that_are_off_by_one_are_refused(tmp_path, lm_tokenizer, shift):
-    with pytest.raises(ContractError, match="out of step with their tokens"):
+    with pytest.raises(ContractError, match="not aligned with their tokens"):
         softlabel.write_cache(
             token_rows(60, shift=shift),
             tmp_path / "c",

@@ -145,7 +145,7 @@ def test_a_prompt_that_is_too_long_is_a_line_or_set_aside(write):
         (
             [{"messages": CHAT}],
             {"as_chat": True},
-            r"--as-chat goes with prompts that are text, and the column 'messages'",
+            r"--as-chat needs prompts that are text, and the column 'messages'",
         ),
         (
             [{"prompt": "a"}],

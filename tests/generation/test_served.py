@@ -178,7 +178,7 @@ def test_a_server_that_takes_text_alone(config, serve, lm_tokenizer, caplog):
     """
     server = serve(owner="library", takes_ids=False)
     found = run(config("a", server=(server.url,), rows="0:6"))
-    assert "takes prompts as text alone" in caplog.text
+    assert "takes prompts as text only" in caplog.text
     for row in rows_of(found):
         written = row["input_ids"][row["prompt_tokens"] :]
         assert row["ids_from"] == "tokenizer"

@@ -336,7 +336,7 @@ def test_a_cache_that_refers_to_images(tmp_path, teacher, cache, monkeypatch):
     assert str(tmp_path) not in (refers.root / "manifest.json").read_text()
     train(refers, teacher, tmp_path / "student", max_steps=2)
     (tmp_path / "files" / "003.png").write_bytes(found["image"][4]["bytes"])
-    with pytest.raises(IntegrityError, match=r"003\.png: is another image than the one that the teacher saw"):
+    with pytest.raises(IntegrityError, match=r"003\.png: differs from the image that the teacher saw"):
         list(refers.dataset("train"))
     monkeypatch.delenv("SOFTLABEL_IMAGES")
     with pytest.raises(CacheError, match="set SOFTLABEL_IMAGES to the directory that holds files"):

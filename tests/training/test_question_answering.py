@@ -272,6 +272,14 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     exec(re.search(r"```python\n(from transformers.*?)```", card, re.S)[1], {})  # what the card shows runs
 
 
+def test_windows_without_overlap_are_another_contract(teacher, tmp_path):
+    capture(teacher, tmp_path / "cache", max_length=32)
+    with pytest.raises(ContractError, match="stride"):
+        capture(teacher, tmp_path / "cache", max_length=32, stride=0)
+    alone = capture(teacher, tmp_path / "other", max_length=32, stride=0)
+    assert alone.manifest.contract.tokenization.stride == 0
+
+
 def test_an_adapter_learns_and_predicts(cache, tmp_path, bert_tokenizer):
     pytest.importorskip("peft")
     start = pretrained(tmp_path / "base", bert_tokenizer, seed=3, **SMALL)

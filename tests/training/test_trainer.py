@@ -125,7 +125,17 @@ def test_a_gradient_that_is_not_finite_stops_before_it_ruins_the_weights(tmp_pat
 
 @pytest.mark.parametrize(
     ("metric", "greater"),
-    [("nll", False), ("divergence", False), ("accuracy", True), ("eval_agreement", True), ("loss", False)],
+    [
+        ("nll", False),
+        ("divergence", False),
+        ("accuracy", True),
+        ("eval_agreement", True),
+        ("loss", False),
+        ("f1", True),
+        ("ndcg@10", True),
+        ("correlation", True),
+        ("mse", False),
+    ],
 )
 def test_the_best_model_is_the_best_by_its_metric(tmp_path, metric, greater):
     args = training_arguments(str(tmp_path), {"metric_for_best_model": metric}, max_steps=1)
@@ -403,7 +413,7 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tm
 
 @pytest.mark.slow
 def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path, cache):
-    """By torchrun (its own process in `make test-full`), then resumed by two ranks in its environment."""
+    """By torchrun (its own process in `make test-full`), then resumed by two of its ranks."""
     plain = config(cache, tmp_path)
     command = ["train-student", "--cache", *plain.cache, "--student", plain.student, "--output", plain.output]
     file = tmp_path / "run.yaml"

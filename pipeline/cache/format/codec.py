@@ -303,12 +303,12 @@ def _read_image(place: str, sha256: str) -> Image:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         raise CacheError(
-            f"{path}: {getattr(error, 'strerror', None) or error}; the cache refers to images by path and holds none: set {IMAGES} to the directory that holds {place.partition('/')[0]}"
+            f"{path}: {getattr(error, 'strerror', None) or error}; the cache stores paths of images, not the images: set {IMAGES} to the directory that holds {place.partition('/')[0]}"
         ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise IntegrityError(
-            f"{path}: is another image than the one that the teacher saw (expected sha256 {sha256[:12]}..., found {found[:12]}...); put the original back"
+            f"{path}: differs from the image that the teacher saw (expected sha256 {sha256[:12]}..., found {found[:12]}...); restore the original file"
         )
     return Image(data, place, place)
 

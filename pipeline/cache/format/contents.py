@@ -60,7 +60,7 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
         flags = lists["supervised"]
         check.same(flags.counts, tokens.counts, "supervised: expected one flag for each token")
         if get_task(contract.task).label_source == "tokens":
-            check(not flags.values[flags.ends - 1].any(), "supervised: expected the last token of a row not to be")
+            check(not flags.values[flags.ends - 1].any(), "supervised: expected false for the last token of every row")
         positions = flags.sums()
     if "document_lengths" in lists:
         documents = lists["document_lengths"]
@@ -126,7 +126,7 @@ def _check_choices(lengths: _List, choices: int, check: _Check) -> None:
     )
     check(
         bool((np.diff(found > 0, axis=1).sum(1) <= 1).all()),
-        "document_lengths: expected no choice behind a missing one",
+        "document_lengths: expected missing choices at the end of a row only",
     )
 
 

@@ -242,7 +242,7 @@ def load_manifest(root: Path) -> Manifest:
     if not layout.manifest.is_file() and not layout.manifest.is_symlink():
         if layout.plan.is_file():
             raise CacheError(
-                f'{root}: the capture was not finished; run the same "softlabel cache-logits" again to go on with it'
+                f'{root}: the capture was not finished; run the same "softlabel cache-logits" again to resume it'
             )
         if is_model(root):
             raise CacheError(
@@ -270,7 +270,7 @@ def load_manifest(root: Path) -> Manifest:
             "wrote it: fetch it again, or cache again"
         )
     if data != dump(manifest).encode():
-        raise IntegrityError(f"{layout.manifest}: is not written as a capture writes it; it was damaged or edited")
+        raise IntegrityError(f"{layout.manifest}: its text is not what a capture writes; it was damaged or edited")
     return manifest
 
 
@@ -323,7 +323,7 @@ def check_same_contract(expected: AnyPlan, found: AnyPlan, where: str, *, work: 
         )
         hint = ", --append where the data set has only gained rows" if grown else ""
         raise ContractError(
-            f"{where}: holds another {work}: {first}; use another --output, the same settings as before{hint}, or --overwrite to start anew"
+            f"{where}: holds another {work}: {first}; use another --output, the same settings as before{hint}, or --overwrite to start over"
         )
 
 
@@ -334,9 +334,13 @@ def _plain(record: Any) -> Any:
 
 
 def _without_added(value: Any) -> Any:
-    """Omit the fields of `_ADDED` that are empty."""
+    """Omit the fields of `_ADDED` that are empty; a stride of 0 is a setting."""
     if isinstance(value, dict):
-        return {key: _without_added(item) for key, item in value.items() if item or key not in _ADDED}
+        return {
+            key: _without_added(item)
+            for key, item in value.items()
+            if item or key not in _ADDED or (key == "stride" and item is not None)
+        }
     return [_without_added(item) for item in value] if isinstance(value, list) else value
 
 

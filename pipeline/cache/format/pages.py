@@ -52,7 +52,7 @@ def read_footer(path: ShardFile) -> bytes:
         handle.seek(max(size - 8, 0))
         tail = handle.read(8)
         if size < 12 or tail[4:] != b"PAR1":
-            raise IntegrityError(f"{path}: is not a Parquet file: it does not end as one")
+            raise IntegrityError(f"{path}: is not a Parquet file: PAR1 is missing at its end")
         (length,) = struct.unpack("<I", tail[:4])
         if length > min(size - 12, _MOST_FOOTER):
             raise IntegrityError(
@@ -70,7 +70,7 @@ def check_types(file: pq.ParquetFile, path: ShardFile) -> None:
     """
     if b"ARROW:schema" in (file.metadata.metadata or {}):
         raise IntegrityError(
-            f"{path}: holds an Arrow schema of its own, which no cache does; it may name extension types"
+            f"{path}: has an Arrow schema in its metadata, which no cache has; it may name extension types"
         )
     for i in range(len(file.schema)):
         column = file.schema.column(i)
@@ -126,7 +126,7 @@ def _read_pages(handle: BinaryIO, chunk: Any, where: str) -> _Pages:
         start = chunk.dictionary_page_offset
     end = start + chunk.total_compressed_size
     if start < 4 or chunk.total_compressed_size < 0 or end > handle.seek(0, 2):
-        raise IntegrityError(f"{where}: stands outside of the file")
+        raise IntegrityError(f"{where}: its bytes lie outside of the file")
     values = decompressed = dictionary = 0
     for _ in range(_MOST_PAGES):
         if start >= end:

@@ -63,7 +63,7 @@ def _of_contract(contract: Contract) -> Iterator[str]:
             yield f"label_names: expected 1 to {_MOST_CLASSES}, found {names if names is None else len(names)}"
     elif task.names == "places":
         if classes != contract.tokenization.max_length or names is None or len(names) != 2:
-            yield f"num_classes: expected {contract.tokenization.max_length}, the places of the longest row, and the names of two positions, found {classes} and {names}"
+            yield f"num_classes: expected {contract.tokenization.max_length} (the places of the longest row) and the names of two positions, found {classes} and {names}"
     elif (None if names is None else len(names)) != (None if task.names is None else classes):
         yield f"label_names: expected {'none' if task.names is None else classes}, found {names if names is None else len(names)}"
     vocabulary, fewest = contract.tokenizer.vocabulary_size, 1 if task.reads != "images" else 0

@@ -44,7 +44,7 @@ def check_tokenizer_files(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", SETTINGS):
         if (folder / name).is_file() and "auto_map" in (read_json(folder / name)[1] or {}):
             raise IntegrityError(
-                f"{folder / name}: names code of its own (auto_map), which a cache's tokenizer never runs"
+                f"{folder / name}: refers to custom code (auto_map), which is never run for a cache's tokenizer"
             )
 
 

@@ -68,13 +68,13 @@ def check_alignment(
         return None
     if probe.verdict == "inconclusive":
         logger.warning(
-            "%s: whether the soft labels are in step with their tokens cannot be told from %d positions",
+            "%s: %d positions do not show whether the soft labels are aligned with their tokens",
             name,
             probe.positions,
         )
     if probe.verdict == "misaligned":
         raise ContractError(
-            f"{name}: the soft labels are out of step with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
+            f"{name}: the soft labels are not aligned with their tokens: mean weight of the hard label at shift -1, 0, +1 is {probe.previous:.4f}, "
             f"{probe.aligned:.4f}, {probe.following:.4f}, expected the middle one to be largest; shift the logits by one"
         )
     return probe
@@ -133,7 +133,7 @@ def _warn_of_chance(name: str, blocks: Sequence[RowBlock], unit: str) -> None:
     agreement = sum(label == best for label, best in pairs) / count
     if chance < 1 and (agreement - chance) * math.sqrt(count) <= _STANDARD_ERRORS * math.sqrt(chance * (1 - chance)):
         logger.warning(
-            "%s: the teacher's most likely class is the hard label in %.1f%% of %d %s, where chance makes it %.1f%%: is it trained, and are its labels in the data's order?",
+            "%s: the teacher's most likely class is the hard label in %.1f%% of %d %s, no more than by chance (%.1f%%): is it trained, and are its labels in the data's order?",
             name,
             100 * agreement,
             count,
@@ -152,6 +152,6 @@ def _warn_of_no_correlation(name: str, blocks: Sequence[RowBlock]) -> None:
         r, count = pearson(teacher[known], data[known]), int(known.sum())
         if count >= _ENOUGH_ROWS and not r > _STANDARD_ERRORS / math.sqrt(count):
             logger.warning(
-                "%s: output %d: the correlation of the teacher's scores with the data's is %s over %d rows, no more than chance makes it: is it trained, and do large scores mean the same to both?",
+                "%s: output %d: the correlation of the teacher's scores with the data's is %s over %d rows, no more than by chance: is it trained, and do large scores mean the same in both?",
                 *(name, output, "not known" if math.isnan(r) else f"{r:.3f}", count),
             )

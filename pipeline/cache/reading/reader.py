@@ -145,7 +145,7 @@ class Cache:
         """
         if self.remote is not None:
             raise CacheError(
-                f"{self.where}: every byte of a cache behind a URL is verified by fetching it: softlabel pull --from {self.where} --output DIR"
+                f"{self.where}: a cache behind a URL cannot be verified in place; fetch and verify it: softlabel pull --from {self.where} --output DIR"
             )
         verify(self.root).raise_first()
 

@@ -28,7 +28,7 @@ _PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy"
 #: Limits for a footer: bytes of a string, items of a list, and depth of the schema.
 _MOST_THRIFT_STRING, _MOST_THRIFT_ITEMS, _MOST_DEPTH = 16 << 20, 100_000, 8
 
-REMEDY = 'the same "softlabel cache-logits" again makes it anew; a copy: fetch it again'
+REMEDY = 'run the same "softlabel cache-logits" to make it again, or fetch a copy again'
 
 
 def check_shard_file(path: Path, shard: Shard, manifest: Manifest) -> pq.ParquetFile:

@@ -108,7 +108,7 @@ def full_disk(path: Path, error: BaseException) -> CacheError:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error):
         why = "the disk is full" if number != errno.EFBIG else "the file is larger than this disk or account allows"
         return CacheError(
-            f"{path}: {why}; what was written before is whole: free some space, then run the same command again"
+            f"{path}: {why}; files written before are complete: free some space, then run the same command again"
         )
     return CacheError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
 

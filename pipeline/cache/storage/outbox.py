@@ -150,10 +150,10 @@ class Outbox:
         try:
             yield
         except FileNotFoundError as error:
-            raise CacheError(f"{self.url}/{name}: cannot be reached: {reason(error)}; is the bucket there?") from None
+            raise CacheError(f"{self.url}/{name}: cannot be reached: {reason(error)}; does the bucket exist?") from None
         except Exception as error:  # each file system has its own exceptions
             if isinstance(error, CacheError):
                 raise
             raise CacheError(
-                f"{self.url}/{name}: {reason(error)}; what was sent is kept: run the same command again"
+                f"{self.url}/{name}: {reason(error)}; uploaded files are kept: run the same command again"
             ) from None

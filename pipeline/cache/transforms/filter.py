@@ -86,7 +86,7 @@ def plan_filter(
         contract=opened.manifest.contract,
         schema=schema,
         ancestors=ancestry([opened], f"filter {what}".strip() + (f" as {as_split}" if as_split else "")),
-        nothing=f"--where {where!r}: true of no row; nothing is written",
+        nothing=f"--where {where!r}: is true for no row; nothing is written",
     )
 
 

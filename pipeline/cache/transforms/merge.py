@@ -95,7 +95,7 @@ def _keep_first(caches: Sequence[Cache], splits: Sequence[str]) -> dict[str, np.
         shared = len(np.intersect1d(unique, seen, assume_unique=True))
         if shared:
             logger.warning(
-                "%s: %d rows stand in another split too; what is trained on would be tested on", split, shared
+                "%s: %d rows are in another split too; training rows would be used for testing", split, shared
             )
         seen = np.union1d(seen, unique)
     return masks

@@ -132,7 +132,7 @@ def check_output(planned: Rewrite, *, overwrite: bool) -> None:
     """
     if is_url(str(planned.output)):
         raise MisuseError(
-            f"--output {redact(str(planned.output))}: caches are made from caches in a directory; push it from there"
+            f"--output {redact(str(planned.output))}: the output has to be a directory; publish it with softlabel push"
         )
     for cache in planned.sources:
         cache.directory("making another from it")

@@ -303,7 +303,7 @@ def _masses(masses: KeptMasses, picture: bool) -> str:
 def _licence(license: str | None) -> str:
     if license is None:
         return "None is stated. The terms of the teacher and of the source apply."
-    return f"{license}, as stated by whoever published it. The terms of the teacher and of the source apply beside it."
+    return f"{license}, as stated by the publisher. The terms of the teacher and of the source apply as well."
 
 
 def _gaps(manifest: Manifest, contents: SourceContents | None) -> str:
@@ -314,7 +314,7 @@ def _gaps(manifest: Manifest, contents: SourceContents | None) -> str:
 def _rows_left_out(manifest: Manifest) -> str:
     parts = [each for each in manifest.ancestry if each.operation.split()[:1] in (["pull"], ["filter"])]
     if parts:
-        return "Only a part of the rows of the source is here: see how it was made."
+        return "The cache has only some rows of the source: see how it was made."
     if not manifest.bad_rows:
         return "None: every row of the source that was read is here."
     return f"{manifest.bad_rows:,} rows were set aside: `reports/bad-rows.tsv` has split, row and reason of each."

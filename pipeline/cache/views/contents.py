@@ -22,13 +22,13 @@ def contents_lines(contents: SourceContents) -> list[str]:
     if contents.split_chats:
         lines.append(
             f"{contents.split_chats:,} of {rows:,} chats are {contents.split_chat_rows:,} rows: the chat template rewrites "
-            "earlier turns, so that the turns of the assistant have not one context (--assistant-turns)"
+            "earlier turns, so that the assistant's turns do not share one context (--assistant-turns)"
         )
     if contents.shared is None and len(contents.splits) > 1:
-        lines.append("whether equal contents stand in two splits was not looked for; check it where the data is made")
+        lines.append("it was not checked whether two splits share rows; check it where the data is made")
     for pair, count in (contents.shared or {}).items():
         one, other = pair.split(", ")
-        lines.append(f"{count:,} equal contents stand in both splits {one} and {other}; a score on either is too good")
+        lines.append(f"{count:,} equal contents are in both splits {one} and {other}; a score on either is too high")
     blank = sum(split.blank or 0 for split in contents.splits.values())
     if blank:
         lines.append(f"{blank:,} of {rows:,} rows have a text of white space only")

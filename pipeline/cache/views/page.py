@@ -259,7 +259,7 @@ def _summary(found: SplitMeasures, agreed: Agreement, *, tokens: str | None, of:
     if not found.rows:
         return []
     if not agreed.labelled:
-        return [f"No {of.removesuffix('s')} has a label: there is nothing to compare the teacher with."]
+        return [f"No {of.removesuffix('s')} has a label, so that the teacher cannot be compared with labels."]
     share = f"{agreed.accuracy:.1%}"
     if tokens is not None:
         lines = [

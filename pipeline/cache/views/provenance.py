@@ -29,7 +29,7 @@ def origin(manifest: Manifest) -> str:
 
 #: Descriptions of the values of `assistant_turns`.
 _TURNS = {
-    "auto": "turns of the assistant by rendering the chat up to each, in as few rows as have each in its own context",
+    "auto": "turns of the assistant by rendering the chat up to each, in the fewest rows in which each has its own context",
     "all": "turns of the assistant by rendering the chat up to each, in one row",
     "each": "each turn of the assistant in a row of its own",
     "last": "the last turn of the assistant alone",

@@ -68,7 +68,7 @@ def on_request(contract: Contract) -> list[str]:
 def rows_and_positions(manifest: Manifest) -> str:
     """Describe in Markdown what a row is, and what each of its soft labels belongs to."""
     if get_task(manifest.contract.task).target == "score":
-        return "A row has a score of the teacher's for each of `label_names` of `manifest.json`, in their order. The scores of the data are in `position_labels`."
+        return "A row has one teacher score for each of `label_names` of `manifest.json`, in their order. The scores of the data are in `position_labels`."
     if get_task(manifest.contract.task).names == "positions":
         return (
             "A row has soft labels for each of `label_names` of `manifest.json`, in their order: what the teacher predicts of it, whether the row has the label,\n"

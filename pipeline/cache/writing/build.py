@@ -226,7 +226,7 @@ def withdraw(layout: Layout, waiting: Sequence[ShardPlan]) -> None:
         return
     damaged = [shard for shard in waiting if finished(layout, shard) is None]
     if damaged:  # on another device the bytes of a shard may differ, which changes the cache_id
-        logger.warning("%s: %d damaged shards are made anew; the cache_id may change", layout.name, len(damaged))
+        logger.warning("%s: %d damaged shards are made again; the cache_id may change", layout.name, len(damaged))
         withdraw_manifest(layout)
 
 
@@ -291,7 +291,7 @@ def finish(layout: Layout, plan: Plan, *, license: str | None = None) -> Cache:
     receipts = [receipt for shard in plan.shards if (receipt := load_receipt(layout, shard.name)) is not None]
     shards = tuple(receipt.shard for receipt in receipts if receipt.shard.rows)
     if not shards:
-        raise CacheError(f"{layout.name}: no row could be cached; every one of them was set aside")
+        raise CacheError(f"{layout.name}: no row could be cached: all of them were set aside")
     bad_rows = tuple(bad for receipt in receipts for bad in receipt.bad_rows)
     probe = _probe(layout, plan.contract, shards)
     if bad_rows:

@@ -163,7 +163,7 @@ def _lock(path: Path, wait: bool, stopped: threading.Event) -> int | None:
             handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         except FileNotFoundError:
             raise ContractError(
-                f"{path.parent.parent}: the capture that was going on here is gone; another command has removed it (--overwrite)"
+                f"{path.parent.parent}: the capture in this directory was removed by another command (--overwrite)"
             ) from None
         except OSError as error:
             raise full_disk(path, error) from error

@@ -57,7 +57,7 @@ def check_place(layout: Layout, plan: Plan, *, overwrite: bool = False) -> Plan 
     """
     problem = contract_problem(plan.contract)
     if problem is not None:
-        raise ContractError(f"{layout.name}: no cache of these settings could be read: {problem}")
+        raise ContractError(f"{layout.name}: these settings are not valid for a cache: {problem}")
     return check_files(layout, Plan, overwrite=overwrite)
 
 

@@ -61,7 +61,7 @@ class Deal:
         self._losses[place] += 1
         if self._losses[place] == _ATTEMPTS:
             raise CacheError(
-                f"{_ATTEMPTS} workers have died at {place} ({how}); what was finished is kept: run the same command again, without workers to see why"
+                f"{_ATTEMPTS} workers have died at {place} ({how}); finished work is kept: run the same command again, without workers to see why"
             )
         self._waiting.extendleft(reversed(hand))
 

@@ -88,7 +88,7 @@ def _run(ray: Any, work: Work, config: Config) -> Any:
         plan = work.current_plan(layout)
         if plan is None:
             raise CacheError(
-                f"{layout.name}: the first worker's plan is not there: it runs on another machine; use a directory that all machines share, or a URL"
+                f"{layout.name}: the plan of the first worker is missing, since it runs on another machine; use a directory that all machines share, or a URL"
             )
         waiting = work.outstanding(layout, plan, None)
         if not waiting and work.is_finished(layout, plan):
@@ -247,7 +247,7 @@ def _wait(ray: Any, speaking: dict[Any, int], share: _Share) -> list[Any]:
             return list(ready)
         free = ray.available_resources()
         if free.get("CPU", 0) < share.cpus or free.get("GPU", 0) < share.gpus:
-            logger.warning("waiting for workers, or for room: each claims %d CPUs and %d GPUs", share.cpus, share.gpus)
+            logger.warning("waiting for free resources: each worker needs %d CPUs and %d GPUs", share.cpus, share.gpus)
 
 
 def _answer(ray: Any, reference: Any) -> _Said | None:

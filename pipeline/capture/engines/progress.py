@@ -60,7 +60,7 @@ def is_whole(layout: Layout, plan: AnyPlan) -> bool:
     absent = missing(layout, plan)
     if absent:
         logger.info(
-            "%s: %d of %d shards are still to be made, by other parts", layout.name, len(absent), len(plan.shards)
+            "%s: %d of %d shards are missing; other parts make them", layout.name, len(absent), len(plan.shards)
         )
     return not absent
 

@@ -29,7 +29,9 @@ def choose(found: Estimate, config: EstimateConfig) -> Encoding | None:
         if isinstance(line.encoding, Sampled | Full) and line.fidelity is not None
     ]
     if not known:
-        raise MisuseError("--target-noise, --budget: the teacher has no output matrix in memory to tell the noise by")
+        raise MisuseError(
+            "--target-noise, --budget: the teacher has no output matrix in memory, so that the noise cannot be estimated"
+        )
     if config.target_noise is not None:
         fitting = [line for noise, line in known if noise <= config.target_noise]
         if not fitting:

@@ -85,7 +85,7 @@ def run(config: EstimateConfig) -> Estimate:
     task = get_task(config.task)
     check_columns(task, config.data.columns, config.data.tokenization(2))
     if config.write_config is not None and Path(config.write_config).exists():
-        raise MisuseError(f"--write-config {config.write_config}: is there already; remove it, or name another file")
+        raise MisuseError(f"--write-config {config.write_config}: exists already; remove it, or name another file")
     source = load_source(config.data)
     teacher = load_teacher(task, config)
     length = row_length(task, LocalTeacher(task, teacher, teacher.tokenizer), config.data.max_length)

@@ -37,9 +37,9 @@ def _lines(found: Estimate) -> Iterator[str]:
         chosen = "  <- chosen" if line.encoding == found.chosen else ""
         yield _line(line) + chosen
     yield ""
-    yield "noise     of the target in a student's gradient, as a share of what one label drawn from the teacher has; it averages away with more data"
-    yield "bias      the same of what does not average away"
-    yield "overhead  of encoding, over the teacher's pass; not overlapped with it here"
+    yield "noise     of the target in a student's gradient, as a share of what one label drawn from the teacher has; more data averages it out"
+    yield "bias      the part that more data does not average out, on the same scale"
+    yield "overhead  time of encoding relative to the teacher's pass; not overlapped with it here"
     for column in found.columns:
         size = f"{column.bytes_per_position:.1f} B a position, {human(column.total_bytes)}"
         where = "counted above" if column.included else "more, not counted above"

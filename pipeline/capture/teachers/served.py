@@ -86,7 +86,7 @@ class ServedTeacher:
         """
         if not task.continues_prompts:
             raise MisuseError(
-                f"--server: {task.name} has classes that are no tokens, and a server gives probabilities of tokens; capture with local weights, without --server"
+                f"--server: {task.name} has classes that are not tokens, and a server gives probabilities of tokens; capture with local weights, without --server"
             )
         self.tokenizer = tokenizer
         self._task, self._client, self._described, self._check_with = task, client, described, check_with
@@ -162,7 +162,7 @@ class ServedTeacher:
             raise MisuseError(f"--top-k {encoding.k}: expected at most the {self.num_classes} classes, found more")
         if store_entropy:
             raise MisuseError(
-                f"--store-entropy: the entropy over all classes cannot be had from the most likely ones; leave it out, {local}"
+                f"--store-entropy: the most likely classes do not give the entropy over all; leave it out, {local}"
             )
 
     def fastest_batch_tokens(self, tokenization: Tokenization) -> int:
@@ -286,10 +286,10 @@ class ServedTeacher:
         first = answers[0][1]
         for url, answer in answers[1:]:
             whom = "the same row again" if url == urls[0] else f"{urls[0]}"
-            check_alike(url, answer, first, whom, "is it one model in one precision?")
+            check_alike(url, answer, first, whom, "do all servers run one model in one precision?")
         noted = None if keep is None else keep(first_answer(row, first))
         if noted is not None and noted.input_ids == tuple(row.input_ids.tolist()):
-            what = "another model, or other settings; go on with the server of before, or begin anew with --overwrite"
+            what = "another model, or other settings; continue with the earlier server, or start again with --overwrite"
             check_alike(urls[0], first, kept_answer(noted), "the server that this capture began with", what)
         if self._check_with is not None:
             self._compare_with(self._check_with, row, first)
@@ -382,7 +382,5 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     try:
         return load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     except ModelError as error:
-        logger.warning(
-            "%s; the tokenizer alone says how many classes the model has, and how long its rows may be", error
-        )
+        logger.warning("%s; the number of classes and the longest row are those of the tokenizer", error)
         return None

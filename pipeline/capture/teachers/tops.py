@@ -132,7 +132,7 @@ def check_alike(url: str, found: TopLogprobs, expected: TopLogprobs, whom: str, 
         )
     if worst > SAME:
         logger.warning(
-            "%s: its log-probabilities of one row differ from those of %s by up to %.2g nats: a capture that is made again will differ as much",
+            "%s: its log-probabilities of one row differ from those of %s by up to %.2g nats: repeated captures will differ as much",
             url,
             whom,
             worst,

@@ -1,1 +1,1 @@
-"""What is measured of students and their teacher."""
+"""Measurements of students and their teacher: quality, fidelity, calibration, cost."""

@@ -1,4 +1,4 @@
-"""Reliability diagrams, and temperature scaling that never sees the rows it is judged on."""
+"""Reliability diagrams, and temperature scaling fitted on other rows than it is evaluated on."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from pipeline.models.scoring import Scores, score_of
 from pipeline.records import NO_LABEL, Predictions, is_known
 from pipeline.tasks import Task
 
-#: Where the loss is taken, as a function of the temperature; between them it is a spline, whose
-#: minimum is within 0.1% of the true one.
+#: Temperatures at which the loss is computed. A spline interpolates between them; its minimum is
+#: within 0.1% of the true one.
 GRID = np.geomspace(0.125, 8.0, 25)
 
 NUM_BINS = 15
 
 _CHUNK = 1 << 24
-"""Elements of (positions, classes) scaled at once: 64 MB."""
+"""Number of elements of (positions, classes) that are scaled at once: 64 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemperatureFit:
-    """What one pass over the rows to fit on says."""
+    """Result of one pass over the rows that temperatures are fitted on."""
 
     row_temperatures: np.ndarray | None
-    """(R,) float64, for each row of the reported split. None: scores have no probabilities to
-    scale."""
+    """(R,) float64, the temperature of each row of the reported split. None: the task predicts
+    scores, which have no probabilities."""
     main_metric: float | None
-    """Of the model as trained, on the other split; None: there was none."""
+    """Main metric of the unscaled model on the calibration split; None: there is no such split."""
 
 
 def fit_temperatures(
     cache: Cache, basis: Basis, model: LoadedModel, name: str, split: str, fitted_on: str | None, batch_size: int
 ) -> TemperatureFit:
-    """The temperature that minimises the loss (Guo et al.
-
-    2017), for each row of a split, of labels that are not that row's.
+    """Fit the temperature that minimizes the loss, never on the row that it will scale.
 
     Args:
-        split: the rows that will be scaled.
-        fitted_on: another split to fit one temperature on; None: each half of `split` is scaled
-            with what the other half says.
+        split: the rows to scale.
+        fitted_on: another split to fit one temperature on; None: each half of `split` is scaled by
+            the temperature fitted on the other half.
+
+    Guo et al. 2017, "On calibration of modern neural networks".
     """
-    losses = np.zeros((2, len(GRID)))  # of each half
+    losses = np.zeros((2, len(GRID)))  # per half
     parts: list[Scores] = []
     labels: list[np.ndarray] = []
     owners: list[np.ndarray] = []
@@ -90,9 +90,9 @@ def fit_temperatures(
 
 
 def halves(source_rows: np.ndarray) -> np.ndarray:
-    """(R,) -> 0 or 1: pieces of one source row are in one half.
+    """(R,) source rows -> (R,) 0 or 1; all pieces of a source row are in the same half.
 
-    The top bit of a product, since data sets may alternate.
+    The half is one bit of a multiplicative hash, since classes may alternate in a data set.
     """
     hashed = source_rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
     return (hashed >> np.uint64(63)).astype(np.int64)
@@ -117,7 +117,7 @@ def _predictions(
 
 @torch.inference_mode()
 def scaled_losses(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """(N, V), (N,) -> (N, G) nats; 0 where there is no label."""
+    """(N, V) logits and (N,) labels -> (N, G) losses in nats on the grid; 0 without a label."""
     out = np.zeros((len(labels), len(GRID)))
     step = max(1, _CHUNK // logits.shape[-1])
     for start in range(0, len(labels), step):
@@ -130,15 +130,14 @@ def scaled_losses(logits: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def best_temperature(losses: np.ndarray) -> float:
-    """The most likely temperature.
+    """The maximum a posteriori temperature.
 
     Args:
-        losses: (G,) sums over rows, nats, on the grid.
+        losses: (G,) sums over rows in nats, on the grid.
 
     Returns:
-        Where the loss is least, with a prior of log T ~ N(0, 1): worth about one row, it keeps T
-            finite where every row is right, and at 1 where
-        there is no row.
+        The minimum of the loss with the prior log T ~ N(0, 1). The prior weighs about as much as
+        one row: T stays finite if every row is right, and is 1 without rows.
     """
     from scipy.interpolate import CubicSpline
     from scipy.optimize import minimize_scalar
@@ -155,11 +154,11 @@ def best_temperature(losses: np.ndarray) -> float:
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
-    """Bins of equal width over [0, 1], empty ones left out.
+    """Bins of a reliability diagram, of equal width over [0, 1]; empty ones are left out.
 
     Args:
-        confidence: (N,) float, probability of the predicted class; nan: unknown, and then there is
-            no bin.
+        confidence: (N,) float, probability of the predicted class; nan if unknown, which yields no
+            bins.
         right: (N,) bool.
     """
     if not len(confidence) or np.isnan(confidence).any():
@@ -176,7 +175,10 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
 def calibration_line(
     name: str, seen: Sequence[Observation], scores: ScoreTable, temperature: float | None
 ) -> Calibration:
-    """ECE (mean over seeds), Brier, NLL and pooled diagram of a model, labelled positions."""
+    """Calibration of one model over its labelled positions.
+
+    ECE is the mean over seeds; the diagram pools the positions of all seeds.
+    """
     errors, diagrams = [], []
     for one in seen:
         known = one.labelled
@@ -193,7 +195,7 @@ def calibration_line(
 
 
 def pooled(bins: Sequence[tuple[Bin, ...]]) -> tuple[Bin, ...]:
-    """The bins of several seeds as one diagram."""
+    """Pool the bins of several seeds into one diagram."""
     if not all(bins):
         return ()
     merged: dict[int, list[Bin]] = {}
@@ -213,10 +215,12 @@ def _mean(items: list[Bin]) -> Bin:
 
 
 def calibration_split(cache: Cache, task: Task, asked: str | None, reported: str) -> str | None:
-    """The split to fit temperatures on: as configured, or `validation`; None without labels.
+    """The split to fit temperatures on: the configured one, or `validation`.
+
+    None if no split is configured and `validation` is missing, reported or without labels.
 
     Raises:
-        CacheError: no split of the name that was asked for, or no label in it.
+        CacheError: the configured split does not exist or has no labels.
     """
     name = asked or "validation"
     if asked is None and (name not in cache.splits or name == reported):

@@ -1,4 +1,4 @@
-"""What models cost to run, and when a cache has paid for itself."""
+"""Measure what models cost to run, and when a cache pays off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.evaluation.records import BreakEven, Cost, Machine, Provenance, Sp
 from pipeline.progress import track
 from pipeline.records import Receipt
 
-#: Rows that are timed one by one in each round.
+#: Number of rows that are timed one by one in each round.
 LATENCY_ROWS = 32
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -36,10 +36,10 @@ class Candidate:
     name: str
     directory: str
     cache: str
-    """Whose rows it runs on."""
+    """The cache whose rows it runs on."""
     num_parameters: int
     own_tokens: bool = False
-    """Its tokenizer is not the cache's."""
+    """Whether its tokenizer differs from the cache's."""
 
 
 def measure_costs(
@@ -52,15 +52,18 @@ def measure_costs(
     watts: float,
     in_bytes: bool = False,
 ) -> tuple[tuple[Cost, ...], Machine | None]:
-    """Measure each model in its own process, in rounds of changing order against noise.
+    """Measure each model in its own process.
 
-    The first round warms up and is not counted. A candidate named `teacher` is what the others are
-    compared with.
+    Every model has a turn in each round, in changing order, so that noise of the machine affects
+    all models alike. The first round is a warm-up and is not counted. The others are compared with
+    the candidate named `teacher`.
 
     Args:
-        rounds: that count; 0: only sizes are told.
-        watts: of one busy core, where the meter cannot be read.
-        in_bytes: models have different tokens: bytes of text are counted too.
+        rounds: number of counted rounds; 0: report sizes only.
+        batch_rows: rows per batch for the throughput.
+        threads: CPU threads of each model; None: the default of PyTorch.
+        watts: power of one busy core, used if no energy meter can be read.
+        in_bytes: whether models have different tokenizers; bytes of text are then counted too.
     """
     if not rounds or not candidates:
         return tuple(Cost(item.name, item.num_parameters, disk_bytes(item.directory)) for item in candidates), None
@@ -127,7 +130,7 @@ class _Worker:
 
     def __enter__(self) -> _Worker:
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        here = str(Path(__file__).parents[3])  # the worker runs this code, whatever else is installed
+        here = str(Path(__file__).parents[3])  # the worker runs this copy of the code
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.evaluation.measures.cost_worker"],
             stdin=subprocess.PIPE,
@@ -156,7 +159,7 @@ class _Worker:
 
     def _send(self, message: Mapping[str, object]) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; `_line` says why
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; `_line` raises the reason
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
 
@@ -181,7 +184,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def _speedup(base: Sequence[Turn], ours: Sequence[Turn]) -> Spread:
-    """Round by round, so that what slows a round down slows both."""
+    """Ratios per round, so that a slowdown in a round affects both models."""
     return spread([sum(a.seconds) / sum(b.seconds) for a, b in zip(base, ours, strict=True)])
 
 
@@ -197,27 +200,28 @@ def _joules(turns: Sequence[Turn], watts: float, *, metered: bool) -> float:
 
 
 def disk_bytes(directory: str) -> int | None:
-    """Of the weights in a model directory; None for a hub name."""
+    """Bytes of the files of weights in a model directory; None for a hub name."""
     path = Path(directory)
     if path.is_file():
         return path.stat().st_size
     files = [
         file for pattern in _WEIGHTS for file in path.glob(pattern) if file.name != "training_args.bin"
-    ]  # that is no weights
+    ]  # not files of weights
     return sum(file.stat().st_size for file in files) if files else None
 
 
 def break_even(name: str, cache: Cache, runs: Sequence[Provenance], split: str = "train") -> BreakEven | None:
-    """After how many epochs and students a cache costs less than a teacher in the loop.
+    """After how many epochs, summed over students, a cache costs less than a teacher in the loop.
 
-    Decoding the cache, and the memory that a teacher in the loop takes, are left out.
+    A teacher in the loop would run over the split in every epoch of every student. The time to
+    decode the cache and the memory of a teacher in the loop are not counted.
 
     Args:
-        runs: of the students here; those that use nothing of the teacher's (labels alone) do not
-            count.
+        runs: runs of the students; those trained without the teacher (hard labels only) are
+            ignored.
 
     Returns:
-        None where the receipts do not say how long the teacher took (imported caches).
+        None if the receipts do not record the teacher's time, as in imported caches.
     """
     layout = Layout(cache.root)
     receipts = [receipt for shard in cache.manifest.split_shards(split) if (receipt := _receipt(layout, shard.name))]
@@ -255,7 +259,7 @@ def _uses_teacher(run: Provenance) -> bool:
 
 
 def training_entries(run: Provenance, *names: str) -> Iterator[tuple[float, tuple[float, ...]]]:
-    """Step and values of the log entries that have all of these names."""
+    """Yield step and values of each log entry that has all of the given names."""
     for entry in run.history:
         if all(name in entry for name in names):
             yield entry["step"], tuple(entry[name] for name in names)

@@ -1,8 +1,9 @@
 """Measure one model in its own process: one JSON line in, one out.
 
-It loads the model, makes its batches, says so, and then runs what it is told to, so that whoever
-asks can let several models take turns. Tokenization is not part of what is timed: the batches are
-made before.
+Run as `python -m pipeline.evaluation.measures.cost_worker`, so that the measured memory is that of
+one model. The worker loads the model, prepares its batches, answers with `Ready`, and then runs one
+turn for each request; the caller can let several models take turns. Tokenization is not timed,
+since batches are prepared before.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to load and to run on: the first line."""
+    """The first line of input: the model to load and the rows to run on."""
 
     cache: str
     model: str
     split: str
     rows: int
-    """Rows of the split to run on."""
+    """Number of rows of the split to run on."""
     batch_rows: int
     threads: int | None
     own_tokens: bool = False
-    """The model's tokenizer is not the cache's."""
+    """Whether the model's tokenizer differs from the cache's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The first answer."""
+    """The first answer: the model is loaded and the batches are prepared."""
 
     num_parameters: int
     device: str
     threads: int
     tokens: float
-    """Of the rows, on average."""
+    """Mean number of tokens of the rows."""
     num_rows: int
     text_bytes: int
-    """That the rows' supervised positions predict."""
+    """Bytes of text that the supervised positions of the rows predict."""
     before_bytes: int | None
-    """Resident memory before loading."""
+    """Resident memory before loading; None if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +54,27 @@ class Turn:
     """The answer to `{"batched": bool}`: one turn."""
 
     seconds: tuple[float, ...]
-    """Of each forward pass."""
+    """Duration of each forward pass."""
     rows: int
-    """In all of them."""
+    """Total number of rows of the turn."""
     cpu_seconds: float
     joules: float | None
-    """By the machine's meter, of everything that ran on it; None: it cannot be read."""
+    """Energy of the whole machine by its meter; None: the meter cannot be read."""
     peak_bytes: int | None
-    """Most resident memory so far (on a GPU: of its memory)."""
+    """Peak resident memory so far, or peak GPU memory on a GPU."""
 
 
 def main() -> None:
-    """Serve one model until standard input ends."""
+    """Serve one model until the end of standard input."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
+    with contextlib.redirect_stdout(sys.stderr):  # keep prints of libraries out of the answers
         order = Order(**json.loads(sys.stdin.readline()))
         serve(order, answers)
 
 
 def serve(order: Order, answers: Any) -> None:
-    """Load, then take turns."""
+    """Load the model and answer with `Ready`, then run one turn for each line of input."""
     import numpy as np
     import torch
     import transformers
@@ -139,16 +140,16 @@ def serve(order: Order, answers: Any) -> None:
 
 
 def _with_own_tokens(cache: Any, order: Order, before: int | None) -> tuple[Any, Any, int | None, int | None]:
-    """A model with another tokenizer than the cache's, and the cache in its tokens.
+    """Load a model with another tokenizer than the cache's, and the cache in its tokens.
 
-    The memory that the alignment takes is not the model's.
+    The memory of the alignment is not counted as the model's.
 
     Args:
-        before: resident memory before loading, bytes.
+        before: resident memory before loading, in bytes.
 
     Returns:
-        Model; cache; `before` with what the alignment holds; the peak of loading, on the same
-            count.
+        Model; cache; `before` plus the memory of the alignment; the peak of loading on the same
+        basis.
     """
     import gc
 
@@ -178,7 +179,7 @@ def _say(answers: Any, answer: Ready | Turn) -> None:
 
 
 def _memory(field: str) -> int | None:
-    """A field of this process's memory in bytes; `ru_maxrss` includes the parent's peak."""
+    """A memory field of this process in bytes; unlike `ru_maxrss` without the parent's peak."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -193,7 +194,7 @@ def _forget_peak() -> None:
 
 
 def _meter() -> dict[str, tuple[int, int]]:
-    """Package -> (microjoules, wrap-around) from RAPL; empty if it cannot be read."""
+    """Package -> (microjoules, maximum before wrap-around) from RAPL; empty if unreadable."""
     found = {}
     for package in sorted(Path("/sys/class/powercap").glob("intel-rapl:*")):
         if package.name.count(":") == 1:  # a whole package, not a part of one

@@ -21,8 +21,8 @@ QUESTIONS = (ARCHITECTURE, TEACHER, BALANCE)
 def determinants(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tuple[Determinant, ...]:
     """One table per factor with several values among the students; controls are left out.
 
-    A level's mean is over the students that share the value, whatever else they differ in: in a
-    full grid that is the factor's main effect.
+    The mean of a level is over all students with that value, whatever their other factors. In a
+    full grid it is the main effect of the factor.
     """
     students = [subject for subject in subjects if subject.model.role == "student"]
     factors: list[tuple[str, str, Callable[[Subject], str | None]]] = [

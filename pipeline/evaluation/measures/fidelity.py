@@ -20,14 +20,14 @@ from pipeline.evaluation.records import Closeness, Example, Slice, SliceLine
 from pipeline.records import CachedExample
 from pipeline.tasks import Task, get_task
 
-#: Most slices that are shown: of more classes, the most frequent.
+#: Maximum number of slices; the most frequent classes are shown.
 _MOST_SLICES = 20
 _TEXT = 400
 _BANDS = (1, 10, 100, 1000)
 
 
 def closeness(subject: Subject, scores: Scores) -> Closeness:
-    """One model against its teacher; shares on right and wrong answers are means over seeds."""
+    """How closely a model matches its teacher; shares on right and wrong answers are seed means."""
     teacher = subject.teacher.seen
     wrong = teacher.labelled & ~teacher.right
     return Closeness(
@@ -43,7 +43,7 @@ def closeness(subject: Subject, scores: Scores) -> Closeness:
 
 
 def _over_seeds(seen: Sequence[Observation], what: str, where: np.ndarray) -> float:
-    """`where`: (T,) bool, over the teacher's positions."""
+    """The mean over seeds of a column at the teacher's positions in `where`, (T,) bool."""
     found = [(getattr(one, what), one.at(where)) for one in seen]
     return float(np.mean([values[at].mean() for values, at in found])) if all(at.any() for _, at in found) else math.nan
 
@@ -51,7 +51,10 @@ def _over_seeds(seen: Sequence[Observation], what: str, where: np.ndarray) -> fl
 def slices(
     task: Task, subjects: Sequence[Subject], cache: Cache, teacher: Observation
 ) -> tuple[str, tuple[Slice, ...]]:
-    """Every model by slice: classes by label, tokens by frequency in the training split."""
+    """The kind of slices, and every model on each slice.
+
+    Slices are the classes by label, or tokens by their frequency in the training split.
+    """
     labels = teacher.predictions.labels
     if teacher.is_score:
         return "", ()
@@ -78,7 +81,10 @@ def slices(
 
 
 def _slice_line(subject: Subject, where: np.ndarray) -> SliceLine:
-    """A model with its own tokens on aligned positions; correctness is not comparable there."""
+    """One model on one slice, with `where` over the teacher's positions.
+
+    For a model with another tokenizer: aligned positions only, and no accuracy and loss.
+    """
     known, own = position_kl_is_known(subject.teacher.cache.manifest.contract), subject.has_own_tokens
     return SliceLine(
         name=subject.name,
@@ -100,9 +106,9 @@ def _token_bands(task: Task, cache: Cache, labels: np.ndarray) -> tuple[str, lis
 
 
 def token_counts(cache: Cache, split: str) -> np.ndarray:
-    """(V,) int64: how often each token stands in a split.
+    """(V,) int64: the number of occurrences of each token in a split.
 
-    Reads the token ids, a row group at a time.
+    Reads the token ids one row group at a time.
     """
     counts = np.zeros(cache.manifest.contract.num_classes, dtype=np.int64)
     dataset = cache.dataset(split)
@@ -113,7 +119,7 @@ def token_counts(cache: Cache, split: str) -> np.ndarray:
 
 
 def class_name(cache: Cache, number: int) -> str:
-    """A label's name; a token as text, quoted; '' for none."""
+    """The name of a label, or the quoted text of a token; '' for no label."""
     names = classes_of(cache.manifest.contract)
     if number < 0:
         return ""
@@ -121,7 +127,7 @@ def class_name(cache: Cache, number: int) -> str:
 
 
 def _said(cache: Cache, row: CachedExample, value: np.generic) -> str:
-    """A class by its name, a place of the row by its token, or a score; '' for none."""
+    """The name of a class, the token at a place of the row, or a score; '' for none."""
     if value.dtype.kind != "f":
         is_place = get_task(cache.manifest.contract.task).names == "places" and int(value) >= 0
         return place_name(cache, row, int(value)) if is_place else class_name(cache, int(value))
@@ -131,7 +137,8 @@ def _said(cache: Cache, row: CachedExample, value: np.generic) -> str:
 def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Example, ...]:
     """The positions at which the first seed of a student differs most from its teacher.
 
-    By KL; where that is not known by position, by log q / p of the teacher's likeliest class.
+    Difference is KL, or log(q / p) of the teacher's most likely class if KL is not known per
+    position, with the teacher's probability q and the student's p.
     """
     if not count:
         return ()
@@ -151,7 +158,7 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
         number = int(seen.predictions.rows[position])
         row = dataset[number]
         theirs = int(theirs_of[position])
-        if theirs < 0:  # nobody is apart there
+        if theirs < 0:  # no difference to show
             continue
         believed = teacher.predictions.confidence[theirs]
         choice = _said(subject.teacher.cache, row, teacher.predictions.predicted[theirs])
@@ -175,7 +182,7 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
 def _text(task: Task, cache: Cache, row: CachedExample, position: int) -> str | None:
     """The text of a row, or the context of a word or token at a position.
 
-    None where the cache was made to keep no texts.
+    None if the cache was made without texts.
     """
     if not cache.manifest.contract.store_text:
         return None

@@ -1,4 +1,7 @@
-"""What one model says at every position of a split: all that the report is made of."""
+"""Predictions and divergences of one model at every position of a split.
+
+All other parts of the report are computed from these.
+"""
 
 from __future__ import annotations
 
@@ -29,55 +32,60 @@ from pipeline.training.losses import distance
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One model on one split."""
+    """Results of one model on the N positions of a split."""
 
     predictions: Predictions
     brier: np.ndarray
-    """(N,) sum over classes of the squared distance to the truth; nan where there is no label, or
-    where it is not known."""
+    """(N,) Brier score: sum over classes of (p - truth)^2; nan without a label or if unknown."""
     kl: np.ndarray
-    """(N,) KL(teacher || model), nats: summed over a row it is right for every encoding, by itself
-    only where `position_kl_is_known`."""
+    """(N,) KL(teacher || model) in nats. Sums over a row are valid for every encoding, single
+    values only if `position_kl_is_known`."""
     js: np.ndarray | None
-    """(N,) Jensen-Shannon divergence, nats; None: not defined for the encoding."""
+    """(N,) Jensen-Shannon divergence in nats; None: not defined for the encoding."""
     surprise: np.ndarray
-    """(N,) -log of what the model gives to the teacher's most likely class, nats; 0 where it has
-    none for it."""
+    """(N,) -log p in nats of the teacher's most likely class under the model; 0 if the model has no
+    such class."""
     teacher_position: np.ndarray | None = None
-    """(N,) int64: of a model with another tokenizer, which of the teacher's positions each is
-    aligned with; -1: none. There KL and JS are 0, and nobody agrees. None: its positions are the
-    teacher's."""
+    """(N,) int64: the aligned position of the teacher, for a model with another tokenizer. -1:
+    none; KL and JS are then 0 and `agrees` is False. None: the positions are the teacher's."""
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """R, the number of rows."""
         return len(self.predictions.row_text_bytes)
 
     @property
     def labelled(self) -> np.ndarray:
-        """(N,) bool."""
+        """(N,) bool: positions with a hard label."""
         known: np.ndarray = is_known(self.predictions.labels)
         return known
 
     @property
     def is_score(self) -> bool:
-        """Whether scores are compared, not classes."""
+        """Whether the task predicts scores, not classes."""
         return self.predictions.labels.dtype.kind == "f"
 
     @property
     def right(self) -> np.ndarray:
-        """(N,) bool: labelled, and predicted so."""
+        """(N,) bool: labelled positions whose label is predicted."""
         same: np.ndarray = self.labelled & (self.predictions.predicted == self.predictions.labels)
         return same
 
     @property
     def agrees(self) -> np.ndarray:
-        """(N,) bool: predicts what the teacher predicts."""
+        """(N,) bool: positions with the teacher's prediction."""
         same: np.ndarray = self.predictions.predicted == self.predictions.teacher_predicted
         return same
 
     def at(self, where: np.ndarray) -> np.ndarray:
-        """(T,) bool of teacher positions -> (N,) bool of the model's aligned positions."""
+        """Select the model's positions aligned with selected positions of the teacher.
+
+        Args:
+            where: (T,) bool, over the teacher's positions.
+
+        Returns:
+            (N,) bool, over the model's positions.
+        """
         if self.teacher_position is None:
             return where
         known = (self.teacher_position >= 0) & (self.predictions.teacher_predicted != NO_LABEL)
@@ -85,10 +93,10 @@ class Observation:
         return found
 
     def by_position(self) -> Mapping[str, np.ndarray]:
-        """(N,) each: what metrics are means of.
+        """Metric -> (N,) values whose mean is the metric.
 
-        Those of the truth are 0 where there is none; of tokens that are not the teacher's there are
-        none.
+        Metrics of the truth are 0 at positions without a label, and left out for a model with
+        another tokenizer.
         """
         if self.teacher_position is not None:
             values = {"agreement": self.agrees.astype(np.float64), "kl": self.kl}
@@ -110,7 +118,10 @@ class Observation:
         return values if self.js is None else {**values, "js": self.js}
 
     def _correlation(self) -> np.ndarray:
-        """(N,): each score's part of the correlation; see `metrics.correlation_influence`."""
+        """(N,): the part of each score in the correlation with the teacher, mean over outputs.
+
+        See `metrics.correlation_influence`.
+        """
         names = self.predictions.label_names or ("",)
         ours, theirs = (
             values.reshape(-1, len(names)).T
@@ -119,14 +130,17 @@ class Observation:
         return np.stack([correlation_influence(*pair) for pair in zip(theirs, ours, strict=True)], 1).flatten()
 
     def row_sums(self, values: np.ndarray) -> np.ndarray:
-        """(N,) -> (R,), or (groups,) where rows have them: what intervals resample."""
+        """Sum (N,) values to (R,) rows, or (groups,) groups: the units that intervals resample."""
         lists = self.predictions.groups
         if lists is not None:
             return np.bincount(lists[self.predictions.rows], weights=values, minlength=1 + int(lists.max(initial=-1)))
         return np.bincount(self.predictions.rows, weights=values, minlength=self.num_rows)
 
     def row_weights(self, metric: str) -> np.ndarray:
-        """(R,): positions per row that count: labelled, or all aligned without a truth."""
+        """(R,): the number of positions per row that a metric counts.
+
+        Labelled positions, or all aligned ones for metrics without hard labels.
+        """
         if metric not in ("agreement", "kl", "js"):
             known = self.labelled
         elif self.teacher_position is None:
@@ -141,12 +155,12 @@ class Observation:
 
 
 def position_kl_is_known(contract: Contract) -> bool:
-    """Whether KL is known per position; `sampled` needs the teacher's entropy for that."""
+    """Whether KL is valid per position; for `sampled` only with the teacher's stored entropy."""
     return not isinstance(contract.encoding, Sampled) or "entropy" in contract.columns
 
 
 def divergence_note(contract: Contract) -> str:
-    """What KL and JS mean with an encoding, for readers."""
+    """A sentence for the report on how to read KL and JS with an encoding."""
     encoding = contract.encoding
     if isinstance(encoding, Score):
         return "agreement: correlation with the teacher's scores (Pearson, the mean over outputs); distance: squared difference from them, in their standard deviations."
@@ -169,11 +183,13 @@ def observe(
     batch_size: int,
     row_temperatures: np.ndarray | None = None,
 ) -> tuple[Observation, Observation | None]:
-    """A student on a split, in one forward pass: as trained, and with temperature scaling.
+    """Observe a student on a split in one pass: as trained, and with temperature scaling.
 
     Args:
-        row_temperatures: (R,) what each row's logits are divided by; None: the second is not
-            wanted.
+        row_temperatures: (R,) divisor of each row's logits; None: no scaled observation.
+
+    Returns:
+        The observation as trained; the scaled one, or None.
     """
     plain, scaled = _Parts(), _Parts()
     labels, owners, teacher = [], [], []
@@ -214,7 +230,7 @@ def observe(
 
 
 def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
-    """The teacher on a split, from its cache alone."""
+    """Observe the teacher on a split from its cache, without loading it."""
     encoding = cache.manifest.contract.encoding
     dataset = cache.dataset(split)
     counted = track(dataset.blocks(), "teacher's labels", len(dataset), size=len)
@@ -234,7 +250,17 @@ def observe_teacher(cache: Cache, task: Task, split: str) -> Observation:
 
 
 def brier_scores(probabilities: Tensor, labels: Tensor) -> np.ndarray:
-    """(N, V), (N,) -> (N,) float64: Brier score (1950) in [0, 2]; nan without a label."""
+    """Brier scores: the sum over classes of (p - truth)^2.
+
+    Args:
+        probabilities: (N, V).
+        labels: (N,).
+
+    Returns:
+        (N,) float64 in [0, 2]; nan without a label.
+
+    Brier 1950.
+    """
     p = probabilities.double()
     of_truth = p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     scores = p.square().sum(-1) - 2 * of_truth + 1
@@ -242,7 +268,7 @@ def brier_scores(probabilities: Tensor, labels: Tensor) -> np.ndarray:
 
 
 class _Parts:
-    """The columns of an observation, batch by batch."""
+    """Collects the columns of an observation batch by batch."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[np.ndarray]] = {}

@@ -1,4 +1,4 @@
-"""Quality: metrics, retention, paired comparisons, and the closed share of the gap."""
+"""Quality: metrics, retention, paired comparisons, and the share of the gap that is closed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipeline.evaluation.measures.subjects import Subject, Teacher, same_seeds
 from pipeline.evaluation.records import Comparison, GapShare, Measured, Quality, TeacherLine
 from pipeline.metrics import paired_mean_interval
 
-#: Differences below this share of the teacher's metric are rounding, not quality.
+#: Differences below this share of the teacher's metric are treated as rounding.
 NEGLIGIBLE = 1e-4
 
 _FEW = 4
-"""Students that are each compared with every control."""
+"""Maximum number of students that are all compared with every control."""
 
 
 def compared_metrics(basis: Basis, scores: Scores) -> tuple[str, ...]:
-    """The main metric, then the other one of accuracy and loss, where all have the same tokens."""
+    """The main metric; with one tokenizer for all, also the other one of accuracy and loss."""
     if basis.in_bytes:
         return (basis.main_metric,)
     others = [name for name in ("accuracy", "loss", "mse") if name != basis.main_metric and name in scores.metrics]
@@ -32,7 +32,7 @@ def compared_metrics(basis: Basis, scores: Scores) -> tuple[str, ...]:
 
 
 def is_higher(basis: Basis, metric: str) -> bool:
-    """The direction of a metric."""
+    """Whether higher values of a metric are better."""
     return basis.higher_is_better if metric == basis.main_metric else metric in HIGHER
 
 
@@ -75,13 +75,13 @@ def quality_lines(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> 
 
 
 def retention(basis: Basis, scores: Scores, name: str, teacher: str) -> Measured:
-    """A model's main metric over its teacher's; for a loss the teacher's over its own."""
+    """A model's main metric divided by its teacher's; inverted for a loss."""
     pair = (name, teacher) if basis.higher_is_better else (teacher, name)
     return scores.combined(lambda a, b: a / b, pair, basis.main_metric)
 
 
 def difference(basis: Basis, scores: Scores, first: str, second: str, metric: str, *, paired: bool = True) -> Measured:
-    """How much better the first is; below 0: worse."""
+    """How much better the first model is; below 0: worse."""
     pair = (first, second) if is_higher(basis, metric) else (second, first)
     return scores.combined(lambda a, b: a - b, pair, metric, paired=paired)
 
@@ -91,9 +91,9 @@ def comparisons(
 ) -> tuple[Comparison, ...]:
     """Compare students with teacher and controls, and the headline student with the others.
 
-    In loss also with every control after temperature scaling, which changes no prediction. Of many
-    students only the headline one meets the controls: the more is tested, the less each test can
-    find.
+    The loss is also compared with every control after temperature scaling, which changes no
+    prediction. With many students, only the headline student is compared with the controls, since
+    p-values are adjusted together and more tests reduce the power of each.
     """
     students = [subject for subject in subjects if subject.model.role == "student"]
     controls = [subject for subject in subjects if subject.model.role == "control"]
@@ -111,7 +111,7 @@ def comparisons(
 
 
 def gap_shares(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tuple[GapShare, ...]:
-    """Of each student over each control of the same teacher."""
+    """The gap share of each student and each control with the same teacher."""
     found = []
     for metric in compared_metrics(basis, scores):
         for student in (subject for subject in subjects if subject.model.role == "student"):
@@ -124,7 +124,10 @@ def gap_shares(basis: Basis, subjects: Sequence[Subject], scores: Scores) -> tup
 
 
 def gap_share(basis: Basis, student: Subject, control: Subject, metric: str, scores: Scores) -> Measured | None:
-    """(student - control) / (teacher - control); None if the gap is not clear (97.5%)."""
+    """(student - control) / (teacher - control).
+
+    None if the control is behind the teacher in fewer than 97.5% of the resamples.
+    """
     names = (student.name, control.name, student.teacher.name)
     behind = scores[names[2], metric].resampled - scores[names[1], metric].resampled
     if not is_higher(basis, metric):
@@ -140,7 +143,7 @@ def _metrics(
 ) -> dict[str, Measured]:
     """The task's metrics and the Brier score.
 
-    Those that are no mean over positions have an interval over seeds only.
+    Metrics that are not a mean over positions have an interval over seeds only.
     """
     by_seed = [basis.task.metrics(one.predictions, num_classes) for one in seen]
     found = {}
@@ -159,12 +162,12 @@ def _metrics(
 
 
 def _apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Differences row by row, what is rounding taken for none."""
+    """Differences per row; those within rounding are 0."""
     return np.where(np.abs(first - second) <= NEGLIGIBLE * np.abs(second), 0.0, first - second)
 
 
 def _against_teacher(basis: Basis, student: Subject, metric: str, scores: Scores, seed: int) -> Comparison:
-    """The teacher has one seed, with which every seed of the student is paired."""
+    """Compare a student with its teacher, whose single seed pairs with each of the student's."""
     teacher = student.teacher
     return _compare(
         basis, (student.name, student.seen), (teacher.name, (teacher.seen,)), metric, scores, seed, paired=True
@@ -191,14 +194,14 @@ def _compare(
 ) -> Comparison:
     a, b = scores[first[0], metric], scores[second[0], metric]
     ours, theirs = (a.rows, a.weights), (b.rows, b.weights)
-    if metric == BITS_PER_BYTE:  # the same bytes of each row, so that sums can be compared
+    if metric == BITS_PER_BYTE:  # rescale to the same bytes per row, so that sums compare
         ours = on_bytes_of(*ours, b.weights)
         theirs = on_bytes_of(*theirs, ours[1])
     single = len(first[1]) == len(second[1]) == 1
     one_a_row = bool((a.weights <= 1).all())
     if metric == "accuracy" and single and one_a_row:
         test, p = "McNemar, exact", mcnemar(a.rows > 0.5, b.rows > 0.5)
-    elif not np.array_equal(ours[1], theirs[1]):  # a ratio whose denominators differ: no sum over rows to flip
+    elif not np.array_equal(ours[1], theirs[1]):  # denominators differ: no row sums to flip
         test, p = "none", math.nan
     else:
         test, p = "sign flips over rows", paired_permutation(_apart(ours[0], theirs[0]), seed=seed)

@@ -1,4 +1,4 @@
-"""Which models a report is about, and what their directories say of how they were made."""
+"""The models of a report, and their training as recorded in their directories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.training.run import ORIGIN, Origin
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One student or control as the user names it: a directory for each seed."""
+    """One student or control as named by the user, with one directory per seed."""
 
     name: str
     role: Role
@@ -34,7 +34,8 @@ def asked_models(students: Sequence[str], controls: Sequence[str]) -> tuple[Aske
     """`NAME=DIR` grouped by name, in order; students first.
 
     Raises:
-        MisuseError: a name that is both a student and a control, or `teacher`; a directory twice.
+        MisuseError: a name is both a student and a control, or `teacher`; a directory is given
+            twice.
     """
     found: dict[str, tuple[Role, list[str]]] = {}
     roles: list[tuple[Role, Sequence[str]]] = [("student", students), ("control", controls)]
@@ -53,10 +54,10 @@ def asked_models(students: Sequence[str], controls: Sequence[str]) -> tuple[Aske
 
 
 def provenance(directory: str, caches: Mapping[str, Cache]) -> Provenance:
-    """What a model directory says of itself; files that are not there, or not ours, say nothing.
+    """Read how a model was trained from its directory; missing or foreign files are ignored.
 
     Args:
-        caches: cache_id -> cache, to know how many rows a pass has.
+        caches: cache_id -> cache, for the number of rows in an epoch.
     """
     path = Path(directory)
     result = _read(TrainResult, path / "distillation.json")
@@ -83,7 +84,7 @@ def provenance(directory: str, caches: Mapping[str, Cache]) -> Provenance:
 
 
 def _rows_that_teach(cache: Cache, origin: Origin) -> int:
-    """Rows of the splits in one pass: trained on labels alone, those that have one."""
+    """Rows in one epoch; for training on hard labels only, those with a label."""
     splits = origin.split.split(", ")
     loss = origin.loss
     labels_alone = not (loss.soft_weight or loss.soft_weight_end or loss.span_weight or origin.teacher_labels)
@@ -97,12 +98,15 @@ def _read(kind: type[Any], path: Path) -> Any:
         return None
     try:
         return parse(kind, path)
-    except PipelineError:  # written by another version: it says nothing
+    except PipelineError:  # written by another version
         return None
 
 
 def _history(path: Path) -> tuple[Mapping[str, float], ...]:
-    """Trainer's log of the finished run, or of its newest checkpoint (older versions)."""
+    """The Trainer's log of the finished run, else of the newest checkpoint.
+
+    Older versions stored it in checkpoints only.
+    """
     checkpoints = sorted(
         path.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.rpartition("-")[2])
     )

@@ -24,34 +24,33 @@ class Column:
     """One metric of one model."""
 
     by_seed: np.ndarray
-    """(S,): over all rows."""
+    """(S,): the metric of each seed over all rows."""
     rows: np.ndarray
-    """(R,): sums over the row's positions, the mean over seeds."""
+    """(R,): sums over the positions of each row, averaged over seeds."""
     weights: np.ndarray
-    """(R,)."""
+    """(R,): weights of the rows; the metric is the ratio of the totals."""
     resampled: np.ndarray
-    """(resamples,)."""
+    """(resamples,): the metric over each resample of the rows."""
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """The mean over seeds."""
         return float(self.by_seed.mean())
 
 
 class Scores:
-    """Model and metric -> `Column`.
+    """Mapping from model and metric to `Column`.
 
-    All models share the resamples of a metric, so that differences and ratios of columns are
-    paired.
+    All models share the resamples of a metric, so differences and ratios of columns are paired.
     """
 
     def __init__(
         self, basis: Basis, observed: Mapping[str, Sequence[Observation]], *, resamples: int, seed: int
     ) -> None:
-        """Set up.
+        """Compute all columns.
 
         Args:
-            observed: name -> its observation with each seed; all of the same rows.
+            observed: name -> its observation with each seed, all on the same rows.
         """
         observed = {name: many for name, many in observed.items() if many}
         self.columns: dict[tuple[str, str], Column] = {}
@@ -94,13 +93,13 @@ class Scores:
     def combined(
         self, formula: Callable[..., np.ndarray], names: Sequence[str], metric: str, *, paired: bool = True
     ) -> Measured:
-        """What is made of one metric of several models, with its intervals.
+        """A function of one metric of several models, with its intervals.
 
         Args:
-            formula: one array a model -> an array; of means over seeds, of single seeds, and of
-                resamples.
-            paired: whether the models with several seeds have the same seeds; otherwise nothing is
-                said over seeds.
+            formula: function of one array per model; called with means over seeds, values by seed,
+                and resamples.
+            paired: whether models with several seeds have the same seeds; otherwise there is no
+                interval over seeds.
         """
         columns = [self.columns[name, metric] for name in names]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -113,7 +112,10 @@ class Scores:
 
 
 def _sums(basis: Basis, metric: str, observation: Observation) -> np.ndarray | None:
-    """(2, R): sums and weights whose ratio of totals is the metric; None: not known."""
+    """(2, R): sums and weights whose ratio of totals is the metric.
+
+    None: the observation does not have the metric.
+    """
     by_position = observation.by_position()
     if metric in by_position:
         return np.array([observation.row_sums(by_position[metric]), observation.row_weights(metric)])

@@ -1,7 +1,7 @@
-"""Intervals and tests over rows and seeds. Pure functions over arrays; nothing here knows a model.
+"""Intervals and tests over rows and seeds, as pure functions of arrays.
 
-Rows are the unit: positions of one row depend on each other. All models are resampled together, so
-that what makes a row hard for all cancels in differences and ratios.
+Rows are the unit of resampling, since positions of one row are dependent. All models are resampled
+together, so that the difficulty of a row cancels in differences and ratios.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.evaluation.records import Measured
 from pipeline.metrics import paired_mean_interval
 from pipeline.records import Interval
 
-#: Elements of one chunk of resampling counts: 32 MB.
+#: Number of elements of one chunk of resampling counts: 32 MB.
 _CHUNK = 1 << 22
 
 
@@ -23,12 +23,12 @@ def resampled_means(scores: np.ndarray, weights: np.ndarray, *, resamples: int =
     """Means of several models over the same resamples of the rows.
 
     Args:
-        scores: (M, R) float, sums over each row's positions of what the metric averages.
-        weights: (M, R) float, positions of each row that count; rows of weight 0 in all models are
-            never drawn.
+        scores: (M, R) float, sums over each row's positions of the values that are averaged.
+        weights: (M, R) float, number of counted positions per row; rows of weight 0 in all models
+            are never drawn.
 
     Returns:
-        (resamples, M): sum of scores over sum of weights. A model whose scores have a nan is nan.
+        (resamples, M): sum of scores / sum of weights; nan for a model whose scores have a nan.
 
     Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13.
     """
@@ -52,12 +52,12 @@ def resampled_means(scores: np.ndarray, weights: np.ndarray, *, resamples: int =
 
 
 def measured(value: float, resampled: np.ndarray, by_seed: Sequence[float] = ()) -> Measured:
-    """A figure with its intervals.
+    """A value with its intervals.
 
     Args:
-        value: the figure.
-        resampled: (resamples,) the same over resampled rows, all seeds in it.
-        by_seed: the same of each seed by itself, over all rows.
+        value: the estimate.
+        resampled: (resamples,) the estimate over resampled rows, with all seeds.
+        by_seed: the estimate of each seed, over all rows.
     """
     rows = percentiles(resampled)
     seeds = np.asarray(by_seed, dtype=np.float64)
@@ -67,7 +67,7 @@ def measured(value: float, resampled: np.ndarray, by_seed: Sequence[float] = ())
 
 
 def percentiles(resampled: np.ndarray) -> Interval | None:
-    """The 2.5% and 97.5% percentiles; None where a resample has no finite value."""
+    """The 2.5% and 97.5% percentiles; None if the value of a resample is not finite."""
     if not len(resampled) or not np.isfinite(resampled).all():
         return None
     low, high = np.quantile(resampled, [0.025, 0.975])
@@ -75,7 +75,10 @@ def percentiles(resampled: np.ndarray) -> Interval | None:
 
 
 def proportion(successes: int, count: int) -> Interval:
-    """Exact binomial interval (Clopper and Pearson 1934), also for shares of 0 and 1."""
+    """Exact binomial interval (Clopper and Pearson 1934).
+
+    Unlike the bootstrap, it has a width for shares of 0 and 1.
+    """
     from scipy import stats
 
     found = stats.binomtest(successes, count).proportion_ci(0.95, method="exact")
@@ -83,10 +86,10 @@ def proportion(successes: int, count: int) -> Interval:
 
 
 def _crossed(value: float, resampled: np.ndarray, seeds: np.ndarray) -> Interval:
-    """Combine rows and seeds as crossed random effects (Welch and Satterthwaite).
+    """Combine rows and seeds as crossed random effects.
 
-    What rows and seeds do together stands in both variances, so that the interval errs on the wide
-    side.
+    Variances add; the degrees of freedom follow Welch and Satterthwaite. The interaction of rows
+    and seeds is in both variances, so the interval is conservative.
     """
     from scipy import stats
 
@@ -108,9 +111,9 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
         second: (R,) bool.
 
     Returns:
-        The p-value; 1 where they never differ.
+        The p-value; 1 if the models never differ.
 
-    McNemar 1947; exact: given that one of them is right, each is as likely.
+    McNemar 1947; exact: if only one model is right on a row, both are equally likely to be it.
     """
     from scipy import stats
 
@@ -121,21 +124,21 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def paired_permutation(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
-    """Two-sided sign-flip test that paired differences are as likely below 0 as above.
+    """Two-sided sign-flip test of paired differences; null hypothesis: symmetric around 0.
 
     Args:
-        differences: (R,) float, first minus second, a row each.
+        differences: (R,) float, first minus second, one per row.
 
     Returns:
-        The p-value, at least 1 / (resamples + 1) unless all flips can be tried; 1 where at most one
-            is not 0, nan where one is nan.
+        The p-value, at least 1 / (resamples + 1) unless all flips are enumerated; 1 if at most one
+        difference is not 0, nan if one is nan.
     """
     from scipy import stats
 
     if np.isnan(differences).any():
         return math.nan
-    some = differences[differences != 0]  # a difference of 0 stays what it is
-    if len(some) < 2:  # either sign of one difference is as far from 0
+    some = differences[differences != 0]  # a flip does not change a difference of 0
+    if len(some) < 2:  # both signs of a single difference are equally far from 0
         return 1.0
     result = stats.permutation_test(
         (some,),
@@ -150,7 +153,7 @@ def paired_permutation(differences: np.ndarray, *, resamples: int = 9999, seed: 
 
 
 def paired_t(differences: np.ndarray) -> float | None:
-    """Two-sided t-test over paired seeds; None for fewer than two, or where they do not vary."""
+    """Two-sided t-test over paired seeds; None for fewer than two, or if all are equal."""
     from scipy import stats
 
     if len(differences) < 2 or np.ptp(differences) == 0:
@@ -159,7 +162,10 @@ def paired_t(differences: np.ndarray) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm 1979); nan stays nan."""
+    """Adjust p-values for multiple testing, controlling the family-wise error (Holm 1979).
+
+    nan stays nan.
+    """
     known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted = [math.nan] * len(p_values)
     largest = 0.0

@@ -1,4 +1,4 @@
-"""A student or control with all that was seen of it, and the teacher that it is compared with."""
+"""A student or control with its observations and the teacher that it is compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.evaluation.records import Model
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The teacher of one cache, as the cache tells of it."""
+    """The teacher of one cache, observed through the cache."""
 
     name: str
     cache: Cache
@@ -20,42 +20,42 @@ class Teacher:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """All seeds of one student or control."""
+    """One student or control, with all its seeds."""
 
     model: Model
     teacher: Teacher
     cache: Cache
-    """The teacher's, as the model reads it: for another tokenizer, in its own tokens."""
+    """The teacher's cache; in the model's tokens if it has another tokenizer."""
     seen: tuple[Observation, ...]
-    """As trained, by seed."""
+    """Observations as trained, by seed."""
     scaled: tuple[Observation, ...]
-    """With temperature scaling, by seed."""
+    """Observations with temperature scaling, by seed."""
     temperatures: tuple[float, ...]
-    """Of the scaling, by seed: the mean over folds."""
+    """Temperatures of the scaling, by seed; means over folds."""
     chosen_by: float | None
-    """The main metric on the calibration split, the mean over seeds; None: there is none."""
+    """Main metric on the calibration split, mean over seeds; None: no calibration split."""
 
     @property
     def name(self) -> str:
-        """As the user names it."""
+        """The name given by the user."""
         return self.model.name
 
     @property
     def scaled_name(self) -> str:
-        """Of the same with temperature scaling."""
+        """The name of the model with temperature scaling."""
         return f"{self.model.name}, scaled"
 
     @property
     def has_own_tokens(self) -> bool:
-        """Whether its tokenizer is not the teacher's."""
+        """Whether its tokenizer differs from the teacher's."""
         return self.cache.vocabulary_map is not None
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
-        """Of the runs."""
+        """The seeds of the runs."""
         return tuple(run.seed for run in self.model.runs)
 
 
 def same_seeds(*subjects: Subject) -> bool:
-    """Whether the runs of all pair up by their seeds."""
+    """Whether the runs of all subjects can be paired by seed."""
     return all(subject.seeds == subjects[0].seeds for subject in subjects)

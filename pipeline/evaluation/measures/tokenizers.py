@@ -8,7 +8,7 @@ from pipeline.evaluation.measures.subjects import Subject
 
 
 def tokenizer_notes(subjects: Sequence[Subject]) -> tuple[str, ...]:
-    """A line each; none where all models have the tokens of their teachers."""
+    """One line per topic; empty if all models have the tokenizer of their teachers."""
     own = [subject for subject in subjects if subject.has_own_tokens]
     if not own:
         return ()
@@ -24,7 +24,7 @@ def tokenizer_notes(subjects: Sequence[Subject]) -> tuple[str, ...]:
 
 
 def _bytes_and_positions(subject: Subject) -> str:
-    """How much of the text the numbers of a model are of."""
+    """The share of text and positions that a model's metrics cover, in words."""
     seen = subject.seen[0]
     assert seen.teacher_position is not None
     theirs = int(subject.teacher.seen.predictions.row_text_bytes.sum())

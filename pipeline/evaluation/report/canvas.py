@@ -15,14 +15,14 @@ _DPI = 144
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What a light and a dark page differ in."""
+    """Colours of a light or a dark page."""
 
     ink: str
     faint: str
     paper: str
     colours: tuple[str, ...]
-    """After Okabe and Ito, whose colours colour-blind readers tell apart; the teacher's is the
-    ink's."""
+    """The palette of Okabe and Ito, which is safe for colour-blind readers. The teacher has the
+    colour of text."""
 
 
 LIGHT = Style(
@@ -48,7 +48,7 @@ def make_axes(
     share: bool = False,
     heights: Sequence[float] | None = None,
 ) -> tuple[Any, list[Any]]:
-    """A figure of so many rows and columns of axes, row by row."""
+    """Create a figure with a grid of axes; the axes are listed row by row."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -70,7 +70,7 @@ def make_axes(
 
 
 def add_legend(figure: Any, axes: Any, style: Style, *, columns: int) -> None:
-    """One legend below all axes."""
+    """Add one legend below all axes."""
     many = axes if isinstance(axes, list) else [axes]
     handles = [handle for axis in many for handle in axis.get_legend_handles_labels()[0]]
     labels = [label for axis in many for label in axis.get_legend_handles_labels()[1]]
@@ -80,13 +80,13 @@ def add_legend(figure: Any, axes: Any, style: Style, *, columns: int) -> None:
 
 
 def percent(axis: Any, metric: str) -> None:
-    """Ticks of shares in percent."""
+    """Format ticks in percent if the metric is a share."""
     if number(metric, 0.5).endswith("%"):
         axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
 
 
 def short_count(value: float, _: object) -> str:
-    """4400000 as 4.4M."""
+    """Format a count, for example 4400000 as 4.4M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:g}{unit}"
@@ -94,13 +94,13 @@ def short_count(value: float, _: object) -> str:
 
 
 def png(figure: Any, style: Style) -> bytes | None:
-    """A figure as PNG; None stays None."""
+    """Render a figure as PNG; None stays None."""
     if figure is None:
         return None
-    from PIL import Image  # comes with matplotlib
+    from PIL import Image  # a dependency of matplotlib
 
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DPI, facecolor=style.paper)
-    # A palette takes a third of the bytes, and nothing here has more than a few colours.
+    # A palette reduces the size to a third; figures have few colours.
     Image.open(drawn).convert("RGB").quantize(96).save(small, format="PNG", optimize=True)
     return small.getvalue()

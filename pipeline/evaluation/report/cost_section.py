@@ -1,4 +1,4 @@
-"""What models cost to run, and when a cache has paid for itself, as a section."""
+"""The section on what models cost to run and when a cache pays off."""
 
 from __future__ import annotations
 

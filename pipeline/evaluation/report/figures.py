@@ -1,6 +1,6 @@
-"""The report's figures, each drawn twice: for a light page and for a dark one.
+"""The report's figures, each drawn for a light and a dark page.
 
-At most 5 inches wide, so that they can be read on a phone.
+Figures are at most 5 inches wide, to be readable on a phone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pipeline.evaluation.records import Bin, Measured, Report
 from pipeline.evaluation.report.canvas import DARK, LIGHT, Style, add_legend, make_axes, percent, png, short_count
 
 _FEWEST = 5
-"""Predictions in a bin of a reliability diagram that are enough for a point."""
+"""Minimum number of predictions for a bin of a reliability diagram to be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure as it stands in the page."""
+    """A figure of the page, in both styles."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class Picture:
 
 
 def require_matplotlib() -> None:
-    """Check that the figures can be drawn.
+    """Check that figures can be drawn.
 
     Raises:
         MisuseError: matplotlib is not installed.
@@ -43,7 +43,7 @@ def require_matplotlib() -> None:
 
 
 def draw_all(report: Report) -> tuple[Picture, ...]:
-    """Every figure that there is something to draw for.
+    """Draw every figure for which the report has data.
 
     Raises:
         MisuseError: matplotlib is not installed.
@@ -83,7 +83,7 @@ def draw_all(report: Report) -> tuple[Picture, ...]:
 
 
 def draw_quality(report: Report, style: Style) -> Any:
-    """Main metric and loss or accuracy: points with intervals, the teacher's as a band."""
+    """Main metric and loss or accuracy of each model, with intervals; the teacher's as a band."""
     metrics = [report.main_metric, *(m for m in ("accuracy", "loss", "mse") if m != report.main_metric)]
     lines = [line for line in report.quality if not line.scaled]
     metrics = [m for m in metrics if all(m in line.metrics for line in lines)]
@@ -135,7 +135,7 @@ def draw_fidelity(report: Report, style: Style) -> Any:
 
 
 def draw_reliability(report: Report, style: Style) -> Any:
-    """Small diagrams side by side on the same axes: as trained, and with temperature scaling."""
+    """Reliability diagrams of all models, as trained and with temperature scaling."""
     plain = [line for line in report.calibrations if line.temperature is None and line.bins][:12]
     if not plain:
         return None
@@ -166,7 +166,7 @@ def draw_reliability(report: Report, style: Style) -> Any:
 
 
 def draw_pareto(report: Report, style: Style) -> Any:
-    """Main metric against parameters; the line joins models that no smaller one beats."""
+    """Main metric against parameters; a line joins the models that no smaller one beats."""
     points: list[tuple[int, Measured, str, str, str]] = [
         (
             model.num_parameters,
@@ -189,7 +189,7 @@ def draw_pareto(report: Report, style: Style) -> Any:
     axis.set_xscale("log")
     beside: dict[int, int] = {}
     for size, found, name, colour, role in points:
-        x = size * 1.03 ** beside.get(size, 0)  # models of one size stand beside each other
+        x = size * 1.03 ** beside.get(size, 0)  # shift models of one size apart
         beside[size] = beside.get(size, 0) + 1
         interval = found.interval
         if interval is not None:
@@ -212,7 +212,7 @@ def draw_pareto(report: Report, style: Style) -> Any:
 
 
 def pareto_front(points: Sequence[tuple[float, float]], *, higher: bool) -> list[tuple[float, float]]:
-    """Of (size, metric): those that no smaller or equal one is better than, by size."""
+    """The points (size, metric) with no better point of smaller or equal size, sorted by size."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda p: (p[0], -p[1] if higher else p[1])):
         if not front or (y > front[-1][1] if higher else y < front[-1][1]):
@@ -221,7 +221,10 @@ def pareto_front(points: Sequence[tuple[float, float]], *, higher: bool) -> list
 
 
 def draw_training(report: Report, style: Style) -> Any:
-    """Panels of losses, learning rate and evaluations, as far as the log has them."""
+    """Panels of losses, learning rate and evaluations, if the log has them.
+
+    Losses are the soft loss, the hard loss and the loss over aligned spans.
+    """
     shown = {
         "soft_loss": "soft loss",
         "hard_loss": "hard loss",
@@ -231,9 +234,9 @@ def draw_training(report: Report, style: Style) -> Any:
         "eval_nll": "evaluation: loss",
         "eval_agreement": "evaluation: agreement",
     }
-    if report.tokenizer_notes:  # losses a token, of different tokens
+    if report.tokenizer_notes:  # losses per token are not comparable
         shown = {name: label for name, label in shown.items() if not name.endswith(("loss", "nll"))}
-    if not report.higher_is_better:  # the evaluation's own `loss` is what is minimised
+    if not report.higher_is_better:  # `loss` of the evaluation is minimized
         shown.pop("eval_loss", None)
     panels = [
         (name, label)
@@ -268,7 +271,7 @@ def draw_training(report: Report, style: Style) -> Any:
 
 
 def draw_determinants(report: Report, style: Style) -> Any:
-    """A panel a factor: the mean of each level, and its best and worst student."""
+    """One panel per factor: the mean of each level with its best and worst student."""
     if not report.determinants:
         return None
     heights = [0.32 * len(item.levels) + 0.8 for item in report.determinants]
@@ -311,7 +314,7 @@ def _curve(axis: Any, bins: Sequence[Bin], colour: str, line: str, marker: str, 
         label=label,
     )
     most = max(item.count for item in bins)
-    if line == "-":  # how many predictions stand behind each point
+    if line == "-":  # the number of predictions of each point
         axis.bar(
             [b.confidence for b in bins], [0.18 * b.count / most for b in bins], width=0.04, color=colour, alpha=0.25
         )
@@ -332,7 +335,7 @@ def _wrap(text: str) -> str:
 
 
 def _colour(report: Report, style: Style, name: str) -> str:
-    """'' for a teacher."""
+    """The colour of a model; '' for a teacher."""
     names = [model.name for model in report.models]
     return style.colours[names.index(name) % len(style.colours)] if name in names else ""
 

@@ -1,4 +1,4 @@
-"""Figures as they are read."""
+"""Format numbers and intervals of a report for readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.metrics import number
 
 
 def uncertainty(found: Measured, num_seeds: int) -> str:
-    """What an interval speaks of, in words."""
+    """The sources of uncertainty that an interval covers, in words."""
     if found.interval is None:
         return "no interval"
     if found.both is not None:
@@ -20,7 +20,7 @@ def uncertainty(found: Measured, num_seeds: int) -> str:
 
 
 def with_interval(found: Measured, *, share: bool = False, metric: str = "") -> str:
-    """A figure and its interval."""
+    """Format a value and its interval."""
     if found.value != found.value:
         return "-"
     name = "accuracy" if share else metric
@@ -30,14 +30,14 @@ def with_interval(found: Measured, *, share: bool = False, metric: str = "") -> 
 
 
 def parameters(count: int) -> str:
-    """As 4.4M."""
+    """Format a number of parameters, for example 4.4M."""
     if not count:
         return "-"
     return f"{count / 1e6:,.1f}M" if count >= 1e5 else f"{count:,}"
 
 
 def size(count: int) -> str:
-    """Bytes as 17.6 MB; decimal units."""
+    """Format a number of bytes in decimal units, for example 17.6 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
@@ -45,14 +45,14 @@ def size(count: int) -> str:
 
 
 def p_value(value: float) -> str:
-    """As 0.031, or < 0.001."""
+    """Format a p-value, for example 0.031 or < 0.001."""
     if math.isnan(value):
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def spread_text(found: Spread | None, scale: float, form: str, unit: str = "") -> str:
-    """Median and quartiles, each times `scale`."""
+    """Format median and quartiles, each multiplied by `scale`."""
     if found is None:
         return "-"
     return f"{scale * found.median:{form}}{unit} ({scale * found.low:{form}} to {scale * found.high:{form}})"

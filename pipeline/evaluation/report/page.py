@@ -1,4 +1,4 @@
-"""report.html and report.md from a report: Jinja templates, everything from data sets escaped."""
+"""Render report.html and report.md with Jinja; texts from data sets are escaped."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from pipeline.evaluation.records import Report
 from pipeline.evaluation.report.figures import Picture
 from pipeline.evaluation.report.sections import sections, unit
 
-#: What Markdown reads as markup.
+#: Characters that Markdown interprets as markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]#|~!$])")
 
 
 def make_page(report: Report, pictures: Sequence[Picture]) -> str:
-    """Render one self-contained file: data URIs, no script, and a policy that enforces it."""
+    """Render one self-contained HTML file.
+
+    Figures are data URIs. There is no script; a content security policy forbids scripts and
+    requests.
+    """
     return _render("report.html.j2", report, pictures, autoescape=True)
 
 
 def make_markdown(report: Report, pictures: Sequence[Picture]) -> str:
-    """The same as Markdown, with the pictures beside it."""
+    """Render the same content as Markdown, which refers to the figures as files."""
     return _render("report.md.j2", report, pictures, autoescape=False)
 
 
@@ -46,7 +50,7 @@ def _render(template: str, report: Report, pictures: Sequence[Picture], *, autoe
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line: no markup, no HTML."""
+    """Escape text so that Markdown shows it unchanged on one line, without markup or HTML."""
     return _MARKUP.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 

@@ -1,4 +1,4 @@
-"""What sections of a report are made of. Nothing here is escaped; the templates do that."""
+"""Parts of a report's sections. Nothing is escaped here; the templates escape all texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Text cells; the first column is a name, the others are figures."""
+    """A table of text cells; the first column is a name, the others are numbers."""
 
     caption: str
     header: tuple[str, ...]
@@ -17,7 +17,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """A text from the data set, and what was said of it."""
+    """A text from the data set with the predictions for it."""
 
     title: str
     text: str | None
@@ -26,12 +26,12 @@ class Quote:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One part of the page."""
+    """One section of the page."""
 
     anchor: str
     title: str
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[str, ...] = ()
-    """Names of pictures; those that were not drawn are left out."""
+    """Names of figures; those that were not drawn are left out."""
     quotes: tuple[Quote, ...] = ()

@@ -1,6 +1,6 @@
-"""`softlabel report`: can the student perform as well as its teacher?
+"""`softlabel report`: does the student perform as well as its teacher?
 
-The recipe, and the files it leaves.
+Runs all measurements and writes the files of the report.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from pipeline.training.student import load_student
 
 
 def report(config: ReportConfig) -> Report:
-    """Compare students and controls with their teachers, and write the answer.
+    """Compare students and controls with their teachers, and write the report.
 
     Returns:
-        What is also in `report.json`; beside it `report.html`, `report.md` and the figures.
+        The content of `report.json`; `report.html`, `report.md` and figures are written next to it.
 
     Raises:
-        MisuseError: names that clash, matplotlib missing; the output directory holds a report.
-        CacheError: a split that is not there or has no label; caches of other rows.
-        PipelineError: a student that does not fit its cache.
+        MisuseError: names clash, matplotlib is missing, or the output directory holds a report.
+        CacheError: a split does not exist or has no label.
+        ContractError: the caches have different tasks or rows.
+        PipelineError: a student does not fit its cache.
     """
     check_new(Path(config.output), overwrite=config.overwrite)
     asked = asked_models(config.student, config.control)
@@ -113,7 +114,11 @@ def report(config: ReportConfig) -> Report:
 
 
 def check_new(output: Path, *, overwrite: bool) -> None:
-    """Refuse to replace a report before the measuring begins, which may take hours."""
+    """Check that no report would be replaced, before measurements that may take hours.
+
+    Raises:
+        MisuseError: `output` holds a report and `overwrite` is not set.
+    """
     found = [name for name in ("report.json", "report.html", "report.md") if (output / name).exists()]
     if found and not overwrite:
         raise MisuseError(
@@ -122,14 +127,14 @@ def check_new(output: Path, *, overwrite: bool) -> None:
 
 
 def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:
-    """cache_id -> its teacher on the split, seen through the cache.
+    """Map each cache_id to the teacher of that cache, observed on the split.
 
-    All caches hold the same rows there, with the same labels.
+    All caches must have the same rows and labels in the split.
 
     Raises:
-        CacheError: no such split, or no label in it.
-        ContractError: another task, or other rows.
-        MisuseError: a cache twice.
+        CacheError: the split does not exist or has no label.
+        ContractError: caches differ in task or rows.
+        MisuseError: a cache is given twice.
     """
     found: dict[str, Teacher] = {}
     for i, path in enumerate(caches):
@@ -153,10 +158,12 @@ def open_teachers(caches: Sequence[str], split: str) -> dict[str, Teacher]:
 
 
 def read_by(directory: str, teachers: Mapping[str, Teacher], split: str) -> tuple[Teacher, Cache]:
-    """The teacher to compare a model with, its own if present, and the cache it reads.
+    """The teacher to compare a model with, and that teacher's cache as the model reads it.
+
+    The teacher is the one the model was trained with, if it is among `teachers`.
 
     Raises:
-        ContractError: its tokenizer cannot be aligned with the teacher's.
+        ContractError: the model's tokenizer cannot be aligned with the teacher's.
     """
     own = teachers.get(provenance(directory, {}).cache_id or "", next(iter(teachers.values())))
     return own, cache_for(own.cache, directory, split, teaches=False)
@@ -170,10 +177,12 @@ def look(
     config: ReportConfig,
     fitted_on: str | None,
 ) -> Subject:
-    """Evaluate every seed of a model on the calibration split and the reported split.
+    """Evaluate every seed of a model, on the calibration split and then on the reported split.
+
+    Each seed is loaded once.
 
     Args:
-        views: directory -> see `read_by`.
+        views: directory -> teacher and cache, from `read_by`.
 
     Raises:
         MisuseError: the seeds have different tokenizers.
@@ -223,7 +232,7 @@ def look(
 
 
 def write(found: Report, pictures: Sequence[Picture], output: Path) -> None:
-    """The page, the Markdown, the figures and, last, `report.json`."""
+    """Write the page, the Markdown, the figures and, last, `report.json`."""
     for picture in pictures:
         _write_image(output / f"{picture.name}.png", picture.light)
     write_text(output / "report.html", make_page(found, pictures))
@@ -278,7 +287,7 @@ def _calibrations(teachers: Iterable[Teacher], subjects: Sequence[Subject], scor
 def _costs(
     config: ReportConfig, teachers: Mapping[str, Teacher], subjects: Sequence[Subject], basis: Basis
 ) -> tuple[tuple[Cost, ...], Machine | None]:
-    """Of the first seed of each: seeds differ in their weights alone."""
+    """Measure costs with the first seed of each model; seeds differ in weights only."""
     first = next(iter(teachers.values()))
     candidates = []
     if config.teacher is not None:

@@ -1,4 +1,7 @@
-"""Sections of text, tables and quotes for page, Markdown and terminal, not escaped."""
+"""Sections of text, tables and quotes for page, Markdown and terminal.
+
+Nothing is escaped here; the templates escape all texts.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ MEANING = {
 
 
 def sections(report: Report) -> tuple[Section, ...]:
-    """Everything below the verdict, in order; sections without content are left out."""
+    """The sections below the verdict, in order; sections without content are left out."""
     found = [_quality(report), _fidelity(report), _calibration(report), cost_section(report), _training(report)]
     found += [_determinants(report), _how(report)]
     return tuple(section for section in found if section is not None)
@@ -60,7 +63,7 @@ def quality_table(report: Report) -> Table:
 
 
 def unit(report: Report) -> str:
-    """What the positions of a report are."""
+    """The name of a position in the report's task, such as a word or token."""
     return f"{position_name(get_task(report.task))}s"
 
 
@@ -167,7 +170,7 @@ def _comparison_table(report: Report) -> Table:
 
 
 def _points(report: Report) -> str:
-    """The compared metrics that are shares."""
+    """The names of compared metrics that are shares."""
     shares = dict.fromkeys(item.metric for item in report.comparisons if number(item.metric, 0.5).endswith("%"))
     return " and ".join(shares) or "accuracy"
 
@@ -250,7 +253,7 @@ def _fidelity(report: Report) -> Section:
 
 
 def _apart(item: Example, *, is_score: bool) -> str:
-    """How far student and teacher are from each other at a position."""
+    """Format the distance between student and teacher at a position."""
     if is_score:
         return f"{item.distance:.2f} squared standard deviations apart"
     return f"{item.distance:.2f} nats apart" + ("" if item.is_kl else " on the teacher's most likely class")

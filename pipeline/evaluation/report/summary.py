@@ -11,12 +11,12 @@ from pipeline.evaluation.table import aligned
 
 
 def summary(report: Report) -> str:
-    """A few lines; the rest stands in the page."""
+    """The verdict and the table of quality as text."""
     answer = textwrap.fill(report.verdict.text, 110, break_long_words=False, break_on_hyphens=False)
     return f"{answer}\n\n{plain_table(quality_table(report))}"
 
 
 def plain_table(table: Table) -> str:
-    """A table in columns, its notes below."""
+    """Format a table in aligned columns, with its notes below."""
     rows = aligned([table.header, *table.rows])
     return "\n".join([table.caption, "", *rows, "", *(f"  {note}" for note in table.notes)])

@@ -1,4 +1,4 @@
-"""The answer in one sentence, with its interval and the controls beside it."""
+"""The verdict in one sentence, with its interval and the results of the controls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.metrics import number
 
 
 def headline(basis: Basis, subjects: Sequence[Subject], split: str | None) -> tuple[Subject, str]:
-    """The headline student and how it was chosen, never on the reported rows."""
+    """The headline student and how it was chosen; never chosen on the reported rows."""
     students = [subject for subject in subjects if subject.model.role == "student"]
     if len(students) == 1:
         return students[0], "the only student"
@@ -28,7 +28,8 @@ def headline(basis: Basis, subjects: Sequence[Subject], split: str | None) -> tu
     return best, f"the best of {len(students)} students on the split {split}"
 
 
-#: A student that is behind by less, with all of its interval, performs as well.
+#: Equivalence margin, as a share of the teacher's metric. A student whose whole interval is above
+#: minus the margin performs as well as the teacher.
 _MARGIN = 0.01
 
 
@@ -44,9 +45,9 @@ def verdict(
 ) -> Verdict:
     """Whether the student performs as well as its teacher.
 
-    `no` where the whole interval of the difference lies below 0, `better` where it lies above,
-    `yes` where none of it is further below than a hundredth of the teacher's metric; else `open`,
-    since that no difference was found does not say that there is none.
+    `no` if the whole interval of the difference is below 0, `better` if it is above 0, `yes` if its
+    lower end is within 1% of the teacher's metric. Otherwise `open`: not finding a difference does
+    not show that there is none. `unknown` if there is no interval.
     """
     metric = basis.main_metric
     gain = difference(basis, scores, student.name, student.teacher.name, metric)
@@ -99,7 +100,7 @@ def verdict(
 
 
 def _counted(student: Subject) -> str:
-    """How many rows the metric is over: those with a label."""
+    """The number of labelled rows that the metric covers, in words."""
     predictions = student.teacher.seen.predictions
     rows = len(np.unique(predictions.rows[student.teacher.seen.labelled]))
     return f"{rows:,} rows"

@@ -1,4 +1,4 @@
-"""The settings of `transformers.Trainer`, and the services that a run is reported to."""
+"""Settings of `transformers.Trainer`, and the services that a run is reported to."""
 
 from pipeline.models.arguments.reporting import check_installed, own_run
 from pipeline.models.arguments.trainer import (

@@ -1,4 +1,4 @@
-"""Where the losses and metrics of a training run are reported to, as transformers names the services."""
+"""The services that a training run's losses and metrics are reported to (`report_to`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from pipeline.errors import ConfigError, MisuseError
 
-#: Under which services that group runs show them.
+#: Project name for services that group runs.
 PROJECT = "soft-label-pipeline"
-#: Service -> what pip installs for it.
+#: Service -> its package on PyPI.
 _PACKAGES = {
     "azure_ml": "azureml-core",
     "clearml": "clearml",
@@ -36,16 +36,16 @@ _PACKAGES = {
 
 
 def reporting(output: str, asked: Sequence[str], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of TrainingArguments: where to report to, and under which names.
+    """Return the TrainingArguments for reporting: services, run name and project.
 
     Args:
         output: its last part is the name of the run.
-        asked: `--report-to`, each time that it is given.
-        extra: the `training:` section, which may name all of them too.
+        asked: the values of `--report-to`.
+        extra: the `training:` section, which may set the same fields.
 
     Raises:
-        MisuseError: the flag and the section both say where to report to, or `none` or `all` stands
-            beside others.
+        MisuseError: both the flag and the section set the services, or `none` or `all` is combined
+            with others.
         ConfigError: a package is missing.
     """
     found: dict[str, Any] = {"run_name": Path(output).absolute().name, "project": PROJECT, "report_to": "none"}
@@ -63,12 +63,12 @@ def reporting(output: str, asked: Sequence[str], extra: Mapping[str, Any]) -> di
 
 
 def check_installed(names: Sequence[str], where: str) -> None:
-    """Look for the packages before a callback does, one of which leaves a traceback behind.
+    """Check that the services' packages are installed before a callback imports them.
 
     Raises:
         ConfigError: no such service, or its package is missing.
     """
-    found = [*get_available_reporting_integrations(), "flyte"]  # transformers leaves that one out
+    found = [*get_available_reporting_integrations(), "flyte"]  # transformers does not list flyte
     for name in names:
         if name not in ("none", "all", *_PACKAGES):
             raise ConfigError(f"{where} {name}: expected none, all, or some of {', '.join(_PACKAGES)}")
@@ -77,17 +77,17 @@ def check_installed(names: Sequence[str], where: str) -> None:
 
 
 def name_project(args: TrainingArguments) -> None:
-    """Name the project where a service takes it from the environment alone."""
+    """Set the project for services that read it only from the environment."""
     if "wandb" in (args.report_to or ()):
         os.environ.setdefault("WANDB_PROJECT", args.project)
 
 
 @contextlib.contextmanager
 def own_run(args: TrainingArguments) -> Iterator[None]:
-    """A training run that is a run of its own for each service, and prints nothing of theirs to standard output.
+    """Give a training its own run in each service, and redirect their output to standard error.
 
-    The callback of wandb leaves its run open, so that the next student of the process would go on
-    in it. A run that was open before is the caller's.
+    The wandb callback leaves its run open, so that the next student of the process would continue
+    it. A run that was open before belongs to the caller and stays open.
 
     Raises:
         ConfigError: wandb refuses, or cannot be reached.

@@ -1,4 +1,4 @@
-"""TrainingArguments from our few flags and the config's `training:` section, and progress on standard error."""
+"""TrainingArguments from flags and the `training:` section, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from pipeline.errors import ConfigError
 from pipeline.models.arguments.reporting import name_project, reporting
 from pipeline.progress import Progress
 
-#: Of the metrics that an evaluation gives; the others are losses, divergences and errors.
-_GREATER_IS_BETTER = ("accuracy", "macro_f1", "agreement")
+#: Metrics that are better if lower: losses, divergences, errors, times. Others: if higher.
+_SMALLER_IS_BETTER = frozenset(("loss", "nll", "divergence", "ece", "perplexity", "bits_per_byte", "mse", "runtime"))
 
 
 def training_arguments(
     output: str, extra: dict[str, Any], *, report_to: Sequence[str] = (), **ours: Any
 ) -> TrainingArguments:
-    """`ours`, overridden by `extra`: any field of `transformers.TrainingArguments`.
+    """Return TrainingArguments from `ours`, overridden by `extra`.
 
     Args:
+        extra: the `training:` section: any field of `transformers.TrainingArguments`.
         report_to: `--report-to`.
+        ours: fields from flags and defaults.
 
     Raises:
         MisuseError: `--report-to` and `extra` contradict each other.
-        ConfigError: an unknown field (the nearest is suggested), or a value that transformers
+        ConfigError: an unknown field (the closest name is suggested), or a value that transformers
             refuses.
     """
     check_fields(extra)
     given = {**ours, **extra}
     metric = str(given.get("metric_for_best_model") or "").removeprefix("eval_")
-    if metric and "greater_is_better" not in given:  # transformers takes all for that but what ends in "loss"
-        ours["greater_is_better"] = metric in _GREATER_IS_BETTER
+    if metric and "greater_is_better" not in given:  # transformers assumes it for all names that do not end in "loss"
+        ours["greater_is_better"] = metric not in _SMALLER_IS_BETTER
     quiet = {
         **reporting(output, report_to, extra),
         "disable_tqdm": True,
@@ -44,7 +46,7 @@ def training_arguments(
         "dataloader_pin_memory": False,
     }
     if num_ranks() > 1 and not torch.accelerator.is_available():
-        quiet["use_cpu"] = True  # ranks find each other on a CPU only where they are asked to use it
+        quiet["use_cpu"] = True  # ranks form a process group on a CPU only with use_cpu
     try:
         args = TrainingArguments(output_dir=output, **{**quiet, **ours, **extra})
     except (ValueError, TypeError, ImportError) as error:
@@ -55,10 +57,10 @@ def training_arguments(
 
 
 def check_fields(names: Iterable[str]) -> None:
-    """Refuse what is no field of `transformers.TrainingArguments`.
+    """Refuse names that are no fields of `transformers.TrainingArguments`.
 
     Raises:
-        ConfigError: names the first, and the nearest field.
+        ConfigError: names the first, and the closest field.
     """
     known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
     for name in names:
@@ -71,12 +73,15 @@ def check_fields(names: Iterable[str]) -> None:
 
 
 def num_ranks() -> int:
-    """How many processes torchrun has started for one run; 1 without it."""
+    """Return the number of processes that torchrun has started for a run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class _Token(str):
-    """A token that a pickle does not hold: Trainer writes its arguments beside every model, as training_args.bin."""
+    """A token that is pickled as an empty string.
+
+    Trainer pickles its arguments next to every model, as training_args.bin.
+    """
 
     __slots__ = ()
 
@@ -88,22 +93,22 @@ class _Token(str):
 
 
 def hide_token(args: TrainingArguments) -> None:
-    """Keep the hub token out of everything that is written."""
+    """Keep the hub token out of all files that are written."""
     if args.hub_token is not None:
         args.hub_token = _Token(args.hub_token)
 
 
 @dataclasses.dataclass(slots=True)
 class Seen:
-    """What the trainer of one rank has drawn since it was last asked."""
+    """Counts the rows and tokens that one rank's trainer has read since the last `drain`."""
 
     rows: int = 0
     tokens: Any = 0
-    """Without padding; a tensor where the batches lie on a device, so that counting waits for
-    nothing."""
+    """Without padding. A tensor if the batches are on a device, so that counting does not
+    synchronise."""
 
     def add(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """The batches of one step."""
+        """Count the batches of one step."""
         for batch in batches:
             mask = batch.get("inputs", batch).get("attention_mask")
             if mask is not None:
@@ -111,46 +116,46 @@ class Seen:
                 self.tokens = self.tokens + mask.sum()
 
     def drain(self) -> tuple[int, Any]:
-        """Rows and tokens, from 0 again."""
+        """Return rows and tokens, and reset them to 0."""
         found = self.rows, self.tokens
         self.rows, self.tokens = 0, 0
         return found
 
 
 def show_progress(trainer: Trainer, description: str) -> None:
-    """Progress on standard error in place of Trainer's own bar, which prints its logs to standard output."""
+    """Show progress on standard error instead of Trainer's bar, which prints to standard output."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_Steps(description, getattr(trainer, "seen", Seen())))
 
 
 class _Steps(TrainerCallback):
-    """The optimizer steps, rows and tokens a second over all ranks, and the newest loss."""
+    """Shows optimizer steps, rows and tokens per second over all ranks, and the latest loss."""
 
     def __init__(self, description: str, seen: Seen) -> None:
         self.description, self.seen = description, seen
         self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin, on the first rank only."""
+        """Start the progress display on the first rank."""
         if state.is_world_process_zero:
             self.progress = Progress(self.description, state.max_steps, unit="step", initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step further; the other ranks have drawn as many rows."""
+        """Advance by one step; the other ranks have read as many rows."""
         if self.progress is not None:
             rows, tokens = self.seen.drain()
             more = {"rows": rows * args.world_size, "tokens": tokens * args.world_size} if rows else {}
             self.progress.update(state.global_step - self.progress.done, **more)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The newest losses."""
+        """Show the latest losses."""
         losses = {key: value for key, value in (logs or {}).items() if key.endswith("loss") and key != "train_loss"}
         if self.progress is not None and losses:
             note = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in losses.items())
             self.progress.update(0, note=note)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End."""
+        """Close the progress display."""
         if self.progress is not None:
             self.progress.close()

@@ -1,1 +1,1 @@
-"""From the rows of a cache to batches: order, mixture, collation, prefetching."""
+"""Batches of training rows from caches: order, mixture, collation and prefetching."""

@@ -1,4 +1,4 @@
-"""Which row groups a rank comes to next, so that those behind a URL are fetched before they are needed."""
+"""Announce the row groups that a rank reads next, so that remote ones are fetched in advance."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from pipeline.cache import CacheDataset
 
-#: Row groups that are named ahead, those of the batch itself included. When many lanes end
-#: together, so many are there already.
+#: Number of row groups that are announced in advance, including those of the current batch. It
+#: covers many lanes that need a new row group at the same time.
 _GROUPS = 24
 
 
 def look_ahead(batches: Iterator[list[int]], dataset: CacheDataset, groups: int = _GROUPS) -> Iterator[list[int]]:
-    """The same batches.
+    """Yield the same batches, and announce the row groups that they need in advance.
 
-    As each is given, `dataset.upcoming` names its new row groups and those of the batches after it,
-    `groups` in all.
+    Before each batch, `dataset.upcoming` is set to the new row groups of this batch and of the
+    batches after it, about `groups` in all.
     """
     waiting: deque[tuple[list[int], list[int]]] = deque()
     upcoming: dict[int, None] = {}

@@ -1,4 +1,7 @@
-"""Rows of a cache -> StudentBatch -> nested tensors that Trainer can move, and back."""
+"""Collate rows of a cache into a StudentBatch, and convert it to and from nested tensors.
+
+Trainer and accelerate move the nested tensors between devices.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +60,10 @@ from pipeline.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """The rows of one batch, not yet joined."""
+    """The rows of one batch before collation."""
 
     parts: tuple[Sequence[Segment], ...]
-    """The rows of one cache; of several teachers, those of each."""
+    """The rows of each cache: one, or one per teacher."""
     counts: np.ndarray
     """(B,) bool: whether the row counts."""
 
@@ -74,7 +77,10 @@ class Picked:
 
 @dataclass(frozen=True)
 class TrainingRows(Dataset[tuple[CachedExample, bool]]):
-    """Rows by number, and whether they count: `~i` is row i with weight zero (see `BatchOrder`)."""
+    """Rows of a cache with a flag whether each counts; index `~i` is row i with weight 0.
+
+    See `BatchOrder`.
+    """
 
     dataset: CacheDataset
 
@@ -85,7 +91,7 @@ class TrainingRows(Dataset[tuple[CachedExample, bool]]):
         return self.dataset[index if index >= 0 else ~index], index >= 0
 
     def __getitems__(self, indices: Sequence[int]) -> Picked:
-        """As `torch.utils.data.DataLoader` reads a batch."""
+        """Return the rows of a batch; called by `torch.utils.data.DataLoader`."""
         numbers = np.asarray(indices, dtype=np.int64)
         counts = numbers >= 0
         found: Any = self.dataset.segments(np.where(counts, numbers, ~numbers))
@@ -94,41 +100,42 @@ class TrainingRows(Dataset[tuple[CachedExample, bool]]):
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Makes batches of one student: its inputs, the hard labels, the teacher's distribution."""
+    """Collates rows into batches of inputs, hard labels and the teacher's distribution."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     temperature: float
     tail: str = "ghost"
     retokenize: Tokenization | None = None
-    """Where the student's tokenizer is not the cache's: tokenize the stored text anew."""
+    """Settings to tokenize the stored text with the student's tokenizer; None: the cache's tokens
+    are used."""
     teacher_labels: bool = False
-    """The teacher's most likely class stands for the hard label."""
+    """Use the teacher's most likely class as the hard label."""
     position_weights: PositionWeights = "equal"
     pad_id: int | None = None
-    """What rows are padded with; None: as the tokenizer says."""
+    """Token id for padding; None: the tokenizer's."""
     for_evaluation: bool = False
-    """Say also what the teacher predicts."""
+    """Add the fields that only evaluations need, such as the teacher's predictions."""
     vocabulary_map: VocabularyMap | None = None
-    """Of rows in the tokens of a student that are not the teacher's."""
+    """Maps the teacher's vocabulary to that of a student with another tokenizer."""
     with_spans: bool = False
-    """Give also the spans of text that the tokens of both begin and end."""
+    """Add the aligned spans: texts whose ends are token boundaries for both tokenizers."""
     scale: Scale | None = None
-    """Of the cache's scores."""
+    """Mean and standard deviation of the cache's scores; None: it has none."""
     by_list: bool = False
-    """Rankings: the soft term is a mean over lists, of which each counts alike."""
+    """For rankings: the soft term is a mean over lists with equal weights."""
 
     def __call__(self, rows: Picked) -> dict[str, Any]:
-        """As `torch.utils.data.DataLoader` calls it."""
+        """Collate a batch into nested tensors; called by `torch.utils.data.DataLoader`."""
         return to_tensors(self.collate(rows))
 
     def collate(self, rows: Picked) -> StudentBatch:
-        """B rows of one cache."""
+        """Collate B rows of one cache."""
         return self.collate_block(gather(rows.parts[0], names=self.columns), rows.counts)
 
     @property
     def columns(self) -> Container[str]:
-        """Those that batches are made of."""
+        """The columns that batches are made of."""
         spans = _SPANS if self.with_spans else frozenset[str]()
         return (
             COLLATED | spans
@@ -137,10 +144,10 @@ class Collator:
         )
 
     def collate_block(self, block: RowBlock, counts: np.ndarray | None = None) -> StudentBatch:
-        """B rows.
+        """Collate a block of B rows.
 
         Args:
-            counts: (B,) bool, whether each counts; None: all do.
+            counts: (B,) bool: whether each row counts; None: all do.
         """
         tokens = tokens_of(block)
         given: TokenBlock | Sequence[TokenizedExample] = tokens
@@ -184,7 +191,7 @@ class Collator:
         )
 
     def _position_weights(self, entropy: Tensor, goal: Target) -> Tensor:
-        """(N,) in [0, 1]: what the teacher's entropy, as a share of the largest possible, makes of each position."""
+        """Return (N,) weights in [0, 1] from the teacher's entropy as a share of its maximum."""
         if self.position_weights == "equal":
             return torch.ones_like(entropy)
         share = (entropy / math.log(goal.num_classes)).clamp(0, 1)
@@ -192,30 +199,30 @@ class Collator:
 
 
 def _lists(block: RowBlock, counts: np.ndarray | None) -> Tensor | None:
-    """(R,) int64: the list of each row; a row that does not count is by itself.
+    """Return (R,) int64: the list of each row, or None if rows are not ranked.
 
-    None: rows are not ranked.
+    A row that does not count gets a list of its own.
     """
     found = block.numbers.get("score_group")
     if found is None:
         return None
     runs = np.cumsum(np.append(0, found[1:] != found[:-1]))
     _, first, of = np.unique(found, return_index=True, return_inverse=True)
-    # Lists of one name that stand apart are of different caches, or splits.
+    # Equal ids that are not adjacent are lists of different caches or splits.
     lists = np.where(runs == runs[first][of], found.astype(np.int64), -(1 << 40) - runs)
     alone = -1 - np.arange(len(block))
     return torch.from_numpy(lists if counts is None else np.where(counts, lists, alone))
 
 
 def _shares(lists: Tensor) -> Tensor:
-    """(R,) lists -> (R,) float: 1 over the rows of the list in this batch; 0 for a row that is compared with nothing."""
+    """(R,) lists -> (R,) float: 1 / the rows of the list in this batch; 0 for lists of one row."""
     _, number, sizes = torch.unique(lists, return_inverse=True, return_counts=True)
     size = sizes[number]
     return torch.where(size > 1, 1.0 / size, 0.0)
 
 
-#: The columns that no batch needs are those that say which row it is, the texts, and what comes
-#: from the source.
+#: Columns that batches are made of: all but those that identify a row, hold its texts, or come from
+#: the source.
 COLLATED = (COLUMNS | {TEACHER_POSITION}) - {
     "piece",
     "content_hash",
@@ -233,7 +240,7 @@ _SPANS = frozenset(["span", "span_start", "span_stop", LABEL_LOGPROBS])
 
 
 def _spans(block: RowBlock, flags: np.ndarray) -> Spans:
-    """The spans of all rows; those of rows that do not count have no weight."""
+    """Return the aligned spans of all rows; spans of rows that do not count have weight 0."""
     owner, first, last = (block.lists[name] for name in ("span", "span_start", "span_stop"))
     logprobs = block.lists[LABEL_LOGPROBS]
     finite = np.maximum(logprobs.values.astype(np.float64), np.finfo(np.float16).min)
@@ -250,24 +257,30 @@ def _spans(block: RowBlock, flags: np.ndarray) -> Spans:
 
 
 def aligned_positions(block: RowBlock) -> Tensor:
-    """(N,) int64: which of all the teacher's positions in the block each of the student's is aligned with; -1: none."""
+    """Return (N,) int64: the teacher's position that each student position is aligned with.
+
+    It is an index into all of the teacher's positions in the block, or -1 for none.
+    """
     where = block.lists[TEACHER_POSITION]
     before = offsets_of_counts(labelled_positions_of(block))[:-1]
     return torch.from_numpy(np.where(where.values < 0, -1, where.values + np.repeat(before, where.counts)))
 
 
 def _entropy(block: RowBlock, positions: np.ndarray) -> Tensor:
-    """(N,) nats: of each position, or the mean of its row where only the sum was stored."""
+    """Return (N,) nats: the teacher's entropy at each position, or the mean of its row.
+
+    The mean is used if only the sum over the row is stored.
+    """
     if "entropy" in block.lists:
         return torch.from_numpy(block.lists["entropy"].values.astype(np.float32))
     means = block.numbers["teacher_entropy_sum"].astype(np.float64) / np.maximum(positions, 1)
     return torch.from_numpy(
         np.repeat(np.nan_to_num(means).astype(np.float32), positions)
-    )  # unknown: KL up to a constant
+    )  # nan (unknown) becomes 0: the KL is then correct up to a constant
 
 
 def to_tensors(batch: StudentBatch) -> dict[str, Any]:
-    """Nested mappings of tensors: what Trainer and accelerate move between devices."""
+    """Return the batch as nested mappings of tensors, which Trainer and accelerate can move."""
     goal = batch.target
     tensors: dict[str, Any] = {
         "inputs": batch.inputs,
@@ -302,13 +315,18 @@ def from_tensors(tensors: Mapping[str, Any], num_classes: int) -> StudentBatch:
 
 
 def target_from_tensors(tensors: Mapping[str, Tensor], num_classes: int) -> Target:
-    """The target's part of it."""
+    """Return the target from its part of the nested tensors."""
     parts = dict(tensors)
     return Target(num_classes=num_classes, log_residual=parts.pop("log_residual", None), **parts)
 
 
 def longest_row(task: Task, contract: Contract, student: LoadedModel) -> int:
-    """Tokens of a student's longest row: those of the cache, as far as it takes them; in tokens of its own all that it takes where words may not be cut off."""
+    """Return the number of tokens of the student's longest row.
+
+    It is that of the cache, within what the student accepts. A student with another tokenizer on a
+    task of words may need more tokens per word, so it gets up to `_MOST_TOKENS_FOR_ONE` times as
+    many.
+    """
     longest = longest_input(student.model, student.tokenizer)
     cached = contract.tokenization.max_length
     if task.other_tokenizers == "words" and tokenizer_info(student.tokenizer).sha256 != contract.tokenizer.sha256:
@@ -317,15 +335,15 @@ def longest_row(task: Task, contract: Contract, student: LoadedModel) -> int:
 
 
 def of_student(contract: Contract, max_length: int | None) -> Tokenization:
-    """How stored texts become tokens of a student with another tokenizer.
+    """Return the settings that tokenize stored texts for a student with another tokenizer.
 
     Args:
-        max_length: of its rows; None: that of the cache's.
+        max_length: tokens of its longest row; None: that of the cache.
     """
     return Tokenization(max_length or contract.tokenization.max_length, num_choices=contract.tokenization.num_choices)
 
 
-#: Tokens of a student for one of the teacher's, at most.
+#: Upper bound on the student's tokens per token of the teacher.
 _MOST_TOKENS_FOR_ONE = 8
 
 
@@ -350,7 +368,7 @@ def _tokenize_anew(
 
 
 def _check_whole(block: RowBlock, tokenized: Sequence[TokenizedExample | BadRow]) -> None:
-    """Raise `ContractError` where a row has no tokens of the student's at all."""
+    """Raise `ContractError` if the student's tokenizer makes no tokens of a row."""
     bad = next((item for item in tokenized if isinstance(item, BadRow)), None)
     if bad is not None:
         raise ContractError(
@@ -360,7 +378,7 @@ def _check_whole(block: RowBlock, tokenized: Sequence[TokenizedExample | BadRow]
 
 
 def _check_positions(block: RowBlock, rows: Sequence[TokenizedExample], settings: Tokenization) -> None:
-    """Raise `ContractError` where a row in the student's tokens lacks words that the teacher has labelled."""
+    """Raise `ContractError` if a row in the student's tokens lacks words with teacher labels."""
     expected = positions_of(block)
     found = np.array([row.num_positions for row in rows])
     if not np.array_equal(found, expected):

@@ -1,4 +1,4 @@
-"""Which rows of a training split are learnt from, and which are left out of it to measure the student on."""
+"""Split the training rows into rows to train on and rows to evaluate the student on."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from pipeline.errors import TrainingError
 from pipeline.records import is_known, offsets_of_counts
 from pipeline.tasks import Task
 
-#: A tenth of the rows is held out, at most so many, of at most so many row groups: those are
-#: decoded for each evaluation.
+#: Share of the rows that is held out, and the most rows and row groups; each evaluation decodes
+#: those row groups.
 _SHARE, MOST_ROWS, _MOST_GROUPS = 0.1, 2000, 64
-#: 2^64 over the golden ratio, by which whole numbers are spread over all of 64 bits (Knuth's
+#: 2^64 / the golden ratio: multiplying by it spreads integers over all 64 bits (Knuth's
 #: multiplicative hashing).
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
-#: With fewer, a measurement says nothing.
+#: The fewest rows from which metrics are meaningful.
 FEWEST_ROWS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The parts of a training split of which one is measured on."""
+    """The rows of a training split that are evaluated on, and those that are trained on."""
 
     measured: np.ndarray
-    """(rows,) bool, spread evenly over the split."""
+    """(rows,) bool: rows to evaluate on, spread evenly over the split."""
     left: np.ndarray
-    """(rows,) bool: what is learnt from. No content is in both."""
+    """(rows,) bool: rows to train on. None has the same content as a row to evaluate on."""
 
     num_equal: int
-    """Rows that are neither: their content is that of a row to measure on."""
+    """Rows in neither set, since they have the same content as a row to evaluate on."""
 
     @property
     def num_measured(self) -> int:
-        """Rows to measure on."""
+        """The number of rows to evaluate on."""
         return int(self.measured.sum())
 
 
 def which_labelled(rows: Any, task: Task) -> np.ndarray:
-    """(rows,) bool: which rows of a split have a hard label."""
+    """Return (rows,) bool: the rows of a split that have a hard label."""
     if task.label_source == "row":
         labelled: np.ndarray = ~np.isnan(rows.column("label").astype(np.float64))
         return labelled
@@ -54,10 +54,10 @@ def which_labelled(rows: Any, task: Task) -> np.ndarray:
 
 
 def labelled_rows(rows: Any, task: Task, where: str) -> np.ndarray:
-    """`which_labelled`, of a split that is trained on hard labels alone.
+    """Return `which_labelled` of a split on which only hard labels are trained.
 
     Raises:
-        TrainingError: none.
+        TrainingError: no row has a label.
     """
     labelled = which_labelled(rows, task)
     if not labelled.any():
@@ -68,22 +68,22 @@ def labelled_rows(rows: Any, task: Task, where: str) -> np.ndarray:
 
 
 def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: str = "content_hash") -> HeldOut | None:
-    """Choose rows by their content, so that the same text is never learnt and measured on.
+    """Choose rows to hold out by their content, so that no text is trained and evaluated on.
 
     Args:
         rows: a data set of a cache.
-        keep: (rows,) bool, the rows that teach; None: all.
-        most: rows to hold out at most.
-        by: the column whose value rows that belong together share, those of one list, say;
-            `input_ids`: the same text, whatever its labels; `position_labels`: the same text,
-            whatever its masks; `image_hash`: the same image, whatever its part; `source_row`: the
-            windows of one text.
+        keep: (rows,) bool: the rows that can be trained on; None: all.
+        most: the most rows to hold out.
+        by: a column with equal values for rows that must stay together: `score_group`: a list;
+            `input_ids`: the same text with any labels; `position_labels`: the same text with any
+            masks; `image_hash`: the same image with any crop; `source_row`: the windows of one
+            text.
 
     Returns:
-        None where a tenth of the rows that teach is fewer than `FEWEST_ROWS`, or all but few rows
-            have the same content.
+        None if a tenth of the rows to train on is fewer than `FEWEST_ROWS`, or if almost all rows
+        have the same content.
     """
-    if by == "source_row":  # spread, since rows that lie together may be of one class
+    if by == "source_row":  # spread, since adjacent rows may be of one class
         hashes = rows.column(by).astype(np.uint64) * _SPREAD
     else:
         hashes = rows.column(by) if by in ("content_hash", "score_group", "image_hash") else _hashes_of_tokens(rows, by)
@@ -93,7 +93,7 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         return None
     groups = len(rows.starts) - 1
     _, number, copies = np.unique(hashes, return_inverse=True, return_counts=True)
-    seldom = copies[number] <= count  # to hold out a text that is on most rows would leave few to learn from
+    seldom = copies[number] <= count  # holding out a text that is on most rows would leave few to train on
     near = np.zeros(len(hashes), dtype=bool)
     for group in np.unique(np.linspace(0, groups - 1, min(groups, _MOST_GROUPS)).round().astype(int)):
         near[rows.starts[group] : rows.starts[group + 1]] = True
@@ -103,14 +103,14 @@ def hold_out(rows: Any, keep: np.ndarray | None, most: int = MOST_ROWS, *, by: s
         return None
     measured = np.zeros(len(hashes), dtype=bool)
     measured[chosen] = True
-    if by == "score_group":  # the last list too is whole
+    if by == "score_group":  # so that the last list is complete too
         measured = near & teach & np.isin(hashes, hashes[chosen])
     left = teach & ~np.isin(hashes, hashes[chosen])
     return HeldOut(measured, left, int(teach.sum() - measured.sum() - left.sum()))
 
 
 def _hashes_of_tokens(rows: Any, by: str) -> np.ndarray:
-    """(rows,) uint64, with hidden tokens put back where asked for."""
+    """Return (rows,) uint64 hashes of tokens; by `position_labels` of those before masking."""
     lists = rows.column("input_ids")
     if by == "position_labels":
         lists = [
@@ -121,12 +121,12 @@ def _hashes_of_tokens(rows: Any, by: str) -> np.ndarray:
 
 
 def _put_back(ids: Any, hidden: Any, labels: Any) -> np.ndarray:
-    """(T,) the tokens before they were hidden."""
+    """Return (T,) tokens with the masked ones restored."""
     found = np.array(ids)
     found[np.asarray(hidden, dtype=bool)] = labels
     return found
 
 
 def held_out_rows(held_out: HeldOut | None) -> dict[str, int]:
-    """For the origin of a run; older runs have none."""
+    """Return the number of held-out rows for the origin of a run; {} without held-out rows."""
     return {} if held_out is None else {"held_out": held_out.num_measured}

@@ -1,4 +1,4 @@
-"""Rows with hard labels -> what the loss of a model of `transformers` takes."""
+"""Batches of rows with hard labels, in the form that the losses of `transformers` models expect."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.utils.data import Dataset
 from pipeline.records import NO_LABEL, TokenizedExample
 from pipeline.tasks import Task
 
-#: More choices than a row has.
+#: Upper bound on the choices of a row.
 _MOST_CHOICES = 1 << 10
 
 
 def choice_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """The mean cross-entropy of rows over the choices that each has: `compute_loss_func` of `transformers.Trainer`.
+    """Return the mean cross-entropy of rows over their choices; a `compute_loss_func` of Trainer.
 
     Args:
         outputs: with `logits`, (B, C).
-        labels: (B,) int64, the right choice and, times `_MOST_CHOICES`, how many the row has.
+        labels: (B,) int64: the correct choice + `_MOST_CHOICES` * the row's number of choices.
         num_items_in_batch: rows in all accumulated batches; None: those here.
     """
     logits: Tensor = outputs.logits
@@ -35,7 +35,7 @@ def choice_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
 
 @dataclass(frozen=True)
 class LabelledRows(Dataset[TokenizedExample]):
-    """Rows in memory, by number."""
+    """A data set of rows in memory."""
 
     rows: Sequence[TokenizedExample]
 
@@ -48,19 +48,23 @@ class LabelledRows(Dataset[TokenizedExample]):
 
 @dataclass(frozen=True, slots=True)
 class LabelledCollator:
-    """Inputs, and `labels` where the model's own loss looks for them: one a row, at its position, shifted by one token, or as two places."""
+    """Collates rows into inputs with `labels` in the form that the model's own loss expects.
+
+    Depending on the task there is one label per row, a label at each position, a label at the next
+    token, or a start and an end position.
+    """
 
     task: Task
     pad_id: int
     processor: Any
 
     def __call__(self, rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-        """As `torch.utils.data.DataLoader` calls it."""
+        """Collate a batch; called by `torch.utils.data.DataLoader`."""
         inputs, supervised = self.task.collate(rows, self.pad_id, processor=self.processor)
         if "labels" in inputs:
             return inputs
         labels = torch.from_numpy(self.task.hard_labels(rows))
-        if self.task.reads == "choices" and supervised is not None:  # as `choice_loss` reads them
+        if self.task.reads == "choices" and supervised is not None:  # decoded by `choice_loss`
             return {**inputs, "labels": labels + _MOST_CHOICES * supervised.sum(1)}
         if self.task.names == "places":
             return {**inputs, "start_positions": labels[::2], "end_positions": labels[1::2]}
@@ -72,5 +76,5 @@ class LabelledCollator:
         if self.task.label_source in ("positions", "hidden"):
             tokens[supervised] = labels
             return {**inputs, "labels": tokens}
-        tokens[:, 1:][supervised[:, :-1]] = labels  # what position t predicts stands at t + 1
+        tokens[:, 1:][supervised[:, :-1]] = labels  # the token that position t predicts is at t + 1
         return {**inputs, "labels": tokens}

@@ -1,9 +1,9 @@
-"""Several caches for one student: teachers of the same rows, or different data.
+"""Train one student on several caches: teachers of the same rows, or different data.
 
 Teachers: rows are paired by `content_hash`, and the soft term is sum_t w_t D(teacher t, student),
-each over what that teacher's cache keeps. That is exact for every encoding and divergence; for
-forward KL its gradient is that of the mixture of the teachers. Data: the rows of all caches in one
-order.
+with each D over the classes that the teacher's cache keeps. This is exact for every encoding and
+divergence; for forward KL, its gradient is that of the mixture of the teachers. Data: the rows of
+all caches are concatenated and shuffled together.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from pipeline.training.batches.collate import Collator, Picked, to_tensors
 
 @dataclass(frozen=True)
 class Mixture:
-    """The caches beside the first, and what each counts, the first included."""
+    """The caches after the first, and the share of each cache including the first."""
 
     kind: Literal["teachers", "data"]
     others: tuple[Cache, ...]
     shares: tuple[float, ...] | None
-    """Sum to 1: weights of the teachers, or shares of the rows of an epoch. None: of data, every
-    row once."""
+    """Weights of the teachers, or shares of an epoch's rows; they sum to 1. None: data, and every
+    epoch has each row once."""
 
 
 def make_mixture(
     caches: Sequence[Cache], kind: Literal["teachers", "data"] | None, shares: Sequence[float]
 ) -> Mixture | None:
-    """Check that caches fit each other, and what each is to count.
+    """Check that caches can be mixed, and normalise their shares.
 
     Args:
-        shares: as many as caches, in any unit; none: teachers count alike, of data every row is
-            taken once.
+        shares: one per cache, in any unit. Empty: teachers have equal weights, and each row of data
+            is used once per epoch.
 
     Returns:
         None for one cache.
 
     Raises:
-        MisuseError: one share for each cache is wanted, or it is not said how to mix.
-        ContractError: names the first thing in which two caches differ.
+        MisuseError: the number of shares is not that of the caches, or `kind` is None.
+        ContractError: names the first property in which two caches differ.
     """
     if len(caches) < 2:
         return None
@@ -67,10 +67,10 @@ def make_mixture(
 def checked_kind(
     caches: int, kind: Literal["teachers", "data"] | None, shares: Sequence[float]
 ) -> Literal["teachers", "data"]:
-    """How several caches are mixed.
+    """Return how several caches are mixed.
 
     Raises:
-        MisuseError: as of `make_mixture`.
+        MisuseError: as in `make_mixture`.
     """
     if kind is None:
         raise MisuseError(
@@ -104,10 +104,10 @@ def _check_alike(first: Cache, other: Cache, *, same_encoding: bool) -> None:
 
 
 def _check_scales(first: Cache, other: Cache) -> None:
-    """Refuse teachers whose scores are in different units: one student cannot give both.
+    """Refuse teachers whose scores are in different units, since a student has one unit.
 
     Raises:
-        ContractError: they are.
+        ContractError: the units differ.
     """
     ours, theirs = scale_of(first.as_captured.manifest), scale_of(other.as_captured.manifest)
     if ours is None or theirs is None or len(ours.std) != len(theirs.std):
@@ -122,10 +122,10 @@ def _check_scales(first: Cache, other: Cache) -> None:
 
 
 class AlignedDataset(Dataset[tuple[CachedExample, ...]]):
-    """Rows of one cache, each with the rows of equal content of others: the order is that of the first."""
+    """Rows of one cache paired with the rows of equal content in others, in the first's order."""
 
     remote = None
-    """Behind URLs too nothing is fetched ahead."""
+    """None, so that row groups are not fetched in advance, even from a remote cache."""
 
     def __init__(self, caches: Sequence[Cache], split: str | Sequence[str], *, window: int) -> None:
         """Pair the rows of a split.
@@ -155,12 +155,16 @@ class AlignedDataset(Dataset[tuple[CachedExample, ...]]):
         return (self.first[index], *(rows[int(where[index])] for rows, where in self.others))
 
     def segments(self, rows: np.ndarray) -> tuple[list[Segment], ...]:
-        """The rows of each cache, as runs."""
+        """Return the rows of each cache as contiguous segments."""
         return (self.first.segments(rows), *(other.segments(where[rows]) for other, where in self.others))
 
 
 def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str | Sequence[str]) -> np.ndarray:
-    """(rows of the first,) int64: where each stands in the other."""
+    """Return (rows of the first,) int64: the index of each row in the other cache.
+
+    Raises:
+        ContractError: the other cache lacks rows.
+    """
     found = rows.column("content_hash")
     order = np.argsort(found, kind="stable")
     place = np.minimum(np.searchsorted(found[order], wanted), len(found) - 1)
@@ -176,15 +180,15 @@ def _pair(wanted: np.ndarray, rows: CacheDataset, cache: Cache, split: str | Seq
 
 
 class JoinedDataset(Dataset[CachedExample]):
-    """Rows of several caches, one after another, as if they were one."""
+    """The concatenated rows of several caches."""
 
     remote = None
-    """Behind URLs too nothing is fetched ahead."""
+    """None, so that row groups are not fetched in advance, even from a remote cache."""
 
     def __init__(self, caches: Sequence[Cache], split: str | Sequence[str], *, window: int) -> None:
         self.parts = [cache.dataset(split, window=window) for cache in caches]
         self.bounds = np.cumsum([0, *(len(part) for part in self.parts)])
-        """(caches + 1,): the first row of each."""
+        """(caches + 1,): the first row of each cache, and the number of rows."""
         self.starts = np.concatenate(
             [[0], *(part.starts[1:] + bound for part, bound in zip(self.parts, self.bounds, strict=False))]
         )
@@ -200,7 +204,7 @@ class JoinedDataset(Dataset[CachedExample]):
         return self.parts[part][index - int(self.bounds[part])]
 
     def segments(self, rows: np.ndarray) -> list[Segment]:
-        """The rows as runs, each of one cache."""
+        """Return the rows as contiguous segments, each of one cache."""
         parts = np.searchsorted(self.bounds, rows, side="right") - 1
         cuts = np.flatnonzero(np.diff(parts)) + 1
         return [
@@ -210,17 +214,21 @@ class JoinedDataset(Dataset[CachedExample]):
         ]
 
     def column(self, name: str) -> np.ndarray:
-        """One plain column of all rows."""
+        """Return one plain column of all rows."""
         return np.concatenate([part.column(name) for part in self.parts])
 
     def num_tokens(self) -> np.ndarray:
-        """(rows,) int64: the length of each row."""
+        """Return (rows,) int64: the number of tokens of each row."""
         return np.concatenate([part.num_tokens() for part in self.parts])
 
 
 @dataclass(frozen=True)
 class Proportions:
-    """Which rows an epoch takes so that each cache has its share: as many as there are without repeating one; the next epoch goes on with others."""
+    """Selects the rows of each epoch so that every cache has its share of them.
+
+    An epoch has as many rows as possible without repeating one. The next epoch continues with other
+    rows of each cache.
+    """
 
     bounds: tuple[int, ...]
     shares: tuple[float, ...]
@@ -228,7 +236,7 @@ class Proportions:
     seed: int
 
     def __call__(self, epoch: int) -> np.ndarray:
-        """(rows,) bool; the number of rows is the same in every epoch."""
+        """Return (rows,) bool; the number of rows is the same in every epoch."""
         mask = np.zeros(self.bounds[-1], dtype=bool)
         pools = []
         for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
@@ -255,20 +263,20 @@ class Proportions:
 
 @dataclass(frozen=True, slots=True)
 class TeachersCollator:
-    """Makes batches of rows that several teachers have labelled: the positions once for each teacher, hard labels with the first."""
+    """Collates rows of several teachers: positions once per teacher, hard labels with the first."""
 
     collator: Collator
     weights: tuple[float, ...]
 
     def __call__(self, rows: Picked) -> dict[str, Any]:
-        """As `torch.utils.data.DataLoader` calls it."""
+        """Collate a batch into nested tensors; called by `torch.utils.data.DataLoader`."""
         return to_tensors(self.collate(rows))
 
     def collate(self, rows: Picked) -> StudentBatch:
-        """B rows.
+        """Collate B rows.
 
         Raises:
-            ContractError: teachers have labelled other positions of a row.
+            ContractError: the teachers labelled different positions of a row.
         """
         blocks = [gather(part, names=self.collator.columns) for part in rows.parts]
         for other in blocks[1:]:
@@ -307,9 +315,9 @@ def _check_positions(first: RowBlock, other: RowBlock) -> None:
 
 
 def _stack(targets: Sequence[Target]) -> Target:
-    """The positions of all targets, one teacher after another.
+    """Concatenate the positions of all targets, one teacher after another.
 
-    A target without a bucket for the rest has one of no mass beside one that has.
+    If only some targets have a residual, the others get one with no mass.
     """
     counts = torch.cat([target.offsets.diff() for target in targets])
     offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
@@ -336,7 +344,7 @@ def _stack(targets: Sequence[Target]) -> Target:
 
 
 def _stacked_groups(groups: Sequence[Tensor]) -> Tensor | None:
-    """The groups of each teacher by themselves."""
+    """Concatenate the groups of all teachers, with different ids for each teacher."""
     if not groups:
         return None
     step = 1 + max(int(each.max()) for each in groups)

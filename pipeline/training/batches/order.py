@@ -1,14 +1,16 @@
-"""The order of training: a function of (seed, epoch, cache_id) and the batch size alone, the same for any number of ranks and workers.
+"""The order of training rows: reproducible, and the same for any number of ranks and workers.
 
-Row groups are shuffled and dealt to lanes. A lane takes a window of its row groups at a time and
-shuffles the rows in it; lanes are interleaved, a row of each in turn. The sequence is cut into
-global batches, and a rank takes from each the rows of the lanes it owns, so that ranks decode
-different row groups, and hold no more than the open windows of their lanes.
+It is a function of seed, epoch, cache_id and batch size.
 
-With a token budget, a lane's window is sorted by length first and cut into batches, so that padding
-is small; then a lane gives a batch in turn, and each rank takes one. Windows are then the same in
-every epoch, and so is the number of batches, as Trainer takes for granted. Where the rows of lists
-are compared with each other, batches are made of whole lists in the same way.
+Row groups are shuffled and distributed over lanes. A lane shuffles the rows of a window of its row
+groups at a time. The lanes are interleaved, one row of each in turn. The sequence is cut into
+global batches, and a rank takes the rows of its own lanes from each batch. Ranks thus decode
+different row groups, and hold only the open windows of their lanes.
+
+With a token budget, a lane's window is sorted by length and cut into batches, so that padding is
+small. Each lane then gives one batch in turn, and each rank takes one. The windows, and with them
+the number of batches, are the same in every epoch, as Trainer requires. If rows of a list are
+compared with each other, batches of whole lists are made in the same way.
 """
 
 from __future__ import annotations
@@ -21,25 +23,25 @@ from torch.utils.data import Sampler
 from pipeline.cache import CacheDataset
 from pipeline.training.batches.ahead import look_ahead
 
-#: Row groups that are open at once: what one rank alone holds decoded.
+#: Row groups that are open at the same time, over all ranks.
 OPEN = 64
-#: Of these, how many a lane mixes: with a token budget several, so that it has rows of like length
-#: to choose from.
+#: Row groups in the window of a lane; with a token budget several, for enough rows of similar
+#: length.
 _WINDOW, _WINDOW_BY_LENGTH = 1, 4
 
 Batch = list[int]
 Item = tuple[int, Batch]
-"""The lane, and what it gives in one turn: a row, or a batch of rows."""
+"""A lane's number and its output of one turn: a row, or a batch of rows."""
 
 
 def open_groups(world_size: int, *, in_batches: bool = False) -> int:
-    """Row groups that a rank holds decoded.
+    """Return the number of decoded row groups that a rank holds.
 
     Args:
         in_batches: lanes give batches, not rows.
 
-    Where the lanes cannot be shared out evenly, a rank also gets rows of others' lanes: it then
-    holds all that are open, so as to decode none twice.
+    If the number of lanes is not a multiple of the ranks, a rank also gets rows of other lanes. It
+    then holds all open row groups, to avoid decoding one twice.
     """
     lanes = OPEN // _window(in_batches)
     return OPEN // world_size if lanes % world_size == 0 else OPEN + OPEN // 4
@@ -50,9 +52,10 @@ def _window(in_batches: bool) -> int:
 
 
 class BatchOrder(Sampler[Batch]):
-    """Batches of row numbers for one rank.
+    """Batches of row indices for one rank.
 
-    `~row` is a row that weighs nothing: the share of a rank that would have none in the last step.
+    Index `~row` is a row with weight 0. It fills the batch of a rank that has no row left in the
+    last step.
     """
 
     def __init__(
@@ -69,16 +72,16 @@ class BatchOrder(Sampler[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """What is ordered, and for whom.
+        """Create the order of a data set for one rank.
 
         Args:
-            batch_size: rows of a rank's batch; with `batch_tokens` the most.
-            keep: (rows,) bool, the rows to train on, or what gives as many of them for each epoch;
-                None: all.
-            lengths: (rows,) tokens of each row, for `batch_tokens`.
-            batch_tokens: tokens of a rank's batch, padding included.
-            lists: (rows,) integers, the list of each row: those of one list stand together and come
-                in one batch, as far as it holds them.
+            batch_size: rows per batch and rank; with `batch_tokens` the most rows.
+            keep: (rows,) bool: the rows to train on; or a function that returns them for an epoch,
+                the same number in each; None: all.
+            lengths: (rows,) number of tokens of each row, for `batch_tokens`.
+            batch_tokens: tokens per batch and rank, padding included.
+            lists: (rows,) integers: the list of each row. Rows of a list are adjacent, and are put
+                into one batch if it is large enough.
         """
         self.dataset = dataset
         self.batch_size = batch_size
@@ -96,11 +99,11 @@ class BatchOrder(Sampler[Batch]):
 
     @property
     def batch_sampler(self) -> BatchOrder:
-        """Trainer tells the epoch to the sampler inside the loader's batch sampler: this one is both."""
+        """This sampler: Trainer calls `set_epoch` on the sampler inside the batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Which order the next iteration gives."""
+        """Set the epoch whose order the next iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -117,14 +120,14 @@ class BatchOrder(Sampler[Batch]):
         return batches if self.dataset.remote is None else look_ahead(batches, self.dataset)
 
     def steps(self) -> Iterator[list[Batch]]:
-        """What each rank gets in each step."""
-        share = 1 if self.in_batches else self.batch_size  # items of a rank in a step
+        """Yield the batches of all ranks for each step."""
+        share = 1 if self.in_batches else self.batch_size  # items per rank and step
         for items in _cut(self.items(), share * self.world_size):
             dealt = deal([lane for lane, _ in items], share, self.world_size)
             yield [[row for i in mine for row in items[i][1]] for mine in dealt]
 
     def items(self) -> Iterator[Item]:
-        """The global sequence of this epoch: the lanes in turn, until the last has nothing left."""
+        """Yield the global sequence of this epoch: an item of each lane in turn until all end."""
         keep = self._kept()
         lanes = list(enumerate(self._lane(groups, keep) for groups in self._lanes()))
         while lanes:
@@ -137,7 +140,7 @@ class BatchOrder(Sampler[Batch]):
             lanes = alive
 
     def _lanes(self) -> list[np.ndarray]:
-        """The row groups of each lane, in its order."""
+        """Return the row groups of each lane, in order."""
         count = len(self.dataset.starts) - 1
         if not self.shuffle:
             return [np.arange(count)]
@@ -147,11 +150,11 @@ class BatchOrder(Sampler[Batch]):
         return [groups[lane::lanes] for lane in range(lanes)]
 
     def _kept(self) -> np.ndarray | None:
-        """The rows of this epoch."""
+        """Return (rows,) bool: the rows of this epoch."""
         return _kept(self.keep, self.epoch)
 
     def _lane(self, groups: np.ndarray, keep: np.ndarray | None) -> Iterator[Batch]:
-        """What one lane gives."""
+        """Yield the items of one lane."""
         if not len(groups):
             return
         size = _window(self.in_batches)
@@ -163,7 +166,7 @@ class BatchOrder(Sampler[Batch]):
         for window in windows:
             window = (
                 window if self.lists is None else np.sort(window)
-            )  # a list that goes on in the next row group stays whole
+            )  # keeps a list together that continues in the next row group
             rows = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in window])
             if keep is not None:
                 rows = rows[keep[rows]]
@@ -191,13 +194,16 @@ def _kept(keep: Keep, epoch: int) -> np.ndarray | None:
 
 
 def rows_of_epoch(dataset: Sized, keep: Keep, epoch: int = 0) -> int:
-    """How many rows an epoch takes: as many in each."""
+    """Return the number of rows in an epoch, which is the same for every epoch."""
     kept = _kept(keep, epoch)
     return len(dataset) if kept is None else int(kept.sum())
 
 
 def by_length(rows: np.ndarray, lengths: np.ndarray, most_rows: int, most_tokens: int) -> list[Batch]:
-    """Rows of similar length together: batches of at most so many rows, and so many tokens with padding, or of one row."""
+    """Group rows of similar length into batches.
+
+    A batch has at most `most_rows` rows and `most_tokens` tokens including padding, or one row.
+    """
     batches: list[Batch] = []
     longest = 0
     for i in np.argsort(-lengths, kind="stable"):
@@ -210,18 +216,18 @@ def by_length(rows: np.ndarray, lengths: np.ndarray, most_rows: int, most_tokens
 
 
 def by_list(rows: np.ndarray, lists: np.ndarray, most_rows: int, rng: np.random.Generator | None) -> list[Batch]:
-    """Whole lists together in batches of at most so many rows.
+    """Group whole lists into batches of at most `most_rows` rows.
 
-    A longer list is divided evenly, into other parts in every epoch.
+    A longer list is divided evenly, into different parts in every epoch.
 
     Args:
-        rows: (R,) row numbers, those of one list next to each other.
-        lists: (R,) the list of each.
-        rng: which lists share a batch, and the order of the batches, is drawn; rows that are a list
-            by themselves, and teach nothing, are left out. None: all lists stay in order.
+        rows: (R,) row indices, those of one list adjacent.
+        lists: (R,) the list of each row.
+        rng: shuffles which lists share a batch, and the order of the batches. Lists of one row are
+            then left out, since they have nothing to compare. None: all lists stay in order.
 
-    The number of batches is a matter of the lists' lengths alone: the longest come first, and a
-    batch is closed when the next does not fit.
+    The number of batches depends on the lengths of the lists only: the longest lists come first,
+    and a batch is closed when the next list does not fit.
     """
     cuts = np.flatnonzero(lists[1:] != lists[:-1]) + 1
     found = [part for part in np.split(rows, cuts) if len(part) > 1 or rng is None]
@@ -240,13 +246,15 @@ def by_list(rows: np.ndarray, lists: np.ndarray, most_rows: int, rng: np.random.
 
 
 def deal(lanes: Sequence[int], share: int, world_size: int) -> list[list[int]]:
-    """Deal items to ranks, at most `share` each: those of its own lanes first, then what others cannot hold.
+    """Distribute items to ranks, at most `share` each: those of a rank's own lanes first.
+
+    Items that exceed a rank's share go to the ranks with the fewest items.
 
     Args:
         lanes: the lane of each item; rank r owns the lanes l with l mod world_size = r.
 
     Returns:
-        For each rank the numbers of its items, rising.
+        For each rank the indices of its items, in ascending order.
     """
     hands: list[list[int]] = [[] for _ in range(world_size)]
     over = []
@@ -256,7 +264,7 @@ def deal(lanes: Sequence[int], share: int, world_size: int) -> list[list[int]]:
             hand.append(i)
         else:
             over.append(i)
-    fair = -(-len(lanes) // world_size)  # a short last step is shared out too
+    fair = -(-len(lanes) // world_size)  # distribute a short last step evenly too
     for hand in hands:
         while len(hand) > fair:
             over.append(hand.pop())

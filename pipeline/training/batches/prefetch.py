@@ -1,4 +1,4 @@
-"""Decode and collate ahead of the training thread."""
+"""Decode and collate batches in a thread, ahead of the training thread."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-#: Batches made ahead: enough to hide a row group that has to be decoded.
+#: Batches that are prefetched: enough to hide the time to decode a row group.
 _AHEAD = 4
 
 
 def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """The same items, made by one thread, a few ahead.
+    """Yield the same items, computed a few ahead by one thread.
 
-    PyArrow, NumPy and torch release the interpreter for most of it; a process would copy every
-    batch. An exception in the thread is raised where its item was due. The thread starts with the
-    first item asked for, and ends with the iteration, finished or closed.
+    PyArrow, NumPy and torch release the GIL for most of the work; a process would copy every batch.
+    An exception in the thread is raised at the place of its item. The thread starts with the first
+    item requested, and ends when the iteration is exhausted or closed.
     """
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(_AHEAD)
     stopped = threading.Event()
@@ -38,7 +38,7 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
                 if not put(item, None):
                     return
             put(None, StopIteration())
-        except BaseException as error:  # handed over, whatever it is
+        except BaseException as error:  # re-raised in the consumer
             put(None, error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)

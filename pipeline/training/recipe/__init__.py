@@ -1,1 +1,1 @@
-"""How a student is trained: what flags say, and what is chosen where they say nothing."""
+"""The settings of a student's training: those given by flags, and defaults for the others."""

@@ -1,7 +1,7 @@
-"""Settings of a student's training that no flag gives, chosen by what is known of the student, the data and the soft labels.
+"""Choose training settings that no flag gives, from the student, the data and the soft labels.
 
 The numbers come from `benchmarks/defaults.py`: four data sets of short texts, students of 4 to 17
-million parameters. What they were not measured for is said in the reason of a choice.
+million parameters. The reason of a choice states if it was not measured for such a model.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from typing import Any
 from pipeline.models.start import Start
 from pipeline.records import Encoding, Full, Loss, Sampled, Score
 
-#: Evaluations without a better one after which training stops, and about how many there are in all.
+#: Evaluations without improvement after which training stops, and the approximate number in a run.
 PATIENCE, _EVALUATIONS = 5, 20
-#: Share of the steps in which the learning rate rises; then it falls to 0 in a line.
+#: Share of the steps in which the learning rate rises; then it falls linearly to 0.
 WARMUP = 0.1
-#: A teacher is trained for at least 3 passes, and more where those are fewer steps than this, up to
-#: so many passes: first with random weights.
+#: A teacher is trained for 3 epochs, or for enough epochs to reach this many steps, up to this many
+#: epochs. The key is whether its weights are random.
 _TEACHER_STEPS, _TEACHER_EPOCHS = {True: 600, False: 500}, {True: 40, False: 10}
 
 
-#: How a student begins -> (fewer parameters than this, peak learning rate).
+#: Initial weights of a student -> (upper bound on parameters, peak learning rate).
 _RATES = {
     "random": ((1e7, 1e-3), (1e8, 3e-4), (math.inf, 1e-4)),
     "trained": ((3e7, 3e-4), (3e8, 1e-4), (math.inf, 5e-5)),
 }
-#: Language models, classifiers by their start -> steps to take where three passes are fewer, and
-#: the most passes for that.
+#: Language models, or classifiers by their initial weights -> (least steps, most epochs to reach
+#: them); a student is trained for at least 3 epochs.
 _LEAST_STEPS = {"tokens": (100, 10), "random": (1000, 100), "trained": (500, 100)}
-#: The largest students that were measured had fewer parameters.
+#: All students of the benchmark had fewer parameters than this.
 _MEASURED = 2e7
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What is known before the first step."""
+    """The properties of student and data that defaults are chosen by."""
 
     predicts_tokens: bool
     """Whether the classes are tokens."""
     start: Start
     num_parameters: int
     rows: int
-    """In one pass over what is trained on."""
+    """Rows of one epoch."""
     encoding: Encoding
     ranks: bool = False
     """Whether scores rank the rows of lists."""
@@ -52,7 +52,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One setting and why it is so."""
+    """One chosen setting with the reason for its value."""
 
     name: str
     value: str
@@ -63,7 +63,7 @@ class Choice:
 
 
 def choose_loss(encoding: Encoding, *, predicts_tokens: bool, ranks: bool = False) -> tuple[Loss, str]:
-    """The loss, and why."""
+    """Return the loss and the reason for it."""
     if ranks:
         return Loss(
             0.0, 1.0, divergence="margin-mse"
@@ -76,7 +76,7 @@ def choose_loss(encoding: Encoding, *, predicts_tokens: bool, ranks: bool = Fals
 
 
 def _served(encoding: Encoding, wanted: float) -> float | None:
-    """A temperature that the soft labels serve, as near to `wanted` as there is; None: their only one."""
+    """Return the temperature nearest to `wanted` that an encoding supports; None: its only one."""
     if isinstance(encoding, Full):
         return wanted
     if isinstance(encoding, Sampled | Score):
@@ -85,14 +85,14 @@ def _served(encoding: Encoding, wanted: float) -> float | None:
 
 
 def choose_batch_size(known: Situation) -> tuple[int, str]:
-    """Rows per device and step, and why."""
+    """Return the rows per device and step, and the reason."""
     if known.predicts_tokens:
         return 16, "language model"
     return 32, f"{known.rows:,} rows"
 
 
 def choose_learning_rate(known: Situation) -> tuple[float, str]:
-    """The peak learning rate, and why."""
+    """Return the peak learning rate and the reason."""
     if known.start == "adapter":
         return 2e-4, "an adapter (Hu et al., 2021); not measured here"
     begun = {"random": "random weights", "layers": "layers copied from the teacher"}.get(
@@ -109,7 +109,10 @@ def _size(num_parameters: int) -> str:
 
 
 def choose_steps(known: Situation, rows_per_step: int) -> tuple[int, str]:
-    """The most optimizer steps, and why: three passes, and more where those are few steps."""
+    """Return the largest number of optimizer steps, and the reason.
+
+    It is three epochs, or more if those are few steps.
+    """
     epoch = math.ceil(known.rows / rows_per_step)
     least, passes = _LEAST_STEPS[
         "tokens" if known.predicts_tokens else "random" if known.start == "random" else "trained"
@@ -119,9 +122,10 @@ def choose_steps(known: Situation, rows_per_step: int) -> tuple[int, str]:
 
 
 def evaluation_steps(steps: int, eval_rows: int, rows_per_step: int) -> int:
-    """Steps between two evaluations: about 20 in a run, fewer where they would take more than a sixth of its time.
+    """Return the number of steps between two evaluations.
 
-    A row is evaluated in about a third of the time in which it is learnt from.
+    A run has about 20 evaluations, or fewer if they would take more than a sixth of its time.
+    Evaluating a row takes about a third of the time of training on it.
     """
     seldom = math.ceil(2 * eval_rows / rows_per_step)
     return max(1, min(max(steps // _EVALUATIONS, seldom), steps // 4))
@@ -130,15 +134,15 @@ def evaluation_steps(steps: int, eval_rows: int, rows_per_step: int) -> int:
 def choose_teacher_arguments(
     start: Start, num_parameters: int, rows: int, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], tuple[Choice, ...]]:
-    """Fields of TrainingArguments for the fine-tuning of a teacher.
+    """Return the TrainingArguments for the fine-tuning of a teacher.
 
     Args:
-        rows: labelled rows in one pass.
-        given: of `learning_rate`, `per_device_train_batch_size`, `num_train_epochs` and
-            `max_steps`, what is said; None where it is not.
+        rows: labelled rows of one epoch.
+        given: values of `learning_rate`, `per_device_train_batch_size`, `num_train_epochs` and
+            `max_steps`; None for those that are not given.
 
     Returns:
-        What is said, completed; and what was chosen.
+        The given values completed by defaults; and the choices that were made.
     """
     found = {name: value for name, value in given.items() if value is not None}
     choices = []

@@ -1,4 +1,4 @@
-"""Everything that decides a student's training: what the flags say, and what is chosen where they say nothing."""
+"""Make the recipe of a student's training from flags, with defaults for what they do not give."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from pipeline.training.scores import BY_GROUP
 
 logger = logging.getLogger(__name__)
 
-#: Fields of the `training:` section that say when a run ends; whether it is evaluated and saved;
-#: and how often.
+#: Fields of the `training:` section that set the length of a run, whether it is evaluated and
+#: saved, and how often.
 _LENGTH = ("max_steps", "num_train_epochs")
 _EVALUATION = ("eval_strategy", "save_strategy", "load_best_model_at_end")
 _EVERY = ("eval_steps", "save_steps")
@@ -43,21 +43,21 @@ _EVERY = ("eval_steps", "save_steps")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a student is trained."""
+    """The settings that a student is trained with."""
 
     loss: Loss
     arguments: dict[str, Any]
-    """Fields of TrainingArguments, which the `training:` section overrides."""
+    """Fields of TrainingArguments; the `training:` section overrides them."""
     early_stopping: int | None
-    """Evaluations without a better one after which training ends."""
+    """Evaluations without improvement after which training ends; None: no early stopping."""
     held_out: HeldOut | None
     choices: tuple[Choice, ...]
-    """What no flag has given."""
+    """The settings that no flag gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What a run is measured on while it lasts; no rows: it is trained to its end."""
+    """The rows that are evaluated on during a run; without rows, a run is not stopped early."""
 
     rows: int
     reason: str
@@ -67,16 +67,16 @@ class _Measured:
 def make_recipe(
     config: TrainStudentConfig, cache: Cache, student: LoadedModel, mixture: Mixture | None, *, loss: Loss | None = None
 ) -> Recipe:
-    """Complete what the flags say.
+    """Return the settings of the flags, completed by defaults.
 
     Args:
-        loss: in place of what the flags say of it.
+        loss: replaces the loss that the flags give.
 
     Raises:
-        CacheError: no such split.
-        TrainingError: training on hard labels alone, and no row has one.
+        CacheError: the cache has no such split.
+        TrainingError: only hard labels are trained on, and no row has one.
     """
-    cache.dataset(config.split)  # there is one
+    cache.dataset(config.split)  # raises CacheError if there is no such split
     known = _situation(config, cache, student, mixture)
     choices: list[Choice] = []
     if loss is None:
@@ -114,7 +114,7 @@ def make_recipe(
         reason += ", labelled or not, as a student of the soft labels"
     asked_for = not measured.rows and bool(config.early_stopping)
     choices.append(Choice("steps", f"at most {steps:,}" if measured.rows or asked_for else f"{steps:,}", reason))
-    if asked_for:  # as the training: section says it; where there is no split to evaluate on, the trainer refuses
+    if asked_for:  # without a split to evaluate on, the trainer raises an error
         return Recipe(
             loss, arguments | _stop_fields("epoch", None, metric), config.early_stopping, None, tuple(choices)
         )
@@ -130,7 +130,10 @@ def make_recipe(
 
 
 def _warn_of_units(cache: Cache, splits: Sequence[str]) -> None:
-    """Say so where the data's scores are in another unit than the teacher's: one student cannot give both."""
+    """Warn if the data's scores are in another unit than the teacher's.
+
+    A student has one unit, so it cannot learn both.
+    """
     scale = scale_of(cache.manifest)
     if scale is None or cache.remote is not None:
         return
@@ -151,7 +154,7 @@ def _warn_of_units(cache: Cache, splits: Sequence[str]) -> None:
 
 
 def _rows_alone(cache: Cache, splits: Sequence[str]) -> int:
-    """Rows that are a list by themselves."""
+    """Return the number of rows whose list has no other row."""
     alone = 0
     for split in splits:
         groups = cache.dataset(split).column("score_group")
@@ -174,7 +177,10 @@ def _situation(config: TrainStudentConfig, cache: Cache, student: LoadedModel, m
 
 
 def _rows_per_step(config: TrainStudentConfig, cache: Cache, batch_size: int) -> int:
-    """Rows between two steps of the optimizer, over all ranks and accumulated batches; with a token budget, about so many."""
+    """Return the rows of one optimizer step, over all ranks and accumulated batches.
+
+    With a token budget, it is an estimate.
+    """
     rows: int = config.training.get("per_device_train_batch_size", batch_size)
     accumulated: int = config.training.get("gradient_accumulation_steps", 1)
     if config.batch_tokens is not None:
@@ -185,7 +191,7 @@ def _rows_per_step(config: TrainStudentConfig, cache: Cache, batch_size: int) ->
 
 
 def _stop_fields(strategy: str, every: int | None, metric: str) -> dict[str, Any]:
-    """The fields of TrainingArguments with which a run stops early and keeps its best evaluation."""
+    """Return the TrainingArguments that early stopping and keeping the best checkpoint need."""
     steps = {} if every is None else {"eval_steps": every, "save_steps": every}
     return {
         "eval_strategy": strategy,
@@ -193,14 +199,14 @@ def _stop_fields(strategy: str, every: int | None, metric: str) -> dict[str, Any
         **steps,
         "load_best_model_at_end": True,
         "metric_for_best_model": metric,
-        "restore_callback_states_from_checkpoint": True,  # how many evaluations have been without a better one
+        "restore_callback_states_from_checkpoint": True,  # the number of evaluations without improvement
     }
 
 
 def _measured(
     config: TrainStudentConfig, cache: Cache, mixture: Mixture | None, loss: Loss, steps: int, rows_per_step: int
 ) -> _Measured:
-    """The split that is evaluated on while training, else rows that are held out of the split that is trained on."""
+    """Return the rows to evaluate on: a split, or else rows held out of the training split."""
     if config.early_stopping == 0:
         return _Measured(0, "as --early-stopping 0 says")
     if any(name in config.training for name in _EVALUATION):
@@ -210,7 +216,7 @@ def _measured(
     split = config.eval_split or ("validation" if "validation" in cache.splits else None)
     usable = config.eval_split is not None or (split is not None and split not in config.split)
     if split is not None and usable and not (needs_labels and _without_labels(cache, split)):
-        cache.dataset(split)  # there is one
+        cache.dataset(split)  # raises CacheError if there is no such split
         rows = _num_rows(cache, (split,))
         return _Measured(rows, f"{split}, {rows:,} rows")
     why = f"{split} is trained on, or has no labels" if split is not None else "no split validation"
@@ -244,7 +250,7 @@ def _measured(
 
 
 def _learns_labels(loss: Loss) -> bool:
-    """Whether the soft labels have no part in the loss."""
+    """Return whether the soft labels have no part in the loss."""
     return not (loss.soft_weight or loss.soft_weight_end or loss.span_weight)
 
 

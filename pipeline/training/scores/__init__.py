@@ -1,4 +1,4 @@
-"""What students of scores minimise, and the layer that they come out of while they are trained."""
+"""Losses for students of scores (regression and ranking), and their standardised output layer."""
 
 from pipeline.training.scores.head import standardized
 from pipeline.training.scores.labels import ScoreLoss, scale_of_labels

@@ -1,10 +1,10 @@
-"""The last layer of a model of scores while it is trained: in standard deviations from the mean.
+"""Standardise the last layer of a model of scores while it is trained.
 
-An optimizer moves every weight by about the learning rate a step, whatever the unit of the data: a
-score of 150 would take a bias thousands of steps, and one of 0.01 is less than the first. So the
-layer's own weights W, b make standardised scores, and its output is mean + std (W h + b). Whatever
-is saved or loaded meanwhile has the weights std W and std b + mean, which give the same scores
-without this module.
+An optimizer changes every weight by about the learning rate per step, whatever the unit of the
+data. For a score of 150 the bias would need thousands of steps, and a score of 0.01 is less than
+the first step. Therefore the layer's weights W, b compute standardised scores, and its output is
+mean + std (W h + b). Weights that are saved or loaded meanwhile are std W and std b + mean, which
+give the same scores without this module.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pipeline.records import Scale
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4
-#: On a model whose last layer is standardised now.
+#: Attribute of a model whose last layer is standardised.
 _ACTIVE = "_scores_are_standardized"
 
 
 @contextmanager
 def standardized(model: Any, scale: Scale | None) -> Iterator[None]:
-    """While a model is trained: its last layer standardised. None: it makes no scores."""
-    if scale is None or getattr(model, _ACTIVE, False):  # an evaluation within a training
+    """Standardise the last layer of a model within the context; `scale` None does nothing."""
+    if scale is None or getattr(model, _ACTIVE, False):  # an evaluation during training
         yield
         return
     head = _standardize(model, scale)
@@ -51,17 +51,17 @@ def standardized(model: Any, scale: Scale | None) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _StandardHead:
-    """A layer whose weights are standardised, until `restore`."""
+    """A layer whose weights compute standardised scores until `restore`."""
 
     layer: nn.Linear
     mean: Tensor
-    """(outputs,) float32; 0 where the layer has no bias to hold it."""
+    """(outputs,) float32; 0 if the layer has no bias."""
     std: Tensor
     """(outputs,) float32."""
     hooks: tuple[Any, ...]
 
     def restore(self) -> None:
-        """Put mean and unit into the weights, and leave an ordinary layer."""
+        """Fold mean and standard deviation into the weights, and remove the hooks."""
         for hook in self.hooks:
             hook.remove()
         with torch.no_grad():
@@ -70,13 +70,13 @@ class _StandardHead:
 
 
 def _standardize(model: Any, learnt: Scale) -> _StandardHead | None:
-    """Let the last layer of a model give mean + std times what its weights make.
+    """Make the last layer of a model return mean + std times the output of its weights.
 
-    A layer whose bias is 0 was never trained: its weights stay, and the scores begin near the mean.
-    Otherwise the weights change, and the scores stay.
+    If its bias is 0, the layer was never trained: its weights are kept, and the scores start near
+    the mean. Otherwise the weights are changed, so that the scores stay the same.
 
     Returns:
-        None where no linear layer gives the model's scores.
+        None if no linear layer gives the model's scores.
     """
     layer: Any = _last_layer(model, len(learnt.mean))
     if layer is None:
@@ -115,7 +115,7 @@ def _standardize(model: Any, learnt: Scale) -> _StandardHead | None:
 
 
 def _folded(state: Mapping[str, Tensor], prefix: str, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """Standardised weights -> those that give the scores themselves."""
+    """Convert standardised weights to weights that give the scores themselves."""
     weight = state[f"{prefix}weight"]
     found = {f"{prefix}weight": (weight.float() * std.to(weight.device)[:, None]).to(weight.dtype)}
     if f"{prefix}bias" in state:
@@ -125,7 +125,7 @@ def _folded(state: Mapping[str, Tensor], prefix: str, mean: Tensor, std: Tensor)
 
 
 def _unfolded(state: Mapping[str, Tensor], prefix: str, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """The inverse of `_folded`."""
+    """Invert `_folded`."""
     found = {}
     if f"{prefix}weight" in state:
         weight = state[f"{prefix}weight"]
@@ -142,7 +142,10 @@ def _listed(values: np.ndarray) -> str:
 
 @torch.no_grad()
 def _last_layer(model: Any, outputs: int) -> nn.Linear | None:
-    """The linear layer that a model's scores come out of, found by a trial on four tokens: of a layer over all tokens one row is the scores."""
+    """Find the linear layer that computes a model's scores, by a trial on four tokens.
+
+    If the layer is applied to all tokens, its output at one of them is the scores.
+    """
     made: list[tuple[nn.Linear, Tensor]] = []
     layers = [each for each in model.modules() if type(each) is nn.Linear and each.out_features == outputs]
     hooks = [each.register_forward_hook(lambda layer, _, output: made.append((layer, output))) for each in layers]
@@ -152,7 +155,7 @@ def _last_layer(model: Any, outputs: int) -> nn.Linear | None:
         device = next(model.parameters()).device
         ids = torch.arange(1, 5, device=device).unsqueeze(0)
         scores = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten().float()
-    except Exception:  # foreign code: whatever it is, the model is trained as it is
+    except Exception:  # the model's code may raise anything; train it without standardisation
         return None
     finally:
         model.train(training)

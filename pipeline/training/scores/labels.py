@@ -1,4 +1,4 @@
-"""What a teacher of scores learns from: the unit of its labels, and their loss."""
+"""Unit and loss of the labels that a teacher of scores is trained on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.records import Scale, TokenizedExample
 
 
 def scale_of_labels(rows: Sequence[TokenizedExample]) -> Scale:
-    """Mean and standard deviation of the labels, by output."""
+    """Return mean and standard deviation of the labels of each output."""
     labels = np.stack([row.labels for row in rows if row.labels is not None]).astype(np.float64)
     deviations = np.nanstd(labels, 0, ddof=1) if len(rows) > 1 else np.zeros(labels.shape[1])
     std = np.where(deviations > 0, deviations, 1.0)
@@ -23,12 +23,15 @@ def scale_of_labels(rows: Sequence[TokenizedExample]) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class ScoreLoss:
-    """Mean squared error in standard deviations, over what is known: no output counts for more because its unit is small."""
+    """Mean squared error in standard deviations, over the known labels.
+
+    An output therefore does not get a larger weight because its unit is small.
+    """
 
     scale: Scale
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """As `Trainer` calls its `compute_loss_func`.
+        """Return the loss; called by `Trainer` as its `compute_loss_func`.
 
         `labels`: (B, outputs), nan where there is none.
         """

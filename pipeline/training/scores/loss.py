@@ -1,18 +1,21 @@
 """Hard and soft losses of scores.
 
-Differences are taken in the unit of an output: the standard deviation of the teacher's scores.
+Differences are in the unit of an output: the standard deviation of the teacher's scores.
 
-With s of the student, t of the teacher and u the unit, the divergence of one position of a group of
-n rows is
+With s of the student, t of the teacher, u the unit and d = (s - t) / u, the divergence at one
+position of a group of n rows is
 
 | kind | D | factor | source |
 |---|---|---|---|
-| mse | ((s - t) / u)^2 | 1 | Ba and Caruana, 2014 |
-| margin-mse | mean over the others j of the group of (((s - s_j) - (t - t_j)) / u)^2 | 1 | Hofstaetter et al., 2020, over all pairs |
-| listwise-kl | n q log(q / p), q and p the softmax over the group of t / (u T) and of s / (u T) | T^2 | Cao et al. (ListNet), 2007; Hinton, Vinyals and Dean, 2015 |
+| mse | d^2 | 1 | Ba and Caruana, 2014 |
+| margin-mse | mean over the other rows j of (d - d_j)^2 | 1 | Hofstaetter et al., 2020 |
+| listwise-kl | n q log(q / p) | T^2 | Cao et al. (ListNet), 2007 |
 
-The last two are means over groups: positions weigh 1 / n, so that the sum over a group is its mean
-over pairs, or KL(q, p).
+where q and p are the softmax over the group of t / (u T) and of s / (u T). Here margin-mse is taken
+over all pairs; the factor T^2 is that of Hinton, Vinyals and Dean, 2015.
+
+The last two are means over groups: positions have weight 1 / n, so that the sum over a group is its
+mean over pairs, or KL(q, p).
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ from torch import Tensor
 from pipeline.errors import EncodingError, MisuseError
 from pipeline.records import Divergence, Loss, LossTerms, Target, is_known
 
-#: Of scores; those of groups compare the rows of a group with each other.
+#: The divergences of scores, and those of them that compare the rows of a group.
 DIVERGENCES: tuple[Divergence, ...] = ("mse", "margin-mse", "listwise-kl")
 BY_GROUP: tuple[Divergence, ...] = ("margin-mse", "listwise-kl")
 
 
 def check_score_loss(loss: Loss, *, is_score: bool, has_groups: bool, teacher_labels: bool) -> None:
-    """Refuse a divergence that the soft labels do not have, and settings that scores have no use for.
+    """Refuse divergences and settings that do not apply to the soft labels.
 
     Raises:
-        EncodingError: a divergence of distributions for scores, or the other way round.
-        MisuseError: a divergence of groups where there are none; a setting that would be ignored.
+        EncodingError: a divergence of distributions for scores, or of scores for distributions.
+        MisuseError: a divergence of groups without groups, or a setting that would be ignored.
     """
     if is_score != (loss.divergence in DIVERGENCES):
         raise EncodingError(
@@ -75,22 +78,22 @@ def score_loss(
     num_hard: Tensor | float | None = None,
     num_soft: Tensor | float | None = None,
 ) -> LossTerms:
-    """hard_weight * mean ((s - y) / u)^2 + soft_weight * mean D(teacher, student).
+    """Return hard_weight * mean ((s - y) / u)^2 + soft_weight * mean D(teacher, student).
 
     Args:
         scores: (N,) float, of the student.
         target: N scores of the teacher, with their unit.
         labels: (N,) float, nan where there is none.
-        weights: (N,) float, how much each position counts; 0 leaves its label out too.
-        soft_weights: (N,) float, the same for the soft term.
+        weights: (N,) float weight of each position; a position with weight 0 has no hard term.
+        soft_weights: (N,) float weights of the soft term.
         loss_weights: hard and soft weight at this step of a schedule; default: those of `loss`.
         temperature: of `listwise-kl`.
-        num_hard: what the hard sum is divided by; default: the labelled positions here.
-        num_soft: the same for the soft sum; default: the sum of `soft_weights`.
+        num_hard: divisor of the hard sum; default: the number of labelled positions here.
+        num_soft: divisor of the soft sum; default: the sum of `soft_weights`.
     """
     hard_weight, soft_weight = loss_weights or (loss.hard_weight, loss.soft_weight)
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    zero = scores[:0].sum()  # keeps the graph when a term has no position
+    zero = scores[:0].sum()  # keeps the autograd graph if a term has no position
     known = is_known(labels) & (weights > 0)
     hard_sum, soft_sum = zero, zero
     if hard_weight and bool(known.any()):
@@ -108,14 +111,15 @@ def score_loss(
 
 
 def score_divergence(scores: Tensor, target: Target, kind: Divergence = "mse", *, temperature: float = 1.0) -> Tensor:
-    """D of each position, see above; not scaled by a power of T.
+    """Return D at each position (see the top of this module), not scaled by a power of T.
 
     Args:
         scores: (N,) float, of the student.
-        target: N scores of the teacher with their unit, and for groups with those.
+        target: N scores of the teacher with their unit and, for divergences of groups, their
+            groups.
 
     Returns:
-        (N,), nan where a position is alone in its group.
+        (N,), nan where a position is alone in its group, unless `kind` is mse.
     """
     unit = _unit(target, scores)
     ours, theirs = scores / unit, target.weights.to(scores.dtype) / unit
@@ -149,5 +153,5 @@ def _unit(target: Target, scores: Tensor) -> Tensor:
 
 
 def _mean(total: Tensor, count: Tensor | float) -> Tensor:
-    """A term without a position drops out."""
+    """Divide a sum by its count; 0, with a gradient, for a count of 0."""
     return total / count if count else total * 0.0

@@ -1,4 +1,8 @@
-"""Likelihood matching over aligned spans: the text's negative log-likelihood by position, and its comparison with the teacher's by span."""
+"""Likelihood matching over aligned spans of text, for students with another tokenizer.
+
+`nll` computes the text's negative log-likelihood at each position, and `compare` compares it with
+the teacher's over each span.
+"""
 
 from pipeline.training.spans.compare import SPAN_TEMPERATURE, check_spans, owned, span_loss, span_sums, span_temperature
 from pipeline.training.spans.nll import fused_nll

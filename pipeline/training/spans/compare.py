@@ -1,24 +1,25 @@
-"""Approximate likelihood matching: the student's probability of a stretch of text against the teacher's, whatever the tokens of each.
+"""Approximate likelihood matching: compare the probabilities of spans across tokenizers.
 
-With p the probability that a model gives the text of a span, given what stands before it, and tau a
+With p the probability that a model gives the text of a span, given the text before it, and tau a
 temperature:
 
     L(span) = tau * KL((q_T, 1 - q_T) || (q_S, 1 - q_S)),   q = p^(1 / tau)
 
 This is the binarised KL divergence of Minixhofer, Vulic and Ponti, "Universal Cross-Tokenizer
 Distillation via Approximate Likelihood Matching", 2025 (arXiv 2503.20083): the span against
-everything else. Their code (`tokenkit`, alm_diff_fn = "binary_ce", binarization_temp = 100) takes
-the cross-entropy, which differs from it by what does not depend on the student, at tau = 100.
+everything else. Their code (`tokenkit`, alm_diff_fn = "binary_ce", binarization_temp = 100) uses
+the cross-entropy at tau = 100, which differs from the KL by a term that does not depend on the
+student.
 
-The factor tau is ours. It undoes by how much the power 1 / tau shrinks the gradient, so that the
-term keeps its proportion to the cross-entropy when tau changes, as the factors of `divergences` do:
-with the surprisals x = -log p in nats,
+The factor tau is not in the paper. It compensates for the smaller gradient due to the power 1 /
+tau, so that the term keeps its proportion to the cross-entropy when tau changes, like the factors
+of `divergences`. With the surprisals x = -log p in nats,
 
     dL / dx_S = (q_T - q_S) / (1 - q_S)   ->   1 - x_T / x_S    as tau grows,
 
-which is the gradient of the cross-entropy, 1, less a share that makes it vanish where the student
-is as sure of the text as the teacher. At tau = 1 a span that both find unlikely has next to no
-gradient: (p_T - p_S) / (1 - p_S). That is why a large tau is the default.
+which is the gradient of the cross-entropy, 1, minus a share that makes it vanish where the student
+gives the text the same probability as the teacher. At tau = 1 a span that both find unlikely has
+almost no gradient, (p_T - p_S) / (1 - p_S). That is why the default tau is large.
 """
 
 from __future__ import annotations
@@ -34,30 +35,29 @@ from torch.autograd.function import once_differentiable
 from pipeline.errors import TrainingError
 from pipeline.records import NO_LABEL, Loss, Spans
 
-#: tau, as in the code of the paper's authors.
+#: Default tau, as in the code of the paper's authors.
 SPAN_TEMPERATURE = 100.0
-#: The least surprisal of a span, nats: float32 knows no probability between 1 - 2^-24 and 1. It
-#: keeps the divergence finite where a student rounds to 1.
+#: Smallest surprisal of a span, in nats: float32 has no number between 1 - 2^-24 and 1. It keeps
+#: the divergence finite where the student's probability rounds to 1.
 _LEAST_NATS = 2.0**-24
 
 
 def span_temperature(loss: Loss) -> float:
-    """The tau of a loss."""
+    """Return the tau of a loss."""
     return loss.span_temperature or SPAN_TEMPERATURE
 
 
 def span_loss(nll: Tensor, spans: Spans, *, temperature: float = SPAN_TEMPERATURE) -> Tensor:
-    """The binary KL between the probabilities of each span, times tau; see the top of this module.
+    """Return the binary KL of each span, times tau; see the top of this module.
 
     Args:
         nll: (N,) float, nats: the student's negative log-likelihood of each position's hard label.
         temperature: tau, above 0.
 
     Returns:
-        (S,) float, at least 0, not weighted; 0, and no gradient, for spans of weight 0. Computed in
-            float32, or in float64 where `nll` is in it. It is 0
-        where both are equally likely, and infinite where the student gives a text no probability
-            and the teacher does.
+        (S,) float, at least 0, not weighted; 0 without a gradient for spans of weight 0. Computed
+        in float64 if `nll` is float64, else in float32. It is 0 where both probabilities are equal,
+        and infinite where the student's is 0 and the teacher's is not.
     """
     nll = nll if nll.dtype == torch.float64 else nll.float()
     inside = spans.owner >= 0
@@ -69,27 +69,27 @@ def span_loss(nll: Tensor, spans: Spans, *, temperature: float = SPAN_TEMPERATUR
 
 
 def span_sums(nll: Tensor, spans: Spans, *, temperature: float = SPAN_TEMPERATURE) -> tuple[Tensor, Tensor]:
-    """() sum of `weights` times `span_loss`, with its gradient, and () sum of the weights."""
+    """Return the sum of `weights` times `span_loss`, with its gradient, and the sum of weights."""
     each = span_loss(nll, spans, temperature=temperature)
     weights = spans.weights.to(each.dtype)
     return (weights * each).sum(), weights.sum()
 
 
 def owned(spans: Spans) -> tuple[Tensor, Spans]:
-    """(M,) int64 numbers of the positions that are in a span, and the same spans over those positions alone."""
+    """Return (M,) int64 indices of the positions in spans, and the spans over those positions."""
     positions = (spans.owner >= 0).nonzero().squeeze(-1)
     return positions, dataclasses.replace(spans, owner=spans.owner[positions])
 
 
 def check_spans(spans: Spans, labels: Tensor) -> None:
-    """Refuse spans whose likelihood cannot be taken from these positions.
+    """Refuse spans whose likelihood cannot be computed from these positions.
 
     Args:
-        labels: (N,) int64 hard labels, -100 where none counts.
+        labels: (N,) int64 hard labels, -100 where there is none or it has weight 0.
 
     Raises:
-        TrainingError: other shapes, an owner that is no span, a span that counts and has no
-            position or one without a hard label.
+        TrainingError: shapes differ; an owner is not the index of a span; or a span with a weight
+            has no position, or one without a hard label.
     """
     count = len(spans)
     if spans.owner.shape != labels.shape or spans.weights.shape != spans.teacher_logprobs.shape:
@@ -120,16 +120,15 @@ def _extreme(owner: Tensor, count: int) -> int:
 
 
 class _BinaryKL(torch.autograd.Function):
-    """(student's, teacher's surprisal), (S,) each -> (S,) tau * KL; only the first has a gradient.
+    """(S,) surprisals of student and teacher -> (S,) tau * KL; only the first has a gradient.
 
-    Written out, since autograd's is inf - inf at p = 1.
+    The gradient is explicit, since that of autograd is inf - inf at p = 1.
     """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
-        most = torch.finfo(
-            student.dtype
-        ).max  # stands for a surprisal without end: exp(-most) is 0, and inf - most is inf
+        # Replaces an infinite surprisal: exp(-most) is 0, and inf - most is inf.
+        most = torch.finfo(student.dtype).max
         ours = student.clamp_min(_LEAST_NATS) / temperature
         theirs = (teacher.clamp_min(_LEAST_NATS) / temperature).clamp_max(most)
         q = torch.exp(-theirs)
@@ -146,22 +145,25 @@ class _BinaryKL(torch.autograd.Function):
 
 
 def _log_ratio_of_rest(theirs: Tensor, ours: Tensor) -> Tensor:
-    """log((1 - exp(-theirs)) / (1 - exp(-ours))), exactly 0 at equality.
+    """Return log((1 - exp(-theirs)) / (1 - exp(-ours))), exactly 0 at equality.
 
-    log(1 - e^-u) is log(-expm1(-u)) below log 2 and log1p(-exp(-u)) above (Maechler, 2012); where
-    both are below, one logarithm of the ratio loses less.
+    log(1 - e^-u) is log(-expm1(-u)) for u below log 2 and log1p(-exp(-u)) above (Maechler, 2012).
+    Where both are below, a single logarithm of the ratio is more accurate.
     """
     small = torch.log(torch.expm1(-theirs) / torch.expm1(-ours))
     return torch.where(torch.maximum(theirs, ours) < math.log(2), small, _log1mexp(theirs) - _log1mexp(ours))
 
 
 def _log1mexp(u: Tensor) -> Tensor:
-    """log(1 - exp(-u)) for u > 0."""
+    """Return log(1 - exp(-u)) for u > 0."""
     return torch.where(u < math.log(2), torch.log(-torch.expm1(-u)), torch.log1p(-torch.exp(-u)))
 
 
 def _slope(ours: Tensor, theirs: Tensor) -> Tensor:
-    """(q_T - q_S) / (1 - q_S): the difference from the larger of both, so that nothing cancels or overflows."""
+    """Return (q_T - q_S) / (1 - q_S), without cancellation or overflow.
+
+    The difference is computed as the larger of q_T and q_S times a factor.
+    """
     apart = ours - theirs
     larger = torch.exp(-torch.minimum(ours, theirs))
     return torch.sign(apart) * larger * -torch.expm1(-apart.abs()) / -torch.expm1(-ours)

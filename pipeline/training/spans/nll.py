@@ -1,9 +1,9 @@
-"""Negative log-likelihood of each position's label from hidden states and the output matrix: (N, V) never exists, forwards or backwards.
+"""Negative log-likelihood at each position, without the (N, V) logits in memory.
 
-`fused_loss` forms its gradients in the forward pass, since the weight of each position is known
-there. Here it is not: a span's loss depends on all of its positions, which may lie in different
-chunks. So the backward pass makes the logits of each chunk again; the price is one more matrix
-product.
+`fused_loss` computes its gradients in the forward pass, since the weight of each position is known
+there. Here it is not: a span's loss depends on all of its positions, which may be in different
+chunks. Therefore the backward pass computes the logits of each chunk again, which costs one more
+matrix product.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from pipeline.training.spans.head import chunk_positions as default_positions
 def fused_nll(
     hidden: Tensor, head: Head, labels: Tensor, *, num_classes: int, chunk_positions: int | None = None
 ) -> Tensor:
-    """`cross_entropy(head.logits(hidden)[:, :num_classes], labels, reduction="none")`, value and gradients, without the logits.
+    """Return the cross-entropy of each position's label, with gradients, without all logits.
+
+    It equals `cross_entropy(head.logits(hidden)[:, :num_classes], labels, reduction="none")`.
 
     Args:
         hidden: (N, H) float: the inputs of the output matrix.
         labels: (N,) int64, -100 where there is none.
-        num_classes: V; rows of the matrix beyond it (padded vocabularies) stand for no class.
-        chunk_positions: positions at once. Default: 32 MB of logits on a CPU, 256 MB on a GPU.
+        num_classes: V; rows of the matrix beyond it (padded vocabularies) are ignored.
+        chunk_positions: positions per chunk. Default: 32 MB of logits on a CPU, 256 MB on a GPU.
 
     Returns:
-        (N,) nats, float32, or float64 for hidden states in it; 0, and no gradient, where there is
-            no label.
+        (N,) nats, float64 if the hidden states are float64, else float32; 0 without a gradient
+        where there is no label.
 
     Raises:
         ContractError: the matrix has fewer rows than there are classes.
@@ -50,10 +52,10 @@ def fused_nll(
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse hard labels that are no class.
+    """Refuse hard labels that are not a class.
 
     Raises:
-        TrainingError: names the first one.
+        TrainingError: names the first such label.
     """
     wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= num_classes))
     if bool(wrong.any()):
@@ -121,7 +123,10 @@ class _FusedNLL(torch.autograd.Function):
 
 
 def _chunk(raw: Tensor, labels: Tensor, outer: Tensor, scale: float, cap: float) -> Tensor:
-    """(C, V): the gradient of sum(outer * nll) with respect to `raw`, the output of the matrix: outer (softmax - onehot) times the slope of the cap."""
+    """Return (C, V): the gradient of sum(outer * nll) with respect to `raw`, the matrix's output.
+
+    It is outer * (softmax - onehot), times the slope of scale and cap.
+    """
     logits = transform(raw, scale, cap)
     known = labels != NO_LABEL
     grad = torch.softmax(logits, -1)
@@ -135,7 +140,7 @@ def _chunk(raw: Tensor, labels: Tensor, outer: Tensor, scale: float, cap: float)
 
 
 def _part(weight: Tensor, bias: Tensor | None, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Matrix and bias of the classes that there are."""
+    """Return matrix and bias without the rows of a padded vocabulary."""
     return weight[:num_classes].to(dtype), None if bias is None else bias[:num_classes].to(dtype)
 
 

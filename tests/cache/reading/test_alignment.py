@@ -48,7 +48,7 @@ def misaligned(tmp_path, lm_tokenizer, monkeypatch):
 def test_a_cache_that_is_out_of_step_is_refused_before_training(tmp_path, misaligned, lm_tokenizer):
     """The rows are taken from all over: the first shard alone would pass."""
     model = tiny_model("gpt2", len(lm_tokenizer))
-    with pytest.raises(ContractError, match="out of step with their tokens"):
+    with pytest.raises(ContractError, match="not aligned with their tokens"):
         softlabel.train_student(misaligned, model, tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
@@ -56,7 +56,7 @@ def test_a_cache_that_is_out_of_step_is_refused_before_training(tmp_path, misali
 def test_and_at_capture(misaligned):
     plan = parse(Plan, Layout(misaligned.root).plan)
     Layout(misaligned.root).manifest.unlink()
-    with pytest.raises(ContractError, match="out of step"):
+    with pytest.raises(ContractError, match="not aligned"):
         finish(Layout(misaligned.root), plan)
     assert not Layout(misaligned.root).manifest.exists()
 
@@ -130,7 +130,7 @@ def test_agreement_that_is_not_above_chance_is_a_warning(
 ):
     with caplog.at_level(logging.WARNING, "pipeline"):
         cache = classes_cache(tmp_path, bert_tokenizer, topics, name, believed)
-        assert ("chance makes it" in caplog.text) == warned
+        assert ("no more than by chance" in caplog.text) == warned
         caplog.clear()
         student = tiny_model("bert", len(bert_tokenizer), num_labels=3)
         args = softlabel.train_student.__globals__["training_arguments"](str(tmp_path / "s"), {}, max_steps=1)

@@ -101,7 +101,7 @@ def test_a_row_in_two_splits_is_warned_of(tmp_path, lm_tokenizer, caplog):
     train = make_cache(tmp_path / "a", lm_tokenizer, range(20))
     test = make_cache(tmp_path / "b", lm_tokenizer, range(15, 25), split="test")
     merged = merge([train, test], tmp_path / "m")
-    assert "test: 5 rows stand in another split too" in caplog.text
+    assert "test: 5 rows are in another split too" in caplog.text
     assert len(ids_of(merged, "test")) == 10
 
 
@@ -255,7 +255,7 @@ def test_the_recipes_of_the_docs_are_conditions():
 
 def test_nothing_is_left_where_no_row_is(tmp_path, lm_tokenizer):
     cache = make_cache(tmp_path / "a", lm_tokenizer, range(5))
-    with pytest.raises(CacheError, match="true of no row"):
+    with pytest.raises(CacheError, match="is true for no row"):
         filter_rows(cache, tmp_path / "f", where="source_row < 0")
     assert not (tmp_path / "f").exists()
     with pytest.raises(CacheError, match="no split 'dev'; the cache has train"):

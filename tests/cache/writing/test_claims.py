@@ -139,7 +139,7 @@ def test_a_capture_whose_directory_was_taken_stops(started, lm_tokenizer, again)
             if again:
                 begin(layout.root, other, lm_tokenizer)
 
-    with pytest.raises(ContractError, match=r"has begun here|is gone"):
+    with pytest.raises(ContractError, match=r"has begun here|was removed"):
         taken()
 
 

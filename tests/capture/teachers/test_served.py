@@ -326,7 +326,7 @@ def test_a_tokenizer_alone_is_a_warning(config, vllm, tmp_path, lm_tokenizer, ca
     lm_tokenizer.save_pretrained(tmp_path / "alone")
     settings = dataclasses.replace(served(config, vllm, rows="0:6"), teacher=str(tmp_path / "alone"))
     assert run(settings).manifest.contract.num_classes == len(lm_tokenizer)
-    assert "the tokenizer alone says how many classes" in caplog.text
+    assert "the number of classes and the longest row" in caplog.text
 
 
 def test_a_server_that_restarts_costs_nothing(config, vllm):
@@ -406,7 +406,7 @@ def test_flags_of_servers_need_one(config):
 
 def test_classes_that_are_no_tokens_are_refused(config, vllm):
     settings = dataclasses.replace(served(config, vllm), task="sequence-classification")
-    with pytest.raises(MisuseError, match="sequence-classification has classes that are no tokens"):
+    with pytest.raises(MisuseError, match="sequence-classification has classes that are not tokens"):
         run(settings)
 
 

@@ -37,7 +37,7 @@ def labels_of(
         number = next((name for name in names if is_number(name)), None)
         if number is not None:
             raise MisuseError(
-                f"{source.name}: the data's labels are numbers ({', '.join(names[:5])}), which say nothing to a language model; "
+                f"{source.name}: the data's labels are numbers ({', '.join(names[:5])}), which have no meaning for a language model; "
                 f"{_GIVE}, as --label-text {number}=sport"
             )
         pairs = [(name, name) for name in names]

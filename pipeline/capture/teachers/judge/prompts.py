@@ -199,7 +199,7 @@ class Prompts:
         between = answered[len(prompt) :]
         opening = between.rstrip(" ") if between.strip() else ""
         if opening:
-            logger.info("the chat template writes %r before an answer: it stands behind every prompt", opening)
+            logger.info("the chat template writes %r before an answer; it is appended to every prompt", opening)
         return dataclasses.replace(self, opening=opening, gap=between[len(opening) :])
 
 

@@ -110,7 +110,7 @@ class Judge:
         calibrated = ", calibrated" if self.prompt.calibrated else ""
         return (
             f"{self.scorer.describe(info)}; labels by prompt ({self.prompt.format}{shots}{calibrated}), "
-            f"{self.prompts.overhead:,} tokens beside each text, {len(self.prompts.prefix):,} of them passed once"
+            f"{self.prompts.overhead:,} tokens beside each text, {len(self.prompts.prefix):,} of them processed once"
         )
 
     def settle(self, tokenization: Tokenization) -> Tokenization:
@@ -336,7 +336,7 @@ def _warn_of_prefixes(prompts: Prompts) -> None:
         for j, long in enumerate(prompts.label_ids):
             if i != j and long[: len(short)] == short:
                 logger.warning(
-                    "--label-text: the tokens of %r begin those of %r, so that it is never the less likely of the two; give one of them a text that begins otherwise",
+                    "--label-text: the tokens of %r begin those of %r, so that the first label is never less likely than the second; give one of them a text that begins differently",
                     *(prompts.label_texts[i], prompts.label_texts[j]),
                 )
                 return
