@@ -111,7 +111,7 @@ def test_the_shape_of_a_sample_is_kept():
 @pytest.mark.parametrize(
     ("source", "wanted", "message"),
     [
-        (TopK(20), Full(), "cannot be had back"),
+        (TopK(20), Full(), "cannot be restored"),
         (Sampled(6.0), TopK(3), "random sample"),
         (TopK(5), Sampled(6.0), "not known one by one"),
         (TopP(0.9), TopK(2), "number kept differs"),

@@ -334,7 +334,7 @@ def test_damaged_lengths_are_found(cache):
     total = sum(lengths[0])
     for bad, what in (
         ([total, 0, 0], "two choices"),
-        ([total - 4, 0, 4], "no choice behind"),
+        ([total - 4, 0, 4], "missing choices at the end"),
         ([total - 2, 2], "expected 3 in every row"),
     ):
         column = pa.array([bad, *lengths[1:]], pa.list_(pa.int32()))

@@ -246,7 +246,7 @@ def test_rows_of_ones_own(tmp_path, bert_tokenizer):
         write_cache(
             [dataclasses.replace(row(0), labels=["a", "b"])], tmp_path / "c", label_names=("x", "y"), **settings
         )
-    with pytest.raises(MisuseError, match=r"give label_names=...: a row has a position for each"):
+    with pytest.raises(MisuseError, match=r"give label_names=...: rows have one position per name"):
         write_cache([row(0)], tmp_path / "d", **settings)
 
 

@@ -266,7 +266,7 @@ def test_rows_of_ones_own(tmp_path, bert_tokenizer):
     )
     with pytest.raises(BadRowError, match="row 0: labels: expected 3, one a"):
         write_cache(rows([1, 0]), tmp_path / "b", label_names=NAMES, **settings)
-    with pytest.raises(MisuseError, match=r"give label_names=...: a row has a position for each"):
+    with pytest.raises(MisuseError, match=r"give label_names=...: rows have one position per name"):
         write_cache(rows([1, 0, 0]), tmp_path / "c", **settings)
 
 
