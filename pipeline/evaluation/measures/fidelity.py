@@ -144,11 +144,11 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
         return ()
     seen, teacher, cache = subject.seen[0], subject.teacher.seen, subject.cache
     is_kl = position_kl_is_known(cache.manifest.contract)
-    theirs_of = np.arange(len(seen.surprise)) if seen.teacher_position is None else seen.teacher_position
+    aligned = np.arange(len(seen.surprise)) if seen.teacher_position is None else seen.teacher_position
     if is_kl:
         distance = seen.kl
     else:
-        confidence = teacher.predictions.confidence[np.maximum(theirs_of, 0)]
+        confidence = teacher.predictions.confidence[np.maximum(aligned, 0)]
         distance = seen.surprise + np.log(np.where(confidence > 0, confidence, 1.0))  # > 0 is False for nan
     worst = np.argsort(-distance, kind="stable")[:count]
     starts = np.concatenate([[0], np.cumsum(np.bincount(seen.predictions.rows, minlength=seen.num_rows))])
@@ -157,7 +157,7 @@ def examples(task: Task, subject: Subject, split: str, count: int) -> tuple[Exam
     for position in worst.tolist():
         number = int(seen.predictions.rows[position])
         row = dataset[number]
-        theirs = int(theirs_of[position])
+        theirs = int(aligned[position])
         if theirs < 0:  # no difference to show
             continue
         believed = teacher.predictions.confidence[theirs]
