@@ -156,8 +156,8 @@ def _one_seed(steps: Sequence[Resolved]) -> Iterator[str]:
         first = seen.setdefault((config.seed, *prompts), step.round)
         if first != step.round:
             yield (
-                f"generate: seed {config.seed} on the same prompts in round {first} and in round {step.round}: the same random "
-                'numbers draw what is alike; seed: "{round}" makes other draws in each round'
+                f"generate: seed {config.seed} on the same prompts in round {first} and in round {step.round}: equal "
+                'prompts get equal random numbers; seed: "{round}" gives other samples in each round'
             )
             return
 
@@ -173,8 +173,8 @@ def _mixed_alike(steps: Sequence[Resolved]) -> Iterator[str]:
             first = seen.setdefault((seed, place_of(cache)), step.round)
             if first != step.round:
                 yield (
-                    f"train-student: seed {seed} in round {first} and in round {step.round}: its proportion of {cache} is of the "
-                    'same rows in each; seed: "{round}" takes others'
+                    f"train-student: seed {seed} in round {first} and in round {step.round}: its proportion of {cache} takes the "
+                    'same rows in each; seed: "{round}" takes other rows'
                 )
                 return
 
@@ -192,8 +192,8 @@ def _held_out(steps: Sequence[Resolved]) -> Iterator[str]:
         if place in written and "rows" not in told:
             told.add("rows")
             yield (
-                f"cache-logits {output}: holdout {share:g} sets aside rows of what was written, which are not learnt; "
-                "holdout: 0 in the data: of its section takes all"
+                f"cache-logits {output}: holdout {share:g} sets aside some of the generated rows, which are not trained on; "
+                "holdout: 0 under data: of this section takes all"
             )
     for config in written.values():
         output, share = shares.get(place_of(config.dataset), ("", 0.0)) if config.dataset is not None else ("", 0.0)

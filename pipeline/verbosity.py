@@ -64,7 +64,7 @@ def chosen_level(*, quiet: bool, verbose: bool, names: tuple[str, ...]) -> str:
     asked = [*(["--quiet"] if quiet else []), *(["--verbose"] if verbose else [])]
     asked += [f"--log-level {name}" for name in dict.fromkeys(names)]
     if len(asked) > 1:
-        raise MisuseError(f"{' and '.join(asked)}: each says how much to print; give one of them")
+        raise MisuseError(f"{' and '.join(asked)}: all of them set how much is printed; give only one")
     return "warning" if quiet else "debug" if verbose else names[0] if names else "info"
 
 

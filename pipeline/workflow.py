@@ -188,7 +188,7 @@ def outline(
             why = "runs: " + _reason(output, name)
             if _gives_way(name, config, key, asked=overwrite):
                 config = dataclasses.replace(config, overwrite=True)
-                why += "; what is there gives way" if output is not None and output.exists() else ""
+                why += "; the existing output is replaced" if output is not None and output.exists() else ""
         if config.output is not None:
             to_come.add(os.path.normpath(config.output))
         asked = outlines.get(name) if not waits else None
@@ -197,7 +197,7 @@ def outline(
 
 def _reason(output: Path | None, stage: str) -> str:
     if output is None:
-        return "it keeps nothing"
+        return "it has no output"
     if not (output / _PROOF[stage]).is_file():
         return "is not finished" if _mark(output, stage).is_file() else "is not there"
     return "has other settings or inputs" if _mark(output, stage).is_file() else "was not made by softlabel run"

@@ -283,7 +283,7 @@ def test_an_interrupted_teacher_goes_on(project, caplog, monkeypatch):
         assert call("run", "run.yaml", "train-teacher").exit_code == 130
     caplog.clear()
     assert call("run", "run.yaml", "train-teacher").exit_code == 0
-    assert "goes on from checkpoint-3" in caplog.text
+    assert "resuming from checkpoint-3" in caplog.text
     project["train-teacher"]["seed"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(project))
     with monkeypatch.context() as patch:
@@ -309,7 +309,7 @@ def test_a_stale_teacher_gives_way_and_an_interrupted_student_goes_on(project, c
         assert call("run", "run.yaml").exit_code == 130
     caplog.clear()
     assert call("run", "run.yaml", "--through", "train-student").exit_code == 0
-    assert "goes on from checkpoint-3" in caplog.text
+    assert "resuming from checkpoint-3" in caplog.text
 
     with monkeypatch.context() as patch:  # another run was interrupted there: what it has left is stale
         patch.setattr(training, "detach_loss", interrupt)

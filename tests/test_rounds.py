@@ -125,7 +125,7 @@ def changed(stage, **settings):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (EACH, "generate: model: 's-{previous}' stands for the number of a round, and the file says nothing of rounds"),
+        (EACH, "generate: model: 's-{previous}' is a placeholder for the number of a round, but the file has no rounds"),
         ({"rounds": 2, "init-student": EACH["init-student"]}, "rounds: 2, and no section of a stage is run once a round"),
         ({"rounds": 0, **EACH}, "rounds: expected a whole number of at least 1, found 0"),
         ({"rounds": True, **EACH}, "rounds: expected a whole number of at least 1, found True"),
@@ -420,7 +420,7 @@ def test_a_changed_prompt_makes_the_rounds_anew_when_asked_to(tmp_path, project)
     assert weights_of("student-1").keys() == before.keys()
     shown = call("run", "rounds.yaml", "--overwrite", "--dry-run")
     assert shown.exit_code == 0
-    assert "has other settings or inputs; what is there gives way" in shown.stdout
+    assert "has other settings or inputs; the existing output is replaced" in shown.stdout
     assert call("run", "rounds.yaml", "--overwrite").exit_code == 0
     after = weights_of("student-1")
     assert any(not torch.equal(before[name], after[name]) for name in before)

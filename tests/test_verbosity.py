@@ -68,7 +68,7 @@ def test_flags_before_and_after_the_command(seen, before, after, level):
 def test_contradictions_are_misuse(seen, before, after):
     result = call(*before, "verify", "--cache", "x", *after)
     assert result.exit_code == 2
-    assert "each says how much to print; give one of them" in result.stderr
+    assert "all of them set how much is printed; give only one" in result.stderr
     assert seen == []
 
 

@@ -49,7 +49,7 @@ def warn_of_full_disk(job: Job, waiting: Sequence[ShardPlan], *, overwrite: bool
     if needed > free:
         logger.warning(
             "%s: about %.1f GB are to be written, and %.1f GB are free on this disk; free some, or use another --output "
-            "(a full disk stops the capture; what is finished stays, and the same command goes on)",
+            "(a full disk stops the capture; what is finished stays, and the same command continues)",
             job.layout.root,
             needed / 1e9,
             free / 1e9,

@@ -62,7 +62,7 @@ def _audit(config: cfg.AuditConfig) -> None:
     click.echo(dump(found) if config.json else describe(found), nl=not config.json)
     if found.verdict != "agrees":
         click.echo(
-            f"Error: {config.cache}: is not what {config.teacher} says, beyond its own noise; make the cache again, or find out who changed it",
+            f"Error: {config.cache}: differs from {config.teacher} by more than its numerical noise; make the cache again, or find out what changed it",
             err=True,
         )
         click.get_current_context().exit(1)

@@ -68,7 +68,7 @@ def _shown(found: TextPrediction) -> str:
     """Format a text with the model's predictions, indented below it."""
     text = found.text if len(found.text) <= 80 else found.text[:77] + "..."
     if found.continuation is not None:
-        return f"{text!r} goes on:\n  {' '.join(found.continuation.split())}"
+        return f"{text!r} continues:\n  {' '.join(found.continuation.split())}"
     if found.target is not None:
         return f"{text!r}\n  {found.target}"
     if found.words:

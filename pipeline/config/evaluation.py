@@ -54,7 +54,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictConfig:
-    """Try a model: the likeliest labels of a text or an image, or how a language model goes on."""
+    """Try a model: likely labels of a text or an image, or the continuation by a language model."""
 
     model: str = model_option("Name or path of a classifier or language model: a student, a teacher, an adapter.")
     base_model: str | None = model_option("Base model of a PEFT adapter, in place of the one that it names.", None)

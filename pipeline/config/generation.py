@@ -175,7 +175,7 @@ class GenerateConfig:
                 "--part is for arrays of jobs that know nothing of each other; --engine ray shares the shards itself"
             )
         if "none" in self.drop and len(self.drop) > 1:
-            raise MisuseError(f"--drop none stands alone, found {', '.join(self.drop)}")
+            raise MisuseError(f"--drop none cannot be combined with others, found {', '.join(self.drop)}")
         self.row_range  # noqa: B018 - checks it
         self.parsed_part  # noqa: B018 - checks it
 

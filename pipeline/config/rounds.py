@@ -132,7 +132,7 @@ def _check_placeholders(file: ConfigFile, repeated: list[tuple[str, Mapping[str,
         stage, section = repeated[0]
         key, text = placeholder_in(section) or ("", "")
         raise ConfigError(
-            f"{file.path}: {stage}: {key}: {text!r} stands for the number of a round, and the file says nothing of "
+            f"{file.path}: {stage}: {key}: {text!r} is a placeholder for the number of a round, but the file has no "
             "rounds; add rounds: N at the top"
         )
     if file.rounds is not None and not repeated:

@@ -197,7 +197,7 @@ class TrainStudentConfig:
         if self.proportion and self.mix == "teachers":
             raise MisuseError("--proportion goes with --mix data; --mix teachers takes --teacher-weight")
         if self.resume and self.overwrite:
-            raise MisuseError("--resume goes on from checkpoints and --overwrite deletes them: give one of them")
+            raise MisuseError("--resume continues from checkpoints and --overwrite deletes them: give only one of them")
         check_positive("--batch-size", self.batch_size)
         check_positive("--batch-tokens", self.batch_tokens)
         if self.early_stopping is not None and self.early_stopping < 0:

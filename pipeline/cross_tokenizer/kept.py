@@ -138,7 +138,7 @@ class KeptRows:
         except (pa.ArrowException, OSError):
             groups = ()
         if groups != shard.row_groups:
-            logger.warning("%s: is damaged: it is made again", path)
+            logger.warning("%s: is damaged and is computed again", path)
         return groups == shard.row_groups
 
 
@@ -223,7 +223,7 @@ def kept_map(directory: Path, make: Callable[[], VocabularyMap]) -> VocabularyMa
             with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 return VocabularyMap(found["first_token"], len(found["is_special"]), found["is_special"])
         except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error):
-            logger.warning("%s: is damaged: it is made again", path)
+            logger.warning("%s: is damaged and is computed again", path)
     made = make()
     write_atomically(path, partial(_save_map, made))
     return made

@@ -154,19 +154,19 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
     agreeing = counts.agreeing / max(counts.aligned, 1)
     special, lost = _moved_mass(view, split)
     logger.info(
-        "%s: another tokenizer than the cache's: %.1f%% of its %d positions are aligned with the teacher's, the others learn from hard labels alone; "
-        "at %.1f%% of the aligned ones the teacher's token becomes the one that the text has; mass: %.2g%% to special tokens, %.2g%% lost",
+        "%s: another tokenizer than the cache's: %.1f%% of its %d positions are aligned with the teacher's, the others are trained on hard labels only; "
+        "at %.1f%% of the aligned ones the mapped teacher's token is the token of the text; probability mass: %.2g%% to special tokens, %.2g%% lost",
         *(name, 100 * aligned, counts.positions, 100 * agreeing, 100 * special, 100 * lost),
     )
     if counts.not_rebuilt:
         logger.warning(
-            "%s: the text of %d of %d rows is not told by their token ids (unknown tokens, or a normalizer): they are trained on hard labels alone; "
+            "%s: the text of %d of %d rows cannot be rebuilt from their token ids (unknown tokens, or a normalizer): they are trained on hard labels only; "
             "a cache made with --store-text has their texts",
             *(view.where, counts.not_rebuilt, counts.rows),
         )
     if counts.dropped:
         logger.warning(
-            "%s: has no counterpart of %d special tokens of the teacher's in these rows: they are left out",
+            "%s: has no counterpart for %d special tokens of the teacher in these rows: they are left out",
             name,
             counts.dropped,
         )
@@ -178,7 +178,7 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
         )
     if counts.cut:
         logger.warning(
-            "%s: takes %d tokens a row: %d of %d rows are longer in its tokens and are cut, %d of %d positions are left out",
+            "%s: rows have at most %d tokens: %d of %d rows are longer in its tokens and are cut, %d of %d positions are left out",
             *(name, view.manifest.contract.tokenization.max_length, counts.cut_rows, counts.rows, counts.cut),
             counts.cut + counts.positions,
         )
@@ -187,7 +187,7 @@ def _say(view: RetokenizedCache, name: str, counts: Counts, split: str | Sequenc
     if counts.positions and aligned < _TOO_FEW:
         raise ContractError(
             f"{name}: expected at least {_TOO_FEW:.0%} of its positions to be aligned with the teacher's, found {aligned:.1%} ({counts.aligned} of "
-            f"{counts.positions}): hardly anything would be learnt from the soft labels; use a tokenizer that cuts the text at the same bytes more often"
+            f"{counts.positions}): the student would learn almost nothing from the soft labels; use a tokenizer with more token boundaries in common"
         )
     if aligned < _FEW_ALIGNED:
         logger.warning(

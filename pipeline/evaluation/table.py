@@ -92,7 +92,7 @@ def format_table(report: EvaluationReport) -> str:
     for continuation in report.continuations:
         width = max(map(len, continuation.texts))
         spoken = [f"  {name.ljust(width)}  {' '.join(text.split())}" for name, text in continuation.texts.items()]
-        parts.append("\n".join([f"{continuation.prompt!r} goes on:", *spoken]))
+        parts.append("\n".join([f"{continuation.prompt!r} continues:", *spoken]))
     return "\n\n".join(parts)
 
 

@@ -31,7 +31,7 @@ def warn_of_text_bytes(cache: Cache, split: str) -> None:
             found += int(vocabulary.bytes_of_ids(example.input_ids)[1:][example.supervised[:-1]].sum())
     if abs(stated - found) > _TOLERANCE * max(found, 1):
         logger.warning(
-            "%s: split %s: text_bytes states %d bytes for rows whose tokens stand for %d (an earlier release made the cache?); "
-            "bits_per_byte is unreliable: cache again",
+            "%s: split %s: text_bytes is %d for rows whose tokens have %d bytes (was the cache made by an earlier release?); "
+            "bits_per_byte is unreliable: make the cache again",
             *(cache.where, split, stated, found),
         )

@@ -160,7 +160,7 @@ class LocalWriter:
         except torch.OutOfMemoryError:
             raise ModelError(
                 f"out of memory in a batch of {len(prompts)} rows of {width} tokens and {max_new_tokens} new ones; the batches "
-                "are part of what makes the bytes the same, so start anew with a smaller --batch-tokens and --overwrite"
+                "are part of what makes the bytes the same, so start again with a smaller --batch-tokens and --overwrite"
             ) from None
         return found
 

@@ -49,12 +49,12 @@ def missing_weights(model: Any, name: str, info: Mapping[str, Any], *, new_head:
     homeless = [key for key in unexpected if _has_no_place(key, modules, model.base_model_prefix, new_head)]
     if homeless:
         raise ModelError(
-            f"{name}: the checkpoint holds {len(homeless)} weights that {type(model).__name__} has no place for under this configuration "
+            f"{name}: the checkpoint holds {len(homeless)} weights that {type(model).__name__} does not have under this configuration "
             f"({_some(homeless)}), so its logits would be another model's; use the config.json that the weights were saved with"
         )
     if head:
         logger.info(
-            "%s: its head has another number of classes, and gives way to a new one of %d",
+            "%s: its head has another number of classes, and is replaced by a new one of %d",
             name,
             model.config.num_labels,
         )
@@ -181,7 +181,7 @@ def _refuse_prefix(name: str, missing: Sequence[str], unexpected: Sequence[str])
         found = [key for key in unexpected if key.startswith(prefix) and key.removeprefix(prefix) in wanted]
         if found:
             raise ModelError(
-                f"{name}: {len(found)} weights carry the prefix {prefix} of {wrapper} ({_some(found)}), under which no model looks for them; "
+                f"{name}: {len(found)} weights carry the prefix {prefix} of {wrapper} ({_some(found)}), under which no model expects them; "
                 f"save the model inside the wrapper: model.{prefix}save_pretrained(...)"
             )
 

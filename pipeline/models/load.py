@@ -113,7 +113,7 @@ def load_model(
     if task.problem_type is not None:
         if adapter is not None:
             raise ModelError(
-                f"{name}: is an adapter, which does not say that it {'gives scores' if task.target == 'score' else 'gives several labels at once'}; merge it into its base model first"
+                f"{name}: is an adapter, whose adapter_config.json does not record that the model {'gives scores' if task.target == 'score' else 'gives several labels at once'}; merge it into its base model first"
             )
         if new_head or config.problem_type is None:
             config.problem_type = task.problem_type

@@ -44,16 +44,16 @@ def run(config: PredictConfig) -> Iterator[TextPrediction]:
         raise MisuseError(f"{config.model}: reads images, and --max-length is for texts; leave it out")
     if bool(config.choice) != (task.reads == "choices"):
         reads = (
-            "chooses from --choice, which is given for each text"
+            "is a multiple-choice model: give --choice for each choice"
             if not config.choice
-            else "chooses no text: leave out --choice"
+            else "is no multiple-choice model: leave out --choice"
         )
         raise MisuseError(f"{config.model}: {reads}")
     if (config.context is not None) != (task.names == "places"):
         reads = (
-            "answers from a text: give --context"
+            "answers questions about a text: give --context"
             if config.context is None
-            else "reads no text to answer from: leave out --context"
+            else "is no question-answering model: leave out --context"
         )
         raise MisuseError(f"{config.model}: {reads}")
     if task.reads == "images":
@@ -322,7 +322,7 @@ def label_words(
             yield TextPrediction(text, words=tuple(WordPrediction(word, names[i], value) for word, value, i in said))
     if num_cut:
         logger.warning(
-            "%d of %d texts were cut to %d tokens, and lost %d: the words beyond have no label; --max-length sets the longest",
+            "%d of %d texts were cut to %d tokens, and lost %d: the words beyond have no label; --max-length sets the limit",
             num_cut, len(texts), max_length, lost_tokens,
         )  # fmt: skip
 
@@ -360,13 +360,13 @@ def _read(file: str | None) -> Sequence[str]:
         MisuseError: standard input is a terminal, so that the command would wait without a prompt.
     """
     if file is None and sys.stdin.isatty():
-        raise MisuseError("missing a text; give --text, --input FILE, or a text a line on standard input")
+        raise MisuseError("missing a text; give --text, --input FILE, or one text per line on standard input")
     name = file or "standard input"
     try:
         data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
     except OSError as error:
         raise SourceError(
-            f"--input {file}: cannot be read ({error.strerror}); expected a file with a text a line"
+            f"--input {file}: cannot be read ({error.strerror}); expected a file with one text per line"
         ) from None
     try:
         content = data.decode("utf-8-sig")

@@ -86,7 +86,7 @@ def _time(job: Job, rows: int) -> Outline:
         (unit, f"about {tokens:,.0f} in {rows:,} rows, from {source_rows} of them"),
         (
             "time",
-            f"about {duration(tokens / speed)} of the teacher in one process, at {speed:,.0f} {unit}/s (one batch of {len(batch)} rows); loading, encoding and writing come on top",
+            f"about {duration(tokens / speed)} of the teacher in one process, at {speed:,.0f} {unit}/s (one batch of {len(batch)} rows); loading, encoding and writing are not included",
         ),
     )
 

@@ -75,7 +75,7 @@ def _lines(output: str, trainer: SavingTrainer, checkpoint: str | None) -> Itera
     parts = {"ranks": args.world_size, "accumulated batches": args.gradient_accumulation_steps}
     times = "".join(f" x {count} {what}" for what, count in parts.items() if count > 1)
     yield "batch", f"{batch:,} rows a step" + (f" ({args.per_device_train_batch_size}{times})" if times else "")
-    done = f", those before {Path(checkpoint).name} done already" if checkpoint else ""
+    done = f", those before {Path(checkpoint).name} are done already" if checkpoint else ""
     yield "steps", f"{steps:,}{done}; {per_epoch:,} an epoch"
     yield "learning rate", f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}"
     weights = size(sum(p.numel() * p.element_size() for p in trained))

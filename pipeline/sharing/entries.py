@@ -91,7 +91,7 @@ def labelled(
     blank = np.flatnonzero(entries.blank & inside)
     for j in blank[(blank > first) & (blank < last)]:
         raise BadRowError(
-            f"position {position[j]}: expected log-probabilities, found an empty entry between others; null stands for what is not known"
+            f"position {position[j]}: expected log-probabilities, found an empty entry between others; use null for unknown entries"
         )
     position = position[usable]
     order = np.argsort(-entries.logprobs[usable], axis=-1, kind="stable")
@@ -160,7 +160,7 @@ def _check_served(
         found = f"that of token {served.own[n]}" if other[n] else f"{counts[n]} others"
         raise BadRowError(
             f"position {position[n]}: expected the log-probability of token {following[n]}, which follows there, found {found}; "
-            "the entries are of another text or of other positions (say the shift with --position-zero)"
+            "the entries are of another text or of other positions (give the shift with --position-zero)"
         )
     few = served.num_top < top_k
     if few.any():

@@ -222,7 +222,7 @@ def outline(config: ImportConfig) -> Outline:
         ("rows", f"{good:,} of the first {opened.probed:,} can be used; the others are not read yet"),
         (
             "position zero",
-            "empty: entry j speaks of token j" if opened.empty else "filled: entry j speaks of token j + 1",
+            "empty: entry j belongs to token j" if opened.empty else "filled: entry j belongs to token j + 1",
         ),
         ("encoding", f"top-k {opened.top_k} over {len(tokenizer):,} classes, of {config.teacher}"),
         ("writes", f"{config.output}: split {config.split}, shards of {opened.rows_per_shard:,} rows"),
@@ -243,8 +243,8 @@ def tell_shift(entries: Iterable[TopEntries]) -> bool:
     lead = float(values.mean()) / spread if len(values) and spread > 0 else 0.0
     if abs(lead) < _STANDARD_ERRORS:
         raise SourceError(
-            f"whether log-probabilities belong to their token or to the one after it cannot be told from {len(values)} positions; "
-            "say it with --position-zero empty (vLLM, OpenAI) or filled (DistillKit)"
+            f"whether log-probabilities belong to their token or to the one after it cannot be inferred from {len(values)} positions; "
+            "give --position-zero empty (vLLM, OpenAI) or filled (DistillKit)"
         )
     return lead > 0
 

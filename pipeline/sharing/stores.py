@@ -143,14 +143,14 @@ class _Store:
             return None
         except ValueError:
             raise CacheError(
-                f"{self}/{name}: is no JSON, so that what is there cannot be told; use another URL"
+                f"{self}/{name}: is not JSON, so that the content of the directory is unknown; use another URL"
             ) from None
         return str(content.get("cache_id")) if isinstance(content, dict) else ""
 
     def taken(self, cache_id: str | None) -> ContractError:
         """The error that another cache is being pushed."""
         return ContractError(
-            f"{self}: another cache is being pushed there (cache_id {str(cache_id)[:12]}...); use another URL, or remove {_MARK} if nobody is"
+            f"{self}: another cache is being pushed there (cache_id {str(cache_id)[:12]}...); use another URL, or remove {_MARK} if no push is running"
         )
 
     def missing(self, contents: Contents, there: str | None) -> dict[str, Path]:

@@ -85,7 +85,7 @@ def read_entries(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, lay
     if _has(row, _PACKED):
         if layout is None:
             raise SourceError(
-                "packed by DistillKit: give the file that says how, with --compression-config compression_config.yaml"
+                "packed by DistillKit: give its compression configuration, --compression-config compression_config.yaml"
             )
         values, classes = (_packed(name, row[name]) for name in _PACKED)
         ids, logprobs = unpack(values, classes, layout)

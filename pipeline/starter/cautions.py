@@ -31,7 +31,7 @@ def label_cautions(start: Start) -> Iterator[str]:
     renamed = {sides(item)[0].strip() for item in start.data.label_map}
     unlabelled = sum(number for value, number in start.facts[start.roles.label].values if value == -1)
     if unlabelled and "-1" not in renamed and "-1" not in start.counts.classes:
-        yield f"-1 on {unlabelled:,} rows is read as: no label. To make it a class: --label-map=-1=NAME."
+        yield f"-1 on {unlabelled:,} rows means: no label. To make it a class: --label-map=-1=NAME."
     groups: dict[str, list[str]] = {}
     for name in start.counts.classes:
         groups.setdefault(fold(name), []).append(name)

@@ -155,8 +155,8 @@ def _measured_on(report: SweepReport) -> str:
 def _notes(report: SweepReport) -> str:
     if report.chosen_by is None:
         return (
-            "  nothing is chosen: the cache has no split `validation` (or --eval-split) to choose on, and choosing on the split that is\n"
-            "  reported would flatter the choice"
+            "  no best student is chosen: the cache has no split `validation` (or --eval-split) to choose on, and choosing on the split that is\n"
+            "  reported would give figures that are too good"
         )
     direction = "highest" if report.higher_is_better else "lowest"
     in_bytes = _in_bytes(report.runs)
@@ -169,7 +169,7 @@ def _notes(report: SweepReport) -> str:
     if in_bytes:
         own = dict.fromkeys(run.student for run in report.runs if run.result is not None and run.result.own_tokenizer)
         notes.append(
-            f"another tokenizer than the teacher's: {', '.join(own)}; losses and accuracies a token are left out, agreement is over the aligned positions"
+            f"another tokenizer than the teacher's: {', '.join(own)}; losses and accuracies per token are left out, agreement is over the aligned positions"
         )
     if report.best is not None:
         directories = [run.directory for run in report.runs if run.group == report.best and run.result is not None]

@@ -168,7 +168,7 @@ def _check(config: SweepConfig, caches: Mapping[str, Cache]) -> str | None:
     eval_split = config.eval_split or ("validation" if everywhere else None)
     if eval_split == config.report_split:
         raise MisuseError(
-            f"--report-split {config.report_split}: is the split that the best is chosen on, which would flatter it; report on another"
+            f"--report-split {config.report_split}: is the split that the best is chosen on, so its figures would be too good; report on another"
         )
     return eval_split
 

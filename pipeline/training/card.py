@@ -43,11 +43,11 @@ _BODY = """
 | data set | `{source}`, {split}: {rows:,} {what_rows} |
 | cache_id | `{cache_id}` |
 | encoding of the cache | {encoding} |
-| began as | `{start}` |
+| initial weights | `{start}` |
 | loss | {loss} |
 | training | {steps:,} steps, learning rate {learning_rate:g}, seed {seed} |
 
-## How good it is
+## Evaluation
 
 {metrics}
 ## Use
@@ -57,18 +57,18 @@ _BODY = """
 
 ## Intended use and limits
 
-It is meant for the task and the kind of {reads} that its teacher was meant for, where the teacher is too slow or too large. {repeats}What it does on {reads} of another kind{or_language} than the data set's was not measured, nor was its safety.
+Use it for the task and the kind of {reads} of its teacher, where the teacher is too slow or too large. {repeats}It was not evaluated on {reads} of another kind{or_language} than the data set's, and its safety was not evaluated.
 
 ## Licences
 
-What it may be used for depends on all that it was made from:
+Its use is subject to the licences of everything that it was made from:
 
 | what | licence |
 |---|---|
 {licences}
 """
 
-_ADAPTER = """It is an adapter (PEFT) of the model that it began as, which has to be where `adapter_config.json` says:
+_ADAPTER = """It is a PEFT adapter. Its base model must be available under the name in `adapter_config.json`:
 
     softlabel predict --model {folder} --text "a text" --max-length {max_length}
 """
@@ -76,11 +76,13 @@ _ADAPTER = """It is an adapter (PEFT) of the model that it began as, which has t
 _ORIGIN = {
     "soft": "A student of `{teacher}`, trained by soft-label-pipeline from a cache of the teacher's soft labels; the teacher itself was not loaded.",
     "hard": "A student of `{teacher}`, trained by soft-label-pipeline on the teacher's most likely classes, taken from a cache of its soft labels.",
-    "none": "A control beside students of `{teacher}`, trained by soft-label-pipeline on the hard labels of a cache alone: it has nothing from the teacher but its start.",
+    "none": "A control beside students of `{teacher}`, trained by soft-label-pipeline on the hard labels of a cache only: it has nothing from the teacher but its initial weights.",
 }
-_REPEATS = "It was trained to repeat its teacher,\nmistakes and biases included, and is in general less accurate. "
+_REPEATS = "It was trained to imitate its teacher,\nmistakes and biases included, and is in general less accurate. "
 
-_LONGER = "Texts of more than {max_length} tokens are longer than any that it was trained on: {cut}, or do not rely on the result."
+_LONGER = (
+    "Texts of more than {max_length} tokens are longer than any training text: {cut}, or do not rely on the result."
+)
 _UNKNOWN = "unknown: {where} names none; ask before you share or sell it"
 
 
@@ -123,7 +125,7 @@ def make_card(
         f"the teacher, `{teacher[0]}`": _UNKNOWN.format(where="the cache's manifest"),
         f"the data set, `{source[0]}`": _UNKNOWN.format(where="the cache's manifest"),
         "the cache": cache_licence or _UNKNOWN.format(where="its card"),
-        f"the model that it began as, `{start[0]}`": start_licence or _UNKNOWN.format(where="its card"),
+        f"the initial model, `{start[0]}`": start_licence or _UNKNOWN.format(where="its card"),
     }
     body = _BODY.format(
         title=folder,
@@ -162,8 +164,8 @@ def _pixels(student: LoadedModel) -> str:
     """Return a sentence about the size of the images that the student reads."""
     size = image_size(student.tokenizer)
     if size is None:
-        return "Its image processor, `preprocessor_config.json`, makes pixel values of images."
-    return f"Its image processor, `preprocessor_config.json`, makes {size[0]} x {size[1]} pixels of an image."
+        return "Its image processor, `preprocessor_config.json`, converts images to pixel values."
+    return f"Its image processor, `preprocessor_config.json`, converts images to {size[0]} x {size[1]} pixels."
 
 
 def _tokenizer(result: TrainResult) -> str:
@@ -176,7 +178,7 @@ def _tokenizer(result: TrainResult) -> str:
     align = "both" if soft and loss.span_weight else "spans" if loss.span_weight else "map" if soft else None
     return (
         f"| tokenizer | its own, of {own.vocabulary_size:,} tokens, not the teacher's: {own.aligned / max(own.positions, 1):.1%} of its {own.positions:,} positions are aligned with "
-        f"the teacher's, at {own.agreeing / max(own.aligned, 1):.1%} of these the teacher's token becomes the one that the text has"
+        f"the teacher's, at {own.agreeing / max(own.aligned, 1):.1%} of these the mapped teacher's token is the token of the text"
         f"{'' if align is None else f'; `--align {align}`'} |\n"
     )
 
@@ -244,7 +246,7 @@ def _of_teacher(teacher: ModelInfo) -> str:
         (teacher.weights_sha256 != "unknown", f"SHA-256 of the weights `{teacher.weights_sha256[:16]}`"),
         (teacher.revision is not None, f"revision `{teacher.revision}`"),
     ]
-    return ", ".join(text for known, text in facts if known) or "nothing more is known of it"
+    return ", ".join(text for known, text in facts if known) or "no other facts are known"
 
 
 def _teacher(teacher: ModelInfo) -> tuple[str, bool]:
@@ -280,16 +282,16 @@ def _encoding(encoding: Encoding) -> str:
 
 def _metrics(result: TrainResult, task: Task) -> str:
     if not result.metrics:
-        return "It was not measured in training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
+        return "It was not evaluated during training: the cache has no split `validation`. `softlabel evaluate` compares it with its teacher.\n"
     lines = "".join(f"| {name} | {value:.4f} |\n" for name, value in result.metrics.items())
     if task.target == "score":
-        lines += "\n`mse` is in squared units of the data, `correlation` that with the teacher's scores, `divergence` and the losses are in their standard deviations.\n"
+        lines += "\n`mse` is in squared units of the data, `correlation` is that with the teacher's scores, `divergence` and the losses are in standard deviations of the teacher's scores.\n"
     elif task.names == "positions":
         lines += "\n`f1` is of all labels together (micro), `macro_f1` and `average_precision` are means over labels, `accuracy` is of single labels.\n"
     elif task.names == "places":
         lines += "\n`f1` is of the tokens of answers and `exact` of whole answers, over windows; `accuracy` is of their single ends.\n"
     elif "f1" in result.metrics:
-        lines += "\n`f1`, `precision` and `recall` are of entities, right where label and both ends are (without a class `O`: of words), `accuracy` is of words.\n"
+        lines += "\n`f1`, `precision` and `recall` are of entities, which are correct if label, start and end are (without a class `O`: of words); `accuracy` is of words.\n"
     if result.own_tokenizer is not None:
         lines += (
             "\n`nll`, `loss`, `perplexity` and `accuracy` are of its own tokens, which are not the teacher's: between tokenizers compare `bits_per_byte`. `agreement` and "

@@ -61,11 +61,11 @@ def whole_checkpoint(output: Path, file: str, origin: Any, *, resume: bool | Non
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s: was not written to its end; going back to the one before", path)
+            logger.warning("%s: is incomplete; using the checkpoint before it", path)
             continue
         _check_optimizer(path, resume)
         if not resume:
-            logger.info("%s: goes on from %s, which the same run has left", output, path.name)
+            logger.info("%s: resuming from %s of the same run", output, path.name)
         return str(path)
     return None
 
@@ -73,7 +73,7 @@ def whole_checkpoint(output: Path, file: str, origin: Any, *, resume: bool | Non
 def tell_of_new_start(output: Path, *, resume: bool = False) -> None:
     """Warn that training starts from the beginning, if the user may expect it to resume."""
     if resume or checkpoints(output):
-        logger.warning("%s: no whole checkpoint to resume from; starting anew", output)
+        logger.warning("%s: no complete checkpoint to resume from; training from the beginning", output)
 
 
 def _check_origin(output: Path, kept: Any, origin: Any, resume: bool | None) -> None:
@@ -82,14 +82,14 @@ def _check_origin(output: Path, kept: Any, origin: Any, resume: bool | None) -> 
     first = next(differences(*plain), None)
     if first is not None and resume:
         raise ContractError(
-            f"{output}: --resume: the checkpoints are of another run: {first}; use another --output, or train anew with --overwrite in place of --resume"
+            f"{output}: --resume: the checkpoints are of another run: {first}; use another --output, or give --overwrite instead of --resume to train from the beginning"
         )
     other = None if resume or kept.course is None else next(differences(kept.course, origin.course, "course"), None)
     if first or other:
-        again = "--resume to go on from them all the same, " if first is None and resume is not None else ""
+        again = "--resume to resume from them anyway, " if first is None and resume is not None else ""
         raise ContractError(
             f"{output}: holds the {'checkpoints' if checkpoints(output) else 'weights'} of another run that is not finished: {first or other}; "
-            f"use another --output, the same settings as before, {again}or --overwrite to train anew"
+            f"use another --output, the same settings as before, {again}or --overwrite to train again"
         )
 
 
@@ -99,6 +99,6 @@ def _check_optimizer(checkpoint: Path, resume: bool | None) -> None:
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
         before, after = ("--resume: ", " in place of --resume") if resume else ("", "")
         raise ContractError(
-            f"{checkpoint}: {before}expected the optimizer's state, found weights alone, as save_only_model keeps them; "
-            f"train anew with --overwrite{after}, and without save_only_model"
+            f"{checkpoint}: {before}expected an optimizer state, found weights only, as save_only_model saves them; "
+            f"train again with --overwrite{after}, and without save_only_model"
         )

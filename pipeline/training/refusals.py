@@ -102,7 +102,7 @@ def refuse_spans(loss: Loss, *, teacher_labels: bool, several_teachers: bool) ->
     """
     if loss.span_weight and teacher_labels:
         raise MisuseError(
-            "--span-weight: takes the likelihood of the text's own tokens, and --hard-labels teacher puts others in their place; leave one of them out"
+            "--span-weight: needs the text's own tokens as labels, and --hard-labels teacher replaces them; leave one of them out"
         )
     if loss.span_weight and several_teachers:
         raise MisuseError(
@@ -145,7 +145,7 @@ def refuse_evaluation(args: TrainingArguments) -> None:
     }
     for name, asked in evaluates.items():
         if asked:
-            raise MisuseError(f"training: {name}: a teacher is measured once, at the end; leave it out")
+            raise MisuseError(f"training: {name}: a teacher is evaluated once, at the end of training; leave it out")
     refuse_unevaluated(args, instead="a teacher is measured once, at the end: leave it out")
 
 
@@ -200,7 +200,9 @@ def choose_eval_split(
             f"trained on: {', '.join(trained_on)}); name one with --eval-split"
         )
     if asked in trained_on:
-        logger.warning("split %s: is trained on too: its metrics say nothing of other rows", asked)
+        logger.warning(
+            "split %s: the student is trained on it too: its metrics do not show how it performs on other rows", asked
+        )
     return asked
 
 
@@ -213,6 +215,6 @@ def refuse_position_weights(loss: Loss, task: Task, contract: Contract) -> None:
     known = isinstance(contract.encoding, Full) or "entropy" in contract.columns or not task.marks_positions
     if loss.position_weights != "equal" and not known:
         raise EncodingError(
-            f"--position-weights {loss.position_weights}: needs the teacher's entropy at each position, and this cache holds sums over rows; "
+            f"--position-weights {loss.position_weights}: needs the teacher's entropy at each position, and this cache stores only its sum over each row; "
             "cache again with --store-entropy"
         )

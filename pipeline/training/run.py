@@ -224,7 +224,7 @@ def fit(
     output = Path(str(args.output_dir))
     if not (output / ORIGIN).is_file() and any(_of_a_model(output)):
         raise MisuseError(
-            f"--output {output}: holds a model or a model card that train-student has not made, and would be overwritten; use another"
+            f"--output {output}: holds a model or a model card that train-student has not made, and would be overwritten; use another directory"
         )
     if not resume and not overwrite:
         _check_unfinished(output)
@@ -360,13 +360,13 @@ def _mixed(cache: Cache, mixture: Mixture | None) -> tuple[MixedCache, ...]:
 def _check_unfinished(output: Path) -> None:
     """Refuse to replace a finished student, or weights without a checkpoint to resume from."""
     if (output / _PROOF).is_file():
-        again = "--resume goes on from its newest checkpoint, " if checkpoints(output) else ""
+        again = "--resume to continue from its newest checkpoint, " if checkpoints(output) else ""
         raise MisuseError(
-            f"--output {output}: holds a finished student; use another, {again}--overwrite trains it anew"
+            f"--output {output}: holds a finished student; use another, {again}or --overwrite to train it again"
         )
     if model_files(output) and not checkpoints(output):
         raise MisuseError(
-            f"--output {output}: holds the weights of a student and no checkpoint to go on from; use another, --overwrite trains it anew"
+            f"--output {output}: holds the weights of a student and no checkpoint to resume from; use another, or --overwrite to train it again"
         )
 
 
@@ -380,7 +380,7 @@ def _checkpoint(output: Path, origin: Origin, *, resume: bool) -> str | None:
     found = whole_checkpoint(output, ORIGIN, origin, resume=resume)
     if found is None and (output / _PROOF).is_file():
         raise MisuseError(
-            f"--output {output}: holds a finished student and no whole checkpoint to resume from; use another, --overwrite trains it anew"
+            f"--output {output}: holds a finished student and no complete checkpoint to resume from; use another, or --overwrite to train it again"
         )
     if found is None:
         tell_of_new_start(output, resume=resume)

@@ -70,7 +70,7 @@ class SavingTrainer(Trainer):
         """
         if num_ranks() > 1 and args.world_size == 1:
             raise MisuseError(
-                f"training: torchrun has started {num_ranks()} ranks, and each would train alone and write to {args.output_dir}; set use_cpu where there is no GPU"
+                f"training: torchrun has started {num_ranks()} ranks without a process group: each would train separately and write to {args.output_dir}; set use_cpu if there is no GPU"
             )
         self.again = again
         self.scale = scale
@@ -187,7 +187,7 @@ class SavingTrainer(Trainer):
         if lacking:
             raise TrainingError(
                 f"{self.args.output_dir}: the checkpoint lacks {len(lacking)} weights of the model, such as {lacking[0]}; an earlier release saved them under other "
-                "names: train anew with --overwrite"
+                "names: train again with --overwrite"
             )
         super()._issue_warnings_after_load(load_result)
 
@@ -226,4 +226,4 @@ def _said(where: str, again: str) -> Iterator[None]:
             raise
         torn = "the disk is full or cannot be written" if isinstance(error, RuntimeError) else None
         said = f"{where}: {torn}" if torn else str(full_disk(Path(where), error)).partition("; what was")[0]
-        raise TrainingError(f"{said}; the checkpoints before are whole: free some space, then {again}") from error
+        raise TrainingError(f"{said}; the earlier checkpoints are complete: free some space, then {again}") from error

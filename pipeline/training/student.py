@@ -141,7 +141,7 @@ def add_adapter(task: Task, student: LoadedModel, config: TrainStudentConfig) ->
         raise MisuseError(f"--lora-r: PEFT has no name for --task {task.name}; leave it out")
     if task.problem_type is not None:
         raise MisuseError(
-            f"--lora-r: an adapter does not say that it {'gives scores' if task.target == 'score' else 'gives several labels at once'}, so that nothing could load it for --task {task.name}; leave it out"
+            f"--lora-r: an adapter_config.json does not record that the model {'gives scores' if task.target == 'score' else 'gives several labels at once'}, so that it could not be loaded for --task {task.name}; leave it out"
         )
     try:
         from peft import LoraConfig, get_peft_model
@@ -192,7 +192,7 @@ def check_fit(task: Task, contract: Contract, student: LoadedModel) -> None:
     stored = stored or task.reads == "images"
     if not same_tokenizer and not stored:
         raise ContractError(
-            f"{student.name}: the student has another tokenizer, and the cache holds no texts to tokenize anew; cache again with --store-text"
+            f"{student.name}: the student has another tokenizer, and the cache stores no texts to tokenize with it; cache again with --store-text"
         )
     found = task.num_classes(student.model, student.tokenizer)
     if task.names == "positions" and contract.label_names != class_names(student.model):
@@ -249,7 +249,7 @@ def _agreed_labels(
     if not generic and found != expected:
         i = next(i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1])
         raise ContractError(
-            f"{name}: label {i}: expected {expected[i]!r}, as in the cache, found {found[i]!r}; the soft labels would be read in another order"
+            f"{name}: label {i}: expected {expected[i]!r}, as in the cache, found {found[i]!r}; the soft labels would be assigned to the wrong labels"
         )
     return expected
 

@@ -253,7 +253,7 @@ def _check_output(config: TrainTeacherConfig) -> list[Path]:
     unfinished = (output / _ORIGIN).is_file() and not (output / _PROOF).is_file()  # whole_checkpoint checks its origin
     if found and not unfinished and not config.overwrite:
         what = "the checkpoints of a run" if not (model_files(output) or others) else "a finished model"
-        raise MisuseError(f"--output {config.output}: holds {what}; use another, or --overwrite to train anew")
+        raise MisuseError(f"--output {config.output}: holds {what}; use another, or --overwrite to train again")
     return found
 
 
@@ -323,7 +323,7 @@ def _tell_absent(
     absent = [name for i, name in enumerate(names) if i not in seen]
     if absent:
         logger.warning(
-            "%s: split %s: %d of %d classes have no row to learn from (%s); the teacher has them all the same: number labels from 0, or give --label-map DATA=MODEL",
+            "%s: split %s: %d of %d classes have no training row (%s), but are classes of the teacher; number labels from 0, or give --label-map DATA=MODEL",
             *(source.name, split, len(absent), len(names), listed(absent)),
         )
 
@@ -365,7 +365,10 @@ def _read(
             rows.append(item)
     if partial:
         logger.warning(
-            "%s: split %s: %d rows are left out, of which only some labels are known", source.name, split, partial
+            "%s: split %s: %d rows are left out because only some of their labels are known",
+            source.name,
+            split,
+            partial,
         )
     if bad:
         logger.warning(

@@ -268,7 +268,7 @@ class DistillationTrainer(SavingTrainer):
             weighted = zip(num_items_in_batch.tolist(), (*weights, self.loss.span_weight), strict=False)
             if not any(count * weight for count, weight in weighted):
                 raise TrainingError(
-                    f"{self._where(inputs)}: no position with a weight, hard or soft, so that there is nothing to learn from; "
+                    f"{self._where(inputs)}: no position has a hard or soft weight above 0, so there is nothing to train on; "
                     "give a larger --batch-size, or a --soft-weight"
                 )
         try:
@@ -278,7 +278,7 @@ class DistillationTrainer(SavingTrainer):
         if not torch.isfinite(found["total"]):
             raise TrainingError(
                 f"{self._where(inputs)}: expected a finite loss, found {float(found['total'].detach())} (hard {float(found['hard_sum']):.4g}, "
-                f"soft {float(found['soft_sum']):.4g}, spans {float(found['span_sum']):.4g}); the checkpoints before are whole; train anew with a lower --learning-rate"
+                f"soft {float(found['soft_sum']):.4g}, spans {float(found['span_sum']):.4g}); the earlier checkpoints are complete; train again with a lower --learning-rate"
             )
         if model.training:
             self._where_last = self._where(inputs)
@@ -292,8 +292,8 @@ class DistillationTrainer(SavingTrainer):
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise TrainingError(
-                f"{self._where_last}: expected a finite gradient, found a norm of {float(norm)}; the checkpoints before are whole; "
-                "train anew with a lower --learning-rate"
+                f"{self._where_last}: expected a finite gradient, found a norm of {float(norm)}; the earlier checkpoints are complete; "
+                "train again with a lower --learning-rate"
             )
         return norm
 

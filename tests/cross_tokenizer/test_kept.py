@@ -52,7 +52,7 @@ def test_a_truncated_file_is_made_again_and_said(tmp_path, cached, caplog):
         file.write_bytes(damage)
         caplog.clear()
         assert rows_of(view_of(cached, path)) == rows
-        assert f"{file}: is damaged: it is made again" in caplog.text
+        assert f"{file}: is damaged and is computed again" in caplog.text
 
 
 def test_a_file_of_other_rows_is_made_again(tmp_path, cached, caplog):
@@ -88,7 +88,7 @@ def test_a_damaged_map_is_made_again(tmp_path, cached, caplog):
         file.write_bytes(damage)
         caplog.clear()
         assert view_of(cached, path).vocabulary_map.first_token.tolist() == first_token
-        assert "map.npz: is damaged: it is made again" in caplog.text
+        assert "map.npz: is damaged and is computed again" in caplog.text
         assert file.read_bytes() == whole
 
 

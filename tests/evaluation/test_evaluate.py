@@ -154,7 +154,7 @@ def test_continuations_of_every_model(tmp_path, lm_tokenizer, documents, save_te
     assert [c.prompt for c in report.continuations] == ["the cat", "a"]
     for continuation in report.continuations:
         assert continuation.texts["copy"] == continuation.texts["teacher"]
-    assert "'the cat' goes on:" in format_table(report)
+    assert "'the cat' continues:" in format_table(report)
     with pytest.raises(MisuseError, match="--prompt is for language models"):
         run(EvaluateConfig(cache=str(cache.root), student=(f"copy={classifier}",), prompt=("the",)))
 

@@ -274,7 +274,7 @@ def test_numbers_are_class_ids(encoder, kind):
     assert "6 classes (1 without a row, numbers being class ids from 0): 1 16," in said()
     write_jsonl("d.jsonl", [{**row, "label": kind(-1 + i % 3)} for i, row in enumerate(rows())])
     init(dataset="d.jsonl", model=encoder, overwrite=True)
-    assert "Caution: -1 on 27 rows is read as: no label." in said()
+    assert "Caution: -1 on 27 rows means: no label." in said()
     write_jsonl("d.jsonl", [{**row, "label": kind(100 + 100 * (i % 3))} for i, row in enumerate(rows())])
     with pytest.raises(
         SourceError, match="found only 100, 200, 300, which would make 301 classes; write names instead"

@@ -117,13 +117,13 @@ def test_sigterm_saves_a_checkpoint_of_all_ranks_and_the_same_command_goes_on(
         assert stopped.returncode != 0
         assert stopped.stderr.count(f"saved checkpoint-{step}") == 1, stopped.stderr
         assert stopped.stderr.count("Error: interrupted; what was finished is kept") == 2  # once for each rank
-        assert (f"goes on from checkpoint-{before}" in stopped.stderr) == (before is not None)
+        assert (f"resuming from checkpoint-{before}" in stopped.stderr) == (before is not None)
         assert json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())["global_step"] == step
         assert len(list((out / f"checkpoint-{step}").glob("rng_state_*.pth"))) == 2
         assert not (out / "distillation.json").exists()
     done = start("rank -1")
     assert done.returncode == 0, done.stderr
-    assert "goes on from checkpoint-4" in done.stderr
+    assert "resuming from checkpoint-4" in done.stderr
     alone = {"max_steps": 6, "batch_size": 4, "output": str(tmp_path / "alone")}
     train_student(TrainStudentConfig(cache=(str(tmp_path / "cache"),), student=str(student), **alone))
     assert json.loads((out / "distillation.json").read_text())["steps"] == 6

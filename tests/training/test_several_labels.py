@@ -242,7 +242,7 @@ def test_rows_of_which_some_labels_are_not_known(tmp_path, bert_tokenizer, cache
     settings = {"task": TASK, "data": DataConfig(dataset=str(folder), label_column="flags", label_map=())}
     base = pretrained(tmp_path / "small", bert_tokenizer, **SMALL)
     train_teacher(TrainTeacherConfig(**settings, model=str(base), output=str(tmp_path / "other"), max_steps=2))
-    assert "split train: 90 rows are left out, of which only some labels are known" in caplog.text
+    assert "split train: 90 rows are left out because only some of their labels are known" in caplog.text
     found = softlabel.cache_logits(str(teacher), data, tmp_path / "c", task=TASK, columns=Columns(label="flags"))
     labels = np.concatenate([row.example.labels for row in found.dataset("train")])
     assert (labels == NO_LABEL).sum() == 3 * 30 + 90

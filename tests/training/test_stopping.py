@@ -88,7 +88,7 @@ def test_a_student_is_not_replaced_unasked_and_an_unfinished_one_goes_on(setting
 
     with caplog.at_level("INFO", logger="pipeline"):
         assert run(settings).steps == 4
-    assert "goes on from checkpoint-2" in caplog.text
+    assert "resuming from checkpoint-2" in caplog.text
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out).items())
 
     run(dataclasses.replace(settings, overwrite=True, max_steps=3, training={"save_strategy": "no"}))

@@ -182,7 +182,7 @@ def test_the_same_command_goes_on_from_its_last_whole_checkpoint(
     with caplog.at_level("INFO", logger="pipeline"):
         train_teacher(plain)
     assert "checkpoint-4: was not written to its end" in caplog.text
-    assert "goes on from checkpoint-2" in caplog.text
+    assert "resuming from checkpoint-2" in caplog.text
     train_teacher(dataclasses.replace(plain, output=str(tmp_path / "whole"), training={}))
     whole = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out).items())

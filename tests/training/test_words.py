@@ -143,7 +143,9 @@ def test_without_the_words_another_tokenizer_is_refused(tmp_path, teacher, lm_to
     )
     assert "position_words" not in bare.manifest.contract.columns
     assert bare.dataset("train")[0].example.words is None
-    with pytest.raises(ContractError, match="the cache holds no texts to tokenize anew; cache again with --store-text"):
+    with pytest.raises(
+        ContractError, match="the cache stores no texts to tokenize with it; cache again with --store-text"
+    ):
         train(bare, pretrained(tmp_path / "start", lm_tokenizer), tmp_path / "student")
 
 
@@ -162,7 +164,7 @@ def test_rows_of_ones_own_are_written(tmp_path, bert_tokenizer, lm_tokenizer):
     assert (first.words, first.labels.tolist()) == (("a", "b"), [0, NO_LABEL])
     assert (second.words, second.labels.tolist()) == (("c", "d"), [NO_LABEL, NO_LABEL])
     bare = written(tmp_path / "b", bert_tokenizer, {"text": "a b"})
-    with pytest.raises(ContractError, match="the cache holds no texts to tokenize anew"):
+    with pytest.raises(ContractError, match="the cache stores no texts to tokenize with it"):
         train(bare, pretrained(tmp_path / "start", lm_tokenizer), tmp_path / "student")
 
 

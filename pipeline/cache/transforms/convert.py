@@ -94,7 +94,7 @@ def _uniforms(block: RowBlock, encoding: Encoding, split: str, seed: int) -> Ten
     the numbers that the stored sample was drawn with.
     """
     if isinstance(block.encoding, Sampled) and isinstance(encoding, Sampled):
-        split = f"{split} sampled anew at {encoding.sample_size}"
+        split = f"{split} sampled again at {encoding.sample_size}"
     numbers = zip(
         block.numbers["source_row"].tolist(), block.numbers["piece"].tolist(), positions_in_rows(block), strict=True
     )

@@ -16,7 +16,7 @@ def tokenizer_notes(subjects: Sequence[Subject]) -> tuple[str, ...]:
     return (
         f"Another tokenizer than the teacher's: {names}. Models are compared by bits per byte of text, each over its own tokens of the same rows.",
         *(_bytes_and_positions(subject) for subject in own),
-        f"Left out of {names}, since they are of other tokens than the teacher's: loss, perplexity, accuracy, Brier score, NLL, and the errors of the teacher that are mended.",
+        f"Left out for {names}, whose tokens are not the teacher's: loss, perplexity, accuracy, Brier score, NLL, and the share of corrected teacher errors.",
         f"Agreement, KL and Jensen-Shannon divergence of {names} are over the positions that are aligned with the teacher's, whose distribution is mapped to the model's "
         "tokens. Where the encoding samples, the teacher's entropy stands for that of the mapped distribution, which is at most as large, so that KL is rather too small; "
         "without --store-entropy it is a row's mean entropy.",

@@ -15,7 +15,7 @@ def uncertainty(found: Measured, num_seeds: int) -> str:
     if found.both is not None:
         return f"95% interval over rows and {num_seeds} seeds"
     return "95% interval over rows; " + (
-        "one seed, so that it says nothing of others" if num_seeds == 1 else f"mean over {num_seeds} seeds"
+        "one seed: variation between seeds is not covered" if num_seeds == 1 else f"mean over {num_seeds} seeds"
     )
 
 

@@ -131,7 +131,7 @@ def _quality(report: Report) -> Section:
                     (s.student, s.control, s.metric, "-" if s.share is None else with_interval(s.share, share=True))
                     for s in report.gap_shares
                 ),
-                ("no figure: the control is not clearly behind the teacher, so that there is no gap to speak of",),
+                ("no figure: the control is not clearly behind the teacher, so that there is no gap to close",),
             )
         )
     if report.comparisons:

@@ -56,7 +56,9 @@ def reporting(output: str, asked: Sequence[str], extra: Mapping[str, Any]) -> di
         raise MisuseError(f"{flags}: the training section has report_to: {extra['report_to']!r} too; keep one of them")
     names = list(dict.fromkeys(asked))
     if len(names) > 1 and {"none", "all"} & set(names):
-        raise MisuseError(f"{flags}: none and all stand alone; drop them, or the others")
+        raise MisuseError(
+            f"{flags}: none and all cannot be combined with other services; leave them out, or the others"
+        )
     if names[0] not in ("none", "all"):
         check_installed(names, "--report-to")
     return {**found, "report_to": names[0] if names[0] in ("none", "all") else names}

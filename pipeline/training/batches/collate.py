@@ -373,7 +373,7 @@ def _check_whole(block: RowBlock, tokenized: Sequence[TokenizedExample | BadRow]
     if bad is not None:
         raise ContractError(
             f"source row {block.numbers['source_row'][bad.source_row]}: the student's tokenizer cannot read the row: {bad.reason}; "
-            "take such rows out with filter, or choose another student"
+            'remove such rows with "softlabel filter", or choose another student'
         )
 
 

@@ -253,8 +253,8 @@ class Proportions:
             count = min(len(pool), round(most * share))
             if not count:
                 raise TrainingError(
-                    f"--proportion: cache {number + 1} would give no row to an epoch of {most:.1f} rows, the most that the others "
-                    f"have at their shares (its share is {share:.3g}); give it a larger one, or the others more rows"
+                    f"--proportion: cache {number + 1} has no row in an epoch of {most:.1f} rows, the most that the other caches "
+                    f"allow at their shares (its share is {share:.3g}); give it a larger share, or the other caches more rows"
                 )
             order = np.random.default_rng([self.seed, number]).permutation(pool)
             mask[order[(epoch * count + np.arange(count)) % len(order)]] = True
@@ -310,7 +310,7 @@ def _check_positions(first: RowBlock, other: RowBlock) -> None:
             differ = np.searchsorted(ours.offsets, np.flatnonzero(ours.values != theirs.values), side="right") - 1
     if len(differ):
         raise ContractError(
-            f"source row {first.numbers['source_row'][differ[0]]}: the teachers have labelled other positions of it than each other; cache it again with the same columns and template"
+            f"source row {first.numbers['source_row'][differ[0]]}: the teachers labelled different positions of this row; cache it again with the same columns and template"
         )
 
 

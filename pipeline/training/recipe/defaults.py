@@ -67,7 +67,7 @@ def choose_loss(encoding: Encoding, *, predicts_tokens: bool, ranks: bool = Fals
     if ranks:
         return Loss(
             0.0, 1.0, divergence="margin-mse"
-        ), "a ranking; its labels are mostly on another scale than the teacher's scores"
+        ), "a ranking, whose labels are usually on another scale than the teacher's scores"
     if predicts_tokens:
         return Loss(0.5, 0.5), "a language model"
     if isinstance(encoding, Score):

@@ -111,7 +111,7 @@ def make_recipe(
     measured = _measured(config, cache, mixture, loss, steps, rows_per_step)
     metric = "agreement" if _learns_labels(loss) and config.hard_labels == "teacher" else "loss"
     if _learns_labels(loss) and config.hard_labels == "data":
-        reason += ", labelled or not, as a student of the soft labels"
+        reason += ", labelled or not, as for a student of the soft labels"
     asked_for = not measured.rows and bool(config.early_stopping)
     choices.append(Choice("steps", f"at most {steps:,}" if measured.rows or asked_for else f"{steps:,}", reason))
     if asked_for:  # without a split to evaluate on, the trainer raises an error
@@ -148,7 +148,7 @@ def _warn_of_units(cache: Cache, splits: Sequence[str]) -> None:
         if abs(known.mean() - mean) > std or not 0.5 < known.std() / std < 2:
             logger.warning(
                 "%s: output %d: the data's scores (mean %.3g, standard deviation %.3g) are in another unit than the teacher's (mean %.3g, standard deviation %.3g), "
-                "and the two terms of the loss pull apart; give --hard-weight 0, or cache with a teacher that was trained on these",
+                "so that the hard and the soft term have different targets; give --hard-weight 0, or cache with a teacher that was trained on these",
                 *(cache.where, output, known.mean(), known.std(), mean, std),
             )
 
@@ -240,7 +240,7 @@ def _measured(
         return _Measured(0, f"{why}, and too few rows to hold some out")
     rows, names = held_out.num_measured, ", ".join(config.split)
     equal = (
-        f"; {held_out.num_equal:,} more of {'the same lists' if task.ranks else 'equal content'} are not learnt"
+        f"; {held_out.num_equal:,} more of {'the same lists' if task.ranks else 'equal content'} are not trained on"
         if held_out.num_equal
         else ""
     )

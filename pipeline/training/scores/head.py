@@ -37,7 +37,7 @@ def standardized(model: Any, scale: Scale | None) -> Iterator[None]:
     head = _standardize(model, scale)
     if head is None:
         logger.warning(
-            "%s: no linear layer gives its scores: it is trained in the unit of the data (mean %s, standard deviation %s), which takes long where that is far from 0 and 1",
+            "%s: found no linear layer that gives its scores: it is trained in the unit of the data (mean %s, standard deviation %s), which is slow where that is far from 0 and 1",
             *(type(model).__name__, _listed(scale.mean), _listed(scale.std)),
         )
     setattr(model, _ACTIVE, True)
@@ -86,7 +86,7 @@ def _standardize(model: Any, learnt: Scale) -> _StandardHead | None:
     if layer.bias is None:
         if (np.abs(learnt.mean) > learnt.std).any():
             logger.warning(
-                "%s: its last layer has no bias, and the scores are far from 0 (mean %s, standard deviation %s): it learns them slowly or not at all; subtract the mean from the data, or "
+                "%s: its last layer has no bias, and the scores are far from 0 (mean %s, standard deviation %s): training is slow or fails; subtract the mean from the data, or "
                 "use a --divergence of lists",
                 *(type(model).__name__, _listed(learnt.mean), _listed(learnt.std)),
             )

@@ -47,7 +47,7 @@ def check_score_loss(loss: Loss, *, is_score: bool, has_groups: bool, teacher_la
         return
     if teacher_labels:
         raise MisuseError(
-            "--hard-labels teacher: a score has no most likely class to stand for the label; leave it out, the soft term learns the teacher's scores"
+            "--hard-labels teacher: scores have no most likely class to use as the label; leave it out: the soft term learns the teacher's scores"
         )
     if loss.divergence in BY_GROUP and not has_groups:
         raise MisuseError(

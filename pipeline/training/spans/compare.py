@@ -109,7 +109,7 @@ def check_spans(spans: Spans, labels: Tensor) -> None:
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise TrainingError(
-            f"aligned spans: span {first} counts, and {int(known[first])} of its {int(lengths[first])} positions have a hard label; "
+            f"aligned spans: span {first} has a weight above 0, and only {int(known[first])} of its {int(lengths[first])} positions have a hard label; "
             "its weight must be 0, or its owner complete"
         )
 
