@@ -443,18 +443,60 @@ def test_an_edited_manifest_is_found(make, read, change, message):
         page["load_manifest"](path.parent)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda contract, shard: contract.update(task="poems"), "unknown task or encoding: poems"),
+        (lambda contract, shard: contract["encoding"].update(kind="half"), "unknown task or encoding"),
+        (lambda contract, shard: contract["encoding"].update(scale=2), "unknown task or encoding"),
+        (lambda contract, shard: contract["tokenization"].update(reversed=True), "unknown keys: {'reversed'}"),
+        (lambda contract, shard: shard.update(name="../data/train-00000"), "shard names"),
+    ],
+)
+def test_what_a_reader_must_refuse_is_refused_under_valid_hashes(make, read, change, message):
+    path = make("classes full").root / "manifest.json"
+    page = read()
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    change(manifest["contract"], manifest["shards"][0])
+    manifest["cache_id"] = page["canonical_sha256"]([manifest["contract"], manifest["shards"]])
+    manifest["sha256"] = page["canonical_sha256"]({**manifest, "sha256": ""})
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        page["load_manifest"](path.parent)
+
+
+def test_the_names_that_the_page_accepts_are_all_there_are(read, make):
+    make("classes full")
+    page = read()
+    assert set(page["TASKS"]) == set(TASKS)
+    assert set(page["TOKENIZATION"]) == {field.name for field in dataclasses.fields(records.Tokenization)}
+    for encoding in (Full(), TopK(50), TopP(0.9), Sampled(), Score()):
+        assert page["ENCODINGS"][encoding.kind] == set(dataclasses.asdict(encoding))
+    assert page["NAME"].pattern == sanity.NAME.pattern
+
+
 def test_a_changed_shard_is_found(make, read):
     cache = make("classes full")
     page = read()
-    shard = page["manifest"]["shards"][0]
+    shard, contract = page["manifest"]["shards"][0], page["manifest"]["contract"]
     path = cache.root / "data" / f"{shard['name']}.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:99] + bytes([whole[99] ^ 4]) + whole[100:])
     with pytest.raises(ValueError, match=r"train-00000\.parquet: differs from manifest"):
-        page["check_shard"](cache.root, shard)
+        page["check_shard"](cache.root, shard, contract)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="the footer differs"):
-        page["check_shard"](cache.root, {**shard, "footer_sha256": "0" * 64})
+        page["check_shard"](cache.root, {**shard, "footer_sha256": "0" * 64}, contract)
+    with pytest.raises(ValueError, match=r"expected the row groups \[1, 1\]"):
+        page["check_shard"](cache.root, {**shard, "row_groups": [1, 1]}, contract)
+    with pytest.raises(ValueError, match="expected the columns"):
+        page["check_shard"](cache.root, shard, {**contract, "columns": {**contract["columns"], "text": "int32"}})
+
+
+def repeat_a_class(row: dict[str, Any]) -> None:
+    row["top_count"][0] += 1
+    for name in ("top_ids", "top_weights"):
+        row[name].insert(0, row[name][0])
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -463,6 +505,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "supervised: expected": lambda row: row["supervised"].append(False),
     "document_lengths: expected": lambda row: row["document_lengths"].append(1),
     "top_ids: expected their number": lambda row: row["top_count"].__setitem__(0, row["top_count"][0] + 1),
+    "top_ids: expected each class once": repeat_a_class,
+    "supervised: expected a position": lambda row: row.update(supervised=[False] * len(row["supervised"])),
     "top_ids: expected 0 to": lambda row: row["top_ids"].__setitem__(0, 320),
     "top_weights: expected 0 to 16": lambda row: row["top_weights"].__setitem__(0, 17),
     "tail_count: expected N": lambda row: row["tail_count"].append(0),
@@ -492,7 +536,7 @@ def test_the_blocks_use_nothing_of_ours():
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
     }
-    assert modules == {"duckdb", "hashlib", "json", "math", "numpy", "pathlib", "pyarrow.parquet"}
+    assert modules == {"duckdb", "hashlib", "json", "math", "numpy", "pathlib", "pyarrow.parquet", "re"}
 
 
 def test_every_column_and_task_stands_in_a_table():
