@@ -157,7 +157,7 @@ docs: $(STAMP_DOCS) ## the documentation as a site in build/site; broken links, 
 lint: $(STAMP) ## formatting, lint rules of code and Markdown, and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(VENV)/bin/pymarkdown scan README.md CHANGELOG.md data/README.md docs
+	$(VENV)/bin/pymarkdown scan README.md CHANGELOG.md CONTRIBUTING.md data/README.md docs
 	$(PY) -m mypy
 
 .PHONY: check

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -447,6 +447,16 @@ class Score:
 
 
 Encoding = Full | TopK | TopP | Sampled | Score
+
+
+def check_is_encoding(found: object) -> None:
+    """Refuse anything but an encoding, such as its name.
+
+    Raises:
+        MisuseError: `found` is not an encoding.
+    """
+    if not isinstance(found, Encoding):
+        raise MisuseError(f"encoding: expected Full(), TopK(...), TopP(...), Sampled(...) or Score(), found {found!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -981,6 +991,29 @@ Divergence = Literal[
     "margin-mse",
     "listwise-kl",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceKind:
+    """Properties of a divergence besides its formula."""
+
+    power: int
+    """The power of T that the divergence is multiplied by; 0: it has no temperature."""
+    mixture: float | None = None
+    """Default share of the teacher in the mixture distribution; None: there is no mixture."""
+
+
+DIVERGENCE_KINDS: dict[Divergence, DivergenceKind] = {
+    "forward-kl": DivergenceKind(2),
+    "reverse-kl": DivergenceKind(2),
+    "jensen-shannon": DivergenceKind(2, mixture=0.5),
+    "skewed-kl": DivergenceKind(2, mixture=0.1),
+    "total-variation": DivergenceKind(1),
+    "logit-mse": DivergenceKind(0),
+    "mse": DivergenceKind(0),
+    "margin-mse": DivergenceKind(0),
+    "listwise-kl": DivergenceKind(2),
+}
 Schedule = Literal["constant", "linear", "cosine", "warmup-stable-decay"]
 PositionWeights = Literal["equal", "certainty", "uncertainty"]
 
@@ -1035,10 +1068,17 @@ class Loss:
             raise MisuseError("--span-temperature goes with a --span-weight above 0")
         if self.span_temperature is not None and not 0 < self.span_temperature < math.inf:
             raise MisuseError(f"--span-temperature: expected above 0, found {self.span_temperature}")
-        if self.mixture is not None and self.divergence not in ("jensen-shannon", "skewed-kl"):
-            raise MisuseError(
-                f"--mixture goes with --divergence jensen-shannon or skewed-kl, found --divergence {self.divergence}"
-            )
+        for flag, value, choices in (
+            ("--divergence", self.divergence, tuple(DIVERGENCE_KINDS)),
+            ("--tail-policy", self.tail, ("ghost", "renormalize", "ignore")),
+            ("--weight-schedule", self.schedule, get_args(Schedule)),
+            ("--position-weights", self.position_weights, get_args(PositionWeights)),
+        ):
+            if value not in choices:
+                raise MisuseError(f"{flag}: expected one of {', '.join(choices)}, found {value!r}")
+        if self.mixture is not None and DIVERGENCE_KINDS[self.divergence].mixture is None:
+            mixed = " or ".join(name for name, kind in DIVERGENCE_KINDS.items() if kind.mixture is not None)
+            raise MisuseError(f"--mixture goes with --divergence {mixed}, found --divergence {self.divergence}")
         if self.mixture is not None and not 0 < self.mixture < 1:
             raise MisuseError(f"--mixture: expected between 0 and 1, found {self.mixture}")
         ends = (self.hard_weight_end, self.soft_weight_end)

@@ -211,13 +211,15 @@ def test_one_seed_in_all_rounds_is_warned_of(tmp_path, caplog):
     assert warnings_of(caplog, load(tmp_path, rounds=3, **share)) == []
     share["generate"] = {**share["generate"], "seed": 7}
     (line,) = warnings_of(caplog, load(tmp_path, rounds=3, **share))
-    assert line.startswith("generate: seed 7 on the same prompts in round 1 and in round 2: the same random numbers")
+    assert line.startswith(
+        "generate: seed 7 on the same prompts in round 1 and in round 2: equal prompts get equal random"
+    )
     for others in ({"rows": "{previous}0:{round}0"}, {"temperature": 0}, {"dataset": "p-{round}"}):
         share["generate"] |= others
         assert warnings_of(caplog, load(tmp_path, rounds=3, **share)) == [], others
     share = changed("train-student", proportion=[0.5, 0.5])
     (line,) = warnings_of(caplog, load(tmp_path, rounds=3, **share))
-    assert line.startswith("train-student: seed 0 in round 1 and in round 2: its proportion of off is of the same rows")
+    assert line.startswith("train-student: seed 0 in round 1 and in round 2: its proportion of off takes the same rows")
     assert warnings_of(caplog, load(tmp_path, rounds=1, **share)) == []
 
 
@@ -225,7 +227,7 @@ def test_held_out_rows_that_a_student_writes_after_are_warned_of(tmp_path, caplo
     file = load(tmp_path, rounds=2, data={"holdout": 0.1}, **changed("generate", dataset="./d"))
     lines = warnings_of(caplog, file)
     assert [line.partition(":")[0] for line in lines] == ["cache-logits c-1", "generate w-1"]
-    assert "holdout 0.1 sets aside rows of what was written" in lines[0]
+    assert "holdout 0.1 sets aside some of the generated rows" in lines[0]
     assert "those that holdout 0.1 sets aside as test in off included" in lines[1]
     off, own = EACH["cache-logits"]
     own = {**own, "data": {**own["data"], "holdout": 0}}

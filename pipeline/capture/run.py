@@ -29,7 +29,7 @@ from pipeline.config.capture import SERVED_TOP_K
 from pipeline.errors import MisuseError
 from pipeline.models import LoadedModel, load_model, load_tokenizer
 from pipeline.models.processors import in_place_of_tokenizer, is_image_processor
-from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK, Views
+from pipeline.records import AssistantTurns, Columns, Encoding, Judging, Tokenization, TopK, Views, check_is_encoding
 from pipeline.sources import Source, from_datasets, load_source, with_unlabelled
 from pipeline.tasks import Task, check_columns, get_task
 
@@ -129,6 +129,8 @@ def cache_logits(
     """
     chosen = get_task(task)
     _check_known(settings)
+    if encoding is not None:
+        check_is_encoding(encoding)
     servers = (server,) if isinstance(server, str) else tuple(server)
     judging = _judging(prompt_template, label_text, settings)
     if servers and encoding is None and judging is None:

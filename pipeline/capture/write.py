@@ -49,6 +49,7 @@ from pipeline.records import (
     ShardPlan,
     SourceInfo,
     Tokenization,
+    check_is_encoding,
 )
 from pipeline.softlabels import concatenate, counter_uniforms, narrow
 from pipeline.sources.files.loading import redact
@@ -107,6 +108,7 @@ def write_cache(
         CacheError: see the subclasses; for example, soft labels that do not fit the tokens.
     """
     chosen = get_task(task)
+    check_is_encoding(encoding)
     if chosen.names == "positions" and not label_names:
         raise MisuseError("write_cache: give label_names=...: rows have one position per name")
     if chosen.names == "places":

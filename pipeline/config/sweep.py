@@ -15,7 +15,7 @@ from pipeline.config.options import (
     training_option,
 )
 from pipeline.errors import MisuseError
-from pipeline.records import Divergence, Loss
+from pipeline.records import DIVERGENCE_KINDS, Divergence, Loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class SweepConfig:
         """The distinct losses among all combinations of weights, divergences and temperatures.
 
         Divergence and temperature have no effect without a soft term, and temperature has none on
-        the squared distance of logits; such combinations occur once.
+        a divergence without one; such combinations occur once.
         """
         found = []
         for text in self.weights:
@@ -112,7 +112,7 @@ class SweepConfig:
                     plain = Loss(hard, soft, temperature, kind, self.tail_policy)
                     if not soft:  # Adam is invariant to the scale of a loss with a single term
                         plain = Loss(1.0, 0.0)
-                    elif kind == "logit-mse":
+                    elif not DIVERGENCE_KINDS[kind].power:
                         plain = Loss(hard, soft, 1.0, kind, self.tail_policy)
                     found.append(plain)
         return tuple(dict.fromkeys(found))

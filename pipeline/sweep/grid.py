@@ -13,7 +13,7 @@ from pipeline.config.options import name_and_path
 from pipeline.config.sweep import parse_layers, parse_shape
 from pipeline.errors import MisuseError
 from pipeline.models.initialize import Shape
-from pipeline.records import Loss
+from pipeline.records import DIVERGENCE_KINDS, Loss
 
 Role = Literal["student", "control"]
 
@@ -142,7 +142,8 @@ def _loss_name(loss: Loss, teacher_labels: bool) -> str:
     if not loss.soft_weight:
         return "teacher-labels" if teacher_labels else "labels"
     kind = "" if loss.divergence == "forward-kl" else f"-{loss.divergence}"
-    temperature = "" if loss.temperature is None or loss.divergence == "logit-mse" else f"-T{loss.temperature:g}"
+    has_temperature = loss.temperature is not None and DIVERGENCE_KINDS[loss.divergence].power
+    temperature = f"-T{loss.temperature:g}" if has_temperature else ""
     return f"{loss.hard_weight:g}-{loss.soft_weight:g}{kind}{temperature}"
 
 

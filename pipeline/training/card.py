@@ -21,9 +21,8 @@ from pipeline.cache import Cache
 from pipeline.cache.views.provenance import rows_text
 from pipeline.models import LoadedModel, public_name
 from pipeline.models.processors import image_size
-from pipeline.records import Encoding, Loss, ModelInfo, SourceInfo, TrainResult
+from pipeline.records import DIVERGENCE_KINDS, Encoding, Loss, ModelInfo, SourceInfo, TrainResult
 from pipeline.tasks import Task, get_task
-from pipeline.training.divergences import MIXTURE
 from pipeline.training.scores import DIVERGENCES
 from pipeline.training.spans import span_temperature
 
@@ -192,11 +191,10 @@ def describe_loss(loss: Loss, *, teacher_labels: bool = False) -> str:
         kind = "squared error, in standard deviations," if loss.divergence in DIVERGENCES else "cross-entropy"
         terms.append(f"{weight} * {kind} with {labels}")
     if loss.soft_weight or loss.soft_weight_end:
-        factor = dict.fromkeys(("logit-mse", "mse", "margin-mse"), "") | {"total-variation": "T * "}
+        power = DIVERGENCE_KINDS[loss.divergence].power
+        factor = ("", "T * ")[power] if power < 2 else f"T^{power} * "
         weight = _weight(loss.soft_weight, loss.soft_weight_end, loss.schedule)
-        terms.append(
-            f"{weight} * {factor.get(loss.divergence, 'T^2 * ')}{loss.divergence} from the teacher{_details(loss)}"
-        )
+        terms.append(f"{weight} * {factor}{loss.divergence} from the teacher{_details(loss)}")
     if loss.span_weight:
         terms.append(
             f"{loss.span_weight:g} * binary KL from the teacher over aligned spans at tau = {span_temperature(loss):g}"
@@ -216,10 +214,11 @@ def _weight(start: float, end: float | None, schedule: str) -> str:
 def _details(loss: Loss) -> str:
     """Return temperature, mixture, tail and position weights that differ from the defaults."""
     details = []
-    if loss.divergence not in ("logit-mse", "mse", "margin-mse") and loss.temperature is not None:
+    kind = DIVERGENCE_KINDS[loss.divergence]
+    if kind.power and loss.temperature is not None:
         details.append(f" at T = {loss.temperature:g}")
-    if loss.divergence in MIXTURE:
-        share = MIXTURE[loss.divergence] if loss.mixture is None else loss.mixture
+    if kind.mixture is not None:
+        share = kind.mixture if loss.mixture is None else loss.mixture
         details.append(f", the teacher's share in the mixture {share:g}")
     if loss.tail != "ghost":
         details.append(f", classes outside the top: {loss.tail}")

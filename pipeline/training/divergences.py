@@ -27,20 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EncodingError, MisuseError
-from pipeline.records import Divergence, Encoding, Full, Loss, Sampled, Target
-
-#: The power of T that each divergence is multiplied by.
-_POWER: dict[Divergence, int] = {
-    "forward-kl": 2,
-    "reverse-kl": 2,
-    "jensen-shannon": 2,
-    "skewed-kl": 2,
-    "total-variation": 1,
-    "logit-mse": 0,
-}
-
-#: Default share of the teacher in the mixture (b or a above).
-MIXTURE: dict[Divergence, float] = {"jensen-shannon": 0.5, "skewed-kl": 0.1}
+from pipeline.records import DIVERGENCE_KINDS, Divergence, Encoding, Full, Loss, Sampled, Target
 
 
 def check_divergence(encoding: Encoding, loss: Loss, *, is_mapped: bool = False) -> None:
@@ -80,7 +67,7 @@ def check_divergence(encoding: Encoding, loss: Loss, *, is_mapped: bool = False)
 
 def scale_of(kind: Divergence, temperature: float) -> float:
     """Return the factor, a power of T, that a divergence is multiplied by."""
-    return float(temperature ** _POWER[kind])
+    return float(temperature ** DIVERGENCE_KINDS[kind].power)
 
 
 def divergence(
@@ -105,16 +92,9 @@ def divergence(
         return forward_kl(logits, target, temperature=temperature)
     if kind == "logit-mse":
         return _logit_mse(logits, target, temperature)
-    log_p, log_outside = _log_buckets(logits / temperature, target)
-    owner = owners(target)
-    share = MIXTURE.get(kind, 0.5) if mixture is None else mixture
-    terms = _pointwise(kind, target.weights.to(log_p.dtype), log_p, share)
-    total = torch.zeros(len(target), dtype=log_p.dtype, device=log_p.device).index_add(0, owner, terms)
-    if target.log_residual is None or log_outside is None:
-        return total
-    some, log_out = log_outside
-    rest = target.log_residual.to(log_p.dtype).exp()[some]
-    return total.index_add(0, some, _pointwise(kind, rest, log_out, share))
+    owner, q, log_p = _buckets(logits / temperature, target)
+    terms = _pointwise(kind, q, log_p, DIVERGENCE_KINDS[kind].mixture if mixture is None else mixture)
+    return torch.zeros(len(target), dtype=log_p.dtype, device=log_p.device).index_add(0, owner, terms)
 
 
 def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
@@ -124,17 +104,11 @@ def forward_kl(logits: Tensor, target: Target, *, temperature: float) -> Tensor:
     """
     scaled = logits / temperature
     if _has_every_class_in_order(target, logits):  # no need to gather
-        log_q = torch.log_softmax(scaled, -1)
-        weights = target.weights.to(log_q.dtype).view_as(log_q)
-        return target.negative_entropy.to(log_q.dtype) - (weights * log_q).sum(-1)
-    log_p, log_outside = _log_buckets(scaled, target)
-    weights = target.weights.to(log_p.dtype)
-    total = target.negative_entropy.to(log_p.dtype).index_add(0, owners(target), -weights * log_p)
-    if target.log_residual is None or log_outside is None:
-        return total
-    some, log_out = log_outside
-    rest = target.log_residual.to(log_p.dtype).exp()[some]
-    return total.index_add(0, some, -rest * log_out)
+        log_p = torch.log_softmax(scaled, -1)
+        weights = target.weights.to(log_p.dtype).view_as(log_p)
+        return target.negative_entropy.to(log_p.dtype) - (weights * log_p).sum(-1)
+    owner, q, log_p = _buckets(scaled, target)
+    return target.negative_entropy.to(log_p.dtype).index_add(0, owner, -q * log_p)
 
 
 def _has_every_class_in_order(target: Target, logits: Tensor) -> bool:
@@ -149,19 +123,22 @@ def owners(target: Target) -> Tensor:
     return torch.repeat_interleave(count, target.offsets.diff(), output_size=target.ids.numel())
 
 
-def _log_buckets(scaled: Tensor, target: Target) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the student's log-probability of each bucket.
+def _buckets(scaled: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Return position, q and log p of each bucket, (sum K + M,) each.
 
-    Returns:
-        (sum K,) of the kept classes; and, unless the target has no residual, for the M positions
-        with a bucket of other classes: (M,) their indices and (M,) the log-probability of that
-        bucket.
+    The kept classes come first, then the buckets of all other classes of the M positions where the
+    teacher has mass on them. A position may have no bucket at all: one of a student with another
+    tokenizer that is aligned with none of the teacher's.
+
+    Args:
+        scaled: (N, V) logits of the student divided by the temperature.
     """
     owner = owners(target)
     normaliser = torch.logsumexp(scaled, -1)  # (N,)
     kept = scaled[owner, target.ids] - normaliser[owner]
+    weights = target.weights.to(kept.dtype)
     if target.log_residual is None:
-        return kept, None
+        return owner, weights, kept
     counts = target.offsets.diff()
     # Without classes outside, or without teacher mass on them, the log-sum-exp would be over
     # nothing and have no gradient.
@@ -169,13 +146,16 @@ def _log_buckets(scaled: Tensor, target: Target) -> tuple[Tensor, tuple[Tensor, 
     mask = torch.zeros(scaled.shape, dtype=torch.bool, device=scaled.device)
     mask[owner, target.ids] = True
     outside = scaled.masked_fill(mask, -torch.inf)[some]
-    return kept, (some, torch.logsumexp(outside, -1) - normaliser[some])
+    log_outside = torch.logsumexp(outside, -1) - normaliser[some]
+    rest = target.log_residual.to(kept.dtype).exp()[some]
+    return torch.cat([owner, some]), torch.cat([weights, rest]), torch.cat([kept, log_outside])
 
 
-def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float) -> Tensor:
+def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float | None) -> Tensor:
     """Return the contribution of each bucket to the divergence.
 
-    Teacher probabilities are clamped to the smallest positive float, so that ratios stay finite.
+    Teacher probabilities are clamped to the smallest positive float32, so that ratios stay finite.
+    `log_p` may be as low as -1e4, where `p` is 0: formulas use logarithms.
     """
     log_q = q.clamp_min(torch.finfo(torch.float32).tiny).log()
     p = log_p.exp()
@@ -183,10 +163,13 @@ def _pointwise(kind: Divergence, q: Tensor, log_p: Tensor, share: float) -> Tens
         return p * (log_p - log_q)
     if kind == "total-variation":
         return (q - p).abs() / 2
+    if share is None:
+        raise MisuseError(f"--divergence {kind}: has no formula over classes")
     log_mixed = torch.logaddexp(log_q + math.log(share), log_p + math.log1p(-share))
     to_mixture = q * (log_q - log_mixed)
     if kind == "skewed-kl":
         return to_mixture
+    assert kind == "jensen-shannon", kind
     return share * to_mixture + (1 - share) * p * (log_p - log_mixed)
 
 

@@ -146,7 +146,7 @@ def refuse_evaluation(args: TrainingArguments) -> None:
     for name, asked in evaluates.items():
         if asked:
             raise MisuseError(f"training: {name}: a teacher is evaluated once, at the end of training; leave it out")
-    refuse_unevaluated(args, instead="a teacher is measured once, at the end: leave it out")
+    refuse_unevaluated(args, instead="a teacher is evaluated once, at the end of training: leave it out")
 
 
 def use_one_gpu(args: TrainingArguments) -> None:

@@ -164,6 +164,16 @@ def test_a_bad_row_among_good_ones_is_the_first_that_is_named_or_is_set_aside_al
     assert cache.manifest.bad_rows == 2
 
 
+def test_an_encoding_is_no_name(tmp_path, lm_tokenizer):
+    expected = r"encoding: expected Full\(\), TopK\(\.\.\.\), .*, found 'full'"
+    with pytest.raises(MisuseError, match=expected):
+        softlabel.write_cache(
+            [], tmp_path / "a", task="causal-lm", tokenizer=lm_tokenizer, encoding="full", teacher="t"
+        )
+    with pytest.raises(MisuseError, match=expected):
+        softlabel.cache_logits("teacher", "data", tmp_path / "b", task="causal-lm", encoding="full")
+
+
 def test_no_rows_and_no_classes(tmp_path, lm_tokenizer):
     with pytest.raises(MisuseError, match="found none"):
         softlabel.write_cache(

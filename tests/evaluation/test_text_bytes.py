@@ -29,7 +29,7 @@ def test_a_fresh_cache_passes_and_one_that_counts_otherwise_is_named(
     with caplog.at_level(logging.WARNING, "pipeline"):
         warn_of_text_bytes(cache, "test")
     stated = sum(row.example.text_bytes for row in wrong)
-    assert f"split test: text_bytes states {stated} bytes for rows whose tokens stand for {stated // 3}" in caplog.text
+    assert f"split test: text_bytes is {stated} for rows whose tokens have {stated // 3} bytes" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["prompt", "chat"])

@@ -187,7 +187,7 @@ def test_what_holds_no_prompts_is_a_line(write, rows, settings, line):
             {"template": "x", "num_examples": 3, "prompt_column": "a"},
             "--template makes the prompts itself; drop --prompt",
         ),
-        ({"drop": ("none", "cut")}, "--drop none stands alone"),
+        ({"drop": ("none", "cut")}, "--drop none cannot be combined"),
         ({"part": "0/2", "overwrite": True}, "--part with --overwrite"),
         ({"part": "2/2"}, "--part: expected I/N"),
         ({"server_model": "m"}, "--server-model and --concurrency go with --server"),

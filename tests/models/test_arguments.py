@@ -41,7 +41,7 @@ def test_the_section_names_them_too(tmp_path):
     ("asked", "section", "error", "message"),
     [
         (("tensorboard",), {"report_to": "none"}, MisuseError, "--report-to tensorboard: the training section has"),
-        (("none", "wandb"), {}, MisuseError, "none and all stand alone"),
+        (("none", "wandb"), {}, MisuseError, "none and all cannot be combined"),
         (("wandb",), {}, ConfigError, r"^--report-to wandb: its package is missing: pip install wandb"),
         (("comet_ml",), {}, ConfigError, r"pip install comet-ml"),
         (("wandbb",), {}, ConfigError, r"^--report-to wandbb: expected none, all, or some of .*wandb"),

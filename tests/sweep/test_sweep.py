@@ -311,7 +311,7 @@ def test_without_a_split_to_choose_on_nothing_is_chosen(tmp_path, teacher, topic
     found = run(sweep(cache, teacher, tmp_path / "sweep"))
     assert (found.eval_split, found.chosen_by, found.best) == (None, None, None)
     assert [group.name for group in found.groups] == [r.group for r in found.runs]  # in the order of the grid
-    assert "nothing is chosen" in format_leaderboard(found)
+    assert "no best student is chosen" in format_leaderboard(found)
     with pytest.raises(MisuseError, match="is the split that the best is chosen on"):
         run(sweep(cache, teacher, tmp_path / "sweep", eval_split="test"))
     for flag in ("split", "eval_split", "report_split"):

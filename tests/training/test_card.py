@@ -65,7 +65,7 @@ def test_a_card_says_what_a_student_was_made_from(tmp_path, cache, teacher):
         "| loss | 0.25 * cross-entropy with the data's labels + 0.75 * T^2 * forward-kl from the teacher at T = 3 |",
         "5 steps, learning rate 0.001, seed 0",
         "split `train`: 90 rows of at most 64 tokens",
-        "| began as | `init` |",
+        "| initial weights | `init` |",
         "split `validation`",
     ):
         assert expected in text, expected
@@ -92,7 +92,7 @@ def test_without_a_validation_split_nothing_is_claimed(tmp_path, teacher, topics
     cache = softlabel.cache_logits(str(teacher), topics, tmp_path / "c", task="sequence-classification")
     result = run(config(cache, student_of(teacher, tmp_path / "init"), tmp_path / "out"))
     assert (result.eval_split, result.metrics) == (None, {})
-    assert "It was not measured in training" in (tmp_path / "out" / "README.md").read_text()
+    assert "It was not evaluated during training" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_control_is_called_one(tmp_path, cache, teacher):
@@ -115,7 +115,7 @@ def test_licences_come_from_the_cards_that_name_one(tmp_path, cache, teacher):
     run(config(cache, student, tmp_path / "out"))
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| the cache | cc-by-4.0 |" in text
-    assert "| the model that it began as, `init` | apache-2.0 |" in text
+    assert "| the initial model, `init` | apache-2.0 |" in text
     assert "| the teacher, `teacher` | unknown" in text
     for broken in ("---\n- a list\n---\n", "---\nlicense: [\n---\n", "no front matter"):
         (student / "README.md").write_text(broken)

@@ -139,7 +139,7 @@ def test_ranks_that_know_nothing_of_each_other_are_refused(tmp_path, monkeypatch
     """
     args = TrainingArguments(output_dir=str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(MisuseError, match=r"torchrun has started 2 ranks, .*train alone.*set use_cpu"):
+    with pytest.raises(MisuseError, match=r"torchrun has started 2 ranks .*train separately.*set use_cpu"):
         SavingTrainer(tiny_model("gpt2", 40), args)
 
 

@@ -5,18 +5,25 @@ Value and gradient.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from pipeline.errors import EncodingError, MisuseError
-from pipeline.records import Full, Loss, Sampled, TopK
+from pipeline.records import DIVERGENCE_KINDS, Divergence, Full, Loss, Sampled, TopK, TopP
 from pipeline.softlabels import encode, target
 from pipeline.training.divergences import check_divergence, divergence, scale_of
+from pipeline.training.scores import DIVERGENCES
 from tests.training.test_losses import assert_same, pair
 
+#: The divergences over buckets.
 KINDS = ["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "total-variation"]
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -33,7 +40,36 @@ def defined(kind: str, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         return (kl(q, (q + p) / 2) + kl(p, (q + p) / 2)) / 2
     if kind == "skewed-kl":
         return kl(q, 0.1 * q + 0.9 * p)
+    assert kind == "total-variation", kind
     return (q - p).abs().sum(-1) / 2
+
+
+def test_each_divergence_has_properties_a_definition_here_and_a_row_in_the_page():
+    assert set(get_args(Divergence)) == DIVERGENCE_KINDS.keys() == {*KINDS, "logit-mse", *DIVERGENCES}
+    for kind in DIVERGENCE_KINDS:
+        assert re.search(rf"^\| .*`{kind}`", PAGE, re.MULTILINE), kind
+
+
+@pytest.mark.parametrize("kind", ["mse", "listwise-kl"])
+def test_a_divergence_without_a_formula_over_classes_is_no_other_one(kind):
+    teacher, student = pair(2, 5)
+    with pytest.raises(MisuseError, match=f"--divergence {kind}: has no formula over classes"):
+        divergence(student, target(encode(teacher, Full()), 1.0), kind=kind, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ({"divergence": "hellinger"}, "--divergence"),
+        ({"tail": "cut"}, "--tail-policy"),
+        ({"schedule": "steep"}, "--weight-schedule"),
+        ({"position_weights": "entropy"}, "--position-weights"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused_in_python_too(setting, flag):
+    (value,) = setting.values()
+    with pytest.raises(MisuseError, match=f"{flag}: expected one of .*, found '{value}'"):
+        Loss(**setting)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,6 +92,54 @@ def test_top_k_is_the_divergence_over_k_plus_one_buckets(kind, temperature):
     buckets = [torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(-1, keepdim=True)], -1) for x in (q, p)]
     found = divergence(student, target(soft, temperature), kind=kind, temperature=temperature)
     assert_same(found, defined(kind, *buckets), student)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_top_p_has_as_many_buckets_as_a_position_keeps_classes(kind, temperature):
+    teacher, student = pair(5, 41)
+    soft = encode(teacher, TopP(0.5))
+    assert len(set(soft.top_offsets.diff().tolist())) > 1
+    expected = []
+    for ids, t, s in zip(soft.top_ids.split(soft.top_offsets.diff().tolist()), teacher, student, strict=True):
+        whole = [torch.softmax(x / temperature, -1) for x in (t, s)]
+        expected.append(defined(kind, *(torch.cat([x[ids], 1 - x[ids].sum(-1, keepdim=True)]) for x in whole)))
+    found = divergence(student, target(soft, temperature), kind=kind, temperature=temperature)
+    assert_same(found, torch.stack(expected), student)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encoding", [Full(), TopK(6)])
+def test_a_student_that_is_certain_of_another_class_has_a_finite_loss_and_gradient(kind, encoding):
+    """Its log-probabilities are near -600, and those probabilities 0 in float32."""
+    teacher, _ = pair(3, 41)
+    student = torch.zeros(3, 41)
+    student[:, 7] = 600.0
+    student.requires_grad_()
+    found = divergence(student, target(encode(teacher, encoding), 1.0), kind=kind, temperature=1.0)
+    assert torch.isfinite(found).all()
+    assert (found > 0.1).all()
+    assert torch.isfinite(torch.autograd.grad(found.sum(), student)[0]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("residual", [None, torch.full((2,), -torch.inf)])
+def test_a_position_without_teacher_mass_has_no_divergence_and_no_gradient(kind, residual):
+    """A position of a student with another tokenizer that is aligned with none of the teacher's."""
+    teacher, student = pair(1, 11)
+    one = target(encode(teacher, Full()), 1.0)
+    student = torch.cat([student, torch.randn(1, 11, dtype=student.dtype)]).detach().requires_grad_()
+    goal = dataclasses.replace(
+        one,
+        offsets=torch.cat([one.offsets, one.offsets[-1:]]),
+        log_residual=residual,
+        negative_entropy=torch.cat([one.negative_entropy, torch.zeros(1)]),
+    )
+    found = divergence(student, goal, kind=kind, temperature=1.0)
+    gradient = torch.autograd.grad(found.sum(), student)[0]
+    assert found[1] == 0
+    assert (gradient[1] == 0).all()
+    assert gradient[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("mixture", [0.1, 0.7])

@@ -15,6 +15,7 @@ from pipeline.records import Full, Loss, Sampled, Spans, Target, TopK, TopP
 from pipeline.softlabels import encode, target
 from pipeline.training import distillation_loss
 from pipeline.training.fused import Head, fused_loss, fused_scores, scores_of
+from tests.training.test_divergences import KINDS
 
 ENCODINGS = {"full": Full(), "top-k": TopK(5, (1.0, 2.0)), "sampled": Sampled(6.0)}
 
@@ -96,7 +97,7 @@ def test_value_and_gradients_are_the_dense_ones(count, classes, kind, weights):
 
 
 @pytest.mark.parametrize("kind", ["full", "top-k"])
-@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "total-variation"])
+@pytest.mark.parametrize("divergence", KINDS)
 def test_every_divergence_at_another_temperature(kind, divergence):
     assert_equal_to_dense(*make(9, 41, ENCODINGS[kind], 2.0), Loss(0.4, 0.6, divergence=divergence), 2.0)
 
@@ -286,7 +287,9 @@ def test_spans_that_do_not_fit_are_refused():
     spans = spans_over(labels, weights)
     shared = {"temperature": 1.0, "loss": Loss(span_weight=1.0), "spans": spans}
     none = torch.zeros_like(weights)  # no position counts
-    with pytest.raises(TrainingError, match="span 1 counts, and 0 of its 2 positions have a hard label"):
+    with pytest.raises(
+        TrainingError, match="span 1 has a weight above 0, and only 0 of its 2 positions have a hard label"
+    ):
         fused_loss(hidden, Head(weight), goal, labels=labels, weights=none, soft_weights=none, **shared)
-    with pytest.raises(TrainingError, match="span 1 counts, and 0 of its 2"):
+    with pytest.raises(TrainingError, match="span 1 has a weight above 0, and only 0 of its 2"):
         distillation_loss(Head(weight).logits(hidden), goal, labels=None, **shared)

@@ -221,7 +221,9 @@ def test_models_of_other_heads_are_refused(tmp_path, cache, bert_tokenizer, lm_t
         train(cache, tmp_path / "three", tmp_path / "c", max_steps=1)
     with pytest.raises(ModelError, match="expected one output to rank by, found 3"):
         softlabel.cache_logits(str(tmp_path / "three"), lists(), tmp_path / "d", task="text-ranking", columns=RANKING)
-    with pytest.raises(MisuseError, match="--lora-r: an adapter does not say that it gives scores"):
+    with pytest.raises(
+        MisuseError, match=r"--lora-r: an adapter_config\.json does not record that the model gives scores"
+    ):
         train(cache, base, tmp_path / "e", lora_r=2)
 
 
@@ -398,7 +400,7 @@ def test_losses_of_lists_need_lists_and_no_token_budget(tmp_path, cache, ranked,
         train(cache, start, tmp_path / "a", divergence="margin-mse")
     with pytest.raises(MisuseError, match="--batch-tokens: batches of lists are cut by rows"):
         train(ranked, start, tmp_path / "b", batch_tokens=512)
-    with pytest.raises(MisuseError, match="--hard-labels teacher: a score has no most likely class"):
+    with pytest.raises(MisuseError, match="--hard-labels teacher: scores have no most likely class"):
         train(ranked, start, tmp_path / "c", hard_labels="teacher")
 
 

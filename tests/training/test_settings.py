@@ -101,7 +101,7 @@ def test_what_chooses_by_an_evaluation_is_refused_where_none_is_due(tmp_path, se
 
 @pytest.mark.parametrize("setting", [*UNEVALUATED, {"eval_strategy": "epoch"}, {"eval_on_start": True}])
 def test_a_teacher_is_measured_at_its_end_alone(tmp_path, setting):
-    with pytest.raises(MisuseError, match=r"training: \w+: .*a teacher is measured once, at the end.* leave it out"):
+    with pytest.raises(MisuseError, match=r"training: \w+: .*a teacher is evaluated once, at the end.* leave it out"):
         refuse_evaluation(TrainingArguments(output_dir=str(tmp_path), **setting))
     refuse_evaluation(TrainingArguments(output_dir=str(tmp_path)))
 

@@ -224,7 +224,10 @@ def test_another_order_of_labels_is_another_student(tmp_path, cache, teacher):
 
 def test_an_adapter_is_refused(tmp_path, cache, bert_tokenizer):
     pytest.importorskip("peft")
-    with pytest.raises(MisuseError, match="--lora-r: an adapter does not say that it gives several labels at once"):
+    with pytest.raises(
+        MisuseError,
+        match=r"--lora-r: an adapter_config\.json does not record that the model gives several labels at once",
+    ):
         train(cache, pretrained(tmp_path / "start", bert_tokenizer), tmp_path / "student", lora_r=2)
 
 

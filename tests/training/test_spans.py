@@ -145,7 +145,7 @@ def test_a_weight_without_spans_is_refused_at_the_first_step(tmp_path, cache):
 def test_labels_that_are_not_the_texts_and_several_teachers_are_refused(tmp_path, cache):
     args = training_arguments(str(tmp_path / "o"), {}, max_steps=1)
     settings = {"cache": cache, "loss": LOSS}
-    with pytest.raises(MisuseError, match="--hard-labels teacher puts others in their place"):
+    with pytest.raises(MisuseError, match="--hard-labels teacher replaces them"):
         softlabel.DistillationTrainer(model_of(cache), args, teacher_labels=True, **settings)
     mixture = make_mixture([cache, cache], "teachers", (0.5, 0.5))
     with pytest.raises(MisuseError, match="found several teachers"):

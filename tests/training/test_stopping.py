@@ -94,9 +94,9 @@ def test_a_student_is_not_replaced_unasked_and_an_unfinished_one_goes_on(setting
     run(dataclasses.replace(settings, overwrite=True, max_steps=3, training={"save_strategy": "no"}))
     assert not list(out.glob("checkpoint-*"))
     (out / "distillation.json").unlink()
-    with pytest.raises(MisuseError, match="no checkpoint to go on from"):
+    with pytest.raises(MisuseError, match="no checkpoint to resume from"):
         run(settings)
-    with pytest.raises(MisuseError, match="give one of them"):
+    with pytest.raises(MisuseError, match="give only one of them"):
         dataclasses.replace(settings, overwrite=True, resume=True)
 
 
@@ -104,7 +104,7 @@ def test_a_finished_student_without_checkpoints_is_not_resumed_to_its_loss(setti
     once = dataclasses.replace(settings, max_steps=2, training={"save_strategy": "no"})
     run(once)
     before = content(tmp_path / "out")
-    with pytest.raises(MisuseError, match="no whole checkpoint to resume from"):
+    with pytest.raises(MisuseError, match="no complete checkpoint to resume from"):
         run(dataclasses.replace(once, resume=True))
     assert content(tmp_path / "out") == before
 

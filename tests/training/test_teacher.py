@@ -64,7 +64,7 @@ def test_a_class_that_no_row_has_is_told(tmp_path, bert_tokenizer, save_teacher,
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = DataConfig(dataset=str(tmp_path / "train.jsonl"))
     train_teacher(config(tmp_path, pretrained, one, max_steps=1))
-    assert "split train: 1 of 3 classes have no row to learn from (0); the teacher has them all the same" in caplog.text
+    assert "split train: 1 of 3 classes have no training row (0), but are classes of the teacher" in caplog.text
     caplog.clear()
     named = dataclasses.replace(
         one,
@@ -181,7 +181,7 @@ def test_the_same_command_goes_on_from_its_last_whole_checkpoint(
 
     with caplog.at_level("INFO", logger="pipeline"):
         train_teacher(plain)
-    assert "checkpoint-4: was not written to its end" in caplog.text
+    assert "checkpoint-4: is incomplete; using" in caplog.text
     assert "resuming from checkpoint-2" in caplog.text
     train_teacher(dataclasses.replace(plain, output=str(tmp_path / "whole"), training={}))
     whole = weights(tmp_path / "whole")
@@ -246,7 +246,7 @@ def test_a_full_disk_while_a_teacher_is_saved_is_one_line(tmp_path, data, pretra
 
 @pytest.mark.parametrize("training", [{"eval_strategy": "epoch"}, {"metric_for_best_model": "accuracy"}])
 def test_settings_without_effect_on_a_teacher_are_refused_before_the_first_step(tmp_path, data, pretrained, training):
-    with pytest.raises(MisuseError, match=f"training: {next(iter(training))}: .*measured once, at the end"):
+    with pytest.raises(MisuseError, match=f"training: {next(iter(training))}: .*evaluated once, at the end"):
         train_teacher(config(tmp_path, pretrained, data, training=training))
     assert not (tmp_path / "out").exists()
 

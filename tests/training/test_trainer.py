@@ -228,7 +228,7 @@ def test_a_resumed_run_of_another_learning_rate_is_refused(tmp_path, cache):
 def test_a_checkpoint_of_weights_alone_is_not_resumed(tmp_path, cache):
     settings = {"max_steps": 2, "training": {"save_steps": 1, "save_only_model": True}}
     run(config(cache, tmp_path, **settings))
-    with pytest.raises(ContractError, match="expected the optimizer's state, found weights alone"):
+    with pytest.raises(ContractError, match="expected an optimizer state, found weights only"):
         run(config(cache, tmp_path, resume=True, **settings))
 
 
@@ -250,7 +250,7 @@ def test_a_label_that_is_no_class_names_the_rows(tmp_path, cache):
 def test_a_step_without_a_position_that_counts_is_refused(tmp_path, cache):
     trainer = trainer_of(cache, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    with pytest.raises(TrainingError, match=r"source rows .*nothing to learn from"):
+    with pytest.raises(TrainingError, match=r"source rows .*nothing to train on"):
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.zeros(2))
 
 

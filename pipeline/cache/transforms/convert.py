@@ -15,7 +15,7 @@ from pipeline.cache.format.codec import narrowed, pack, pack_soft, positions_in_
 from pipeline.cache.format.schema import describe, soft_columns
 from pipeline.cache.reading.reader import Cache
 from pipeline.cache.transforms.rewrite import Piece, Rewrite, ancestry, plan_pieces, rewrite, shard_schema
-from pipeline.records import NO_LABEL, Encoding, Full, Ragged, RowBlock, Sampled
+from pipeline.records import NO_LABEL, Encoding, Full, Ragged, RowBlock, Sampled, check_is_encoding
 from pipeline.softlabels import check_conversion, counter_uniforms, teacher_scores
 from pipeline.softlabels import convert as convert_soft_labels
 from pipeline.softlabels.names import encoding_name
@@ -41,6 +41,7 @@ def plan_convert(cache: Cache | str | Path, output: str | Path, *, encoding: Enc
     """Check the inputs of `convert` and return the planned rewrite."""
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     contract = opened.manifest.contract
+    check_is_encoding(encoding)
     check_conversion(contract.encoding, encoding)
     schema = _schema(shard_schema(opened), contract.encoding, encoding, contract.num_classes)
     # Columns that change: those of the encoding; and the entropy, if it is of a distribution at

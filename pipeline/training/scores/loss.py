@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EncodingError, MisuseError
-from pipeline.records import Divergence, Loss, LossTerms, Target, is_known
+from pipeline.records import DIVERGENCE_KINDS, Divergence, Loss, LossTerms, Target, is_known
 
 #: The divergences of scores, and those of them that compare the rows of a group.
 DIVERGENCES: tuple[Divergence, ...] = ("mse", "margin-mse", "listwise-kl")
@@ -53,7 +53,7 @@ def check_score_loss(loss: Loss, *, is_score: bool, has_groups: bool, teacher_la
         raise MisuseError(
             f"--divergence {loss.divergence}: compares the rows of a group, and the cache names no groups; use mse, or cache again with --group-column"
         )
-    if loss.temperature not in (None, 1.0) and loss.divergence != "listwise-kl":
+    if loss.temperature not in (None, 1.0) and not DIVERGENCE_KINDS[loss.divergence].power:
         raise MisuseError(
             f"--temperature {loss.temperature:g}: {loss.divergence} has none; leave it out, or use listwise-kl"
         )
@@ -101,7 +101,7 @@ def score_loss(
     if soft_weight:
         counted = soft_weights > 0
         each = score_divergence(scores, target, loss.divergence, temperature=temperature)
-        factor = temperature**2 if loss.divergence == "listwise-kl" else 1.0
+        factor = float(temperature ** DIVERGENCE_KINDS[loss.divergence].power)
         soft_sum = factor * (soft_weights[counted].to(scores.dtype) * each[counted]).sum()
     hard_count, soft_count = known.sum(), soft_weights.sum().detach()
     total = hard_weight * _mean(hard_sum, hard_count if num_hard is None else num_hard)

@@ -84,7 +84,7 @@ def test_models_are_compared_by_the_byte(tmp_path, models, encoding):
     assert lines["other, scaled"].metrics["bits_per_byte"].value != lines["other"].metrics["bits_per_byte"].value
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Another tokenizer than the teacher's: other." in text
-    assert "Left out of other" in text
+    assert "Left out for other" in text
     assert "its own tokenizer of 290 tokens" in text
     assert "nan" not in text
     assert (tmp_path / "report" / "report.json").read_text() == dump(found)

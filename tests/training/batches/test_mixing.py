@@ -237,7 +237,7 @@ def test_teachers_of_other_positions_are_refused(make):
     row = cache.dataset("train")[0]
     other = dataclasses.replace(row, example=dataclasses.replace(row.example, supervised=~row.example.supervised))
     collator = TeachersCollator(Collator(get_task("causal-lm"), cache.tokenizer, 1.0), (0.5, 0.5))
-    with pytest.raises(ContractError, match="source row 0: the teachers have labelled other positions"):
+    with pytest.raises(ContractError, match="source row 0: the teachers labelled different positions"):
         collator.collate(Picked(([(block_from(row), 0, 1)], [(block_from(other), 0, 1)]), np.array([True])))
 
 
@@ -277,7 +277,5 @@ def test_a_share_that_leaves_no_row_and_a_cache_without_rows_are_told_apart():
     keep = np.array([False, False, True, True])
     with pytest.raises(TrainingError, match="cache 1 has no row to learn from"):
         Proportions((0, 2, 4), (0.5, 0.5), keep, 0)(0)
-    with pytest.raises(
-        TrainingError, match=r"cache 1 would give no row to an epoch of 4\.0 rows, .*its share is 0\.01"
-    ):
+    with pytest.raises(TrainingError, match=r"cache 1 has no row in an epoch of 4\.0 rows, .*its share is 0\.01"):
         Proportions((0, 400, 404), (0.01, 0.99), None, 0)(0)

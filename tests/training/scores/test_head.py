@@ -109,7 +109,7 @@ def test_a_model_whose_scores_come_from_elsewhere_is_trained_as_it_is(caplog):
     with caplog.at_level(logging.WARNING), standardized(Odd(), SCALE):
         pass
     assert (
-        "no linear layer gives its scores: it is trained in the unit of the data (mean 150, 0.02, standard deviation 50, 0.01)"
+        "found no linear layer that gives its scores: it is trained in the unit of the data (mean 150, 0.02, standard deviation 50, 0.01)"
         in caplog.text
     )
 

@@ -136,7 +136,7 @@ def test_extreme_scores_stay_finite():
         (Loss(divergence="mse"), {"is_score": False}, EncodingError, "mse: compares scores, and the cache holds distributions"),
         (Loss(divergence="margin-mse"), {"has_groups": False}, MisuseError, "the cache names no groups"),
         (Loss(divergence="mse", temperature=2.0), {}, MisuseError, "--temperature 2: mse has none"),
-        (Loss(divergence="mse"), {"teacher_labels": True}, MisuseError, "--hard-labels teacher: a score has no most likely class"),
+        (Loss(divergence="mse"), {"teacher_labels": True}, MisuseError, "--hard-labels teacher: scores have no most likely class"),
         (Loss(divergence="mse", position_weights="certainty"), {}, MisuseError, "--position-weights"),
         (Loss(divergence="mse", tail="ignore"), {}, MisuseError, "--tail-policy"),
     ],

@@ -167,8 +167,13 @@ def test_half_precision_is_computed_in_float32():
         ([0, 0, 1], [1.0], [1, 1, 1], "a weight for each of 2 spans, found 3 and 1"),
         ([0, 2, 1], [1.0, 1.0], [1, 1, 1], "expected owners from -1 to 1, found 2"),
         ([0, -2, 1], [1.0, 1.0], [1, 1, 1], "expected owners from -1 to 1, found -2"),
-        ([0, 0, 0], [1.0, 1.0], [1, 1, 1], "span 1 counts, and 0 of its 0 positions"),
-        ([0, 1, 1], [1.0, 1.0], [1, 1, -100], "span 1 counts, and 1 of its 2 positions have a hard label"),
+        ([0, 0, 0], [1.0, 1.0], [1, 1, 1], "span 1 has a weight above 0, and only 0 of its 0 positions"),
+        (
+            [0, 1, 1],
+            [1.0, 1.0],
+            [1, 1, -100],
+            "span 1 has a weight above 0, and only 1 of its 2 positions have a hard label",
+        ),
     ],
 )
 def test_spans_that_do_not_fit_are_refused(owner, weights, labels, said):
