@@ -1068,14 +1068,14 @@ class Loss:
             raise MisuseError("--span-temperature goes with a --span-weight above 0")
         if self.span_temperature is not None and not 0 < self.span_temperature < math.inf:
             raise MisuseError(f"--span-temperature: expected above 0, found {self.span_temperature}")
-        for flag, value, choices in (
+        for flag, chosen, choices in (
             ("--divergence", self.divergence, tuple(DIVERGENCE_KINDS)),
             ("--tail-policy", self.tail, ("ghost", "renormalize", "ignore")),
             ("--weight-schedule", self.schedule, get_args(Schedule)),
             ("--position-weights", self.position_weights, get_args(PositionWeights)),
         ):
-            if value not in choices:
-                raise MisuseError(f"{flag}: expected one of {', '.join(choices)}, found {value!r}")
+            if chosen not in choices:
+                raise MisuseError(f"{flag}: expected one of {', '.join(choices)}, found {chosen!r}")
         if self.mixture is not None and DIVERGENCE_KINDS[self.divergence].mixture is None:
             mixed = " or ".join(name for name, kind in DIVERGENCE_KINDS.items() if kind.mixture is not None)
             raise MisuseError(f"--mixture goes with --divergence {mixed}, found --divergence {self.divergence}")
