@@ -17,7 +17,7 @@ import click
 
 from pipeline import config as cfg
 from pipeline.cli.echo import echo_outline
-from pipeline.cli.help import WIDTH, FieldOption, example_lines, format_options, usage_pieces
+from pipeline.cli.help import WIDTH, FieldOption, example_lines, format_options, in_groups, usage_pieces
 from pipeline.config.file import PATHS
 from pipeline.errors import MisuseError, PipelineError
 from pipeline.records import Outline
@@ -76,9 +76,9 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Parameters, with those of every command last."""
+        """Parameters in the order of the help, with those of every command last."""
         own = super().get_params(ctx)
-        return [*own[:-1], *_VERBOSITY, *own[-1:]]
+        return [*in_groups(own[:-1]), *_VERBOSITY, *own[-1:]]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command at the log level set by the flags of the command and of the group."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from pipeline.config.options import Group
 WIDTH = 100
 #: Maximum length of choices that are shown as the metavar; longer ones are listed in the text.
 _MOST_CHOICES = 60
+#: Titles of the groups of options, in order.
+_TITLES = ("Required", *typing.get_args(Group), "Options")
 
 
 class FieldOption(click.Option):
@@ -54,18 +57,22 @@ class FieldOption(click.Option):
         return extra
 
 
+def in_groups(params: Sequence[click.Parameter]) -> list[click.Parameter]:
+    """Return the required options, then the others by group, then those of every command."""
+    return sorted(params, key=lambda param: _TITLES.index(_title(param)))
+
+
+def _title(param: click.Parameter) -> str:
+    if not isinstance(param, FieldOption):
+        return "Options"
+    return "Required" if param.needed else param.group
+
+
 def format_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-    """Format required options, then the others by group, then those of every command."""
-    sections: dict[str, list[tuple[str, str]]] = {"Required": [], **{name: [] for name in typing.get_args(Group)}}
-    for param in command.get_params(ctx):
-        record = param.get_help_record(ctx)
-        if record is None or isinstance(param, click.Argument):
-            continue
-        title = "Options"
-        if isinstance(param, FieldOption):
-            title = "Required" if param.needed else param.group
-        sections.setdefault(title, []).append(record)
-    for title, records in sections.items():
+    """Format the options of a command under the titles of their groups."""
+    shown = [each for each in command.get_params(ctx) if not isinstance(each, click.Argument)]
+    for title, params in itertools.groupby(shown, _title):
+        records = [record for param in params if (record := param.get_help_record(ctx)) is not None]
         if records:
             with formatter.section(title):
                 formatter.write_dl(records)
