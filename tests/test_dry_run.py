@@ -66,7 +66,7 @@ def call(*args: str):
 def lines_of(result) -> dict[str, str]:
     assert result.exit_code == 0, result.output
     first, *lines = result.stdout.splitlines()
-    assert first.endswith(": dry run, nothing is written")
+    assert first.endswith(": dry run, no output is written")
     return {line.split("  ")[1]: line.split("  ", 2)[2].strip() for line in lines}
 
 

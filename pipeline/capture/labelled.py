@@ -66,7 +66,7 @@ class LabelledRow:
     text_bytes: int = 0
     split: str = "train"
     kept: Mapping[str, Scalar] = field(default_factory=dict)
-    """Columns to copy into the cache as text. The first row determines which columns are copied."""
+    """Columns to copy into the cache, as text. The first row decides which columns are copied."""
 
 
 def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> TokenizedExample:
@@ -113,7 +113,7 @@ def tokenized(task: Task, row: LabelledRow, number: int, num_names: int) -> Toke
         document_lengths=_lengths_of(row, number, ids, num_names) if task.reads == "choices" else None,
         image=None if row.image is None else Image(row.image),
         text_bytes=row.text_bytes,
-        kept=row.kept,
+        kept={name: value if value is None else str(value) for name, value in row.kept.items()},
     )
 
 

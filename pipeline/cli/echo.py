@@ -37,6 +37,6 @@ def echo_outline(name: str, lines: Outline) -> None:
     if os.environ.get("RANK", "0") != "0":  # print once under torchrun
         return
     width = max((len(what) for what, _ in lines), default=0)
-    click.echo(f"{name}: dry run, nothing is written")
+    click.echo(f"{name}: dry run, no output is written")
     for what, said in lines:
         click.echo(f"  {what.ljust(width)}  {said}")

@@ -13,7 +13,7 @@ class InitConfig:
     """Look at a data set and write a commented YAML file for `softlabel run`."""
 
     dataset: str = data_option(
-        "Data set, as --dataset of the other commands: a file, a directory, a glob, a hub name or a URL."
+        "Data set: a file, a directory, a glob, a hub name or a URL. (There is no --data-files: give each split a file of its name.)"
     )
     unlabelled: tuple[str, ...] = data_option(
         "File or data set with more texts, which have no label; repeat for several.", ()

@@ -10,7 +10,7 @@ from pipeline.errors import SourceError
 from pipeline.sources.batches import read_rows
 from pipeline.sources.columns import check_label, class_names, holds_flags, holds_spans
 from pipeline.sources.inputs.words import tags_of
-from pipeline.sources.labels import MEND, Names, fold, order, raw_labels, sides, whole_number
+from pipeline.sources.labels import MEND, Names, fold, listed, order, raw_labels, sides, whole_number
 from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
@@ -36,12 +36,19 @@ def label_names(source: Source, label_map: Sequence[str] = (), *, several: bool 
 
     Raises:
         SourceError: there is no label column or no labelled row; the labels are both names and
-            numbers, or numbers that cannot be classes; or lists of numbers differ in length.
+            numbers, or numbers that cannot be classes; lists of numbers differ in length; or a DATA
+            of the label map is no label.
     """
     column = source.columns.label
     if column is None:
         raise SourceError(f"{source.name}: no label column; name it with --label-column")
     given = _Renamed(label_map)
+    names = _found_names(source, column, given, several=several)
+    given.check_used(source)
+    return names
+
+
+def _found_names(source: Source, column: str, given: _Renamed, *, several: bool) -> tuple[str, ...]:
     for split, dataset in source.splits.items():
         check_label(f"{source.name}: split {split}", dataset, source.columns, holds="classes" if several else "class")
         if column in dataset.column_names and (names := class_names(dataset.features[column])):
@@ -100,6 +107,8 @@ class _Renamed:
         pairs = dict(sides(item) for item in label_map)
         self._models = list(pairs.values())
         self._data = Names.of({data: i for i, data in enumerate(pairs)})
+        self._seen: dict[str, None] = {}
+        self._used: set[int] = set()
 
     def has(self, *forms: str) -> bool:
         """Return whether a label, written in one of these forms, is renamed."""
@@ -107,8 +116,18 @@ class _Renamed:
 
     def name(self, *forms: str) -> str:
         """Return the class name of a label that is written in these forms."""
-        found = (self._data.find(form, "--label-map") for form in forms)
-        return next((self._models[i] for i in found if i is not None), forms[0])
+        self._seen[forms[0]] = None
+        found = [i for form in forms if (i := self._data.find(form, "--label-map")) is not None]
+        self._used.update(found[:1])
+        return self._models[found[0]] if found else forms[0]
+
+    def check_used(self, source: Source) -> None:
+        """Raise `SourceError` if a DATA has renamed no label."""
+        unknown = [data for data, i in self._data.ids.items() if i not in self._used]
+        if unknown:
+            raise SourceError(
+                f"{source.name}: --label-map: no row has the label {unknown[0]!r}; expected DATA=MODEL with DATA one of {listed(sorted(self._seen, key=order))}"
+            )
 
 
 def _distinct(names: Iterable[str], source: Source, column: str) -> tuple[str, ...]:

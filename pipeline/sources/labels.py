@@ -242,8 +242,10 @@ def is_number(name: str) -> bool:
 
 
 def listed(names: Sequence[str] | Mapping[str, int]) -> str:
-    """List the first 20 names, for messages."""
-    return ", ".join(list(names)[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    """List the first 20 names, for messages; names with white space around them in quotes."""
+    return ", ".join(name if name == name.strip() else repr(name) for name in list(names)[:20]) + (
+        f", ... ({len(names)} in all)" if len(names) > 20 else ""
+    )
 
 
 def sides(item: str) -> tuple[str, str]:

@@ -164,6 +164,15 @@ def test_a_bad_row_among_good_ones_is_the_first_that_is_named_or_is_set_aside_al
     assert cache.manifest.bad_rows == 2
 
 
+def test_columns_to_copy_are_stored_as_text(tmp_path, bert_tokenizer):
+    row = softlabel.LabelledRow([2, 5, 3], logits=np.zeros((1, 2)), kept={"id": 7, "score": 0.5, "note": None})
+    cache = softlabel.write_cache(
+        [row], tmp_path / "cache", task="sequence-classification", tokenizer=bert_tokenizer, encoding=Full(),
+        label_names=("a", "b"), teacher="t",
+    )  # fmt: skip
+    assert cache.dataset("train")[0].example.kept == {"id": "7", "score": "0.5", "note": None}
+
+
 def test_an_encoding_is_no_name(tmp_path, lm_tokenizer):
     expected = r"encoding: expected Full\(\), TopK\(\.\.\.\), .*, found 'full'"
     with pytest.raises(MisuseError, match=expected):

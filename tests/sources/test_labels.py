@@ -90,6 +90,16 @@ def test_a_label_map_names_the_classes_of_a_new_teacher() -> None:
     assert label_names(source(0, 1, names=["n", "p"]), ["p=positive", "0=negative"]) == ("negative", "positive")
 
 
+def test_a_label_map_of_a_new_teacher_names_labels_that_there_are() -> None:
+    """The classes come from the map: the label that is missing is the fault, not the class."""
+    data = source("cats", " dogs ")
+    assert label_names(data, ("Cats=animals",)) == (" dogs ", "animals")  # compared without case
+    with pytest.raises(SourceError, match=r"no row has the label 'x'; expected .* one of ' dogs ', cats$"):
+        label_names(data, ("cats=animals", "x=animals"))
+    with pytest.raises(SourceError, match=r"no row has the label '7'; expected .* one of 0, 1$"):
+        label_names(source(0, 1), ("7=seven",))
+
+
 def test_names_and_numbers_in_one_data_set() -> None:
     numbers = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     names = datasets.Dataset.from_dict({"text": ["a"], "label": ["x"]})

@@ -262,15 +262,17 @@ def load_manifest(root: Path) -> Manifest:
     expected = cache_id(manifest.contract, manifest.shards)
     if manifest.cache_id != expected:
         raise IntegrityError(
-            f"{layout.manifest}: cache_id: expected {expected[:12]}..., found {manifest.cache_id[:12]}...; the manifest was edited"
+            f"{layout.manifest}: cache_id: expected {expected[:12]}..., found {manifest.cache_id[:12]}...; the manifest was edited, or a later release wrote it"
         )
     if manifest.sha256 != _own_sha256(manifest):
         raise IntegrityError(
-            f"{layout.manifest}: sha256: expected {_own_sha256(manifest)[:12]}..., found {manifest.sha256[:12] or 'none'}...; it was damaged or edited, or an older release "
+            f"{layout.manifest}: sha256: expected {_own_sha256(manifest)[:12]}..., found {manifest.sha256[:12] or 'none'}...; it was damaged or edited, or another release "
             "wrote it: fetch it again, or cache again"
         )
     if data != dump(manifest).encode():
-        raise IntegrityError(f"{layout.manifest}: its text is not what a capture writes; it was damaged or edited")
+        raise IntegrityError(
+            f"{layout.manifest}: its text is not what a capture writes; it was damaged or edited, or a later release wrote it"
+        )
     return manifest
 
 
