@@ -130,7 +130,7 @@ test: $(STAMP) ## the tests: fast, offline, no real model
 	$(PY) -m pytest -n auto --dist loadfile
 
 .PHONY: test-full
-test-full: $(STAMP) ## the same with ten times the random examples, and every picture drawn
+test-full: $(STAMP) ## the same with the slowest tests, ten times the random examples, and every figure drawn
 	SOFTLABEL_TESTS=full $(PY) -m pytest -n auto --dist loadfile
 
 .PHONY: test-real

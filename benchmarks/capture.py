@@ -1,19 +1,20 @@
-"""Cost of stage 1 beside the teacher's bare forward pass, its scaling, and its memory.
+"""Measure the cost of stage 1 against a bare teacher forward pass, its scaling and its memory.
 
     make bench-capture            (or: python -m benchmarks.capture)
 
-Every measurement is a process of its own, so that its peak memory is its own; the ways take turns,
-and medians over the repeats count. Loading the teacher and hashing it and the data set is timed
-apart, as `start`.
+Every measurement runs in its own process, so that its peak memory is its own. The methods
+alternate, and the results are medians over the repeats. The time to load the teacher and to hash it
+and the data set is reported separately, as `start`.
 
-    bare      the teacher's forward, head included, over the same rows in the same batches
+    bare      the teacher's forward pass, head included, over the same rows in the same batches
     sampled   this pipeline, from tokens to the cache, `sampled` (c = 25; classifiers: `full`)
     top-k     the same, `top-k` (k = 50, three temperatures)
     map       datasets.map, padded batches of 8 rows, log_softmax, topk(50), Python lists
 
-Teachers: SmolLM2-135M (`lm`), MiniLM with a head of five classes (`classifier`), and one so fast
-that the work around it shows (`fast`: BERT, 2 layers of width 128, sentences), whose `bare` is its
-tokenizer, called with 1,000 texts at once, and its forward pass.
+Teachers: SmolLM2-135M (`lm`), MiniLM with a head of five classes (`classifier`), and a model that
+is fast enough to expose the cost of the pipeline around it (`fast`: BERT, 2 layers of width 128, on
+sentences). The `bare` measurement of `fast` runs its tokenizer on batches of 1,000 texts, and its
+forward pass.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ TOP_K = 50
 
 @dataclass(frozen=True)
 class Measured:
-    """One process."""
+    """Result of one measurement process."""
 
     tokens: int
     seconds: float
     start_seconds: float
     peak_bytes: int
-    """Above what the loaded teacher takes."""
+    """Bytes in addition to those of the loaded teacher."""
 
 
 def articles(kind: str, count: int, folder: Path) -> Path:
-    """So many BBC articles that the teacher reads whole, as a data set of one file."""
+    """Write `count` BBC articles that fit the teacher's context to a file, and return its path."""
     from transformers import AutoTokenizer
 
     from data.bbc.articles import load_articles, split_articles
@@ -77,9 +78,10 @@ def articles(kind: str, count: int, folder: Path) -> Path:
 
 
 def teacher_of(kind: str, folder: Path) -> str:
-    """The language model as it is.
+    """Return the teacher's path or name.
 
-    The encoder with a head of five classes, random, which costs what a trained one does.
+    The language model is used as it is. The classifiers get a random head of five classes, which
+    costs as much as a trained one.
     """
     if kind == "lm":
         return TEACHER[kind]
@@ -100,7 +102,7 @@ def teacher_of(kind: str, folder: Path) -> str:
 
 
 def config_of(kind: str, way: str, count: int, folder: Path, **settings: Any) -> Any:
-    """The capture of one way."""
+    """Return the capture configuration of one method."""
     from pipeline.config import CacheLogitsConfig, DataConfig
 
     task = "causal-lm" if kind == "lm" else "sequence-classification"
@@ -115,7 +117,7 @@ def config_of(kind: str, way: str, count: int, folder: Path, **settings: Any) ->
 
 
 def measure(kind: str, way: str, count: int, folder: Path) -> Measured:
-    """One way in this process."""
+    """Measure one method in this process."""
     from pipeline.capture.engines.in_process import capture
     from pipeline.capture.job import prepare
     from pipeline.models.quiet import quiet_libraries
@@ -131,7 +133,7 @@ def measure(kind: str, way: str, count: int, folder: Path) -> Measured:
     if kind == "fast":
         texts = [json.loads(line)["text"] for line in articles(kind, count, folder).read_text().splitlines()]
         work["bare"] = lambda: bare_texts(job, texts)
-    bare(job, batches=1)  # warms up
+    bare(job, batches=1)  # warm-up
     base = reset_peak()
     began = time.perf_counter()
     if way in work:
@@ -144,7 +146,7 @@ def measure(kind: str, way: str, count: int, folder: Path) -> Measured:
 
 
 def bare(job: Any, batches: int | None = None) -> int:
-    """The model's own forward over the batches of the plan; how many tokens there were."""
+    """Run the model's forward pass over the planned batches, and return the number of tokens."""
     import torch
 
     from pipeline.capture.forward import synchronize
@@ -167,9 +169,10 @@ def bare(job: Any, batches: int | None = None) -> int:
 
 
 def bare_texts(job: Any, texts: list[str]) -> int:
-    """The tokenizer and the model's forward, and nothing else, in the batches of the plan.
+    """Run only the tokenizer and the model's forward pass over the planned batches.
 
-    How many tokens there were.
+    Returns:
+        The number of tokens.
     """
     import torch
 
@@ -187,7 +190,7 @@ def bare_texts(job: Any, texts: list[str]) -> int:
 
 
 def usual(job: Any, path: Path, length: int) -> int:
-    """`datasets.map`, as it is usually written; how many tokens there were."""
+    """Run a typical `datasets.map` capture, and return the number of tokens."""
     import datasets
     import torch
 
@@ -216,7 +219,10 @@ def usual(job: Any, path: Path, length: int) -> int:
 
 
 def measure_engine(engine: str, count: int, folder: Path) -> float:
-    """Tokens a second of two workers, or of one process with one thread, over the late shards."""
+    """Return tokens per second over the second half of the shards.
+
+    Uses two workers, or one process with one thread.
+    """
     import torch
 
     from pipeline.cache.format.manifest import Layout, load_receipt
@@ -239,8 +245,8 @@ def measure_engine(engine: str, count: int, folder: Path) -> float:
         assert receipt is not None
         end = layout.receipt(shard.name).stat().st_mtime
         spans.append((end - receipt.seconds, end))
-    # Until the second worker has loaded its teacher the first is alone: the last half of the shards
-    # counts.
+    # Only the second half of the shards counts: the first worker runs alone until the second has
+    # loaded its teacher.
     spans.sort(key=lambda span: span[1])
     late = spans[len(spans) // 2 :]
     tokens = {shard.name: shard.tokens for shard in cache.manifest.shards}
@@ -250,7 +256,7 @@ def measure_engine(engine: str, count: int, folder: Path) -> float:
 
 
 def measure_rows(count: int, folder: Path) -> Measured:
-    """A classifier so small that the pipeline around it shows, over so many rows."""
+    """Capture `count` rows with a classifier so small that the pipeline's own cost dominates."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
 
@@ -299,11 +305,11 @@ def measure_rows(count: int, folder: Path) -> Measured:
     )
 
 
-# -------------------------------------------------------------------------------------- all of them
+# --------------------------------------------------------------------------------- all measurements
 
 
 def in_process(what: list[str], folder: Path) -> Any:
-    """One measurement in a new process."""
+    """Run one measurement in a new process."""
     command = [sys.executable, "-m", "benchmarks.capture", "--folder", str(folder), "--measure", *what]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -312,7 +318,7 @@ def in_process(what: list[str], folder: Path) -> Any:
 
 
 def compare(kind: str, count: int, repeats: int, folder: Path) -> None:
-    """The table of one teacher."""
+    """Print the results of one teacher as a table."""
     found: dict[str, list[Measured]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:
@@ -330,7 +336,7 @@ def compare(kind: str, count: int, repeats: int, folder: Path) -> None:
 
 
 def grow(sizes: list[int], folder: Path) -> None:
-    """Memory and time against the number of rows."""
+    """Plot memory and time against the number of rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -365,7 +371,7 @@ def main(
     folder: Path | None,
     what: tuple[str, str, int] | None,
 ) -> None:
-    """Measure stage 1.
+    """Measure the speed, scaling and memory of stage 1.
 
     Example: python -m benchmarks.capture --only lm
     """

@@ -1,14 +1,16 @@
-"""How fast rows go between Parquet and tensors.
+"""Measure the speed of reading and writing rows between Parquet and tensors.
 
-Decoding, collating, writing, the first step, and a step beside plain `transformers.Trainer`.
+Covers decoding, collating, writing, the first training step, and a training step compared with
+plain `transformers.Trainer`.
 
     make bench-columns      (or: python -m benchmarks.columns; --large: also 1,000,000 rows)
 
 Classifiers: V = 5, rows of 20 tokens, batches of 32, a student of 4.4M parameters (BERT, 2 layers
-of width 128). Language models: `sampled` rows of 1,024 tokens. What is compared takes turns in one
-process, with one thread for torch, and medians count. Seconds are those of the processor, but for
-the first step, beside which a thread decodes what comes next. Every finished part is kept in
-`columns.json`, and a run that was stopped continues with the next; --anew measures all again.
+of width 128). Language models: `sampled` rows of 1,024 tokens. Compared methods alternate in one
+process with one torch thread, and the results are medians. Times are processor seconds, except for
+the first step, during which a background thread decodes ahead. Finished parts are stored in
+`columns.json`, and an interrupted run continues with the next part; --anew measures everything
+again.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ LARGE = 1_000_000
 
 
 def labelled_rows(count: int) -> Iterator[Any]:
-    """Random token ids, logits and labels."""
+    """Yield rows of random token ids, logits and labels."""
     import pipeline as softlabel
 
     rng = np.random.default_rng(0)
@@ -54,7 +56,7 @@ def labelled_rows(count: int) -> Iterator[Any]:
 
 
 def write(path: Path, count: int) -> Any:
-    """A cache of so many rows."""
+    """Write a cache of `count` rows."""
     import pipeline as softlabel
 
     return softlabel.write_cache(
@@ -71,7 +73,7 @@ def write(path: Path, count: int) -> Any:
 
 
 def classes_cache(folder: Path, count: int) -> Any:
-    """The cache of so many rows, made where it is not there."""
+    """Return the classifier cache of `count` rows, and create it if it is missing."""
     import pipeline as softlabel
     from pipeline.errors import CacheError
 
@@ -86,14 +88,14 @@ def classes_cache(folder: Path, count: int) -> Any:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Of the processor, all threads together."""
+    """Return the processor seconds of `work` over all threads."""
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
 def medians(repeats: int, ways: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """What each way gives, the median over turns."""
+    """Run the methods in turn `repeats` times, and return the median result of each."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
@@ -102,15 +104,16 @@ def medians(repeats: int, ways: dict[str, Callable[[], float]]) -> dict[str, flo
 
 
 def measure_write(folder: Path, repeats: int) -> dict[str, float]:
-    """Rows a second of `write_cache`."""
+    """Return the rows per second of `write_cache`."""
     count = 20_000
     return medians(repeats, {"write_cache": lambda: count / seconds(lambda: write(folder / "written", count))})
 
 
 def measure_read(folder: Path, repeats: int) -> dict[str, float]:
-    """Rows a second (of language models.
+    """Return the reading speed of one thread.
 
-    Positions) that one thread decodes, collates, and reads with PyArrow alone.
+    Measures decoding, collating, and reading with PyArrow alone, in rows per second for the
+    classifier and in positions per second for the language model.
     """
     classes = classes_cache(folder, SIZES[-1])
     tokens = make_lm_cache(folder, "sampled", LM_CLASSES, LM_ROWS)
@@ -129,7 +132,7 @@ def measure_read(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def read_alone(cache: Any) -> None:
-    """The same columns, a row group at a time, with PyArrow and nothing else."""
+    """Read the same columns one row group at a time with PyArrow only."""
     import pyarrow.parquet as pq
 
     for shard in cache.manifest.shards:
@@ -139,10 +142,7 @@ def read_alone(cache: Any) -> None:
 
 
 def batches(cache: Any, size: int) -> tuple[float, float]:
-    """Seconds of one epoch in the order of training.
-
-    Of decoding (with the order itself), and of collating.
-    """
+    """Return the seconds of one epoch in training order: (decoding with the order, collating)."""
     from pipeline.softlabels import default_temperature
     from pipeline.tasks import get_task
     from pipeline.training.batches.collate import Collator, TrainingRows
@@ -164,9 +164,9 @@ def batches(cache: Any, size: int) -> tuple[float, float]:
 
 
 def measure_first(folder: Path, repeats: int, sizes: tuple[int, ...]) -> dict[str, float]:
-    """Seconds by the clock from opening the cache to the end of the first step.
+    """Return the wall-clock seconds from opening the cache to the end of the first step.
 
-    Beside it a thread decodes what comes next.
+    A background thread decodes ahead during this time.
     """
     import pipeline as softlabel
 
@@ -177,12 +177,12 @@ def measure_first(folder: Path, repeats: int, sizes: tuple[int, ...]) -> dict[st
         make_trainer("cache", softlabel.Cache.open(path), folder, 1).train()
         return time.perf_counter() - started
 
-    first(next(iter(paths.values())))  # what is imported and set up once
+    first(next(iter(paths.values())))  # warm-up: imports and one-time setup
     return medians(repeats, {name: functools.partial(first, path) for name, path in paths.items()})
 
 
 def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
-    """`transformers.Trainer` over the same rows in memory, or distillation from the cache."""
+    """Return a Trainer on the rows in memory, or a distillation trainer on the cache."""
     from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 
     import pipeline as softlabel
@@ -218,9 +218,9 @@ def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
 
 
 def measure_step(folder: Path, repeats: int) -> dict[str, float]:
-    """Seconds of a step.
+    """Return the seconds of a training step with each trainer.
 
-    The two trainers run in threads of their own that take turns of 20 steps.
+    The two trainers run in separate threads that alternate every 20 steps.
     """
     from transformers import TrainerCallback
 
@@ -238,7 +238,7 @@ def measure_step(folder: Path, repeats: int) -> dict[str, float]:
 
         def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
             done = state.global_step
-            if done % turn == warm:  # the batches made ahead while it waited are used up
+            if done % turn == warm:  # past the batches that were prefetched while this thread waited
                 self.started = time.process_time()
             if done % turn == 0:
                 if done > turn:
@@ -265,12 +265,12 @@ def measure_step(folder: Path, repeats: int) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Finished parts, in a file."""
+    """Stores finished parts in a JSON file."""
 
     path: Path
 
     def part(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """As it was measured before, or now."""
+        """Return the stored result of a part, or measure and store it."""
         parts = json.loads(self.path.read_text()) if self.path.is_file() else {}
         if name not in parts:
             parts[name] = measure()
@@ -285,7 +285,7 @@ class Kept:
 @click.option("--large", is_flag=True, help="Also the first step of 1,000,000 rows.")
 @click.option("--anew", is_flag=True, help="Measure again what was measured before.")
 def main(output: str, repeats: int, large: bool, anew: bool) -> None:
-    """Rows between Parquet and tensors, and a classifier's step from the cache."""
+    """Measure reading and writing rows, and training steps of a classifier from the cache."""
     import torch
 
     from pipeline.models.quiet import quiet_libraries

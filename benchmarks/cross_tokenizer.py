@@ -1,24 +1,25 @@
-"""Students with another tokenizer than their teacher's.
+"""Compare students whose tokenizer differs from their teacher's.
 
-What the soft labels add, and what a small vocabulary is worth.
+Measures what soft labels add for such students, and what a small vocabulary gains.
 
     make bench-cross-tokenizer      (or: python -m benchmarks.cross_tokenizer)
 
-**Small vocabulary.** The teacher is SmolLM2-135M-Instruct (49,152 tokens), the text BBC news. The
-students have 4 layers and a byte-level BPE of 8,192 tokens trained on the cached text. Beside them
-stands the student of the teacher's own tokenizer with as many parameters, nearly all of which are
-its embedding.
+**Small vocabulary.** The teacher is SmolLM2-135M-Instruct (49,152 tokens), and the text is BBC
+news. The students have 4 layers and a byte-level BPE of 8,192 tokens trained on the cached text.
+They are compared with a student that uses the teacher's own tokenizer and has as many parameters,
+nearly all of them in its embedding.
 
-**Long tokens.** The other direction: the teacher is a language model with a BPE of 1,024 tokens,
-trained here on 1,200 articles; the students have the BPE of 8,192 tokens, so that a token of theirs
-is several of the teacher's.
+**Long tokens.** The reverse case: the teacher is a language model with a BPE of 1,024 tokens,
+trained here on 1,200 articles. The students have the BPE of 8,192 tokens, so that one student token
+covers several teacher tokens.
 
-"Both" has the weight of the mapped target and that of the spans; beside it stands the mapped target
-alone with as much weight as the two.
+"Both" uses the weight of the mapped target and the weight of the spans; it is compared with the
+mapped target alone at the sum of these weights.
 
-Every way has the same rows, steps, schedule and, seed by seed, the same first weights. The measure
-is bits per byte on articles that no way has seen; intervals are paired t intervals over the seeds.
-What is finished is kept in `runs.json`, and a run that was stopped continues with the next.
+All methods use the same rows, steps, schedule and, for each seed, the same initial weights. The
+metric is bits per byte on articles that no method has been trained on; intervals are paired t
+intervals over the seeds. Finished runs are stored in `runs.json`, and an interrupted run continues
+with the next one.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ EPOCHS, BATCH, RATE = 4, 8, 2e-3
 
 @dataclass(frozen=True)
 class Way:
-    """How a student learns."""
+    """A method of training a student."""
 
     name: str
     settings: Mapping[str, Any]
     own: bool = True
-    """Whether it has its own tokenizer; else the teacher's."""
+    """Whether the student has its own tokenizer; otherwise it uses the teacher's."""
 
 
 MAPPED = {"hard_weight": 0.1, "soft_weight": 0.9}
@@ -63,13 +64,13 @@ PAIRS = {"small-vocabulary": WAYS, "long-tokens": WAYS[:5]}
 
 
 def articles(folder: Path, split: str, count: int) -> list[str]:
-    """The first texts of a split of the demo."""
+    """Return the first texts of a split of the demo data."""
     lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     return [json.loads(line)["text"] for line in lines]
 
 
 def make_data(folder: Path, source: Path, train: int) -> Path:
-    """The articles to learn from, and those to measure on."""
+    """Write the training and evaluation articles."""
     data = folder / "data"
     for split, count in (("train", train), ("test", TEST)):
         write_rows(data / f"{split}.jsonl", articles(source, split, count))
@@ -77,26 +78,26 @@ def make_data(folder: Path, source: Path, train: int) -> Path:
 
 
 def write_rows(path: Path, texts: list[str]) -> None:
-    """JSON lines."""
+    """Write texts as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def texts_of(data: Path) -> Iterator[str]:
-    """The training text."""
+    """Yield the training texts."""
     for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines():
         yield json.loads(line)["text"]
 
 
 def make_tokenizer(teacher: Path, data: Path, size: int) -> Any:
-    """A BPE of the teacher's kind, trained on the training text."""
+    """Train a BPE of the teacher's kind on the training text."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(teacher)).train_new_from_iterator(texts_of(data), size)
 
 
 def make_cache(teacher: Path, data: Path, output: Path) -> None:
-    """Stage 1, once."""
+    """Run stage 1 if the cache is missing."""
     from pipeline.capture.run import run
     from pipeline.config import CacheLogitsConfig, DataConfig
 
@@ -108,7 +109,7 @@ def make_cache(teacher: Path, data: Path, output: Path) -> None:
 
 
 def make_student(teacher: Path, output: Path, tokenizer: Any, width: int, seed: int) -> int:
-    """Random weights in the shape of the benchmark, of one width. Returns the parameters."""
+    """Save a randomly initialised student of this width, and return its number of parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     layers, _, heads = SHAPE
@@ -127,7 +128,7 @@ def make_student(teacher: Path, output: Path, tokenizer: Any, width: int, seed: 
 
 
 def width_of(vocabulary: int, parameters: int) -> int:
-    """The width, a multiple of 8, whose student of this vocabulary has about so many parameters."""
+    """Return the multiple of 8 as width whose student comes closest to this many parameters."""
     layers = SHAPE[0]
 
     def count(width: int) -> int:
@@ -137,7 +138,7 @@ def width_of(vocabulary: int, parameters: int) -> int:
 
 
 def train_and_measure(cache: Path, student: Path, output: Path, way: Way, seed: int, epochs: int) -> float:
-    """Bits per byte of a student on the test split."""
+    """Train a student, and return its bits per byte on the test split."""
     from pipeline.config import TrainStudentConfig
     from pipeline.evaluation import evaluate
     from pipeline.training.run import run
@@ -152,29 +153,29 @@ def train_and_measure(cache: Path, student: Path, output: Path, way: Way, seed: 
 
 
 def teacher_bits(cache: Path) -> float:
-    """Bits per byte of the teacher, from the cache."""
+    """Return the teacher's bits per byte, computed from the cache."""
     from pipeline.evaluation import evaluate
 
     return float(evaluate(str(cache), {}).teacher.metrics["bits_per_byte"])
 
 
 class Runs:
-    """What is finished, kept in a file."""
+    """Stores finished runs in a JSON file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def keep(self, key: str, value: Any) -> None:
-        """Add one, and write the file."""
+        """Add one result and write the file."""
         self.found[key] = value
         self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
 def short_teacher(folder: Path, teacher: Path, data: Path, source: Path) -> Path:
-    """A model of 1,024 tokens, trained on the text alone.
+    """Train a teacher with a vocabulary of 1,024 tokens on the text alone.
 
-    The cache of its own start is only the way to the rows.
+    The cache written by its untrained weights only supplies the rows.
     """
     from pipeline.config import TrainStudentConfig
     from pipeline.training.run import run
@@ -199,7 +200,7 @@ def short_teacher(folder: Path, teacher: Path, data: Path, source: Path) -> Path
 def run_pair(
     pair: str, folder: Path, teacher: Path, data: Path, seeds: int, runs: Runs, ways: tuple[str, ...], epochs: int
 ) -> None:
-    """All ways and seeds of one pair of tokenizers."""
+    """Run all methods and seeds of one pair of tokenizers."""
     cache = folder / f"cache-{pair}"
     make_cache(teacher, data, cache)
     if f"{pair}/teacher" not in runs.found:
@@ -224,7 +225,7 @@ def run_pair(
 
 
 def table(found: Mapping[str, Any], seeds: int) -> str:
-    """Means over the seeds, and each way's difference from the first of its pair."""
+    """Return a table of means over the seeds and differences from the first method of each pair."""
     from pipeline.metrics import paired_mean_interval
 
     lines = []
@@ -275,7 +276,7 @@ def main(
     epochs: int,
     show: bool,
 ) -> None:
-    """Bits per byte of students with another tokenizer."""
+    """Measure the bits per byte of students whose tokenizer differs from their teacher's."""
     from pipeline.models.quiet import quiet_libraries
 
     folder = Path(output)

@@ -1,22 +1,23 @@
-"""Which learning rate, how many steps, which loss?
+"""Compare learning rates, numbers of steps and losses, to choose the training defaults.
 
-The runs that the defaults of train-teacher and train-student rest on.
+The defaults of train-teacher and train-student are derived from these runs.
 
     make bench-defaults            (or: python -m benchmarks.defaults)
 
-Four data sets (`data/first_hour`), one teacher each, four students: random weights at two sizes,
-layers copied from the teacher, and the pretrained encoder that the teacher comes from. Every run is
-measured on the validation split while it trains; the test split is not read. Results are appended
-to `results.jsonl` in the output folder, and runs that stand there are not repeated.
+There are four data sets (`data/first_hour`) with one teacher each, and four students: random
+weights at two sizes, layers copied from the teacher, and the pretrained encoder that the teacher
+was fine-tuned from. Every run is evaluated on the validation split during training; the test split
+is not read. Results are appended to `results.jsonl` in the output folder, and runs listed there are
+not repeated.
 
 Studies:
 
     teacher     learning rate and epochs of the fine-tuning
     rate        learning rate of each student, one loss
     loss        divergence, temperature and weights, at the best learning rate of `rate`
-    steps       how long to train
-    batch       rows a step
-    defaults    what `train-student` chooses, and what it chose before, beside the best of `rate`
+    steps       number of training steps
+    batch       rows per step
+    defaults    current and former defaults of `train-student` beside the best of `rate`
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ DATA = {
     "tickets": ("Ticket Body", "Queue", 64),
     "dialogue": ("utterance", "subject_name", 48),
 }
-#: Name -> shape of random weights, or layers of the teacher; None: the pretrained encoder, with a
-#: new head.
+#: Name -> shape of random weights, or layers copied from the teacher, or None for the pretrained
+#: encoder with a new head.
 STUDENTS: dict[str, Shape | tuple[int, ...] | None] = {
     "random 1x64": Shape(1, 64, 1),
     "random 2x128": Shape(2, 128, 2),
@@ -64,7 +65,7 @@ RATES = {
     "pretrained 6x384": (1e-4, 3e-4),
 }
 STEPS = {"random": 1000, "copied": 300, "pretrained": 300}
-#: Students that are slow to train are tried on few data sets.
+#: The students in SLOW are only trained on the data sets in FEW.
 SLOW, FEW = ("pretrained 6x384",), ("tickets",)
 #: hard weight, soft weight, temperature, divergence
 PLAIN = (0.1, 0.9, 2.0, "forward-kl")
@@ -77,7 +78,7 @@ BATCH = 32
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """One student's run, or a teacher's: what names it in the results."""
+    """Settings that identify one run of a student or a teacher in the results."""
 
     study: str
     data: str
@@ -91,7 +92,7 @@ class Trial:
 
 
 def trials(study: str, found: Sequence[Mapping[str, Any]], data: Sequence[str]) -> Iterator[Trial]:
-    """The runs of a study, in order; later studies build on what `found` has of the ones before."""
+    """Yield the runs of a study in order; later studies use earlier results from `found`."""
     for name in data:
         if study == "teacher":
             for rate, epochs in ((5e-5, 3.0), (1e-4, 3.0), (1e-4, 10.0)):
@@ -122,7 +123,7 @@ def trials(study: str, found: Sequence[Mapping[str, Any]], data: Sequence[str]) 
 
 
 def best_rate(found: Sequence[Mapping[str, Any]], student: str) -> float | None:
-    """The best learning rate of the study `rate`, of those tried on the most data sets."""
+    """Return the best learning rate in the study `rate` among those tried on the most data sets."""
     scores: dict[float, list[float]] = {}
     for line in found:
         if line["study"] == "rate" and line["student"] == student:
@@ -131,7 +132,7 @@ def best_rate(found: Sequence[Mapping[str, Any]], student: str) -> float | None:
 
 
 def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
-    """Train and measure; the model is removed."""
+    """Train and evaluate one trial, and delete the model."""
     started = time.monotonic()
     output = folder / f"model-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
@@ -154,7 +155,7 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 def train_one(trial: Trial, folder: Path, output: Path) -> list[dict[str, Any]]:
-    """The metrics on the validation split, as training goes on."""
+    """Train a student, and return its validation metrics during training."""
     flags: dict[str, Any] = {}
     training: dict[str, Any] = {}
     if trial.learning_rate is not None:
@@ -192,7 +193,7 @@ def train_one(trial: Trial, folder: Path, output: Path) -> list[dict[str, Any]]:
 
 
 def data_config(name: str) -> DataConfig:
-    """The files of a data set and its columns."""
+    """Return the files and columns of a data set."""
     text, label, length = DATA[name]
     return DataConfig(
         dataset=f"data/first_hour/{name}",
@@ -204,7 +205,7 @@ def data_config(name: str) -> DataConfig:
 
 
 def make_teacher(name: str, output: Path, rate: float, epochs: float) -> dict[str, float]:
-    """Fine-tune the encoder."""
+    """Fine-tune the encoder and return its metrics."""
     return train_teacher(
         TrainTeacherConfig(
             task="sequence-classification",
@@ -219,9 +220,9 @@ def make_teacher(name: str, output: Path, rate: float, epochs: float) -> dict[st
 
 
 def cache_of(name: str, folder: Path) -> Path:
-    """The cache of a data set, made where it is not there.
+    """Return the cache of a data set, and create it if it is missing.
 
-    Of a teacher fine-tuned for 10 epochs at 1e-4.
+    Its teacher is fine-tuned for 10 epochs at 1e-4.
     """
     cache, teacher = folder / name / "cache", folder / name / "teacher"
     if not (teacher / "metrics.json").is_file():
@@ -242,7 +243,7 @@ def cache_of(name: str, folder: Path) -> Path:
 
 
 def start_of(trial: Trial, folder: Path) -> Path:
-    """The student before its first step."""
+    """Return the path of the initial student."""
     made = STUDENTS[trial.student]
     if made is None:
         return Path(ENCODER)
@@ -256,17 +257,20 @@ def start_of(trial: Trial, folder: Path) -> Path:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """What was measured before."""
+    """Return the stored results."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def key_of(line: Mapping[str, Any]) -> str:
-    """What names a run."""
+    """Return the key that identifies a run."""
     return json.dumps([line[field.name] for field in dataclasses.fields(Trial)], default=list)
 
 
 def tables(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Validation accuracy at the end and at its best; a line per setting, a column per data set."""
+    """Yield tables of final and best validation accuracy, one row per setting.
+
+    Columns are data sets.
+    """
     settings: dict[tuple[str, str, str], dict[str, list[Mapping[str, Any]]]] = {}
     for line in found:
         names = ("learning_rate", "steps", "epochs", "batch_size", "loss")
@@ -290,7 +294,7 @@ def tables(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 @click.option("--output", default="runs/bench-defaults", type=click.Path(path_type=Path), show_default=True)
 @click.option("--show", is_flag=True, help="Print the tables of what was measured, and measure nothing.")
 def main(study: Sequence[str], data: Sequence[str], output: Path, show: bool) -> None:
-    """Measure what is not there, then print the tables."""
+    """Run the missing trials, then print the tables."""
     quiet_libraries()
     output.mkdir(parents=True, exist_ok=True)
     path = output / "results.jsonl"

@@ -1,17 +1,18 @@
-"""Bytes, noise and bias of each encoding of soft labels, and what students learn from it.
+"""Measure bytes, noise and bias of each soft-label encoding, and the students trained on it.
 
     make bench-encodings            (or: python -m benchmarks.encodings)
 
-The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` prepares both).
+The teacher is SmolLM2-135M-Instruct, and the text is BBC news (`make demo-lm` prepares both).
 
-The curve: at least 4,096 positions, all ways on the same logits. Noise and bias are those of
-`pipeline.softlabels.fidelity`, as a share of the noise of one label drawn from the teacher. Bytes
-are those of the soft labels' columns in Parquet, as this project writes them; draws with
-replacement are counted at 3 bytes a class, as published for them (Anshumann et al., 2025).
+The curve covers at least 4,096 positions, with all methods on the same logits. Noise and bias are
+those of `pipeline.softlabels.fidelity`, as a share of the noise of one label drawn from the
+teacher. Bytes are those of the soft-label columns in this project's Parquet files; draws with
+replacement count 3 bytes per class, as published for them (Anshumann et al., 2025).
 
-Training: 6 of the teacher's 30 layers, on soft labels alone (`hard`: on the text alone), several
-seeds, evaluated on held-out articles against the whole distribution of the teacher. What is closed
-of the gap is (loss of `hard` - loss) / (loss of `hard` - loss of `full`), seed by seed.
+Training uses 6 of the teacher's 30 layers and soft labels alone (`hard`: the text alone) with
+several seeds. Students are evaluated on held-out articles against the teacher's full distribution.
+The closed share of the gap is (loss of `hard` - loss) / (loss of `hard` - loss of `full`), computed
+for each seed.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ ARTICLES = {"train": 32, "test": 6}
 
 
 def measure_curve(folder: Path, positions: int) -> list[dict[str, Any]]:
-    """One line for each way, and a picture."""
+    """Measure every encoding on the same logits, and return one table row for each."""
     teacher = load_model(get_task("causal-lm"), str(DATA / "smollm2"))
     examples = list(itertools.islice(_rows(teacher, 512), -(-positions // 511)))
     ways: list[tuple[str, Encoding, str]] = [(f"sampled c = {c:g}", Sampled(c), "") for c in SAMPLE_SIZES]
@@ -116,7 +117,12 @@ TAILS = {"ghost": "ghost", "renormalised": "renormalize", "zeroed": "ignore"}
 
 
 def drawn(q: Tensor, count: int, generator: torch.Generator) -> Target:
-    """(n, V): `count` classes drawn with replacement at each position, each of weight 1 / count."""
+    """Draw classes with replacement at each position.
+
+    Args:
+        q: (n, V) probabilities.
+        count: draws per position, each of weight 1 / count.
+    """
     ids = torch.multinomial(q, count, replacement=True, generator=generator)
     weights = torch.zeros_like(q).scatter_add_(1, ids, torch.full(ids.shape, 1 / count))
     owner, classes = weights.nonzero(as_tuple=True)
@@ -126,9 +132,10 @@ def drawn(q: Tensor, count: int, generator: torch.Generator) -> Target:
 
 
 def soft_bytes(rows: list[SoftLabels], encoding: Encoding, num_classes: int) -> tuple[int, float]:
-    """Of the soft labels' columns alone.
+    """Measure the size of the soft-label columns alone.
 
-    Bytes in Parquet, and the order-0 entropy of their values in bytes.
+    Returns:
+        Bytes in Parquet, and the order-0 entropy of the values in bytes.
     """
     schema = pa.schema(list(soft_columns(encoding, num_classes).items()))
     nothing = TokenizedExample(0, 0, np.zeros(0, dtype=np.int32))
@@ -164,7 +171,7 @@ def _line(name: str, found: Fidelity | None, size: float, entropy: float | None)
 
 
 def show_curve(lines: list[dict[str, Any]], folder: Path) -> None:
-    """The table, what equal noise costs, and the picture."""
+    """Print the table and the cost at equal noise, and draw the figure."""
     click.echo(
         f"{'':<28}{'kept':>7}{'B/position':>12}{'entropy':>9}{'noise':>10}{'share':>8}{'bias':>10}{'share':>9}{'angle':>8}"
     )
@@ -186,7 +193,7 @@ def show_curve(lines: list[dict[str, Any]], folder: Path) -> None:
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """Bytes against noise and bias."""
+    """Plot bytes against noise and bias."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -237,7 +244,7 @@ def _cut(soft: SoftLabels, start: int, stop: int) -> SoftLabels:
 
 # ----------------------------------------------------------------------------------------- training
 
-#: way -> (cache, loss)
+#: Method -> (cache, loss).
 WAYS: dict[str, tuple[str, softlabel.Loss]] = {
     "hard": ("sampled-25", softlabel.Loss(1.0, 0.0)),
     "full": ("full", softlabel.Loss(0.0, 1.0, temperature=1.0)),
@@ -255,7 +262,7 @@ ENCODINGS: dict[str, Encoding] = {
 
 
 def make_data(folder: Path) -> Path:
-    """The first articles of the demo: few enough to store every distribution whole."""
+    """Write the first articles of the demo, few enough to store every full distribution."""
     data = folder / "data"
     data.mkdir(exist_ok=True)
     for split, count in ARTICLES.items():
@@ -265,7 +272,10 @@ def make_data(folder: Path) -> Path:
 
 
 def make_cache(folder: Path, name: str) -> Any:
-    """A cache of the articles; the draws from the one with the whole distribution."""
+    """Return a cache of the articles.
+
+    Caches of draws are made from the cache with full distributions.
+    """
     if name in ENCODINGS:
         data = make_data(folder)
         return softlabel.cache_logits(
@@ -313,10 +323,13 @@ def make_cache(folder: Path, name: str) -> Any:
 
 
 class PairedTrainer(softlabel.DistillationTrainer):
-    """One epoch in an order of the seed alone: every cache is trained on the same steps."""
+    """Trains one epoch in an order that depends on the seed alone.
+
+    All caches are trained on with the same steps.
+    """
 
     def get_train_dataloader(self) -> Any:
-        """Batches of a permutation."""
+        """Return batches of a seeded permutation."""
         data: Any = self.train_dataset
         order = np.random.default_rng(self.args.data_seed).permutation(len(data))
         size = self._train_batch_size
@@ -326,7 +339,7 @@ class PairedTrainer(softlabel.DistillationTrainer):
 
 
 def train(folder: Path, way: str, seed: int) -> dict[str, float]:
-    """Held-out loss, KL from the teacher and ECE of one student."""
+    """Train one student, and return its held-out loss, KL from the teacher and ECE."""
     name, loss = WAYS[way]
     start = folder / "student-init"
     if not (start / "config.json").exists():
@@ -348,7 +361,7 @@ def train(folder: Path, way: str, seed: int) -> dict[str, float]:
 
 
 def compare_training(folder: Path, seeds: int) -> None:
-    """Every way with every seed; what is done already is not done again."""
+    """Train every method with every seed, except for runs that are stored already."""
     results: dict[str, dict[str, float]] = {}
     path = folder / "training.json"
     if path.is_file():
@@ -386,7 +399,7 @@ def compare_training(folder: Path, seeds: int) -> None:
 
 
 def cache_bytes(folder: Path, name: str) -> float:
-    """Bytes a position of the soft labels' columns; draws at 3 bytes a class."""
+    """Return the bytes per position of the soft-label columns; draws count 3 bytes per class."""
     cache = make_cache(folder, name)
     contract = cache.manifest.contract
     rows = cache.dataset("train")
@@ -409,7 +422,7 @@ def cache_bytes(folder: Path, name: str) -> float:
 @click.option("--seeds", default=3, show_default=True, help="Students of each way.")
 @click.option("--only", type=click.Choice(["curve", "training"]), help="One part of it.")
 def main(output: str, positions: int, seeds: int, only: str | None) -> None:
-    """Bytes, noise and bias of each way to keep soft labels, and what students learn from them."""
+    """Measure bytes, noise and bias of each soft-label encoding, and the students trained on it."""
     from pipeline.models.quiet import quiet_libraries
 
     quiet_libraries()

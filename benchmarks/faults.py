@@ -1,11 +1,11 @@
-"""Caches under killed processes, flipped bits, cut files and racing captures.
+"""Test caches against killed processes, flipped bits, truncated files and concurrent captures.
 
     make test-faults            (or: python -m benchmarks.faults)
 
-A fork server: this process loads torch and makes a tiny teacher once, and every capture is a fork
-of it. The table says how often each fault was tried, how often the cache was what it must be, and
-how often the fault was found; the exit code is 1 where a target is missed. `--small` tries fewer of
-each; `tests/faults` runs that.
+This process acts as a fork server: it loads torch and builds a tiny teacher once, and every capture
+runs in a fork. The table shows how often each fault was tried, how often the cache was in the
+required state, and how often the fault was detected. The exit code is 1 if a target is missed.
+`--small` tries fewer of each; `tests/faults` runs that.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ ROWS, PER_SHARD, CLASSES = 60, 20, 64
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table."""
+    """One row of the table."""
 
     what: str
     tried: int
     good: int
     target: int | None
-    """None: shown beside the others, and no target of ours."""
+    """None: shown for comparison, without a target."""
     note: str = ""
 
     @property
@@ -54,7 +54,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A tiny teacher, its data, and the cache that an undisturbed capture makes."""
+    """A tiny teacher, its data, and the cache that an undisturbed capture writes."""
 
     folder: Path
     model: Any
@@ -62,7 +62,7 @@ class Bench:
     rows: Any
 
     def capture(self, output: Path, *, seed: int = 0, rows: int | None = None, append: bool = False) -> None:
-        """Run stage 1 in this process, over all rows or the first so many."""
+        """Run stage 1 in this process over all rows, or over the first `rows`."""
         import pipeline as softlabel
 
         softlabel.cache_logits(
@@ -85,7 +85,7 @@ class Bench:
 
 
 def make_bench(folder: Path) -> Bench:
-    """The fork server's warm state."""
+    """Build the state that every fork inherits."""
     import torch
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -117,7 +117,7 @@ def make_bench(folder: Path) -> Bench:
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child; its errors go to its standard error, which is ours."""
+    """Run `work` in a child process whose errors go to this process's standard error."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -135,12 +135,12 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def end_of(child: int) -> int:
-    """The exit code of a child, negative for a signal."""
+    """Return the exit code of a child process, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def shared_files(root: Path) -> dict[str, bytes]:
-    """Every file with a final name, except receipts, which hold times."""
+    """Return every file with a final name, except receipts, which contain times."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
@@ -149,7 +149,7 @@ def shared_files(root: Path) -> dict[str, bytes]:
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
-    """Whether it is a temporary file, or in a temporary directory."""
+    """Whether the path is a temporary file or lies in a temporary directory."""
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
@@ -157,7 +157,7 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 
 def count_points(bench: Bench) -> Counter[str]:
-    """How often an undisturbed capture comes by each point."""
+    """Count how often an undisturbed capture passes each crash point."""
     from pipeline.cache.storage.crash import hooked
 
     seen: Counter[str] = Counter()
@@ -168,7 +168,7 @@ def count_points(bench: Bench) -> Counter[str]:
 
 
 def kills(bench: Bench, number: int, seed: int = 0) -> Iterator[Line]:
-    """Kill a capture at every point in turn, look at what is there, and go on."""
+    """Kill a capture at every crash point in turn, check the files left behind, and resume."""
     from pipeline.cache import Cache
     from pipeline.cache.storage.crash import hooked
 
@@ -203,7 +203,7 @@ def kills(bench: Bench, number: int, seed: int = 0) -> Iterator[Line]:
 
 
 def dying(point: str, left: int) -> Callable[[str], None]:
-    """A hook that kills the process the `left`-th time that it reaches a point."""
+    """Return a hook that kills the process the `left`-th time it reaches a crash point."""
     seen: Counter[str] = Counter()
 
     def hook(name: str) -> None:
@@ -215,7 +215,7 @@ def dying(point: str, left: int) -> Callable[[str], None]:
 
 
 def nothing_torn(root: Path, expected: dict[str, bytes]) -> bool:
-    """Whether every visible file is complete, and a manifest exists only with all of them."""
+    """Whether every visible file is complete, and a manifest exists only if all files do."""
     from pipeline.cache.format.manifest import Plan, parse
     from pipeline.records import Receipt
 
@@ -233,7 +233,7 @@ def nothing_torn(root: Path, expected: dict[str, bytes]) -> bool:
 
 
 def damage(bench: Bench, flips: int, cuts: int, manifest_faults: int, seed: int = 1) -> Iterator[Line]:
-    """Flip bits and cut files, and see whether `verify` finds it, and names the file."""
+    """Flip bits and truncate files, and check that `verify` finds the damage and names the file."""
     import pyarrow.parquet as pq
 
     from pipeline.cache.format.manifest import Layout, load_manifest
@@ -282,7 +282,7 @@ def damage(bench: Bench, flips: int, cuts: int, manifest_faults: int, seed: int 
     for _ in range(manifest_faults):
         manifest.write_bytes(flipped(good, rng.random(), rng.randrange(8)))
         counts["bit flip in the manifest"] += names(root, manifest)
-        manifest.write_bytes(good[: rng.randrange(len(good) - 1)])  # without its last line break it is whole
+        manifest.write_bytes(good[: rng.randrange(len(good) - 1)])  # complete without its final newline
         counts["manifest cut short"] += names(root, manifest)
     manifest.write_bytes(good)
     for what, number in counts.items():
@@ -290,14 +290,14 @@ def damage(bench: Bench, flips: int, cuts: int, manifest_faults: int, seed: int 
 
 
 def flipped(data: bytes, place: float, bit: int) -> bytes:
-    """The bytes with one bit the other way round."""
+    """Return the bytes with one bit flipped."""
     changed = bytearray(data)
     changed[int(place * len(data))] ^= 1 << bit
     return bytes(changed)
 
 
 def names(root: Path, path: Path) -> bool:
-    """Whether `verify` finds something, and it is this file."""
+    """Whether `verify` reports exactly one problem, in this file."""
     from pipeline.cache import verify
     from pipeline.errors import PipelineError
 
@@ -309,9 +309,9 @@ def names(root: Path, path: Path) -> bool:
 
 
 def training_reads(root: Path, path: Path, expected: Any) -> str:
-    """What `outcome` says, of our own reader.
+    """Return the `outcome` of reading a damaged shard with this project's reader.
 
-    The footer's hash, page checksums, counts and ranges.
+    The reader checks the footer's hash, page checksums, counts and ranges.
     """
     import pyarrow as pa
 
@@ -333,9 +333,10 @@ def training_reads(root: Path, path: Path, expected: Any) -> str:
 
 
 def outcome(path: Path, expected: Any, **settings: Any) -> str:
-    """What reading a damaged file comes to.
+    """Read a damaged file with PyArrow.
 
-    An error (`found`), the `same` values, or `other` ones without a word.
+    Returns:
+        `found` if reading raises an error, `same` if the values are equal, `other` if they differ.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -354,7 +355,7 @@ def outcome(path: Path, expected: Any, **settings: Any) -> str:
 
 
 def races(bench: Bench, number: int, seed: int = 2) -> Iterator[Line]:
-    """Two captures at once into one directory: of one plan, and of two."""
+    """Run two captures at once into one directory, with the same plan and with different plans."""
     rng = random.Random(seed)
     wholes = [shared_files(bench.whole), shared_files(bench.folder / "other")]
     same = [_race(bench, i, (0, 0), rng) for i in range(number)]
@@ -388,7 +389,7 @@ def _race(bench: Bench, number: int, seeds: tuple[int, int], rng: random.Random)
         with contextlib.suppress(ContractError) if seeds[0] != seeds[1] else contextlib.nullcontext():
             bench.capture(root, seed=seeds[i])
             return
-        os._exit(1)  # told, in one line
+        os._exit(1)  # reported as an error of one line
 
     children = [fork(lambda i=i: capture(i)) for i in range(2)]  # type: ignore[misc]
     codes = tuple(end_of(child) for child in children)
@@ -401,7 +402,7 @@ def _race(bench: Bench, number: int, seeds: tuple[int, int], rng: random.Random)
 
 
 def run(*, small: bool) -> list[Line]:
-    """Every fault, in a temporary directory."""
+    """Try every fault in a temporary directory."""
     from pipeline.models.quiet import quiet_libraries
 
     quiet_libraries()
@@ -417,7 +418,7 @@ def run(*, small: bool) -> list[Line]:
 @click.command()
 @click.option("--small", is_flag=True, help="A few of each fault.")
 def main(small: bool) -> None:
-    """Print the table; exit with 1 where a target is missed."""
+    """Print the table of faults, and exit with 1 if a target is missed."""
     started = time.monotonic()
     lines = run(small=small)
     width = max(len(line.what) for line in lines)

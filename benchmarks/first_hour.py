@@ -1,13 +1,12 @@
-"""The first hour of a new user.
-
-The README's commands, word for word, on four data sets with column names of their own.
+"""Run the README's commands as a new user would, on four data sets with their own column names.
 
     make first-hour                (or: python -m benchmarks.first_hour)
 
-No flag says how to train: teacher, student and control are what the defaults make of them. The
-control has the same start and settings and learns the hard labels alone. Each data set is split
-into files as `data/first_hour/prepare.py` writes them; `validation.csv`, on which the defaults were
-derived, is not read. Commands that are done are not repeated; figures go to `first-hour.json`.
+No flag sets a training option: teacher, student and control use the defaults. The control has the
+same initial weights and settings as the student, and learns the hard labels alone.
+`data/first_hour/prepare.py` writes the files of each data set; `validation.csv`, which the defaults
+were derived on, is not read. Finished commands are not repeated, and the results are written to
+`first-hour.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 import click
 
 ENCODER = "data/bbc/minilm"
-#: Text and label column, and what `--max-length` says; None: nothing.
+#: Text column, label column and `--max-length`; None: the flag is not passed.
 DATA: dict[str, tuple[str, str, int | None]] = {
     "news": ("Headline & Text", "Topic", 64),
     "sentiment": ("tweet_body", "Feeling (majority)", None),
@@ -33,7 +32,7 @@ DATA: dict[str, tuple[str, str, int | None]] = {
 
 
 def commands(name: str, folder: Path) -> dict[str, list[str]]:
-    """Output -> the command that makes it."""
+    """Return the commands by the output that they create."""
     text, label, length = DATA[name]
     source = Path("data/first_hour", name)
     data = ["--task", "sequence-classification", "--dataset", str(source)]
@@ -58,7 +57,7 @@ def commands(name: str, folder: Path) -> dict[str, list[str]]:
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
-    """Run the commands of a data set that are not done, and read what came of it."""
+    """Run the unfinished commands of a data set, and return its results."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "seconds.json"
     seconds: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -92,7 +91,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 @click.option("--data", multiple=True, default=tuple(DATA), type=click.Choice(list(DATA)))
 @click.option("--output", default="runs/first-hour", type=click.Path(path_type=Path), show_default=True)
 def main(data: tuple[str, ...], output: Path) -> None:
-    """Run the commands on each data set and print what was kept of the teacher."""
+    """Run the commands on each data set, and print the retained share of teacher accuracy."""
     found = {name: run(name, output / name) for name in data}
     (output / "first-hour.json").write_text(json.dumps(found, indent=1) + "\n")
     click.echo("\naccuracy on the test split; minutes from the first command")

@@ -1,11 +1,11 @@
-"""What a capture fetches of a large Parquet file behind a web server, and the memory that it takes.
+"""Measure the bytes and memory that a capture of a large Parquet file on a web server takes.
 
     make bench-in-place         (or: python -m benchmarks.in_place)
 
-The same text is served from loopback as a file of 20 MB and as one of 2 GB. A capture by a tiny
-teacher is stopped after a fixed number of shards: bytes fetched until the first receipt, peak
-memory until the last, and how often each row group was fetched, by one process and by two workers.
-`--megabytes` makes another size.
+The same text is served from loopback as a file of 20 MB and as a file of 2 GB. A capture with a
+tiny teacher is stopped after a fixed number of shards. The results are the bytes fetched until the
+first receipt, the peak memory until the last one, and how often each row group was fetched, with
+one process and with two workers. `--megabytes` sets another size.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import psutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-#: Of the sources; a shard is one row group.
+#: Size of the source files; a shard is one row group.
 ROWS_PER_GROUP, BYTES_PER_ROW = 250, 2000
 SHARDS = 12
 
 
 @dataclass(slots=True)
 class Fetched:
-    """What a server was asked for."""
+    """Bytes and ranges that were requested from the server."""
 
     path: Path
     total: int = 0
@@ -46,7 +46,7 @@ class Fetched:
 
 @contextmanager
 def serve(path: Path) -> Iterator[tuple[str, Fetched]]:
-    """Serve one file by ranges on loopback."""
+    """Serve byte ranges of one file on loopback."""
     found, lock, size = Fetched(path), threading.Lock(), path.stat().st_size
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,7 +88,7 @@ def serve(path: Path) -> Iterator[tuple[str, Fetched]]:
 
 
 def make_source(path: Path, megabytes: int) -> None:
-    """Rows of random words, and a column that nobody reads; nothing compresses."""
+    """Write incompressible rows of random words with a second column that is never read."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -106,7 +106,7 @@ def make_source(path: Path, megabytes: int) -> None:
 
 
 def make_teacher(folder: Path) -> None:
-    """A language model of one small layer, for which nearly every word is unknown."""
+    """Save a language model of one small layer, to which nearly every word is an unknown token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -123,19 +123,19 @@ def make_teacher(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One capture that was stopped."""
+    """Result of one capture that was stopped."""
 
     until_first: int
-    """Bytes fetched when the first receipt was there."""
+    """Bytes fetched until the first receipt."""
     peak: int
-    """Most bytes of memory (PSS) of the command and its workers, until the last shard."""
+    """Peak memory (PSS) of the command and its workers until the last shard, in bytes."""
     twice: int
-    """Row groups that were fetched more than once, the first left out: it is looked at before the
-    workers begin."""
+    """Row groups that were fetched more than once, except for the first: it is read before the
+    workers start."""
 
 
 def capture(url: str, fetched: Fetched, teacher: Path, output: Path, workers: int) -> Run:
-    """Run `softlabel cache-logits` until it has made a few shards."""
+    """Run `softlabel cache-logits` until it has written `SHARDS` shards."""
     command = [
         *(sys.executable, "-m", "pipeline", "cache-logits", "--task", "causal-lm", "--teacher", str(teacher)),
         *("--dataset", url, "--output", str(output), "--max-length", "512", "--rows-per-shard", str(ROWS_PER_GROUP)),
@@ -178,7 +178,7 @@ def _memory(pid: int) -> int:
 @click.command()
 @click.option("--megabytes", default=2000, show_default=True, help="Size of the large source.")
 def main(megabytes: int) -> None:
-    """Print what was fetched and how much memory it took, of a small source and a large one."""
+    """Print the fetched bytes and the memory of a capture from a small source and a large one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_teacher(folder / "teacher")

@@ -1,11 +1,12 @@
-"""The demo's answer, over several seeds.
+"""Write the demo's report over several seeds.
 
-`softlabel report` with everything measured, and its picture for docs/benchmarks.md.
+Runs `softlabel report` with all measurements, and writes its figure for docs/benchmarks.md.
 
     make report           (or: python -m benchmarks.report --seeds 3)
 
-Seed 0 is the demo's own; the others are trained as `benchmarks.students` trains them, which may
-have done so already. The first student of the file is the student, the others are its controls.
+Seed 0 is the demo's own. The other students are trained as in `benchmarks.students`, unless that
+benchmark has trained them already. The first student of the file is the student, and the others are
+its controls.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pipeline.workflow import run as run_stages
 @click.option("--output", default="runs/report", show_default=True, help="Where the report goes.")
 @click.option("--picture", default="docs/figures/report.png", show_default=True, help="Where its picture goes.")
 def main(config: str, seeds: int, students: str, output: str, picture: str) -> None:
-    """Train what is missing, report, and copy the picture."""
+    """Train the missing students, write the report, and copy its figure."""
     quiet_libraries()
     file = load_config(config)
     run_stages(file, FUNCTIONS, through="train-student")

@@ -1,19 +1,20 @@
-"""Off-policy distillation, rounds, and rounds mixed with off-policy rows, at equal steps and rows.
+"""Compare off-policy distillation, on-policy rounds and mixed rounds at equal steps and rows.
 
     make bench-rounds               (or: python -m benchmarks.rounds)
 
-The teacher is SmolLM2-135M-Instruct, the text BBC news (`make demo-lm` and `make demo` prepare
-both). The student is 6 of the teacher's 30 layers, trained first on windows of articles that the
-teacher has labelled: that is where every way starts. A row is 16 tokens of an article and 32 tokens
-that are learnt: the article's own (off-policy) or the student's (on-policy). Every way takes two
-rounds of 32 rows, each passed over twice in 16 steps of 4 rows, with one schedule a round.
+The teacher is SmolLM2-135M-Instruct, and the text is BBC news (`make demo-lm` and `make demo`
+prepare both). The student has 6 of the teacher's 30 layers and is first trained on windows of
+articles that the teacher has labelled; every method starts from this student. A row has 16 tokens
+of an article and 32 supervised tokens: those of the article (off-policy) or of the student
+(on-policy). Every method takes two rounds of 32 rows. Each round passes twice over its rows in 16
+steps of 4 rows, with one schedule per round.
 
-A student is measured on articles that no way has seen: it writes 32 tokens after each of 64
-prompts, and the teacher labels them. `teacher's NLL` is the mean of the teacher's negative
-log-likelihood of what was written, `reverse KL` the mean of log p(student) - log p(teacher) over
-the same tokens, `forward KL` the mean of KL(teacher || student) over the articles' own tokens; all
-in nats a token. Every finished part is kept in `rounds.json`, and a run that was stopped continues
-with the next.
+Students are evaluated on articles that no method has been trained on. A student writes 32 tokens
+after each of 64 prompts, and the teacher labels them. `teacher's NLL` is the mean of the teacher's
+negative log-likelihood of the written tokens, `reverse KL` the mean of log p(student) - log
+p(teacher) over the same tokens, and `forward KL` the mean of KL(teacher || student) over the
+articles' own tokens, all in nats per token. Finished parts are stored in `rounds.json`, and an
+interrupted run continues with the next part.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import yaml
 LAYERS = [0, 1, 2, 27, 28, 29]
 PREFIX, NEW = 16, 32
 START_ROWS, ROUNDS, ROWS, HELD_OUT = 768, 2, 32, 64
-#: Windows of one article, so that rows are of many.
+#: Windows per article; few, so that the rows come from many articles.
 OF_AN_ARTICLE = 3
 TRAINING = {"hard_weight": 0, "soft_weight": 1, "batch_size": 4}
 QUIET = {"warmup_steps": 0.1, "save_strategy": "no"}
@@ -46,7 +47,7 @@ IDS = {"input_ids_column": "input_ids", "labels_column": "labels", "max_length":
 
 
 def windows(path: Path, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Rows of token ids, of which the last 32 are learnt, and the text of their prompts."""
+    """Yield rows of token ids whose last 32 are supervised, with the text of their prompts."""
     for line in path.read_text(encoding="utf-8").splitlines():
         ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
         for start in range(0, min(len(ids) // (PREFIX + NEW), OF_AN_ARTICLE) * (PREFIX + NEW), PREFIX + NEW):
@@ -59,13 +60,13 @@ def windows(path: Path, tokenizer: Any) -> Iterator[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines."""
+    """Write rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_data(folder: Path, teacher: Path, articles: Path, seeds: int) -> None:
-    """Rows to start from, rows of each seed and round, and rows that are only measured on."""
+    """Write the rows of the initial student, of each seed and round, and of the evaluation."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(teacher))
@@ -83,7 +84,7 @@ def make_data(folder: Path, teacher: Path, articles: Path, seeds: int) -> None:
 
 
 def run_file(path: Path, content: Mapping[str, Any]) -> None:
-    """`softlabel run` of these sections; what is done already is skipped."""
+    """Run `softlabel run` on these sections; finished stages are skipped."""
     from pipeline.cli import main
 
     path.write_text(yaml.safe_dump({"task": "causal-lm", **content}, sort_keys=False), encoding="utf-8")
@@ -93,7 +94,7 @@ def run_file(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def start(folder: Path, teacher: Path) -> dict[str, float]:
-    """The initial student of every variant, and the labelled articles for evaluation."""
+    """Train the initial student of every method, and label the articles for evaluation."""
     run_file(
         folder / "start.yaml",
         {
@@ -117,13 +118,13 @@ def start(folder: Path, teacher: Path) -> dict[str, float]:
 
 
 def capture(teacher: Path, data: Path | str, output: Path | str, **settings: Any) -> dict[str, Any]:
-    """A section of `cache-logits`."""
+    """Return a section of `cache-logits`."""
     return {"teacher": str(teacher), "output": str(output), "data": {"dataset": str(data), **IDS}, **TOP_K, **settings}
 
 
 @dataclass(frozen=True)
 class Way:
-    """Which rows a round learns, and how."""
+    """A method: its divergence, and which rows a round trains on."""
 
     name: str
     divergence: str
@@ -131,7 +132,7 @@ class Way:
     """Share of the rows that the student writes."""
 
 
-#: Those that the question is about first: a run that is stopped has them.
+#: Most important methods first, so that an interrupted run contains them.
 WAYS = (
     Way("off-policy, forward KL", "forward-kl", 0.0),
     Way("rounds, reverse KL", "reverse-kl", 1.0),
@@ -141,7 +142,7 @@ WAYS = (
 
 
 def train(folder: Path, teacher: Path, way: Way, seed: int) -> dict[str, float]:
-    """One way with one seed: train, and measure what it made."""
+    """Train one method with one seed, and evaluate the student."""
     here = folder_of(folder, way, seed)
     here.mkdir(exist_ok=True)
     num_written = round(way.written * ROWS)
@@ -175,12 +176,12 @@ def train(folder: Path, teacher: Path, way: Way, seed: int) -> dict[str, float]:
         (here / "student-0").symlink_to((folder / "student-0").resolve())
     run_file(here / "rounds.yaml", sections)
     found = measure(folder, teacher, here / f"student-{ROUNDS}", here, seed=seed)
-    shutil.rmtree(here / f"student-{ROUNDS}")  # hundreds of megabytes each
+    shutil.rmtree(here / f"student-{ROUNDS}")  # frees hundreds of megabytes
     return found
 
 
 def writing(model: Path, data: Path, output: Path, rows: str, seed: str) -> dict[str, Any]:
-    """A section of `generate`: 32 tokens after the prompts of some rows."""
+    """Return a section of `generate` that writes 32 tokens after the prompts of some rows."""
     return {
         "model": str(model),
         "dataset": str(data),
@@ -194,7 +195,7 @@ def writing(model: Path, data: Path, output: Path, rows: str, seed: str) -> dict
 
 
 def measure(folder: Path, teacher: Path, student: Path, here: Path, *, seed: int) -> dict[str, float]:
-    """What a student writes after new prompts, and its KL on the articles' own continuations."""
+    """Evaluate a student on completions of new prompts and on the articles' continuations."""
     from pipeline.evaluation import evaluate
     from pipeline.rounds import measure_written
 
@@ -224,12 +225,12 @@ def measure(folder: Path, teacher: Path, student: Path, here: Path, *, seed: int
 # ---------------------------------------------------------------------------------------- the table
 
 SHOWN = {"teacher_nll": "teacher's NLL", "reverse_kl": "reverse KL", "forward_kl": "forward KL"}
-#: Quantiles of Student's t at 97.5%, by degrees of freedom.
+#: Degrees of freedom -> 97.5% quantile of Student's t.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and the half-width of its 95% interval over seeds, by Student's t."""
+    """Format the mean and the half-width of its 95% interval over seeds (Student's t)."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
     half = _T[min(len(values) - 1, max(_T))] * statistics.stdev(values) / math.sqrt(len(values))
@@ -237,7 +238,7 @@ def interval(values: Sequence[float]) -> str:
 
 
 def table(parts: Mapping[str, Mapping[str, float]], seeds: int) -> Iterator[str]:
-    """Lines of Markdown: each way, and its differences from the first, seed by seed."""
+    """Yield Markdown lines with each method and its differences from the first, paired by seed."""
     yield f"| way | seeds | {' | '.join(SHOWN.values())} |"
     yield f"|---|---|{'---|' * len(SHOWN)}"
     if "start" in parts:
@@ -259,11 +260,10 @@ def table(parts: Mapping[str, Mapping[str, float]], seeds: int) -> Iterator[str]
 
 
 def paired(folder: Path, parts: Mapping[str, Any], seeds: int) -> Iterator[str]:
-    """Lines of Markdown.
+    """Yield Markdown lines with differences from the first method, paired by prompt.
 
-    Differences from the first way prompt by prompt, over the prompts of all seeds that both have.
-
-    A prompt counts with the mean over its tokens; intervals are 1.96 standard errors.
+    The prompts are those of all seeds that both methods have finished. The value of a prompt is the
+    mean over its tokens; intervals are 1.96 standard errors.
     """
     yield "| way | prompts | teacher's NLL | reverse KL |"
     yield "|---|---|---|---|"
@@ -279,7 +279,7 @@ def paired(folder: Path, parts: Mapping[str, Any], seeds: int) -> Iterator[str]:
 
 
 def by_prompt(here: Path) -> np.ndarray:
-    """(prompts, 2): means per prompt of the teacher's NLL and log p(student) - log p(teacher)."""
+    """Return (prompts, 2): mean teacher NLL and mean log p(student) - log p(teacher) per prompt."""
     import pyarrow.parquet as pq
 
     import pipeline as softlabel
@@ -293,35 +293,35 @@ def by_prompt(here: Path) -> np.ndarray:
 
 
 def folder_of(folder: Path, way: Way, seed: int) -> Path:
-    """Where one way with one seed is made."""
+    """Return the output folder of one method and seed."""
     return folder / f"{way.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
 
 
 def part_name(way: Way, seed: int) -> str:
-    """Its key in `rounds.json`."""
+    """Return the key of one method and seed in `rounds.json`."""
     return f"{way.name}, seed {seed}"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Finished parts, in a file."""
+    """Stores finished parts in a JSON file."""
 
     path: Path
 
     def part(self, name: str, measured: Callable[[], dict[str, float]]) -> None:
-        """Measure it, unless it has been measured before."""
+        """Measure and store a part, unless it is stored already."""
         parts = self.parts()
         if name not in parts:
             self.path.write_text(json.dumps({**parts, name: measured()}, indent=1) + "\n", encoding="utf-8")
 
     def parts(self) -> dict[str, dict[str, float]]:
-        """All that are finished."""
+        """Return all finished parts."""
         found: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         return found
 
 
 def measure_all(folder: Path, teacher: Path, articles: Path, seeds: int, kept: Kept) -> None:
-    """Every part that is not finished."""
+    """Measure every unfinished part."""
     make_data(folder, teacher, articles, seeds)
     kept.part("start", lambda: start(folder, teacher))
     main_ways = [(way, seed) for seed in range(seeds) for way in WAYS[:-1]]
@@ -336,7 +336,7 @@ def measure_all(folder: Path, teacher: Path, articles: Path, seeds: int, kept: K
 @click.option("--seeds", default=3, show_default=True, help="Each has its own rows, draws and order.")
 @click.option("--show", is_flag=True, help="Only the tables of what is finished.")
 def main(output: str, teacher: str, articles: str, seeds: int, show: bool) -> None:
-    """Off-policy, rounds and mixed rounds at equal steps."""
+    """Compare off-policy distillation, rounds and mixed rounds at equal steps."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder / "rounds.json")

@@ -1,27 +1,25 @@
-"""What grows with a cache, and how.
-
-Time and memory of each step against the number of rows, and of shards.
+"""Measure how the time and memory of each operation grow with the rows and shards of a cache.
 
     make bench-scale              (or: python -m benchmarks.scale)
 
-A classifier's cache (V = 5, rows of 12 tokens, a random teacher of 1 layer) of 1,000 to 1,000,000
-rows in 10 to 100 shards, and one of 100,000 rows in 10 to 5,000 shards. Every measurement is a
-process of its own, so that its peak memory is its own; seconds are those by the clock, megabytes
-those above the process with its imports. `of linear` is the growth from one size to the next over
-that of a step whose cost is proportional: 1 is linear, below 1 less. Where a step is over in an
-instant at both sizes it says nothing and is left out. What is finished stands in `scale.json`, and
-a run that was stopped continues with the rest.
+A classifier's cache (V = 5, rows of 12 tokens, a random teacher of 1 layer) has 1,000 to 1,000,000
+rows in 10 to 100 shards, or 100,000 rows in 10 to 5,000 shards. Every measurement runs in its own
+process, so that its peak memory is its own. Seconds are wall-clock time; megabytes are in addition
+to the process with its imports. `of linear` is the growth from one size to the next divided by the
+growth of an operation with proportional cost: 1 is linear, below 1 is sublinear. It is omitted if
+an operation is too short at both sizes. Finished measurements are stored in `scale.json`, and an
+interrupted run continues with the rest.
 
-    open           Cache.open, as every command does
+    open           Cache.open, as in every command
     verify         softlabel verify --quick
     first step     from opening the cache to the first batch of training
     order          the row numbers of a whole epoch
     resume epoch   from opening the cache to the batch after half an epoch
-    resume         cache-logits again where the last shard is missing
+    resume         cache-logits on a cache whose last shard is missing
     append         cache-logits --append of 1,000 more rows
     merge          with another cache of 1,000 rows
     filter         half of the rows, by a condition
-    manifest       its bytes (no time)
+    manifest       its size in bytes (no time)
 """
 
 from __future__ import annotations
@@ -41,11 +39,11 @@ import numpy as np
 from benchmarks.training import make_tokenizer, peak_memory, reset_peak
 
 ROOT = Path(__file__).parents[1]
-#: Rows and shards of the caches of each table.
+#: (rows, shards) of the caches in each table.
 BY_ROWS = ((1_000, 10), (10_000, 10), (100_000, 10), (1_000_000, 100))
 BY_SHARDS = ((100_000, 10), (100_000, 100), (100_000, 1_000), (100_000, 5_000))
 WORDS, VOCABULARY, CLASSES, MORE, BATCH = 12, 1_000, 5, 1_000, 32
-#: Seconds and megabytes below which growth is not looked at: the noise of a process.
+#: Growth below these seconds and megabytes is ignored as noise.
 _LEAST_SECONDS, _LEAST_MB = 0.3, 20.0
 
 
@@ -53,7 +51,7 @@ _LEAST_SECONDS, _LEAST_MB = 0.3, 20.0
 
 
 def data_of(folder: Path, rows: int, start: int = 0) -> Path:
-    """Texts of random words, a file of lines; one of more rows begins like one of fewer."""
+    """Write random texts as JSON lines; larger files start with the rows of smaller ones."""
     path = folder / f"data-{start}-{rows}" / "rows.jsonl"
     if not path.is_file():
         path.parent.mkdir()
@@ -66,7 +64,7 @@ def data_of(folder: Path, rows: int, start: int = 0) -> Path:
 
 
 def teacher_of(folder: Path) -> str:
-    """BERT of 1 layer and width 32, random."""
+    """Return the path of a random BERT of 1 layer and width 32."""
     path = folder / "teacher"
     if not path.is_dir():
         from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -88,7 +86,7 @@ def teacher_of(folder: Path) -> str:
 
 
 def config_of(folder: Path, data: Path, output: Path, rows_per_shard: int, **settings: Any) -> Any:
-    """The capture of one file."""
+    """Return the capture configuration of one data file."""
     from pipeline.config import CacheLogitsConfig, DataConfig
 
     return CacheLogitsConfig(
@@ -102,7 +100,7 @@ def config_of(folder: Path, data: Path, output: Path, rows_per_shard: int, **set
 
 
 def cache_of(folder: Path, rows: int, shards: int) -> Path:
-    """The cache of so many rows in so many shards, made where it is not there."""
+    """Return the cache of `rows` rows in `shards` shards, and create it if it is missing."""
     path = folder / f"cache-{rows}-{shards}"
     if not (path / "manifest.json").is_file():
         from pipeline.capture.run import run
@@ -112,7 +110,7 @@ def cache_of(folder: Path, rows: int, shards: int) -> Path:
 
 
 def small_cache(folder: Path) -> Path:
-    """Of other rows."""
+    """Return a cache of 1,000 other rows."""
     path = folder / "cache-small"
     if not (path / "manifest.json").is_file():
         from pipeline.capture.run import run
@@ -125,14 +123,14 @@ def small_cache(folder: Path) -> Path:
 
 
 def open_cache(path: Path) -> None:
-    """As every command does."""
+    """Open the cache as every command does."""
     import pipeline as softlabel
 
     softlabel.Cache.open(path)
 
 
 def verify_quick(path: Path) -> None:
-    """`softlabel verify --quick`."""
+    """Run `softlabel verify --quick`."""
     from pipeline.cache import verify
 
     assert not verify(path, quick=True).problems
@@ -160,17 +158,17 @@ def _batch(path: Path, epochs: float) -> None:
 
 
 def first_step(path: Path) -> None:
-    """From opening to the first batch."""
+    """Open the cache and read the first batch."""
     _batch(path, 0)
 
 
 def resume_epoch(path: Path) -> None:
-    """From opening to the batch after half an epoch."""
+    """Open the cache and read the batch after half an epoch."""
     _batch(path, 0.5)
 
 
 def epoch_order(path: Path) -> None:
-    """Every batch of an epoch, as row numbers."""
+    """Compute the row numbers of every batch of an epoch."""
     import pipeline as softlabel
 
     for _ in _order(softlabel.Cache.open(path)):
@@ -178,7 +176,7 @@ def epoch_order(path: Path) -> None:
 
 
 def _copy(path: Path) -> Path:
-    """The cache beside itself: what is changed is the copy."""
+    """Copy the cache to a sibling directory, for steps that change it."""
     copy = path.with_name(f"{path.name}-copy")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(path, copy, copy_function=shutil.copyfile)
@@ -191,7 +189,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def resume_capture(path: Path) -> None:
-    """The last shard is missing."""
+    """Capture the last shard, which is missing."""
     from pipeline.capture.run import run
 
     rows, shards = _size(path)
@@ -199,7 +197,7 @@ def resume_capture(path: Path) -> None:
 
 
 def without_last(path: Path) -> Path:
-    """A copy whose last shard is yet to be made."""
+    """Return a copy of the cache without its last shard."""
     copy = _copy(path)
     last = max(copy.glob("data/*.parquet"))
     for each in (last, copy / "receipts" / f"{last.stem}.json", copy / "manifest.json"):
@@ -208,7 +206,7 @@ def without_last(path: Path) -> Path:
 
 
 def append(path: Path) -> None:
-    """1,000 more rows."""
+    """Append 1,000 rows."""
     from pipeline.capture.run import run
 
     rows, shards = _size(path)
@@ -216,9 +214,9 @@ def append(path: Path) -> None:
 
 
 def longer(path: Path) -> Path:
-    """The rows of a cache, and 1,000 others."""
+    """Write a data file with the rows of a cache and 1,000 others."""
     rows, _ = _size(path)
-    both = path.parent / f"longer-{rows}" / "rows.jsonl"  # the name of a file is part of the contract
+    both = path.parent / f"longer-{rows}" / "rows.jsonl"  # the contract includes the file's name
     if not both.is_file():
         both.parent.mkdir()
         parts = data_of(path.parent, rows), data_of(path.parent, MORE, start=2)
@@ -227,33 +225,33 @@ def longer(path: Path) -> Path:
 
 
 def for_append(path: Path) -> Path:
-    """A copy, with what is appended at hand."""
+    """Return a copy of the cache, and write the data to append."""
     copy = _copy(path)
     longer(copy)
     return copy
 
 
 def no_output(path: Path) -> Path:
-    """The cache as it is, and nothing where another is to be made of it."""
+    """Return the cache unchanged, and remove the output of an earlier run."""
     shutil.rmtree(path.parent / "made", ignore_errors=True)
     return path
 
 
 def merge(path: Path) -> None:
-    """With a small one."""
+    """Merge the cache with a small one."""
     from pipeline.cache.transforms.merge import merge
 
     merge([path, small_cache(path.parent)], path.parent / "made")
 
 
 def filter_half(path: Path) -> None:
-    """By a condition on the label."""
+    """Filter the cache by a condition on the source row."""
     from pipeline.cache.transforms.filter import filter_rows
 
     filter_rows(path, path.parent / "made", where="source_row % 2 = 0")
 
 
-#: Name -> what makes ready, which is not measured, and the step.
+#: Name -> (preparation, which is not measured; step).
 STEPS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "open": (Path, open_cache),
     "verify": (Path, verify_quick),
@@ -268,9 +266,9 @@ STEPS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
 
 
 def measure(step: str, path: Path) -> dict[str, float]:
-    """One step in this process.
+    """Measure one step in this process.
 
-    Once on the smallest cache, for all that is imported and set up, then on this one.
+    The step first runs on the smallest cache, as a warm-up for imports and one-time setup.
     """
     from pipeline.models.quiet import quiet_libraries
 
@@ -288,7 +286,7 @@ def measure(step: str, path: Path) -> dict[str, float]:
 
 
 def in_process(step: str, path: Path) -> dict[str, float]:
-    """One measurement in a new process."""
+    """Run one measurement in a new process."""
     command = [sys.executable, "-m", "benchmarks.scale", "--output", str(path.parent), "--measure", step, path.name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -298,9 +296,9 @@ def in_process(step: str, path: Path) -> dict[str, float]:
 
 
 def of_linear(sizes: list[int], values: list[float], least: float) -> Iterator[float | None]:
-    """Growth from each size to the next over that of the size.
+    """Yield the growth from each size to the next, divided by the growth of the size.
 
-    None where there is too little to tell.
+    Yields None if the value is too small for a comparison.
     """
     for i in range(1, len(sizes)):
         told = values[i] >= least
@@ -308,7 +306,7 @@ def of_linear(sizes: list[int], values: list[float], least: float) -> Iterator[f
 
 
 def show(title: str, sizes: list[int], found: dict[str, list[dict[str, float]]]) -> None:
-    """One table."""
+    """Print one table."""
     click.echo(title)
     click.echo(f"  {'':14}{'':8}" + "".join(f"{size:>12,}" for size in sizes) + "   of linear, worst")
     for step, values in found.items():
@@ -331,7 +329,7 @@ def show(title: str, sizes: list[int], found: dict[str, list[dict[str, float]]])
 @click.option("--anew", is_flag=True, help="Measure again what was measured before.")
 @click.option("--measure", "what", type=(str, str), default=None, hidden=True)
 def main(output: str, most_rows: int, anew: bool, what: tuple[str, str] | None) -> None:
-    """Time and memory of each step against rows and shards."""
+    """Measure the time and memory of each step against the number of rows and shards."""
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if what is not None:

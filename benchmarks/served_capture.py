@@ -1,12 +1,12 @@
-"""A capture from a server beside the same requests without a cache.
+"""Compare a capture from a server with the same requests without a cache.
 
     make bench-served           (or: python -m benchmarks.served_capture)
 
-A stand-in of vLLM on loopback, in a process of its own, answers every prompt after 5 ms with
-log-probabilities that were made before. *Bare*: the client sends the rows of the capture and reads
-the answers as numbers, nothing else. *Capture*: `cache-logits --server`, from the tokens to the
-committed cache. The two take turns; medians over the repeats. Beside the throughput stands the
-processor time of this process, which other load on the machine does not change as much.
+A stand-in for vLLM on loopback, in its own process, answers every prompt after 5 ms with
+precomputed log-probabilities. *Bare*: the client sends the rows of the capture and parses the
+answers, nothing else. *Capture*: `cache-logits --server`, from the tokens to the committed cache.
+The two alternate, and the results are medians over the repeats. The output also shows the processor
+time of this process, which depends less on other load on the machine than the throughput does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 VOCABULARY, TOP_K = 8_192, 20
-#: Answers that are made before: prompts take them in turns, with the entries of their own tokens.
+#: Number of precomputed answers. Prompts use them in turn, with added entries of their own tokens.
 _ANSWERS = 8
 _ROWS_PER_SHARD = 100
 
@@ -44,7 +44,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def serve(listener: socket.socket, latency: float, length: int) -> None:
-    """Answer until the process is ended."""
+    """Answer requests until the process ends."""
     draw = random.Random(0)
     texts = [[_entries(draw) for _ in range(length)] for _ in range(_ANSWERS)]
 
@@ -81,9 +81,9 @@ def serve(listener: socket.socket, latency: float, length: int) -> None:
 
 
 def _entries(draw: random.Random) -> str:
-    """The top of one position.
+    """Return the top entries of one position as JSON.
 
-    Its ids are from the half of the vocabulary that prompts do not use.
+    Their ids are from the half of the vocabulary that prompts do not use.
     """
     ids = draw.sample(range(VOCABULARY // 2, VOCABULARY), TOP_K)
     weights = sorted((draw.random() ** 4 for _ in ids), reverse=True)
@@ -97,7 +97,7 @@ def _entries(draw: random.Random) -> str:
 
 @contextmanager
 def serving(latency: float, length: int) -> Iterator[str]:
-    """The address of the stand-in while the block runs."""
+    """Run the stand-in, and yield its address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(256)
@@ -111,7 +111,7 @@ def serving(latency: float, length: int) -> Iterator[str]:
 
 
 def make_source(folder: Path, rows: int, length: int) -> None:
-    """Rows of random words, as files; and a tokenizer of half the vocabulary."""
+    """Write rows of random words from half the vocabulary, and the tokenizer of all of it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -127,10 +127,13 @@ def make_source(folder: Path, rows: int, length: int) -> None:
 
 
 def measure(url: str, folder: Path, concurrency: int, length: int, output: Path | None) -> tuple[float, float]:
-    """Tokens a second and microseconds of processor a token, of a capture or of bare requests.
+    """Measure a capture, or the bare requests.
 
     Args:
-        output: of the capture; None: the bare requests.
+        output: directory of the capture; None: the bare requests.
+
+    Returns:
+        Tokens per second, and processor microseconds per token.
     """
     from pipeline.capture.engines.in_process import capture
     from pipeline.capture.job import prepare
@@ -165,7 +168,7 @@ def measure(url: str, folder: Path, concurrency: int, length: int, output: Path 
 
 
 def bare(job: Any, rows: list[Any]) -> int:
-    """Ask for every row, in the batches of the capture, and read the answers; gives the tokens."""
+    """Request every row in the batches of the capture, parse the answers, and return the tokens."""
     from pipeline.capture.plan import plan_batches
 
     contract = job.plan.contract
@@ -192,7 +195,7 @@ def _read(asked: Any) -> None:
 @click.option("--concurrency", default=2, help="Requests in flight.")
 @click.option("--repeats", default=5, help="Of each way.")
 def main(rows: int, length: int, latency: float, concurrency: int, repeats: int) -> None:
-    """Print the tokens a second of both ways, and their ratio."""
+    """Print the tokens per second of a capture and of bare requests, and their ratio."""
     import torch
 
     from pipeline.models.quiet import quiet_libraries
@@ -210,7 +213,7 @@ def main(rows: int, length: int, latency: float, concurrency: int, repeats: int)
             for way, speeds in found.items():
                 output = folder / f"cache-{repeat}" if way == "capture" else None
                 speed, used = measure(url, folder, concurrency, length, output)
-                if repeat:  # the first warms up
+                if repeat:  # the first repeat is a warm-up
                     speeds.append(speed)
                     processor[way].append(used)
         ratios = [one / other for one, other in zip(found["capture"], found["bare"], strict=True)]

@@ -1,12 +1,10 @@
-"""Does a student of soft labels beat the same student on hard labels?
-
-The demo's three students over several seeds.
+"""Compare students of soft labels with the same students on hard labels, over several seeds.
 
     make bench            (or: python -m benchmarks.students --seeds 3)
 
-Each seed draws other initial weights and another order. A pair (student, control) shares both, so
-the gain is taken pair by pair, and its interval is a paired t interval over the seeds. Teacher and
-cache are the demo's and made first where they are not there.
+The students are the three of the demo. Each seed draws other initial weights and another order. A
+pair (student, control) shares both, so that the gain is paired, and its interval is a paired t
+interval over the seeds. Teacher and cache are the demo's and are created if they are missing.
 """
 
 from __future__ import annotations
@@ -63,9 +61,12 @@ def main(config: str, seeds: int, output: str) -> None:
 
 
 def trained_students(file: ConfigFile, output: str, seed: int) -> dict[str, str]:
-    """The file's students with another seed of initial weights and order: name -> directory.
+    """Train the file's students with another seed of initial weights and order.
 
-    What is trained already is not trained again.
+    Students that are trained already are reused.
+
+    Returns:
+        Name -> directory.
     """
     shape: InitStudentConfig = resolve(InitStudentConfig, file, file.sections["init-student"][0], {})
     start = f"{output}/init-{seed}"
@@ -92,9 +93,9 @@ def trained_students(file: ConfigFile, output: str, seed: int) -> dict[str, str]
 def print_summary(
     teacher: float, accuracy: dict[str, list[float]], loss: dict[str, list[float]], retention: list[float]
 ) -> None:
-    """Means over the seeds, and the gains over each control.
+    """Print means over the seeds and the gains over each control.
 
-    Points of accuracy, nats of test loss.
+    Gains are in points of accuracy and in nats of test loss.
     """
     click.echo(f"\nteacher {teacher:.1%}; on the test split, mean over {len(retention)} seeds:")
     for name in accuracy:
@@ -110,7 +111,7 @@ def print_summary(
 
 
 def _interval(values: np.ndarray, form: str) -> str:
-    """Mean, and the paired t interval over the seeds."""
+    """Format the mean and its paired t interval over the seeds."""
     interval = paired_mean_interval(values)
     return f"{values.mean():{form}} (95% interval {interval.low:{form}} to {interval.high:{form}})"
 

@@ -1,17 +1,17 @@
-"""What a step of distillation costs beside a step of plain cross-entropy: time and peak memory.
+"""Compare the time and peak memory of a distillation step with plain cross-entropy.
 
     make bench-training            (or: python -m benchmarks.training)
 
-Every way of training is a process of its own, so that its peak memory is its own; the processes of
-one comparison take turns, and the median over all their steps counts. Students have random weights,
-the caches random logits that are about as peaked as a real teacher's: neither changes what a step
-costs. The teacher in the loop has the shape of SmolLM2-135M.
+Every method runs in its own process, so that its peak memory is its own. The processes of one
+comparison alternate, and the result is the median over all their steps. Students have random
+weights, and caches have random logits about as peaked as a real teacher's; neither affects the cost
+of a step. The teacher in the loop has the shape of SmolLM2-135M.
 
-    plain      transformers.Trainer, cross-entropy with the next token, dense logits
+    plain      transformers.Trainer, next-token cross-entropy, dense logits
     fused-ce   this project's fused cross-entropy, soft weight 0
     sampled    distillation from a `sampled` cache (c = 25), hard and soft loss
     top-k      distillation from a `top-k` cache (k = 50, ghost), hard and soft loss
-    dense      the usual offline way: top-k scattered to (N, V), log_softmax, kl_div
+    dense      common offline distillation: top-k scattered to (N, V), log_softmax, kl_div
     online     the teacher in the loop, KL over dense logits
 """
 
@@ -31,7 +31,7 @@ import click
 
 WAYS = ("plain", "fused-ce", "sampled", "top-k", "dense", "online")
 LENGTH = 1024
-#: Layers, width, heads.
+#: (layers, width, heads).
 STUDENTS = {"16M": (4, 256, 4), "52M": (9, 512, 8)}
 TEACHER = (30, 576, 9)
 
@@ -40,7 +40,7 @@ TEACHER = (30, 576, 9)
 
 
 def make_model(shape: tuple[int, int, int], classes: int) -> Any:
-    """A Llama of so many layers, width and heads, tied, random."""
+    """Return a randomly initialised Llama of this shape with tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(0)
@@ -60,7 +60,7 @@ def make_model(shape: tuple[int, int, int], classes: int) -> Any:
 
 
 def make_cache(folder: Path, way: str, classes: int, rows: int) -> Any:
-    """A cache of random token ids and logits."""
+    """Return a cache of random token ids and logits."""
     import torch
 
     import pipeline as softlabel
@@ -87,7 +87,7 @@ def make_cache(folder: Path, way: str, classes: int, rows: int) -> Any:
 
 
 def make_tokenizer(classes: int) -> Any:
-    """A tokenizer of so many words."""
+    """Return a tokenizer of `classes` words."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -96,7 +96,7 @@ def make_tokenizer(classes: int) -> Any:
 
 
 def measure(way: str, student: str, classes: int, rows: int, steps: int, folder: Path) -> dict[str, float]:
-    """Seconds of each step but the first, and peak memory above the loaded model."""
+    """Measure the seconds of each step but the first, and peak memory above the loaded model."""
     import torch
     from transformers import TrainerCallback
 
@@ -125,7 +125,7 @@ def measure(way: str, student: str, classes: int, rows: int, steps: int, folder:
 
 
 def make_trainer(way: str, model: Any, cache: Any, classes: int, rows: int, steps: int, folder: Path) -> Any:
-    """The Trainer of one way."""
+    """Return the Trainer of one method."""
     import torch
     from transformers import Trainer
 
@@ -156,9 +156,9 @@ def make_trainer(way: str, model: Any, cache: Any, classes: int, rows: int, step
         teacher = make_model(TEACHER, classes).eval().to(args.device) if way == "online" else None
 
         class Dense(softlabel.DistillationTrainer):
-            """Both losses over dense logits.
+            """Computes both losses over dense logits.
 
-            The teacher's distribution is scattered to (N, V), or made by the teacher.
+            The teacher's distribution is scattered to (N, V), or computed by the teacher.
             """
 
             def compute_loss(
@@ -185,13 +185,13 @@ def make_trainer(way: str, model: Any, cache: Any, classes: int, rows: int, step
 
 
 def reset_peak() -> int:
-    """Forget the peak of this process so far (Linux); its resident bytes now."""
+    """Reset the peak memory of this process (Linux), and return its resident bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def peak_memory() -> int:
-    """The most resident bytes since then."""
+    """Return the peak resident bytes since `reset_peak`."""
     return _status("VmHWM")
 
 
@@ -201,7 +201,7 @@ def _status(name: str) -> int:
 
 
 def measure_reader(classes: int, rows: int, folder: Path) -> dict[str, float]:
-    """Positions a second that one thread decodes and collates, ready for the student."""
+    """Return the positions per second that one thread decodes and collates for the student."""
     import torch
 
     from pipeline.training.batches.collate import Collator, TrainingRows
@@ -228,7 +228,7 @@ def measure_reader(classes: int, rows: int, folder: Path) -> dict[str, float]:
 
 
 class Runs:
-    """Measurements by processes that take turns, and the table of them."""
+    """Runs measurements in alternating processes, and prints their table."""
 
     def __init__(self, folder: Path, repeats: int, steps: int) -> None:
         self.folder, self.repeats, self.steps = folder, repeats, steps
@@ -237,13 +237,17 @@ class Runs:
     def compare(
         self, title: str, ways: list[tuple[str, str, int, int]]
     ) -> dict[tuple[str, str, int, int], tuple[float, float]]:
-        """(way, student, V, rows) -> median seconds of a step and peak bytes; prints ratios."""
+        """Print ratios, and return median seconds and peak bytes.
+
+        Returns:
+            (way, student, V, rows) -> (median seconds of a step, peak bytes).
+        """
         found: dict[tuple[str, str, int, int], dict[str, list[float]]] = {
             way: {"seconds": [], "bytes": []} for way in ways
         }
         for _repeat in range(self.repeats):
             for way in ways:
-                steps = 1 if way[0] == "online" else self.steps  # slow, and far from any limit
+                steps = 1 if way[0] == "online" else self.steps  # too slow for more, and far from any target
                 result = self._run("--measure", *map(str, way), str(steps))
                 found[way]["seconds"] += result["seconds"]
                 found[way]["bytes"].append(result["bytes"])
@@ -266,7 +270,7 @@ class Runs:
         return json.loads(done.stdout.splitlines()[-1])
 
     def reader(self, classes: int) -> dict[str, float]:
-        """See `measure_reader`."""
+        """Run `measure_reader` in a new process."""
         found: dict[str, float] = self._run("--reader", str(classes))
         return found
 
@@ -286,7 +290,7 @@ class Runs:
 def main(
     output: str, repeats: int, steps: int, only: tuple[str, ...], measure: tuple[str, ...] | None, reader: int | None
 ) -> None:
-    """Time and memory of a training step, each way beside plain cross-entropy."""
+    """Measure the time and memory of a training step, compared with plain cross-entropy."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     if measure:

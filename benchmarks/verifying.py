@@ -1,4 +1,4 @@
-"""How fast `softlabel verify` is: megabytes of file a second and core, in full and `--quick`.
+"""Measure the speed of `softlabel verify` in megabytes per second and core, full and `--quick`.
 
 make bench-verify            (or: python -m benchmarks.verifying)
 """
@@ -16,7 +16,7 @@ import click
 @click.command()
 @click.option("--megabytes", default=200, help="Size of the cache.")
 def main(megabytes: int) -> None:
-    """Verify a `sampled` cache of so many megabytes (V = 49,152, c = 25), copies of one shard."""
+    """Verify a `sampled` cache (V = 49,152, c = 25) that consists of copies of one shard."""
     import dataclasses
     import shutil
 

@@ -1,4 +1,4 @@
-"""Hooks of the test run. Fixtures and tiny models are in `tests.support.tiny`."""
+"""Pytest hooks. Fixtures and tiny models are in `tests.support.tiny`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.support.budget import (  # noqa: F401 - hooks
 def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures, which import torch, in every process that runs tests.
 
-    Not in the one that deals them out.
+    The xdist controller, which only distributes tests, does not load them.
     """
-    config.option.loadscopereorder = False  # the order is that of `tests.support.budget`
+    config.option.loadscopereorder = False  # keeps the order of `tests.support.budget`
     if not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.support.tiny")
 

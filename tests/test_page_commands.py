@@ -19,9 +19,8 @@ from click.testing import CliRunner
 
 from pipeline.cli import main
 from tests.support.pages import Block, World, blocks
-from tests.support.profile import FULL
 
-pytestmark = pytest.mark.skipif(not FULL, reason="a minute of commands: make test-full")
+pytestmark = pytest.mark.full
 
 DOCS = Path(__file__).parents[1] / "docs"
 ELSEWHERE = {"format.md", "python.md", "rounds.md"}

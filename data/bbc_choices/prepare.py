@@ -1,9 +1,9 @@
-"""Make the data of the demo of multiple choice: `python -m data.bbc_choices.prepare`.
+"""Make the multiple-choice demo's data: `python -m data.bbc_choices.prepare`.
 
-A row is the headline of a BBC article and four passages: one of that article, and three of other
-articles on its topic. Articles of one split of `data/bbc` stay in that split. The labelled training
-rows are of its first 400 training articles, the unlabelled ones of the others, each twice with
-other passages.
+A row has the headline of a BBC article and four passages: one of that article, and three of other
+articles on its topic. Rows use only articles of their own split of `data/bbc`. The labelled
+training rows are made from the first 400 training articles, and the unlabelled rows from the
+others, each with two sets of passages.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NUM_LABELLED = 400
 
 
 def rows(articles: Sequence[Article], rng: random.Random, labelled: int) -> Iterator[str]:
-    """Lines of JSON; the passages of a row in any order.
+    """Yield rows as JSON lines, with the passages in random order.
 
     Args:
-        labelled: rows that have a label, the first ones.
+        labelled: how many of the first rows have a label.
     """
     long = [article for article in articles if len(article.text.split()) > 40 + PASSAGE]
     for number, article in enumerate(long):
@@ -54,7 +54,7 @@ def rows(articles: Sequence[Article], rng: random.Random, labelled: int) -> Iter
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits."""
+    """Write the three splits of the multiple-choice demo."""
     rng, split = random.Random(0), split_articles(load_articles())
     output.mkdir(parents=True, exist_ok=True)
     parts = {

@@ -1,9 +1,9 @@
-"""Make the data of the demo of question answering: `python -m data.bbc_cloze.prepare`.
+"""Make the question-answering demo's data: `python -m data.bbc_cloze.prepare`.
 
-A question is a sentence of a BBC article in which "who" stands for a name of two words; the text is
-the part of the article around the sentence, and the answer the name in it. Articles of one split of
-`data/bbc` stay in that split. The labelled training rows are of its first 400 training articles,
-the unlabelled ones of the others.
+A question is a sentence of a BBC article in which "who" replaces a name of two words. The text is
+the part of the article around the sentence, and the answer is the name in it. Rows use only
+articles of their own split of `data/bbc`. The labelled training rows are made from the first 400
+training articles, and the unlabelled rows from the others.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from data.bbc.articles import Article, load_articles, split_articles
 
 NUM_LABELLED, OF_AN_ARTICLE = 400, 2
 CHARACTERS, QUESTION = 360, 120
-"""Of a text around the sentence, and of a question, at most."""
+"""Maximum characters of the text around a sentence, and of a question."""
 _SENTENCE = re.compile(r"[^.?!\n]+[.?!]")
 _NAME = re.compile(r"\b[A-Z][a-z]+ [A-Z][a-z]+\b")
 
 
 def questions(article: Article, rng: random.Random) -> Iterator[dict[str, object]]:
-    """The rows of an article: of sentences with one name that is not at their beginning."""
+    """Yield a row for each sentence that contains one name, not at its beginning."""
     for sentence in _SENTENCE.finditer(article.text):
         names = list(_NAME.finditer(sentence[0].strip()))
         if len(names) != 1 or names[0].start() < 10 or len(sentence[0]) > QUESTION:
@@ -44,10 +44,10 @@ def questions(article: Article, rng: random.Random) -> Iterator[dict[str, object
 
 
 def rows(articles: Sequence[Article], rng: random.Random, labelled: int) -> Iterator[str]:
-    """Lines of JSON.
+    """Yield rows as JSON lines.
 
     Args:
-        labelled: articles whose rows have answers, the first ones.
+        labelled: how many of the first articles have answers in their rows.
     """
     for number, article in enumerate(articles):
         found = list(questions(article, rng))
@@ -64,7 +64,7 @@ def rows(articles: Sequence[Article], rng: random.Random, labelled: int) -> Iter
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits."""
+    """Write the three splits of the question-answering demo."""
     rng, split = random.Random(0), split_articles(load_articles())
     output.mkdir(parents=True, exist_ok=True)
     parts = {

@@ -1,9 +1,9 @@
 """Make the language-model demo's data: `python -m data.bbc_lm.prepare`.
 
-Writes `train.jsonl` and `test.jsonl` (BBC news articles, taken from the parts of the same name of
-the classification demo), and `smollm2/`, the teacher: SmolLM2-135M-Instruct, unpacked from a 98 MB
-Q4_1 GGUF file into an ordinary model folder. It is saved in float32, in which the unpacked weights
-are exact.
+Writes `train.jsonl` and `test.jsonl` (BBC news articles from the same splits as in the
+classification demo), and `smollm2/`, the teacher: SmolLM2-135M-Instruct, unpacked from a 98 MB Q4_1
+GGUF file to an ordinary model folder. It is saved in float32, which represents the unpacked weights
+exactly.
 """
 
 import os
@@ -31,7 +31,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 )
 @click.option("--test-articles", type=click.IntRange(1), default=16, show_default=True, help="Number of test articles.")
 def main(output: Path, train_articles: int, test_articles: int) -> None:
-    """Write the BBC articles and the teacher that the language-model demo runs on.
+    """Write the BBC articles and the teacher of the language-model demo.
 
     Example: python -m data.bbc_lm.prepare --train-articles 40 --test-articles 16
     """
@@ -42,10 +42,10 @@ def main(output: Path, train_articles: int, test_articles: int) -> None:
 
 
 def write_part(path: Path, articles: Sequence[Article], *, num_articles: int) -> None:
-    """Write the first articles of one part and print how many.
+    """Write the first articles of one split, and print their number.
 
     Raises:
-        click.ClickException: fewer articles than asked for.
+        click.ClickException: the split has fewer articles.
     """
     if num_articles > len(articles):
         raise click.ClickException(f"{path}: {num_articles} articles asked for, only {len(articles)} to be had")
@@ -56,10 +56,7 @@ def write_part(path: Path, articles: Sequence[Article], *, num_articles: int) ->
 
 
 def convert_teacher(output: Path) -> None:
-    """Unpack the GGUF file into a model folder with its tokenizer.
-
-    One that is already there is left as it is.
-    """
+    """Convert the GGUF file to a model folder with its tokenizer, unless the folder exists."""
     if output.exists():
         click.echo(f"{output}: already there")
         return
@@ -72,9 +69,9 @@ def convert_teacher(output: Path) -> None:
         source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    # SmolLM2 splits numbers into single digits before anything else. The GGUF file says so only by
-    # the name of its pre-tokenizer, "smollm", which transformers does not know; it would take
-    # GPT-2's, and "in  2004" would differ.
+    # SmolLM2 first splits numbers into single digits. The GGUF file stores this only as the name of
+    # its pre-tokenizer, "smollm", which transformers does not support: it would use GPT-2's, which
+    # tokenizes "in  2004" differently.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

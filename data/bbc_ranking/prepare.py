@@ -1,9 +1,9 @@
-"""Make the data of the demo of rankings: `python -m data.bbc_ranking.prepare`.
+"""Make the ranking demo's data: `python -m data.bbc_ranking.prepare`.
 
-A list is the headline of a BBC article and eight passages: one of that article, which alone is
-relevant, three of other articles on its topic, and four of other topics. Articles of one split of
-`data/bbc` stay in that split. The labelled training lists are of its first 400 training articles,
-the unlabelled ones of the others.
+A list has the headline of a BBC article and eight passages: one of that article, the only relevant
+one, three of other articles on its topic, and four on other topics. Lists use only articles of
+their own split of `data/bbc`. The labelled training lists are made from the first 400 training
+articles, and the unlabelled lists from the others.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import click
 from data.bbc.articles import Article, load_articles, split_articles, write_rows
 
 HEADLINE, PASSAGE = 10, 32
-"""Words of a headline at most, and of a passage."""
+"""Maximum words of a headline, and words of a passage."""
 NEAR, FAR = 3, 4
 NUM_LABELLED = 400
 
 
 def passage(article: Article, rng: random.Random) -> str:
-    """Words from behind the headline and the first sentences, which say the same."""
+    """Return words after the first sentences, which repeat the headline."""
     words = article.text.split()
     start = rng.randrange(40, max(41, min(len(words) - PASSAGE, 160)))
     return " ".join(words[start : start + PASSAGE])
 
 
 def lists(articles: Sequence[Article], rng: random.Random, labelled: int) -> Iterator[dict[str, str | None]]:
-    """The rows of one list after another, its passages in any order.
+    """Yield the rows of one list after another, with the passages of a list in random order.
 
     Args:
-        labelled: lists whose rows have labels, the first ones.
+        labelled: how many of the first lists have labels.
     """
     long = [article for article in articles if len(article.text.split()) > 40 + PASSAGE]
     for number, article in enumerate(long):
@@ -60,7 +60,7 @@ def lists(articles: Sequence[Article], rng: random.Random, labelled: int) -> Ite
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits."""
+    """Write the three splits of the ranking demo."""
     rng, split = random.Random(0), split_articles(load_articles())
     parts = {"train": (split.train, NUM_LABELLED), "validation": (split.validation, 1000), "test": (split.test, 1000)}
     for name, (articles, labelled) in parts.items():

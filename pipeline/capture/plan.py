@@ -180,7 +180,9 @@ def check_stored(
     if columns.input_ids is not None:
         raise MisuseError("--store-text: rows of token ids (--input-ids-column) have no text; leave it out")
     if not fast_tokenizer:
-        raise MisuseError("--store-text needs a fast tokenizer, which knows the characters of each token; leave it out")
+        raise MisuseError(
+            "--store-text needs a fast tokenizer, which has the character offsets of tokens; leave it out"
+        )
 
 
 def choices_of(task: Task, source: Source) -> int | None:
@@ -229,7 +231,7 @@ def check_encoding(task: Task, encoding: Encoding, num_classes: int, max_length:
     """
     if (task.target == "score") != isinstance(encoding, Score):
         raise MisuseError(
-            f"--encoding {encoding.kind}: is for {'scores' if isinstance(encoding, Score) else 'distributions'}, which --task {task.name} has not; leave it out"
+            f"--encoding {encoding.kind}: is for {'scores' if isinstance(encoding, Score) else 'distributions'}, which --task {task.name} does not have; leave it out"
         )
     if isinstance(encoding, Full) and full_row_is_too_large(task, num_classes, max_length):
         raise MisuseError(

@@ -46,7 +46,7 @@ def read_shard(job: Job, shard: ShardPlan) -> Tokens:
     for item in job.task.tokenize(found, shard.split, job.tokenizer, job.plan.contract.tokenization, texts=texts):
         if refers and isinstance(item, TokenizedExample) and item.image is not None and item.image.file is None:
             raise MisuseError(
-                f"--no-store-images: {job.source.name}: split {shard.split}, row {item.source_row}: {item.image.path or 'the image'} is no file below the data set's directory, "
+                f"--no-store-images: {job.source.name}: split {shard.split}, row {item.source_row}: {item.image.path or 'the image'} is not a file in the data set's directory, "
                 "which a cache could refer to; leave the flag out"
             )
         if job.plan.contract.on_bad_row == "skip" and isinstance(item, TokenizedExample):

@@ -88,7 +88,7 @@ def agree(
         settings = {name: value for name, value in settings.items() if name not in refused}
     if own:
         logger.warning(
-            "the server (%s) does not take %s: it applies its own, and the card says so", api, ", ".join(own)
+            "the server (%s) does not accept %s: it uses its own, which the card states", api, ", ".join(own)
         )
     elif api == "openai":
         logger.warning("the server does not report its software, so that it may ignore top_k, min_p and the penalties")
@@ -124,7 +124,7 @@ def _check_text(answer: Any, tokenizer: PreTrainedTokenizerBase, model: str) -> 
     ids, text = choice.get("token_ids"), choice.get("text")
     if isinstance(ids, list) and isinstance(text, str) and not same_text(tokenizer, ids, text):
         raise MisuseError(
-            f"--model: its tokenizer reads the token ids of the server's model {model} as other text than the server does "
+            f"--model: its tokenizer decodes token ids of the server's model {model} to another text than the server "
             f"(which says {text[:40]!r}); name the tokenizer of that model"
         )
 

@@ -42,7 +42,7 @@ A completion with several faults counts in each. {dropped}
 | | |
 |---|---|
 {settings}
-The draws of a completion come from a hash of (seed, split, source row, sample, step, token): they depend on no batch, worker or
+The random draws of a completion are a hash of (seed, split, source row, sample, step, token): they depend on no batch, worker or
 order. The logits do depend on the batch, in their last digits; equal settings, versions and devices give equal bytes.
 
 ## Using it
@@ -77,10 +77,10 @@ _COLUMN_TEXTS = {
     "prompt": "as the model has read it; chats are rendered",
     "completion": "what the model has written, without special tokens; it ends before a stop text",
     "input_ids": "token ids of prompt and completion; an end-of-sequence token ends it where the model has written one",
-    "labels": "as `input_ids`, and -100 on the prompt: what is to be learnt",
+    "labels": "the training targets: `input_ids`, with -100 on the prompt",
     "prompt_tokens": "tokens of the prompt",
     "completion_tokens": "tokens of the completion; with a stop text those up to its end",
-    "finish_reason": "`eos`: an end-of-sequence token, which is to be learnt; `stop`: a stop text; `length`: cut, no end is to be learnt",
+    "finish_reason": "`eos`: an end-of-sequence token, which is a training target; `stop`: a stop text; `length`: cut, with no end to train on",
     "logprob": "log-probability of the completion, nats: the sum over its tokens under the model at temperature 1, without filters; null where a server does not say",
     "ids_from": "who made the completion's token ids: `model`, `server` (its response), or `tokenizer` (of the text, which may differ from what was drawn)",
 }

@@ -107,7 +107,7 @@ def _job(
         )
     if not writer.end_ids and not config.stop:
         logger.warning(
-            "%s: has no end-of-sequence token, so that every completion is cut at --max-new-tokens; --stop TEXT ends them",
+            "%s: has no end-of-sequence token, so that every completion is cut at --max-new-tokens; --stop TEXT ends them earlier",
             writer.name,
         )
     source = prompts.source

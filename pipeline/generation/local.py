@@ -113,7 +113,7 @@ class LocalWriter:
         tolerance = 1e-3 if self.loaded.model.dtype == torch.float32 else 5e-2
         if not worst <= tolerance:
             raise ModelError(
-                f"{self.name}: the logits of a prompt differ by {worst:.2g} where it is padded on the left (expected at most "
+                f"{self.name}: the logits of a prompt differ by {worst:.2g} with padding on the left (expected at most "
                 f"{tolerance:g}), so that completions would depend on their batch; --batch-tokens 1 writes one at a time"
             )
 

@@ -137,7 +137,7 @@ def _tell_of_fewer(name: str, asked: tuple[int, int | None] | None, ranges: Mapp
     split, (_, last) = max(ranges.items(), key=lambda item: item[1][1])
     if stop is not None and last < stop:
         logger.warning(
-            "%s: --rows %d:%d: split %s has %s rows, which give %s prompts of the %s asked for",
+            "%s: --rows %d:%d: split %s has %s rows, so that there are %s prompts instead of %s",
             *(name, start, stop, split, f"{last:,}", f"{last - start:,}", f"{stop - start:,}"),
         )
 

@@ -116,7 +116,9 @@ def generate(
                 loaded = LoadedModel(model, tokenizer, name)  # type: ignore[arg-type]
             finished_one = _here(config, live_model=loaded, live_prompts=live_prompts)
     if finished_one is None:
-        raise MisuseError(f"generate: part {config.part} is done, and others are not; leave part out, or call run()")
+        raise MisuseError(
+            f"generate: part {config.part} is done, and other parts are missing; leave part out, or call run()"
+        )
     assert isinstance(finished_one, Generation)
     return finished_one
 

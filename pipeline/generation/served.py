@@ -92,7 +92,7 @@ class ServedWriter:
         """
         if prompts and self.api not in _STOP_IDS and self._end(prompts[0]) is None:
             logger.warning(
-                "the server does not say which token ends a completion, and it may be any of %s: none is added, so that no end is "
+                "the server does not report which token ends a completion, and it may be any of %s: none is added, so that no end is "
                 "learnt (finish reason stop)",
                 ", ".join(map(str, self.end_ids)) or "none",
             )
@@ -255,7 +255,7 @@ def served_writer(
     stops, chat_end = special_stops(tokenizer, sampling.stop), turn_end(tokenizer)
     if stops and api not in _STOP_IDS:
         logger.warning(
-            "--stop %s: a special token, which the server takes as a text; it ends a completion where the server writes special "
+            "--stop %s: a special token, which the server treats as text; it ends a completion only where the server writes special "
             "tokens out",
             ", ".join(stops),
         )

@@ -201,7 +201,7 @@ def _table(
         n = int(wrong.argmax())
         shown = [None if np.isnan(value) else round(float(value), 3) for value in values[n][:4]]
         raise UnusableAnswerError(
-            f"position {positions[n]}: expected log-probabilities, of a mass of at most 1, found {shown}... (of the token that follows: {own[n]:.4g}); are they logits (vLLM: --logprobs-mode raw_logprobs)?",
+            f"position {positions[n]}: expected log-probabilities, of a mass of at most 1, found {shown}... (of the token that follows: {own[n]:.4g}); does the server return logits (vLLM: start it with --logprobs-mode raw_logprobs)?",
             of_row=True,
         )
     twice = (np.diff(np.sort(ids, -1), axis=-1) == 0).any(-1)

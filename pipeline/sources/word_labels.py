@@ -64,7 +64,7 @@ def span_labels(
             tags[i] = tag
             if labels.names.find(tag, where) is None:
                 raise SourceError(
-                    f"{where}: a span with the unknown label {label!r}; expected one of {listed(labels.names.ids)}; rename it in the data, "
+                    f"{where}: unknown label {label!r} of a span; expected one of {listed(labels.names.ids)}; rename it in the data, "
                     "or name another column with --label-column"
                 )
         reached = end

@@ -207,7 +207,7 @@ def _from_chat(
     rows = render_chat(example, tokenizer, settings, control)
     if not tokenizer.is_fast:
         raise SourceError(
-            f"{tokenizer.name_or_path or 'the tokenizer'}: chats need a fast tokenizer, which knows the characters of each "
+            f"{tokenizer.name_or_path or 'the tokenizer'}: chats need a fast tokenizer, which has the character offsets of each "
             "token; give token ids with --input-ids-column"
         )
     several = len(rows) if len(rows) > 1 and settings.assistant_turns in (None, "auto") else 0

@@ -91,7 +91,7 @@ class TokenClassification(TaskDefaults):
         """
         if not tokenizer.is_fast:
             raise MisuseError(
-                f"--task {self.name} needs a fast tokenizer, which knows the word of each token; found {type(tokenizer).__name__}"
+                f"--task {self.name} needs a fast tokenizer, which maps tokens to words; found {type(tokenizer).__name__}"
             )
         space = _space(tokenizer)
 

@@ -1,7 +1,7 @@
-"""The report in a real browser.
+"""The HTML report in a real browser.
 
-Nothing in the console, every figure drawn, texts of data sets as text, no page wider than the
-window.
+The console stays empty, every figure is drawn, texts from data sets are escaped, and no page is
+wider than the window.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLAGS = (
 
 @pytest.fixture
 def page(tmp_path, bert_tokenizer, topics, save_teacher) -> str:
-    """A report whose texts hold markup, as a URL."""
+    """The URL of a report whose texts contain markup."""
     teacher = classifier(bert_tokenizer)
     path = save_teacher(teacher, bert_tokenizer)
     other = save_teacher(classifier(bert_tokenizer, seed=5), bert_tokenizer, "other")
@@ -91,7 +91,7 @@ def test_the_page(page, browser, scheme, width):
         assert source == "data:image/png;"
     sources = browser.execute_script("return [...document.images].map(i => i.currentSrc === i.src)")
     assert all(light == (scheme == "light") for light in sources)
-    # Wide tables scroll inside themselves.
+    # Wide tables scroll within their own boxes.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(
         "return [...document.querySelectorAll('.scroll')].every(e => e.clientWidth <= innerWidth)"

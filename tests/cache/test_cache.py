@@ -1,7 +1,4 @@
-"""A cache on disk.
-
-Read back, verified, refused when it is not what its manifest says, read by other tools.
-"""
+"""A cache on disk: reading, verification, refusal of damaged files, reading with other tools."""
 
 from __future__ import annotations
 
@@ -71,9 +68,9 @@ def test_datasets_reads_the_directory_as_it_is(tmp_path, lm_tokenizer, encoding,
 
 
 def test_duckdb_decodes_a_sampled_cache_with_the_cards_rule(cache):
-    """Weights are whole numbers of 1/20, and 1/6 for each of the tail.
+    """SQL alone computes the sum of all weights of a cache.
 
-    Their sum over the cache, in SQL alone.
+    Top weights are integer multiples of 1/20; each tail class weighs 1/6.
     """
     sql = f"select sum(list_sum(top_weights)) / 20.0 + sum(len(tail_gaps)) / 6.0 from '{cache.root}/data/*.parquet'"
     found = duckdb.sql(sql).fetchall()[0][0]
@@ -83,7 +80,7 @@ def test_duckdb_decodes_a_sampled_cache_with_the_cards_rule(cache):
 
 @pytest.mark.parametrize("encoding", [Full(), TopK(4), TopP(0.7), Sampled(6.0)], ids=lambda e: e.kind)
 def test_the_cards_own_lines_decode_a_row_with_numpy_alone(tmp_path, lm_tokenizer, encoding):
-    """The code block of the card is run as it stands, on rows that DuckDB has read."""
+    """Runs the code block of the card unchanged on rows read by DuckDB."""
     cache = build_cache(tmp_path / "cache", lm_tokenizer, encoding=encoding)
     card = (cache.root / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "import numpy" in block)
@@ -114,7 +111,7 @@ def test_verify_finds_a_whole_cache_whole(cache):
 
 
 def test_a_quick_verification_reads_hashes_and_counts(cache, monkeypatch):
-    monkeypatch.setattr("pipeline.cache.reading.verification.read_row_group", None)  # would be called to decode
+    monkeypatch.setattr("pipeline.cache.reading.verification.read_row_group", None)  # a call would fail
     assert verify(cache.root, quick=True).problems == ()
     path = Layout(cache.root).shard("train-00001")
     path.write_bytes(path.read_bytes()[:-200] + bytes(200))
@@ -150,10 +147,7 @@ def test_repair_without_a_plan_keeps_everything(cache):
 
 
 def test_every_bit_flip_is_found_and_names_its_file(cache):
-    """60 flips all over a shard.
-
-    By the hash, and when rows are read, by the page checksum or by the reader.
-    """
+    """`verify` reports each of 60 bit flips at random places of a shard."""
     path = Layout(cache.root).shard("train-00001")
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -276,7 +270,7 @@ def test_of_two_writers_one_creates(tmp_path):
 
 
 def test_orphans_of_dead_processes_are_swept(tmp_path):
-    """Files of another machine's process stay for a week: it may still run."""
+    """Temporary files from another machine are kept for a week, as their process may still run."""
     _, ours, name = temporary_path(tmp_path / "x").name.removeprefix(".tmp-").split("-")
     assert name == "x"
     living = {f".tmp-1-{ours}-train-00001.parquet", ".tmp-999999999-00000000-train-00002.parquet"}
@@ -292,7 +286,7 @@ def test_orphans_of_dead_processes_are_swept(tmp_path):
 
 @pytest.mark.parametrize("shift", [-1, 0, 1])
 def test_the_probe_refuses_a_cache_that_is_out_of_step(lm_tokenizer, shift):
-    """The tokens are moved under the soft labels by one; only shift 0 is aligned."""
+    """The tokens are shifted by one position against the soft labels; only shift 0 is aligned."""
     import dataclasses
 
     from pipeline.cache.reading.probe import probe_alignment

@@ -1,7 +1,7 @@
-"""`docs/format.md` is enough to read a cache.
+"""`docs/format.md` is sufficient to read a cache.
 
-Its code blocks, joined in order, read caches of every task and encoding as the project's own reader
-does. Its tables name every column, key and task.
+Its code blocks, joined in order, read caches of every task and encoding with the same result as the
+project's own reader. Its tables list every column, key and task.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TABLE = {
 
 @pytest.fixture
 def read(tmp_path, monkeypatch) -> Callable[[], dict[str, Any]]:
-    """Runs the page on `runs/cache`, its example included, and gives its names."""
+    """A function that runs the page's code, example included, and returns its global names."""
 
     def run() -> dict[str, Any]:
         monkeypatch.chdir(tmp_path)
@@ -108,7 +108,7 @@ def flags(root: Path, tokenizer: Any) -> None:
 
 
 def scores(root: Path, tokenizer: Any) -> None:
-    """-100 is a score like any other."""
+    """Regression scores, where -100 is a valid score."""
     rows = [
         LabelledRow([2, 5, 3], logits=logits(2, 1), text="a", text_pair="b", labels=labels)
         for labels in ([0.1, float("nan")], [-100.0, 2.5])
@@ -147,7 +147,7 @@ PLACES = ((6, [3, 4]), (9, [0, 0]), (5, [-100, -100]))
 
 
 def tokens(root: Path, tokenizer: Any, encoding: Encoding, data: Dataset, **settings: Any) -> None:
-    """A capture of a language model, with `test` beside `train`."""
+    """A capture of a language model with the splits `train` and `test`."""
     parts = DatasetDict({"train": data.select(range(5)), "test": data.select(range(5, 7))})
     softlabel.cache_logits(
         tiny_model("llama", len(tokenizer), spread=4.0),
@@ -290,7 +290,7 @@ def test_the_page_reads_caches_of_release_0_1(tmp_path, read, name):
 
 
 def check_cache(cache: Cache, page: dict[str, Any]) -> None:
-    """Rows and soft labels, in order; every column is of a type that the page names."""
+    """Compare rows and soft labels in order; check that the page lists the type of each column."""
     assert page["manifest"]["cache_id"] == cache.manifest.cache_id
     contract = cache.manifest.contract
     for split in cache.splits:

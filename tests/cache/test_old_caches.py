@@ -1,6 +1,7 @@
-"""Caches of release 0.1 stay readable: `tests/data/caches`, one of each kind of row that it wrote.
+"""Caches written by release 0.1 stay readable.
 
-`expected.json` is what that release read from the first and the last row of each.
+`tests/data/caches` holds one cache for each kind of row; `expected.json` holds the first and last
+row of each as that release read them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EXPECTED = json.loads((CACHES / "expected.json").read_text(encoding="utf-8"))
 
 
 def facts(row: CachedExample) -> dict[str, Any]:
-    """Everything that a row holds; soft labels as sums."""
+    """All fields of a row, with its soft labels reduced to sums."""
     example, soft = row.example, row.soft
 
     def listed(values: np.ndarray | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""An audit finds a cache that is not its teacher's, and lets the noise of batches pass."""
+"""An audit detects a cache from another teacher and tolerates numerical noise of batching."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_cache_agrees_with_its_teacher(tmp_path, lm_tokenizer, documents, enco
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 @pytest.mark.parametrize("scale", [1.03, 0.97])
 def test_soft_labels_of_nearly_that_teacher_differ(tmp_path, lm_tokenizer, documents, encoding, scale, monkeypatch):
-    """Logits that are 3% larger or smaller, under the teacher's name."""
+    """The logits are scaled by 3% up or down, while the cache names the original teacher."""
     from pipeline.capture import shard
 
     whole = shard.label_rows
@@ -60,7 +60,7 @@ def test_soft_labels_of_nearly_that_teacher_differ(tmp_path, lm_tokenizer, docum
 
 
 def test_a_bias_in_the_tail_alone_is_found(tmp_path, lm_tokenizer, documents, monkeypatch):
-    """The top and the likelihood are right; each class of the tail is the one after it."""
+    """Top and likelihood are right; each class id of the sampled tail is too high by one."""
     import dataclasses
 
     from pipeline.capture import shard

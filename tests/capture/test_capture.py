@@ -1,4 +1,4 @@
-"""Stage 1: the cache equals the model, whatever happens on the way."""
+"""Capture: the cache equals the model's outputs, also after kills, bad rows and retries."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from pipeline.records import Columns, Full, Sampled, TopK
 from pipeline.softlabels import teacher_scores
 from tests.conftest import tiny_model
 from tests.support.processes import python
+from tests.support.profile import in_full
 
 CLASSIFIERS = ["bert", "roberta", "distilbert", "modernbert", "deberta-v2"]
 LANGUAGE_MODELS = ["gpt2", "llama", "qwen3", "gemma2", "cohere", "opt", "gpt_neox", "mixtral"]
 
 
 def own_logits(model, tokenizer, row) -> torch.Tensor:
-    """(N, V): the model's plain path over one row alone."""
+    """(N, V) logits of the supervised positions, from a plain forward pass over one row."""
     inputs = {"input_ids": torch.from_numpy(row.example.input_ids.astype(np.int64))[None]}
     if row.example.token_type_ids is not None:
         inputs["token_type_ids"] = torch.from_numpy(row.example.token_type_ids.astype(np.int64))[None]
@@ -36,7 +37,7 @@ def own_logits(model, tokenizer, row) -> torch.Tensor:
 
 
 def check_top_k(found, logits: torch.Tensor, k: int) -> None:
-    """The top to float16 rounding; the residual mass to 2e-4 as stored."""
+    """Check the top classes to float16 rounding and the stored residual mass to 2e-4."""
     logprobs = torch.log_softmax(logits.double(), -1)
     ids = found.top_ids.reshape(-1, k)
     kept = found.top_logprobs.reshape(-1, k)
@@ -98,7 +99,7 @@ def test_cached_logits_of_language_models_are_the_models(tmp_path, lm_tokenizer,
 
 
 def test_isolated_documents_are_compared_with_the_models_own_path(tmp_path, lm_tokenizer):
-    """Before the first shard, on a short row of several documents."""
+    """The check before the first shard also accepts short rows that hold several documents."""
     texts = Dataset.from_dict({"text": ["the cat", "a dog sat", "the old tree", "a bird"] * 5})
     cache = softlabel.cache_logits(
         tiny_model("llama", len(lm_tokenizer), spread=3.0),
@@ -140,9 +141,9 @@ def test_isolated_documents_have_the_logits_that_they_have_alone(tmp_path, lm_to
 def test_sampled_is_the_default_for_language_models_and_the_same_however_batches_fall(
     tmp_path, lm_tokenizer, documents
 ):
-    """In float32 another batch shape may move a probability in its last bits.
+    """More than 90% of rows keep the same sampled classes when batches change.
 
-    Nearly every position keeps the same classes.
+    In float32, another batch shape may change the last bits of a probability.
     """
     model = tiny_model("llama", len(lm_tokenizer), spread=4.0)
     settings = {"task": "causal-lm", "tokenizer": lm_tokenizer, "max_length": 48}
@@ -243,7 +244,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGKILL", *in_full("SIGINT", "SIGTERM")])
 def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_tokenizer, topics, save_teacher, name):
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3)
     model.config.id2label = {0: "business", 1: "sport", 2: "film"}
@@ -274,7 +275,7 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_to
     for output in ("killed", "whole"):
         done = python("-m", "pipeline", *command(output))
         assert done.returncode == 0, done.stderr
-    assert receipt.stat().st_mtime_ns == stamp  # the finished shard was not made again
+    assert receipt.stat().st_mtime_ns == stamp  # the finished shard was not recomputed
     assert sorted(p.name for p in (tmp_path / "killed" / "data").iterdir()) == sorted(
         p.name for p in (tmp_path / "whole" / "data").iterdir()
     )
@@ -286,7 +287,7 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_to
 
 
 class _BrokenTeacher(torch.nn.Module):
-    """Gives NaN for the rows that hold a certain token."""
+    """A model that returns NaN for rows that contain a given token."""
 
     def __init__(self, model, token: int) -> None:
         super().__init__()
@@ -429,10 +430,7 @@ def test_entropy_of_each_position_on_request(tmp_path, lm_tokenizer, documents):
 
 
 def test_one_row_in_the_first_shard_is_enough(tmp_path, bert_tokenizer, topics):
-    """Of one measured position the bias is not known.
-
-    The receipt is written and read all the same.
-    """
+    """A first shard with one measured position has an unknown bias; the receipt is still valid."""
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
     model.config.id2label = {0: "business", 1: "sport", 2: "film"}
     cache = softlabel.cache_logits(

@@ -1,7 +1,4 @@
-"""Chats with a stock template, from the data set to the cache.
-
-Contract, counts, messages, students.
-"""
+"""Captures of chats with a stock chat template: contract, counts, messages and students."""
 
 from __future__ import annotations
 
@@ -91,7 +88,7 @@ def test_a_stock_template_makes_a_row_of_each_context_and_says_so(teacher, caplo
     assert "turns of the assistant by rendering the chat up to each" in card
     shown = CliRunner().invoke(main, ["inspect", "--cache", str(cache.root)]).output
     assert "turns of the assistant by rendering the chat up to each" in shown
-    again = run(config_of(teacher))  # the same command finds its cache
+    again = run(config_of(teacher))  # the same command reopens its cache
     assert again.manifest == cache.manifest
     student = softlabel.init_student(teacher, tmp_path / "student", layers=[0, 1])
     assert np.isfinite(softlabel.evaluate(cache, {"s": student}, split="train").students[0].kl)
@@ -123,7 +120,7 @@ def test_chats_may_be_appended_that_are_several_rows(teacher):
 
 
 def test_settings_of_chats_reach_the_capture_from_every_side(teacher, tmp_path):
-    """As flags, in a YAML file and in Python: the same contract and the same bytes."""
+    """Flags, a YAML file and the Python call give the same contract and the same bytes."""
     caches = []
     flags = [
         "--assistant-turns",
@@ -167,7 +164,7 @@ def test_settings_of_chats_reach_the_capture_from_every_side(teacher, tmp_path):
     assert len({cache.manifest.shards[0].sha256 for cache in caches}) == 1
     assert learnt(caches[0]) == [(0, 0, "sat<|im_end|>"), (1, 0, "the mat<|im_end|>")]
     for flag in flags:
-        assert flag in (caches[0].root / "README.md").read_text()  # in the command that makes it again
+        assert flag in (caches[0].root / "README.md").read_text()  # the card's command line
 
 
 def test_rows_that_lose_tokens_to_learn_are_counted(teacher, caplog):
@@ -175,10 +172,10 @@ def test_rows_that_lose_tokens_to_learn_are_counted(teacher, caplog):
     cache = run(config_of(teacher, assistant_turns="each", max_length=55))
     counted = json.loads((cache.root / "reports/contents.json").read_text())
     assert counted["cut_rows"] >= counted["cut_supervised_rows"] >= 1
-    line = "of 2 rows lost tokens that were to be learnt (--max-length, --truncation-side)"
+    line = "of 2 rows lost tokens to train on (--max-length, --truncation-side)"
     assert line in caplog.text
     assert line in (cache.root / "README.md").read_text()
-    assert "rewrites earlier turns" not in caplog.text  # each turn a row: as it was asked for
+    assert "rewrites earlier turns" not in caplog.text  # one row per turn was requested
 
 
 def test_a_chat_that_no_one_row_holds_is_refused_by_its_row(teacher):

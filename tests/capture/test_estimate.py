@@ -1,4 +1,4 @@
-"""The pilot's promises against the cache that is made afterwards."""
+"""The pilot's estimates of bytes and positions, compared with the cache captured afterwards."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.cli import main
 from pipeline.config import load_config, parse_bytes, resolve
 from pipeline.errors import MisuseError
 from tests.conftest import sentence, tiny_model
+from tests.support.profile import in_full
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def invoke(*arguments):
     return CliRunner().invoke(main, ["estimate", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("packing", [(), ("--packing",)])
+@pytest.mark.parametrize("packing", [*in_full(()), ("--packing",)])
 def test_bytes_and_positions_are_those_of_the_cache(tmp_path, corpus, teacher, monkeypatch, packing):
     common = ("--task", "causal-lm", "--teacher", teacher, "--dataset", corpus, "--max-length", 64, *packing)
     there = sorted(tmp_path.rglob("*"))

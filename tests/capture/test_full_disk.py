@@ -1,6 +1,7 @@
-"""A disk that fills.
+"""A disk that fills up during a capture.
 
-One clear line, what is finished stays whole, and the capture goes on when there is space.
+The capture fails with a one-line error, keeps finished shards intact, and continues once there is
+space.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipeline.errors import CacheError
 from tests.conftest import tiny_model
 from tests.support.processes import ROOT, python
 
-#: A process of its own, on a disk of 4 MB that it mounts where no other sees it; something else
+#: Runs a capture in a separate process on a 4 MB tmpfs in a private mount namespace; another file
 #: fills that disk after the first shard.
 SCRIPT = """
 import ctypes, os, sys
@@ -57,7 +58,7 @@ print(shared_files(output) == shared_files(bench.whole) == shared_files(folder /
 
 
 def test_a_file_system_of_4_mb_fills_in_mid_shard(tmp_path):
-    """And the capture goes on, there and elsewhere."""
+    """The capture can be continued in place and from a copy in another directory."""
     done = python("-c", SCRIPT, str(tmp_path), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = done.stdout.splitlines()
@@ -110,7 +111,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_shard(tmp_path, setti
 
 
 def test_the_estimate_is_about_right_and_then_from_what_is_there(tmp_path, settings, monkeypatch):
-    """Within a factor of 2 of the Parquet files without their footers."""
+    """The estimate is within a factor of 2 of the columns' size; later it uses finished shards."""
     from pipeline.capture.engines import in_process
 
     found = []

@@ -1,6 +1,7 @@
-"""Captures of Parquet that is read in place.
+"""Captures of Parquet files that are read in place.
 
-Planned from footers, each row group fetched once, the same rows as from other files.
+Shards are planned from the footers, each row group is fetched once, and the rows equal those from
+other file formats.
 """
 
 from __future__ import annotations
@@ -29,10 +30,7 @@ from tests.support.ranges import served  # noqa: F401 - a fixture
 
 @pytest.fixture
 def as_parquet(config, documents, tmp_path):
-    """The documents of `config` as Parquet, in row groups of 4.
-
-    Where they lie, and the settings of their capture.
-    """
+    """A folder of the documents as Parquet in row groups of 4, and a configuration factory."""
     folder = tmp_path / "parquet"
     folder.mkdir()
     for split, rows in documents.items():
@@ -79,6 +77,7 @@ def test_the_same_rows_as_of_another_format(config, as_parquet):
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.full
 def test_workers_parts_and_resumes_make_the_same_bytes(as_parquet):
     _, make = as_parquet
     once = run(make("once"))
@@ -112,7 +111,7 @@ def test_a_part_of_the_rows_and_new_files_at_the_end(as_parquet):
 
 
 def test_a_cache_that_was_begun_before_goes_on_as_it_began(as_parquet, monkeypatch, tmp_path):
-    """Earlier versions fingerprinted the rows of Parquet, and ignored row groups."""
+    """Earlier versions fingerprinted the rows of Parquet files and ignored row groups."""
     _, make = as_parquet
     with monkeypatch.context() as patch:
         patch.setattr(job, "survey", lambda source, ranges, by_contents: survey(source, ranges, by_contents=True))
@@ -127,6 +126,7 @@ def test_a_cache_that_was_begun_before_goes_on_as_it_began(as_parquet, monkeypat
     assert anew.manifest.contract.source.fingerprints["train"].startswith("files-")
 
 
+@pytest.mark.full
 def test_each_row_group_is_fetched_once_by_two_workers(as_parquet, served):
     folder, make = as_parquet
     shutil.copy(folder / "train.parquet", served.folder)
@@ -139,7 +139,8 @@ def test_each_row_group_is_fetched_once_by_two_workers(as_parquet, served):
     for (_, start, _), count in served.fetched.items():
         if start in begins:
             times[begins[start]] += count
-    # the first is looked at before the workers begin, to show its first row and to compare the head
+    # The first row group is also read before the workers begin: to show its first row and for the
+    # comparison of the head.
     assert times[1:] == [1] * (len(groups) - 1)
     assert times[0] <= 3
 

@@ -1,4 +1,4 @@
-"""A language model labels texts by prompt: the cache, its contract, and students of it."""
+"""A language model as a judge labels texts by prompt: its cache, contract and students."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def config(tmp_path, tokenizer, model, topics, save_teacher):
 
 @pytest.fixture
 def few(config, tmp_path):
-    """The same, of data with 24 + 6 rows."""
+    """`config` with its data set reduced to 24 train and 6 test rows."""
     for split, rows in (("train", 24), ("test", 6)):
         file = tmp_path / "data" / f"{split}.jsonl"
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:rows]))
@@ -72,7 +72,7 @@ def few(config, tmp_path):
 
 
 def naive(model, tokenizer, prompt, labels):
-    """Log p(label | prompt) of each label, of whole sequences."""
+    """Normalised log p(label | prompt) of each label, from one pass over each whole sequence."""
     ids = tokenizer(prompt)["input_ids"]
     found = []
     for label in labels:
@@ -189,7 +189,7 @@ def test_long_texts_are_counted_and_shots_never_hold_the_row(config, tmp_path, c
     (tmp_path / "shots.jinja").write_text(WITH_SHOTS)
     with caplog.at_level(logging.INFO):
         run(config(prompt_template=str(tmp_path / "shots.jinja"), shots=6, data_settings={"max_length": 12}))
-    assert "rows were cut at the longest row allowed" in caplog.text
+    assert "rows were cut at the maximum length" in caplog.text
 
 
 def test_its_accuracy_is_shown_before_the_first_shard(config, model, tokenizer, topics, caplog, tmp_path):
@@ -203,12 +203,12 @@ def test_its_accuracy_is_shown_before_the_first_shard(config, model, tokenizer, 
     assert "the prompt of a row: 'Text: " in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        run(config())  # it is finished
+        run(config())  # already finished
     assert "labelled rows of train right" not in caplog.text
 
 
 def taught(config):
-    """The texts, with the judge's own answers for labels, and the settings of that judge."""
+    """The texts, the judge's own answer for each as its label, and the label names."""
     cache = run(config("first", calibrate=True))
     rows = [*cache.dataset("train"), *cache.dataset("test")]
     answers = [int(row.soft.top_logprobs.argmax()) for row in rows]
@@ -283,7 +283,7 @@ def test_a_prompt_that_the_server_refuses_is_a_bad_row(few, model, caplog):
         whole = run(few("whole", server=(stand_in.url,), server_patience=5.0))
         described = stand_in.get("/v1/models")
         stand_in.get = lambda path: described if path == "/v1/models" else {"version": stand_in.version}
-        stand_in.longest = max(len(body["prompt"]) for body in stand_in.asked)  # says so only when asked for more
+        stand_in.longest = max(len(body["prompt"]) for body in stand_in.asked)  # not in /v1/models
         with caplog.at_level(logging.WARNING):
             found = run(few("skipped", server=(stand_in.url,), server_patience=5.0, on_bad_row="skip"))
     assert 0 < found.manifest.bad_rows < 20

@@ -1,4 +1,4 @@
-"""`--store-label-logprobs`: the teacher's log-probability of each following token."""
+"""`--store-label-logprobs` stores the teacher's log-probability of each following token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FEW = "0:14"
 
 
 def expected_of(model, tokenizer, row) -> torch.Tensor:
-    """(N,): log_softmax of the model's logits at the token after each position."""
+    """(N,) log_softmax of the model's logits at the token after each position."""
     following = torch.from_numpy(row.example.input_ids[np.flatnonzero(row.example.supervised) + 1].astype(np.int64))
     return torch.log_softmax(own_logits(model, tokenizer, row).double(), -1).gather(-1, following[:, None])[:, 0]
 
@@ -163,7 +163,7 @@ def test_rows_of_a_cache_without_it_leave_it_out_of_a_batch():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (lambda n: [-0.5] * (n - 1), "label_logprobs: expected one a position"),
+        (lambda n: [-0.5] * (n - 1), "label_logprobs: expected one per position"),
         (lambda n: [-0.5] * (n - 1) + [0.5], "label_logprobs: expected log-probabilities, at most 0"),
         (lambda n: [-0.5] * (n - 1) + [np.nan], "label_logprobs: expected log-probabilities, at most 0"),
     ],

@@ -1,4 +1,4 @@
-"""Chats, prompts and token ids, from the data set to the cache."""
+"""Captures of chats, prompts with completions, and token ids."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHATS = [
 
 
 def direct_nll(model, row) -> float:
-    """-log p of the tokens after the supervised positions, from one plain forward pass."""
+    """The summed -log p of the tokens after the supervised positions, from a plain forward pass."""
     ids = torch.from_numpy(row.example.input_ids.astype(np.int64))
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)

@@ -1,9 +1,9 @@
-"""Whatever is done to a cache, in whatever order, it is whole and right, or says that it is not.
+"""State-machine tests: after any sequence of operations, a cache is right or reports its damage.
 
-A state machine over captures that end and that are killed, damage, verification, repair and
-reading, against a model of what must be there: the files of an undisturbed capture, and which of
-them were damaged since. `GrowingMachine` appends, is killed at it, and merges; there the manifest
-says which of two caches must be there.
+`CacheMachine` runs captures, kills, damage, verification, repair and reading in random order. It
+compares the directory with the files of an undisturbed capture and the set of damaged shards.
+`GrowingMachine` appends, kills appends and merges; the manifest determines which of two caches the
+directory must hold.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tests.support.profile import examples
 
 
 class _Killed(BaseException):
-    """The end of a process, in this one."""
+    """Simulates the death of the process."""
 
 
 @once
 def bench() -> Bench:
-    """One tiny teacher for all runs."""
+    """The tiny teacher, data and reference capture that all runs share."""
     folder = tempfile.mkdtemp(prefix="machine-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return make_bench(Path(folder))
@@ -50,7 +50,7 @@ SHARDS = st.sampled_from(["train-00000", "train-00001", "train-00002"])
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """One directory, and what must be in it."""
+    """A cache directory under captures, kills, damage, repair and reading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def damaged(self) -> set[str]:
-        """Shards that are there, or listed, and not what they must be."""
+        """Names of shards that exist or are in the manifest, but differ from the expected bytes."""
         return {
             name.removeprefix("data/").removesuffix(".parquet")
             for name, data in expected().items()
@@ -79,11 +79,11 @@ class CacheMachine(RuleBasedStateMachine):
             and not ((self.root / name).exists() and (self.root / name).read_bytes() == data)
         }
 
-    # --------------------------------------------------------------------------------- what is done
+    # ------------------------------------------------------------------------------------- changes
 
     @rule()
     def capture(self) -> None:
-        """Makes what is missing or damaged, and ends with the bytes of an undisturbed one."""
+        """A capture replaces missing and damaged files and ends with the reference bytes."""
         bench().capture(self.root)
         self.begun = True
         assert shared_files(self.root) == expected()
@@ -91,7 +91,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(point=st.sampled_from(POINTS), time=st.integers(1, 3))
     def kill(self, point: str, time: int) -> None:
-        """Stops somewhere; half a file is left behind."""
+        """A capture is killed at a named point and leaves a partial temporary file."""
         left = time
 
         def hook(name: str) -> None:
@@ -111,10 +111,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def capture_with_other_settings(self) -> None:
-        """Refused where a capture has begun.
-
-        Elsewhere it would begin one, which is not tried here.
-        """
+        """A capture with another seed is refused once one has begun."""
         if self.begun:
             before = shared_files(self.root)
             with pytest.raises(ContractError, match=r"holds another capture: contract\.seed"):
@@ -143,7 +140,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.finished)
     @rule()
     def repair(self) -> None:
-        """Drops what is damaged and nothing else."""
+        """Repair deletes the damaged shards and nothing else."""
         found = verify(self.root)
         damaged = self.damaged
         drop_broken(self.root, found)
@@ -152,11 +149,11 @@ class CacheMachine(RuleBasedStateMachine):
         there = {path.stem for path in self.layout.data.glob("[!.]*.parquet")}
         assert there == {"train-00000", "train-00001", "train-00002"} - damaged
 
-    # --------------------------------------------------------------------------------- what is seen
+    # -------------------------------------------------------------------------------------- checks
 
     @rule(quick=st.booleans())
     def verify(self, quick: bool) -> None:
-        """Finds every damaged shard, and no other."""
+        """Verification reports exactly the damaged shards."""
         if not self.finished:
             with pytest.raises(CacheError, match=r"no cache here|was not finished"):
                 verify(self.root, quick=quick)
@@ -166,7 +163,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.finished)
     @rule()
     def read(self) -> None:
-        """Every row once and in order, or an error; never other rows."""
+        """Reading yields every row once and in order, or raises an error."""
         try:
             rows = [row.example.source_row for row in Cache.open(self.root).dataset("train")]
         except IntegrityError:
@@ -186,8 +183,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert all(expected()[name] == data for name, data in files.items())
 
 
-#: The rows of the cache that is appended to, and of one that is merged with it; a shard and a half,
-#: so that shards of both kinds meet.
+#: Numbers of rows of the cache that is appended to and of one that is merged with it. They are not
+#: multiples of a shard, so that full and partial shards are combined.
 FIRST, OTHER = 30, 45
 
 
@@ -216,7 +213,7 @@ def contents(cache: Cache) -> list[int]:
 
 
 class GrowingMachine(RuleBasedStateMachine):
-    """One directory whose data set has gained rows since it was cached."""
+    """A cache directory whose data set has gained rows since the capture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +230,7 @@ class GrowingMachine(RuleBasedStateMachine):
 
     @rule()
     def capture(self) -> None:
-        """Of the first rows; refused once an append has begun."""
+        """A capture of the first rows is refused once an append has begun."""
         if self.appending:
             with pytest.raises(ContractError, match=r"holds another capture"):
                 bench().capture(self.root, rows=FIRST)
@@ -244,7 +241,7 @@ class GrowingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.manifest is not None)
     @rule(point=st.one_of(st.none(), st.sampled_from(POINTS)), time=st.integers(1, 2))
     def append(self, point: str | None, time: int) -> None:
-        """Killed somewhere, or not: before its end the old cache stands, after it the new one."""
+        """An append, possibly killed, leaves the old cache before its end and the new one after."""
         left = time
 
         def hook(name: str) -> None:
@@ -267,7 +264,7 @@ class GrowingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.manifest is not None)
     @rule()
     def merge(self) -> None:
-        """Each content once, whichever of the two caches has it."""
+        """A merge holds each row content of either cache once."""
         cache = Cache.open(self.root)
         output = self.root.parent / "merged"
         merged = merge([cache.root, other().root], output)

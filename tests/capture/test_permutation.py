@@ -1,6 +1,6 @@
-"""The order of the data's classes against the teacher's.
+"""The check that the data numbers its classes in the teacher's order.
 
-Refused where another fits far better, and never by chance.
+A capture is refused only if another order fits significantly better.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pilot(truth: np.ndarray, predicted: np.ndarray, classes: int, size: int = 51
 
 
 def drawn(generator: np.random.Generator, classes: int, rows: int, accuracy: float, skew: float = 3.0) -> Any:
-    """True classes, unequal in number, and what a teacher of this accuracy predicts."""
+    """Unbalanced true classes, and the predictions of a teacher with the given accuracy."""
     truth = generator.choice(classes, rows, p=generator.dirichlet(np.full(classes, skew)))
     right = generator.random(rows) < accuracy
     return truth, np.where(right, truth, generator.integers(classes, size=rows))
@@ -48,12 +48,12 @@ def test_bad_teachers_and_noisy_labels_are_hardly_ever_refused(classes, rows):
         weights = generator.dirichlet(np.ones(classes))
         noise = generator.integers(classes, size=rows)
         for labels, predicted in (
-            (truth, np.full(rows, generator.integers(classes))),  # one class for all
+            (truth, np.full(rows, generator.integers(classes))),  # always one class
             (truth, generator.choice(classes, rows, p=weights)),  # independent of the labels
             (truth, np.where(generator.random(rows) < 0.97, generator.integers(classes), noise)),  # almost one class
             drawn(generator, classes, rows, 0.2),
             (np.where(generator.random(rows) < 0.8, noise, truth), drawn(generator, classes, rows, 0.9)[1]),
-            (np.where(generator.random(rows) < 0.6, noise, truth), truth),  # a good one, and noisy labels
+            (np.where(generator.random(rows) < 0.6, noise, truth), truth),  # perfect teacher, noisy labels
             (truth, np.where(truth == 0, 1, truth)),  # one class is never predicted
         ):
             refused += bool(pilot(labels, predicted, classes))
@@ -71,7 +71,7 @@ def test_swapped_and_rotated_classes_are_found(classes, rows, accuracy):
             truth, predicted = drawn(generator, classes, rows, accuracy)
             order = np.arange(classes)
             cycle = generator.choice(classes, moved, replace=False)
-            order[cycle] = np.roll(order[cycle], 1)  # class c is written order[c]
+            order[cycle] = np.roll(order[cycle], 1)  # class c is numbered order[c]
             back = pilot(order[truth], predicted, classes)
             expected = {int(label): int(c) for c, label in enumerate(order) if c != label}
             assert set(back.items()) <= set(expected.items())
@@ -100,12 +100,12 @@ def test_a_rare_class_is_looked_at_as_often_as_others():
     assert [row.number for row in _sample(rows, 4)] == [0, 1, 2, 100]
 
 
-# ------------------------------------------------------------------------------------- at a capture
+# --------------------------------------------------------------------------------- during a capture
 
 
 @pytest.fixture(scope="module")
 def predicted(bert_tokenizer):
-    """A teacher, texts, and its own classes for them."""
+    """A teacher, texts, and the classes that it predicts for them."""
     return even(bert_tokenizer)
 
 
@@ -154,7 +154,7 @@ def test_the_right_order_is_cached_and_a_resumed_capture_does_not_look_again(
 def test_appended_rows_in_another_order_are_refused_and_the_cache_stands(
     tmp_path, bert_tokenizer, predicted, monkeypatch
 ):
-    """The first rows are as many and right, so that over all rows no other order would fit."""
+    """Half of all rows are old and right, so that a check over all rows would pass."""
     teacher, texts, classes = predicted
     first, root = data(texts[:80], classes[:80]), tmp_path / "cache"
     cached(teacher, bert_tokenizer, first, root)

@@ -1,7 +1,4 @@
-"""Where a capture begins, ends and goes.
-
-Parts of a source, appended rows, outputs behind URLs, the batch.
-"""
+"""Ranges of source rows, appended rows, outputs at URLs, and the automatic batch size."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def test_rows_are_a_part_of_the_source_and_their_numbers_are_the_sources(config)
     assert sorted(set(rows)) == list(range(10, 30))
     assert part.splits == ("train", "test")
     assert sorted({row.example.source_row for row in part.dataset("test")}) == [10, 11]
-    # the same shards but for their names
+    # The shards are equal except for their names.
     assert list(hashes(part).values())[:2] == [hashes(whole)[f"train-0000{i}"] for i in (1, 2)]
     with pytest.raises(PipelineError, match="--rows 50:60: no split has such rows; the longest has 40"):
         run(config("none", rows="50:60"))
@@ -78,12 +75,12 @@ def test_an_append_that_was_stopped_goes_on_and_the_old_cache_stands_meanwhile(c
     monkeypatch.setattr(in_process, "finish_when_whole", lambda *_: sys.exit("stopped"))
     with pytest.raises(SystemExit):
         run(config(append=True))
-    assert Cache.open(tmp_path / "cache").manifest == first.manifest  # with the new shards beside it
+    assert Cache.open(tmp_path / "cache").manifest == first.manifest  # new shards do not count yet
     assert verify(tmp_path / "cache").problems == ()
     monkeypatch.setattr(in_process, "finish_when_whole", finish)
     grown = run(config(append=True))
     assert grown.manifest.ancestry[0].cache_id == first.manifest.cache_id
-    train.write_text(train.read_text() * 2)  # and again
+    train.write_text(train.read_text() * 2)  # append a second time
     again = run(config(append=True))
     assert [a.cache_id for a in again.manifest.ancestry] == [first.manifest.cache_id, grown.manifest.cache_id]
     assert verify(again.root).problems == ()
@@ -113,7 +110,7 @@ def test_a_stopped_append_that_is_cut_otherwise_leaves_nothing_of_the_first(conf
         run(config(append=True))
     monkeypatch.setattr(in_process, "finish_when_whole", finish)
     train.write_text(lines)
-    with pytest.raises(ContractError, match="7 more shards were begun here, found no row for them"):
+    with pytest.raises(ContractError, match="7 more shards were begun here, and there are no rows for them"):
         run(config(append=True))
     train.write_text(lines * 2)
     grown = run(config(append=True, rows_per_shard=20))
@@ -130,7 +127,7 @@ def test_a_source_in_memory_is_appended_too(tmp_path, lm_tokenizer):
     assert [row.example.source_row for row in cache.dataset("train")] == [0, 1, 2]
 
 
-# ------------------------------------------------------------------------------------- behind a URL
+# ---------------------------------------------------------------------------------- outputs at URLs
 
 
 def test_a_cache_is_made_on_s3_by_two_parts(config, bucket, tmp_path, caplog):
@@ -144,7 +141,7 @@ def test_a_cache_is_made_on_s3_by_two_parts(config, bucket, tmp_path, caplog):
     assert [row.content_hash for row in made.dataset("train")] == [row.content_hash for row in local.dataset("train")]
     with pytest.raises(ContractError, match=r"holds another capture: contract\.seed"):
         run(config(output=url, seed=1))
-    assert run(config(output=url)).manifest == local.manifest  # finished already
+    assert run(config(output=url)).manifest == local.manifest  # already finished
     filesystem.get(root, str(tmp_path / "copy"), recursive=True)
     copy = Cache.open(tmp_path / "copy", verify="full")
     assert copy.manifest == local.manifest
@@ -185,16 +182,16 @@ def test_a_url_that_cannot_be_reached_is_one_line_without_its_password(config, b
         assert text not in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------- the pass
+# ------------------------------------------------------------------------------- the forward pass
 
 
 def test_the_batch_is_found_once_and_kept(config, monkeypatch):
-    seconds = iter([1.0, 1.0, 0.9, 1.77])  # 256, 512, 1,024, 2,048 tokens: the last is hardly faster
+    seconds = iter([1.0, 1.0, 0.9, 1.77])  # for 256, 512, 1,024, 2,048 tokens: the last gains little
     monkeypatch.setattr(automatic, "_seconds", lambda *_: next(seconds))
     cache = run(config(batch_tokens=None, auto_batch_tokens=True))
     assert cache.manifest.contract.batch_tokens == 1024
     Layout(cache.root).shard("train-00001").unlink()
-    again = run(config(batch_tokens=None, auto_batch_tokens=True))  # no second search: the iterator is at its end
+    again = run(config(batch_tokens=None, auto_batch_tokens=True))  # no second search: the iterator is empty
     assert again.manifest == cache.manifest
 
 
@@ -213,6 +210,7 @@ def test_out_of_memory_names_the_flag(config, monkeypatch):
         run(config())
 
 
+@pytest.mark.full
 def test_a_compiled_teacher_says_the_same_and_is_another_contract(config):
     plain, compiled = run(config("plain")), run(config("compiled", torch_compile="eager"))
     assert compiled.manifest.contract.teacher.compiler == "eager"

@@ -1,4 +1,4 @@
-"""What a capture says before its first shard and at its end."""
+"""Log messages of a capture before its first shard and at its end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_was_cut_repeated_blank_or_unlabelled_is_said_and_stands_in_the_car
     said = lines_of(caplog, tmp_path, rows, settings, max_length=12)
     card = (tmp_path / "c" / "README.md").read_text()
     for line in (
-        "1 of 6 rows were cut at the longest row allowed and lost 30 tokens",
+        "1 of 6 rows were cut at the maximum length and lost 30 tokens",
         "1 equal contents are in both splits train and test",
         "1 of 6 rows have a text of white space only",
         "rows without a label: 2 of 4 in train",
@@ -45,7 +45,7 @@ def test_what_was_cut_repeated_blank_or_unlabelled_is_said_and_stands_in_the_car
         assert line[1:] in card, line
     kept = (tmp_path / "c" / "reports" / "contents.json").read_bytes()
     assert b'"cut_tokens": 30' in kept
-    lines_of(caplog, tmp_path, rows, settings, max_length=12)  # finished already: nothing of it changes
+    lines_of(caplog, tmp_path, rows, settings, max_length=12)  # already finished: nothing changes
     assert (tmp_path / "c" / "reports" / "contents.json").read_bytes() == kept
 
 

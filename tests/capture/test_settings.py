@@ -1,4 +1,4 @@
-"""Each flag of cache-logits is in the contract and refused on resume, or has a reason not to."""
+"""A changed flag of cache-logits is refused on resume, unless it cannot affect the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.config import CacheLogitsConfig, DataConfig
 from pipeline.errors import ContractError
 from tests.conftest import tiny_model
 
-#: Flag -> another value, and what the refusal names.
+#: Flag -> a different value, and the field that the error message names.
 CONTRACT: dict[str, tuple[Any, str]] = {
     "task": ("sequence-classification", "task"),
     "teacher": ("other-teacher", "teacher.name"),
@@ -46,8 +46,8 @@ DATA: dict[str, tuple[Any, str]] = {
     "packing": (True, "tokenization.packing"),
     "chat_template": ("template.jinja", "tokenizer.chat_template_sha256"),
 }
-#: In the contract too (`test_contract` has them), but of other data, or needing what a test machine
-#: lacks.
+#: Flags that are in the contract but need other data or hardware; `test_contract` tests them, or
+#: the test named beside them.
 ELSEWHERE = {
     *("prompt_template", "label_text", "prompt_format", "shots", "shot_tokens", "calibrate"),  # `test_judged_captures`
     *("quantization", "base_model", "label_map"),
@@ -69,11 +69,11 @@ ELSEWHERE = {
         "stride",
         *("image_column", "views", "view_area", "view_mirror", "view_seed", "store_images"),
     ),
-    *("chat_template_kwargs", "assistant_turns", "truncation_side"),  # `test_chat_captures` has them
+    *("chat_template_kwargs", "assistant_turns", "truncation_side"),  # `test_chat_captures`
     *("completion_column", "input_ids_column", "labels_column", "isolate_documents", "store_text"),
-    *("server", "server_model", "server_api"),  # `teachers/test_served` has them
+    *("server", "server_model", "server_api"),  # `teachers/test_served`
 }
-#: Changes no logit and no column.
+#: Flags that change neither logits nor columns.
 NO_EFFECT = {
     *("data", "output", "overwrite", "append", "device_map", "trust_remote_code"),
     *("engine", "num_workers", "gpus_per_worker", "part", "auto_batch_tokens"),
@@ -83,14 +83,14 @@ NO_EFFECT = {
 
 @pytest.mark.parametrize(("config", "known"), [(CacheLogitsConfig, CONTRACT), (DataConfig, DATA)])
 def test_every_flag_is_one_or_the_other(config, known):
-    """A new flag belongs in one of the sets above."""
+    """Each flag is in one of the sets above; add new flags there."""
     unknown = {field.name for field in dataclasses.fields(config)} - set(known) - ELSEWHERE - NO_EFFECT
     assert not unknown
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, lm_tokenizer):
-    """A capture that was stopped before its first shard."""
+    """The folder of a capture that was stopped before its first shard."""
     folder = tmp_path_factory.mktemp("settings")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -112,7 +112,7 @@ def begun(tmp_path_factory, lm_tokenizer):
 
 
 class _StoppedError(Exception):
-    """Before the first step."""
+    """Raised in place of capturing the first shard."""
 
 
 def _stopped(*_args: Any) -> Any:

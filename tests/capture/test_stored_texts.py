@@ -1,4 +1,4 @@
-"""`--store-text` of language models, through captures and transforms."""
+"""`--store-text` for language models, in captures and transforms."""
 
 from __future__ import annotations
 
@@ -203,6 +203,7 @@ def test_a_kept_column_with_the_name_of_one_of_ours_is_refused(teacher):
         run(chats_of(teacher, keep_column=("text",)))
 
 
+@pytest.mark.full
 def test_the_estimate_says_what_they_take(config, teacher, monkeypatch):
     monkeypatch.setattr(estimating, "SAMPLE_SIZES", (6.0, 25.0))
     monkeypatch.setattr(estimating, "TOP_PS", ())

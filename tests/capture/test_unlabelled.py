@@ -1,6 +1,6 @@
-"""Rows without labels behind the labelled ones.
+"""`--unlabelled`: rows without labels that are appended to the labelled ones.
 
-What is read, what stands in the contract, and what is refused.
+Tests what is read, what the contract records, and what is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORDS = ("cat", "dog", "bird")
 
 @pytest.fixture
 def folder(tmp_path, bert_tokenizer, monkeypatch) -> Path:
-    """A teacher, 6 labelled rows as CSV, 4 and 3 unlabelled ones as CSV and Parquet."""
+    """A teacher, 6 labelled rows, and 4 and 3 unlabelled rows as CSV and Parquet."""
     monkeypatch.chdir(tmp_path)
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
     model.config.id2label = dict(enumerate(WORDS))
@@ -76,12 +76,12 @@ def test_rows_come_behind_the_labelled_ones_without_labels(folder, caplog, datas
 
 
 def test_the_same_rows_have_the_same_soft_labels_as_in_one_file(folder):
-    """Adding rows changes nothing but the rows: the shards are those of one file of all rows."""
+    """The shards equal those of a capture from a single file with all rows."""
     lines = Path("train.csv").read_text() + "".join(f"a dark river {i},\n" for i in range(4))
     Path("whole.csv").write_text(lines)
     added, whole = capture(unlabelled=("more.csv",)), capture("other", "whole.csv")
     assert [shard.sha256 for shard in added.manifest.shards] == [shard.sha256 for shard in whole.manifest.shards]
-    # The contents are equal, so the fingerprint is too; which file they came from stands beside it.
+    # Equal contents have equal fingerprints; the contract lists the unlabelled files separately.
     assert added.manifest.contract.source.fingerprints == whole.manifest.contract.source.fingerprints
     assert "unlabelled_sources" not in (whole.root / "manifest.json").read_text()
 
@@ -165,7 +165,7 @@ def test_there_is_a_split_to_add_to(folder):
 
 
 def test_rows_are_as_long_as_the_teacher_was_trained_on(folder, caplog):
-    """The teacher's stated length holds, unless a flag or an older cache overrides it."""
+    """The default length is the one the teacher was trained with; a flag or older cache wins."""
 
     def length(output: str, **data) -> int:
         settings = CacheLogitsConfig(
@@ -180,7 +180,7 @@ def test_rows_are_as_long_as_the_teacher_was_trained_on(folder, caplog):
     caplog.set_level(logging.INFO)
     assert length("before") == 64
     Path("teacher/metrics.json").write_text(json.dumps({"max_length": 12}))
-    assert length("before") == 64  # the same command as before
+    assert length("before") == 64  # the same cache as before
     assert length("after") == 12
     assert "at most 12 tokens, as teacher was trained on" in caplog.text
     assert length("after") == 12

@@ -1,4 +1,4 @@
-"""Bring your own logits."""
+"""`write_cache`: caches of logits that the caller provides."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_rows_whose_parts_do_not_fit(tmp_path, lm_tokenizer, row, message):
 
 @pytest.mark.parametrize("encoding", [Full(), TopK(4), Sampled(10.0)], ids=lambda e: e.kind)
 def test_batches_change_no_byte(tmp_path, lm_tokenizer, encoding, monkeypatch):
-    def rows():  # in two precisions, and of different lengths
+    def rows():  # two dtypes, different lengths
         for n, row in enumerate(token_rows()):
             cut = 40 - n % 3
             logits = row.logits[: cut - 1].to(torch.float64 if 10 <= n < 14 else torch.float32)
@@ -204,7 +204,7 @@ def test_top_log_probabilities_that_are_no_distribution(ids, logprobs):
 
 
 def test_ready_labels_of_sampled_are_rounded_without_bias(tmp_path, lm_tokenizer):
-    """An exact top of 0.044 must not become 0.05 in every row."""
+    """An exact top probability of 0.044 is rounded up in some rows and down in others."""
     logits = torch.full((1, 320), -20.0)
     logits[0, :3] = torch.tensor([0.9, 0.044, 0.056]).log()
     rows = (
@@ -242,7 +242,7 @@ def test_a_row_where_it_is_not_known_is_a_bad_row(tmp_path, lm_tokenizer):
 
     rows = list(ready(TopK(320)))
     rows[2] = list(ready(TopK(320)))[2]
-    near = encode(torch.eye(320)[:39], TopK(1))  # the most likely is 0, 1, 2, ...: not what follows
+    near = encode(torch.eye(320)[:39], TopK(1))  # the most likely are 0, 1, 2, ..., not the next tokens
     rows[2] = softlabel.LabelledRow(rows[2].input_ids, soft_labels=dataclasses.replace(near, encoding=TopK(320)))
     settings = settings_of(lm_tokenizer, TopK(320), store_label_logprobs=True)
     message = (

@@ -1,4 +1,4 @@
-"""Token ids that a model wrote are read by models of the same tokens alone."""
+"""Generated token ids are only accepted by models with the same vocabulary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.generations import writing_model
 
 
 def reordered(tokenizer):
-    """The same tokens with two ids swapped: as many, and other texts."""
+    """A tokenizer of the same size with two ids swapped, so that ids decode to other texts."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = rules["model"]["vocab"]
     first, second = sorted(vocabulary)[40:42]

@@ -1,4 +1,4 @@
-"""Conversations by the student's own chat template, over pairs of families of templates."""
+"""Chats rendered by the student's own chat template, over pairs of template families."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def student_row(pair: tuple[str, str], row: TokenizedExample, max_length: int = 
 
 
 def learnt(name: str, ids: np.ndarray, supervised: np.ndarray) -> list[tuple[int, str]]:
-    """Of each supervised position.
+    """For each supervised position, the number of its turn and the rest of the turn's text.
 
-    Which turn from the last one it is in, and the text of the turn from its token on.
+    Turns are counted back from the last one, which is 0. The text begins at the predicted token.
     """
     tokenizer = tokenizer_of(name)
     places = np.flatnonzero(supervised) + 1
     turns = np.cumsum(np.diff(places, prepend=places[:1] - 2) > 1)
-    turns = turns - turns.max()  # from the last one: a row of the student may have fewer
+    turns = turns - turns.max()  # from the last one: the student's row may have fewer turns
     ends = {turn: places[turns == turn].max() for turn in set(turns.tolist())}
     special = BYTES[name].is_special
     return [
@@ -123,7 +123,7 @@ def test_a_conversation_that_the_template_refuses_is_left_to_the_text() -> None:
 
 
 def test_an_answer_that_the_thought_says_too_is_met_in_the_answer() -> None:
-    """Both write thought and answer, with other text between them."""
+    """Both templates render thought and answer, with different text between them."""
     messages = (turn("user", "the cat?"), turn("assistant", "sat.", reasoning_content="on the mat sat. the cat"))
     row = teacher_rows("qwen-3", messages)[0]
     found = student_row(("qwen-3", "gpt-oss"), row)

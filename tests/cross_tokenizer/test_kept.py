@@ -118,7 +118,7 @@ def test_another_longest_row_is_kept_apart(tmp_path, cached):
 
 @pytest.mark.parametrize("how", ["worker", "pickled"])
 def test_workers_read_the_same_batches(tmp_path, cached, how):
-    """A worker that is started anew is given its rows and collator pickled."""
+    """A worker process that is spawned receives its rows and collator pickled."""
     view = view_of(cached, student(tmp_path, byte_level(290)))
     collator = Collator(get_task("causal-lm"), view.tokenizer, 1.0, pad_id=0, vocabulary_map=view.vocabulary_map)
     rows = TrainingRows(view.dataset("train"))

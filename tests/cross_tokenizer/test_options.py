@@ -1,6 +1,6 @@
-"""What goes with a student of the teacher's tokenizer goes with one of another.
+"""Training options also work for a student with another tokenizer.
 
-Resuming, mixtures, weights of positions, adapters, URLs.
+Covers resuming, mixtures, position weights, adapters and URLs.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def path(tmp_path):
 
 
 def losses(output) -> dict[int, tuple[float, float]]:
-    """Both terms of every step."""
+    """The hard and the soft loss of every logged step."""
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: (entry["hard_loss"], entry["soft_loss"]) for entry in log if "hard_loss" in entry}
 
 
 def short(tmp_path, path, output: str = "out", **settings) -> TrainStudentConfig:
-    """Four steps, each of them logged."""
+    """The configuration of a run with four logged steps."""
     fields = {"epochs": None, "max_steps": 4, "training": {"logging_steps": 1}, **settings}
     return train_config(tmp_path, path, output, **fields)
 
@@ -160,8 +160,9 @@ def mixed(tmp_path, path, output, kind, others) -> TrainResult:
     return train(dataclasses.replace(short(tmp_path, path, output), mix=kind, cache=caches))
 
 
+@pytest.mark.full
 def test_two_teachers_of_one_tokenizer(tmp_path, cached, config, path, save_teacher):
-    """Two equal teachers teach as one; another one teaches something else."""
+    """Two equal teachers give the losses of one; a different second one changes the soft loss."""
     capture(config("again", rows_per_shard=20))
     other = save_teacher(tiny_model("llama", len(cached.tokenizer), seed=8, spread=3.0), cached.tokenizer, "other")
     capture(dataclasses.replace(config("second"), teacher=str(other)))

@@ -1,4 +1,4 @@
-"""Two processes over gloo train a student with another tokenizer as one does."""
+"""Two gloo processes train a student with another tokenizer to the same losses as one process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path, config):
-    """Each makes a part of the aligned rows, and reads what the other has made.
+    """Each rank aligns a part of the rows and reads the part that the other rank has aligned.
 
-    Unequal numbers of positions are aligned on them.
+    The ranks have different numbers of aligned positions.
     """
     capture(config("cache"))
     path = student(tmp_path, byte_level(290))

@@ -1,4 +1,4 @@
-"""Alignment of random texts by all pairs of tokenizers, against their own offsets."""
+"""Alignment of random texts for all pairs of tokenizers, compared with the tokenizers' offsets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.profile import examples
 from tests.tasks.families import FAMILIES
 
 BYTES = {name: TokenBytes.of(tokenizer) for name, tokenizer in FAMILIES.items()}
-#: These change a text, so that their tokens do not tell it.
+#: Tokenizers that normalise a text, so that it cannot be recovered from the tokens.
 CHANGING = {"t5", "deberta", "bert", "qwen"}
 PAIRS = [(a, b) for a in FAMILIES for b in FAMILIES]
 pieces = st.sampled_from(
@@ -73,7 +73,7 @@ def cached(row: TokenizedExample, text: str | None = None) -> CachedTokens:
 
 
 def begins(family: str, row: Any, text: str) -> list[int]:
-    """The byte at which each predicted token begins, by the tokenizer's offsets."""
+    """The byte at which each predicted token begins, from the tokenizer's offsets."""
     encoded = FAMILIES[family](text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     vocabulary = BYTES[family].vocabulary
@@ -105,7 +105,7 @@ def test_aligned_positions_predict_text_from_the_same_byte_on(pair: tuple[str, s
         for position, of_teacher in enumerate(found.teacher_position.tolist()):
             assert of_teacher == -1 or theirs[of_teacher] == ours[position]
         aligned = {theirs[p] for p in found.teacher_position.tolist() if p >= 0}
-        zero = set(theirs) & set(ours) - aligned  # what both predict and nobody has aligned
+        zero = set(theirs) & set(ours) - aligned  # predicted by both, not aligned
         assert zero <= {-1, 0}, (
             "all that begin at the same byte are aligned, but for the first word where one adds a space"
         )
@@ -113,10 +113,7 @@ def test_aligned_positions_predict_text_from_the_same_byte_on(pair: tuple[str, s
 
 
 def _first_bytes(family: str, row: StudentRow, text: str) -> int:
-    """Bytes of the text that nothing predicts.
-
-    Those of the first token where no BOS stands before it.
-    """
+    """The number of bytes that no position predicts: those of the first token without a BOS."""
     vocabulary = BYTES[family].vocabulary
     if vocabulary.prefix:
         return 0
@@ -133,17 +130,17 @@ def test_the_same_tokenizer_gives_the_identity(family: str, text: str) -> None:
     for row in rows_of(family, text, max_length=12):
         found = made.rows([cached(row)])[0]
         if found.is_rebuilt and row.piece == 0:
-            count = len(found.input_ids)  # a character that is cut at the end of a row is left out
+            count = len(found.input_ids)  # without a character that the row's end cuts
             assert len(row.input_ids) - count <= 3
             assert found.input_ids.tolist() == row.input_ids[:count].tolist()
             assert found.supervised[:-1].tolist() == row.supervised[: count - 1].tolist()
             assert found.teacher_position.tolist() == list(range(len(found.teacher_position)))
             spans = [b - a for a, b in zip(found.span_start.tolist(), found.span_stop.tolist(), strict=True)]
-            assert set(spans[1:]) <= {1}  # a lone beginning of a word and its first letter are one
+            assert set(spans[1:]) <= {1}  # a lone word-start marker and the next letter are one
 
 
 def rests(family: str, ids: np.ndarray, lengths: np.ndarray, places: np.ndarray) -> list[tuple[int, bytes]]:
-    """Of each token: its document, and the bytes from there to the end of the document."""
+    """For each place, the document's index and the bytes from there to the document's end."""
     ends = np.cumsum(lengths)
     found = []
     for place in places.tolist():
@@ -245,7 +242,7 @@ def test_a_special_token_without_a_counterpart_is_left_out_and_counted() -> None
 
 @pytest.mark.parametrize("student", ["llama2", "mistral", "prefix-space"])
 def test_spans_stay_within_their_text(student: str) -> None:
-    """Texts after a special token: special first words, and spelt special tokens."""
+    """Texts follow a special token, where these tokenizers add a space, and one spells `</s>`."""
     teacher: Any = FAMILIES["gpt2"]
     texts = ["the cat", "é sat", "a </s> b"]
     ids: list[int] = []
@@ -266,7 +263,7 @@ def test_spans_stay_within_their_text(student: str) -> None:
 
 
 def test_a_word_goes_to_its_first_token_where_offsets_leave_its_space_out() -> None:
-    """RoBERTa's `trim_offsets`: the token " the" covers "the" alone."""
+    """With RoBERTa's `trim_offsets`, the offsets of the token " the" cover "the" only."""
     student: Any = FAMILIES["roberta"]
     for teacher in ("gpt2", "llama2", "mistral", "bert"):
         mapping = map_vocabulary(BYTES[teacher], BYTES["roberta"], len(BYTES[teacher].pieces), len(student))
@@ -277,7 +274,7 @@ def test_a_word_goes_to_its_first_token_where_offsets_leave_its_space_out() -> N
 
 
 def test_a_text_that_spells_a_token_of_a_role_stays_aligned() -> None:
-    """EOS that is an ordinary added token is read in a text, whatever is asked of special ones."""
+    """An EOS that is an ordinary added token is recognised even where special ones are split."""
     tokenizer = copy.deepcopy(FAMILIES["qwen"])
     tokenizer.add_tokens([AddedToken("<eot>", special=False, normalized=False)])
     tokenizer.eos_token = "<eot>"
@@ -294,7 +291,7 @@ def test_a_text_that_spells_a_token_of_a_role_stays_aligned() -> None:
 
 
 def test_the_bos_of_a_document_leaves_the_spans_of_the_one_before() -> None:
-    """A student with a BOS of its own reads isolated documents of a teacher without one."""
+    """The student's tokenizer adds a BOS to isolated documents; the teacher's has none."""
     teacher: Any = FAMILIES["qwen"]
     documents = [Example(i, text=text) for i, text in enumerate(["the cat sat", "on a mat", "it isn't 10"])]
     made = get_task("causal-lm").tokenize(

@@ -1,4 +1,4 @@
-"""Tokenizers that are trained on a cache's text, and the students that have them."""
+"""Tokenizers that are trained on a cache's text, and students that use them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_chat_templates_render_to_the_same_special_tokens(tmp_path, name):
 
 
 def test_what_stands_around_a_text_has_the_new_ids_inside_a_sequence_too(tmp_path):
-    """As in Llama 3, whose BOS comes from a template in a sequence of processors."""
+    """Covers a template inside a sequence of post-processors, as Llama 3 uses to add its BOS."""
     base = byte_level(300)
     base.add_tokens(["<think>", "</think>"])
     eos = base.eos_token_id
@@ -126,7 +126,7 @@ def test_a_tokenizer_of_a_caches_text_is_that_of_the_texts(config, documents, lm
         made = train_on_cache(cache, lm_tokenizer, 300)
     texts = documents["train"]["text"]
     num_bytes = sum(len(text.encode()) for text in texts)
-    assert f"300 tokens, trained on {num_bytes} bytes of text in " in caplog.text  # no text is lost at row ends
+    assert f"300 tokens, trained on {num_bytes} bytes of text in " in caplog.text  # including the text at row ends
     caplog.clear()
     whole = train_on_cache(cache, lm_tokenizer, 5000)
     assert len(whole) < 5000
@@ -177,7 +177,7 @@ def test_a_capture_a_student_with_its_own_tokenizer_and_its_training(tmp_path, c
     ("kind", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("opt", True), ("cohere", True)]
 )
 def test_copied_layers_keep_rows_of_equal_tokens_and_average_the_others(tmp_path, lm_tokenizer, kind, tied):
-    teacher = tiny_model(kind, len(lm_tokenizer) + 3, seed=2, tie_word_embeddings=tied)  # rows that are no token's
+    teacher = tiny_model(kind, len(lm_tokenizer) + 3, seed=2, tie_word_embeddings=tied)  # 3 rows without a token
     student = train_tokenizer(byte_level(300), TEXTS, 300)
     path = softlabel.init_student(
         teacher, tmp_path / "s", layers=[0], tokenizer=student, teacher_tokenizer=lm_tokenizer
@@ -214,9 +214,9 @@ def test_copied_layers_keep_rows_of_equal_tokens_and_average_the_others(tmp_path
 @pytest.mark.parametrize("teacher", sorted(FAMILIES))
 @pytest.mark.parametrize("student", ["gpt2", "llama2", "bert"])
 def test_parts_of_a_token_spell_its_bytes(teacher, student):
-    """Of every pair of families.
+    """The teacher tokens that are averaged for a new token spell the new token's bytes.
 
-    What a row is the mean of spells the token, but for bytes that the teacher has no token of.
+    Bytes for which the teacher has no token are omitted.
     """
     theirs, ours = TokenBytes.of(FAMILIES[teacher]), TokenBytes.of(FAMILIES[student])
     found = new_vocabulary(FAMILIES[teacher], FAMILIES[student], with_rows=True)
@@ -236,7 +236,7 @@ def test_parts_of_a_token_spell_its_bytes(teacher, student):
 
 def test_ids_of_the_configuration_become_those_of_the_counterparts(tmp_path, lm_tokenizer):
     teacher = tiny_model("llama", len(lm_tokenizer))
-    teacher.config.eos_token_id = [1, 300]  # the second is no special token
+    teacher.config.eos_token_id = [1, 300]  # the second is not a special token
     teacher.config.bos_token_id = -1
     teacher.config.architectures = [type(teacher).__name__]
     student = byte_level(290)

@@ -1,4 +1,4 @@
-"""Students with another tokenizer, from the capture to the trained student."""
+"""Students with another tokenizer than the teacher, from capture to evaluation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["config"]
 
 
 def byte_level(size: int, *, eos: str = "<end>") -> PreTrainedTokenizerFast:
-    """A byte-level BPE of another size, whose special tokens have other ids and names."""
+    """A byte-level BPE of the given size with special tokens of different ids and names."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -131,7 +131,7 @@ def test_evaluate_compares_tokenizers_by_the_byte(tmp_path, cached):
         assert line.retention_interval.low <= ratio * 1.05
         assert line.retention_interval.high >= ratio * 0.95
     assert "bits_per_byte kept of the teacher's" in format_table(report)
-    # By hand: nats of every predicted byte of the split, over its bytes.
+    # Computed directly: the NLL of all predicted tokens of the split, divided by their bytes.
     model = AutoModelForCausalLM.from_pretrained(other).eval()
     tokenizer = AutoTokenizer.from_pretrained(other)
     nats = num_bytes = 0.0
@@ -180,7 +180,7 @@ def test_rows_longer_than_the_student_takes_are_cut_and_counted(tmp_path, cached
 
 
 def test_tokenizers_that_hardly_meet_are_refused(tmp_path, cached, monkeypatch, caplog):
-    """Bytes against words: most positions begin inside a word."""
+    """The student's tokens are single bytes, so most positions begin inside a teacher token."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""The table: against other libraries, and at the two ends of what a student can be."""
+"""The evaluation table, compared with other libraries, for copies and random students."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_language_models(tmp_path, lm_tokenizer, documents, save_teacher, encodi
         assert other.kl == pytest.approx(kl / tokens, rel=1e-3)
     elif encoding.kind == "top-k":  # fewer buckets: a lower bound
         assert 0 < other.kl <= kl / tokens
-    else:  # unbiased: within a tenth, over these positions
+    else:  # unbiased: within 10% over these positions
         assert other.kl == pytest.approx(kl / tokens, rel=0.1)
 
 

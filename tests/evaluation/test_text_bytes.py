@@ -1,4 +1,4 @@
-"""A cache with wrong text_bytes is named before its bits per byte are used."""
+"""A cache with wrong text_bytes is reported before its bits per byte are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table and report of token classifiers: entities and words, never rows or tokens."""
+"""The evaluation table and report of token classifiers count entities and words, not tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tagger(tokenizer, save, seed: int, name: str):
 
 @pytest.fixture
 def setting(tmp_path, bert_tokenizer, save_teacher):
-    """A random teacher's cache, and a random student."""
+    """The cache of a random teacher, and the path of a random student."""
     teacher = tagger(bert_tokenizer, save_teacher, 0, "teacher")
     student = tagger(bert_tokenizer, save_teacher, 5, "student")
 

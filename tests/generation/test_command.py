@@ -1,7 +1,4 @@
-"""`softlabel generate` from the shell.
-
-What it prints, a dry run, a YAML file, mistakes in one line.
-"""
+"""The command `softlabel generate`: output, dry run, YAML file and one-line errors."""
 
 from __future__ import annotations
 

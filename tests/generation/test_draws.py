@@ -1,4 +1,4 @@
-"""Draws follow the model's probabilities, and depend on nothing but their row."""
+"""Draws follow the model's probabilities and are independent of other rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def keys_of(count, *, seed=0, split="train", sample=0):
 
 
 def drawn(settings, keys, *, steps=1, logits=LOGITS, num_classes=V):
-    """(B, steps) tokens."""
+    """(B, steps) drawn tokens, and the `SeededDraws` that drew them."""
     draws = SeededDraws(settings, keys, num_classes)
     scores = logits.expand(len(keys), -1)
     empty = torch.zeros(len(keys), 0, dtype=torch.int64)
@@ -58,11 +58,9 @@ def expected(settings):
 )
 @pytest.mark.parametrize("top", [64, 4])
 def test_tokens_are_drawn_with_their_probabilities(settings, top, monkeypatch):
-    """Chi-square over 20,000 draws.
+    """Chi-square test of 20,000 draws (4,000 rows of 5 steps); filtered tokens are never drawn.
 
-    4,000 rows of 5 steps; nothing that a filter leaves out is drawn.
-
-    With all tokens among the most likely ones, and with 4 of 13.
+    `top` most likely tokens are drawn individually and the rest together: all of them, or 4 of 13.
     """
     monkeypatch.setattr("pipeline.generation.draws._TOP", top)
     settings = sampling(**settings)
@@ -112,7 +110,7 @@ def test_seed_split_row_and_sample_have_their_own_streams():
 
 
 def test_log_probabilities_are_the_models_own():
-    """At temperature 1, without filters, over the classes that are tokens."""
+    """Log-probabilities are at temperature 1, without filters, over the classes that are tokens."""
     wide = torch.cat([LOGITS, torch.full((3,), 50.0)])  # padded embedding rows
     tokens, draws = drawn(sampling(temperature=0.5, top_k=3), keys_of(100), logits=wide)
     assert int(tokens.max()) < V

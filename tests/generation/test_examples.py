@@ -1,4 +1,4 @@
-"""Labelled examples by prompt: the template, its variables, and what the next stages read."""
+"""Generation of labelled examples: the template, its variables, and reading by later stages."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_shots_are_rows_of_the_label_drawn_for_each_prompt(make):
 
 
 def test_examples_are_labelled_rows_that_a_teacher_learns_from(make, tmp_path, bert_tokenizer, save_teacher):
-    """Cut, empty and equal texts are dropped without being asked for."""
+    """Cut, empty and duplicate texts are dropped by default."""
     from pipeline.training.teacher import run as train
 
     found = run(make(dataset=make.rows, num_examples=60, temperature=1.5))

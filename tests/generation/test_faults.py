@@ -1,6 +1,6 @@
-"""Empty, cut, repeated and duplicate completions.
+"""Empty, cut, repetitive and duplicate completions are found, counted and dropped.
 
-Found, counted, and dropped by a rule that depends on no worker.
+The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def content(row):
 
 
 def test_what_is_dropped_is_gone_counted_and_listed(config, forked):
-    """One token of few, so that many samples are equal; by workers as by one process."""
+    """Completions of one token with top-k 2 are often equal; workers drop the same duplicates."""
     settings = {"num_samples": 8, "max_new_tokens": 1, "top_k": 2, "rows_per_shard": 3}
     everything = run(config("all", **settings))
     rows = rows_of(everything)
@@ -92,7 +92,7 @@ def test_cut_completions_are_dropped_where_that_is_asked_for(config):
 
 
 def test_empty_completions_are_counted(config):
-    """With every token an end of a completion there are nothing but empty ones."""
+    """With every printable ASCII character as a stop string, many completions are empty."""
     settings = {"max_new_tokens": 3, "stop": tuple(map(chr, range(32, 127)))}
     found = run(config("counted", **settings))
     assert found.counts.empty > 0
@@ -108,9 +108,9 @@ def test_no_completion_left_is_a_line(config):
 
 
 def test_an_equal_completion_that_is_dropped_itself_makes_no_duplicate():
-    """The text of a cut example is that of a whole one.
+    """A complete example is kept if only a dropped, cut example has the same text.
 
-    The whole one stays, and one more like it does not.
+    A second complete example with that text is dropped.
     """
 
     def row(finish_reason):

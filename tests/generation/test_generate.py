@@ -1,6 +1,6 @@
-"""A model writes a data set.
+"""Generation of a data set by a model.
 
-The same from every worker, whatever dies, and read by the next stage.
+The result is the same for all workers and after kills, and the next stages can read it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def test_workers_parts_and_this_process_write_the_same_bytes(config, forked, tmp
         assert hashes(other) == hashes(serial)
         names = {path.relative_to(other.root) for path in other.root.rglob("*.*") if path.is_file()}
         assert names == {path.relative_to(serial.root) for path in serial.root.rglob("*.*") if path.is_file()}
-    assert run(config("parts", part="0/2")).end == serial.end  # again: finished already
+    assert run(config("parts", part="0/2")).end == serial.end  # already finished
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
 def test_the_draws_depend_on_no_batch(config, batch_tokens):
-    """In float32, whose rounding turns none of these draws.
+    """Draws are equal for all batch sizes in float32, whose rounding changes none of these.
 
     The sums of log-probabilities differ in their last digits.
     """
@@ -70,11 +70,9 @@ def test_seeds_rows_and_samples_differ(config):
 
 @pytest.mark.parametrize("number", [1, 8, 12, 17, 31, 37, 40, 41])
 def test_killed_anywhere_the_same_command_goes_on(config, tmp_path, number):
-    """At the plan, a shard, a receipt, a shard of the data set, the card and the end.
+    """A run killed at any file is continued, keeps its receipts and ends with the same bytes.
 
-    What was finished stays.
-
-    The bytes are those of a run that nobody has killed.
+    It is killed at the plan, a shard, a receipt, a shard of the data set, the card and the end.
     """
     settings = config("killed", num_samples=1, max_new_tokens=4, drop=("cut",), rows="0:8")
     code = f"""
@@ -128,7 +126,7 @@ def test_ended_completions_have_their_end_token_and_cut_ones_have_none(config, l
 
 
 def test_log_probabilities_are_those_of_the_model(config, lm_tokenizer):
-    """Whatever the temperature and the filters: as one pass over the row gives them."""
+    """Log-probabilities equal those of one pass over the row, for any temperature and filters."""
     import torch
 
     model = writing_model(len(lm_tokenizer))
@@ -168,9 +166,9 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_its_text(config, lm_tok
 
 
 def test_what_is_written_is_labelled_and_learnt_by_its_ids(config, tmp_path, lm_tokenizer, save_teacher):
-    """Generate -> cache-logits by ids -> train-student.
+    """Runs generate, cache-logits on token ids, and train-student.
 
-    Every token of a completion is supervised, and no other.
+    Exactly the tokens of the completions are supervised.
     """
     from pipeline.capture.run import run as capture
     from pipeline.training.run import run as train
@@ -203,7 +201,7 @@ def test_what_is_written_is_labelled_and_learnt_by_its_ids(config, tmp_path, lm_
 
 
 def test_a_live_model_and_data_in_memory(lm_tokenizer, tmp_path):
-    """The model is left as it was: in training, with its own settings."""
+    """The model keeps its training mode and generation settings."""
     model = writing_model(len(lm_tokenizer)).train()
     before = model.generation_config
     settings = {"tokenizer": lm_tokenizer, "max_new_tokens": 5, "num_samples": 2}
@@ -275,7 +273,7 @@ def test_the_first_prompt_and_completion_are_shown(config, caplog):
 
 @pytest.mark.parametrize("text", ["the cat", "the cat sat on a mat " * 9])
 def test_a_model_that_reads_its_padding_is_refused_whatever_its_prompts(text, lm_tokenizer, tmp_path):
-    """Also where every prompt is longer than the 64 tokens that are compared."""
+    """Also for prompts that are longer than the 64 tokens that are compared."""
     model = writing_model(len(lm_tokenizer))
     whole = model.forward
 
@@ -285,12 +283,12 @@ def test_a_model_that_reads_its_padding_is_refused_whatever_its_prompts(text, lm
 
     model.forward = forward
     settings = {"tokenizer": lm_tokenizer, "max_new_tokens": 2}
-    with pytest.raises(ModelError, match=r"differ by .* where it is padded on the left"):
+    with pytest.raises(ModelError, match=r"differ by .* with padding on the left"):
         softlabel.generate(model, [text], tmp_path / "a", **settings)
 
 
 def test_a_stop_that_is_a_special_token_is_an_end(lm_tokenizer, tmp_path, caplog):
-    """No text of a completion holds it, so that its id ends the completion; it is learnt."""
+    """Decoded completions omit special tokens, so the id ends the completion; it is supervised."""
     tokenizer = copy.deepcopy(lm_tokenizer)
     tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
     token = tokenizer.convert_tokens_to_ids("<|turn|>")

@@ -1,4 +1,4 @@
-"""What a row is made into, and the lines for what is no prompt."""
+"""Prompts that are made from rows, and the error lines for rows without a prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def chat_tokenizer(lm_tokenizer):
 
 @pytest.fixture
 def write(tmp_path, lm_tokenizer, save_teacher):
-    """Writes rows to a file and gives the configuration that reads them."""
+    """A function that writes rows to a file and returns the configuration that reads them."""
     writer = save_teacher(writing_model(len(lm_tokenizer)), lm_tokenizer, "w")
 
     def make(lines, **settings):
@@ -96,7 +96,7 @@ def test_chats_are_rendered_up_to_where_the_assistant_writes(write, chat_tokeniz
 
 
 def test_the_first_tokens_of_a_corpus(write, lm_tokenizer, tmp_path):
-    """Shorter texts are set aside whatever --on-bad-row says, and counted."""
+    """Shorter texts are skipped and counted for every --on-bad-row."""
     texts = [" ".join(WORDS[i : i + 12]) for i in range(6)] + ["a"]
     found = run(write([{"text": text} for text in texts], prefix_tokens=5))
     rows = datasets.load_dataset(str(found.root), split="train").to_list()
@@ -210,11 +210,8 @@ def test_data_in_memory_of_another_kind(lm_tokenizer, tmp_path):
 
 
 def test_prompts_that_run_out_are_told(config, caplog):
-    """Rows that no split has, as of a round that takes the next part.
-
-    Not those of a split that is shorter than another.
-    """
+    """A warning names --rows that go beyond the longest split, but not beyond a shorter one."""
     prepare(config(rows="2:10"), dry_run=True)
     assert "--rows" not in caplog.text
     prepare(config(rows="10:30"), dry_run=True)
-    assert "--rows 10:30: split train has 14 rows, which give 4 prompts of the 20 asked for" in caplog.text
+    assert "--rows 10:30: split train has 14 rows, so that there are 4 prompts instead of 20" in caplog.text

@@ -22,12 +22,12 @@ from pipeline.servers import pool
 from tests.support.chats import tokenizer_of
 from tests.support.generations import config, writing_model  # noqa: F401 - a fixture
 
-#: What the stand-in applies for a field that a request does not hold, as servers do.
+#: The values that the stand-in applies for fields missing in a request, as servers do.
 DEFAULTS = {"top_p": 0.3, "top_k": 1, "min_p": 0.5, "repetition_penalty": 1.7}
 
 
 class StandIn:
-    """Completions of a tiny model, by its own loop; each request's seed is its random stream."""
+    """A completion server of a tiny model; each request's seed selects its random stream."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ def test_ids_seeds_and_log_probabilities_go_both_ways(config, serve, lm_tokenize
 
 
 def test_two_servers_share_the_requests_and_faults_change_nothing(config, serve, monkeypatch):
-    monkeypatch.setattr(pool, "FIRST_WAIT", 0.001)  # a server that fails is left alone for a while
+    monkeypatch.setattr(pool, "FIRST_WAIT", 0.001)  # a failing server is paused
     monkeypatch.setattr(pool, "LAST_WAIT", 0.001)
     one, two = serve(), serve()
     two.faults = [500, 503, 429]
@@ -172,9 +172,9 @@ def test_two_servers_share_the_requests_and_faults_change_nothing(config, serve,
 
 
 def test_a_server_that_takes_text_alone(config, serve, lm_tokenizer, caplog):
-    """Its token ids are the tokenizer's, with EOS where it says that it has ended.
+    """Token ids come from the tokenizer, with EOS where the server reports a natural end.
 
-    Log-probabilities only where they are the model's.
+    Log-probabilities are stored only at temperature 1, where they are the model's own.
     """
     server = serve(owner="library", takes_ids=False)
     found = run(config("a", server=(server.url,), rows="0:6"))
@@ -243,7 +243,7 @@ def test_a_server_of_another_model_is_refused(config, serve):
         return status, {"choices": [answer["choices"][0] | {"text": "something else", "token_ids": [260, 261, 262]}]}
 
     server.complete = complete
-    with pytest.raises(MisuseError, match="its tokenizer reads the token ids of the server's model tiny as other text"):
+    with pytest.raises(MisuseError, match="its tokenizer decodes token ids of the server's model tiny to another text"):
         run(config(server=(server.url,)))
 
 
@@ -258,10 +258,7 @@ def written(found):
 
 
 def test_a_server_applies_no_setting_that_nobody_asked_for(config, serve):
-    """Its defaults of absent fields change nothing.
-
-    A neutral field that it refuses is left out, in one line and in the card.
-    """
+    """Requests set neutral values, so that the server's defaults change nothing."""
     plain = run(config("plain", server=(serve(defaults={}).url,), rows="0:4"))
     server = serve()
     found = run(config("found", server=(server.url,), rows="0:4"))
@@ -273,7 +270,7 @@ def test_a_server_applies_no_setting_that_nobody_asked_for(config, serve):
 def test_a_setting_that_a_server_refuses_is_said_and_stands_in_the_card(config, serve, caplog):
     server = serve(refuses=("min_p", "frequency_penalty"))
     found = run(config(server=(server.url,), rows="0:2"))
-    assert "does not take min_p, frequency_penalty: it applies its own" in caplog.text
+    assert "does not accept min_p, frequency_penalty: it uses its own" in caplog.text
     assert found.end.contract.model.own_settings == ("min_p", "frequency_penalty")
     assert "| `min_p, frequency_penalty` |" in (found.root / "README.md").read_text()
     with pytest.raises(MisuseError, match=r"--min-p 0.2: the server \(vllm\) does not take it"):
@@ -291,7 +288,7 @@ def test_what_is_no_end_of_the_model_is_never_learnt_as_one(config, serve, reaso
 
 
 def served(tokenizer, *, stated=None, says=None, **sampling):
-    """The completion that is made of a choice, through a writer that has asked nothing."""
+    """A function that converts a server's choice to a completion, without a real server."""
     settings = Sampling(1, 9, 1.0, None, None, None, sampling.pop("stop", ()), 0)
     return lambda choice, *, api="openai", chat=False: _completion(tokenizer, settings, stated, choice, api, chat)
 

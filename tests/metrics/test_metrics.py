@@ -35,10 +35,7 @@ UNLABELLED = np.full(3, NO_LABEL)
 
 
 def classified(seed: int, num_rows: int = 200, num_classes: int = 7) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, a quarter of them unknown, and predictions that are right more often than chance.
-
-    (N,) each.
-    """
+    """(N,) labels, a quarter of them unknown, and (N,) predictions with accuracy above chance."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes, num_rows)
     predicted = np.where(rng.random(num_rows) < 0.6, labels, rng.integers(0, num_classes, num_rows))
@@ -50,16 +47,16 @@ def is_unknown(interval: Interval) -> bool:
 
 
 def coverage_bounds(simulations: int) -> tuple[int, int]:
-    """How often an interval of 95% covers, at the 0.1% and 99.9% quantiles of the binomial."""
+    """The 0.1% and 99.9% quantiles of the number of 95% intervals that hold the truth."""
     low, high = stats.binom.ppf([0.001, 0.999], simulations, 0.95)
     return int(low), int(high)
 
 
-# -------------------------------------------------------------------------- against the hard labels
+# -------------------------------------------------------------------------------------- hard labels
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("num_classes", [7, 11])  # 11: the last four occur nowhere
+@pytest.mark.parametrize("num_classes", [7, 11])  # 11: the last four never occur
 def test_scores_of_classes_are_those_of_torchmetrics(seed: int, num_classes: int) -> None:
     labels, predicted = classified(seed)
     tensors = torch.from_numpy(predicted), torch.from_numpy(labels)
@@ -84,7 +81,7 @@ def test_macro_f1_leaves_out_what_occurs_nowhere_and_counts_the_rest() -> None:
     perfect = np.array([0, 1])
     assert macro_f1(perfect, perfect, num_classes=5) == 1.0
     assert macro_f1(np.array([0, 0, 1]), np.array([0, 0, 2]), num_classes=5) == pytest.approx(1 / 3)  # classes 0, 1, 2
-    assert macro_f1(np.array([0, NO_LABEL]), np.array([0, 3]), num_classes=5) == 1.0  # 3 only where nothing is known
+    assert macro_f1(np.array([0, NO_LABEL]), np.array([0, 3]), num_classes=5) == 1.0  # 3 only at an unknown label
 
 
 def test_without_a_label_nothing_can_be_said() -> None:
@@ -123,7 +120,7 @@ def test_calibration_error_is_that_of_all_classes(num_bins: int, temperature: fl
 def test_calibration_error_of_known_cases() -> None:
     assert expected_calibration_error(np.full(4, 0.75), np.array([True, True, True, False])) == pytest.approx(0.0)
     assert expected_calibration_error(np.ones(4), np.zeros(4, dtype=bool)) == 1.0
-    # float32, where exp() passed 1: torchmetrics alone would take both for logits
+    # In float32, exp() may exceed 1; torchmetrics would then treat both values as logits.
     over = np.array([np.nextafter(np.float32(1), np.float32(2)), 0.5], dtype=np.float32)
     assert expected_calibration_error(over, np.array([True, True])) == pytest.approx(0.25)
     assert math.isnan(expected_calibration_error(np.array([np.nan, 0.5]), np.array([True, True])))
@@ -202,7 +199,7 @@ def test_rows_without_a_label_are_left_out() -> None:
     whole = bootstrap_ratio(*(np.delete(values, gaps) for values in (student, teacher, weights)))
     student[gaps] = teacher[gaps] = np.nan
     assert bootstrap_ratio(student, teacher, weights) == whole
-    student[3] = np.nan  # a model that broke is not a row without a label
+    student[3] = np.nan  # NaN in one model only is a failure, not a missing label
     assert is_unknown(bootstrap_ratio(student, teacher, weights))
 
 
@@ -225,9 +222,9 @@ def test_arrays_of_other_shapes_are_refused() -> None:
 
 
 def right_answers(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Correct predictions of rows with 1 to 20 positions, and a difficulty that both models share.
+    """Counts of correct predictions of two models in 150 rows of 1 to 20 positions.
 
-    Truth: 0.8 / 0.9.
+    Both models share the rows' difficulty. The true ratio is 0.8 / 0.9.
     """
     lengths = rng.integers(1, 21, 150)
     difficulty = rng.uniform(-0.1, 0.1, 150)
@@ -235,7 +232,7 @@ def right_answers(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, flo
 
 
 def losses(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Skewed losses in nats, per row, that depend on each other. Truth: 1.25."""
+    """Skewed, correlated losses of two models in nats per row; the true ratio is 1.25."""
     shared = rng.gamma(2.0, 1.0, 150)
     return shared + rng.gamma(0.5, 1.0, 150), shared, 1.25
 
@@ -296,13 +293,13 @@ def test_entities_of_other_schemes() -> None:
         ("A", 0, 2),
         ("A", 3, 4),
         ("B", 4, 5),
-    ]  # no places: neighbours are one
+    ]  # no B- or I-: adjacent equal labels are one
     assert entities(["I-A", "I-A", "I-B"]) == [("A", 0, 2), ("B", 2, 3)]
     assert entities(["B-new-york", "X-y"]) == [("new-york", 0, 1), ("X-y", 1, 2)]
     assert entities([]) == []
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # seqeval's, of labels that nobody has
+@pytest.mark.filterwarnings("ignore::UserWarning")  # seqeval warns of labels that never occur
 def test_counts_of_entities_are_those_of_seqeval() -> None:
     from seqeval.metrics import f1_score, precision_score, recall_score
 
@@ -327,7 +324,7 @@ def test_words_without_a_label_have_no_part_in_entities() -> None:
 
 
 def test_shares_of_different_wholes_are_resampled_together() -> None:
-    """F1 of a student over that of a teacher, by hand: a ratio of two ratios of sums."""
+    """Student F1 over teacher F1, a ratio of two ratios of sums, equals a direct bootstrap."""
     rng = np.random.default_rng(2)
     a, b, of_a, of_b = rng.random((4, 50)) + 0.5
     found = bootstrap_ratio(a, b, of=(of_a, of_b), seed=3)
@@ -340,7 +337,7 @@ def test_shares_of_different_wholes_are_resampled_together() -> None:
     assert bootstrap_ratio(a, b, of=(of_a, of_b), inverse=True) == bootstrap_ratio(b, a, of=(of_b, of_a))
 
 
-# --------------------------------------------------------------------------- several labels at once
+# -------------------------------------------------------------------------------------- multi-label
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -358,7 +355,7 @@ def test_scores_of_labels_are_those_of_scikit_learn(seed: int) -> None:
 
 
 def expected_calibration_error_of_yes(labels: np.ndarray, shares: np.ndarray) -> float:
-    """By hand: 15 bins of equal width; a share of 1 has one to itself, as torchmetrics counts."""
+    """ECE with 15 bins of equal width, plus a bin for shares of exactly 1 as in torchmetrics."""
     bins = np.floor(shares * 15)
     parts = [bins == number for number in np.unique(bins)]
     return sum(part.mean() * abs(shares[part].mean() - labels[part].mean()) for part in parts)
@@ -378,5 +375,5 @@ def test_a_label_that_is_nowhere_counts_only_where_it_is_predicted() -> None:
     labels = np.array([[1, 0, 0], [0, 0, 0]])
     shares = np.array([[0.9, 0.1, 0.8], [0.1, 0.2, 0.3]])
     found = label_scores(labels, shares)
-    assert found.macro_f1 == pytest.approx((1 + 0) / 2)  # the second is neither there nor predicted
+    assert found.macro_f1 == pytest.approx((1 + 0) / 2)  # the second label never occurs and is not predicted
     assert found.average_precision == pytest.approx(1.0)

@@ -11,7 +11,7 @@ from pipeline.metrics.scores import correlation_influence, ndcg, pearson, recipr
 
 
 def ranked(seed: int, graded: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lists of 1 to 30 rows, in any order among each other; no two scores are the same."""
+    """Relevance, scores and list numbers of 40 interleaved lists of 1 to 30 rows; no score ties."""
     rng = np.random.default_rng(seed)
     lists = np.repeat(np.arange(40), rng.integers(1, 31, 40))
     order = rng.permutation(len(lists))
@@ -32,12 +32,12 @@ def test_rankings_are_scored_as_by_torchmetrics(seed, graded):
             continue
         score, truth = torch.from_numpy(scores[of]), torch.from_numpy(relevance[of])
         assert found[number] == pytest.approx(float(retrieval_normalized_dcg(score, truth, top_k=10)), abs=1e-6)
-        above = score - score.min() + 1  # torchmetrics takes scores of 0 and less for rows that were not found
+        above = score - score.min() + 1  # torchmetrics ignores rows with scores of 0 or less
         assert ranks[number] == pytest.approx(float(retrieval_reciprocal_rank(above, truth > 0)), abs=1e-6)
 
 
 def test_one_score_for_all_gains_nothing_by_the_order_of_the_data():
-    """The relevant row stands first in the data; a constant model ranks it last."""
+    """With equal scores, the relevant row is ranked last although it is first in the data."""
     relevance, lists = np.array([1.0, 0.0, 0.0, 0.0]), np.zeros(4, dtype=np.int64)
     assert reciprocal_rank(relevance, np.zeros(4), lists)[0] == 0.25
     assert ndcg(relevance, np.zeros(4), lists)[0] == pytest.approx(1 / math.log2(5))
@@ -65,9 +65,9 @@ def test_correlations_are_those_of_numpy_and_of_ranks():
 
 @pytest.mark.parametrize("rho", [0.0, 0.6, 0.95])
 def test_the_influence_has_the_correlation_as_its_mean_and_its_spread(rho):
-    """Its variance over rows, divided by their number, is that of r over new samples.
+    """The influence's variance over rows, divided by n, is the variance of r over new samples.
 
-    (1 - r^2)^2 / n of a normal pair (Fisher, 1915).
+    For a normal pair this is (1 - r^2)^2 / n (Fisher, 1915).
     """
     rng = np.random.default_rng(1)
 

@@ -1,6 +1,6 @@
-"""Where a training run is reported to.
+"""The services that a training run reports to.
 
-The flag, the section, what is missing, and a run of its own for each student.
+Covers the flag, the section of a YAML file, missing packages, and separate runs for each student.
 """
 
 from __future__ import annotations

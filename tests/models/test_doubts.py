@@ -27,12 +27,12 @@ def predictions(labels: Any, predicted: Any, confidence: float = 0.7) -> Predict
         ([0, 0, 0, 1], [0, 0, 0, 0], 0.75, ["75.0% is no better than that of always predicting the most common class"]),
         ([0, 1], [1, 0], 0.0, ["0.0% is no better .* \\(50.0%\\)"]),
         ([0, 0, 0, 1], [0, 0, 0, 1], 1.0, []),
-        ([0, 0, 0], [0, 0, 0], 1.0, []),  # one class: nothing to be better than
+        ([0, 0, 0], [0, 0, 0], 1.0, []),  # one class: no baseline to beat
         ([NO_LABEL] * 3, [0, 0, 0], 1.0, []),
         ([], [], 1.0, []),
         ([0, 1] * 20, [0, 1] * 20, 0.79, ["mean confidence is 79.0% and its accuracy 100.0%"]),
         ([0, 1] * 20, [0, 1] * 20, 0.81, []),
-        ([0, 1] * 10, [0, 1] * 10, 0.5, []),  # too few rows to say
+        ([0, 1] * 10, [0, 1] * 10, 0.5, []),  # too few rows to judge
         ([0, 1] * 20, [0, 1] * 20, float("nan"), []),
         ([0, 1] * 20, [0] * 40, 0.99, ["no better than", "mean confidence is 99.0% and its accuracy 50.0%"]),
     ],

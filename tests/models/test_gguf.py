@@ -1,4 +1,4 @@
-"""A GGUF file gives every weight of the model, or is refused."""
+"""A GGUF file loads as the model that it was written from, or is refused if weights are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import tiny_model
 
 gguf = pytest.importorskip("gguf")
 TOKENS = get_task("causal-lm")
-#: Names in a GGUF file of what stands in a block of Llama.
+#: GGUF name -> transformers name of the modules in a Llama block.
 BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -37,7 +37,7 @@ def model(lm_tokenizer):
 
 @pytest.fixture(scope="module")
 def tensors(model) -> dict[str, np.ndarray]:
-    """The weights of a tiny Llama as llama.cpp's converter names and turns them."""
+    """The weights of a tiny Llama, named and permuted as by llama.cpp's converter."""
     found = {"token_embd.weight": "model.embed_tokens", "output_norm.weight": "model.norm", "output.weight": "lm_head"}
     for layer in range(model.config.num_hidden_layers):
         for name, module in BLOCK.items():
@@ -54,7 +54,7 @@ def tensors(model) -> dict[str, np.ndarray]:
 
 
 def written(path: Path, tensors: dict[str, np.ndarray], config, layers: int, tokenizer) -> Path:
-    """A GGUF file, with its tokenizer in it."""
+    """Write a GGUF file that includes the tokenizer."""
     writer = gguf.GGUFWriter(path / "model.gguf", "llama")
     writer.add_block_count(layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -101,7 +101,7 @@ def test_a_whole_file_is_the_model(tmp_path, model, tensors, lm_tokenizer):
         (lambda t: {k.replace("blk.0.ffn_up", "blk.0.ffn_upper"): v for k, v in t.items()}, "lacks 1 weights"),
         (
             lambda t: {**t, **{k.replace("blk.1", "blk.2"): v for k, v in t.items() if "blk.1" in k}},
-            "does not have under",
+            "has no place for",
         ),
     ],
 )

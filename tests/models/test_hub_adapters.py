@@ -1,4 +1,4 @@
-"""An adapter on the hub is loaded and looked at as one in a directory is."""
+"""An adapter on the hub is loaded and inspected in the same way as one in a directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def adapter(hub, tmp_path, lm_tokenizer, save_teacher):
-    """A LoRA adapter of a language model, both on the hub; its directory."""
+    """The directory of a LoRA adapter whose base model is on the hub."""
     base = save_teacher(tiny_model("llama", len(lm_tokenizer)), lm_tokenizer, "base")
     hub.hold("org/base", base)
     settings = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
@@ -36,7 +36,7 @@ def adapter(hub, tmp_path, lm_tokenizer, save_teacher):
 
 def test_an_adapter_on_the_hub_is_that_of_its_directory(hub, adapter, lm_tokenizer):
     commit = hub.hold("org/adapter", adapter)
-    hub.hold("org/adapter", adapter)  # the same again, by another commit
+    hub.hold("org/adapter", adapter)  # the same content in another commit
     found, local = load_model(TOKENS, "org/adapter", revision=commit), load_model(TOKENS, str(adapter))
     ids = torch.randint(2, 300, (1, 9))
     with torch.inference_mode():
@@ -46,7 +46,7 @@ def test_an_adapter_on_the_hub_is_that_of_its_directory(hub, adapter, lm_tokeniz
     assert (found.revision, model_info(found).name) == (commit, "org/adapter")
     assert load_model(TOKENS, "org/adapter").revision == hub.branches["org/adapter", "main"] != commit
     assert detect_task("org/adapter") is TOKENS
-    assert found.tokenizer("the cat")["input_ids"] == lm_tokenizer("the cat")["input_ids"]  # the base's
+    assert found.tokenizer("the cat")["input_ids"] == lm_tokenizer("the cat")["input_ids"]  # the base's tokenizer
 
 
 def test_another_base_and_labels_on_the_hub(hub, adapter, tmp_path, bert_tokenizer, save_teacher):

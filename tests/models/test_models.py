@@ -1,4 +1,4 @@
-"""Loading, fingerprints, students from teachers, fine-tuned teachers."""
+"""Loading and fingerprints of models, students built from teachers, fine-tuned teachers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_fingerprints_are_of_content(tmp_path, lm_tokenizer, save_teacher):
 def test_tokenizer_fingerprints_survive_saving_and_see_every_change(tmp_path, bert_tokenizer, lm_tokenizer):
     for tokenizer in (bert_tokenizer, lm_tokenizer):
         before = tokenizer_info(tokenizer)
-        tokenizer("the cat", truncation=True, max_length=5, padding="max_length")  # leaves no trace
+        tokenizer("the cat", truncation=True, max_length=5, padding="max_length")  # must not matter
         tokenizer.save_pretrained(tmp_path / "t")
         again = AutoTokenizer.from_pretrained(tmp_path / "t")
         assert tokenizer_info(again) == before

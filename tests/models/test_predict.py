@@ -1,4 +1,4 @@
-"""What the shell says of a model is what the evaluation and `transformers.pipeline` say of it."""
+"""`softlabel predict` agrees with the evaluation and with `transformers.pipeline`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def teacher(bert_tokenizer, save_teacher):
 
 @pytest.fixture
 def trained(tmp_path, teacher, topics):
-    """A student trained on rows of at most 8 tokens, and its cache."""
+    """A cache with rows of at most 8 tokens, and the student trained on it."""
 
     def make(folder: Path) -> None:
         cache = softlabel.cache_logits(
@@ -62,7 +62,7 @@ def test_a_classifier_says_what_transformers_and_the_evaluation_say(trained, top
         list(rows["text"]), truncation=True, max_length=8, top_k=None
     )
     for ours, other in zip(found, theirs, strict=True):
-        assert list(ours.labels) == [entry["label"] for entry in other]  # names, the likeliest first
+        assert list(ours.labels) == [entry["label"] for entry in other]  # names, the most likely first
         assert list(ours.labels.values()) == pytest.approx([entry["score"] for entry in other], abs=1e-5)
     right = np.mean([next(iter(f.labels)) == label for f, label in zip(found, rows["label"], strict=True)])
     line = evaluate(cache, {"s": student}).students[0]
@@ -125,7 +125,7 @@ def test_the_command_prints_lines_or_json(trained, tmp_path, monkeypatch):
     assert sum(lines[0]["labels"].values()) == pytest.approx(1)
     assert set(lines[0]) == {"text", "labels"}
     done = CliRunner().invoke(main, ["predict", "--model", str(student), "--json"], input="the cat\n")
-    alone = json.loads(done.stdout)  # in a batch of its own, so that the last bits may differ
+    alone = json.loads(done.stdout)  # in its own batch: the last bits may differ
     assert alone["text"] == "the cat"
     assert alone["labels"] == pytest.approx(lines[0]["labels"], rel=1e-5)
 
@@ -147,7 +147,7 @@ def test_texts_that_cannot_be_read(tmp_path, content, message):
 
 
 def test_other_mistakes(tmp_path, bert_tokenizer, save_teacher, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where nothing is called runs
+    monkeypatch.chdir(tmp_path)  # a directory without runs/
     with pytest.raises(ModelError, match="no such directory"):
         list(run(PredictConfig(model="./nowhere", text=("a",))))
     with pytest.raises(ModelError, match="there is no such directory here either"):

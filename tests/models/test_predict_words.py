@@ -1,4 +1,4 @@
-"""What the shell says of the words of a text is what the model says at their first tokens."""
+"""`softlabel predict` labels each word with the model's prediction at its first token."""
 
 from __future__ import annotations
 

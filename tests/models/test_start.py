@@ -1,4 +1,4 @@
-"""How a student begins is known from what `init-student` left, or from its weights."""
+"""A student's initialisation is determined from a file of `init-student` or from its weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_file_that_is_no_json_is_passed_over(tmp_path):
 
 
 def test_layers_of_another_kind_do_not_fit_in_the_place_of_the_first(lm_tokenizer, tmp_path):
-    """Its first layer is dense, the others are mixtures of experts."""
+    """The model's first layer is dense, the others are mixtures of experts."""
     config = AutoConfig.for_model(
         "qwen2_moe", vocab_size=len(lm_tokenizer), hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2,
         shared_expert_intermediate_size=8, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, mlp_only_layers=[0],

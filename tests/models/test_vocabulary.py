@@ -1,4 +1,4 @@
-"""Models of another vocabulary: sizes and ids in the configuration, rows of embedding and head."""
+"""Models with a new vocabulary: sizes and ids in the configuration, rows of embedding and head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import tiny_model
 
 
 def vocabulary(tokenizer, *sources: list[int]) -> NewVocabulary:
-    """Of a tokenizer, with the sources of its first tokens; no special token has a counterpart."""
+    """A new vocabulary with sources for its first tokens and no counterparts of special tokens."""
     values = np.array([i for found in sources for i in found], dtype=np.int64)
     return NewVocabulary(tokenizer, lambda _: None, Ragged.of(values, np.array([len(found) for found in sources])))
 
@@ -52,7 +52,7 @@ def test_positions_after_the_padding_move_with_it(bert_tokenizer):
     assert (teacher.config.pad_token_id, config.pad_token_id) == (0, 3)
     found = rows_of_vocabulary(teacher, own, config)["roberta.embeddings.position_embeddings.weight"]
     old = teacher.roberta.embeddings.position_embeddings.weight
-    assert torch.equal(found[4:], old[1:-3])  # the first token of a text stands behind the padding's id
+    assert torch.equal(found[4:], old[1:-3])  # RoBERTa's positions begin after the padding id
 
 
 def test_sizes_and_ids_of_a_configuration_inside_another(lm_tokenizer):

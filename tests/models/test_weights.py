@@ -1,4 +1,4 @@
-"""Every weight comes from a file: checkpoints and adapters that lack some, or hold too many."""
+"""Checkpoints and adapters that lack weights or hold unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ADAPTERS = {
 }
 PROMPTS = ("prompt", "p-tuning")
 TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-#: What can be wrong with the keys of a file.
+#: Changes to a file's weights that must be refused.
 WRONG = {
     "missing": lambda weights, key: {k: v for k, v in weights.items() if k != key},
     "renamed": lambda weights, key: {("x." + k if k == key else k): v for k, v in weights.items()},
@@ -57,7 +57,7 @@ def llama(lm_tokenizer, save_teacher):
 
 
 def adapter_of(path, model, tokenizer, settings):
-    """An adapter whose every trained weight has moved, and its directory."""
+    """Save an adapter to `path` and return it, with random noise added to each trained weight."""
     adapted = peft.get_peft_model(model, settings)
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -92,7 +92,7 @@ FAMILIES = ["bert", "roberta", "deberta-v2", "gpt2", "llama", "qwen3", "gemma2"]
 def test_of_every_family_the_logits_are_the_models_or_the_load_is_refused(
     tmp_path, bert_tokenizer, lm_tokenizer, save_teacher, kind, task
 ):
-    """Any weight that is missing, has another name, or belongs to a layer that there is not."""
+    """Covers weights that are missing, renamed, or belong to a layer that does not exist."""
     tokenizer = lm_tokenizer if kind in FAMILIES[3:] else bert_tokenizer
     labels = {"num_labels": 3} if task is CLASSES else {}
     path = save_teacher(tiny_model(kind, len(tokenizer), spread=2.0, **labels), tokenizer)
@@ -151,7 +151,7 @@ def test_a_language_model_gets_a_new_classifier(llama, bert_tokenizer, save_teac
 
 
 def plain_and_ours(task, base, path, ids):
-    """Logits of an adapter as PEFT alone loads it, and as we do."""
+    """Logits of an adapter loaded by PEFT alone, and loaded by `load_model`."""
     plain = peft.PeftModel.from_pretrained(task.auto_class.from_pretrained(base), str(path)).eval()
     with torch.inference_mode():
         return plain(input_ids=ids).logits, load_model(task, str(path)).model(input_ids=ids).logits
@@ -170,7 +170,7 @@ def test_adapters_give_what_peft_gives_and_other_keys_are_refused(tmp_path, lm_t
     file = tmp_path / "a" / "adapter_model.safetensors"
     right = load_file(file)
     for what, change in WRONG.items():
-        # The base has its own embedding: it is no loss where the adapter's copy of it is missing.
+        # The adapter's copy of the base embedding may be missing, as the base has its own.
         for key in [key for key in sorted(right) if "embed_tokens.base_layer" not in key][:: max(1, len(right) - 2)]:
             save_file(change(right, key), file)
             with pytest.raises(ModelError, match=r"file lacks|match no module|holds no weights") as caught:
@@ -180,7 +180,7 @@ def test_adapters_give_what_peft_gives_and_other_keys_are_refused(tmp_path, lm_t
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_the_biases_that_an_adapter_was_trained_with(tmp_path, bert, bert_tokenizer, bias):
-    """They stand under the base's own names, and PEFT writes some twice."""
+    """Trained biases are saved under the base model's names, and PEFT saves some of them twice."""
     settings = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], bias=bias)
     adapter_of(tmp_path / "a", load_model(CLASSES, str(bert)).model, bert_tokenizer, settings)
     plain, ours = plain_and_ours(CLASSES, bert, tmp_path / "a", torch.randint(5, 100, (2, 9)))
@@ -201,10 +201,7 @@ def test_the_biases_that_an_adapter_was_trained_with(tmp_path, bert, bert_tokeni
 def test_tokens_before_a_row_are_refused_where_they_move_its_positions(
     tmp_path, bert, bert_tokenizer, llama, lm_tokenizer, save_teacher, kind
 ):
-    """A decoder's batch of unequal rows would give other logits than each row alone.
-
-    An encoder's gives the same.
-    """
+    """Virtual tokens change a decoder's logits in padded batches, but not an encoder's."""
     decoder = save_teacher(tiny_model("llama", len(lm_tokenizer), num_labels=2), lm_tokenizer, "decoder")
     for task, base, tokenizer in (
         (TOKENS, llama, lm_tokenizer),
@@ -228,7 +225,7 @@ def test_tokens_before_a_row_are_refused_where_they_move_its_positions(
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_line(llama):
-    """The library tokenizers raises a bare Exception."""
+    """The tokenizers library raises a bare `Exception`, which becomes a one-line `ModelError`."""
     content = json.loads((llama / "tokenizer.json").read_text())
     (llama / "tokenizer.json").write_text(json.dumps({**content, "model": {**content["model"], "vocab": {"a": 0}}}))
     with pytest.raises(ModelError, match="cannot be loaded by AutoTokenizer") as caught:
@@ -276,4 +273,4 @@ def test_the_base_that_was_asked_for_is_named_without_its_path(tmp_path, llama, 
     asked.model.save_pretrained(tmp_path / "again")
     said = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(llama)
-    assert detect_task("~/a", base_model="~/llama") is TOKENS  # no task_type: the base says it
+    assert detect_task("~/a", base_model="~/llama") is TOKENS  # no task_type: taken from the base

@@ -1,4 +1,4 @@
-"""The demos' real models: make test-real."""
+"""Tests with the real models of the demos (`make test-real`)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_smollm2_cached_is_smollm2_dense(tmp_path, articles):
         goal = target(row.soft, 1.0)
         owner = torch.repeat_interleave(torch.arange(len(goal)), goal.offsets.diff())
         mass = torch.zeros(len(goal)).index_add(0, owner, goal.weights)
-        assert (mass - 1).abs().max() <= 1 / 25 + 1 / 80 + 1e-5  # the top as it is stored, in whole numbers of 1/80
+        assert (mass - 1).abs().max() <= 1 / 25 + 1 / 80 + 1e-5  # stored top weights are multiples of 1/80
 
 
 def test_minilm_is_a_teacher_once_it_has_a_head():
@@ -80,7 +80,7 @@ def test_minilm_is_a_teacher_once_it_has_a_head():
 
 @pytest.mark.parametrize("grid", [(1.0, 2.0, 4.0), (1.0, 1.5, 2.0, 3.0, 4.0)])
 def test_temperatures_between_the_grids_points_on_real_logits(articles, grid):
-    """The true mass outside the top is within the bounds, and as near as docs/encodings.md says."""
+    """The true residual mass is within the bounds, with the error stated in docs/encodings.md."""
     teacher = load_model(get_task("causal-lm"), str(ROOT / "bbc_lm" / "smollm2"))
     ids = torch.tensor([teacher.tokenizer(articles[0]["text"])["input_ids"][:512]])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A capture from a real vLLM: make test-vllm."""
+"""Captures and generation with a real vLLM server (`make test-vllm`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ARTICLES, K = 20, 50
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    """One server for all tests: it takes a minute to start."""
+    """The URL of one server for all tests, as it takes a minute to start."""
     with serving(DATA / "smollm2", tmp_path_factory.mktemp("vllm") / "vllm.log", *FLAGS) as found:
         yield found
 
@@ -60,7 +60,7 @@ def test_vllm_says_what_the_local_model_says(tmp_path, url):
             step = np.spacing(np.minimum(values[n][here], others[n][there]).astype(np.float16)).astype(np.float64)
             worst = max(worst, float((np.abs(values[n][here] - others[n][there]) - np.abs(step)).max()))
             apart = set(ids[n]) ^ set(other[n])
-            if apart:  # at the edge of the top, of one value but for rounding: float16 has 11 bits
+            if apart:  # near-ties at the edge of the top; float16 has 11 bits
                 ties += 1
                 edge = min(values[n].min(), others[n].min())
                 at = [values[n][i] for i in range(K) if ids[n][i] in apart]
@@ -81,7 +81,7 @@ def test_vllm_says_what_the_local_model_says(tmp_path, url):
 
 
 def test_vllm_writes_what_the_local_model_writes(tmp_path, url):
-    """The likeliest tokens are the same up to the first near tie: then texts part."""
+    """Greedy texts are equal unless two tokens have nearly the same probability."""
     articles = load_dataset("json", data_files={"train": str(DATA / "train.jsonl")}, split="train")
     prompts = articles.select(range(8))
     settings = {"prefix_tokens": 32, "max_new_tokens": 32, "temperature": 0.0, "seed": 0}
@@ -125,7 +125,7 @@ def test_vllm_judges_as_the_local_model_judges(tmp_path, url):
 
 
 def _worst_before_rounding(url: str, rows: list[TokenizedExample]) -> float:
-    """The largest difference of a log-probability between server and local pass."""
+    """The largest difference in nats of a log-probability between the server and a local pass."""
     task = get_task("causal-lm")
     local = load_model(task, str(DATA / "smollm2"))
     teacher = serve(task, str(DATA / "smollm2"), local.tokenizer, [url], top_logprobs=K)

@@ -1,7 +1,4 @@
-"""The client of inference servers.
-
-Pace, patience, several servers, and what each kind of failure comes to.
-"""
+"""The client of inference servers: pace, patience, several servers, and each kind of failure."""
 
 from __future__ import annotations
 
@@ -36,10 +33,11 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def answering(answer):
-    """A server on loopback: `answer(body)` gives status, headers and content."""
+    """The URL of a loopback server; `answer(body)` returns status, headers and content."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
         def log_message(self, format, *args):
             return
@@ -215,10 +213,7 @@ def test_a_server_that_refuses_what_it_answered_before_is_at_fault():
 
 
 def test_a_request_is_sent_at_once_while_another_one_pauses():
-    """A pause waits under the lock that requests are handed over with.
-
-    It must not swallow what wakes a thread.
-    """
+    """A pausing request waits on the lock that hands over requests but must not take wake-ups."""
     first = []
 
     def answer(body):
@@ -326,7 +321,7 @@ def test_the_pace_rises_until_it_is_no_faster():
     for _ in range(20_000):
         if pace.is_found:
             break
-        now[0] += 1 / min(pace.limit, 40)  # 40 at once are all that the server can do
+        now[0] += 1 / min(pace.limit, 40)  # the server handles at most 40 at once
         pace.answered(1, waiting=True)
         limits.append(pace.limit)
     assert pace.is_found
@@ -348,7 +343,7 @@ def test_a_refusal_halves_and_rounds_restore():
     now = [0.0]
     pace = Pace(32, 1, clock=lambda: now[0])
     for _ in range(5):
-        pace.refused()  # at one time: they are one
+        pace.refused()  # simultaneous refusals count once
     assert pace.limit == 16
     for _ in range(10_000):
         now[0] += 0.01

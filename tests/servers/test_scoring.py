@@ -1,4 +1,4 @@
-"""What vLLM and SGLang are asked, and how their answers are read, at the edges."""
+"""Edge cases of the requests to vLLM and SGLang and of parsing their answers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_ties_are_in_the_order_of_their_ids_and_what_is_impossible_is_left_out()
         ),
         (
             vllm_answer(prompt_logprobs=[None, {"6": -1.0, "1": 3.0}, None, {"8": -1.0, "1": -2.0}]),
-            "position 0: .*are they logits",
+            "position 0: .*return logits",
         ),
         (
             vllm_answer(prompt_logprobs=[None, {"6": -0.01, "1": -0.01}, None, {"8": -1.0, "1": -2.0}]),
@@ -101,7 +101,7 @@ def test_logits_that_are_all_negative_are_found_out(api):
     else:
         answer = sglang_answer(IDS, 0)
         answer["meta_info"]["input_top_logprobs"][1] = [[-4.0, 6, None], [-31.0, 9, None]]
-    with pytest.raises(UnusableAnswerError, match=r"position 0: .*are they logits") as caught:
+    with pytest.raises(UnusableAnswerError, match=r"position 0: .*return logits") as caught:
         request.read(answer)
     assert caught.value.of_row
     (unknown,) = requests_for(api, "m", IDS, POSITIONS, 2)
@@ -111,7 +111,7 @@ def test_logits_that_are_all_negative_are_found_out(api):
 def test_an_id_beyond_all_numbers_is_an_answer_that_cannot_be_used():
     answer = vllm_answer()
     answer["choices"][0]["prompt_logprobs"][1] = {"6": -1.0, "99999999999999999999": -2.0}
-    with pytest.raises(ArithmeticError):  # which the client takes for one
+    with pytest.raises(ArithmeticError):  # the client treats it as an unusable answer
         vllm().read(answer)
 
 
@@ -140,14 +140,14 @@ def test_sglang_answers_for_other_tokens_are_refused():
     (request,) = requests_for("sglang", "m", IDS, np.array([0, 1, 2]), 2)
     with pytest.raises(UnusableAnswerError, match=r"position 0: .* token 6, which follows there"):
         request.read(sglang_answer([5, 9, 7, 8], 0))
-    request.read(sglang_answer([5, 0, 7, 8], 0))  # what it writes for the last id of a vocabulary
+    request.read(sglang_answer([5, 0, 7, 8], 0))  # SGLang writes 0 for the last id of a vocabulary
 
 
 def test_soft_labels_of_the_top():
     ids = np.array([[3, 1, 9], [0, 2, 1]])
     logprobs = np.log(np.array([[0.5, 0.2, 0.1], [0.9, 0.1, 1e-300]]))
     logprobs[1, 2] = -np.inf
-    soft = top_labels(ids, logprobs, TopK(3, (1.0,)), 4)  # class 9 is the model's padding
+    soft = top_labels(ids, logprobs, TopK(3, (1.0,)), 4)  # class 9 is vocabulary padding
     assert soft.top_ids.tolist() == [3, 1, 0, 2]
     assert soft.top_offsets.tolist() == [0, 2, 4]
     np.testing.assert_allclose(soft.log_residuals[0].exp(), [0.3], rtol=1e-6)
@@ -160,7 +160,7 @@ def test_a_position_with_classes_outside_has_mass_there():
     ids = np.array([[0, 1], [0, 1], [0, 1], [0, 9]])
     logprobs = np.array([[0.0, -30.0], [-1e-9, -12.0], np.log([0.6, 0.3]), [0.0, -30.0]])
     soft = top_labels(ids, logprobs, TopK(2, (1.0,)), 4, rows=6).log_residuals.flatten().tolist()
-    assert soft[0] == pytest.approx(np.log(4) - 30)  # no more than 4 classes of the second one's probability
+    assert soft[0] == pytest.approx(np.log(4) - 30)  # at most 4 classes as likely as the second
     assert soft[1] == pytest.approx(np.log(2.0**-24))
     assert soft[2] == pytest.approx(np.log(0.1))
     assert soft[3] == pytest.approx(np.log(2.0**-24))  # class 9 is padding, and outside
@@ -171,7 +171,7 @@ def test_a_position_with_classes_outside_has_mass_there():
 
 
 def test_a_reverse_kl_of_a_certain_teacher_is_not_negative():
-    """float32 log-probabilities of a teacher that is almost certain sum to 1 or more."""
+    """The float32 probabilities of an almost certain teacher may sum to 1 or more."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 4096, generator=generator)
     logits[:, 0] += 24

@@ -1,7 +1,4 @@
-"""Push to the hub and back.
-
-Through huggingface_hub's own code, against a stand-in for its server.
-"""
+"""Push to and pull from the hub with the real huggingface_hub client and a stand-in server."""
 
 from __future__ import annotations
 
@@ -65,7 +62,7 @@ def test_what_is_there_is_not_sent_again(cache, hub):
     sent = len(hub.uploads)
     again = push(cache, URL, license="mit")
     assert (again.commit, again.sent_bytes) == (first.commit, 0)
-    other = push(cache, URL, license="cc-by-4.0")  # only the card
+    other = push(cache, URL, license="cc-by-4.0")  # only the card changes
     assert other.commit != first.commit
     assert other.sent_bytes == 0
     assert len(hub.uploads) == sent

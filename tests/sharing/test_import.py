@@ -1,4 +1,4 @@
-"""Responses of servers, made here from known logits in each layout, come back as those logits."""
+"""Import of server responses: known logits written in each layout are read back unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ K = 5
 
 @pytest.fixture
 def answers(lm_tokenizer):
-    """Token ids and (T, V) log-probabilities of 12 texts by a trained model."""
+    """Token ids and (T, V) log-probabilities of 12 texts; each next token's logit is raised."""
     import random
 
     model = tiny_model("llama", len(lm_tokenizer), spread=2.0)
@@ -115,7 +115,7 @@ def test_every_layout_comes_back_as_the_logits_it_was_made_from(tmp_path, answer
 
 
 def test_a_position_with_classes_outside_has_mass_there():
-    """Where the rounded masses sum to 1; every other position is as it was."""
+    """Positions whose rounded masses sum to 1 get a small residual; others are unchanged."""
     ids = np.array([[0, 1], [0, 1], [0, 1]])
     logprobs = np.array([[0.0, -30.0], [0.0, -12.0], [np.log(0.6), np.log(0.3)]])
     soft = _soft_labels(ids, logprobs, 100, 2, np.arange(3)).log_residuals.flatten()
@@ -141,7 +141,7 @@ def softlabel_arguments(output):
 
 
 def test_token_texts_are_told_apart_or_refused(tmp_path, answers, lm_tokenizer):
-    """A byte that is no character by itself has the same text as the others of its kind."""
+    """Tokens of partial UTF-8 characters all have the same replacement text."""
     plain = [(ids, logprobs.clone()) for ids, logprobs in answers[:3]]
     texts = [lm_tokenizer.decode([i]) for i in range(len(lm_tokenizer))]
     for _, logprobs in plain:
@@ -290,7 +290,7 @@ def test_a_failed_request_stops_or_is_set_aside(tmp_path, answers, lm_tokenizer,
 
 
 def entry_of(change):
-    """A row whose entry of token 3, made at position 2, is changed."""
+    """A layout like `vllm` that changes the entry of token 3, which is predicted at position 2."""
 
     def line(ids, logprobs, tokenizer):
         made = vllm(ids, logprobs, tokenizer)
@@ -302,7 +302,7 @@ def entry_of(change):
 
 
 def ranked(entry, own):
-    """As the server sends it: ranks 1 to K, and the token that stands there beyond them."""
+    """Add ranks as vLLM does: 1 to K, and a larger rank for the prompt token."""
     return {t: {**value, "rank": 99 if t == own else i} for i, (t, value) in enumerate(entry.items(), 1)}
 
 
@@ -315,7 +315,7 @@ def logits_of(ids, logprobs, tokenizer):
 
 
 def alone(ids, logprobs, _tokenizer):
-    """prompt_logprobs of 0: the token itself, and its rank."""
+    """The layout of vLLM with prompt_logprobs=0: only the prompt token itself, with its rank."""
     entries = [None] + [
         {str(i): {"logprob": float(logprobs[j][i]), "rank": int((logprobs[j] >= logprobs[j][i]).sum())}}
         for j, i in enumerate(ids[1:])
@@ -427,7 +427,7 @@ def test_chat_answers_without_prompt_ids_take_the_template(tmp_path, answers, lm
 
 
 def unlikely(ids, logprobs):
-    """The same, with every fourth token none of the most likely."""
+    """The same text, with every fourth token outside the top K."""
     lower = logprobs.clone()
     places = torch.arange(3, len(ids) - 1, 4)
     lower[places, torch.tensor(ids)[places + 1]] -= 12.0
@@ -436,7 +436,7 @@ def unlikely(ids, logprobs):
 
 @pytest.mark.parametrize("layout", [vllm, vllm_filled, completions, chat])
 def test_the_log_probability_of_each_next_token_is_kept_on_request(tmp_path, answers, lm_tokenizer, layout):
-    """A server says it of every token, among the most likely or not."""
+    """A server returns it for every prompt token, within the top K or not."""
     answers = [unlikely(*answer) for answer in answers]
     file = write(tmp_path / "r.jsonl", answers, layout, lm_tokenizer)
     lm_tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -1,7 +1,4 @@
-"""Caches on an S3 server and behind other URLs.
-
-Pushed, pulled, trained from; what fails, and what must not get out.
-"""
+"""Caches on S3 and at other URLs: push, pull, training, failures, and protection of secrets."""
 
 from __future__ import annotations
 
@@ -66,10 +63,11 @@ def losses(cache, student, output, fetched):
     return [(entry["hard_loss"], entry["soft_loss"]) for entry in state["log_history"] if "loss" in entry]
 
 
+@pytest.mark.full
 def test_there_and_back_and_straight_from_there_the_losses_are_the_same(
     tmp_path, lm_tokenizer, save_teacher, bucket, monkeypatch
 ):
-    """One tenth of an epoch of 300 rows in 100 row groups."""
+    """Losses over a tenth of an epoch agree for the original cache, a pulled copy and the URL."""
     fetched = []
     plain = s3fs.S3FileSystem._cat_file
 
@@ -110,7 +108,7 @@ def test_of_two_pushes_to_one_place_one_is_told(tmp_path, lm_tokenizer, cache, b
 
 
 def test_a_writer_that_finishes_first_wins(tmp_path, cache, bucket, monkeypatch):
-    """The manifest appears between the look and the conditional put."""
+    """Another manifest appears between the check and the conditional put."""
     from pipeline.sharing.stores import _Store
 
     plain = _Store.put_all
@@ -312,7 +310,7 @@ SECRETS = {
 
 
 def test_nothing_secret_gets_out(tmp_path, lm_tokenizer, save_teacher, flaky, monkeypatch, caplog):
-    """Planted in the environment and in the URL: in no file, log line or output."""
+    """Secrets in the environment and the URL appear in no file, log line or output."""
     caplog.set_level("DEBUG", "pipeline")
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Caches from data sets that others have made: each layout is written here, from known logits."""
+"""Import of data sets from other tools: each layout is written from known logits and read back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ K = 12
 
 @pytest.fixture(scope="module")
 def known(lm_tokenizer):
-    """Rows of (ids, (T, V) log-probabilities made at each token); few words, as in real text."""
+    """Rows of token ids and (T, V) log-probabilities at each token, from few distinct tokens."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(10):
@@ -33,11 +33,11 @@ def known(lm_tokenizer):
     return rows
 
 
-# --------------------------------------------------------------- DistillKit's packing, written anew
+# ------------------------------------------------- a second implementation of DistillKit's packing
 
 
 def pack_integers(values, bits):
-    """(L, N) -> (L, B) bytes, one integer after another, the highest bit first."""
+    """(L, N) -> (L, B) bytes: integers one after another, most significant bit first."""
     out = []
     for row in values:
         stream = "".join(format(int(v), f"0{bits}b") for v in row)
@@ -51,9 +51,9 @@ def floats(values, dtype):
 
 
 def pack_distillkit(logprobs, ids, layout):
-    """(L, K) each -> bytes, as the format's description has it.
+    """Pack (L, K) log-probabilities and (L, K) ids to bytes as the format's description defines.
 
-    Floats, a least-squares fit of the rest, its errors in bins.
+    The bytes hold exact floats, a least-squares fit of the rest, and its errors in bins.
     """
     values = logprobs.clone()
     if layout.delta_encoding:
@@ -112,7 +112,7 @@ def test_distillkits_packing_is_undone(known, name):
 
 
 def test_the_bytes_of_a_known_position():
-    """By hand: two float32, a constant fit of 1.5, ids 5 and 300 and 1 in nine bits each."""
+    """Packed by hand: two float32, a constant fit of -1.5, and the ids 5, 300, 1 of nine bits."""
     layout = PackedLayout(d=321, k=3, exact_k=2, polynomial_terms=(0,), delta_encoding=False)
     packed = np.frombuffer(np.asarray([-0.5, -1.0, -1.5], dtype="<f4").tobytes(), dtype=np.uint8)[None]
     bits = "00000010110010110000000000100000"
@@ -130,7 +130,7 @@ def nested(values, kind):
 
 
 def tops(known, drop):
-    """Entries of each row: `drop` of the last, which speaks of what comes after the end."""
+    """The top K of each row without the last `drop` positions, which predict beyond the end."""
     return [logprobs[: len(ids) - drop].topk(K) for ids, logprobs in known]
 
 
@@ -177,7 +177,7 @@ def target_token_ids(known, folder):
 
 
 def own_token(known, folder):
-    """Entry j speaks of token j; the first is empty."""
+    """A layout whose entry j predicts token j; the first entry is empty."""
     lists = [
         [[]] + [list(zip(v.tolist(), i.tolist(), strict=True)) for v, i in zip(t.values, t.indices, strict=True)]
         for t in tops(known, 1)
@@ -192,7 +192,7 @@ def own_token(known, folder):
 
 
 def lines(known, folder):
-    """As JSON lines, tokens as vLLM writes their ids."""
+    """A layout in JSON lines, with tokens written as `token_id:N` as by vLLM."""
     rows = []
     for (ids, _), t in zip(known, tops(known, 1), strict=True):
         entries = [

@@ -1,4 +1,4 @@
-"""Smaller encodings from larger ones: as exact, or as unbiased, as encoding the logits."""
+"""Converting soft labels to smaller encodings is as exact or unbiased as encoding the logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def uniforms(count: int, seed: int = 0):
 
 
 def dense(soft, temperature: float = 1.0):
-    """(N, V) the target's weights."""
+    """Return the target's weights as (N, V)."""
     goal = target(soft, temperature)
     owner = torch.repeat_interleave(torch.arange(len(goal)), goal.offsets.diff())
     return torch.zeros(len(goal), V).index_put((owner, goal.ids), goal.weights, accumulate=True)
@@ -65,9 +65,9 @@ def test_what_leaves_the_top_is_added_to_the_residual_exactly(source, wanted, sp
 
 
 def standard_error(q, draws: int, sample_size: float = 6.0):
-    """Of the mean weight of a class.
+    """Return the standard error of the mean weight of a class.
 
-    E[weight^2] is at most q / c where q < 1/c, and rounding adds less above.
+    E[weight^2] is at most q / c where q < 1/c; above, rounding adds less.
     """
     return (q.clamp(max=1 / sample_size) / sample_size / draws).sqrt()
 
@@ -87,7 +87,7 @@ def test_a_sample_of_a_sample_is_unbiased_and_as_noisy_as_a_sample():
 
 
 def test_it_would_be_biased_with_the_numbers_of_the_first_draw():
-    """Why `convert` asks for independent ones: the test above sees the difference."""
+    """Reusing the first draw's uniforms biases the result, so `convert` needs independent ones."""
     z = torch.randn(1, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64).repeat(6000, 1)
     u = uniforms(6000, 1)
     again = dense(convert(narrow(encode(z, Sampled(25.0), uniforms=u), u), Sampled(6.0), uniforms=u)).double()

@@ -1,4 +1,4 @@
-"""Encodings against float64, and the target that they yield."""
+"""Encodings and their targets against float64."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_k_largest_by_blocks_are_the_k_largest(classes, k):
 
 
 def test_residual_mass_equals_float64_from_near_one_to_tiny():
-    """The log-sum-exp over what is outside keeps its relative precision.
+    """The log-sum-exp over the classes outside the top keeps its relative precision.
 
     1 - sum(p) would be 0 from about 1e-8 on.
     """
@@ -185,7 +185,7 @@ def test_teacher_scores_against_torch():
     "encoding", [*ENCODINGS, Sampled(12.0, 2.0)], ids=lambda e: f"{e.kind}-{getattr(e, 'temperature', 1)}"
 )
 def test_scores_made_with_the_encoding_are_the_teachers(encoding):
-    """Against float64: odd V, probability 0, logits far from 0, and a temperature."""
+    """Compares with float64: odd V, probability 0, logits far from 0, and a temperature."""
     logits, labels = logits_of(9, 141), torch.tensor([0, 1, 2, -100, 40, 5, 6, 7, -100])
     logits[2, 3:] = -torch.inf
     logits[4] -= 1000.0
@@ -201,7 +201,7 @@ def test_scores_made_with_the_encoding_are_the_teachers(encoding):
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
 @pytest.mark.parametrize("spread", [0.05, 3.0])
 def test_the_most_likely_class_comes_back(encoding, spread):
-    """Also for flat distributions, whose stored weights round to 0 or below the tail's."""
+    """Includes flat distributions, whose stored weights round to 0 or below the tail's."""
     logits = logits_of(200, 50, spread=spread)
     uniforms = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ids, logprobs = most_likely(narrow(encode(logits, encoding, uniforms=uniforms), uniforms))
@@ -241,7 +241,7 @@ def test_positions_do_not_depend_on_each_other(encoding):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("encoding", [*ENCODINGS, TopP(0.9999)], ids=lambda e: e.kind)
 def test_extremes_of_narrow_types(dtype, encoding):
-    """The largest float16, the smallest, and -inf; V that fills no whole block."""
+    """Uses the largest and smallest float16 and -inf, and V that fills no whole block."""
     logits = torch.zeros(4, 131, dtype=dtype)
     logits[0, 5], logits[1], logits[2, ::2] = 65504.0, -65504.0, 6e-8
     logits[3, 1:] = -torch.inf

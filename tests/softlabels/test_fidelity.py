@@ -27,7 +27,7 @@ def matrix() -> torch.Tensor:
 def measured(logits, matrix, encoding, *, tail="ghost", seed=0):
     soft = encode(logits, encoding, generator=torch.Generator().manual_seed(seed))
     meter = FidelityMeter()
-    for start in range(0, len(logits), 150):  # in parts, as batches come
+    for start in range(0, len(logits), 150):  # in parts, like batches
         part = slice(start, start + 150)
         piece = encode(
             logits[part],
@@ -94,7 +94,7 @@ def test_sampled_has_no_bias_and_less_noise_the_more_it_keeps(logits, matrix):
 
 
 def test_one_drawn_label_has_the_noise_that_shares_are_taken_of(logits, matrix):
-    """As a statistic: the mean over draws, within 4 of its standard errors."""
+    """The mean noise share over draws of one label is 1, within 4 of its standard errors."""
     generator = torch.Generator().manual_seed(5)
     q = torch.softmax(logits, -1)
     meter = FidelityMeter()

@@ -1,4 +1,4 @@
-"""Targets through a map of vocabularies, against the map as a matrix in float64."""
+"""Targets mapped to another vocabulary, against a float64 matrix product."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POSITIONS = torch.tensor([2, -1, 0, 5, 5, -1, 1])
 
 
 def matrix(mapping: VocabularyMap) -> torch.Tensor:
-    """(V of the student, V of the teacher) float64 of ones and zeros."""
+    """Return the map as (V of the student, V of the teacher) float64 zeros and ones."""
     found = torch.zeros(STUDENT, TEACHER, dtype=torch.float64)
     for token, first in enumerate(mapping.first_token.tolist()):
         if first >= 0:
@@ -36,7 +36,7 @@ def logits(positions: int = 6, classes: int = TEACHER, seed: int = 0) -> torch.T
 
 
 def dense(found) -> torch.Tensor:
-    """A ragged target -> (N, V) float64."""
+    """Return a ragged target as (N, V) float64."""
     owner = torch.repeat_interleave(torch.arange(len(found)), found.offsets.diff())
     return torch.zeros(len(found), found.num_classes, dtype=torch.float64).index_put(
         (owner, found.ids), found.weights.double(), accumulate=True
@@ -44,7 +44,7 @@ def dense(found) -> torch.Tensor:
 
 
 def exact(z: torch.Tensor, mapping: VocabularyMap) -> torch.Tensor:
-    """(N, V of the student) float64: M q of all of the student's positions."""
+    """Return M q for all of the student's positions, (N, V of the student) float64."""
     q = torch.softmax(z.double(), -1) @ matrix(mapping).T
     return torch.where((POSITIONS >= 0)[:, None], q[POSITIONS.clamp_min(0)], 0.0)
 
@@ -59,9 +59,10 @@ def test_a_whole_distribution_is_mapped_as_by_the_matrix(mapping):
 
 
 def test_a_sample_stays_unbiased_through_the_map():
-    """The tail is constant in u between the fractional parts of its running sums.
+    """Computes the exact mean over u.
 
-    The mean over u is a sum over these intervals.
+    The sampled tail is constant in u between the fractional parts of its running sums, so the mean
+    is a sum over these intervals.
     """
     c = 12.0
     q = torch.softmax(logits(1, seed=4).double(), -1)

@@ -1,4 +1,4 @@
-"""Slices and joins of soft labels."""
+"""Slicing and concatenating soft labels."""
 
 from __future__ import annotations
 

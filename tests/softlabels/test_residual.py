@@ -1,6 +1,6 @@
-"""The mass outside the top between the grid's temperatures.
+"""The interpolated mass outside the top between the stored temperatures.
 
-Within the stated bound, and near the truth.
+It is within the stated bound and close to the exact value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.profile import examples
 
 
 def zipf(count: int, classes: int, seed: int) -> torch.Tensor:
-    """Logits that fall as a language model's do: some large, a long tail."""
+    """Return logits that fall like a language model's: a few large ones and a long tail."""
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.stack([torch.randperm(classes, generator=generator) for _ in range(count)]).double() + 1
     return -1.3 * ranks.log() + torch.randn(count, classes, generator=generator, dtype=torch.float64) * 0.7

@@ -1,4 +1,4 @@
-"""Unbiased by construction: the set of u that keeps a class has the length of its probability."""
+"""Sampling is unbiased: the set of u that keeps a class has the length of its probability."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ C = 12.0
 
 
 def kept_classes(tail: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """(N, V) bool."""
+    """Return which classes are kept, (N, V) bool."""
     kept = torch.zeros(tail.shape, dtype=torch.bool)
     blocks = in_blocks(torch.nn.functional.pad(tail, (0, -tail.shape[1] % BLOCK)))
     kept[sample_tail(blocks, blocks.double().sum(-1), torch.full((len(tail),), C, dtype=torch.float64), uniforms)] = (
@@ -26,7 +26,7 @@ def kept_classes(tail: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def tail_of(classes: int, spread: float, seed: int = 0) -> torch.Tensor:
-    """(1, V) float64: a softmax with its top set to 0."""
+    """Return a softmax with its top set to 0, (1, V) float64."""
     logits = torch.randn(1, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * spread
     q = torch.softmax(logits, -1)
     return q.masked_fill(q >= 1 / C, 0.0)
@@ -37,7 +37,7 @@ def tail_of(classes: int, spread: float, seed: int = 0) -> torch.Tensor:
 def test_each_class_has_an_interval_of_u_as_long_as_its_probability(classes, spread):
     """Class i is kept for u in the fractional parts of (C_(i-1), C_i].
 
-    Probe both sides of both ends, for every class, the rarest included.
+    Probes both sides of both ends for every class, the rarest included.
     """
     tail = tail_of(classes, spread)
     steps = (tail * C)[0]
@@ -52,7 +52,7 @@ def test_each_class_has_an_interval_of_u_as_long_as_its_probability(classes, spr
             inside = [low + length * share for share in (0.01, 0.5, 0.99)]
             beyond = [low - (1 - length) * share for share in (0.01, 0.5, 0.99)]
             probes, expected = inside + beyond, [True] * 3 + [False] * 3
-        if 0 < length < 1e-12:  # the ends are not apart in float64
+        if 0 < length < 1e-12:  # the ends are equal in float64
             continue
         uniforms = torch.tensor([probe % 1.0 for probe in probes], dtype=torch.float64)
         kept = kept_classes(tail.expand(len(probes), -1), uniforms)[:, i]
@@ -116,7 +116,7 @@ def test_rounding_is_exact_in_expectation_for_every_value():
 
 
 def test_what_rounding_takes_from_a_blocks_sum_falls_on_all_its_classes_in_proportion():
-    """A rare class at the end of a block, whose float32 sum is off by more than the class has."""
+    """The block's sum is off by more than the weight of the rare class at its end."""
     tail = torch.zeros(1, 1, 64, dtype=torch.float64)
     tail[0, 0, :62] = 1 / C / 62 * 0.9
     tail[0, 0, 63] = 1e-9

@@ -24,7 +24,7 @@ def frame(texts: list[str], **more: list[Any]) -> datasets.Dataset:
 
 
 def in_chunks(texts: list[str], cuts: list[int]) -> datasets.Dataset:
-    """The same rows in other Arrow chunks."""
+    """Return the same rows in other Arrow chunks."""
     edges = [0, *sorted(min(cut, len(texts)) for cut in cuts), len(texts)]
     chunks = [pa.array(texts[a:b], pa.string()) for a, b in itertools.pairwise(edges)]
     return datasets.Dataset(pa.table({"text": pa.chunked_array(chunks, pa.string())}))
@@ -114,7 +114,7 @@ def test_chats_are_hashed_by_role_and_content() -> None:
 
 
 def test_the_fingerprint_is_a_sha256_that_will_not_change() -> None:
-    """A cache is resumed only by equal fingerprints, so their definition is part of the format."""
+    """Resuming a cache compares fingerprints, so their definition is part of the format."""
     lines = [[["text", None]], ["a"], ["é"]]
     expected = b"".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for line in lines)
     assert fingerprint(frame(["a", "é"])) == hashlib.sha256(expected).hexdigest()

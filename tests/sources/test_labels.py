@@ -11,7 +11,12 @@ from pipeline.sources import LabelMap, Source, from_datasets, label_names, read_
 
 
 def source(*labels: Any, names: list[str] | None = None, **more: list[Any]) -> Source:
-    """One text for each label; `names` makes them a `ClassLabel`; `more` are other splits."""
+    """Return a source with one text per label.
+
+    Args:
+        names: makes the labels a `ClassLabel`.
+        more: other splits.
+    """
 
     def split(values: Any) -> datasets.Dataset:
         dataset = datasets.Dataset.from_dict({"text": ["t"] * len(values), "label": list(values)})
@@ -93,7 +98,7 @@ def test_a_label_map_names_the_classes_of_a_new_teacher() -> None:
 def test_a_label_map_of_a_new_teacher_names_labels_that_there_are() -> None:
     """The classes come from the map: the label that is missing is the fault, not the class."""
     data = source("cats", " dogs ")
-    assert label_names(data, ("Cats=animals",)) == (" dogs ", "animals")  # compared without case
+    assert label_names(data, ("Cats=animals",)) == (" dogs ", "animals")  # compared case-insensitively
     with pytest.raises(SourceError, match=r"no row has the label 'x'; expected .* one of ' dogs ', cats$"):
         label_names(data, ("cats=animals", "x=animals"))
     with pytest.raises(SourceError, match=r"no row has the label '7'; expected .* one of 0, 1$"):
@@ -203,7 +208,7 @@ def test_booleans_are_looked_up_where_the_names_are_true_and_false() -> None:
 
 def test_names_match_without_regard_to_case_and_space() -> None:
     assert mapped(source("Positive ", "NEGATIVE"), "negative", "positive") == [1, 0]
-    assert mapped(source("pos", "Pos"), "Pos", "pos") == [1, 0]  # exactly
+    assert mapped(source("pos", "Pos"), "Pos", "pos") == [1, 0]  # exact names match first
     with pytest.raises(SourceError, match="row 0: label 'POS' may be 'Pos' or 'pos', which differ in case or space"):
         mapped(source("POS"), "Pos", "pos")
 
@@ -268,7 +273,7 @@ def test_a_side_of_the_label_map_that_is_not_known(data: Source, label_map: tupl
         LabelMap.for_names(data, ("a", "b", "c"), label_map)
 
 
-#: Words, digits in an order that is not theirs, and the generic names of transformers.
+#: Words, digits out of numeric order, and the generic names of transformers.
 NAMES = st.one_of(
     st.lists(st.sampled_from(["sport", "Film", "New York", "é", "2", "10", "1"]), min_size=2, max_size=7, unique=True),
     st.integers(2, 7).map(lambda n: [f"LABEL_{i}" for i in range(n)]),
@@ -278,7 +283,7 @@ NAMES = st.one_of(
 @settings(deadline=None, max_examples=40)
 @given(NAMES, st.data())
 def test_a_class_is_found_by_its_name_however_the_data_writes_it(names: list[str], data: st.DataObject) -> None:
-    """As text in any case, with space, as a reordered `ClassLabel`, and as digits."""
+    """Labels are text in any case, with space, a reordered `ClassLabel`, or digits."""
     classes = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=8))
     forms = st.sampled_from([str, str.upper, str.lower, lambda name: f"  {name}\n"])
     assert mapped(source(*(data.draw(forms)(names[c]) for c in classes)), *names) == classes

@@ -126,7 +126,7 @@ def test_chats() -> None:
 
 
 def messages_of(*turns: dict[str, Any]) -> Any:
-    """The turns of one chat as they are read: from mixed JSON, so that no key is filled in."""
+    """Return the turns of one chat read from mixed JSON, where missing keys are not filled in."""
     (found,) = examples({"chat": [json.loads(json.dumps(turns))]}, Columns(messages="chat"))
     return found.reason if isinstance(found, BadRow) else found.messages
 
@@ -257,9 +257,10 @@ def test_chats_of_mixed_types_from_a_file(tmp_path: Path) -> None:
 
 
 def test_lone_surrogates_spoil_only_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Arrow they are bytes that are not UTF-8.
+    """Only the row with the surrogate becomes a bad row.
 
-    Python strings that hold one come from elsewhere.
+    In Arrow, lone surrogates are bytes that are not UTF-8. Python strings with one occur in other
+    sources.
     """
     raw = pa.array([b"\xed\xa0\x80", b"ok"]).view(pa.string())
     assert reasons(datasets.Dataset(pa.table({"text": raw})), Columns()) == ["text that is not valid UTF-8", None]

@@ -1,4 +1,4 @@
-"""What is counted of each column."""
+"""Statistics of each column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values and comments in the YAML file."""
+"""Values and comments in the generated YAML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`softlabel init` writes a file that `softlabel run` accepts, for every layout."""
+"""`softlabel init` writes a file that `softlabel run` accepts, for every file layout."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_jsonl(path: str, rows: list[Any]) -> str:
 
 
 def init(**settings: Any) -> tuple[Start, ConfigFile, dict[str, list[Any]]]:
-    """What was found, the file, and the configuration of each stage."""
+    """Run `init`; return its findings, the file, and the configuration of each stage."""
     start = run(InitConfig(output="out.yaml", **settings))
     file = load_config("out.yaml")
     stages: dict[str, list[Any]] = {}
@@ -213,7 +213,7 @@ def test_prompts_and_completions(language_model):
 
 def test_documents_are_read_in_pieces(language_model):
     write_jsonl("docs.jsonl", [{"text": f"{i} " + "the cat sat " * (100 if i % 10 else 2)} for i in range(40)])
-    start, _, stages = init(dataset="docs.jsonl", teacher=language_model)  # a language model says what the task is
+    start, _, stages = init(dataset="docs.jsonl", teacher=language_model)  # a language model determines the task
     assert stages["cache-logits"][0].task == "causal-lm"
     assert start.lengths.chosen == 128
     assert start.lengths.mean > 128
@@ -262,7 +262,7 @@ def test_rare_classes_empty_and_repeated_texts_are_said(encoder):
 
 
 def said() -> str:
-    """The comments of the file in one line."""
+    """Return the comments of the file on one line."""
     return " ".join(Path("out.yaml").read_text().replace("# ", "").split())
 
 

@@ -1,4 +1,4 @@
-"""A headless Chromium with an empty profile, for the pages."""
+"""A headless Chromium with an empty profile, for tests of the documentation pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLAGS = (
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[object]:
-    """A selenium driver."""
+    """Yield a selenium driver."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -35,7 +35,7 @@ def browser(tmp_path: Path) -> Iterator[object]:
 
 
 def show(driver, page: Path, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
-    """Open a page at a width, in a colour scheme."""
+    """Open a page with this window size and colour scheme."""
     driver.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
@@ -47,8 +47,8 @@ def show(driver, page: Path, *, width: int = 1200, height: int = 900, scheme: st
     driver.get(page.resolve().as_uri())
 
 
-#: What does not stand where it can be read; what scrolls inside a box of its own, and what is
-#: hidden until asked for, may be wider than the window.
+#: Script that lists elements which cannot be read. Scrollable boxes and content that is hidden by
+#: default may be wider than the window.
 _FAULTS = """
 const found = [], width = document.documentElement.clientWidth;  // innerWidth grows with what is off-screen
 if (document.documentElement.scrollWidth > width) found.push(`the page is wider than the window`);
@@ -77,5 +77,5 @@ return found;
 
 
 def layout_faults(driver) -> list[str]:
-    """Everything visible that is off-screen, cut, outside its drawing or overlapping."""
+    """Return all visible elements that are off-screen, cut, outside their drawing or covered."""
     return driver.execute_script(_FAULTS)

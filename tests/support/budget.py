@@ -1,9 +1,9 @@
-"""Seconds that each test file may take.
+"""Time budget of each test file in seconds.
 
-The longest start first, and the end of a run says which took more.
+Files with the largest budgets run first, and the end of a run lists those that exceeded theirs.
 
-The figures are those of one process on the 2-core machine that the project is tested on, with room
-for noise. Nothing fails on another machine; the table shows where a slow run has spent its time.
+The figures are for one process on the 2-core machine that the project is tested on, with a margin
+for noise. No test fails for exceeding its budget; the table shows where a slow run spent its time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections import Counter
 
 import pytest
 
-#: Of a file that is not listed.
+from tests.support.profile import FULL
+
+#: Budget of a file that is not listed.
 OTHERS = 6.0
 BUDGET = {
     "tests/capture/engines/test_engines.py": 60.0,
@@ -63,7 +65,7 @@ BUDGET = {
     "tests/cache/transforms/test_transforms.py": 12.0,
 }
 
-#: Files that the table shows, where none has taken more than its budget.
+#: Number of files that the table always shows.
 SHOWN = 10
 
 _seconds: Counter[str] = Counter()
@@ -74,20 +76,24 @@ def _file(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process is left with one at the end.
+    """Run the longest files first, so that no process is left with one at the end.
 
-    Within a file nothing moves.
+    The order within a file is kept. Tests with the marker `full` are skipped in other runs.
     """
+    if not FULL:
+        for item in items:
+            if item.get_closest_marker("full") is not None:
+                item.add_marker(pytest.mark.skip(reason="runs with make test-full"))
     items.sort(key=lambda item: -BUDGET.get(_file(item.nodeid), OTHERS))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up setup, call and teardown; with xdist, in the process that hears of all."""
+    """Add up setup, call and teardown; with xdist, in the controller."""
     _seconds[_file(report.nodeid)] += report.duration
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The files that took longest, and every one that took more than its budget."""
+    """Print the slowest files, and every file that exceeded its budget."""
     total = sum(_seconds.values())
     if total < OTHERS:
         return

@@ -1,4 +1,4 @@
-"""A small capture as the command line makes it: a language model's, of files."""
+"""A small capture of a language model, configured as on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import tiny_model
 
 @pytest.fixture
 def config(tmp_path, lm_tokenizer, documents, save_teacher):
-    """A language model's capture of 40 + 12 documents in 7 + 2 shards."""
+    """Return a function that configures a capture of 40 + 12 documents in 7 + 2 shards."""
     teacher = save_teacher(tiny_model("llama", len(lm_tokenizer), spread=3.0), lm_tokenizer)
     data = tmp_path / "data"
     data.mkdir()

@@ -18,15 +18,15 @@ _FOLDER = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Family:
-    """What a tokenizer of a family of models has: control tokens, BOS and EOS."""
+    """Tokenizer settings of a model family: control tokens, BOS and EOS."""
 
     control: str
     bos: str | None
     eos: str
     tools: bool = True
-    """Whether its template takes tools."""
+    """Whether the template supports tools."""
     reasoning: bool = False
-    """Whether it takes `reasoning_content`."""
+    """Whether the template supports `reasoning_content`."""
 
 
 _CHATML = "<|im_start|> <|im_end|>"
@@ -61,7 +61,7 @@ FAMILIES = {
 
 @lru_cache
 def tokenizer_of(name: str) -> Any:
-    """A byte-level tokenizer with the control tokens and the chat template of a family."""
+    """Return a byte-level tokenizer with the control tokens and chat template of a family."""
     family = FAMILIES[name]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,18 +81,18 @@ def tokenizer_of(name: str) -> Any:
 
 
 def turn(role: str, content: str | None = None, **fields: Any) -> Message:
-    """One turn."""
+    """Return one turn."""
     return Message(role, content, fields)
 
 
 def call(arguments: Any, content: str | None = None, **fields: Any) -> Message:
-    """A turn of the assistant that calls the tool `find`."""
+    """Return a turn of the assistant that calls the tool `find`."""
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "find", "arguments": arguments}}]
     return Message("assistant", content, {**fields, "tool_calls": calls})
 
 
 def result(content: str) -> Message:
-    """What the tool answers."""
+    """Return the tool's answer."""
     return Message("tool", content, {"tool_call_id": "abcdefghi"})
 
 

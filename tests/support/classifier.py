@@ -1,4 +1,4 @@
-"""A tiny classifier of three topics, and data that it is right on three times of four."""
+"""A tiny classifier of three topics, and data on which its accuracy is three quarters."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def classifier(tokenizer, seed: int = 0, **overrides):
 
 
 def taught(topics: DatasetDict, teacher, tokenizer) -> DatasetDict:
-    """The texts with the teacher's own predictions for labels, but for two of eight.
+    """Label the texts with the teacher's predictions, except for two of every eight.
 
-    A teacher that is right on three of four. What has no label gets none.
+    The teacher's accuracy is therefore 3/4. Rows without a label stay unlabelled.
     """
 
     def label(split):
@@ -38,9 +38,10 @@ def taught(topics: DatasetDict, teacher, tokenizer) -> DatasetDict:
 
 
 def even(tokenizer) -> tuple[Any, list[str], list[int]]:
-    """A classifier of sport, film and business with a bias that makes them about equal in number.
+    """Return a classifier of sport, film and business with a bias that balances its predictions.
 
-    160 texts, and its own classes for them.
+    Returns:
+        The model, 160 texts, and its predicted classes for them.
     """
     model = tiny_model("bert", len(tokenizer), num_labels=3, spread=3.0)
     model.config.id2label = {0: "sport", 1: "film", 2: "business"}
@@ -54,5 +55,5 @@ def even(tokenizer) -> tuple[Any, list[str], list[int]]:
 
 
 def swapped(classes: list[int]) -> list[int]:
-    """The first two classes in each other's place."""
+    """Return the classes with the first two exchanged."""
     return [{0: 1, 1: 0}.get(c, c) for c in classes]

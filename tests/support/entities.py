@@ -1,6 +1,6 @@
 """Sentences with people, places and firms.
 
-The same word may be any of them, and the words around it tell which.
+The same word may be any of them; its kind follows from the words around it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG")
-#: "bank" is a place and a firm, "star" a person and a firm.
+#: "bank" is both a place and a firm, "star" both a person and a firm.
 ENTITIES = {
     "PER": [["star"], ["old", "star"], ["minister"]],
     "LOC": [["bank"], ["new", "bank"], ["river"]],
@@ -22,7 +22,7 @@ SENTENCES = ["the {PER} ran home", "{PER} sat under {LOC}", "over {LOC} and unde
 
 
 def entities(seed: int, count: int) -> dict[str, list[Any]]:
-    """Columns `tokens` and `ner_tags` (names) of so many sentences."""
+    """Return the columns `tokens` and `ner_tags` (names) of `count` sentences."""
     rng = random.Random(seed)
     rows: dict[str, list[Any]] = {"tokens": [], "ner_tags": []}
     for _ in range(count):
@@ -39,7 +39,7 @@ def entities(seed: int, count: int) -> dict[str, list[Any]]:
 
 
 def sentences() -> DatasetDict:
-    """160 + 40 sentences; every eighth of the first has no labels."""
+    """Return 160 + 40 sentences; every eighth of the first 160 has no labels."""
     train, test = entities(0, 160), entities(1, 40)
     train["ner_tags"] = [None if i % 8 == 7 else tags for i, tags in enumerate(train["ner_tags"])]
     return DatasetDict({"train": Dataset.from_dict(train), "test": Dataset.from_dict(test)})

@@ -1,4 +1,4 @@
-"""A file system behind URLs that counts what is read, and fails, stalls or damages on demand.
+"""A URL file system that counts reads, and fails, stalls or corrupts data on demand.
 
 `flaky://PATH` is the local PATH.
 """
@@ -22,13 +22,13 @@ class FlakyFileSystem(LocalFileSystem):
     """Name and bytes of each file or range that was read."""
     written: ClassVar[list[str]] = []
     failures = 0
-    """So many of the next requests fail; -1: all."""
+    """Number of the next requests that fail; -1: all."""
     stalls = 0
-    """So many of the next requests take a second."""
+    """Number of the next requests that take a second."""
     damaged = 0
-    """So many of the next ranges have a flipped bit in the middle."""
+    """Number of the next ranges that have a flipped bit in the middle."""
     die_after: int | None = None
-    """After so many requests every one fails."""
+    """Number of requests after which every request fails."""
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -70,13 +70,13 @@ class FlakyFileSystem(LocalFileSystem):
 
     @classmethod
     def fetched(cls) -> int:
-        """Bytes of shards that were read."""
+        """Return the number of bytes of shards that were read."""
         return sum(size for name, size in cls.log if name.endswith(".parquet"))
 
 
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> type[FlakyFileSystem]:
-    """The class, its counters at zero; no waiting between attempts."""
+    """Register the file system, and return its class with reset counters and no retry delays."""
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     for name, value in (("failures", 0), ("stalls", 0), ("damaged", 0), ("die_after", None)):
         monkeypatch.setattr(FlakyFileSystem, name, value)

@@ -1,6 +1,6 @@
-"""A small generation as the command line makes it.
+"""A small generation, configured as on the command line.
 
-Of files, by a model that ends some of its completions.
+It reads files, and its model ends some of the completions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.conftest import WORDS, tiny_model
 
 
 def writing_model(vocabulary: int, *, ends: int = 8, **settings):
-    """A model with random weights of which so many tokens end a completion, EOS among them."""
+    """Return a random model with `ends` tokens that end a completion, EOS among them."""
     model = tiny_model("llama", vocabulary, **{"spread": 3.0, **settings})
     model.generation_config.eos_token_id = [1, *range(vocabulary - ends + 1, vocabulary)]
     return model
@@ -22,7 +22,7 @@ def writing_model(vocabulary: int, *, ends: int = 8, **settings):
 
 @pytest.fixture
 def config(tmp_path, lm_tokenizer, save_teacher):
-    """Two samples of each of 14 + 4 prompts, in 4 + 1 shards."""
+    """Return a function that configures two samples of each of 14 + 4 prompts, in 4 + 1 shards."""
     model = save_teacher(writing_model(len(lm_tokenizer)), lm_tokenizer, "writer")
     data = tmp_path / "prompts"
     data.mkdir()

@@ -1,8 +1,8 @@
-"""Caches by somebody who means harm: each a change of a good one, its hashes made anew.
+"""Malicious caches, each a modified copy of a good one with recomputed hashes.
 
-And a process that opens them under watch.
+Run as a program, it opens every cache of a folder and prints as JSON what happened:
 
-python -m tests.support.hostile FOLDER      opens every cache in it; prints what happened as JSON
+    python -m tests.support.hostile FOLDER
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CACHES: dict[str, Callable[[Path], None]] = {}
 
 
 def hostile(change: Callable[[Path], None]) -> Callable[[Path], None]:
-    """One cache; gets a copy of the good one."""
+    """Register a function that changes a copy of the good cache."""
     CACHES[change.__name__] = change
     return change
 
@@ -38,7 +38,7 @@ def digest(content: Any) -> str:
 
 
 def forge(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the manifest, and make its hashes fit."""
+    """Change the manifest, and recompute its hashes."""
     path = root / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
@@ -48,7 +48,7 @@ def forge(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def replace_shard(root: Path, data: bytes, groups: list[int] | None = None) -> None:
-    """Another file for the first shard, and a manifest that lists it."""
+    """Replace the first shard's file, and list it in the manifest."""
     path = root / "data" / "train-00000.parquet"
     path.write_bytes(data)
     length = int.from_bytes(data[-8:-4], "little")
@@ -64,7 +64,7 @@ def replace_shard(root: Path, data: bytes, groups: list[int] | None = None) -> N
 
 
 def rewrite(root: Path, change: Callable[[pa.Table], pa.Table], **settings: Any) -> None:
-    """The first shard with other columns, written as a capture writes it."""
+    """Change the first shard's table, and write it with the settings of a capture."""
     path = root / "data" / "train-00000.parquet"
     table = change(pq.read_table(path))
     options = {"compression": "zstd", "write_page_checksum": True, "store_schema": False, **settings}
@@ -73,7 +73,7 @@ def rewrite(root: Path, change: Callable[[pa.Table], pa.Table], **settings: Any)
 
 
 def column(table: pa.Table, name: str, change: Callable[[list[Any]], Any], kind: pa.DataType | None = None) -> pa.Table:
-    """The table with one column's rows changed."""
+    """Return the table with one column's rows changed."""
     rows = table.column(name).to_pylist()
     rows = change(rows) or rows
     at = table.schema.get_field_index(name)
@@ -81,7 +81,7 @@ def column(table: pa.Table, name: str, change: Callable[[list[Any]], Any], kind:
 
 
 def outside(root: Path) -> Path:
-    """A directory that nobody may touch."""
+    """Return a directory outside the cache that must stay untouched."""
     return root.parent.parent / "outside"
 
 
@@ -210,7 +210,7 @@ def last_token_supervised(root: Path) -> None:
 
 @hostile
 def counts_moved_between_rows(root: Path) -> None:
-    """The totals of the row group stay."""
+    """Move counts between rows and keep the totals of the row group."""
 
     def change(rows: list[list[int]]) -> None:
         rows[0][0] += 1
@@ -256,7 +256,7 @@ def hash_of_other_tokens(root: Path) -> None:
 
 @hostile
 def one_text_a_thousand_times(root: Path) -> None:
-    """A megabyte in a dictionary, which 4,000 rows name: 4 GB."""
+    """Refer to a dictionary entry of 1 MB in 4,000 rows: 4 GB."""
 
     def change(table: pa.Table) -> pa.Table:
         long = pa.concat_tables([table] * 134).slice(0, 4000)
@@ -269,7 +269,7 @@ def one_text_a_thousand_times(root: Path) -> None:
 
 @hostile
 def sixty_million_flags(root: Path) -> None:
-    """Runs of equal flags take no bytes in Parquet."""
+    """Store runs of equal flags, which take almost no bytes in Parquet."""
 
     def change(table: pa.Table) -> pa.Table:
         flags = pa.array(np.zeros(60_000_000 // 8, np.uint8)).buffers()[1]
@@ -304,7 +304,7 @@ def physical_type_int96(root: Path) -> None:
 
 @hostile
 def extension_type(root: Path) -> None:
-    """With the schema that Arrow would make it from."""
+    """Store the schema from which Arrow would unpickle the extension type."""
     field = pa.field(
         "id",
         pa.binary(),
@@ -429,11 +429,11 @@ def tokenizer_of_another_cache(root: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-# -------------------------------------------------------------------------------------- under watch
+# ------------------------------------------------------------------------------- opening the caches
 
 
 def watch() -> list[str]:
-    """What a process does that opening a cache has no need of, from now on."""
+    """Record, from now on, operations of the process that opening a cache does not need."""
     import sys
 
     seen: list[str] = []
@@ -474,9 +474,10 @@ def watch() -> list[str]:
 
 
 def attempt(root: Path) -> str:
-    """Everything that a user would do with a download.
+    """Do everything that a user would do with a downloaded cache.
 
-    The first line that refuses it, or how it was not refused.
+    Returns:
+        The first line of the error that refuses it, or how it was accepted.
     """
     from pipeline.cache import Cache, verify
     from pipeline.cache.views.inspection import describe
@@ -511,24 +512,21 @@ def _read(root: Path) -> None:
 
 
 def peak_kb() -> int:
-    """The most memory that this process has had.
+    """Return the peak memory of this process.
 
-    What getrusage says begins with what the parent had.
+    It is read from /proc, since getrusage starts from the parent's peak.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def main() -> None:
-    """Open every cache of a folder.
-
-    Print what was said, what was done, and the memory that it took.
-    """
+    """Open every cache of a folder, and print errors, recorded operations and memory as JSON."""
     import sys
     import time
 
     folder = Path(sys.argv[1])
-    _read(folder / "good")  # libraries are loaded, and warm
+    _read(folder / "good")  # warm-up: loads the libraries
     start = peak_kb()
     seen = watch()
     found = {}

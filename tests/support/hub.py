@@ -1,6 +1,6 @@
 """A stand-in for the Hugging Face hub's HTTP API on loopback.
 
-Repositories, large files, commits, trees, ranges.
+Supports repositories, large files, commits, trees and ranges.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGE = (".parquet", ".png", ".safetensors", ".bin")
 
 
 class Hub:
-    """What the server holds, and what it was asked."""
+    """State of the server, and the requests it received."""
 
     def __init__(self) -> None:
         self.private: dict[str, bool] = {}
@@ -38,7 +38,7 @@ class Hub:
         self.fetched = 0
         self.fail_uploads_after: int | None = None
         self.race = False
-        """Somebody commits just before the next commit."""
+        """Whether another client commits just before the next commit."""
 
     def commit(self, repo: str, branch: str, files: dict[str, tuple[str, bytes]]) -> str:
         oid = hashlib.sha1(f"{len(self.commits)} {repo} {sorted(files)}".encode()).hexdigest()
@@ -46,7 +46,7 @@ class Hub:
         return oid
 
     def hold(self, repo: str, folder: Path) -> str:
-        """Commit the files of a directory, as a public repository's."""
+        """Commit the files of a directory to a public repository."""
         self.private[repo] = False
         return self.commit(repo, "main", {path.name: ("regular", path.read_bytes()) for path in folder.iterdir()})
 
@@ -68,6 +68,7 @@ def _entry(path: str, mode: str, content: bytes) -> dict:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
     def log_message(self, *args):
         return
@@ -234,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A stand-in for the hub that `huggingface_hub` talks to, with a planted token."""
+    """Run a stand-in that `huggingface_hub` connects to, with a planted token."""
     import huggingface_hub
     from huggingface_hub import HfFileSystem, constants
 
@@ -256,7 +257,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(transfer, "WAITS", (0.0,))
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address that it was made with
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # the object keeps the address that it was created with
     HfFileSystem.clear_instance_cache()
     huggingface_hub.utils.disable_progress_bars()
     yield state

@@ -1,6 +1,6 @@
-"""What several tests begin with, made once and copied.
+"""Folders of test data that are created once per process and copied for each test.
 
-Teachers, caches, whatever is a folder of files.
+Used for teachers, caches and other folders of files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _MADE: dict[Hashable, Path] = {}
 
 
 def once(key: Hashable, make: Callable[[Path], object], folder: Path) -> None:
-    """Fill `folder` with what `make` puts into an empty one.
+    """Fill `folder` with a copy of the files that `make` writes to an empty folder.
 
-    `make` runs the first time that this process meets `key`.
+    `make` runs only on the first call with `key` in this process.
 
-    A test may change or delete its copy. Files keep their times; directories that are there already
-    are filled up.
+    A test may change or delete its copy. Files keep their modification times, and existing
+    directories are merged.
     """
     if key not in _MADE:
         made = Path(tempfile.mkdtemp(prefix="once-"))

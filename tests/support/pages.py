@@ -1,4 +1,4 @@
-"""Blocks of the pages of `docs/`, and tiny models and data under the names that they use."""
+"""Code blocks of the pages in `docs/`, and tiny models and data under the names that they use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Make = Callable[[Path], object]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One code block of a page: its language, or "" of an indented one, and its text."""
+    """A code block of a page with its language ("" if indented) and text."""
 
     page: str
     number: int
@@ -45,14 +45,14 @@ class Block:
     text: str
 
     def commands(self) -> list[list[str]]:
-        """Its `softlabel` commands in words; several processes of `torchrun` are one command."""
+        """Return its `softlabel` commands as words; a `torchrun` command counts as one."""
         lines = re.sub(r"\\\n", " ", self.text).splitlines()
         starts = re.compile(r"\s*(?:\$ )?(?:torchrun .* -m pipeline|python -m pipeline|softlabel) (.*)")
         return [shlex.split(found[1], comments=True) for line in lines if (found := starts.fullmatch(line))]
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Fenced blocks, and after them indented ones, each in the order of the page."""
+    """Yield the fenced blocks, then the indented ones, each in page order."""
     text = page.read_text(encoding="utf-8")
     fenced = r"^( *)```(\w*)\n(.*?)^ *```"
     found = [(each[2], each[3]) for each in re.finditer(fenced, text, re.S | re.M)]
@@ -63,7 +63,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 class World:
-    """What the pages take for granted, made in the working directory when a block names it."""
+    """Models and data that the pages presuppose, created in the working directory when needed."""
 
     def __init__(self, bert: PreTrainedTokenizerBase, lm: PreTrainedTokenizerBase):
         self.bert, self.lm = copy.deepcopy(bert), copy.deepcopy(lm)
@@ -71,7 +71,7 @@ class World:
         self.spoken = _spoken(self.lm)
 
     def make(self, page: str, names: set[str]) -> None:
-        """Make those things of the page that are named and not there yet."""
+        """Create the models and data of the page that are named and missing."""
         for name, make in {**self._models(), **self._things().get(page, {})}.items():
             if name in names and not Path(name).exists():
                 path = Path(name)
@@ -82,7 +82,7 @@ class World:
                     once((__name__, page, name), make, path)
 
     def objects(self, page: str) -> dict[str, Any]:
-        """The objects that a page's Python takes for granted."""
+        """Return the objects that a page's Python presupposes."""
         if page == "generate.md":
             return {"model": writing_model(len(self.lm), max_position_embeddings=512), "tokenizer": self.lm}
         if page == "llm-teachers.md":
@@ -103,7 +103,7 @@ class World:
     # ------------------------------------------------------------------------------------- models
 
     def _models(self) -> dict[str, Make]:
-        """Those of hubs: as many layers as the real ones, where a command counts on it."""
+        """Return the hub models, with the real number of layers where a command depends on it."""
         encoder = self._encoder(12)
         return {
             "bert-base-uncased": encoder,
@@ -144,7 +144,7 @@ class World:
         return make
 
     def _foreign(self, path: Path) -> None:
-        """A language model of another family, with a tokenizer of its own."""
+        """Save a language model of another family with its own tokenizer."""
         from tests.tasks.families import FAMILIES
 
         tokenizer = FAMILIES["llama2"]
@@ -226,7 +226,7 @@ class World:
         self._capture(path, _rows("text", "label"))
 
     def _domains(self, path: Path) -> None:
-        """Long rows with a column `domain`, as `filter` selects them."""
+        """Write a cache of long rows with a column `domain`, for `filter`."""
         rng = random.Random(7)
         rows = Dataset.from_dict({
             "text": [sentence(rng, 200, topic) for topic in [*TOPICS] * 12],
@@ -263,7 +263,7 @@ class World:
         self.bert.save_pretrained(path)
 
     def _responses(self, path: Path) -> None:
-        """Responses of vLLM with the log-probabilities of the prompt."""
+        """Write vLLM responses with the log-probabilities of the prompt."""
         path.write_text("".join(json.dumps(self._response(i)) + "\n" for i in range(6)))
 
     def _response(self, number: int) -> dict[str, Any]:
@@ -285,7 +285,7 @@ class World:
         }  # fmt: skip
 
     def _logprobs(self, path: Path) -> None:
-        """A table with `token_ids` and `top_values`."""
+        """Write a table with `token_ids` and `top_values`."""
         path.mkdir(exist_ok=True)
         rows: dict[str, list[Any]] = {"input_ids": [], "token_ids": [], "top_values": []}
         for number in range(6):
@@ -298,7 +298,7 @@ class World:
 
 
 def _spoken(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer with a chat template."""
+    """Return the tokenizer with a chat template."""
     found = copy.deepcopy(tokenizer)
     found.chat_template = (
         "{% for message in messages %}{{ message.role }}: {{ message.content }}<eos>{% endfor %}"

@@ -1,4 +1,4 @@
-"""Small images of three colours, folders of them, and untrained models that read them."""
+"""Small images of three colours, folders of them, and untrained image models."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 NAMES = ("blue", "green", "red")
-#: The channel that is brightest in an image of each class.
+#: Class -> its brightest channel.
 CHANNELS = {"red": 0, "green": 1, "blue": 2}
 SIDE = 8
 
 
 def pixels(name: str, rng: np.random.Generator, width: int = SIDE, height: int = SIDE) -> np.ndarray:
-    """(H, W, 3) uint8: noise, brighter in the channel of the class, and mostly on the left."""
+    """Return (H, W, 3) uint8 noise, brighter in the channel of the class and on the left."""
     found = rng.integers(0, 120, (height, width, 3))
     found[..., CHANNELS[name]] += rng.integers(20, 120)
     found[:, : width // 2] += 15
@@ -27,7 +27,7 @@ def pixels(name: str, rng: np.random.Generator, width: int = SIDE, height: int =
 
 
 def encode(array: np.ndarray, form: str = "PNG", **settings: Any) -> bytes:
-    """An array as a file of an image."""
+    """Encode an array as an image file."""
     found = io.BytesIO()
     Pillow.fromarray(array).save(found, form, **settings)
     return found.getvalue()
@@ -43,13 +43,13 @@ def pictures(seed: int, count: int, *, unlabelled_every: int = 0) -> dict[str, l
 
 
 def data_set(**rows: dict[str, list[Any]]) -> DatasetDict:
-    """Splits as `datasets` has images."""
+    """Return the rows as splits with an `Image` feature of `datasets`."""
     features = Features({"image": Image(), "label": Value("string")})
     return DatasetDict({split: Dataset.from_dict(found, features=features) for split, found in rows.items()})
 
 
 def folders(path: Path, **rows: dict[str, list[Any]]) -> Path:
-    """The layout `SPLIT/CLASS/FILE`; unlabelled rows are left out."""
+    """Write the layout `SPLIT/CLASS/FILE` without unlabelled rows."""
     for split, found in rows.items():
         for image, label in zip(found["image"], found["label"], strict=True):
             if label is not None:
@@ -59,7 +59,7 @@ def folders(path: Path, **rows: dict[str, list[Any]]) -> Path:
 
 
 def untrained(path: Path, kind: str = "vit", *, seed: int = 0, side: int = SIDE, **settings: Any) -> Path:
-    """A directory with a tiny random ViT or ResNet for `side` x `side` pixels."""
+    """Save a tiny random image model for `side` x `side` pixels, and return its directory."""
     shapes: dict[str, dict[str, Any]] = {
         "vit": {
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": side, "patch_size": 4,

@@ -1,6 +1,6 @@
-"""What the fork server of `tests.support.processes` imports once.
+"""Imports of the fork server of `tests.support.processes`.
 
-The libraries and every stage that a child may run.
+It loads the libraries and every stage that a child may run.
 """
 
 from __future__ import annotations
@@ -35,4 +35,4 @@ MODULES = (
 
 for name in MODULES:
     importlib.import_module(name)
-gc.freeze()  # so that a collection in a fork neither visits nor copies their pages
+gc.freeze()  # a garbage collection in a fork then neither visits nor copies their pages

@@ -1,9 +1,9 @@
-"""Processes for tests, forked from one that has torch, transformers and this project loaded.
+"""Processes for tests, forked from a server that has loaded torch, transformers and this project.
 
-A new interpreter imports for four seconds before it does anything. A fork of a warm one starts in
-20 milliseconds and is a process of its own all the same: it has its own exit code, standard output
-and error, environment and signals. What a fork cannot show, such as which modules a command
-imports, is tested with `subprocess`.
+A new interpreter imports for four seconds before it runs anything. A fork of a warm one starts in
+20 milliseconds and is still a separate process, with its own exit code, standard output and error,
+environment and signals. Properties that a fork cannot show, such as the modules that a command
+imports, are tested with `subprocess`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _LOADED = ["tests.support.tiny", "tests.support.preloaded", "tests.support.proce
 
 @cache
 def _server() -> ForkServerContext:
-    """The context of the fork server, which runs until this process ends.
+    """Return the context of the fork server, which runs until this process ends.
 
-    `datasets` writes to a folder of its own.
+    `datasets` writes to a separate folder in its forks.
     """
     home = tempfile.mkdtemp(prefix="hf-home-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -54,7 +54,7 @@ def _server() -> ForkServerContext:
 
 
 class Running:
-    """A process that has been started; its output goes to two files."""
+    """A started process whose output goes to two files."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path | None) -> None:
         self.arguments = list(arguments)
@@ -66,7 +66,7 @@ class Running:
         self.process.start()
 
     def wait(self) -> CompletedProcess[str]:
-        """Its exit code (negative for a signal) and what it has said."""
+        """Wait for the process; return its output and exit code (negative for a signal)."""
         self.process.join()
         code = self.process.exitcode
         assert code is not None
@@ -77,23 +77,23 @@ class Running:
 
 
 def start(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Running:
-    """Start `python ARGUMENTS`: `-c CODE`, `-m MODULE` or a file, each with arguments of its own.
+    """Start `python ARGUMENTS`: `-c CODE`, `-m MODULE` or a file, each with its arguments.
 
     Args:
-        env: variables to set over those of this process. What libraries read from the environment
-            while they are imported (HF_HOME, OMP_NUM_THREADS) is fixed already.
+        env: variables to set in addition to those of this process. Variables that libraries read on
+            import (HF_HOME, OMP_NUM_THREADS) are fixed already.
         cwd: the working directory; None: this process's.
     """
     return Running(arguments, {**os.environ, **(env or {})}, cwd)
 
 
 def python(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> CompletedProcess[str]:
-    """Run `python ARGUMENTS` to its end, as `subprocess.run` with captured text would."""
+    """Run `python ARGUMENTS` to completion, like `subprocess.run` with captured text."""
     return start(*arguments, env=env, cwd=cwd).wait()
 
 
 def ranks(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> list[CompletedProcess[str]]:
-    """Run `python ARGUMENTS` as ranks of one machine, in torchrun's environment."""
+    """Run `python ARGUMENTS` as several ranks on one machine, with torchrun's environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,12 +112,12 @@ def ranks(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> 
 def torchrun(count: int, *arguments: str, env: Mapping[str, str] | None = None) -> CompletedProcess[str]:
     """Run `torchrun --standalone --nproc_per_node COUNT ARGUMENTS`.
 
-    Torch's own launcher, whose ranks are forks of it.
+    This is torch's own launcher; its ranks are forks of it.
     """
     return start(_TORCHRUN, str(count), *arguments, env=env).wait()
 
 
-#: In the place of `-c` or `-m`.
+#: First argument in the place of `-c` or `-m`.
 _TORCHRUN = "torchrun"
 
 
@@ -138,7 +138,7 @@ def _launch(count: int, arguments: list[str]) -> None:
 
 
 def _become(arguments: list[str], environment: dict[str, str], cwd: str, out: str, err: str) -> None:
-    """Turn this fork into what `python ARGUMENTS` would be."""
+    """Turn this fork into the process that `python ARGUMENTS` would start."""
     for path, target in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, target)
@@ -146,8 +146,8 @@ def _become(arguments: list[str], environment: dict[str, str], cwd: str, out: st
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    multiprocessing.set_start_method(None, force=True)  # a fork of the server would start its own children as it was
-    tempfile.tempdir = None  # found again, from TMPDIR
+    multiprocessing.set_start_method(None, force=True)  # the fork inherits the server's start method otherwise
+    tempfile.tempdir = None  # recomputed from TMPDIR
     try:
         if arguments[0] == _TORCHRUN:
             _launch(int(arguments[1]), arguments[2:])
@@ -172,22 +172,19 @@ def _run(arguments: list[str]) -> None:
 
 
 class ForkedWorkers:
-    """Stands in for the context that starts a capture's worker processes.
-
-    Forks instead of new interpreters.
-    """
+    """Multiprocessing context that starts capture workers as forks instead of new interpreters."""
 
     def Pipe(self) -> Any:  # noqa: N802 - as multiprocessing's
         return _server().Pipe()
 
     def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], **settings: Any) -> Any:  # noqa: N802
-        """A fork that takes the environment as it is now, as a new interpreter would."""
+        """Return a fork that gets the current environment, as a new interpreter would."""
         return _server().Process(target=_work, args=(dict(os.environ), target, args), **settings)
 
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers of a capture are forks of the server."""
+    """Start the workers of a capture as forks of the server."""
     monkeypatch.setattr("pipeline.capture.engines.workers._SPAWN", ForkedWorkers())
 
 

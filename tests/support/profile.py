@@ -1,11 +1,12 @@
-"""How thorough a run is.
+"""Thoroughness of a test run.
 
-`make test` tries a few examples, `make test-full` many, and draws every picture.
+`make test` tries a few hypothesis examples; `make test-full` tries many and draws every figure.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,16 @@ FULL = os.environ.get("SOFTLABEL_TESTS") == "full"
 
 
 def examples(few: int, many: int) -> int:
-    """Examples that hypothesis tries."""
+    """Return the number of examples that hypothesis tries."""
     return many if FULL else few
 
 
-#: One grey pixel.
+def in_full(*values: Any) -> list[Any]:
+    """Parameters of a test that run with `make test-full` only."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+#: A PNG of one grey pixel.
 _PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
     "0000000a49444154789c636800000082008177cd72b60000000049454e44ae426082"
@@ -26,7 +32,7 @@ _PIXEL = bytes.fromhex(
 
 @pytest.fixture
 def plain_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of reports are built and not drawn, which takes two seconds a report.
+    """Build the figures of reports without drawing them, which takes two seconds per report.
 
     `make test-full` draws them.
     """

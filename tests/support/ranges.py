@@ -13,7 +13,7 @@ import pytest
 
 
 class Served:
-    """The folder, its address, and what was asked for."""
+    """The served folder, its address, and the recorded requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -29,6 +29,7 @@ class Served:
 class _Handler(BaseHTTPRequestHandler):
     served: Served
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
     def log_message(self, *args):
         return
@@ -63,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    """A folder, empty yet, that a web server serves."""
+    """Serve an empty folder that the test may fill."""
     from fsspec.implementations.http import HTTPFileSystem
 
     state = Served(tmp_path / "served")

@@ -1,4 +1,4 @@
-"""Rows of a cache made from random logits, for the tests of what is on disk."""
+"""Cache rows made from random logits, for tests of the stored format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ from tests.support.once import once
 def token_row(
     number: int, encoding: Encoding, classes: int, *, length: int = 9, seed: int = 0, known: bool = False
 ) -> CachedExample:
-    """One row of a language model's cache. `known`: the teacher predicts the next token well."""
+    """Return a row of a language model's cache.
+
+    Args:
+        known: whether the teacher predicts the next token well.
+    """
     rng = np.random.default_rng([seed, number])
     ids = rng.integers(0, classes, length).astype(np.int32)
     supervised = rng.random(length) < 0.8
@@ -58,7 +62,7 @@ def token_row(
 
 
 def class_row(number: int, encoding: Encoding, classes: int, *, seed: int = 0) -> CachedExample:
-    """One row of a classifier's cache; every third has no label."""
+    """Return a row of a classifier's cache; every third has no label."""
     rng = np.random.default_rng([seed, number])
     logits = torch.from_numpy(rng.normal(size=(1, classes)) * 2)
     example = TokenizedExample(
@@ -74,7 +78,7 @@ def class_row(number: int, encoding: Encoding, classes: int, *, seed: int = 0) -
 
 
 def block_from(*rows: CachedExample) -> RowBlock:
-    """Rows by column, with the columns that they have."""
+    """Return the rows as a block of columns."""
     first = rows[0]
     schema = cache_schema(
         first.soft.encoding,
@@ -122,9 +126,9 @@ def build_cache(
     shards: int = 2,
     splits: tuple[str, ...] = ("train",),
 ):
-    """A finished cache of `shards` shards in each split.
+    """Write a finished cache with `shards` shards in each split.
 
-    A copy, where one of these settings has been made before.
+    Caches with the same settings are written once and copied.
     """
     encoding = encoding or Sampled(6.0)
     settings = (encoding, classes, tokens, per_shard, shards, splits)

@@ -1,4 +1,4 @@
-"""An S3 server on loopback (moto's), started by the test that asks for it."""
+"""An S3 server (moto) on loopback, started when a test requests it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Its address."""
+    """Yield the server's address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -24,9 +24,9 @@ def s3_server() -> Iterator[str]:
 def bucket(
     s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[str]:
-    """The URL of an empty bucket.
+    """Yield the `s3://...` URL of an empty bucket.
 
-    `s3://...`, reached through the environment alone, as users reach theirs.
+    Its credentials are set in the environment alone, as users set theirs.
     """
     import boto3
     import s3fs

@@ -1,6 +1,6 @@
 """A stand-in for vLLM and SGLang on loopback.
 
-Both APIs from a tiny model's real logits, and faults.
+Serves both APIs with a tiny model's real logits, and injects faults.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-#: What a fault makes of an answer: another one, a status, or None, where the connection is cut.
+#: Maps an answer to another answer, a status, or None to close the connection.
 Fault = Callable[[dict[str, Any]], "dict[str, Any] | bytes | int | None"]
 
 
@@ -28,12 +28,12 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no error."""
+        """Ignore clients that close the connection."""
 
 
 @dataclass
 class StandIn:
-    """A server of one model; the fields may be changed while it runs."""
+    """A server of one model; its fields may be changed while it runs."""
 
     logprobs: Callable[[list[int]], np.ndarray]
     """Prompt of n tokens -> (n, V) log-probabilities, float32."""
@@ -41,19 +41,19 @@ class StandIn:
     model: str = "tiny"
     version: str = "0.32.0"
     root: str | None = None
-    """Where vLLM has its weights from, as it says."""
+    """Path or name that vLLM reports for its weights."""
     longest: int = 4096
     most_logprobs: int = 400
     latency: float = 0.0
     key: str | None = None
     most_at_once: int = 1 << 30
-    """More requests at once are refused with 429."""
+    """Concurrent requests above this number are refused with 429."""
     faults: list[Fault] = field(default_factory=list)
-    """Each serves for one request, in order; later requests are answered as they should be."""
+    """Faults, each applied to one request in order; later requests are answered correctly."""
     fault_every: int = 1
-    """A fault for each so many requests."""
+    """Requests per fault."""
     most_faults: int = 1 << 30
-    """Of one prompt: a row that is answered wrongly again and again ends the capture."""
+    """Maximum faults per prompt, since a row that keeps failing ends the capture."""
     faulted: Counter[tuple[int, ...]] = field(default_factory=Counter)
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -70,7 +70,7 @@ class StandIn:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
-        """On the port that it had, where it was stopped."""
+        """Start the server, on its previous port if it was stopped."""
         self.server = _Server(("127.0.0.1", self.port), _handler(self))
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -144,7 +144,7 @@ class StandIn:
 
 
 class _RefusedError(Exception):
-    """Status 400."""
+    """A request that is answered with status 400."""
 
 
 def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
@@ -218,7 +218,7 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
 
 
 def logprobs_of(model: Any) -> Callable[[list[int]], np.ndarray]:
-    """A model's log-probabilities of one prompt at a time, each prompt computed once."""
+    """Return a function that computes a model's log-probabilities, once for each prompt."""
     import torch
 
     lock, known = threading.Lock(), {}
@@ -237,7 +237,7 @@ def logprobs_of(model: Any) -> Callable[[list[int]], np.ndarray]:
 
 @contextmanager
 def serving(model: Any, **settings: Any) -> Iterator[StandIn]:
-    """A stand-in that serves a model while the block runs."""
+    """Serve a model while the block runs."""
     stand_in = StandIn(logprobs_of(model), **settings)
     stand_in.start()
     try:

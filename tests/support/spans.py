@@ -1,6 +1,6 @@
-"""Batches with aligned spans, where no second tokenizer is at hand.
+"""Batches with aligned spans that need no second tokenizer.
 
-Pairs of a row's tokens, with a log-probability that depends on them alone.
+Spans are pairs of a row's tokens, with a log-probability that depends on these tokens alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.training.batches.collate import Collator
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SpanCollator(Collator):
-    """Makes batches as `Collator` does, and spans over them."""
+    """Makes the batches of `Collator` with spans."""
 
     def collate_block(self, block: RowBlock, counts: np.ndarray | None = None) -> StudentBatch:
         batch = Collator.collate_block(self, block, counts)
@@ -25,9 +25,9 @@ class SpanCollator(Collator):
 
 
 def pairs(batch: StudentBatch) -> Spans:
-    """Positions 0 and 1 of a row, 2 and 3, ...; an odd last one is in no span.
+    """Return spans over positions 0 and 1 of a row, 2 and 3, and so on.
 
-    Weights differ, and are 0 for rows that do not count.
+    An odd last position is in no span. Weights differ, and are 0 for rows that do not count.
     """
     owner, logprobs, weights = [], [], []
     start = 0
@@ -43,7 +43,7 @@ def pairs(batch: StudentBatch) -> Spans:
 
 
 def with_spans(trainer: Any) -> Any:
-    """The same trainer, whose batches hold spans."""
+    """Make the trainer's batches include spans."""
     fields = {field.name: getattr(trainer.collator, field.name) for field in dataclasses.fields(trainer.collator)}
     trainer.collator = SpanCollator(**fields)
     return trainer

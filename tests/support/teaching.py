@@ -1,6 +1,6 @@
-"""Encoders without a head for the task, data as files, and short runs of students.
+"""Pretrained encoders without a task head, data files, and short student runs.
 
-What tests of whole tasks begin with.
+Used by the tests of whole tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.conftest import TINY
 
 
 def pretrained(path: Path, tokenizer: Any, seed: int = 0, **overrides: Any) -> Path:
-    """An encoder without a head for the task."""
+    """Save a random encoder without a head for the task."""
     set_seed(seed)
     config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), pad_token_id=0, **{**TINY["bert"], **overrides})
     AutoModelForMaskedLM.from_config(config).save_pretrained(path)

@@ -1,4 +1,4 @@
-"""Tiny models built from a config, tokenizers trained on the spot, small data sets: no network."""
+"""Tiny models built from a config, tokenizers, and small data sets; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ TOPICS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Everything that `datasets` writes goes to a folder of the test run."""
+    """Redirect everything that `datasets` writes to a folder of the test run."""
     folder = tmp_path_factory.mktemp("arrow")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
@@ -85,21 +85,18 @@ def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def heap() -> Iterator[None]:
-    """What is alive before a file's tests is out of the garbage collector's sight.
-
-    See `frozen_heap`.
-    """
+    """Unfreeze the garbage collector after a file's tests; see `frozen_heap`."""
     yield
     gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap(heap: None) -> None:
-    """Freeze what is alive before a file's tests.
+    """Exclude existing objects from garbage collection during a file's tests.
 
-    Accelerate collects garbage at the start of every training run. Over the objects of torch,
-    transformers and hypothesis a collection takes a third of a second, which is more than a tiny
-    student trains for.
+    Accelerate collects garbage at the start of every training run. With the objects of torch,
+    transformers and hypothesis a collection takes a third of a second, longer than a tiny student
+    trains.
     """
     gc.collect()
     gc.freeze()
@@ -107,9 +104,9 @@ def frozen_heap(heap: None) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """No test cuts the power.
+    """Replace `os.fsync` by a no-op.
 
-    What a file holds, and what is written before what, is the same without fsync.
+    Without a power failure the contents of files and the order of writes are the same.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
@@ -117,14 +114,14 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 
 def sentence(rng: random.Random, words: int, topic: str | None = None) -> str:
-    """A text of so many words; with a topic, half of them are the topic's."""
+    """Return a text of `words` random words; with a topic, half of them are from it."""
     return " ".join(
         rng.choice(TOPICS[topic]) if topic and rng.random() < 0.5 else rng.choice(WORDS) for _ in range(words)
     )
 
 
-#: What `WordPieceTrainer` once made of `WORDS`. It numbers the tokens in another order in every
-#: process, and a random model that reads other numbers is another model: so they are written down.
+#: Vocabulary that `WordPieceTrainer` learned from `WORDS`. It is stored here because the trainer
+#: orders the tokens differently in every process, which changes the outputs of a random model.
 _PIECES = """
 a b c d e f g h i k l m n o p r s t u v w y ##n ##d ##e ##r ##a ##k ##t ##o ##f ##i ##l ##y ##v
 ##h ##p ##w ##s ##m ##g ##c ##u ##er ##ar ##at co mat st th ##nd ##ne ##ew ##an ##am ##one ##il
@@ -137,7 +134,7 @@ minister profit
 
 
 def wordpiece(special: Sequence[str], pieces: Sequence[str], *, unknown: str) -> Tokenizer:
-    """A WordPiece tokenizer with this vocabulary, the special tokens first."""
+    """Return a WordPiece tokenizer with this vocabulary, the special tokens first."""
     vocabulary = {token: i for i, token in enumerate([*special, *pieces])}
     raw = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
     raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
@@ -148,7 +145,7 @@ def wordpiece(special: Sequence[str], pieces: Sequence[str], *, unknown: str) ->
 
 @pytest.fixture(scope="session")
 def bert_tokenizer() -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer with token types, as BERT's."""
+    """Return a WordPiece tokenizer with token types, like BERT's."""
     raw = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], _PIECES.split(), unknown="[UNK]")
     raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return PreTrainedTokenizerFast(
@@ -165,7 +162,7 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def lm_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with EOS and padding, as GPT-2's."""
+    """Return a byte-level BPE tokenizer with EOS and padding, like GPT-2's."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -178,8 +175,7 @@ def lm_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", model_max_length=128)
 
 
-#: What makes each architecture tiny; sizes that are no multiple of anything where the architecture
-#: allows it.
+#: Small configuration of each architecture, with odd sizes where the architecture allows them.
 TINY: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48},
     "roberta": {
@@ -248,9 +244,9 @@ TINY: dict[str, dict[str, Any]] = {
 def tiny_model(
     kind: str, vocabulary: int, *, num_labels: int | None = None, seed: int = 0, spread: float = 1.0, **overrides: Any
 ) -> Any:
-    """A model with random weights; `num_labels` makes it a classifier.
+    """Return a model with random weights, a classifier if `num_labels` is given.
 
-    `spread` widens its logits, so that they are not all alike.
+    `spread` scales its logits, so that they are not nearly equal.
     """
     config = AutoConfig.for_model(
         kind, vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=1, **{**TINY[kind], **overrides}
@@ -268,7 +264,7 @@ def tiny_model(
 
 @pytest.fixture
 def topics() -> DatasetDict:
-    """90 + 30 texts of three topics; every fifth training row has no label."""
+    """Return 90 + 30 texts of three topics; every fifth training row has no label."""
     rng = random.Random(0)
 
     def split(count: int, unlabelled: bool) -> Dataset:
@@ -282,7 +278,7 @@ def topics() -> DatasetDict:
 
 @pytest.fixture
 def documents() -> DatasetDict:
-    """40 + 12 texts of 3 to 60 words."""
+    """Return 40 + 12 texts of 3 to 60 words."""
     rng = random.Random(1)
 
     def split(count: int) -> Dataset:
@@ -293,7 +289,7 @@ def documents() -> DatasetDict:
 
 @pytest.fixture
 def save_teacher(tmp_path: Path) -> Callable[..., Path]:
-    """Saves a model and its tokenizer as a directory."""
+    """Return a function that saves a model and its tokenizer to a directory."""
 
     def save(model: Any, tokenizer: PreTrainedTokenizerFast, name: str = "teacher") -> Path:
         path = tmp_path / name

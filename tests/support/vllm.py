@@ -1,4 +1,4 @@
-"""A real vLLM on loopback, from an environment of its own (make test-vllm)."""
+"""A real vLLM server on loopback, run from a separate environment (make test-vllm)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import httpx2
 
-#: The environment's directory: made by `make test-vllm`.
+#: Names the directory of the environment that `make test-vllm` creates.
 VARIABLE = "SOFTLABEL_VLLM"
 _SECONDS_TO_START = 600
 
 
 def program() -> Path | None:
-    """`vllm` of the environment; None where there is none."""
+    """Return the path of the environment's `vllm`, or None if it is missing."""
     folder = os.environ.get(VARIABLE)
     path = Path(folder, "bin", "vllm") if folder else None
     return path if path is not None and path.is_file() else None
@@ -26,7 +26,7 @@ def program() -> Path | None:
 
 @contextmanager
 def serving(model: Path, log: Path, *flags: str) -> Iterator[str]:
-    """The address of a server of a model directory, while the block runs."""
+    """Serve a model directory while the block runs, and yield the server's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

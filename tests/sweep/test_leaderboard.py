@@ -1,4 +1,4 @@
-"""The order of the lines, and what each says, on runs made up for it."""
+"""The order and content of leaderboard lines, on synthetic runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Many students in one process.
+"""Sweeps train many students in one process.
 
-Each as `train-student` makes it, none twice, chosen on a split that is not the one reported.
+Each student equals that of `train-student` and is trained once; the choice uses another split than
+the report.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def sweep(cache, teacher, output: Path, **settings) -> SweepConfig:
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What is trained: (name, whether it was resumed)."""
+    """Record what is trained: (name, whether it was resumed)."""
     module = importlib.import_module("pipeline.sweep.run")  # `pipeline.sweep` has a function of that name
     plain, calls = module.train, []
 
@@ -171,12 +172,14 @@ def test_what_is_finished_is_not_trained_again(tmp_path, cache, teacher, trained
     again = run(sweep(cache, teacher, tmp_path / "sweep"))
     assert len(trained) == 2
     assert again == first
-    run(sweep(cache, teacher, tmp_path / "sweep", temperature=(1.0, 4.0, 2.0)))  # a larger grid: only what is new
+    run(
+        sweep(cache, teacher, tmp_path / "sweep", temperature=(1.0, 4.0, 2.0))
+    )  # a larger grid: only new students are trained
     assert [name for name, _ in trained[2:]] == ["1x16x2-0.5-0.5-T2-seed0"]
-    run(sweep(cache, teacher, tmp_path / "sweep", temperature=(1.0,), max_steps=5))  # another setting
+    run(sweep(cache, teacher, tmp_path / "sweep", temperature=(1.0,), max_steps=5))  # a changed setting
     assert trained[3:] == [("1x16x2-0.5-0.5-T1-seed0", False)]
     proof = tmp_path / "sweep" / "runs" / "1x16x2-0.5-0.5-T4-seed0" / "distillation.json"
-    proof.write_text(proof.read_text().replace('"steps": 4', '"steps": 9'))  # made by somebody else since
+    proof.write_text(proof.read_text().replace('"steps": 4', '"steps": 9'))  # replaced by another run since
     run(sweep(cache, teacher, tmp_path / "sweep", temperature=(4.0,)))
     assert len(trained) == 5
 
@@ -239,7 +242,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, cache, teac
     assert done.exit_code == 1
     assert "1 of 2 runs failed, the first of them 1x16x2-0.5-0.5-T9-seed0: --temperature 9" in done.stderr
     assert "failed" in done.stdout
-    assert "1x16x2-0.5-0.5-T1" in done.stdout.partition("parameters")[2]  # the report has the other
+    assert "1x16x2-0.5-0.5-T1" in done.stdout.partition("parameters")[2]  # the report has the other student
     runs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
     assert [(r["error"] is None, r["result"] is None) for r in runs] == [(False, True), (True, False)]
 

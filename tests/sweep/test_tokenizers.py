@@ -1,4 +1,4 @@
-"""A sweep over students of which one has another tokenizer than the teacher."""
+"""A sweep with one student whose tokenizer differs from the teacher's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the families that language models use, made on the spot."""
+"""Tiny tokenizers of the families that language models use."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _metaspace(*, legacy: bool) -> PreTrainedTokenizerFast:
 
 
 def _pieces(special: list[str]) -> Tokenizer:
-    """Unigram of letters, and of each word its first letter and the rest.
+    """Return a Unigram tokenizer of letters, and of each word its first letter and the rest.
 
-    Written down, since a trained one is another in every process.
+    Its vocabulary is fixed, since training yields another one in every process.
     """
     words = CORPUS[0].split()
     letters = sorted({"▁", *"".join(words)})
@@ -81,7 +81,7 @@ def _unigram() -> PreTrainedTokenizerFast:
 
 
 def _gemma() -> PreTrainedTokenizerFast:
-    """Spaces become metaspaces and none is put in front; bytes stand for what has no token."""
+    """Replace spaces by metaspaces and prepend none; unknown characters become bytes."""
     raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.normalizer = normalizers.Replace(" ", "▁")
     raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -97,9 +97,9 @@ def _gemma() -> PreTrainedTokenizerFast:
 
 
 def _deberta() -> PreTrainedTokenizerFast:
-    """Unigram with a metaspace in front, as DeBERTa's second version.
+    """Return a Unigram tokenizer that prepends a metaspace, like DeBERTa's second version.
 
-    White space at the ends goes, the row stands in [CLS] and [SEP].
+    It strips surrounding whitespace, and adds a token at the start and at the end of a row.
     """
     raw = _pieces(["<pad>", "</s>", "<unk>", "<s>", "<|user|>"])
     raw.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])

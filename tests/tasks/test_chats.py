@@ -1,6 +1,6 @@
-"""Supervision of chats with the templates of model families.
+"""Supervised tokens of chats, with the templates of model families.
 
-What is learnt, in which context, in which rows.
+Covers which turns are supervised, their context, and how turns are split into rows.
 """
 
 # ruff: noqa: RUF001 - control tokens of DeepSeek
@@ -67,7 +67,7 @@ def rows_of(
 
 
 def parts(family: str | Any, row: TokenizedExample | BadRow) -> list[tuple[str, bool]]:
-    """A row as text: runs of tokens, and whether they are learnt."""
+    """Return a row as runs of text, each with whether it is supervised."""
     assert isinstance(row, TokenizedExample), row
     assert row.supervised is not None
     tokenizer = tokenizer_of(family) if isinstance(family, str) else family
@@ -92,7 +92,7 @@ ANALYSIS = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
 R1_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>find\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
 QWEN_CALL = '<tool_call>\n{{"name": "find", "arguments": {{"q": "{}"}}}}\n</tool_call><|im_end|>'
 EXPECTED: list[tuple[str, tuple[Message, ...], Any, list[list[str]]]] = [
-    # Families whose template goes on from its own renderings: a chat is one row.
+    # Templates that render a longer chat as a continuation of a shorter one: a chat is one row.
     ("llama-3.1", PLAIN, None, [["Hello<|eot_id|>", "Yes<|eot_id|>"]]),
     ("qwen-2.5", PLAIN, None, [["Hello<|im_end|>", "Yes<|im_end|>"]]),
     ("gemma-3", PLAIN, None, [["Hello<end_of_turn>", "Yes<end_of_turn>"]]),
@@ -101,14 +101,13 @@ EXPECTED: list[tuple[str, tuple[Message, ...], Any, list[list[str]]]] = [
     ("phi-4", PLAIN, None, [["Hello<|im_end|>", "Yes<|im_end|>"]]),
     ("phi-4-mini", PLAIN, None, [["Hello<|end|>", "Yes<|end|>"]]),
     ("smollm2", PLAIN, None, [["Hello<|im_end|>", "Yes<|im_end|>"]]),
-    # The system text stands in the last question, an empty reasoning in the last turn, <|return|>
-    # at the end alone.
+    # Templates that put the system text in the last question, an empty reasoning in the last turn,
+    # or <|return|> only at the end.
     ("mistral-v0.3", PLAIN, None, [[" Hello</s>"], [" Yes</s>"]]),
     ("mistral-v0.3", PLAIN[1:], None, [[" Hello</s>", " Yes</s>"]]),
     ("qwen-3", PLAIN, None, [[f"{EMPTY}Hello<|im_end|>"], [f"{EMPTY}Yes<|im_end|>"]]),
     ("gpt-oss", PLAIN, None, [[f"{HARMONY}Hello<|return|>"], [f"{HARMONY}Yes<|return|>"]]),
-    # Reasoning in the content: dropped from earlier turns by Qwen 3, and from every turn by
-    # DeepSeek-R1.
+    # Reasoning in the content: Qwen 3 drops it from earlier turns, DeepSeek-R1 from every turn.
     ("smollm2", REASONED, None, [[f"{turn.content}<|im_end|>" for turn in REASONED[1::2]]]),
     ("qwen-3", REASONED, None, [[f"{turn.content}<|im_end|>"] for turn in REASONED[1::2]]),
     (
@@ -117,7 +116,7 @@ EXPECTED: list[tuple[str, tuple[Message, ...], Any, list[list[str]]]] = [
         None,
         [["first\n</think>\n\nHello<｜end▁of▁sentence｜>"], ["then\n</think>\n\nYes<｜end▁of▁sentence｜>"]],
     ),
-    # Reasoning and tools: one question, so that each turn has the ones before it in its context.
+    # Reasoning and tools with one question: each turn has the previous ones in its context.
     (
         "qwen-3",
         AGENT,
@@ -142,7 +141,7 @@ EXPECTED: list[tuple[str, tuple[Message, ...], Any, list[list[str]]]] = [
             ]
         ],
     ),
-    # Tools, with arguments as JSON text, whatever the template wants.
+    # Tools with arguments as JSON text, whether the template expects text or objects.
     (
         "llama-3.1",
         CALLS,
@@ -216,14 +215,14 @@ def test_the_assistants_turns_are_learnt_with_the_tokens_that_end_them(
     )
     for row in rows:
         text, mark = parts(family, row)[-1]
-        assert mark, text  # what follows the last turn is no use to a student
+        assert mark, text  # text after the last turn is not kept
 
 
 def test_every_family_is_among_them() -> None:
     assert {case[0] for case in EXPECTED} == set(FAMILIES)
 
 
-# What a turn of each family is, said another way: text, reasoning and call -> what is to be learnt.
+# Independent renderings of each family's turns: text, reasoning and call -> supervised text.
 SAID: dict[str, Any] = {
     "llama-3.1": lambda text, _, found: (
         f'{{"name": "find", "parameters": {found}}}<|eot_id|>' if found else f"{text.strip()}<|eot_id|>"
@@ -306,7 +305,7 @@ def test_random_chats_are_learnt_turn_by_turn_in_the_context_of_inference(
             chat, tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False
         )
         expected.append((_undated(asked), text))
-    assert sorted(found) == sorted(expected)  # of equal questions, the first and the last may share a row
+    assert sorted(found) == sorted(expected)  # with equal questions, the first and the last turn may share a row
 
 
 def _as_objects(fields: Any) -> Any:
@@ -339,7 +338,7 @@ def _undated(text: str) -> str:
 )
 @pytest.mark.parametrize("marked", [False, True])
 def test_which_turns_are_learnt(mode: Any, expected: list[list[str]], marked: bool) -> None:
-    """With marks and without, in the same rows.
+    """Turns are selected with and without marks; both make the same rows.
 
     A row of one turn has the turns before it as its context.
     """
@@ -394,9 +393,9 @@ def test_a_chat_that_the_assistant_begins_is_learnt_from_its_words_on(family: st
 
 
 def test_what_the_generation_prompt_supplies_is_not_learnt() -> None:
-    """An empty reasoning, where thinking is off.
+    """With thinking off, the empty reasoning of the generation prompt is not supervised.
 
-    A reasoning that differs from it begins behind what both have.
+    If the turn's reasoning differs from it, supervision starts after their common prefix.
     """
     off = {"chat_template_kwargs": ("enable_thinking=false",)}
     assert learnt("qwen-3", rows_of("qwen-3", PLAIN, **off)) == [["Hello<|im_end|>"], ["Yes<|im_end|>"]]
@@ -426,9 +425,9 @@ def test_reasoning_that_the_template_drops_is_learnt_behind_the_generation_promp
 
 
 def test_calls_one_after_another_of_a_template_that_closes_the_answers_between_them() -> None:
-    """DeepSeek-R1 closes tool answers where no call follows.
+    """DeepSeek-R1 closes tool answers unless another call follows.
 
-    The context ends before what is closed.
+    The context of a further call therefore ends before the closing tokens.
     """
     messages = (
         turn("user", "a"),
@@ -449,12 +448,12 @@ LINES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        (LINES, ["Hello\n", "Yes\n"]),  # no token ends a turn: the line end does
+        (LINES, ["Hello\n", "Yes\n"]),  # a line break ends the turns instead of a token
         (LINES.replace("}}\n", "}}<|im_end|>\n\n"), ["Hello<|im_end|>", "Yes<|im_end|>"]),
-        # the generation prompt shares the beginning of a word with the answer
+        # the generation prompt and the answer start with the same letters
         (LINES.replace("}assistant: ", "}assistant: <Hey>"), ["Hello\n", "Yes\n"]),
         (LINES.replace("}assistant: ", "}assistant: Her"), ["Hello\n", "Yes\n"]),
-        # a generation prompt is nothing that the template knows
+        # the template has no generation prompt
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}",
             ["assistant: Hello<|im_end|>", "assistant: Yes<|im_end|>"],
@@ -476,7 +475,7 @@ def test_a_context_that_is_not_found_again_makes_a_bad_row() -> None:
 
 
 def test_the_day_that_a_template_asks_for_is_pinned() -> None:
-    """The same rows on every day, and the day in the contract; another one by an argument."""
+    """Rows are the same on every day; the contract stores the date, and an argument changes it."""
     for family, written in (("llama-3.1", "Today Date: 26 Jul 2024\n"), ("gpt-oss", "Current date: 2024-07-26\n")):
         text = "".join(part for part, _ in parts(family, rows_of(family, PLAIN)[0]))
         assert written in text
@@ -574,11 +573,11 @@ def test_no_chat_template_is_refused_with_what_to_do() -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_chat_is_cut_on_the_side_that_is_asked_for(packing: bool) -> None:
-    """On the left BOS stays; what was to be learnt and is gone is counted."""
+    """Cutting on the left keeps BOS; supervised tokens that are cut are counted."""
     tokenizer = tokenizer_of("gemma-3")
     (whole,) = rows_of(tokenizer, PLAIN[1:])
     assert isinstance(whole, TokenizedExample)
-    ids = [*whole.input_ids.tolist(), *[tokenizer.eos_token_id] * packing]  # which no turn of Gemma's ends with
+    ids = [*whole.input_ids.tolist(), *[tokenizer.eos_token_id] * packing]  # EOS, which ends no turn of Gemma's
     for side, kept in ((None, ids[:-8]), ("left", [ids[0], *ids[9:]])):
         (row,) = rows_of(tokenizer, PLAIN[1:], length=len(ids) - 8, truncation_side=side, packing=packing)
         assert isinstance(row, TokenizedExample)
@@ -589,11 +588,11 @@ def test_a_chat_is_cut_on_the_side_that_is_asked_for(packing: bool) -> None:
     (short,) = rows_of(tokenizer, PLAIN[1:], length=20, truncation_side="left")
     assert isinstance(short, TokenizedExample)
     assert short.cut[0].supervised > 0
-    assert not short.supervised[0]  # the first token behind BOS has lost its context
+    assert not short.supervised[0]  # the first token after BOS has lost its context
 
 
 def test_rows_of_chats_may_be_packed() -> None:
-    """Every turn once, whole chats' counts, and keys that no two rows share."""
+    """Every turn occurs once, counts are of whole chats, and no two rows share a key."""
     examples = [Example(i, messages=PLAIN) for i in range(5)]
     packed = Tokenization(500, packing=True)
     rows = list(LM.tokenize(examples, "train", tokenizer_of("gpt-oss"), packed))
@@ -652,7 +651,7 @@ def test_what_decides_is_said_with_the_reason() -> None:
 
     assert "as few rows as possible, with each turn in its context at inference" in said(tokenizer_of("phi-4"))
     assert "(--assistant-turns last)" in said(tokenizer_of("phi-4"), "last")
-    assert 'the day is strftime_now="2024-07-26"' in said(tokenizer_of("gpt-oss"))
+    assert 'the date is always strftime_now="2024-07-26"' in said(tokenizer_of("gpt-oss"))
     assert "has no generation prompt, so that the header of a turn is trained on too" in said(
         tokenizer_of("mistral-v0.3")
     )

@@ -21,7 +21,7 @@ from tests.tasks.families import FAMILIES
 LM = get_task("causal-lm")
 LONG = Tokenization(4000)
 each_family = pytest.mark.parametrize("family", FAMILIES)
-#: Words, white space, line ends, other scripts, emoji, combining marks, ligatures.
+#: Words, whitespace, line breaks, other scripts, emoji, combining marks, ligatures.
 PARTS = [
     "the",
     "cat",
@@ -85,7 +85,7 @@ def test_tokens_stand_for_every_byte_of_a_text_once(family: str, text: str) -> N
         )
     if family not in ("bert", "t5", "deberta", "qwen"):  # these change the text
         assert num_bytes.sum() == len(text.encode())
-        for i in range(len(ids) - 1):  # up to any token; offsets of white space may be trimmed
+        for i in range(len(ids) - 1):  # up to any token; offsets of whitespace may be trimmed
             if offsets[i + 1][0] >= offsets[i][1] > offsets[i][0]:
                 assert num_bytes[: i + 1].sum() == len(text[: offsets[i][1]].encode())
         if not text.startswith((" ", "\n", "\t", "\r")):
@@ -109,9 +109,9 @@ def test_bytes_of_tokens(family: str, text: str, expected: list[int]) -> None:
 @each_family
 @pytest.mark.parametrize("text", ["the cat sat", "日本 cat", "2+2=4 🐕🐕"])
 def test_text_bytes_of_a_row_is_the_text_that_is_predicted(family: str, text: str) -> None:
-    """Of a text, a prompt and a chat.
+    """Checks a text, a prompt and a chat.
 
-    The document's first token is predicted only where BOS stands before it.
+    The document's first token is predicted only if BOS precedes it.
     """
     tokenizer: Any = FAMILIES[family]
     row = good(family, text=text)
@@ -198,7 +198,7 @@ def test_prompt_and_completion_join_as_their_text_does(family: str, prompt: str,
 
 
 def test_a_token_that_begins_in_the_prompt_is_the_prompts() -> None:
-    """A prefix of white space does not count: it makes no token the prompt's."""
+    """A token that shares only whitespace with the prompt does not belong to it."""
     vocabulary = read_vocabulary(FAMILIES["mistral"])
     row = row_of("mistral", prompt_completion=("the c", "at"))
     pieces = FAMILIES["mistral"].convert_ids_to_tokens(vocabulary.encode("the cat")[0].tolist())

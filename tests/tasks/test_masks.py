@@ -1,6 +1,6 @@
-"""Masks are a matter of seed and place, in the shares that BERT has.
+"""Masks depend only on seed and position, with BERT's shares.
 
-And the logits at hidden tokens those of the model.
+The logits at masked tokens equal the model's.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def drawn(
 
 
 def test_shares_are_those_of_bert():
-    """80% mask, 10% a random token, 10% as they are, over 15% of the tokens.
+    """Of the 15% selected tokens, 80% are masked, 10% are random and 10% stay unchanged.
 
-    Every place as often as the others.
+    Every position is selected equally often.
     """
     kinds, places = np.zeros(3, dtype=int), np.zeros(100, dtype=int)
     replacements = []

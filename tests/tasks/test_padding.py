@@ -1,4 +1,4 @@
-"""Logits of padded batches are those of each row alone, with any padding token or none."""
+"""Logits of padded batches equal those of single rows, with any padding token or none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PADS = {"first": 0, "none": None, "eos": 1, "ordinary": 5, "negative": -1, "beyo
 
 
 def rows():
-    """Of 3 to 9 tokens; they end with token 0, with EOS, with 5, with others."""
+    """Return rows of 3 to 9 tokens that end with token 0, EOS, 5 or others."""
     rng = np.random.default_rng(0)
     for i, last in enumerate([0, 1, 5, 7, 0, 1, 9]):
         ids = np.append(rng.integers(0, 40, 2 + i % 7), last).astype(np.int32)

@@ -1,6 +1,6 @@
-"""Sources and targets in one row.
+"""Rows with sources and targets.
 
-Cut, collated apart, and predicted as the model itself predicts them.
+They are truncated and collated separately, and their logits equal the model's own.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def model_of(kind: str) -> Any:
     model = AutoModelForSeq2SeqLM.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data *= 3  # logits that differ from each other
+            parameter.data *= 3  # so that the logits differ
     return model
 
 
@@ -111,7 +111,10 @@ def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_logits_at_target_tokens_are_the_models_under_teacher_forcing(kind):
-    """`model(labels=...)` shifts the targets to the right by itself; a row alone gives the same."""
+    """The reference is `model(labels=...)`, which shifts the targets to the right itself.
+
+    A single row gives the same logits.
+    """
     model, (inputs, supervised) = model_of(kind), batch()
     with torch.no_grad():
         plain = model(**inputs)

@@ -1,6 +1,6 @@
-"""What rows of language models are made of.
+"""Contents that language-model rows store.
 
-The text that their tokens cover, or the conversation and the turns that they learn.
+A row stores the text of its tokens, or its conversation and the supervised turns.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_pieces_of_a_text_cover_all_of_it_in_order(family, text, length):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_supervised_stands_at_the_end(family):
-    """Of texts of which every token has whole characters: the last `text_bytes` bytes."""
+    """The supervised text is the last `text_bytes` bytes, if every token has whole characters."""
     tokenizer = FAMILIES[family]
     text = "the cat sat on a mat 2+2= 4 it isn't 10 " * 6 + "mat"
     for row in rows_of(tokenizer, 9, text=text):
@@ -107,7 +107,7 @@ def test_texts_are_kept_on_request_alone():
 
 
 def rendered_again(tokenizer: Any, row: TokenizedExample) -> list[Any]:
-    """What another tokenizer, here the same, makes of the conversation of a row."""
+    """Tokenize the stored conversation of a row again, as for another tokenizer."""
     messages, tools = read_conversation(row.messages or "")
     return rows_of(tokenizer, messages=messages, tools=tools)
 
@@ -173,7 +173,7 @@ def test_a_turn_that_was_cut_off_is_not_learnt(tokenizer, side, left):
     (row,) = rows_of(tokenizer, length, messages=PLAIN, truncation_side=side)
     content = json.loads(row.messages)
     assert content["learnt"] == left
-    assert len(content["messages"]) == 5  # the context that the tokens had
+    assert len(content["messages"]) == 5  # the context of the tokens
 
 
 def test_all_that_a_template_reads_is_kept():

@@ -1,4 +1,4 @@
-"""Texts, chats and prompts as rows: every token predicted once, and only what should be."""
+"""Texts, chats and prompts as rows: every token is predicted once, and no other position is."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_inputs_of_the_other_task_are_refused(task, columns, settings, flag):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_what_is_cut_off_is_counted_by_source_row(lm_tokenizer, packing):
-    """Prompts lose their end; plain texts go on in the next piece and lose nothing."""
+    """Prompts lose their end; plain texts continue in the next piece and lose nothing."""
     completion = "cat sat on the mat and then ran home"
     whole = len(lm_tokenizer("the dog")["input_ids"]) + len(lm_tokenizer(completion)["input_ids"]) + 1  # and EOS
     examples = [
@@ -233,7 +233,7 @@ def test_a_classifiers_row_says_how_many_tokens_it_lost(bert_tokenizer):
     examples = [
         Example(source_row=0, text="the cat " * 10),
         Example(source_row=1, text="a dog"),
-        Example(source_row=2, text="the cat sat on the hill"),  # 8 tokens, as many as are allowed
+        Example(source_row=2, text="the cat sat on the hill"),  # 8 tokens, the maximum
     ]
     rows = list(CLASSIFIER.tokenize(examples, "train", bert_tokenizer, Tokenization(8)))
     assert [row.cut for row in rows] == [(Cut(0, 22 - 8),), (), ()]

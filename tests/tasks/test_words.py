@@ -1,4 +1,4 @@
-"""Rows of words as tokens: a position for each word, at its first token, and its label there."""
+"""Rows of words: each word has a position at its first token, and its label there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_word_has_a_position(words, is_bert):
 
 
 def test_byte_level_words_have_the_tokens_of_the_text(lm_tokenizer):
-    """Without `add_prefix_space` the words of a list would be tokenized as one long one."""
+    """Without `add_prefix_space` the words of a list would be tokenized as a single word."""
     words = ("the", "cat", "sat", "on", "mats")
     (row,) = tokenize(lm_tokenizer, words)
     assert row.input_ids.tolist() == lm_tokenizer(" ".join(words))["input_ids"]
@@ -175,7 +175,7 @@ def test_metrics_are_of_entities():
     names = ("O", "B-A", "I-A", "B-B")
     found = predictions([1, 2, 0, 3, 1], [1, 2, 3, 3, 2], [0, 0, 0, 1, 2], names)
     metrics = TASK.metrics(found, 4)
-    assert metrics["precision"] == pytest.approx(3 / 4)  # A, B, B and in the last row an I-A that begins one
+    assert metrics["precision"] == pytest.approx(3 / 4)  # A, B, B, and an entity that starts with I-A in the last row
     assert metrics["recall"] == pytest.approx(3 / 3)
     assert metrics["f1"] == pytest.approx(6 / 7)
     assert metrics["accuracy"] == pytest.approx(3 / 5)

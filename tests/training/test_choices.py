@@ -159,6 +159,7 @@ def test_loss_and_gradient_of_rows_with_fewer_choices(cache, tmp_path, encoding)
         torch.testing.assert_close(terms.total, plain, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_tokenizer, monkeypatch):
     start = pretrained(tmp_path / "base", bert_tokenizer, seed=3, **SMALL)
     settings = {"max_steps": 250, "learning_rate": 3e-3, "batch_size": 16}
@@ -184,6 +185,7 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     exec(code, {})  # what the card shows runs
 
 
+@pytest.mark.full
 def test_a_student_with_another_tokenizer_learns_from_the_texts(cache, tmp_path, lm_tokenizer):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -164,6 +164,7 @@ def test_two_ranks_train_as_one(tmp_path, bert_tokenizer, topics):
     assert_alike(found, train(tmp_path, cache.root, 1, 8)[0])
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
     """The fused loss under DDP and FSDP.
@@ -184,6 +185,7 @@ def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, l
     assert_alike(train(tmp_path, cache.root, 2, 4, **sharded), alone)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_ranks_count_aligned_spans_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
     """Unequal numbers of spans with unequal weights on the ranks, under DDP and FSDP.

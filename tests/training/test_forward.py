@@ -202,6 +202,7 @@ def test_lora_around_the_layers_is_fused_and_on_the_head_dense(cache, lm_tokeniz
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"

@@ -46,6 +46,7 @@ from pipeline.tasks.images.pixels import cut, decode
 from pipeline.training.teacher import run as train_teacher
 from tests.support.once import once
 from tests.support.pictures import NAMES, data_set, encode, folders, pictures, pixels, untrained
+from tests.support.profile import in_full
 from tests.support.teaching import train
 
 TASK = "image-classification"
@@ -148,7 +149,7 @@ def test_a_view_is_a_part_of_the_image_that_teacher_and_student_see_alike(viewed
     )
 
 
-@pytest.mark.parametrize("settings", [{"num_workers": 2}, {"part": "0/2"}], ids=str)
+@pytest.mark.parametrize("settings", [*in_full({"num_workers": 2}), {"part": "0/2"}], ids=str)
 def test_a_capture_is_the_same_whoever_makes_its_shards(viewed, teacher, tmp_path, settings):
     from pipeline.capture.run import run
     from pipeline.config import CacheLogitsConfig
@@ -166,6 +167,7 @@ def test_a_capture_is_the_same_whoever_makes_its_shards(viewed, teacher, tmp_pat
     assert found.manifest.cache_id == first.manifest.cache_id
 
 
+@pytest.mark.full
 def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, teacher):
     start = make_student(str(teacher), tmp_path / "start", config=Shape(1, 16, 2)).path
     assert json.loads((start / "preprocessor_config.json").read_text())["size"] == {"height": 8, "width": 8}
@@ -341,7 +343,7 @@ def test_a_cache_that_refers_to_images(tmp_path, teacher, cache, monkeypatch):
     monkeypatch.delenv("SOFTLABEL_IMAGES")
     with pytest.raises(CacheError, match="set SOFTLABEL_IMAGES to the directory that holds files"):
         list(refers.dataset("train"))
-    with pytest.raises(MisuseError, match="is no file below the data set's directory"):
+    with pytest.raises(MisuseError, match="is not a file in the data set's directory"):
         softlabel.cache_logits(str(teacher), rows(), tmp_path / "no", task=TASK, columns=IMAGES, store_images=False)
 
 

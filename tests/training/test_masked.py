@@ -125,6 +125,7 @@ def test_a_capture_is_the_same_whoever_makes_its_shards(tmp_path, cache, teacher
         assert ours.example.input_ids.tolist() == theirs.example.input_ids.tolist()
 
 
+@pytest.mark.full
 def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, cache, bert_tokenizer):
     start = pretrained(tmp_path / "start", bert_tokenizer, seed=1, **SMALL)
     long = {"max_steps": 200, "learning_rate": 4e-3}
@@ -177,6 +178,7 @@ def test_intervals_resample_texts_not_masks(tmp_path, teacher, bert_tokenizer):
     assert widths[16] == 16 * widths[1]
 
 
+@pytest.mark.full
 def test_pages_show_the_hidden_tokens(tmp_path, cache, teacher, bert_tokenizer):
     lines = "\n".join(describe(cache, split="test", rows=1, tokens=5, top=3))
     assert "30% of the tokens hidden, 2 masks of each text" in lines

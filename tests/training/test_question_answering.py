@@ -253,6 +253,7 @@ def test_loss_and_gradient(teacher, tmp_path, encoding):
     assert int(goal.ids.max()) < 48
 
 
+@pytest.mark.full
 def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_tokenizer, monkeypatch):
     start = pretrained(tmp_path / "base", bert_tokenizer, seed=3, **SMALL)
     settings = {"max_steps": 250, "learning_rate": 3e-3, "batch_size": 16}
@@ -280,6 +281,7 @@ def test_windows_without_overlap_are_another_contract(teacher, tmp_path):
     assert alone.manifest.contract.tokenization.stride == 0
 
 
+@pytest.mark.full
 def test_an_adapter_learns_and_predicts(cache, tmp_path, bert_tokenizer):
     pytest.importorskip("peft")
     start = pretrained(tmp_path / "base", bert_tokenizer, seed=3, **SMALL)

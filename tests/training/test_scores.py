@@ -125,6 +125,7 @@ def test_cached_values_are_the_models(cache, teacher):
         torch.testing.assert_close(row.soft.top_logprobs, scores, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, cache, bert_tokenizer):
     start = pretrained(tmp_path / "start", bert_tokenizer, seed=1, **SMALL)
     train(cache, start, tmp_path / "untrained", max_steps=1, learning_rate=1e-9)
@@ -145,6 +146,7 @@ def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, 
     assert student.kl < 0.25 * before.kl
 
 
+@pytest.mark.full
 def test_a_student_with_another_tokenizer_learns_from_the_texts(tmp_path, cache, lm_tokenizer):
     start = pretrained(tmp_path / "start", lm_tokenizer, seed=1, **SMALL)
     train(cache, start, tmp_path / "student", **LONG)
@@ -197,7 +199,7 @@ def test_caches_are_not_converted(tmp_path, cache):
 
 def test_an_encoding_of_distributions_is_refused(tmp_path, teacher):
     with pytest.raises(
-        MisuseError, match="--encoding full: is for distributions, which --task sequence-regression has not"
+        MisuseError, match="--encoding full: is for distributions, which --task sequence-regression does not have"
     ):
         softlabel.cache_logits(str(teacher), texts(), tmp_path / "c", task=TASK, encoding=Full())
 
@@ -255,8 +257,8 @@ def test_rows_of_ones_own(tmp_path, bert_tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: replace(m, contract=replace(m.contract, num_classes=2)), "num_classes: expected 1, as a score has, found 2"),
-        (lambda m: replace(m, contract=replace(m.contract, encoding=Full())), "encoding: expected score, as the task sequence-regression has, found full"),
+        (lambda m: replace(m, contract=replace(m.contract, num_classes=2)), "num_classes: expected 1 for a score, found 2"),
+        (lambda m: replace(m, contract=replace(m.contract, encoding=Full())), "encoding: expected score, as the task sequence-regression needs, found full"),
         (lambda m: replace(m, shards=tuple(replace(s, moments=()) for s in m.shards)), "shards.0.moments: expected 2, found 0"),
         (lambda m: replace(m, shards=tuple(replace(s, moments=(Moments(1, 0.0, 0.0),) * 2) for s in m.shards)), "moments: expected finite ones of"),
     ],

@@ -190,6 +190,7 @@ def test_the_fused_loss_is_the_dense_one(cache, teacher, soft_weight):
         torch.testing.assert_close(gradient, found[False][1][name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, cache, teacher, bert_tokenizer):
     start = small(tmp_path / "start", bert_tokenizer, seed=1)
     long = {"max_steps": 200, "learning_rate": 5e-3}
@@ -215,6 +216,7 @@ def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, 
     assert found.teacher.metrics["chrf"] > 50
 
 
+@pytest.mark.full
 def test_pages_show_the_targets(tmp_path, cache, teacher, bert_tokenizer):
     lines = "\n".join(describe(cache, split="test", rows=1, tokens=5, top=3))
     assert "target token" in lines

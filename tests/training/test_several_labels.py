@@ -135,6 +135,7 @@ def test_the_loss_is_the_binary_one_of_each_label(cache, teacher):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, cache, bert_tokenizer):
     start = pretrained(tmp_path / "start", bert_tokenizer, seed=1, **SMALL)
     train(cache, start, tmp_path / "untrained", max_steps=1, learning_rate=1e-9)
@@ -150,6 +151,7 @@ def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, 
     assert student.retention_interval.low <= student.retention <= student.retention_interval.high
 
 
+@pytest.mark.full
 def test_a_student_with_another_tokenizer_learns_from_the_texts(tmp_path, cache, lm_tokenizer):
     start = pretrained(tmp_path / "start", lm_tokenizer, seed=1, **SMALL)
     train(cache, start, tmp_path / "student", **LONG)
@@ -284,7 +286,7 @@ def test_the_card_of_a_student_says_what_f1_is(tmp_path, cache, bert_tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 3}, "num_classes: expected 2, as a label of several has, found 3"),
+        ({"num_classes": 3}, "num_classes: expected 2 for each of several labels, found 3"),
         ({"label_names": ()}, "label_names: expected 1 to .*, found 0"),
         ({"label_names": None}, "label_names: expected 1 to .*, found None"),
     ],

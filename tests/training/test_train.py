@@ -26,6 +26,7 @@ from pipeline.training.run import run
 from tests.conftest import tiny_model
 from tests.support.once import once
 from tests.support.processes import python
+from tests.support.profile import in_full
 from tests.support.rows import build_cache
 
 NAMES = {0: "business", 1: "sport", 2: "film"}
@@ -178,7 +179,7 @@ def test_a_student_with_another_tokenizer_trains_from_the_stored_text(tmp_path, 
     )
 
 
-@pytest.mark.parametrize("encoding", [Sampled(8.0), TopK(6), Full()], ids=lambda e: e.kind)
+@pytest.mark.parametrize("encoding", [Sampled(8.0), *in_full(TopK(6), Full())], ids=lambda e: e.kind)
 def test_language_model_students_train_from_every_encoding(tmp_path, lm_tokenizer, documents, save_teacher, encoding):
     path = save_teacher(tiny_model("llama", len(lm_tokenizer), spread=4.0), lm_tokenizer)
     cache = softlabel.cache_logits(

@@ -355,6 +355,7 @@ def test_a_student_whose_embedding_is_smaller_than_the_vocabulary_is_refused(tmp
         softlabel.train_student(cache, model, tmp_path / "o")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"

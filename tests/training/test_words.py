@@ -93,6 +93,7 @@ def test_cached_values_are_the_models(cache, teacher):
         torch.testing.assert_close(row.soft.top_logprobs.view(-1, len(names)), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_a_student_comes_close_to_its_teacher_and_a_control_beside_it(tmp_path, cache, teacher, bert_tokenizer):
     start = pretrained(tmp_path / "start", bert_tokenizer, seed=1, num_hidden_layers=1)
     train(cache, start, tmp_path / "untrained", max_steps=1, learning_rate=1e-9)
@@ -290,6 +291,7 @@ def test_models_with_another_head_are_refused(tmp_path, teacher, bert_tokenizer)
     assert load_model(get_task(TASK), str(teacher)).model.config.num_labels == len(TAGS)
 
 
+@pytest.mark.full
 def test_an_adapter_has_its_new_head(tmp_path, cache, bert_tokenizer):
     pytest.importorskip("peft")
     start = pretrained(tmp_path / "start", bert_tokenizer)

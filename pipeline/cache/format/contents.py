@@ -75,7 +75,7 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
     if "position_labels" in lists:
         if "supervised" not in lists:  # one position for each label name
             positions = np.full(table.num_rows, len(contract.label_names or ()), dtype=np.int64)
-        check.same(lists["position_labels"].counts, positions, "position_labels: expected one a position")
+        check.same(lists["position_labels"].counts, positions, "position_labels: expected one per position")
         known = lists["position_labels"].values
         known = known[is_known(known)]
         if isinstance(contract.encoding, Score):
@@ -84,26 +84,26 @@ def check_contents(table: pa.Table, contract: Contract, where: str) -> int:
             check.range(known, contract.num_classes, "position_labels")
     if "position_words" in table.column_names:
         words = _list(table, "position_words", check, values=False)
-        check.same(words.counts, positions, "position_words: expected one a position")
+        check.same(words.counts, positions, "position_words: expected one per position")
     if "text_bytes" in ours:
         check(int(table.column("text_bytes").to_numpy().min()) >= 0, "text_bytes: expected at least 0")
     if "entropy" in lists:
-        check.same(lists["entropy"].counts, positions, "entropy: expected one a position")
+        check.same(lists["entropy"].counts, positions, "entropy: expected one per position")
     if "label_logprobs" in lists:
-        check.same(lists["label_logprobs"].counts, positions, "label_logprobs: expected one a position")
+        check.same(lists["label_logprobs"].counts, positions, "label_logprobs: expected one per position")
         found = lists["label_logprobs"].values
         check(_are_log_probabilities(found), "label_logprobs: expected log-probabilities, at most 0")
     if isinstance(contract.encoding, Full):
         logits = lists["logits"]
         check.same(
-            logits.counts, positions * contract.num_classes, f"logits: expected {contract.num_classes} a position"
+            logits.counts, positions * contract.num_classes, f"logits: expected {contract.num_classes} per position"
         )
         check(
             not bool((logits.values.max(initial=-np.inf) > _SLACK) | np.isnan(logits.values.max(initial=-np.inf))),
             "logits: expected at most 0",
         )
     elif isinstance(contract.encoding, Score):
-        check.same(lists["teacher_scores"].counts, positions, "teacher_scores: expected one a position")
+        check.same(lists["teacher_scores"].counts, positions, "teacher_scores: expected one per position")
         check(bool(np.isfinite(lists["teacher_scores"].values).all()), "teacher_scores: expected finite scores")
     else:
         _check_kept(check, lists, contract, positions)
@@ -118,7 +118,7 @@ def _check_tokens(tokens: _List, contract: Contract, check: _Check) -> None:
 
 
 def _check_choices(lengths: _List, choices: int, check: _Check) -> None:
-    check(bool((lengths.counts == choices).all()), f"document_lengths: expected {choices} in every row, one a choice")
+    check(bool((lengths.counts == choices).all()), f"document_lengths: expected {choices} in every row, one per choice")
     found = lengths.values.reshape(-1, choices)
     check(
         bool((found >= 0).all() and ((found > 0).sum(1) > 1).all()),
@@ -163,7 +163,7 @@ def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, posi
     encoding, classes = contract.encoding, contract.num_classes
     values = lists["top_weights" if isinstance(encoding, Sampled) else "top_logprobs"]
     counts, ids = lists["top_count"], lists["top_ids"]
-    check.same(counts.counts, positions, "top_count: expected one a position")
+    check.same(counts.counts, positions, "top_count: expected one per position")
     check(bool((counts.values > 0).all()), "top_count: expected at least 1")
     check.same(ids.counts, counts.sums(), "top_ids: expected as many as top_count says")
     check.same(values.counts, ids.counts, f"{values.name}: expected as many as top_count says")
@@ -171,7 +171,7 @@ def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, posi
     if isinstance(encoding, Sampled):
         check.range(values.values, encoding.steps + 1, "top_weights")
         tails, gaps = lists["tail_count"], lists["tail_gaps"]
-        check.same(tails.counts, positions, "tail_count: expected one a position")
+        check.same(tails.counts, positions, "tail_count: expected one per position")
         check.same(gaps.counts, tails.sums(), "tail_gaps: expected as many as tail_count says")
         # the last class of each position; 0 without a tail
         last = _List("tail_gaps", tails.values.astype(np.int64), gaps.values).sums()
@@ -179,7 +179,7 @@ def _check_kept(check: _Check, lists: dict[str, _List], contract: Contract, posi
         return
     grid = len(getattr(encoding, "temperatures", ()))
     residuals = lists["log_residuals"]
-    check.same(residuals.counts, positions * grid, f"log_residuals: expected {grid} a position")
+    check.same(residuals.counts, positions * grid, f"log_residuals: expected {grid} per position")
     for name in ("top_logprobs", "log_residuals"):
         check(_are_log_probabilities(lists[name].values), f"{name}: expected log-probabilities, at most 0")
 

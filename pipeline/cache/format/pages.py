@@ -106,7 +106,7 @@ def check_row_group(file: pq.ParquetFile, path: ShardFile, group: int, columns: 
             total += _decoded_bytes(pages, file.schema.column(i), path, group, where)
             if total > MOST_BYTES:
                 raise IntegrityError(
-                    f"{where}: would take more than {MOST_BYTES >> 20} MB of memory with those before it"
+                    f"{where}: this column and those before it would take more than {MOST_BYTES >> 20} MB of memory"
                 )
 
 

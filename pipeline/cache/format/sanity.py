@@ -52,13 +52,13 @@ def _of_contract(contract: Contract) -> Iterator[str]:
     classes, encoding = contract.num_classes, contract.encoding
     is_score = task.target == "score"
     if isinstance(encoding, Score) != is_score:
-        yield f"encoding: expected {'score' if is_score else 'one of distributions'}, as the task {task.name} has, found {encoding.kind}"
+        yield f"encoding: expected {'score' if is_score else 'one of distributions'}, as the task {task.name} needs, found {encoding.kind}"
     if not (1 if is_score else 2) <= classes <= _MOST_CLASSES:
         yield f"num_classes: expected {1 if is_score else 2} to {_MOST_CLASSES}, found {classes}"
     names = contract.label_names
     if task.names == "positions":
         if classes != (1 if is_score else 2):
-            yield f"num_classes: expected {'1, as a score' if is_score else '2, as a label of several'} has, found {classes}"
+            yield f"num_classes: expected {'1 for a score' if is_score else '2 for each of several labels'}, found {classes}"
         if not names or len(names) > _MOST_CLASSES:
             yield f"label_names: expected 1 to {_MOST_CLASSES}, found {names if names is None else len(names)}"
     elif task.names == "places":

@@ -11,12 +11,12 @@ def contents_lines(contents: SourceContents) -> list[str]:
     lines = []
     if contents.cut_rows:
         lines.append(
-            f"{contents.cut_rows:,} of {rows:,} rows were cut at the longest row allowed and lost {contents.cut_tokens:,} tokens "
+            f"{contents.cut_rows:,} of {rows:,} rows were cut at the maximum length and lost {contents.cut_tokens:,} tokens "
             "(--max-length)"
         )
     if contents.cut_supervised_rows:
         lines.append(
-            f"{contents.cut_supervised_rows:,} of {rows:,} rows lost tokens that were to be learnt (--max-length, "
+            f"{contents.cut_supervised_rows:,} of {rows:,} rows lost tokens to train on (--max-length, "
             "--truncation-side)"
         )
     if contents.split_chats:

@@ -266,6 +266,8 @@ def _answer(ray: Any, reference: Any) -> _Said | None:
             ) from None
         if isinstance(cause, PipelineError):
             raise cause from None
-        raise CacheError(f"a Ray worker met {str(error).strip().splitlines()[-1]}; what was finished is kept") from None
+        raise CacheError(
+            f"a Ray worker failed: {str(error).strip().splitlines()[-1]}; finished shards are kept"
+        ) from None
     assert found is None or isinstance(found, _Said)
     return found

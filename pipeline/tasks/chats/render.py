@@ -91,7 +91,7 @@ def supervision(settings: Tokenization, tokenizer: PreTrainedTokenizerBase) -> s
         parts.append(f"rows contain the current date (--chat-template-kwargs {CLOCK}=DAY fixes it)")
     elif template.asks_the_date:
         day = next(item for item in settings.chat_template_kwargs if item.startswith(f"{CLOCK}="))
-        parts.append(f"the day is {day}, whenever it is run (--chat-template-kwargs {CLOCK}=DAY)")
+        parts.append(f"the date is always {day} (--chat-template-kwargs {CLOCK}=DAY sets another)")
     return "; ".join(parts)
 
 
@@ -177,8 +177,8 @@ def _learnt(messages: Sequence[Message], spans: list[Span]) -> list[Span]:
         return spans
     if len(turns) != len(spans):
         raise BadRowError(
-            f"a turn is context only, and the chat template marks {len(spans)} parts for {len(turns)} turns of the "
-            "assistant: expected one each; give a template that marks every turn with --chat-template FILE.jinja"
+            f"some turns are context only, and the chat template marks {len(spans)} parts for {len(turns)} turns of the "
+            "assistant: expected one per turn; give a template that marks every turn with --chat-template FILE.jinja"
         )
     return [span for span, message in zip(spans, turns, strict=True) if message.learnt]
 

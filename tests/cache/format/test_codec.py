@@ -1,4 +1,4 @@
-"""Round trips: what is packed comes back, up to the float16 of what is narrowed."""
+"""Round trips of the codec: soft labels are unchanged, up to the rounding of `narrow`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_token_rows_come_back(lengths, classes, encoding, seed):
     st.integers(0, 2**16),
 )
 def test_any_logits_come_back(classes, encoding, spread, dtype, seed):
-    """Ties, probability 0, extreme float16, one class, more classes than two bytes count."""
+    """Covers ties, probability 0, extreme float16 values, one class, and ids beyond uint16."""
     if classes > 1000 and encoding in (Full(), TopK(1000), TopP(0.7)):
         return
     rng = np.random.default_rng(seed)

@@ -1,6 +1,6 @@
-"""Every single setting of a contract: another value is another capture.
+"""A capture whose contract differs in any single field is refused as another capture.
 
-Generated from the fields, so that a new one is not forgotten.
+The cases are generated from the dataclass fields, so that new fields are covered.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.support.rows import build_cache, make_plan
 
 
 def contract(encoding: Encoding) -> Contract:
-    """A contract with something in every field that can be empty, and nothing in others."""
+    """A contract with common values; fields that depend on the task keep their empty defaults."""
     return Contract(
         task="sequence-classification",
         encoding=encoding,
@@ -60,7 +60,7 @@ def contract(encoding: Encoding) -> Contract:
 
 
 def other(value: Any) -> Any:
-    """Another value of its type."""
+    """A different value of the same type; a string for None."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -69,11 +69,11 @@ def other(value: Any) -> Any:
         return value + "x"
     if isinstance(value, tuple):
         return (*value[:-1], other(value[-1])) if value else ("x",)
-    return "x"  # None
+    return "x"  # value is None
 
 
 def mutations(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every record that differs in one leaf, and the leaf's path."""
+    """Yield the path of each leaf field and a copy of the record with only that leaf changed."""
     for field in dataclasses.fields(record):
         value, path = getattr(record, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -83,12 +83,12 @@ def mutations(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{key}", dataclasses.replace(record, **{field.name: {**value, key: other(value[key])}})
             more = next(iter(value.values()))
             yield f"{path}.more", dataclasses.replace(record, **{field.name: {**value, "more": more}})
-        elif field.name != "kind":  # the name of the class
+        elif field.name != "kind":  # a constant of the class
             changed = OTHERS[field.name] if field.name in OTHERS else other(value)
             yield path, dataclasses.replace(record, **{field.name: changed})
 
 
-#: Other values of fields whose type cannot be told from an empty one.
+#: Different values for fields that are empty here, so that `other` cannot infer their type.
 OTHERS: dict[str, Any] = {
     "rows": (0, 7),
     "unlabelled_sources": (UnlabelledSource("u.csv", None, 5),),
@@ -103,13 +103,13 @@ OTHERS: dict[str, Any] = {
 
 
 def judged(plain: Contract) -> Contract:
-    """By a language model behind a server."""
+    """The contract of a capture from a served language-model judge."""
     teacher = dataclasses.replace(plain.teacher, judge=OTHERS["judge"], server=OTHERS["server"])
     return dataclasses.replace(plain, teacher=teacher)
 
 
 def masked(plain: Contract) -> Contract:
-    """Of hidden tokens."""
+    """The contract of a capture from a masked language model."""
     return dataclasses.replace(plain, tokenization=dataclasses.replace(plain.tokenization, masking=Masking(copies=2)))
 
 
@@ -181,7 +181,7 @@ def test_a_label_map_is_left_out_of_the_manifest_where_there_is_none(tmp_path):
 
 
 def test_a_manifest_grows_by_a_line_for_each_shard_and_a_number_for_each_row_group():
-    """10^9 rows in 10,000 shards of 100 row groups: less than 20 MB."""
+    """The manifest of 10^9 rows in 10,000 shards of 100 row groups is smaller than 20 MB."""
 
     def size(shards: int, groups: int) -> int:
         names = [f"train-{i:05d}" for i in range(10_000, 10_000 + shards)]

@@ -17,7 +17,7 @@ def table(values: np.ndarray) -> pa.Table:
 
 @pytest.mark.parametrize("cuts", [(), (1,), (3, 50), tuple(range(1, 99))])
 def test_moments_of_parts_are_those_of_all(cuts):
-    """Also far from 0, where sums of squares would lose the spread."""
+    """Includes a mean far from 0, where sums of squares would lose the variance to rounding."""
     rng = np.random.default_rng(0)
     values = np.stack([1e6 + rng.normal(size=99), 0.01 * rng.normal(size=99)], 1).astype(np.float32)
     edges = [0, *cuts, 99]

@@ -1,4 +1,4 @@
-"""The probe before training, and agreement with hard labels."""
+"""Checks before training that soft labels match their tokens and agree with the hard labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.rows import build_cache, make_plan, token_row
 
 @pytest.fixture
 def misaligned(tmp_path, lm_tokenizer, monkeypatch):
-    """A cache whose second shard alone is out of step, finished by a program that did not look."""
+    """A cache whose second shard alone is misaligned, finished without the alignment check."""
     shards = tuple(ShardPlan(f"train-{i:05d}", "train", i * 50, (i + 1) * 50) for i in range(2))
     plan, schema = make_plan(lm_tokenizer, Sampled(6.0), 41, shards, tokens=True, kept={"id": pa.string()})
     layout = begin(tmp_path / "cache", plan, lm_tokenizer)
@@ -46,7 +46,7 @@ def misaligned(tmp_path, lm_tokenizer, monkeypatch):
 
 
 def test_a_cache_that_is_out_of_step_is_refused_before_training(tmp_path, misaligned, lm_tokenizer):
-    """The rows are taken from all over: the first shard alone would pass."""
+    """The check samples rows from every shard: the first shard alone would pass."""
     model = tiny_model("gpt2", len(lm_tokenizer))
     with pytest.raises(ContractError, match="not aligned with their tokens"):
         softlabel.train_student(misaligned, model, tmp_path / "student")
@@ -83,9 +83,9 @@ def test_rows_of_a_small_cache_are_all_and_of_a_large_one_spread(tmp_path, lm_to
 
 
 def test_it_reads_a_bounded_number_of_positions(tmp_path, lm_tokenizer, monkeypatch):
-    """What a start costs does not grow with the cache.
+    """The cost of the check before training does not grow with the cache.
 
-    A bound for the positions, plus a row per row group.
+    The number of positions is bounded, plus at most one row per row group.
     """
     cache = build_cache(tmp_path / "cache", lm_tokenizer, per_shard=40, shards=3)
     whole = sum(shard.positions for shard in cache.manifest.shards)
@@ -99,7 +99,7 @@ def test_it_reads_a_bounded_number_of_positions(tmp_path, lm_tokenizer, monkeypa
 
 
 def classes_cache(tmp_path, tokenizer, topics, name, believed):
-    """Soft labels that believe in what the function says of the label."""
+    """A cache whose teacher favours class `believed(label)` for a row with that label."""
     labels = {"business": 0, "sport": 1, "film": 2}
 
     def row(text, label):

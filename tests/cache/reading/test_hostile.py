@@ -1,7 +1,7 @@
-"""Somebody else's cache.
+"""Opening malicious caches.
 
-Each of these is refused in one line, with nothing outside touched, no code run, and in bounded
-memory.
+Each one is refused with a one-line error, in bounded memory, without running code or touching
+files outside the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.rows import build_cache
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory, lm_tokenizer):
-    """All of them, opened by one process under watch."""
+    """The results of opening every hostile cache in one monitored process."""
     folder = tmp_path_factory.mktemp("h") / "hostile-caches"
     outside = folder.parent / "outside"
     outside.mkdir()

@@ -1,6 +1,7 @@
-"""A cache behind a URL.
+"""Reading a cache from a URL.
 
-The same rows, fetched as they are read, kept within a bound, through a network that fails.
+Rows equal those of the local cache, are fetched on demand, stored locally within a size limit,
+and survive network failures.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def assert_same_rows(a, b):
 
 
 def by_pieces(monkeypatch, rows=2):
-    """As shards of many megabytes are read: the end first, then row groups."""
+    """Read small shards in the way of large ones: the end of the file first, then row groups."""
     monkeypatch.setattr(remote, "_SMALL", 0)
     monkeypatch.setattr(remote, "_TAIL", 2048)
     monkeypatch.setattr("pipeline.cache.writing.writer._MAX_ROWS", rows)
@@ -166,7 +167,7 @@ def test_damage_on_the_way_or_in_the_store_is_fetched_again(tmp_path, lm_tokeniz
 
 
 def test_a_whole_shard_is_compared_with_its_sha256(tmp_path, lm_tokenizer, flaky, monkeypatch):
-    """What is in no page: only the hash of the file knows of it."""
+    """Damage outside every data page is found by the hash of the file alone."""
     by_pieces(monkeypatch, rows=100)
     monkeypatch.setattr(remote, "_TAIL", 1 << 16)
     monkeypatch.setattr(remote.Remote, "announce", lambda *args: None)
@@ -253,7 +254,7 @@ def test_other_processes_write_to_the_store_too(tmp_path):
 
 
 def test_a_worker_that_was_forked_fetches_by_itself(tmp_path, cache, url, flaky):
-    """As `DataLoader` makes its workers: after threads have begun to fetch, and hold locks."""
+    """`DataLoader` may fork its workers while fetching threads are running and hold locks."""
     rows = open_url(url, tmp_path).dataset("train")
     rows.upcoming = (0, 1, 2)
     _ = rows[0]
@@ -266,7 +267,7 @@ def test_a_worker_that_was_forked_fetches_by_itself(tmp_path, cache, url, flaky)
     found = context.SimpleQueue()
     worker = context.Process(target=read, args=(found,), daemon=True)
     wait_until(lambda: {f"train-0000{i}.parquet" for i in range(3)} <= {name for name, _ in flaky.log})
-    with rows.remote._guard, rows.remote.store._lock:  # as a thread may hold them
+    with rows.remote._guard, rows.remote.store._lock:  # as if a thread held them
         worker.start()
     worker.join(10)
     assert worker.exitcode == 0
@@ -274,7 +275,7 @@ def test_a_worker_that_was_forked_fetches_by_itself(tmp_path, cache, url, flaky)
 
 
 def test_a_network_that_dies_while_a_footer_is_read(tmp_path, lm_tokenizer, flaky, monkeypatch):
-    """PyArrow asks for what was not foreseen: the error comes through it as it is."""
+    """An error while PyArrow reads bytes that were not prefetched passes through it unchanged."""
     by_pieces(monkeypatch)
     cache = build_cache(tmp_path / "cache", lm_tokenizer, per_shard=30, shards=1)
     rows = open_url(f"flaky://{cache.root}", tmp_path).dataset("train")

@@ -1,6 +1,6 @@
-"""Caches from caches.
+"""Merging, filtering and converting caches.
 
-What comes out is verified, holds the right rows, names its ancestors; what would not be right is
+Each result passes verification, holds the right rows and lists its ancestors; invalid requests are
 refused.
 """
 
@@ -36,7 +36,7 @@ from tests.support.rows import block_from, build_cache, make_plan, token_row
 
 
 def make_cache(root, tokenizer, numbers, *, split="train", encoding=None, **changes):
-    """A cache of the token rows of these numbers, in shards of 20; `changes` of its contract."""
+    """A cache of the numbered token rows in shards of 20; `changes` replace contract fields."""
     encoding = encoding or TopK(4)
     numbers = list(numbers)
     parts = [numbers[i : i + 20] for i in range(0, len(numbers), 20)]
@@ -92,7 +92,7 @@ def test_merging_a_cache_with_itself_changes_nothing_but_its_name(tmp_path, lm_t
     cache = make_cache(tmp_path / "a", lm_tokenizer, range(40))
     merged = merge([cache, cache], tmp_path / "m")
     assert ids_of(merged) == named(*range(40))
-    assert merged.manifest.shards == cache.manifest.shards  # the empty ones have no file
+    assert merged.manifest.shards == cache.manifest.shards  # empty shards have no file
     assert merged.manifest.cache_id == cache.manifest.cache_id
     assert sorted(p.name for p in (merged.root / "data").iterdir()) == ["train-00000.parquet", "train-00001.parquet"]
 
@@ -145,7 +145,7 @@ def test_a_stopped_merge_goes_on_and_refuses_other_inputs(tmp_path, lm_tokenizer
     merged = merge([first, second], tmp_path / "m")
     assert made == ["train-00000", "train-00001", "train-00002", "train-00003"]
     assert ids_of(merged) == named(*range(70))
-    assert merge([first, second], tmp_path / "m").manifest == merged.manifest  # again: nothing to do
+    assert merge([first, second], tmp_path / "m").manifest == merged.manifest  # already finished
 
 
 def test_a_damaged_input_is_named(tmp_path, lm_tokenizer):
@@ -214,7 +214,7 @@ def test_small_row_groups_are_put_together(tmp_path, lm_tokenizer, monkeypatch):
     cache = make_cache(tmp_path / "a", lm_tokenizer, range(20))
     assert cache.manifest.shards[0].row_groups == (5, 5, 5, 5)
     made = filter_rows(cache, tmp_path / "f", where="source_row % 2 = 0 or source_row > 15")
-    assert made.manifest.shards[0].row_groups == (5, 3, 4)  # of 3, 2, 3 and 4
+    assert made.manifest.shards[0].row_groups == (5, 3, 4)  # from 3, 2, 3 and 4
     assert verify(made.root).problems == ()
 
 
@@ -241,7 +241,7 @@ def test_a_condition_is_data_and_reaches_nothing_else(tmp_path, lm_tokenizer, wh
 
 
 def test_the_recipes_of_the_docs_are_conditions():
-    """Each row of the table, on columns as caches have them."""
+    """Each condition of the table in docs/caches.md is valid for the columns of a cache."""
     page = (Path(__file__).parents[3] / "docs" / "caches.md").read_text()
     table = page[page.index("| to keep | `--where` |") : page.index("A validation split from the training rows")]
     recipes = re.findall(r"^\|[^|]+\| `(.+)` \|$", table, re.MULTILINE)[1:]
@@ -318,9 +318,10 @@ def test_a_sample_is_sampled_anew_and_verifies(tmp_path, lm_tokenizer):
 
 
 def test_a_sample_is_sampled_anew_with_numbers_of_its_own():
-    """Those of the first draw would bias it (tests/softlabels/test_convert.py).
+    """Sampling from a sampled encoding draws new uniforms for each sample size.
 
-    All logits take those of a capture, to give the same cache.
+    Reusing the uniforms of the first draw would bias the sample (tests/softlabels/test_convert.py).
+    From full logits, the capture's own uniforms are used, so that the result equals a capture.
     """
     row = token_row(3, Sampled(12.0), 41)
     positions = np.flatnonzero(row.example.supervised)

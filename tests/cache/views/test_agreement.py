@@ -1,4 +1,4 @@
-"""Teacher against labels: counts that sum up, against loops over plain lists."""
+"""Counts of agreement between teacher and labels, compared with loops over plain lists."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pipeline.records import NO_LABEL
 
 
 def arrays(classes: int, count: int = 500, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, a fifth of them unknown, and predictions that are mostly right.
+    """Labels, one fifth of them unknown, and mostly correct predictions.
 
-    The last class is never a label.
+    The last class never occurs as a label.
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes - 1, count)

@@ -1,4 +1,4 @@
-"""The card: what the hub, `datasets`, DuckDB and people read of a cache."""
+"""The dataset card of a cache, as the hub, `datasets` and DuckDB read it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_the_front_matter_says_what_the_hub_searches(tmp_path, cache):
     assert data["task_categories"] == ["text-generation"]
     assert data["size_categories"] == ["n<1K"]
     assert {"soft-labels", "knowledge-distillation", "causal-lm"} <= set(data["tags"])
-    assert "base_model" not in data  # a path of this machine is no model of the hub
+    assert "base_model" not in data  # a local path is not a hub model
     assert [part["split"] for part in data["configs"][0]["data_files"]] == ["train", "test"]
     assert (
         cache.manifest.cache_id in data["configs"][0]["description"]
-    )  # so that `datasets` takes no other cache for it
+    )  # so that `datasets` does not reuse another cache's copy
     assert [split["num_examples"] for split in data["dataset_info"]["splits"]] == [60, 60]
     assert data["dataset_info"]["download_size"] == sum(shard.bytes for shard in cache.manifest.shards)
     assert 'load_dataset("org/name", split="train")' in card.text
@@ -79,7 +79,7 @@ def test_datasets_loads_every_split_with_no_code_of_ours(tmp_path, lm_tokenizer,
 
 @pytest.mark.parametrize("encoding", ENCODINGS[1:], ids=lambda e: e.kind)
 def test_duckdbs_kept_mass_by_split_is_ours(tmp_path, lm_tokenizer, monkeypatch, encoding):
-    """The query is the card's own; ours is compared with the sums of the decoded rows too."""
+    """The SQL query of the card returns the stored kept mass, which equals that of decoded rows."""
     cache = build_cache(tmp_path / "cache", lm_tokenizer, encoding=encoding, per_shard=20, splits=("train", "test"))
     write_reports(cache, tmp_path / "out")
     query = re.search(r"```sql\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
@@ -97,7 +97,7 @@ def test_duckdbs_kept_mass_by_split_is_ours(tmp_path, lm_tokenizer, monkeypatch,
 
 
 def _certain(soft):
-    """(N,) the mass of the top, from the target."""
+    """(N,) the probability mass of the top classes, from the decoded target."""
     goal = target(soft, 1.0)
     is_top = np.concatenate(
         [

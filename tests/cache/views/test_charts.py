@@ -1,4 +1,4 @@
-"""Charts: every value is counted once, axes say how many, and nothing is outside the drawing."""
+"""Charts count each value once, label their axes correctly, and draw nothing outside the frame."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_the_mark_of_the_uniform_distribution(classes):
     chart = histogram("Entropy", np.linspace(0, uniform, 50), "c", axis=axis, of="positions")
     assert chart.mark.at == pytest.approx(RIGHT)
     assert chart.mark.anchor == "end"
-    # A value in the middle stands in the middle.
+    # A value at half the range is drawn at half the width.
     half = histogram("Entropy", np.asarray([uniform / 2 + 1e-6]), "c", axis=axis, of="positions").bars[0]
     assert half.x == pytest.approx((chart.left + RIGHT) / 2, abs=1)
-    # Rounding may lift an entropy above ln V: it is counted, and the mark stays where ln V is.
+    # Rounding may push an entropy above ln V: it is counted, and the mark stays at ln V.
     above = histogram("Entropy", np.asarray([0.0, uniform * 1.01]), "c", axis=axis, of="positions")
     assert sum(int(re.search(r": (\d+) \(", bar.title)[1]) for bar in above.bars) == 2
     assert above.mark.at < RIGHT

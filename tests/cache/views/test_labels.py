@@ -1,4 +1,4 @@
-"""Several labels at once, as inspect, its page, the card, evaluate and predict show them."""
+"""Multi-label rows, as inspect, its page, the card, evaluate and predict show them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("film", "<sport>", "tech")
 
 @pytest.fixture
 def cache(tmp_path, bert_tokenizer) -> Cache:
-    """Three rows: one wrong, one of which nothing is known, one that has no label."""
+    """Three rows: one with a wrong prediction, one with unknown labels, one with no label set."""
 
     def row(text: str, logits: list[float], labels: list[int]) -> LabelledRow:
         ids = bert_tokenizer(text)["input_ids"]

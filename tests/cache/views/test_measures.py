@@ -1,4 +1,4 @@
-"""What is measured of a split is what plain NumPy finds in its columns."""
+"""The measures of a split equal those that plain NumPy computes from its columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def column(cache, split, name):
 
 
 def first_ids(cache, split):
-    """The teacher's most likely class of each position, from the columns."""
+    """The teacher's most likely class at each position, from the columns."""
     contract = cache.manifest.contract
     if isinstance(contract.encoding, Full):
         rows = [np.asarray(row).reshape(-1, contract.num_classes) for row in column(cache, split, "logits")]
@@ -117,7 +117,7 @@ def test_a_large_split_is_sampled_from_all_over_it(tmp_path, bert_tokenizer, mon
     labels = [NO_LABEL if each is None else each for each in column(cache, "train", "label")]
     rows = [start + i for start in (0, 60, 120, 180) for i in range(6)]  # the first 6 of 4 shards, the last among them
     assert found.labels.tolist() == [labels[row] for row in rows]
-    # Of a full distribution over many classes fewer positions are read.
+    # Fewer positions are read where the cache stores full distributions over many classes.
     monkeypatch.setattr(measures, "_CLASSES", 36)
     assert len(measure(cache, "train").labels) == 12
 

@@ -1,6 +1,6 @@
-"""The page of a cache.
+"""The HTML page of a cache.
 
-What it says is true, what comes from data is text, and a browser shows it.
+Its numbers are right, it escapes all text from data, and a browser displays it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NASTY = "<script>document.title='owned'</script><img src=x onerror=document.titl
 
 @pytest.fixture
 def nasty(tmp_path, bert_tokenizer):
-    """A classifier's cache whose texts, labels and names are markup."""
+    """A classifier's cache whose texts, labels and names contain markup."""
     rows = [
         softlabel.LabelledRow(
             bert_tokenizer("the cat")["input_ids"], logits=np.asarray([[2.0, n]]), label=n % 2, text=NASTY
@@ -75,11 +75,11 @@ def test_text_is_escaped_and_no_secret_is_shown(nasty, monkeypatch):
     assert "&lt;script&gt;" in page
     for secret in ("planted-password", "planted-token", "hf_planted", "hf_fromtheenvironment"):
         assert secret not in page
-    assert not re.search(r"<[^>]*\s(src|href)=(?!\"#)", page)  # it asks for nothing
+    assert not re.search(r"<[^>]*\s(src|href)=(?!\"#)", page)  # the page loads nothing
 
 
 def numbers(text: str) -> list[str]:
-    """Every number of a piece of a page, without its markup."""
+    """All numbers in a piece of a page, ignoring its markup."""
     return re.findall(r"[\d,]+(?:\.\d+)?", re.sub(r"<[^>]*>", " ", text))
 
 
@@ -195,7 +195,7 @@ def test_few_labels(tmp_path, bert_tokenizer, labels):
     assert ("100.0% of 3 labelled rows (3)" in page) == (labels[0] == 0)
     assert ("None: the teacher agrees with every label." in page) == (labels[0] == 0)
     assert ("train: teacher agrees with the labels on 100.0% of 3 labelled rows\n" in text) == (labels[0] == 0)
-    assert "[CLS] the cat" in page  # without a text, what the tokens say
+    assert "[CLS] the cat" in page  # the tokens, as no text is stored
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -257,7 +257,7 @@ def test_a_browser_shows_the_soft_labels_of_the_token_in_focus(tmp_path, lm_toke
     tokens = browser.find_elements(By.CSS_SELECTOR, ".tok")
     pops = browser.find_elements(By.CSS_SELECTOR, ".pop")
     assert not any(pop.is_displayed() for pop in pops[:20])
-    for _ in range(20):  # by keyboard alone; the links to the parts of the page come first
+    for _ in range(20):  # by keyboard alone; links to the sections come first
         ActionChains(browser).send_keys(Keys.TAB).perform()
         if browser.switch_to.active_element == tokens[3]:
             break
@@ -281,13 +281,13 @@ def test_markup_in_data_does_nothing(nasty, browser):
     assert browser.find_elements("css selector", "script, img") == []
 
 
-#: What is wider than its box: a confusion matrix and nothing else.
+#: Labels of the boxes whose content is wider than they are; only confusion matrices may be.
 _SCROLLED = """
 const wide = [...document.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth);
 return [...new Set(wide.map(box => box.getAttribute("aria-label").split(" ").slice(0, 3).join(" ")))];
 """
 
-#: Names that pages get wrong.
+#: Class names that are hard to display: markup, right-to-left text, emoji, long names.
 ODD = (
     "<script>document.title='owned'</script>",
     "\u0643\u0631\u0629 \u0627\u0644\u0642\u062f\u0645",
@@ -298,7 +298,7 @@ ODD = (
 
 
 def odd_names(root, tokenizer):
-    """Five classes of odd names, a third of the rows unlabelled, many disagreements, two splits."""
+    """Five oddly named classes in two splits; a third of the rows has no label, many disagree."""
     rng = np.random.default_rng(0)
     rows = [
         softlabel.LabelledRow(

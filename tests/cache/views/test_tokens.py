@@ -1,4 +1,4 @@
-"""A row as tokens, those that are predicted in brackets."""
+"""A row shown as tokens, with predicted tokens in brackets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A cache of word labels as it is shown.
+"""Views of a cache of word labels.
 
-Words with their classes by name, never tokens, and never the next ones.
+They show words with their class names, never tokens, and never the tokens that follow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.records import NO_LABEL, Columns, Example, Full, Tokenization, Top
 from pipeline.tasks import get_task
 
 NAMES = ("O", "B-PET", "I-PET")
-#: Words, their labels, and what the teacher finds likeliest, with its logit above the others.
+#: Words, their labels, and the teacher's most likely class with its margin in logits.
 ROWS = (
     (("the", "catdog", "sat"), (0, 1, NO_LABEL), ((0, 5.0), (0, 9.0), (0, 3.0))),
     (("cat", "ran"), (1, 0), ((1, 4.0), (2, 2.0))),

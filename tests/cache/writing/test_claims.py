@@ -1,4 +1,4 @@
-"""Two captures in one directory: a shard belongs to whom holds its claim."""
+"""Two captures in one directory: only the holder of a shard's claim writes the shard."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def started(tmp_path, lm_tokenizer):
 
 @contextlib.contextmanager
 def claim(layout, plan, name):
-    """Another process's claim of one shard."""
+    """The claim of one shard, held as another process would."""
     with Claims(layout, plan) as claims:
         yield claims.hold(name)
 
 
 def claimed(layout, plan, shards):
-    """Shards taken one after another, each released before the next."""
+    """Yield shards taken one after another, each released before the next."""
     with Claims(layout, plan) as claims:
         for shard in claims.take(shards):
             yield shard
@@ -53,9 +53,9 @@ def test_several_claims_are_held_at_a_time(started):
 
 
 def test_a_thread_that_comes_after_the_end_holds_nothing(started):
-    """A capture that has failed does not wait for the thread that reads ahead of it.
+    """A reader thread that outlives a failed capture takes no claim.
 
-    The next one would wait for its claim.
+    Otherwise the next capture would wait for that claim.
     """
     layout, plan = started
     with Claims(layout, plan) as claims:
@@ -144,7 +144,7 @@ def test_a_capture_whose_directory_was_taken_stops(started, lm_tokenizer, again)
 
 
 def test_overwrite_goes_on_where_it_was_killed(tmp_path, lm_tokenizer):
-    """Killed after the receipts were put away and the manifest deleted."""
+    """A run killed after moving the receipts and deleting the manifest is continued."""
     cache = build_cache(tmp_path / "cache", lm_tokenizer)
     layout = Layout(cache.root)
     os.replace(layout.plan.parent, layout.root / ".tmp-999999999-00000000-receipts")

@@ -1,4 +1,4 @@
-"""The same bytes from every engine, whoever dies."""
+"""Every capture engine writes the same bytes, even when workers die."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
 
 def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
-    """The workers are new interpreters here, as users start them, and forks in the other tests."""
+    """Workers are new interpreters here, as in normal use; the other tests fork them."""
     serial = run(config("serial"))
     assert len(serial.manifest.shards) == 9
     workers = run(config("workers", num_workers=2))
@@ -44,11 +44,11 @@ def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
     assert hashes(workers) == hashes(serial) == hashes(parts)
     assert workers.manifest == serial.manifest == parts.manifest
     assert verify(parts.root).problems == ()
-    assert run(config("parts", part="0/2")).manifest == serial.manifest  # again: finished already
+    assert run(config("parts", part="0/2")).manifest == serial.manifest  # already finished
 
 
 def test_a_worker_that_dies_is_replaced(config, forked, tmp_path, monkeypatch):
-    """The first process to begin its eighth batch is killed; the mark keeps the others alive."""
+    """The first process to begin its eighth batch is killed; a mark file spares the others."""
     monkeypatch.setenv("SOFTLABEL_TEST_MARK", str(tmp_path / "mark"))
     monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_and_die)
     found = run(config("workers", num_workers=2))
@@ -84,7 +84,7 @@ def test_what_a_worker_meets_is_told_in_one_line(config, forked):
 
 @pytest.mark.parametrize("shards", [1, 7])
 def test_a_worker_that_cannot_write_stops_the_capture(config, forked, monkeypatch, shards):
-    """In its only shard, when no other will come, and with others in hand."""
+    """The worker fails in its only shard, and with more shards assigned to it."""
     monkeypatch.setattr("pipeline.capture.engines.workers._work", _work_on_a_full_disk)
     with pytest.raises(CacheError, match="the disk is full"):
         run(config("workers", num_workers=2, rows_per_shard=60 // shards, rows="0:40"))
@@ -102,7 +102,7 @@ def _work_on_a_full_disk(*args):
 
 
 def test_workers_make_a_cache_behind_a_url_and_go_on_there(config, forked, bucket):
-    """The tokenizer is there too, and what is there already is not made again."""
+    """The cache at the URL includes the tokenizer; finished shards are not computed again."""
     serial = run(config("serial"))
     assert run(config(output=f"{bucket}/c", part="0/2")) is None
     before = outbox_times(f"{bucket}/c")
@@ -142,7 +142,7 @@ def test_more_gpus_than_there_are_is_a_line(config):
 
 
 def test_a_killed_run_loses_one_shard_at_most(config, tmp_path):
-    """Killed while the fourth shard is encoded: three are there, and are not made again."""
+    """A run killed while encoding the fourth shard keeps three shards, which are not recomputed."""
     settings = config("killed")
     code = f"""
 import glob, os, signal
@@ -171,7 +171,7 @@ run(CacheLogitsConfig(task="causal-lm", data=DataConfig(dataset={settings.data.d
 
 @pytest.fixture
 def misnumbered(tmp_path, bert_tokenizer, save_teacher):
-    """Run `softlabel cache-logits` on labels in another order than the teacher's classes."""
+    """A function that runs `softlabel cache-logits` on rightly or wrongly numbered labels."""
     model, texts, classes = even(bert_tokenizer)
     teacher = save_teacher(model, bert_tokenizer)
     for name, labels in (("right", classes), ("wrong", swapped(classes))):
@@ -186,7 +186,7 @@ def misnumbered(tmp_path, bert_tokenizer, save_teacher):
 
 
 def assert_refused(capture, root: Path, capfd, *flags: str) -> None:
-    """In one line; what is there stays."""
+    """Check that the capture fails with a one-line error and leaves existing files unchanged."""
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     done = capture("wrong", *flags)
     assert done.exit_code == 1
@@ -199,8 +199,9 @@ def assert_refused(capture, root: Path, capfd, *flags: str) -> None:
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.full
 def test_workers_refuse_classes_in_another_order(misnumbered, tmp_path, capfd):
-    """Where nothing is, and where --overwrite would delete a cache."""
+    """The capture is refused in an empty directory, and before --overwrite deletes a cache."""
     root = tmp_path / "cache"
     assert_refused(misnumbered, root, capfd, "--num-workers", "2")
     assert misnumbered("right").exit_code == 0
@@ -212,7 +213,7 @@ def test_workers_refuse_classes_in_another_order(misnumbered, tmp_path, capfd):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A local cluster of two CPUs that runs this code."""
+    """A local Ray cluster of two CPUs that imports this checkout."""
     import ray
 
     ray.init(
@@ -226,6 +227,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_path):
     kills = 3 if FULL else 1  # each costs a new interpreter and its imports
@@ -237,7 +239,7 @@ def test_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_pat
         return {path.stem for path in (output / "receipts").glob("[!.]*.json")} - {"plan"}
 
     def kill() -> None:
-        """Each time that a shard has just been finished, a worker dies in the next one."""
+        """Kill a worker each time a shard has been finished, so that it dies in the next one."""
         while len(killed) < kills and not over.is_set():
             workers = [
                 p for p in psutil.process_iter(["cmdline"]) if "ShardWorker" in " ".join(p.info["cmdline"] or [])
@@ -258,7 +260,7 @@ def test_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_pat
         over.set()
         thread.join()
     assert len(killed) == kills
-    assert all(len(made) < 9 for _, made in killed)  # there was work left to be lost
+    assert all(len(made) < 9 for _, made in killed)  # each kill came before the end
     assert hashes(found) == hashes(serial)
     assert verify(found.root).problems == ()
 
@@ -286,6 +288,7 @@ def test_a_key_that_a_ray_worker_lacks_is_said_to_be_the_clusters():
         on_ray._answer(ray, None)
 
 
+@pytest.mark.full
 def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, cluster):
     with pytest.raises(PipelineError, match=r"no column 'texts'"):
         run(config("ray", engine="ray", text_column="texts"))
@@ -293,6 +296,7 @@ def test_ray_tells_what_a_worker_met_and_refuses_what_cannot_start(config, clust
         run(config("ray", engine="ray", num_workers=3))
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_ray_refuses_classes_in_another_order(misnumbered, cluster, tmp_path, capfd):
     assert misnumbered("right").exit_code == 0

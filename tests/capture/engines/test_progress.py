@@ -1,4 +1,4 @@
-"""A capture says how far it is by batch, whoever makes the shards."""
+"""A capture reports its progress after each batch, in one process and with workers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from tests.support.processes import forked  # noqa: F401 - a fixture
 
 @pytest.fixture
 def counted(monkeypatch, caplog):
-    """Rows after each update of a capture, from the line of each.
-
-    Tokens are counted where they have a rate.
-    """
+    """A function that returns the progress lines of a capture, logged without throttling."""
     monkeypatch.setattr(module, "INTERVAL", 0.0)
     monkeypatch.setattr(engines, "_BETWEEN_MESSAGES", 0.0)
 
@@ -39,7 +36,7 @@ def rows_of(lines: list[str]) -> list[int]:
 def test_one_process_moves_by_batch_and_ends_at_all_rows(config, counted):
     run(config("serial", rows_per_shard=60))
     lines = counted()
-    assert len(lines) > 6  # two shards, of several batches each
+    assert len(lines) > 6  # two shards of several batches each
     assert rows_of(lines) == sorted(rows_of(lines))
     assert lines[-1].startswith("cache-logits: 52 of 52 rows (100%)")
     assert "tokens/s" in lines[0]
@@ -67,7 +64,7 @@ def test_a_worker_that_dies_takes_back_the_rows_of_its_shard_alone():
     tally = Tally(Progress("cache-logits", 30), {"a": 10, "b": 10, "c": 10})
     tally.moved(0, 6, 60)
     tally.moved(1, 9, 90)
-    tally.made(1, "b")  # a row was set aside, and had no batch
+    tally.made(1, "b")  # a row set aside is in no batch
     tally.moved(1, 5, 50)
     assert tally.progress.done == 21
     tally.lost(0)

@@ -1,4 +1,4 @@
-"""A teacher behind a server: the cache is that of the local model, whatever happens between."""
+"""A capture from an inference server equals that of the local model, also after server faults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.processes import forked  # noqa: F401 - a fixture
 from tests.support.served import serving
 
 K = 8
-#: Source rows of each split, unless a test needs more: three shards and two.
+#: The default source rows of each split: three shards of train and two of test.
 FEW = "0:14"
 
 
@@ -39,7 +39,7 @@ def model(lm_tokenizer):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Retries wait for milliseconds."""
+    """Reduce the waiting time between retries to milliseconds."""
     monkeypatch.setattr(pool, "FIRST_WAIT", 0.005)
     monkeypatch.setattr(pool, "LAST_WAIT", 0.05)
 
@@ -65,7 +65,7 @@ def local(config, output="local", **settings):
 
 
 def assert_same(one, other):
-    """The same rows, positions, classes but for ties, and numbers up to their rounding."""
+    """Check equal rows and positions, equal classes up to ties, and values up to rounding."""
     for split in one.splits:
         for a, b in zip(one.dataset(split), other.dataset(split), strict=True):
             assert a.example.input_ids.tolist() == b.example.input_ids.tolist()
@@ -353,7 +353,7 @@ def test_a_dead_server_ends_in_one_line_and_the_same_command_goes_on(config, vll
 
     def post(path, body):
         if len(list((tmp_path / "served" / "receipts").glob("train-*.json"))) >= 2:
-            vllm.server.socket.close()  # no new connection, and no answer on the open ones
+            vllm.server.socket.close()  # refuses new connections, drops the open ones
             raise ConnectionResetError
         return whole(path, body)
 

@@ -1,4 +1,4 @@
-"""Calibration against scikit-learn, and temperature scaling against a direct minimum."""
+"""Calibration compared with scikit-learn; temperature scaling compared with direct minimisation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.tasks import get_task
 
 
 def logits_and_labels(count: int = 400, classes: int = 5, temperature: float = 1.0, seed: int = 0):
-    """Labels drawn from softmax(z), and z * temperature: over-confident by so much."""
+    """Logits z * temperature, and labels drawn from softmax(z): over-confident if it exceeds 1."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(count, classes, generator=generator)
     labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
@@ -58,7 +58,7 @@ def test_losses_on_the_grid(monkeypatch):
 
 def test_nothing_to_fit_on_leaves_the_model_as_it_is():
     assert best_temperature(np.zeros(len(calibration.GRID))) == pytest.approx(1, abs=1e-4)
-    logits = torch.tensor([[9.0, 0.0]] * 15)  # all right: the loss alone would make T as small as it can be
+    logits = torch.tensor([[9.0, 0.0]] * 15)  # all right: the loss alone would give the smallest T
     assert best_temperature(scaled_losses(logits, torch.zeros(15, dtype=torch.int64)).sum(0)) > 0.9
     assert best_temperature(np.full(len(calibration.GRID), np.nan)) == 1
 
@@ -95,7 +95,7 @@ def test_brier_is_scikit_learns():
 
 
 class FakeCache:
-    """As much of a cache as the fit asks for: its rows' numbers in the source."""
+    """The parts of a cache that the fit reads: the contract and the rows' source numbers."""
 
     class manifest:  # noqa: N801
         class contract:  # noqa: N801
@@ -113,7 +113,7 @@ class FakeCache:
 
 
 def fake_pass(logits, labels):
-    """What `logits_by_batch` yields, in batches of 50."""
+    """A replacement of `logits_by_batch` that yields batches of 50 rows."""
 
     def go(*_args):
         for start in range(0, 200, 50):
@@ -132,9 +132,9 @@ def test_a_row_is_never_scaled_by_its_own_label(monkeypatch):
     assert before.main_metric is None
     first, second = halves(np.arange(200)) == 0, halves(np.arange(200)) == 1
     assert 80 <= first.sum() <= 120
-    assert abs(halves(np.arange(0, 2000, 2)).mean() - 0.5) < 0.05  # also of every other row
+    assert abs(halves(np.arange(0, 2000, 2)).mean() - 0.5) < 0.05  # also for every second row
     other = labels.clone()
-    other[first] = (other[first] + 1) % 5  # what the first half is divided by does not hang on its labels
+    other[first] = (other[first] + 1) % 5  # the first half's temperature must not use its labels
     monkeypatch.setattr(calibration, "logits_by_batch", fake_pass(logits, other))
     after = fit_temperatures(FakeCache(), Basis(task), None, "s", "test", None, 50)
     assert (after.row_temperatures[first] == before.row_temperatures[first]).all()

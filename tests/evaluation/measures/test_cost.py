@@ -1,4 +1,4 @@
-"""What models cost: measured once on tiny ones, and what is made of it."""
+"""Latency, memory, size and energy of models, measured on tiny ones, and derived numbers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def test_each_model_in_a_process_of_its_own(tmp_path, bert_tokenizer, topics, sa
     assert teacher.num_parameters == sum(p.numel() for p in big.parameters())
     assert student.latency.low <= student.latency.median <= student.latency.high
     assert teacher.latency.median > 0
-    # which is faster is for `make report` to find: beside other programs two rounds do not settle
-    # it
+    # Two rounds on a shared machine cannot show which model is faster; `make report` measures that.
     for ratio in (student.speedup, student.speedup_batched):
         assert 0 < ratio.low <= ratio.median <= ratio.high
     assert (teacher.speedup.low, teacher.speedup.high) == (1, 1)
@@ -38,6 +37,7 @@ def test_each_model_in_a_process_of_its_own(tmp_path, bert_tokenizer, topics, sa
     assert student.disk_bytes == (small / "model.safetensors").stat().st_size
 
 
+@pytest.mark.full
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path, bert_tokenizer, topics, save_teacher):
     path = save_teacher(classifier(bert_tokenizer), bert_tokenizer)
     cache = softlabel.cache_logits(str(path), topics, tmp_path / "c", task="sequence-classification")
@@ -63,7 +63,7 @@ def test_energy_is_metered_or_estimated():
     turns = [Turn((0.1,), 10, 2.0, 30.0, None), Turn((0.1,), 10, 1.0, 10.0, None)]
     assert cost._joules(turns, 5.0, metered=False) == pytest.approx(1000 * 5 * 3 / 20)
     assert cost._joules(turns, 5.0, metered=True) == pytest.approx(1000 * 40 / 20)
-    # The meter starts anew at its limit.
+    # The energy counter wraps around at its limit.
     assert cost_worker._spent({"p": (90, 99)}, {"p": (10, 99)}) == pytest.approx(20e-6)
     assert cost_worker._spent({}, {}) is None
 

@@ -1,4 +1,4 @@
-"""Intervals by simulation, tests against other ways to compute them."""
+"""Coverage of intervals in simulations; bootstrap and tests compared with other implementations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.evaluation.measures.statistics import (
 
 
 def within(covered: int, trials: int, low: float, high: float) -> bool:
-    """Whether a count fits a probability between `low` and `high`, at 99.9%."""
+    """Whether the count is within the 99.9% range for a probability between `low` and `high`."""
     return stats.binom.ppf(0.0005, trials, low) <= covered <= stats.binom.ppf(0.9995, trials, high)
 
 
@@ -67,10 +67,7 @@ def test_rows_that_do_not_count_change_nothing():
 
 
 def test_coverage_over_rows_whose_positions_depend_on_each_other():
-    """95% of the intervals hold the truth, rows being the unit.
-
-    With positions as the unit far fewer would.
-    """
+    """Resampling rows gives 95% coverage; intervals over positions cover far less often."""
     rng = np.random.default_rng(0)
     trials, rows, positions = 400, 120, 8
     by_row = by_position = 0
@@ -89,7 +86,7 @@ def test_coverage_over_rows_whose_positions_depend_on_each_other():
 
 
 def test_coverage_of_paired_ratios():
-    """Retention: student over teacher on the same rows."""
+    """Covers retention, the ratio of student to teacher on the same rows."""
     rng = np.random.default_rng(1)
     trials, rows, covered = 400, 200, 0
     for trial in range(trials):
@@ -104,7 +101,7 @@ def test_coverage_of_paired_ratios():
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_coverage_over_rows_and_seeds(seeds):
-    """Rows alone, or seeds alone, claim too much; both together do not."""
+    """Intervals over rows alone or seeds alone are too narrow; those over both are not."""
     rng = np.random.default_rng(seeds)
     trials, rows = 400, 100
     covered = dict.fromkeys(("rows", "seeds", "both"), 0)

@@ -1,6 +1,7 @@
 """The report on tiny models.
 
-At the two ends of what a student can be, over seeds, over caches, for each encoding.
+Covers a student equal to its teacher, a random student, several seeds, several caches and each
+encoding.
 """
 
 from __future__ import annotations
@@ -33,15 +34,12 @@ from pipeline.training.run import run as train
 from tests.conftest import tiny_model
 from tests.support.classifier import LABELS, classifier, taught
 from tests.support.once import once
-from tests.support.profile import plain_pictures  # noqa: F401 - a fixture
+from tests.support.profile import in_full, plain_pictures  # noqa: F401 - a fixture
 
 
 @pytest.fixture
 def setting(tmp_path, bert_tokenizer, topics, save_teacher):
-    """A cache of a teacher that is right on three rows of four; the teacher's directory.
-
-    A random student's.
-    """
+    """A cache of a teacher with 75% accuracy, the teacher's directory and a random student's."""
     teacher = classifier(bert_tokenizer)
     path = save_teacher(teacher, bert_tokenizer)
     other = save_teacher(classifier(bert_tokenizer, seed=5), bert_tokenizer, "random")
@@ -76,7 +74,7 @@ def test_the_teacher_as_its_own_student(setting, tmp_path):
         assert copy.metrics[name].value == pytest.approx(value.value, abs=1e-6), name
     close = found.closeness[0]
     assert close.agreement.value == close.on_right == close.on_errors == 1
-    assert close.agreement.interval.low < 0.95  # 30 rows that all agree are no certainty
+    assert close.agreement.interval.low < 0.95  # 30 agreeing rows leave uncertainty
     assert close.mended == 0
     assert close.kl.value == pytest.approx(0, abs=1e-6)
     assert close.js.value == pytest.approx(0, abs=1e-6)
@@ -88,7 +86,7 @@ def test_the_teacher_as_its_own_student(setting, tmp_path):
 
 
 def test_a_random_student_is_at_chance(tmp_path, bert_tokenizer, save_teacher):
-    """Labels, teacher and student know nothing of each other."""
+    """Labels, teacher and student are independent of each other."""
     rng = np.random.default_rng(0)
     rows = [
         softlabel.LabelledRow(
@@ -114,7 +112,7 @@ def test_a_random_student_is_at_chance(tmp_path, bert_tokenizer, save_teacher):
         assert chance.interval.low < 1 / 3 < chance.interval.high
         assert chance.interval.high - chance.interval.low < 0.1
     assert line.retention.interval.low < 1 < line.retention.interval.high
-    assert found.break_even == ()  # nobody knows what the dice took
+    assert found.break_even == ()  # the capture time is unknown
 
 
 @pytest.mark.usefixtures("plain_pictures")
@@ -167,7 +165,7 @@ def test_figures_are_those_of_other_libraries(setting, tmp_path, bert_tokenizer)
 @pytest.mark.usefixtures("plain_pictures")
 def test_temperature_scaling_keeps_predictions_and_lowers_the_loss(setting, tmp_path, bert_tokenizer, save_teacher):
     cache, _, _ = setting
-    sure = classifier(bert_tokenizer)  # the teacher, far too sure of itself
+    sure = classifier(bert_tokenizer)  # the teacher, but over-confident
     with torch.no_grad():
         sure.classifier.weight.mul_(20)
     path = save_teacher(sure, bert_tokenizer, "sure")
@@ -186,6 +184,7 @@ def trained(cache, start: str, output: Path, **settings) -> str:
     return str(output)
 
 
+@pytest.mark.full
 def test_seeds_determinants_curves_and_costs_of_training(setting, tmp_path):
     cache, _, start = setting
     students = [f"a={trained(cache, start, tmp_path / f'a{seed}', seed=seed)}" for seed in (1, 0)]
@@ -213,7 +212,7 @@ def test_seeds_determinants_curves_and_costs_of_training(setting, tmp_path):
     even = found.break_even[0]
     assert even.passes == pytest.approx(even.capture_seconds / even.pass_seconds)
     assert even.passes >= 1
-    assert even.passes_made == pytest.approx(3 * 32 / 90)  # the control uses nothing of the teacher's
+    assert even.passes_made == pytest.approx(3 * 32 / 90)  # the control does not use the teacher
     factors = {item.factor: [level.value for level in item.levels] for item in found.determinants}
     assert factors == {"temperature": ["2", "4"], "divergence": ["forward-kl", "reverse-kl"]}
     means = next(item for item in found.determinants if item.factor == "temperature").levels
@@ -238,6 +237,7 @@ def test_seeds_determinants_curves_and_costs_of_training(setting, tmp_path):
     assert parse(Report, out / "report.json").verdict == found.verdict
 
 
+@pytest.mark.full
 def test_students_of_two_teachers_on_the_same_rows(setting, tmp_path, bert_tokenizer, topics, save_teacher):
     cache, teacher, start = setting
     worse = classifier(bert_tokenizer, seed=9)
@@ -266,7 +266,7 @@ def test_students_of_two_teachers_on_the_same_rows(setting, tmp_path, bert_token
 
 @pytest.mark.usefixtures("plain_pictures")
 def test_the_headline_is_chosen_on_the_validation_split(tmp_path, bert_tokenizer, topics, save_teacher):
-    """The student that is better on validation and worse on test is the one that is spoken of."""
+    """The verdict is about the best student on validation, although it is worse on test."""
     teacher = classifier(bert_tokenizer)
     path = str(save_teacher(teacher, bert_tokenizer))
     other = str(save_teacher(classifier(bert_tokenizer, seed=5), bert_tokenizer, "other"))
@@ -284,7 +284,7 @@ def test_the_headline_is_chosen_on_the_validation_split(tmp_path, bert_tokenizer
         report(dataclasses.replace(crosswise, calibration_split="dev"))
 
 
-@pytest.mark.parametrize("encoding", [Full(), TopK(8), Sampled(8.0)], ids=lambda e: e.kind)
+@pytest.mark.parametrize("encoding", [*in_full(Full(), TopK(8)), Sampled(8.0)], ids=lambda e: e.kind)
 def test_language_models(tmp_path, lm_tokenizer, documents, save_teacher, encoding):
     teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
     path = str(save_teacher(teacher, lm_tokenizer))
@@ -313,7 +313,7 @@ def test_language_models(tmp_path, lm_tokenizer, documents, save_teacher, encodi
     expected = {"unseen": (times == 0).sum(), "10 to 99 times": ((times >= 10) & (times < 100)).sum()}
     for item in found.slices:
         assert item.positions == expected.get(item.name, item.positions)
-    if encoding.kind == "full":  # the teacher's Brier score is known, and its copy has the same
+    if encoding.kind == "full":  # the copy has the teacher's Brier score
         assert copy.metrics["brier"].value == pytest.approx(found.teachers[0].metrics["brier"].value, rel=1e-3)
     else:
         assert "brier" not in found.teachers[0].metrics
@@ -383,8 +383,9 @@ def test_a_split_without_labels(tmp_path, setting, topics):
         report(configured(cache, tmp_path / "out", student=(other,), split="train"))
 
 
+@pytest.mark.full
 def test_of_many_students_one_meets_the_controls(setting, tmp_path):
-    """Every one meets its teacher; p-values are adjusted over all tests."""
+    """Each student is compared with its teacher, the first also with controls and the others."""
     cache, teacher, other = setting
     names = tuple(f"s{i}={tmp_path / f's{i}'}" for i in range(5))
     for name in names:

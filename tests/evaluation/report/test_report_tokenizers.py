@@ -1,7 +1,4 @@
-"""The report where a student has another tokenizer than its teacher.
-
-Bits a byte, and nothing a token beside it.
-"""
+"""The report on a student with another tokenizer: bits per byte instead of per-token metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ KNOBS = {"top-k": {"top_k": 8}, "sampled": {"sample_size": 8.0}}
 
 @pytest.fixture
 def models(tmp_path, config, save_teacher):
-    """Two directories: of another tokenizer, and of the cache's."""
+    """A function that returns a cache and two students: with another tokenizer, with the same."""
 
     def make(encoding):
         cached = capture(config("cache", **KNOBS[encoding]))
@@ -69,7 +66,7 @@ def test_models_are_compared_by_the_byte(tmp_path, models, encoding):
         assert close[line.name].kl.value == pytest.approx(line.kl, rel=1e-6)
     assert math.isnan(close["other"].mended)
     assert (close["other"].js is None) == (encoding == "sampled")
-    # What is of tokens is left out of the one, and stays with those that have the teacher's.
+    # Per-token metrics are omitted for the other tokenizer and kept for the teacher's.
     for name in ("other", "other, scaled"):
         assert set(lines[name].metrics) == {"bits_per_byte", "ece"}
     assert {"loss", "perplexity", "accuracy"} < set(lines["same"].metrics)
@@ -96,7 +93,7 @@ def test_slices_and_shares_are_of_the_aligned_positions(tmp_path, models):
     found = report(configured(tmp_path, student=(f"other={other}",), examples=1))
     view = cache_for(cached, str(other), "test")
     teacher = observe_teacher(cached, get_task("causal-lm"), "test")
-    # By hand: which of the teacher's positions have one of the student's.
+    # Computed directly: the teacher's positions that are aligned with one of the student's.
     met = np.zeros(len(teacher.predictions.labels), dtype=bool)
     before = 0
     for original, block in zip(cached.dataset("test").blocks(4), view.dataset("test").blocks(4), strict=True):
@@ -151,6 +148,7 @@ def test_a_dry_run_loads_such_a_student(tmp_path, models):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_costs_are_of_rows_and_of_bytes(tmp_path, models):
     _, other, same = models("top-k")

@@ -29,7 +29,7 @@ def texts(source: Source, split: str = "train") -> list[str | None]:
 
 
 def write(path: Path) -> Path:
-    """ROWS in the format that the suffix says."""
+    """Write ROWS in the format of the suffix."""
     if path.suffix.lower() == ".jsonl":
         return jsonl(path, ROWS)
     if path.suffix == ".json":
@@ -227,7 +227,7 @@ def test_hub_flags_do_not_go_with_a_path(tmp_path: Path) -> None:
             load_source(config)
 
 
-# ------------------------------------------------------------ files of different columns in a split
+# -------------------------------------------------------- files of one split with different columns
 
 
 def put(folder: Path, name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Every layout of files that `--dataset` takes, made on the spot."""
+"""File layouts that `--dataset` accepts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Parquet files are planned from their footers and read by row group.
+"""Parquet sources are planned from their footers and read by row group.
 
-The same rows as `datasets` reads, nothing else fetched.
+They yield the same rows as `datasets`, and fetch nothing else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def put(path: Path, found: datasets.Dataset, per_group: int) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """100 rows in two files and 17 row groups."""
+    """Write 100 rows in two files and 17 row groups."""
     put(tmp_path / "data" / "train-00000-of-00002.parquet", rows(60), 7)
     put(tmp_path / "data" / "train-00001-of-00002.parquet", rows(40, 60), 5)
     return tmp_path / "data"

@@ -1,4 +1,4 @@
-"""Layouts behind URLs: the same rules as for local directories."""
+"""File layouts behind URLs follow the same rules as local directories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
 
 def put(url: str, *texts: str) -> None:
-    """A file of one column, in any file system."""
+    """Write a file with one column to any file system."""
     table = datasets.Dataset.from_dict({"text": list(texts)})
     with fsspec.open(url, "wb") as handle:
         table.to_parquet(handle) if url.endswith(".parquet") else table.to_json(handle)
@@ -31,7 +31,7 @@ def read(url: str, **settings: object) -> dict[str, list[str]]:
 
 @pytest.fixture
 def memory(request):
-    """The URL of an empty folder of fsspec's file system in memory."""
+    """Return the URL of an empty folder in fsspec's memory file system."""
     filesystem = fsspec.filesystem("memory")
     yield f"memory://folder-{abs(hash(request.node.name)):x}"
     filesystem.store.clear()
@@ -94,7 +94,7 @@ def test_nothing_there_and_misuse(memory):
 
 @pytest.fixture
 def online(monkeypatch):
-    """`datasets` may fetch: from servers on loopback."""
+    """Let `datasets` fetch files, for servers on loopback."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
 
@@ -124,7 +124,7 @@ def test_a_bucket(bucket):
 
 @pytest.fixture
 def news(hub, tmp_path, online, monkeypatch):
-    """A repository of the hub in its usual layout, and its commit."""
+    """Create a hub repository in its usual layout, and return its commit."""
     files = {"README.md": ("regular", b"---\nlicense: mit\n---\n# news\n")}
     for name, texts in {"train-00000-of-00001": ["a", "b"], "test-00000-of-00001": ["c"]}.items():
         datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "x.parquet")

@@ -1,4 +1,4 @@
-"""Which of a row's choices a label names, and labels that may name two."""
+"""Matching labels to a row's choices, including ambiguous labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.sources.inputs.choices import read_choice
         ("7", ["5", "7"], [], 1),  # no choice has the number 7
         ("b", ["x", "y"], [], 1),
         ("B", ["A", "B"], [], 1),
-        ("0", ["2", "1", "0"], ["0", "1", "2"], 0),  # the data's own names come first
+        ("0", ["2", "1", "0"], ["0", "1", "2"], 0),  # the data's class names take precedence
         ("-1", ["x", "y"], [], None),
         (None, ["x", "y"], [], None),
     ],

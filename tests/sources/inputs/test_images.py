@@ -1,4 +1,4 @@
-"""Columns of images in every layout that people have them in."""
+"""Image columns in the layouts that users have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load(path, column="image", **settings):
 
 
 def as_files(folder):
-    """Nine files in `folder/files`."""
+    """Write nine files to `folder/files`."""
     (folder / "files").mkdir(parents=True)
     for image in FOUND["image"]:
         (folder / "files" / image["path"]).write_bytes(image["bytes"])
@@ -137,7 +137,11 @@ def test_paths_in_a_parquet_file_are_refused(tmp_path):
 
 
 def test_places_of_files_are_below_the_directory_that_people_share(tmp_path, monkeypatch):
-    """Of a folder with its name; of a table relative to where it lies; through links alike."""
+    """Stored paths are relative to the directory that users share.
+
+    Paths in a folder start with its name, and paths in a table are relative to the table's
+    location. The same holds through links.
+    """
     as_files(tmp_path / "data")
     (tmp_path / "data" / "rows.csv").write_text("file\nfiles/000.png\nfiles/../files/001.png\n")
     monkeypatch.chdir(tmp_path)

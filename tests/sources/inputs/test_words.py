@@ -1,4 +1,4 @@
-"""Words and their labels: lists of both, and texts with spans."""
+"""Words and their labels, as two lists or as texts with spans."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tags_in(row: Example | BadRow, names: tuple[str, ...] = TAGS) -> list[tuple[
     ("labels", "names"),
     [
         ([["B-PER", "O"]], None),  # by name
-        ([["b-per", "O "]], None),  # without regard to case and space
+        ([["b-per", "O "]], None),  # ignoring case and surrounding space
         ([[1, 0]], None),  # by number
         ([[0, 2]], ["B-PER", "I-PER", "O", "B-LOC"]),  # by the names of a ClassLabel in another order
     ],
@@ -182,7 +182,7 @@ def test_labels_of_spans_are_found_without_regard_to_case_and_space():
 
 def test_a_span_with_an_unknown_label_is_an_error_that_does_not_send_to_the_label_map():
     with pytest.raises(
-        SourceError, match="row 0: a span with the unknown label 'ORG'; expected one of O, B-PER"
+        SourceError, match="row 0: unknown label 'ORG' of a span; expected one of O, B-PER"
     ) as found:
         rows_of(of_spans(["Acme"], [[span(0, 4, "ORG")]]))
     assert "--label-map" not in str(found.value)

@@ -1,4 +1,4 @@
-"""Decoding: orientation, modes, files that are none, and threads."""
+"""Decoding images: orientation, modes, invalid files, and threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_file(image: Image.Image, form: str = "PNG", **settings: object) -> bytes:
 def test_an_image_is_turned_as_its_orientation_says():
     array = pixels("red", np.random.default_rng(0), 16, 8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     turned = decode(as_file(Image.fromarray(array), exif=exif))
     assert turned.size == (8, 16)
     assert np.array_equal(np.asarray(turned), np.rot90(array, -1))

@@ -1,4 +1,4 @@
-"""Random parts of images: where they lie, how they are distributed, and what they depend on."""
+"""Random crops of images: their position, distribution and determinism."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANY = 4000
 
 
 def drawn(width: int, height: int, views: Views, count: int = MANY) -> np.ndarray:
-    """(count, 5)."""
+    """Return the views, (count, 5)."""
     return np.stack([draw_view(width, height, views, place=("train", i, 0)) for i in range(count)])
 
 
@@ -34,12 +34,12 @@ def test_a_part_lies_within_the_image(width, height, smallest, row):
 
 
 def test_areas_and_ratios_are_those_of_a_random_resized_crop():
-    """Of a large square image.
+    """The views of a large square image have the distribution of a random resized crop.
 
-    Uniform shares of the area, log-uniform ratios, and half of the parts mirrored, each mean within
-    4 standard errors.
+    Area shares are uniform, aspect ratios log-uniform, and half of the views are mirrored; each
+    mean is within 4 standard errors.
 
-    Of the largest shares some do not fit and are drawn again, so that only shares up to 3/4, which
+    Some of the largest shares do not fit and are drawn again, so that only shares up to 3/4, which
     always fit, are compared.
     """
     found = drawn(1000, 1000, Views(1, 0.08))

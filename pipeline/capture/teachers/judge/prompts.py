@@ -155,7 +155,7 @@ class Prompts:
             where = f"--label-text: {text!r}"
             if whole[: len(before)] != before:
                 raise MisuseError(
-                    f"{where}: its first token and the prompt's last become one ({prompt[-12:]!r} and the label), so that the prompt has no tokens of its own; "
+                    f"{where}: the tokenizer merges its first token with the prompt's last one ({prompt[-12:]!r} and the label), so that the prompt has no tokens of its own; "
                     "end the template with a line end or a colon"
                 )
             ids = tuple(whole[len(before) :])
@@ -191,7 +191,7 @@ class Prompts:
         answered = answered[: _alike(answered, other)]
         if not answered.startswith(prompt):
             logger.warning(
-                "the chat template ends the prompt with %r, and does not write that before an answer: labels are scored behind it, where the model may not begin an answer; "
+                "the chat template ends the prompt with %r, and does not put that before an answer: labels are scored at a place where the model may not begin an answer; "
                 "give an argument that leaves it out (--chat-template-kwargs enable_thinking=false in many templates), or --prompt-format plain",
                 prompt[_alike(answered, prompt) :],
             )

@@ -1,6 +1,6 @@
 """Scores of labels after prompts.
 
-Equal to one pass for each prompt and label, whatever is shared.
+They equal those of one forward pass for each prompt and label, whatever the scorer shares.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pipeline.errors import ModelError
 from pipeline.models import LoadedModel
 from tests.conftest import TINY, tiny_model
 
-#: One token; a tree with two inner nodes; a label that begins another.
+#: Labels of one token, labels with common first tokens, and a label that is a prefix of another.
 LABELS = ((7,), (8, 9, 10), (8, 9, 11), (8, 12), (9,), (9, 4, 4, 5))
 KINDS = ("llama", "gpt2", "qwen3", "cohere", "opt", "gpt_neox")
 
 
-#: Count positions by themselves, from the start of what is passed or of the mask; or look back a
-#: chunk; or have layers without keys.
+#: Models that compute positions themselves, from the input or the attention mask; that attend
+#: within chunks; or that have layers without attention keys.
 OTHERS = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
     "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
@@ -42,7 +42,7 @@ def prompts_of(rng, sizes, prefix):
 
 
 def reference(model, prompt, label):
-    """Log p(label | prompt), of the whole sequence, without padding or a cache."""
+    """Log p(label | prompt) from one pass over the whole sequence, without padding or KV cache."""
     ids = torch.tensor([[*prompt.tolist(), *label]])
     logprobs = torch.log_softmax(model(input_ids=ids).logits[0], -1)
     at = range(len(prompt) - 1, len(prompt) - 1 + len(label))
@@ -68,7 +68,7 @@ def test_scores_are_those_of_one_pass_for_each(kind, dtype, lm_tokenizer, monkey
     rng = np.random.default_rng(0)
     prefix = rng.integers(5, 300, 11)
     prompts = prompts_of(rng, (1, 3, 17, 4, 9, 2), prefix)
-    prompts[3] = rng.integers(5, 300, 20)  # one without the prefix
+    prompts[3] = rng.integers(5, 300, 20)  # without the prefix
     scorer = scorer_of(model, lm_tokenizer)
     found = scorer.begin(prompts, LABELS, prefix).result()
     with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_a_recurrent_model_passes_each_label_with_its_prompt(lm_tokenizer):
 
 
 def passes_of(scorer, monkeypatch):
-    """Counts forward passes: the number of token ids of each."""
+    """The shapes of `input_ids` in the scorer's forward passes, appended as they run."""
     seen = []
     inner = LocalScorer._forward
 
@@ -135,10 +135,10 @@ def test_what_is_shared_is_passed_once(lm_tokenizer, monkeypatch):
     seen = passes_of(scorer, monkeypatch)
     one_token = ((7,), (8,), (9,))
     scorer.begin(prompts_of(rng, (5, 3), prefix), one_token, prefix)
-    assert seen == [(1, 40), (2, 5)]  # labels of one token cost nothing more
+    assert seen == [(1, 40), (2, 5)]  # no pass for labels of one token
     seen.clear()
     scorer.begin(prompts_of(rng, (5, 3, 4), prefix), LABELS, prefix)
-    # the prefix is kept; inner nodes of the tree: 8, 8 9, 9, 9 4, 9 4 4
+    # The prefix is reused. Inner nodes of the label tree: 8, 8 9, 9, 9 4, 9 4 4
     assert seen == [(3, 5), *[(3, 1)] * 5]
 
 

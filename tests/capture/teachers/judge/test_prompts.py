@@ -1,4 +1,4 @@
-"""Prompts: templates, the tokens of labels, examples, and what becomes of long texts."""
+"""Prompts of judges: templates, label tokens, few-shot examples and truncation of long texts."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ def test_numbers_and_missing_labels_need_texts():
     [
         (" is", "cat", " cat"),
         (":", "cat", " cat"),
-        (":\n\n", "cat", "cat"),  # one line end at the end of a template is not part of it
-        (": ", "cat", " cat"),  # the space is the label's
+        (":\n\n", "cat", "cat"),  # a final line end is not part of a template
+        (": ", "cat", " cat"),  # the space moves to the label
         (' "', "cat", "cat"),
         (" (", "cat", "cat"),
-        ("\uff1a", "cat", "cat"),  # a wide colon
+        ("\uff1a", "cat", "cat"),  # a full-width colon
         (":", " cat", " cat"),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_label_stands_where_the_chat_template_puts_an_answer(tokenizer, topics
     assert asked.prompts.text("a", None) == off.prompts.text("a", None)
     assert asked.prompts.label_ids == off.prompts.label_ids
     assert [tokenizer.decode(list(ids)) for ids in asked.prompts.label_ids] == ["business", "film", "sport"]
-    # a label that what stands before it holds; white space at its end is the label's
+    # The text before the label contains the label; its trailing white space moves to the label.
     tokenizer.chat_template = THINKS.replace("</think>\n\n", "</think> ")
     found = judge_of(tokenizer, topics, Judging(SHORT, ("a=think", "b=cat"))).prompts
     assert found.text("a", None).endswith("</think>")
@@ -189,7 +189,7 @@ def test_a_generation_prompt_that_no_answer_has_is_said(tokenizer, topics, caplo
     )
     judge = judge_of(tokenizer, topics, Judging(SHORT))
     assert judge.prompts.text("a", None).endswith("[assistant]\n<think>\n")
-    assert r"ends the prompt with '<think>\n', and does not write that before an answer" in caplog.text
+    assert r"ends the prompt with '<think>\n', and does not put that before an answer" in caplog.text
 
 
 def test_arguments_of_the_chat_template(tokenizer, topics):
@@ -240,7 +240,7 @@ def test_a_label_that_becomes_one_token_with_the_prompt():
     )
     made = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=100)
     data = DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})
-    with pytest.raises(MisuseError, match="'场': its first token and the prompt's last become one"):
+    with pytest.raises(MisuseError, match="'场': the tokenizer merges its first token with the prompt's last"):
         judge_of(made, data, Judging("{{ text }} 市", ("a=场", "b=狗")), Columns(label=None))
 
 
@@ -357,7 +357,7 @@ def test_rows_that_are_added_displace_no_example(topics):
     assert {shot.label for shot in kept.reserve} == {0, 1, 2}
     assert not {shot.place for shot in kept.reserve} & set(places)
     assert chosen(topics, 6, begun=[shot.place for shot in grown.chosen]) == grown
-    assert chosen(topics, 6, begun=["train:1000", *places[1:]]) == grown  # no such row: as if there were nothing
+    assert chosen(topics, 6, begun=["train:1000", *places[1:]]) == grown  # no such row: ignored
     assert chosen(topics, 5, begun=places) == chosen(topics, 5)
 
 
@@ -396,14 +396,14 @@ def test_a_long_text_is_cut_and_the_template_is_not(tokenizer, topics):
 @pytest.mark.parametrize("source", ["{{ text }} = ", "{{ text }} {{ text }} {{ labels }} =", DEFAULT])
 def test_prompt_and_label_fit_the_model(tokenizer, source):
     tokenizer.model_max_length = 100
-    long = "".join(chr(200 + i % 90) for i in range(500))  # two or three tokens a character
+    long = "".join(chr(200 + i % 90) for i in range(500))  # two or three tokens per character
     data = DatasetDict({"train": Dataset.from_dict({"text": [long, "the cat"], "label": ["cat", "the long market"]})})
     judge = judge_of(tokenizer, data, Judging(source))
     longest = max(map(len, judge.prompts.label_ids))
     assert 10 < judge.longest_input < 100
     for row in rows_of(judge, data, length=judge.longest_input):
         assert len(judge.prompts.of_row(row)) + longest <= 100
-    # what the template makes of a text may be longer than the text
+    # The template may repeat the text, so that the rendered prompt is longer.
     ids = dataclasses.replace(judge.prompts, repeats=1).fitted(long, None)
     assert len(ids) + longest <= 100
 
@@ -412,7 +412,7 @@ def test_a_tokenizer_that_cuts_at_the_beginning_is_told_to_cut_at_the_end(tokeni
     plain = judge_of(tokenizer, topics, Judging("<<{{ text }}>> ="))
     tokenizer.truncation_side = "left"
     judge = judge_of(tokenizer, topics, Judging("<<{{ text }}>> ="))
-    assert tokenizer.truncation_side == "left"  # the caller's stays as it is
+    assert tokenizer.truncation_side == "left"  # the caller's tokenizer is unchanged
     found = rows_of(judge, topics, length=10)
     assert any(row.cut for row in found)
     for row, other in zip(found, rows_of(plain, topics, length=10), strict=True):
@@ -421,7 +421,7 @@ def test_a_tokenizer_that_cuts_at_the_beginning_is_told_to_cut_at_the_end(tokeni
 
 
 def test_a_row_without_room_for_its_text_is_a_bad_row(tokenizer, topics, caplog):
-    # what the template shows beside a text depends on the text
+    # The length of the text that the template adds depends on the row.
     tokenizer.model_max_length = 60
     judge = judge_of(tokenizer, topics, Judging("{{ ' the' * (90 if text[:1] == 'Z' else 0) }}{{ text }} ="))
     texts = ["the cat ran", "Zoo market", "a dog", "Z"]
