@@ -3,8 +3,8 @@
 A stage is done if its output exists and was made from the same settings and inputs. Inputs are
 compared by content (a cache by its manifest), so a changed input makes the stages that depend on it
 run again. A cache or a generated data set is never deleted without `--overwrite`: if it was made
-with other settings or another teacher, the run stops and names the first difference. A stale report
-is replaced, since it is computed from outputs of other stages.
+with other settings or another teacher, the run stops and names the first difference. A stale model
+or report is replaced, unless a cache was made with the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def run(
                 raise
     warn_of_own_labels(steps)
     warn_of_steps(steps)
+    _check_replaced(steps, overwrite=overwrite)
     written, told = written_caches(steps), dict[tuple[int, int], Written]()
     for step, config in steps:
         _run_step(step.stage, config, runners, overwrite=overwrite, shown=shown or {})
@@ -125,6 +126,30 @@ def run(
             line = progress(config.output, found, told)
             if line is not None:
                 tell(line)
+
+
+def _check_replaced(steps: Sequence[tuple[Step, Any]], *, overwrite: bool) -> None:
+    """Check that no model is replaced that a cache or a generated data set was made with.
+
+    The run would delete the model, train another one, and then stop at the cache.
+
+    Raises:
+        ConfigError: the message names both outputs.
+    """
+    replaced: dict[str, str] = {}
+    for step, config in steps if not overwrite else ():
+        if config.output is None or is_url(config.output):
+            continue
+        output, stage = Path(config.output), step.stage
+        of_replaced = sorted(named_inputs(config).intersection(replaced))
+        if of_replaced and stage in ("cache-logits", "generate") and _gives_way(stage, config, "", asked=True):
+            raise ConfigError(
+                f"{output}: was made with {of_replaced[0]}, which {replaced[of_replaced[0]]} would replace since its settings or inputs have changed; "
+                "--overwrite replaces both; to keep both, give the sections other outputs"
+            )
+        finished = _mark(output, stage).is_file() and (output / _PROOF[stage]).is_file()
+        if stage in _TRAINING and finished and (of_replaced or not _is_done(output, stage, config, _key(config))):
+            replaced[os.path.normpath(output)] = stage
 
 
 def _run_step(
@@ -145,6 +170,8 @@ def _run_step(
         return
     logger.info("%s: %s", name, redact(str(config.output or "")))
     if _gives_way(name, config, key, asked=overwrite):
+        if output is not None and name in _TRAINING and (output / _PROOF[name]).is_file():
+            logger.warning("%s: %s %s, and is replaced", name, output, _reason(output, name))
         config = dataclasses.replace(config, overwrite=True)
     if output is not None and name in _TRAINING:
         write_text(_mark(output, name), _begun(key))
@@ -174,6 +201,7 @@ def outline(
     steps = _steps(file, stages, through)
     warn_of_own_labels(steps)
     warn_of_steps(steps)
+    _check_replaced(steps, overwrite=overwrite)
     for name, config in ((step.stage, config) for step, config in steps):
         shown = f"{name} {redact(str(config.output or ''))}".rstrip()
         output = Path(config.output) if config.output is not None else None

@@ -222,12 +222,28 @@ def test_a_retrained_teacher_stops_run_until_the_cache_may_give_way(project):
     assert call("run", "run.yaml").exit_code == 0
     project["train-teacher"]["max_steps"] = 5
     Path("run.yaml").write_text(yaml.safe_dump(project))
+    before = Path("runs/teacher/model.safetensors").read_bytes()
+    for flags in ((), ("--dry-run",)):
+        stopped = call("run", "run.yaml", *flags)
+        assert stopped.exit_code == 1
+        assert "runs/cache: was made with runs/teacher, which train-teacher would replace" in stopped.stderr
+        assert "--overwrite" in stopped.stderr
+    assert Path("runs/teacher/model.safetensors").read_bytes() == before
+    assert call("run", "run.yaml", "train-teacher").exit_code == 0  # a stage that is named
     stopped = call("run", "run.yaml")
     assert stopped.exit_code == 1
     assert "weights_sha256" in stopped.stderr
-    assert "--overwrite" in stopped.stderr
     assert call("verify", "--cache", "runs/cache").exit_code == 0
     assert call("run", "run.yaml", "--overwrite").exit_code == 0
+
+
+def test_a_student_of_other_settings_is_replaced_and_that_is_said(project, caplog):
+    assert call("run", "run.yaml").exit_code == 0
+    project["train-student"][0]["max_steps"] = 5
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    assert call("run", "run.yaml").exit_code == 0
+    assert "train-student: runs/a has other settings or inputs, and is replaced" in caplog.text
+    assert "runs/b has other" not in caplog.text
 
 
 def test_what_was_made_by_hand_since_is_made_again(project, caplog):

@@ -23,7 +23,8 @@ from pipeline.cli.report import show_report
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace caches, teachers and students that have other settings or inputs, or are unfinished.",
+    help="Replace caches and generated data with other settings or inputs too, and unfinished models. "
+    "Finished models with other settings or inputs are replaced in any case, unless a cache was made with them.",
 )
 def _run(config: str, stages: tuple[str, ...], through: str | None, overwrite: bool, dry_run: bool) -> None:
     """Run every stage of a configuration file in order, or the STAGES named.
