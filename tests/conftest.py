@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """What tests import from here without the fixtures' module being imported with this one."""
+    """Import objects from `tests.support.tiny` on first access, which keeps this import fast."""
     if name not in ("TINY", "TOPICS", "WORDS", "sentence", "tiny_model"):
         raise AttributeError(name)
     return getattr(importlib.import_module("tests.support.tiny"), name)

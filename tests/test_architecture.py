@@ -1,4 +1,4 @@
-"""Imports go one way, as the data does, between packages and inside them."""
+"""Imports follow the data flow, between packages and inside them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipeline.config.options import TaskName
 from pipeline.tasks import TASKS
 
 ROOT = Path(__file__).parents[1] / "pipeline"
-#: Package -> its parts, left to right; a part imports from those to its left only, and those of one
-#: step never import each other. A part is a sub-package or a module. Packages that are not listed
-#: have no order but may have no cycle.
+#: Package -> its parts (sub-packages or modules) from left to right. A part imports only from parts
+#: to its left, and parts of one step never import each other. Packages that are not listed have no
+#: order but may have no cycle.
 ORDER: dict[str, list[set[str]]] = {
     "": [
         {"errors"},
@@ -105,7 +105,7 @@ ORDER: dict[str, list[set[str]]] = {
 }
 FILES = sorted(ROOT.rglob("*.py"))
 MOST_LINES, MOST_MODULES = 400, 15
-#: One page to read first.
+#: Exempt from the limit: the record types stay on one page.
 LONG = {"records.py"}
 
 
@@ -118,7 +118,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module of ours that a file imports: at the top, in a function, for types alone."""
+    """Return every module of this project that a file imports, also in functions and for types."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
@@ -130,7 +130,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def part_of(module: str, package: str) -> str | None:
-    """Which part of a package a module is in; None: none of it."""
+    """Return the part of a package that a module belongs to, or None."""
     prefix = f"pipeline.{package}".rstrip(".")
     if module == prefix:
         return "__init__"
@@ -162,7 +162,7 @@ def test_no_import_cycle():
 
 
 def test_every_part_has_its_place():
-    """A new module of an ordered package is put into the order; what is gone leaves it."""
+    """Every module of an ordered package is in the order, and the order lists nothing else."""
     for package, order in ORDER.items():
         found = {part for path in FILES if (part := part_of(module_of(path), package)) is not None}
         assert found | {"__init__"} == set().union(*order) | {"__init__"}, package or "pipeline"
@@ -178,11 +178,10 @@ def test_rooms_are_small():
 
 
 def test_no_task_is_named_outside_the_tasks():
-    """What differs between tasks stands behind the protocol.
+    """Differences between tasks are behind the task protocol.
 
-    No other module knows a task, or its kind of adapter, by name.
-
-    The choices of `--task` are written out once more, since the command line is read without torch.
+    No other module refers to a task, or its kind of adapter, by name. The choices of `--task` are
+    an exception, since the command line is parsed without importing torch.
     """
     texts = {name for task in TASKS.values() for name in (task.name, task.peft_type)}
     classes = {type(task).__name__ for task in TASKS.values()}

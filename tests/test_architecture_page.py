@@ -1,4 +1,4 @@
-"""The page on the architecture names every package, the import order, and paths that exist."""
+"""The architecture page names every package, the import order, and existing paths."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "pipeline"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FIGURE = (ROOT / "docs" / "figures" / "architecture.svg").read_text(encoding="utf-8")
-#: What the paths of the page begin with. Other code spans with a slash are no paths.
+#: Prefixes of the page's paths. Other code spans with a slash are not paths.
 TOPS = ("pipeline/", "tests/", "docs/", "data/", "benchmarks/")
 FILES = ("CHANGELOG.md", "Makefile", "pyproject.toml")
 
 
 def rows_of(section: str) -> list[tuple[str, str]]:
-    """First cell of each row of a section's tables, and the other cells."""
+    """Return the first cell and the other cells of each table row of a section."""
     text = PAGE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     return re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE)
 
 
 def named_in_tables() -> set[str]:
-    """Packages and modules that the tables name, as paths below `pipeline/`."""
+    """Return the packages and modules named in the tables, as paths below `pipeline/`."""
     rows = rows_of("Packages")
     spans = [(first, re.findall(r"`([a-z_/]+(?:\.py|/))`", cells)) for first, cells in rows]
     return {first for first, _ in rows} | {first + span for first, found in spans for span in found}
@@ -40,7 +40,7 @@ def test_the_page_has_the_order_of_imports(package):
 
 
 def test_the_figure_has_the_order_of_imports():
-    """Each package is a box with the number of its step; the steps follow each other."""
+    """Each package is a box with the number of its step, and the steps are in import order."""
     texts = re.findall(r"<text [^>]*>([^<]+)</text>", FIGURE)
     boxes = [(name, int(number)) for name, number in pairwise(texts) if number.isdecimal()]
     expected = [(name, number) for number, step in enumerate(ORDER[""], start=1) for name in step]

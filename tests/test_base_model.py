@@ -1,6 +1,6 @@
 """`--base-model` on the command line.
 
-Adapters whose base is missing or null, and another base named.
+Covers adapters whose base is missing or null, and the use of another base.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ def call(*args):
 
 
 def names_base(path, base):
-    """Rewrites what an adapter says of its base."""
+    """Set the base model that an adapter names."""
     file = path / "adapter_config.json"
     said = json.loads(file.read_text()) | {"base_model_name_or_path": base}
     file.write_text(json.dumps({key: value for key, value in said.items() if value is not ABSENT}))
 
 
 def copied(path, name, base):
-    """An adapter that names another base."""
+    """Return a copy of an adapter that names another base."""
     names_base(shutil.copytree(path, path.with_name(name)), base)
     return path.with_name(name)
 
 
 @pytest.fixture
 def classes(tmp_path, bert_tokenizer, save_teacher):
-    """A cache, two bases, and an adapter that was trained on the first."""
+    """Create a cache, two bases, and an adapter trained on the first."""
     teacher, texts, labels = even(bert_tokenizer)
     rows = Dataset.from_dict({"text": texts[:40], "label": labels[:40]})
     softlabel.cache_logits(
@@ -103,7 +103,7 @@ def test_an_adapter_without_a_base_is_one_line_and_a_base_can_be_named(classes, 
 
 
 def test_another_base_is_used_for_the_adapters_alone(classes):
-    """A full student beside them is loaded as it is."""
+    """Full students next to the adapters are loaded unchanged."""
     assert trained(classes, "base", "full").exit_code == 0
     both = ("adapter", "full")
     plain = json.loads(evaluated(classes, *both).stdout)["students"]
@@ -137,7 +137,7 @@ def test_a_base_that_does_not_fit_is_one_line(classes, lm_tokenizer, save_teache
 
 
 def test_the_labels_of_an_adapter_are_compared_with_the_caches(classes, bert_tokenizer, save_teacher):
-    """Its own; or those of the base that is named, where it brings no head."""
+    """Compares the adapter's own labels, or those of the given base if the adapter has no head."""
     assert json.loads((classes / "adapter" / LABELS).read_text()) == ["sport", "film", "business"]
     (classes / "adapter" / LABELS).write_text(json.dumps(["film", "sport", "business"]))
     save_teacher(classifier(bert_tokenizer, 1), bert_tokenizer, "classifier")

@@ -1,4 +1,4 @@
-"""The command line: the whole way through on tiny models, and what it says to mistakes."""
+"""The command line: all stages on tiny models, and its answers to user errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import tiny_model
 
 @pytest.fixture
 def project(tmp_path, bert_tokenizer, topics, save_teacher, monkeypatch):
-    """A directory with data, a pretrained model and a configuration, as the demo's."""
+    """Write data, a pretrained model and a configuration like the demo's."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     for split, rows in topics.items():
@@ -69,7 +69,7 @@ def test_run_makes_everything_then_nothing_then_what_changed(project, caplog):
     Path("run.yaml").write_text(yaml.safe_dump(project))
     caplog.clear()
     assert call("run", "run.yaml").exit_code == 0
-    assert caplog.text.count("is up to date") == 4  # student b and the evaluation are made again
+    assert caplog.text.count("is up to date") == 4  # student b and the evaluation run again
     assert json.loads(Path("runs/b/distillation.json").read_text())["steps"] == 4
 
 
@@ -92,7 +92,7 @@ def test_the_commands_one_by_one(project):
         done = call(command, "--config", "run.yaml")
         assert done.exit_code == 0, done.output
         printed[command] = done.stdout
-    # Every line with a metric says on which rows.
+    # Every line with a metric names its rows.
     measured = r"accuracy [\d.]+%, .* on test, 30 labelled rows; trained on train, 72 labelled rows$"
     assert re.search(measured, printed["train-teacher"].strip())
     assert re.search(r"[\d,]+ parameters, [\d.]+% of the teacher's [\d,]+; 1 layer where the", printed["init-student"])
@@ -207,7 +207,7 @@ def test_an_empty_data_set(project):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train-student", "--help"], ["cache-logits", "--help"]])
 def test_help_imports_nothing_that_is_slow(arguments):
-    """It is there at once: what takes seconds to import is not imported for it."""
+    """Modules that take seconds to import are not imported for the help."""
     code = (
         "import sys; from click.testing import CliRunner; from pipeline.cli import main; "
         f"assert CliRunner().invoke(main, {arguments}).exit_code == 0; print(*sys.modules)"
@@ -305,7 +305,7 @@ def test_an_interrupted_teacher_goes_on(project, caplog, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(teacher, "predict", interrupt)
         assert call("run", "run.yaml", "train-teacher").exit_code == 130
-    project["train-teacher"]["seed"] = 2  # what another run has left is stale
+    project["train-teacher"]["seed"] = 2  # files of another run are stale
     Path("run.yaml").write_text(yaml.safe_dump(project))
     assert call("run", "run.yaml", "train-teacher").exit_code == 0
 
@@ -327,7 +327,7 @@ def test_a_stale_teacher_gives_way_and_an_interrupted_student_goes_on(project, c
     assert call("run", "run.yaml", "--through", "train-student").exit_code == 0
     assert "resuming from checkpoint-3" in caplog.text
 
-    with monkeypatch.context() as patch:  # another run was interrupted there: what it has left is stale
+    with monkeypatch.context() as patch:  # files of an interrupted run are stale
         patch.setattr(training, "detach_loss", interrupt)
         project["train-student"][0]["seed"] = 1
         Path("run.yaml").write_text(yaml.safe_dump(project))
@@ -441,7 +441,7 @@ def test_help_is_at_most_100_columns_and_examples_paste(name, monkeypatch):
     )
     words = shlex.split(example.replace("\\\n", " "))
     assert words[:2] == ["softlabel", name]
-    context = main.commands[name].make_context(name, words[2:])  # every flag of it is one
+    context = main.commands[name].make_context(name, words[2:])  # every flag of the command is valid
     missing = [p.name for p in context.command.params if getattr(p, "needed", False) and not context.params[p.name]]
     assert not missing
 

@@ -72,7 +72,7 @@ def test_dashes_and_underscores_are_the_same_in_a_section(tmp_path: Path) -> Non
     ],
 )
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, key: str, lines: tuple[int, int]) -> None:
-    """YAML itself keeps the last, so that a whole section would be lost silently."""
+    """YAML itself keeps the last one, so that a whole section would be lost silently."""
     with pytest.raises(
         ConfigError, match=rf"run.yaml: {key}: is given in line {lines[0]} and again in line {lines[1]},"
     ):
@@ -183,7 +183,7 @@ def test_resolving_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert file == load(tmp_path, "data: {dataset: d}\ncache-logits: {data: {holdout: 0.2}}")
 
 
-# ---------------------------------------------------------------------------- values that cannot be
+# ----------------------------------------------------------------------------------- invalid values
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_each_stage_says_what_it_misses(kind: type) -> None:
         ({"messages_column": "m", "prompt_column": "p", "completion_column": "c"}, "m, p"),
         ({"rows_per_shard": 0}, "--rows-per-shard"),
         ({"batch_tokens": 0}, "--batch-tokens"),
-        # a knob of another encoding
+        # a setting of another encoding
         ({"encoding": "full", "top_k": 4}, "--top-k"),
         ({"encoding": "full", "top_p": 0.9}, "--top-p"),
         ({"encoding": "full", "sample_size": 9.0}, "--sample-size"),
@@ -265,7 +265,7 @@ def test_each_stage_says_what_it_misses(kind: type) -> None:
         ({"encoding": "sampled", "top_k": 4}, "--top-k"),
         ({"encoding": "sampled", "top_p": 0.9}, "--top-p"),
         ({"top_k": 4, "sample_size": 9.0}, "--sample-size"),
-        # a knob that misses or is out of range
+        # a missing or invalid setting
         ({"encoding": "top-k"}, "--top-k"),
         ({"top_k": 0}, "--top-k"),
         ({"encoding": "top-p"}, "--top-p"),
@@ -325,7 +325,7 @@ def test_evaluation_refuses_contradictions(flags: dict[str, Any], named: str) ->
         resolve(EvaluateConfig, None, {}, {"cache": "c"} | flags)
 
 
-# --------------------------------------------------------------------- what the configuration means
+# --------------------------------------------------------------------- meaning of the configuration
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_data_files_are_a_list_or_a_mapping(tmp_path: Path) -> None:
         assert found.data_files == ("train=a.csv", "train=b.csv", "test=c.csv")
 
 
-# -------------------------------------------------------------------------------------------- homes
+# --------------------------------------------------------------------------------- home directories
 
 
 @pytest.fixture

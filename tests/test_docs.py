@@ -1,4 +1,4 @@
-"""Commands, flags and names of the pages are those of the program; code of the pages runs."""
+"""Commands, flags and names on the pages exist in the program, and code on the pages runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("page", ["README.md", "data/README.md"])
 def test_links_of_pages_outside_the_site(page):
-    """Those of the site are checked where it is built."""
+    """Links of the site's pages are checked when the site is built."""
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
     here = [link for link in links if "://" not in link]
     assert len(here) > 10 or page != "README.md"
@@ -68,9 +68,9 @@ def test_make_targets_of_the_pages_are_there():
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """The `softlabel` commands of a page's code blocks and code spans, in words.
+    """Return the `softlabel` commands of a page's code blocks and code spans as words.
 
-    Those of one block as they are continued over lines.
+    Commands may continue over several lines of a block.
     """
     blocks = [found[1] for found in re.finditer(r"^```(?:bash|console|shell)?\n(.*?)^```", page, re.S | re.M)]
     blocks += [found[0] for found in re.finditer(r"(?:^(?: {4}.*)?\n)+", page, re.M)]
@@ -83,7 +83,7 @@ def commands_of(page: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_flags_of_a_pages_commands_are_there(name):
-    """Also in commands with placeholders, which cannot be run."""
+    """Includes commands with placeholders, which cannot be run."""
     for words in commands_of(PAGES[name]):
         if words[0] not in main.commands:
             assert words[0].startswith("-") or words[0].isupper() or words[0] == "help", words

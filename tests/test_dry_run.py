@@ -1,4 +1,4 @@
-"""--dry-run makes a command's checks, prints what it would read and write, and writes nothing."""
+"""--dry-run runs a command's checks, prints its inputs and outputs, and writes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CAPTURE = ["--task", "sequence-classification", "--dataset", "data", "--teacher"
 
 @pytest.fixture
 def project(tmp_path, bert_tokenizer, topics, monkeypatch):
-    """Data, a pretrained model, a teacher, a cache and a student."""
+    """Create data, a pretrained model, a teacher, a cache and a student."""
 
     def make(folder: Path) -> None:
         (folder / "data").mkdir()
@@ -52,7 +52,7 @@ def project(tmp_path, bert_tokenizer, topics, monkeypatch):
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and directory, the folder too, with size and time of change."""
+    """Return every file and directory, the folder included, with size and modification time."""
     return {
         str(path.relative_to(folder)): (0 if path.is_dir() else path.stat().st_size, path.stat().st_mtime_ns)
         for path in (folder, *folder.rglob("*"))
@@ -74,7 +74,7 @@ def test_every_command_that_works_long_has_one():
     assert set(OUTLINES) == LONG
     assert "--dry-run" in call("run", "--help").output
     for name in LONG:
-        assert "dry_run" not in {field.name for field in cfg.cli_fields(cfg.SECTIONS[name])}  # no setting of a run
+        assert "dry_run" not in {field.name for field in cfg.cli_fields(cfg.SECTIONS[name])}  # not a setting of a run
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_run_says_which_stages_run_and_why(project):
     before = listing(project)
     result = call("run", "run.yaml", "--dry-run")
     assert "is skipped: up to date" in result.stdout
-    assert "90 rows an epoch" in result.stdout  # its inputs are there by now: the stage is looked at
+    assert "90 rows an epoch" in result.stdout  # its inputs exist now, so the stage is checked
     assert listing(project) == before
 
 

@@ -1,6 +1,6 @@
-"""A new user's first hour.
+"""The first hour of a new user.
 
-A CSV with column names of its own, the README's commands, and no setting of training.
+Runs the README's commands on a CSV with other column names and without training options.
 
 `make first-hour` does the same with real data and a real encoder.
 """
@@ -29,7 +29,7 @@ SECTION = README.partition("\n## Your own data\n")[2].partition("\n## ")[0]
 
 
 def commands() -> dict[str, list[str]]:
-    """Name -> the README's command, with a tiny encoder, and a control."""
+    """Return name -> README command with a tiny encoder, and a control."""
     block = re.search(r"```bash\n(.*?)```", SECTION, re.S)
     lines = block[1].replace("\\\n", " ").strip().splitlines()
     assert [shlex.split(line)[1] for line in lines] == [
@@ -44,7 +44,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def write(path: Path, count: int, seed: int, *, labelled: bool = True) -> None:
-    """Tickets with a number, a text of one topic and, where there is one, a queue."""
+    """Write tickets with a number, a text of one topic and, if known, a queue."""
     rng = random.Random(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as handle:
@@ -57,7 +57,7 @@ def write(path: Path, count: int, seed: int, *, labelled: bool = True) -> None:
 
 @pytest.fixture(scope="module")
 def hour(tmp_path_factory, bert_tokenizer) -> tuple[Path, dict[str, str]]:
-    """The folder after the commands, and what each of them printed."""
+    """Run the commands; return their folder and the output of each."""
     folder = tmp_path_factory.mktemp("hour")
     write(folder / "tickets" / "train.csv", 300, 0)
     write(folder / "tickets" / "test.csv", 150, 1)

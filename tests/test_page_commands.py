@@ -1,4 +1,4 @@
-"""Commands, Python and YAML of the pages run, on tiny models and data under the names in the pages.
+"""Commands, Python and YAML of the pages run on tiny models and data under the pages' names.
 
 `tests/test_first_hour.py` runs those of README and `python.md` one after another,
 `tests/cache/test_format_page.py` those of `format.md`, `tests/test_rounds.py` those of `rounds.md`.
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.full
 DOCS = Path(__file__).parents[1] / "docs"
 ELSEWHERE = {"format.md", "python.md", "rounds.md"}
 BLOCKS = [block for page in sorted(DOCS.glob("*.md")) if page.name not in ELSEWHERE for block in blocks(page)]
-#: What needs a server, a bucket, a hub, a cluster or several GPUs, and has tests of its own.
+#: Commands that need a server, a bucket, a hub, a cluster or several GPUs; other tests cover them.
 NOT_HERE = re.compile(r"http://|hf://|s3://|--engine ray|torchrun|fsdp|\.\.\.")
-#: A few steps and rows show that a command runs.
+#: Flags that limit commands to a few steps and rows.
 FEW = {"--max-steps": "2", "--num-examples": "8", "--max-new-tokens": "8"}
 ALSO = {
     "train-teacher": ["--max-steps", "2"],
@@ -52,7 +52,7 @@ def runnable(block: Block) -> list[list[str]]:
 
 
 def small(words: list[str]) -> list[str]:
-    """The command with few steps, and of a sweep the first of each axis."""
+    """Return the command with few steps, and a sweep with the first value of each axis."""
     if words[0] == "sweep":
         words = [words[0], *itertools.chain.from_iterable(dict(zip(words[-2::-2], words[:0:-2], strict=True)).items())]
     words = [FEW.get(before, word) for before, word in zip(["", *words], words, strict=False)]
@@ -60,7 +60,7 @@ def small(words: list[str]) -> list[str]:
 
 
 def named(block: Block, words: list[str]) -> set[str]:
-    """What a command reads: its words but those of --output, and the parts behind "=" of each."""
+    """Return the inputs of a command: its words and their parts after "=", without --output's."""
     found = {word for before, word in zip(["", *words], words, strict=False) if before != "--output"}
     if words[0] == "run":
         found |= values_of(yaml.safe_load(Path(words[1]).read_text(encoding="utf-8")))
@@ -68,7 +68,7 @@ def named(block: Block, words: list[str]) -> set[str]:
 
 
 def values_of(file: Any) -> set[str]:
-    """All texts in a YAML file."""
+    """Return all texts in a YAML file."""
     if isinstance(file, dict):
         return set().union(*map(values_of, file.values()))
     if isinstance(file, list):
@@ -98,11 +98,11 @@ def test_python_of_a_page_runs(world, block):
 
 @pytest.mark.parametrize("block", of("yaml"), ids=name)
 def test_yaml_of_a_page_is_a_file_for_run(world, block):
-    """Whole files as they are, and the settings of a section in one of `train-student`."""
+    """Whole files run unchanged; single settings run in a section of `train-student`."""
     file = yaml.safe_load(block.text)
     whole = "task" in file
     if not whole:
-        file["training"]["use_cpu"] = True  # where `bf16` finds no GPU
+        file["training"]["use_cpu"] = True  # `bf16` works without a GPU then
         file = {"train-student": {"cache": "runs/cache", "student": "STUDENT", "output": "runs/trained", **file}}
     Path("page.yaml").write_text(yaml.safe_dump(file))
     world.make(block.page, {"runs/cache", "STUDENT", *(values_of(file))} - ({"runs/cache"} if whole else set()))

@@ -1,6 +1,6 @@
-"""What a long step says of itself.
+"""Progress output of long steps.
 
-A line now and then off a terminal, a bar on one, nothing under --quiet.
+Occasional lines when the output is no terminal, a bar on a terminal, nothing under --quiet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.verbosity import at_level
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -127,7 +127,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch, said):
     assert "8/8" in shown
     assert "loss 0.5" in shown
     assert "tokens/s" in shown
-    assert said() == []  # in place of the lines, not beside them
+    assert said() == []  # the bar replaces the lines
 
 
 def test_a_quiet_terminal_gets_no_bar(monkeypatch):

@@ -1,6 +1,6 @@
 """Rounds of on-policy distillation.
 
-Which steps a file comes to, what they make, and what is said of them.
+Covers the steps of a configuration, their outputs, and their messages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.support.generations import writing_model
 from tests.support.processes import python
 from tests.test_cli import call
 
-# ---------------------------------------------------------------------------- which steps there are
+# ------------------------------------------------------------------------- steps of a configuration
 
 DEMO = Path(__file__).parents[1] / "data" / "bbc_lm" / "rounds.yaml"
 EACH = {
@@ -78,7 +78,7 @@ def test_sections_with_a_placeholder_are_run_once_a_round(tmp_path):
     assert (found["s-2"].cache, found["s-2"].student) == (("c-2", "off"), "s-1")
     assert [step.round for step in steps_of(file)] == [None, None, 1, 1, 1, 2, 2, 2, None]
     more = load(tmp_path, rounds=3, **EACH)
-    assert outputs(more)[:8] == outputs(file)[:8]  # what is done stays done
+    assert outputs(more)[:8] == outputs(file)[:8]  # finished steps keep their outputs
 
 
 def test_an_evaluation_of_each_round_stands_in_its_round(tmp_path):
@@ -100,7 +100,7 @@ def test_without_rounds_the_order_is_that_of_the_stages(tmp_path):
     ("stage", "last"), [("init-student", "s-0"), ("generate", "w-2"), ("cache-logits", "c-2"), ("train-student", "s-2")]
 )
 def test_through_a_stage_ends_after_its_last_step(tmp_path, stage, last):
-    """A stage that is named is run: in all rounds, with what they need before it."""
+    """The named stage runs in all rounds, after the steps that it needs."""
     file = load(tmp_path, rounds=2, **EACH)
     everything = outputs(file)
     assert outputs(file, through=stage) == everything[: everything.index(last) + 1]
@@ -194,7 +194,7 @@ def test_what_makes_no_rounds_is_refused_in_one_line(tmp_path, content, message)
 
 
 def test_braces_that_are_no_placeholder_stay(tmp_path):
-    """Of templates and stops, and of names that are like neither."""
+    """Braces in templates and stop strings, and in names that resemble neither placeholder."""
     asked = {"stop": ["{round:d}"], "chat_template_kwargs": ["a={rounds}"], "dataset": "p-{lang}"}
     file = load(tmp_path, rounds=1, **changed("generate", **asked))
     assert "w-1" in outputs(file)
@@ -264,13 +264,14 @@ def test_a_section_that_reads_token_ids_drops_the_shared_input(tmp_path, shared)
     assert resolve(CacheLogitsConfig, file, {}, flag).data.columns.input_ids == "ids"
 
 
-# ------------------------------------------------------------------------------ what the steps make
+# ----------------------------------------------------------------------------- outputs of the steps
 
 
 def write_project(lm_tokenizer):
-    """In the working directory: a teacher, a student that writes, prompts and texts.
+    """Write a teacher, a student model, prompts and texts to the working directory.
 
-    The sections of two rounds come back.
+    Returns:
+        The sections of two rounds.
     """
     models = {
         "teacher": tiny_model("llama", len(lm_tokenizer), spread=3.0, seed=5),
@@ -318,14 +319,14 @@ def write_project(lm_tokenizer):
 
 @pytest.fixture
 def project(tmp_path, lm_tokenizer, monkeypatch):
-    """Two rounds of a tiny student, with an off-policy cache of texts beside what it writes."""
+    """Write two rounds of a tiny student with an additional off-policy cache of texts."""
     monkeypatch.chdir(tmp_path)
     return write_project(lm_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory, lm_tokenizer):
-    """The caches of the first round, and what was printed."""
+    """Run up to the caches; return the folder and the output."""
     folder = tmp_path_factory.mktemp("rounds")
     with contextlib.chdir(folder):
         load(folder, **{**write_project(lm_tokenizer), "rounds": 1})
@@ -389,7 +390,7 @@ with hooked(hook):
 
 @pytest.mark.full
 def test_a_round_killed_when_its_weights_are_saved_is_trained_again(tmp_path, project):
-    """Without checkpoints a killed student is trained again."""
+    """Without checkpoints a killed student is trained again from the start."""
     project["rounds"] = 1
     load(tmp_path, **project)
     code = """
@@ -447,7 +448,7 @@ def test_hard_labels_that_the_student_wrote_are_warned_of(tmp_path, project, cap
 
 
 def test_the_teachers_loss_and_the_reverse_kl_are_those_of_plain_passes(captured):
-    """In float64, over the completions alone."""
+    """Compares in float64, over the completions alone."""
     folder, printed = captured
     found = measure_written(folder / "cache-1", folder / "written-1")
     teacher, student = (AutoModelForCausalLM.from_pretrained(folder / n).double() for n in ("teacher", "student-0"))
@@ -496,7 +497,7 @@ def test_no_reverse_kl_of_draws_that_are_not_the_students_own(captured, tmp_path
 
 
 def changed_copy(folder, target, change):
-    """The data set of the first round with other values in a column."""
+    """Copy the first round's generated data set with changed column values."""
     shutil.copytree(folder / "written-1", target)
     for path in (target / "data").glob("*.parquet"):
         table = pq.read_table(path)
@@ -555,7 +556,7 @@ def test_a_cache_of_more_or_less_than_was_written_is_told(captured, tmp_path, fl
 
 
 def test_a_round_is_compared_with_the_same_sections_of_the_round_before(captured, tmp_path):
-    """A round that writes after prompts to learn and after others to measure on has two figures."""
+    """A round that generates for training and for evaluation is compared section by section."""
     two = [EACH["generate"], {**EACH["generate"], "output": "h-{round}"}]
     caches = [*EACH["cache-logits"], {"teacher": "t", "output": "hc-{round}", "data": {"dataset": "h-{round}"}}]
     file = load(tmp_path, rounds=2, **{**EACH, "generate": two, "cache-logits": caches})
@@ -577,7 +578,7 @@ def test_a_round_is_compared_with_the_same_sections_of_the_round_before(captured
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", ["reverse-kl", "jensen-shannon"])
 def test_the_loss_over_what_was_written_is_the_dense_one_in_float64(captured, kind, fused):
-    """Over K + 1 buckets, at the completions alone, with rows of texts in the same batch."""
+    """Compares over K + 1 buckets at the completions, in batches that contain text rows too."""
     folder, _ = captured
     caches = [Cache.open(folder / name) for name in ("cache-1", "cache-off")]
     rows = TrainingRows(JoinedDataset(caches, "train", window=4))

@@ -1,4 +1,4 @@
-"""Every line that docs/troubleshooting.md quotes occurs in the source."""
+"""Every message quoted in docs/troubleshooting.md occurs in the source."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
-#: The longest fixed part of a quoted line has at least so many characters: shorter ones would occur
-#: anywhere.
+#: Minimum length of the longest fixed part of a quoted line; shorter parts would match anywhere.
 LONGEST = 11
-#: Stands for a variable part in a text of the source.
+#: Placeholder of a variable part in a source text.
 VARIABLE = "\0"
-#: A place of a %-format.
+#: A placeholder of a %-format.
 PLACE = re.compile(r"%[-+#0 ]*[\d.]*[srdfg]")
 
 
 def quoted_lines(page: str) -> list[str]:
-    """The first column of each table whose header begins with `line`."""
+    """Return the first column of each table whose header begins with `line`."""
     found, is_of_lines = [], False
     for row in page.splitlines():
         if not row.startswith("|"):
@@ -36,12 +35,12 @@ def quoted_lines(page: str) -> list[str]:
 
 
 def fixed_parts(line: str) -> list[str]:
-    """What stands between the variable parts, `...`."""
+    """Return the parts of the line between the variable parts, `...`."""
     return [part.strip() for part in line.split("...") if part.strip()]
 
 
 def text_of(node: ast.AST) -> str:
-    """A string as the program makes it; the parser has joined adjacent literals."""
+    """Return a string as the program builds it; the parser has joined adjacent literals."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -52,7 +51,7 @@ def text_of(node: ast.AST) -> str:
 
 
 def texts_of(source: str) -> set[str]:
-    """Strings, f-strings and %-formats of a module, but for its docstrings."""
+    """Return the strings, f-strings and %-formats of a module, except docstrings."""
     tree = ast.parse(source)
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     texts = {
@@ -65,7 +64,7 @@ def texts_of(source: str) -> set[str]:
 
 @cache
 def all_texts() -> frozenset[str]:
-    """Those of every module of the package."""
+    """Return the texts of every module of the package."""
     sources = [path.read_text() for path in (ROOT / "pipeline").rglob("*.py")]
     return frozenset(text for source in sources for text in texts_of(source))
 

@@ -1,6 +1,6 @@
-"""How much is said.
+"""Verbosity flags of the group and of every command.
 
-Flags of the group and of every command, which workers and the libraries follow.
+Worker processes and libraries follow them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.verbosity import at_level
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The level under which a command ran."""
+    """Record the level at which a command ran."""
     found = []
     monkeypatch.setattr("pipeline.cache.verify", lambda *_, **__: found.append(verbosity.level_name()) or _NOTHING)
     return found
@@ -52,7 +52,7 @@ def test_flags_before_and_after_the_command(seen, before, after, level):
     result = call(*before, "verify", "--cache", "x", *after)
     assert result.exit_code == 0, result.output
     assert seen == [level]
-    assert result.stdout.startswith("x: whole. 0 shards")  # results are printed all the same
+    assert result.stdout.startswith("x: whole. 0 shards")  # results are printed at every level
     assert verbosity.level_name() == "info"
 
 

@@ -1,4 +1,4 @@
-"""`softlabel run`: the report at its end, and which files a stage depends on."""
+"""`softlabel run`: its final report, and the files that a stage depends on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.test_cli import call, project  # noqa: F401 - a fixture
 
 
 def test_run_ends_with_the_report_where_the_file_has_one(project, caplog, monkeypatch):
-    monkeypatch.setattr("pipeline.evaluation.report.report.draw_all", lambda _: ())  # seconds of matplotlib
+    monkeypatch.setattr("pipeline.evaluation.report.report.draw_all", lambda _: ())  # drawing takes seconds
     report = {"cache": "runs/cache", "student": "runs/a", "control": "control=runs/b", "output": "runs/report"}
     project["report"] = {**report, "rounds": 0, "resamples": 100}
     Path("run.yaml").write_text(yaml.safe_dump(project))
@@ -73,7 +73,10 @@ def test_a_file_that_moves_to_another_split_makes_a_stage_stale(project, caplog)
 
 
 def test_what_was_made_with_the_defaults_of_before_stays_done(project):
-    """A teacher that was trained anew by an upgrade would make the cache of the old one useless."""
+    """Outputs of earlier defaults stay up to date after an upgrade.
+
+    Retraining the teacher would invalidate its cache.
+    """
     Path("run.yaml").write_text(yaml.safe_dump(project))
     ((_, config),) = stage_configs(load_config("run.yaml"), ("train-teacher",))
     plain = dataclasses.replace(config, epochs=None, max_steps=None, learning_rate=None, batch_size=None)
@@ -103,7 +106,7 @@ def test_a_prompt_template_in_the_file_is_part_of_the_settings(project, tmp_path
     assert keys[0] != keys[1]
 
 
-#: Fields that a stage's mark did not have then, or never has.
+#: Fields that earlier releases did not include in a stage's key, or that it never includes.
 _NEWER = ("overwrite", "report_to", "on_bad_row")
 
 

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: Numbers from here on are taken for row ids or prices, not classes.
 _MAX_CLASSES = 100_000
+#: Classes with fewer labelled rows are rare: they are too few to learn from, or misspelt.
+FEW_ROWS = 5
 
 
 def label_names(source: Source, label_map: Sequence[str] = (), *, several: bool = False) -> tuple[str, ...]:

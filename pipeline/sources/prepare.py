@@ -293,16 +293,19 @@ def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None
 
 def _tell_unlabelled(where: str, dataset: Rows, label: str | None) -> None:
     """Report rows whose file has no label column, and columns that only differ in spelling."""
-    if not isinstance(dataset, JoinedRows) or label is None:
+    if label is None:
         return
-    for file, part in zip(dataset.names, dataset.parts, strict=True):
+    parts: list[tuple[str, Rows]] = [("", dataset)]
+    if isinstance(dataset, JoinedRows):
+        parts = list(zip(dataset.names, dataset.parts, strict=True))
+    for file, part in parts:
         near = next((name for name in part.column_names if fold(name) == fold(label)), None)
         if near is not None and label not in part.column_names:
             logger.warning(
-                "%s: %s: column %r is not read as the label column %r: its %d rows have no label; spell both alike",
-                *(where, file, near, label, len(part)),
+                "%s: column %r is not read as the label column %r: its %d rows have no label; spell both alike",
+                *(f"{where}: {file}" if file else where, near, label, len(part)),
             )
-    without = sum(len(part) for part in dataset.parts if label not in part.column_names)
+    without = sum(len(part) for _, part in parts if label not in part.column_names)
     if 0 < without < len(dataset):
         logger.info(
             "%s: %d of %d rows are in files without a column %r and have no label",

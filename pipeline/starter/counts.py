@@ -12,12 +12,11 @@ from pipeline.errors import SourceError
 from pipeline.sources import LabelMap, Source
 from pipeline.sources.batches import read_rows
 from pipeline.sources.columns import input_roles
+from pipeline.sources.label_names import FEW_ROWS
 from pipeline.starter.facts import sampled_ranges
 
 #: Maximum number of rows that are read per split; a larger split is sampled.
 MOST_ROWS = 500_000
-#: Classes with fewer labelled rows in `train` are reported as rare.
-FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Counts:
     classes: Mapping[str, int]
     """Class name -> number of labelled rows in all splits."""
     rare: tuple[str, ...]
-    """Classes that have labelled rows, but fewer than `FEW` in `train`."""
+    """Classes that have labelled rows, but fewer than `FEW_ROWS` in `train`."""
     shared: Mapping[str, int]
     """Pair of splits as "one, other" -> number of distinct inputs in both."""
     foreign_letters: float
@@ -102,7 +101,7 @@ def count(source: Source, names: Sequence[str], label_map: Sequence[str]) -> Cou
     return Counts(
         splits=splits,
         classes={name: classes[i] for i, name in enumerate(names)},
-        rare=tuple(name for i, name in enumerate(names) if classes[i] and in_train[i] < FEW),
+        rare=tuple(name for i, name in enumerate(names) if classes[i] and in_train[i] < FEW_ROWS),
         shared=shared,
         foreign_letters=foreign / max(1, letters),
     )

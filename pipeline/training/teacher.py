@@ -38,7 +38,8 @@ from pipeline.models.start import start_of
 from pipeline.progress import track
 from pipeline.records import BadRow, Predictions, Tokenization, TokenizedExample, is_known
 from pipeline.sources import Labels, Source, head_names, label_reader, load_source, read_examples
-from pipeline.sources.labels import listed
+from pipeline.sources.label_names import FEW_ROWS
+from pipeline.sources.labels import is_number, listed
 from pipeline.tasks import (
     Task,
     check_columns,
@@ -128,7 +129,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     skip = config.on_bad_row == "skip"
     rows = _read(task, source, train, labels, teacher.tokenizer, settings, skip=skip)
     if names is not None and task.target != "score":
-        _tell_absent(task, source, train, names, rows)
+        _tell_classes(task, source, train, names, rows)
     if task.reads != "images":
         check_ids(embedding_rows(teacher.model), rows, teacher.tokenizer, teacher.name)
     settings_given = {
@@ -314,17 +315,33 @@ def _split_names(source: Source) -> tuple[str, str | None]:
     return "train", next((name for name in ("validation", "test") if name in source.splits), None)
 
 
-def _tell_absent(
+def _tell_classes(
     task: Task, source: Source, split: str, names: Sequence[str], rows: Sequence[TokenizedExample]
 ) -> None:
-    """Warn of classes that no training row has, such as class 0 if the labels are 1 to 3."""
+    """Print the classes with their numbers of labels, and warn of absent and of rare ones.
+
+    Absent classes occur in other splits only, or are 0 if the labels are 1 to 3.
+    """
     labels = task.hard_labels(rows)
-    seen = set(np.flatnonzero(labels.reshape(len(rows), -1).any(0)) if task.names == "positions" else labels.tolist())
-    absent = [name for i, name in enumerate(names) if i not in seen]
+    several = task.names == "positions"
+    counts = (labels.reshape(len(rows), -1) > 0).sum(0) if several else np.bincount(labels[is_known(labels)])
+    counts = np.pad(counts, (0, len(names) - len(counts)))  # (classes,)
+    found = sorted(zip(names, counts.tolist(), strict=True), key=lambda each: -each[1])
+    shown = [f"{name} {count:,}" for name, count in found if count]
+    more = [f"... ({len(shown)} in all)", *shown[-3:]] if len(shown) > 13 else shown[10:]
+    logger.info("%s: split %s: labels by class: %s", source.name, split, ", ".join([*shown[:10], *more]))
+    absent = [name for name, count in found if not count]
     if absent:
+        advice = "number labels from 0, or" if all(map(is_number, names)) else "label rows of train with them, or"
         logger.warning(
-            "%s: split %s: %d of %d classes have no training row (%s), but are classes of the teacher; number labels from 0, or give --label-map DATA=MODEL",
-            *(source.name, split, len(absent), len(names), listed(absent)),
+            "%s: split %s: %d of %d classes have no training row (%s), but are classes of the teacher; %s give --label-map DATA=MODEL",
+            *(source.name, split, len(absent), len(names), listed(absent), advice),
+        )
+    rare = [name for name, count in found if 0 < count < FEW_ROWS]
+    if rare:
+        logger.warning(
+            "%s: split %s: %d of %d classes have fewer than %d labels (%s); if they are misspelt, join them with --label-map DATA=MODEL",
+            *(source.name, split, len(rare), len(names), FEW_ROWS, listed(rare)),
         )
 
 
@@ -353,7 +370,7 @@ def _read(
         if isinstance(item, BadRow):
             if not skip:
                 raise BadRowError(
-                    f"{source.name}: split {split}, row {item.source_row}: {item.reason}; correct or remove the row"
+                    f"{source.name}: split {split}, row {item.source_row}: {item.reason}; correct or remove the row, or leave such rows out with --on-bad-row skip"
                 )
             bad.append(item)
             continue
@@ -366,9 +383,7 @@ def _read(
     if partial:
         logger.warning(
             "%s: split %s: %d rows are left out because only some of their labels are known",
-            source.name,
-            split,
-            partial,
+            *(source.name, split, partial),
         )
     if bad:
         logger.warning(
@@ -376,7 +391,9 @@ def _read(
             *(source.name, split, len(bad), bad[0].source_row, bad[0].reason),
         )
     if not rows:
+        label, found = source.columns.label, source.splits[split].column_names
+        why = "" if label in found else f" (no column {label!r}; found {', '.join(found)})"
         raise SourceError(
-            f"{source.name}: split {split} has no labelled row to learn from; name the column with --label-column"
+            f"{source.name}: split {split} has no labelled row to learn from{why}; name the column with --label-column, and spell it alike in all files"
         )
     return rows

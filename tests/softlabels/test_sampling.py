@@ -104,7 +104,7 @@ def test_uniforms_are_uniform():
 
 
 def test_rounding_is_exact_in_expectation_for_every_value():
-    """Systematic rounding gives floor or ceil; ceil for a share of u equal to the fraction."""
+    """Rounding yields the floor, or the ceiling for a share of u equal to the fractional part."""
     values = torch.tensor([0.0, 0.25, 1.0, 2.75, 3.5, 0.1, 7.9], dtype=torch.float64)
     owner = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000

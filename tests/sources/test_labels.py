@@ -96,7 +96,7 @@ def test_a_label_map_names_the_classes_of_a_new_teacher() -> None:
 
 
 def test_a_label_map_of_a_new_teacher_names_labels_that_there_are() -> None:
-    """The classes come from the map: the label that is missing is the fault, not the class."""
+    """The label map defines the classes, so the error names the missing label, not a class."""
     data = source("cats", " dogs ")
     assert label_names(data, ("Cats=animals",)) == (" dogs ", "animals")  # compared case-insensitively
     with pytest.raises(SourceError, match=r"no row has the label 'x'; expected .* one of ' dogs ', cats$"):

@@ -329,7 +329,7 @@ def _labelled(text: str, label: str) -> Make:
 
 
 def _csv(text: str, label: str | None = None, *names: str, unlabelled_every: int = 0) -> Make:
-    """Sixty texts; with a label, one of the three names."""
+    """Return a function that writes sixty texts, labelled with the names if `label` is set."""
 
     def make(path: Path) -> None:
         rng = random.Random(3)

@@ -172,9 +172,7 @@ def test_what_is_finished_is_not_trained_again(tmp_path, cache, teacher, trained
     again = run(sweep(cache, teacher, tmp_path / "sweep"))
     assert len(trained) == 2
     assert again == first
-    run(
-        sweep(cache, teacher, tmp_path / "sweep", temperature=(1.0, 4.0, 2.0))
-    )  # a larger grid: only new students are trained
+    run(sweep(cache, teacher, tmp_path / "sweep", temperature=(1.0, 4.0, 2.0)))  # trains only the new students
     assert [name for name, _ in trained[2:]] == ["1x16x2-0.5-0.5-T2-seed0"]
     run(sweep(cache, teacher, tmp_path / "sweep", temperature=(1.0,), max_steps=5))  # a changed setting
     assert trained[3:] == [("1x16x2-0.5-0.5-T1-seed0", False)]

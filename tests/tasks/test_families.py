@@ -198,7 +198,7 @@ def test_prompt_and_completion_join_as_their_text_does(family: str, prompt: str,
 
 
 def test_a_token_that_begins_in_the_prompt_is_the_prompts() -> None:
-    """A token that shares only whitespace with the prompt does not belong to it."""
+    """A token belongs to the prompt if more than its leading whitespace is in the prompt."""
     vocabulary = read_vocabulary(FAMILIES["mistral"])
     row = row_of("mistral", prompt_completion=("the c", "at"))
     pieces = FAMILIES["mistral"].convert_ids_to_tokens(vocabulary.encode("the cat")[0].tolist())

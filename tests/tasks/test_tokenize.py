@@ -30,7 +30,7 @@ _SESSION: dict[str, Any] = {}
 
 @pytest.fixture(autouse=True)
 def _share_tokenizer(lm_tokenizer):
-    """Hypothesis takes no function-scoped fixtures: its tests read the session's tokenizer here."""
+    """Share the session's tokenizer with hypothesis tests, which take no function fixtures."""
     _SESSION["tokenizer"] = lm_tokenizer
 
 

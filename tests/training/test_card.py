@@ -1,4 +1,4 @@
-"""The model card: what it says is so, it holds no path, and the code in it runs."""
+"""The model card is correct, contains no local path, and its code runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_card_says_what_a_student_was_made_from(tmp_path, cache, teacher):
         "base_model",
         "datasets",
         "license",
-    ):  # none of them is known to the hub, and nobody has named a licence
+    ):  # no model is on the hub, and no licence is given
         assert key not in data
     for expected in (
         "business, sport, film",
@@ -168,7 +168,7 @@ def test_language_models_and_adapters(tmp_path, lm_tokenizer, documents, save_te
     assert ModelCard(text).data.pipeline_tag == "text-generation"
     assert "sampled, sample size 8.0, temperature 1.0" in text
     run(config(cache, student, tmp_path / "adapter", lora_r=2))
-    text = (tmp_path / "adapter" / "README.md").read_text()  # PEFT's own card names the base model by its path
+    text = (tmp_path / "adapter" / "README.md").read_text()  # PEFT's default card contains the base model's path
     assert str(tmp_path) not in text
     assert ModelCard(text).data.library_name == "peft"
     assert "of which" in text

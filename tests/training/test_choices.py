@@ -1,6 +1,6 @@
-"""Multiple choice from end to end.
+"""Multiple choice end to end.
 
-A teacher, its cache, students, evaluation, and what is refused.
+Covers a teacher, its cache, students, evaluation, and refused inputs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SMALL = {"num_hidden_layers": 1, "initializer_range": 0.1}
 
 
 def rows(seed: int, count: int) -> dict[str, list[Any]]:
-    """Of two or three texts, each with a word of another topic, the one on films is right."""
+    """Return rows of two or three texts, each on another topic; the one on films is correct."""
     rng = random.Random(seed)
     found: dict[str, list[Any]] = {"question": [], "choices": [], "answer": []}
     for _ in range(count):
@@ -120,9 +120,9 @@ def test_cached_values_are_the_models(cache, teacher):
 
 @pytest.mark.parametrize("encoding", [Full(), TopK(2), Sampled(2.0)], ids=lambda e: e.kind)
 def test_loss_and_gradient_of_rows_with_fewer_choices(cache, tmp_path, encoding):
-    """Against plain PyTorch in float64 over the choices that a row has.
+    """Compares with plain PyTorch in float64 over the choices of each row.
 
-    What it lacks adds nothing.
+    Missing choices contribute nothing.
     """
     from pipeline.softlabels import target
     from pipeline.tasks import get_task
@@ -170,7 +170,7 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     report = evaluate(cache, {name: tmp_path / name for name in names}, split="test")
     first, student, control = report.students
     assert student.agreement > 0.8
-    assert control.agreement > 0.8  # of a teacher this sure, its soft labels say little more than the data's labels
+    assert control.agreement > 0.8  # the soft labels of a teacher this confident add little to the data's labels
     assert student.kl < first.kl / 10
     (found,) = predict(
         PredictConfig(
@@ -182,7 +182,7 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     card = (tmp_path / "student" / "README.md").read_text()
     code = re.search(r"```python\n(import torch.*?)```", card, re.S)[1]
     monkeypatch.chdir(tmp_path)
-    exec(code, {})  # what the card shows runs
+    exec(code, {})  # the card's code runs
 
 
 @pytest.mark.full
@@ -286,7 +286,7 @@ def test_rows_that_are_set_aside(value, choices, match):
 
 
 def test_a_column_for_each_choice(tmp_path, teacher):
-    """As SWAG has them; `--text-pair-column` begins each choice."""
+    """Columns as in SWAG; `--text-pair-column` holds the beginning of each choice."""
     data = Dataset.from_list(
         [{"sent1": "the cat", "sent2": "sat", "ending0": "on a mat", "ending1": "in a tree", "label": 1}] * 3
     )
@@ -364,7 +364,7 @@ def test_what_is_refused(tmp_path, teacher, settings, match):
 
 
 def test_the_teachers_loss_is_over_the_choices_that_a_row_has(bert_tokenizer):
-    """Value and gradient against plain PyTorch in float64, alone and in accumulated batches."""
+    """Compares value and gradient with plain PyTorch in float64, also in accumulated batches."""
     from types import SimpleNamespace
 
     from pipeline.tasks import get_task
@@ -390,7 +390,7 @@ def test_the_teachers_loss_is_over_the_choices_that_a_row_has(bert_tokenizer):
 
 
 def test_a_batch_is_as_wide_as_its_rows_need(cache):
-    """The cache has three choices; rows of two make batches of two, whose logits are filled up."""
+    """The cache has three choices; batches of rows with two are narrower, and logits are padded."""
     from pipeline.tasks import get_task
 
     task = get_task(TASK)

@@ -1,4 +1,4 @@
-"""Two processes over gloo: the same losses as one, and ranks that stay equal to the last bit."""
+"""Two processes over gloo: the same losses as one, and bitwise equal ranks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def train(tmp_path: Path, cache: Path, ranks: int, batch: int, **extra) -> list[
 
 def assert_alike(found: list[dict], expected: dict) -> None:
     assert [rank["world_size"] for rank in found] == [len(found)] * len(found)
-    assert all(rank["digests"] == found[0]["digests"] for rank in found)  # equal to the last bit after every step
+    assert all(rank["digests"] == found[0]["digests"] for rank in found)  # bitwise equal after every step
     assert found[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     for name in ("eval_loss", "eval_accuracy", "eval_agreement", "eval_divergence"):
         assert found[0]["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-4)
@@ -133,9 +133,9 @@ def test_sigterm_saves_a_checkpoint_of_all_ranks_and_the_same_command_goes_on(
 
 
 def test_ranks_that_know_nothing_of_each_other_are_refused(tmp_path, monkeypatch):
-    """torchrun, and arguments of the user's own that do not ask for the CPU.
+    """Trainer arguments under torchrun that do not request the CPU are refused.
 
-    Each would train alone, into one directory.
+    Each rank would otherwise train alone into the same directory.
     """
     args = TrainingArguments(output_dir=str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -145,9 +145,9 @@ def test_ranks_that_know_nothing_of_each_other_are_refused(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path, bert_tokenizer, topics):
-    """Global batches of 8 over 90 rows, every fifth without a label.
+    """Uses global batches of 8 over 90 rows, every fifth without a label.
 
-    The ranks hold unequal counts, and the last step a filler.
+    The ranks have unequal counts of labels, and the last step contains a filler.
     """
     model = tiny_model("bert", len(bert_tokenizer), num_labels=3, spread=4.0)
     model.config.id2label = {0: "business", 1: "sport", 2: "film"}
@@ -167,9 +167,9 @@ def test_two_ranks_train_as_one(tmp_path, bert_tokenizer, topics):
 @pytest.mark.full
 @pytest.mark.slow
 def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
-    """The fused loss under DDP and FSDP.
+    """Checks the fused loss under DDP and FSDP.
 
-    Rows of 3 to 60 words, so that the ranks hold unequal numbers of positions.
+    Rows have 3 to 60 words, so that the ranks have unequal numbers of positions.
     """
     documents["validation"] = documents["test"]
     teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
@@ -188,9 +188,9 @@ def test_two_ranks_of_a_language_model_train_as_one_that_accumulates(tmp_path, l
 @pytest.mark.full
 @pytest.mark.slow
 def test_two_ranks_count_aligned_spans_as_one_that_accumulates(tmp_path, lm_tokenizer, documents):
-    """Unequal numbers of spans with unequal weights on the ranks, under DDP and FSDP.
+    """The ranks have unequal numbers of spans with unequal weights, under DDP and FSDP.
 
-    The backward pass reads the output matrix again.
+    The backward pass reads the output matrix a second time.
     """
     documents["validation"] = documents["test"]
     teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)

@@ -1,6 +1,6 @@
 """Every divergence against its definition over whole distributions in float64.
 
-Value and gradient.
+Compares value and gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def defined(kind: str, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """D(q, p) over whole distributions, as the papers write it."""
+    """Compute D(q, p) over whole distributions, as defined in the papers."""
     if kind == "forward-kl":
         return kl(q, p)
     if kind == "reverse-kl":
@@ -111,7 +111,7 @@ def test_top_p_has_as_many_buckets_as_a_position_keeps_classes(kind, temperature
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("encoding", [Full(), TopK(6)])
 def test_a_student_that_is_certain_of_another_class_has_a_finite_loss_and_gradient(kind, encoding):
-    """Its log-probabilities are near -600, and those probabilities 0 in float32."""
+    """The log-probabilities are near -600, so the probabilities are 0 in float32."""
     teacher, _ = pair(3, 41)
     student = torch.zeros(3, 41)
     student[:, 7] = 600.0
@@ -186,7 +186,7 @@ def test_classes_of_no_probability_leave_value_and_gradient_finite(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_factor_of_t_keeps_the_gradient_in_proportion(kind):
-    """In the limit of a high temperature the scaled gradient no longer depends on it."""
+    """In the limit of a high temperature the scaled gradient does not depend on it."""
     teacher, student = pair(6, 41)
 
     def gradient(temperature: float) -> float:

@@ -1,6 +1,6 @@
-"""The loss inside the student's forward.
+"""The loss computed inside the student's forward.
 
-The same for the fused and the dense path, under everything that Trainer's users put around a model.
+The fused and the dense path agree with every wrapper that users of Trainer apply to a model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def dense(model, tensors, loss: Loss = LOSS):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fused_loss_is_the_dense_one_of_the_models_own_logits(cache, lm_tokenizer, kind):
     model = tiny_model(kind, len(lm_tokenizer), spread=3.0)
-    exact = kind != "mixtral"  # its experts are multiplied in float32 at most
+    exact = kind != "mixtral"  # its experts compute in float32 at most
     model = model.double() if exact else model
     tensors = batch_of(cache)
     expected = dense(model, tensors)
@@ -123,7 +123,7 @@ def test_a_copy_runs_on_its_own_weights(cache, lm_tokenizer, copied):
 
 @pytest.mark.parametrize("own", [False, True])
 def test_nothing_stays_on_the_instance_once_the_loss_is_detached(lm_tokenizer, own):
-    """Mixed precision of accelerate included; what was on the instance before comes back."""
+    """A `forward` set on the instance is restored, also with accelerate's mixed precision."""
     model = tiny_model("llama", len(lm_tokenizer))
     mine = types.MethodType(lambda self, *args, **inputs: "mine", model)
     if own:
@@ -134,7 +134,7 @@ def test_nothing_stays_on_the_instance_once_the_loss_is_detached(lm_tokenizer, o
     detach_loss(model)
     assert "_original_forward" not in model.__dict__
     assert model.__dict__.get("forward") == (mine if own else None)
-    detach_loss(model)  # again: nothing to do
+    detach_loss(model)  # a second call has no effect
     assert ("forward" in model.__dict__) == own
 
 
@@ -208,7 +208,7 @@ def test_lora_around_the_layers_is_fused_and_on_the_head_dense(cache, lm_tokeniz
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )  # of torch's compiler
 def test_a_compiled_student_trains_on_the_right_positions(cache, lm_tokenizer):
-    """Batches of other shapes and other supervised positions, one after another."""
+    """Consecutive batches have different shapes and supervised positions."""
     model = tiny_model("llama", len(lm_tokenizer), spread=3.0, num_hidden_layers=1)
     batches = [batch_of(cache, count) for count in (2, 5, 3)]
     expected = [dense(model, tensors).total.detach() for tensors in batches]
@@ -240,7 +240,7 @@ def test_a_trainers_steps_are_those_of_the_dense_loss(tmp_path, lm_tokenizer, en
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_aligned_spans_in_the_fused_loss_are_those_of_dense_logits(cache, lm_tokenizer, kind, checkpointing):
-    """A plain head, one with a cap, one with a scale; tied matrices among them."""
+    """Uses a plain head, one with a cap and one with a scale, some with tied matrices."""
     model = tiny_model(kind, len(lm_tokenizer), spread=3.0).double().train()
     batch = from_tensors(batch_of(cache), 320)
     batch = dataclasses.replace(batch, spans=pairs(batch))

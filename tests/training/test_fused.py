@@ -1,6 +1,6 @@
 """The fused loss against dense PyTorch in float64.
 
-Value and gradients of hidden states, matrix and bias, at awkward sizes.
+Compares value and gradients of hidden states, matrix and bias, at awkward sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ENCODINGS = {"full": Full(), "top-k": TopK(5, (1.0, 2.0)), "sampled": Sampled(6.
 
 
 def wide(goal: Target) -> Target:
-    """In float64, so that what is compared is the loss and not the rounding of its target."""
+    """Return the target in float64, to exclude the rounding of the target from the comparison."""
     parts = {name: getattr(goal, name) for name in ("offsets", "ids")}
     rest = None if goal.log_residual is None else goal.log_residual.double()
     return Target(
@@ -136,9 +136,9 @@ def test_counts_of_a_larger_batch():
 
 
 def test_a_student_that_is_nearly_sure_has_finite_gradients():
-    """Its mass outside the kept classes is below the smallest float.
+    """The student's mass outside the kept classes is below the smallest float.
 
-    The loss is large, and finite.
+    The loss is large but finite.
     """
     goal = target(encode(torch.zeros(2, 41), TopK(5, (1.0,))), 1.0)
     hidden = torch.full((2, 3), 50.0, requires_grad=True)
@@ -227,7 +227,7 @@ def test_under_autocast_the_matrix_products_are_bfloat16_and_the_loss_float32():
     found.backward()
     assert found.dtype == torch.float32
     assert narrow[1].grad.dtype == torch.float32
-    assert 0 < abs(float(found.detach()) - float(exact.detach())) < 0.05  # not float32 all the way, and near
+    assert 0 < abs(float(found.detach()) - float(exact.detach())) < 0.05  # close, but not all in float32
     torch.testing.assert_close(narrow[1].grad.double(), torch.autograd.grad(exact, weight)[0], rtol=0.1, atol=2e-3)
 
 
@@ -244,9 +244,9 @@ def test_scores_are_those_of_the_logits(kind):
 
 
 def spans_over(labels: torch.Tensor, weights: torch.Tensor) -> Spans:
-    """Spans of two positions that have labels, the last ones in none.
+    """Return spans of two labelled positions each; an odd last position is in no span.
 
-    Every third does not count.
+    Every third span has weight 0.
     """
     positions = ((labels != -100) & (weights > 0)).nonzero().squeeze(-1)
     positions = positions[: len(positions) // 2 * 2]

@@ -1,6 +1,6 @@
-"""Image classification from end to end.
+"""Image classification end to end.
 
-A teacher, its cache, students, evaluation, and what is refused.
+Covers a teacher, its cache, students, evaluation, and refused inputs.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def viewed(tmp_path, teacher) -> Cache:
 
 
 def logits_of(folder: Path, image: Any) -> torch.Tensor:
-    """As `transformers` alone gives them for a `PIL.Image.Image`."""
+    """Return the logits that plain `transformers` computes for a `PIL.Image.Image`."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, teache
 
 
 def test_a_student_of_another_architecture_and_size_reads_the_images_by_its_own_processor(viewed, tmp_path, caplog):
-    """A convolutional network of 16 x 16 pixels learns the parts that the teacher saw in 8 x 8."""
+    """A convolutional network reads crops at 16 x 16 pixels; the teacher read them at 8 x 8."""
     start = untrained(tmp_path / "start", "resnet", side=16)
     with caplog.at_level("INFO"):
         train(viewed, start, tmp_path / "student", hard_weight=0.1, soft_weight=0.9, max_steps=150)
@@ -193,7 +193,7 @@ def test_a_student_of_another_architecture_and_size_reads_the_images_by_its_own_
 
 
 def test_held_out_rows_include_all_parts_of_an_image(viewed, teacher):
-    """The recipe of a default run."""
+    """Uses the default recipe."""
     from pipeline.config import TrainStudentConfig
     from pipeline.training.recipe.make import make_recipe
     from pipeline.training.student import load_student
@@ -205,7 +205,7 @@ def test_held_out_rows_include_all_parts_of_an_image(viewed, teacher):
     source_rows = viewed.dataset("train").column("source_row")
     assert held.num_measured == 45
     assert not set(source_rows[held.measured]) & set(source_rows[held.left])
-    assert len(set(source_rows[held.measured] // 30)) == 5  # from all over the split
+    assert len(set(source_rows[held.measured] // 30)) == 5  # spread over the whole split
 
 
 def test_transforms_keep_the_images(viewed, tmp_path):
@@ -250,7 +250,7 @@ def test_rows_labelled_elsewhere(tmp_path, teacher):
 @pytest.mark.parametrize("kind", ["vit", "resnet", "convnext"])
 @pytest.mark.parametrize("form", ["JPEG", "BMP", "WEBP"])
 def test_kinds_of_models_and_files(tmp_path, kind, form):
-    """Photographs of several sizes, turned by their orientation, in grey and with a palette."""
+    """Photographs of several sizes, rotated by their orientation, in grey and with a palette."""
     rng = np.random.default_rng(0)
     images = [encode(pixels("red", rng, width, height), form) for width, height in ((9, 20), (40, 13), (8, 8))]
     grey = encode(pixels("red", rng)[..., 0], "PNG")
@@ -313,9 +313,9 @@ def test_a_damaged_image_column_is_found(viewed, tmp_path):
 
 
 def test_a_cache_that_refers_to_images(tmp_path, teacher, cache, monkeypatch):
-    """Rows are those of a cache that holds them.
+    """The rows equal those of a cache that contains the images.
 
-    Files are found below a directory, and are those that the teacher saw.
+    Files are found below a directory, and must be those that the teacher read.
     """
     found = pictures(0, 40)
     for image in found["image"]:
@@ -429,7 +429,7 @@ def test_the_part_that_is_seen():
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_a_run_that_goes_on_and_the_best_weights_are_those_of_the_checkpoint(cache, tmp_path, kind):
-    """A ViT is saved under names of older releases, which Trainer does not read back."""
+    """A ViT is saved under parameter names of older releases, which Trainer cannot read back."""
     from safetensors.torch import load_file
 
     start = untrained(tmp_path / "start", kind, seed=1)
@@ -475,13 +475,13 @@ def test_a_checkpoint_under_other_names_is_refused(cache, tmp_path):
         (tmp_path / "student" / path).unlink()
     shutil.rmtree(tmp_path / "student" / "checkpoint-20")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "start")
-    model.save_pretrained(tmp_path / "student" / "checkpoint-10")  # as earlier releases saved it
+    model.save_pretrained(tmp_path / "student" / "checkpoint-10")  # as saved by earlier releases
     with pytest.raises(TrainingError, match="the checkpoint lacks 32 weights of the model"):
         train(cache, start, tmp_path / "student", resume=True, **settings)
 
 
 def test_half_precision(tmp_path, cache):
-    """Pixels are cast to the model's precision, at capture and after."""
+    """Pixels are cast to the model's precision, during capture and afterwards."""
     for kind in ("vit", "resnet"):
         path = untrained(
             tmp_path / kind, kind, id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)}

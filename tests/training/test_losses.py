@@ -23,13 +23,13 @@ def pair(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
 
 
 def reference_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(N,): torch's own KL over all V."""
+    """Compute torch's own KL over all V, (N,)."""
     p, q = torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
     return torch.nn.functional.kl_div(p, q, reduction="none", log_target=True).sum(-1)
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, student: torch.Tensor) -> None:
-    """Value and gradient; the target is float32, hence the tolerance."""
+    """Compare value and gradient; the tolerance allows for the float32 target."""
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
     gradient = torch.autograd.grad(found.sum(), student, retain_graph=True)[0]
     wanted = torch.autograd.grad(expected.sum(), student, retain_graph=True)[0]
@@ -67,15 +67,15 @@ def test_top_k_of_all_classes_is_full():
 
 
 def test_sampled_gives_the_full_gradient_and_kl_on_average():
-    """Over 3,000 draws, within 4 standard errors in every coordinate.
+    """Means over 3,000 draws are within 4 standard errors in every coordinate.
 
-    The entropy of the full distribution makes it the true KL.
+    The entropy of the full distribution turns the loss into the true KL.
     """
     teacher, student = pair(1, 41)
     draws = 3000
     uniforms = torch.linspace(0, 1, draws + 1, dtype=torch.float64)[
         :-1
-    ]  # systematic: every interval of u by its length
+    ]  # systematic: each interval of u in proportion to its length
     soft = encode(teacher.expand(draws, -1), Sampled(5.0), uniforms=uniforms)
     entropy = teacher_scores(teacher, torch.tensor([-100])).entropy.expand(draws)
     wide = student.expand(draws, -1)
@@ -93,7 +93,7 @@ def test_zero_when_equal_and_finite_when_the_student_is_sure():
         assert forward_kl(teacher, goal, temperature=1.0).abs().max() < 1e-6
         sure = (
             teacher.float() * 60
-        ).requires_grad_()  # float32: its mass outside the top rounds to 0, its log does not
+        ).requires_grad_()  # in float32 the mass outside the top rounds to 0, its log does not
         loss = forward_kl(sure, goal, temperature=1.0).sum()
         assert torch.isfinite(loss)
         assert torch.isfinite(torch.autograd.grad(loss, sure)[0]).all()

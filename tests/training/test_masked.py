@@ -1,4 +1,4 @@
-"""Masked language modelling from end to end: texts, teacher, cache, student, evaluation."""
+"""Masked language modelling end to end: texts, teacher, cache, student, evaluation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SMALL = {"num_hidden_layers": 1, "initializer_range": 0.1}
 
 
 def sentences(seed: int, count: int) -> list[str]:
-    """Each of the words of one topic, so that a hidden word is one of few."""
+    """Return sentences with words of one topic each, so that a masked word has few candidates."""
     rng = random.Random(seed)
     return [
         " ".join(rng.choice(TOPICS[topic]) for _ in range(rng.randint(5, 9)))
@@ -92,9 +92,9 @@ def cache(tmp_path, teacher) -> Cache:
 
 
 def test_cached_values_are_the_models(tmp_path, teacher):
-    """With every class kept.
+    """A cache with every class stores the model's logits at each masked token.
 
-    Each hidden token's logits are those of the model, from the input with the masks.
+    The reference is the model's output for the masked input.
     """
     softlabel.cache_logits(str(teacher), texts(), tmp_path / "full", task=TASK, encoding=Full(), batch_tokens=256)
     cache = Cache.open(tmp_path / "full")
@@ -149,8 +149,8 @@ def test_the_masks_of_a_text_are_held_out_together(tmp_path, cache, teacher):
     assert found is not None
     rows = dataset.column("source_row")
     assert not set(rows[found.measured]) & set(rows[found.left])
-    assert rows[found.measured].max() > 200  # from all over the split
-    few = sentences(3, 250)  # each text in two rows, whose masks differ
+    assert rows[found.measured].max() > 200  # spread over the whole split
+    few = sentences(3, 250)  # each text in two rows with different masks
     twice = softlabel.cache_logits(
         str(teacher), DatasetDict(train=Dataset.from_dict({"text": few + few})), tmp_path / "twice", task=TASK
     ).dataset("train")

@@ -1,6 +1,6 @@
-"""Question answering from end to end.
+"""Question answering end to end.
 
-Windows, a teacher, its cache, students, evaluation, and what is refused.
+Covers windows, a teacher, its cache, students, evaluation, and refused inputs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SMALL = {"num_hidden_layers": 1, "initializer_range": 0.1}
 
 
 def rows(seed: int, count: int) -> dict[str, list[Any]]:
-    """The answer is the word on films in a text; one text in six has none."""
+    """Return rows whose answer is the text's word on films; one text in six has none."""
     rng = random.Random(seed)
     found: dict[str, list[Any]] = {"question": [], "context": [], "answers": []}
     for i in range(count):
@@ -97,7 +97,7 @@ def cache(tmp_path, teacher) -> Cache:
 
 
 def logits_of(teacher: Path, question: str, context: str) -> torch.Tensor:
-    """(2, T), as `transformers` alone gives them."""
+    """Return the logits that plain `transformers` computes, (2, T)."""
     model = AutoModelForQuestionAnswering.from_pretrained(teacher).eval()
     with torch.no_grad():
         found = model(**AutoTokenizer.from_pretrained(teacher)(question, context, return_tensors="pt"))
@@ -218,7 +218,7 @@ def test_every_form_of_answers(answers):
 
 @pytest.mark.parametrize("encoding", [Full(), TopK(3), Sampled(4.0)], ids=lambda e: e.kind)
 def test_loss_and_gradient(teacher, tmp_path, encoding):
-    """Against plain PyTorch in float64 over the places that each row has."""
+    """Compares with plain PyTorch in float64 over the candidate positions of each row."""
     from pipeline.softlabels import target
     from pipeline.training.batches.collate import Collator, Picked
     from pipeline.training.losses import distillation_loss
@@ -270,7 +270,7 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, bert_t
     assert next(iter(found.labels)) == TOPICS["film"][0]
     card = (tmp_path / "student" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(from transformers.*?)```", card, re.S)[1], {})  # what the card shows runs
+    exec(re.search(r"```python\n(from transformers.*?)```", card, re.S)[1], {})  # the card's code runs
 
 
 def test_windows_without_overlap_are_another_contract(teacher, tmp_path):
@@ -311,7 +311,7 @@ def test_a_report_names_places_by_their_tokens_and_ranks_rows_by_what_is_known(t
         for each in (item.teacher, item.answer)
     )
     assert {item.text.partition(":")[0] for item in found.examples} <= {"start", "end"}
-    for item in found.examples:  # log q / p of the teacher's likeliest class, as the percentages say
+    for item in found.examples:  # log q / p of the teacher's most likely class agrees with the percentages
         assert not item.is_kl
         q, p = (re.search(r"(\d+)%\)$", each) for each in (item.teacher, item.answer))
         if item.teacher.rpartition(" ")[0] == item.answer.rpartition(" ")[0]:
@@ -373,7 +373,7 @@ def test_an_audit_finds_the_same_logits(cache, teacher):
 
 
 def test_an_answer_with_characters_that_the_normalizer_drops(bert_tokenizer):
-    """Zero-width marks and line ends at its edges, at the edges of the text too."""
+    """Zero-width marks and line breaks at the answer's edges, also at the edges of the text."""
     for context, answer in (
         ("the cat\u200b sat", "cat\u200b"),
         ("\u200bcat sat", "\u200bcat"),
@@ -395,7 +395,7 @@ def test_answers_of_predict_stand_in_the_text(teacher, tmp_path):
 
 
 def test_the_plain_command_of_the_docs(cache, teacher, tmp_path):
-    """All choices left to the recipe, early stopping on held-out rows among them."""
+    """The recipe makes all choices, with early stopping on held-out rows."""
     from pipeline.config import TrainStudentConfig
     from pipeline.training.run import run as train_student
 

@@ -1,4 +1,4 @@
-"""Training from a cache behind a URL: the steps of the local one, without fetching it first."""
+"""Training from a cache behind a URL takes the steps of the local cache without downloading it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARDS, ROWS = 100, 3
 
 @pytest.fixture
 def cache(tmp_path, lm_tokenizer) -> Cache:
-    """300 rows in 100 row groups, so that the order does not begin with all of them."""
+    """Return 300 rows in 100 row groups, so that the order does not start with all of them."""
     return build_cache(tmp_path / "cache", lm_tokenizer, classes=len(lm_tokenizer), per_shard=ROWS, shards=SHARDS)
 
 
@@ -35,7 +35,7 @@ def student(save_teacher, lm_tokenizer):
 
 
 def train(cache, student, output, **settings):
-    """The losses that were logged, one a step."""
+    """Train, and return the logged loss of each step."""
     logs = {"logging_steps": 1, "save_steps": 4, "save_strategy": "steps", "report_to": "none"}
     values = {"max_steps": 10, "batch_size": ROWS, "learning_rate": 1e-3, **settings}
     run(

@@ -1,6 +1,7 @@
-"""What a run leaves on the disk.
+"""Files that a run writes.
 
-No secret, no half-written checkpoint that is taken for whole, the student as it came.
+They contain no secrets, incomplete checkpoints are not resumed, and the student keeps its dtype and
+settings.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def test_no_file_holds_the_token(tmp_path, cache, teacher):
     train(cache, teacher, tmp_path / "out", training=saving)
     args = TrainingArguments(output_dir=str(tmp_path / "x"), hub_token=SECRET, max_steps=1)
     softlabel.train_student(cache, str(teacher), tmp_path / "live", args=args)
-    assert args.hub_token == SECRET  # a push takes it from there
+    assert args.hub_token == SECRET  # pushes read the token from there
     written = [path for name in ("out", "live") for path in (tmp_path / name).rglob("*") if path.is_file()]
     assert {"training_args.bin", "trainer_state.json", "README.md", "origin.json"} <= {path.name for path in written}
     assert (tmp_path / "out" / "checkpoint-1" / "training_args.bin").exists()
@@ -145,9 +146,9 @@ def test_a_push_without_a_hub_is_said_before_the_first_step(tmp_path, cache, tea
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_what_is_pushed_is_what_is_saved(tmp_path, cache, teacher, hub, dtype):
-    """Weights, tokenizer, cards and logs.
+    """Weights, tokenizer, cards and logs are pushed.
 
-    Not the checkpoints, of which one was pushed on the way, in float32.
+    Checkpoints are not, although one was pushed during training in float32.
     """
     training = {"push_to_hub": True, "hub_model_id": "org/student", "save_strategy": "steps", "save_steps": 1}
     train(cache, teacher, tmp_path / "out", save_dtype=dtype, training=training)
@@ -206,6 +207,8 @@ def test_the_best_of_no_evaluation(tmp_path, cache, teacher):
     with pytest.raises(MisuseError, match=r"^eval_on_start: the cache has no split `validation`"):
         train(cache, teacher, tmp_path / "out", training={"eval_on_start": True})
     never = {"eval_strategy": "no", "load_best_model_at_end": False}
-    with pytest.raises(MisuseError, match=r"metric_for_best_model: has no effect"):  # the callback would only assert
+    with pytest.raises(
+        MisuseError, match=r"metric_for_best_model: has no effect"
+    ):  # the callback only has an assertion
         train(cache, teacher, tmp_path / "out", early_stopping=2, training=never)
     assert not (tmp_path / "out" / "origin.json").exists()

@@ -1,6 +1,6 @@
-"""Scores from end to end.
+"""Scores end to end.
 
-Data, teacher, cache, student, evaluation; and the rankings that they make.
+Covers data, teacher, cache, student and evaluation, and rankings by scores.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LONG = {"max_steps": 250, "learning_rate": 3e-3}
 
 
 def rows(seed: int, count: int) -> dict[str, list[Any]]:
-    """Texts with two scores of very different units, each a matter of which words there are."""
+    """Return texts with two scores in very different units that depend on the words."""
     rng = random.Random(seed)
     found: dict[str, list[Any]] = {"text": [], "label": []}
     for _ in range(count):
@@ -80,9 +80,9 @@ def texts() -> DatasetDict:
 
 @pytest.fixture
 def teacher(tmp_path, bert_tokenizer) -> Path:
-    """Its scores are close to those of the data.
+    """Return a teacher whose scores are close to the data's.
 
-    Written into the bias of its head, since 100 is far from where it begins.
+    The bias of its head is set, since 100 is far from its initial scores.
     """
 
     def make(folder: Path) -> None:
@@ -171,7 +171,10 @@ def test_the_unit_is_the_manifests_and_follows_the_rows(tmp_path, cache):
 
 
 def test_a_checkpoint_is_a_model_of_the_datas_scores(tmp_path, cache, bert_tokenizer):
-    """Not of standardised ones; and an unfinished run goes on from it as if nothing had been."""
+    """Its scores are not standardised.
+
+    A resumed run continues from it as if it had not been interrupted.
+    """
     start = pretrained(tmp_path / "start", bert_tokenizer, seed=1, **SMALL)
     settings = {"max_steps": 60, "learning_rate": 3e-3, "training": {"save_strategy": "steps", "save_steps": 30}}
     train(cache, start, tmp_path / "whole", **settings)
@@ -272,9 +275,9 @@ def test_manifests_that_no_capture_writes(cache, change, message):
 
 
 def queries(seed: int, count: int) -> dict[str, list[Any]]:
-    """Lists of 3 to 6 documents, in any order.
+    """Return lists of 3 to 6 documents in random order.
 
-    How relevant one is, 0 to 2, is a matter of its topic's word.
+    A document's relevance, 0 to 2, depends on its topic's word.
     """
     rng = random.Random(seed)
     found: dict[str, list[Any]] = {"query": [], "document": [], "label": [], "id": []}
@@ -338,7 +341,7 @@ def test_a_student_ranks_as_its_teacher(tmp_path, ranked, bert_tokenizer, diverg
 
 
 def test_lists_stay_whole_in_shards_row_groups_and_transforms(tmp_path, ranked):
-    """So that batches hold whole ones: shards of at most 50 rows are a little shorter."""
+    """Shards of at most 50 rows are shorter where needed, so that batches hold whole lists."""
     seen: dict[tuple[str, int], int] = {}
     assert len(ranked.manifest.split_shards("train")) > 4
     for split in ranked.splits:
@@ -432,9 +435,10 @@ def test_rows_are_held_out_by_lists(ranked):
 
 
 def test_scores_that_say_nothing_are_told(tmp_path, bert_tokenizer, caplog):
-    """A teacher that knows nothing.
+    """Warns of a teacher whose scores are noise.
 
-    And one whose scores are in another unit than the data's, beside hard labels.
+    Also warns of a teacher whose scores are in another unit than the data's, if hard labels are
+    used.
     """
     base = pretrained(tmp_path / "base", bert_tokenizer, **SMALL)
     settings: dict[str, Any] = {
@@ -541,7 +545,7 @@ def test_models_give_their_scores(tmp_path, cache, teacher):
 
 
 def test_a_score_of_minus_100_is_a_score(tmp_path, bert_tokenizer):
-    """-100 is what Trainer takes for no label."""
+    """Trainer uses -100 for missing labels."""
     rows = {
         "text": [" ".join(WORDS[i % 6 : i % 6 + 2]) for i in range(48)],
         "label": [-100.0 if i % 10 else 100.0 for i in range(48)],
@@ -589,9 +593,9 @@ def test_a_path_has_its_lists_too(tmp_path, ranked):
 
 
 def test_lists_of_one_name_in_two_caches_stay_apart(tmp_path, ranked):
-    """Merged, lists of other rows are other lists.
+    """Merged lists with the same name but other rows are separate lists.
 
-    And a list of one row in a split says nothing of the other split.
+    A list with one row in a split does not affect the other split.
     """
     teacher = str(ranked.root.parent / "ranker")
     settings: dict[str, Any] = {"task": "text-ranking", "columns": RANKING, "batch_tokens": 256}
@@ -611,7 +615,7 @@ def test_lists_of_one_name_in_two_caches_stay_apart(tmp_path, ranked):
 
 
 def test_metric_and_interval_are_of_one_statistic():
-    """Also where one output has fewer labels, or none."""
+    """Holds also if an output has fewer labels, or none."""
     task = get_task(TASK)
     rng = np.random.default_rng(0)
     labels = rng.normal(size=(400, 3))
@@ -629,7 +633,7 @@ def test_metric_and_interval_are_of_one_statistic():
 
 
 def test_metrics_of_training_are_those_of_the_saved_student_in_bfloat16(tmp_path, bert_tokenizer):
-    """Scores of 2000 +- 5: bfloat16 knows them to 8."""
+    """Scores are 2000 +- 5, where bfloat16 has a resolution of 8."""
     rng = np.random.default_rng(0)
     scores = 2000 + 5 * rng.normal(size=200)
     rows = [
@@ -690,7 +694,7 @@ def test_own_lists_are_checked(tmp_path, bert_tokenizer):
 
 
 def test_equal_texts_are_held_out_together(tmp_path, bert_tokenizer):
-    """Whatever the scores of each."""
+    """Holds regardless of their scores."""
     rows = [
         LabelledRow([2, 5 + i // 3 % 100, 5 + i // 300, 3], logits=torch.tensor([[0.0]]), labels=[float(i)], text="x")
         for i in range(900)

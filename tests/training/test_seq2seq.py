@@ -1,6 +1,6 @@
-"""Encoder-decoders from end to end.
+"""Encoder-decoders end to end.
 
-Pairs of texts, teacher, cache, student with the fused loss, texts that are written.
+Covers pairs of texts, teacher, cache, a student with the fused loss, and generated texts.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def small(path: Path, tokenizer: Any, seed: int = 0, kind: str = "t5") -> Path:
 
 
 def pairs(seed: int, count: int) -> dict[str, list[str]]:
-    """The target is the last word of each word's topic, with noise."""
+    """Return pairs whose target has the last word of each source word's topic, with noise."""
     rng = random.Random(seed)
     found: dict[str, list[str]] = {"source": [], "target": []}
     for _ in range(count):
@@ -163,7 +163,7 @@ def test_cached_values_are_the_models(tmp_path, teacher):
 
 @pytest.mark.parametrize("soft_weight", [0.0, 0.7])
 def test_the_fused_loss_is_the_dense_one(cache, teacher, soft_weight):
-    """Value and gradients, in float64, of the same batch."""
+    """Compares value and gradients in float64 on the same batch."""
     task, loss = get_task(TASK), Loss(0.3, soft_weight)
     batch = Collator(task, cache.tokenizer, 1.0).collate(
         Picked((cache.dataset("train").segments(np.arange(12)),), np.ones(12, dtype=bool))
@@ -277,9 +277,9 @@ def test_estimate_audit_merge_and_lora(tmp_path, cache, teacher, caplog):
 
 @pytest.mark.parametrize("kind", ["bart", "m2m_100", "blenderbot"])
 def test_other_architectures(tmp_path, bert_tokenizer, kind):
-    """BART is an architecture of masks too.
+    """BART supports masked language modelling too.
 
-    M2M (NLLB) and Blenderbot have no method that makes the decoder's input.
+    M2M (NLLB) and Blenderbot have no method that builds the decoder's input.
     """
     set_seed(0)
     config = AutoConfig.for_model(
@@ -335,9 +335,9 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_students_are_made_of_layers_or_of_a_shape(tmp_path, bert_tokenizer, kind):
-    """Of encoder and decoder alike.
+    """Applies to encoder and decoder alike.
 
-    With T5 the first layer of each has the positions, whichever layer it is.
+    In T5 the first layer of each stack has the position biases, whichever layer is copied to it.
     """
     set_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=len(bert_tokenizer), **LAYERS[kind])

@@ -1,4 +1,4 @@
-"""Each setting of the installed transformers is classified, and refusals come first."""
+"""Each setting of the installed transformers is classified, and invalid ones are refused first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several labels at once from end to end: a teacher, its cache, students, and what is refused."""
+"""Multi-label classification end to end: a teacher, its cache, students, and refused inputs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from tests.support.teaching import pretrained, train, write
 
 TASK = "multi-label-classification"
 NAMES = ("business", "film", "sport")
-#: A model that learns within a few hundred steps which words there are.
+#: Shape of a model that learns to detect words within a few hundred steps.
 SMALL = {"num_hidden_layers": 1, "initializer_range": 0.1}
 LONG = {"max_steps": 200, "learning_rate": 3e-3}
 
 
 def rows(seed: int, count: int) -> dict[str, list[Any]]:
-    """Texts of none to all of three topics, whose words say which."""
+    """Return texts on none to all of three topics, as shown by their words."""
     rng = random.Random(seed)
     found: dict[str, list[Any]] = {"text": [], "label": []}
     for _ in range(count):
@@ -103,9 +103,9 @@ def test_cached_values_are_the_models(cache, teacher):
 
 
 def test_the_loss_is_the_binary_one_of_each_label(cache, teacher):
-    """Value and gradient against plain PyTorch in float64.
+    """Compares value and gradient with plain PyTorch in float64.
 
-    0.1 BCE + 0.9 T^2 KL of two Bernoulli distributions, the mean over labels.
+    The loss is 0.1 BCE + 0.9 T^2 KL of two Bernoulli distributions, averaged over labels.
     """
     from pipeline.records import Loss
     from pipeline.tasks import get_task
@@ -163,7 +163,7 @@ def test_labels_may_be_one_number_a_class(tmp_path, teacher, cache, kind):
     def given(names: list[str] | None) -> Any:
         if names is None:
             return None
-        if kind == "numbers":  # of the labels that are there
+        if kind == "numbers":  # for the known labels
             return [NAMES.index(name) for name in names]
         return [(bool if kind == "booleans" else float)(name in names) for name in NAMES]
 
@@ -185,7 +185,7 @@ def test_caches_are_merged_and_converted(tmp_path, cache):
     )  # (R, 3) at T = 1 and at T = 2
     expected = 1 / (1 + np.sqrt((1 - yes) / yes))
     assert np.abs(drawn - expected).mean() < 0.1
-    assert abs((drawn - expected).mean()) < 0.02  # without bias: of a draw for each label by itself
+    assert abs((drawn - expected).mean()) < 0.02  # unbiased: each label is drawn independently
     pairs = zip(smaller.dataset("train"), cache.dataset("train"), strict=True)
     assert all(a.example.labels.tolist() == b.example.labels.tolist() for a, b in pairs)
 
@@ -234,9 +234,9 @@ def test_an_adapter_is_refused(tmp_path, cache, bert_tokenizer):
 
 
 def test_rows_of_which_some_labels_are_not_known(tmp_path, bert_tokenizer, cache, teacher, caplog):
-    """A teacher's own loss takes all labels of a row.
+    """Teachers train only on rows with all labels.
 
-    A student learns from those that are known.
+    Students train on the known labels of a row.
     """
     data = texts().map(
         lambda row, i: {"flags": None if row["label"] is None else [None if i % 2 else 1.0, 0.0, float(i % 3 == 0)]},

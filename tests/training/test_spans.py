@@ -1,6 +1,7 @@
 """A loss over aligned spans in a training run.
 
-The same however rows are dealt, logged, kept in the records; and nothing without it.
+It does not depend on how rows are batched, it is logged and recorded, and without a weight nothing
+changes.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def test_the_first_span_loss_is_that_of_the_models_own_logits(tmp_path, cache):
 
 
 def test_spans_are_learnt(tmp_path, cache):
-    """Of a loss over spans alone, whose least value is 0."""
+    """The loss is over spans alone; its minimum is 0."""
     trainer = trainer_of(cache, tmp_path, Loss(0.0, 0.0, span_weight=1.0), max_steps=40)
     trainer.train()
     losses = [entry["span_loss"] for entry in logs(trainer)]
@@ -126,7 +127,7 @@ def test_an_evaluation_counts_spans_and_weighs_them(tmp_path, cache):
 
 
 def test_without_a_weight_spans_change_nothing(tmp_path, cache):
-    """To the last bit, and in no log: of batches that hold spans, and of those that hold none."""
+    """Runs with and without spans in their batches are bitwise equal, and log no span loss."""
     runs = [trainer_of(cache, tmp_path, Loss(0.4, 0.3), spans=spans) for spans in (False, True)]
     for trainer in runs:
         trainer.train()

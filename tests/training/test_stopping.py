@@ -1,6 +1,6 @@
-"""A student that is finished or under way is not replaced unasked.
+"""A finished or unfinished student is only replaced on request.
 
-SIGTERM leaves a checkpoint, and the same command goes on.
+SIGTERM saves a checkpoint, and the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def settings(tmp_path, lm_tokenizer, documents) -> TrainStudentConfig:
 
 
 def unfinish(output: Path) -> None:
-    """As if it had been killed after its second step."""
+    """Restore the state of a run that was killed after its second step."""
     for name in ("model.safetensors", "config.json", "distillation.json", "README.md"):
         (output / name).unlink()
     shutil.rmtree(output / "checkpoint-4")
@@ -70,7 +70,7 @@ def test_a_student_is_not_replaced_unasked_and_an_unfinished_one_goes_on(setting
     whole, before = weights(out), content(out)
     with pytest.raises(MisuseError, match=rf"{out}: holds a finished student; .*--resume .*--overwrite"):
         run(settings)
-    with pytest.raises(MisuseError, match="finished student"):  # of other settings too
+    with pytest.raises(MisuseError, match="finished student"):  # a student with other settings too
         softlabel.train_student(tmp_path / "cache", settings.student, out)
     assert content(out) == before
 
@@ -130,7 +130,7 @@ main(sys.argv[1:])
 
 
 def test_sigterm_saves_a_whole_checkpoint_and_the_same_command_goes_on(settings, tmp_path):
-    """With no checkpoint due: only the signal has one written."""
+    """No checkpoint is due, so that the signal alone writes one."""
     command = f"train-student --cache {settings.cache[0]} --student {settings.student} --max-steps 4 --batch-size 4"
     killed = python("-c", KILLED, *command.split(), "--output", str(tmp_path / "out"))
     assert killed.returncode == 143, killed.stderr
@@ -155,7 +155,7 @@ class _Ended(BaseException):
 
 @pytest.fixture
 def handler():
-    """What is in place before training, as the command line's."""
+    """Install a SIGTERM handler before training, as the command line does."""
 
     def end(*_):
         raise _Ended
@@ -181,9 +181,9 @@ def interrupted(output: Path, *, times: int, wait: float = 0.0) -> CheckpointOnS
 def test_a_second_sigterm_or_a_step_that_does_not_end_ends_at_once(
     tmp_path, handler, monkeypatch, ranks, times, patience, reached
 ):
-    """One that comes after the last step ends the run too.
+    """A signal after the last step ends the run too.
 
-    Under torchrun a repeat is the launcher's.
+    Under torchrun a repeated signal comes from the launcher and is ignored.
     """
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setattr(stopping, "PATIENCE", patience)

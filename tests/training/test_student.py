@@ -1,4 +1,4 @@
-"""A student with an adapter: what is saved holds every weight that no file gave."""
+"""A student with an adapter: its files contain every weight that was not loaded from a file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def settings(path, **more):
 
 
 def pretrained(kind, tokenizer):
-    """A model with its pretraining head: no classifier and no pooler."""
+    """Save a model with its pretraining head, without a classifier or pooler."""
     auto_class = AutoModelForCausalLM if kind in ("gpt2", "llama") else AutoModelForMaskedLM
     config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=0, **TINY[kind])
     return auto_class.from_config(config)
 
 
 def saved_and_loaded(task, student, path):
-    """Logits of a trained adapter, and of the one read from its directory."""
+    """Return the logits of a trained adapter, and those after loading its directory."""
     with torch.no_grad():
         for parameter in student.model.parameters():
             if parameter.requires_grad:

@@ -1,6 +1,6 @@
-"""A teacher is fine-tuned to an ordinary model.
+"""Fine-tuning a teacher yields an ordinary model.
 
-One that is finished or under way is not replaced unasked.
+A finished or unfinished teacher is only replaced on request.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_a_teacher_learns_its_task_and_is_an_ordinary_model(tmp_path, bert_token
 
 
 def test_a_class_that_no_row_has_is_told(tmp_path, bert_tokenizer, save_teacher, caplog):
-    """Labels counted from 1 make a class 0."""
+    """Labels that start at 1 leave class 0 without rows."""
     pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
     rows = [{"text": text, "label": 1 + i % 2} for i, text in enumerate(["the cat", "the dog", "a film", "a goal"])]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,6 +75,33 @@ def test_a_class_that_no_row_has_is_told(tmp_path, bert_tokenizer, save_teacher,
     )
     train_teacher(config(tmp_path, pretrained, named, max_steps=1, output=str(tmp_path / "named")))
     assert AutoConfig.from_pretrained(tmp_path / "named").id2label == {0: "0", 1: "cat", 2: "dog"}
+
+
+def test_classes_are_counted_and_rare_ones_are_warned_of(tmp_path, bert_tokenizer, save_teacher, caplog):
+    """A misspelt label is a class of its own."""
+    pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
+    labels = ["cats"] * 7 + ["dogs"] * 6 + ["dog"]
+    rows = [{"text": f"the {label} {i}", "label": label} for i, label in enumerate(labels)]
+    for split, part in (("train", rows), ("test", [*rows[:2], {"text": "a film", "label": "film"}])):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    train_teacher(config(tmp_path, pretrained, DataConfig(dataset=str(tmp_path / "data")), max_steps=1))
+    assert "split train: labels by class: cats 7, dogs 6, dog 1\n" in caplog.text
+    assert "1 of 4 classes have no training row (film), but are classes of the teacher; label rows of" in caplog.text
+    assert "1 of 4 classes have fewer than 5 labels (dog); if they are misspelt" in caplog.text
+
+
+def test_a_label_column_that_train_spells_otherwise(tmp_path, bert_tokenizer, save_teacher, caplog):
+    pretrained = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2).bert, bert_tokenizer, "pretrained")
+    (tmp_path / "data").mkdir()
+    for split, name in (("train", "label "), ("test", "label")):
+        rows = [{"text": f"the cat {i}", name: i % 2} for i in range(4)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        SourceError, match=r"split train has no labelled row .*\(no column 'label'; found text, label \)"
+    ):
+        train_teacher(config(tmp_path, pretrained, DataConfig(dataset=str(tmp_path / "data")), max_steps=1))
+    assert "split train: column 'label ' is not read as the label column 'label': its 4 rows have no" in caplog.text
 
 
 def test_a_language_model_teacher_is_fine_tuned_too(tmp_path, lm_tokenizer, documents, save_teacher):
@@ -110,12 +137,12 @@ def test_teachers_need_labels_and_a_split_to_learn_from(tmp_path, bert_tokenizer
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------- interrupted, and again
+# --------------------------------------------------------------------- interrupted and resumed runs
 
 
 @pytest.fixture
 def pretrained(bert_tokenizer, save_teacher):
-    """With dropout: a run that goes on has to go on with its random numbers too."""
+    """Save a model with dropout, so that a resumed run must restore the random number state."""
     model = tiny_model("bert", len(bert_tokenizer), num_labels=2, hidden_dropout_prob=0.2).bert
     return save_teacher(model, bert_tokenizer, "pretrained")
 
@@ -130,7 +157,7 @@ def content(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def stopped_at(monkeypatch):
-    """Makes a run stop before a step, as an error or a signal would have it."""
+    """Make a run stop before a step, as an error or a signal would."""
 
     def stop(step, action):
         class Stop(TrainerCallback):
@@ -165,7 +192,7 @@ def test_the_same_command_goes_on_from_its_last_whole_checkpoint(
             train_teacher(plain)
         monkeypatch.undo()
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    (out / "checkpoint-4" / "trainer_state.json").write_text("{")  # torn
+    (out / "checkpoint-4" / "trainer_state.json").write_text("{")  # truncated
     before = content(out)
     for changed, named in (
         ({"seed": 1}, "seed"),
@@ -197,7 +224,7 @@ def test_checkpoints_of_which_nothing_is_known_are_refused(tmp_path, data, pretr
         train_teacher(plain)
     train_teacher(dataclasses.replace(plain, overwrite=True))
     assert not list((tmp_path / "out").glob("checkpoint-*"))
-    (tmp_path / "out" / "metrics.json").unlink()  # as if it was stopped while it was measured
+    (tmp_path / "out" / "metrics.json").unlink()  # as if stopped during evaluation
     with pytest.raises(ContractError, match="holds the weights of another run that is not finished: seed"):
         train_teacher(dataclasses.replace(plain, seed=1))
     train_teacher(plain)
@@ -205,7 +232,7 @@ def test_checkpoints_of_which_nothing_is_known_are_refused(tmp_path, data, pretr
 
 
 def test_sigterm_saves_a_checkpoint_of_a_teacher_too(tmp_path, data, pretrained, stopped_at, monkeypatch):
-    """With no checkpoint due: only the signal has one written."""
+    """No checkpoint is due, so that the signal alone writes one."""
     plain = config(tmp_path, pretrained, data, max_steps=4)
     noted = []
     before = signal.signal(signal.SIGTERM, lambda *_: noted.append(1))

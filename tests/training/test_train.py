@@ -101,7 +101,7 @@ def test_a_student_trains_with_the_teacher_deleted_and_opens_nothing_else(tmp_pa
 
 
 def test_importing_training_does_not_import_capture():
-    """Asked of a process that has the libraries and has forgotten this project."""
+    """Runs in a forked process, after removing this project's modules."""
     code = """
 import sys
 for name in [name for name in sys.modules if name.partition(".")[0] in ("pipeline", "tests")]:
@@ -113,9 +113,9 @@ print([name for name in sys.modules if name.startswith("pipeline.capture")], "pi
 
 
 def test_a_student_comes_close_to_its_teacher(tmp_path, cache, teacher):
-    """A copy of the teacher's shape, soft labels alone.
+    """The student has the teacher's shape and trains on soft labels alone.
 
-    KL falls to a small part of where it began.
+    Its KL falls to a small fraction of the initial value.
     """
     student = softlabel.init_student(teacher, tmp_path / "init", config=softlabel.Shape(2, 32, 2))
     before = softlabel.evaluate(cache, {"s": student}, split="train").students[0].kl
@@ -205,7 +205,7 @@ def test_a_lora_student_and_a_full_student_train_from_one_cache(tmp_path, lm_cac
     adapted = PeftModel.from_pretrained(base, tmp_path / "lora")
     report = softlabel.evaluate(lm_cache, {"lora": tmp_path / "lora", "full": tmp_path / "full"})
     assert np.isfinite(report.students[0].kl)
-    further = run(config(lm_cache, tmp_path / "lora", tmp_path / "lora2"))  # an adapter is a student too
+    further = run(config(lm_cache, tmp_path / "lora", tmp_path / "lora2"))  # students may be adapters
     assert further.num_trainable == lora.num_trainable
     assert adapted.peft_config["default"].r == 4
 
@@ -221,9 +221,9 @@ def test_a_peft_adapter_is_a_teacher_too(tmp_path, lm_cache, documents):
 
 
 def test_gradient_accumulation_and_batch_size_give_the_same_steps(tmp_path, cache, teacher):
-    """Unequal counts of labels in the parts.
+    """One batch of 8 and four accumulated batches of 2 end with the same weights.
 
-    One batch of 8, or four of 2 accumulated, end with the same weights.
+    The small batches have unequal counts of labels.
     """
     student = student_of(teacher, tmp_path / "init")
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -261,7 +261,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, cac
         assert torch.equal(tensor, other[name]), name
 
 
-# ---------------------------------------------------------------------------------------- the order
+# ----------------------------------------------------------------------------------- training order
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_a_filler_row_weighs_nothing(rows):
     assert (batch.labels[half:] == -100).all()
 
 
-# ---------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------ invalid input
 
 
 def test_students_that_do_not_fit_are_refused(tmp_path, cache, lm_cache, bert_tokenizer, lm_tokenizer, save_teacher):
@@ -407,7 +407,7 @@ def test_labels_alone_train_from_a_grid_without_temperature_one(tmp_path, teache
 
 
 def test_a_live_student_is_left_as_it_was(tmp_path, lm_cache, lm_tokenizer):
-    """No patched forward stays on it, and its use_cache is saved as it came."""
+    """Its forward is restored, and its use_cache setting is saved unchanged."""
     student = tiny_model("llama", len(lm_tokenizer), seed=3)
     args = TrainingArguments(str(tmp_path / "live"), max_steps=2, bf16=True, use_cpu=True, report_to="none")
     softlabel.train_student(lm_cache, student, tmp_path / "live", args=args)
@@ -443,12 +443,12 @@ def test_the_student_is_saved_in_its_own_precision_or_the_one_asked_for(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == expected
     line = softlabel.evaluate(lm_cache, {"s": tmp_path / "out"}, split="test").students[
         0
-    ]  # what was measured is what was saved
+    ]  # the metrics are those of the saved model
     assert result.metrics["nll"] == pytest.approx(line.metrics["loss"], rel=1e-5)
 
 
 def test_several_splits_are_one_set_of_rows(tmp_path, cache, teacher):
-    """Every row of both once an epoch, in an order that a resumed run goes on with."""
+    """Every row of both splits occurs once per epoch, in an order that a resumed run continues."""
     student = student_of(teacher, tmp_path / "init")
     both = {"split": ("train", "test"), "max_steps": -1, "epochs": 1, "training": {"save_steps": 7}}
     whole = run(config(cache, student, tmp_path / "whole", **both))

@@ -1,4 +1,4 @@
-"""What Trainer's users expect: metrics from the cache, early stopping, schedules, clear ends."""
+"""Features that users of Trainer expect: metrics, early stopping, schedules and clear errors."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def test_metrics_during_training_are_those_of_an_evaluation(tmp_path, cache):
 
 
 def test_early_stopping_keeps_the_best(tmp_path, cache):
-    """A learning rate that grows until it ruins the student.
+    """A growing learning rate degrades the student.
 
-    The run ends early, with the weights of its best evaluation.
+    The run stops early with the weights of its best evaluation.
     """
     settings = {"max_steps": -1, "epochs": 12, "learning_rate": 20.0, "early_stopping": 2}
     growing = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 400}
@@ -146,9 +146,9 @@ def test_the_best_model_is_the_best_by_its_metric(tmp_path, metric, greater):
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0.0)])
 def test_evaluations_under_a_schedule_can_be_compared(tmp_path, cache, ends):
-    """Weights that go to or from 0.
+    """Loss weights go to or from 0 during training.
 
-    Every evaluation takes the same ones, also after the last step, and no term is lost.
+    Every evaluation uses the same weights, also after the last step, and no term is omitted.
     """
     hard, soft, hard_end, soft_end = ends
     loss = Loss(hard, soft, schedule="cosine", hard_weight_end=hard_end, soft_weight_end=soft_end)
@@ -204,9 +204,9 @@ def test_no_such_evaluation_split(tmp_path, cache):
 
 
 def test_early_stopping_goes_on_counting_after_a_resume(tmp_path, cache):
-    """Killed after two evaluations without a better one, and resumed.
+    """The run is killed after two evaluations without improvement, and resumed.
 
-    The third ends the run, as it would have.
+    The third one ends the run, as without the interruption.
     """
     settings = {"max_steps": -1, "epochs": 12, "learning_rate": 0.05, "early_stopping": 3}
     training = {"lr_scheduler_type": "constant", "save_total_limit": 20}
@@ -219,7 +219,7 @@ def test_early_stopping_goes_on_counting_after_a_resume(tmp_path, cache):
 
 
 def test_a_resumed_run_of_another_learning_rate_is_refused(tmp_path, cache):
-    """The optimizer's state holds the old one, which would go on."""
+    """The optimizer's state contains the old learning rate, which would stay in use."""
     run(config(cache, tmp_path, max_steps=2, training={"save_steps": 2}))
     with pytest.raises(softlabel.PipelineError, match=r"learning_rate: expected 0.001, found 0.0001"):
         run(config(cache, tmp_path, max_steps=4, learning_rate=1e-4, resume=True))
@@ -324,7 +324,7 @@ def test_positions_count_by_the_teachers_certainty(lm_tokenizer, encoding):
     count = len(row.soft)
     assert found["equal"].tolist() == [1.0] * count + [0.0] * count
     entropy = row.entropy
-    if isinstance(encoding, Full):  # all is there to take it from
+    if isinstance(encoding, Full):  # the full distribution is stored
         entropy = -(row.soft.top_logprobs.exp() * row.soft.top_logprobs).reshape(count, -1).sum(-1)
     share = entropy / np.log(41)
     torch.testing.assert_close(found["uncertainty"][:count], share, rtol=1e-3, atol=1e-4)
@@ -347,7 +347,7 @@ def test_tensorboard_gets_both_losses(tmp_path, cache):
 
 
 def test_a_student_whose_embedding_is_smaller_than_the_vocabulary_is_refused(tmp_path, cache):
-    """Tied matrices that the checkpoint does not have in one size."""
+    """The input and output matrices, tied in the checkpoint, have different sizes."""
     model = AutoModelForCausalLM.from_pretrained(config(cache, tmp_path).student)
     model.model.embed_tokens = torch.nn.Embedding(100, 32)
     model.config.tie_word_embeddings = False
@@ -390,9 +390,9 @@ main(["train-student", "--config", sys.argv[1]])
     "extra", [{"batch_tokens": 96}, {"training": {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}}]
 )
 def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tmp_path, cache, extra):
-    """SIGKILL inside the eighth step, in the second epoch.
+    """SIGKILL arrives inside the eighth step, in the second epoch.
 
-    Batches by tokens, or accumulated from a worker process.
+    Batches are sized by tokens, or accumulated from a worker process.
     """
     training = {"save_steps": 3, "lr_scheduler_type": "cosine", **extra.get("training", {})}
     settings = {**extra, "max_steps": 12, "batch_size": 4, "training": training}
@@ -414,7 +414,7 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tm
 
 @pytest.mark.slow
 def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path, cache):
-    """By torchrun (its own process in `make test-full`), then resumed by two of its ranks."""
+    """Runs under torchrun (a new process in `make test-full`), then resumes on two of its ranks."""
     plain = config(cache, tmp_path)
     command = ["train-student", "--cache", *plain.cache, "--student", plain.student, "--output", plain.output]
     file = tmp_path / "run.yaml"

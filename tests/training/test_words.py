@@ -1,6 +1,6 @@
-"""Token classification from end to end.
+"""Token classification end to end.
 
-A teacher, its cache, students of two tokenizers, and what is refused.
+Covers a teacher, its cache, students with two tokenizers, and refused inputs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WORDS = Columns(text=None, words="tokens", label="ner_tags")
 
 @pytest.fixture
 def teacher(tmp_path, bert_tokenizer) -> Path:
-    """Trained on the sentences; 12 passes."""
+    """Train a teacher on the sentences for 12 epochs."""
 
     def make(folder: Path) -> None:
         data = DataConfig(
@@ -151,7 +151,7 @@ def test_without_the_words_another_tokenizer_is_refused(tmp_path, teacher, lm_to
 
 
 def written(folder: Path, tokenizer: Any, *rows: dict[str, Any]) -> Cache:
-    """Rows of four tokens, of which the second and the fourth begin words."""
+    """Write a cache with rows of four tokens, of which the second and the fourth start words."""
     logits = np.eye(2, 3, dtype=np.float32)
     made = [LabelledRow([2, 5, 6, 7], logits, supervised=[False, True, False, True], **row) for row in rows]
     return write_cache(made, folder, task=TASK, tokenizer=tokenizer, encoding=Full(), teacher="a", num_classes=3)
@@ -261,9 +261,9 @@ def test_texts_with_spans_make_the_same_cache_as_words(tmp_path, teacher, cache)
 
 @pytest.mark.parametrize("kind", [int, float])
 def test_numbers_in_another_order_than_the_teachers_are_refused(tmp_path, teacher, kind):
-    """Numbers without names, floats where some tool had nulls.
+    """Labels are numbers without names, or floats as other tools write them for columns with nulls.
 
-    The data counts O first, the teacher's head has it last.
+    O is the first class of the data and the last of the teacher's head.
     """
     rows = entities(2, 300)
     rows["ner_tags"] = [[kind(TAGS.index(tag)) for tag in tags] for tags in rows["ner_tags"]]
@@ -299,4 +299,4 @@ def test_an_adapter_has_its_new_head(tmp_path, cache, bert_tokenizer):
         cache, start, tmp_path / "student", lora_r=4, lora_target=("query", "value"), max_steps=200, learning_rate=1e-2
     )
     found = evaluate(cache, {"student": tmp_path / "student"}).students[0]
-    assert found.agreement > 0.85  # 0.7 is that of the largest class
+    assert found.agreement > 0.85  # predicting the largest class gives 0.7

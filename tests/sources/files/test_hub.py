@@ -13,7 +13,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def in_cache(folder: Path, rows: int = 2) -> datasets.Dataset:
-    """A data set as `datasets` leaves it: memory-mapped from a directory named by the commit."""
+    """Return a memory-mapped data set as `datasets` stores it, in a folder named by the commit."""
     path = folder / "org___news" / "default" / "0.0.0" / COMMIT
     datasets.Dataset.from_dict({"text": ["a"] * rows}).save_to_disk(path)
     return datasets.Dataset.from_file(str(next(path.glob("*.arrow"))))

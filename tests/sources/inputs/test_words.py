@@ -181,9 +181,7 @@ def test_labels_of_spans_are_found_without_regard_to_case_and_space():
 
 
 def test_a_span_with_an_unknown_label_is_an_error_that_does_not_send_to_the_label_map():
-    with pytest.raises(
-        SourceError, match="row 0: unknown label 'ORG' of a span; expected one of O, B-PER"
-    ) as found:
+    with pytest.raises(SourceError, match="row 0: unknown label 'ORG' of a span; expected one of O, B-PER") as found:
         rows_of(of_spans(["Acme"], [[span(0, 4, "ORG")]]))
     assert "--label-map" not in str(found.value)
 

@@ -1,4 +1,4 @@
-"""Batches made by column equal those of reading the stored columns row by row."""
+"""Batches built from columns equal batches built from stored rows one by one."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def loader(dataset, collator, **settings):
 
 
 def stored(cache: Cache) -> list[dict]:
-    """Every row of `train` as Parquet holds it, Python lists and numbers."""
+    """Return every row of `train` as Python lists and numbers from Parquet."""
     shards = cache.manifest.split_shards("train")
     return [row for s in shards for row in pq.read_table(cache.root / "data" / f"{s.name}.parquet").to_pylist()]
 
 
-# -------------------------------------------------------------------------------- the plain reading
+# ----------------------------------------------------------------------------- row-by-row reference
 
 
 def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 
 
 def expected(cache: Cache, rows: list[dict], weights: list[float], temperature: float) -> dict:
-    """The parts of a batch, one row and one position at a time."""
+    """Build the parts of a batch one row and one position at a time."""
     tokens = [row["input_ids"] for row in rows]
     inputs = {"input_ids": padded(tokens, FILL)}
     if "document_lengths" in rows[0]:
@@ -108,7 +108,7 @@ def assert_batch(found: dict, wanted: dict, *, uncertainty: bool = False) -> Non
 
 
 def check(cache: Cache, task, temperature: float = 1.0, *, uncertainty: bool = False, **settings) -> None:
-    """Every batch of an epoch, and after a resume in the middle of it."""
+    """Compare every batch of an epoch, and of an epoch resumed in its middle."""
     rows, dataset = stored(cache), cache.dataset("train", window=OPEN)
     if "batch_tokens" in settings:
         settings["lengths"] = dataset.num_tokens()
@@ -129,14 +129,14 @@ def check(cache: Cache, task, temperature: float = 1.0, *, uncertainty: bool = F
         assert torch.equal(batch["target"]["weights"], whole["target"]["weights"])
 
 
-# -------------------------------------------------------------------------------------- the batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
 def test_language_models(tmp_path, lm_tokenizer, encoding):
     cache = build_cache(tmp_path / "c", lm_tokenizer, encoding=encoding, classes=320, per_shard=7, shards=7)
     check(cache, LM, batch_tokens=40)
-    for rank in (0, 2):  # the last step has one row, which the third rank gets as a filler
+    for rank in (0, 2):  # the last step has one row, and the third rank repeats it as a filler
         check(cache, LM, rank=rank, world_size=3)
 
 
@@ -148,7 +148,7 @@ def test_classifiers(tmp_path, lm_tokenizer, encoding):
 
 
 def build_wide(root, tokenizer, encoding, rows, **columns) -> Cache:
-    """A cache of two shards with other columns than `build_cache` makes."""
+    """Write a cache of two shards with columns that `build_cache` does not write."""
     classes, tokens = rows[0].soft.num_classes, rows[0].example.supervised is not None
     schema = cache_schema(encoding, classes, labels="tokens" if tokens else "row", marks_positions=tokens, **columns)
     half = len(rows) // 2
@@ -224,7 +224,7 @@ def test_the_entropy_of_each_position_counts_where_all_caches_have_it(tmp_path, 
         assert found.numpy() == pytest.approx(rows[0].teacher_entropy_sum / len(rows[0].soft))
 
 
-# --------------------------------------------------------------------------------------- the blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.kind)
@@ -244,7 +244,7 @@ def test_rows_of_a_block_are_the_rows_and_any_cut_of_them(tmp_path, lm_tokenizer
 
 
 def test_no_row_group_is_decoded_before_a_row_of_it_is_due(tmp_path, lm_tokenizer, monkeypatch):
-    """What the first batch costs is bounded by its rows, and not by the cache."""
+    """The cost of the first batch is bounded by its rows, not by the cache."""
     from pipeline.cache.reading import reader
 
     read = []

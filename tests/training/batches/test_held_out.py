@@ -1,4 +1,4 @@
-"""Rows to measure on: of a content of their own, evenly spread, never learnt from."""
+"""Held-out rows share no content with training rows and are evenly spread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = get_task("sequence-classification")
 
 
 def rows_of(hashes: np.ndarray, size: int, labels: np.ndarray | None = None) -> SimpleNamespace:
-    """A data set with row groups of one size."""
+    """Return a data set with row groups of one size."""
     columns = {"content_hash": hashes, "label": labels}
     starts = np.append(np.arange(0, len(hashes), size), len(hashes))
     return SimpleNamespace(column=columns.__getitem__, starts=starts)
@@ -59,7 +59,7 @@ def test_few_row_groups_are_decoded_of_many_and_they_are_spread():
 
 
 def test_the_choice_follows_the_content_and_not_the_place():
-    """Rows that were added or shuffled leave the others where they were."""
+    """Adding or shuffling rows does not change the choice among the others."""
     content = hashes(400)
     order = np.random.default_rng(1).permutation(400)
     first, second = hold_out(rows_of(content, 40), None), hold_out(rows_of(content[order], 40), None)

@@ -1,4 +1,4 @@
-"""Several caches for one student: teachers of the same rows, or different data."""
+"""Several caches for one student: several teachers of the same rows, or different data."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def test_a_teacher_beside_itself_changes_nothing(tmp_path, make, lm_tokenizer):
 
 
 def test_evaluation_goes_over_the_same_pairs(tmp_path, make, lm_tokenizer):
-    """Metrics are of the first teacher, one number a position.
+    """Metrics use the first teacher, with one value per position.
 
-    The loss is what is minimised, over both.
+    The loss is the training loss over both teachers.
     """
     caches = [make("a", TopK(4)), make("b", Full())]
     settings = {"eval_split": "train", "training": {"eval_strategy": "steps", "eval_steps": 6}, "hard_weight": 0.0}
@@ -171,7 +171,7 @@ def test_data_is_mixed_every_row_once_or_in_proportion(make):
         assert part == [i for batch in order for i in batch]
         seen.update(part)
         each.append(frozenset(part))
-    assert set(seen) == set(range(80))  # the larger cache's rows take turns
+    assert set(seen) == set(range(80))  # all rows of the larger cache occur in turn
     assert {seen[i] for i in range(60)} == {2}
     assert len(set(each)) > 1
 
@@ -242,7 +242,7 @@ def test_teachers_of_other_positions_are_refused(make):
 
 
 def test_teachers_in_another_order_of_rows(tmp_path, make):
-    """The second cache holds more rows, sharded otherwise: pairs are by content."""
+    """The second cache has more rows in other shards; rows are paired by content."""
     larger = make("a", TopK(4), per_shard=15, shards=3)
     smaller = filter_rows(larger, tmp_path / "few", where="source_row % 3 = 1")
     rows = AlignedDataset([Cache.open(smaller.root), larger], "train", window=2)

@@ -1,6 +1,7 @@
-"""The order of training.
+"""The training order.
 
-Every row once, the same rows in each step for any number of ranks and workers, and from any point.
+Every row occurs once, each step has the same rows for any number of ranks and workers, and training
+may resume at any step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.support.rows import build_cache
 
 
 class Rows(SimpleNamespace):
-    """What the order needs of a data set: where row groups start, and the cache's name."""
+    """The attributes of a data set that the order uses: row group starts and the cache's name."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -38,7 +39,7 @@ SMALL = [20, 20, 7]
 
 
 def steps(rows, world_size: int, per_step: int, *, epoch: int = 2, **settings) -> list[list[int]]:
-    """The rows of each step, all ranks together."""
+    """Return the rows of each step over all ranks."""
     ranks = []
     for rank in range(world_size):
         order = BatchOrder(rows, per_step // world_size, seed=3, rank=rank, world_size=world_size, **settings)
@@ -86,9 +87,9 @@ def test_the_order_depends_on_seed_epoch_and_cache():
 
 
 def test_rows_are_well_mixed():
-    """Of a sorted source no batch is of one place.
+    """Batches of a sorted source mix rows from all of it.
 
-    Rows of a batch stand on average as far apart as any two.
+    Rows of a batch are on average as far apart as any two rows.
     """
     rows = rows_of(*LARGE)
     spread = [np.abs(np.diff(batch)).mean() for batch in _batches(rows, 32)[:-1]]
@@ -96,7 +97,7 @@ def test_rows_are_well_mixed():
 
 
 def test_ranks_decode_different_row_groups():
-    """Of 240 row groups, none but the last of unequal lanes is read by two of four ranks."""
+    """Of 240 row groups, only the last ones of unequal lanes are read by two of four ranks."""
     rows = rows_of(*[16] * 240)
     readers: dict[int, set[int]] = {}
     for rank in range(4):
@@ -175,7 +176,7 @@ def test_without_shuffling_rows_stand_in_order():
     assert [i for batch in _batches(rows_of(*LARGE), 7, shuffle=False) for i in batch] == list(range(sum(LARGE)))
 
 
-# -------------------------------------------------------------------------------------- the loaders
+# ------------------------------------------------------------------------------------- data loaders
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_the_sequence_does_not_depend_on_workers(cached, workers):
 
 
 def test_twenty_resume_points_lose_and_repeat_nothing(cached):
-    """As Trainer resumes: the first batches of the order are skipped, not read."""
+    """As in Trainer's resume, the first batches of the order are skipped without being read."""
     from accelerate import skip_first_batches
 
     def loader():
@@ -249,9 +250,9 @@ def test_the_thread_ends_when_the_iteration_is_closed():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6, 24, 100])
 def test_no_rank_decodes_a_row_group_twice(world_size):
-    """Also where the lanes cannot be shared out evenly and ranks get rows of others' lanes.
+    """Holds also if lanes cannot be shared evenly and ranks get rows of other lanes.
 
-    Counted with a stand-in for decoding.
+    A stand-in for decoding counts the calls.
     """
     rows = rows_of(*[16] * 320)
     for rank in {0, world_size - 1}:
@@ -274,7 +275,7 @@ def test_no_rank_decodes_a_row_group_twice(world_size):
 
 
 def lists_of(count: int, seed: int = 0) -> np.ndarray:
-    """The list of each row: runs of 2 to 9."""
+    """Return the list number of each row, for lists of 2 to 9 rows."""
     rng = np.random.default_rng(seed)
     runs = np.repeat(np.arange(count), rng.integers(2, 10, count))
     return runs[:count] * 7919
@@ -283,9 +284,10 @@ def lists_of(count: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
 def test_batches_of_lists_hold_whole_ones_and_every_row_once(sizes, world_size):
-    """A list is cut where a row group ends, and nowhere else.
+    """A list is split only at the end of a row group.
 
-    A row that this leaves alone is left out. Epochs have as many steps, and other companions.
+    A row that is then alone in its list is left out. Epochs have the same number of steps and
+    combine lists differently.
     """
     rows = rows_of(*sizes)
     lists = lists_of(len(rows))
@@ -325,4 +327,4 @@ def test_rows_that_are_left_out_leave_the_rest_of_their_list():
     lists, keep = np.repeat(np.arange(3), 4), np.ones(12, dtype=bool)
     keep[[1, 5, 6, 7]] = False
     batches = list(BatchOrder(rows, 4, seed=0, lists=lists, keep=keep))
-    assert sorted(map(sorted, batches)) == [[0, 2, 3], [8, 9, 10, 11]]  # 4 is compared with nothing
+    assert sorted(map(sorted, batches)) == [[0, 2, 3], [8, 9, 10, 11]]  # row 4 has no other row to be compared with

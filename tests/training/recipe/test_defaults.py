@@ -1,4 +1,4 @@
-"""The settings that are chosen follow from what is known, and stay within bounds."""
+"""The default training settings follow from the data and models, within bounds."""
 
 from __future__ import annotations
 

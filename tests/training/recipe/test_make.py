@@ -1,4 +1,4 @@
-"""What no flag says is chosen, said with its reason, and gives way to any flag."""
+"""Unset training options are chosen and reported with a reason; any flag overrides them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.once import once
 
 @pytest.fixture
 def cache(tmp_path, bert_tokenizer, save_teacher) -> Cache:
-    """500 rows of train, of which 200 are labelled, 100 of test, and no validation."""
+    """Return a cache with 500 rows of train (200 labelled) and 100 of test, without validation."""
 
     def make(folder: Path) -> None:
         teacher = save_teacher(classifier(bert_tokenizer), bert_tokenizer)
@@ -143,7 +143,7 @@ def test_an_early_stopping_that_is_asked_for_is_not_dropped(tmp_path, cache):
 
 
 def test_a_split_that_is_named_is_never_replaced(tmp_path, cache):
-    """Also where it is trained on, which is warned of, or where it is not there."""
+    """Holds also for a training split, which causes a warning, and for a missing split."""
     assert recipe(tmp_path, cache, eval_split="train").held_out is None
     with pytest.raises(CacheError, match="no split 'dev'"):
         recipe(tmp_path, cache, eval_split="dev")
@@ -167,7 +167,7 @@ def short(monkeypatch):
 
 
 def test_the_run_is_as_it_was_said(tmp_path, cache, caplog, short):
-    """Held-out rows are not trained on, the best is kept, and choices are logged first."""
+    """Held-out rows are not trained on, the best weights are kept, and choices are logged first."""
     with caplog.at_level(logging.INFO, logger="pipeline"):
         result = run(config(tmp_path, batch_size=16, learning_rate=1e-3))
     lines = [record.getMessage() for record in caplog.records]

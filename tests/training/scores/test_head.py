@@ -1,4 +1,4 @@
-"""The last layer while it is trained: the same scores, and weights that load anywhere."""
+"""The head during training: it yields the same scores, and its saved weights load anywhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scores_of(model) -> torch.Tensor:
 
 
 def trained(model):
-    """With a bias that is not 0, where there is one."""
+    """Set the bias, if there is one, to values other than 0."""
     for name, parameter in model.named_parameters():
         if name.endswith(("classifier.bias", "out_proj.bias")):
             parameter.data += 3.0
@@ -63,7 +63,7 @@ def test_a_trained_model_gives_the_same_scores_within_and_after(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_a_new_head_begins_near_the_mean_and_learns_at_the_unit(kind):
-    """One step of Adam moves scores by about the learning rate in standard deviations."""
+    """One step of Adam changes scores by about the learning rate in standard deviations."""
     model = model_of(kind)
     moved = []
     with standardized(model, SCALE):

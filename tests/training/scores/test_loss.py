@@ -17,9 +17,9 @@ LISTS = [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
 
 
 def given(seed: int = 0) -> tuple[Tensor, Target, Tensor]:
-    """Scores of a student, the teacher's with unit and lists, and labels, some of them unknown.
+    """Return student scores, a target with unit and lists, and labels of 10 rows.
 
-    10 each.
+    Some labels are unknown.
     """
     generator = torch.Generator().manual_seed(seed)
     s, t, y, u = torch.randn(4, 10, dtype=torch.float64, generator=generator)
@@ -37,13 +37,13 @@ def lists() -> list[list[int]]:
 
 
 def shares() -> Tensor:
-    """What the collator gives: 1 over the rows of the list, 0 for a row alone."""
+    """Return the collator's row weights: 1 over the rows of the list, 0 for a single row."""
     sizes = [LISTS.count(number) for number in LISTS]
     return torch.tensor([1 / size if size > 1 else 0.0 for size in sizes], dtype=torch.float64)
 
 
 def plain(kind: str, s: Tensor, target: Target, temperature: float) -> Tensor:
-    """The soft term, written out."""
+    """Compute the soft term directly."""
     t, u = target.weights, target.unit
     if kind == "mse":
         return (((s - t) / u) ** 2).mean()

@@ -12,17 +12,17 @@ from pipeline.records import Loss, Spans
 from pipeline.training.spans import SPAN_TEMPERATURE, check_spans, owned, span_loss, span_sums
 
 TAUS = [0.5, 1.0, 2.0, 100.0]
-#: Surprisals of a span in nats, from all but certain to impossible in float32.
+#: Surprisals of a span in nats, from almost certain to impossible in float32.
 NATS = [1e-6, 1e-4, 0.01, 0.3, math.log(2), 1.0, 5.0, 30.0, 150.0, 2000.0]
 
 
 def singles(logprobs: torch.Tensor) -> Spans:
-    """Each position a span."""
+    """Return spans of one position each."""
     return Spans(torch.arange(len(logprobs)), logprobs, torch.ones(len(logprobs)))
 
 
 def plain(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> torch.Tensor:
-    """The formula as it is read, from surprisals."""
+    """Compute the formula directly from surprisals."""
     p, q = torch.exp(-student / tau), torch.exp(-teacher / tau)
     return tau * (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log())
 
@@ -45,9 +45,9 @@ def test_value_and_gradient_are_those_of_the_formula(tau):
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_float32_is_near_float64_over_the_whole_scale(tau):
-    """The gradient to 4 ulp at every point.
+    """The gradient agrees to 4 ulp at every point.
 
-    The value where it is not the small difference of two large terms.
+    The value agrees unless it is a small difference of two large terms.
     """
     found, expected = [], []
     for dtype, into in ((torch.float32, found), (torch.float64, expected)):
@@ -71,7 +71,7 @@ def test_equal_likelihoods_cost_nothing(tau):
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_the_ends_of_the_scale(tau):
-    """Teachers and students that are certain of a text (0 or rounded above) or rule it out."""
+    """Teachers and students give a text probability 1 (or rounded above it) or 0."""
     inf = math.inf
     cases = {  # (teacher's log-probability, student's nll): the loss
         (0.0, 0.0): 0.0,
@@ -88,7 +88,7 @@ def test_the_ends_of_the_scale(tau):
         (grad,) = torch.autograd.grad(value.sum(), student)
         assert float(value.detach()) == pytest.approx(expected, rel=1e-5, abs=1e-5), (logprob, nll)
         assert grad.isfinite().all()
-    student = torch.tensor([0.0], requires_grad=True)  # certain of a text that the teacher rules out
+    student = torch.tensor([0.0], requires_grad=True)  # the student is certain of a text with teacher probability 0
     value = span_loss(student, singles(torch.tensor([-inf])), temperature=tau)
     assert 0 < float(value.detach()) < inf
     assert torch.autograd.grad(value.sum(), student)[0] < 0
@@ -106,7 +106,7 @@ def test_nothing_is_nan_anywhere_in_float32():
 
 
 def test_a_large_tau_has_a_limit_at_the_scale_of_cross_entropy():
-    """x_S - x_T - x_T log(x_S / x_T), of gradient 1 - x_T / x_S.
+    """The limit is x_S - x_T - x_T log(x_S / x_T), with gradient 1 - x_T / x_S.
 
     The factor tau keeps it from vanishing.
     """
@@ -130,7 +130,7 @@ def test_a_span_is_the_sum_of_its_positions():
     sums = torch.tensor([1.0, 3.75], requires_grad=True)
     expected = span_loss(sums, singles(torch.tensor([-0.4, -2.0])))
     found = span_loss(nll, spans)
-    torch.testing.assert_close(found, torch.cat([expected, torch.zeros(1)]))  # weight 0: nan does no harm
+    torch.testing.assert_close(found, torch.cat([expected, torch.zeros(1)]))  # weight 0: NaN has no effect
     total, count = span_sums(nll, spans)
     torch.testing.assert_close(total, expected[0] + 0.5 * expected[1])
     assert float(count) == 1.5
@@ -197,4 +197,4 @@ def test_a_span_that_does_not_count_may_lack_labels():
 def test_settings_that_mean_nothing_are_refused(settings, said):
     with pytest.raises(MisuseError, match=said):
         Loss(**settings)
-    assert Loss(0.0, 0.0, span_weight=1.0).span_temperature is None  # spans alone are a loss
+    assert Loss(0.0, 0.0, span_weight=1.0).span_temperature is None  # a loss over spans alone is valid

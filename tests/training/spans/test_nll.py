@@ -119,9 +119,9 @@ def test_inside_a_checkpoint_the_gradients_are_the_same():
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_products_and_float32_sums(autocast):
-    """Under autocast, and for a student that is in bfloat16.
+    """The loss and the sums over positions stay in float32.
 
-    The loss and the sums over positions stay in float32.
+    Holds under autocast, and for a student in bfloat16.
     """
     exact = make(64, 401)
     expected = dense(Head(exact[1], exact[2]), exact[0], exact[3], 401)
@@ -131,7 +131,7 @@ def test_bfloat16_products_and_float32_sums(autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = fused_nll(hidden, Head(weight, offset), labels, num_classes=401, chunk_positions=16)
     assert found.dtype == torch.float32
-    assert 0 < float((found.double() - expected).abs().max().detach()) < 0.1  # not float32 all the way, and near
+    assert 0 < float((found.double() - expected).abs().max().detach()) < 0.1  # close, but not all in float32
     grads = torch.autograd.grad((outer * found).sum(), [hidden, weight, offset])
     for a, b in zip(grads, wanted, strict=True):
         assert a.dtype == dtype
