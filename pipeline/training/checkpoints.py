@@ -70,9 +70,13 @@ def whole_checkpoint(output: Path, file: str, origin: Any, *, resume: bool | Non
     return None
 
 
-def tell_of_new_start(output: Path, *, resume: bool = False) -> None:
-    """Warn that training starts from the beginning, if the user may expect it to resume."""
-    if resume or checkpoints(output):
+def tell_of_new_start(output: Path, file: str, *, resume: bool = False) -> None:
+    """Warn that training starts from the beginning, if the user may expect it to resume.
+
+    Args:
+        file: name of the file in `output` that a run has written before its first step.
+    """
+    if resume or checkpoints(output) or (output / file).is_file():
         logger.warning("%s: no complete checkpoint to resume from; training from the beginning", output)
 
 

@@ -383,7 +383,7 @@ def _checkpoint(output: Path, origin: Origin, *, resume: bool) -> str | None:
             f"--output {output}: holds a finished student and no complete checkpoint to resume from; use another, or --overwrite to train it again"
         )
     if found is None:
-        tell_of_new_start(output, resume=resume)
+        tell_of_new_start(output, ORIGIN, resume=resume)
     return found
 
 

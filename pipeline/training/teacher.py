@@ -161,7 +161,7 @@ def run(config: TrainTeacherConfig, *, before_training: BeforeTraining | None = 
     output, origin = Path(config.output), _origin(task, teacher, rows, names, args)
     checkpoint = None if config.overwrite else whole_checkpoint(output, _ORIGIN, origin)
     if checkpoint is None and not config.overwrite:
-        tell_of_new_start(output)
+        tell_of_new_start(output, _ORIGIN)
     scale = scale_of_labels(rows) if task.target == "score" else None
     trainer = SavingTrainer(
         teacher.model,

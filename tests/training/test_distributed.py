@@ -53,7 +53,7 @@ with open(f"{output}-{args.process_index}.json", "w") as file:
 
 
 def train(tmp_path: Path, cache: Path, ranks: int, batch: int, **extra) -> list[dict]:
-    """What each rank says of its run. torchrun itself is in test_trainer."""
+    """Train on several ranks, and return each rank's results; test_trainer covers torchrun."""
     output = tmp_path / f"out-{ranks}-{len(extra)}"
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -98,7 +98,7 @@ main(sys.argv[1:])
 def test_sigterm_saves_a_checkpoint_of_all_ranks_and_the_same_command_goes_on(
     tmp_path, lm_tokenizer, documents, save_teacher
 ):
-    """Sent to one rank alone, then to the launcher, which passes it on; no checkpoint is due."""
+    """SIGTERM goes to one rank, then to the launcher, which forwards it; no checkpoint is due."""
     teacher = tiny_model("llama", len(lm_tokenizer), spread=4.0)
     softlabel.cache_logits(
         teacher, documents, tmp_path / "cache", task="causal-lm", tokenizer=lm_tokenizer, max_length=32

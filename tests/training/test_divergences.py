@@ -125,7 +125,7 @@ def test_a_student_that_is_certain_of_another_class_has_a_finite_loss_and_gradie
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("residual", [None, torch.full((2,), -torch.inf)])
 def test_a_position_without_teacher_mass_has_no_divergence_and_no_gradient(kind, residual):
-    """A position of a student with another tokenizer that is aligned with none of the teacher's."""
+    """Students with another tokenizer have such positions, aligned with no teacher token."""
     teacher, student = pair(1, 11)
     one = target(encode(teacher, Full()), 1.0)
     student = torch.cat([student, torch.randn(1, 11, dtype=student.dtype)]).detach().requires_grad_()

@@ -1,7 +1,6 @@
 """Files that a run writes.
 
-They contain no secrets, incomplete checkpoints are not resumed, and the student keeps its dtype and
-settings.
+Covers secrets, incomplete checkpoints, full disks, and pushes to the hub.
 """
 
 from __future__ import annotations
@@ -209,6 +208,6 @@ def test_the_best_of_no_evaluation(tmp_path, cache, teacher):
     never = {"eval_strategy": "no", "load_best_model_at_end": False}
     with pytest.raises(
         MisuseError, match=r"metric_for_best_model: has no effect"
-    ):  # the callback only has an assertion
+    ):  # not an assertion
         train(cache, teacher, tmp_path / "out", early_stopping=2, training=never)
     assert not (tmp_path / "out" / "origin.json").exists()

@@ -75,7 +75,7 @@ def test_batches_keep_their_spans(cache):
 
 @pytest.mark.parametrize("loss", [LOSS, Loss(0.0, 0.0, span_weight=1.0), Loss(1.0, 0.0, span_weight=2.0)])
 def test_accumulated_batches_are_one_large_batch(tmp_path, cache, loss):
-    """Batches hold unequal numbers of spans with unequal weights: a mean of means would differ."""
+    """Batches have unequal span counts and weights, so that a mean of means would differ."""
     whole = trainer_of(cache, tmp_path, loss)
     counts = {float(b["spans"]["weights"].sum()) for b in whole._loader(whole.train_dataset, 2, shuffle=True)}
     assert len(counts) > 3

@@ -47,7 +47,8 @@ def verdict(
 
     `no` if the whole interval of the difference is below 0, `better` if it is above 0, `yes` if its
     lower end is within 1% of the teacher's metric. Otherwise `open`: not finding a difference does
-    not show that there is none. `unknown` if there is no interval.
+    not show that there is none. `unknown` if there is no interval. The sentence also names the
+    controls that are better than the student.
     """
     metric = basis.main_metric
     gain = difference(basis, scores, student.name, student.teacher.name, metric)
@@ -84,6 +85,10 @@ def verdict(
     )
     beside = ""
     controls = [subject for subject in subjects if subject.model.role == "control"]
+    ahead = [control for control in controls if _is_ahead(basis, scores, control.name, student.name, least)]
+    if ahead:
+        shown = ", ".join(f"{each.name} {number(metric, scores[each.name, metric].mean)}" for each in ahead)
+        sentence += f" But the soft labels did not help: controls are better ({shown}); check the teacher."
     if controls:
         each = "; ".join(
             f"{control.name} keeps {with_interval(retention(basis, scores, control.name, control.teacher.name), share=True)}"
@@ -92,11 +97,19 @@ def verdict(
         beside = f"Controls: {each}."
     closed = [
         f"{with_interval(item.share, share=True)} of the gap from {item.control} to the teacher"
+        if item.share.value >= 0
+        else f"none of that from {item.control}, which is ahead of it"
         for item in shares
         if item.student == student.name and item.metric == metric and item.share is not None
     ]
-    gap = f"Distillation closed {' and '.join(closed)}." if closed else ""
+    gap = f"{student.name} closes {' and '.join(closed)}." if closed else ""
     return Verdict(student.name, chosen, answer, sentence, beside, gap)
+
+
+def _is_ahead(basis: Basis, scores: Scores, control: str, student: str, least: float) -> bool:
+    """Whether the whole interval of the difference is in favour of the control."""
+    interval = difference(basis, scores, control, student, basis.main_metric).interval
+    return interval is not None and interval.low > least
 
 
 def _counted(student: Subject) -> str:

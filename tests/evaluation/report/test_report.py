@@ -63,6 +63,7 @@ def configured(cache, output: Path, **settings) -> ReportConfig:
 def test_the_teacher_as_its_own_student(setting, tmp_path):
     cache, teacher, other = setting
     found = report(configured(cache, tmp_path / "out", student=(f"copy={teacher}",), control=(f"random={other}",)))
+    assert "did not help" not in found.verdict.sentence
     copy = next(line for line in found.quality if line.name == "copy")
     assert copy.retention.value == 1
     assert (copy.retention.interval.low, copy.retention.interval.high) == (1, 1)
@@ -122,6 +123,9 @@ def test_a_student_that_is_not_as_good(setting, tmp_path):
     assert found.verdict.answer == "no"
     assert found.verdict.sentence.startswith("No: random keeps")
     assert "copy keeps 100.0%" in found.verdict.controls
+    assert "But the soft labels did not help: controls are better (copy 76.7%); check the teacher." in (
+        found.verdict.sentence
+    )
     # The control is the teacher: there is no gap to close.
     assert all(share.share is None for share in found.gap_shares)
     assert found.verdict.gap == ""
