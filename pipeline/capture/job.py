@@ -367,7 +367,7 @@ def make_job(
     if dry_run:
         there = check_place(layout, plan, overwrite=overwrite)
         if there is not None and plan.parent is None:
-            check_same_contract(plan, there, layout.name)
+            check_same_contract(plan, there, layout)
     else:
         layout = begin(layout, plan, tokenizer)
         note_contents(layout, plan, found_in_source.contents)

@@ -132,7 +132,7 @@ def _job(
     if dry_run:
         there = None if config.overwrite else plan_there(layout, GenerationPlan)
         if there is not None:
-            check_same_contract(plan, there, layout.name, work=NAMES.work)
+            check_same_contract(plan, there, layout, work=NAMES.work)
     else:
         _begin(layout, plan, tokenizer, overwrite=config.overwrite)
     return GenerationJob(prompts, writer, tokenizer, plan, schema, layout)
@@ -246,7 +246,7 @@ def _begin(layout: Layout, plan: GenerationPlan, tokenizer: PreTrainedTokenizerB
         clear(layout)
     found = check_files(layout, GenerationPlan)
     if found is not None or not create_exclusively(layout.plan, dump(plan)):
-        check_same_contract(plan, found or plan_there(layout, GenerationPlan) or plan, layout.name, work=NAMES.work)
+        check_same_contract(plan, found or plan_there(layout, GenerationPlan) or plan, layout, work=NAMES.work)
     if is_committed(layout, plan):
         shutil.rmtree(layout.data, ignore_errors=True)  # left by an interrupted commit
         return

@@ -28,8 +28,9 @@ from pipeline.models.adapters import (
 )
 from pipeline.models.audit import missing_weights, refuse_missing, refuse_more_blocks
 from pipeline.models.processors import FORM, SETTINGS, check_images, in_place_of_tokenizer, is_image_processor
+from pipeline.models.saved import checkpoints, model_files
 from pipeline.records import Tokenization
-from pipeline.sources.files.told_apart import is_cache, missing_path
+from pipeline.sources.files.told_apart import is_cache, missing_path, not_on_the_hub
 from pipeline.tasks import Task, embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -373,7 +374,7 @@ def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> 
         missing = missing_path(name)
         if missing is not None:
             raise ModelError(
-                f"{name}: {missing}; the hub has no such model either, expected a model directory or a hub name (org/name)"
+                f"{name}: {missing}; {not_on_the_hub('model')}, expected a model directory or a hub name (org/name)"
             ) from error
         said = first_line(error)
         if "Unrecognized configuration class" in said:
@@ -391,5 +392,9 @@ def _from_pretrained(auto_class: Any, source: str, name: str, **kwargs: Any) -> 
                 f"{name}: no {SETTINGS} beside the model; save the image processor that belongs to it there: "
                 "AutoImageProcessor.from_pretrained(BASE).save_pretrained(DIR)"
             ) from error
-        where = "" if Path(source).exists() else "; there is no such directory here either"
+        where = (
+            "" if Path(source).exists() else "; there is no such directory here either: give that of a downloaded model"
+        )
+        if Path(source).is_dir() and checkpoints(Path(source)) and not model_files(Path(source)):
+            where = "; its training is not finished: run the command that trains it again"
         raise ModelError(f"{name}: cannot be loaded by {auto_class.__name__}: {first_line(error)}{where}") from error

@@ -362,6 +362,8 @@ def _read(file: str | None) -> Sequence[str]:
     if file is None and sys.stdin.isatty():
         raise MisuseError("missing a text; give --text, --input FILE, or one text per line on standard input")
     name = file or "standard input"
+    if Path(name).suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+        raise MisuseError(f"--input {file}: is a table; expected a file with one text per line: write its texts to one")
     try:
         data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
     except OSError as error:

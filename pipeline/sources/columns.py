@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MisuseError, SourceError
@@ -96,14 +97,17 @@ def used_roles(columns: Columns) -> dict[str, str]:
     return {**input_roles(columns), **label, **group, **{f"keep:{name}": name for name in columns.keep}}
 
 
-def check_inputs(where: str, dataset: Rows, columns: Columns) -> None:
+def check_inputs(where: str, dataset: Rows, columns: Columns, shared: Collection[str] = ()) -> None:
     """Check that the input columns exist and that their types fit their roles.
+
+    Args:
+        shared: columns that other files of the data set have.
 
     Raises:
         SourceError: a column is missing or of the wrong type; the message begins with `where`.
     """
     for role, name in input_roles(columns).items():
-        _require(where, dataset, name, _INPUT_FLAGS.get(role, "--choices-column"))
+        _require(where, dataset, name, _INPUT_FLAGS.get(role, "--choices-column"), shared)
         found = describe(dataset.features[name])
         if role in ("prompt", "completion") and _is_chat(dataset.features[name], found):
             continue
@@ -282,11 +286,19 @@ def describe(feature: Any) -> str:
     return f"{type(feature).__name__} values"
 
 
-def _require(where: str, dataset: Rows, name: str, flag: str) -> None:
+def _require(where: str, dataset: Rows, name: str, flag: str, shared: Collection[str] = ()) -> None:
     if name not in dataset.column_names:
-        raise SourceError(
-            f"{where}: no column {name!r}; found {', '.join(dataset.column_names)}; name the right one with {flag}"
+        advice = (
+            "rename a column, so that all files have the same" if name in shared else f"name the right one with {flag}"
         )
+        found = ", ".join(map(_short, dataset.column_names))
+        raise SourceError(f"{where}: no column {name!r}; found {found}; {advice}")
+
+
+def _short(name: str) -> str:
+    """Shorten a name that is a whole row, of a file without a first line of names."""
+    line = " ".join(name.split())
+    return line if len(line) <= 60 else f"{line[:57]}..."
 
 
 def _check_text(where: str, role: str, name: str, found: str) -> None:

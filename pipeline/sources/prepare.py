@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from pipeline.sources.files.joined import JoinedRows, parts_of, with_partial_col
 from pipeline.sources.files.layout import EXPECTED, check_split_name, files_named, find_files, looks_like_path
 from pipeline.sources.files.parquet import ParquetRows, of_stream
 from pipeline.sources.files.remote import find_urls, is_url, shareable_url
-from pipeline.sources.files.told_apart import is_model, missing_path
+from pipeline.sources.files.told_apart import is_model, missing_path, not_on_the_hub
 from pipeline.sources.inputs.images import with_encoded_images
 from pipeline.sources.labels import fold
 from pipeline.sources.source import Source
@@ -126,7 +126,7 @@ def locate(data: DataConfig) -> Located:
             if missing is None:
                 raise
             raise SourceError(
-                f"{data.dataset}: {missing}; the hub has no such data set either, expected {EXPECTED}, or a hub name"
+                f"{data.dataset}: {missing}; {not_on_the_hub('data set')}, expected {EXPECTED}, or a hub name"
             ) from error
         splits = dict(hub)
     return Located(name, revision, splits)
@@ -250,11 +250,14 @@ def _prepare(
         if split not in splits:
             raise SourceError(f"{name}: no split {split!r}; found {', '.join(splits)}; set --split to one of them")
     splits = {split: dataset for split, dataset in splits.items() if not only or split in only}
+    shared = {column for rows in splits.values() for part in parts_of(rows) for column in part.column_names}
+    if not labelled:  # the labelled source has them
+        shared.update(input_roles(columns).values())
     for split, dataset in splits.items():
         for part in parts_of(dataset):
             if isinstance(part, ParquetRows):
                 _warn_of_absent(f"{name}: split {split}", part)
-        _check_split(name, split, dataset, columns)
+        _check_split(name, split, dataset, columns, shared)
         _tell_unlabelled(f"{name}: split {split}", dataset, columns.label)
     if not any(columns.label in dataset.column_names for dataset in splits.values()):
         if labelled and columns.label not in (None, Columns().label):
@@ -274,19 +277,19 @@ def _warn_of_absent(where: str, rows: ParquetRows) -> None:
         )
 
 
-def _check_split(name: str, split: str, dataset: Rows, columns: Columns) -> None:
+def _check_split(name: str, split: str, dataset: Rows, columns: Columns, shared: Collection[str] = ()) -> None:
     where = f"{name}: split {split}"
     if len(dataset) == 0:
         raise SourceError(f"{where}: no rows; expected at least one; leave it out with --split, or fill it")
     if not isinstance(dataset, JoinedRows):
-        check_inputs(where, dataset, columns)
+        check_inputs(where, dataset, columns, shared)
         check_kept(where, dataset, columns)
         check_group(where, dataset, columns)
         return
     check_alike(where, dataset, columns)
     names = dataset.names or [where] * len(dataset.parts)
     for file, part in zip(names, dataset.parts, strict=True):
-        check_inputs(file, part, columns)
+        check_inputs(file, part, columns, shared)
         check_kept(file, part, columns)
         check_group(file, part, columns)
 

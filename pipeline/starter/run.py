@@ -82,8 +82,8 @@ def _written(config: InitConfig) -> Start:
     task = _asked_task(config)
     if task is not None and task.label_source in ("positions", "hidden", "target"):
         raise MisuseError(
-            f"--teacher {config.teacher}: is a model of the task {task.name}; init writes run files for classification and language models: write one by hand, as "
-            "data/entities/demo.yaml"
+            f"--task {task.name}: init writes run files for classification and language models only; write one by hand, as "
+            "data/entities/demo.yaml in the repository"
         )
     if not any(each.rows for each in facts.values()):
         raise SourceError(f"{config.dataset}: no rows; expected at least one")

@@ -137,7 +137,7 @@ def test_from_python(folder, bert_tokenizer):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("body\nx\n", "no column 'text'.*--text-column"),
+        ("body\nx\n", "no column 'text'; found body; rename a column"),
         ("text\n1\n2\n", "expected text, found integers"),
         ("", "no rows"),
     ],

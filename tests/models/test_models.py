@@ -150,3 +150,15 @@ def test_without_a_shape_evenly_spaced_layers_are_copied(tmp_path, lm_tokenizer,
     assert (made.layers, made.teacher_parameters) == ((), sum(p.numel() for p in teacher.parameters()))
     with pytest.raises(MisuseError, match="go together; without them evenly spaced layers"):
         InitStudentConfig(teacher="t", output="o", num_layers=1)
+
+
+def test_an_unfinished_training_is_no_model_and_a_hub_that_is_not_asked_has_none(tmp_path, monkeypatch):
+    (tmp_path / "student" / "checkpoint-5").mkdir(parents=True)
+    task = get_task("sequence-classification")
+    with pytest.raises(ModelError, match=r"; its training is not finished: run the command that trains it again$"):
+        load_model(task, str(tmp_path / "student"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"did you mean student\?; the hub was not asked \(HF_HUB_OFFLINE\), expected a model"
+    ):
+        load_model(task, "studnt")

@@ -159,6 +159,8 @@ def test_other_mistakes(tmp_path, bert_tokenizer, save_teacher, monkeypatch):
         list(run(PredictConfig(model=str(headless), text=("a", ""))))
     with pytest.raises(MisuseError, match="give one of the two"):
         PredictConfig(model="m", text=("a",), input="file")
+    with pytest.raises(MisuseError, match=r"--input texts\.csv: is a table; expected a file with one text per line"):
+        list(run(PredictConfig(model=str(headless), input="texts.csv")))
     terminal = SimpleNamespace(isatty=lambda: True, buffer=io.BytesIO())
     monkeypatch.setattr(predict.sys, "stdin", terminal)
     with pytest.raises(MisuseError, match="missing a text"):

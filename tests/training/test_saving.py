@@ -206,8 +206,6 @@ def test_the_best_of_no_evaluation(tmp_path, cache, teacher):
     with pytest.raises(MisuseError, match=r"^eval_on_start: the cache has no split `validation`"):
         train(cache, teacher, tmp_path / "out", training={"eval_on_start": True})
     never = {"eval_strategy": "no", "load_best_model_at_end": False}
-    with pytest.raises(
-        MisuseError, match=r"metric_for_best_model: has no effect"
-    ):  # not an assertion
+    with pytest.raises(MisuseError, match=r"metric_for_best_model: has no effect"):  # not an assertion
         train(cache, teacher, tmp_path / "out", early_stopping=2, training=never)
     assert not (tmp_path / "out" / "origin.json").exists()

@@ -312,7 +312,7 @@ def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: expected {_short(expected)}, found {_short(found)}"
 
 
-def check_same_contract(expected: AnyPlan, found: AnyPlan, where: str, *, work: str = "capture") -> None:
+def check_same_contract(expected: AnyPlan, found: AnyPlan, layout: Layout, *, work: str = "capture") -> None:
     """Check that two plans of a capture, or of another sharded job, are equal.
 
     Raises:
@@ -324,8 +324,11 @@ def check_same_contract(expected: AnyPlan, found: AnyPlan, where: str, *, work: 
             ("contract.source.fingerprints", "contract.source.rows", "shards")
         )
         hint = ", --append where the data set has only gained rows" if grown else ""
+        receipts = (path.name for path in layout.plan.parent.glob("*.json"))
+        begun = any(name != layout.plan.name and not name.startswith(".") for name in receipts)
         raise ContractError(
-            f"{where}: holds another {work}: {first}; use another --output, the same settings as before{hint}, or --overwrite to start over"
+            f"{layout.name}: holds another {work}: {first}; use another --output, the same settings as before{hint}, or --overwrite to start over"
+            + ("" if begun else " (no shard of it is finished)")
         )
 
 

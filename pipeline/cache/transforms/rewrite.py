@@ -141,7 +141,7 @@ def check_output(planned: Rewrite, *, overwrite: bool) -> None:
     layout = Layout(planned.root)
     found = check_place(layout, planned.plan, overwrite=overwrite)
     if found is not None:
-        check_same_contract(planned.plan, found, layout.name)
+        check_same_contract(planned.plan, found, layout)
 
 
 def outline(planned: Rewrite, *, overwrite: bool) -> Outline:

@@ -79,7 +79,7 @@ def begin(
     if plan.parent is not None and found != plan:
         _replace_plan(layout, found, plan)
     elif not _create(layout, layout.plan, dump(plan)):
-        check_same_contract(plan, current_plan(layout) or plan, layout.name)
+        check_same_contract(plan, current_plan(layout) or plan, layout)
     try:
         for directory in (layout.data, layout.plan.parent, root):
             directory.mkdir(exist_ok=True)

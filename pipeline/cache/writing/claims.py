@@ -59,7 +59,7 @@ class Claims:
         """
         ours = _plan_file(self._layout)
         found = parse(type(self._plan), self._layout.plan)
-        check_same_contract(self._plan, found, self._layout.name, work=self._layout.names.work)
+        check_same_contract(self._plan, found, self._layout, work=self._layout.names.work)
         taken: list[ShardPlan] = []
         for shard in shards:
             if not self.hold(shard.name):

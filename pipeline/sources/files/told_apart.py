@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from huggingface_hub import constants
+
 
 def missing_path(name: str) -> str | None:
     """Return an error message for a name that was probably meant as a local path.
@@ -29,6 +31,13 @@ def missing_path(name: str) -> str | None:
         return None
     shown = ", ".join(beside[:5]) + (", ..." if len(beside) > 5 else "")
     return f"no such file or directory; {path.parent} holds {shown or 'nothing'}"
+
+
+def not_on_the_hub(what: str) -> str:
+    """Return a clause for a message: the hub lacks a model or data set, or was not asked."""
+    if constants.HF_HUB_OFFLINE:
+        return "the hub was not asked (HF_HUB_OFFLINE)"
+    return f"the hub has no such {what} either"
 
 
 def is_cache(path: Path) -> bool:

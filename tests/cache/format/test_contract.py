@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.cache import Plan
-from pipeline.cache.format.manifest import cache_id, check_same_contract, dump, make_manifest, parse
+from pipeline.cache.format.manifest import Layout, cache_id, check_same_contract, dump, make_manifest, parse
 from pipeline.cache.writing.build import begin
 from pipeline.errors import ContractError, PipelineError
 from pipeline.records import (
@@ -139,11 +139,11 @@ def test_all_that_is_told_apart_is_among_them():
 def test_a_capture_with_one_other_setting_is_refused_and_the_setting_named(base, changed, path):
     shards = (ShardPlan("train-00000", "train", 0, 3),)
     with pytest.raises(ContractError, match=re.escape(f"holds another capture: contract.{path}")):
-        check_same_contract(Plan(changed, shards), Plan(base, shards), Path("there"))
+        check_same_contract(Plan(changed, shards), Plan(base, shards), Layout(Path("there")))
     again = contract(base.encoding)
     again = again if base.teacher.judge is None else judged(again)
     again = again if base.tokenization.masking is None else masked(again)
-    check_same_contract(Plan(base, shards), Plan(again, shards), Path("there"))
+    check_same_contract(Plan(base, shards), Plan(again, shards), Layout(Path("there")))
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ShardPlan)])
@@ -151,7 +151,7 @@ def test_shards_cut_otherwise_are_refused(field):
     shard = ShardPlan("train-00000", "train", 0, 3)
     changed = dataclasses.replace(shard, **{field: other(getattr(shard, field))})
     with pytest.raises(ContractError, match="holds another capture: shards"):
-        check_same_contract(Plan(contract(Full()), (changed,)), Plan(contract(Full()), (shard,)), Path("there"))
+        check_same_contract(Plan(contract(Full()), (changed,)), Plan(contract(Full()), (shard,)), Layout(Path("there")))
 
 
 def test_no_mutation_of_a_real_plan_begins_or_touches_a_file(tmp_path, lm_tokenizer):
@@ -177,7 +177,7 @@ def test_a_label_map_is_left_out_of_the_manifest_where_there_is_none(tmp_path):
         path.write_text(dump(plan))
         assert parse(Plan, path) == plan
     with pytest.raises(ContractError, match=r'label_map: expected null, found \["3=sport"\]'):
-        check_same_contract(Plan(mapped, ()), plain, "there")
+        check_same_contract(Plan(mapped, ()), plain, Layout(Path("there")))
 
 
 def test_a_manifest_grows_by_a_line_for_each_shard_and_a_number_for_each_row_group():

@@ -291,9 +291,21 @@ def test_a_file_without_the_text_column_is_named(tmp_path: Path, name: str) -> N
         put(tmp_path, name, "label\n3\n" if name == "b.csv" else '{"label": 3}\n')
     data = DataConfig(dataset=str(tmp_path), data_files=("train=a.csv", f"train={name}"))
     with pytest.raises(
-        SourceError, match=rf"{name}: no column 'text'; found \w+; name the right one with --text-column"
+        SourceError, match=rf"{name}: no column 'text'; found \w+; rename a column, so that all files have the same"
     ):
         load_source(data)
+    lone = DataConfig(dataset=str(tmp_path / name))
+    with pytest.raises(SourceError, match=r"no column 'text'; found \w+; name the right one with --text-column$"):
+        load_source(lone)
+
+
+def test_a_file_without_names_of_columns_is_one_short_line(tmp_path: Path) -> None:
+    put(tmp_path, "a.csv", '"' + "a text\nof two lines " * 20 + '"\n"b"\n')
+    with pytest.raises(
+        SourceError, match=r"^.*no column 'text'; found a text of two lines .{30,40}\.\.\.; name the"
+    ) as caught:
+        load_source(DataConfig(dataset=str(tmp_path / "a.csv")))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_test_split_is_held_out_of_labelled_rows(tmp_path: Path) -> None:
