@@ -16,6 +16,10 @@ _COMPUTED = re.compile(
     r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|cos_cached|sin_cached|k_scale|v_scale)$"
     r"|\.(attn|attention|crossattention)\.bias$"
 )
+#: Architectures whose head was trained for a task of its own.
+_FINE_TUNED = re.compile(
+    r"For(SequenceClassification|TokenClassification|ImageClassification|QuestionAnswering|MultipleChoice)$"
+)
 #: Prefix that a wrapper adds to every key -> the wrapper's name.
 _WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP"}
 
@@ -106,9 +110,12 @@ def refuse_missing(model: Any, name: str, missing: Sequence[str], *, new_head: b
         by_prompt = (
             ', or let the language model label by prompt with "softlabel cache-logits --prompt-template default"'
         )
+        saved = next((each for each in model.config.architectures or () if _FINE_TUNED.search(each)), None)
+        train = f'fine-tune it first with "softlabel train-teacher"{by_prompt if is_language_model else ""}'
+        advice = train if saved is None else f"it is a {saved}: give the --task that this is for"
         raise ModelError(
             f"{name}: the checkpoint lacks {len(missing)} weights that {type(model).__name__} needs ({_some(missing)}), so its logits "
-            f'would be noise; fine-tune it first with "softlabel train-teacher"{by_prompt if is_language_model else ""}'
+            f"would be noise; {advice}"
         )
 
 

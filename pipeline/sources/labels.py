@@ -341,7 +341,7 @@ def _class_ids(found: tuple[str, ...], names: Names, given: Names, where: str) -
     model = list(names.ids)
     if len(found) != len(model):
         raise SourceError(
-            f"{where}: expected the model's {len(model)} labels ({', '.join(model[:5])}), found {len(found)} in the data's list of classes for all splits ({', '.join(found[:5])}); "
+            f"{where}: expected the model's {len(model)} labels ({listed(model)}), found {len(found)} in the data's list of classes for all splits ({listed(found)}); "
             "rename the data's labels to the model's, or give --label-map DATA=MODEL for each"
         )
     if given.ids:
@@ -359,6 +359,6 @@ def _class_ids(found: tuple[str, ...], names: Names, given: Names, where: str) -
     if tuple(model) != tuple(f"LABEL_{i}" for i in range(len(model))):
         logger.warning(
             "%s: the data's labels (%s) are not the model's (%s); they are matched by number: make sure that the order is the same, or give --label-map DATA=MODEL",
-            *(where, ", ".join(found[:5]), ", ".join(model[:5])),
+            *(where, listed(found), listed(model)),
         )
     return tuple(range(len(model)))

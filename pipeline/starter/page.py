@@ -57,7 +57,7 @@ def _head(start: Start) -> list[str]:
             "change what you like and run it again."
         ),
         *comment(
-            "Paths are relative to the directory in which softlabel is started. Keys are flags of the "
+            "Paths are relative to the directory in which softlabel is started, data_files to dataset. Keys are flags of the "
             "commands: softlabel help train-student lists them."
         ),
     ]

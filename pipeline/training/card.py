@@ -297,6 +297,8 @@ def _metrics(result: TrainResult, task: Task) -> str:
             "`divergence` are over the aligned positions.\n"
         )
     counted = "" if result.eval_rows is None else f", {result.eval_rows:,} rows"
+    if "held out" in (result.eval_split or ""):
+        lines += "\nThe teacher may have been trained on the labels of these rows: `softlabel evaluate` on a split of its own shows how the student performs on new ones.\n"
     return (
         f"At the end of training, on the cache's split `{result.eval_split}`{counted} (losses and divergences in nats; `nll` with the labels, `agreement` and `divergence` with the "
         f"teacher):\n\n| metric | value |\n|---|---|\n{lines}"

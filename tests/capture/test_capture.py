@@ -275,6 +275,7 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_bytes(tmp_path, bert_to
     for output in ("killed", "whole"):
         done = python("-m", "pipeline", *command(output))
         assert done.returncode == 0, done.stderr
+        assert ("cache-logits: 1 of 4 shards are finished already" in done.stderr) == (output == "killed")
     assert receipt.stat().st_mtime_ns == stamp  # the finished shard was not recomputed
     assert sorted(p.name for p in (tmp_path / "killed" / "data").iterdir()) == sorted(
         p.name for p in (tmp_path / "whole" / "data").iterdir()

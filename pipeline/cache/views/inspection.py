@@ -105,7 +105,8 @@ def describe(cache: Cache, *, split: str | None, rows: int, tokens: int, top: in
     for row in itertools.islice(cache.dataset(chosen), rows):
         yield ""
         length = "" if of_images else f", {row.example.num_tokens} tokens"
-        yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}{length}"
+        kept = "".join(f", {name} {str(value)[:40]}" for name, value in row.example.kept.items())
+        yield f"{chosen}, source row {row.example.source_row}, piece {row.example.piece}{length}{kept}"
         follows = row.example.labels is None
         hides = not follows and contract.label_names is None
         several = get_task(contract.task).names == "positions"

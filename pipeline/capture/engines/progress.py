@@ -68,7 +68,13 @@ def is_whole(layout: Layout, plan: AnyPlan) -> bool:
 def progress_of(
     work: Work, plan: AnyPlan, waiting: Sequence[ShardPlan], part: tuple[int, int] | None = None
 ) -> Progress:
-    """Return a progress bar over source rows that starts at the rows of finished shards."""
+    """Return a progress bar over source rows that starts at the rows of finished shards.
+
+    Logs how many shards an earlier run has finished, if any.
+    """
+    every = len(shards_of(plan, part))
+    if waiting and len(waiting) < every:
+        logger.info("%s: %d of %d shards are finished already", work.command, every - len(waiting), every)
     total, left = (sum(shard.stop - shard.start for shard in shards) for shards in (shards_of(plan, part), waiting))
     return Progress(work.command, total, initial=total - left)
 
