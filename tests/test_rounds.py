@@ -344,6 +344,7 @@ def stamps():
     return {p: p.stat().st_mtime_ns for pattern in kept for p in Path().glob(pattern) if p.is_file()}
 
 
+@pytest.mark.full
 def test_rounds_killed_in_the_second_go_on_and_then_nothing_is_left_to_do(tmp_path, project, caplog):
     load(tmp_path, **project)
     code = """

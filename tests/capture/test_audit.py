@@ -16,6 +16,7 @@ from pipeline.errors import ContractError
 from pipeline.models import LoadedModel
 from pipeline.records import Full, Sampled, TopK, TopP
 from tests.conftest import tiny_model
+from tests.support.profile import in_full
 
 ENCODINGS = [Full(), TopK(7), TopP(0.8), Sampled(12.0), Sampled(6.0, 2.0)]
 
@@ -46,7 +47,7 @@ def test_a_cache_agrees_with_its_teacher(tmp_path, lm_tokenizer, documents, enco
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
-@pytest.mark.parametrize("scale", [1.03, 0.97])
+@pytest.mark.parametrize("scale", [1.03, *in_full(0.97)])
 def test_soft_labels_of_nearly_that_teacher_differ(tmp_path, lm_tokenizer, documents, encoding, scale, monkeypatch):
     """The logits are scaled by 3% up or down, while the cache names the original teacher."""
     from pipeline.capture import shard

@@ -71,6 +71,7 @@ def test_the_table_and_the_projection(corpus, teacher):
     assert "Assumed" in done.stdout
 
 
+@pytest.mark.full
 def test_noise_and_budget_choose_and_the_file_runs(tmp_path, corpus, teacher):
     common = ("--task", "causal-lm", "--teacher", teacher, "--dataset", corpus, "--positions", 600)
     file = tmp_path / "capture.yaml"

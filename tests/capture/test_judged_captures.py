@@ -262,6 +262,7 @@ def test_labels_that_are_not_among_the_texts(few):
     assert {row.example.label for row in cache.dataset("test")} == {0, 1}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("api", ["vllm", "sglang"])
 def test_behind_a_server_it_is_the_same(few, model, api):
     local = run(few("local", shots=2, shot_tokens=5, prompt_template="default", calibrate=True))
@@ -278,6 +279,7 @@ def test_behind_a_server_it_is_the_same(few, model, api):
             np.testing.assert_allclose(a.soft.top_logprobs, b.soft.top_logprobs, atol=1e-3)
 
 
+@pytest.mark.full
 def test_a_prompt_that_the_server_refuses_is_a_bad_row(few, model, caplog):
     with serving(model) as stand_in:
         whole = run(few("whole", server=(stand_in.url,), server_patience=5.0))

@@ -130,6 +130,7 @@ def test_a_source_in_memory_is_appended_too(tmp_path, lm_tokenizer):
 # ---------------------------------------------------------------------------------- outputs at URLs
 
 
+@pytest.mark.full
 def test_a_cache_is_made_on_s3_by_two_parts(config, bucket, tmp_path, caplog):
     local = run(config("local"))
     url = f"{bucket}/caches/one"
@@ -152,6 +153,7 @@ def test_a_cache_is_made_on_s3_by_two_parts(config, bucket, tmp_path, caplog):
     assert json.loads(filesystem.cat_file(f"{root}/manifest.json"))["contract"]["seed"] == 1
 
 
+@pytest.mark.full
 def test_shards_sent_before_a_stop_are_not_made_again(config, bucket, monkeypatch):
     url = f"{bucket}/cache"
     whole, made = shard.record, []

@@ -177,6 +177,7 @@ def test_two_teachers_of_one_tokenizer(tmp_path, cached, config, path, save_teac
     assert two[1][1] != pytest.approx(one[1][1], rel=1e-3)
 
 
+@pytest.mark.full
 def test_two_caches_of_different_data(tmp_path, cached, config, path):
     capture(config("again", rows_per_shard=20))
     found = mixed(tmp_path, path, "out", "data", ["again"])

@@ -159,6 +159,7 @@ def test_ids_seeds_and_log_probabilities_go_both_ways(config, serve, lm_tokenize
     assert {request["top_k"] for request in server.asked if "top_k" in request} == {40}
 
 
+@pytest.mark.full
 def test_two_servers_share_the_requests_and_faults_change_nothing(config, serve, monkeypatch):
     monkeypatch.setattr(pool, "FIRST_WAIT", 0.001)  # a failing server is paused
     monkeypatch.setattr(pool, "LAST_WAIT", 0.001)

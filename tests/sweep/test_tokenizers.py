@@ -16,6 +16,7 @@ from tests.support.profile import plain_pictures
 __all__ = ["config", "own_cache_directory", "plain_pictures"]
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("plain_pictures")
 def test_students_of_two_tokenizers_are_ranked_by_the_byte(tmp_path, config, save_teacher):
     settings = config("cache")

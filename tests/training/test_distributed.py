@@ -94,6 +94,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_of_all_ranks_and_the_same_command_goes_on(
     tmp_path, lm_tokenizer, documents, save_teacher

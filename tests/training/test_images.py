@@ -122,6 +122,7 @@ def test_other_tools_read_it(cache):
     assert found[0]["encoded_image"].tobytes() == rows()["train"][0]["image"].tobytes()
 
 
+@pytest.mark.full
 def test_a_view_is_a_part_of_the_image_that_teacher_and_student_see_alike(viewed, teacher):
     from pipeline.evaluation.passes import collator_of
     from pipeline.models import load_model
@@ -182,6 +183,7 @@ def test_students_learn_from_soft_labels_and_from_labels(cache, tmp_path, teache
     assert 'pipeline("image-classification"' in card
 
 
+@pytest.mark.full
 def test_a_student_of_another_architecture_and_size_reads_the_images_by_its_own_processor(viewed, tmp_path, caplog):
     """A convolutional network reads crops at 16 x 16 pixels; the teacher read them at 8 x 8."""
     start = untrained(tmp_path / "start", "resnet", side=16)
@@ -427,6 +429,7 @@ def test_the_part_that_is_seen():
     assert cut(image, np.zeros(0, dtype=np.int32)) is image
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_a_run_that_goes_on_and_the_best_weights_are_those_of_the_checkpoint(cache, tmp_path, kind):
     """A ViT is saved under parameter names of older releases, which Trainer cannot read back."""

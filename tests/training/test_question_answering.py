@@ -295,6 +295,7 @@ def test_an_adapter_learns_and_predicts(cache, tmp_path, bert_tokenizer):
     assert next(iter(found.labels)) == TOPICS["film"][0]
 
 
+@pytest.mark.full
 def test_a_report_names_places_by_their_tokens_and_ranks_rows_by_what_is_known(teacher, tmp_path, bert_tokenizer):
     sampled = capture(teacher, tmp_path / "sampled", encoding=Sampled(8.0))
     start = pretrained(tmp_path / "base", bert_tokenizer, seed=3, **SMALL)

@@ -66,6 +66,7 @@ def test_a_tenth_of_an_epoch_gives_the_same_losses_and_fetches_less_than_the_cac
     assert len(names) == len(set(names))
 
 
+@pytest.mark.full
 def test_the_second_epoch_comes_from_this_machine(tmp_path, cache, student, flaky):
     steps = SHARDS * ROWS // 30
     train(f"flaky://{cache.root}", student, tmp_path / "there", max_steps=3 * steps, batch_size=30)
@@ -89,6 +90,7 @@ def test_a_network_that_dies_gives_one_line_and_the_run_goes_on_where_it_was(tmp
     assert flaky.fetched() > fetched
 
 
+@pytest.mark.full
 def test_a_student_is_evaluated_from_a_url(tmp_path, cache, student, flaky):
     there = Cache.open(f"flaky://{cache.root}", cache_dir=tmp_path / "fetched")
     ours = softlabel.evaluate(cache, {"s": student}, split="train").students[0]

@@ -492,6 +492,7 @@ def test_cards_and_pages_speak_of_scores(tmp_path, cache, ranked, bert_tokenizer
     assert re.search(r"label_0: teacher [0-9.]+, data [0-9.]+; label_1", lines)
 
 
+@pytest.mark.full
 def test_a_report_of_scores(tmp_path, ranked, bert_tokenizer):
     start = pretrained(tmp_path / "start", bert_tokenizer, **SMALL)
     for seed in (0, 1):

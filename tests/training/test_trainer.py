@@ -203,6 +203,7 @@ def test_no_such_evaluation_split(tmp_path, cache):
         run(config(cache, tmp_path, eval_split="dev", training={"eval_strategy": "epoch"}))
 
 
+@pytest.mark.full
 def test_early_stopping_goes_on_counting_after_a_resume(tmp_path, cache):
     """The run is killed after two evaluations without improvement, and resumed.
 
@@ -412,6 +413,7 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tm
         assert torch.equal(tensor, other[name]), name
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path, cache):
     """Runs under torchrun (a new process in `make test-full`), then resumes on two of its ranks."""

@@ -47,6 +47,7 @@ def test_processes_parts_and_this_process_make_the_same_bytes(config, tmp_path):
     assert run(config("parts", part="0/2")).manifest == serial.manifest  # already finished
 
 
+@pytest.mark.full
 def test_a_worker_that_dies_is_replaced(config, forked, tmp_path, monkeypatch):
     """The first process to begin its eighth batch is killed; a mark file spares the others."""
     monkeypatch.setenv("SOFTLABEL_TEST_MARK", str(tmp_path / "mark"))
@@ -101,6 +102,7 @@ def _work_on_a_full_disk(*args):
     workers._work(*args)
 
 
+@pytest.mark.full
 def test_workers_make_a_cache_behind_a_url_and_go_on_there(config, forked, bucket):
     """The cache at the URL includes the tokenizer; finished shards are not computed again."""
     serial = run(config("serial"))
@@ -265,6 +267,7 @@ def test_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_pat
     assert verify(found.root).problems == ()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_ray_writes_the_same_generated_data_set(writing, cluster):
     serial = generate(writing("serial"))

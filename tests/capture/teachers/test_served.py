@@ -153,6 +153,7 @@ def test_long_prompts_are_split_by_position(config, model, monkeypatch):
         assert max(len(body["input_ids"]) - body["logprob_start_len"] for body in sglang.asked) == 8
 
 
+@pytest.mark.full
 def test_parts_workers_and_several_servers(config, model, vllm, forked):
     expected = run(served(config, vllm, "one"))
     with serving(model) as second:

@@ -13,6 +13,7 @@ from pipeline.evaluation.report.figures import pareto_front
 from tests.support.classifier import classifier
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_each_model_in_a_process_of_its_own(tmp_path, bert_tokenizer, topics, save_teacher):
     big = classifier(bert_tokenizer, hidden_size=256, intermediate_size=1024)

@@ -86,6 +86,7 @@ def test_the_teacher_as_its_own_student(setting, tmp_path):
     assert all(share.share.value == pytest.approx(1) for share in found.gap_shares if share.share is not None)
 
 
+@pytest.mark.full
 def test_a_random_student_is_at_chance(tmp_path, bert_tokenizer, save_teacher):
     """Labels, teacher and student are independent of each other."""
     rng = np.random.default_rng(0)
