@@ -278,5 +278,5 @@ def test_the_base_that_was_asked_for_is_named_without_its_path(tmp_path, llama, 
 
 def test_a_classifier_for_another_task_is_named(tmp_path, bert_tokenizer, save_teacher):
     path = save_teacher(tiny_model("bert", len(bert_tokenizer), num_labels=2), bert_tokenizer)
-    with pytest.raises(ModelError, match="it is a BertForSequenceClassification: give the --task that this is for$"):
+    with pytest.raises(ModelError, match=r"it is a BertForSequenceClassification: give the --task that this is for$"):
         load_model(get_task("masked-lm"), str(path))
