@@ -2,8 +2,9 @@
 
 Files with the largest budgets run first, and the end of a run lists those that exceeded theirs.
 
-The figures are for `make test`, one process, on the 2-core machine that the project is tested on, with a margin
-for noise. No test fails for exceeding its budget; the table shows where a slow run spent its time.
+The figures are for `make test`, one process, on the 2-core machine that the project is tested on,
+with a margin for noise. No test fails for exceeding its budget; the table shows where a slow run
+spent its time.
 """
 
 from __future__ import annotations
