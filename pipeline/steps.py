@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import logging
 import os
@@ -74,6 +75,26 @@ def check_steps(file: ConfigFile, steps: Sequence[Resolved]) -> None:
                 raise type(error)(f"{where}: {error}") from None
     if file.rounds is not None:
         _check_order(file, steps)
+
+
+def check_caches(file: ConfigFile, steps: Sequence[Resolved]) -> None:
+    """Check that each cache that a step reads is there, or is the output of a step.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    made = {place_of(config.output): config.output for _, config in steps if config.output is not None}
+    for step, config in steps:
+        caches = getattr(config, "cache", None) or ()
+        for name in (caches,) if isinstance(caches, str) else caches:
+            path = name_and_path(name)[1]
+            if is_url(path) or place_of(path) in made or os.path.exists(os.path.expanduser(path)):
+                continue
+            near = difflib.get_close_matches(path, made.values(), n=1)
+            raise ConfigError(
+                f"{file.path}: {step.stage}: cache: {path} is not there, and no stage that is run makes it"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
 
 
 def _check_order(file: ConfigFile, steps: Sequence[Resolved]) -> None:

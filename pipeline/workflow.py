@@ -35,7 +35,7 @@ from pipeline.rounds import Written, progress, warn_of_own_labels, written_cache
 from pipeline.sources.files.arrow import is_saved
 from pipeline.sources.files.layout import files_named, find_files
 from pipeline.sources.files.loading import redact
-from pipeline.steps import INPUTS, check_steps, named_inputs, place_of, warn_of_steps
+from pipeline.steps import INPUTS, check_caches, check_steps, named_inputs, place_of, warn_of_steps
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ def run(
                 raise
     warn_of_own_labels(steps)
     warn_of_steps(steps)
+    check_caches(file, steps)
     _check_replaced(steps, overwrite=overwrite)
     written, told = written_caches(steps), dict[tuple[int, int], Written]()
     for step, config in steps:
@@ -201,6 +202,7 @@ def outline(
     steps = _steps(file, stages, through)
     warn_of_own_labels(steps)
     warn_of_steps(steps)
+    check_caches(file, steps)
     _check_replaced(steps, overwrite=overwrite)
     for name, config in ((step.stage, config) for step, config in steps):
         shown = f"{name} {redact(str(config.output or ''))}".rstrip()

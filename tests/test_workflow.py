@@ -36,6 +36,17 @@ def test_run_ends_with_the_report_where_the_file_has_one(project, caplog, monkey
     assert Path("runs/report/report.json").stat().st_mtime_ns > made
 
 
+def test_a_cache_that_no_stage_makes_is_found_before_the_first_one(project):
+    project["evaluate"]["cache"] = "runs/cach"
+    Path("run.yaml").write_text(yaml.safe_dump(project))
+    for flags in ((), ("--dry-run",)):
+        done = call("run", "run.yaml", *flags)
+        assert done.exit_code == 1
+        assert "run.yaml: evaluate: cache: runs/cach is not there, and no stage that is run makes it" in done.stderr
+        assert done.stderr.strip().endswith("did you mean runs/cache?")
+    assert not Path("runs").exists()
+
+
 def test_a_report_that_cannot_be_drawn_is_said_first(project, monkeypatch):
     project["report"] = {"cache": "runs/cache", "student": "runs/a", "output": "runs/report"}
     Path("run.yaml").write_text(yaml.safe_dump(project))
