@@ -235,7 +235,9 @@ def command(
 def dry_run_option() -> click.Option:
     """The flag `--dry-run` of long-running commands."""
     return click.Option(
-        ["--dry-run"], is_flag=True, help="Check settings, files and models, print what would be read and written, and stop."
+        ["--dry-run"],
+        is_flag=True,
+        help="Check settings, files and models, print what would be read and written, and stop.",
     )
 
 

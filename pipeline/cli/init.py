@@ -51,7 +51,7 @@ def _findings(start: Start) -> Iterator[tuple[str, str]]:
     if moved := moved_line(start):
         yield "caution", moved
     for pair, number in start.counts.shared.items():
-        yield "caution", f"{number:,} inputs stand in both of the splits {pair}"
+        yield "caution", f"equal inputs in both of the splits {pair}: {number:,}"
     if few := few_line(start):
         yield "caution", few
     yield "tokens", f"{length_line(start)} max_length: {start.lengths.chosen}"

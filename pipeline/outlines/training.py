@@ -90,13 +90,16 @@ def _of_a_student(trainer: DistillationTrainer) -> Iterator[tuple[str, str]]:
     yield "reads", f"{cache.where}: {trainer.rows_of_an_epoch:,} rows an epoch, {encoding_name(encoding)}"
     loss = describe_loss(trainer.loss, teacher_labels=trainer.collator.teacher_labels)
     yield "loss", f"{loss}; T = {trainer.temperature:g}"
-    if trainer.eval_split is None:
+    during = f"during training: {_plain(trainer.args.eval_strategy)}"
+    if trainer.held_out is not None:
+        yield "evaluation", f"{trainer.held_out.num_measured:,} rows held out; {during}"
+    elif trainer.eval_split is None:
         yield "evaluation", "none"
     else:
         rows = len(cache.dataset(trainer.eval_split))
         yield (
             "evaluation",
-            f"{trainer.eval_split}, {rows:,} rows; during training: {_plain(trainer.args.eval_strategy)}",
+            f"{trainer.eval_split}, {rows:,} rows; {during}",
         )
 
 

@@ -133,7 +133,7 @@ def few_line(start: Start) -> str:
     points = 98 / math.sqrt(start.measured)
     return (
         f"Only {start.measured:,} labelled rows in {start.evaluated}: an accuracy near 50% has a margin of error of "
-        f"{points:.0f} points. Label more rows, or set a larger holdout aside."
+        f"{points:.0f} points. Label more rows, or give test more rows."
     )
 
 
@@ -180,7 +180,7 @@ def _columns(start: Start) -> Iterator[str]:
     for caution in text_cautions(start):
         yield from comment(f"Caution: {caution}", 2)
     for pair, number in start.counts.shared.items():
-        yield from comment(f"Caution: {number:,} inputs stand in both of the splits {pair}.", 2)
+        yield from comment(f"Caution: equal inputs in both of the splits {pair}: {number:,}.", 2)
 
 
 def class_line(start: Start) -> str:

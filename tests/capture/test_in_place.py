@@ -161,7 +161,7 @@ def test_the_counts_at_the_end_are_those_of_other_formats(tmp_path, bert_tokeniz
     contents = parse(SourceContents, found.root / "reports" / "contents.json")
     assert contents.splits == {"train": SplitContents(5, 2, 1), "test": SplitContents(2, 1, 0)}
     assert contents.shared == {"train, test": 2}
-    assert "2 equal contents are in both splits train and test" in caplog.text
+    assert "equal contents in both splits train and test: 2" in caplog.text
     assert "rows without a label: 2 of 5 in train, 1 of 2 in test" in caplog.text
 
 

@@ -37,7 +37,7 @@ def test_what_was_cut_repeated_blank_or_unlabelled_is_said_and_stands_in_the_car
     card = (tmp_path / "c" / "README.md").read_text()
     for line in (
         "1 of 6 rows were cut at the maximum length and lost 30 tokens",
-        "1 equal contents are in both splits train and test",
+        "equal contents in both splits train and test: 1",
         "1 of 6 rows have a text of white space only",
         "rows without a label: 2 of 4 in train",
     ):

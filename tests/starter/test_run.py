@@ -166,7 +166,7 @@ def test_validation_and_test_are_kept_and_shared_texts_said(encoder):
     start, _, stages = init(dataset="data", model=encoder)
     assert stages["evaluate"][0].split == "test"
     assert start.counts.shared == {"validation, test": 30}
-    assert "Caution: 30 inputs stand in both of the splits validation, test." in Path("out.yaml").read_text()
+    assert "Caution: equal inputs in both of the splits validation, test: 30." in Path("out.yaml").read_text()
 
 
 def test_a_saved_data_set_whose_test_labels_are_hidden(encoder):

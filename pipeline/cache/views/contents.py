@@ -28,7 +28,7 @@ def contents_lines(contents: SourceContents) -> list[str]:
         lines.append("it was not checked whether two splits share rows; check it where the data is made")
     for pair, count in (contents.shared or {}).items():
         one, other = pair.split(", ")
-        lines.append(f"{count:,} equal contents are in both splits {one} and {other}; a score on either is too high")
+        lines.append(f"equal contents in both splits {one} and {other}: {count:,}; a score on either is too high")
     blank = sum(split.blank or 0 for split in contents.splits.values())
     if blank:
         lines.append(f"{blank:,} of {rows:,} rows have a text of white space only")

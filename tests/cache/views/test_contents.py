@@ -17,7 +17,7 @@ def test_each_kind_is_one_line_with_counts():
     lines = contents_lines(SourceContents(splits, {"train, test": 12}, cut_rows=7, cut_tokens=1234))
     assert lines == [
         "7 of 2,300 rows were cut at the maximum length and lost 1,234 tokens (--max-length)",
-        "12 equal contents are in both splits train and test; a score on either is too high",
+        "equal contents in both splits train and test: 12; a score on either is too high",
         "3 of 2,300 rows have a text of white space only",
         "rows without a label: 1,500 of 2,000 in train",
     ]
