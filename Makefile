@@ -127,7 +127,7 @@ sweep: cache-logits ## students of several sizes, temperatures and weights from 
 
 .PHONY: test
 test: $(STAMP) ## the tests: fast, offline, no real model
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile  # some wait for other processes
 
 .PHONY: test-full
 test-full: $(STAMP) ## the same with the slowest tests, ten times the random examples, and every figure drawn

@@ -16,7 +16,6 @@ from pipeline.cli import main
 from pipeline.config import load_config, parse_bytes, resolve
 from pipeline.errors import MisuseError
 from tests.conftest import sentence, tiny_model
-from tests.support.profile import in_full
 
 
 @pytest.fixture
@@ -37,7 +36,8 @@ def invoke(*arguments):
     return CliRunner().invoke(main, ["estimate", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("packing", [*in_full(()), ("--packing",)])
+@pytest.mark.full
+@pytest.mark.parametrize("packing", [(), ("--packing",)])
 def test_bytes_and_positions_are_those_of_the_cache(tmp_path, corpus, teacher, monkeypatch, packing):
     common = ("--task", "causal-lm", "--teacher", teacher, "--dataset", corpus, "--max-length", 64, *packing)
     there = sorted(tmp_path.rglob("*"))

@@ -284,7 +284,7 @@ class GrowingMachine(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=examples(4, 8),
+    max_examples=examples(2, 8),
     stateful_step_count=14,
     deadline=None,
     derandomize=True,

@@ -239,10 +239,14 @@ def test_with_every_fault_nothing_is_lost_or_repeated(config, vllm):
     ("fault", "line"),
     [
         ("wrong ids", r"row \d+: expected an answer for the token ids that were sent.*asked 4 times"),
-        ("null", r"http://127.*row \d+: position 0: expected log-probabilities, found None"),
-        ("fewer", r"row \d+: position 0: expected 8 log-probabilities, found \d"),
-        ("missing", r"row \d+: expected log-probabilities of \d+ tokens, found \d+"),
-        ("garbage", r"row \d+: expected JSON, found b'"),
+        pytest.param(
+            "null", r"http://127.*row \d+: position 0: expected log-probabilities, found None", marks=pytest.mark.full
+        ),
+        pytest.param("fewer", r"row \d+: position 0: expected 8 log-probabilities, found \d", marks=pytest.mark.full),
+        pytest.param(
+            "missing", r"row \d+: expected log-probabilities of \d+ tokens, found \d+", marks=pytest.mark.full
+        ),
+        pytest.param("garbage", r"row \d+: expected JSON, found b'", marks=pytest.mark.full),
     ],
 )
 def test_an_answer_that_stays_wrong_is_one_line(config, vllm, monkeypatch, fault, line):
