@@ -22,7 +22,6 @@ from datasets import Dataset, DatasetDict
 
 from pipeline.cli import main
 from tests.conftest import TOPICS, sentence, tiny_model
-from tests.support.profile import in_full
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SECTION = README.partition("\n## Your own data\n")[2].partition("\n## ")[0]
@@ -111,7 +110,8 @@ def test_what_is_chosen_is_said_before_the_first_step(hour):
     assert re.search(r"student: runs/student  \d+ steps of at most \d+ in \d+ s, the weights of step \d+ kept, ", line)
 
 
-@pytest.mark.parametrize("page", ["README.md", *in_full("docs/python.md")])
+@pytest.mark.full
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_python_of_the_pages_runs_on_what_the_commands_made(hour, page, capsys, monkeypatch):
     folder, _ = hour
     monkeypatch.chdir(folder)

@@ -76,6 +76,7 @@ def test_it_can_be_looked_at(name):
     assert EXPECTED[name]["cache_id"][:12] in result.output
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["classes-full", "tokens-sampled"])
 def test_a_student_learns_from_it(tmp_path, save_teacher, name):
     cache = Cache.open(CACHES / name)

@@ -67,6 +67,7 @@ def test_new_rows_are_appended_and_old_shards_stay(config, forked, tmp_path):
     assert Cache.open(tmp_path / "cache").manifest == grown.manifest
 
 
+@pytest.mark.full
 def test_an_append_that_was_stopped_goes_on_and_the_old_cache_stands_meanwhile(config, tmp_path, monkeypatch):
     first = run(config())
     train = Path(config().data.dataset) / "train.jsonl"

@@ -31,6 +31,7 @@ def rows_of(found, split="train"):
     return datasets.load_dataset(str(found.root), split=split).to_list()
 
 
+@pytest.mark.full
 def test_workers_parts_and_this_process_write_the_same_bytes(config, forked, tmp_path):
     serial = run(config("serial"))
     assert len(serial.end.shards) == 5

@@ -34,6 +34,7 @@ def fingerprint(dataset: datasets.Dataset, columns: Columns = Columns()) -> str:
     return fingerprints(from_datasets(dataset, columns))["train"]
 
 
+@pytest.mark.full
 @SETTINGS
 @given(TEXTS, st.lists(st.integers(0, 40), max_size=4), st.integers(1, 9))
 def test_chunks_and_batches_play_no_part(texts: list[str], cuts: list[int], batch: int) -> None:

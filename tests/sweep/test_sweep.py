@@ -343,6 +343,7 @@ def test_language_models_are_chosen_by_their_loss(tmp_path, lm_tokenizer, docume
     assert "by the lowest nll" in format_leaderboard(found)
 
 
+@pytest.mark.full
 def test_the_command_from_flags_and_as_json(tmp_path, cache, teacher):
     softlabel.init_student(teacher, tmp_path / "init", config=softlabel.Shape(1, 16, 2))
     args = ["--cache", str(cache.root), "--student", str(tmp_path / "init"), "--divergence", "reverse-kl"]

@@ -60,6 +60,7 @@ def configured(cache, output: Path, **settings) -> ReportConfig:
     )
 
 
+@pytest.mark.full
 def test_the_teacher_as_its_own_student(setting, tmp_path):
     cache, teacher, other = setting
     found = report(configured(cache, tmp_path / "out", student=(f"copy={teacher}",), control=(f"random={other}",)))

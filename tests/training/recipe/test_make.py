@@ -183,6 +183,7 @@ def test_the_run_is_as_it_was_said(tmp_path, cache, caplog, short):
     assert result.metrics["loss"] == pytest.approx(losses[result.best_step], rel=1e-4)
 
 
+@pytest.mark.full
 def test_python_chooses_as_the_command_does(tmp_path, cache, short):
     by_hand = run(config(tmp_path, output=str(tmp_path / "a")))
     by_api = softlabel.train_student(cache, tmp_path / "student", tmp_path / "b")
