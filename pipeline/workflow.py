@@ -24,7 +24,7 @@ from pipeline.cache.reading.remote import read_small
 from pipeline.cache.storage.commit import write_text
 from pipeline.cache.storage.urls import is_url, pinned
 from pipeline.cache.writing.place import current_plan, open_layout
-from pipeline.config import STAGES, ConfigFile, DataConfig, GenerateConfig, Step, resolve, steps_of, through_stage
+from pipeline.config import STAGES, ConfigFile, DataConfig, GenerateConfig, resolve, steps_of, through_stage
 from pipeline.config.options import name_and_path
 from pipeline.errors import CacheError, ConfigError, MisuseError
 from pipeline.evaluation.report.figures import require_matplotlib
@@ -35,7 +35,7 @@ from pipeline.rounds import Written, progress, warn_of_own_labels, written_cache
 from pipeline.sources.files.arrow import is_saved
 from pipeline.sources.files.layout import files_named, find_files
 from pipeline.sources.files.loading import redact
-from pipeline.steps import INPUTS, check_caches, check_steps, named_inputs, place_of, warn_of_steps
+from pipeline.steps import INPUTS, Resolved, check_caches, check_steps, named_inputs, place_of, warn_of_steps
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ def stage_configs(
     return ((step.stage, config) for step, config in _steps(file, stages, through))
 
 
-def _steps(file: ConfigFile, stages: tuple[str, ...], through: str | None) -> list[tuple[Step, Any]]:
+def _steps(file: ConfigFile, stages: tuple[str, ...], through: str | None) -> list[Resolved]:
     for name in (*stages, *([through] if through else [])):
         if name not in file.sections:
             raise ConfigError(f"{file.path}: no section {name!r}; it has {', '.join(file.sections) or 'none'}")
     steps = steps_of(file)
-    found: list[tuple[Step, Any]] = [
+    found: list[Resolved] = [
         (step, resolve(STAGES[step.stage], file, step.section, {}))
         for step in (steps if through is None else through_stage(steps, through))
         if not stages or step.stage in stages
@@ -109,17 +109,13 @@ def run(
     Raises:
         PipelineError: a stage failed; the stages before it stay done.
     """
-    steps = _steps(file, stages, through)
+    steps = _checked(file, stages, through, overwrite=overwrite)
     if any(step.stage == "report" for step, _ in steps):
         try:
             require_matplotlib()  # fail before hours of work
         except MisuseError:
             if not all(_is_done(Path(config.output or ""), step.stage, config, _key(config)) for step, config in steps):
                 raise
-    warn_of_own_labels(steps)
-    warn_of_steps(steps)
-    check_caches(file, steps)
-    _check_replaced(steps, overwrite=overwrite)
     written, told = written_caches(steps), dict[tuple[int, int], Written]()
     for step, config in steps:
         _run_step(step.stage, config, runners, overwrite=overwrite, shown=shown or {})
@@ -129,7 +125,17 @@ def run(
                 tell(line)
 
 
-def _check_replaced(steps: Sequence[tuple[Step, Any]], *, overwrite: bool) -> None:
+def _checked(file: ConfigFile, stages: tuple[str, ...], through: str | None, *, overwrite: bool) -> list[Resolved]:
+    """Return the steps, after all checks that need no stage to run."""
+    steps = _steps(file, stages, through)
+    warn_of_own_labels(steps)
+    warn_of_steps(steps)
+    check_caches(file, steps)
+    _check_replaced(steps, overwrite=overwrite)
+    return steps
+
+
+def _check_replaced(steps: Sequence[Resolved], *, overwrite: bool) -> None:
     """Check that no model is replaced that a cache or a generated data set was made with.
 
     The run would delete the model, train another one, and then stop at the cache.
@@ -143,7 +149,7 @@ def _check_replaced(steps: Sequence[tuple[Step, Any]], *, overwrite: bool) -> No
             continue
         output, stage = Path(config.output), step.stage
         of_replaced = sorted(named_inputs(config).intersection(replaced))
-        if of_replaced and stage in ("cache-logits", "generate") and _gives_way(stage, config, "", asked=True):
+        if of_replaced and _is_begun(stage, config):
             raise ConfigError(
                 f"{output}: was made with {of_replaced[0]}, which {replaced[of_replaced[0]]} would replace since its settings or inputs have changed; "
                 "--overwrite replaces both; to keep both, give the sections other outputs"
@@ -199,11 +205,7 @@ def outline(
         PipelineError: a stage whose inputs exist would fail its checks.
     """
     to_come: set[str] = set()
-    steps = _steps(file, stages, through)
-    warn_of_own_labels(steps)
-    warn_of_steps(steps)
-    check_caches(file, steps)
-    _check_replaced(steps, overwrite=overwrite)
+    steps = _checked(file, stages, through, overwrite=overwrite)
     for name, config in ((step.stage, config) for step, config in steps):
         shown = f"{name} {redact(str(config.output or ''))}".rstrip()
         output = Path(config.output) if config.output is not None else None
@@ -245,10 +247,8 @@ def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
     """
     if stage == "report":
         return True
-    if stage == "cache-logits":
-        return asked and current_plan(open_layout(config.output)) is not None
-    if stage == "generate":
-        return asked and Layout(Path(config.output), names=NAMES).plan.is_file()
+    if asked and _is_begun(stage, config):
+        return True
     if stage not in _TRAINING or getattr(config, "resume", False):
         return False
     mark, proof = _mark(Path(config.output), stage), Path(config.output, _PROOF[stage])
@@ -257,16 +257,20 @@ def _gives_way(stage: str, config: Any, key: str, *, asked: bool) -> bool:
     return not checkpoints(Path(config.output))  # without one, it cannot be resumed
 
 
+def _is_begun(stage: str, config: Any) -> bool:
+    """Whether the output of a stage is a cache or a generated data set, finished or not."""
+    if stage == "cache-logits":
+        return current_plan(open_layout(config.output)) is not None
+    return stage == "generate" and Layout(Path(config.output), names=NAMES).plan.is_file()
+
+
 def _begun(key: str) -> str:
     """The mark of a training run that has begun; it is resumed, not stale."""
     return json.dumps({"key": key, "output": None}) + "\n"
 
 
 def _state(output: Path, stage: str, key: str) -> str:
-    """Fingerprint of a stage's settings, inputs and output.
-
-    A later command run by hand changes the output, which makes the stage stale.
-    """
+    """Fingerprint of settings, inputs and output, which a later command by hand changes."""
     return json.dumps({"key": key, "output": _file(output / _PROOF[stage])}) + "\n"
 
 
@@ -364,10 +368,7 @@ def content_of(path: Path) -> str:
 
 
 def _nested_files(data: DataConfig, *, before: bool) -> str | None:
-    """SHA-256 of the files of `data_files`, or of files not at the top of the directory.
-
-    None if there are none.
-    """
+    """SHA-256 of the files of `data_files`, or of files in subdirectories; None: no such files."""
     path = Path(data.dataset).expanduser()
     if is_url(data.dataset) or not (path.exists() or has_magic(data.dataset)):
         return None
@@ -386,10 +387,7 @@ def _nested_files(data: DataConfig, *, before: bool) -> str | None:
 
 
 def _images_below(folder: Path) -> str:
-    """SHA-256 of names, sizes and times of all files below a directory.
-
-    Used for images, whose bytes would take long to read.
-    """
+    """SHA-256 of names, sizes and times of all files below a directory, for images."""
     found = sorted((file.relative_to(folder).as_posix(), file.stat()) for file in folder.rglob("*") if file.is_file())
     lines = (f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in found)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

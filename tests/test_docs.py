@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from click.testing import CliRunner
 import pipeline
 from pipeline import config as cfg
 from pipeline.cli import main
+from tests.support.markdown import code_of, commands_in
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,17 +68,9 @@ def test_make_targets_of_the_pages_are_there():
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """Return the `softlabel` commands of a page's code blocks and code spans as words.
-
-    Commands may continue over several lines of a block.
-    """
-    blocks = [found[1] for found in re.finditer(r"^```(?:bash|console|shell)?\n(.*?)^```", page, re.S | re.M)]
-    blocks += [found[0] for found in re.finditer(r"(?:^(?: {4}.*)?\n)+", page, re.M)]
-    blocks += [span for span in re.findall(r"`([^`\n]+)`", page) if span.startswith("softlabel ")]
-    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
-    starts = re.compile(r"(?:\$ )?(?:torchrun .* -m pipeline|python -m pipeline|softlabel) (.*)")
-    found = [match[1] for line in lines if (match := starts.fullmatch(line))]
-    return [shlex.split(text, comments=True) for text in found]
+    """Return the `softlabel` commands of a page's code blocks and code spans as words."""
+    spans = [span for span in re.findall(r"`([^`\n]+)`", page) if span.startswith("softlabel ")]
+    return [words for code in (*(text for _, text in code_of(page)), *spans) for words in commands_in(code)]
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))

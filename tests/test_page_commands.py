@@ -18,6 +18,7 @@ import yaml
 from click.testing import CliRunner
 
 from pipeline.cli import main
+from tests.support.markdown import commands_in
 from tests.support.pages import Block, World, blocks
 
 pytestmark = pytest.mark.full
@@ -48,7 +49,11 @@ def name(block: Block) -> str:
 
 
 def runnable(block: Block) -> list[list[str]]:
-    return [words for words in block.commands() if not NOT_HERE.search(shlex.join(words)) and words[0] in main.commands]
+    return [
+        words
+        for words in commands_in(block.text)
+        if not NOT_HERE.search(shlex.join(words)) and words[0] in main.commands
+    ]
 
 
 def small(words: list[str]) -> list[str]:

@@ -392,7 +392,7 @@ def _read(
         )
     if not rows:
         label, found = source.columns.label, source.splits[split].column_names
-        why = "" if label in found else f" (no column {label!r}; found {', '.join(found)})"
+        why = "" if label is None or label in found else f" (no column {label!r}; found {', '.join(found)})"
         raise SourceError(
             f"{source.name}: split {split} has no labelled row to learn from{why}; name the column with --label-column, and spell it alike in all files"
         )

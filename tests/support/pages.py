@@ -6,8 +6,6 @@ import copy
 import csv
 import json
 import random
-import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ import pipeline as softlabel
 from tests.conftest import TOPICS, WORDS, sentence, tiny_model
 from tests.support.entities import entities
 from tests.support.generations import writing_model
+from tests.support.markdown import code_of
 from tests.support.once import once
 from tests.support.pictures import NAMES, data_set, encode, folders, pictures, pixels, untrained
 from tests.support.teaching import pretrained
@@ -44,22 +43,11 @@ class Block:
     language: str
     text: str
 
-    def commands(self) -> list[list[str]]:
-        """Return its `softlabel` commands as words; a `torchrun` command counts as one."""
-        lines = re.sub(r"\\\n", " ", self.text).splitlines()
-        starts = re.compile(r"\s*(?:\$ )?(?:torchrun .* -m pipeline|python -m pipeline|softlabel) (.*)")
-        return [shlex.split(found[1], comments=True) for line in lines if (found := starts.fullmatch(line))]
-
 
 def blocks(page: Path) -> Iterator[Block]:
     """Yield the fenced blocks, then the indented ones, each in page order."""
-    text = page.read_text(encoding="utf-8")
-    fenced = r"^( *)```(\w*)\n(.*?)^ *```"
-    found = [(each[2], each[3]) for each in re.finditer(fenced, text, re.S | re.M)]
-    rest = re.sub(fenced, "", text, flags=re.S | re.M)
-    found += [("", each[0]) for each in re.finditer(r"(?:^(?: {4}.*)?\n)+", rest, re.M) if each[0].strip()]
-    for number, (language, content) in enumerate(found):
-        yield Block(page.name, number, language, content)
+    for number, (language, text) in enumerate(code_of(page.read_text(encoding="utf-8"))):
+        yield Block(page.name, number, language, text)
 
 
 class World:
@@ -179,7 +167,6 @@ class World:
         queues = _csv("Body of ticket", "Queue", "Invoices", "Shipping", "others", unlabelled_every=5)
         texts = {"org/corpus": _corpus, "corpus": _corpus, "runs/cache": self._tokens}
         return {
-            "README.md": {**news, "tickets": _labelled("Body of ticket", "Queue"), "more.csv": _csv("Body of ticket")},
             "index.md": news,
             "quickstart.md": {**news, "articles": articles, "more.csv": _csv("Headline & Text")},
             "data.md": {
@@ -219,7 +206,6 @@ class World:
                 **news, "runs/large": self._classes, "runs/code": self._classes, "runs/news": self._classes,
                 "runs/chat": self._classes,
             },
-            "sharing.md": news,
         }  # fmt: skip
 
     def _classes(self, path: Path) -> None:

@@ -324,11 +324,11 @@ def check_same_contract(expected: AnyPlan, found: AnyPlan, layout: Layout, *, wo
             ("contract.source.fingerprints", "contract.source.rows", "shards")
         )
         hint = ", --append where the data set has only gained rows" if grown else ""
-        receipts = (path.name for path in layout.plan.parent.glob("*.json"))
-        begun = any(name != layout.plan.name and not name.startswith(".") for name in receipts)
+        here = layout.outbox is None and not layout.manifest.is_file()  # behind a URL, receipts may not be fetched
+        receipts = {path for path in layout.plan.parent.glob("[!.]*.json") if path != layout.plan}
         raise ContractError(
             f"{layout.name}: holds another {work}: {first}; use another --output, the same settings as before{hint}, or --overwrite to start over"
-            + ("" if begun else " (no shard of it is finished)")
+            + (" (no shard of it is finished)" if here and not receipts else "")
         )
 
 

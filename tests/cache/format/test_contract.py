@@ -193,3 +193,15 @@ def test_a_manifest_grows_by_a_line_for_each_shard_and_a_number_for_each_row_gro
     base = size(1, 100)
     assert (size(101, 100) - base) / 100 < 2000
     assert (size(1, 1100) - base) / 1000 < 15
+
+
+@pytest.mark.parametrize("there", [(), ("receipts/train-00000.json",), ("manifest.json",)])
+def test_a_refusal_says_if_no_shard_would_be_lost(tmp_path, there):
+    layout = Layout(tmp_path)
+    layout.plan.parent.mkdir()
+    for name in (str(layout.plan), *there):
+        (tmp_path / name).write_text("{}")
+    base = contract(Full())
+    with pytest.raises(ContractError, match="or --overwrite to start over") as refused:
+        check_same_contract(Plan(dataclasses.replace(base, seed=1), ()), Plan(base, ()), layout)
+    assert str(refused.value).endswith(" (no shard of it is finished)") == (not there)

@@ -29,7 +29,6 @@ from tests.support.captures import config, hashes  # noqa: F401 - a fixture
 from tests.support.classifier import even, swapped
 from tests.support.generations import config as writing  # noqa: F401 - a fixture
 from tests.support.processes import ROOT, forked, python  # noqa: F401 - a fixture
-from tests.support.profile import FULL
 from tests.support.s3 import bucket, s3_server  # noqa: F401 - fixtures
 
 
@@ -231,8 +230,7 @@ def cluster():
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_path):
-    kills = 3 if FULL else 1  # each costs a new interpreter and its imports
+def test_three_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_path):
     serial = run(config("serial"))
     output = tmp_path / "ray"
     killed: list[tuple[int, set[str]]] = []
@@ -242,7 +240,7 @@ def test_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_pat
 
     def kill() -> None:
         """Kill a worker each time a shard has been finished, so that it dies in the next one."""
-        while len(killed) < kills and not over.is_set():
+        while len(killed) < 3 and not over.is_set():
             workers = [
                 p for p in psutil.process_iter(["cmdline"]) if "ShardWorker" in " ".join(p.info["cmdline"] or [])
             ]
@@ -261,7 +259,7 @@ def test_ray_workers_killed_in_mid_shard_change_nothing(config, cluster, tmp_pat
     finally:
         over.set()
         thread.join()
-    assert len(killed) == kills
+    assert len(killed) == 3
     assert all(len(made) < 9 for _, made in killed)  # each kill came before the end
     assert hashes(found) == hashes(serial)
     assert verify(found.root).problems == ()
