@@ -116,13 +116,16 @@ class World:
 
     def _classifier(self, *names: str, seed: int = 0) -> Make:
         def make(path: Path) -> None:
-            model = tiny_model("bert", len(self.bert), num_labels=len(names), seed=seed, num_hidden_layers=2)
-            model.config.id2label = dict(enumerate(names))
-            model.config.label2id = {name: i for i, name in enumerate(names)}
-            model.save_pretrained(path)
+            self._of_classes(*names, seed=seed).save_pretrained(path)
             self.bert.save_pretrained(path)
 
         return make
+
+    def _of_classes(self, *names: str, seed: int = 0) -> Any:
+        model = tiny_model("bert", len(self.bert), num_labels=len(names), seed=seed, num_hidden_layers=2)
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+        return model
 
     def _writer(self, layers: int) -> Make:
         def make(path: Path) -> None:
@@ -219,16 +222,12 @@ class World:
             "label": [*TOPICS] * 12,
             "domain": ["news", "law"] * 18,
         })  # fmt: skip
-        model = tiny_model("bert", len(self.bert), num_labels=3, num_hidden_layers=2)
-        model.config.id2label = dict(enumerate(TOPICS))
         self._capture(path, DatasetDict({"train": rows, "test": rows.select(range(6))}), keep=("domain",), length=256)
 
     def _capture(self, path: Path, rows: DatasetDict, *, keep: tuple[str, ...] = (), length: int = 32) -> None:
-        teacher = path.parent / "its-teacher"
-        self._classifier(*TOPICS)(teacher)
         softlabel.cache_logits(
-            str(teacher), rows, path, task="sequence-classification", max_length=length, store_text=True,
-            columns=softlabel.Columns(keep=keep),
+            self._of_classes(*TOPICS), rows, path, task="sequence-classification", tokenizer=self.bert,
+            max_length=length, store_text=True, columns=softlabel.Columns(keep=keep),
         )  # fmt: skip
 
     def _tokens(self, path: Path) -> None:

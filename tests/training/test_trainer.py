@@ -28,8 +28,7 @@ from pipeline.training.run import run
 from pipeline.training.schedule import weights_at
 from tests.conftest import tiny_model
 from tests.support.once import once
-from tests.support.processes import ROOT, python, ranks, torchrun
-from tests.support.profile import FULL
+from tests.support.processes import ROOT, python, ranks
 from tests.support.rows import block_from, token_row
 
 
@@ -416,7 +415,7 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_an_undisturbed_one(tm
 @pytest.mark.full
 @pytest.mark.slow
 def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path, cache):
-    """Runs under torchrun (a new process in `make test-full`), then resumes on two of its ranks."""
+    """Runs under torchrun, then resumes on two of its ranks."""
     plain = config(cache, tmp_path)
     command = ["train-student", "--cache", *plain.cache, "--student", plain.student, "--output", plain.output]
     file = tmp_path / "run.yaml"
@@ -424,11 +423,7 @@ def test_the_command_under_torchrun_saves_one_student_and_says_so_once(tmp_path,
     command = ["-m", "pipeline", *command, "--config", str(file)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    first = [
-        subprocess.run([*launch, *command], capture_output=True, text=True, env=environment)
-        if FULL
-        else torchrun(2, *command, env=environment)
-    ]
+    first = [subprocess.run([*launch, *command], capture_output=True, text=True, env=environment)]
     for steps, done in ((4, first), (6, ranks(2, *command, "--resume", "--max-steps", "6"))):
         assert all(process.returncode == 0 for process in done), "".join(p.stderr[-2000:] for p in done)
         said = "".join(process.stdout for process in done)
