@@ -6,8 +6,8 @@ plain `transformers.Trainer`.
     make bench-columns      (or: python -m benchmarks.columns; --large: also 1,000,000 rows)
 
 Classifiers: V = 5, rows of 20 tokens, batches of 32, a student of 4.4M parameters (BERT, 2 layers
-of width 128). Language models: `sampled` rows of 1,024 tokens. Compared methods alternate in one
-process with one torch thread, and the results are medians. Times are processor seconds, except for
+of width 128; a step also of MiniLM's shape, 6 layers of width 384). Language models: `sampled` rows
+of 1,024 tokens. Compared methods alternate in one process with one torch thread, and the results are medians. Times are processor seconds, except for
 the first step, during which a background thread decodes ahead. Finished parts are stored in
 `columns.json`, and an interrupted run continues with the next part; --anew measures everything
 again.
@@ -35,6 +35,9 @@ VOCABULARY, LENGTH, CLASSES, BATCH = 30_522, 20, 5, 32
 LM_CLASSES, LM_ROWS, LM_BATCH = 49_152, 24, 4
 SIZES = (10_000, 100_000)
 LARGE = 1_000_000
+SMALL = "4.4M"
+#: Student -> layers, width and heads of BERT.
+SHAPES = {SMALL: (2, 128, 2), "MiniLM": (6, 384, 12)}
 
 
 # ------------------------------------------------------------------------------------------- caches
@@ -181,7 +184,7 @@ def measure_first(folder: Path, repeats: int, sizes: tuple[int, ...]) -> dict[st
     return medians(repeats, {name: functools.partial(first, path) for name, path in paths.items()})
 
 
-def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
+def make_trainer(way: str, cache: Any, folder: Path, steps: int, size: str = SMALL) -> Any:
     """Return a Trainer on the rows in memory, or a distillation trainer on the cache."""
     from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 
@@ -189,14 +192,16 @@ def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
     from pipeline.models.arguments import show_progress, training_arguments
 
     set_seed(0)
-    shape: dict[str, Any] = {
-        "num_labels": CLASSES,
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 512,
-    }
-    model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **shape))
+    layers, width, heads = SHAPES[size]
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+    config.num_labels = CLASSES
+    model = BertForSequenceClassification(config)
     args = training_arguments(
         str(folder / "out"),
         {"logging_steps": 10_000},
@@ -217,7 +222,7 @@ def make_trainer(way: str, cache: Any, folder: Path, steps: int) -> Any:
     return trainer
 
 
-def measure_step(folder: Path, repeats: int) -> dict[str, float]:
+def measure_step(folder: Path, repeats: int, size: str) -> dict[str, float]:
     """Return the seconds of a training step with each trainer.
 
     The two trainers run in separate threads that alternate every 20 steps.
@@ -249,7 +254,7 @@ def measure_step(folder: Path, repeats: int) -> dict[str, float]:
 
     threads = []
     for number, way in enumerate(ways):
-        trainer = make_trainer(way, cache, folder, steps)
+        trainer = make_trainer(way, cache, folder, steps, size)
         trainer.add_callback(Turns(number))
         threads.append(threading.Thread(target=trainer.train))
     for thread in threads:
@@ -307,10 +312,12 @@ def main(output: str, repeats: int, large: bool, anew: bool) -> None:
     first = kept.part("first, large" if large else "first", lambda: measure_first(folder, repeats, sizes))
     for name, spent in first.items():
         click.echo(f"  {name:<42}{spent:>14.2f} s{spent / next(iter(first.values())):>10.2f}x")
-    step = kept.part("step", lambda: measure_step(folder, 2 * repeats))
-    for name in ("plain", "cache"):
-        click.echo(f"  {f'step, {name}':<42}{1000 * step[name]:>14.1f} ms")
-    click.echo(f"  {'step, cache over plain':<42}{step['ratio']:>14.3f}x")
+    for size in SHAPES:
+        turns = 2 * repeats if size == SMALL else repeats
+        step = kept.part(f"step, {size}", functools.partial(measure_step, folder, turns, size))
+        for name in ("plain", "cache"):
+            click.echo(f"  {f'step of {size}, {name}':<42}{1000 * step[name]:>14.1f} ms")
+        click.echo(f"  {f'step of {size}, cache over plain':<42}{step['ratio']:>14.3f}x")
 
 
 if __name__ == "__main__":
