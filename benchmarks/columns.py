@@ -6,11 +6,11 @@ plain `transformers.Trainer`.
     make bench-columns      (or: python -m benchmarks.columns; --large: also 1,000,000 rows)
 
 Classifiers: V = 5, rows of 20 tokens, batches of 32, a student of 4.4M parameters (BERT, 2 layers
-of width 128; a step also of MiniLM's shape, 6 layers of width 384). Language models: `sampled` rows
-of 1,024 tokens. Compared methods alternate in one process with one torch thread, and the results are
-medians. Times are processor seconds, except for the first step, during which a background thread
-decodes ahead. Finished parts are stored in `columns.json`, and an interrupted run continues with the
-next part; --anew measures everything again.
+of width 128; a step also of MiniLM's shape, 6 layers of width 384). Language models: `sampled`
+rows of 1,024 tokens. Compared methods alternate in one process with one torch thread, and the
+results are medians. Times are processor seconds, except for the first step, during which a
+background thread decodes ahead. Finished parts are stored in `columns.json`, and an interrupted
+run continues with the next part; --anew measures everything again.
 """
 
 from __future__ import annotations
